@@ -1,0 +1,41 @@
+"""Fused kernels for early exit and self-speculative decoding."""
+
+from . import _ops, dispatch, reference
+from ._extension import cpu_isa, set_cpu_isa
+from ._registry import register_all
+from .dispatch import BackendError, Explanation, explain, use_backend
+from .functional import (
+    Acceptance,
+    ExitOutput,
+    accept_greedy,
+    exit_head,
+    linear,
+    partial_forward,
+    rms_norm,
+    rope_kv_append,
+    swiglu,
+    verify_attention,
+)
+
+register_all()
+
+__all__ = [
+    "Acceptance",
+    "BackendError",
+    "ExitOutput",
+    "Explanation",
+    "accept_greedy",
+    "cpu_isa",
+    "dispatch",
+    "exit_head",
+    "explain",
+    "linear",
+    "partial_forward",
+    "reference",
+    "rms_norm",
+    "rope_kv_append",
+    "set_cpu_isa",
+    "swiglu",
+    "use_backend",
+    "verify_attention",
+]

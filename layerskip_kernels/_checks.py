@@ -1,0 +1,221 @@
+"""Argument checks, one function per op; the only place where the ops' messages are written.
+
+The public op and its fake both call them, so a wrong call fails with the same words eagerly and under
+``torch.compile``. They look at shapes, dtypes, devices and strides alone, never at values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LAYER_SLOTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
+OPTIONAL_SLOTS = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
+    """Check rank, sizes (None admits any) and dtype of one tensor."""
+    actual = tuple(tensor.shape)
+    wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+    fits = len(actual) == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, actual, strict=True)
+    )
+    require(fits, f"{name} has shape {list(actual)}, expected {wanted}")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected {names}")
+
+
+def dense(**tensors: Tensor | None) -> None:
+    """Weights and caches are used where they lie, so they must be contiguous; activations may be strided."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, its strides are {tuple(tensor.stride())} for shape {list(tensor.shape)}"
+            )
+
+
+def same_device(first: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, the first argument on {first.device}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    require(x.dim() >= 1, "x must have at least one dimension")
+    shaped("x", x, [None] * x.dim(), FLOATS)
+    shaped("weight", weight, [x.shape[-1]], [x.dtype])
+    require(eps >= 0, f"eps must not be negative, got {eps}")
+    same_device(x, weight=weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
+    shaped("x", x, [None, None], FLOATS)
+    shaped("weight", weight, [None, x.shape[1]], [x.dtype])
+    if bias is not None:
+        shaped("bias", bias, [weight.shape[0]], [x.dtype])
+    if residual is not None:
+        shaped("residual", residual, [x.shape[0], weight.shape[0]], [x.dtype])
+    dense(weight=weight, bias=bias)
+    same_device(x, weight=weight, bias=bias, residual=residual)
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> None:
+    shaped("x", x, [None, None], FLOATS)
+    shaped("gate", gate, [None, x.shape[1]], [x.dtype])
+    shaped("up", up, list(gate.shape), [x.dtype])
+    dense(gate=gate, up=up)
+    same_device(x, gate=gate, up=up)
+
+
+def head_size(size: int) -> None:
+    require(size % 8 == 0 and 8 <= size <= 256, f"head size must be a multiple of 8 up to 256, got {size}")
+
+
+def _cache(
+    like: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, batch: int, rows: int, size: int
+) -> None:
+    """The cache of one layer, [B, G, T, C] twice, and the lengths."""
+    shaped("k_cache", k_cache, [batch, None, None, size], [like.dtype])
+    shaped("v_cache", v_cache, list(k_cache.shape), [like.dtype])
+    shaped("seq_lens", seq_lens, [batch], [torch.int64])
+    dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
+    capacity = k_cache.shape[2]
+    require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
+    same_device(like, k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
+
+
+def _rope(cos: Tensor, sin: Tensor, capacity: int, size: int) -> None:
+    shaped("cos", cos, [None, size // 2], [torch.float32])
+    shaped("sin", sin, list(cos.shape), [torch.float32])
+    require(cos.shape[0] >= capacity, f"cos has {cos.shape[0]} positions, the cache's capacity is {capacity}")
+    dense(cos=cos, sin=sin)
+
+
+def rope_kv_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
+) -> None:
+    shaped("q", q, [None] * 4, FLOATS)
+    batch, rows, _, size = q.shape
+    head_size(size)
+    shaped("k", k, [batch, rows, None, size], [q.dtype])
+    shaped("v", v, list(k.shape), [q.dtype])
+    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size)
+    require(
+        k_cache.shape[1] == k.shape[2], f"k has {k.shape[2]} key/value heads, the cache {k_cache.shape[1]}"
+    )
+    _rope(cos, sin, k_cache.shape[2], size)
+    same_device(q, k=k, v=v, cos=cos, sin=sin)
+
+
+def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> None:
+    shaped("q", q, [None] * 4, FLOATS)
+    batch, rows, heads, size = q.shape
+    head_size(size)
+    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size)
+    groups = k_cache.shape[1]
+    require(
+        groups > 0 and heads % groups == 0,
+        f"{heads} query heads are not a multiple of {groups} key/value heads",
+    )
+
+
+def exit_head(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    eps: float,
+    token_map: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    shaped("hidden", hidden, [None, None], FLOATS)
+    shaped("norm_weight", norm_weight, [hidden.shape[1]], [hidden.dtype])
+    head_dtype = hidden.dtype if scale is None else torch.int8
+    shaped("head_weight", head_weight, [None, hidden.shape[1]], [head_dtype])
+    vocabulary = head_weight.shape[0]
+    require(vocabulary > 0, "head_weight has no rows")
+    if token_map is not None:
+        shaped("token_map", token_map, [vocabulary], [torch.int64])
+    if scale is not None:
+        shaped("scale", scale, [vocabulary], [torch.float32])
+    require(eps >= 0, f"eps must not be negative, got {eps}")
+    dense(norm_weight=norm_weight, head_weight=head_weight, token_map=token_map, scale=scale)
+    same_device(hidden, norm_weight=norm_weight, head_weight=head_weight, token_map=token_map, scale=scale)
+
+
+def layer_slots(weights: Sequence[Tensor], start: int, end: int) -> int:
+    """How many tensors describe a layer: the nine required ones, or with the five optional ones."""
+    layers = end - start
+    plain, full = len(LAYER_SLOTS), len(LAYER_SLOTS) + len(OPTIONAL_SLOTS)
+    if layers == 0 and not weights:
+        return plain
+    for slots in (plain, full):
+        if len(weights) == layers * slots:
+            return slots
+    raise ValueError(
+        f"layers [{start}, {end}) take {plain} or {full} weights each, got {len(weights)} for {layers} layers"
+    )
+
+
+def partial_forward(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    start: int,
+    end: int,
+    eps: float,
+) -> None:
+    shaped("hidden", hidden, [None] * 3, FLOATS)
+    batch, rows, _ = hidden.shape
+    shaped("k_cache", k_cache, [None] * 5, [hidden.dtype])
+    depth, size = k_cache.shape[0], k_cache.shape[4]
+    require(0 <= start <= end <= depth, f"layers [{start}, {end}) are not within the cache's {depth} layers")
+    head_size(size)
+    layer_slots(weights, start, end)
+    shaped("k_cache", k_cache, [depth, batch, None, None, size], [hidden.dtype])
+    shaped("v_cache", v_cache, list(k_cache.shape), [hidden.dtype])
+    shaped("seq_lens", seq_lens, [batch], [torch.int64])
+    capacity = k_cache.shape[3]
+    require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
+    _rope(cos, sin, capacity, size)
+    dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
+    same_device(hidden, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, seq_lens=seq_lens)
+
+
+def layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
+    """Check one layer's tensors, in the order of LAYER_SLOTS + OPTIONAL_SLOTS (absent: no elements)."""
+    named = dict(zip(LAYER_SLOTS + OPTIONAL_SLOTS, weights, strict=False))
+    queries, features = named["q"].shape[0], named["gate"].shape[0]
+    require(queries % (groups * size) == 0, f"q has {queries} rows, not a multiple of {groups} heads of size {size}")
+    shapes: dict[str, list[int]] = {
+        "attn_norm": [hidden], "q": [queries, hidden], "k": [groups * size, hidden], "v": [groups * size, hidden],
+        "o": [hidden, queries], "mlp_norm": [hidden], "gate": [features, hidden], "up": [features, hidden],
+        "down": [hidden, features], "q_bias": [queries], "k_bias": [groups * size], "v_bias": [groups * size],
+        "q_norm": [size], "k_norm": [size],
+    }  # fmt: skip
+    for name, tensor in named.items():
+        if name in OPTIONAL_SLOTS and tensor.numel() == 0:
+            continue
+        shaped(name, tensor, shapes[name], [dtype])
+    dense(**named)
+
+
+def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> None:
+    shaped("draft", draft, [None, None], [torch.int64])
+    batch, drafted = draft.shape
+    shaped("target", target, [batch, drafted + 1], [torch.int64])
+    shaped("seq_lens", seq_lens, [batch], [torch.int64])
+    dense(seq_lens=seq_lens)
+    same_device(draft, target=target, seq_lens=seq_lens)

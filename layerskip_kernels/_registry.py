@@ -1,0 +1,31 @@
+"""Enters every implementation into the dispatch table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from . import _extension, _ops, dispatch, reference
+
+
+def _always(*args: Any) -> None:
+    return None
+
+
+def _native_supports(device: str, reason: str | None) -> Callable[..., str | None]:
+    def supports(*args: Any) -> str | None:
+        if reason is not None:
+            return reason
+        actual = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        return None if actual == device else f"the tensors are on {actual}"
+
+    return supports
+
+
+def register_all() -> None:
+    """One line an op and backend."""
+    for op in _ops.SCHEMAS:
+        dispatch.register(op, "cpu", _ops.native(op), _native_supports("cpu", _extension.cpu_reason))
+        dispatch.register(op, "reference", getattr(reference, f"{op}_ref"), _always)

@@ -1,0 +1,251 @@
+"""The documented public ops.
+
+Letters: B sequences, M rows per sequence, R = B M rows, D hidden, H query heads, G key/value heads, C head size,
+F feed-forward, V vocabulary, T cache capacity, L layers, K draft tokens.
+
+Floating inputs of one call share one dtype out of fp32, bf16 and fp16; all tensors share one device. Weights and
+caches must be contiguous, activations need not be. What a row yields does not depend, bitwise, on how many rows or
+sequences travel with it. Every function raises ValueError (shape, stride, device, range) or TypeError (dtype) with the
+offending value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+_op = torch.ops.layerskip
+
+
+class ExitOutput(NamedTuple):
+    """What an exit says: ``token`` [R] int64, its ``logit`` [R] fp32, ``logsumexp`` [R] fp32.
+
+    ``exp(logit - logsumexp)`` is the token's probability. A token of -1 marks a row whose logits are not finite.
+    """
+
+    token: Tensor
+    logit: Tensor
+    logsumexp: Tensor
+
+
+class Acceptance(NamedTuple):
+    """What verification says: ``accepted`` [B] int64 leading draft tokens, ``next_token`` [B] int64."""
+
+    accepted: Tensor
+    next_token: Tensor
+
+
+def _no_backward(name: str, *activations: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in activations):
+        raise ValueError(f"{name} has no backward; call it under torch.no_grad(), or detach its inputs")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), statistics in fp32.
+
+    Parameters
+    ----------
+    x : Tensor [..., D]
+    weight : Tensor [D]
+    eps : float
+
+    Returns
+    -------
+    Tensor [..., D]
+    """
+    return _op.rms_norm(x, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Skinny matmul x weightᵀ + bias + residual; weights are streamed once for all rows, one rounding at the end.
+
+    Parameters
+    ----------
+    x : Tensor [R, D_in]
+    weight : Tensor [D_out, D_in]
+    bias : Tensor [D_out], optional
+    residual : Tensor [R, D_out], optional
+
+    Returns
+    -------
+    Tensor [R, D_out]
+    """
+    return _op.linear(x, weight, bias, residual)
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Gated unit silu(x gateᵀ) · (x upᵀ) (Shazeer 2020), one rounding at the end.
+
+    Parameters
+    ----------
+    x : Tensor [R, D]
+    gate, up : Tensor [F, D]
+
+    Returns
+    -------
+    Tensor [R, F]
+    """
+    return _op.swiglu(x, gate, up)
+
+
+def rope_kv_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
+) -> Tensor:
+    """Rotate q and k (RoPE on halves, Su et al. 2021), write k and v at ``seq_lens[b] + m``, in place.
+
+    Parameters
+    ----------
+    q : Tensor [B, M, H, C]
+    k, v : Tensor [B, M, G, C]
+    cos, sin : Tensor [≥ T, C/2], fp32
+        One row a position.
+    k_cache, v_cache : Tensor [B, G, T, C]
+        Written in place.
+    seq_lens : Tensor [B], int64
+
+    Returns
+    -------
+    Tensor [B, M, H, C]
+        The rotated queries.
+    """
+    _no_backward("rope_kv_append", q, k, v)
+    return _op.rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
+
+
+def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+    """Causal grouped-query attention of M new rows over the cache that already holds their keys and values.
+
+    Row m of sequence b sits at ``seq_lens[b] + m`` and sees positions up to and including its own; what lies beyond is
+    never read.
+
+    Parameters
+    ----------
+    q : Tensor [B, M, H, C]
+    k_cache, v_cache : Tensor [B, G, T, C]
+    seq_lens : Tensor [B], int64
+        Lengths before this step.
+
+    Returns
+    -------
+    Tensor [B, M, H, C]
+    """
+    _no_backward("verify_attention", q)
+    return _op.verify_attention(q, k_cache, v_cache, seq_lens)
+
+
+def exit_head(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    eps: float,
+    token_map: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> ExitOutput:
+    """Final norm, head, arg-max and log-sum-exp in one pass over the head; logits are never written.
+
+    Parameters
+    ----------
+    hidden : Tensor [R, D]
+    norm_weight : Tensor [D]
+    head_weight : Tensor [V, D]
+        The rows to score, in the dtype of ``hidden``, or int8 together with ``scale``.
+    eps : float
+    token_map : Tensor [V], int64, optional
+        The token that each row of ``head_weight`` stands for; without it a row stands for its index.
+    scale : Tensor [V], fp32, optional
+        One factor a row of an int8 head: logit = scale · Σ x · weight.
+
+    Returns
+    -------
+    ExitOutput
+        Ties go to the lowest row. Token -1 marks a row whose logits are not finite.
+    """
+    _no_backward("exit_head", hidden)
+    return ExitOutput(*_op.exit_head(hidden, norm_weight, head_weight, eps, token_map, scale))
+
+
+def partial_forward(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    start: int,
+    end: int,
+    eps: float,
+) -> Tensor:
+    """Layers [start, end) of a pre-norm decoder as one call; keys and values are written into the cache in place.
+
+    A layer is the composition of this module's ops, bit for bit: rms_norm, linear (q, k, v), rms_norm of q and k where
+    the model has it, rope_kv_append, verify_attention, linear + residual, rms_norm, swiglu, linear + residual. So a
+    forward of [0, L) equals one of [0, E) followed by one of [E, L).
+
+    Parameters
+    ----------
+    hidden : Tensor [B, M, D]
+        State before layer ``start``.
+    weights : sequence of Tensor
+        For each of the layers in order: attn_norm [D], q [H C, D], k [G C, D], v [G C, D], o [D, H C], mlp_norm [D],
+        gate [F, D], up [F, D], down [D, F]; or those nine and five more, q_bias [H C], k_bias [G C], v_bias [G C],
+        q_norm [C], k_norm [C], each of them empty where the model has none.
+    k_cache, v_cache : Tensor [L, B, G, T, C]
+        Written in place, at ``seq_lens[b] + m``.
+    cos, sin : Tensor [≥ T, C/2], fp32
+    seq_lens : Tensor [B], int64
+    start, end : int
+    eps : float
+        Of every norm.
+
+    Returns
+    -------
+    Tensor [B, M, D]
+        State after layer ``end - 1``.
+    """
+    _no_backward("partial_forward", hidden)
+    return _op.partial_forward(hidden, weights, k_cache, v_cache, cos, sin, seq_lens, start, end, eps)
+
+
+def check_layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
+    """Check the tensors of one layer as `partial_forward` takes them.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        Nine or fourteen tensors.
+    hidden, groups, size : int
+        D, G and C.
+    dtype : torch.dtype
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the name of the tensor, what it is and what it should be.
+    """
+    _checks.layer_weights(weights, hidden, groups, size, dtype)
+
+
+def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance:
+    """Accept the leading draft tokens that the full model agrees with, and advance the lengths.
+
+    Parameters
+    ----------
+    draft : Tensor [B, K], int64
+        A negative entry marks a slot that was not drafted; it and what follows it are not accepted.
+    target : Tensor [B, K + 1], int64
+        The full model's choice after each of the K + 1 rows.
+    seq_lens : Tensor [B], int64
+        Advanced in place by accepted + 1.
+
+    Returns
+    -------
+    Acceptance
+        ``next_token[b] = target[b, accepted[b]]``.
+    """
+    return Acceptance(*_op.accept_greedy(draft, target, seq_lens))
