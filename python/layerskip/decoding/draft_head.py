@@ -1,0 +1,120 @@
+"""The part of the vocabulary that a draft scores."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models import LayerSkipModel
+from ..modules import EarlyExitHead
+
+FILE_NAME = "draft_head.safetensors"
+
+
+class DraftHead:
+    """The tokens worth drafting; their rows of a model's head, in int8, score the drafts.
+
+    A token outside is never drafted, but verification with the full head still emits it, so the result is the same.
+    Only the choice of tokens is kept and saved: the rows come from the model that it is used with.
+
+    Parameters
+    ----------
+    token_ids : Tensor [S] or sequence of int
+        In any order; duplicates count once.
+    vocab_size : int
+        V of the model that they belong to.
+
+    Raises
+    ------
+    ValueError
+        If there is no token, or one is outside the vocabulary.
+    """
+
+    def __init__(self, token_ids: Tensor | Sequence[int], vocab_size: int) -> None:
+        self.token_ids = torch.as_tensor(token_ids, dtype=torch.int64).unique()  # sorted
+        self.vocab_size = vocab_size
+        if self.token_ids.numel() == 0:
+            raise ValueError("a draft head needs at least one token")
+        first, last = int(self.token_ids[0]), int(self.token_ids[-1])
+        if first < 0 or last >= vocab_size:
+            raise ValueError(f"token id {first if first < 0 else last} is outside the vocabulary of {vocab_size}")
+
+    @classmethod
+    def from_tokens(
+        cls, texts: Iterable[Sequence[int]], vocab_size: int, eos_token_id: int | Sequence[int], size: int = 8192
+    ) -> DraftHead:
+        """The ``size`` tokens that are most frequent in tokenized texts; the ones that end a sequence among them.
+
+        Where the texts have fewer, the lowest ids fill up: byte-pair vocabularies list frequent tokens first.
+
+        Raises
+        ------
+        ValueError
+            If ``size`` does not fit the vocabulary, or a token is outside it.
+        """
+        if not 1 <= size <= vocab_size:
+            raise ValueError(f"size must be in 1 … {vocab_size}, the vocabulary, got {size}")
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for text in texts:
+            tokens = torch.as_tensor(text, dtype=torch.int64)
+            outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+            if outside.numel():
+                raise ValueError(f"token id {int(outside[0])} is outside the vocabulary of {vocab_size}")
+            counts += tokens.bincount(minlength=vocab_size)
+        counts[eos_token_id] = torch.iinfo(torch.int64).max
+        return cls(counts.sort(descending=True, stable=True).indices[:size], vocab_size)
+
+    def of(self, model: LayerSkipModel) -> EarlyExitHead:
+        """The rows of ``model``'s head that stand for these tokens, in int8 with one scale a row."""
+        if model.vocab_size != self.vocab_size:
+            raise ValueError(
+                f"the draft head is for a vocabulary of {self.vocab_size}, the model has {model.vocab_size}"
+            )
+        return model.head.quantize(self.token_ids.to(model.device))
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a file, or as ``draft_head.safetensors`` into a directory; whole or not at all."""
+        from safetensors.torch import save
+
+        target = _file(path)
+        data = save({"token_ids": self.token_ids.cpu()}, metadata={"vocab_size": str(self.vocab_size)})
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> DraftHead:
+        """Read what `save` wrote, from a file or a directory.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is none, or it is not a draft head.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        source = _file(path)
+        if not source.exists():
+            raise FileNotFoundError(f"no draft head at {source}")
+        try:
+            with safe_open(source, framework="pt") as file:
+                vocab_size = (file.metadata() or {})["vocab_size"]
+                return cls(file.get_tensor("token_ids"), int(vocab_size))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{source} is not a draft head: {error}") from error
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / FILE_NAME if path.is_dir() else path

@@ -1,0 +1,140 @@
+"""The steps of decoding: read the prompt, then one token at a time, or one round of draft, verify, accept at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from layerskip_kernels import accept_greedy
+from torch import Tensor
+
+from ..models import LayerSkipModel
+from ..modules import EarlyExitHead, SharedKVCache
+
+PREFILL_CHUNK = 512
+
+
+class Progress(NamedTuple):
+    """What one step gave.
+
+    ``next_token`` [B] is the last token, on the device, for the next step; on the host are the accepted ``drafts``, the
+    ``token`` that follows them, and how many were ``drafted``.
+    """
+
+    next_token: Tensor
+    drafts: list[int]
+    token: int
+    drafted: int
+
+
+def finite(token: int, what: str, layer: int, position: int) -> int:
+    """A head says -1 where its logits are not finite: that is an error, never a token."""
+    if token < 0:
+        raise FloatingPointError(
+            f"{what} after layer {layer} gave logits that are not finite at position {position}; "
+            "the weights or the states hold NaN or infinity"
+        )
+    return token
+
+
+def prefill(model: LayerSkipModel, cache: SharedKVCache, prompt: Tensor, depth: int) -> tuple[Tensor, int]:
+    """Run ``prompt`` [B, N] through layers [0, depth) into the cache; the token after it, on the device and the host.
+
+    Only the last position gets logits, once.
+    """
+    for chunk in prompt.split(PREFILL_CHUNK, dim=1):
+        hidden = model.decoder.prefill(model.embed(chunk), cache, 0, depth)
+        cache.seq_lens.add_(chunk.shape[1])
+    token = model.head(hidden[:, -1]).token  # [B]
+    return token, finite(int(token), "the head", depth, prompt.shape[1] - 1)
+
+
+class SingleSteps:
+    """One token at a time, through layers [0, depth): the whole model, or an early exit without verification."""
+
+    def __init__(self, model: LayerSkipModel, cache: SharedKVCache, depth: int) -> None:
+        self._model, self._cache, self._depth = model, cache, depth
+
+    def step(self, token: Tensor, remaining: int, position: int) -> Progress:
+        """Put ``token`` [B] at ``position`` and give the one after it."""
+        hidden = self._model.decoder.forward(self._model.embed(token[:, None]), self._cache, 0, self._depth)
+        next_token = self._model.head(hidden[:, 0]).token  # [B]
+        self._cache.seq_lens.add_(1)
+        return Progress(next_token, [], finite(int(next_token), "the head", self._depth, position), 0)
+
+
+class SpeculativeRounds:
+    """Draft with layers [0, E), verify with layers [E, L) (Elhoushi et al. 2024, section 4.3).
+
+    Drafting and verification share the weights, the cache, and the states after layer E: what a draft computed is not
+    computed again. The buffers keep their shapes and addresses from round to round.
+
+    Parameters
+    ----------
+    model : LayerSkipModel
+    cache : SharedKVCache
+    exit_layer : int
+        E.
+    num_speculations : int
+        K, the most tokens that a round drafts.
+    draft_head : EarlyExitHead
+        May be approximate: verification repairs it.
+    """
+
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        cache: SharedKVCache,
+        exit_layer: int,
+        num_speculations: int,
+        draft_head: EarlyExitHead,
+    ) -> None:
+        self._model, self._cache, self._exit_layer = model, cache, exit_layer
+        self._num_speculations, self._draft_head = num_speculations, draft_head
+        batch, rows = cache.batch_size, num_speculations + 1
+        self._exits = torch.empty(
+            batch, rows, model.decoder.hidden_size, dtype=model.dtype, device=model.device
+        )  # [B, K + 1, D]
+        self._drafts = torch.empty(batch, num_speculations, dtype=torch.int64, device=model.device)  # [B, K]
+        self._offsets = torch.arange(rows, device=model.device)[:, None]  # [K + 1, 1]
+
+    def step(self, token: Tensor, remaining: int, position: int) -> Progress:
+        """One round from ``token`` [B], which goes to ``position``, where at most ``remaining`` tokens may follow.
+
+        A round emits its drafts and one token more, so it drafts at most ``remaining - 1``; with that, its rows stay
+        inside a cache that has room for the sequence.
+        """
+        count = min(self._num_speculations, remaining - 1)
+        self._draft(token, count)
+        accepted, next_token = accept_greedy(self._drafts[:, :count], self._verify(count), self._cache.seq_lens)
+        return self._read(accepted, next_token, count, position)
+
+    def _draft(self, token: Tensor, count: int) -> None:
+        """Draft ``count`` tokens; the last one, too, goes through layers [0, E), for its key, value and state."""
+        lengths = self._cache.seq_lens + self._offsets  # [K + 1, B]
+        for row in range(count + 1):
+            embedded = self._model.embed(token[:, None])  # [B, 1, D]
+            hidden = self._model.decoder.forward(embedded, self._cache, 0, self._exit_layer, lengths[row])
+            self._exits[:, row] = hidden[:, 0]
+            if row < count:
+                drafted = self._draft_head(hidden[:, 0]).token  # [B]
+                self._drafts[:, row] = drafted
+                token = drafted.clamp_min(0)  # -1 is found after the round; until then it must not index
+
+    def _verify(self, count: int) -> Tensor:
+        """The full model's choice after each of the ``count + 1`` rows, [B, count + 1]."""
+        hidden = self._model.decoder.forward(
+            self._exits[:, : count + 1], self._cache, self._exit_layer, self._model.num_layers
+        )
+        return self._model.head(hidden).token
+
+    def _read(self, accepted: Tensor, next_token: Tensor, count: int, position: int) -> Progress:
+        """Bring the round to the host: its one synchronisation."""
+        row = torch.cat([accepted[:, None], next_token[:, None], self._drafts[:, :count]], 1)[0].tolist()
+        taken, token, drafts = row[0], row[1], row[2:]
+        last = position + taken
+        finite(token, "the head", self._model.num_layers, last)
+        # The draft after the accepted ones came from the right context, the ones after it did not.
+        for draft in drafts[taken : taken + 1]:
+            finite(draft, "the draft head", self._exit_layer, last)
+        return Progress(next_token, drafts[:taken], token, count)

@@ -1,0 +1,90 @@
+"""Checks of what a caller asks for; each failure names the value and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return value
+
+
+def exit_layer(value: Any, num_layers: int) -> int:
+    """An exit is after layer 1 … L - 1: with fewer nothing is drafted, with all of them nothing is left to verify."""
+    if not 1 <= _integer("exit_layer", value) < num_layers:
+        raise ValueError(f"exit_layer must be in 1 … {num_layers - 1} for a model of {num_layers} layers, got {value}")
+    return value
+
+
+def at_least_one(name: str, value: Any) -> int:
+    """A count, such as of speculations or new tokens."""
+    if _integer(name, value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def strategy(value: Any) -> str:
+    """One of `STRATEGIES`."""
+    if value not in STRATEGIES:
+        raise ValueError(f"unknown strategy {value!r}, expected one of {', '.join(STRATEGIES)}")
+    return str(value)
+
+
+def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
+    """A prompt of at least one known token, as int64 [1, N]."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a torch.Tensor [1, N], got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids has dtype {str(input_ids.dtype).removeprefix('torch.')}, expected int64")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [1, N]")
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"one sequence at a time for now, got a batch of {input_ids.shape[0]}")
+    if input_ids.shape[1] == 0:
+        raise ValueError("the prompt is empty; it needs at least one token (a BOS token, for instance)")
+    if input_ids.device != device:
+        raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
+    first, last = int(input_ids.min()), int(input_ids.max())
+    if first < 0 or last >= vocab_size:
+        raise ValueError(f"token id {first if first < 0 else last} is outside the vocabulary of {vocab_size}")
+    return input_ids.long()
+
+
+def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:
+    """The whole sequence has to fit; returns its length."""
+    total = prompt_tokens + new_tokens
+    if total > max_seq_len:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens={new_tokens} make {total}, max_seq_len is {max_seq_len}"
+        )
+    return total
+
+
+def max_seq_len(value: Any, positions: int | None) -> int:
+    """The longest sequence: what the caller says, else what the model was made for."""
+    if value is None:
+        if positions is None:
+            raise ValueError("the model's config has no max_position_embeddings; give max_seq_len")
+        return positions
+    if positions is not None and at_least_one("max_seq_len", value) > positions:
+        raise ValueError(f"max_seq_len {value} exceeds the {positions} positions that the model was made for")
+    return at_least_one("max_seq_len", value)
+
+
+def stop_tokens(value: int | Sequence[int] | None, vocab_size: int) -> frozenset[int]:
+    """The ids that end a sequence; none for an empty list."""
+    if value is None:
+        return frozenset()
+    ids = [value] if isinstance(value, int) else list(value)
+    for token in ids:
+        if not 0 <= _integer("eos_token_id", token) < vocab_size:
+            raise ValueError(f"eos_token_id {token} is outside the vocabulary of {vocab_size}")
+    return frozenset(ids)
