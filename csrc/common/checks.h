@@ -1,0 +1,79 @@
+// What the launchers need to trust a tensor's memory. Messages for users are written in Python (`_checks.py`); these
+// hold also when an op of `layerskip_native` is called past them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "common/types.h"
+
+namespace lsk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+constexpr ScalarType scalar_type() = delete;
+template <>
+constexpr ScalarType scalar_type<float>() {
+  return ScalarType::Float;
+}
+template <>
+constexpr ScalarType scalar_type<bf16>() {
+  return ScalarType::BFloat16;
+}
+template <>
+constexpr ScalarType scalar_type<f16>() {
+  return ScalarType::Half;
+}
+template <>
+constexpr ScalarType scalar_type<int8_t>() {
+  return ScalarType::Char;
+}
+template <>
+constexpr ScalarType scalar_type<int64_t>() {
+  return ScalarType::Long;
+}
+
+// The memory of a contiguous tensor of this dtype and shape.
+template <class T>
+T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type<T>(), name, " has an unexpected dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(),
+                  ", expected ", shape.size());
+  const auto sizes = tensor.sizes();
+  size_t dim = 0;
+  for (int64_t size : shape) {
+    STD_TORCH_CHECK(sizes[dim] == size, name, " has size ", sizes[dim], " in dimension ", dim, ", expected ", size);
+    ++dim;
+  }
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <class T>
+T* data(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  return tensor.has_value() ? data<T>(*tensor, name, shape) : nullptr;
+}
+
+// Calls f with a null pointer of the storage type that `dtype` names.
+template <class F>
+auto with_float_type(ScalarType dtype, F f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<bf16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Half, "expected float32, bfloat16 or float16");
+      return f(static_cast<f16*>(nullptr));
+  }
+}
+
+}  // namespace lsk

@@ -1,0 +1,89 @@
+// The two steps of attention that a team shares: splits, then (after a wait) rows from their splits.
+#pragma once
+
+#include "cpu/common.h"
+
+namespace lsk {
+
+template <class T>
+struct AttentionStep {
+  const T* q;  // [B, M, H, C]
+  const T *k_cache, *v_cache;  // [B, G, T, C]
+  const int64_t* seq_lens;     // [B]
+  int64_t batch, rows, heads, groups, capacity, size;
+  int64_t splits;  // of the longest sequence
+  float* partial;  // [splits, B, G, M, H/G, 2 + C]
+
+  static int64_t count_splits(const int64_t* seq_lens, int64_t batch, int64_t rows) {
+    int64_t longest = 0;
+    for (int64_t b = 0; b < batch; ++b) longest = seq_lens[b] > longest ? seq_lens[b] : longest;
+    return (longest + rows + kSplit - 1) / kSplit;
+  }
+  int64_t ratio() const { return heads / groups; }
+  int64_t split_size() const { return batch * groups * rows * ratio() * (2 + size); }
+  int64_t partial_size() const { return splits * split_size(); }
+
+  void attend(const Member& member) const {
+    const Kernels<T>& table = kernels<T>();
+    const Range tasks = member.share(batch * groups * splits);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t split = task % splits, sequence = task / splits / groups, group = task / splits % groups;
+      if (split * kSplit >= seq_lens[sequence] + rows) continue;
+      const int64_t at = (sequence * groups + group) * capacity * size;
+      float* out = partial + split * split_size() + (sequence * groups + group) * rows * ratio() * (2 + size);
+      table.attend({q + sequence * rows * heads * size, k_cache + at, v_cache + at, seq_lens[sequence], rows, heads,
+                    size, group, ratio(), out},
+                   split);
+    }
+  }
+
+  // Rows [begin, end) of the B * M * H query rows, to out [B, M, H, C].
+  void combine(int64_t begin, int64_t end, T* out) const {
+    const Kernels<T>& table = kernels<T>();
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t head = row % heads, m = row / heads % rows, sequence = row / heads / rows;
+      const int64_t group = head / ratio();
+      const float* own =
+          partial + (((sequence * groups + group) * rows + m) * ratio() + head % ratio()) * (2 + size);
+      table.combine(own, split_size(), (seq_lens[sequence] + m) / kSplit + 1, size, out + row * size);
+    }
+  }
+};
+
+// Rotates queries into `q_out` and keys into the cache, copies values there; norms of q and k where given.
+template <class T>
+struct RopeStep {
+  const T *q, *k, *v;       // [B, M, H, C], [B, M, G, C] twice
+  const T *q_norm, *k_norm;  // [C] or null
+  const float *cos, *sin;    // [T, C/2]
+  T *q_out, *k_cache, *v_cache;
+  const int64_t* seq_lens;
+  int64_t batch, rows, heads, groups, capacity, size;
+  float eps;
+
+  void run(const Member& member) const {
+    const Kernels<T>& table = kernels<T>();
+    const int64_t vectors = heads + 2 * groups;
+    const Range tasks = member.share(batch * rows * vectors);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t vector = task % vectors, row = task / vectors, sequence = row / rows;
+      const int64_t position = seq_lens[sequence] + row % rows;
+      const RopeArgs<T> args = {vector < heads ? q_norm : k_norm, cos + position * size / 2, sin + position * size / 2,
+                                size, eps};
+      if (vector < heads) {
+        const int64_t at = (row * heads + vector) * size;
+        table.rope(args, q + at, q_out + at);
+        continue;
+      }
+      const int64_t group = (vector - heads) % groups, at = (row * groups + group) * size;
+      const int64_t slot = ((sequence * groups + group) * capacity + position) * size;
+      if (vector < heads + groups) {
+        table.rope(args, k + at, k_cache + slot);
+      } else {
+        for (int64_t i = 0; i < size; ++i) v_cache[slot + i] = v[at + i];
+      }
+    }
+  }
+};
+
+}  // namespace lsk

@@ -1,0 +1,107 @@
+// Attention of the query heads that share one key/value head, over one split of the positions, and the ordered
+// combination of splits. Included inside the namespace of the instruction set.
+
+// Softmax numerators of `count` scores, in place; zeros up to the next multiple of sixteen.
+inline void softmax_numerators(float* scores, int64_t count, float scale, float* max_out, float* sum_out) {
+  F16 best = splat(-__builtin_inff());
+  for (int64_t t = 0; t < count; t += 16) {
+    const int64_t n = smaller(16, count - t);
+    for (int64_t i = n; i < 16; ++i) scores[t + i] = -__builtin_inff();
+    const F16 scaled = load(scores + t) * splat(scale);
+    store(scores + t, scaled, 16);
+    best = max(best, scaled);
+  }
+  const float maximum = lane_max(best);
+  F16 sum = splat(0);
+  for (int64_t t = 0; t < count; t += 16) {
+    const int64_t n = smaller(16, count - t);
+    store(scores + t, exp(load(scores + t) - splat(maximum)), 16);
+    const F16 numerators = load(scores + t, n);
+    store(scores + t, numerators, 16);
+    sum = sum + numerators;
+  }
+  *max_out = maximum;
+  *sum_out = total(sum);
+}
+
+// out[h][0..C) = sum over t of numerators[h][t] * values[t] for HEADS query heads, sixteen columns at a time.
+template <class T, int HEADS>
+inline void weigh_values(const float* const* numerators, const T* values, int64_t count, int64_t size, float* const* out) {
+  for (int64_t c = 0; c < size; c += 16) {
+    const int64_t n = smaller(16, size - c);
+    F16 sums[HEADS];
+    for (int h = 0; h < HEADS; ++h) sums[h] = splat(0);
+    for (int64_t t = 0; t < count; ++t) {
+      const F16 lanes = n == 16 ? load(values + t * size + c) : load(values + t * size + c, n);
+      for (int h = 0; h < HEADS; ++h) sums[h] = fma(lanes, splat(numerators[h][t]), sums[h]);
+    }
+    for (int h = 0; h < HEADS; ++h) store(out[h] + c, sums[h], n);
+  }
+}
+
+// One split for up to kMaxRows query rows; `first` counts them from (m = 0, head 0), row = m * ratio + head.
+template <class T>
+inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first, int64_t rows) {
+  using X = typename Dot<T>::X;
+  const int64_t start = split * kSplit, stride = padded(a.size);
+  const auto visible = [&](int64_t row) {
+    const int64_t seen = a.length + row / a.ratio + 1 - start;
+    return seen < 0 ? 0 : smaller(seen, kSplit);
+  };
+  alignas(64) X queries[kMaxRows * 256];
+  alignas(64) float scores[kMaxRows][kSplit], tile[kMaxRows * kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t m = (first + r) / a.ratio, head = a.group * a.ratio + (first + r) % a.ratio;
+    pack_row<T, X>(a.q + (m * a.heads + head) * a.size, nullptr, 0.0f, a.size, queries + r * stride);
+  }
+  const int64_t most = visible(first + rows - 1);
+  for (int64_t t = 0; t < most; t += kTile) {
+    const int64_t count = smaller(kTile, most - t);
+    dot_tile(a.keys + (start + t) * a.size, a.size, count, queries, stride, rows, a.size, tile);
+    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(scores[r] + t, tile + r * kTile, count * sizeof(float));
+  }
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.size));
+  const int64_t pitch = a.size + 2;
+  for (int64_t r = 0; r < rows;) {
+    const int64_t count = visible(first + r);
+    const float* numerators[4];
+    float* out[4];
+    int64_t heads = 0;  // of one position: what they see has the same end
+    for (; heads < 4 && r + heads < rows && (first + r + heads) / a.ratio == (first + r) / a.ratio; ++heads) {
+      float* partial = a.partial + (first + r + heads) * pitch;
+      softmax_numerators(scores[r + heads], count, scale, partial, partial + 1);
+      numerators[heads] = scores[r + heads];
+      out[heads] = partial + 2;
+    }
+    const T* values = a.values + start * a.size;
+    if (heads == 1) weigh_values<T, 1>(numerators, values, count, a.size, out);
+    if (heads == 2) weigh_values<T, 2>(numerators, values, count, a.size, out);
+    if (heads == 3) weigh_values<T, 3>(numerators, values, count, a.size, out);
+    if (heads == 4) weigh_values<T, 4>(numerators, values, count, a.size, out);
+    r += heads;
+  }
+}
+
+template <class T>
+void attend(const AttentionArgs<T>& a, int64_t split) {
+  for (int64_t first = 0; first < a.rows * a.ratio; first += kMaxRows)
+    attend_rows(a, split, first, smaller(kMaxRows, a.rows * a.ratio - first));
+}
+
+// One query row from its splits, `stride` floats apart: sum_s e^(max_s - max) values_s / sum_s e^(max_s - max) sum_s.
+template <class T>
+void combine(const float* partial, int64_t stride, int64_t splits, int64_t size, T* out) {
+  float maximum = partial[0];
+  for (int64_t s = 1; s < splits; ++s) maximum = partial[s * stride] > maximum ? partial[s * stride] : maximum;
+  float sum = 0;
+  for (int64_t s = 0; s < splits; ++s) sum += __builtin_expf(partial[s * stride] - maximum) * partial[s * stride + 1];
+  for (int64_t c = 0; c < size; c += 16) {
+    const int64_t n = smaller(16, size - c);
+    F16 values = splat(0);
+    for (int64_t s = 0; s < splits; ++s) {
+      const F16 factor = splat(__builtin_expf(partial[s * stride] - maximum));
+      values = fma(load(partial + s * stride + 2 + c, n), factor, values);
+    }
+    store(out + c, values / splat(sum), n);
+  }
+}

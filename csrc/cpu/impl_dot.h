@@ -1,0 +1,112 @@
+// Dot products of weight rows with packed activations: the one loop that all of the model's weights stream through.
+// Included inside the namespace of the instruction set.
+
+// Each product of a weight row and an activation row is summed in one register over the width, whatever the blocking
+// around it, so a row's bits never depend on how many rows travel with it.
+
+constexpr int kQuad = 4;          // weight rows in registers
+constexpr int64_t kTile = 64;     // weight rows of one tile of results
+constexpr int64_t kMaxRows = 48;  // activation rows of one tile of results
+
+// How W is multiplied: with fp32 activations, sixteen at a time.
+template <class W>
+struct Dot {
+  using X = float;
+  static constexpr int64_t kStep = 16;
+  using Lanes = F16;
+  static Lanes weights(const W* p) { return load(p); }
+  static Lanes weights(const W* p, int64_t n) { return load(p, n); }
+  static Lanes activations(const X* p) { return load(p); }
+  static F16 accumulate(F16 sum, Lanes w, Lanes x) { return fma(w, x, sum); }
+};
+
+#ifdef LSK_BF16_DOT
+// AVX-512-BF16 multiplies bf16 pairs into fp32, thirty-two at a time.
+template <>
+struct Dot<bf16> {
+  using X = bf16;
+  static constexpr int64_t kStep = 32;
+  using Lanes = __m512bh;
+  static Lanes weights(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Lanes weights(const bf16* p, int64_t n) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p);
+  }
+  static Lanes activations(const bf16* p) { return weights(p); }
+  static F16 accumulate(F16 sum, Lanes w, Lanes x) { return {_mm512_dpbf16_ps(sum.v, w, x)}; }
+};
+#endif
+
+// out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows.
+template <class W, int MR>
+inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, int64_t stride, int64_t width,
+                     int64_t ahead, float* out) {
+  using D = Dot<W>;
+  F16 sums[MR][kQuad];
+  for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < kQuad; ++i) sums[m][i] = splat(0);
+  int64_t k = 0;
+  for (; k + D::kStep <= width; k += D::kStep) {
+    typename D::Lanes w[kQuad];
+#pragma GCC unroll 4
+    for (int i = 0; i < kQuad; ++i) {
+      w[i] = D::weights(rows[i] + k);
+      __builtin_prefetch(rows[i] + k + ahead);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const auto lanes = D::activations(x + m * stride + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQuad; ++i) sums[m][i] = D::accumulate(sums[m][i], w[i], lanes);
+    }
+  }
+  if (k < width) {
+    typename D::Lanes w[kQuad];
+    for (int i = 0; i < kQuad; ++i) w[i] = D::weights(rows[i] + k, width - k);
+    for (int m = 0; m < MR; ++m) {
+      const auto lanes = D::activations(x + m * stride + k);  // packed rows are padded with zeros
+      for (int i = 0; i < kQuad; ++i) sums[m][i] = D::accumulate(sums[m][i], w[i], lanes);
+    }
+  }
+  for (int m = 0; m < MR; ++m) sum4(sums[m][0], sums[m][1], sums[m][2], sums[m][3], out + m * kTile);
+}
+
+template <class W>
+inline void dot_rows(int count, const W* const rows[kQuad], const typename Dot<W>::X* x, int64_t stride, int64_t width,
+                     int64_t ahead, float* out) {
+  switch (count) {
+    case 1:
+      return dot_quad<W, 1>(rows, x, stride, width, ahead, out);
+    case 2:
+      return dot_quad<W, 2>(rows, x, stride, width, ahead, out);
+#if LSK_MAX_BLOCK > 2
+    case 3:
+      return dot_quad<W, 3>(rows, x, stride, width, ahead, out);
+    case 4:
+      return dot_quad<W, 4>(rows, x, stride, width, ahead, out);
+    case 5:
+      return dot_quad<W, 5>(rows, x, stride, width, ahead, out);
+    default:
+      return dot_quad<W, 6>(rows, x, stride, width, ahead, out);
+#endif
+  }
+}
+
+// tile[m * kTile + n] = weight[n] · x[m] for up to kTile weight rows, `pitch` apart, and up to kMaxRows of x.
+template <class W>
+inline void dot_tile(const W* weight, int64_t pitch, int64_t count, const typename Dot<W>::X* x, int64_t stride,
+                     int64_t rows, int64_t width, float* tile) {
+  // Far enough for the next quad's lines to be on their way, wherever in the width this one is.
+  const int64_t ahead = kQuad * pitch * static_cast<int64_t>(sizeof(W)) < LSK_PREFETCH
+                            ? LSK_PREFETCH / static_cast<int64_t>(sizeof(W))
+                            : kQuad * pitch;
+  const int64_t blocks = (rows + LSK_MAX_BLOCK - 1) / LSK_MAX_BLOCK;
+  for (int64_t n = 0; n < count; n += kQuad) {
+    const W* quad[kQuad];
+    for (int64_t i = 0; i < kQuad; ++i) quad[i] = weight + (n + i < count ? n + i : count - 1) * pitch;
+    for (int64_t block = 0, m = 0; block < blocks; ++block) {
+      const int64_t next = rows * (block + 1) / blocks;
+      dot_rows<W>(static_cast<int>(next - m), quad, x + m * stride, stride, width, ahead, tile + m * kTile + n);
+      m = next;
+    }
+  }
+}

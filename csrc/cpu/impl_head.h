@@ -1,0 +1,40 @@
+// The exit head over a range of the vocabulary. Included inside the namespace of the instruction set.
+
+// Folds `count` logits, whose first row is `row`, into the running maximum and sum.
+inline void fold_logits(float* logits, int64_t count, int64_t row, HeadPartial& partial) {
+  for (int64_t i = count; i % 16; ++i) logits[i] = -__builtin_inff();
+  F16 best = load(logits);
+  for (int64_t i = 16; i < count; i += 16) best = max(best, load(logits + i));
+  const float block_max = lane_max(best);
+  if (block_max > partial.max) {
+    partial.sum *= __builtin_expf(partial.max - block_max);
+    partial.max = block_max;
+    for (int64_t i = 0; i < count; ++i) {
+      if (logits[i] == block_max) {
+        partial.row = row + i;
+        break;
+      }
+    }
+  }
+  F16 sum = splat(0);
+  for (int64_t i = 0; i < count; i += 16) sum = sum + exp(load(logits + i) - splat(partial.max));
+  partial.sum += total(sum);
+}
+
+// partial[r] for the packed row r, over the vocabulary rows [begin, end).
+template <class W>
+void head(const HeadArgs<W>& a, int64_t begin, int64_t end, HeadPartial* partial) {
+  using X = typename Dot<W>::X;
+  const int64_t width = a.x.width, stride = padded(width);
+  alignas(64) float tile[kMaxRows * kTile];
+  for (int64_t r = 0; r < a.x.rows; ++r) partial[r] = {-__builtin_inff(), 0.0f, begin};
+  for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
+    dot_tile(a.weight + n * width, width, count, x, stride, rows, width, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* logits = tile + r * kTile;
+      if (a.scale)
+        for (int64_t i = 0; i < count; ++i) logits[i] *= a.scale[n + i];
+      fold_logits(logits, count, n, partial[m + r]);
+    }
+  });
+}

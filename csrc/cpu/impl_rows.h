@@ -1,0 +1,132 @@
+// Norms, packing, RoPE and the matmuls' epilogues. Included inside the namespace of the instruction set.
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// exp(x): 2^n times a polynomial on [-ln2/2, ln2/2] (minimax coefficients of Cephes' expf). NaN stays NaN.
+inline F16 exp(F16 x) {
+  x = max(splat(-87.0f), x);
+  const F16 n = round(x * splat(1.44269504f));
+  F16 r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  F16 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + splat(1));
+  return scale_by_power_of_two(p, n);
+}
+
+inline float total(F16 a) {
+  float out[4];
+  const F16 zero = splat(0);
+  sum4(a, zero, zero, zero, out);
+  return out[0];
+}
+
+template <class T>
+inline float inverse_rms(const T* x, float eps, int64_t width) {
+  F16 squares = splat(0);
+  for (int64_t i = 0; i < width; i += 16) {
+    const F16 lanes = load(x + i, smaller(16, width - i));
+    squares = fma(lanes, lanes, squares);
+  }
+  return 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(width) + eps);
+}
+
+template <class T>
+void rms_norm(const T* x, const T* weight, float eps, int64_t width, T* out) {
+  const F16 inverse = splat(inverse_rms(x, eps, width));
+  for (int64_t i = 0; i < width; i += 16) {
+    const int64_t n = smaller(16, width - i);
+    store(out + i, load(x + i, n) * inverse * load(weight + i, n), n);
+  }
+}
+
+// One row to X, zero-padded, rounded to T on the way where a norm changes it.
+template <class T, class X>
+void pack_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
+  const F16 inverse = splat(norm ? inverse_rms(x, eps, width) : 1.0f);
+  const int64_t end = padded(width);
+  for (int64_t i = 0; i < end; i += 16) {
+    const int64_t n = i < width ? smaller(16, width - i) : 0;
+    F16 lanes = load(x + i, n);
+    if (norm) {
+      T rounded[16];
+      store(rounded, lanes * inverse * load(norm + i, n), 16);
+      lanes = load(rounded);
+    }
+    store(out + i, lanes, 16);
+  }
+}
+
+template <class T, class X>
+void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, void* packed) {
+  for (int64_t r = 0; r < rows; ++r) pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * padded(width));
+}
+
+// Runs body(first weight row, rows of the tile, first activation row, its count, packed activations).
+template <class X, class F>
+inline void for_each_tile(const Packed& x, int64_t begin, int64_t end, F body) {
+  const int64_t stride = padded(x.width);
+  for (int64_t n = begin; n < end; n += kTile)
+    for (int64_t m = 0; m < x.rows; m += kMaxRows)
+      body(n, smaller(kTile, end - n), m, smaller(kMaxRows, x.rows - m), static_cast<const X*>(x.data) + m * stride);
+}
+
+template <class T>
+void linear(const LinearArgs<T>& a, int64_t begin, int64_t end) {
+  using X = typename Dot<T>::X;
+  const int64_t width = a.x.width, stride = padded(width);
+  alignas(64) float tile[kMaxRows * kTile];
+  for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
+    dot_tile(a.weight + n * width, width, count, x, stride, rows, width, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (m + r) * a.N + n;
+      for (int64_t i = 0; i < count; i += 16) {
+        const int64_t lanes = smaller(16, count - i);
+        F16 sum = load(tile + r * kTile + i);
+        if (a.bias) sum = sum + load(a.bias + n + i, lanes);
+        if (a.residual) sum = sum + load(a.residual + at + i, lanes);
+        store(a.out + at + i, sum, lanes);
+      }
+    }
+  });
+}
+
+template <class T>
+void swiglu(const SwigluArgs<T>& a, int64_t begin, int64_t end) {
+  using X = typename Dot<T>::X;
+  const int64_t width = a.x.width, stride = padded(width);
+  alignas(64) float gate[kMaxRows * kTile], up[kMaxRows * kTile];
+  for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
+    dot_tile(a.gate + n * width, width, count, x, stride, rows, width, gate);
+    dot_tile(a.up + n * width, width, count, x, stride, rows, width, up);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < count; i += 16) {
+        const F16 g = load(gate + r * kTile + i), u = load(up + r * kTile + i);
+        const F16 silu = g / (splat(1) + exp(splat(0) - g));
+        store(a.out + (m + r) * a.N + n + i, silu * u, smaller(16, count - i));
+      }
+    }
+  });
+}
+
+// One head at one position: an optional norm (rounded to T), then (a, b) -> (a cos - b sin, b cos + a sin) on halves.
+template <class T>
+void rope(const RopeArgs<T>& args, const T* x, T* out) {
+  alignas(64) T normed[256];
+  if (args.norm) {
+    rms_norm(x, args.norm, args.eps, args.size, normed);
+    x = normed;
+  }
+  const int64_t half = args.size / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    const int64_t n = smaller(16, half - i);
+    const F16 a = load(x + i, n), b = load(x + half + i, n);
+    const F16 cos = load(args.cos + i, n), sin = load(args.sin + i, n);
+    store(out + i, a * cos - b * sin, n);
+    store(out + half + i, fma(a, sin, b * cos), n);
+  }
+}

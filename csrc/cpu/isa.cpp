@@ -1,0 +1,96 @@
+// Run-time choice of the instruction set.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace lsk {
+
+#define LSK_DECLARE(isa)                      \
+  extern const Kernels<float> k_##isa##_float; \
+  extern const Kernels<bf16> k_##isa##_bf16;   \
+  extern const Kernels<f16> k_##isa##_f16;
+
+#if defined(__x86_64__)
+LSK_DECLARE(avx512_bf16)
+LSK_DECLARE(avx512)
+LSK_DECLARE(avx2)
+#endif
+LSK_DECLARE(portable)
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*available)();
+  const Kernels<float>& f32;
+  const Kernels<bf16>& b16;
+  const Kernels<f16>& h16;
+};
+
+#define LSK_ISA(isa, available) {#isa, []() -> bool { return available; }, k_##isa##_float, k_##isa##_bf16, k_##isa##_f16}
+
+// Best first.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+#define LSK_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+#define LSK_AVX512                                                                  \
+  (LSK_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
+   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    LSK_ISA(avx512_bf16, LSK_AVX512 && __builtin_cpu_supports("avx512bf16")),
+    LSK_ISA(avx512, LSK_AVX512),
+    LSK_ISA(avx2, LSK_AVX2),
+#endif
+    LSK_ISA(portable, true),
+};
+
+const Isa* best() {
+  for (const Isa& isa : kIsas)
+    if (isa.available()) return &isa;
+  return nullptr;  // not reached: portable is always available
+}
+
+std::atomic<const Isa*> current{best()};
+
+std::string cpu_isa(const std::string& name) {
+  STD_TORCH_CHECK(name.empty() || set_isa(name.c_str()), "the instruction set '", name,
+                  "' is not one of avx512_bf16, avx512, avx2, portable that this machine has");
+  return isa_name();
+}
+
+}  // namespace
+
+const char* isa_name() { return current.load()->name; }
+
+bool set_isa(const char* name) {
+  for (const Isa& isa : kIsas) {
+    if (std::strcmp(isa.name, name) == 0 && isa.available()) {
+      current.store(&isa);
+      return true;
+    }
+  }
+  return false;
+}
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return current.load()->f32;
+}
+template <>
+const Kernels<bf16>& kernels<bf16>() {
+  return current.load()->b16;
+}
+template <>
+const Kernels<f16>& kernels<f16>() {
+  return current.load()->h16;
+}
+
+}  // namespace lsk
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&lsk::cpu_isa));
+}

@@ -1,0 +1,30 @@
+// The kernels compiled for one instruction set. Everything from outside is included before the target is set, so that
+// no shared inline function is compiled for a machine that may not run it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+#define LSK_MAX_BLOCK 2
+#define LSK_PREFETCH 4096
+#pragma GCC target("avx2,fma,f16c")
+
+namespace lsk::avx2 {
+
+#include "cpu/simd_avx2.h"
+#include "cpu/impl_dot.h"
+#include "cpu/impl_rows.h"
+#include "cpu/impl_head.h"
+#include "cpu/impl_attention.h"
+#include "cpu/impl_table.h"
+
+}  // namespace lsk::avx2
+
+namespace lsk {
+
+extern const Kernels<float> k_avx2_float = avx2::kTable<float>;
+extern const Kernels<bf16> k_avx2_bf16 = avx2::kTable<bf16>;
+extern const Kernels<f16> k_avx2_f16 = avx2::kTable<f16>;
+
+}  // namespace lsk
+#endif

@@ -1,0 +1,30 @@
+// The kernels compiled for one instruction set. Everything from outside is included before the target is set, so that
+// no shared inline function is compiled for a machine that may not run it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+#define LSK_MAX_BLOCK 6
+#define LSK_PREFETCH 4096
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+namespace lsk::avx512 {
+
+#include "cpu/simd_avx512.h"
+#include "cpu/impl_dot.h"
+#include "cpu/impl_rows.h"
+#include "cpu/impl_head.h"
+#include "cpu/impl_attention.h"
+#include "cpu/impl_table.h"
+
+}  // namespace lsk::avx512
+
+namespace lsk {
+
+extern const Kernels<float> k_avx512_float = avx512::kTable<float>;
+extern const Kernels<bf16> k_avx512_bf16 = avx512::kTable<bf16>;
+extern const Kernels<f16> k_avx512_f16 = avx512::kTable<f16>;
+
+}  // namespace lsk
+#endif

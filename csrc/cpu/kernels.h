@@ -1,0 +1,95 @@
+// The kernels that exist once per instruction set, behind one table of functions; chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace lsk {
+
+constexpr int64_t kPad = 32;    // rows of packed activations are zero-padded to a multiple of this
+constexpr int64_t kSplit = 256; // positions of one attention split; fixed, so that a row's bits don't depend on M
+constexpr int64_t kHeadTiles = 256;
+
+inline int64_t padded(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
+
+// Activations of a matmul, [rows, width], in the form that the instruction set multiplies (bf16 or fp32), padded.
+struct Packed {
+  const void* data;
+  int64_t rows, width;
+};
+
+template <class T>
+struct LinearArgs {
+  Packed x;
+  const T* weight;    // [N, width]
+  const T* bias;      // [N] or null
+  const T* residual;  // [rows, N] or null
+  T* out;             // [rows, N]
+  int64_t N;
+};
+
+template <class T>
+struct SwigluArgs {
+  Packed x;
+  const T *gate, *up;  // [N, width]
+  T* out;              // [rows, N]
+  int64_t N;
+};
+
+// Maximum, its row and the sum of exp(logit - maximum) over a range of the vocabulary.
+struct HeadPartial {
+  float max;
+  float sum;
+  int64_t row;
+};
+
+template <class W>
+struct HeadArgs {
+  Packed x;
+  const W* weight;     // [V, width]
+  const float* scale;  // [V] or null
+};
+
+template <class T>
+struct RopeArgs {
+  const T* norm;            // [C] or null
+  const float *cos, *sin;   // [C/2], of this position
+  int64_t size;             // C
+  float eps;
+};
+
+template <class T>
+struct AttentionArgs {
+  const T* q;                // [M, H, C] of one sequence
+  const T *keys, *values;    // [T, C] of one key/value head
+  int64_t length;            // positions before this step
+  int64_t rows, heads, size; // M, H, C
+  int64_t group, ratio;      // which key/value head; query heads per key/value head
+  float* partial;            // [M, ratio, 2 + C]: max, sum, weighted values of this split
+};
+
+// Everything that is compiled per instruction set, for one storage type.
+template <class T>
+struct Kernels {
+  // x [rows, width] -> packed; with a norm weight, rms_norm (rounded to T) first.
+  void (*pack)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, void* packed);
+  void (*pack_wide)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, void* packed);  // fp32 always
+  void (*rms_norm)(const T* x, const T* weight, float eps, int64_t width, T* out);
+  void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
+  void (*swiglu)(const SwigluArgs<T>&, int64_t begin, int64_t end);
+  void (*head)(const HeadArgs<T>&, int64_t begin, int64_t end, HeadPartial* partial);
+  void (*head_int8)(const HeadArgs<int8_t>&, int64_t begin, int64_t end, HeadPartial* partial);
+  void (*rope)(const RopeArgs<T>&, const T* x, T* out);
+  void (*attend)(const AttentionArgs<T>&, int64_t split);
+  void (*combine)(const float* partial, int64_t stride, int64_t splits, int64_t size, T* out);
+};
+
+const char* isa_name();
+// Uses the named instruction set from now on; false where it is unknown or this machine lacks it.
+bool set_isa(const char* name);
+
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace lsk
