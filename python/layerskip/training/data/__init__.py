@@ -1,0 +1,108 @@
+"""Three tasks whose texts ship in Python packages: semantic parsing, coding, summarization.
+
+Every task is a module with ``SPLITS`` and ``load(split)``. A held-out split shares no group, and no prompt, with training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+from ._example import Example, stable_fraction
+from ._files import cache_directory, write_atomically
+
+__all__ = [
+    "TASKS",
+    "Example",
+    "cache_directory",
+    "load_task",
+    "read_jsonl",
+    "splits",
+    "stable_fraction",
+    "write_prompts",
+]
+
+TASKS = ("parsing", "coding", "summarization")
+
+
+def splits(name: str) -> tuple[str, ...]:
+    """Names of the splits of a task, training first.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    return tuple(import_module(f"{__name__}.{name}").SPLITS)
+
+
+def load_task(name: str, split: str = "train") -> list[Example]:
+    """Examples of one split of one task, always the same ones in the same order.
+
+    Parameters
+    ----------
+    name : str
+        One of `TASKS`.
+    split : str
+        One of `splits(name)`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task or split.
+    ModuleNotFoundError
+        Where the package that ships the texts is absent.
+    """
+    if split not in splits(name):
+        raise ValueError(f"task {name} has no split {split!r}; it has: {', '.join(splits(name))}")
+    return import_module(f"{__name__}.{name}").load(split)
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """Examples from a file with one JSON object a line: ``prompt``, ``completion`` and, optionally, ``group``.
+
+    Raises
+    ------
+    ValueError
+        For a line that isn't such an object, with the file and the line number.
+    """
+    with open(path, encoding="utf-8") as lines:
+        return list(_parse_lines(lines, str(path)))
+
+
+def _parse_lines(lines: Iterator[str], path: str) -> Iterator[Example]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
+        for field in ("prompt", "completion"):
+            if not isinstance(record.get(field), str):
+                raise ValueError(f"{path}, line {number}: field {field!r} must be a string, got {record.get(field)!r}")
+        yield Example(record["prompt"], record["completion"], str(record.get("group", f"{path}:{number}")))
+
+
+def write_prompts(task: str, split: str, path: str | Path, limit: int | None = None) -> int:
+    """Write the prompts of a split as JSONL with the fields ``prompt`` and ``completion``; return how many.
+
+    Parameters
+    ----------
+    task, split : str
+        As `load_task` takes them.
+    path : str or Path
+        Written under a temporary name, then renamed.
+    limit : int, optional
+        Write only the first ones.
+    """
+    examples = load_task(task, split)[:limit]
+    lines = (json.dumps({"prompt": example.prompt, "completion": example.completion}) + "\n" for example in examples)
+    write_atomically(Path(path), "".join(lines))
+    return len(examples)
