@@ -59,7 +59,7 @@ class SelfSpeculativeDecoder:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
         self.tokenizer: Any = None
-        self._draft_head = _resolve_draft_head(draft_head, self.model)
+        self.draft_head: EarlyExitHead = _resolve_draft_head(draft_head, self.model)
         self._eos_token_id = _default_eos(model)
         self._cache: SharedKVCache | None = None
 
@@ -144,7 +144,7 @@ class SelfSpeculativeDecoder:
         depth = exit_layer if strategy == "early_exit" else self.model.num_layers
         steps: SingleSteps | SpeculativeRounds = SingleSteps(self.model, cache, depth)
         if strategy == "self_speculative":
-            steps = SpeculativeRounds(self.model, cache, exit_layer, num_speculations, self._draft_head)
+            steps = SpeculativeRounds(self.model, cache, exit_layer, num_speculations, self.draft_head)
         token, first = prefill(self.model, cache, prompt, depth)
         transcript.add_first(first)
         position = prompt.shape[1]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .._files import write_atomically
 from ..models import LayerSkipModel
 from ..modules import EarlyExitHead
 
@@ -83,14 +82,7 @@ class DraftHead:
 
         target = _file(path)
         data = save({"token_ids": self.token_ids.cpu()}, metadata={"vocab_size": str(self.vocab_size)})
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(target, data)
         return target
 
     @classmethod

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from layerskip_kernels import accept_greedy
 from torch import Tensor
+
+from layerskip_kernels import accept_greedy
 
 from ..models import LayerSkipModel
 from ..modules import EarlyExitHead, SharedKVCache

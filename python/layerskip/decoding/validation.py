@@ -63,7 +63,8 @@ def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:
     total = prompt_tokens + new_tokens
     if total > max_seq_len:
         raise ValueError(
-            f"a prompt of {prompt_tokens} tokens and max_new_tokens={new_tokens} make {total}, max_seq_len is {max_seq_len}"
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens={new_tokens} make {total}, "
+            f"more than max_seq_len={max_seq_len}"
         )
     return total
 

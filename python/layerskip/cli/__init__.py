@@ -1,0 +1,56 @@
+"""The ``layerskip`` command. A command is a module with ``add_arguments(parser)`` and ``run(args, console) -> int``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from layerskip_kernels import BackendError
+
+from . import bench, correctness, demo, env, generate
+
+COMMANDS = {
+    "demo": (demo, "decode a few prompts both ways, side by side"),
+    "generate": (generate, "continue a prompt"),
+    "bench": (bench, "measure decoding against the memory's speed and against transformers"),
+    "correctness": (correctness, "check that self-speculative decoding changes no token"),
+    "env": (env, "show versions, devices, and which backend serves each op"),
+}
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="layerskip", description="Early exit and self-speculative decoding.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        module.add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if all is well, 1 if a check failed, 2 for an error, which is one line on stderr."""
+    args = _parser().parse_args(argv)
+    errors = Console(stderr=True)
+    try:
+        return COMMANDS[args.command][0].run(args, Console())
+    except USER_ERRORS as error:
+        if args.traceback:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        errors.print(f"[red]layerskip {args.command}:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

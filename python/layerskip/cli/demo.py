@@ -1,0 +1,140 @@
+"""Decode a few prompts autoregressively and self-speculatively, side by side; check that the tokens are the same."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+
+from .._files import write_atomically
+from ..decoding import GenerationOutput, SelfSpeculativeDecoder
+from . import options, prompts
+from .picture import demo_picture
+from .prompts import Prompt
+
+ACCEPTED, VERIFIED = "bold green", "default"
+STOCK_MODEL = (
+    "This is stock SmolLM2, which was not trained to exit early: its early layers rarely guess what the last layer "
+    "says (8 % of tokens at layer 12 of 30), so few drafts are accepted and drafting mostly costs time. Expect the "
+    "self-speculative side to be SLOWER here. Its tokens are the same even so. A model trained with LayerSkip's recipe "
+    "accepts most drafts, and that is where the speedup comes from."
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the demo shows: a model, what to know about it, and prompts that suit it."""
+
+    model: Any
+    tokenizer: Any
+    exit_layer: int
+    num_speculations: int
+    remark: str
+    prompts: list[Prompt]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One prompt, decoded both ways."""
+
+    prompt: Prompt
+    plain: GenerationOutput
+    speculative: GenerationOutput
+
+    @property
+    def identical(self) -> bool:
+        """Whether both gave the same tokens."""
+        return self.plain.sequences.tolist() == self.speculative.sequences.tolist()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--threads", type=options.positive, help="how many CPU threads to use (default: torch's choice)"
+    )
+    parser.add_argument("--max-new-tokens", type=options.positive, default=48, metavar="N")
+    parser.add_argument("--output", type=Path, default=Path("layerskip-demo.png"), help="the picture")
+
+
+def load_subject(args: argparse.Namespace, console: Console) -> Subject:
+    """The model that the demo runs; the one place to change when a better one is there."""
+    args.model, args.dtype = "smollm2", "bfloat16"
+    model, tokenizer = options.load(args, console)
+    one_a_task = {prompt.task: prompt for prompt in reversed(prompts.read("samples"))}
+    return Subject(model, tokenizer, 8, 3, STOCK_MODEL, list(reversed(one_a_task.values())))
+
+
+def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """The text that each token adds; a character made of several tokens belongs to the last of them."""
+    texts, shown = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end])
+        whole = not text.endswith("\ufffd")
+        texts.append(text[len(shown) :] if whole else "")
+        shown = text if whole else shown
+    return texts
+
+
+def coloured(tokenizer: Any, out: GenerationOutput) -> Text:
+    """The new text, with the tokens that the early layers drafted in green."""
+    text = Text()
+    for piece, drafted in zip(pieces(tokenizer, out.new_tokens[0].tolist()), out.drafted[0].tolist(), strict=True):
+        text.append(piece, style=ACCEPTED if drafted else VERIFIED)
+    return text
+
+
+def _panel(title: str, tokenizer: Any, out: GenerationOutput, width: int) -> Panel:
+    stats = out.stats
+    caption = f"{stats.decode_tokens_per_second:.1f} tokens/s"
+    if stats.drafted:
+        caption += f", {stats.accepted} of {stats.drafted} drafts accepted ({stats.acceptance_rate:.0%})"
+    return Panel(coloured(tokenizer, out), title=title, subtitle=caption, width=width, title_align="left")
+
+
+def _show(console: Console, subject: Subject, shown: Shown) -> None:
+    width = max(40, (console.width - 1) // 2)
+    panels = [
+        _panel("autoregressive", subject.tokenizer, shown.plain, width),
+        _panel("self-speculative", subject.tokenizer, shown.speculative, width),
+    ]
+    same = Text("✓ identical tokens", "green") if shown.identical else Text("✗ the tokens differ", "bold red")
+    heading = Text.assemble((f"{shown.prompt.task}: ", "bold"), (shown.prompt.text, "italic"))
+    console.print(Group("", heading, Columns(panels, padding=(0, 0)), same))
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Show; 1 if any token differs."""
+    subject = load_subject(args, console)
+    decoder = SelfSpeculativeDecoder(subject.model, subject.exit_layer, subject.num_speculations)
+    layers = decoder.model.num_layers
+    console.print(Panel(subject.remark, title=f"E={decoder.exit_layer} of {layers} layers draft, {layers} verify"))
+    console.print(
+        Text.assemble(
+            "drafted by the early layers and accepted: ", ("green", ACCEPTED), "; given by the full model: plain"
+        )
+    )
+    shown = []
+    for prompt in subject.prompts:
+        input_ids = options.encode(subject.tokenizer, prompt.text)
+        with console.status("decoding"):
+            plain = decoder.generate(input_ids, args.max_new_tokens, strategy="autoregressive")
+            speculative = decoder.generate(input_ids, args.max_new_tokens)
+        shown.append(Shown(prompt, plain, speculative))
+        _show(console, subject, shown[-1])
+    return _finish(args, console, shown)
+
+
+def _finish(args: argparse.Namespace, console: Console, shown: list[Shown]) -> int:
+    rows = [(one.prompt.task, one.plain, one.speculative) for one in shown]
+    write_atomically(args.output, demo_picture(rows))
+    console.print(f"\nThe picture of this is in {args.output.resolve()}", highlight=False, soft_wrap=True)
+    if not all(one.identical for one in shown):
+        console.print("[bold red]✗ self-speculative decoding changed tokens[/bold red]")
+        return 1
+    return 0

@@ -1,0 +1,86 @@
+"""Show versions, devices, and which backend serves each op and why the others do not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import layerskip_kernels
+
+PACKAGES = ("layerskip-kernels", "torch", "transformers", "triton", "safetensors", "accelerate", "peft")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
+
+
+def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
+    """The smallest call of every op: one row, D = 8, one head of size 8."""
+    row, weight, square = (torch.ones(*shape, device=device) for shape in ((1, 8), (8,), (8, 8)))
+    heads, cache = torch.ones(1, 1, 1, 8, device=device), torch.zeros(1, 1, 2, 8, device=device)
+    cos, sin = torch.ones(2, 4, device=device), torch.zeros(2, 4, device=device)
+    lengths = torch.zeros(1, dtype=torch.int64, device=device)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    layer = [weight, square, square, square, square, weight, square, square, square]
+    return {
+        "rms_norm": (row, weight, 1e-5),
+        "linear": (row, square, None, None),
+        "swiglu": (row, square, square),
+        "rope_kv_append": (heads, heads, heads, cos, sin, cache, cache.clone(), lengths),
+        "verify_attention": (heads, cache, cache, lengths),
+        "exit_head": (row, weight, square, 1e-5, None, None),
+        "partial_forward": (row[None], layer, cache[None], cache[None].clone(), cos, sin, lengths, 0, 1, 1e-5),
+        "accept_greedy": (tokens[:, :1], tokens, lengths),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        instructions = layerskip_kernels.cpu_isa()
+    except RuntimeError as error:
+        instructions = str(error)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, instruction set: {instructions}"
+
+
+def _facts() -> Table:
+    table = Table(show_header=False, box=None)
+    table.add_row("python", platform.python_version())
+    for package in PACKAGES:
+        table.add_row(package, _version(package))
+    table.add_row("cpu", _cpu())
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    table.add_row("cuda", ", ".join(cards) or f"no card (torch is built for CUDA {torch.version.cuda or 'not at all'})")
+    return table
+
+
+def _ops(device: str) -> Table:
+    table = Table("op", "served by", "why not the others", title=f"on {device} tensors", title_justify="left")
+    for op, args in example_arguments(device).items():
+        try:
+            explanation = layerskip_kernels.explain(op, *args)
+            served, skipped = explanation.backend, explanation.skipped
+        except layerskip_kernels.BackendError as error:
+            served, skipped = "none", {"all": str(error)}
+        table.add_row(op, served, "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+    return table
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Print the tables."""
+    console.print(_facts())
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        console.print(_ops(device))
+    return 0

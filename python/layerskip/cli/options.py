@@ -1,0 +1,75 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .. import models
+from ..decoding import DraftHead, SelfSpeculativeDecoder
+from ..models import smollm2
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def positive(text: str) -> int:
+    """An argparse type: an int from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, in which dtype, on how many threads."""
+    parser.add_argument("--model", default="smollm2", help="a directory, a hub name, or smollm2")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
+    parser.add_argument("--threads", type=positive, help="how many CPU threads to use (default: torch's choice)")
+
+
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """How to draft."""
+    parser.add_argument("--exit-layer", type=positive, metavar="E", help="layers that draft (default: a quarter)")
+    parser.add_argument("--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round")
+    parser.add_argument(
+        "--draft-head",
+        default="full",
+        metavar="HEAD",
+        help="full, int8, or a file or directory with a saved draft head",
+    )
+
+
+def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The transformers model and tokenizer that the options name."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    source = smollm2.smollm2_directory() if args.model == "smollm2" else args.model
+    with console.status(f"loading {args.model}"):
+        return models.load(source, dtype=dtype or DTYPES[args.dtype])
+
+
+def exit_layer(args: argparse.Namespace, model: Any) -> int:
+    """What the options say, or a quarter of the layers."""
+    return args.exit_layer or max(1, model.config.num_hidden_layers // 4)
+
+
+def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
+    """A decoder as the options want it."""
+    head: str | DraftHead = args.draft_head
+    if head not in ("full", "int8"):
+        head = DraftHead.load(Path(args.draft_head))
+    return SelfSpeculativeDecoder(model, exit_layer(args, model), args.num_speculations, draft_head=head)
+
+
+def encode(tokenizer: Any, text: str, chat: bool = False) -> torch.Tensor:
+    """Token ids [1, N] of a text, or of a conversation in which the user says it."""
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError("this model's tokenizer has no chat template; leave out --chat")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids

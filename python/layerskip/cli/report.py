@@ -1,0 +1,172 @@
+"""The result of a benchmark: as a table, as JSON, as a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .._files import write_atomically
+
+AUTOREGRESSIVE = "autoregressive"
+SELF_SPECULATIVE = "self-speculative"
+TRANSFORMERS = "transformers"
+EARLY_EXIT_ASSISTED = "transformers, assistant_early_exit"
+
+
+@dataclass
+class Run:
+    """One prompt, one way. ``tokens`` in ``seconds`` leave out the first token, whose time is ``first_token``."""
+
+    prompt: int
+    tokens: int
+    seconds: float
+    first_token: float
+    bytes_per_token: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    sequence: list[int] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, after the first token."""
+        return self.tokens / self.seconds
+
+
+@dataclass
+class Report:
+    """All runs, by the way of decoding, with what they are compared to.
+
+    ``bandwidth`` is the memory's read speed in GB/s as measured in the same run.
+    """
+
+    settings: dict[str, Any]
+    bandwidth: float
+    outside_ops: dict[str, float]
+    runs: dict[str, list[Run]]
+    tasks: list[str]
+
+    @property
+    def identical(self) -> bool:
+        """Whether self-speculative decoding gave the autoregressive tokens in every run."""
+        pairs = zip(self.runs[AUTOREGRESSIVE], self.runs[SELF_SPECULATIVE], strict=True)
+        return all(plain.sequence == speculative.sequence for plain, speculative in pairs)
+
+    def summary(self, name: str, prompts: set[int] | None = None) -> dict[str, float]:
+        """Medians of one way, and its speedup over our autoregressive decoding by both common definitions.
+
+        ``speedup_of_means`` is the ratio of the mean tokens/s; ``mean_speedup`` is the mean, over runs, of the ratio of
+        the times per token.
+        """
+        chosen = [
+            (run, base)
+            for run, base in zip(self.runs[name], self.runs[AUTOREGRESSIVE], strict=True)
+            if (prompts is None or run.prompt in prompts) and run.tokens and base.tokens
+        ]
+        if not chosen:
+            raise ValueError("every run ended at its first token, so there is no speed to report; take other prompts")
+        runs, bases = [run for run, _ in chosen], [base for _, base in chosen]
+        drafted = sum(run.drafted for run in runs)
+        rate, size = median(run.rate for run in runs), median(run.bytes_per_token for run in runs)
+        achieved = median(run.rate * run.bytes_per_token for run in runs) / 1e9
+        return {
+            "tokens_per_second": rate,
+            "milliseconds_per_token": 1e3 / rate,
+            "milliseconds_to_first_token": 1e3 * median(run.first_token for run in runs),
+            "acceptance_rate": sum(run.accepted for run in runs) / drafted if drafted else 0.0,
+            "speedup_of_means": mean(run.rate for run in runs) / mean(base.rate for base in bases),
+            "mean_speedup": mean(run.rate / base.rate for run, base in chosen),
+            "megabytes_per_token": size / 1e6,
+            "gigabytes_per_second": achieved,
+            "fraction_of_bandwidth": achieved / self.bandwidth,
+        }
+
+    def by_task(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Summaries for each kind of prompt."""
+        members = {task: {index for index, other in enumerate(self.tasks) if other == task} for task in self.tasks}
+        return {task: {name: self.summary(name, chosen) for name in self.runs} for task, chosen in members.items()}
+
+    def show(self, console: Console) -> None:
+        """Print the table and what goes with it."""
+        setting = self.settings
+        title = f"{setting['model']}, {setting['dtype']}, {setting['threads']} threads, "
+        title += f"E={setting['exit_layer']} of {setting['layers']}, K={setting['num_speculations']}"
+        console.print(self._table(title))
+        console.print(
+            "tokens/s, MB and GB/s are medians, after the first token; "
+            "speedups are over our autoregressive decoding: ratio of mean tokens/s | mean ratio of times per token",
+            style="dim",
+        )
+        outside = self.outside_ops
+        console.print(f"this machine reads {self.bandwidth:.1f} GB/s (measured in the same run)", highlight=False)
+        console.print(
+            f"Python and dispatch outside the ops: {outside['seconds_per_round'] * 1e6:.0f} µs "
+            f"a self-speculative round, {outside['fraction']:.1%} of it",
+            highlight=False,
+        )
+        if self.identical:
+            console.print("[green]✓[/green] self-speculative and autoregressive tokens are identical")
+        else:
+            console.print("[red]✗ self-speculative tokens differ from the autoregressive ones: no speedup counts[/red]")
+
+    def _table(self, title: str) -> Table:
+        table = Table("decoding", title=title, title_justify="left")
+        for column in ("tokens/s", "first token", "accepted", "speedup", "MB/token", "GB/s", "of read speed"):
+            table.add_column(column, justify="right")
+        for name in self.runs:
+            row = self.summary(name)
+            known = row["megabytes_per_token"] > 0
+            table.add_row(
+                name,
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['milliseconds_to_first_token']:.0f} ms",
+                f"{row['acceptance_rate']:.0%}" if name == SELF_SPECULATIVE else "",
+                f"{row['speedup_of_means']:.2f}× | {row['mean_speedup']:.2f}×",
+                f"{row['megabytes_per_token']:.0f}" if known else "",
+                f"{row['gigabytes_per_second']:.1f}" if known else "",
+                f"{row['fraction_of_bandwidth']:.0%}" if known else "",
+            )
+        return table
+
+    def write(self, stem: Path) -> list[Path]:
+        """Write ``<stem>.json`` and ``<stem>.png``."""
+        content = {
+            "settings": self.settings,
+            "read_gigabytes_per_second": self.bandwidth,
+            "outside_ops_per_round": self.outside_ops,
+            "identical": self.identical,
+            "summary": {name: self.summary(name) for name in self.runs},
+            "by_task": self.by_task(),
+            "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in self.runs.items()},
+        }
+        data, picture = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")
+        write_atomically(data, json.dumps(content, indent=1).encode())
+        write_atomically(picture, self._picture())
+        return [data, picture]
+
+    def _picture(self) -> bytes:
+        from matplotlib.figure import Figure
+
+        names = list(self.runs)
+        rates = [self.summary(name)["tokens_per_second"] for name in names]
+        roofline = self.bandwidth * 1e3 / self.summary(AUTOREGRESSIVE)["megabytes_per_token"]
+        figure = Figure(figsize=(8, 1.2 + 0.6 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        colours = ["#4c78a8", "#54a24b", "#bab0ac", "#9d9590"][: len(names)]
+        axes.bar_label(axes.barh(names, rates, color=colours), fmt="%.1f", padding=3)
+        axes.axvline(roofline, linestyle="--", color="#e45756", label=f"autoregressive at {self.bandwidth:.0f} GB/s")
+        axes.invert_yaxis()
+        axes.set_xlabel("tokens per second, after the first (median)")
+        axes.margins(x=0.15)
+        axes.legend(loc="lower right")
+        axes.set_title(f"{self.settings['model']}, {self.settings['dtype']}, {self.settings['threads']} threads")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
