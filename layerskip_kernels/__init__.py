@@ -6,8 +6,10 @@ from ._registry import register_all
 from .dispatch import BackendError, Explanation, explain, use_backend
 from .functional import (
     Acceptance,
+    EarlyExitLossOutput,
     ExitOutput,
     accept_greedy,
+    early_exit_loss,
     exit_head,
     linear,
     partial_forward,
@@ -22,11 +24,13 @@ register_all()
 __all__ = [
     "Acceptance",
     "BackendError",
+    "EarlyExitLossOutput",
     "ExitOutput",
     "Explanation",
     "accept_greedy",
     "cpu_isa",
     "dispatch",
+    "early_exit_loss",
     "exit_head",
     "explain",
     "linear",

@@ -21,14 +21,20 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for have, want in zip(shape, wanted, strict=True):  # noqa: SIM110  (runs per token; a generator costs twice this)
+        if want is not None and want != have:
+            return False
+    return True
+
+
 def shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
     """Check rank, sizes (None admits any) and dtype of one tensor."""
-    actual = tuple(tensor.shape)
-    wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-    fits = len(actual) == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, actual, strict=True)
-    )
-    require(fits, f"{name} has shape {list(actual)}, expected {wanted}")
+    if not _fits(tensor.shape, shape):
+        wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {wanted}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected {names}")
@@ -44,8 +50,9 @@ def dense(**tensors: Tensor | None) -> None:
 
 
 def same_device(first: Tensor, **others: Tensor | None) -> None:
+    device = first.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the first argument on {first.device}")
 
 
@@ -219,3 +226,38 @@ def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> None:
     shaped("seq_lens", seq_lens, [batch], [torch.int64])
     dense(seq_lens=seq_lens)
     same_device(draft, target=target, seq_lens=seq_lens)
+
+
+def early_exit_loss(
+    hiddens: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    exit_weights: Tensor,
+    eps: float = 1e-5,
+    ignore_index: int = -100,
+    with_slope: bool = False,
+) -> None:
+    shaped("hiddens", hiddens, [None] * 3, (*FLOATS, torch.float64))  # float64 is what gradients are checked in
+    exits, rows, width = hiddens.shape
+    require(exits > 0, "hiddens has no exit, its shape is " + str(list(hiddens.shape)))
+    shaped("norm_weight", norm_weight, [width], [hiddens.dtype])
+    shaped("head_weight", head_weight, [None, width], [hiddens.dtype])
+    require(head_weight.shape[0] > 0, "head_weight has no rows")
+    shaped("labels", labels, [rows], [torch.int64])
+    shaped("exit_weights", exit_weights, [exits], [torch.float32, torch.float64])
+    require(eps >= 0, f"eps must not be negative, got {eps}")
+    require(ignore_index < 0, f"ignore_index must be negative, as no token is, got {ignore_index}")
+    dense(norm_weight=norm_weight, head_weight=head_weight)
+    same_device(hiddens, norm_weight=norm_weight, head_weight=head_weight, labels=labels, exit_weights=exit_weights)
+
+
+def early_exit_loss_backward(
+    grad: Tensor, hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor,
+    logsumexp: Tensor, slope: Tensor, eps: float, ignore_index: int, head_grad: bool,
+) -> None:  # fmt: skip
+    early_exit_loss(hiddens, norm_weight, head_weight, labels, exit_weights, eps, ignore_index)
+    shaped("grad", grad, [], [torch.float32, torch.float64])
+    shaped("logsumexp", logsumexp, list(hiddens.shape[:2]), [torch.float32, torch.float64])
+    if slope.numel():
+        shaped("slope", slope, list(hiddens.shape), [hiddens.dtype])

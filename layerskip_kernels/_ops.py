@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, dispatch
+from . import _checks, dispatch, reference
 
 SCHEMAS = {
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
@@ -27,6 +27,12 @@ SCHEMAS = {
     "partial_forward": "(Tensor hidden, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, "
     "Tensor sin, Tensor seq_lens, int start, int end, float eps) -> Tensor",
     "accept_greedy": "(Tensor draft, Tensor target, Tensor(a!) seq_lens) -> (Tensor accepted, Tensor next_token)",
+    "early_exit_loss": "(Tensor hiddens, Tensor norm_weight, Tensor head_weight, Tensor labels, Tensor exit_weights, "
+    "float eps=1e-5, int ignore_index=-100, bool with_slope=False) "
+    "-> (Tensor loss, Tensor exit_losses, Tensor logsumexp, Tensor slope)",
+    "early_exit_loss_backward": "(Tensor grad, Tensor hiddens, Tensor norm_weight, Tensor head_weight, Tensor labels, "
+    "Tensor exit_weights, Tensor logsumexp, Tensor slope, float eps, int ignore_index, bool head_grad) "
+    "-> (Tensor grad_hiddens, Tensor grad_norm, Tensor grad_head)",
 }
 
 _public = torch.library.Library("layerskip", "DEF")
@@ -106,6 +112,25 @@ def _(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(seq_lens), torch.empty_like(seq_lens)
 
 
+@_fake("early_exit_loss")
+def _(
+    hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if hiddens.dtype == torch.float64 else torch.float32
+    exits, rows = hiddens.shape[:2]
+    with_slope = len(rest) > 3 and rest[3]
+    slope = hiddens.new_empty(hiddens.shape if with_slope else 0)
+    exit_losses = hiddens.new_empty(exits, dtype=wide)
+    return hiddens.new_empty((), dtype=wide), exit_losses, hiddens.new_empty(exits, rows, dtype=wide), slope
+
+
+@_fake("early_exit_loss_backward")
+def _(grad: Tensor, hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grad_head = torch.empty_like(head_weight) if rest[-1] else head_weight.new_empty(0)
+    grad_hiddens = torch.empty_like(hiddens, memory_format=torch.contiguous_format)
+    return grad_hiddens, torch.empty_like(norm_weight), grad_head
+
+
 def _autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     torch.library.register_autograd(f"layerskip::{op}", backward, setup_context=setup, lib=_public)
 
@@ -116,14 +141,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 
 def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    """With r = 1/sqrt(mean x^2 + eps) and u = g w: dx = r u - r^3 x mean(u x), dw = sum g r x."""
-    x, weight = (tensor.float() for tensor in ctx.saved_tensors)
-    grad, dtype = grad.float(), ctx.saved_tensors[0].dtype
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.scalars[0])
-    scaled = grad * weight
-    grad_x = inverse * scaled - inverse**3 * x * (scaled * x).mean(-1, keepdim=True)
-    grad_weight = (grad * inverse * x).flatten(0, -2).sum(0) if x.dim() > 1 else grad * inverse * x
-    return grad_x.to(dtype), grad_weight.to(dtype), None
+    return *reference.rms_norm_gradients(grad, *ctx.saved_tensors, ctx.scalars[0]), None
 
 
 def _linear_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -147,6 +165,26 @@ def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return grad_a @ gate + grad_b @ up, grad_a.T @ x, grad_b.T @ x
 
 
+def _loss_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    _, exit_losses, logsumexp, slope = output
+    ctx.mark_non_differentiable(exit_losses, logsumexp, slope)
+    ctx.save_for_backward(*inputs[:5], exit_losses, logsumexp, slope)
+    ctx.eps, ctx.ignore_index = inputs[5:7]
+
+
+def _loss_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    *inputs, exit_losses, logsumexp, slope = ctx.saved_tensors
+    needs_hiddens, needs_norm, needs_head, _, needs_weights = ctx.needs_input_grad[:5]
+    grads: list[Tensor | None] = [None, None, None]
+    if needs_hiddens or needs_norm or needs_head:
+        backward = torch.ops.layerskip.early_exit_loss_backward
+        computed = backward(grad, *inputs, logsumexp, slope, ctx.eps, ctx.ignore_index, needs_head)
+        wanted = (needs_hiddens, needs_norm, needs_head)
+        grads = [one if needed else None for one, needed in zip(computed, wanted, strict=True)]
+    return *grads, None, grad * exit_losses if needs_weights else None, None, None, None
+
+
 _autograd("rms_norm", _rms_norm_backward, _save)
 _autograd("linear", _linear_backward, _linear_setup)
 _autograd("swiglu", _swiglu_backward, _save)
+_autograd("early_exit_loss", _loss_backward, _loss_setup)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _extension, _ops, dispatch, reference
+from . import _extension, _ops, cpu_loss, dispatch, reference, triton
 
 
 def _always(*args: Any) -> None:
@@ -28,4 +28,11 @@ def register_all() -> None:
     """One line an op and backend."""
     for op in _ops.SCHEMAS:
         dispatch.register(op, "cpu", _ops.native(op), _native_supports("cpu", _extension.cpu_reason))
+        if op in triton.OPS:
+            dispatch.register(op, "triton", triton.implementation(op), triton.supports)
         dispatch.register(op, "reference", getattr(reference, f"{op}_ref"), _always)
+    for op, function in (
+        ("early_exit_loss", cpu_loss.early_exit_loss_cpu),
+        ("early_exit_loss_backward", cpu_loss.early_exit_loss_backward_cpu),
+    ):  # written in torch, so it needs no compiled library
+        dispatch.register(op, "cpu", function, _native_supports("cpu", None))

@@ -40,6 +40,13 @@ class Acceptance(NamedTuple):
     next_token: Tensor
 
 
+class EarlyExitLossOutput(NamedTuple):
+    """What training minimises: ``loss``, a scalar, and ``exit_losses`` [N], each exit's own mean, detached."""
+
+    loss: Tensor
+    exit_losses: Tensor
+
+
 def _no_backward(name: str, *activations: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in activations):
         raise ValueError(f"{name} has no backward; call it under torch.no_grad(), or detach its inputs")
@@ -249,3 +256,41 @@ def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance
         ``next_token[b] = target[b, accepted[b]]``.
     """
     return Acceptance(*_op.accept_greedy(draft, target, seq_lens))
+
+
+def early_exit_loss(
+    hiddens: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    exit_weights: Tensor,
+    eps: float = 1e-5,
+    ignore_index: int = -100,
+) -> EarlyExitLossOutput:
+    """Σ weightₙ · mean cross-entropy of exit n (LayerSkip, arXiv 2404.16710, §4.1.2), logits never written in full.
+
+    Every exit goes through the same norm and head. Differentiable in ``hiddens``, ``norm_weight``, ``head_weight`` and
+    ``exit_weights``; a head that needs no gradient costs none.
+
+    Parameters
+    ----------
+    hiddens : Tensor [N, R, D]
+        State after each exit's layer, before the final norm. float64 is taken too.
+    norm_weight : Tensor [D]
+    head_weight : Tensor [V, D]
+    labels : Tensor [R], int64
+        The token that each row should predict, or ``ignore_index``; rows of no label do not enter the mean. The mean
+        over no labels at all is 0.
+    exit_weights : Tensor [N], fp32
+    eps : float
+    ignore_index : int
+        Negative.
+
+    Returns
+    -------
+    EarlyExitLossOutput
+        In fp32.
+    """
+    with_slope = torch.is_grad_enabled() and hiddens.requires_grad and not head_weight.requires_grad
+    args = (hiddens, norm_weight, head_weight, labels, exit_weights, eps, ignore_index, with_slope)
+    return EarlyExitLossOutput(*_op.early_exit_loss(*args)[:2])

@@ -161,3 +161,77 @@ def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[
     next_token = target.gather(1, accepted[:, None])[:, 0]
     seq_lens.add_(accepted + 1)
     return accepted, next_token
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise ValueError where a label is neither a token nor ``ignore_index``."""
+    if labels.device.type == "cpu":  # on a GPU this would be a host sync
+        wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(f"labels[{row}] is {int(labels[row])}, expected [0, {vocabulary}) or {ignore_index}")
+
+
+def label_counts(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which rows have a label [R], and how many do, at least 1: the mean over no labels is 0."""
+    valid = labels != ignore_index
+    return valid, valid.sum().clamp(min=1)
+
+
+def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """With r = 1/sqrt(mean x^2 + eps) and u = g w: dx = r u - r^3 x mean(u x), dw = sum g r x."""
+    wide, wide_grad = _wide(x), _wide(grad)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    scaled = wide_grad * _wide(weight)
+    grad_x = inverse * scaled - inverse**3 * wide * (scaled * wide).mean(-1, keepdim=True)
+    grad_weight = (wide_grad * inverse * wide).reshape(-1, x.shape[-1]).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def early_exit_loss_ref(
+    hiddens: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    exit_weights: Tensor,
+    eps: float = 1e-5,
+    ignore_index: int = -100,
+    with_slope: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_labels(labels, head_weight.shape[0], ignore_index)
+    logits = _wide(rms_norm_ref(hiddens, norm_weight, eps)) @ _wide(head_weight).T  # [N, R, V]
+    _, count = label_counts(labels, ignore_index)
+    exit_losses = torch.stack(
+        [F.cross_entropy(one, labels, ignore_index=ignore_index, reduction="sum") / count for one in logits]
+    )
+    slope = hiddens.new_empty(0)
+    if with_slope:
+        slope = (_softmax_slopes(logits, labels) @ _wide(head_weight)).to(hiddens.dtype)
+    return (exit_losses * exit_weights).sum(), exit_losses, logits.logsumexp(-1), slope
+
+
+def _softmax_slopes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of each row's cross-entropy to its logits, softmax - one-hot, [N, R, V]."""
+    return logits.softmax(-1) - F.one_hot(labels.clamp(0), logits.shape[-1])
+
+
+def early_exit_loss_backward_ref(
+    grad: Tensor,
+    hiddens: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    exit_weights: Tensor,
+    logsumexp: Tensor,
+    slope: Tensor,
+    eps: float,
+    ignore_index: int,
+    head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, head = _wide(rms_norm_ref(hiddens, norm_weight, eps)), _wide(head_weight)
+    valid, count = label_counts(labels, ignore_index)
+    scale = (grad * exit_weights.to(grad.dtype) / count)[:, None] * valid  # [N, R]
+    grad_logits = _softmax_slopes(normed @ head.T, labels) * scale[:, :, None]
+    grad_hiddens, grad_norm = rms_norm_gradients(grad_logits @ head, hiddens, norm_weight, eps)
+    grad_head = torch.einsum("nrv,nrd->vd", grad_logits, normed) if head_grad else head.new_empty(0)
+    return grad_hiddens, grad_norm, grad_head.to(head_weight.dtype)

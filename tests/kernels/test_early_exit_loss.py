@@ -1,0 +1,228 @@
+"""`early_exit_loss`: values and gradients against float64, the contract's odd cases, and the registrations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import layerskip_kernels as lk
+from layerskip_kernels import cpu_loss
+
+# |error| against float64, relative to the largest entry of the truth: a handful of roundings of the dtype (eps 1e-16,
+# 6e-8, 8e-3); 16-bit logits of size ~3 are rounded once, which moves a softmax by up to 3 eps.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+BACKENDS = ("cpu", "reference")
+SHAPES = [(1, 1, 8, 5), (2, 7, 41, 37), (3, 9, 16, 130), (4, 33, 24, 257)]  # N, R, D, V
+
+
+def make(exits: int, rows: int, width: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[rows // 2 : rows // 2 + rows // 4] = -100
+    return {
+        "hiddens": (2 * normal(exits, rows, width)).to(dtype),
+        "norm_weight": (1 + 0.1 * normal(width)).to(dtype),
+        "head_weight": (normal(vocabulary, width) * width**-0.5).to(dtype),
+        "labels": labels,
+        "exit_weights": torch.linspace(0.2, 1.0, exits),
+    }
+
+
+def truth(inputs: dict[str, Tensor], eps: float = 1e-5) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss, exit losses and gradients by torch's autograd in float64."""
+    names = ("hiddens", "norm_weight", "head_weight", "exit_weights")
+    leaves = [inputs[name].double().clone().requires_grad_() for name in names]
+    hiddens, norm_weight, head_weight, exit_weights = leaves
+    normed = F.rms_norm(hiddens, norm_weight.shape, norm_weight, eps)
+    exit_losses = torch.stack([F.cross_entropy(one @ head_weight.T, inputs["labels"]) for one in normed])
+    loss = (exit_losses * exit_weights).sum()
+    return loss, exit_losses, list(torch.autograd.grad(loss, leaves))
+
+
+def run(inputs: dict[str, Tensor], frozen: tuple[str, ...] = ()) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    names = ("hiddens", "norm_weight", "head_weight", "exit_weights")
+    leaves = {name: inputs[name].clone().requires_grad_(name not in frozen) for name in names}
+    out = lk.early_exit_loss(**leaves, labels=inputs["labels"])
+    out.loss.backward()
+    return out.loss, out.exit_losses, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    scale = max(float(expected.detach().abs().max()), 1e-6)
+    error = float((actual.detach().double() - expected.detach()).abs().max()) / scale
+    assert error <= TOLERANCES[dtype], f"relative error {error:.2e} in {dtype}"
+
+
+@pytest.fixture(params=["one tile", "many tiles"])
+def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "many tiles":  # odd sizes, so that the last tile is a short one
+        monkeypatch.setattr(cpu_loss, "ROWS", 5)
+        monkeypatch.setattr(cpu_loss, "VOCABULARY", 17)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_against_float64(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, backend: str, tiling: str
+) -> None:
+    inputs = make(*shape, dtype)
+    loss, exit_losses, (hiddens, norm_weight, head_weight, exit_weights) = truth(inputs)
+    with lk.use_backend(backend):
+        actual_loss, actual_losses, grads = run(inputs)
+    assert_near(actual_loss, loss, dtype)
+    assert_near(actual_losses, exit_losses, dtype)
+    for name, expected in zip(grads, (hiddens, norm_weight, head_weight, exit_weights), strict=True):
+        assert_near(grads[name], expected, torch.float32 if name == "exit_weights" and dtype.itemsize == 8 else dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_frozen_head_gives_the_same_state_gradients(dtype: torch.dtype, backend: str, tiling: str) -> None:
+    inputs = make(3, 9, 16, 130, dtype)
+    _, _, expected = truth(inputs)
+    with lk.use_backend(backend):
+        _, _, grads = run(inputs, frozen=("head_weight",))
+    assert grads["head_weight"] is None
+    assert_near(grads["hiddens"], expected[0], dtype)
+    assert_near(grads["norm_weight"], expected[1], dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [(), ("head_weight",), ("hiddens",), ("hiddens", "norm_weight")])
+def test_gradcheck(frozen: tuple[str, ...], backend: str, tiling: str) -> None:
+    inputs = make(2, 4, 3, 19, torch.float64)
+    inputs["exit_weights"] = inputs["exit_weights"].double()
+    names = ("hiddens", "norm_weight", "head_weight", "exit_weights")
+    leaves = [inputs[name].requires_grad_(name not in frozen) for name in names]
+
+    def loss(hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, exit_weights: Tensor) -> Tensor:
+        return lk.early_exit_loss(hiddens, norm_weight, head_weight, inputs["labels"], exit_weights).loss
+
+    with lk.use_backend(backend):
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_that_of_torch_in_the_same_dtype(backend: str) -> None:
+    inputs = make(2, 64, 64, 1000, torch.bfloat16)
+    _, expected, _ = truth(inputs)
+    normed = F.rms_norm(inputs["hiddens"], inputs["norm_weight"].shape, inputs["norm_weight"], 1e-5)
+    logits = [(x @ inputs["head_weight"].T).float() for x in normed]
+    torch_losses = torch.stack([F.cross_entropy(one, inputs["labels"]) for one in logits])
+    with lk.use_backend(backend):
+        actual = lk.early_exit_loss(**inputs).exit_losses
+    torch_error = (torch_losses.double() - expected).abs().max()
+    assert (actual.double() - expected).abs().max() <= torch_error + 1e-3  # one rounding of a logit, averaged
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_label_gets_no_gradient_and_no_labels_give_zero(backend: str) -> None:
+    inputs = make(2, 8, 16, 50, torch.float32)
+    with lk.use_backend(backend):
+        _, _, grads = run(inputs)
+        assert not grads["hiddens"][:, inputs["labels"] == -100].any()
+        assert grads["hiddens"][:, inputs["labels"] != -100].any(-1).all()
+        inputs["labels"].fill_(-100)
+        loss, exit_losses, grads = run(inputs)
+    assert loss == 0
+    assert not exit_losses.any()
+    assert not grads["hiddens"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str) -> None:
+    with lk.use_backend(backend):
+        loss, _, grads = run(make(2, 0, 16, 50, torch.float32))
+    assert loss == 0
+    assert not grads["head_weight"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_states(backend: str) -> None:
+    inputs = make(3, 10, 16, 50, torch.float32)
+    strided = inputs["hiddens"].transpose(0, 1).contiguous().transpose(0, 1)
+    with lk.use_backend(backend):
+        expected, actual = run(inputs), run({**inputs, "hiddens": strided})
+    assert torch.equal(expected[0], actual[0])
+    assert torch.equal(expected[2]["hiddens"], actual[2]["hiddens"])
+
+
+def test_nan_in_fresh_memory_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(2, 9, 16, 40, torch.bfloat16)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss, _, grads = run(inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.isfinite()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("with_slope", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype, with_slope: bool) -> None:
+    inputs = make(2, 6, 16, 40, dtype)
+    for name in ("hiddens", "norm_weight", "head_weight"):
+        inputs[name].requires_grad_(name != "head_weight" or not with_slope)
+    args = (*inputs.values(), 1e-5, -100, with_slope)
+    torch.library.opcheck(torch.ops.layerskip.early_exit_loss.default, args, rtol=2e-2, atol=2e-2)
+    logsumexp, slope = torch.ops.layerskip.early_exit_loss(*args)[2:]
+    backward = (torch.ones(()), *(x.detach() for x in inputs.values()), logsumexp.detach(), slope.detach())
+    torch.library.opcheck(torch.ops.layerskip.early_exit_loss_backward.default, (*backward, 1e-5, -100, not with_slope))
+
+
+def test_compile_takes_it() -> None:
+    inputs = make(2, 6, 16, 40, torch.float32)
+    inputs["hiddens"].requires_grad_()
+    compiled = torch.compile(lambda: lk.early_exit_loss(**inputs).loss, fullgraph=True, backend="aot_eager")
+    compiled().backward()
+    actual, inputs["hiddens"].grad = inputs["hiddens"].grad, None
+    lk.early_exit_loss(**inputs).loss.backward()
+    torch.testing.assert_close(actual, inputs["hiddens"].grad)
+
+
+def test_no_tensor_of_rows_times_vocabulary_is_made() -> None:
+    inputs = make(2, 600, 16, 30_000, torch.float32)
+    inputs["hiddens"].requires_grad_()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        lk.early_exit_loss(**inputs).loss.backward()
+    largest = max(event.cpu_memory_usage for event in profile.function_events)
+    assert largest <= cpu_loss.ROWS * cpu_loss.VOCABULARY * 4
+    assert cpu_loss.ROWS * cpu_loss.VOCABULARY < 600 * 30_000 / 4
+
+
+WRONG = {
+    "a label past the vocabulary": ({"labels": torch.tensor([0, 50, 1])}, ValueError, r"labels\[1\] is 50"),
+    "a negative label": ({"labels": torch.tensor([0, 1, -3])}, ValueError, r"labels\[2\] is -3"),
+    "labels of another length": ({"labels": torch.zeros(4, dtype=torch.long)}, ValueError, r"labels has shape \[4\]"),
+    "labels in int32": ({"labels": torch.zeros(3, dtype=torch.int32)}, TypeError, "labels has dtype int32"),
+    "weights of another length": ({"exit_weights": torch.ones(3)}, ValueError, r"exit_weights has shape \[3\]"),
+    "a head of another dtype": (
+        {"head_weight": torch.zeros(50, 16).half()},
+        TypeError,
+        "head_weight has dtype float16",
+    ),
+    "a head of another width": ({"head_weight": torch.zeros(50, 8)}, ValueError, r"head_weight has shape \[50, 8\]"),
+    "a strided head": ({"head_weight": torch.zeros(16, 50).T}, ValueError, "head_weight must be contiguous"),
+    "states of rank 2": ({"hiddens": torch.zeros(3, 16)}, ValueError, r"hiddens has shape \[3, 16\]"),
+    "no exit": ({"hiddens": torch.zeros(0, 3, 16)}, ValueError, "hiddens has no exit"),
+    "a negative eps": ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
+    "a token as ignore_index": ({"ignore_index": 3}, ValueError, "ignore_index must be negative"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case: str) -> None:
+    change, error, message = WRONG[case]
+    inputs = make(2, 3, 16, 50, torch.float32)
+    with pytest.raises(error, match=message):
+        lk.early_exit_loss(**{**inputs, **change})
