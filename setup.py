@@ -1,0 +1,175 @@
+"""Builds the compiled libraries; everything else about the package is in pyproject.toml.
+
+Each library is one stable-ABI shared object that `torch.ops.load_library` loads: no CPython extension module, no symbol
+of libtorch_python, so one wheel serves CPython >= 3.10 and torch >= 2.10.
+
+Environment: CXX picks the compiler, CXXFLAGS and LDFLAGS are added to the flags, MAX_JOBS limits the parallel compilers,
+LAYERSKIP_CUDA=1 demands the CUDA library, LAYERSKIP_CUDA=0 leaves it out, unset builds it where nvcc is found.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000", "-DNDEBUG"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
+# The last entry is PTX, which the driver compiles for the architectures that come after.
+NVCC_FLAGS = [
+    *["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"],
+    *["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"],
+    *["-gencode=arch=compute_100a,code=sm_100a", "-gencode=arch=compute_100,code=compute_100"],
+]
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+NINJA_RULES = """\
+rule cxx
+  command = {ccache}{cxx} -MMD -MF $out.d {cxx_flags} -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule nvcc
+  command = {nvcc} -ccbin {cxx} -MD -MF $out.d {nvcc_flags} -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule link
+  command = {cxx} -shared $in {link_flags} -o $out
+  description = $out
+"""
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler's command, or None; a CXX that is set but missing is an error."""
+    wanted = os.environ.get("CXX")
+    if wanted:
+        if shutil.which(shlex.split(wanted)[0]) is None:
+            sys.exit(f"CXX={wanted} is not a program; unset CXX, or set it to a C++20 compiler")
+        return wanted
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def cuda_wanted(sources: list[str]) -> bool:
+    """Whether to build the CUDA library: it takes nvcc, but neither a GPU nor a CUDA build of torch."""
+    choice = os.environ.get("LAYERSKIP_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"LAYERSKIP_CUDA={choice} is not understood, expected 0, 1 or unset")
+    nvcc = shutil.which("nvcc")
+    if choice == "1" and nvcc is None:
+        sys.exit("LAYERSKIP_CUDA=1 needs nvcc on PATH: install the CUDA toolkit (https://developer.nvidia.com/cuda-toolkit)")
+    if choice == "1" and not sources:
+        sys.exit("LAYERSKIP_CUDA=1, but csrc/cuda has no .cu files to build")
+    return choice != "0" and nvcc is not None and bool(sources)
+
+
+def files(pattern: str) -> list[str]:
+    """Paths under the checkout, relative to it, as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def library(name: str, sources: list[str]) -> Extension:
+    return Extension(
+        f"layerskip_kernels.{name}",
+        sources,
+        depends=[*files("csrc/**/*.h"), *files("csrc/**/*.cuh"), "setup.py"],
+        py_limited_api=True,
+        language="c++",
+    )
+
+
+def libraries() -> list[Extension]:
+    """What can be built here; without a compiler nothing, and the package runs on its torch reference."""
+    cuda_sources = files("csrc/cuda/*.cu")
+    with_cuda = cuda_wanted(cuda_sources)
+    if find_compiler() is None:
+        if BUILDS & set(sys.argv):
+            print(
+                "layerskip-kernels: no C++ compiler found (CXX, c++, g++, clang++), installing without the native "
+                "kernels: everything works, about 10 times slower. Install g++ (apt-get install g++) and reinstall.",
+                file=sys.stderr,
+            )
+        return []
+    found = [library("_cpu", files("csrc/cpu/*.cpp"))]
+    return [*found, library("_cuda", cuda_sources)] if with_cuda else found
+
+
+def find_ninja() -> str:
+    try:
+        import ninja
+    except ImportError:
+        program = shutil.which("ninja")
+        if program is None:
+            sys.exit("building the native kernels needs ninja: pip install ninja")
+        return program
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+class NinjaBuild(build_ext):
+    """Compiles with ninja: in parallel, and again when a source, a header or a flag has changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Within the checkout, unlike build_temp, which an editable install throws away.
+        folder = ROOT / "build" / f"{ext.name}-{platform.system().lower()}-{platform.machine()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(rules(cuda=ext.name.endswith("_cuda")) + edges(ext.sources, target.name))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        try:
+            subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"building {target.name} failed, see the compiler's message above (ninja exit {error.returncode})")
+        self.copy_file(str(folder / target.name), str(target))
+
+
+def rules(cuda: bool) -> str:
+    """The ninja rules with this machine's compilers and paths."""
+    try:
+        import torch
+    except ImportError:
+        sys.exit("building the native kernels needs torch >= 2.10: pip install torch")
+    home = Path(torch.__file__).parent
+    include = [f"-I{ROOT / 'csrc'}", f"-isystem {home / 'include'}"]
+    link = ["-fopenmp", f"-L{home / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined"]
+    nvcc = shutil.which("nvcc") or "nvcc"
+    if cuda:
+        link += [f"-L{Path(nvcc).resolve().parents[1] / 'lib64'}", "-lcudart"]
+    return NINJA_RULES.format(
+        ccache="ccache " if shutil.which("ccache") else "",
+        cxx=find_compiler(),
+        nvcc=nvcc,
+        cxx_flags=" ".join([*CXX_FLAGS, *DEFINES, *include, os.environ.get("CXXFLAGS", "")]),
+        nvcc_flags=" ".join([*NVCC_FLAGS, *DEFINES, *include]),
+        link_flags=" ".join([*link, os.environ.get("LDFLAGS", "")]),
+    )
+
+
+def edges(sources: list[str], target: str) -> str:
+    """One ninja edge a source, and the one that links them."""
+    objects, lines = [], []
+    for source in sources:
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        objects.append(f"{Path(source).name}.o")
+        lines.append(f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}")
+    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
+
+
+def ninja_path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+extensions = libraries()
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": NinjaBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+)
