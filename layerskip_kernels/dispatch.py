@@ -63,7 +63,8 @@ def _from_environment() -> str | None:
     return _known(name) if name else None
 
 
-_forced: ContextVar[str | None] = ContextVar("layerskip_backend", default=_from_environment())
+_DEFAULT = _from_environment()
+_forced: ContextVar[str | None] = ContextVar("layerskip_backend", default=_DEFAULT)
 
 
 @contextmanager
@@ -129,6 +130,14 @@ def explain(op: str, *args: Any) -> Explanation:
         skipped[backend] = reason
     listing = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
     raise BackendError(f"no backend serves {op} ({listing})")
+
+
+def direct(op: str, first: Tensor) -> Callable[..., Any] | None:
+    """The native CPU kernel where an eager call on a plain CPU tensor would end there anyway, else None."""
+    if type(first) is not Tensor or not first.is_cpu or _forced.get() not in (None, "cpu"):
+        return None
+    candidate = _table[op].get("cpu")
+    return candidate.function if candidate is not None and candidate.supports(first) is None else None
 
 
 def call(op: str, *args: Any) -> Any:

@@ -12,12 +12,12 @@ offending value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, dispatch
 
 _op = torch.ops.layerskip
 
@@ -47,9 +47,23 @@ class EarlyExitLossOutput(NamedTuple):
     exit_losses: Tensor
 
 
-def _no_backward(name: str, *activations: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in activations):
-        raise ValueError(f"{name} has no backward; call it under torch.no_grad(), or detach its inputs")
+def _call(op: str, *args: Any) -> Any:
+    """Run an op that has no backward.
+
+    What the native CPU library serves goes straight to it: in a cold cache the checks and two dispatcher hops take as
+    long as a small kernel. The library checks what it needs; where it refuses, `_checks` finds the words.
+    """
+    first = args[0]
+    if torch.is_grad_enabled() and first.requires_grad:
+        raise ValueError(f"{op} has no backward; call it under torch.no_grad(), or detach its inputs")
+    kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, first)
+    if kernel is None:
+        return getattr(_op, op).default(*args)
+    try:
+        return kernel(*args)
+    except RuntimeError as error:
+        getattr(_checks, op)(*args)
+        raise ValueError(str(error).splitlines()[0].split(", ", 2)[-1]) from error  # less "function, file:line"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -120,8 +134,7 @@ def rope_kv_append(
     Tensor [B, M, H, C]
         The rotated queries.
     """
-    _no_backward("rope_kv_append", q, k, v)
-    return _op.rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
+    return _call("rope_kv_append", q, k, v, cos, sin, k_cache, v_cache, seq_lens)
 
 
 def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
@@ -141,8 +154,7 @@ def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tens
     -------
     Tensor [B, M, H, C]
     """
-    _no_backward("verify_attention", q)
-    return _op.verify_attention(q, k_cache, v_cache, seq_lens)
+    return _call("verify_attention", q, k_cache, v_cache, seq_lens)
 
 
 def exit_head(
@@ -172,8 +184,7 @@ def exit_head(
     ExitOutput
         Ties go to the lowest row. Token -1 marks a row whose logits are not finite.
     """
-    _no_backward("exit_head", hidden)
-    return ExitOutput(*_op.exit_head(hidden, norm_weight, head_weight, eps, token_map, scale))
+    return ExitOutput(*_call("exit_head", hidden, norm_weight, head_weight, eps, token_map, scale))
 
 
 def partial_forward(
@@ -215,8 +226,7 @@ def partial_forward(
     Tensor [B, M, D]
         State after layer ``end - 1``.
     """
-    _no_backward("partial_forward", hidden)
-    return _op.partial_forward(hidden, weights, k_cache, v_cache, cos, sin, seq_lens, start, end, eps)
+    return _call("partial_forward", hidden, weights, k_cache, v_cache, cos, sin, seq_lens, start, end, eps)
 
 
 def check_layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
@@ -255,7 +265,7 @@ def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance
     Acceptance
         ``next_token[b] = target[b, accepted[b]]``.
     """
-    return Acceptance(*_op.accept_greedy(draft, target, seq_lens))
+    return Acceptance(*_call("accept_greedy", draft, target, seq_lens))
 
 
 def early_exit_loss(

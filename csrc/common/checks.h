@@ -62,6 +62,15 @@ T* data(const std::optional<Tensor>& tensor, const char* name, std::initializer_
   return tensor.has_value() ? data<T>(*tensor, name, shape) : nullptr;
 }
 
+inline void check_head_size(int64_t size) {
+  STD_TORCH_CHECK(size % 8 == 0 && 8 <= size && size <= 256, "head size must be a multiple of 8 up to 256, got ", size);
+}
+
+inline void check_groups(int64_t heads, int64_t groups) {
+  STD_TORCH_CHECK(groups > 0 && heads % groups == 0, heads, " query heads are not a multiple of ", groups,
+                  " key/value heads");
+}
+
 // Calls f with a null pointer of the storage type that `dtype` names.
 template <class F>
 auto with_float_type(ScalarType dtype, F f) {

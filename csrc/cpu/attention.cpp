@@ -9,7 +9,8 @@ Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   const Tensor q = contiguous(q_in), k = contiguous(k_in), v = contiguous(v_in);
   const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3);
   const int64_t groups = k.size(2), capacity = k_cache.size(2), positions = cos.size(0);
-  STD_TORCH_CHECK(positions >= capacity && size <= 256, "cos is shorter than the cache, or a head larger than 256");
+  check_head_size(size);
+  STD_TORCH_CHECK(positions >= capacity, "cos has ", positions, " positions, the cache's capacity is ", capacity);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, capacity);
   Tensor out = torch::stable::empty_like(q);
@@ -32,7 +33,7 @@ Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
                            capacity,
                            size,
                            0.0f};
-    run_team(1, [&](const Member& member) { step.run(member); });
+    run_team(1, [&](const Member& member) { step.run(member); });  // too little work for a second thread
   });
   return out;
 }
@@ -41,7 +42,8 @@ Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor&
   const Tensor q = contiguous(q_in);
   const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3);
   const int64_t groups = k_cache.size(1), capacity = k_cache.size(2);
-  STD_TORCH_CHECK(size <= 256 && groups > 0 && heads % groups == 0, "unsupported heads");
+  check_head_size(size);
+  check_groups(heads, groups);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, capacity);
   Tensor out = torch::stable::empty_like(q);

@@ -57,6 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tens
                                              const std::optional<Tensor>& scale) {
   const Tensor hidden = contiguous(hidden_in);
   const int64_t rows = hidden.size(0), width = hidden.size(1), vocabulary = head_weight.size(0);
+  STD_TORCH_CHECK(vocabulary > 0, "head_weight has no rows");
+  STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
   const HeadTiles tiles(vocabulary);
   Tensor token = torch::stable::new_empty(hidden, {rows}, ScalarType::Long);
   Tensor logit = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);

@@ -41,6 +41,7 @@ template <class W, int MR>
 inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, int64_t stride, int64_t width,
                      int64_t ahead, float* out) {
   using D = Dot<W>;
+  constexpr int64_t kLine = 64 / sizeof(W);
   F16 sums[MR][kQuad];
   for (int m = 0; m < MR; ++m)
     for (int i = 0; i < kQuad; ++i) sums[m][i] = splat(0);
@@ -50,7 +51,7 @@ inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, in
 #pragma GCC unroll 4
     for (int i = 0; i < kQuad; ++i) {
       w[i] = D::weights(rows[i] + k);
-      __builtin_prefetch(rows[i] + k + ahead);
+      if (k % kLine == 0) __builtin_prefetch(rows[i] + k + ahead);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {

@@ -150,10 +150,12 @@ Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weigh
   STD_TORCH_CHECK((slots == kRequired || slots == kAll) && slots * count == static_cast<int64_t>(weights.size()),
                   "got ", weights.size(), " weights for ", count, " layers");
   const int64_t size = k_cache.size(4);
+  check_head_size(size);
   const Shape shape{hidden.size(0), hidden.size(1), hidden.size(2), weights[1].size(0) / size,
                     k_cache.size(2), size, weights[6].size(0), k_cache.size(3)};
-  STD_TORCH_CHECK(size <= 256 && shape.groups > 0 && shape.heads % shape.groups == 0, "unsupported heads");
-  STD_TORCH_CHECK(cos.size(0) >= shape.capacity, "cos is shorter than the cache");
+  check_groups(shape.heads, shape.groups);
+  STD_TORCH_CHECK(cos.size(0) >= shape.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
+                  shape.capacity);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {shape.batch});
   check_capacity(lengths, shape.batch, shape.rows, shape.capacity);
   const float* cosines = data<float>(cos, "cos", {cos.size(0), size / 2});
