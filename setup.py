@@ -1,10 +1,10 @@
-"""Builds the compiled libraries; everything else about the package is in pyproject.toml.
+"""Builds the compiled libraries and finds the packages; the rest is in pyproject.toml.
 
 Each library is one stable-ABI shared object that `torch.ops.load_library` loads: no CPython extension module, no symbol
 of libtorch_python, so one wheel serves CPython >= 3.10 and torch >= 2.10.
 
-Environment: CXX picks the compiler, CXXFLAGS and LDFLAGS are added to the flags, MAX_JOBS limits the parallel compilers,
-LAYERSKIP_CUDA=1 demands the CUDA library, LAYERSKIP_CUDA=0 leaves it out, unset builds it where nvcc is found.
+Environment: CXX picks the compiler, CXXFLAGS and LDFLAGS are added to the flags, MAX_JOBS limits the parallel
+compilers, LAYERSKIP_CUDA=1 demands the CUDA library, LAYERSKIP_CUDA=0 leaves it out, unset builds it if nvcc is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -65,7 +65,9 @@ def cuda_wanted(sources: list[str]) -> bool:
         sys.exit(f"LAYERSKIP_CUDA={choice} is not understood, expected 0, 1 or unset")
     nvcc = shutil.which("nvcc")
     if choice == "1" and nvcc is None:
-        sys.exit("LAYERSKIP_CUDA=1 needs nvcc on PATH: install the CUDA toolkit (https://developer.nvidia.com/cuda-toolkit)")
+        sys.exit(
+            "LAYERSKIP_CUDA=1 needs nvcc on PATH: install the CUDA toolkit (https://developer.nvidia.com/cuda-toolkit)"
+        )
     if choice == "1" and not sources:
         sys.exit("LAYERSKIP_CUDA=1, but csrc/cuda has no .cu files to build")
     return choice != "0" and nvcc is not None and bool(sources)
@@ -77,6 +79,7 @@ def files(pattern: str) -> list[str]:
 
 
 def library(name: str, sources: list[str]) -> Extension:
+    """``layerskip_kernels/<name>.abi3.so``; the headers go into a source distribution with it."""
     return Extension(
         f"layerskip_kernels.{name}",
         sources,
@@ -103,6 +106,7 @@ def libraries() -> list[Extension]:
 
 
 def find_ninja() -> str:
+    """The ninja of the package of that name, which need not be on PATH, else the one on PATH."""
     try:
         import ninja
     except ImportError:
@@ -117,6 +121,7 @@ class NinjaBuild(build_ext):
     """Compiles with ninja: in parallel, and again when a source, a header or a flag has changed."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one library and copy it to where setuptools wants it."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         # Within the checkout, unlike build_temp, which an editable install throws away.
@@ -164,11 +169,14 @@ def edges(sources: list[str], target: str) -> str:
 
 
 def ninja_path(path: Path) -> str:
+    """A path as an input in build.ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 extensions = libraries()
 setup(
+    package_dir={"layerskip": "python/layerskip"},
+    packages=find_packages(include=["layerskip_kernels*"]) + find_packages("python"),
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
