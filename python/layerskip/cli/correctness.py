@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -60,11 +61,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.skip_transformers:
         reference, _ = options.load(args, console, torch.float32)
         exact = SelfSpeculativeDecoder(reference, decoder.exit_layer, decoder.num_speculations)
-    table = Table("prompt", title=f"{args.model}, E={decoder.exit_layer}, K={decoder.num_speculations}")
-    for column in ("tokens", "drafts accepted", f"self-speculative = autoregressive ({args.dtype})"):
+    table = Table(
+        "prompt",
+        title=f"the tokens of {args.model} (E={decoder.exit_layer}, K={decoder.num_speculations}) are the same",
+    )
+    for column in ("tokens", "accepted", f"self-speculative\n({args.dtype})"):
         table.add_column(column)
     if reference is not None:
-        table.add_column("autoregressive = transformers (float32)")
+        table.add_column("transformers\n(float32)")
     wrong = 0
     progress = Console(stderr=True)
     for prompt in track(texts, "comparing", console=progress, disable=not sys.stderr.isatty()):
@@ -75,8 +79,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             ours = exact.generate(input_ids, args.max_new_tokens, strategy="autoregressive").new_tokens[0].tolist()
             verdicts.append(first_difference(ours, _with_transformers(reference, input_ids, args.max_new_tokens)))
         wrong += sum(verdict is not None for verdict in verdicts)
-        label = " ".join(prompt.text.split())[:48].replace("[", "\\[")
-        table.add_row(label, str(count), f"{accepted:.0%}", *map(_verdict, verdicts))
+        label = escape(" ".join(prompt.text.split())[-28:])
+        table.add_row(f"…{label}", str(count), f"{accepted:.0%}", *map(_verdict, verdicts))
     console.print(table)
     console.print(f"[red]{wrong} comparisons failed[/red]" if wrong else "[green]all tokens are identical[/green]")
     return 1 if wrong else 0

@@ -15,7 +15,7 @@ from rich.text import Text
 from .._files import write_atomically
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder
 from . import options, prompts
-from .picture import demo_picture
+from .picture import SideBySide, demo_picture
 from .prompts import Prompt
 
 ACCEPTED, VERIFIED = "bold green", "default"
@@ -37,20 +37,6 @@ class Subject:
     num_speculations: int
     remark: str
     prompts: list[Prompt]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One prompt, decoded both ways."""
-
-    prompt: Prompt
-    plain: GenerationOutput
-    speculative: GenerationOutput
-
-    @property
-    def identical(self) -> bool:
-        """Whether both gave the same tokens."""
-        return self.plain.sequences.tolist() == self.speculative.sequences.tolist()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,18 +79,20 @@ def _panel(title: str, tokenizer: Any, out: GenerationOutput, width: int) -> Pan
     stats = out.stats
     caption = f"{stats.decode_tokens_per_second:.1f} tokens/s"
     if stats.drafted:
-        caption += f", {stats.accepted} of {stats.drafted} drafts accepted ({stats.acceptance_rate:.0%})"
+        caption += f", {stats.accepted}/{stats.drafted} drafts ({stats.acceptance_rate:.0%})"
     return Panel(coloured(tokenizer, out), title=title, subtitle=caption, width=width, title_align="left")
 
 
-def _show(console: Console, subject: Subject, shown: Shown) -> None:
+def _show(console: Console, subject: Subject, shown: SideBySide) -> None:
     width = max(40, (console.width - 1) // 2)
     panels = [
         _panel("autoregressive", subject.tokenizer, shown.plain, width),
         _panel("self-speculative", subject.tokenizer, shown.speculative, width),
     ]
     same = Text("✓ identical tokens", "green") if shown.identical else Text("✗ the tokens differ", "bold red")
-    heading = Text.assemble((f"{shown.prompt.task}: ", "bold"), (shown.prompt.text, "italic"))
+    lines = shown.prompt.text.rstrip().splitlines()
+    excerpt = "\n".join(["…"] * (len(lines) > 2) + lines[-2:])  # of a long prompt, the end
+    heading = Text.assemble((f"{shown.prompt.task}\n", "bold"), (excerpt, "italic"))
     console.print(Group("", heading, Columns(panels, padding=(0, 0)), same))
 
 
@@ -125,14 +113,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with console.status("decoding"):
             plain = decoder.generate(input_ids, args.max_new_tokens, strategy="autoregressive")
             speculative = decoder.generate(input_ids, args.max_new_tokens)
-        shown.append(Shown(prompt, plain, speculative))
+        shown.append(SideBySide(prompt, plain, speculative))
         _show(console, subject, shown[-1])
     return _finish(args, console, shown)
 
 
-def _finish(args: argparse.Namespace, console: Console, shown: list[Shown]) -> int:
-    rows = [(one.prompt.task, one.plain, one.speculative) for one in shown]
-    write_atomically(args.output, demo_picture(rows))
+def _finish(args: argparse.Namespace, console: Console, shown: list[SideBySide]) -> int:
+    write_atomically(args.output, demo_picture(shown))
     console.print(f"\nThe picture of this is in {args.output.resolve()}", highlight=False, soft_wrap=True)
     if not all(one.identical for one in shown):
         console.print("[bold red]✗ self-speculative decoding changed tokens[/bold red]")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import layerskip_kernels
+from layerskip_kernels import _extension
 
 PACKAGES = ("layerskip-kernels", "torch", "transformers", "triton", "safetensors", "accelerate", "peft")
 
@@ -37,6 +38,7 @@ def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
         "exit_head": (row, weight, square, 1e-5, None, None),
         "partial_forward": (row[None], layer, cache[None], cache[None].clone(), cos, sin, lengths, 0, 1, 1e-5),
         "accept_greedy": (tokens[:, :1], tokens, lengths),
+        "early_exit_loss": (row[None], weight, square, tokens[0, :1], torch.ones(1, device=device), 1e-5, -100),
     }
 
 
@@ -61,8 +63,9 @@ def _facts() -> Table:
     for package in PACKAGES:
         table.add_row(package, _version(package))
     table.add_row("cpu", _cpu())
+    table.add_row("cuda library", _extension.cuda_reason or "loaded")
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    table.add_row("cuda", ", ".join(cards) or f"no card (torch is built for CUDA {torch.version.cuda or 'not at all'})")
+    table.add_row("cuda cards", ", ".join(cards) or "none")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -18,7 +19,7 @@ from .._files import write_atomically
 AUTOREGRESSIVE = "autoregressive"
 SELF_SPECULATIVE = "self-speculative"
 TRANSFORMERS = "transformers"
-EARLY_EXIT_ASSISTED = "transformers, assistant_early_exit"
+EARLY_EXIT_ASSISTED = "transformers, early exit"
 
 
 @dataclass
@@ -38,6 +39,23 @@ class Run:
     def rate(self) -> float:
         """Tokens per second, after the first token."""
         return self.tokens / self.seconds
+
+
+def _if_known(form: str, key: str) -> Callable[[str, dict[str, float]], str]:
+    """A cell that stays empty where the bytes per token are not known, as for transformers."""
+    return lambda name, values: form.format(values[key]) if values["megabytes_per_token"] else ""
+
+
+_ROWS: dict[str, Callable[[str, dict[str, float]], str]] = {
+    "tokens/s": lambda name, values: f"{values['tokens_per_second']:.1f}",
+    "first token": lambda name, values: f"{values['milliseconds_to_first_token']:.0f} ms",
+    "drafts accepted": lambda name, values: f"{values['acceptance_rate']:.0%}" if name == SELF_SPECULATIVE else "",
+    "speedup, of means": lambda name, values: f"{values['speedup_of_means']:.2f}×",
+    "mean speedup": lambda name, values: f"{values['mean_speedup']:.2f}×",
+    "MB/token": _if_known("{:.0f}", "megabytes_per_token"),
+    "GB/s": _if_known("{:.1f}", "gigabytes_per_second"),
+    "of read speed": _if_known("{:.0%}", "fraction_of_bandwidth"),
+}
 
 
 @dataclass
@@ -100,8 +118,8 @@ class Report:
         title += f"E={setting['exit_layer']} of {setting['layers']}, K={setting['num_speculations']}"
         console.print(self._table(title))
         console.print(
-            "tokens/s, MB and GB/s are medians, after the first token; "
-            "speedups are over our autoregressive decoding: ratio of mean tokens/s | mean ratio of times per token",
+            "Medians, after the first token. Speedups are over our autoregressive decoding: "
+            "the ratio of the mean tokens/s, and the mean ratio of the times per token.",
             style="dim",
         )
         outside = self.outside_ops
@@ -117,22 +135,10 @@ class Report:
             console.print("[red]✗ self-speculative tokens differ from the autoregressive ones: no speedup counts[/red]")
 
     def _table(self, title: str) -> Table:
-        table = Table("decoding", title=title, title_justify="left")
-        for column in ("tokens/s", "first token", "accepted", "speedup", "MB/token", "GB/s", "of read speed"):
-            table.add_column(column, justify="right")
-        for name in self.runs:
-            row = self.summary(name)
-            known = row["megabytes_per_token"] > 0
-            table.add_row(
-                name,
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['milliseconds_to_first_token']:.0f} ms",
-                f"{row['acceptance_rate']:.0%}" if name == SELF_SPECULATIVE else "",
-                f"{row['speedup_of_means']:.2f}× | {row['mean_speedup']:.2f}×",
-                f"{row['megabytes_per_token']:.0f}" if known else "",
-                f"{row['gigabytes_per_second']:.1f}" if known else "",
-                f"{row['fraction_of_bandwidth']:.0%}" if known else "",
-            )
+        table = Table("", *self.runs, title=title, title_justify="left")
+        columns = [(name, self.summary(name)) for name in self.runs]
+        for label, cell in _ROWS.items():
+            table.add_row(label, *(cell(name, values) for name, values in columns))
         return table
 
     def write(self, stem: Path) -> list[Path]:
