@@ -1,6 +1,7 @@
 """Three tasks whose texts ship in Python packages: semantic parsing, coding, summarization.
 
-Every task is a module with ``SPLITS`` and ``load(split)``. A held-out split shares no group, and no prompt, with training.
+Every task is a module with ``SPLITS`` and ``load(split)``. A held-out split shares no prompt with training and, but for
+unseen utterances of seen templates (parsing's ``test``), no group.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+from ..._files import write_atomically
 from ._example import Example, stable_fraction
-from ._files import cache_directory, write_atomically
 
 __all__ = [
     "TASKS",
     "Example",
-    "cache_directory",
     "load_task",
     "read_jsonl",
     "splits",
@@ -91,7 +91,7 @@ def _parse_lines(lines: Iterator[str], path: str) -> Iterator[Example]:
 
 
 def write_prompts(task: str, split: str, path: str | Path, limit: int | None = None) -> int:
-    """Write the prompts of a split as JSONL with the fields ``prompt`` and ``completion``; return how many.
+    """Write the prompts of a split as JSONL with the fields ``prompt``, ``completion`` and ``task``; return how many.
 
     Parameters
     ----------
@@ -103,6 +103,6 @@ def write_prompts(task: str, split: str, path: str | Path, limit: int | None = N
         Write only the first ones.
     """
     examples = load_task(task, split)[:limit]
-    lines = (json.dumps({"prompt": example.prompt, "completion": example.completion}) + "\n" for example in examples)
-    write_atomically(Path(path), "".join(lines))
+    records = ({"prompt": e.prompt, "completion": e.completion, "task": task} for e in examples)
+    write_atomically(Path(path), "".join(json.dumps(record) + "\n" for record in records).encode())
     return len(examples)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 AREAS = (
-    "kitchen", "living room", "bedroom", "bathroom", "office", "garage", "hallway", "dining room", "guest room", "attic",
-    "basement", "laundry room", "nursery", "garden", "patio", "study", "playroom", "pantry", "workshop", "library",
-    "master bedroom", "home theater", "sunroom", "entryway", "balcony", "gym", "cellar", "conservatory",
+    "kitchen", "living room", "bedroom", "bathroom", "office", "garage", "hallway", "dining room", "guest room",
+    "attic", "basement", "laundry room", "nursery", "garden", "patio", "study", "playroom", "pantry", "workshop",
+    "library", "master bedroom", "home theater", "sunroom", "entryway", "balcony", "gym", "cellar", "conservatory",
 )  # fmt: skip
 
 FLOORS = ("ground floor", "first floor", "second floor", "upstairs", "downstairs", "top floor")
@@ -48,8 +48,9 @@ FREE_TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "search_query": (
         "bohemian rhapsody", "the beatles", "abbey road", "morning jazz", "taylor swift", "planet earth", "star wars",
-        "miles davis", "classical essentials", "daily news", "the office", "back in black", "daft punk", "road trip mix",
-        "hotel california", "inception", "true crime weekly", "ocean sounds", "nina simone", "thriller",
+        "miles davis", "classical essentials", "daily news", "the office", "back in black", "daft punk",
+        "road trip mix", "hotel california", "inception", "true crime weekly", "ocean sounds", "nina simone",
+        "thriller",
     ),
     "zone": ("work", "school", "the gym", "grandma's house", "the airport", "downtown"),
     "timer_name": ("pizza", "pasta", "tea", "laundry", "workout", "nap", "cookies", "homework", "egg", "rice"),

