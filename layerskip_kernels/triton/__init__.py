@@ -1,0 +1,72 @@
+"""Triton kernels, one file per op family.
+
+This module imports without triton; the kernels are loaded by the first call that they serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPS = {
+    "rms_norm": "norm",
+    "linear": "linear",
+    "swiglu": "linear",
+    "rope_kv_append": "attention",
+    "verify_attention": "attention",
+    "exit_head": "exit_head",
+    "partial_forward": "partial_forward",
+    "accept_greedy": "accept",
+}
+OLDEST = (3, 4)
+
+
+@cache
+def _installed() -> str | None:
+    """Why triton cannot be used at all, or None."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed (pip install 'layerskip-kernels[triton]')"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"triton {found} is older than {'.'.join(map(str, OLDEST))}"
+    return None
+
+
+@cache
+def _device(kind: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    if kind == "cpu":
+        interpreted = import_module("._launch", __name__).INTERPRETED
+        return None if interpreted else "the tensors are on cpu and TRITON_INTERPRET=1 was not set at start"
+    if kind != "cuda":
+        return f"the tensors are on {kind}"
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def supports(*args: Any) -> str | None:
+    """Why no Triton kernel can serve a call with these arguments, or None."""
+    reason = _installed()
+    if reason is not None:
+        return reason
+    device = next(arg for arg in args if isinstance(arg, Tensor)).device
+    return _device(device.type, device.index)
+
+
+def implementation(op: str) -> Callable[..., Any]:
+    """The launcher of ``op``; its kernels are imported when it is first called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(f".{OPS[op]}", __name__), op)(*args)
+
+    call.__name__ = call.__qualname__ = f"{op}_triton"
+    return call

@@ -1,0 +1,64 @@
+"""What every launcher needs: the interpreter, programmatic dependent launch, grids."""
+
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments are typed by their launch)
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda as tl_cuda
+
+# triton's own helpers are decorated when triton is imported, so this tells whether TRITON_INTERPRET was set by then
+INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
+ROWS = 16  # the least tile of tl.dot; M = 1 and M = K + 1 share it, and so share their bits
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel of the stream start, then wait until the kernels before have written (sm_90 and later)."""
+    if PDL:
+        tl_cuda.gdc_launch_dependents()
+        tl_cuda.gdc_wait()
+
+
+@cache
+def _pdl(index: int) -> bool:
+    if torch.version.hip is not None or os.environ.get("LAYERSKIP_PDL") == "0":
+        return False
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def launch_options(tensor: Tensor) -> dict[str, Any]:
+    """Programmatic dependent launch where the card has it; fused multiply-add on, whatever triton's default is."""
+    if tensor.is_cuda and not INTERPRETED and _pdl(tensor.device.index):
+        return {"PDL": True, "launch_pdl": True, "enable_fp_fusion": True}
+    return {"PDL": False, "enable_fp_fusion": True}
+
+
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the device of ``tensor``, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The block that covers ``size``."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def check_positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
+    """Raise where a row falls outside the cache.
+
+    On a card this would be a host sync inside a round: there such a row comes out as NaN, which `exit_head` turns into
+    token -1, and nothing is written.
+    """
+    if seq_lens.device.type == "cpu" and seq_lens.numel() and rows:
+        first, last = int(seq_lens.min()), int(seq_lens.max()) + rows - 1
+        if first < 0 or last >= capacity:
+            raise ValueError(f"position {last if last >= capacity else first} is outside the cache's {capacity}")

@@ -1,0 +1,71 @@
+"""Device helpers whose order of additions is fixed by construction, not by the layout that the compiler picks."""
+
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments are typed by their launch)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def halve(x, WIDTH: tl.constexpr):
+    """[1, WIDTH] -> [1, WIDTH / 2], the sums of neighbours."""
+    even, odd = tl.split(tl.reshape(x, (1, WIDTH // 2, 2)))
+    return even + odd
+
+
+@triton.jit
+def tree_sum(x, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """Sum of [1, WIDTH], 2^STEPS = WIDTH, as a tree of elementwise additions: the same bits in every kernel."""
+    for step in tl.static_range(STEPS):
+        x = halve(x, WIDTH >> step)
+    return tl.sum(tl.sum(x, axis=1), axis=0)
+
+
+@triton.jit
+def inverse_rms(x_ptr, width, eps, BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of the row at ``x_ptr``, in fp32; UNROLL loads are in flight at a time."""
+    squares = tl.zeros((1, BLOCK), tl.float32)
+    for start in range(0, width, BLOCK * UNROLL):
+        for piece in tl.static_range(UNROLL):
+            column = start + piece * BLOCK + tl.arange(0, BLOCK)[None, :]
+            x = tl.load(x_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+            squares = tl.fma(x, x, squares)
+    return tl.rsqrt(tree_sum(squares, BLOCK, STEPS) / width + eps)
+
+
+@triton.jit
+def inside(row_ok, k, stop, EVEN: tl.constexpr):
+    """Mask of a tile; EVEN: whole tiles fill the depth, so columns need none, which saves registers."""
+    mask = row_ok[:, None]
+    if not EVEN:
+        mask = mask & (k < stop)
+    return mask
+
+
+@triton.jit
+def row_dot(
+    x_ptr, w_ptr, row, col, row_ok, col_ok, depth, start, stop,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows of x [*, depth] times rows of w [*, depth], over the columns [start, stop) -> [ROWS, BLOCK_N] fp32."""
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    x_row, w_row = x_ptr + row.to(tl.int64)[:, None] * depth, w_ptr + col.to(tl.int64)[:, None] * depth
+    for begin in range(start, stop, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_row + k, mask=inside(row_ok, k, stop, EVEN), other=0.0)
+        w = tl.load(w_row + k, mask=inside(col_ok, k, stop, EVEN), other=0)
+        if not UPCAST:
+            w = w.to(x.dtype)  # of an int8 head; exact in every dtype
+        total = dot(x, tl.trans(w), total, UPCAST)
+    return total
+
+
+@triton.jit
+def dot(a, b, total, UPCAST: tl.constexpr):
+    """a b + total with fp32 sums. UPCAST: triton's interpreter multiplies bf16 wrongly, so there it gets fp32."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")

@@ -1,0 +1,242 @@
+"""rope_kv_append and verify_attention."""
+
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments are typed by their launch)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import INTERPRETED, ROWS, check_positions, launch_options, on, power_of_two, wait_for_inputs
+from ._tiles import dot, inverse_rms
+from .norm import norm_block
+
+SPLIT = 512  # positions of one program; fixed, so that the order of additions never depends on the lengths
+ROWS_AT_ONCE = 64  # rows a sequence in one launch: bounds the partial results of a long prompt
+
+
+@triton.jit
+def _rotate_row(
+    x_ptr, norm_ptr, out_ptr, cos, sin, size, eps,
+    HAS_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of one head, after its norm where there is one."""
+    half = size // 2
+    column = tl.arange(0, HALF)
+    ok = column < half
+    a = tl.load(x_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + half + column, mask=ok, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    if HAS_NORM:
+        inverse = inverse_rms(x_ptr, size, eps, BLOCK, STEPS, UNROLL)
+        weight_a = tl.load(norm_ptr + column, mask=ok, other=0.0).to(tl.float32)
+        weight_b = tl.load(norm_ptr + half + column, mask=ok, other=0.0).to(tl.float32)
+        a = (a * inverse * weight_a).to(dtype).to(tl.float32)
+        b = (b * inverse * weight_b).to(dtype).to(tl.float32)
+    # fma by name: with and without a norm the compiler must contract the same way
+    tl.store(out_ptr + column, tl.fma(a, cos, -(b * sin)).to(dtype), mask=ok)
+    tl.store(out_ptr + half + column, tl.fma(b, cos, a * sin).to(dtype), mask=ok)
+
+
+@triton.jit(do_not_specialize=["rows", "q_stride", "k_stride", "v_stride"])
+def rope_kv_append_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, seq_lens_ptr, out_ptr, q_norm_ptr, k_norm_ptr,
+    rows, heads, groups, size, capacity, q_stride, k_stride, v_stride, eps,
+    HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    UNROLL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a row and head, H query heads first, then G keys, then G values; position = length + m."""
+    wait_for_inputs(PDL)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sequence = row // rows
+    position = tl.load(seq_lens_ptr + sequence) + row % rows
+    inside = (position >= 0) & (position < capacity)
+    lane = tl.arange(0, HALF)
+    at = position + tl.zeros((HALF,), tl.int64)
+    ok = (lane < size // 2) & (at >= 0) & (at < capacity)
+    cos = tl.load(cos_ptr + at * (size // 2) + lane, mask=ok, other=float("nan"))
+    sin = tl.load(sin_ptr + at * (size // 2) + lane, mask=ok, other=float("nan"))
+    if head < heads:
+        target = out_ptr + (row * heads + head) * size
+        _rotate_row(
+            q_ptr + row * q_stride + head * size,
+            q_norm_ptr,
+            target,
+            cos,
+            sin,
+            size,
+            eps,
+            HAS_Q_NORM,
+            HALF,
+            BLOCK,
+            STEPS,
+            UNROLL,
+        )
+    elif inside:
+        group = (head - heads) % groups
+        slot = ((sequence * groups + group) * capacity + position) * size
+        if head < heads + groups:
+            source = k_ptr + row * k_stride + group * size
+            target = k_cache_ptr + slot
+            _rotate_row(source, k_norm_ptr, target, cos, sin, size, eps, HAS_K_NORM, HALF, BLOCK, STEPS, UNROLL)
+        else:
+            column = tl.arange(0, BLOCK)
+            value = tl.load(v_ptr + row * v_stride + group * size + column, mask=column < size)
+            tl.store(v_cache_ptr + slot + column, value, mask=column < size)
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, position, first, last, size, scale,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; what lies beyond is not loaded."""
+    column = tl.arange(0, BLOCK_C)[None, :]
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for begin in range(first, last, BLOCK_T):
+        at = begin + tl.arange(0, BLOCK_T)
+        ok = (at < last)[:, None] & (column < size)
+        cell = at.to(tl.int64)[:, None] * size + column
+        k = tl.load(k_ptr + cell, mask=ok, other=0.0)
+        v = tl.load(v_ptr + cell, mask=ok, other=0.0)
+        scores = dot(q, tl.trans(k), tl.zeros((ROWS, BLOCK_T), tl.float32), UPCAST) * scale
+        scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing here: exp(-inf - 0) = 0
+        weight = tl.exp(scores - base[:, None])
+        kept = tl.exp(peak - base)
+        mass = mass * kept + tl.sum(weight, axis=1)
+        total = dot(weight.to(v.dtype), v, total * kept[:, None], UPCAST)
+        peak = higher
+    return total, mass, peak
+
+
+@triton.jit(do_not_specialize=["rows", "skipped", "all_rows"])
+def verify_attention_kernel(
+    q_ptr, k_ptr, v_ptr, seq_lens_ptr, total_ptr, mass_ptr, peak_ptr,
+    rows, skipped, all_rows, groups, size, capacity, scale,
+    SHARED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a piece of SPLIT positions, a key/value head of a sequence and 16 of the (row, query head) pairs."""
+    piece, pieces = tl.program_id(0), tl.num_programs(0)
+    sequence, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
+    pair = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    m, head, ok = pair // SHARED, group * SHARED + pair % SHARED, pair < rows * SHARED
+    wait_for_inputs(PDL)
+    position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
+    last = tl.minimum(tl.max(tl.where(ok, position, -1), axis=0) + 1, capacity)
+    first = piece * SPLIT
+    if first < last:
+        last = tl.minimum(last, first + SPLIT)
+        column = tl.arange(0, BLOCK_C)[None, :]
+        place = (sequence * all_rows + skipped + m) * (groups * SHARED) + head
+        q_mask = ok[:, None] & (column < size)
+        q = tl.load(q_ptr + place[:, None] * size + column, mask=q_mask, other=0.0)
+        plane = (sequence * groups + group) * capacity * size
+        total, mass, peak = _attend(
+            q, k_ptr + plane, v_ptr + plane, position, first, last, size, scale, ROWS, BLOCK_T, BLOCK_C, UPCAST
+        )
+        part = ((sequence * rows + m) * (groups * SHARED) + head) * pieces + piece
+        tl.store(total_ptr + part[:, None] * size + column, total, mask=q_mask)
+        tl.store(mass_ptr + part, mass, mask=ok)
+        tl.store(peak_ptr + part, peak, mask=ok)
+
+
+@triton.jit(do_not_specialize=["rows", "skipped", "all_rows"])
+def verify_attention_finish_kernel(
+    total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, out_ptr, rows, skipped, all_rows, heads, size, capacity, pieces,
+    SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Joins the pieces of one row and head, in order; a position outside the cache comes out as NaN."""
+    wait_for_inputs(PDL)
+    row, head = tl.program_id(0), tl.program_id(1)
+    sequence, m = (row // rows).to(tl.int64), row % rows
+    position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
+    part = ((sequence * rows + m) * heads + head) * pieces
+    column = tl.arange(0, BLOCK_C)
+    peak, mass = float("-inf"), 0.0
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    inside = (position >= 0) & (position < capacity)
+    for piece in range(0, tl.where(inside, position // SPLIT + 1, 0)):
+        here = tl.load(peak_ptr + part + piece)
+        higher = tl.maximum(peak, here)
+        kept, added = tl.exp(peak - higher), tl.exp(here - higher)
+        mass = tl.fma(mass, kept, tl.load(mass_ptr + part + piece) * added)
+        value = tl.load(total_ptr + (part + piece) * size + column, mask=column < size, other=0.0)
+        total = tl.fma(total, kept, value * added)
+        peak = higher
+    place = (sequence * all_rows + skipped + m) * heads + head
+    tl.store(out_ptr + place * size + column, (total / mass).to(out_ptr.dtype.element_ty), mask=column < size)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """[B, M, heads, C] with the heads of a row side by side and its rows evenly spaced."""
+    batch, rows, _, size = x.shape
+    even = x.stride()[2:] == (size, 1) and (batch == 1 or x.stride(0) == rows * x.stride(1))
+    return x if even else x.contiguous()
+
+
+def rope_kv_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    norms: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: float = 0.0,
+) -> Tensor:
+    """See `layerskip_kernels.rope_kv_append`; ``norms`` of q and k [C] are applied before, as `rms_norm` would."""
+    q, k, v = _rows_of(q), _rows_of(k), _rows_of(v)
+    (batch, rows, heads, size), (groups, capacity) = q.shape, k_cache.shape[1:3]
+    check_positions(seq_lens, rows, capacity)
+    out = q.new_empty(q.shape)
+    if batch * rows * (heads + groups):
+        with on(q):
+            rope_kv_append_kernel[(batch * rows, heads + 2 * groups)](
+                q, k, v, cos, sin, k_cache, v_cache, seq_lens, out, *norms, rows, heads, groups, size, capacity,
+                q.stride(1), k.stride(1), v.stride(1), eps, HAS_Q_NORM=norms[0] is not None,
+                HAS_K_NORM=norms[1] is not None, HALF=power_of_two(size // 2), **norm_block(size),
+                **launch_options(q), num_warps=1,
+            )  # fmt: skip
+    return out
+
+
+def attention_tile(size: int, itemsize: int) -> dict[str, int]:
+    """Positions of a tile and pipeline stages: two stages of K and V stay within 64 KiB."""
+    block_c = power_of_two(size, 16)
+    block_t = max(16, min(64, 16384 // (block_c * itemsize)))
+    return {"BLOCK_C": block_c, "BLOCK_T": block_t, "num_stages": 2, "num_warps": 4}
+
+
+def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+    """See `layerskip_kernels.verify_attention`."""
+    q = q.contiguous()
+    (batch, all_rows, heads, size), (groups, capacity) = q.shape, k_cache.shape[1:3]
+    check_positions(seq_lens, all_rows, capacity)
+    out = torch.empty_like(q)
+    pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(size, q.element_size())
+    for skipped in range(0, all_rows if out.numel() else 0, ROWS_AT_ONCE):
+        rows = min(ROWS_AT_ONCE, all_rows - skipped)
+        total = q.new_empty(batch * rows * heads * pieces, size, dtype=torch.float32)
+        mass, peak = total.new_empty(total.shape[0]), total.new_empty(total.shape[0])
+        with on(q):
+            grid = (pieces, batch * groups, triton.cdiv(rows * (heads // groups), ROWS))
+            verify_attention_kernel[grid](
+                q, k_cache, v_cache, seq_lens, total, mass, peak, rows, skipped, all_rows, groups, size, capacity,
+                size**-0.5, SHARED=heads // groups, ROWS=ROWS, SPLIT=SPLIT, UPCAST=INTERPRETED, **tile,
+                **launch_options(q),
+            )  # fmt: skip
+            verify_attention_finish_kernel[(batch * rows, heads)](
+                total, mass, peak, seq_lens, out, rows, skipped, all_rows, heads, size, capacity, pieces,
+                SPLIT=SPLIT, BLOCK_C=tile["BLOCK_C"], **launch_options(q), num_warps=1,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,229 @@
+"""linear, swiglu, and the three projections of attention as one launch."""
+
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments are typed by their launch)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import Config, pick, splits, streaming_options
+from ._launch import ROWS, launch_options, on, wait_for_inputs
+from ._tiles import dot, inside, row_dot
+
+FINISH_BLOCK = 256
+
+
+@triton.jit
+def _store(
+    total, bias_ptr, residual_ptr, out_ptr, row, col, ok, outputs, out_stride,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """out = total + bias + residual, rounded once."""
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + col, mask=col < outputs, other=0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row.to(tl.int64)[:, None] * outputs + col[None, :], mask=ok, other=0.0)
+        total += residual.to(tl.float32)
+    target = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
+    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, rows, outputs, depth,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x weightᵀ + bias + residual of 16 rows × BLOCK_N outputs; with SPLITS the fp32 sum of one piece of the depth."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = (row < rows)[:, None] & (col < outputs)[None, :]
+    wait_for_inputs(PDL)
+    if SPLITS == 1:
+        total = row_dot(
+            x_ptr,
+            weight_ptr,
+            row,
+            col,
+            row < rows,
+            col < outputs,
+            depth,
+            0,
+            depth,
+            ROWS,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN,
+            UPCAST,
+        )
+        _store(total, bias_ptr, residual_ptr, out_ptr, row, col, ok, outputs, outputs, HAS_BIAS, HAS_RESIDUAL)
+    else:
+        piece = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS) * BLOCK_K
+        start = tl.program_id(2) * piece
+        stop = tl.minimum(start + piece, depth)
+        total = row_dot(
+            x_ptr,
+            weight_ptr,
+            row,
+            col,
+            row < rows,
+            col < outputs,
+            depth,
+            start,
+            stop,
+            ROWS,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN,
+            UPCAST,
+        )
+        part_ptr = out_ptr + tl.program_id(2).to(tl.int64) * rows * outputs
+        _store(total, bias_ptr, residual_ptr, part_ptr, row, col, ok, outputs, outputs, False, False)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_finish_kernel(
+    parts_ptr, bias_ptr, residual_ptr, out_ptr, rows, outputs,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Σ over the pieces, in order, + bias + residual; one program a row and BLOCK outputs."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = (row < rows)[:, None] & (col < outputs)[None, :]
+    wait_for_inputs(PDL)
+    total = tl.zeros((1, BLOCK), tl.float32)
+    for piece in tl.static_range(SPLITS):
+        start = (piece * rows.to(tl.int64) + row.to(tl.int64)) * outputs
+        total += tl.load(parts_ptr + start[:, None] + col[None, :], mask=ok, other=0.0)
+    _store(total, bias_ptr, residual_ptr, out_ptr, row, col, ok, outputs, outputs, HAS_BIAS, HAS_RESIDUAL)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def qkv_kernel(
+    x_ptr, q_ptr, k_ptr, v_ptr, q_bias_ptr, k_bias_ptr, v_bias_ptr, out_ptr, rows, queries, keys, depth,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x [qᵀ kᵀ vᵀ] + bias, side by side in a row of the output; a program works on one of the three."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, query_tiles, key_tiles = tl.program_id(1), tl.cdiv(queries, BLOCK_N), tl.cdiv(keys, BLOCK_N)
+    w_ptr, bias_ptr, outputs, base = q_ptr, q_bias_ptr, queries, 0
+    if tile >= query_tiles + key_tiles:
+        w_ptr, bias_ptr, outputs, base = v_ptr, v_bias_ptr, keys, queries + keys
+        tile -= query_tiles + key_tiles
+    elif tile >= query_tiles:
+        w_ptr, bias_ptr, outputs, base = k_ptr, k_bias_ptr, keys, queries
+        tile -= query_tiles
+    col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    wait_for_inputs(PDL)
+    total = row_dot(
+        x_ptr, w_ptr, row, col, row < rows, col < outputs, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, UPCAST
+    )
+    ok = (row < rows)[:, None] & (col < outputs)[None, :]
+    stride = queries + 2 * keys
+    _store(total, bias_ptr, out_ptr, out_ptr + base, row, col, ok, outputs, stride, HAS_BIAS, False)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def swiglu_kernel(
+    x_ptr, gate_ptr, up_ptr, out_ptr, rows, features, depth,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """a / (1 + exp(-a)) · b with a = x gateᵀ, b = x upᵀ, of 16 rows × BLOCK_N features."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_row, w_row = row.to(tl.int64)[:, None] * depth, col.to(tl.int64)[:, None] * depth
+    wait_for_inputs(PDL)
+    a, b = tl.zeros((ROWS, BLOCK_N), tl.float32), tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for begin in range(0, depth, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + x_row + k, mask=inside(row < rows, k, depth, EVEN), other=0.0)
+        w_ok = inside(col < features, k, depth, EVEN)
+        gate, up = (
+            tl.load(gate_ptr + w_row + k, mask=w_ok, other=0.0),
+            tl.load(up_ptr + w_row + k, mask=w_ok, other=0.0),
+        )
+        a, b = dot(x, tl.trans(gate), a, UPCAST), dot(x, tl.trans(up), b, UPCAST)
+    out = a / (1.0 + tl.exp(-a)) * b
+    target = out_ptr + row.to(tl.int64)[:, None] * features + col[None, :]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < features)[None, :])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """See `layerskip_kernels.linear`."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    (rows, depth), outputs, pieces = x.shape, weight.shape[0], splits(x.shape[1])
+    out = x.new_empty(rows, outputs)
+    if not out.numel():
+        return out
+    first = out if pieces == 1 else x.new_empty(pieces, rows, outputs, dtype=torch.float32)
+    has = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(outputs, config.block_n), pieces)
+        linear_kernel[grid](
+            x, weight, bias, residual, first, rows, outputs, depth, **has, SPLITS=pieces, **streaming_options(x, config)
+        )
+
+    with on(x):
+        run(pick("linear", weight, run))
+        if pieces > 1:
+            linear_finish_kernel[(rows, triton.cdiv(outputs, FINISH_BLOCK))](
+                first, bias, residual, out, rows, outputs, **has, SPLITS=pieces, BLOCK=FINISH_BLOCK, **launch_options(x)
+            )
+    return out
+
+
+def qkv(
+    x: Tensor, q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The projections of attention, ``linear`` three times bit for bit, as one launch where nothing is split.
+
+    Parameters
+    ----------
+    x : Tensor [R, D], contiguous
+    q, k, v : Tensor [H C, D], [G C, D], [G C, D]
+    biases : three of Tensor or None
+        One launch needs all or none of them.
+
+    Returns
+    -------
+    tuple of Tensor
+        [R, H C], [R, G C], [R, G C], views of one buffer.
+    """
+    (rows, depth), queries, keys = x.shape, q.shape[0], k.shape[0]
+    some = [bias is not None for bias in biases]
+    if splits(depth) > 1 or any(some) != all(some):
+        return tuple(linear(x, weight, bias) for weight, bias in zip((q, k, v), biases, strict=True))  # type: ignore[return-value]
+    out = x.new_empty(rows, queries + 2 * keys)
+
+    def run(config: Config) -> None:
+        tiles = triton.cdiv(queries, config.block_n) + 2 * triton.cdiv(keys, config.block_n)
+        qkv_kernel[(triton.cdiv(rows, ROWS), tiles)](
+            x, q, k, v, *biases, out, rows, queries, keys, depth, HAS_BIAS=all(some), **streaming_options(x, config)
+        )
+
+    with on(x):
+        run(pick("qkv", q, run))
+    return tuple(out.split((queries, keys, keys), dim=1))  # type: ignore[return-value]
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """See `layerskip_kernels.swiglu`."""
+    x = x.contiguous()
+    (rows, depth), features = x.shape, gate.shape[0]
+    out = x.new_empty(rows, features)
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(features, config.block_n))
+        swiglu_kernel[grid](x, gate, up, out, rows, features, depth, **streaming_options(x, config))
+
+    if out.numel():
+        with on(x):
+            run(pick("swiglu", gate, run))
+    return out

@@ -1,0 +1,224 @@
+"""What the compiler makes of every launch, without a card: ``python -m layerskip_kernels.triton.report``.
+
+The launchers run on meta tensors of real shapes while `JITFunction.run` only records, so what is compiled here is what
+a card would be given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from . import _config, accept, exit_head, partial_forward
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
+HIP = GPUTarget("hip", "gfx942", 64)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, CUDA guide, table 30
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+TILES = ("BLOCK_N", "BLOCK_K", "BLOCK_T", "SPLITS", "num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its arguments by name, and the compiler's options."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Kernel, dtype of its first tensor, and tile."""
+        first = next(arg for arg in self.arguments.values() if isinstance(arg, Tensor))
+        head = self.arguments.get("head_ptr")
+        kind = f"{TYPES[first.dtype]}" + (" int8 head" if head is not None and head.dtype == torch.int8 else "")
+        known = {**self.arguments, **self.options}
+        tile = [f"{name.lower()}={known[name]}" for name in TILES if name in known]
+        return f"{self.kernel.__name__.removesuffix('_kernel')} ({', '.join([kind, *tile])})"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers a thread, bytes of shared memory, bytes of stack and local memory."""
+
+    registers: int
+    shared: int
+    spilled: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within the block no kernel runs; the list that it yields collects the launches."""
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        launches.append(Launch(self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}, options))
+
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def _source(launch: Launch) -> ASTSource:
+    """Types, constants and divisibility as the just-in-time path derives them from the arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, param in enumerate(launch.kernel.params):
+        value = launch.arguments[param.name]
+        special = not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[param.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[param.name] = f"*{TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and special and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Any:
+    """The compiled kernel (``asm``, ``metadata``), with programmatic dependent launch from sm_90 on."""
+    dependent = target.backend == "cuda" and target.arch >= 90
+    source = _source(replace(launch, arguments={**launch.arguments, "PDL": dependent}))
+    return triton.compile(
+        source, target=target, options={**launch.options, **({"launch_pdl": True} if dependent else {})}
+    )
+
+
+def _tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def resources(compiled: Any) -> Resources:
+    """Read from the cubin with the cuobjdump that triton's wheel brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(_tool("cuobjdump")), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Resources(found["REG"], compiled.metadata.shared, found["STACK"] + found["LOCAL"])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes."""
+
+    hidden: int
+    features: int
+    heads: int
+    groups: int
+    size: int
+    vocabulary: int
+
+
+LLAMA_1B = Shape(2048, 8192, 32, 8, 64, 128256)
+LLAMA_8B = Shape(4096, 14336, 32, 8, 128, 128256)
+ODD = Shape(328, 904, 6, 2, 40, 1009)  # nothing is a power of two
+
+
+def _layer(shape: Shape, dtype: torch.dtype, full: bool) -> list[Tensor]:
+    hidden, features, size = shape.hidden, shape.features, shape.size
+    queries, keys = shape.heads * size, shape.groups * size
+    sizes: list[tuple[int, ...]] = [
+        (hidden,), (queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), (hidden,), (features, hidden),
+        (features, hidden), (hidden, features), *([(queries,), (keys,), (keys,), (size,), (size,)] if full else []),
+    ]  # fmt: skip
+    return [torch.empty(one, dtype=dtype, device="meta") for one in sizes]
+
+
+def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launch]:
+    """Every launch of a draft step of ``shape``, one of each kernel, and of the other ops.
+
+    Parameters
+    ----------
+    shape : Shape
+    dtype : torch.dtype
+    full : bool
+        With biases and norms of q and k, an int8 head, a token map.
+    """
+
+    def empty(*sizes: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(sizes, dtype=kind, device="meta")
+
+    batch, rows, capacity = 2, 7, 4096
+    lengths = empty(batch, kind=torch.int64)
+    cache = [empty(1, batch, shape.groups, capacity, shape.size) for _ in range(2)]
+    angles = [empty(capacity, shape.size // 2, kind=torch.float32) for _ in range(2)]
+    head = empty(shape.vocabulary, shape.hidden, kind=torch.int8 if full else dtype)
+    extra = (empty(shape.vocabulary, kind=torch.int64), empty(shape.vocabulary, kind=torch.float32)) if full else ()
+    draft, target = empty(batch, rows - 1, kind=torch.int64), empty(batch, rows, kind=torch.int64)
+    with recorded() as found:
+        hidden, weights = empty(batch, rows, shape.hidden), _layer(shape, dtype, full)
+        partial_forward.partial_forward(hidden, weights, cache[0], cache[1], angles[0], angles[1], lengths, 0, 1, 1e-5)
+        exit_head.exit_head(hidden.view(-1, shape.hidden), empty(shape.hidden), head, 1e-5, *extra)
+        accept.accept_greedy(draft, target, lengths)
+    return list({launch.name: launch for launch in found}.values())
+
+
+def tuned(launch: Launch) -> list[Launch]:
+    """A launch in every configuration of the tuning space; itself where there is nothing to tune."""
+    if "BLOCK_N" not in launch.arguments:
+        return [launch]
+    return [
+        replace(
+            launch,
+            arguments={**launch.arguments, "BLOCK_N": config.block_n},
+            options={**launch.options, "num_warps": config.num_warps, "num_stages": config.num_stages},
+        )
+        for config in _config.SPACE
+    ]
+
+
+def table(found: list[Launch], targets: dict[str, GPUTarget]) -> str:
+    """The launches and what they take on every target, as Markdown."""
+    lines = [f"| kernel | {' | '.join(targets)} |", "|---|" + "---|" * len(targets)]
+    for launch in found:
+        cells = []
+        for target in targets.values():
+            used = resources(compile_for(launch, target))
+            cells.append(f"{used.registers} / {used.shared / 1024:.1f} / {used.spilled}")
+        lines.append(f"| {launch.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table of registers / KiB of shared memory / bytes spilled."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--space", action="store_true", help="every configuration of the tuning space")
+    args = parser.parse_args(argv)
+    expand: Callable[[Launch], list[Launch]] = tuned if args.space else lambda launch: [launch]
+    for title, shape, dtype, full in (
+        ("Llama-3.2-1B, bf16", LLAMA_1B, torch.bfloat16, False),
+        ("Llama-3-8B, bf16, with biases, norms of q and k, an int8 head", LLAMA_8B, torch.bfloat16, True),
+        ("Llama-3.2-1B, fp32", LLAMA_1B, torch.float32, False),
+    ):
+        found = [one for launch in launches(shape, dtype, full) for one in expand(launch)]
+        print(f"### {title}\n\nRegisters / KiB of shared memory / bytes spilled.\n\n{table(found, TARGETS)}\n")
+
+
+if __name__ == "__main__":
+    main()
