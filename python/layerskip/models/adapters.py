@@ -1,0 +1,210 @@
+"""The table of architectures, and the one function that adapts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import EarlyExitHead, LayerWeights, PartialDepthDecoder
+from .model import LayerSkipModel
+
+ROPE_TYPES = ("default", "llama3")
+ACTIVATIONS = ("silu", "swish")  # two names of one function
+_LAYERS = "model.layers"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# Where the weights of a layer are found in it.
+LAYER_PATHS = {
+    "attn_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+QKV_BIAS = {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
+QK_NORM = {f"{name}_norm": f"self_attn.{name}_norm.weight" for name in "qk"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table: what a ``model_type`` of transformers is called, its class, and where its weights are."""
+
+    title: str
+    model_class: str
+    layer_paths: dict[str, str]
+
+
+ARCHITECTURES = {
+    "llama": Architecture("Llama 2, 3, 3.x and SmolLM2", "LlamaForCausalLM", LAYER_PATHS),
+    "mistral": Architecture("Mistral", "MistralForCausalLM", LAYER_PATHS),
+    "qwen2": Architecture("Qwen2, Qwen2.5", "Qwen2ForCausalLM", LAYER_PATHS | QKV_BIAS),
+    "qwen3": Architecture("Qwen3", "Qwen3ForCausalLM", LAYER_PATHS | QK_NORM),
+}
+
+
+class UnsupportedModelError(ValueError):
+    """A model, or a feature of it, that the kernels do not compute; the message says which ones they do."""
+
+
+def supported_architectures() -> list[str]:
+    """The supported values of ``model_type``, with the names that people call them by."""
+    return [f"{model_type} ({row.title})" for model_type, row in ARCHITECTURES.items()]
+
+
+def adapt(hf_model: nn.Module) -> LayerSkipModel:
+    """Make an early-exit model of a Hugging Face one; both share every weight, and the given one stays as it is.
+
+    Parameters
+    ----------
+    hf_model : transformers.PreTrainedModel
+        A causal language model of one of `supported_architectures`, in fp32, bf16 or fp16, on one device.
+
+    Returns
+    -------
+    LayerSkipModel
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the architecture, a sliding window, the type of rotary embedding, the activation, a bias, or the kind of a
+        weight (quantised, adapted, of mixed dtype or device, strided) is not supported. The message names it.
+    """
+    row = _architecture(hf_model)
+    config: Any = hf_model.config
+    check_config(config)
+    parameters = dict(hf_model.named_parameters(remove_duplicate=False))
+    _check_modules(hf_model)
+    _check_names(parameters, row)
+    _check_tensors(parameters)
+    layers = [
+        LayerWeights(**{slot: parameters[f"{_LAYERS}.{number}.{path}"] for slot, path in row.layer_paths.items()})
+        for number in range(config.num_hidden_layers)
+    ]
+    inv_freq, scaling = _frequencies(hf_model)
+    eps = config.rms_norm_eps
+    decoder = PartialDepthDecoder(layers, config.num_key_value_heads, eps, inv_freq, scaling)
+    head = EarlyExitHead(parameters["model.norm.weight"], parameters["lm_head.weight"], eps)
+    return LayerSkipModel(parameters["model.embed_tokens.weight"], decoder, head, config)
+
+
+def _unsupported(what: str, supported: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{what} is not supported; supported: {supported}")
+
+
+def _architecture(model: nn.Module) -> Architecture:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    ancestors = [ancestor.__name__ for ancestor in type(model).__mro__]
+    row = ARCHITECTURES.get(str(model_type))
+    if row is None or row.model_class not in ancestors:
+        classes = ", ".join(row.model_class for row in ARCHITECTURES.values())
+        raise _unsupported(
+            f"model class {type(model).__name__} of model_type {model_type!r}",
+            f"{', '.join(supported_architectures())}, as {classes}",
+        )
+    return row
+
+
+def check_config(config: Any) -> None:
+    """Refuse by name what the kernels do not compute, as far as a configuration tells.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+
+    Raises
+    ------
+    UnsupportedModelError
+    """
+    model_type = config.model_type
+    if model_type not in ARCHITECTURES:
+        raise _unsupported(f"model_type {model_type!r}", ", ".join(supported_architectures()))
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        raise _unsupported(f"a model quantised with {getattr(method, 'value', method)}", "fp32, bf16 and fp16 weights")
+    _check_attention(config)
+    _check_rope(config)
+    if config.hidden_act not in ACTIVATIONS:
+        raise _unsupported(f"hidden_act {config.hidden_act!r}", ", ".join(ACTIVATIONS))
+
+
+def _check_attention(config: Any) -> None:
+    """Qwen marks the windowed layers in ``layer_types``; Mistral has one window for all."""
+    layer_types = getattr(config, "layer_types", None)
+    others = sorted(set(layer_types or []) - {"full_attention"})
+    window = getattr(config, "sliding_window", None)
+    if others:
+        raise _unsupported(f"layer type {others[0]!r} (sliding_window {window})", "full_attention in every layer")
+    if window is not None and layer_types is None:
+        raise _unsupported(f"an active sliding window (sliding_window {window})", "sliding_window null")
+
+
+def _check_rope(config: Any) -> None:
+    parameters = config.rope_parameters or {}
+    rope_type = parameters.get("rope_type")
+    if rope_type not in ROPE_TYPES:
+        raise _unsupported(f"RoPE type {rope_type!r}", ", ".join(ROPE_TYPES))
+    for factor in (parameters.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None)):
+        if factor not in (None, 1):
+            raise _unsupported(f"partial rotary embedding (partial_rotary_factor {factor})", "partial_rotary_factor 1")
+
+
+def _check_modules(model: nn.Module) -> None:
+    """A subclass of Linear or Embedding computes something else than its weight says."""
+    for name, module in model.named_modules():
+        for plain in (nn.Linear, nn.Embedding):
+            if isinstance(module, plain) and type(module) is not plain:
+                kind = f"{type(module).__module__}.{type(module).__name__}"
+                raise _unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
+
+
+def _expected(row: Architecture, layers: int) -> Iterator[str]:
+    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    for number in range(layers):
+        yield from (f"{_LAYERS}.{number}.{path}" for path in row.layer_paths.values())
+
+
+def _check_names(parameters: dict[str, nn.Parameter], row: Architecture) -> None:
+    """Every weight of the model must be one that is used, and the other way round."""
+    numbers = {int(name.split(".")[2]) for name in parameters if name.startswith(f"{_LAYERS}.")}
+    expected = dict.fromkeys(_expected(row, len(numbers)))  # a set in order
+    for name in parameters:
+        if name not in expected:
+            raise _unsupported(f"parameter {name}", f"in {row.model_class}: {', '.join(row.layer_paths.values())}")
+    for name in expected:
+        if name not in parameters:
+            raise UnsupportedModelError(f"{row.model_class} has no parameter {name}; quantised weights are unsupported")
+
+
+def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
+    first_name, first = next(iter(parameters.items()))
+    for name, tensor in parameters.items():
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device: the model's weights are not loaded")
+        if tensor.dtype not in _FLOATS:
+            raise _unsupported(f"{name} of dtype {tensor.dtype}", "fp32, bf16 and fp16")
+        if tensor.dtype != first.dtype:
+            raise _unsupported(f"mixed dtypes ({first_name} {first.dtype}, {name} {tensor.dtype})", "one dtype")
+        if tensor.device != first.device:
+            raise _unsupported(f"several devices ({first_name} on {first.device}, {name} on {tensor.device})", "one")
+        if not tensor.is_contiguous():
+            raise _unsupported(f"{name} with strides {tuple(tensor.stride())}", "contiguous weights")
+
+
+def _frequencies(model: Any) -> tuple[Tensor, float]:
+    """Frequencies of the rotary embedding, from the model's own module.
+
+    A conversion such as ``model.to(torch.bfloat16)`` rounds them too; then a fresh module gives the true ones.
+    """
+    rotary = model.model.rotary_emb
+    if rotary.inv_freq.dtype != torch.float32:
+        rotary = type(rotary)(model.config)
+    return rotary.inv_freq, rotary.attention_scaling

@@ -1,0 +1,127 @@
+"""Loading a model and its tokenizer, with errors that name the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapters import check_config
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_JSON_FILES = ("config.json", "generation_config.json", _INDEX, "tokenizer.json", "tokenizer_config.json")
+
+
+class ModelFileError(ValueError):
+    """A file of a model is missing, truncated or corrupt."""
+
+
+def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name_or_dir : str or path
+        A directory as ``save_pretrained`` writes it, or a name on the Hugging Face hub. What exists, is a `Path`, or
+        looks like a path is taken from the disk alone.
+    dtype : torch.dtype
+
+    Returns
+    -------
+    (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
+        The model in evaluation mode.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the directory or a file that it must hold does not exist.
+    ModelFileError
+        If a file is truncated, corrupt, or does not hold what the configuration promises.
+    UnsupportedModelError
+        If the architecture is not supported; found before any weight is read.
+    """
+    transformers = _transformers()
+    local = _is_local(name_or_dir)
+    if local:
+        _check_directory(Path(name_or_dir).expanduser())
+    source = str(Path(name_or_dir).expanduser()) if local else str(name_or_dir)
+    options = {"local_files_only": True} if local else {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        check_config(config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **options
+        )
+    except OSError as error:
+        kind = "directory" if local else "name"
+        raise ModelFileError(f"cannot load a model from the {kind} {source!r}: {error}") from error
+    _check_keys(source, info)
+    return model.eval(), tokenizer
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('loading models needs transformers: pip install "layerskip-kernels[demo]"') from error
+    return transformers
+
+
+def _is_local(name: str | os.PathLike[str]) -> bool:
+    """A hub name is ``name`` or ``owner/name``; anything else, and whatever exists, is a path."""
+    if not isinstance(name, str):
+        return True
+    return Path(name).exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/")
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise FileNotFoundError(f"no such directory: {directory}")
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file, expected the directory of a model")
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} has no config.json, so it is not the directory of a model")
+    contents = {name: _read_json(directory / name) for name in _JSON_FILES if (directory / name).is_file()}
+    weight_map = contents.get(_INDEX, {"weight_map": {"": _SINGLE}}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileError(f"{directory / _INDEX} has no weight_map")
+    for shard in sorted(set(weight_map.values())):
+        _check_safetensors(directory / shard)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise ModelFileError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _check_safetensors(path: Path) -> None:
+    """Opening compares the header with the length of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ModelFileError(f"{path} is truncated or corrupt ({path.stat().st_size} bytes): {error}") from error
+
+
+def _check_keys(source: str, info: dict[str, Any]) -> None:
+    """Transformers fills what a checkpoint lacks with random numbers, and ignores what it has too many of."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelFileError(f"{source} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}")
+    unused = sorted(key for key in info["unexpected_keys"] if "layers." in key)
+    if unused:
+        raise ModelFileError(f"{source} has {len(unused)} weights that its config.json does not use, first {unused[0]}")

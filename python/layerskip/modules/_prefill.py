@@ -1,0 +1,67 @@
+"""One decoder layer on many rows, for prompts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerskip_kernels import rms_norm, rope_kv_append
+
+from ._weights import LayerWeights
+
+
+def prefill_layer(
+    hidden: Tensor,
+    weights: LayerWeights,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    past: int,
+    eps: float,
+) -> Tensor:
+    """One layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
+
+    Parameters
+    ----------
+    hidden : Tensor [B, N, D]
+    weights : LayerWeights
+    k_cache, v_cache : Tensor [B, G, T, C]
+        Written at positions ``past`` to ``past + N - 1``.
+    cos, sin : Tensor [≥ T, C/2], fp32
+    seq_lens : Tensor [B], int64
+        ``past``, on the device.
+    past : int
+        Positions that the cache already holds.
+    eps : float
+    """
+    batch, rows, _ = hidden.shape
+    size = k_cache.shape[3]
+    normed = rms_norm(hidden, weights.attn_norm, eps)
+    q = F.linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, size)
+    k = F.linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, size)
+    v = F.linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, size)
+    q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
+    k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
+    q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
+    hidden = hidden + F.linear(_attend(q, k_cache, v_cache, past), weights.o)
+    normed = rms_norm(hidden, weights.mlp_norm, eps)
+    return hidden + F.linear(F.silu(F.linear(normed, weights.gate)) * F.linear(normed, weights.up), weights.down)
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, past: int) -> Tensor:
+    """Causal attention of q [B, N, H, C] over what the cache holds; [B, N, H C].
+
+    The cache is cut at the last valid position: what lies beyond may be NaN, and a mask does not take NaN out of V.
+    """
+    rows = q.shape[1]
+    keys, values = k_cache[:, :, : past + rows], v_cache[:, :, : past + rows]
+    mask = None
+    if past:  # `is_causal` would align the first row with position 0
+        mask = torch.ones(rows, past + rows, dtype=torch.bool, device=q.device).tril(past)
+    attended = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return attended.transpose(1, 2).flatten(2)

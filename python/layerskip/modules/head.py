@@ -1,0 +1,156 @@
+"""The exit head that every early exit and the full model share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerskip_kernels import ExitOutput, exit_head
+
+from ._weights import reject_gradient, shared
+
+_QUANTIZE_ROWS = 8192  # rows that are held in fp32 at a time
+_INT8_MAX = 127
+
+
+class EarlyExitHead(nn.Module):
+    """Final norm, head, arg-max and log-sum-exp for the state after any layer; no logits are written.
+
+    Parameters are kept as they are given, so that a head shares the storage of the model it was made from.
+
+    Parameters
+    ----------
+    norm_weight : Tensor [D]
+    head_weight : Tensor [V, D]
+        In the dtype of ``norm_weight``, or int8 together with ``scale``.
+    eps : float
+    token_map : Tensor [V], int64, optional
+        The token that each row stands for; without it a row stands for its index.
+    scale : Tensor [V], fp32, optional
+        One factor a row of an int8 head.
+    """
+
+    token_map: Tensor | None
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        norm_weight: Tensor,
+        head_weight: Tensor,
+        eps: float,
+        token_map: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if head_weight.dim() != 2 or norm_weight.shape != head_weight.shape[1:]:
+            raise ValueError(
+                f"norm_weight has shape {list(norm_weight.shape)}, head_weight {list(head_weight.shape)}; "
+                "expected [D] and [V, D]"
+            )
+        self.norm_weight = shared(norm_weight)
+        self.head_weight = shared(head_weight)
+        self.eps = float(eps)
+        self.register_buffer("token_map", token_map)
+        self.register_buffer("scale", scale)
+
+    @property
+    def num_rows(self) -> int:
+        """How many tokens the head scores."""
+        return self.head_weight.shape[0]
+
+    def forward(self, hidden: Tensor) -> ExitOutput:
+        """What the model would say if it ended here.
+
+        Parameters
+        ----------
+        hidden : Tensor [..., D]
+            Raw state after a layer, not yet normed.
+
+        Returns
+        -------
+        ExitOutput
+            Fields of shape [...].
+
+        Raises
+        ------
+        ValueError
+            If ``hidden`` asks for a gradient: there is none.
+        """
+        reject_gradient(hidden)
+        leading = hidden.shape[:-1]
+        with torch.no_grad():
+            out = exit_head(
+                hidden.reshape(-1, hidden.shape[-1]),
+                self.norm_weight,
+                self.head_weight,
+                self.eps,
+                self.token_map,
+                self.scale,
+            )
+        return ExitOutput(*(field.view(leading) for field in out))
+
+    @torch.no_grad()
+    def quantize(self, token_ids: Tensor | None = None) -> EarlyExitHead:
+        """An approximate copy for drafting: int8 rows, symmetric, scale = max|w| / 127 a row.
+
+        Parameters
+        ----------
+        token_ids : Tensor [N], int64, optional
+            Score only these tokens: sorted, each once.
+
+        Returns
+        -------
+        EarlyExitHead
+            The norm is shared, the rows are new.
+
+        Raises
+        ------
+        ValueError
+            If the head is a quantised or reduced one already, ``token_ids`` is not sorted, unique and within the
+            vocabulary, or a row holds NaN or infinity.
+        """
+        if self.scale is not None or self.token_map is not None:
+            raise ValueError("this head is quantised or reduced already; quantize the full head")
+        if token_ids is not None:
+            _check_token_ids(token_ids, self.num_rows)
+            token_ids = token_ids.to(self.head_weight.device, copy=True)
+        rows = self.num_rows if token_ids is None else token_ids.numel()
+        quantised = self.head_weight.new_empty((rows, self.head_weight.shape[1]), dtype=torch.int8)
+        scale = self.head_weight.new_empty(rows, dtype=torch.float32)
+        for first in range(0, rows, _QUANTIZE_ROWS):
+            part = slice(first, first + _QUANTIZE_ROWS)
+            weight = self.head_weight[part] if token_ids is None else self.head_weight[token_ids[part]]
+            quantised[part], scale[part] = _quantize_rows(weight.float(), first)
+        return EarlyExitHead(self.norm_weight, quantised, self.eps, token_ids, scale)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EarlyExitHead:
+        """Conversions of the module leave the scales in fp32, which is what the op takes."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None:
+            self.scale = scale.to(self.norm_weight.device)
+        return self
+
+
+def _check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
+    if token_ids.dtype != torch.int64 or token_ids.dim() != 1 or token_ids.numel() == 0:
+        raise ValueError(f"token_ids must be a non-empty int64 vector, got {token_ids.dtype} {list(token_ids.shape)}")
+    if bool((token_ids[1:] <= token_ids[:-1]).any()):
+        raise ValueError("token_ids must be sorted and hold each token once")
+    first, last = int(token_ids[0]), int(token_ids[-1])
+    if first < 0 or last >= vocabulary:
+        raise ValueError(f"token id {first if first < 0 else last} is outside the vocabulary of {vocabulary}")
+
+
+def _quantize_rows(weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Int8 rows and their scales of ``weight`` [N, D] in fp32; ``first`` numbers the rows for the message."""
+    largest = weight.abs().amax(1)
+    broken = (~largest.isfinite()).nonzero()
+    if broken.numel():
+        raise ValueError(f"row {first + int(broken[0])} of the head weight to quantise holds NaN or infinity")
+    scale = largest / _INT8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros stays one
+    return (weight / scale[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), scale
