@@ -1,7 +1,7 @@
 // Attention of the query heads that share one key/value head, over one split of the positions, and the ordered
 // combination of splits. Included inside the namespace of the instruction set.
 
-// Softmax numerators of `count` scores, in place; zeros up to the next multiple of sixteen.
+// Softmax numerators of `count` scores, in place, their maximum and their sum.
 inline void softmax_numerators(float* scores, int64_t count, float scale, float* max_out, float* sum_out) {
   F16 best = splat(-__builtin_inff());
   for (int64_t t = 0; t < count; t += 16) {
@@ -15,28 +15,45 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, float*
   F16 sum = splat(0);
   for (int64_t t = 0; t < count; t += 16) {
     const int64_t n = smaller(16, count - t);
-    store(scores + t, exp(load(scores + t) - splat(maximum)), 16);
-    const F16 numerators = load(scores + t, n);
+    F16 numerators = exp(load(scores + t) - splat(maximum));
     store(scores + t, numerators, 16);
+    if (n < 16) numerators = load(scores + t, n);  // exp of what pads the end is tiny, not zero
     sum = sum + numerators;
   }
   *max_out = maximum;
   *sum_out = total(sum);
 }
 
-// out[h][0..C) = sum over t of numerators[h][t] * values[t] for HEADS query heads, sixteen columns at a time.
-template <class T, int HEADS>
-inline void weigh_values(const float* const* numerators, const T* values, int64_t count, int64_t size, float* const* out) {
-  for (int64_t c = 0; c < size; c += 16) {
-    const int64_t n = smaller(16, size - c);
-    F16 sums[HEADS];
-    for (int h = 0; h < HEADS; ++h) sums[h] = splat(0);
-    for (int64_t t = 0; t < count; ++t) {
-      const F16 lanes = n == 16 ? load(values + t * size + c) : load(values + t * size + c, n);
-      for (int h = 0; h < HEADS; ++h) sums[h] = fma(lanes, splat(numerators[h][t]), sums[h]);
+// out[h][c..c + 16 COLUMNS) = sum over t of numerators[h][t] * values[t] for HEADS query heads; the last sixteen columns
+// may be fewer. Every sum has a register of its own, enough of them to hide each other's latency.
+template <class T, int HEADS, int COLUMNS>
+inline void weigh_columns(const float* const* numerators, const T* values, int64_t count, int64_t size, int64_t c,
+                          float* const* out) {
+  const int64_t last = smaller(16, size - c - 16 * (COLUMNS - 1));
+  F16 sums[HEADS][COLUMNS];
+  for (int h = 0; h < HEADS; ++h)
+    for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
+  for (int64_t t = 0; t < count; ++t) {
+    const T* row = values + t * size + c;
+    F16 lanes[COLUMNS];
+    for (int i = 0; i < COLUMNS; ++i) lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
+    for (int h = 0; h < HEADS; ++h) {
+      const F16 weight = splat(numerators[h][t]);
+      for (int i = 0; i < COLUMNS; ++i) sums[h][i] = fma(lanes[i], weight, sums[h][i]);
     }
-    for (int h = 0; h < HEADS; ++h) store(out[h] + c, sums[h], n);
   }
+  for (int h = 0; h < HEADS; ++h)
+    for (int i = 0; i < COLUMNS; ++i) store(out[h] + c + 16 * i, sums[h][i], i < COLUMNS - 1 ? 16 : last);
+}
+
+template <class T, int HEADS>
+inline void weigh_values(const float* const* numerators, const T* values, int64_t count, int64_t size,
+                         float* const* out) {
+  int64_t c = 0;
+#if LSK_MAX_BLOCK > 2
+  for (; c + 64 <= size; c += 64) weigh_columns<T, HEADS, 4>(numerators, values, count, size, c, out);
+#endif
+  for (; c < size; c += 16) weigh_columns<T, HEADS, 1>(numerators, values, count, size, c, out);
 }
 
 // One split for up to kMaxRows query rows; `first` counts them from (m = 0, head 0), row = m * ratio + head.
