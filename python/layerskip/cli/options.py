@@ -47,9 +47,20 @@ def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None =
     """The transformers model and tokenizer that the options name."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    _quiet_transformers()
     source = smollm2.smollm2_directory() if args.model == "smollm2" else args.model
     with console.status(f"loading {args.model}"):
         return models.load(source, dtype=dtype or DTYPES[args.dtype])
+
+
+def _quiet_transformers() -> None:
+    """Its progress bars and advice would run through what the commands print."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return  # loading says what is missing
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def exit_layer(args: argparse.Namespace, model: Any) -> int:
