@@ -189,28 +189,6 @@ def test_unknown_tasks_and_splits_are_named():
         data.load_task("coding", "dev")
 
 
-def test_jsonl_is_read_and_groups_default_to_the_line(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b", "group": "g"}\n\n{"prompt": "c", "completion": "d"}\n')
-    assert data.read_jsonl(path) == [data.Example("a", "b", "g"), data.Example("c", "d", f"{path}:3")]
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ('{"prompt": "a"', "not JSON"),
-        ("[1, 2]", "expected an object, got list"),
-        ('{"prompt": "a"}', "field 'completion' must be a string, got None"),
-        ('{"prompt": 5, "completion": "b"}', "field 'prompt' must be a string, got 5"),
-    ],
-)
-def test_a_broken_line_is_named_with_its_place(tmp_path, line, complaint):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(f'{{"prompt": "a", "completion": "b"}}\n{line}\n')
-    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: {complaint}")):
-        data.read_jsonl(path)
-
-
 def test_prompts_are_written_for_the_bench(tmp_path):
     path = tmp_path / "prompts.jsonl"
     assert data.write_prompts("coding", "test", path, limit=3) == 3

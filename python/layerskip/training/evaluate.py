@@ -16,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import models
+from ..models.smollm2 import smollm2_directory
+from ..recipes import smollm2 as recipe
 from .data import TASKS, Example, load_task
 from .data.text import load_text
+from .dataset import Collator, encode
+from .loss import target_rows
 
 _ROWS = 256  # rows of logits alive at once
 
@@ -67,17 +72,15 @@ def evaluate_exits(
         raise ValueError("no examples to evaluate")
     agree, right = dict.fromkeys(exits, 0), dict.fromkeys(exits, 0)
     exact = tokens = 0
-    for input_ids, labels in _batches(tokenizer, examples, batch_size):
-        scored = labels >= 0  # [B, N]
-        hidden = _hidden_states(model, input_ids.to(model.device))
-        last = _argmax(model, hidden[layers][scored])
-        target = labels[scored].to(last.device)
-        verdict = torch.ones_like(labels, dtype=torch.bool)
-        verdict[scored] = (last == target).cpu()
-        exact += int(verdict.all(dim=1).sum())
-        tokens += target.numel()
+    for batch in _batches(tokenizer, examples, batch_size):
+        rows, target = (part.to(model.device) for part in target_rows(batch["labels"]))
+        hidden = [state.flatten(0, 1)[rows] for state in _hidden_states(model, batch["input_ids"].to(model.device))]
+        last = _argmax(model, hidden[layers])
+        wrong = (rows // batch["labels"].shape[1])[last != target]
+        exact += len(batch["labels"]) - len(wrong.unique())
+        tokens += len(target)
         for exit_layer in exits:
-            choice = last if exit_layer == layers else _argmax(model, hidden[exit_layer][scored])
+            choice = last if exit_layer == layers else _argmax(model, hidden[exit_layer])
             agree[exit_layer] += int((choice == last).sum())
             right[exit_layer] += int((choice == target).sum())
     return ExitReport(
@@ -106,13 +109,12 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 5
     windows = [
         piece
         for text in texts
-        for piece in torch.tensor(tokenizer(text)["input_ids"]).split(window)
+        for piece in torch.tensor(tokenizer(text).input_ids).split(window)
         if len(piece) == window
     ]
     if not windows:
         raise ValueError(f"no text is as long as a window of {window} tokens")
-    if limit is not None and limit < len(windows):
-        windows = [windows[index * len(windows) // limit] for index in range(limit)]
+    windows = _spread(windows, limit)
     total = 0.0
     for piece in windows:
         ids = piece.to(model.device)
@@ -122,28 +124,16 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 5
     return math.exp(total / (len(windows) * (window - 1)))
 
 
-def _batches(tokenizer: Any, examples: Sequence[Example], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and next-token labels [B, N], padded on the right, -100 where no completion token is to come."""
-    encoded = []
-    for example in examples:
-        prompt = tokenizer(example.prompt)["input_ids"]
-        completion = [*tokenizer(example.completion)["input_ids"], tokenizer.eos_token_id]
-        encoded.append((prompt, completion))
-    encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+def _batches(tokenizer: Any, examples: Sequence[Example], size: int) -> Iterator[dict[str, Tensor]]:
+    """Inputs and labels [B, S], batched by length."""
+    encoded = sorted(encode(tokenizer, examples), key=lambda pair: len(pair["input_ids"]))
+    collate = Collator(tokenizer.eos_token_id)
     for start in range(0, len(encoded), size):
-        batch = encoded[start : start + size]
-        length = max(len(prompt) + len(completion) for prompt, completion in batch) - 1
-        input_ids = torch.full((len(batch), length), tokenizer.eos_token_id)
-        labels = torch.full((len(batch), length), -100)
-        for row, (prompt, completion) in enumerate(batch):
-            text = [*prompt, *completion]
-            input_ids[row, : len(text) - 1] = torch.tensor(text[:-1])
-            labels[row, len(prompt) - 1 : len(text) - 1] = torch.tensor(completion)
-        yield input_ids, labels
+        yield collate(encoded[start : start + size])
 
 
 def _hidden_states(model: Any, input_ids: Tensor) -> list[Tensor]:
-    """The normed state after 0 … L layers. Transformers norms the last one only."""
+    """The normed states [B, S, D] after 0 … L layers; transformers itself norms the last one only."""
     states = model.base_model(input_ids=input_ids, output_hidden_states=True).hidden_states
     return [*(model.base_model.norm(state) for state in states[:-1]), states[-1]]
 
@@ -159,22 +149,33 @@ def _argmax(model: Any, rows: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the figures of one task and split, or the perplexity, as JSON."""
-    from layerskip.models import load
-
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a directory or name; smollm2-layerskip for the adapted SmolLM2")
+    parser.add_argument("--model", default="smollm2-layerskip", help="a directory, a hub name, smollm2[-layerskip]")
     parser.add_argument("--task", default="parsing", choices=[*TASKS, "text"])
     parser.add_argument("--split", default="test")
     parser.add_argument("--exits", type=int, nargs="+", default=[2, 3, 4, 6, 8])
-    parser.add_argument("--limit", type=int, help="examples, or windows of text")
+    parser.add_argument("--limit", type=int, help="use this many examples, or windows of text, spread over all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args(arguments)
-    model, tokenizer = load(options.model, getattr(torch, options.dtype))
+    model, tokenizer = _load(options.model, getattr(torch, options.dtype))
     if options.task == "text":
         print(json.dumps({"perplexity": perplexity(model, tokenizer, load_text(options.split), limit=options.limit)}))
         return
-    examples = load_task(options.task, options.split)[: options.limit]
+    examples = _spread(load_task(options.task, options.split), options.limit)
     print(json.dumps(vars(evaluate_exits(model, tokenizer, examples, options.exits))))
+
+
+def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    if name == "smollm2-layerskip":
+        return recipe.load(dtype)
+    return models.load(smollm2_directory() if name == "smollm2" else name, dtype)
+
+
+def _spread(items: list[Any], limit: int | None) -> list[Any]:
+    """``limit`` of the items, evenly spaced."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 if __name__ == "__main__":

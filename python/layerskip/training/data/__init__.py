@@ -7,7 +7,6 @@ unseen utterances of seen templates (parsing's ``test``), no group.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +17,6 @@ __all__ = [
     "TASKS",
     "Example",
     "load_task",
-    "read_jsonl",
     "splits",
     "stable_fraction",
     "write_prompts",
@@ -60,34 +58,6 @@ def load_task(name: str, split: str = "train") -> list[Example]:
     if split not in splits(name):
         raise ValueError(f"task {name} has no split {split!r}; it has: {', '.join(splits(name))}")
     return import_module(f"{__name__}.{name}").load(split)
-
-
-def read_jsonl(path: str | Path) -> list[Example]:
-    """Examples from a file with one JSON object a line: ``prompt``, ``completion`` and, optionally, ``group``.
-
-    Raises
-    ------
-    ValueError
-        For a line that isn't such an object, with the file and the line number.
-    """
-    with open(path, encoding="utf-8") as lines:
-        return list(_parse_lines(lines, str(path)))
-
-
-def _parse_lines(lines: Iterator[str], path: str) -> Iterator[Example]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
-        for field in ("prompt", "completion"):
-            if not isinstance(record.get(field), str):
-                raise ValueError(f"{path}, line {number}: field {field!r} must be a string, got {record.get(field)!r}")
-        yield Example(record["prompt"], record["completion"], str(record.get("group", f"{path}:{number}")))
 
 
 def write_prompts(task: str, split: str, path: str | Path, limit: int | None = None) -> int:

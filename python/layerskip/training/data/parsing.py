@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._files import write_atomically
+from ...models.smollm2 import cache_directory
 from . import _home
 from ._example import Example, stable_fraction
 
@@ -34,7 +34,7 @@ def load(split: str) -> list[Example]:
     ``test`` holds unseen utterances of templates that training draws from, ``test_templates`` draws of templates that
     training never sees. ``group`` is the template.
     """
-    path = _cache_directory() / f"parsing-{_fingerprint()}.json"
+    path = cache_directory() / "data" / f"parsing-{_fingerprint()}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps([{**asdict(e), "split": s} for s, e in _draw_all()]).encode())
@@ -45,12 +45,6 @@ def load(split: str) -> list[Example]:
 def prompt(utterance: str) -> str:
     """The text that the model reads for a command."""
     return f"Command: {utterance}\nParse:"
-
-
-def _cache_directory() -> Path:
-    if chosen := os.environ.get("LAYERSKIP_CACHE"):
-        return Path(chosen) / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip" / "data"
 
 
 def _fingerprint() -> str:
