@@ -10,13 +10,14 @@ from rich.markup import escape
 
 from layerskip_kernels import BackendError
 
-from . import bench, correctness, demo, env, generate
+from . import bench, correctness, demo, env, generate, train
 
 COMMANDS = {
     "demo": (demo, "decode a few prompts both ways, side by side"),
     "generate": (generate, "continue a prompt"),
     "bench": (bench, "measure decoding against the memory's speed and against transformers"),
     "correctness": (correctness, "check that self-speculative decoding changes no token"),
+    "train": (train, "train early exits into a model, by a recipe"),
     "env": (env, "show versions, devices, and which backend serves each op"),
 }
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError)

@@ -1,0 +1,84 @@
+"""The early-exit loss as a module: shifts labels, gathers the rows that have one, calls the fused op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import layerskip_kernels
+
+IGNORE = -100
+
+
+class ExitLosses(NamedTuple):
+    """Of one batch: ``loss``, a scalar; ``exit_losses`` [N], detached means; ``count``, how many labels there were."""
+
+    loss: Tensor
+    exit_losses: Tensor
+    count: int
+
+
+def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices, into [B · S], of the positions whose next token is labelled, and those labels; both [R]."""
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
+    rows = (shifted != IGNORE).nonzero()[:, 0]
+    return rows, shifted[rows]
+
+
+class EarlyExitLoss(nn.Module):
+    """J = Σ weightₙ · CE(head(norm(x_n)), next token), x_n the state after exit layer n (arXiv 2404.16710, §4.1.2).
+
+    Parameters
+    ----------
+    norm, head : nn.Module
+        The model's own final norm and head, of which the ``weight`` is used; they stay the model's.
+    eps : float
+        Of the norm.
+    """
+
+    def __init__(self, norm: nn.Module, head: nn.Module, eps: float) -> None:
+        super().__init__()
+        self._parts = (norm, head)  # in a tuple, so that they do not become this module's parameters as well
+        self.eps = eps
+
+    def forward(self, states: Sequence[Tensor], labels: Tensor, exit_weights: Tensor) -> ExitLosses:
+        """Loss of the exits whose states are given.
+
+        Parameters
+        ----------
+        states : sequence of N Tensor [B, S, D]
+            Raw states after each exit's layer, before the final norm.
+        labels : Tensor [B, S], int64
+            Not shifted: position s is what state s - 1 should predict; -100 is no label.
+        exit_weights : Tensor [N]
+        """
+        rows, targets = target_rows(labels)
+        return self.on_rows(self.gather(states, rows), targets, exit_weights)
+
+    def gather(self, states: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """The rows [N, R, D] of the states, in the dtype that matmuls run in."""
+        dtype = states[0].dtype
+        if torch.is_autocast_enabled(states[0].device.type):
+            dtype = torch.get_autocast_dtype(states[0].device.type)
+        return torch.stack([state.flatten(0, 1).index_select(0, rows) for state in states]).to(dtype)
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Norm and head weight, read anew: a sharded model swaps them."""
+        norm, head = (part.weight.to(dtype) for part in self._parts)
+        return norm, head
+
+    def on_rows(self, hiddens: Tensor, targets: Tensor, exit_weights: Tensor) -> ExitLosses:
+        """Loss of gathered rows [N, R, D] with targets [R]."""
+        weights = self.weights(hiddens.dtype)
+        out = layerskip_kernels.early_exit_loss(hiddens, *weights, targets, exit_weights, self.eps, IGNORE)
+        return ExitLosses(out.loss, out.exit_losses, targets.shape[0])
+
+    @torch.no_grad()
+    def choices(self, hiddens: Tensor) -> Tensor:
+        """The token that each exit would choose, [N, R]."""
+        exits, rows, width = hiddens.shape
+        norm, head = self.weights(hiddens.dtype)
+        return layerskip_kernels.exit_head(hiddens.detach().reshape(-1, width), norm, head, self.eps).token.view(exits, rows)

@@ -1,0 +1,151 @@
+"""A recipe carried out: model, adapter, data, trainer, and what is written at the end."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..models import load, smollm2
+from .data import TASKS, load_task, splits
+from .dataset import Collator, encode, read_pairs
+from .recipe import Recipe
+from .trainer import LayerSkipTrainer, Plan
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load_pairs(recipe: Recipe, split: str = "train") -> list[Any]:
+    """The examples of all tasks of a recipe; of a file every line is for training."""
+    pairs: list[Any] = []
+    for task in recipe.tasks:
+        if task in TASKS:
+            if split in splits(task):
+                pairs += load_task(task, split)
+        elif Path(task).is_file():
+            pairs += read_pairs(Path(task)) if split == "train" else []
+        else:
+            raise ValueError(f"task {task!r} is neither one of {', '.join(TASKS)} nor a file")
+    return pairs
+
+
+def prepare_model(recipe: Recipe) -> tuple[nn.Module, Any]:
+    """Load the model in the dtypes that the recipe's step is fast in, and put LoRA in where it asks for it.
+
+    What is not trained is kept in bf16; what is trained, in fp32, under autocast.
+    """
+    source = smollm2.smollm2_directory() if recipe.model == "smollm2" else recipe.model
+    frozen_dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    model, tokenizer = load(source, dtype=frozen_dtype)
+    recipe.check_exits(model.config.num_hidden_layers)
+    if recipe.method == "lora":
+        return _with_lora(model, recipe.lora_rank), tokenizer
+    model.float()
+    if recipe.freeze_embedding:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False).to(frozen_dtype)
+    return model, tokenizer
+
+
+def _with_lora(model: nn.Module, rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def training_arguments(recipe: Recipe, **kwargs: Any) -> TrainingArguments:
+    """The Trainer's arguments for a recipe."""
+    return TrainingArguments(
+        output_dir=recipe.output,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs,
+        bf16=recipe.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=recipe.log_every,
+        save_steps=recipe.save_every,
+        save_total_limit=2,
+        seed=recipe.seed,
+        disable_tqdm=True,
+        report_to=[],
+        **kwargs,
+    )
+
+
+def make_trainer(recipe: Recipe, **kwargs: Any) -> LayerSkipTrainer:
+    """Everything that a recipe names, ready to train."""
+    pairs = load_pairs(recipe)
+    model, tokenizer = prepare_model(recipe)
+    train = encode(tokenizer, pairs, recipe.max_length)
+    held_out: Sequence[Any] | None = None
+    if recipe.eval_split is not None:
+        held_out = encode(tokenizer, load_pairs(recipe, recipe.eval_split)[: recipe.eval_examples], recipe.max_length)
+    steps = recipe.steps or _steps(recipe, len(train))
+    layers = model.config.num_hidden_layers
+    plan = Plan(
+        recipe.make_curriculum(layers, steps),
+        recipe.exit_weights,
+        recipe.exit_weight_scale,
+        recipe.make_dropout(layers, steps),
+    )
+    return LayerSkipTrainer(
+        model, training_arguments(recipe), plan, train_dataset=train, eval_dataset=held_out,
+        data_collator=Collator(tokenizer.pad_token_id or tokenizer.eos_token_id), processing_class=tokenizer, **kwargs,
+    )  # fmt: skip
+
+
+def _steps(recipe: Recipe, examples: int) -> int:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = math.ceil(examples / (recipe.batch_size * world))
+    return math.ceil(math.ceil(batches / recipe.gradient_accumulation) * recipe.epochs)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint below ``output``."""
+    found = get_last_checkpoint(str(output)) if output.is_dir() else None
+    return Path(found) if found else None
+
+
+def save_result(trainer: LayerSkipTrainer, recipe: Recipe) -> list[Path]:
+    """Write ``model``, a plain Hugging Face directory in bf16, and for LoRA ``adapter``, bf16 too, below the output."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trainer.revert()
+    written = []
+    if recipe.method == "lora":
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.bfloat16()
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = recipe.model  # not the directory that it happened to be read from
+        written.append(_save(model, Path(recipe.output) / "adapter"))
+        model = model.merge_and_unload()
+    written.append(_save(model.bfloat16(), Path(recipe.output) / "model", trainer.processing_class))
+    return written
+
+
+def _save(model: Any, target: Path, tokenizer: Any = None) -> Path:
+    """Save under a temporary name, then rename."""
+    temporary = target.with_name(f".{target.name}")
+    for leftover in (temporary, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    temporary.rename(target)
+    return target

@@ -1,0 +1,214 @@
+"""`LayerSkipTrainer`: the Hugging Face Trainer with the step of arXiv 2404.16710."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from .._files import write_atomically
+from .convert import convert, revert
+from .dataset import LengthBuckets
+from .dropout import LayerDropout
+from .exits import AllExits, Curriculum, early_exit_weights
+from .meter import ExitMeter
+
+PARTIAL = "unfinished"
+STATE = "layerskip.json"
+
+
+@dataclass
+class Plan:
+    """What of a step is LayerSkip's: its exits, their weights, its layer dropout."""
+
+    curriculum: Curriculum
+    weights: str = "paper"
+    weight_scale: float = 1.0
+    dropout: LayerDropout | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that the draws of a step depend on, as JSON takes it."""
+        described = {"curriculum": type(self.curriculum).__name__, **vars(self.curriculum)}
+        dropped = self.dropout
+        return {
+            "exits": {key: list(value) if isinstance(value, tuple) else value for key, value in described.items()},
+            "weights": [self.weights, self.weight_scale],
+            "dropout": dropped and [list(dropped.rates), dropped.seed, dropped.total_steps, dropped.scale],
+        }
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch; accelerate does not reach it where the batches are sharded."""
+
+    def __init__(self, trainer: LayerSkipTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class LayerSkipTrainer(Trainer):
+    """Trains early exits and full depth together, with layer dropout.
+
+    The model is converted in place (see `convert`); `revert` gives it back as it was. The log carries, for each exit E,
+    ``exit_loss/E``, and ``exit_agreement/E`` (with the full depth's choice) and ``exit_accuracy/E`` on up to 256 tokens
+    of each logged batch. A checkpoint appears under its name only when it is whole.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        A causal LM of a supported architecture.
+    args : TrainingArguments
+    plan : Plan
+        By default every exit every step, the paper's weights, no dropout.
+    train_dataset, eval_dataset : sequence of dict
+        With lists ``input_ids`` and ``labels``, as `encode` makes them.
+    **kwargs
+        As `transformers.Trainer` takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        plan: Plan | None = None,
+        train_dataset: Sequence[dict[str, list[int]]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        num_layers = model.config.num_hidden_layers
+        self.plan = plan or Plan(AllExits(num_layers))
+        self.conversion = convert(model, self.plan.dropout)
+        self.num_layers = num_layers
+        self.meter = ExitMeter()
+        self.sampler: LengthBuckets | None = None
+        self._micro = (-1, 0)  # the step that was seen last, and how many of its micro-batches
+        args.remove_unused_columns = False
+        args.label_names = ["labels"]
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.model_accepts_loss_kwargs = True  # asks for the label count over all micro-batches and ranks
+        self.loss_is_scaled_for_ga = True
+        self.add_callback(_SetEpoch(self))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(pair["input_ids"]) for pair in dataset]
+        size = self._train_batch_size * self.accelerator.num_processes
+        self.sampler = LengthBuckets(lengths, size, self.args.seed)
+        return self.sampler
+
+    def _micro_batch(self) -> int:
+        """Which micro-batch of the current step this is."""
+        step, seen = self._micro
+        self._micro = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
+        return self._micro[1]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Σ weightₙ · CE of the step's exits, as this rank's share of the mean over all labels of the step."""
+        step, training = self.state.global_step, model.training
+        exits = self.plan.curriculum.enabled(step) if training else self._all_exits()
+        weights = early_exit_weights(exits, self.num_layers, self.plan.weights, self.plan.weight_scale)
+        ids = inputs["input_ids"]
+        if training and self.plan.dropout is not None:
+            self.plan.dropout.draw(step, ids.shape[0], self._micro_batch(), ids.device)
+        report = not training or (step + 1) % max(int(self.state.logging_steps), 1) == 0
+        out = model(**inputs, exit_layers=exits, exit_weights=weights.to(ids.device), report=report)
+        self.meter.add(exits, out)
+        loss = out["loss"]
+        if num_items_in_batch is not None:  # gradients are averaged over ranks, so the share is scaled up by them
+            loss = loss * (out["count"] * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, out) if return_outputs else loss
+
+    def _all_exits(self) -> tuple[int, ...]:
+        candidates = getattr(self.plan.curriculum, "candidates", ())
+        return *candidates, self.num_layers
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Loss over all candidate exits; the meter keeps the rest."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the exits' metrics among its own."""
+        training, self.meter = self.meter, ExitMeter()
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{key}": value for key, value in self._drain().items()})
+        finally:
+            self.meter = training
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics of the exits where a training loss is logged."""
+        if "loss" in logs:
+            logs.update(self._drain())
+        super().log(logs, start_time)
+
+    def _drain(self) -> dict[str, float]:
+        return self.meter.drain(self._all_exits(), self.accelerator)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, as the Trainer does; a checkpoint of another plan is refused."""
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            self._check_plan(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_plan(self, checkpoint: Path) -> None:
+        state = checkpoint / STATE
+        if not state.exists():
+            raise ValueError(f"{checkpoint} is no checkpoint of LayerSkip training: it has no {STATE}")
+        saved, own = json.loads(state.read_text()), json.loads(json.dumps(self.plan.describe()))
+        for key, value in own.items():
+            if saved.get(key) != value:
+                raise ValueError(f"{checkpoint} was trained with {key} {saved.get(key)}, this run has {value}")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write into a folder of another name, and rename it when it is whole."""
+        root = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(root / PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_atomically(root / PARTIAL / name / STATE, json.dumps(self.plan.describe(), indent=1).encode())
+            shutil.rmtree(root / name, ignore_errors=True)
+            (root / PARTIAL / name).rename(root / name)
+            (root / PARTIAL).rmdir()
+            rotate_checkpoints(output_dir=str(root), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    _saving = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        root = super()._get_output_dir(trial)
+        return str(Path(root) / PARTIAL) if self._saving else root
+
+    def revert(self) -> None:
+        """Give the model back as it was before, with what it has learned."""
+        revert(self.model)
