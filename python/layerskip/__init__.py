@@ -1,5 +1,20 @@
 """Early exit and self-speculative decoding for models that people already have (LayerSkip, arXiv 2404.16710)."""
 
 from .decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder, Stats
+from .models import LayerSkipModel, UnsupportedModelError, adapt, load, supported_architectures
+from .modules import EarlyExitHead, PartialDepthDecoder, SharedKVCache
 
-__all__ = ["DraftHead", "GenerationOutput", "SelfSpeculativeDecoder", "Stats"]
+__all__ = [
+    "DraftHead",
+    "EarlyExitHead",
+    "GenerationOutput",
+    "LayerSkipModel",
+    "PartialDepthDecoder",
+    "SelfSpeculativeDecoder",
+    "SharedKVCache",
+    "Stats",
+    "UnsupportedModelError",
+    "adapt",
+    "load",
+    "supported_architectures",
+]

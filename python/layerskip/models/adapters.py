@@ -112,6 +112,12 @@ def _architecture(model: nn.Module) -> Architecture:
     return row
 
 
+def check_model_type(model_type: object) -> None:
+    """Raise UnsupportedModelError for a ``model_type`` that is not in the table."""
+    if model_type not in ARCHITECTURES:
+        raise _unsupported(f"model_type {model_type!r}", ", ".join(supported_architectures()))
+
+
 def check_config(config: Any) -> None:
     """Refuse by name what the kernels do not compute, as far as a configuration tells.
 
@@ -123,9 +129,7 @@ def check_config(config: Any) -> None:
     ------
     UnsupportedModelError
     """
-    model_type = config.model_type
-    if model_type not in ARCHITECTURES:
-        raise _unsupported(f"model_type {model_type!r}", ", ".join(supported_architectures()))
+    check_model_type(config.model_type)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method

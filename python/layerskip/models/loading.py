@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapters import check_config
+from .adapters import check_config, check_model_type
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -45,23 +47,30 @@ def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat1
         If the architecture is not supported; found before any weight is read.
     """
     transformers = _transformers()
-    local = _is_local(name_or_dir)
-    if local:
-        _check_directory(Path(name_or_dir).expanduser())
-    source = str(Path(name_or_dir).expanduser()) if local else str(name_or_dir)
-    options = {"local_files_only": True} if local else {}
-    try:
+    source, options = str(name_or_dir), {}
+    if _is_local(name_or_dir):
+        source, options = str(Path(name_or_dir).expanduser()), {"local_files_only": True}
+        _check_directory(Path(source))
+    with _reading("configuration", source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        check_config(config)
+    check_config(config)
+    with _reading("tokenizer", source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    with _reading("weights", source):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, **options
+            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except OSError as error:
-        kind = "directory" if local else "name"
-        raise ModelFileError(f"cannot load a model from the {kind} {source!r}: {error}") from error
     _check_keys(source, info)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _reading(what: str, source: str) -> Iterator[None]:
+    """Name what was being read; the readers raise anything from OSError to plain Exception on a corrupt file."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelFileError(f"cannot read the {what} of {source}: {error}") from error
 
 
 def _transformers() -> Any:
@@ -87,6 +96,7 @@ def _check_directory(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json, so it is not the directory of a model")
     contents = {name: _read_json(directory / name) for name in _JSON_FILES if (directory / name).is_file()}
+    check_model_type(contents["config.json"].get("model_type"))
     weight_map = contents.get(_INDEX, {"weight_map": {"": _SINGLE}}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFileError(f"{directory / _INDEX} has no weight_map")
@@ -119,6 +129,8 @@ def _check_safetensors(path: Path) -> None:
 
 def _check_keys(source: str, info: dict[str, Any]) -> None:
     """Transformers fills what a checkpoint lacks with random numbers, and ignores what it has too many of."""
+    for name, found, expected in info["mismatched_keys"]:
+        raise ModelFileError(f"{source} has {name} of shape {list(found)}, its config.json asks for {list(expected)}")
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelFileError(f"{source} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}")

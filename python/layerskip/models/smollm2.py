@@ -6,7 +6,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,20 @@ def _require_readers() -> None:
         raise ModuleNotFoundError(f"reading {GGUF} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def _status(message: str, progress: bool) -> AbstractContextManager[Any]:
-    if not progress:
-        return nullcontext()
+@contextmanager
+def _status(message: str, progress: bool) -> Iterator[None]:
+    """One line in the place of transformers' own bars."""
     from rich.console import Console
+    from transformers.utils import logging
 
-    return Console(stderr=True).status(message)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with Console(stderr=True, quiet=not progress).status(message):
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _convert(source: Path, target: Path) -> None:

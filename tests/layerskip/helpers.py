@@ -1,0 +1,85 @@
+"""Small random Hugging Face models, one for each row of the adapters' table, and what a directory of one needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+VOCABULARY = 101
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# Small enough that the long wavelengths are scaled within the 256 positions of these models.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# Name -> configuration class and what it changes in _SIZES. Head sizes 8, 16, 24 and 40; grouped and ungrouped heads;
+# tied and untied; H C equal to D and not.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3_ROPE, "head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 24, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 40, "tie_word_embeddings": True}),
+    "smollm2": ("Llama", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1,
+                          "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+}  # fmt: skip
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    """Configuration of a small model; ``changes`` go over it."""
+    name, own = ARCHITECTURES[architecture]
+    return getattr(transformers, f"{name}Config")(**{**_SIZES, **own, **changes})
+
+
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A small random model whose weights are large enough that its tokens vary.
+
+    Only parameters are cast, as `from_pretrained` does: the frequencies of the rotary embedding stay fp32.
+    """
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        scaled = values * parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 1 + 0.3 * values
+        parameter.data = scaled.to(dtype)
+    return model.eval()
+
+
+def random_tokens(batch: int, length: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    """Token ids [batch, length]."""
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer() -> Any:
+    """Words ``w0`` to ``w100``; w0 is the unknown one, w1 ends a text."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+
+
+def save_tiny(directory: Path, architecture: str = "llama2", max_shard_size: str = "1GB", **changes: Any) -> Path:
+    """Write a small model and tokenizer as ``save_pretrained`` does."""
+    tiny_model(architecture, **changes).save_pretrained(directory, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
