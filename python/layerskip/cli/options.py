@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .. import models
+from .. import recipes
 from ..decoding import DraftHead, SelfSpeculativeDecoder
-from ..models import smollm2
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,7 +25,7 @@ def positive(text: str) -> int:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, in which dtype, on how many threads."""
-    parser.add_argument("--model", default="smollm2", help="a directory, a hub name, or smollm2")
+    parser.add_argument("--model", default="smollm2", help="a directory, a hub name, smollm2, smollm2-layerskip")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     parser.add_argument("--threads", type=positive, help="how many CPU threads to use (default: torch's choice)")
 
@@ -48,9 +47,8 @@ def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None =
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     _quiet_transformers()
-    source = smollm2.smollm2_directory() if args.model == "smollm2" else args.model
     with console.status(f"loading {args.model}"):
-        return models.load(source, dtype=dtype or DTYPES[args.dtype])
+        return recipes.load(args.model, dtype or DTYPES[args.dtype])
 
 
 def _quiet_transformers() -> None:

@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import models
-from ..models.smollm2 import smollm2_directory
-from ..recipes import smollm2 as recipe
+from ..recipes import load
 from .data import TASKS, Example, load_task
 from .data.text import load_text
 from .dataset import Collator, encode
@@ -157,18 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="use this many examples, or windows of text, spread over all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args(arguments)
-    model, tokenizer = _load(options.model, getattr(torch, options.dtype))
+    model, tokenizer = load(options.model, getattr(torch, options.dtype))
     if options.task == "text":
         print(json.dumps({"perplexity": perplexity(model, tokenizer, load_text(options.split), limit=options.limit)}))
         return
     examples = _spread(load_task(options.task, options.split), options.limit)
     print(json.dumps(vars(evaluate_exits(model, tokenizer, examples, options.exits))))
-
-
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    if name == "smollm2-layerskip":
-        return recipe.load(dtype)
-    return models.load(smollm2_directory() if name == "smollm2" else name, dtype)
 
 
 def _spread(items: list[Any], limit: int | None) -> list[Any]:
