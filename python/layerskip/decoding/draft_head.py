@@ -11,6 +11,7 @@ from torch import Tensor
 from .._files import write_atomically
 from ..models import LayerSkipModel
 from ..modules import EarlyExitHead
+from . import validation
 
 FILE_NAME = "draft_head.safetensors"
 
@@ -58,6 +59,7 @@ class DraftHead:
         """
         if not 1 <= size <= vocab_size:
             raise ValueError(f"size must be in 1 … {vocab_size}, the vocabulary, got {size}")
+        stops = validation.stop_tokens(eos_token_id, vocab_size)
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for text in texts:
             tokens = torch.as_tensor(text, dtype=torch.int64)
@@ -65,7 +67,7 @@ class DraftHead:
             if outside.numel():
                 raise ValueError(f"token id {int(outside[0])} is outside the vocabulary of {vocab_size}")
             counts += tokens.bincount(minlength=vocab_size)
-        counts[eos_token_id] = torch.iinfo(torch.int64).max
+        counts[sorted(stops)] = torch.iinfo(torch.int64).max
         return cls(counts.sort(descending=True, stable=True).indices[:size], vocab_size)
 
     def of(self, model: LayerSkipModel) -> EarlyExitHead:

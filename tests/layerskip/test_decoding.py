@@ -1,0 +1,285 @@
+"""Self-speculative decoding gives what autoregressive decoding gives, bit for bit, whatever the drafts are like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layerskip import DraftHead, SelfSpeculativeDecoder
+from tiny import CONFIGS, LAYERS, UPPER, VOCAB, prompt_of, requires_native, tiny_model
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FinalStates:
+    """Collects the final states from which tokens were emitted, as the head is given them.
+
+    Verification gives the head [B, K + 1, D]; a prompt or a single step gives [B, D]. Drafts give a copy of the head.
+    """
+
+    def __init__(self, decoder: SelfSpeculativeDecoder) -> None:
+        head = decoder.model.head
+        decoder.draft_head = type(head)(head.norm_weight, head.head_weight, head.eps)
+        self._groups: list[torch.Tensor] = []
+        self._hook = head.register_forward_pre_hook(lambda module, args: self._groups.append(args[0].clone()))
+
+    def stop(self, accepted_per_round: tuple[int, ...]) -> torch.Tensor:
+        """The states [new, D], rejected rows left out."""
+        self._hook.remove()
+        first, *rounds = self._groups
+        kept = [
+            group[0, : accepted + 1] if group.dim() == 3 else group
+            for group, accepted in zip(rounds, accepted_per_round, strict=True)
+        ]
+        return torch.cat([first, *kept])
+
+
+def decode_with_states(decoder, prompt, new_tokens, strategy, **options):
+    states = FinalStates(decoder)
+    out = decoder.generate(prompt, new_tokens, strategy=strategy, **options)
+    return out, states.stop(out.stats.accepted_per_round)
+
+
+@requires_native
+@pytest.mark.parametrize("upper", UPPER)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_exit_and_draft_length_is_lossless(architecture, dtype, upper):
+    decoder = SelfSpeculativeDecoder(tiny_model(architecture, dtype, upper), exit_layer=1)
+    prompt = prompt_of(7)
+    plain, plain_states = decode_with_states(decoder, prompt, 24, "autoregressive")
+    for exit_layer in range(1, LAYERS):
+        for count in range(1, 9):
+            out, states = decode_with_states(
+                decoder, prompt, 24, "self_speculative", exit_layer=exit_layer, num_speculations=count
+            )
+            assert torch.equal(out.sequences, plain.sequences), (exit_layer, count)
+            assert torch.equal(states, plain_states), (exit_layer, count)
+            assert upper != "silent" or out.stats.acceptance_rate == 1.0
+
+
+@requires_native
+@settings(max_examples=60, deadline=None)
+@given(
+    architecture=st.sampled_from(sorted(CONFIGS)),
+    dtype=st.sampled_from(DTYPES),
+    upper=st.sampled_from(sorted(UPPER)),
+    exit_layer=st.integers(1, LAYERS - 1),
+    count=st.integers(1, 8),
+    length=st.integers(0, 20).map(lambda half: 2 * half + 1),
+    new_tokens=st.integers(1, 40),
+    stop=st.none() | st.integers(0, VOCAB - 1),
+    head=st.sampled_from(("full", "int8", "subset")),
+    seed=st.integers(0, 2**16),
+)
+def test_self_speculative_equals_autoregressive(
+    architecture, dtype, upper, exit_layer, count, length, new_tokens, stop, head, seed
+):
+    draft_head = DraftHead(range(0, VOCAB, 2), VOCAB) if head == "subset" else head
+    model = tiny_model(architecture, dtype, upper, seed)
+    decoder = SelfSpeculativeDecoder(model, exit_layer, count, length + new_tokens, draft_head)
+    prompt, stops = prompt_of(length, seed), [] if stop is None else stop
+    plain = decoder.generate(prompt, new_tokens, strategy="autoregressive", eos_token_id=stops)
+    out = decoder.generate(prompt, new_tokens, eos_token_id=stops)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.stats.new_tokens == 1 + out.stats.accepted + out.stats.rounds - cut_short(out)
+
+
+def cut_short(out) -> int:
+    """A round whose drafts hold the stop token ends there and does not emit the full model's own token."""
+    return int(out.drafted[0, -1])
+
+
+def test_tests_see_some_drafts_accepted_and_some_rejected():
+    rates = {}
+    for upper in UPPER:
+        decoder = SelfSpeculativeDecoder(tiny_model(upper=upper), 1, 3)
+        outs = [decoder.generate(prompt_of(5, seed), 40) for seed in range(4)]
+        rates[upper] = sum(out.stats.accepted for out in outs) / sum(out.stats.drafted for out in outs)
+        assert len(set(outs[0].new_tokens[0].tolist())) > 10, "a model that repeats itself tests little"
+    assert rates["random"] < 0.3 < rates["weak"] < 0.97 < rates["silent"] == 1.0
+
+
+@pytest.fixture
+def decoder():
+    """Some drafts are accepted, some are not."""
+    return SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=4)
+
+
+@pytest.mark.parametrize("new_tokens", range(1, 12))
+def test_the_limit_falls_inside_a_round(new_tokens):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 4, max_seq_len=5 + new_tokens)
+    plain = decoder.generate(prompt_of(5), new_tokens, strategy="autoregressive")
+    out = decoder.generate(prompt_of(5), new_tokens)
+    assert out.new_tokens.shape == (1, new_tokens)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.stats.drafted == out.stats.accepted, "nothing is drafted that could not be emitted"
+
+
+def test_the_cache_may_be_filled_to_the_last_position(decoder):
+    limit = decoder.max_seq_len
+    plain = decoder.generate(prompt_of(11), limit - 11, strategy="autoregressive")
+    out = decoder.generate(prompt_of(11), limit - 11)
+    assert out.sequences.shape == (1, limit)
+    assert torch.equal(out.sequences, plain.sequences)
+
+
+def test_a_stop_token_inside_a_draft_ends_the_sequence_there():
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 8)
+    free = decoder.generate(prompt_of(5), 30).new_tokens[0].tolist()
+    for index, stop in enumerate(free):
+        expected = free[: free.index(stop) + 1]
+        for eos in (stop, [stop], [free[-1], stop]) if index < 20 and free[-1] not in free[:20] else (stop,):
+            out = decoder.generate(prompt_of(5), 30, eos_token_id=eos)
+            assert out.new_tokens[0].tolist() == expected
+            assert out.drafted.shape == out.new_tokens.shape
+            assert int(out.drafted.sum()) == out.stats.accepted == sum(out.stats.accepted_per_round)
+
+
+def test_the_default_stop_token_is_that_of_the_generation_config():
+    model = tiny_model()
+    free = SelfSpeculativeDecoder(model, 1).generate(prompt_of(5), 12).new_tokens[0].tolist()
+    model.generation_config.eos_token_id = [free[6], VOCAB - 1]
+    decoder = SelfSpeculativeDecoder(model, 1)
+    assert decoder.generate(prompt_of(5), 12).new_tokens[0].tolist() == free[: free.index(free[6]) + 1]
+    assert decoder.generate(prompt_of(5), 12, eos_token_id=[]).new_tokens[0].tolist() == free
+
+
+def test_a_prompt_of_one_token(decoder):
+    plain = decoder.generate(prompt_of(1), 20, strategy="autoregressive")
+    assert torch.equal(decoder.generate(prompt_of(1), 20).sequences, plain.sequences)
+
+
+@requires_native
+def test_a_long_prompt_is_read_in_chunks(monkeypatch):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 2)
+    sizes = []
+    prefill = decoder.model.decoder.prefill
+    monkeypatch.setattr(
+        decoder.model.decoder, "prefill", lambda hidden, *args: sizes.append(hidden.shape[1]) or prefill(hidden, *args)
+    )
+    monkeypatch.setattr("layerskip.decoding.steps.PREFILL_CHUNK", 32)
+    plain = decoder.generate(prompt_of(101), 20, strategy="autoregressive")
+    assert torch.equal(decoder.generate(prompt_of(101), 20).sequences, plain.sequences)
+    assert sizes == [32, 32, 32, 5] * 2
+
+
+def test_early_exit_is_the_shallow_model_alone():
+    model = tiny_model()
+    out = SelfSpeculativeDecoder(model, 2).generate(prompt_of(5), 20, strategy="early_exit")
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    expected = SelfSpeculativeDecoder(model, 1).generate(prompt_of(5), 20, strategy="autoregressive")
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.stats.drafted == 0
+
+
+def test_garbage_past_the_lengths_is_not_read(decoder):
+    for strategy in ("autoregressive", "self_speculative", "early_exit"):
+        clean = decoder.generate(prompt_of(9), 30, strategy=strategy)
+        decoder._cache.k.fill_(float("nan"))
+        decoder._cache.v.fill_(float("nan"))
+        assert torch.equal(decoder.generate(prompt_of(9), 30, strategy=strategy).sequences, clean.sequences)
+
+
+def test_the_cache_is_reused_and_grows(decoder):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, max_seq_len=190)
+    fresh = decoder.generate(prompt_of(150), 20)
+    cache = decoder._cache
+    short = decoder.generate(prompt_of(3), 20)
+    assert decoder._cache is cache
+    again = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1)
+    assert torch.equal(again.generate(prompt_of(3), 20).sequences, short.sequences)
+    assert torch.equal(again.generate(prompt_of(150), 20).sequences, fresh.sequences)
+
+
+class Recorder:
+    """A streamer that keeps what it is given, and fails when told to."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.groups, self.ended, self.fail_after = [], 0, fail_after
+
+    def put(self, value):
+        if self.fail_after == len(self.groups):
+            raise RuntimeError("cancelled")
+        self.groups.append(value)
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_cancelled_call_does_not_spoil_the_next(decoder):
+    expected = decoder.generate(prompt_of(9), 30).sequences
+    for fail_after in (0, 1, 2, 4):
+        with pytest.raises(RuntimeError, match="cancelled"):
+            decoder.generate(prompt_of(13, seed=1), 30, streamer=Recorder(fail_after))
+        assert torch.equal(decoder.generate(prompt_of(9), 30).sequences, expected)
+
+
+def test_the_streamer_gets_the_prompt_then_accepted_tokens_only(decoder):
+    recorder = Recorder()
+    out = decoder.generate(prompt_of(9), 30, streamer=recorder)
+    prompt, first, *rounds = recorder.groups
+    assert torch.equal(prompt, prompt_of(9))
+    assert first.shape == (1,)
+    assert [len(group) for group in rounds] == [accepted + 1 for accepted in out.stats.accepted_per_round]
+    assert torch.equal(torch.cat([first, *rounds]), out.new_tokens[0])
+    assert recorder.ended == 1
+
+
+def test_the_text_streamer_of_transformers_works(decoder, capsys):
+    from transformers import TextStreamer
+
+    class Numbers:
+        def decode(self, tokens, **options):
+            return "".join(f"{token} " for token in tokens)
+
+    out = decoder.generate(prompt_of(4), 12, streamer=TextStreamer(Numbers(), skip_prompt=True))
+    assert capsys.readouterr().out.split() == [str(token) for token in out.new_tokens[0].tolist()]
+
+
+def test_stats_add_up(decoder):
+    out = decoder.generate(prompt_of(9), 30)
+    stats = out.stats
+    assert (stats.prompt_tokens, stats.new_tokens) == (9, 30)
+    assert stats.new_tokens == 1 + stats.rounds + stats.accepted
+    assert stats.acceptance_rate == stats.accepted / stats.drafted
+    assert 0 < stats.time_to_first_token < stats.seconds
+    assert stats.tokens_per_second == 30 / stats.seconds
+    assert stats.decode_tokens_per_second == 29 / (stats.seconds - stats.time_to_first_token)
+    assert int(out.drafted.sum()) == stats.accepted
+    assert out.sequences.dtype == torch.int64
+    assert not out.sequences.is_inference()
+    plain = decoder.generate(prompt_of(9), 30, strategy="autoregressive").stats
+    assert (plain.rounds, plain.drafted, plain.acceptance_rate) == (29, 0, 0.0)
+
+
+@requires_native
+def test_a_round_comes_to_the_host_once(decoder, monkeypatch):
+    calls = []
+    for name in ("tolist", "item", "__int__", "__bool__", "__index__", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *args, _name=name, _call=original: calls.append(_name) or _call(self, *args),
+        )
+    from layerskip.decoding.steps import SpeculativeRounds
+
+    def counted(self, *args, _step=SpeculativeRounds.step):
+        before = len(calls)
+        progress = _step(self, *args)
+        assert calls[before:] == ["tolist"]
+        return progress
+
+    monkeypatch.setattr(SpeculativeRounds, "step", counted)
+    assert decoder.generate(prompt_of(9), 30).stats.rounds > 3
+
+
+def test_the_weights_are_not_copied():
+    model = tiny_model()
+    decoder = SelfSpeculativeDecoder(model, 1)
+    owned = {weight.data_ptr() for weight in model.parameters()}
+    assert {weight.data_ptr() for weight in decoder.model.parameters()} == owned
+    assert decoder.draft_head is decoder.model.head

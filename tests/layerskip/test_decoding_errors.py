@@ -1,0 +1,128 @@
+"""Bad input and bad weights get an exception that names them, and nothing is emitted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layerskip import SelfSpeculativeDecoder
+from test_decoding import Recorder
+from tiny import LAYERS, VOCAB, prompt_of, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"exit_layer": 0}, ValueError, r"exit_layer must be in 1 … 3 for a model of 4 layers, got 0"),
+        ({"exit_layer": LAYERS}, ValueError, "exit_layer must be in 1 … 3 .* got 4"),
+        ({"exit_layer": -1}, ValueError, "got -1"),
+        ({"exit_layer": 1.5}, TypeError, "exit_layer must be an int, got 1.5"),
+        ({"exit_layer": True}, TypeError, "exit_layer must be an int, got True"),
+        ({"exit_layer": 1, "num_speculations": 0}, ValueError, "num_speculations must be at least 1, got 0"),
+        ({"exit_layer": 1, "num_speculations": "4"}, TypeError, "num_speculations must be an int, got '4'"),
+        ({"exit_layer": 1, "max_seq_len": 0}, ValueError, "max_seq_len must be at least 1, got 0"),
+        ({"exit_layer": 1, "max_seq_len": 193}, ValueError, "max_seq_len 193 exceeds the 192 positions"),
+        ({"exit_layer": 1, "draft_head": "int4"}, ValueError, "draft_head must be .* got 'int4'"),
+    ],
+)
+def test_a_decoder_that_cannot_be(model, options, error, message):
+    with pytest.raises(error, match=message):
+        SelfSpeculativeDecoder(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, TypeError, "must be a torch.Tensor .* got list"),
+        ({"input_ids": torch.ones(1, 3)}, TypeError, "dtype float32, expected int64"),
+        ({"input_ids": torch.ones(3, dtype=torch.int64)}, ValueError, r"shape \[3\], expected \[1, N\]"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, ValueError, "one sequence at a time for now, got .* 2"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, ValueError, "prompt is empty"),
+        ({"input_ids": torch.tensor([[3, VOCAB]])}, ValueError, f"token id {VOCAB} is outside the vocabulary"),
+        ({"input_ids": torch.tensor([[3, -2]])}, ValueError, "token id -2 is outside the vocabulary"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.int64, device="meta")}, ValueError, "is on meta, the model on cpu"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 189}, ValueError, "a prompt of 4 tokens and max_new_tokens=189 make 193, .*=192"),
+        ({"strategy": "beam"}, ValueError, "unknown strategy 'beam', expected one of self_speculative"),
+        ({"exit_layer": LAYERS}, ValueError, "exit_layer must be in"),
+        ({"num_speculations": 0}, ValueError, "num_speculations must be at least 1"),
+        ({"eos_token_id": VOCAB}, ValueError, f"eos_token_id {VOCAB} is outside the vocabulary"),
+        ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id -1 is outside the vocabulary"),
+        ({"eos_token_id": [1.0]}, TypeError, "eos_token_id must be an int, got 1.0"),
+    ],
+)
+def test_a_call_that_cannot_be(model, options, error, message):
+    recorder = Recorder()
+    call = {"input_ids": prompt_of(4), "max_new_tokens": 4, "streamer": recorder} | options
+    with pytest.raises(error, match=message):
+        SelfSpeculativeDecoder(model, 1).generate(**call)
+    assert recorder.groups == []
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative"])
+def test_nan_weights_are_an_error_that_names_layer_and_position(strategy):
+    model = tiny_model()
+    model.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
+    recorder = Recorder()
+    with pytest.raises(FloatingPointError, match="the head after layer 4 .* not finite at position 5"):
+        SelfSpeculativeDecoder(model, 1).generate(prompt_of(6), 8, strategy=strategy, streamer=recorder)
+    assert len(recorder.groups) == 1, "the prompt, and no token"
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative"])
+def test_weights_that_turn_bad_later_stop_the_sequence(strategy):
+    """An embedding row of NaN is met only once its token was emitted."""
+    model = tiny_model(upper="silent")
+    decoder = SelfSpeculativeDecoder(model, 1, 4)
+    tokens = decoder.generate(prompt_of(6), 12).new_tokens[0].tolist()
+    bad = next(index for index in range(4, 12) if tokens[index] not in tokens[:index] + prompt_of(6)[0].tolist())
+    model.model.embed_tokens.weight.data[tokens[bad]] = float("nan")
+    recorder = Recorder()
+    with pytest.raises(FloatingPointError, match=f"not finite at position {6 + bad}"):
+        decoder.generate(prompt_of(6), 24, strategy=strategy, streamer=recorder)
+    emitted = torch.cat(recorder.groups[1:]).tolist()
+    assert emitted == tokens[: len(emitted)]
+
+
+def test_a_broken_draft_head_is_named():
+    decoder = SelfSpeculativeDecoder(tiny_model(), 2, 3, draft_head="int8")
+    decoder.draft_head.scale[5] = float("nan")
+    with pytest.raises(FloatingPointError, match="the draft head after layer 2 .* position 6"):
+        decoder.generate(prompt_of(6), 8)
+
+
+def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error():
+    """What follows a rejected draft is no part of the sequence, so its numbers are nobody's business."""
+    model = tiny_model()
+    plain = SelfSpeculativeDecoder(model, 1).generate(prompt_of(6), 24, strategy="autoregressive")
+    decoder = SelfSpeculativeDecoder(model, 1, 4)
+    seen = set(plain.sequences[0].tolist())
+    drafted = set()
+    decoder.draft_head.register_forward_hook(lambda module, args, out: drafted.update(out.token.flatten().tolist()))
+    decoder.generate(prompt_of(6), 24)
+    wrong = sorted(drafted - seen)
+    assert wrong, "no draft was rejected"
+    model.model.embed_tokens.weight.data[wrong] = float("nan")
+    assert torch.equal(decoder.generate(prompt_of(6), 24).sequences, plain.sequences)
+
+
+def test_accepting_a_wrong_draft_would_be_noticed(monkeypatch):
+    """The mutation that the equality tests exist for: verification accepts one draft too many."""
+    from layerskip.decoding import steps
+
+    import layerskip_kernels
+
+    def generous(draft, target, seq_lens):
+        accepted, _ = layerskip_kernels.accept_greedy(draft, target, seq_lens)
+        more = (accepted + 1).clamp(max=draft.shape[1])
+        seq_lens += more - accepted
+        return more, target.gather(1, more[:, None])[:, 0]
+
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 4)
+    plain = decoder.generate(prompt_of(6), 40, strategy="autoregressive")
+    monkeypatch.setattr(steps, "accept_greedy", generous)
+    assert not torch.equal(decoder.generate(prompt_of(6), 40).sequences, plain.sequences)
