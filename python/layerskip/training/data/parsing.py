@@ -59,7 +59,7 @@ def _home_intents() -> Any:
     from hassil import Intents
     from home_assistant_intents import get_intents
 
-    data = get_intents("en")
+    data: Any = get_intents("en")
     for intent in data["intents"].values():
         for block in intent["data"]:
             block.get("requires_context", {}).pop("area", None)
