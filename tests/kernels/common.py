@@ -1,0 +1,173 @@
+"""What the op tests share: inputs, the float64 truth, the criterion, and bitwise comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerskip_kernels as lk
+from layerskip_kernels import _extension
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
+PATHS = ("reference", *ISAS)
+
+# A result passes when its largest error against float64 is at most that of the same-dtype torch code plus this much of
+# the truth's largest entry. Both round to the dtype once, so they differ by which way a near-tie is rounded and by the
+# order of an fp32 sum: 16-bit dtypes get a quarter of the spacing of their numbers (2^-8 and 2^-11 relative), fp32
+# eight spacings (2^-23), about what re-ordering a sum of 2048 products moves it by.
+TOLERANCES = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-10, torch.float16: 2.0**-13}
+
+
+@contextmanager
+def running_on(name: str) -> Iterator[None]:
+    """Force the reference, or the native kernels of one instruction set; skips where this machine lacks it."""
+    if name == "reference":
+        with lk.use_backend("reference"):
+            yield
+        return
+    if _extension.cpu_reason is not None:
+        pytest.skip(f"no native kernels: {_extension.cpu_reason}")
+    try:
+        before = lk.set_cpu_isa(name)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    try:
+        with lk.use_backend("cpu"):
+            yield
+    finally:
+        lk.set_cpu_isa(before)
+
+
+def native_isa(expected: str) -> str:
+    """The instruction set in use, which must be the one asked for."""
+    assert lk.cpu_isa() == expected
+    return expected
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Inputs:
+    """Reproducible random tensors."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.dtype)
+
+    def weight(self, *shape: int) -> Tensor:
+        """Scaled so that a product with a normal vector is of size 1."""
+        return self.normal(*shape, scale=max(shape[-1], 1) ** -0.5)
+
+    def norm(self, size: int) -> Tensor:
+        return (1 + 0.2 * torch.randn(size, generator=self.generator)).to(self.dtype)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+
+def rope_tables(positions: int, size: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, C/2] in fp32, base 10000."""
+    angles = torch.outer(torch.arange(positions).double(), 10000.0 ** (-torch.arange(0, size, 2).double() / size))
+    return angles.cos().float(), angles.sin().float()
+
+
+def double(value: Any) -> Any:
+    """Floating tensors in float64, everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value.clone()
+    return [double(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """Largest distance; infinite where either is not finite."""
+    if truth.numel() == 0:
+        return 0.0
+    distance = (actual.double() - truth).abs()
+    return float(distance.max()) if bool(distance.isfinite().all()) else float("inf")
+
+
+def assert_as_good_as(actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """The criterion of TOLERANCES."""
+    assert actual.shape == truth.shape
+    assert actual.is_contiguous()
+    allowed = error(eager, truth)
+    assert allowed != float("inf"), "the same-dtype torch code is not finite here: no criterion"
+    if truth.numel():
+        allowed += TOLERANCES[dtype] * float(truth.abs().max())
+    found = error(actual, truth)
+    assert found <= allowed, f"error {found:.3e} against float64, allowed {allowed:.3e}"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns, so that NaN equals itself and -0 is not 0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
+
+
+def assert_same_bits(actual: Any, expected: Any, message: str = "") -> None:
+    if isinstance(expected, Tensor):
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        different = int((bits(actual) != bits(expected)).sum())
+        assert different == 0, f"{different} of {expected.numel()} entries differ {message}"
+        return
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other, message)
+
+
+def assert_rows_alone(op: Callable[..., Any], *activations: Tensor) -> None:
+    """Rows [r, r + count) of a call must have the bits that a call with those rows alone gives."""
+    rows = activations[0].shape[0]
+    whole = op(*activations)
+    for count in (1, 2, 5, 8):
+        for first in range(0, rows - count + 1, count):
+            part = op(*(one[first : first + count] for one in activations))
+            assert_same_bits(part, _rows(whole, first, count), f"(rows {first}..{first + count - 1} of {rows})")
+
+
+def assert_same_result(path: str, actual: Tensor, expected: Tensor) -> None:
+    """The same numbers through other strides: native kernels to the bit, torch's matmul may sum in another order."""
+    if path == "reference":
+        torch.testing.assert_close(actual, expected)
+    else:
+        assert_same_bits(actual, expected)
+
+
+def _rows(whole: Any, first: int, count: int) -> Any:
+    if isinstance(whole, Tensor):
+        return whole[first : first + count]
+    return [one[first : first + count] for one in whole]
+
+
+def assert_threads_agree(op: Callable[[], Any]) -> None:
+    """One thread, two, and three (an uneven share) must give the same bits."""
+    with threads(1):
+        expected = op()
+    for count in (2, 3):
+        with threads(count):
+            assert_same_bits(op(), expected, f"with {count} threads")
+
+
+def strided(tensor: Tensor) -> Sequence[Tensor]:
+    """The same values with other strides: a slice of wider rows, and, from rank 2, transposed storage."""
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    sliced = wide[..., 1 : 2 * tensor.shape[-1] + 1 : 2]
+    sliced.copy_(tensor)
+    if tensor.dim() < 2:
+        return [sliced]
+    return [sliced, tensor.transpose(0, -1).contiguous().transpose(0, -1)]

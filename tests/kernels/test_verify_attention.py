@@ -1,0 +1,153 @@
+"""`verify_attention`: causal, grouped-query, ragged; what lies past a sequence's length is never read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import layerskip_kernels as lk
+from layerskip_kernels.reference import verify_attention_ref
+
+from .common import (
+    DTYPES,
+    Inputs,
+    assert_as_good_as,
+    assert_same_bits,
+    assert_same_result,
+    assert_threads_agree,
+    double,
+    strided,
+)
+
+HEADS = [(1, 1), (4, 2), (6, 2), (8, 1)]  # 1, 2, 3 and 8 query heads a key/value head
+SIZES = [8, 16, 40, 64, 72, 128, 256]
+
+
+def arguments(
+    dtype: torch.dtype, lengths: list[int], rows: int, heads: int, groups: int, size: int, capacity: int
+) -> list[Tensor]:
+    """Keys and values up to each sequence's last row; NaN past it."""
+    make, batch = Inputs(dtype), len(lengths)
+    caches = [make.normal(batch, groups, capacity, size) for _ in range(2)]
+    for b, length in enumerate(lengths):
+        for cache in caches:
+            cache[b, :, length + rows :] = float("nan")
+    return [make.normal(batch, rows, heads, size), *caches, torch.tensor(lengths, dtype=torch.int64)]
+
+
+def eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+    """torch's attention in the dtype of q, one sequence at a time."""
+    rows, out = q.shape[1], []
+    for one, keys, values, length in zip(q, k_cache, v_cache, seq_lens.tolist(), strict=True):
+        seen = torch.ones(rows, length + rows, dtype=torch.bool).tril(length)
+        keys, values = keys[None, :, : length + rows], values[None, :, : length + rows]
+        attended = F.scaled_dot_product_attention(one.transpose(0, 1)[None], keys, values, seen, enable_gqa=True)
+        out.append(attended[0].transpose(0, 1))
+    return torch.stack(out)
+
+
+def check(args: list[Tensor], dtype: torch.dtype) -> None:
+    assert_as_good_as(lk.verify_attention(*args), eager(*args), verify_attention_ref(*double(args)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_float64(path: str, heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
+    check(arguments(dtype, [0, 17, 41 - 5], 5, *heads, size, capacity=41), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[700], [1500], [3, 1500, 255, 256, 0]])
+def test_long_contexts(path: str, lengths: list[int], dtype: torch.dtype) -> None:
+    """Across the splits of a context, and sequences of very different lengths beside each other."""
+    check(arguments(dtype, lengths, 6, 6, 2, 64, capacity=1510), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_counts(path: str, dtype: torch.dtype) -> None:
+    for rows in range(1, 18):
+        check(arguments(dtype, [250, 0], rows, 3, 1, 40, capacity=270), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_token_sees_itself_alone(path: str, dtype: torch.dtype) -> None:
+    args = arguments(dtype, [0], 1, 4, 2, 16, capacity=9)
+    assert_same_bits(lk.verify_attention(*args)[0, 0], args[2][0, :, 0].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores(path: str, dtype: torch.dtype) -> None:
+    """Scores of several hundred: a softmax that forgets the maximum overflows, one split's maximum is not another's."""
+    q, k_cache, v_cache, seq_lens = arguments(dtype, [600], 3, 2, 1, 64, capacity=603)
+    check([q * 16, k_cache * 4, v_cache, seq_lens], dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_empty(path: str, shape: tuple[int, int]) -> None:
+    batch, rows = shape
+    args = arguments(torch.float32, [3] * batch, rows, 4, 2, 16, capacity=9)
+    assert lk.verify_attention(*args).shape == (batch, rows, 4, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_garbage_past_the_length_changes_nothing(path: str, dtype: torch.dtype) -> None:
+    q, k_cache, v_cache, seq_lens = arguments(dtype, [0, 300, 31], 4, 6, 2, 40, capacity=310)
+    garbage = k_cache.isnan()
+    expected = lk.verify_attention(q, k_cache, v_cache, seq_lens)
+    assert bool(garbage.any() and expected.isfinite().all())
+    for value in (0.0, 1e4, float("inf"), float("-inf")):
+        caches = [cache.masked_fill(garbage, value) for cache in (k_cache, v_cache)]
+        assert_same_bits(lk.verify_attention(q, *caches, seq_lens), expected, f"with {value} past the length")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_queries(path: str, dtype: torch.dtype) -> None:
+    q, *rest = arguments(dtype, [2, 9], 3, 6, 2, 40, capacity=16)
+    expected = lk.verify_attention(q, *rest)
+    for other in strided(q):
+        assert_same_result(path, lk.verify_attention(other, *rest), expected)
+
+
+def test_inputs_stay(path: str) -> None:
+    args = arguments(torch.float32, [2, 9], 3, 6, 2, 40, capacity=16)
+    copies = [arg.clone() for arg in args]
+    lk.verify_attention(*args)
+    assert_same_bits(args, copies)
+
+
+@pytest.mark.parametrize("length", [-1, 14])
+def test_positions_outside_the_cache(path: str, length: int) -> None:
+    args = arguments(torch.float32, [0, 9], 3, 4, 2, 16, capacity=16)
+    args[3][1] = length
+    with pytest.raises((ValueError, RuntimeError), match="cache.*16"):
+        lk.verify_attention(*args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size"), [((6, 2), 64), ((8, 1), 40), ((3, 3), 128)])
+def test_rows_do_not_depend_on_each_other(isa: str, heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
+    """A row alone, whose sequence then is as long as the row's position, and a sequence without the others."""
+    q, k_cache, v_cache, seq_lens = arguments(dtype, [0, 509, 250, 31], 9, *heads, size, capacity=520)
+    whole = lk.verify_attention(q, k_cache, v_cache, seq_lens)
+    for b in range(4):
+        one = [tensor[b : b + 1] for tensor in (k_cache, v_cache, seq_lens)]
+        assert_same_bits(lk.verify_attention(q[b : b + 1], *one), whole[b : b + 1], f"(sequence {b})")
+        for m in range(9):
+            alone = lk.verify_attention(q[b : b + 1, m : m + 1], *one[:2], one[2] + m)
+            assert_same_bits(alone, whole[b : b + 1, m : m + 1], f"(row {m} of sequence {b})")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_capacity_does_not_matter(isa: str, dtype: torch.dtype) -> None:
+    args = arguments(dtype, [300], 3, 6, 2, 64, capacity=303)
+    larger = [F.pad(cache, (0, 0, 0, 1000), value=float("nan")) for cache in args[1:3]]
+    assert_same_bits(lk.verify_attention(args[0], *larger, args[3]), lk.verify_attention(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_agree(isa: str, dtype: torch.dtype) -> None:
+    args = arguments(dtype, [700, 0, 300], 5, 6, 2, 64, capacity=710)
+    assert_threads_agree(lambda: lk.verify_attention(*args))
