@@ -6,7 +6,6 @@
 #include "cpu/kernels.h"
 
 #define LSK_MAX_BLOCK 2
-#define LSK_PREFETCH 4096
 #pragma GCC target("avx2,fma,f16c")
 
 namespace lsk::avx2 {

@@ -6,7 +6,6 @@
 #include "cpu/kernels.h"
 
 #define LSK_MAX_BLOCK 6
-#define LSK_PREFETCH 4096
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 namespace lsk::avx512 {

@@ -4,7 +4,6 @@
 #include "cpu/kernels.h"
 
 #define LSK_MAX_BLOCK 2
-#define LSK_PREFETCH 4096
 
 namespace lsk::portable {
 
