@@ -6,7 +6,9 @@ import pytest
 import torch
 from layerskip import SelfSpeculativeDecoder
 from test_decoding import Recorder
-from tiny import LAYERS, VOCAB, prompt_of, tiny_model
+from tiny import LAYERS, VOCABULARY, prompt_of, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def model():
         ({"exit_layer": 1, "num_speculations": 0}, ValueError, "num_speculations must be at least 1, got 0"),
         ({"exit_layer": 1, "num_speculations": "4"}, TypeError, "num_speculations must be an int, got '4'"),
         ({"exit_layer": 1, "max_seq_len": 0}, ValueError, "max_seq_len must be at least 1, got 0"),
-        ({"exit_layer": 1, "max_seq_len": 193}, ValueError, "max_seq_len 193 exceeds the 192 positions"),
+        ({"exit_layer": 1, "max_seq_len": 257}, ValueError, "max_seq_len 257 exceeds the 256 positions"),
         ({"exit_layer": 1, "draft_head": "int4"}, ValueError, "draft_head must be .* got 'int4'"),
     ],
 )
@@ -42,15 +44,19 @@ def test_a_decoder_that_cannot_be(model, options, error, message):
         ({"input_ids": torch.ones(3, dtype=torch.int64)}, ValueError, r"shape \[3\], expected \[1, N\]"),
         ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, ValueError, "one sequence at a time for now, got .* 2"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, ValueError, "prompt is empty"),
-        ({"input_ids": torch.tensor([[3, VOCAB]])}, ValueError, f"token id {VOCAB} is outside the vocabulary"),
+        (
+            {"input_ids": torch.tensor([[3, VOCABULARY]])},
+            ValueError,
+            f"token id {VOCABULARY} is outside the vocabulary",
+        ),
         ({"input_ids": torch.tensor([[3, -2]])}, ValueError, "token id -2 is outside the vocabulary"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.int64, device="meta")}, ValueError, "is on meta, the model on cpu"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
-        ({"max_new_tokens": 189}, ValueError, "a prompt of 4 tokens and max_new_tokens=189 make 193, .*=192"),
+        ({"max_new_tokens": 253}, ValueError, "a prompt of 4 tokens and max_new_tokens=253 make 257, .*=256"),
         ({"strategy": "beam"}, ValueError, "unknown strategy 'beam', expected one of self_speculative"),
         ({"exit_layer": LAYERS}, ValueError, "exit_layer must be in"),
         ({"num_speculations": 0}, ValueError, "num_speculations must be at least 1"),
-        ({"eos_token_id": VOCAB}, ValueError, f"eos_token_id {VOCAB} is outside the vocabulary"),
+        ({"eos_token_id": VOCABULARY}, ValueError, f"eos_token_id {VOCABULARY} is outside the vocabulary"),
         ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id -1 is outside the vocabulary"),
         ({"eos_token_id": [1.0]}, TypeError, "eos_token_id must be an int, got 1.0"),
     ],
@@ -68,7 +74,7 @@ def test_nan_weights_are_an_error_that_names_layer_and_position(strategy):
     model = tiny_model()
     model.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
     recorder = Recorder()
-    with pytest.raises(FloatingPointError, match="the head after layer 4 .* not finite at position 5"):
+    with pytest.raises(FloatingPointError, match=r"the head after layer 4 .* not finite at position 5"):
         SelfSpeculativeDecoder(model, 1).generate(prompt_of(6), 8, strategy=strategy, streamer=recorder)
     assert len(recorder.groups) == 1, "the prompt, and no token"
 
@@ -91,7 +97,7 @@ def test_weights_that_turn_bad_later_stop_the_sequence(strategy):
 def test_a_broken_draft_head_is_named():
     decoder = SelfSpeculativeDecoder(tiny_model(), 2, 3, draft_head="int8")
     decoder.draft_head.scale[5] = float("nan")
-    with pytest.raises(FloatingPointError, match="the draft head after layer 2 .* position 6"):
+    with pytest.raises(FloatingPointError, match=r"the draft head after layer 2 .* position 6"):
         decoder.generate(prompt_of(6), 8)
 
 

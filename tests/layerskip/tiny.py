@@ -1,21 +1,21 @@
-"""Tiny random models of every architecture, whose early exits are as good as a test wants them."""
+"""The small random models of `helpers`, with early exits as good as a test wants them."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import helpers
 import pytest
 import torch
-import transformers
+from helpers import ARCHITECTURES, VOCABULARY, random_tokens
 
 import layerskip_kernels
 
-VOCAB, LAYERS = 101, 4
-CONFIGS = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-}
-# What the layers from the first exit on add to the state: all of it, little (some drafts are accepted), nothing (all are).
+__all__ = ["ARCHITECTURES", "LAYERS", "POSITIONS", "UPPER", "VOCABULARY", "prompt_of", "requires_native", "tiny_model"]
+
+LAYERS, POSITIONS = 4, 256
+# The share of what the layers after the first add to the state: all, so that few drafts are accepted; little, so that
+# some are; nothing, so that all are.
 UPPER = {"random": 1.0, "weak": 0.15, "silent": 0.0}
 
 
@@ -33,26 +33,20 @@ requires_native = pytest.mark.skipif(
 
 
 def tiny_model(
-    architecture: str = "llama", dtype: torch.dtype = torch.float32, upper: str = "random", seed: int = 0
-) -> transformers.PreTrainedModel:
-    """A model of 4 layers; those from layer 1 on are scaled by ``UPPER[upper]``."""
-    make_config, make_model = CONFIGS[architecture]
-    extra = {"sliding_window": None} if architecture == "mistral" else {}
-    config = make_config(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=72, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=192, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=None, pad_token_id=None, **extra,
-    )  # fmt: skip
-    model = make_model(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        weight.data = 1 + 0.2 * noise if "norm" in name else noise * 0.2
-        if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name:
-            weight.data *= UPPER[upper]
-    return model.to(dtype)
+    architecture: str = "llama2", dtype: torch.dtype = torch.float32, upper: str = "random", seed: int = 0
+) -> Any:
+    """A model of 4 layers, of which those after the first add ``UPPER[upper]`` of what they would."""
+    # A tied head repeats the token that it is given, and a text of one token tests little.
+    model = helpers.tiny_model(architecture, dtype, seed, tie_word_embeddings=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data -= 1  # they are drawn around 1, like the weights of norms, and drown the states
+    for layer in model.model.layers[1:]:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.data *= UPPER[upper]
+    return model
 
 
 def prompt_of(length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [1, length]."""
-    return torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+    return random_tokens(1, length, seed)
