@@ -74,7 +74,8 @@ inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first,
   const int64_t most = visible(first + rows - 1);
   for (int64_t t = 0; t < most; t += kTile) {
     const int64_t count = smaller(kTile, most - t);
-    dot_tile(a.keys + (start + t) * a.size, a.size, count, queries, stride, rows, a.size, tile);
+    const T* keys = a.keys + (start + t) * a.size;
+    dot_tile(keys, a.size, count, queries, stride, rows, a.size, t + count < most ? keys + count * a.size : a.values + start * a.size, tile);
     for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(scores[r] + t, tile + r * kTile, count * sizeof(float));
   }
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.size));

@@ -7,7 +7,7 @@
 constexpr int kQuad = 4;          // weight rows in registers
 constexpr int64_t kTile = 64;     // weight rows of one tile of results
 constexpr int64_t kMaxRows = 48;  // activation rows of one tile of results
-constexpr int64_t kAhead = 12288; // bytes between use and prefetch; 8 and 16 KiB are slower on Zen 5
+constexpr int64_t kAhead = 12288; // bytes between prefetch and use, at least; 8 and 16 KiB are slower on Zen 5
 
 // How W is multiplied: with fp32 activations, sixteen at a time.
 template <class W>
@@ -37,13 +37,12 @@ struct Dot<bf16> {
 };
 #endif
 
-// out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows.
+// out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows; `lines` is fetched meanwhile.
 template <class W, int MR>
 inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, int64_t stride, int64_t width,
-                     int64_t ahead, float* out) {
+                     const char* lines, float* out) {
   using D = Dot<W>;
   constexpr int64_t kLine = 64 / sizeof(W);
-  const char* lines = reinterpret_cast<const char*>(rows[0]) + ahead;
   F16 sums[MR][kQuad];
   for (int m = 0; m < MR; ++m)
     for (int i = 0; i < kQuad; ++i) sums[m][i] = splat(0);
@@ -76,39 +75,43 @@ inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, in
 
 template <class W>
 inline void dot_rows(int count, const W* const rows[kQuad], const typename Dot<W>::X* x, int64_t stride, int64_t width,
-                     int64_t ahead, float* out) {
+                     const char* lines, float* out) {
   switch (count) {
     case 1:
-      return dot_quad<W, 1>(rows, x, stride, width, ahead, out);
+      return dot_quad<W, 1>(rows, x, stride, width, lines, out);
     case 2:
-      return dot_quad<W, 2>(rows, x, stride, width, ahead, out);
+      return dot_quad<W, 2>(rows, x, stride, width, lines, out);
 #if LSK_MAX_BLOCK > 2
     case 3:
-      return dot_quad<W, 3>(rows, x, stride, width, ahead, out);
+      return dot_quad<W, 3>(rows, x, stride, width, lines, out);
     case 4:
-      return dot_quad<W, 4>(rows, x, stride, width, ahead, out);
+      return dot_quad<W, 4>(rows, x, stride, width, lines, out);
     case 5:
-      return dot_quad<W, 5>(rows, x, stride, width, ahead, out);
+      return dot_quad<W, 5>(rows, x, stride, width, lines, out);
     default:
-      return dot_quad<W, 6>(rows, x, stride, width, ahead, out);
+      return dot_quad<W, 6>(rows, x, stride, width, lines, out);
 #endif
   }
 }
 
-// tile[m * kTile + n] = weight[n] · x[m] for up to kTile weight rows, `pitch` apart, and up to kMaxRows of x.
+// tile[m * kTile + n] = weight[n] · x[m] for up to kTile weight rows, `pitch` apart, and up to kMaxRows of x. What is
+// read after this tile starts at `next`: near the tile's end that is what is fetched ahead.
 template <class W>
 inline void dot_tile(const W* weight, int64_t pitch, int64_t count, const typename Dot<W>::X* x, int64_t stride,
-                     int64_t rows, int64_t width, float* tile) {
+                     int64_t rows, int64_t width, const void* next, float* tile) {
   const int64_t quad_bytes = kQuad * pitch * static_cast<int64_t>(sizeof(W));
-  const int64_t ahead = quad_bytes > kAhead ? quad_bytes : kAhead;  // in bytes: at least the next quad
+  const int64_t ahead = (kAhead + quad_bytes - 1) / quad_bytes * quad_bytes;
+  const int64_t bytes = (count + kQuad - 1) / kQuad * quad_bytes;
   const int64_t blocks = (rows + LSK_MAX_BLOCK - 1) / LSK_MAX_BLOCK;
   for (int64_t n = 0; n < count; n += kQuad) {
     const W* quad[kQuad];
     for (int64_t i = 0; i < kQuad; ++i) quad[i] = weight + (n + i < count ? n + i : count - 1) * pitch;
+    const int64_t at = n / kQuad * quad_bytes + ahead;
+    const char* lines = at < bytes ? reinterpret_cast<const char*>(weight) + at : static_cast<const char*>(next) + at - bytes;
     for (int64_t block = 0, m = 0; block < blocks; ++block) {
-      const int64_t next = rows * (block + 1) / blocks;
-      dot_rows<W>(static_cast<int>(next - m), quad, x + m * stride, stride, width, ahead, tile + m * kTile + n);
-      m = next;
+      const int64_t end = rows * (block + 1) / blocks;
+      dot_rows<W>(static_cast<int>(end - m), quad, x + m * stride, stride, width, lines, tile + m * kTile + n);
+      m = end;
     }
   }
 }

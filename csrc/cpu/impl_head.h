@@ -29,7 +29,8 @@ void head(const HeadArgs<W>& a, int64_t begin, int64_t end, HeadPartial* partial
   alignas(64) float tile[kMaxRows * kTile];
   for (int64_t r = 0; r < a.x.rows; ++r) partial[r] = {-__builtin_inff(), 0.0f, begin};
   for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
-    dot_tile(a.weight + n * width, width, count, x, stride, rows, width, tile);
+    const W* weight = a.weight + n * width;
+    dot_tile(weight, width, count, x, stride, rows, width, weight + count * width, tile);
     for (int64_t r = 0; r < rows; ++r) {
       float* logits = tile + r * kTile;
       if (a.scale)

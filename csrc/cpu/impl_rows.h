@@ -81,7 +81,8 @@ void linear(const LinearArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t width = a.x.width, stride = padded(width);
   alignas(64) float tile[kMaxRows * kTile];
   for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
-    dot_tile(a.weight + n * width, width, count, x, stride, rows, width, tile);
+    const T* weight = a.weight + n * width;
+    dot_tile(weight, width, count, x, stride, rows, width, n + count < end ? weight + count * width : a.next, tile);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (m + r) * a.N + n;
       for (int64_t i = 0; i < count; i += 16) {
@@ -101,8 +102,9 @@ void swiglu(const SwigluArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t width = a.x.width, stride = padded(width);
   alignas(64) float gate[kMaxRows * kTile], up[kMaxRows * kTile];
   for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
-    dot_tile(a.gate + n * width, width, count, x, stride, rows, width, gate);
-    dot_tile(a.up + n * width, width, count, x, stride, rows, width, up);
+    const T *gates = a.gate + n * width, *ups = a.up + n * width;
+    dot_tile(gates, width, count, x, stride, rows, width, ups, gate);
+    dot_tile(ups, width, count, x, stride, rows, width, n + count < end ? gates + count * width : a.next, up);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < count; i += 16) {
         const F16 g = load(gate + r * kTile + i), u = load(up + r * kTile + i);

@@ -27,6 +27,7 @@ struct LinearArgs {
   const T* residual;  // [rows, N] or null
   T* out;             // [rows, N]
   int64_t N;
+  const void* next;  // what this thread reads afterwards, or null
 };
 
 template <class T>
@@ -35,6 +36,7 @@ struct SwigluArgs {
   const T *gate, *up;  // [N, width]
   T* out;              // [rows, N]
   int64_t N;
+  const void* next;  // what this thread reads afterwards, or null
 };
 
 // Maximum, its row and the sum of exp(logit - maximum) over a range of the vocabulary.

@@ -54,7 +54,8 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const std::optional<Tens
                        data<T>(bias, "bias", {N}),
                        data<T>(residual, "residual", {rows, N}),
                        static_cast<T*>(out.data_ptr()),
-                       N};
+                       N,
+                       nullptr};
     share_rows(static_cast<const T*>(x.data_ptr()), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
       LinearArgs<T> own = args;
       own.x = packed;
@@ -73,7 +74,7 @@ Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
     const T* ups = data<T>(up, "up", {N, width});
     T* to = static_cast<T*>(out.data_ptr());
     share_rows(static_cast<const T*>(x.data_ptr()), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
-      kernels<T>().swiglu({packed, gates, ups, to, N}, begin, end);
+      kernels<T>().swiglu({packed, gates, ups, to, N, nullptr}, begin, end);
     });
   });
   return out;

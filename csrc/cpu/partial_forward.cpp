@@ -86,7 +86,7 @@ class Forward {
     run_team(threads, [&](const Member& member) {
       for (const Layer<T>& layer : layers) {
         attention(member, layer, splits);
-        mlp(member, layer);
+        mlp(member, layer, &layer == &layers.back() ? nullptr : &layer + 1);
       }
     });
   }
@@ -96,6 +96,11 @@ class Forward {
     return pack_own(member, x, norm, eps_, s_.tokens(), width, b_.packed);
   }
 
+  // Where this member's share of a matrix starts: what the step before it fetches ahead.
+  static const T* first(const Member& member, const T* weight, int64_t N, int64_t width) {
+    return weight + member.share(N, kUnit).begin * width;
+  }
+
   static void linear(const Member& member, const LinearArgs<T>& args) {
     const Range share = member.share(args.N, kUnit);
     kernels<T>().linear(args, share.begin, share.end);
@@ -103,9 +108,13 @@ class Forward {
 
   void attention(const Member& member, const Layer<T>& layer, int64_t splits) const {
     const Packed normed = pack(member, b_.hidden, layer.attn_norm, s_.width);
-    linear(member, {normed, layer.q, layer.q_bias, nullptr, b_.q, s_.queries()});
-    linear(member, {normed, layer.k, layer.k_bias, nullptr, b_.k, s_.keys()});
-    linear(member, {normed, layer.v, layer.v_bias, nullptr, b_.v, s_.keys()});
+    const T* k = first(member, layer.k, s_.keys(), s_.width);
+    const T* v = first(member, layer.v, s_.keys(), s_.width);
+    const T* o = first(member, layer.o, s_.width, s_.queries());
+    const T* gate = first(member, layer.gate, s_.features, s_.width);
+    linear(member, {normed, layer.q, layer.q_bias, nullptr, b_.q, s_.queries(), k});
+    linear(member, {normed, layer.k, layer.k_bias, nullptr, b_.k, s_.keys(), v});
+    linear(member, {normed, layer.v, layer.v_bias, nullptr, b_.v, s_.keys(), o});
     member.wait();
     const RopeStep<T> rope{b_.q, b_.k, b_.v, layer.q_norm, layer.k_norm, cos_, sin_, b_.q, layer.k_cache, layer.v_cache,
                            seq_lens_, s_.batch, s_.rows, s_.heads, s_.groups, s_.capacity, s_.size, eps_};
@@ -117,18 +126,20 @@ class Forward {
     member.wait();
     T* attended = b_.attended + member.index * s_.tokens() * s_.queries();
     step.combine(0, s_.tokens() * s_.heads, attended);
-    linear(member, {pack(member, attended, nullptr, s_.queries()), layer.o, nullptr, b_.hidden, b_.middle, s_.width});
+    const Packed packed = pack(member, attended, nullptr, s_.queries());
+    linear(member, {packed, layer.o, nullptr, b_.hidden, b_.middle, s_.width, gate});
     member.wait();
   }
 
-  void mlp(const Member& member, const Layer<T>& layer) const {
+  void mlp(const Member& member, const Layer<T>& layer, const Layer<T>* following) const {
     const Range share = member.share(s_.features, kUnit);
-    kernels<T>().swiglu(
-        {pack(member, b_.middle, layer.mlp_norm, s_.width), layer.gate, layer.up, b_.activated, s_.features},
-        share.begin, share.end);
+    const Packed normed = pack(member, b_.middle, layer.mlp_norm, s_.width);
+    const T* down = first(member, layer.down, s_.width, s_.features);
+    const T* q = following ? first(member, following->q, s_.queries(), s_.width) : nullptr;
+    kernels<T>().swiglu({normed, layer.gate, layer.up, b_.activated, s_.features, down}, share.begin, share.end);
     member.wait();
-    linear(member,
-           {pack(member, b_.activated, nullptr, s_.features), layer.down, nullptr, b_.middle, b_.hidden, s_.width});
+    const Packed packed = pack(member, b_.activated, nullptr, s_.features);
+    linear(member, {packed, layer.down, nullptr, b_.middle, b_.hidden, s_.width, q});
     member.wait();
   }
 
