@@ -48,7 +48,9 @@ def layer_dropout_rates(num_layers: int, maximum: float, kind: str | Sequence[fl
         "step": lambda layer: float(2 * layer >= num_layers),
     }
     if kind not in shapes:
-        raise ValueError(f"unknown kind of layer dropout {kind!r}, expected one of {', '.join(SHAPES)}, or {num_layers} rates")
+        raise ValueError(
+            f"unknown kind of layer dropout {kind!r}, expected one of {', '.join(SHAPES)}, or {num_layers} rates"
+        )
     return [shapes[kind](layer) * maximum for layer in range(num_layers)]
 
 
@@ -89,9 +91,7 @@ class LayerDropout:
         S(t), see `dropout_scale`.
     """
 
-    def __init__(
-        self, rates: Sequence[float], seed: int = 0, total_steps: int = 1, scale: str = "constant"
-    ) -> None:
+    def __init__(self, rates: Sequence[float], seed: int = 0, total_steps: int = 1, scale: str = "constant") -> None:
         self.rates = _given_rates(list(rates), len(rates), 1.0)
         self.seed, self.total_steps, self.scale = seed, total_steps, scale
         dropout_scale(0, total_steps, scale)
@@ -114,7 +114,9 @@ class LayerDropout:
         """Indices of the samples that run ``layer``."""
         if self._batch_size != batch_size:
             drawn = "nothing was drawn" if self._batch_size is None else f"{self._batch_size} were drawn for"
-            raise RuntimeError(f"layer dropout meets {batch_size} samples but {drawn}; call draw(step, batch_size) first")
+            raise RuntimeError(
+                f"layer dropout meets {batch_size} samples but {drawn}; call draw(step, batch_size) first"
+            )
         return self._rows[layer]
 
 

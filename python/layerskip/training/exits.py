@@ -29,9 +29,7 @@ def _check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(set(exits) - {num_layers}))
 
 
-def early_exit_weights(
-    exits: Sequence[int], num_layers: int, kind: str = "paper", scale: float = 1.0
-) -> Tensor:
+def early_exit_weights(exits: Sequence[int], num_layers: int, kind: str = "paper", scale: float = 1.0) -> Tensor:
     """Weights of the enabled exits, ẽ(l) = e(l) / Σ e(i) over them.
 
     With l = E - 1. paper: e(l) = scale · Σ_{i≤l} i for l < L-1, and e(L-1) = L-1 + scale · Σ_{i≤L-2} i; uniform: 1;

@@ -81,4 +81,6 @@ class EarlyExitLoss(nn.Module):
         """The token that each exit would choose, [N, R]."""
         exits, rows, width = hiddens.shape
         norm, head = self.weights(hiddens.dtype)
-        return layerskip_kernels.exit_head(hiddens.detach().reshape(-1, width), norm, head, self.eps).token.view(exits, rows)
+        return layerskip_kernels.exit_head(hiddens.detach().reshape(-1, width), norm, head, self.eps).token.view(
+            exits, rows
+        )

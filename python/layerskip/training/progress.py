@@ -9,7 +9,6 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 
-
 def duration(seconds: float) -> str:
     """1:02:03 or 2:03."""
     hours, rest = divmod(int(seconds), 3600)
@@ -35,9 +34,13 @@ class Progress(TrainerCallback):
             elapsed = time.perf_counter() - self._start
             left = elapsed / max(state.global_step - self._first, 1) * (state.max_steps - state.global_step)
             head = f"step {state.global_step}/{state.max_steps}  {duration(elapsed)}, {duration(left)} left"
-            self.console.print(f"{head}  loss {logs['loss']:.4f}  {self._exits(logs, '')}", highlight=False)
+            self.console.print(
+                f"{head}  loss {logs['loss']:.4f}  {self._exits(logs, '')}", highlight=False, soft_wrap=True
+            )
         elif "eval_loss" in logs:
-            self.console.print(f"held out  loss {logs['eval_loss']:.4f}  {self._exits(logs, 'eval_')}", highlight=False)
+            self.console.print(
+                f"held out  loss {logs['eval_loss']:.4f}  {self._exits(logs, 'eval_')}", highlight=False, soft_wrap=True
+            )
 
     @staticmethod
     def _exits(logs: dict[str, float], prefix: str) -> str:

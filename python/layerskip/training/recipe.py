@@ -139,7 +139,9 @@ def _typed(value: Any, kind: str, where: str) -> Any:
     for option in kind.split(" | "):
         if option.startswith("list["):
             inner = accepted[option[5:-1]]
-            if isinstance(value, list) and all(isinstance(item, inner) and not isinstance(item, bool) for item in value):
+            if isinstance(value, list) and all(
+                isinstance(item, inner) and not isinstance(item, bool) for item in value
+            ):
                 return value
         elif isinstance(value, accepted[option]) and (option == "bool" or not isinstance(value, bool)):
             return float(value) if option == "float" else value
