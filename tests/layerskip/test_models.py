@@ -1,0 +1,459 @@
+"""Adapters against transformers, storage sharing, what is refused, and model files that are not as they should be."""
+
+import copy
+import itertools
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+import transformers
+from helpers import ARCHITECTURES, random_tokens, save_tiny, tiny_config, tiny_model
+from layerskip.models import (
+    LayerSkipModel,
+    ModelFileError,
+    UnsupportedModelError,
+    adapt,
+    load,
+    supported_architectures,
+)
+from torch import nn
+
+# Logits of the tiny models are of order 1.
+TOLERANCES = {
+    "fp32": 2e-5,  # the same sums in another order, through 4 layers; 7e-6 seen
+    "bf16 excess": 2.0,  # the largest error to fp32 truth, in units of transformers' own in bf16; 0.7 to 1.2 seen
+}
+EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+
+
+def hf_logits(hf, tokens):
+    with torch.no_grad():
+        return hf(tokens).logits
+
+
+def logits_of(hf, hidden):
+    """Transformers' own norm and head on our states: what is compared is the adapted layers."""
+    with torch.no_grad():
+        return hf.lm_head(hf.model.norm(hidden))
+
+
+def run(model: LayerSkipModel, tokens, prompt, split):
+    """States of every position: a prompt by prefill in two chunks, then steps of one and of three rows, split at E."""
+    cache = model.decoder.new_cache(tokens.shape[0], tokens.shape[1])
+    cuts = [0, prompt // 2, prompt, prompt + 1, tokens.shape[1]]
+    parts = []
+    for first, last in itertools.pairwise(cuts):
+        step = model.decoder.prefill if last <= prompt else model.decoder
+        hidden = model.embed(tokens[:, first:last])
+        hidden = step(hidden, cache, 0, split)
+        parts.append(step(hidden, cache, split, model.num_layers))
+        cache.seq_lens += last - first
+    return torch.cat(parts, 1)
+
+
+@EVERY
+def test_fp32_logits_equal_transformers_for_every_split(architecture):
+    hf = tiny_model(architecture)
+    model, tokens = adapt(hf), random_tokens(2, 12)
+    expected = hf_logits(hf, tokens)
+    for split in range(model.num_layers + 1):
+        hidden = run(model, tokens, 8, split)
+        torch.testing.assert_close(logits_of(hf, hidden), expected, atol=TOLERANCES["fp32"], rtol=0)
+        assert torch.equal(model.head(hidden).token, expected.argmax(-1))
+
+
+@EVERY
+def test_long_positions_equal_transformers(architecture):
+    """Where llama3's scaling of the frequencies and the precision of the angles tell."""
+    hf = tiny_model(architecture, seed=1)
+    model, tokens = adapt(hf), random_tokens(1, 250, seed=2)
+    hidden = run(model, tokens, 240, 2)
+    torch.testing.assert_close(logits_of(hf, hidden), hf_logits(hf, tokens), atol=TOLERANCES["fp32"], rtol=0)
+
+
+@EVERY
+def test_exit_states_are_those_of_transformers(architecture):
+    hf = tiny_model(architecture)
+    model, tokens = adapt(hf), random_tokens(1, 9)
+    with torch.no_grad():
+        states = hf(tokens, output_hidden_states=True).hidden_states
+    for depth in range(model.num_layers):  # the last of transformers' is normed already
+        cache = model.decoder.new_cache(1, 9)
+        hidden = model.decoder(model.embed(tokens), cache, 0, depth)
+        torch.testing.assert_close(hidden, states[depth], atol=TOLERANCES["fp32"], rtol=0)
+
+
+@EVERY
+def test_head_gives_probabilities(architecture):
+    hf = tiny_model(architecture)
+    model, tokens = adapt(hf), random_tokens(2, 6)
+    out = model.head(run(model, tokens, 4, 1))
+    expected = hf_logits(hf, tokens)
+    torch.testing.assert_close(out.logit, expected.amax(-1), atol=TOLERANCES["fp32"], rtol=0)
+    torch.testing.assert_close(out.logsumexp, expected.logsumexp(-1), atol=TOLERANCES["fp32"], rtol=0)
+
+
+@EVERY
+def test_bf16_is_as_exact_as_transformers(architecture):
+    hf = tiny_model(architecture, torch.bfloat16)
+    truth_model, tokens = tiny_model(architecture), random_tokens(4, 24)
+    truth_model.load_state_dict(hf.state_dict())  # the same values, computed with in fp32
+    truth = hf_logits(truth_model, tokens)
+    theirs = (hf_logits(hf, tokens).float() - truth).abs().max()
+    ours = (logits_of(hf, run(adapt(hf), tokens, 16, 2)).float() - truth).abs().max()
+    assert ours <= TOLERANCES["bf16 excess"] * theirs
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}]
+)
+def test_variants(changes):
+    hf = tiny_model("qwen2", **changes)
+    tokens = random_tokens(1, 7)
+    hidden = run(adapt(hf), tokens, 4, 1)
+    torch.testing.assert_close(logits_of(hf, hidden), hf_logits(hf, tokens), atol=TOLERANCES["fp32"], rtol=0)
+
+
+class TestStorage:
+    @EVERY
+    def test_every_weight_is_shared(self, architecture):
+        hf = tiny_model(architecture)
+        model = adapt(hf)
+        assert {p.data_ptr() for p in model.parameters()} == {p.data_ptr() for p in hf.parameters()}
+        flat = model.decoder.layer_weights(0, model.num_layers)
+        assert {w.data_ptr() for w in flat if w.numel()} < {p.data_ptr() for p in hf.parameters()}
+        assert (model.embedding.data_ptr() == model.head.head_weight.data_ptr()) == hf.config.tie_word_embeddings
+
+    def test_a_change_in_place_is_seen(self):
+        hf = tiny_model("llama2")
+        model, tokens = adapt(hf), random_tokens(1, 6)
+        before = run(model, tokens, 3, 2)
+        with torch.no_grad():
+            hf.model.layers[3].mlp.down_proj.weight.mul_(2)
+            hf.lm_head.weight.neg_()
+        after = run(model, tokens, 3, 2)
+        expected = hf_logits(hf, tokens)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(logits_of(hf, after), expected, atol=TOLERANCES["fp32"], rtol=0)
+        assert torch.equal(model.head(after).token, expected.argmax(-1))
+
+    @pytest.mark.parametrize("convert", ["adapted", "original"])
+    @pytest.mark.parametrize("architecture", ["llama2", "qwen2"])
+    def test_conversion_keeps_sharing_and_serves(self, architecture, convert):
+        hf = tiny_model(architecture)
+        model, tokens = adapt(hf), random_tokens(1, 6)
+        model.decoder.new_cache(1, 8)
+        (model if convert == "adapted" else hf).to(torch.bfloat16)
+        assert model.dtype == model.decoder.dtype == hf.dtype == torch.bfloat16
+        assert {p.data_ptr() for p in model.parameters()} == {p.data_ptr() for p in hf.parameters()}
+        expected = adapt(tiny_model(architecture, torch.bfloat16))
+        assert torch.equal(run(model, tokens, 3, 2), run(expected, tokens, 3, 2))
+
+    def test_the_original_stays_as_it_is(self):
+        hf = tiny_model("qwen3")
+        names, gradients = list(hf.state_dict()), [p.requires_grad for p in hf.parameters()]
+        expected = hf_logits(hf, random_tokens(1, 5))
+        run(adapt(hf), random_tokens(1, 5), 3, 1)
+        assert list(hf.state_dict()) == names
+        assert [p.requires_grad for p in hf.parameters()] == gradients == [True] * len(gradients)
+        assert torch.equal(hf_logits(hf, random_tokens(1, 5)), expected)
+
+    def test_frequencies_survive_a_conversion_before_adapting(self):
+        """``model.to(bf16)`` rounds transformers' frequencies; ours stay what the configuration says."""
+        hf = tiny_model("llama3").to(torch.bfloat16)
+        assert hf.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+        model, expected = adapt(hf), adapt(tiny_model("llama3"))
+        for one in (model, expected):
+            one.decoder.new_cache(1, 200)
+        assert torch.equal(model.decoder._cos, expected.decoder._cos)
+        assert torch.equal(model.decoder._sin, expected.decoder._sin)
+
+    def test_describes_itself(self):
+        model = adapt(tiny_model("llama3"))
+        assert (model.num_layers, model.vocab_size, model.dtype) == (4, 101, torch.float32)
+        assert model.device == torch.device("cpu")
+        assert model.config.model_type == "llama"
+        assert (model.decoder.num_heads, model.decoder.num_kv_heads, model.decoder.head_dim) == (4, 2, 16)
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def with_int8_weight():
+    hf = tiny_model("llama2")
+    projection = hf.model.layers[1].self_attn.k_proj
+    projection.weight = nn.Parameter(projection.weight.data.to(torch.int8), requires_grad=False)
+    return hf
+
+
+class Linear8bit(nn.Linear):
+    pass
+
+
+def with_linear_subclass():
+    hf = tiny_model("llama2")
+    hf.model.layers[2].mlp.up_proj.__class__ = Linear8bit
+    return hf
+
+
+def without_weight():
+    hf = tiny_model("llama2")
+    projection = hf.model.layers[0].self_attn.q_proj
+    packed = projection.weight.data
+    del projection.weight
+    projection.register_buffer("qweight", packed)
+    return hf
+
+
+def mixed():
+    hf = tiny_model("llama2")
+    hf.lm_head.half()
+    return hf
+
+
+def strided():
+    hf = tiny_model("llama2")
+    weight = hf.model.layers[0].self_attn.o_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    return hf
+
+
+def on_meta():
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(tiny_config("llama2"))
+
+
+def with_lora():
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), tiny_model("llama2"))
+
+
+def with_head_bias():
+    hf = tiny_model("llama2")
+    hf.lm_head.bias = nn.Parameter(torch.zeros(101))
+    return hf
+
+
+def config_then(architecture, **values):
+    """Changes that transformers' own constructor would not take."""
+    hf = tiny_model(architecture)
+    hf.config = copy.deepcopy(hf.config)
+    for name, value in values.items():
+        setattr(hf.config, name, value)
+    return hf
+
+
+REFUSED = {
+    "another model type": (gpt2, r"GPT2LMHeadModel of model_type 'gpt2' .*supported: llama \(Llama 2, 3"),
+    "another class of a known type": (
+        lambda: transformers.LlamaForSequenceClassification(tiny_config("llama2")),
+        "LlamaForSequenceClassification of model_type 'llama'.*LlamaForCausalLM",
+    ),
+    "not a language model": (lambda: nn.Linear(2, 2), "model class Linear of model_type None"),
+    "Mistral's window": (lambda: tiny_model("mistral", sliding_window=64), "sliding_window 64.*sliding_window null"),
+    "Qwen2's window": (
+        lambda: tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=2),
+        r"'sliding_attention' \(sliding_window 16\).*full_attention",
+    ),
+    "Qwen3's window": (
+        lambda: tiny_model("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=0),
+        "'sliding_attention'",
+    ),
+    "RoPE linear": (
+        lambda: tiny_model("llama2", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+        "RoPE type 'linear' is not supported; supported: default, llama3",
+    ),
+    "RoPE yarn": (
+        lambda: tiny_model("qwen2", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        "RoPE type 'yarn'",
+    ),
+    "RoPE without a type": (lambda: config_then("llama2", rope_parameters=None), "RoPE type None"),
+    "partial rotary": (
+        lambda: config_then("llama2", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor 0.5",
+    ),
+    "attention bias of Llama": (lambda: tiny_model("llama2", attention_bias=True), r"parameter .*_proj\.bias"),
+    "attention bias of Qwen3": (lambda: tiny_model("qwen3", attention_bias=True), r"parameter .*_proj\.bias"),
+    "MLP bias": (lambda: tiny_model("llama2", mlp_bias=True), r"model\.layers\.0\.mlp\.gate_proj\.bias"),
+    "head bias": (with_head_bias, r"lm_head\.bias"),
+    "activation": (lambda: tiny_model("llama2", hidden_act="gelu"), "hidden_act 'gelu' .*silu"),
+    "quantised by configuration": (
+        lambda: config_then("llama2", quantization_config={"quant_method": "gptq"}),
+        "quantised with gptq",
+    ),
+    "int8 weight": (with_int8_weight, r"layers\.1\.self_attn\.k_proj\.weight of dtype torch\.int8"),
+    "Linear subclass": (with_linear_subclass, r"layers\.2\.mlp\.up_proj of type .*Linear8bit"),
+    "packed weight": (without_weight, r"no parameter model\.layers\.0\.self_attn\.q_proj\.weight"),
+    "mixed dtypes": (mixed, r"mixed dtypes .*torch\.float32, lm_head\.weight torch\.float16"),
+    "float64": (lambda: tiny_model("llama2", torch.float64), r"dtype torch\.float64.*fp32, bf16 and fp16"),
+    "strided weight": (strided, r"layers\.0\.self_attn\.o_proj\.weight with strides"),
+    "meta device": (on_meta, "meta device"),
+    "LoRA that is not merged": (with_lora, r"q_proj\.base_layer\.weight|lora_A"),
+}  # fmt: skip
+
+
+class TestRefused:
+    @pytest.mark.parametrize("case", list(REFUSED))
+    def test_by_name(self, case):
+        make, message = REFUSED[case]
+        with pytest.raises(UnsupportedModelError, match=message):
+            adapt(make())
+
+    def test_head_size(self):
+        with pytest.raises(ValueError, match="multiple of 8 up to 256, got 12"):
+            adapt(tiny_model("llama2", head_dim=12))
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="weights on two devices need a CUDA card")
+    def test_several_devices(self):
+        hf = tiny_model("llama2")
+        hf.lm_head.cuda()
+        with pytest.raises(UnsupportedModelError, match=r"several devices .*lm_head\.weight on cuda"):
+            adapt(hf)
+
+    def test_a_window_that_no_layer_uses_is_fine(self):
+        hf = tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=99)
+        assert adapt(hf).num_layers == 4
+
+    def test_list_of_the_supported(self):
+        text = ", ".join(supported_architectures())
+        assert all(name in text for name in ("llama", "mistral", "qwen2", "qwen3", "SmolLM2"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("models") / "whole")
+
+
+@pytest.fixture
+def directory(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps(content))
+
+
+class TestLoad:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gives_the_model_and_its_tokenizer(self, saved, dtype):
+        hf, tokenizer = load(saved, dtype)
+        assert hf.dtype == dtype
+        assert not hf.training
+        assert tokenizer("w3 w7").input_ids == [3, 7]
+        expected = tiny_model("llama2", dtype)
+        assert all(torch.equal(a, b) for a, b in zip(hf.parameters(), expected.parameters(), strict=True))
+
+    def test_sharded(self, tmp_path):
+        directory = save_tiny(tmp_path / "sharded", max_shard_size="50KB")
+        assert len(list(directory.glob("*.safetensors"))) > 2
+        assert adapt(load(str(directory))[0]).num_layers == 4
+        shard = sorted(directory.glob("*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(FileNotFoundError, match=f"{shard.name} is missing"):
+            load(directory)
+
+    def test_a_directory_needs_no_network(self, saved, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("a connection was attempted")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        load(str(saved))
+        load(saved)
+
+    @pytest.mark.parametrize("name", ["./absent", "/absent/model", "~/absent-model-directory", "some/where/absent"])
+    def test_missing_directory(self, name, monkeypatch):
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args: pytest.fail("a connection was attempted"))
+        with pytest.raises(FileNotFoundError, match=r"no such directory: .*absent"):
+            load(name)
+
+    def test_a_file_or_an_empty_directory(self, saved, tmp_path):
+        with pytest.raises(NotADirectoryError, match=r"config\.json is a file"):
+            load(saved / "config.json")
+        with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda data: data[: len(data) // 2],
+            lambda data: data[:-1],
+            lambda data: data[:5],
+            lambda data: b"",
+            lambda data: data[:16] + bytes(16) + data[32:],
+            lambda data: b"\xff" * 8 + data[8:],
+            lambda data: data + b"trailing",
+        ],
+        ids=["half", "last byte", "five bytes", "empty", "header", "header size", "trailing"],
+    )
+    def test_damaged_weights(self, directory, damage):
+        path = directory / "model.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(ModelFileError, match=r"model\.safetensors is truncated or corrupt \(\d+ bytes\)"):
+            load(directory)
+
+    def test_missing_weights_file(self, directory):
+        (directory / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+            load(directory)
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    )
+    def test_damaged_json(self, directory, name):
+        path = directory / name
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ModelFileError, match=f"{name} is not valid JSON"):
+            load(directory)
+        path.write_text("[1]")
+        with pytest.raises(ModelFileError, match=f"{name} holds a list"):
+            load(directory)
+
+    def test_missing_or_useless_tokenizer(self, directory):
+        (directory / "tokenizer.json").write_text('{"a": 1}')
+        with pytest.raises(ModelFileError, match=f"tokenizer of {directory}"):
+            load(directory)
+        (directory / "tokenizer.json").unlink()
+        (directory / "tokenizer_config.json").unlink()
+        with pytest.raises(ModelFileError, match=f"tokenizer of {directory}"):
+            load(directory)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"num_hidden_layers": 5}, ModelFileError, r"lacks 9 weights .*model\.layers\.4"),
+            ({"num_hidden_layers": 3}, ModelFileError, r"has 9 weights .* does not use.*model\.layers\.3"),
+            ({"vocab_size": 90}, ModelFileError, r"of shape \[101, 32\], its config.json asks for \[90, 32\]"),
+            ({"num_attention_heads": 5}, ModelFileError, r"(?s)configuration of .*\(5\)"),
+            ({"hidden_size": "abc"}, ModelFileError, r"(?s)configuration of .*'abc'"),
+            ({"model_type": "gpt2"}, UnsupportedModelError, "model_type 'gpt2' is not supported; supported: llama"),
+            ({"model_type": "unheard_of"}, UnsupportedModelError, "'unheard_of'"),
+            ({"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu'"),
+            ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModelError, "quantised with awq"),
+            ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, UnsupportedModelError, "yarn"),
+        ],
+    )  # fmt: skip
+    def test_configuration_that_does_not_fit(self, directory, changes, error, message):
+        edit(directory / "config.json", **changes)
+        with pytest.raises(error, match=message):
+            load(directory)
+
+    def test_an_index_without_a_map(self, directory):
+        (directory / "model.safetensors.index.json").write_text("{}")
+        with pytest.raises(ModelFileError, match="no weight_map"):
+            load(directory)
+
+    def test_a_name_that_cannot_be_fetched(self, monkeypatch):
+        def fail(*args, **kwargs):
+            raise OSError("no connection")
+
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+        with pytest.raises(ModelFileError, match="configuration of some/model: no connection"):
+            load("some/model")
