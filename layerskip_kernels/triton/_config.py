@@ -33,7 +33,10 @@ class Config:
     num_stages: int
 
 
-SPACE = tuple(Config(block, warps, stages) for block, warps in ((16, 2), (32, 4), (64, 4)) for stages in (3, 4, 5))
+SPACE = (
+    *(Config(block, warps, stages) for block, warps in ((16, 2), (32, 4)) for stages in (3, 4, 5)),
+    *(Config(64, 4, stages) for stages in (3, 4)),
+)
 
 
 def block_k(itemsize: int) -> int:
@@ -46,7 +49,7 @@ def streaming_options(x: Tensor, config: Config) -> dict[str, Any]:
     columns = block_k(x.element_size())
     return {
         "ROWS": ROWS, "BLOCK_N": config.block_n, "BLOCK_K": columns, "EVEN": x.shape[1] % columns == 0,
-        "UPCAST": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages, **launch_options(x),
+        "INTERPRETED": INTERPRETED, "num_warps": config.num_warps, "num_stages": config.num_stages, **launch_options(x),
     }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def inside(row_ok, k, stop, EVEN: tl.constexpr):
 def row_dot(
     x_ptr, w_ptr, row, col, row_ok, col_ok, depth, start, stop,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Rows of x [*, depth] times rows of w [*, depth], over the columns [start, stop) -> [ROWS, BLOCK_N] fp32."""
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -57,15 +57,19 @@ def row_dot(
         k = begin + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_row + k, mask=inside(row_ok, k, stop, EVEN), other=0.0)
         w = tl.load(w_row + k, mask=inside(col_ok, k, stop, EVEN), other=0)
-        if not UPCAST:
+        if not INTERPRETED:
             w = w.to(x.dtype)  # of an int8 head; exact in every dtype
-        total = dot(x, tl.trans(w), total, UPCAST)
+        total = dot(x, tl.trans(w), total, INTERPRETED)
     return total
 
 
 @triton.jit
-def dot(a, b, total, UPCAST: tl.constexpr):
-    """a b + total with fp32 sums. UPCAST: triton's interpreter multiplies bf16 wrongly, so there it gets fp32."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+def dot(a, b, total, INTERPRETED: tl.constexpr):
+    """a b + total with fp32 sums.
+
+    Triton's interpreter multiplies bf16 wrongly, and its fp32 product orders a row's additions by the row's place in
+    the tile, as no card does: there the sum is written out.
+    """
+    if INTERPRETED:
+        return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     return tl.dot(a, b, total, input_precision="ieee")

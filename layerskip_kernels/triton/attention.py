@@ -91,7 +91,7 @@ def rope_kv_append_kernel(
 @triton.jit
 def _attend(
     q, k_ptr, v_ptr, position, first, last, size, scale,
-    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; what lies beyond is not loaded."""
     column = tl.arange(0, BLOCK_C)[None, :]
@@ -104,14 +104,14 @@ def _attend(
         cell = at.to(tl.int64)[:, None] * size + column
         k = tl.load(k_ptr + cell, mask=ok, other=0.0)
         v = tl.load(v_ptr + cell, mask=ok, other=0.0)
-        scores = dot(q, tl.trans(k), tl.zeros((ROWS, BLOCK_T), tl.float32), UPCAST) * scale
+        scores = dot(q, tl.trans(k), tl.zeros((ROWS, BLOCK_T), tl.float32), INTERPRETED) * scale
         scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing here: exp(-inf - 0) = 0
         weight = tl.exp(scores - base[:, None])
         kept = tl.exp(peak - base)
         mass = mass * kept + tl.sum(weight, axis=1)
-        total = dot(weight.to(v.dtype), v, total * kept[:, None], UPCAST)
+        total = dot(weight.to(v.dtype), v, total * kept[:, None], INTERPRETED)
         peak = higher
     return total, mass, peak
 
@@ -121,7 +121,7 @@ def verify_attention_kernel(
     q_ptr, k_ptr, v_ptr, seq_lens_ptr, total_ptr, mass_ptr, peak_ptr,
     rows, skipped, all_rows, groups, size, capacity, scale,
     SHARED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-    UPCAST: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a piece of SPLIT positions, a key/value head of a sequence and 16 of the (row, query head) pairs."""
     piece, pieces = tl.program_id(0), tl.num_programs(0)
@@ -140,7 +140,7 @@ def verify_attention_kernel(
         q = tl.load(q_ptr + place[:, None] * size + column, mask=q_mask, other=0.0)
         plane = (sequence * groups + group) * capacity * size
         total, mass, peak = _attend(
-            q, k_ptr + plane, v_ptr + plane, position, first, last, size, scale, ROWS, BLOCK_T, BLOCK_C, UPCAST
+            q, k_ptr + plane, v_ptr + plane, position, first, last, size, scale, ROWS, BLOCK_T, BLOCK_C, INTERPRETED
         )
         part = ((sequence * rows + m) * (groups * SHARED) + head) * pieces + piece
         tl.store(total_ptr + part[:, None] * size + column, total, mask=q_mask)
@@ -232,7 +232,7 @@ def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tens
             grid = (pieces, batch * groups, triton.cdiv(rows * (heads // groups), ROWS))
             verify_attention_kernel[grid](
                 q, k_cache, v_cache, seq_lens, total, mass, peak, rows, skipped, all_rows, groups, size, capacity,
-                size**-0.5, SHARED=heads // groups, ROWS=ROWS, SPLIT=SPLIT, UPCAST=INTERPRETED, **tile,
+                size**-0.5, SHARED=heads // groups, ROWS=ROWS, SPLIT=SPLIT, INTERPRETED=INTERPRETED, **tile,
                 **launch_options(q),
             )  # fmt: skip
             verify_attention_finish_kernel[(batch * rows, heads)](

@@ -28,26 +28,27 @@ def _finite(x):
 def exit_head_kernel(
     x_ptr, head_ptr, scale_ptr, peak_ptr, index_ptr, sum_ptr, rows, vocabulary, depth,
     HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    UPCAST: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """m = max z, the lowest argmax, and Σ exp(z - m) of z = scale · x headᵀ, for 16 rows × BLOCK_N head rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     wait_for_inputs(PDL)
+    row_ok, col_ok = row < rows, col < vocabulary
     logits = row_dot(
-        x_ptr, head_ptr, row, col, row < rows, col < vocabulary, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, UPCAST
+        x_ptr, head_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED
     )
     if HAS_SCALE:
-        logits *= tl.load(scale_ptr + col, mask=col < vocabulary, other=0.0)[None, :]
-    logits = tl.where((col < vocabulary)[None, :], logits, float("-inf"))
+        logits *= tl.load(scale_ptr + col, mask=col_ok, other=0.0)[None, :]
+    logits = tl.where(col_ok[None, :], logits, float("-inf"))
     peak = tl.max(logits, axis=1)
     index = tl.min(tl.where(logits == peak[:, None], col[None, :], NO_ROW), axis=1)
     total = tl.sum(tl.exp(logits - _finite(peak)[:, None]), axis=1)
     target = row.to(tl.int64) * tiles + tile
-    tl.store(peak_ptr + target, peak, mask=row < rows)
-    tl.store(index_ptr + target, index, mask=row < rows)
-    tl.store(sum_ptr + target, total, mask=row < rows)
+    tl.store(peak_ptr + target, peak, mask=row_ok)
+    tl.store(index_ptr + target, index, mask=row_ok)
+    tl.store(sum_ptr + target, total, mask=row_ok)
 
 
 @triton.jit

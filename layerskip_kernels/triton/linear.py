@@ -35,30 +35,17 @@ def _store(
 def linear_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, rows, outputs, depth,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    SPLITS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x weightᵀ + bias + residual of 16 rows × BLOCK_N outputs; with SPLITS the fp32 sum of one piece of the depth."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = (row < rows)[:, None] & (col < outputs)[None, :]
+    row_ok, col_ok = row < rows, col < outputs
+    ok = row_ok[:, None] & col_ok[None, :]
     wait_for_inputs(PDL)
     if SPLITS == 1:
         total = row_dot(
-            x_ptr,
-            weight_ptr,
-            row,
-            col,
-            row < rows,
-            col < outputs,
-            depth,
-            0,
-            depth,
-            ROWS,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN,
-            UPCAST,
+            x_ptr, weight_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED
         )
         _store(total, bias_ptr, residual_ptr, out_ptr, row, col, ok, outputs, outputs, HAS_BIAS, HAS_RESIDUAL)
     else:
@@ -66,20 +53,7 @@ def linear_kernel(
         start = tl.program_id(2) * piece
         stop = tl.minimum(start + piece, depth)
         total = row_dot(
-            x_ptr,
-            weight_ptr,
-            row,
-            col,
-            row < rows,
-            col < outputs,
-            depth,
-            start,
-            stop,
-            ROWS,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN,
-            UPCAST,
+            x_ptr, weight_ptr, row, col, row_ok, col_ok, depth, start, stop, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED
         )
         part_ptr = out_ptr + tl.program_id(2).to(tl.int64) * rows * outputs
         _store(total, bias_ptr, residual_ptr, part_ptr, row, col, ok, outputs, outputs, False, False)
@@ -106,7 +80,7 @@ def linear_finish_kernel(
 def qkv_kernel(
     x_ptr, q_ptr, k_ptr, v_ptr, q_bias_ptr, k_bias_ptr, v_bias_ptr, out_ptr, rows, queries, keys, depth,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    UPCAST: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [qᵀ kᵀ vᵀ] + bias, side by side in a row of the output; a program works on one of the three."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -119,11 +93,10 @@ def qkv_kernel(
         w_ptr, bias_ptr, outputs, base = k_ptr, k_bias_ptr, keys, queries
         tile -= query_tiles
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok, col_ok = row < rows, col < outputs
+    ok = row_ok[:, None] & col_ok[None, :]
     wait_for_inputs(PDL)
-    total = row_dot(
-        x_ptr, w_ptr, row, col, row < rows, col < outputs, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, UPCAST
-    )
-    ok = (row < rows)[:, None] & (col < outputs)[None, :]
+    total = row_dot(x_ptr, w_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED)
     stride = queries + 2 * keys
     _store(total, bias_ptr, out_ptr, out_ptr + base, row, col, ok, outputs, stride, HAS_BIAS, False)
 
@@ -132,7 +105,7 @@ def qkv_kernel(
 def swiglu_kernel(
     x_ptr, gate_ptr, up_ptr, out_ptr, rows, features, depth,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    UPCAST: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """a / (1 + exp(-a)) · b with a = x gateᵀ, b = x upᵀ, of 16 rows × BLOCK_N features."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -144,11 +117,9 @@ def swiglu_kernel(
         k = begin + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_ptr + x_row + k, mask=inside(row < rows, k, depth, EVEN), other=0.0)
         w_ok = inside(col < features, k, depth, EVEN)
-        gate, up = (
-            tl.load(gate_ptr + w_row + k, mask=w_ok, other=0.0),
-            tl.load(up_ptr + w_row + k, mask=w_ok, other=0.0),
-        )
-        a, b = dot(x, tl.trans(gate), a, UPCAST), dot(x, tl.trans(up), b, UPCAST)
+        gate = tl.load(gate_ptr + w_row + k, mask=w_ok, other=0.0)
+        up = tl.load(up_ptr + w_row + k, mask=w_ok, other=0.0)
+        a, b = dot(x, tl.trans(gate), a, INTERPRETED), dot(x, tl.trans(up), b, INTERPRETED)
     out = a / (1.0 + tl.exp(-a)) * b
     target = out_ptr + row.to(tl.int64)[:, None] * features + col[None, :]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < features)[None, :])

@@ -12,14 +12,14 @@ from torch import Tensor
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import inverse_rms
 
-WIDEST = 512  # columns summed at a time; the tree over more of them would spill
+WIDEST = 128  # columns summed at a time: the tree brings them all into each thread, and more of them would spill
 OUT_BLOCK = 2048
 
 
 def norm_block(width: int) -> dict[str, int]:
     """The blocks of a norm over ``width``: they fix the order of additions, so every user of a width shares them."""
     block = min(power_of_two(width, 2), WIDEST)
-    return {"BLOCK": block, "STEPS": block.bit_length() - 1, "UNROLL": min(4, triton.cdiv(width, block))}
+    return {"BLOCK": block, "STEPS": block.bit_length() - 1, "UNROLL": min(16, triton.cdiv(width, block))}
 
 
 @triton.jit

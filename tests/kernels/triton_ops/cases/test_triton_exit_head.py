@@ -1,0 +1,112 @@
+"""exit_head against the reference: ties, rows that are not finite, a token map, an int8 head."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import DTYPES, agrees, close, normal, on_backend, same_bits
+
+import layerskip_kernels as lk
+
+# The reference rounds the normed row like the kernel, so only sums in fp32 differ. In the interpreter a bf16 rounding
+# may fall on the neighbour, and a logit is a sum of D such products: 2^-8 · sqrt(D) · |logit| / sqrt(D), with room.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 0.05}
+
+
+def arguments(rows: int, depth: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    hidden = normal(0, rows, depth, dtype=dtype, device=device, by=3.0)
+    head = normal(2, vocabulary, depth, dtype=dtype, device=device, by=depth**-0.5)
+    return hidden, normal(1, depth, dtype=dtype, device=device), head, 1e-5
+
+
+def exit_agrees(*args: Any) -> lk.ExitOutput:
+    """In fp32 and fp16 the tokens are equal; in bf16 the chosen one's true logit is the best within the tolerance."""
+    if args[0].dtype != torch.bfloat16:
+        return agrees(lk.exit_head, *args, tolerances=TOLERANCES)
+    hidden, norm, head, eps, token_map, scale = (*args, None, None)[:6]
+    (out, _), (truth, _) = (on_backend(backend, lk.exit_head, *args) for backend in ("triton", "reference"))
+    row = out.token if token_map is None else (token_map[None] == out.token[:, None]).int().argmax(1)
+    normed, _ = on_backend("reference", lk.rms_norm, hidden, norm, eps)
+    chosen = (normed.float() * head[row].float()).sum(1) * (1 if scale is None else scale[row])
+    for actual, expected in ((chosen, truth.logit), (out.logit, truth.logit), (out.logsumexp, truth.logsumexp)):
+        close(actual, expected, TOLERANCES[torch.bfloat16])
+    return out
+
+
+def int8_head(head: Tensor) -> tuple[Tensor, Tensor]:
+    scale = head.float().abs().amax(1) / 127
+    return (head.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "depth", "vocabulary"), [(1, 41, 1), (7, 256, 1000), (16, 72, 64), (35, 100, 333)])
+def test_exit_head(rows: int, depth: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
+    exit_agrees(*arguments(rows, depth, vocabulary, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_exit_head_with_an_int8_head(mapped: bool, dtype: torch.dtype, device: torch.device) -> None:
+    hidden, norm, head, eps = arguments(7, 136, 300, dtype, device)
+    quantized, scale = int8_head(head)
+    token_map = torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:300].to(device) if mapped else None
+    out = exit_agrees(hidden, norm, quantized, eps, token_map, scale)
+    assert not mapped or torch.isin(out.token, token_map).all()
+
+
+def test_exit_head_over_many_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than the second stage takes at a time."""
+    monkeypatch.setattr(import_module("layerskip_kernels.triton.exit_head"), "FINISH_BLOCK", 4)
+    agrees(lk.exit_head, *arguments(2, 16, 700, torch.float32, device), tolerances=TOLERANCES)
+
+
+def test_a_tie_goes_to_the_lowest_row(device: torch.device) -> None:
+    """Not against the reference: its product gives equal head rows unequal logits."""
+    hidden, norm, head, eps = arguments(5, 32, 100, torch.float32, device)
+    for repeated, bound in ((head.repeat(4, 1), 100), (head[:1].repeat(150, 1), 1)):
+        out, _ = on_backend("triton", lk.exit_head, hidden, norm, repeated, eps)
+        assert int(out.token.max()) < bound
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_row_that_is_not_finite_names_no_token(value: float, mapped: bool, device: torch.device) -> None:
+    hidden, norm, head, eps = arguments(4, 32, 200, torch.float32, device)
+    hidden[2, 5] = value
+    token_map = torch.arange(1000, 1200, device=device) if mapped else None
+    out = agrees(lk.exit_head, hidden, norm, head, eps, token_map, tolerances=TOLERANCES)
+    assert out.token[2] == -1
+    assert (out.token[[0, 1, 3]] >= 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_that_is_not_finite_names_no_token(value: float, device: torch.device) -> None:
+    hidden, norm, head, eps = arguments(3, 32, 200, torch.float32, device)
+    head[150, 3] = value
+    out, _ = on_backend("triton", lk.exit_head, hidden, norm, head, eps)
+    truth, _ = on_backend("reference", lk.exit_head, hidden, norm, head, eps)
+    assert torch.equal(out.token, truth.token)
+
+
+def test_a_head_row_of_minus_infinity_is_never_chosen(device: torch.device) -> None:
+    hidden, norm, head, eps = arguments(3, 32, 200, torch.float32, device)
+    hidden, norm = hidden.abs(), norm.abs()
+    head[64:130] = float("-inf")  # one whole tile among them
+    out = agrees(lk.exit_head, hidden, norm, head, eps, tolerances=TOLERANCES)
+    assert (out.token >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_row_does_not_depend_on_its_company(quantized: bool, dtype: torch.dtype, device: torch.device) -> None:
+    hidden, norm, head, eps = arguments(35, 136, 500, dtype, device)
+    head, scale = int8_head(head) if quantized else (head, None)
+    with lk.use_backend("triton"):
+        together = lk.exit_head(hidden, norm, head, eps, None, scale)
+        for span in (slice(0, 1), slice(3, 10), slice(15, 33), slice(34, 35)):
+            for part, whole in zip(lk.exit_head(hidden[span], norm, head, eps, None, scale), together, strict=True):
+                same_bits(part, whole[span])

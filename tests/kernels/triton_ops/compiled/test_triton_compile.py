@@ -1,0 +1,91 @@
+"""What ptxas makes of every launch, without a card: it fits, nothing spills, the instructions meant are there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from layerskip_kernels.triton import report
+
+STREAMING = ("linear_kernel", "qkv_kernel", "swiglu_kernel", "exit_head_kernel")
+MULTIPLYING = (*STREAMING, "verify_attention_kernel")
+CASES = {
+    "llama-1b-bf16": (report.LLAMA_1B, torch.bfloat16, False),
+    "llama-8b-bf16-full": (report.LLAMA_8B, torch.bfloat16, True),
+    "llama-1b-fp16": (report.LLAMA_1B, torch.float16, False),
+    "llama-1b-fp32": (report.LLAMA_1B, torch.float32, False),
+    "odd-bf16": (report.ODD, torch.bfloat16, True),
+}
+KERNELS = {
+    "rms_norm", "linear", "linear_finish", "qkv", "swiglu", "rope_kv_append", "verify_attention",
+    "verify_attention_finish", "exit_head", "exit_head_finish", "accept_greedy",
+}  # fmt: skip
+
+
+def flaws(launch: report.Launch, name: str) -> list[str]:
+    """What is wrong with the code for one target."""
+    target = report.TARGETS[name]
+    compiled = report.compile_for(launch, target)
+    used, ptx, kernel = report.resources(compiled), compiled.asm["ptx"], launch.kernel.__name__
+    sixteen_bit = any(str(getattr(arg, "dtype", "")).endswith("16") for arg in launch.arguments.values())
+    found = []
+    if used.shared > report.SHARED_LIMIT[target.arch]:
+        found.append(f"{used.shared} bytes of shared memory")
+    if used.spilled:
+        found.append(f"{used.spilled} bytes spilled")
+    dependent = [f"griddepcontrol.{word}" in ptx for word in ("launch_dependents", "wait")]
+    if dependent != [target.arch >= 90] * 2:
+        found.append(f"griddepcontrol: {dependent}")
+    if kernel in MULTIPLYING and sixteen_bit and "mma.sync.aligned.m16n8k16" not in ptx:
+        found.append("no mma")
+    if kernel in MULTIPLYING and not sixteen_bit and ("tf32" in ptx or "fma.rn.f32" not in ptx):
+        found.append("fp32 is not multiplied as fp32")
+    widths = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+)", ptx))
+    if kernel in STREAMING and launch.arguments["EVEN"] and widths != {"0x10"}:
+        found.append(f"weights are copied {widths} bytes at a time")
+    return [f"{launch.name} on {name}: {flaw}" for flaw in found]
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_launch(case: str, target: str) -> None:
+    launches = report.launches(*CASES[case])
+    names = {launch.kernel.__name__.removesuffix("_kernel") for launch in launches}
+    assert names >= KERNELS - {"linear_finish"}
+    assert [flaw for launch in launches for flaw in flaws(launch, target)] == []
+
+
+def test_split_products_are_among_the_launches() -> None:
+    names = {launch.kernel.__name__ for launch in report.launches(*CASES["llama-1b-bf16"])}
+    assert "linear_finish_kernel" in names
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+def test_every_configuration_of_the_tuning_space(target: str) -> None:
+    launches = [
+        tuned
+        for launch in report.launches(*CASES["llama-8b-bf16-full"]) + report.launches(*CASES["llama-1b-bf16"])
+        if launch.kernel.__name__ in STREAMING
+        for tuned in report.tuned(launch)
+    ]
+    assert len(launches) >= len(STREAMING) * 8
+    assert [flaw for launch in {one.name: one for one in launches}.values() for flaw in flaws(launch, target)] == []
+
+
+@pytest.mark.parametrize("case", ["llama-1b-bf16", "llama-8b-bf16-full"])
+def test_hip(case: str) -> None:
+    for launch in report.launches(*CASES[case]):
+        compiled = report.compile_for(launch, report.HIP)
+        assert compiled.metadata.shared <= 64 * 1024, launch.name
+        assert "gfx942" in compiled.asm["amdgcn"]
+
+
+def test_a_spill_is_seen() -> None:
+    """The check can fail: a launch with few registers allowed spills."""
+    launch = next(
+        one for one in report.launches(*CASES["llama-1b-fp32"]) if one.kernel.__name__ == "verify_attention_kernel"
+    )
+    starved = report.Launch(launch.kernel, launch.arguments, {**launch.options, "maxnreg": 24})
+    assert any("spilled" in flaw for flaw in flaws(starved, "sm_80"))
