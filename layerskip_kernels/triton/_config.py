@@ -58,8 +58,11 @@ def splits(depth: int) -> int:
     return max(1, depth // DEEPEST)
 
 
-def default(op: str, outputs: int) -> Config:
-    """A configuration for ``outputs`` weight rows, chosen so that some 100 programs or more exist."""
+def default(op: str, weight: Tensor) -> Config:
+    """A configuration for ``weight`` [outputs, depth], chosen so that some 100 programs or more exist."""
+    outputs = weight.shape[0]
+    if weight.stride(0) * weight.element_size() % 16:  # rows that cannot be copied 16 bytes at a time pass registers
+        return Config(16, 4, 2)
     if op == "exit_head" or outputs >= 32768:
         return Config(64, 4, 4)
     return Config(32, 4, 4) if outputs >= 4096 else Config(16, 2, 4)
@@ -106,13 +109,13 @@ def pick(op: str, weight: Tensor, run: Callable[[Config], object]) -> Config:
     """
     outputs, depth = weight.shape
     if not weight.is_cuda:
-        return default(op, outputs)
+        return default(op, weight)
     card = torch.cuda.get_device_name(weight.device)
     key = f"{op} {str(weight.dtype).removeprefix('torch.')} {outputs}x{depth}"
     if key in _tuned(card):
         return _tuned(card)[key]
     if os.environ.get("LAYERSKIP_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
-        return default(op, outputs)
+        return default(op, weight)
     config = _fastest(run)
     _keep(card, key, config)
     return config
