@@ -61,6 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     shaped("x", x, [None] * x.dim(), FLOATS)
     shaped("weight", weight, [x.shape[-1]], [x.dtype])
     require(eps >= 0, f"eps must not be negative, got {eps}")
+    dense(weight=weight)
     same_device(x, weight=weight)
 
 
@@ -190,6 +191,7 @@ def partial_forward(
     depth, size = k_cache.shape[0], k_cache.shape[4]
     require(0 <= start <= end <= depth, f"layers [{start}, {end}) are not within the cache's {depth} layers")
     head_size(size)
+    require(eps >= 0, f"eps must not be negative, got {eps}")
     layer_slots(weights, start, end)
     shaped("k_cache", k_cache, [depth, batch, None, None, size], [hidden.dtype])
     shaped("v_cache", v_cache, list(k_cache.shape), [hidden.dtype])

@@ -108,7 +108,8 @@ void swiglu(const SwigluArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < count; i += 16) {
         const F16 g = load(gate + r * kTile + i), u = load(up + r * kTile + i);
-        const F16 silu = g / (splat(1) + exp(splat(0) - g));
+        // exp overflows past 88; below -87 silu is 0 anyway
+        const F16 silu = g / (splat(1) + exp(splat(0) - max(splat(-87.0f), g)));
         store(a.out + (m + r) * a.N + n + i, silu * u, smaller(16, count - i));
       }
     }

@@ -156,6 +156,7 @@ Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weigh
   Tensor hidden = torch::stable::clone(contiguous(hidden_in));
   const int64_t count = end - start, depth = k_cache.size(0);
   STD_TORCH_CHECK(0 <= start && start <= end && end <= depth, "layers [", start, ", ", end, ") of ", depth);
+  STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
   if (count == 0 || hidden.numel() == 0) return hidden;
   const int64_t slots = static_cast<int64_t>(weights.size()) / count;
   STD_TORCH_CHECK((slots == kRequired || slots == kAll) && slots * count == static_cast<int64_t>(weights.size()),
