@@ -60,24 +60,20 @@ inline void weigh_values(const float* const* numerators, const T* values, int64_
 template <class T>
 inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first, int64_t rows) {
   using X = typename Dot<T>::X;
+  static_assert(kSplit == kTile, "the scores of a split are one tile of dot products");
   const int64_t start = split * kSplit, stride = padded(a.size);
   const auto visible = [&](int64_t row) {
     const int64_t seen = a.length + row / a.ratio + 1 - start;
     return seen < 0 ? 0 : smaller(seen, kSplit);
   };
   alignas(64) X queries[kMaxRows * 256];
-  alignas(64) float scores[kMaxRows][kSplit], tile[kMaxRows * kTile];
+  alignas(64) float scores[kMaxRows * kTile];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t m = (first + r) / a.ratio, head = a.group * a.ratio + (first + r) % a.ratio;
     pack_row<T, X>(a.q + (m * a.heads + head) * a.size, nullptr, 0.0f, a.size, queries + r * stride);
   }
-  const int64_t most = visible(first + rows - 1);
-  for (int64_t t = 0; t < most; t += kTile) {
-    const int64_t count = smaller(kTile, most - t);
-    const T* keys = a.keys + (start + t) * a.size;
-    dot_tile(keys, a.size, count, queries, stride, rows, a.size, t + count < most ? keys + count * a.size : a.values + start * a.size, tile);
-    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(scores[r] + t, tile + r * kTile, count * sizeof(float));
-  }
+  const T *keys = a.keys + start * a.size, *values = a.values + start * a.size;
+  dot_tile(keys, a.size, visible(first + rows - 1), queries, stride, rows, a.size, values, scores);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.size));
   const int64_t pitch = a.size + 2;
   for (int64_t r = 0; r < rows;) {
@@ -87,11 +83,10 @@ inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first,
     int64_t heads = 0;  // of one position: what they see has the same end
     for (; heads < 4 && r + heads < rows && (first + r + heads) / a.ratio == (first + r) / a.ratio; ++heads) {
       float* partial = a.partial + (first + r + heads) * pitch;
-      softmax_numerators(scores[r + heads], count, scale, partial, partial + 1);
-      numerators[heads] = scores[r + heads];
+      softmax_numerators(scores + (r + heads) * kTile, count, scale, partial, partial + 1);
+      numerators[heads] = scores + (r + heads) * kTile;
       out[heads] = partial + 2;
     }
-    const T* values = a.values + start * a.size;
     if (heads == 1) weigh_values<T, 1>(numerators, values, count, a.size, out);
     if (heads == 2) weigh_values<T, 2>(numerators, values, count, a.size, out);
     if (heads == 3) weigh_values<T, 3>(numerators, values, count, a.size, out);
@@ -111,15 +106,18 @@ template <class T>
 void combine(const float* partial, int64_t stride, int64_t splits, int64_t size, T* out) {
   float maximum = partial[0];
   for (int64_t s = 1; s < splits; ++s) maximum = partial[s * stride] > maximum ? partial[s * stride] : maximum;
+  alignas(64) float values[256] = {}, factors[16];
   float sum = 0;
-  for (int64_t s = 0; s < splits; ++s) sum += __builtin_expf(partial[s * stride] - maximum) * partial[s * stride + 1];
-  for (int64_t c = 0; c < size; c += 16) {
-    const int64_t n = smaller(16, size - c);
-    F16 values = splat(0);
-    for (int64_t s = 0; s < splits; ++s) {
-      const F16 factor = splat(__builtin_expf(partial[s * stride] - maximum));
-      values = fma(load(partial + s * stride + 2 + c, n), factor, values);
+  for (int64_t first = 0; first < splits; first += 16) {
+    const int64_t count = smaller(16, splits - first);
+    for (int64_t s = 0; s < count; ++s) factors[s] = partial[(first + s) * stride];
+    store(factors, exp(load(factors, count) - splat(maximum)), 16);
+    for (int64_t s = 0; s < count; ++s) {
+      const float* split = partial + (first + s) * stride;
+      sum += factors[s] * split[1];
+      for (int64_t c = 0; c < size; c += 16)
+        store(values + c, fma(load(split + 2 + c, smaller(16, size - c)), splat(factors[s]), load(values + c)), 16);
     }
-    store(out + c, values / splat(sum), n);
   }
+  for (int64_t c = 0; c < size; c += 16) store(out + c, load(values + c) / splat(sum), smaller(16, size - c));
 }
