@@ -122,7 +122,8 @@ def bits(tensor: Tensor) -> Tensor:
 
 def assert_same_bits(actual: Any, expected: Any, message: str = "") -> None:
     if isinstance(expected, Tensor):
-        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
         different = int((bits(actual) != bits(expected)).sum())
         assert different == 0, f"{different} of {expected.numel()} entries differ {message}"
         return

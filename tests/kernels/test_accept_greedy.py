@@ -25,8 +25,10 @@ def by_hand(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[list[int],
 def check(draft: Tensor, target: Tensor, seq_lens: Tensor) -> None:
     accepted, following, advanced = by_hand(draft, target, seq_lens)
     out = lk.accept_greedy(draft, target, seq_lens)
-    assert out.accepted.tolist() == accepted and out.accepted.dtype == torch.int64
-    assert out.next_token.tolist() == following and out.next_token.dtype == torch.int64
+    assert out.accepted.tolist() == accepted
+    assert out.accepted.dtype == torch.int64
+    assert out.next_token.tolist() == following
+    assert out.next_token.dtype == torch.int64
     assert seq_lens.tolist() == advanced
 
 
@@ -67,5 +69,6 @@ def test_strided_tokens(path: str) -> None:
 def test_tokens_stay(path: str) -> None:
     draft, target, seq_lens = torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]]), torch.tensor([4])
     out = lk.accept_greedy(draft, target, seq_lens)
-    assert draft.tolist() == [[1, 2]] and target.tolist() == [[1, 2, 3]]
+    assert draft.tolist() == [[1, 2]]
+    assert target.tolist() == [[1, 2, 3]]
     assert len({tensor.data_ptr() for tensor in (draft, target, seq_lens, *out)}) == 5

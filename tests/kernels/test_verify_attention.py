@@ -122,7 +122,7 @@ def test_inputs_stay(path: str) -> None:
 def test_positions_outside_the_cache(path: str, length: int) -> None:
     args = arguments(torch.float32, [0, 9], 3, 4, 2, 16, capacity=16)
     args[3][1] = length
-    with pytest.raises((ValueError, RuntimeError), match="cache.*16"):
+    with pytest.raises((ValueError, RuntimeError), match=r"cache.*16"):
         lk.verify_attention(*args)
 
 

@@ -1,0 +1,77 @@
+"""One valid small call of every op, by name, for the tests that treat all ops alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels._checks import LAYER_SLOTS
+
+from .common import Inputs, rope_tables
+
+# B, M, D, H, G, C, F, V, T, L, K
+SIZES = {"B": 2, "M": 3, "D": 32, "H": 4, "G": 2, "C": 16, "F": 24, "V": 37, "T": 12, "L": 2, "K": 4}
+EPS = 1e-5
+
+OPS = (
+    "rms_norm",
+    "linear",
+    "swiglu",
+    "rope_kv_append",
+    "verify_attention",
+    "exit_head",
+    "partial_forward",
+    "accept_greedy",
+)
+MUTATES = {
+    "rope_kv_append": ("k_cache", "v_cache"),
+    "partial_forward": ("k_cache", "v_cache"),
+    "accept_greedy": ("seq_lens",),
+}
+
+
+def layer_weights(make: Inputs) -> dict[str, Tensor]:
+    """The nine tensors of a layer, by name."""
+    D, F, queries, keys = SIZES["D"], SIZES["F"], SIZES["H"] * SIZES["C"], SIZES["G"] * SIZES["C"]
+    shapes = {"q": (queries, D), "k": (keys, D), "v": (keys, D), "o": (D, queries), "gate": (F, D), "up": (F, D),
+              "down": (D, F)}  # fmt: skip
+    return {name: make.norm(D) if "norm" in name else make.weight(*shapes[name]) for name in LAYER_SLOTS}
+
+
+def example(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Arguments of ``op``, by name and in its order."""
+    make = Inputs(dtype)
+    B, M, D, H, G, C, F, V, T, L, K = SIZES.values()
+    cos, sin = rope_tables(T + 1, C)
+    step = {
+        "cos": cos,
+        "sin": sin,
+        "k_cache": make.normal(B, G, T, C),
+        "v_cache": make.normal(B, G, T, C),
+        "seq_lens": torch.tensor([5, 0]),
+    }
+    if op == "rms_norm":
+        return {"x": make.normal(5, D), "weight": make.norm(D), "eps": EPS}
+    if op == "linear":
+        return {"x": make.normal(5, D), "weight": make.weight(F, D), "bias": make.normal(F),
+                "residual": make.normal(5, F)}  # fmt: skip
+    if op == "swiglu":
+        return {"x": make.normal(5, D), "gate": make.weight(F, D), "up": make.weight(F, D)}
+    if op == "rope_kv_append":
+        return {"q": make.normal(B, M, H, C), "k": make.normal(B, M, G, C), "v": make.normal(B, M, G, C), **step}
+    if op == "verify_attention":
+        return {"q": make.normal(B, M, H, C), **{name: step[name] for name in ("k_cache", "v_cache", "seq_lens")}}
+    if op == "exit_head":
+        head = make.integers(-99, 99, V, D).to(torch.int8)
+        return {"hidden": make.normal(5, D), "norm_weight": make.norm(D), "head_weight": head, "eps": EPS,
+                "token_map": torch.arange(V).flip(0), "scale": torch.full((V,), 0.01)}  # fmt: skip
+    if op == "partial_forward":
+        weights = [weight for _ in range(L) for weight in layer_weights(make).values()]
+        caches = {name: make.normal(L, B, G, T, C) for name in ("k_cache", "v_cache")}
+        return {"hidden": make.normal(B, M, D), "weights": weights, **caches, "cos": cos, "sin": sin,
+                "seq_lens": step["seq_lens"], "start": 0, "end": L, "eps": EPS}  # fmt: skip
+    assert op == "accept_greedy"
+    draft = make.integers(0, 2, B, K)
+    return {"draft": draft, "target": make.integers(0, 2, B, K + 1), "seq_lens": torch.tensor([5, 0])}

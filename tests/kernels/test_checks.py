@@ -1,0 +1,297 @@
+"""Every message of `_checks.py`: what is refused, with which words; eagerly, and while tracing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import layerskip_kernels as lk
+from layerskip_kernels import _checks, functional
+
+from .common import Inputs
+from .examples import OPS, SIZES, example, layer_weights
+
+Change = Callable[[Any], Any]
+
+
+def to(dtype: torch.dtype) -> Change:
+    return lambda tensor: tensor.to(dtype)
+
+
+def shape(*sizes: int) -> Change:
+    return lambda tensor: tensor.new_zeros(sizes)
+
+
+def value(new: Any) -> Change:
+    return lambda old: new
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Same shape and values, but not contiguous."""
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+DOUBLE, HALF, INT = to(torch.float64), to(torch.float16), to(torch.int32)
+FLOATS = "float32, bfloat16, float16"
+
+SHAPES = [
+    ("rms_norm", "x", shape(), "x must have at least one dimension"),
+    ("rms_norm", "weight", shape(31), "weight has shape [31], expected [32]"),
+    ("rms_norm", "weight", shape(32, 1), "weight has shape [32, 1], expected [32]"),
+    ("linear", "x", shape(5, 3, 32), "x has shape [5, 3, 32], expected [*, *]"),
+    ("linear", "weight", shape(24, 31), "weight has shape [24, 31], expected [*, 32]"),
+    ("linear", "bias", shape(23), "bias has shape [23], expected [24]"),
+    ("linear", "residual", shape(4, 24), "residual has shape [4, 24], expected [5, 24]"),
+    ("swiglu", "x", shape(32), "x has shape [32], expected [*, *]"),
+    ("swiglu", "gate", shape(24, 31), "gate has shape [24, 31], expected [*, 32]"),
+    ("swiglu", "up", shape(23, 32), "up has shape [23, 32], expected [24, 32]"),
+    ("rope_kv_append", "q", shape(2, 3, 64), "q has shape [2, 3, 64], expected [*, *, *, *]"),
+    ("rope_kv_append", "q", shape(2, 3, 4, 12), "head size must be a multiple of 8 up to 256, got 12"),
+    ("rope_kv_append", "q", shape(2, 3, 4, 264), "head size must be a multiple of 8 up to 256, got 264"),
+    ("rope_kv_append", "k", shape(2, 2, 2, 16), "k has shape [2, 2, 2, 16], expected [2, 3, *, 16]"),
+    ("rope_kv_append", "v", shape(2, 3, 1, 16), "v has shape [2, 3, 1, 16], expected [2, 3, 2, 16]"),
+    ("rope_kv_append", "k_cache", shape(3, 2, 12, 16), "k_cache has shape [3, 2, 12, 16], expected [2, *, *, 16]"),
+    ("rope_kv_append", "v_cache", shape(2, 2, 11, 16), "v_cache has shape [2, 2, 11, 16], expected [2, 2, 12, 16]"),
+    ("rope_kv_append", "seq_lens", shape(3), "seq_lens has shape [3], expected [2]"),
+    ("rope_kv_append", "cos", shape(13, 16), "cos has shape [13, 16], expected [*, 8]"),
+    ("rope_kv_append", "sin", shape(12, 8), "sin has shape [12, 8], expected [13, 8]"),
+    ("verify_attention", "q", shape(2, 3, 64), "q has shape [2, 3, 64], expected [*, *, *, *]"),
+    ("verify_attention", "q", shape(2, 3, 4, 20), "head size must be a multiple of 8 up to 256, got 20"),
+    ("verify_attention", "q", shape(2, 3, 3, 16), "3 query heads are not a multiple of 2 key/value heads"),
+    ("verify_attention", "q", shape(2, 13, 4, 16), "13 rows do not fit a cache of capacity 12"),
+    ("verify_attention", "k_cache", shape(2, 2, 12, 8), "k_cache has shape [2, 2, 12, 8], expected [2, *, *, 16]"),
+    ("verify_attention", "v_cache", shape(2, 1, 12, 16), "v_cache has shape [2, 1, 12, 16], expected [2, 2, 12, 16]"),
+    ("verify_attention", "seq_lens", shape(1), "seq_lens has shape [1], expected [2]"),
+    ("exit_head", "hidden", shape(1, 5, 32), "hidden has shape [1, 5, 32], expected [*, *]"),
+    ("exit_head", "norm_weight", shape(33), "norm_weight has shape [33], expected [32]"),
+    ("exit_head", "head_weight", shape(37, 33), "head_weight has shape [37, 33], expected [*, 32]"),
+    ("exit_head", "head_weight", shape(0, 32), "head_weight has no rows"),
+    ("exit_head", "token_map", shape(36), "token_map has shape [36], expected [37]"),
+    ("exit_head", "scale", shape(37, 1), "scale has shape [37, 1], expected [37]"),
+    ("partial_forward", "hidden", shape(6, 32), "hidden has shape [6, 32], expected [*, *, *]"),
+    ("partial_forward", "hidden", shape(2, 13, 32), "13 rows do not fit a cache of capacity 12"),
+    ("partial_forward", "k_cache", shape(2, 2, 12, 16), "k_cache has shape [2, 2, 12, 16], expected [*, *, *, *, *]"),
+    ("partial_forward", "k_cache", shape(2, 3, 2, 12, 16),
+     "k_cache has shape [2, 3, 2, 12, 16], expected [2, 2, *, *, 16]"),
+    ("partial_forward", "k_cache", shape(2, 2, 2, 12, 12), "head size must be a multiple of 8 up to 256, got 12"),
+    ("partial_forward", "v_cache", shape(1, 2, 2, 12, 16),
+     "v_cache has shape [1, 2, 2, 12, 16], expected [2, 2, 2, 12, 16]"),
+    ("partial_forward", "seq_lens", shape(2, 1), "seq_lens has shape [2, 1], expected [2]"),
+    ("partial_forward", "cos", shape(13, 9), "cos has shape [13, 9], expected [*, 8]"),
+    ("partial_forward", "sin", shape(13, 9), "sin has shape [13, 9], expected [13, 8]"),
+    ("partial_forward", "weights", lambda weights: weights[:-1],
+     "layers [0, 2) take 9 or 14 weights each, got 17 for 2 layers"),
+    ("accept_greedy", "draft", shape(2), "draft has shape [2], expected [*, *]"),
+    ("accept_greedy", "target", shape(2, 4), "target has shape [2, 4], expected [2, 5]"),
+    ("accept_greedy", "seq_lens", shape(3), "seq_lens has shape [3], expected [2]"),
+]  # fmt: skip
+
+DTYPES = [
+    ("rms_norm", "x", DOUBLE, f"x has dtype float64, expected {FLOATS}"),
+    ("rms_norm", "weight", HALF, "weight has dtype float16, expected float32"),
+    ("linear", "x", INT, f"x has dtype int32, expected {FLOATS}"),
+    ("linear", "weight", HALF, "weight has dtype float16, expected float32"),
+    ("linear", "bias", HALF, "bias has dtype float16, expected float32"),
+    ("linear", "residual", HALF, "residual has dtype float16, expected float32"),
+    ("swiglu", "x", DOUBLE, f"x has dtype float64, expected {FLOATS}"),
+    ("swiglu", "gate", HALF, "gate has dtype float16, expected float32"),
+    ("swiglu", "up", HALF, "up has dtype float16, expected float32"),
+    ("rope_kv_append", "q", DOUBLE, f"q has dtype float64, expected {FLOATS}"),
+    ("rope_kv_append", "k", HALF, "k has dtype float16, expected float32"),
+    ("rope_kv_append", "v", HALF, "v has dtype float16, expected float32"),
+    ("rope_kv_append", "cos", HALF, "cos has dtype float16, expected float32"),
+    ("rope_kv_append", "sin", DOUBLE, "sin has dtype float64, expected float32"),
+    ("rope_kv_append", "k_cache", HALF, "k_cache has dtype float16, expected float32"),
+    ("rope_kv_append", "v_cache", HALF, "v_cache has dtype float16, expected float32"),
+    ("rope_kv_append", "seq_lens", INT, "seq_lens has dtype int32, expected int64"),
+    ("verify_attention", "q", DOUBLE, f"q has dtype float64, expected {FLOATS}"),
+    ("verify_attention", "k_cache", HALF, "k_cache has dtype float16, expected float32"),
+    ("verify_attention", "v_cache", HALF, "v_cache has dtype float16, expected float32"),
+    ("verify_attention", "seq_lens", INT, "seq_lens has dtype int32, expected int64"),
+    ("exit_head", "hidden", DOUBLE, f"hidden has dtype float64, expected {FLOATS}"),
+    ("exit_head", "norm_weight", HALF, "norm_weight has dtype float16, expected float32"),
+    ("exit_head", "head_weight", to(torch.float32), "head_weight has dtype float32, expected int8"),
+    ("exit_head", "scale", value(None), "head_weight has dtype int8, expected float32"),
+    ("exit_head", "scale", HALF, "scale has dtype float16, expected float32"),
+    ("exit_head", "token_map", INT, "token_map has dtype int32, expected int64"),
+    ("partial_forward", "hidden", DOUBLE, f"hidden has dtype float64, expected {FLOATS}"),
+    ("partial_forward", "k_cache", HALF, "k_cache has dtype float16, expected float32"),
+    ("partial_forward", "v_cache", HALF, "v_cache has dtype float16, expected float32"),
+    ("partial_forward", "cos", HALF, "cos has dtype float16, expected float32"),
+    ("partial_forward", "seq_lens", INT, "seq_lens has dtype int32, expected int64"),
+    ("accept_greedy", "draft", INT, "draft has dtype int32, expected int64"),
+    ("accept_greedy", "target", INT, "target has dtype int32, expected int64"),
+    ("accept_greedy", "seq_lens", INT, "seq_lens has dtype int32, expected int64"),
+]
+
+RANGES = [
+    ("rms_norm", "eps", value(-1.0), "eps must not be negative, got -1.0"),
+    ("exit_head", "eps", value(-1.0), "eps must not be negative, got -1.0"),
+    ("partial_forward", "eps", value(-1.0), "eps must not be negative, got -1.0"),
+    ("partial_forward", "start", value(-1), "layers [-1, 2) are not within the cache's 2 layers"),
+    ("partial_forward", "end", value(3), "layers [0, 3) are not within the cache's 2 layers"),
+    ("partial_forward", "start", value(3), "layers [3, 2) are not within the cache's 2 layers"),
+]
+
+STRIDES = [
+    (op, name)
+    for op, names in {
+        "rms_norm": ["weight"],
+        "linear": ["weight", "bias"],
+        "swiglu": ["gate", "up"],
+        "rope_kv_append": ["cos", "sin", "k_cache", "v_cache", "seq_lens"],
+        "verify_attention": ["k_cache", "v_cache", "seq_lens"],
+        "exit_head": ["norm_weight", "head_weight", "token_map", "scale"],
+        "partial_forward": ["k_cache", "v_cache", "cos", "sin", "seq_lens"],
+        "accept_greedy": ["seq_lens"],
+    }.items()
+    for name in names
+]
+
+
+def changed(op: str, name: str, change: Change) -> dict[str, Any]:
+    args = example(op)
+    args[name] = change(args[name])
+    return args
+
+
+def refuse(args: dict[str, Any], op: str, error: type[Exception], message: str) -> None:
+    """Both ways in must raise the same: the public function, and its fake, which tracing calls."""
+    for function in (getattr(lk, op), getattr(torch.ops.layerskip, op)):
+        with pytest.raises(error, match=re.escape(message)):
+            function(*args.values())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [_fake(mode, arg) for arg in args.values()]
+        with pytest.raises(error, match=re.escape(message)):
+            getattr(torch.ops.layerskip, op)(*fakes)
+
+
+def _fake(mode: FakeTensorMode, arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_fake(mode, one) for one in arg]
+    return mode.from_tensor(arg) if isinstance(arg, Tensor) else arg
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Any:
+    if request.param == "cpu":
+        from layerskip_kernels._extension import cpu_reason
+
+        if cpu_reason is not None:
+            pytest.skip(f"no native kernels: {cpu_reason}")
+    with lk.use_backend(request.param):
+        yield
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_examples_are_valid(op: str) -> None:
+    getattr(lk, op)(*example(op).values())
+
+
+@pytest.mark.parametrize(("op", "name", "change", "message"), SHAPES)
+def test_shapes(op: str, name: str, change: Change, message: str) -> None:
+    refuse(changed(op, name, change), op, ValueError, message)
+
+
+@pytest.mark.parametrize(("op", "name", "change", "message"), DTYPES)
+def test_dtypes(op: str, name: str, change: Change, message: str) -> None:
+    refuse(changed(op, name, change), op, TypeError, message)
+
+
+@pytest.mark.parametrize(("op", "name", "change", "message"), RANGES)
+def test_ranges(op: str, name: str, change: Change, message: str) -> None:
+    refuse(changed(op, name, change), op, ValueError, message)
+
+
+@pytest.mark.parametrize(("op", "name"), STRIDES)
+def test_strides(op: str, name: str) -> None:
+    args = changed(op, name, strided)
+    assert not args[name].is_contiguous()
+    message = f"{name} must be contiguous, its strides are {tuple(args[name].stride())}"
+    refuse(args, op, ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in OPS for name, arg in list(example(op).items())[1:] if isinstance(arg, Tensor)]
+)
+def test_devices(op: str, name: str) -> None:
+    args = changed(op, name, lambda tensor: tensor.to("meta"))
+    with pytest.raises(ValueError, match=rf"{name} is on meta, .* on cpu"):
+        getattr(lk, op)(*args.values())
+
+
+def test_one_more_row_than_the_cache_holds() -> None:
+    args = example("rope_kv_append")
+    for name in ("q", "k", "v"):
+        args[name] = args[name].new_zeros(2, 13, *args[name].shape[2:])
+    refuse(args, "rope_kv_append", ValueError, "13 rows do not fit a cache of capacity 12")
+
+
+def test_cache_of_other_heads_than_the_keys() -> None:
+    args = example("rope_kv_append")
+    for name in ("k_cache", "v_cache"):
+        args[name] = args[name].new_zeros(2, 1, 12, 16)
+    refuse(args, "rope_kv_append", ValueError, "k has 2 key/value heads, the cache 1")
+
+
+@pytest.mark.parametrize("op", ["rope_kv_append", "partial_forward"])
+def test_tables_shorter_than_the_cache(op: str) -> None:
+    args = example(op)
+    args["cos"], args["sin"] = args["cos"][:11], args["sin"][:11]
+    refuse(args, op, ValueError, "cos has 11 positions, the cache's capacity is 12")
+
+
+@pytest.mark.parametrize("op", ["rope_kv_append", "verify_attention", "exit_head", "partial_forward"])
+def test_inference_ops_have_no_backward(op: str) -> None:
+    args = example(op)
+    first = next(iter(args))
+    args[first].requires_grad_()
+    with pytest.raises(ValueError, match=f"{op} has no backward; call it under torch.no_grad"):
+        getattr(lk, op)(*args.values())
+    with torch.no_grad():
+        getattr(lk, op)(*args.values())
+
+
+LAYER = [
+    ("attn_norm", shape(31), ValueError, "attn_norm has shape [31], expected [32]"),
+    ("q", shape(63, 32), ValueError, "q has 63 rows, not a multiple of 2 heads of size 16"),
+    ("k", shape(32, 31), ValueError, "k has shape [32, 31], expected [32, 32]"),
+    ("v", shape(31, 32), ValueError, "v has shape [31, 32], expected [32, 32]"),
+    ("o", shape(32, 63), ValueError, "o has shape [32, 63], expected [32, 64]"),
+    ("mlp_norm", HALF, TypeError, "mlp_norm has dtype float16, expected float32"),
+    ("gate", shape(24, 31), ValueError, "gate has shape [24, 31], expected [24, 32]"),
+    ("up", shape(23, 32), ValueError, "up has shape [23, 32], expected [24, 32]"),
+    ("down", shape(32, 23), ValueError, "down has shape [32, 23], expected [32, 24]"),
+    ("down", strided, ValueError, "down must be contiguous"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), LAYER)
+def test_layer_weights(name: str, change: Change, error: type[Exception], message: str) -> None:
+    weights = layer_weights(Inputs(torch.float32))
+    sizes = SIZES["D"], SIZES["G"], SIZES["C"], torch.float32
+    functional.check_layer_weights(list(weights.values()), *sizes)
+    weights[name] = change(weights[name])
+    with pytest.raises(error, match=re.escape(message)):
+        functional.check_layer_weights(list(weights.values()), *sizes)
+
+
+OPTIONAL = {"q_bias": 64, "k_bias": 32, "v_bias": 32, "q_norm": 16, "k_norm": 16}
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_optional_layer_weights(name: str) -> None:
+    plain = list(layer_weights(Inputs(torch.float32)).values())
+    sizes = SIZES["D"], SIZES["G"], SIZES["C"], torch.float32
+    assert tuple(OPTIONAL) == _checks.OPTIONAL_SLOTS
+    functional.check_layer_weights([*plain, *(torch.zeros(size) for size in OPTIONAL.values())], *sizes)
+    functional.check_layer_weights([*plain, *[torch.empty(0)] * 5], *sizes)
+    wrong = [torch.zeros(size + 1 if name == other else 0) for other, size in OPTIONAL.items()]
+    with pytest.raises(ValueError, match=rf"{name} has shape \[{OPTIONAL[name] + 1}\], expected \[{OPTIONAL[name]}\]"):
+        functional.check_layer_weights([*plain, *wrong], *sizes)

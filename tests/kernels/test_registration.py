@@ -1,0 +1,122 @@
+"""What PyTorch's machinery needs of the ops: honest schemas, fakes, autograd, and whole-graph compilation."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerskip_kernels as lk
+from layerskip_kernels import _extension
+from layerskip_kernels.functional import exit_head
+
+from .common import DTYPES, assert_same_bits
+from .examples import EPS, MUTATES, OPS, example
+
+DIFFERENTIABLE = ("rms_norm", "linear", "swiglu")
+
+
+def differentiable(args: dict[str, Any]) -> list[Any]:
+    return [
+        arg.requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args.values()
+    ]
+
+
+@pytest.fixture(autouse=True)
+def tracing_without_poison() -> None:
+    """Poison adds its own `fill_` to what is traced."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str) -> None:
+    """On the schema (what is written, what aliases), the fake against the real thing, autograd, and AOT dispatch."""
+    torch.library.opcheck(getattr(torch.ops.layerskip, op).default, tuple(example(op).values()))
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_opcheck_with_gradients(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.layerskip, op).default, tuple(differentiable(example(op))))
+
+
+@pytest.mark.skipif(_extension.cpu_reason is not None, reason=f"no native kernels: {_extension.cpu_reason}")
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_of_the_native_library(op: str) -> None:
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        getattr(torch.ops.layerskip_native, op).default, tuple(example(op).values()), test_utils=checks
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_fake_has_the_shape_dtype_and_strides_of_the_result(op: str, dtype: torch.dtype) -> None:
+    args = [_transposed(arg) if name in ("x", "q", "hidden") else arg for name, arg in example(op, dtype).items()]
+    real = getattr(lk, op)(*args)
+    fake = getattr(torch.ops.layerskip, op)(*[_meta(arg) for arg in args])
+    pairs = [(real, fake)] if isinstance(real, Tensor) else zip(real, fake, strict=True)
+    for one, other in pairs:
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+def _transposed(arg: Tensor) -> Tensor:
+    return arg.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _meta(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_meta(one) for one in arg]
+    return arg.to("meta") if isinstance(arg, Tensor) else arg
+
+
+def compiled_equals_eager(op: str, backend: str) -> None:
+    eager, traced = example(op), example(op)
+    expected = getattr(lk, op)(*eager.values())
+    actual = torch.compile(getattr(lk, op), fullgraph=True, backend=backend)(*traced.values())
+    assert_same_bits(actual, expected)
+    for name in MUTATES.get(op, ()):
+        assert_same_bits(traced[name], eager[name])
+        assert not torch.equal(traced[name], example(op)[name])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_as_one_graph(op: str) -> None:
+    torch._dynamo.reset()
+    compiled_equals_eager(op, "aot_eager")
+
+
+def step(args: dict[str, Any], norm: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """A decoding step as a user would compile it: ops between torch's own, state updated in place."""
+    hidden = lk.partial_forward(*args.values())
+    out = exit_head(hidden.flatten(0, 1) * 2, norm, head, EPS)
+    accepted = lk.accept_greedy(out.token.view(2, 3)[:, :2], out.token.view(2, 3), args["seq_lens"])
+    return out.logsumexp + 1, accepted.next_token
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_step_compiles_as_one_graph(backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles C++ and there is no g++")
+    torch._dynamo.reset()
+    eager, traced = example("partial_forward"), example("partial_forward")
+    norm, head = torch.ones(32), torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
+    expected = step(eager, norm, head)
+    actual = torch.compile(step, fullgraph=True, backend=backend)(traced, norm, head)
+    torch.testing.assert_close(actual, expected)
+    for name in ("k_cache", "v_cache", "seq_lens"):
+        assert_same_bits(traced[name], eager[name])
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradients_through_a_compiled_graph(op: str) -> None:
+    torch._dynamo.reset()
+    args = differentiable(example(op))
+    leaves = [arg for arg in args if isinstance(arg, Tensor)]
+    expected = torch.autograd.grad(getattr(lk, op)(*args).square().sum(), leaves)
+    compiled = torch.compile(getattr(lk, op), fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(*args).square().sum(), leaves)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
