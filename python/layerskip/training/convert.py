@@ -19,7 +19,7 @@ _KEY = "_layerskip_conversion"
 REPORTED_ROWS = 256  # enough for a rate to within 3 % at two standard deviations
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> Any:
     """The model inside a PEFT wrapper, or the model."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
@@ -27,7 +27,7 @@ def _base(model: nn.Module) -> nn.Module:
 class Conversion:
     """What `convert` put into a model: the replaced methods, the layer dropout, the states of the running forward."""
 
-    def __init__(self, model: nn.Module, dropout: LayerDropout | None) -> None:
+    def __init__(self, model: Any, dropout: LayerDropout | None) -> None:
         self.model, self.dropout = model, dropout
         self.layers, norm = _decoder_parts(model)
         head = model.get_output_embeddings()
@@ -46,7 +46,7 @@ class Conversion:
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._replaced.append((module, module.__dict__.get("forward")))
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def undo(self) -> None:
         """Put the replaced methods back."""
@@ -107,7 +107,7 @@ class Conversion:
             self._wanted, self._states = frozenset(), {}
 
 
-def _decoder_parts(model: nn.Module) -> tuple[Sequence[nn.Module], nn.Module]:
+def _decoder_parts(model: Any) -> tuple[Any, Any]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
     if layers is None or not hasattr(norm, "variance_epsilon"):
@@ -115,11 +115,11 @@ def _decoder_parts(model: nn.Module) -> tuple[Sequence[nn.Module], nn.Module]:
     return layers, norm
 
 
-def convert(model: nn.Module, dropout: LayerDropout | None = None) -> Conversion:
+def convert(model: Any, dropout: LayerDropout | None = None) -> Conversion:
     """Let a causal LM, or one inside a PEFT wrapper, be called with ``exit_layers`` and ``exit_weights``.
 
     ``model(input_ids=…, labels=…, exit_layers=(3, 30), exit_weights=…)`` then returns a dict with ``loss``,
-    ``exit_losses`` and ``count``; calls without ``exit_layers`` are what they were. In such a call, in training mode,
+    ``exit_losses`` and ``num_labels``; calls without ``exit_layers`` are what they were. There, in training mode,
     ``dropout`` decides which samples run which layers.
 
     Raises
@@ -138,7 +138,7 @@ def convert(model: nn.Module, dropout: LayerDropout | None = None) -> Conversion
     return conversion
 
 
-def revert(model: nn.Module) -> None:
+def revert(model: Any) -> None:
     """Undo `convert`; a model that was not converted is left alone."""
     conversion = _base(model).__dict__.pop(_KEY, None)
     if conversion is not None:

@@ -124,8 +124,8 @@ def apply_to_rows(layer: Callable[..., Tensor], rows: Tensor, hidden: Tensor, *a
     """Run ``layer`` on the samples ``rows`` of ``hidden`` [B, ...] and pass the others through.
 
     Every other argument that holds one entry a sample, itself or within tuples, lists and dicts, is sliced alike: a
-    tensor of two or more dimensions whose first has size B. The layer runs even where no sample is left, on none: so
-    ranks that drop different layers still meet in every collective, and parameters get zero gradients, not none.
+    tensor of two or more dimensions whose first has size B. Where no sample is left the layer runs on one whose outcome
+    is not used: so ranks that drop different layers still meet in every collective, and parameters get zero gradients.
 
     Raises
     ------
@@ -135,10 +135,11 @@ def apply_to_rows(layer: Callable[..., Tensor], rows: Tensor, hidden: Tensor, *a
     batch = hidden.shape[0]
     if rows.shape[0] == batch:
         return layer(hidden, *args, **kwargs)
+    run = rows if rows.shape[0] else rows.new_zeros(1)
 
     def sliced(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.index_select(0, rows) if value.dim() > 1 and value.shape[0] == batch else value
+            return value.index_select(0, run) if value.dim() > 1 and value.shape[0] == batch else value
         if isinstance(value, (tuple, list)):
             return type(value)(sliced(item) for item in value)
         if isinstance(value, dict):
@@ -147,5 +148,5 @@ def apply_to_rows(layer: Callable[..., Tensor], rows: Tensor, hidden: Tensor, *a
             raise ValueError(f"layer dropout cannot drop samples from a {type(value).__name__}; pass use_cache=False")
         return value
 
-    out = layer(hidden.index_select(0, rows), *sliced(args), **sliced(kwargs))
-    return hidden.index_copy(0, rows, out)
+    out = layer(hidden.index_select(0, run), *sliced(args), **sliced(kwargs))
+    return hidden.index_copy(0, rows, out[: rows.shape[0]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ IGNORE = -100
 
 
 class ExitLosses(NamedTuple):
-    """Of one batch: ``loss``, a scalar; ``exit_losses`` [N], detached means; ``count``, how many labels there were."""
+    """Of one batch: ``loss``, a scalar; ``exit_losses`` [N], detached means; ``num_labels`` of it."""
 
     loss: Tensor
     exit_losses: Tensor
-    count: int
+    num_labels: int
 
 
 def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class EarlyExitLoss(nn.Module):
         Of the norm.
     """
 
-    def __init__(self, norm: nn.Module, head: nn.Module, eps: float) -> None:
+    def __init__(self, norm: Any, head: Any, eps: float) -> None:
         super().__init__()
         self._parts = (norm, head)  # in a tuple, so that they do not become this module's parameters as well
         self.eps = eps
@@ -67,8 +67,8 @@ class EarlyExitLoss(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Norm and head weight, read anew: a sharded model swaps them."""
-        norm, head = (part.weight.to(dtype) for part in self._parts)
-        return norm, head
+        norm, head = self._parts
+        return norm.weight.to(dtype), head.weight.to(dtype)
 
     def on_rows(self, hiddens: Tensor, targets: Tensor, exit_weights: Tensor) -> ExitLosses:
         """Loss of gathered rows [N, R, D] with targets [R]."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -38,7 +37,7 @@ def load_pairs(recipe: Recipe, split: str = "train") -> list[Any]:
     return pairs
 
 
-def prepare_model(recipe: Recipe) -> tuple[nn.Module, Any]:
+def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     """Load the model in the dtypes that the recipe's step is fast in, and put LoRA in where it asks for it.
 
     What is not trained is kept in bf16; what is trained, in fp32, under autocast.
@@ -56,11 +55,11 @@ def prepare_model(recipe: Recipe) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def _with_lora(model: nn.Module, rank: int) -> nn.Module:
+def _with_lora(model: Any, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
+    adapted: Any = get_peft_model(model, config)
     for module in adapted.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # autocast takes care; PEFT would widen every input to fp32
@@ -83,6 +82,7 @@ def training_arguments(recipe: Recipe, **kwargs: Any) -> TrainingArguments:
         num_train_epochs=recipe.epochs,
         bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # a dropped layer still gives its parameters zero gradients
         logging_steps=recipe.log_every,
         save_steps=recipe.save_every,
         save_total_limit=2,

@@ -79,7 +79,7 @@ class LayerSkipTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         args: TrainingArguments,
         plan: Plan | None = None,
         train_dataset: Sequence[dict[str, list[int]]] | None = None,
@@ -100,7 +100,7 @@ class LayerSkipTrainer(Trainer):
         self.add_callback(_SetEpoch(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(pair["input_ids"]) for pair in dataset]
         size = self._train_batch_size * self.accelerator.num_processes
         self.sampler = LengthBuckets(lengths, size, self.args.seed)
@@ -131,7 +131,7 @@ class LayerSkipTrainer(Trainer):
         self.meter.add(exits, out)
         loss = out["loss"]
         if num_items_in_batch is not None:  # gradients are averaged over ranks, so the share is scaled up by them
-            loss = loss * (out["count"] * self.accelerator.num_processes / num_items_in_batch)
+            loss = loss * (out["num_labels"] * self.accelerator.num_processes / num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
     def _all_exits(self) -> tuple[int, ...]:
@@ -151,7 +151,7 @@ class LayerSkipTrainer(Trainer):
         """The Trainer's, with the exits' metrics among its own."""
         training, self.meter = self.meter, ExitMeter()
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            output: Any = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics.update({f"{prefix}_{key}": value for key, value in self._drain().items()})
         finally:
@@ -167,11 +167,11 @@ class LayerSkipTrainer(Trainer):
     def _drain(self) -> dict[str, float]:
         return self.meter.drain(self._all_exits(), self.accelerator)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the Trainer does; a checkpoint of another plan is refused."""
         if isinstance(resume_from_checkpoint, (str, Path)):
             self._check_plan(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_plan(self, checkpoint: Path) -> None:
         state = checkpoint / STATE
@@ -211,4 +211,4 @@ class LayerSkipTrainer(Trainer):
 
     def revert(self) -> None:
         """Give the model back as it was before, with what it has learned."""
-        revert(self.model)
+        revert(self.accelerator.unwrap_model(self.model))

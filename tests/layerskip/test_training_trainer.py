@@ -1,0 +1,164 @@
+"""The Trainer: exact resumption, whole checkpoints, metrics, two processes; all on models of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layerskip.training.run import last_checkpoint
+from training_run import LAYERS, losses, pairs, trainer, weights
+from transformers import TrainerCallback
+
+SCRIPT = Path(__file__).with_name("training_run.py")
+# Losses of order 5: two ranks sum gradients in another order than one process, and AdamW divides by their size.
+TOLERANCES = {"two processes": 2e-4}
+
+
+class _StopAt(TrainerCallback):
+    """Ends a run that is planned for longer, as an interruption would, after the step's checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """These models are tiny."""
+
+
+def run_script(*launcher: str, timeout: int = 240, **options: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *launcher, str(SCRIPT), json.dumps(options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": True}, {"gradient_accumulation_steps": 2}], ids=["full", "lora", "accumulation"]
+)
+def test_twenty_steps_are_ten_resumed_and_ten(tmp_path: Path, options: dict) -> None:
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    first = trainer(tmp_path / "parts", **options)
+    first.args.max_steps, first.args.save_steps = 20, 10
+    first.add_callback(_StopAt(10))
+    first.train()
+    assert first.state.global_step == 10
+    second = trainer(tmp_path / "parts", **options)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-10"))
+    assert losses(second) == losses(whole)
+    assert_same(weights(whole), weights(second))
+    assert not any(torch.equal(value, weights(first)[name]) for name, value in weights(whole).items() if "lora" in name)
+
+
+def test_a_run_killed_in_a_checkpoint_write_goes_on_from_the_last_whole_one(tmp_path: Path) -> None:
+    killed = run_script(output=str(tmp_path / "run"), save_steps=5, kill_at=15)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert (tmp_path / "run" / "unfinished" / "checkpoint-15").is_dir()
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint == tmp_path / "run" / "checkpoint-10"
+    resumed = trainer(tmp_path / "run", save_steps=5)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    assert_same(weights(whole), weights(resumed))
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-20"
+    assert not (tmp_path / "run" / "unfinished").exists()
+
+
+def test_old_checkpoints_are_removed_and_the_newest_stay(tmp_path: Path) -> None:
+    trainer(tmp_path, save_steps=5, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-20"]
+
+
+def test_loss_falls_and_early_exits_come_to_agree(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=150, dropout=0.1, save_strategy="no", logging_steps=15, learning_rate=1e-2)
+    run.train()
+    lines = [line for line in run.state.log_history if "loss" in line]
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+    run.eval_dataset = pairs(20)
+    metrics = run.evaluate()
+    for exit_layer in range(1, LAYERS + 1):
+        assert metrics[f"eval_exit_agreement/{exit_layer}"] > 0.8
+        assert metrics[f"eval_exit_accuracy/{exit_layer}"] > 0.8
+    assert metrics[f"eval_exit_agreement/{LAYERS}"] == 1
+    assert any(f"exit_loss/{LAYERS}" in line and f"exit_accuracy/{LAYERS}" in line for line in lines)
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_logged_exits(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=3, save_strategy="no")
+    run.train()
+    from layerskip.training import early_exit_weights
+
+    for step, line in enumerate(entry for entry in run.state.log_history if "loss" in entry):
+        exits = run.plan.curriculum.enabled(step)
+        expected = sum(
+            weight * line[f"exit_loss/{e}"] for weight, e in zip(early_exit_weights(exits, LAYERS).tolist(), exits, strict=True)
+        )
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=10).train()
+    other = trainer(tmp_path, dropout=0.2)
+    with pytest.raises(ValueError, match="was trained with dropout"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    (tmp_path / "checkpoint-10" / "layerskip.json").unlink()
+    with pytest.raises(ValueError, match=r"no layerskip\.json"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_revert_gives_back_an_ordinary_model(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=2, save_strategy="no")
+    model = run.model
+    run.train()
+    run.revert()
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [{}, FSDP], ids=["DDP", "FSDP"])
+def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path, sharding: dict) -> None:
+    one = trainer(tmp_path / "one", steps=6, dropout=0, per_device_train_batch_size=8, save_strategy="no")
+    one.train()
+    finished = launch(2, output=str(tmp_path / "two"), steps=6, dropout=0, save_strategy="no", **sharding)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "losses.json").read_text())
+    assert two == pytest.approx(losses(one), abs=TOLERANCES["two processes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [{}, FSDP], ids=["DDP", "FSDP"])
+def test_ranks_that_drop_different_layers_do_not_hang_and_checkpoints_resume(tmp_path: Path, sharding: dict) -> None:
+    options = {"steps": 4, "dropout": 0.9, "differ": True, "per_device_train_batch_size": 1, "save_steps": 2, **sharding}
+    finished = launch(2, output=str(tmp_path / "two"), **options)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    whole = json.loads((tmp_path / "two" / "losses.json").read_text())
+    resumed = launch(2, output=str(tmp_path / "two"), resume=str(tmp_path / "two" / "checkpoint-2"), **options)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "losses.json").read_text()) == whole
+
+
+def launch(processes: int, **options: object) -> subprocess.CompletedProcess:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}")
+    return run_script(*launcher, **options)

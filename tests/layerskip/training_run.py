@@ -1,0 +1,92 @@
+"""A small training run, for tests, in their own process or in others: ``python training_run.py '{"output": …}'``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import VOCABULARY, tiny_model
+from transformers import TrainingArguments
+
+from layerskip.training import Collator, LayerDropout, RandomExits, layer_dropout_rates
+from layerskip.training.trainer import LayerSkipTrainer, Plan
+
+LAYERS = 4
+
+
+def pairs(count: int = 60, modulus: int = 50) -> list[dict[str, list[int]]]:
+    """Sequences of different lengths in which a token follows from the one before; three tokens are the prompt."""
+    made = []
+    for index in range(count):
+        ids = [3 + (7 * index) % modulus]
+        for _ in range(6 + index % 5):
+            ids.append(3 + (5 * ids[-1] + 2) % modulus)
+        made.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:]})
+    return made
+
+
+def trainer(output: Path | str, steps: int = 20, lora: bool = False, dropout: float = 0.3, **changes: Any) -> Any:
+    """A trainer of a tiny model: two of three exits at random, layer dropout."""
+    model = tiny_model("llama2")
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1))
+    arguments = {
+        "per_device_train_batch_size": 4, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "max_steps": steps,
+        "logging_steps": 1, "save_strategy": "steps", "save_steps": 10, "report_to": [], "disable_tqdm": True,
+        "use_cpu": True, "seed": 5, "ddp_find_unused_parameters": False,
+    }  # fmt: skip
+    plan = Plan(
+        RandomExits(LAYERS, [1, 2, 3], 2, seed=5),
+        dropout=LayerDropout(layer_dropout_rates(LAYERS, dropout), seed=5) if dropout else None,
+    )
+    return LayerSkipTrainer(
+        model, TrainingArguments(output_dir=str(output), **{**arguments, **changes}), plan, train_dataset=pairs(),
+        data_collator=Collator(0),
+    )  # fmt: skip
+
+
+def weights(run: Any) -> dict[str, torch.Tensor]:
+    """What was trained."""
+    return {name: p.detach() for name, p in run.accelerator.unwrap_model(run.model).named_parameters()}
+
+
+def losses(run: Any) -> list[float]:
+    """The loss of every step."""
+    return [line["loss"] for line in run.state.log_history if "loss" in line]
+
+
+def main(options: dict[str, Any]) -> None:
+    """Run, and leave ``losses.json``; ``kill_at`` ends the process in the middle of writing that step's checkpoint.
+
+    ``differ`` makes every rank draw its own layer dropout, which the library never does.
+    """
+    kill_at, resume, differ = (options.pop(name, None) for name in ("kill_at", "resume", "differ"))
+    torch.set_num_threads(1)
+    run = trainer(**options)
+    if kill_at is not None:
+        save_rng_state = run._save_rng_state
+
+        def killed(directory: str) -> None:
+            if run.state.global_step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save_rng_state(directory)
+
+        run._save_rng_state = killed
+    if differ:
+        draw = run.plan.dropout.draw
+        run.plan.dropout.draw = lambda step, size, micro, device: draw(step, size, 7 * run.args.process_index, device)
+    run.train(resume_from_checkpoint=resume)
+    if run.args.process_index == 0:
+        (Path(options["output"]) / "losses.json").write_text(json.dumps(losses(run)))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
