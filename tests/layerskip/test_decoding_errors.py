@@ -6,7 +6,7 @@ import pytest
 import torch
 from layerskip import SelfSpeculativeDecoder
 from test_decoding import Recorder
-from tiny import LAYERS, VOCABULARY, prompt_of, tiny_model
+from tiny import LAYERS, VOCABULARY, generous, prompt_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,13 +120,6 @@ def test_accepting_a_wrong_draft_would_be_noticed(monkeypatch):
     """The mutation that the equality tests exist for: verification accepts one draft too many."""
     from layerskip.decoding import steps
 
-    import layerskip_kernels
-
-    def generous(draft, target, seq_lens):
-        accepted, _ = layerskip_kernels.accept_greedy(draft, target, seq_lens)
-        more = (accepted + 1).clamp(max=draft.shape[1])
-        seq_lens += more - accepted
-        return more, target.gather(1, more[:, None])[:, 0]
 
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 4)
     plain = decoder.generate(prompt_of(6), 40, strategy="autoregressive")

