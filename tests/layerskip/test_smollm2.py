@@ -6,8 +6,8 @@ import pytest
 import torch
 from layerskip.models import adapt, load, smollm2
 
-# Relative to the largest absolute value of what is compared: fp32 sums in another order, through 30 layers.
-TOLERANCES = {"states": 1e-5, "logits": 1e-4}
+# Relative to the largest absolute value compared: fp32 sums in another order, 30 layers; 4e-7 and 1.9e-6 seen.
+TOLERANCES = {"states": 4e-6, "logits": 2e-5}
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):\n    ",
