@@ -1,14 +1,16 @@
 """Fused kernels for early exit and self-speculative decoding."""
 
-from . import _ops, dispatch, reference
+from . import dispatch, reference
 from ._extension import cpu_isa, set_cpu_isa
 from ._registry import register_all
 from .dispatch import BackendError, Explanation, explain, use_backend
 from .functional import (
     Acceptance,
+    Draft,
     EarlyExitLossOutput,
     ExitOutput,
     accept_greedy,
+    draft_greedy,
     early_exit_loss,
     exit_head,
     linear,
@@ -24,12 +26,14 @@ register_all()
 __all__ = [
     "Acceptance",
     "BackendError",
+    "Draft",
     "EarlyExitLossOutput",
     "ExitOutput",
     "Explanation",
     "accept_greedy",
     "cpu_isa",
     "dispatch",
+    "draft_greedy",
     "early_exit_loss",
     "exit_head",
     "explain",

@@ -88,9 +88,7 @@ def head_size(size: int) -> None:
     require(size % 8 == 0 and 8 <= size <= 256, f"head size must be a multiple of 8 up to 256, got {size}")
 
 
-def _cache(
-    like: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, batch: int, rows: int, size: int
-) -> None:
+def _cache(like: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, batch: int, rows: int, size: int) -> None:
     """The cache of one layer, [B, G, T, C] twice, and the lengths."""
     shaped("k_cache", k_cache, [batch, None, None, size], [like.dtype])
     shaped("v_cache", v_cache, list(k_cache.shape), [like.dtype])
@@ -117,9 +115,7 @@ def rope_kv_append(
     shaped("k", k, [batch, rows, None, size], [q.dtype])
     shaped("v", v, list(k.shape), [q.dtype])
     _cache(q, k_cache, v_cache, seq_lens, batch, rows, size)
-    require(
-        k_cache.shape[1] == k.shape[2], f"k has {k.shape[2]} key/value heads, the cache {k_cache.shape[1]}"
-    )
+    require(k_cache.shape[1] == k.shape[2], f"k has {k.shape[2]} key/value heads, the cache {k_cache.shape[1]}")
     _rope(cos, sin, k_cache.shape[2], size)
     same_device(q, k=k, v=v, cos=cos, sin=sin)
 
@@ -201,6 +197,36 @@ def partial_forward(
     _rope(cos, sin, capacity, size)
     dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
     same_device(hidden, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, seq_lens=seq_lens)
+
+
+def draft_greedy(
+    token: Tensor,
+    embedding: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    end: int,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    eps: float,
+    steps: int,
+    extend: bool,
+    token_map: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    shaped("token", token, [None], [torch.int64])
+    shaped("embedding", embedding, [None, None], FLOATS)
+    require(embedding.shape[0] > 0, "embedding has no rows")
+    require(steps >= 0, f"steps must not be negative, got {steps}")
+    require(end >= 1, f"end must be at least 1, got {end}")
+    dense(embedding=embedding)
+    same_device(embedding, token=token)
+    rows = embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
+    partial_forward(rows, weights, k_cache, v_cache, cos, sin, seq_lens, 0, end, eps)
+    exit_head(rows.flatten(0, 1), norm_weight, head_weight, eps, token_map, scale)
 
 
 def layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:

@@ -26,6 +26,9 @@ SCHEMAS = {
     "Tensor? scale=None) -> (Tensor token, Tensor logit, Tensor logsumexp)",
     "partial_forward": "(Tensor hidden, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, "
     "Tensor sin, Tensor seq_lens, int start, int end, float eps) -> Tensor",
+    "draft_greedy": "(Tensor token, Tensor embedding, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor cos, Tensor sin, Tensor seq_lens, int end, Tensor norm_weight, Tensor head_weight, float eps, int steps, "
+    "bool extend, Tensor? token_map=None, Tensor? scale=None) -> (Tensor tokens, Tensor states)",
     "accept_greedy": "(Tensor draft, Tensor target, Tensor(a!) seq_lens) -> (Tensor accepted, Tensor next_token)",
     "early_exit_loss": "(Tensor hiddens, Tensor norm_weight, Tensor head_weight, Tensor labels, Tensor exit_weights, "
     "float eps=1e-5, int ignore_index=-100, bool with_slope=False) "
@@ -105,6 +108,13 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_fake("partial_forward")
 def _(hidden: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+@_fake("draft_greedy")
+def _(token: Tensor, embedding: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    steps, extend = rest[10:12]
+    tokens = token.new_empty(token.shape[0], steps)
+    return tokens, embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
 
 
 @_fake("accept_greedy")

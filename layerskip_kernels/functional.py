@@ -33,6 +33,13 @@ class ExitOutput(NamedTuple):
     logsumexp: Tensor
 
 
+class Draft(NamedTuple):
+    """What drafting gives: ``tokens`` [B, K] int64, and ``states`` [B, K or K + 1, D] after the exit layer."""
+
+    tokens: Tensor
+    states: Tensor
+
+
 class Acceptance(NamedTuple):
     """What verification says: ``accepted`` [B] int64 leading draft tokens, ``next_token`` [B] int64."""
 
@@ -227,6 +234,59 @@ def partial_forward(
         State after layer ``end - 1``.
     """
     return _call("partial_forward", hidden, weights, k_cache, v_cache, cos, sin, seq_lens, start, end, eps)
+
+
+def draft_greedy(
+    token: Tensor,
+    embedding: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    end: int,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    eps: float,
+    steps: int,
+    extend: bool,
+    token_map: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Draft:
+    """Decode ``steps`` tokens with layers [0, end) and an exit head, as one call: embed, partial_forward, exit_head.
+
+    Parameters
+    ----------
+    token : Tensor [B], int64
+        The tokens at positions ``seq_lens[b]``, each of them in 0 … V - 1.
+    embedding : Tensor [V, D]
+    weights, k_cache, v_cache, cos, sin
+        As `partial_forward` takes them for layers [0, end).
+    seq_lens : Tensor [B], int64
+        Lengths before the first step; they are not advanced.
+    end : int
+        The exit layer; all layers, to decode autoregressively.
+    norm_weight, head_weight, token_map, scale
+        As `exit_head` takes them.
+    eps : float
+        Of every norm.
+    steps : int
+        K.
+    extend : bool
+        Whether the last token, too, goes through the layers: verification needs its key, value and state.
+
+    Returns
+    -------
+    Draft
+        A token of -1 marks a head whose logits were not finite; what follows it is void.
+    """
+    return Draft(
+        *_call(
+            "draft_greedy", token, embedding, weights, k_cache, v_cache, cos, sin, seq_lens, end, norm_weight,
+            head_weight, eps, steps, extend, token_map, scale,
+        )
+    )  # fmt: skip
 
 
 def check_layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:

@@ -154,6 +154,36 @@ def _layer(
     return linear_ref(activated, down, residual=flat).view(batch, rows, width)
 
 
+def draft_greedy_ref(
+    token: Tensor,
+    embedding: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    end: int,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    eps: float,
+    steps: int,
+    extend: bool,
+    token_map: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    tokens = token.new_empty(token.shape[0], steps)
+    states = embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
+    for row in range(steps + extend):
+        hidden = embedding[token.clamp_min(0)][:, None]  # a token of -1 is void, but must not index
+        hidden = partial_forward_ref(hidden, weights, k_cache, v_cache, cos, sin, seq_lens + row, 0, end, eps)
+        states[:, row] = hidden[:, 0]
+        if row < steps:
+            token = exit_head_ref(hidden[:, 0], norm_weight, head_weight, eps, token_map, scale)[0]
+            tokens[:, row] = token
+    return tokens, states
+
+
 def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     drafted = draft.shape[1]
     matches = (draft == target[:, :drafted]) & (draft >= 0)  # a negative draft marks a slot that was not drafted

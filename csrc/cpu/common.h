@@ -8,6 +8,8 @@
 
 namespace lsk {
 
+constexpr int64_t kUnit = 16;  // weight rows that one thread takes at least
+
 inline int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 using torch::stable::contiguous;

@@ -6,8 +6,6 @@ namespace {
 
 using torch::stable::new_empty;
 
-constexpr int64_t kUnit = 16;  // weight rows that one thread takes at least
-
 Tensor rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
   const Tensor x = contiguous(x_in);
   STD_TORCH_CHECK(x.dim() >= 1 && eps >= 0, "x needs a dimension, and eps must not be negative");

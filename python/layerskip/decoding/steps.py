@@ -58,8 +58,8 @@ class SingleSteps:
 
     def step(self, token: Tensor, remaining: int, position: int) -> Progress:
         """Put ``token`` [B] at ``position`` and give the one after it."""
-        hidden = self._model.decoder.forward(self._model.embed(token[:, None]), self._cache, 0, self._depth)
-        next_token = self._model.head(hidden[:, 0]).token  # [B]
+        draft = self._model.draft(token, self._cache, self._depth, self._model.head, steps=1, extend=False)
+        next_token = draft.tokens[:, 0]  # [B]
         self._cache.seq_lens.add_(1)
         return Progress(next_token, [], finite(int(next_token), "the head", self._depth, position), 0)
 
@@ -68,7 +68,7 @@ class SpeculativeRounds:
     """Draft with layers [0, E), verify with layers [E, L) (Elhoushi et al. 2024, section 4.3).
 
     Drafting and verification share the weights, the cache, and the states after layer E: what a draft computed is not
-    computed again. The buffers keep their shapes and addresses from round to round.
+    computed again.
 
     Parameters
     ----------
@@ -92,12 +92,6 @@ class SpeculativeRounds:
     ) -> None:
         self._model, self._cache, self._exit_layer = model, cache, exit_layer
         self._num_speculations, self._draft_head = num_speculations, draft_head
-        batch, rows = cache.batch_size, num_speculations + 1
-        self._exits = torch.empty(
-            batch, rows, model.decoder.hidden_size, dtype=model.dtype, device=model.device
-        )  # [B, K + 1, D]
-        self._drafts = torch.empty(batch, num_speculations, dtype=torch.int64, device=model.device)  # [B, K]
-        self._offsets = torch.arange(rows, device=model.device)[:, None]  # [K + 1, 1]
 
     def step(self, token: Tensor, remaining: int, position: int) -> Progress:
         """One round from ``token`` [B], which goes to ``position``, where at most ``remaining`` tokens may follow.
@@ -106,36 +100,23 @@ class SpeculativeRounds:
         inside a cache that has room for the sequence.
         """
         count = min(self._num_speculations, remaining - 1)
-        self._draft(token, count)
-        accepted, next_token = accept_greedy(self._drafts[:, :count], self._verify(count), self._cache.seq_lens)
-        return self._read(accepted, next_token, count, position)
+        draft = self._model.draft(token, self._cache, self._exit_layer, self._draft_head, count)
+        target = self._verify(draft.states)
+        accepted, next_token = accept_greedy(draft.tokens, target, self._cache.seq_lens)
+        return self._read(draft.tokens, accepted, next_token, position)
 
-    def _draft(self, token: Tensor, count: int) -> None:
-        """Draft ``count`` tokens; the last one, too, goes through layers [0, E), for its key, value and state."""
-        lengths = self._cache.seq_lens + self._offsets  # [K + 1, B]
-        for row in range(count + 1):
-            embedded = self._model.embed(token[:, None])  # [B, 1, D]
-            hidden = self._model.decoder.forward(embedded, self._cache, 0, self._exit_layer, lengths[row])
-            self._exits[:, row] = hidden[:, 0]
-            if row < count:
-                drafted = self._draft_head(hidden[:, 0]).token  # [B]
-                self._drafts[:, row] = drafted
-                token = drafted.clamp_min(0)  # -1 is found after the round; until then it must not index
-
-    def _verify(self, count: int) -> Tensor:
-        """The full model's choice after each of the ``count + 1`` rows, [B, count + 1]."""
-        hidden = self._model.decoder.forward(
-            self._exits[:, : count + 1], self._cache, self._exit_layer, self._model.num_layers
-        )
+    def _verify(self, states: Tensor) -> Tensor:
+        """The full model's choice after each of the rows, [B, K + 1], from their states after layer E."""
+        hidden = self._model.decoder.forward(states, self._cache, self._exit_layer, self._model.num_layers)
         return self._model.head(hidden).token
 
-    def _read(self, accepted: Tensor, next_token: Tensor, count: int, position: int) -> Progress:
+    def _read(self, drafted: Tensor, accepted: Tensor, next_token: Tensor, position: int) -> Progress:
         """Bring the round to the host: its one synchronisation."""
-        row = torch.cat([accepted[:, None], next_token[:, None], self._drafts[:, :count]], 1)[0].tolist()
+        row = torch.cat([accepted[:, None], next_token[:, None], drafted], 1)[0].tolist()
         taken, token, drafts = row[0], row[1], row[2:]
         last = position + taken
         finite(token, "the head", self._model.num_layers, last)
         # The draft after the accepted ones came from the right context, the ones after it did not.
         for draft in drafts[taken : taken + 1]:
             finite(draft, "the draft head", self._exit_layer, last)
-        return Progress(next_token, drafts[:taken], token, count)
+        return Progress(next_token, drafts[:taken], token, len(drafts))

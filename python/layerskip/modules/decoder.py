@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import partial_forward
+from layerskip_kernels import Draft, draft_greedy, partial_forward
 from layerskip_kernels.functional import check_layer_weights
 
 from ._prefill import prefill_layer
 from ._weights import OPTIONAL, REQUIRED, LayerWeights, reject_gradient, shared
 from .cache import SharedKVCache
+from .head import EarlyExitHead
 
 
 class PartialDepthDecoder(nn.Module):
@@ -146,6 +147,50 @@ class PartialDepthDecoder(nn.Module):
                 end,
                 self.eps,
             )
+
+    def draft(
+        self,
+        token: Tensor,
+        embedding: Tensor,
+        cache: SharedKVCache,
+        end: int,
+        head: EarlyExitHead,
+        steps: int,
+        extend: bool = True,
+    ) -> Draft:
+        """Decode ``steps`` tokens greedily with layers [0, end) and ``head``, fused. Lengths are not advanced.
+
+        Parameters
+        ----------
+        token : Tensor [B], int64
+            The last tokens, at positions ``cache.seq_lens``.
+        embedding : Tensor [V, D]
+        cache : SharedKVCache
+        end : int
+            The exit layer.
+        head : EarlyExitHead
+        steps : int
+            K.
+        extend : bool
+            Whether the last token, too, goes through the layers, as verification needs it.
+
+        Returns
+        -------
+        Draft
+            Tokens [B, K] and states [B, K + extend, D].
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
+        """
+        if not 1 <= end <= self.num_layers:
+            raise ValueError(f"layers [0, {end}) are not within the decoder's {self.num_layers}")
+        with torch.no_grad():
+            return draft_greedy(
+                token, embedding, self.layer_weights(0, end), cache.k, cache.v, self._cos, self._sin, cache.seq_lens,
+                end, head.norm_weight, head.head_weight, self.eps, steps, extend, head.token_map, head.scale,
+            )  # fmt: skip
 
     def prefill(self, hidden: Tensor, cache: SharedKVCache, start: int = 0, end: int | None = None) -> Tensor:
         """Layers [start, end) on many rows, with torch's own matmuls and attention.

@@ -1,0 +1,99 @@
+// The exit head: a fixed partition of the vocabulary, folded tile by tile, combined in order.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/common.h"
+
+namespace lsk {
+
+// The vocabulary is cut the same way whatever the team, so that sums keep their order.
+struct HeadTiles {
+  int64_t vocabulary, size, count;
+
+  explicit HeadTiles(int64_t vocabulary_) : vocabulary(vocabulary_) {
+    size = ((vocabulary + kHeadTiles - 1) / kHeadTiles + 3) / 4 * 4;
+    count = (vocabulary + size - 1) / size;
+  }
+  int64_t begin(int64_t tile) const { return tile * size; }
+  int64_t end(int64_t tile) const { return begin(tile + 1) < vocabulary ? begin(tile + 1) : vocabulary; }
+};
+
+struct HeadOutputs {
+  int64_t* token;
+  float *logit, *logsumexp;
+};
+
+inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, const int64_t* token_map, HeadOutputs out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    HeadPartial best = partials[r];
+    for (int64_t t = 1; t < tiles; ++t) {
+      const HeadPartial& other = partials[t * rows + r];
+      const float top = other.max > best.max ? other.max : best.max;
+      best.sum = best.sum * std::exp(best.max - top) + other.sum * std::exp(other.max - top);
+      if (other.max > best.max) best.row = other.row;
+      best.max = top;
+    }
+    const float logsumexp = best.max + std::log(best.sum);
+    out.token[r] = !std::isfinite(logsumexp) ? -1 : token_map ? token_map[best.row] : best.row;
+    out.logit[r] = best.max;
+    out.logsumexp[r] = logsumexp;
+  }
+}
+
+// An exit head whose tensors have been checked; `run` scores rows of states.
+template <class T>
+class ExitHead {
+ public:
+  ExitHead(const Tensor& norm_weight, const Tensor& head_weight, int64_t width, double eps,
+           const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale)
+      : width_(width), tiles_(checked(head_weight.size(0))), eps_(static_cast<float>(eps)) {
+    STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
+    const int64_t vocabulary = tiles_.vocabulary;
+    norm_ = data<T>(norm_weight, "norm_weight", {width});
+    map_ = data<int64_t>(token_map, "token_map", {vocabulary});
+    scale_ = data<float>(scale, "scale", {vocabulary});
+    if (scale_) {
+      int8_ = data<int8_t>(head_weight, "head_weight", {vocabulary, width});
+    } else {
+      weight_ = data<T>(head_weight, "head_weight", {vocabulary, width});
+    }
+  }
+
+  void run(const T* hidden, int64_t rows, HeadOutputs out) const {
+    Workspace workspace(Workspace::bytes<float>(packed_size(rows, width_)) +
+                        Workspace::bytes<HeadPartial>(tiles_.count * rows));
+    float* memory = workspace.take<float>(packed_size(rows, width_));
+    HeadPartial* partials = workspace.take<HeadPartial>(tiles_.count * rows);
+    const Kernels<T>& table = kernels<T>();
+    const Packed packed{memory, rows, width_};
+    (int8_ ? table.pack_wide : table.pack)(hidden, norm_, eps_, rows, width_, memory);
+    run_team(num_threads(), [&](const Member& member) {
+      const Range share = member.share(tiles_.count);
+      for (int64_t t = share.begin; t < share.end; ++t) {
+        if (int8_) {
+          table.head_int8({packed, int8_, scale_}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
+        } else {
+          table.head({packed, weight_, nullptr}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
+        }
+      }
+    });
+    combine(partials, tiles_.count, rows, map_, out);
+  }
+
+ private:
+  static int64_t checked(int64_t vocabulary) {
+    STD_TORCH_CHECK(vocabulary > 0, "head_weight has no rows");
+    return vocabulary;
+  }
+
+  const int64_t width_;
+  const HeadTiles tiles_;
+  const float eps_;
+  const T *norm_, *weight_ = nullptr;
+  const int8_t* int8_ = nullptr;
+  const int64_t* map_;
+  const float* scale_;
+};
+
+}  // namespace lsk
