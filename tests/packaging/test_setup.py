@@ -1,0 +1,123 @@
+"""What `setup.py` decides: compilers, CUDA, and when to compile again; on a tiny tree of sources."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, Run, run, succeeded
+
+HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+SOURCE = '#include "common/value.h"\nextern "C" __attribute__((visibility("default"))) int value() { return VALUE; }\n'
+KERNEL = "__global__ void fill(float* out) { out[threadIdx.x] = 1.0f; }\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A setup.py with one C++ file and one header."""
+    shutil.copy(ROOT / "setup.py", tmp_path / "setup.py")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "tiny"\nversion = "1"\n')
+    for folder in ("csrc/cpu", "csrc/cuda", "csrc/common", "layerskip_kernels", "python", "nothing"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "csrc/cpu/value.cpp").write_text(SOURCE)
+    (tmp_path / "csrc/common/value.h").write_text("#define VALUE 1\n")
+    return tmp_path
+
+
+def build(tree: Path, **environment: str | None) -> Run:
+    return run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, **environment)
+
+
+def value(tree: Path) -> int:
+    library = tree / "layerskip_kernels/_cpu.abi3.so"
+    code = f"import ctypes, torch; print(ctypes.CDLL({str(library)!r}).value())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@needs_compiler
+def test_compiles_again_when_a_header_changes(tree: Path) -> None:
+    succeeded(build(tree))
+    assert value(tree) == 1
+    assert "value.cpp.o" not in succeeded(build(tree)).stdout
+    (tree / "csrc/common/value.h").write_text("#define VALUE 2\n")
+    assert "value.cpp.o" in succeeded(build(tree)).stdout
+    assert value(tree) == 2
+
+
+@needs_compiler
+def test_compiles_again_when_the_flags_change(tree: Path) -> None:
+    (tree / "csrc/common/value.h").unlink()
+    (tree / "csrc/cpu/value.cpp").write_text(SOURCE.split("\n", 1)[1])
+    succeeded(build(tree, CXXFLAGS="-DVALUE=3"))
+    assert value(tree) == 3
+    succeeded(build(tree, CXXFLAGS="-DVALUE=4"))
+    assert value(tree) == 4
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_an_error(tree: Path) -> None:
+    (tree / "csrc/cpu/value.cpp").write_text("int value( { }\n")
+    done = build(tree)
+    assert done.returncode != 0
+    assert "building _cpu.abi3.so failed, see the compiler's message above" in done.stderr
+    assert "value.cpp" in done.stdout
+    assert not (tree / "layerskip_kernels/_cpu.abi3.so").exists()
+
+
+@needs_compiler
+def test_undefined_symbols_fail_at_the_build_not_at_the_import(tree: Path) -> None:
+    (tree / "csrc/cpu/value.cpp").write_text('int missing();\nextern "C" int value() { return missing(); }\n')
+    done = build(tree)
+    assert done.returncode != 0
+    assert "missing" in done.stdout
+
+
+def test_a_compiler_that_is_named_must_exist(tree: Path) -> None:
+    done = build(tree, CXX="no-such-compiler -x")
+    assert done.returncode != 0
+    assert "CXX=no-such-compiler -x is not a program" in done.stderr
+
+
+def test_without_a_compiler_nothing_is_built_and_it_says_so(tree: Path) -> None:
+    done = succeeded(build(tree, PATH=str(tree / "nothing"), CXX=None))
+    assert "no C++ compiler found (CXX, c++, g++, clang++)" in done.stderr
+    assert not list((tree / "layerskip_kernels").glob("*.so"))
+
+
+def test_cuda_without_nvcc(tree: Path) -> None:
+    (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
+    done = build(tree, PATH=str(tree / "nothing"), CXX=None, LAYERSKIP_CUDA="1")
+    assert done.returncode != 0
+    assert "LAYERSKIP_CUDA=1 needs nvcc on PATH: install the CUDA toolkit" in done.stderr
+
+
+def test_cuda_choice_that_is_none(tree: Path) -> None:
+    done = build(tree, LAYERSKIP_CUDA="yes")
+    assert done.returncode != 0
+    assert "LAYERSKIP_CUDA=yes is not understood, expected 0, 1 or unset" in done.stderr
+
+
+@needs_nvcc
+def test_cuda_without_sources(tree: Path) -> None:
+    done = build(tree, LAYERSKIP_CUDA="1")
+    assert done.returncode != 0
+    assert "csrc/cuda has no .cu files to build" in done.stderr
+
+
+@needs_nvcc
+@needs_compiler
+@pytest.mark.parametrize(("choice", "built"), [(None, True), ("1", True), ("0", False)])
+def test_cuda(tree: Path, choice: str | None, built: bool) -> None:
+    """nvcc alone decides: neither a card nor a CUDA build of torch is needed to compile."""
+    (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
+    succeeded(build(tree, LAYERSKIP_CUDA=choice))
+    assert (tree / "layerskip_kernels/_cuda.abi3.so").exists() == built
+    assert (tree / "layerskip_kernels/_cpu.abi3.so").exists()
