@@ -16,25 +16,32 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FinalStates:
-    """Collects the final states from which tokens were emitted, as the head is given them.
+    """Collects the final states from which tokens were emitted.
 
-    Verification gives the head [B, K + 1, D]; a prompt or a single step gives [B, D]. Drafts give a copy of the head.
+    The head is given them by verification, [B, K + 1, D], and by the prompt, [B, D]; a single step of all layers gives
+    them as the states of its draft.
     """
 
     def __init__(self, decoder: SelfSpeculativeDecoder) -> None:
-        head = decoder.model.head
-        decoder.draft_head = type(head)(head.norm_weight, head.head_weight, head.eps)
-        self._groups: list[torch.Tensor] = []
-        self._hook = head.register_forward_pre_hook(lambda module, args: self._groups.append(args[0].clone()))
+        self._model, self._groups = decoder.model, []
+        self._hook = decoder.model.head.register_forward_pre_hook(lambda module, args: self._add(args[0]))
+        decoder.model.draft = self._draft
+
+    def _add(self, states: torch.Tensor) -> None:
+        self._groups.append(states.clone())
+
+    def _draft(self, token, cache, depth, head, steps, extend=True):
+        draft = type(self._model).draft(self._model, token, cache, depth, head, steps, extend)
+        if depth == self._model.num_layers:
+            self._add(draft.states)
+        return draft
 
     def stop(self, accepted_per_round: tuple[int, ...]) -> torch.Tensor:
         """The states [new, D], rejected rows left out."""
         self._hook.remove()
+        del self._model.draft
         first, *rounds = self._groups
-        kept = [
-            group[0, : accepted + 1] if group.dim() == 3 else group
-            for group, accepted in zip(rounds, accepted_per_round, strict=True)
-        ]
+        kept = [group[0, : accepted + 1] for group, accepted in zip(rounds, accepted_per_round, strict=True)]
         return torch.cat([first, *kept])
 
 
