@@ -23,6 +23,8 @@ OPS = {
     "exit_head": "exit_head",
     "partial_forward": "partial_forward",
     "accept_greedy": "accept",
+    "early_exit_loss": "early_exit_loss",
+    "early_exit_loss_backward": "early_exit_loss",
 }
 OLDEST = (3, 4)
 
@@ -58,7 +60,10 @@ def supports(*args: Any) -> str | None:
     reason = _installed()
     if reason is not None:
         return reason
-    device = next(arg for arg in args if isinstance(arg, Tensor)).device
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "float64 is not served"
+    device = tensors[0].device
     return _device(device.type, device.index)
 
 

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import _config, accept, exit_head, partial_forward
+from . import _config, accept, early_exit_loss, exit_head, partial_forward
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 HIP = GPUTarget("hip", "gfx942", 64)
@@ -32,7 +32,7 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32",
     torch.int64: "i64",
 }  # fmt: skip
-TILES = ("BLOCK_N", "BLOCK_K", "BLOCK_T", "SPLITS", "num_warps", "num_stages")
+TILES = ("ROWS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "SPLITS", "num_warps", "num_stages")
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
 
 
@@ -150,6 +150,15 @@ def _layer(shape: Shape, dtype: torch.dtype, full: bool) -> list[Tensor]:
     return [torch.empty(one, dtype=dtype, device="meta") for one in sizes]
 
 
+def _loss_launches(hiddens: Tensor, head: Tensor) -> None:
+    exits, rows, width = hiddens.shape
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    grad, weights = (torch.empty(size, device="meta") for size in ((), (exits,)))
+    inputs = (hiddens, head.new_empty(width), head, labels, weights)
+    _, _, lse, slope = early_exit_loss.early_exit_loss(*inputs)
+    early_exit_loss.early_exit_loss_backward(grad, *inputs, lse, slope, 1e-5, -100, True)
+
+
 def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launch]:
     """Every launch of a draft step of ``shape``, one of each kernel, and of the other ops.
 
@@ -176,6 +185,7 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
         partial_forward.partial_forward(hidden, weights, cache[0], cache[1], angles[0], angles[1], lengths, 0, 1, 1e-5)
         exit_head.exit_head(hidden.view(-1, shape.hidden), empty(shape.hidden), head, 1e-5, *extra)
         accept.accept_greedy(draft, target, lengths)
+        _loss_launches(empty(3, 2048, shape.hidden), empty(shape.vocabulary, shape.hidden))
     return list({launch.name: launch for launch in found}.values())
 
 

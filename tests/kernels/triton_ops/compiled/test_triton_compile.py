@@ -10,7 +10,9 @@ import torch
 from layerskip_kernels.triton import report
 
 STREAMING = ("linear_kernel", "qkv_kernel", "swiglu_kernel", "exit_head_kernel")
-MULTIPLYING = (*STREAMING, "verify_attention_kernel")
+TILED = ("early_exit_loss_kernel", "softmax_slope_kernel", "accumulate_kernel")
+MULTIPLYING = (*STREAMING, *TILED, "verify_attention_kernel")
+TENSOR_CORES = ("mma.sync.aligned.m16n8k16", "wgmma.mma_async", "tcgen05.mma")
 CASES = {
     "llama-1b-bf16": (report.LLAMA_1B, torch.bfloat16, False),
     "llama-8b-bf16-full": (report.LLAMA_8B, torch.bfloat16, True),
@@ -21,6 +23,7 @@ CASES = {
 KERNELS = {
     "rms_norm", "linear", "linear_finish", "qkv", "swiglu", "rope_kv_append", "verify_attention",
     "verify_attention_finish", "exit_head", "exit_head_finish", "accept_greedy",
+    "early_exit_loss", "early_exit_loss_finish", "softmax_slope", "accumulate", "rms_norm_backward",
 }  # fmt: skip
 
 
@@ -38,7 +41,7 @@ def flaws(launch: report.Launch, name: str) -> list[str]:
     dependent = [f"griddepcontrol.{word}" in ptx for word in ("launch_dependents", "wait")]
     if dependent != [target.arch >= 90] * 2:
         found.append(f"griddepcontrol: {dependent}")
-    if kernel in MULTIPLYING and sixteen_bit and "mma.sync.aligned.m16n8k16" not in ptx:
+    if kernel in MULTIPLYING and sixteen_bit and not any(name in ptx for name in TENSOR_CORES):
         found.append("no mma")
     if kernel in MULTIPLYING and not sixteen_bit and ("tf32" in ptx or "fma.rn.f32" not in ptx):
         found.append("fp32 is not multiplied as fp32")

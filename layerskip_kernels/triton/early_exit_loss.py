@@ -1,0 +1,292 @@
+"""early_exit_loss: tiles of vocabulary × rows of all exits, recomputed backwards; no [R, V] tensor, no atomics.
+
+Backwards a tile of slopes (softmax - one-hot, scaled) is written in the dtype of the model and multiplied into both
+gradients, whose sums stay in fp32. The slopes are scaled to at most 1 first: 1 / (number of labels) would sink below
+what fp16 holds.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments are typed by their launch)
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import check_labels, label_counts
+from ._launch import INTERPRETED, launch_options, on, power_of_two, wait_for_inputs
+from ._tiles import dot, row_dot
+from .norm import rms_norm
+
+GROUP = 16  # vocabulary tiles that one program of the forward pass takes
+ROWS_AT_ONCE, VOCABULARY_AT_ONCE = 4096, 4096  # of the slopes, 32 MiB in 16 bits
+PROGRAMS = 256  # of the norm's backward; each leaves one partial sum of the weight's gradient
+
+
+@triton.jit
+def early_exit_loss_kernel(
+    x_ptr, head_ptr, labels_ptr, peak_ptr, sum_ptr, own_ptr, rows, per_exit, vocabulary, depth,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """max z and Σ exp(z - max) of z = x headᵀ over GROUP tiles of the vocabulary, and the label's own z."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_ok = row < rows
+    wait_for_inputs(PDL)
+    label = tl.load(labels_ptr + row % per_exit, mask=row_ok, other=-1)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    for tile in range(GROUP):
+        col = (tl.program_id(1) * GROUP + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        logits = row_dot(
+            x_ptr, head_ptr, row, col, row_ok, col < vocabulary, depth, 0, depth,
+            ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED,
+        )  # fmt: skip
+        logits = tl.where((col < vocabulary)[None, :], logits, float("-inf"))
+        mine = (label[:, None] == col[None, :]) & (col < vocabulary)[None, :]
+        tl.store(own_ptr + row, tl.sum(tl.where(mine, logits, 0.0), axis=1), mask=row_ok & (tl.max(mine, axis=1) > 0))
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
+        peak = higher
+    target = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(peak_ptr + target, peak, mask=row_ok)
+    tl.store(sum_ptr + target, mass, mask=row_ok)
+
+
+@triton.jit
+def early_exit_loss_finish_kernel(
+    peak_ptr, sum_ptr, lse_ptr, rows, groups, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """log Σ exp z of BLOCK rows, the groups joined in order."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = row < rows
+    wait_for_inputs(PDL)
+    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for group in range(0, groups):
+        here = tl.load(peak_ptr + row.to(tl.int64) * groups + group, mask=ok, other=0.0)
+        part = tl.load(sum_ptr + row.to(tl.int64) * groups + group, mask=ok, other=1.0)
+        higher = tl.maximum(peak, here)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp(peak - base) + part * tl.exp(here - base)
+        peak = higher
+    tl.store(lse_ptr + row, peak + tl.log(mass), mask=ok)
+
+
+@triton.jit
+def softmax_slope_kernel(
+    x_ptr, head_ptr, labels_ptr, lse_ptr, scale_ptr, slope_ptr, first_row, stop_row, first_col, stop_col, per_exit,
+    depth, stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """scale · (exp(z - lse) - [label]) of the rows and vocabulary [first, stop), into a buffer that starts there."""
+    row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = first_col + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok, col_ok = row < stop_row, col < stop_col
+    wait_for_inputs(PDL)
+    logits = row_dot(
+        x_ptr, head_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED
+    )
+    label = tl.load(labels_ptr + row % per_exit, mask=row_ok, other=-1)
+    scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
+    slope = tl.exp(logits - tl.load(lse_ptr + row, mask=row_ok, other=0.0)[:, None])
+    slope = (slope - tl.where(label[:, None] == col[None, :], 1.0, 0.0)) * scale[:, None]
+    target = slope_ptr + (row - first_row).to(tl.int64)[:, None] * stride + (col - first_col)[None, :]
+    tl.store(target, slope.to(slope_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+
+
+@triton.jit
+def accumulate_kernel(
+    a_ptr, b_ptr, total_ptr, rows, columns, depth, a_row, a_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """total [rows, columns] += a [rows, depth] b [depth, columns], in fp32; a may be transposed."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok, col_ok = (row < rows)[:, None], (col < columns)[None, :]
+    target = total_ptr + row.to(tl.int64)[:, None] * columns + col[None, :]
+    wait_for_inputs(PDL)
+    total = tl.load(target, mask=row_ok & col_ok, other=0.0)
+    for begin in range(0, depth, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
+        a_at = row.to(tl.int64)[:, None] * a_row + k.to(tl.int64)[None, :] * a_column
+        a = tl.load(a_ptr + a_at, mask=row_ok & (k < depth)[None, :], other=0.0)
+        b_at = k.to(tl.int64)[:, None] * columns + col[None, :]
+        b = tl.load(b_ptr + b_at, mask=(k < depth)[:, None] & col_ok, other=0.0)
+        total = dot(a, b, total, INTERPRETED)
+    tl.store(target, total, mask=row_ok & col_ok)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    grad_ptr, scale_ptr, x_ptr, weight_ptr, grad_x_ptr, part_ptr, rows, width, eps,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """With g = grad · scale, r = 1/sqrt(mean x² + eps), u = g w: dx = r u - r³ x mean(u x); dw = Σ g r x over rows."""
+    column = tl.arange(0, BLOCK)
+    ok = column < width
+    wait_for_inputs(PDL)
+    weight = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        offset = (tl.zeros((BLOCK,), tl.int64) + row) * width + column
+        x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + offset, mask=ok, other=0.0).to(tl.float32) * tl.load(scale_ptr + row)
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        scaled = grad * weight
+        shared = inverse * inverse * inverse * (tl.sum(scaled * x, axis=0) / width)
+        tl.store(grad_x_ptr + offset, (inverse * scaled - shared * x).to(grad_x_ptr.dtype.element_ty), mask=ok)
+        grad_weight += grad * inverse * x
+    tl.store(part_ptr + tl.program_id(0).to(tl.int64) * width + column, grad_weight, mask=ok)
+
+
+def _tile(like: Tensor, rows: int, columns: int) -> dict[str, Any]:
+    """A product's tile, no larger than the product; fp32 products have no tensor cores and take smaller ones."""
+    wide = like.dtype == torch.float32
+    most = 64 if wide else 128
+    return {
+        "rows": min(most, power_of_two(rows, 16)), "BLOCK_N": min(most, power_of_two(columns, 16)),
+        "BLOCK_K": 32 if wide else 64, "INTERPRETED": INTERPRETED, "num_warps": 4 if wide else 8, "num_stages": 3,
+        **launch_options(like),
+    }  # fmt: skip
+
+
+def _row_tile(normed: Tensor, rows: int, columns: int) -> dict[str, Any]:
+    tile = _tile(normed, rows, columns)
+    return {"ROWS": tile.pop("rows"), "EVEN": normed.shape[1] % tile["BLOCK_K"] == 0, **tile}
+
+
+def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(begin + step, size)) for begin in range(0, size, step))
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to ``total``, fp32; ``b`` and ``total`` are contiguous."""
+    tile = _tile(b, *total.shape)
+    block_m = tile.pop("rows")
+    grid = (triton.cdiv(total.shape[0], block_m), triton.cdiv(total.shape[1], tile["BLOCK_N"]))
+    accumulate_kernel[grid](a, b, total, *total.shape, a.shape[1], a.stride(0), a.stride(1), BLOCK_M=block_m, **tile)
+
+
+def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [N R] of every row, and its label's logit: NaN where the label names no token."""
+    rows, depth = normed.shape
+    tile = _row_tile(normed, rows, head.shape[0])
+    groups = triton.cdiv(head.shape[0], tile["BLOCK_N"] * GROUP)
+    peak, mass = (normed.new_empty(rows, groups, dtype=torch.float32) for _ in range(2))
+    own = normed.new_full((rows,), float("nan"), dtype=torch.float32)
+    lse = torch.empty_like(own)
+    early_exit_loss_kernel[(triton.cdiv(rows, tile["ROWS"]), groups)](
+        normed, head, labels, peak, mass, own, rows, labels.shape[0], head.shape[0], depth, GROUP=GROUP, **tile
+    )
+    early_exit_loss_finish_kernel[(triton.cdiv(rows, 128),)](
+        peak, mass, lse, rows, groups, BLOCK=128, **launch_options(normed)
+    )
+    return lse, own
+
+
+def _gradients(
+    normed: Tensor, head: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of Σ scale · CE to the normed rows, fp32 [N R, D], and, given a factor for it, to the head [V, D]."""
+    (rows, depth), vocabulary = normed.shape, head.shape[0]
+    grad = torch.zeros_like(normed, dtype=torch.float32)
+    grad_head = head.new_empty(0) if factor is None else torch.empty_like(head)
+    buffer = normed.new_empty(min(rows, ROWS_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE))
+    for first_col, stop_col in _spans(vocabulary, VOCABULARY_AT_ONCE):
+        part = head.new_zeros(stop_col - first_col, depth, dtype=torch.float32)
+        for first_row, stop_row in _spans(rows, ROWS_AT_ONCE):
+            height, width = stop_row - first_row, stop_col - first_col
+            slope, tile = buffer[: height * width].view(height, width), _row_tile(normed, height, width)
+            softmax_slope_kernel[(triton.cdiv(height, tile["ROWS"]), triton.cdiv(width, tile["BLOCK_N"]))](
+                normed, head, labels, lse, scale, slope, first_row, stop_row, first_col, stop_col, labels.shape[0],
+                depth, width, **tile,
+            )  # fmt: skip
+            _accumulate(grad[first_row:stop_row], slope, head[first_col:stop_col])
+            if factor is not None:
+                _accumulate(part, slope.T, normed[first_row:stop_row])
+        if factor is not None:
+            grad_head[first_col:stop_col] = part.mul_(factor)
+    return grad, grad_head
+
+
+def _norm_backward(grad: Tensor, scale: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the norm's input and weight, for the gradient ``grad · scale`` of its output."""
+    rows, width = x.shape
+    programs = min(rows, PROGRAMS)
+    grad_x, part = torch.empty_like(x), x.new_empty(programs, width, dtype=torch.float32)
+    rms_norm_backward_kernel[(programs,)](
+        grad, scale, x, weight, grad_x, part, rows, width, eps, BLOCK=power_of_two(width),
+        num_warps=min(16, max(4, width // 512)), **launch_options(x),
+    )  # fmt: skip
+    return grad_x, part.sum(0).to(weight.dtype)
+
+
+def early_exit_loss(
+    hiddens: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    exit_weights: Tensor,
+    eps: float = 1e-5,
+    ignore_index: int = -100,
+    with_slope: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `layerskip_kernels.early_exit_loss`. On a card a label that names no token makes the loss NaN."""
+    check_labels(labels, head_weight.shape[0], ignore_index)
+    exits, rows, width = hiddens.shape
+    labels = labels.contiguous()
+    valid, count = label_counts(labels, ignore_index)
+    if not exits * rows:
+        exit_losses = hiddens.new_zeros(exits, dtype=torch.float32)
+        return exit_losses.sum(), exit_losses, exit_losses.new_empty(exits, rows), torch.empty_like(hiddens)
+    with on(hiddens):
+        normed = rms_norm(hiddens.reshape(-1, width), norm_weight, eps)
+        lse, own = _softmax(normed, head_weight, labels)
+        slope = hiddens.new_empty(0)
+        if with_slope:
+            slope = _gradients(normed, head_weight, labels, lse, torch.ones_like(lse))[0]
+            slope = slope.view(hiddens.shape).to(hiddens.dtype)
+    exit_losses = torch.where(valid, (lse - own).view(exits, rows), 0).sum(1) / count
+    return (exit_losses * exit_weights).sum(), exit_losses, lse.view(exits, rows), slope
+
+
+def early_exit_loss_backward(
+    grad: Tensor,
+    hiddens: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    exit_weights: Tensor,
+    logsumexp: Tensor,
+    slope: Tensor,
+    eps: float,
+    ignore_index: int,
+    head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's backward; ``slope`` spares the pass over the head where the head needs no gradient."""
+    exits, rows, width = hiddens.shape
+    valid, count = label_counts(labels, ignore_index)
+    scale = ((grad * exit_weights / count)[:, None] * valid).float().flatten()  # [N R]
+    if not exits * rows:
+        none = torch.zeros_like(head_weight) if head_grad else head_weight.new_empty(0)
+        return torch.zeros_like(hiddens), torch.zeros_like(norm_weight), none
+    x, norm_weight = hiddens.reshape(-1, width).contiguous(), norm_weight.contiguous()
+    grad_head = head_weight.new_empty(0)
+    with on(hiddens):
+        if head_grad or slope.numel() == 0:
+            largest = scale.abs().max()
+            relative = scale / torch.where(largest > 0, largest, 1)
+            flat = (labels.contiguous(), logsumexp.contiguous().flatten(), relative)
+            normed = rms_norm(x, norm_weight, eps)
+            grad_normed, grad_head = _gradients(normed, head_weight, *flat, largest if head_grad else None)
+            scale = largest.expand_as(scale).contiguous()
+        else:
+            grad_normed = slope.contiguous().view(-1, width)
+        grad_hiddens, grad_norm = _norm_backward(grad_normed, scale, x, norm_weight, eps)
+    return grad_hiddens.view(hiddens.shape), grad_norm, grad_head
