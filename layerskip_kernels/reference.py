@@ -172,10 +172,14 @@ def draft_greedy_ref(
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if token.device.type == "cpu" and bool((token < 0).any()):  # on a GPU this would be a host sync
+        raise ValueError(f"token {int(token.min())} is outside the vocabulary of {embedding.shape[0]}")
     tokens = token.new_empty(token.shape[0], steps)
     states = embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
     for row in range(steps + extend):
-        hidden = embedding[token.clamp_min(0)][:, None]  # a token of -1 is void, but must not index
+        hidden = embedding[token.clamp_min(0)][
+            :, None
+        ]  # what a head without a token leaves is void, but must not index
         hidden = partial_forward_ref(hidden, weights, k_cache, v_cache, cos, sin, seq_lens + row, 0, end, eps)
         states[:, row] = hidden[:, 0]
         if row < steps:

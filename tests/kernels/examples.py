@@ -23,11 +23,13 @@ OPS = (
     "verify_attention",
     "exit_head",
     "partial_forward",
+    "draft_greedy",
     "accept_greedy",
 )
 MUTATES = {
     "rope_kv_append": ("k_cache", "v_cache"),
     "partial_forward": ("k_cache", "v_cache"),
+    "draft_greedy": ("k_cache", "v_cache"),
     "accept_greedy": ("seq_lens",),
 }
 
@@ -72,6 +74,12 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         caches = {name: make.normal(L, B, G, T, C) for name in ("k_cache", "v_cache")}
         return {"hidden": make.normal(B, M, D), "weights": weights, **caches, "cos": cos, "sin": sin,
                 "seq_lens": step["seq_lens"], "start": 0, "end": L, "eps": EPS}  # fmt: skip
+    if op == "draft_greedy":
+        layers, head = example("partial_forward", dtype), example("exit_head", dtype)
+        shared = {name: layers[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin", "seq_lens", "end")}
+        return {"token": make.integers(0, V, B), "embedding": make.normal(V, D), **shared,
+                "norm_weight": head["norm_weight"], "head_weight": head["head_weight"], "eps": EPS, "steps": K,
+                "extend": True, "token_map": head["token_map"], "scale": head["scale"]}  # fmt: skip
     assert op == "accept_greedy"
     draft = make.integers(0, 2, B, K)
     return {"draft": draft, "target": make.integers(0, 2, B, K + 1), "seq_lens": torch.tensor([5, 0])}

@@ -1,0 +1,101 @@
+"""`draft_greedy`: the loop of embedding, partial_forward and exit_head, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerskip_kernels as lk
+
+from .common import DTYPES, PATHS, Inputs, assert_same_bits, assert_threads_agree, running_on
+from .examples import EPS, SIZES, example
+
+
+def args_of(dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
+    """The example, with NaN in the cache beyond the lengths."""
+    args = example("draft_greedy", dtype)
+    for name in ("k_cache", "v_cache"):
+        for b, length in enumerate(args["seq_lens"].tolist()):
+            args[name][:, b, :, length:] = float("nan")
+    return {**args, **changes}
+
+
+def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The same by the other ops, one step at a time; the caches of ``args`` are written."""
+    token, tokens, states = args["token"], [], []
+    for row in range(args["steps"] + args["extend"]):
+        hidden = lk.partial_forward(
+            args["embedding"][token.clamp_min(0)][:, None], args["weights"], args["k_cache"], args["v_cache"],
+            args["cos"], args["sin"], args["seq_lens"] + row, 0, args["end"], EPS,
+        )  # fmt: skip
+        states.append(hidden[:, 0])
+        if row < args["steps"]:
+            head = (args["norm_weight"], args["head_weight"], EPS, args["token_map"], args["scale"])
+            token = lk.exit_head(hidden[:, 0], *head).token
+            tokens.append(token)
+    return torch.stack(tokens, 1), torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("extend", [True, False])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", PATHS)
+def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, steps: int, extend: bool) -> None:
+    args, other = (args_of(dtype, steps=steps, extend=extend) for _ in range(2))
+    with running_on(path):
+        tokens, states = lk.draft_greedy(*args.values())
+        expected = composed(other)
+    assert_same_bits((tokens, states), expected)
+    assert_same_bits((args["k_cache"], args["v_cache"]), (other["k_cache"], other["v_cache"]))
+    assert torch.equal(args["seq_lens"], example("draft_greedy")["seq_lens"]), "lengths are not advanced"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_full_head_drafts_too(dtype: torch.dtype) -> None:
+    head = Inputs(dtype, seed=1).normal(SIZES["V"], SIZES["D"])
+    args, other = (args_of(dtype, head_weight=head, token_map=None, scale=None) for _ in range(2))
+    with running_on("portable"):
+        assert_same_bits(tuple(lk.draft_greedy(*args.values())), composed(other))
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_sequences_do_not_meet(path: str) -> None:
+    """A sequence of a batch has the bits that it has alone, for any number of threads."""
+    whole = args_of(torch.bfloat16)
+    with running_on(path):
+        assert_threads_agree(lambda: tuple(lk.draft_greedy(*args_of(torch.bfloat16).values())))
+        tokens, states = lk.draft_greedy(*whole.values())
+        for b in range(SIZES["B"]):
+            own = args_of(torch.bfloat16)
+            caches = {name: own[name][:, b : b + 1].contiguous() for name in ("k_cache", "v_cache")}
+            alone = {**own, **caches, "token": own["token"][b : b + 1], "seq_lens": own["seq_lens"][b : b + 1]}
+            assert_same_bits(tuple(lk.draft_greedy(*alone.values())), (tokens[b : b + 1], states[b : b + 1]))
+
+
+@pytest.mark.parametrize("path", ["reference", "portable"])
+def test_a_head_without_finite_logits_names_no_token(path: str) -> None:
+    args = args_of(torch.float32)
+    args["norm_weight"] = torch.full_like(args["norm_weight"], float("nan"))
+    with running_on(path):
+        tokens, states = lk.draft_greedy(*args.values())
+    assert (tokens == -1).all()
+    assert states.isfinite().all()
+
+
+@pytest.mark.parametrize("path", ["reference", "portable"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": -1}, "steps must not be negative, got -1"),
+        ({"end": 0}, "got 0"),
+        ({"steps": 12}, "capacity|outside the cache"),
+        ({"token": torch.tensor([0, 37])}, "37"),
+        ({"token": torch.tensor([0, -1])}, "-1"),
+    ],
+)
+def test_bad_arguments(path: str, change: dict[str, Any], message: str) -> None:
+    with running_on(path), pytest.raises((ValueError, IndexError), match=message):
+        lk.draft_greedy(*args_of(torch.float32, **change).values())
