@@ -1,8 +1,9 @@
 """`early_exit_loss` on the CPU: tiles of the vocabulary times chunks of rows, through torch's own matmuls.
 
-A tile of logits lives in one pair of buffers; each row keeps its running maximum m, the sum s of exp(logit - m), and,
-where only the states need a gradient, the sum of exp(logit - m) times the head's rows, rescaled when m grows. That sum
-over s, less the label's row, is the gradient of the row's cross-entropy, so a frozen head is read once, not twice.
+A tile of logits lives in one pair of buffers; each row keeps a shift m, the sum s of exp(logit - m), and, where only the
+states need a gradient, the sum of exp(logit - m) times the head's rows. That sum over s, less the label's row, is the
+gradient of the row's cross-entropy, so a frozen head is read once, not twice. m is the largest logit at some point, and
+moves, which rescales the sums, only where a logit exceeds it by more than `SLACK`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_ref
 
-ROWS, VOCABULARY = 512, 2048  # a tile's fp32 logits, 4 MB, and their 16-bit copy stay in the last-level cache
+# Rows and tokens of a tile. Its fp32 logits, 2 MB, stay in the cache. What a tile adds to is [rows, D] in the forward,
+# which wants many tokens, and in the backward [tokens, D] as well, which wants many rows.
+FORWARD_TILE = (256, 2048)
+BACKWARD_TILE = (512, 1024)
+SLACK = 10.0  # exp(10) is far from overflow, also in fp16, and sums lose nothing
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,8 +33,8 @@ def _spans(size: int, step: int) -> Iterator[slice]:
 class _Tile:
     """One tile's buffers, and the products that fill them; ``narrow`` is in the input's dtype, ``wide`` accumulates."""
 
-    def __init__(self, normed: Tensor, head: Tensor) -> None:
-        size = min(ROWS, normed.shape[0]) * min(VOCABULARY, head.shape[0])
+    def __init__(self, normed: Tensor, head: Tensor, shape: tuple[int, int]) -> None:
+        size = min(shape[0], normed.shape[0]) * min(shape[1], head.shape[0])
         self.wide = normed.new_empty(size, dtype=_wide_dtype(normed.dtype))
         self.same = normed.dtype == self.wide.dtype
         self.narrow = self.wide if self.same else normed.new_empty(size)
@@ -58,41 +63,56 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _Softmax:
-    """Running log-sum-exp of every row over vocabulary tiles, with the label's logit and, on request, the slope."""
+    """Sums of every row over vocabulary tiles, with the label's logit and, on request, the slope."""
 
     def __init__(self, normed: Tensor, head: Tensor, labels: Tensor, with_slope: bool) -> None:
         self.normed, self.head, self.labels = normed, head, labels  # [N R, D], [V, D], [N R]
         wide = _wide_dtype(normed.dtype)
-        self.top = normed.new_full(labels.shape, float("-inf"), dtype=wide)
-        self.sum, self.label_logit = torch.zeros_like(self.top), torch.zeros_like(self.top)
+        self.shift = normed.new_full(labels.shape, float("-inf"), dtype=wide)
+        self.sum, self.label_logit = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
         self.slope = torch.zeros_like(normed, dtype=wide) if with_slope else None
-        tile = _Tile(normed, head)
-        for tokens in _spans(head.shape[0], VOCABULARY):
-            for rows in _spans(normed.shape[0], ROWS):
+        tile = _Tile(normed, head, FORWARD_TILE)
+        for tokens in _spans(head.shape[0], FORWARD_TILE[1]):
+            for rows in _spans(normed.shape[0], FORWARD_TILE[0]):
                 self._visit(tile, rows, tokens)
 
     def _visit(self, tile: _Tile, rows: slice, tokens: slice) -> None:
         head = self.head[tokens]
         logits = tile.logits(self.normed[rows], head)
-        local = self.labels[rows] - tokens.start
-        here = (local >= 0) & (local < head.shape[0])
-        own = logits.gather(1, local.clamp(0, head.shape[0] - 1)[:, None])[:, 0]
-        self.label_logit[rows] = torch.where(here, own.to(self.top.dtype), self.label_logit[rows])
-        top = torch.maximum(self.top[rows], logits.amax(1).to(self.top.dtype))
-        shrink = (self.top[rows] - top).exp_()
-        terms = tile.exp(logits, top)
-        self.sum[rows] = self.sum[rows] * shrink + terms.sum(1)
-        self.top[rows] = top
+        self._keep_label(logits, rows, tokens)
+        self._raise_shift(logits.amax(1).to(self.shift.dtype), rows)
+        terms = tile.exp(logits, self.shift[rows])
+        self.sum[rows] += terms.sum(1)
         if self.slope is not None:
-            self.slope[rows] *= shrink[:, None]
             _accumulate(self.slope[rows], tile.rounded(terms), head)
 
+    def _keep_label(self, logits: Tensor, rows: slice, tokens: slice) -> None:
+        """Note the logit of the label where it lies within the tile."""
+        local = self.labels[rows] - tokens.start
+        here = ((local >= 0) & (local < logits.shape[1])).nonzero()[:, 0]
+        self.label_logit[rows][here] = logits[here, local[here]].to(self.shift.dtype)
+
+    def _raise_shift(self, top: Tensor, rows: slice) -> None:
+        """Move the shift of rows whose largest logit in a tile, ``top``, exceeds it by too much; rescale their sums."""
+        high = (top > self.shift[rows] + SLACK).nonzero()[:, 0]
+        if high.numel():
+            shrink = (self.shift[rows][high] - top[high]).exp_()
+            self.shift[rows][high] = top[high]
+            self.sum[rows][high] *= shrink
+            if self.slope is not None:
+                self.slope[rows][high] *= shrink[:, None]
+
     def logsumexp(self) -> Tensor:
-        return self.top + self.sum.log()
+        return self.shift + self.sum.log()
 
 
 def _normed_rows(hiddens: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    return rms_norm_ref(hiddens.reshape(-1, hiddens.shape[2]), norm_weight, eps)
+    """The normed states, [N R, D], by chunks, as a norm has wide intermediates."""
+    flat = hiddens.reshape(-1, hiddens.shape[2])
+    normed = torch.empty_like(flat)
+    for rows in _spans(flat.shape[0], BACKWARD_TILE[0]):
+        normed[rows] = rms_norm_ref(flat[rows], norm_weight, eps)
+    return normed
 
 
 def early_exit_loss_cpu(
@@ -128,10 +148,10 @@ def _recompute(
     """Gradients of Σ scale · CE to the normed rows [N R, D], wide, and to the head [V, D]."""
     grad = torch.zeros_like(normed, dtype=_wide_dtype(normed.dtype))
     grad_head = torch.empty_like(head) if head_grad else head.new_empty(0)
-    tile = _Tile(normed, head)
-    for tokens in _spans(head.shape[0], VOCABULARY):
+    tile = _Tile(normed, head, BACKWARD_TILE)
+    for tokens in _spans(head.shape[0], BACKWARD_TILE[1]):
         part = torch.zeros_like(head[tokens], dtype=grad.dtype) if head_grad else None
-        for rows in _spans(normed.shape[0], ROWS):
+        for rows in _spans(normed.shape[0], BACKWARD_TILE[0]):
             own, scaled = normed[rows], scale[rows]
             slopes = tile.exp(tile.logits(own, head[tokens]), logsumexp[rows]).mul_(scaled[:, None])
             local = labels[rows] - tokens.start
@@ -160,15 +180,29 @@ def early_exit_loss_backward_cpu(
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's backward; ``slope`` spares the pass over the head where the head needs no gradient."""
-    exits = hiddens.shape[0]
+    exits, rows, width = hiddens.shape
     valid, count = label_counts(labels, ignore_index)
-    scale = (grad * exit_weights.to(grad.dtype) / count)[:, None] * valid  # [N, R]
+    scale = ((grad * exit_weights.to(grad.dtype) / count)[:, None] * valid).reshape(-1)  # [N R]
+    grad_head = head_weight.new_empty(0)
     if head_grad or slope.numel() == 0:
         normed = _normed_rows(hiddens, norm_weight, eps)
-        flat = (labels.repeat(exits), scale.reshape(-1), logsumexp.reshape(-1))
-        grad_normed, grad_head = _recompute(normed, head_weight, *flat, head_grad)
-        grad_normed = grad_normed.view_as(hiddens)
-    else:
-        grad_normed, grad_head = slope * scale[:, :, None], head_weight.new_empty(0)
-    grad_hiddens, grad_norm = rms_norm_gradients(grad_normed, hiddens, norm_weight, eps)
+        flat = (labels.repeat(exits), scale, logsumexp.reshape(-1))
+        slope, grad_head = _recompute(normed, head_weight, *flat, head_grad)
+        scale = torch.ones_like(scale)
+    flat_slope = slope.view(exits * rows, width)
+    grad_hiddens, grad_norm = _norm_backward(flat_slope, scale, hiddens, norm_weight, eps)
     return grad_hiddens, grad_norm, grad_head
+
+
+def _norm_backward(
+    slope: Tensor, scale: Tensor, hiddens: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients through the norm of slope · scale [N R, D], by chunks."""
+    flat = hiddens.reshape(-1, hiddens.shape[2])
+    grad = torch.empty_like(flat)
+    grad_norm = torch.zeros_like(norm_weight, dtype=scale.dtype)
+    wide_weight = norm_weight.to(scale.dtype)  # so that the sum over chunks is wide
+    for rows in _spans(flat.shape[0], BACKWARD_TILE[0]):
+        grad[rows], part = rms_norm_gradients(slope[rows] * scale[rows, None], flat[rows], wide_weight, eps)
+        grad_norm += part
+    return grad.view_as(hiddens), grad_norm.to(norm_weight.dtype)

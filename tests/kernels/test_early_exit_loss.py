@@ -62,8 +62,8 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.fixture(params=["one tile", "many tiles"])
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "many tiles":  # odd sizes, so that the last tile is a short one
-        monkeypatch.setattr(cpu_loss, "ROWS", 5)
-        monkeypatch.setattr(cpu_loss, "VOCABULARY", 17)
+        monkeypatch.setattr(cpu_loss, "FORWARD_TILE", (5, 17))
+        monkeypatch.setattr(cpu_loss, "BACKWARD_TILE", (7, 13))
     return str(request.param)
 
 
@@ -196,8 +196,21 @@ def test_no_tensor_of_rows_times_vocabulary_is_made() -> None:
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         lk.early_exit_loss(**inputs).loss.backward()
     largest = max(event.cpu_memory_usage for event in profile.function_events)
-    assert largest <= cpu_loss.ROWS * cpu_loss.VOCABULARY * 4
-    assert cpu_loss.ROWS * cpu_loss.VOCABULARY < 600 * 30_000 / 4
+    tile = 4 * max(rows * tokens for rows, tokens in (cpu_loss.FORWARD_TILE, cpu_loss.BACKWARD_TILE))
+    assert tile < 600 * 30_000
+    assert largest <= tile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_that_grow_along_the_vocabulary(dtype: torch.dtype, tiling: str) -> None:
+    """The shift has to move, more than once, and by more than exp could take."""
+    inputs = make(1, 6, 8, 100, dtype)
+    inputs["head_weight"] = torch.linspace(-60, 60, 100)[:, None].expand(100, 8).to(dtype).contiguous() / 8
+    inputs["hiddens"] = inputs["hiddens"].abs()
+    loss, _, expected = truth(inputs)
+    actual, _, grads = run(inputs, frozen=("head_weight",))
+    assert_near(actual, loss, dtype)
+    assert_near(grads["hiddens"], expected[0], dtype)
 
 
 WRONG = {
