@@ -151,7 +151,8 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 
 def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *reference.rms_norm_gradients(grad, *ctx.saved_tensors, ctx.scalars[0]), None
+    x, weight = ctx.saved_tensors
+    return *reference.rms_norm_gradients(grad, x, weight, ctx.scalars[0]), None
 
 
 def _linear_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
