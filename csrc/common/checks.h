@@ -46,8 +46,8 @@ template <class T>
 T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.scalar_type() == scalar_type<T>(), name, " has an unexpected dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(),
-                  ", expected ", shape.size());
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
+                  shape.size());
   const auto sizes = tensor.sizes();
   size_t dim = 0;
   for (int64_t size : shape) {

@@ -7,7 +7,7 @@ namespace lsk {
 
 template <class T>
 struct AttentionStep {
-  const T* q;  // [B, M, H, C]
+  const T* q;                  // [B, M, H, C]
   const T *k_cache, *v_cache;  // [B, G, T, C]
   const int64_t* seq_lens;     // [B]
   int64_t batch, rows, heads, groups, capacity, size;
@@ -43,8 +43,7 @@ struct AttentionStep {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t head = row % heads, m = row / heads % rows, sequence = row / heads / rows;
       const int64_t group = head / ratio();
-      const float* own =
-          partial + (((sequence * groups + group) * rows + m) * ratio() + head % ratio()) * (2 + size);
+      const float* own = partial + (((sequence * groups + group) * rows + m) * ratio() + head % ratio()) * (2 + size);
       table.combine(own, split_size(), (seq_lens[sequence] + m) / kSplit + 1, size, out + row * size);
     }
   }
@@ -53,7 +52,7 @@ struct AttentionStep {
 // Rotates queries into `q_out` and keys into the cache, copies values there; norms of q and k where given.
 template <class T>
 struct RopeStep {
-  const T *q, *k, *v;       // [B, M, H, C], [B, M, G, C] twice
+  const T *q, *k, *v;        // [B, M, H, C], [B, M, G, C] twice
   const T *q_norm, *k_norm;  // [C] or null
   const float *cos, *sin;    // [T, C/2]
   T *q_out, *k_cache, *v_cache;

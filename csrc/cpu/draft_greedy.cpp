@@ -42,12 +42,12 @@ struct Draft {
   }
 };
 
-std::tuple<Tensor, Tensor> draft_greedy(const Tensor& token_in, const Tensor& embedding, const std::vector<Tensor>& weights,
-                                        const Tensor& k_cache, const Tensor& v_cache, const Tensor& cos,
-                                        const Tensor& sin, const Tensor& seq_lens, int64_t end,
-                                        const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t steps,
-                                        bool extend, const std::optional<Tensor>& token_map,
-                                        const std::optional<Tensor>& scale) {
+std::tuple<Tensor, Tensor> draft_greedy(const Tensor& token_in, const Tensor& embedding,
+                                        const std::vector<Tensor>& weights, const Tensor& k_cache,
+                                        const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
+                                        const Tensor& seq_lens, int64_t end, const Tensor& norm_weight,
+                                        const Tensor& head_weight, double eps, int64_t steps, bool extend,
+                                        const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale) {
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocabulary = embedding.size(0), width = embedding.size(1);
   const int64_t rows = steps + (extend ? 1 : 0);
@@ -64,8 +64,14 @@ std::tuple<Tensor, Tensor> draft_greedy(const Tensor& token_in, const Tensor& em
     STD_TORCH_CHECK(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocabulary);
   std::vector<int64_t> current(first, first + batch), advanced(lengths, lengths + batch);
   with_float_type(embedding.scalar_type(), [&]<class T>(T*) {
-    const Draft<T> draft{data<T>(embedding, "embedding", {vocabulary, width}), vocabulary, batch, width, steps, rows,
-                         static_cast<int64_t*>(tokens.data_ptr()), static_cast<T*>(states.data_ptr())};
+    const Draft<T> draft{data<T>(embedding, "embedding", {vocabulary, width}),
+                         vocabulary,
+                         batch,
+                         width,
+                         steps,
+                         rows,
+                         static_cast<int64_t*>(tokens.data_ptr()),
+                         static_cast<T*>(states.data_ptr())};
     Forward<T> forward(shape, cos, sin, eps);
     draft.run(forward, stack.layers<T>(shape), ExitHead<T>(norm_weight, head_weight, width, eps, token_map, scale),
               current.data(), advanced.data());

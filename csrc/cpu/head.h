@@ -24,7 +24,8 @@ struct HeadOutputs {
   float *logit, *logsumexp;
 };
 
-inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, const int64_t* token_map, HeadOutputs out) {
+inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, const int64_t* token_map,
+                    HeadOutputs out) {
   for (int64_t r = 0; r < rows; ++r) {
     HeadPartial best = partials[r];
     for (int64_t t = 1; t < tiles; ++t) {

@@ -24,8 +24,8 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, float*
   *sum_out = total(sum);
 }
 
-// out[h][c..c + 16 COLUMNS) = sum over t of numerators[h][t] * values[t] for HEADS query heads; the last sixteen columns
-// may be fewer. Every sum has a register of its own, enough of them to hide each other's latency.
+// out[h][c..c + 16 COLUMNS) = sum over t of numerators[h][t] * values[t] for HEADS query heads; the last sixteen
+// columns may be fewer. Every sum has a register of its own, enough of them to hide each other's latency.
 template <class T, int HEADS, int COLUMNS>
 inline void weigh_columns(const float* const* numerators, const T* values, int64_t count, int64_t size, int64_t c,
                           float* const* out) {
@@ -36,7 +36,8 @@ inline void weigh_columns(const float* const* numerators, const T* values, int64
   for (int64_t t = 0; t < count; ++t) {
     const T* row = values + t * size + c;
     F16 lanes[COLUMNS];
-    for (int i = 0; i < COLUMNS; ++i) lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
+    for (int i = 0; i < COLUMNS; ++i)
+      lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
     for (int h = 0; h < HEADS; ++h) {
       const F16 weight = splat(numerators[h][t]);
       for (int i = 0; i < COLUMNS; ++i) sums[h][i] = fma(lanes[i], weight, sums[h][i]);

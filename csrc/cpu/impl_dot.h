@@ -4,10 +4,10 @@
 // Each product of a weight row and an activation row is summed in one register over the width, whatever the blocking
 // around it, so a row's bits never depend on how many rows travel with it.
 
-constexpr int kQuad = 4;          // weight rows in registers
-constexpr int64_t kTile = 64;     // weight rows of one tile of results
-constexpr int64_t kMaxRows = 48;  // activation rows of one tile of results
-constexpr int64_t kAhead = 12288; // bytes between prefetch and use, at least; 8 and 16 KiB are slower on Zen 5
+constexpr int kQuad = 4;           // weight rows in registers
+constexpr int64_t kTile = 64;      // weight rows of one tile of results
+constexpr int64_t kMaxRows = 48;   // activation rows of one tile of results
+constexpr int64_t kAhead = 12288;  // bytes between prefetch and use, at least; 8 and 16 KiB are slower on Zen 5
 
 // How W is multiplied: with fp32 activations, sixteen at a time.
 template <class W>
@@ -107,7 +107,8 @@ inline void dot_tile(const W* weight, int64_t pitch, int64_t count, const typena
     const W* quad[kQuad];
     for (int64_t i = 0; i < kQuad; ++i) quad[i] = weight + (n + i < count ? n + i : count - 1) * pitch;
     const int64_t at = n / kQuad * quad_bytes + ahead;
-    const char* lines = at < bytes ? reinterpret_cast<const char*>(weight) + at : static_cast<const char*>(next) + at - bytes;
+    const char* lines =
+        at < bytes ? reinterpret_cast<const char*>(weight) + at : static_cast<const char*>(next) + at - bytes;
     for (int64_t block = 0, m = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
       dot_rows<W>(static_cast<int>(end - m), quad, x + m * stride, stride, width, lines, tile + m * kTile + n);

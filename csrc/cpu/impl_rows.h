@@ -63,7 +63,8 @@ void pack_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
 
 template <class T, class X>
 void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, void* packed) {
-  for (int64_t r = 0; r < rows; ++r) pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * padded(width));
+  for (int64_t r = 0; r < rows; ++r)
+    pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * padded(width));
 }
 
 // Runs body(first weight row, rows of the tile, first activation row, its count, packed activations).

@@ -2,6 +2,14 @@
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    pack<T, typename Dot<T>::X>, pack<T, float>, rms_norm<T>, linear<T>, swiglu<T>, head<T>, head<int8_t>, rope<T>,
-    attend<T>,                   combine<T>,
+    pack<T, typename Dot<T>::X>,
+    pack<T, float>,
+    rms_norm<T>,
+    linear<T>,
+    swiglu<T>,
+    head<T>,
+    head<int8_t>,
+    rope<T>,
+    attend<T>,
+    combine<T>,
 };

@@ -10,7 +10,7 @@
 
 namespace lsk {
 
-#define LSK_DECLARE(isa)                      \
+#define LSK_DECLARE(isa)                       \
   extern const Kernels<float> k_##isa##_float; \
   extern const Kernels<bf16> k_##isa##_bf16;   \
   extern const Kernels<f16> k_##isa##_f16;
@@ -32,16 +32,17 @@ struct Isa {
   const Kernels<f16>& h16;
 };
 
-#define LSK_ISA(isa, available) {#isa, []() -> bool { return available; }, k_##isa##_float, k_##isa##_bf16, k_##isa##_f16}
+#define LSK_ISA(isa, available) \
+  {#isa, []() -> bool { return available; }, k_##isa##_float, k_##isa##_bf16, k_##isa##_f16}
 
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
 #define LSK_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-#define LSK_AVX512                                                                  \
+#define LSK_AVX512                                                                        \
   (LSK_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    LSK_ISA(avx512_bf16, LSK_AVX512 && __builtin_cpu_supports("avx512bf16")),
+    LSK_ISA(avx512_bf16, LSK_AVX512&& __builtin_cpu_supports("avx512bf16")),
     LSK_ISA(avx512, LSK_AVX512),
     LSK_ISA(avx2, LSK_AVX2),
 #endif

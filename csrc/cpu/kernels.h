@@ -7,9 +7,9 @@
 
 namespace lsk {
 
-constexpr int64_t kPad = 32;    // rows of packed activations are zero-padded to a multiple of this
-constexpr int64_t kSplit = 64;  // positions of one attention split; fixed, so that a row's bits don't depend on M
-constexpr int64_t kHeadTiles = 128; // parts of a vocabulary; fixed, so that a sum's order doesn't depend on the team
+constexpr int64_t kPad = 32;         // rows of packed activations are zero-padded to a multiple of this
+constexpr int64_t kSplit = 64;       // positions of one attention split; fixed, so that a row's bits don't depend on M
+constexpr int64_t kHeadTiles = 128;  // parts of a vocabulary; fixed, so that a sum's order doesn't depend on the team
 
 inline int64_t padded(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
 
@@ -55,20 +55,20 @@ struct HeadArgs {
 
 template <class T>
 struct RopeArgs {
-  const T* norm;            // [C] or null
-  const float *cos, *sin;   // [C/2], of this position
-  int64_t size;             // C
+  const T* norm;           // [C] or null
+  const float *cos, *sin;  // [C/2], of this position
+  int64_t size;            // C
   float eps;
 };
 
 template <class T>
 struct AttentionArgs {
-  const T* q;                // [M, H, C] of one sequence
-  const T *keys, *values;    // [T, C] of one key/value head
-  int64_t length;            // positions before this step
-  int64_t rows, heads, size; // M, H, C
-  int64_t group, ratio;      // which key/value head; query heads per key/value head
-  float* partial;            // [M, ratio, 2 + C]: max, sum, weighted values of this split
+  const T* q;                 // [M, H, C] of one sequence
+  const T *keys, *values;     // [T, C] of one key/value head
+  int64_t length;             // positions before this step
+  int64_t rows, heads, size;  // M, H, C
+  int64_t group, ratio;       // which key/value head; query heads per key/value head
+  float* partial;             // [M, ratio, 2 + C]: max, sum, weighted values of this split
 };
 
 // Everything that is compiled per instruction set, for one storage type.
