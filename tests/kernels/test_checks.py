@@ -222,7 +222,7 @@ def test_strides(op: str, name: str) -> None:
 )
 def test_devices(op: str, name: str) -> None:
     args = changed(op, name, lambda tensor: tensor.to("meta"))
-    with pytest.raises(ValueError, match=rf"{name} is on meta, .* on cpu"):
+    with pytest.raises(ValueError, match=rf"{name} is on meta, .* on cpu|is on cpu, the first argument on meta"):
         getattr(lk, op)(*args.values())
 
 
