@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layerskip._files import write_atomically
 from rich.progress import track
 
 import layerskip_kernels as lk
-from layerskip._files import write_atomically
 
 EVICTION_BYTES = 96 * 2**20  # more than a last-level cache, so that weights come from memory, as while decoding
 
@@ -69,7 +69,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
+        model = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
+        )
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),

@@ -50,7 +50,9 @@ def exit_head(bandwidth: float, repeats: int) -> Iterator[Result]:
         yield Result(f"exit_head {shape} R={ROWS} over R=1", more, "x", "<= 1.35", more <= 1.35)
         reduced = int8.median / full.median
         goal = "<= 0.12" if vocabulary == HEADS[0][0] else ""
-        yield Result(f"int8 head of {DRAFT_ROWS} rows over {shape}", reduced, "x", goal, reduced <= 0.12 if goal else None)
+        yield Result(
+            f"int8 head of {DRAFT_ROWS} rows over {shape}", reduced, "x", goal, reduced <= 0.12 if goal else None
+        )
 
 
 def linear(bandwidth: float, repeats: int) -> Iterator[Result]:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from layerskip.training import (
     AllExits,
     GradualCurriculum,
@@ -75,7 +74,12 @@ def test_random_exits_are_the_same_again_and_all_come_up() -> None:
 
 
 def test_the_full_depth_is_always_enabled() -> None:
-    for curriculum in (AllExits(6, [2]), RandomExits(6, [2, 6], 1), RotationalCurriculum(6, 2), GradualCurriculum(6, 9)):
+    for curriculum in (
+        AllExits(6, [2]),
+        RandomExits(6, [2, 6], 1),
+        RotationalCurriculum(6, 2),
+        GradualCurriculum(6, 9),
+    ):
         assert all(curriculum.enabled(t)[-1] == 6 for t in range(12))
 
 
