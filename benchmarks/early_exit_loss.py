@@ -2,7 +2,7 @@
 
     python -m benchmarks.early_exit_loss [--quick] [--dtype bfloat16] [--threads 2] [--json FILE]
 
-torch's side is what a training script does: norm, one linear for each exit, `F.cross_entropy` in the logits' own dtype,
+torch's side is what transformers does: norm, one linear for each exit, `F.cross_entropy` on its logits in fp32,
 weighted sum, backward. Rounds alternate between the two, medians are reported. Memory is the peak of what the allocator
 holds above the start, less the gradients, which both must return.
 """
@@ -55,8 +55,8 @@ def fused(hiddens: Tensor, norm: Tensor, head: Tensor, labels: Tensor, weights: 
 
 def materialised(hiddens: Tensor, norm: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     normed = F.rms_norm(hiddens, norm.shape, norm, EPS)
-    losses = [F.cross_entropy(F.linear(one, head), labels) for one in normed]
-    return (torch.stack(losses).float() * weights).sum()
+    losses = [F.cross_entropy(F.linear(one, head).float(), labels) for one in normed]
+    return (torch.stack(losses) * weights).sum()
 
 
 def step(loss: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> float:

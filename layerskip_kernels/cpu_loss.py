@@ -1,9 +1,9 @@
 """`early_exit_loss` on the CPU: tiles of the vocabulary times chunks of rows, through torch's own matmuls.
 
-A tile of logits lives in one pair of buffers; each row keeps a shift m, the sum s of exp(logit - m), and, where only the
-states need a gradient, the sum of exp(logit - m) times the head's rows. That sum over s, less the label's row, is the
-gradient of the row's cross-entropy, so a frozen head is read once, not twice. m is the largest logit at some point, and
-moves, which rescales the sums, only where a logit exceeds it by more than `SLACK`.
+A tile of logits lives in one pair of buffers; each row keeps a shift m, the sum s of exp(logit - m), and, where only
+the states need a gradient, the sum of exp(logit - m) times the head's rows. That sum over s, less the label's row, is
+the gradient of the row's cross-entropy, so a frozen head is read once, not twice. m is the largest logit at some point,
+and moves, which rescales the sums, only where a logit exceeds it by more than `SLACK`.
 """
 
 from __future__ import annotations

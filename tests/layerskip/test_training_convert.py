@@ -72,7 +72,7 @@ def test_report_gives_each_exits_choices() -> None:
 
 
 def test_dropping_a_layer_for_a_sample_is_running_the_rest_without_it() -> None:
-    model, ids, labels = model_and_batch(batch=4)
+    model, ids, _ = model_and_batch(batch=4)
     dropout = LayerDropout([0.5] * LAYERS, seed=1)
     kept = dropout.draw(0, 4)
     assert 0 < int((~kept).sum()) < kept.numel()
@@ -118,7 +118,7 @@ def test_everything_dropped_leaves_the_embedding() -> None:
 
 
 def test_revert_leaves_the_model_as_it_was() -> None:
-    model, ids, labels = model_and_batch()
+    model, ids, _ = model_and_batch()
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
     keys, logits = list(model.state_dict()), model(ids).logits
     convert(model, LayerDropout([0.1] * LAYERS))

@@ -37,7 +37,7 @@ def test_time_scale_by_hand() -> None:
 
 
 def test_paper_weights_by_hand() -> None:
-    # L = 4, scale 0.5: e(0) = 0, e(1) = 0.5, e(2) = 0.5 (1 + 2) = 1.5, e(3) = 3 + 0.5 (1 + 2) = 4.5; exit E is l = E - 1
+    # L = 4, scale 0.5, l = E - 1: e(0) = 0, e(1) = 0.5, e(2) = 0.5 (1 + 2) = 1.5, e(3) = 3 + 0.5 (1 + 2) = 4.5
     expected = torch.tensor([0, 0.5, 1.5, 4.5]) / 6.5
     torch.testing.assert_close(early_exit_weights([1, 2, 3, 4], 4, "paper", 0.5), expected)
     torch.testing.assert_close(early_exit_weights([4, 2], 4, "paper", 0.5), torch.tensor([0.9, 0.1]))

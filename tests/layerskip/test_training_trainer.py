@@ -107,7 +107,8 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_exits(tmp_path: Path)
     for step, line in enumerate(entry for entry in run.state.log_history if "loss" in entry):
         exits = run.plan.curriculum.enabled(step)
         expected = sum(
-            weight * line[f"exit_loss/{e}"] for weight, e in zip(early_exit_weights(exits, LAYERS).tolist(), exits, strict=True)
+            weight * line[f"exit_loss/{e}"]
+            for weight, e in zip(early_exit_weights(exits, LAYERS).tolist(), exits, strict=True)
         )
         assert line["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -130,30 +131,40 @@ def test_revert_gives_back_an_ordinary_model(tmp_path: Path) -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
-FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", [{}, FSDP], ids=["DDP", "FSDP"])
-def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path, sharding: dict) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "wrapper"), [({}, "DistributedDataParallel"), (FSDP, "FSDPLlamaForCausalLM")], ids=["DDP", "FSDP"]
+)
+def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path, sharding: dict, wrapper: str) -> None:
     one = trainer(tmp_path / "one", steps=6, dropout=0, per_device_train_batch_size=8, save_strategy="no")
     one.train()
     finished = launch(2, output=str(tmp_path / "two"), steps=6, dropout=0, save_strategy="no", **sharding)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    two = json.loads((tmp_path / "two" / "losses.json").read_text())
-    assert two == pytest.approx(losses(one), abs=TOLERANCES["two processes"])
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert two["wrapper"] == wrapper
+    assert two["losses"] == pytest.approx(losses(one), abs=TOLERANCES["two processes"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [{}, FSDP], ids=["DDP", "FSDP"])
 def test_ranks_that_drop_different_layers_do_not_hang_and_checkpoints_resume(tmp_path: Path, sharding: dict) -> None:
-    options = {"steps": 4, "dropout": 0.9, "differ": True, "per_device_train_batch_size": 1, "save_steps": 2, **sharding}
+    options = {
+        "steps": 4,
+        "dropout": 0.9,
+        "differ": True,
+        "per_device_train_batch_size": 1,
+        "save_steps": 2,
+        **sharding,
+    }
     finished = launch(2, output=str(tmp_path / "two"), **options)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    whole = json.loads((tmp_path / "two" / "losses.json").read_text())
+    whole = json.loads((tmp_path / "two" / "result.json").read_text())
     resumed = launch(2, output=str(tmp_path / "two"), resume=str(tmp_path / "two" / "checkpoint-2"), **options)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "losses.json").read_text()) == whole
+    assert json.loads((tmp_path / "two" / "result.json").read_text()) == whole
 
 
 def launch(processes: int, **options: object) -> subprocess.CompletedProcess:

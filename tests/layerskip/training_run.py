@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import VOCABULARY, tiny_model
-from transformers import TrainingArguments
-
+from helpers import tiny_model
 from layerskip.training import Collator, LayerDropout, RandomExits, layer_dropout_rates
 from layerskip.training.trainer import LayerSkipTrainer, Plan
+from transformers import TrainingArguments
 
 LAYERS = 4
 
@@ -37,7 +36,9 @@ def trainer(output: Path | str, steps: int = 20, lora: bool = False, dropout: fl
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1))
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)
+        )
     arguments = {
         "per_device_train_batch_size": 4, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "max_steps": steps,
         "logging_steps": 1, "save_strategy": "steps", "save_steps": 10, "report_to": [], "disable_tqdm": True,
@@ -64,7 +65,7 @@ def losses(run: Any) -> list[float]:
 
 
 def main(options: dict[str, Any]) -> None:
-    """Run, and leave ``losses.json``; ``kill_at`` ends the process in the middle of writing that step's checkpoint.
+    """Run, and leave ``result.json``; ``kill_at`` ends the process in the middle of writing that step's checkpoint.
 
     ``differ`` makes every rank draw its own layer dropout, which the library never does.
     """
@@ -85,7 +86,9 @@ def main(options: dict[str, Any]) -> None:
         run.plan.dropout.draw = lambda step, size, micro, device: draw(step, size, 7 * run.args.process_index, device)
     run.train(resume_from_checkpoint=resume)
     if run.args.process_index == 0:
-        (Path(options["output"]) / "losses.json").write_text(json.dumps(losses(run)))
+        result = {"losses": losses(run), "wrapper": type(run.model_wrapped).__name__}
+        (Path(options["output"]) / "result.json").write_text(json.dumps(result))
+    run.accelerator.end_training()  # without it gloo's threads may abort the exit
 
 
 if __name__ == "__main__":

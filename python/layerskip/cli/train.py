@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _overrides(pairs: list[str]) -> dict[str, Any]:
     import yaml
 
-    values = {}
+    values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
@@ -67,4 +67,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
         paths = runs.save_result(trainer, recipe)
         written = ", ".join(str(path) for path in paths)
         console.print(f"trained in {time.perf_counter() - start:.0f} s; wrote {written}")
+    trainer.accelerator.end_training()  # leaves the process group, without which gloo may abort at exit
     return 0

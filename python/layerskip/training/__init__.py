@@ -5,6 +5,7 @@ from .dataset import Collator, LengthBuckets, encode, read_pairs
 from .dropout import LayerDropout, apply_to_rows, dropout_scale, layer_dropout_rates
 from .exits import AllExits, Curriculum, GradualCurriculum, RandomExits, RotationalCurriculum, early_exit_weights
 from .loss import EarlyExitLoss, ExitLosses
+from .survey import ExitSurvey, survey_exits
 
 __all__ = [
     "AllExits",
@@ -13,6 +14,7 @@ __all__ = [
     "Curriculum",
     "EarlyExitLoss",
     "ExitLosses",
+    "ExitSurvey",
     "GradualCurriculum",
     "LayerDropout",
     "LengthBuckets",
@@ -26,4 +28,5 @@ __all__ = [
     "layer_dropout_rates",
     "read_pairs",
     "revert",
+    "survey_exits",
 ]

@@ -1,0 +1,117 @@
+"""How good every layer's exit is on text that the model itself writes: what a choice of E rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import layerskip_kernels
+
+from .convert import convert, revert
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class ExitSurvey:
+    """Choices of every exit on the same positions.
+
+    ``tokens`` [L, R]: row l is what the exit after l + 1 layers would write at each position; the last row is what the
+    model writes. ``confidence`` [L, R]: the probability that the exit gives to its choice. ``lengths``: how many of the
+    R positions each text has, in order.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def agrees(self) -> Tensor:
+        """Where an exit's choice is the full depth's, [L, R]."""
+        return self.tokens == self.tokens[-1]
+
+    def agreement(self) -> list[float]:
+        """Share of positions where each exit agrees with the full depth."""
+        return self.agrees.double().mean(1).tolist()
+
+    def mean_confidence(self) -> list[float]:
+        """Mean probability of each exit's choice."""
+        return self.confidence.double().mean(1).tolist()
+
+    def reliability(self, exit_layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `BINS` equal bins of confidence: positions, mean confidence, agreement; NaN where a bin is empty."""
+        confidence, agrees = self.confidence[exit_layer - 1].double(), self.agrees[exit_layer - 1].double()
+        bins = (confidence * BINS).long().clamp(0, BINS - 1)
+        count = torch.bincount(bins, minlength=BINS).double()
+        sums = (torch.bincount(bins, weights=values, minlength=BINS) for values in (confidence, agrees))
+        mean_confidence, agreement = (total / count for total in sums)
+        return count, mean_confidence, agreement
+
+    def calibration_error(self, exit_layer: int) -> float:
+        """Expected calibration error (Guo et al. 2017): Σ share of bin · |confidence - agreement| in it."""
+        count, confidence, agreement = self.reliability(exit_layer)
+        return float(((confidence - agreement).abs().nan_to_num(0) * count).sum() / count.sum())
+
+    def tokens_per_round(self, exit_layer: int, drafts: int) -> float:
+        """Mean tokens that a round emits which drafts ``drafts`` tokens at an exit: the accepted ones and one more.
+
+        On the model's own text an exit drafts just what is counted here, as long as it agrees.
+        """
+        rounds = emitted = 0
+        for agrees in self.agrees[exit_layer - 1].split(self.lengths):
+            position, flags = 0, agrees.tolist()
+            while position < len(flags):
+                accepted = 0
+                while accepted < min(drafts, len(flags) - position - 1) and flags[position + accepted]:
+                    accepted += 1
+                position, rounds, emitted = position + accepted + 1, rounds + 1, emitted + accepted + 1
+        return emitted / rounds
+
+    def speedup_bound(self, exit_layer: int, drafts: int) -> float:
+        """Tokens a round, per cost of it in full passes: (K + 1) · E / L for the drafts, (L - E) / L to verify.
+
+        Heads, and that several rows cost more than one, are left out, so no decoder gets more.
+        """
+        layers = self.tokens.shape[0]
+        cost = ((drafts + 1) * exit_layer + layers - exit_layer) / layers
+        return self.tokens_per_round(exit_layer, drafts) / cost
+
+
+@torch.no_grad()
+def survey_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitSurvey:
+    """Ask every exit at every position of the continuations.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal LM that `convert` takes; it is given back as it was.
+    texts : iterable of (Tensor [S], int)
+        Token ids, and how many of them are the prompt, of which the rest is the greedy continuation.
+
+    Raises
+    ------
+    ValueError
+        If no text has a continuation.
+    """
+    conversion = convert(model)
+    exits = tuple(range(1, len(conversion.layers) + 1))
+    tokens, confidence = [], []
+    try:
+        for ids, prompt in texts:
+            if len(ids) <= prompt:
+                continue
+            states = conversion.states(exits, input_ids=ids[None, :-1].to(model.device))
+            hiddens = torch.stack([state[0, prompt - 1 :] for state in states])  # [L, R, D]
+            norm, head = conversion.loss.weights(hiddens.dtype)
+            out = layerskip_kernels.exit_head(hiddens.flatten(0, 1), norm, head, conversion.loss.eps)
+            tokens.append(out.token.view(len(exits), -1))
+            confidence.append((out.logit - out.logsumexp).exp().view(len(exits), -1))
+    finally:
+        revert(model)
+    if not tokens:
+        raise ValueError("there is no continuation to look at")
+    return ExitSurvey(torch.cat(tokens, 1), torch.cat(confidence, 1), tuple(part.shape[1] for part in tokens))

@@ -1,0 +1,182 @@
+"""Recipes, data files, encoding and batches, and the commands on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import save_tiny, tiny_tokenizer
+from layerskip.cli import main
+from layerskip.training import (
+    Collator,
+    ExitSurvey,
+    GradualCurriculum,
+    LengthBuckets,
+    RotationalCurriculum,
+    encode,
+    read_pairs,
+)
+from layerskip.training.recipe import make_recipe, read_recipe
+
+WRONG_RECIPES = {
+    "a key that is nearly one": ({"learning_rat": 1}, "unknown key 'learning_rat', did you mean 'learning_rate'"),
+    "a key of the dropout": (
+        {"layer_dropout": {"maximum": 0.1}},
+        "layer_dropout: unknown key 'maximum', did you mean 'max'",
+    ),
+    "a dropout that is no mapping": ({"layer_dropout": 0.1}, "must be a mapping"),
+    "text for a number": ({"batch_size": "24"}, "batch_size is '24', expected int"),
+    "a bool for a number": ({"batch_size": True}, "batch_size is True"),
+    "a list of texts for exits": ({"exit_layers": ["3"]}, r"exit_layers is \['3'\]"),
+    "an unknown method": ({"method": "qlora"}, "method is 'qlora', expected one of full, lora"),
+    "an unknown curriculum": ({"curriculum": "spiral"}, "curriculum is 'spiral'"),
+    "unknown weights": ({"exit_weights": "cubic"}, "exit_weights is 'cubic'"),
+    "a batch of none": ({"batch_size": 0}, "batch_size must be above 0, got 0"),
+    "no steps": ({"steps": 0}, "steps must be at least 1, got 0"),
+    "no task": ({"tasks": []}, "tasks is empty"),
+    "an unknown time scale": ({"layer_dropout": {"scale": "cubic"}}, "layer_dropout.scale is 'cubic'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RECIPES)
+def test_wrong_recipes(case: str) -> None:
+    values, message = WRONG_RECIPES[case]
+    with pytest.raises(ValueError, match=message):
+        make_recipe(values)
+
+
+def test_a_recipe_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning_rate: 1\nexit_layers: [3, 4]\nlayer_dropout: {max: 0.1, kind: [0.0, 0.1]}\nsteps: 7\n")
+    recipe = read_recipe(path, {"steps": 9})
+    assert (recipe.learning_rate, recipe.exit_layers, recipe.steps) == (1.0, [3, 4], 9)
+    assert recipe.layer_dropout.kind == [0.0, 0.1]
+    path.write_text("- a list")
+    with pytest.raises(ValueError, match=r"recipe\.yaml must hold keys and values"):
+        read_recipe(path)
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="not YAML"):
+        read_recipe(path)
+
+
+def test_what_a_recipe_makes() -> None:
+    assert isinstance(make_recipe({"curriculum": "gradual"}).make_curriculum(4, 9), GradualCurriculum)
+    rotational = make_recipe({"curriculum": "rotational", "rotate_every": 2}).make_curriculum(4, 9)
+    assert isinstance(rotational, RotationalCurriculum)
+    assert rotational.interval == 2
+    assert make_recipe({}).make_dropout(4, 9) is None
+    assert make_recipe({"layer_dropout": {"max": 0.2}}).make_dropout(3, 9).rates[-1] == 0.2
+    with pytest.raises(ValueError, match="exit layer 9"):
+        make_recipe({"exit_layers": [9], "exits_per_step": 1}).check_exits(4)
+
+
+def test_a_broken_line_of_a_data_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    good = json.dumps({"prompt": "w3", "completion": "w4"})
+    path.write_text(f"{good}\n\n{good[:-2]}\n")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:3: not JSON"):
+        read_pairs(path)
+    path.write_text(f'{good}\n{{"prompt": "w3"}}\n')
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: expected an object"):
+        read_pairs(path)
+
+
+def test_encoding_labels_the_completion_and_the_end() -> None:
+    tokenizer = tiny_tokenizer()
+    [pair] = encode(tokenizer, [{"prompt": "w5 w6", "completion": "w7 w8"}])
+    assert pair == {"input_ids": [5, 6, 7, 8, 1], "labels": [-100, -100, 7, 8, 1]}
+    [pair] = encode(tokenizer, [SimpleNamespace(prompt="", completion="w7 w8")])
+    assert pair == {"input_ids": [7, 8, 1], "labels": [7, 8, 1]}
+    kept = encode(tokenizer, [{"prompt": "w5 w6 w7", "completion": "w8"}, {"prompt": "w5", "completion": "w8"}], 3)
+    assert [pair["input_ids"] for pair in kept] == [[5, 8, 1]]
+    with pytest.raises(ValueError, match="none of 1 examples has a completion within 2 tokens"):
+        encode(tokenizer, [{"prompt": "w5 w6", "completion": "w8"}], 2)
+    with pytest.raises(ValueError, match="example 0 has no text 'completion'"):
+        encode(tokenizer, [{"prompt": "w5"}])
+
+
+def test_batches_are_padded_on_the_right_without_labels() -> None:
+    batch = Collator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+
+
+def test_buckets_visit_everything_once_and_keep_lengths_together() -> None:
+    lengths = [(37 * index) % 90 + 1 for index in range(203)]
+    buckets = LengthBuckets(lengths, batch_size=4, seed=1)
+    first = list(buckets)
+    assert sorted(first) == list(range(203))
+    batches = [[lengths[index] for index in first[begin : begin + 4]] for begin in range(0, 200, 4)]
+    assert max(max(batch) - min(batch) for batch in batches) <= 4
+    assert first == list(LengthBuckets(lengths, 4, 1))
+    buckets.set_epoch(1)
+    assert first != list(buckets)
+
+
+def pairs_file(path: Path) -> Path:
+    lines = [{"prompt": f"w{3 + i % 40} w2", "completion": f"w{4 + i % 40} w{5 + i % 40}"} for i in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_train_command_writes_a_model_that_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None, method: str
+) -> None:
+    from layerskip.models import load
+
+    model, output = save_tiny(tmp_path / "base"), tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\ntasks: [{pairs_file(tmp_path / 'pairs.jsonl')}]\nmethod: {method}\nlora_rank: 4\nsteps: 6\n"
+        f"batch_size: 8\nexit_layers: [1, 2]\nsave_every: 3\nlog_every: 2\noutput: {output}\n"
+        "layer_dropout: {max: 0.2}\n"
+    )
+    assert main(["train", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert "step 6/6" in shown
+    assert "accuracy/agreement by exit" in shown
+    trained, _ = load(output / "model")
+    before, _ = load(model)
+    same = [name for name, value in trained.named_parameters() if torch.equal(value, before.get_parameter(name))]
+    frozen = ("embed_tokens", "lm_head", "norm")  # norms are trained in full, but six small steps vanish in bf16
+    assert all(any(part in name for part in frozen) for name in same)
+    assert (output / "adapter" / "adapter_model.safetensors").exists() == (method == "lora")
+    assert main(["train", str(recipe), "--resume", "--set", "steps=6"]) == 0
+    assert main(["train", str(recipe), "--resume", "--set", "seed=3"]) == 2
+    assert "was trained with" in capsys.readouterr().err
+
+
+def test_the_train_command_on_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--set", "stepz=3"]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+    assert main(["train", "--set", "steps"]) == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
+    assert main(["train", "--resume", "--set", f"output={tmp_path}"]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+    assert main(["train", "--set", "tasks=[knitting]"]) == 2
+    assert "task 'knitting'" in capsys.readouterr().err
+
+
+def test_the_exits_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w3 w4\nw5\n")
+    model = save_tiny(tmp_path / "base")
+    arguments = ["--prompts", str(prompts), "--max-new-tokens", "8", "--dtype", "float32", "--out", str(tmp_path / "e")]
+    assert main(["exits", "--model", str(model), *arguments]) == 0
+    assert "exit layer" in capsys.readouterr().out
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_survey_by_hand() -> None:
+    tokens = torch.tensor([[1, 2, 9, 4, 5], [1, 2, 3, 4, 5]])
+    survey = ExitSurvey(tokens, torch.tensor([[0.95, 0.95, 0.55, 0.55, 0.95], [1.0] * 5]), (5,))
+    assert survey.agreement() == [0.8, 1.0]
+    # bin 0.9…1: 3 positions, all agree, gap 0.05; bin 0.5…0.6: 2 positions, half agree, gap 0.05
+    assert survey.calibration_error(1) == pytest.approx(0.05, abs=1e-6)
+    # K = 2: round 1 accepts 2 and emits 3, round 2 accepts the draft of position 3 and emits 2
+    assert survey.tokens_per_round(1, 2) == 2.5
+    assert survey.speedup_bound(1, 2) == pytest.approx(2.5 / ((3 * 1 + 1) / 2))
