@@ -61,7 +61,7 @@ def splits(depth: int) -> int:
 def default(op: str, weight: Tensor) -> Config:
     """A configuration for ``weight`` [outputs, depth], chosen so that some 100 programs or more exist."""
     outputs = weight.shape[0]
-    if weight.stride(0) * weight.element_size() % 16:  # rows that cannot be copied 16 bytes at a time pass registers
+    if weight.stride(0) % 16:  # triton then copies single elements, through registers
         return Config(16, 4, 2)
     if op == "exit_head" or outputs >= 32768:
         return Config(64, 4, 4)

@@ -146,12 +146,16 @@ def rms_norm_backward_kernel(
 
 
 def _tile(like: Tensor, rows: int, columns: int) -> dict[str, Any]:
-    """A product's tile, no larger than the product; fp32 products have no tensor cores and take smaller ones."""
-    wide = like.dtype == torch.float32
-    most = 64 if wide else 128
+    """A product's tile, no larger than the product.
+
+    fp32 has no tensor cores here, and rows of a stride that is no multiple of 16 pass registers: smaller tiles.
+    """
+    slow = like.dtype == torch.float32 or like.stride(0) % 16 != 0
+    most_rows, most_columns = (32, 32) if slow else (128, 128)
     return {
-        "rows": min(most, power_of_two(rows, 16)), "BLOCK_N": min(most, power_of_two(columns, 16)),
-        "BLOCK_K": 32 if wide else 64, "INTERPRETED": INTERPRETED, "num_warps": 4 if wide else 8, "num_stages": 3,
+        "rows": min(most_rows, power_of_two(rows, 16)), "BLOCK_N": min(most_columns, power_of_two(columns, 16)),
+        "BLOCK_K": 32 if slow else 64, "INTERPRETED": INTERPRETED, "num_warps": 4 if slow else 8,
+        "num_stages": 2 if slow else 3,
         **launch_options(like),
     }  # fmt: skip
 
@@ -177,6 +181,7 @@ def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """Log-sum-exp [N R] of every row, and its label's logit: NaN where the label names no token."""
     rows, depth = normed.shape
     tile = _row_tile(normed, rows, head.shape[0])
+    tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // 2)  # the running maxima and sums leave no registers for more
     groups = triton.cdiv(head.shape[0], tile["BLOCK_N"] * GROUP)
     peak, mass = (normed.new_empty(rows, groups, dtype=torch.float32) for _ in range(2))
     own = normed.new_full((rows,), float("nan"), dtype=torch.float32)
@@ -197,15 +202,16 @@ def _gradients(
     (rows, depth), vocabulary = normed.shape, head.shape[0]
     grad = torch.zeros_like(normed, dtype=torch.float32)
     grad_head = head.new_empty(0) if factor is None else torch.empty_like(head)
-    buffer = normed.new_empty(min(rows, ROWS_AT_ONCE) * min(vocabulary, VOCABULARY_AT_ONCE))
+    stride = triton.cdiv(min(vocabulary, VOCABULARY_AT_ONCE), 16) * 16
+    buffer = normed.new_empty(min(rows, ROWS_AT_ONCE), stride)
     for first_col, stop_col in _spans(vocabulary, VOCABULARY_AT_ONCE):
         part = head.new_zeros(stop_col - first_col, depth, dtype=torch.float32)
         for first_row, stop_row in _spans(rows, ROWS_AT_ONCE):
             height, width = stop_row - first_row, stop_col - first_col
-            slope, tile = buffer[: height * width].view(height, width), _row_tile(normed, height, width)
+            slope, tile = buffer[:height, :width], _row_tile(normed, height, width)
             softmax_slope_kernel[(triton.cdiv(height, tile["ROWS"]), triton.cdiv(width, tile["BLOCK_N"]))](
                 normed, head, labels, lse, scale, slope, first_row, stop_row, first_col, stop_col, labels.shape[0],
-                depth, width, **tile,
+                depth, stride, **tile,
             )  # fmt: skip
             _accumulate(grad[first_row:stop_row], slope, head[first_col:stop_col])
             if factor is not None:

@@ -170,7 +170,7 @@ def qkv(
     (rows, depth), queries, keys = x.shape, q.shape[0], k.shape[0]
     some = [bias is not None for bias in biases]
     if splits(depth) > 1 or any(some) != all(some):
-        return tuple(linear(x, weight, bias) for weight, bias in zip((q, k, v), biases, strict=True))  # type: ignore[return-value]
+        return linear(x, q, biases[0]), linear(x, k, biases[1]), linear(x, v, biases[2])
     out = x.new_empty(rows, queries + 2 * keys)
 
     def run(config: Config) -> None:
@@ -181,7 +181,7 @@ def qkv(
 
     with on(x):
         run(pick("qkv", q, run))
-    return tuple(out.split((queries, keys, keys), dim=1))  # type: ignore[return-value]
+    return out[:, :queries], out[:, queries : queries + keys], out[:, queries + keys :]
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Launch:
         first = next(arg for arg in self.arguments.values() if isinstance(arg, Tensor))
         head = self.arguments.get("head_ptr")
         kind = f"{TYPES[first.dtype]}" + (" int8 head" if head is not None and head.dtype == torch.int8 else "")
+        kind += " transposed" if self.arguments.get("a_row") == 1 else ""
         known = {**self.arguments, **self.options}
         tile = [f"{name.lower()}={known[name]}" for name in TILES if name in known]
         return f"{self.kernel.__name__.removesuffix('_kernel')} ({', '.join([kind, *tile])})"

@@ -19,8 +19,7 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
 
 def test_rms_norm_of_a_strided_tensor(device: torch.device) -> None:
-    x, weight = normal(0, 9, 41, 7, device=device).transpose(1, 2), normal(1, 82, device=device)[::2]
-    agrees(lk.rms_norm, x, weight, 1e-5)
+    agrees(lk.rms_norm, normal(0, 9, 41, 7, device=device).transpose(1, 2), normal(1, 41, device=device), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
