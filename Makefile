@@ -11,7 +11,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench wheel clean
+.PHONY: help setup demo test lint format bench triton-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make test    run all tests'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
+	@echo 'make triton-report   what the compiler makes of the Triton kernels; needs triton, no GPU'
 	@echo 'make wheel   build dist/*.whl'
 	@echo 'make clean   remove what was built, the virtual environment included'
 
@@ -33,6 +34,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+triton-report: setup
+	TRITON_INTERPRET=0 $(BIN)/python -m layerskip_kernels.triton.report --write docs/triton.md
+	cat docs/triton.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ TYPES = {
     torch.int64: "i64",
 }  # fmt: skip
 TILES = ("ROWS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "SPLITS", "num_warps", "num_stages")
+MARKER = "<!-- make triton-report -->"
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
 
 
@@ -216,19 +217,35 @@ def table(found: list[Launch], targets: dict[str, GPUTarget]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table of registers / KiB of shared memory / bytes spilled."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--space", action="store_true", help="every configuration of the tuning space")
-    args = parser.parse_args(argv)
-    expand: Callable[[Launch], list[Launch]] = tuned if args.space else lambda launch: [launch]
+def report(expand: Callable[[Launch], list[Launch]] = lambda launch: [launch]) -> str:
+    """The tables of a few shapes and dtypes."""
+    parts = [f"triton {triton.__version__}; registers / KiB of shared memory / bytes spilled.\n"]
     for title, shape, dtype, full in (
         ("Llama-3.2-1B, bf16", LLAMA_1B, torch.bfloat16, False),
         ("Llama-3-8B, bf16, with biases, norms of q and k, an int8 head", LLAMA_8B, torch.bfloat16, True),
         ("Llama-3.2-1B, fp32", LLAMA_1B, torch.float32, False),
     ):
         found = [one for launch in launches(shape, dtype, full) for one in expand(launch)]
-        print(f"### {title}\n\nRegisters / KiB of shared memory / bytes spilled.\n\n{table(found, TARGETS)}\n")
+        parts.append(f"### {title}\n\n{table(found, TARGETS)}\n")
+    return "\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print registers, shared memory and spills of every launch, or renew them in a document."""
+    parser = argparse.ArgumentParser(prog="python -m layerskip_kernels.triton.report", description=main.__doc__)
+    parser.add_argument("--space", action="store_true", help="every configuration of the tuning space")
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help=f"replace what follows {MARKER} in it")
+    args = parser.parse_args(argv)
+    text = report(tuned) if args.space else report()
+    if args.write is None:
+        print(text)
+        return
+    before, marker, _ = args.write.read_text().partition(MARKER)
+    if not marker:
+        parser.error(f"{args.write} has no line {MARKER}")
+    scratch = args.write.with_suffix(".tmp")
+    scratch.write_text(f"{before}{MARKER}\n\n{text}")
+    scratch.replace(args.write)
 
 
 if __name__ == "__main__":
