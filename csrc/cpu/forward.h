@@ -122,12 +122,13 @@ class Forward {
     linear(member, {normed, layer.k, layer.k_bias, nullptr, b_.k, s_.keys(), v});
     linear(member, {normed, layer.v, layer.v_bias, nullptr, b_.v, s_.keys(), o});
     member.wait();
-    const RopeStep<T> rope{b_.q, b_.k, b_.v, layer.q_norm, layer.k_norm, cos_, sin_, b_.q, layer.k_cache, layer.v_cache,
-                           seq_lens_, s_.batch, s_.rows, s_.heads, s_.groups, s_.capacity, s_.size, eps_};
+    const RopeStep<T> rope{b_.q,    b_.k,     b_.v,          layer.q_norm,  layer.k_norm, cos_,
+                           sin_,    b_.q,     layer.k_cache, layer.v_cache, seq_lens_,    s_.batch,
+                           s_.rows, s_.heads, s_.groups,     s_.capacity,   s_.size,      eps_};
     rope.run(member);
     member.wait();
-    const AttentionStep<T> step{b_.q, layer.k_cache, layer.v_cache, seq_lens_, s_.batch, s_.rows, s_.heads, s_.groups,
-                                s_.capacity, s_.size, splits, b_.partial};
+    const AttentionStep<T> step{b_.q,     layer.k_cache, layer.v_cache, seq_lens_, s_.batch, s_.rows,
+                                s_.heads, s_.groups,     s_.capacity,   s_.size,   splits,   b_.partial};
     step.attend(member);
     member.wait();
     T* attended = b_.attended + member.index * s_.tokens() * s_.queries();
@@ -172,8 +173,8 @@ struct LayerStack {
                     "got ", weights.size(), " weights for ", count, " layers");
     STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
     check_head_size(size);
-    const Shape out{batch,           rows, width,             weights[1].size(0) / size,
-                    k_cache.size(2), size, weights[6].size(0), k_cache.size(3)};
+    const Shape out{batch,          rows, width, weights[1].size(0) / size, k_cache.size(2), size, weights[6].size(0),
+                    k_cache.size(3)};
     check_groups(out.heads, out.groups);
     STD_TORCH_CHECK(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
                     out.capacity);

@@ -24,37 +24,58 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, float*
   *sum_out = total(sum);
 }
 
-// out[h][c..c + 16 COLUMNS) = sum over t of numerators[h][t] * values[t] for HEADS query heads; the last sixteen
+// out[h][c..c + 16 COLUMNS) = sum over t of numerators[h][t] * values[t] for ROWS query rows; the last sixteen
 // columns may be fewer. Every sum has a register of its own, enough of them to hide each other's latency.
-template <class T, int HEADS, int COLUMNS>
+template <class T, int ROWS, int COLUMNS>
 inline void weigh_columns(const float* const* numerators, const T* values, int64_t count, int64_t size, int64_t c,
                           float* const* out) {
   const int64_t last = smaller(16, size - c - 16 * (COLUMNS - 1));
-  F16 sums[HEADS][COLUMNS];
-  for (int h = 0; h < HEADS; ++h)
+  F16 sums[ROWS][COLUMNS];
+  for (int h = 0; h < ROWS; ++h)
     for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
   for (int64_t t = 0; t < count; ++t) {
     const T* row = values + t * size + c;
     F16 lanes[COLUMNS];
     for (int i = 0; i < COLUMNS; ++i)
       lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
-    for (int h = 0; h < HEADS; ++h) {
+    for (int h = 0; h < ROWS; ++h) {
       const F16 weight = splat(numerators[h][t]);
       for (int i = 0; i < COLUMNS; ++i) sums[h][i] = fma(lanes[i], weight, sums[h][i]);
     }
   }
-  for (int h = 0; h < HEADS; ++h)
+  for (int h = 0; h < ROWS; ++h)
     for (int i = 0; i < COLUMNS; ++i) store(out[h] + c + 16 * i, sums[h][i], i < COLUMNS - 1 ? 16 : last);
 }
 
-template <class T, int HEADS>
+template <class T, int ROWS>
 inline void weigh_values(const float* const* numerators, const T* values, int64_t count, int64_t size,
                          float* const* out) {
   int64_t c = 0;
 #if LSK_MAX_BLOCK > 2
-  for (; c + 64 <= size; c += 64) weigh_columns<T, HEADS, 4>(numerators, values, count, size, c, out);
+  for (; c + 64 <= size; c += 64) weigh_columns<T, ROWS, 4>(numerators, values, count, size, c, out);
 #endif
-  for (; c < size; c += 16) weigh_columns<T, HEADS, 1>(numerators, values, count, size, c, out);
+  for (; c < size; c += 16) weigh_columns<T, ROWS, 1>(numerators, values, count, size, c, out);
+}
+
+template <class T>
+inline void weigh_block(int rows, const float* const* numerators, const T* values, int64_t count, int64_t size,
+                        float* const* out) {
+  switch (rows) {
+    case 1:
+      return weigh_values<T, 1>(numerators, values, count, size, out);
+    case 2:
+      return weigh_values<T, 2>(numerators, values, count, size, out);
+#if LSK_MAX_BLOCK > 2
+    case 3:
+      return weigh_values<T, 3>(numerators, values, count, size, out);
+    case 4:
+      return weigh_values<T, 4>(numerators, values, count, size, out);
+    case 5:
+      return weigh_values<T, 5>(numerators, values, count, size, out);
+    default:
+      return weigh_values<T, 6>(numerators, values, count, size, out);
+#endif
+  }
 }
 
 // One split for up to kMaxRows query rows; `first` counts them from (m = 0, head 0), row = m * ratio + head.
@@ -79,20 +100,17 @@ inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first,
   const int64_t pitch = a.size + 2;
   for (int64_t r = 0; r < rows;) {
     const int64_t count = visible(first + r);
-    const float* numerators[4];
-    float* out[4];
-    int64_t heads = 0;  // of one position: what they see has the same end
-    for (; heads < 4 && r + heads < rows && (first + r + heads) / a.ratio == (first + r) / a.ratio; ++heads) {
-      float* partial = a.partial + (first + r + heads) * pitch;
-      softmax_numerators(scores + (r + heads) * kTile, count, scale, partial, partial + 1);
-      numerators[heads] = scores + (r + heads) * kTile;
-      out[heads] = partial + 2;
+    const float* numerators[LSK_MAX_BLOCK];
+    float* out[LSK_MAX_BLOCK];
+    int block = 0;  // rows that see equally far, so that each value is loaded once for all of them
+    for (; block < LSK_MAX_BLOCK && r + block < rows && visible(first + r + block) == count; ++block) {
+      float* partial = a.partial + (first + r + block) * pitch;
+      softmax_numerators(scores + (r + block) * kTile, count, scale, partial, partial + 1);
+      numerators[block] = scores + (r + block) * kTile;
+      out[block] = partial + 2;
     }
-    if (heads == 1) weigh_values<T, 1>(numerators, values, count, a.size, out);
-    if (heads == 2) weigh_values<T, 2>(numerators, values, count, a.size, out);
-    if (heads == 3) weigh_values<T, 3>(numerators, values, count, a.size, out);
-    if (heads == 4) weigh_values<T, 4>(numerators, values, count, a.size, out);
-    r += heads;
+    weigh_block(block, numerators, values, count, a.size, out);
+    r += block;
   }
 }
 
