@@ -1,0 +1,53 @@
+"""The parts of ``python -m benchmarks.gpu`` that a machine without a card can run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import layerskip_kernels as lk
+
+sys.path.insert(0, str(Path(__file__).parents[3]))  # benchmarks is no installed package
+from benchmarks import gpu
+
+TINY = gpu.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)
+
+
+def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == gpu.NO_CARD
+    assert "No CUDA card" in capsys.readouterr().err
+
+
+def test_nothing_is_reported_from_red_tests(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_tests", lambda: 1)
+    assert gpu.main(["--output", str(tmp_path / "out.json")]) == gpu.RED_TESTS
+    assert "fail" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_round_gives_what_autoregression_gives(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, token = gpu.Model(TINY, "cpu", torch.float32), torch.tensor([7])
+    with lk.use_backend("reference"):
+        out = gpu.self_speculative_round(model, token)
+        assert model.lengths.tolist() == [gpu.CACHE_LENGTH]
+        expected = []
+        for _ in range(TINY.draft + 1):
+            expected.append(gpu.autoregressive_step(model, torch.tensor(expected[-1:]) if expected else token).item())
+            model.lengths += 1
+    assert int(out.next_token) == expected[int(out.accepted)]
+
+
+def test_a_backend_that_does_not_serve_is_a_line_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "milliseconds", lambda run: float(run().numel()))
+    model = gpu.Model(TINY, "cpu", torch.float32)
+    results = {result.backend: result for result in gpu.forward_cases(model, 1e9)}
+    assert "cuda" in results["cuda"].skipped
