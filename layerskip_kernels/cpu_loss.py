@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_ref
 
-# Rows and tokens of a tile. Its fp32 logits, 2 MB, stay in the cache. What a tile adds to is [rows, D] in the forward,
-# which wants many tokens, and in the backward [tokens, D] as well, which wants many rows.
+# Rows and tokens of a forward tile. Its fp32 logits, 2 MB, stay in the cache, and what it adds to is [rows, D], so many
+# tokens are good. The head's gradient goes by strips of tokens for all rows: as many as fit in 2 MB, or at least 128.
 FORWARD_TILE = (256, 2048)
-BACKWARD_TILE = (512, 1024)
-SLACK = 10.0  # exp(10) is far from overflow, also in fp16, and sums lose nothing
+STRIP_SIZE, STRIP_TOKENS = 2**19, 128
+NORM_ROWS = 512  # rows that are normed at once: a norm has several wide intermediates
+SLACK = 10.0  # times exp(10) the sums are far from overflow and lose nothing; fp16, whose products overflow, has none
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,6 +72,7 @@ class _Softmax:
         self.shift = normed.new_full(labels.shape, float("-inf"), dtype=wide)
         self.sum, self.label_logit = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
         self.slope = torch.zeros_like(normed, dtype=wide) if with_slope else None
+        self.slack = 0.0 if normed.dtype == torch.float16 else SLACK
         tile = _Tile(normed, head, FORWARD_TILE)
         for tokens in _spans(head.shape[0], FORWARD_TILE[1]):
             for rows in _spans(normed.shape[0], FORWARD_TILE[0]):
@@ -94,7 +96,7 @@ class _Softmax:
 
     def _raise_shift(self, top: Tensor, rows: slice) -> None:
         """Move the shift of rows whose largest logit in a tile, ``top``, exceeds it by too much; rescale their sums."""
-        high = (top > self.shift[rows] + SLACK).nonzero()[:, 0]
+        high = (top > self.shift[rows] + self.slack).nonzero()[:, 0]
         if high.numel():
             shrink = (self.shift[rows][high] - top[high]).exp_()
             self.shift[rows][high] = top[high]
@@ -103,14 +105,23 @@ class _Softmax:
                 self.slope[rows][high] *= shrink[:, None]
 
     def logsumexp(self) -> Tensor:
+        """[N R]."""
         return self.shift + self.sum.log()
+
+    def slopes(self) -> Tensor:
+        """Gradient of each row's cross-entropy to its normed state, [N R, D]; a row without label has one as well."""
+        assert self.slope is not None
+        for rows in _spans(self.slope.shape[0], NORM_ROWS):
+            self.slope[rows] /= self.sum[rows, None]
+            self.slope[rows] -= self.head[self.labels[rows].clamp(0)]
+        return self.slope.to(self.normed.dtype)
 
 
 def _normed_rows(hiddens: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    """The normed states, [N R, D], by chunks, as a norm has wide intermediates."""
+    """The normed states, [N R, D]."""
     flat = hiddens.reshape(-1, hiddens.shape[2])
     normed = torch.empty_like(flat)
-    for rows in _spans(flat.shape[0], BACKWARD_TILE[0]):
+    for rows in _spans(flat.shape[0], NORM_ROWS):
         normed[rows] = rms_norm_ref(flat[rows], norm_weight, eps)
     return normed
 
@@ -127,43 +138,30 @@ def early_exit_loss_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op's forward; see `layerskip_kernels.early_exit_loss`."""
     check_labels(labels, head_weight.shape[0], ignore_index)
-    exits, rows, width = hiddens.shape
+    exits, rows, _ = hiddens.shape
     normed = _normed_rows(hiddens, norm_weight, eps)
     softmax = _Softmax(normed, head_weight, labels.repeat(exits), with_slope)
     logsumexp = softmax.logsumexp()
     valid, count = label_counts(labels, ignore_index)
     entropy = (logsumexp - softmax.label_logit).view(exits, rows)
     exit_losses = torch.where(valid, entropy, 0).sum(1) / count
-    slope = hiddens.new_empty(0)
-    if softmax.slope is not None:
-        slope = softmax.slope.div_(softmax.sum[:, None]).view(exits, rows, width)
-        slope = slope.sub_(head_weight[labels.clamp(0)]).to(hiddens.dtype)
+    slope = softmax.slopes().view_as(hiddens) if with_slope else hiddens.new_empty(0)
     loss = (exit_losses * exit_weights).sum()
     return loss, exit_losses, logsumexp.view(exits, rows), slope
 
 
-def _recompute(
-    normed: Tensor, head: Tensor, labels: Tensor, scale: Tensor, logsumexp: Tensor, head_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ scale · CE to the normed rows [N R, D], wide, and to the head [V, D]."""
-    grad = torch.zeros_like(normed, dtype=_wide_dtype(normed.dtype))
-    grad_head = torch.empty_like(head) if head_grad else head.new_empty(0)
-    tile = _Tile(normed, head, BACKWARD_TILE)
-    for tokens in _spans(head.shape[0], BACKWARD_TILE[1]):
-        part = torch.zeros_like(head[tokens], dtype=grad.dtype) if head_grad else None
-        for rows in _spans(normed.shape[0], BACKWARD_TILE[0]):
-            own, scaled = normed[rows], scale[rows]
-            slopes = tile.exp(tile.logits(own, head[tokens]), logsumexp[rows]).mul_(scaled[:, None])
-            local = labels[rows] - tokens.start
-            here = ((local >= 0) & (local < slopes.shape[1])).nonzero()[:, 0]
-            slopes[here, local[here]] -= scaled[here]
-            rounded = tile.rounded(slopes)
-            _accumulate(grad[rows], rounded, head[tokens])
-            if part is not None:
-                _accumulate(part, rounded.T, own)
-        if part is not None:
-            grad_head[tokens] = part
-    return grad, grad_head
+def _head_gradient(normed: Tensor, head: Tensor, labels: Tensor, scale: Tensor, logsumexp: Tensor) -> Tensor:
+    """Gradient of Σ scale · CE to the head, [V, D]; a strip of tokens sees all rows at once, so nothing is added up."""
+    grad_head = torch.empty_like(head)
+    strip = max(STRIP_TOKENS, STRIP_SIZE // max(normed.shape[0], 1))
+    tile = _Tile(normed, head, (normed.shape[0], strip))
+    for tokens in _spans(head.shape[0], strip):
+        slopes = tile.exp(tile.logits(normed, head[tokens]), logsumexp).mul_(scale[:, None])
+        local = labels - tokens.start
+        here = ((local >= 0) & (local < slopes.shape[1])).nonzero()[:, 0]
+        slopes[here, local[here]] -= scale[here]
+        torch.mm(tile.rounded(slopes).T, normed, out=grad_head[tokens])
+    return grad_head
 
 
 def early_exit_loss_backward_cpu(
@@ -179,18 +177,20 @@ def early_exit_loss_backward_cpu(
     ignore_index: int,
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's backward; ``slope`` spares the pass over the head where the head needs no gradient."""
-    exits, rows, width = hiddens.shape
+    """The op's backward; ``slope`` spares the products that the states' gradients take."""
+    exits = hiddens.shape[0]
     valid, count = label_counts(labels, ignore_index)
     scale = ((grad * exit_weights.to(grad.dtype) / count)[:, None] * valid).reshape(-1)  # [N R]
-    grad_head = head_weight.new_empty(0)
+    labels = labels.repeat(exits)
     if head_grad or slope.numel() == 0:
         normed = _normed_rows(hiddens, norm_weight, eps)
-        flat = (labels.repeat(exits), scale, logsumexp.reshape(-1))
-        slope, grad_head = _recompute(normed, head_weight, *flat, head_grad)
-        scale = torch.ones_like(scale)
-    flat_slope = slope.view(exits * rows, width)
-    grad_hiddens, grad_norm = _norm_backward(flat_slope, scale, hiddens, norm_weight, eps)
+    if slope.numel() == 0:
+        slope = _Softmax(normed, head_weight, labels, with_slope=True).slopes()
+    grad_head = head_weight.new_empty(0)
+    if head_grad:
+        grad_head = _head_gradient(normed, head_weight, labels, scale, logsumexp.reshape(-1))
+    flat = slope.view(-1, hiddens.shape[2])
+    grad_hiddens, grad_norm = _norm_backward(flat, scale, hiddens, norm_weight, eps)
     return grad_hiddens, grad_norm, grad_head
 
 
@@ -202,7 +202,7 @@ def _norm_backward(
     grad = torch.empty_like(flat)
     grad_norm = torch.zeros_like(norm_weight, dtype=scale.dtype)
     wide_weight = norm_weight.to(scale.dtype)  # so that the sum over chunks is wide
-    for rows in _spans(flat.shape[0], BACKWARD_TILE[0]):
+    for rows in _spans(flat.shape[0], NORM_ROWS):
         grad[rows], part = rms_norm_gradients(slope[rows] * scale[rows, None], flat[rows], wide_weight, eps)
         grad_norm += part
     return grad.view_as(hiddens), grad_norm.to(norm_weight.dtype)

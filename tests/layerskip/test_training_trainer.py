@@ -123,6 +123,13 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
+@pytest.mark.slow
+def test_sharding_that_would_not_happen_is_refused(tmp_path: Path) -> None:
+    finished = launch(2, output=str(tmp_path), steps=1, honest=True, **FSDP)
+    assert finished.returncode != 0
+    assert "accelerate shards nothing here" in finished.stderr
+
+
 def test_revert_gives_back_an_ordinary_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=2, save_strategy="no")
     model = run.model
@@ -150,21 +157,23 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path, sharding: di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [{}, FSDP], ids=["DDP", "FSDP"])
-def test_ranks_that_drop_different_layers_do_not_hang_and_checkpoints_resume(tmp_path: Path, sharding: dict) -> None:
-    options = {
-        "steps": 4,
-        "dropout": 0.9,
-        "differ": True,
-        "per_device_train_batch_size": 1,
-        "save_steps": 2,
-        **sharding,
-    }
-    finished = launch(2, output=str(tmp_path / "two"), **options)
+def test_ranks_that_drop_different_layers_do_not_hang(tmp_path: Path, sharding: dict) -> None:
+    options = {"dropout": 0.9, "differ": True, "per_device_train_batch_size": 1, "save_strategy": "no", **sharding}
+    finished = launch(2, output=str(tmp_path), steps=4, **options)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    whole = json.loads((tmp_path / "two" / "result.json").read_text())
-    resumed = launch(2, output=str(tmp_path / "two"), resume=str(tmp_path / "two" / "checkpoint-2"), **options)
+    assert len(json.loads((tmp_path / "result.json").read_text())["losses"]) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(tmp_path: Path) -> None:
+    options = {"output": str(tmp_path), "steps": 4, "save_steps": 2}
+    whole = launch(2, **options)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    expected = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").unlink()
+    resumed = launch(2, resume=str(tmp_path / "checkpoint-2"), **options)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "result.json").read_text()) == whole
+    assert json.loads((tmp_path / "result.json").read_text()) == expected
 
 
 def launch(processes: int, **options: object) -> subprocess.CompletedProcess:

@@ -95,6 +95,10 @@ class LayerSkipTrainer(Trainer):
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "fsdp was asked for, but accelerate shards nothing here: it needs GPUs and several processes"
+            )
         self.model_accepts_loss_kwargs = True  # asks for the label count over all micro-batches and ranks
         self.loss_is_scaled_for_ga = True
         self.add_callback(_SetEpoch(self))
