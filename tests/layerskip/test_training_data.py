@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+
 from layerskip.training import data
 from layerskip.training.data import coding, parsing
 from layerskip.training.data.text import load_text

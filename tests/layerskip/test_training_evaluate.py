@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from layerskip.training.data import Example
 from layerskip.training.evaluate import evaluate_exits, perplexity
 
