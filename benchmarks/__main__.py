@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from layerskip.bandwidth import measure_read_bandwidth
 from rich.console import Console
 from rich.table import Table
+
+from layerskip.bandwidth import measure_read_bandwidth
 
 from . import ops
 from .harness import Result, machine, write

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layerskip._files import write_atomically
 from rich.progress import track
 
 import layerskip_kernels as lk
+from layerskip._files import write_atomically
 
 EVICTION_BYTES = 96 * 2**20  # more than a last-level cache, so that weights come from memory, as while decoding
 

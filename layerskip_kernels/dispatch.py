@@ -52,6 +52,11 @@ def register(op: str, backend: str, function: Callable[..., Any], supports: Call
     _table.setdefault(op, {})[_known(backend)] = Implementation(function, supports)
 
 
+def implementations() -> dict[str, dict[str, Implementation]]:
+    """A copy of the table: op, backend, implementation."""
+    return {op: dict(backends) for op, backends in _table.items()}
+
+
 def _known(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")

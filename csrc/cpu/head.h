@@ -31,6 +31,10 @@ inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, co
     for (int64_t t = 1; t < tiles; ++t) {
       const HeadPartial& other = partials[t * rows + r];
       const float top = other.max > best.max ? other.max : best.max;
+      if (std::isinf(top) && top < 0) {  // nothing but -inf yet, whose difference would be NaN
+        best.sum += other.sum;
+        continue;
+      }
       best.sum = best.sum * std::exp(best.max - top) + other.sum * std::exp(other.max - top);
       if (other.max > best.max) best.row = other.row;
       best.max = top;

@@ -16,8 +16,10 @@ inline void fold_logits(float* logits, int64_t count, int64_t row, HeadPartial& 
       }
     }
   }
+  // Where all is -inf so far, -inf - -inf would make a NaN of a sum that should stay near zero.
+  const F16 shift = splat(partial.max > -__builtin_inff() ? partial.max : 0.0f);
   F16 sum = splat(0);
-  for (int64_t i = 0; i < count; i += 16) sum = sum + exp(load(logits + i) - splat(partial.max));
+  for (int64_t i = 0; i < count; i += 16) sum = sum + exp(load(logits + i) - shift);
   partial.sum += total(sum);
 }
 

@@ -34,7 +34,7 @@ class SpinBarrier {
   }
 
  private:
-  static constexpr int kSpins = 20000;
+  static constexpr int kSpins = 1000;
   int members_ = 1;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};

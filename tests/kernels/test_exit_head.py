@@ -16,12 +16,14 @@ from layerskip_kernels.reference import exit_head_ref
 
 from .common import (
     DTYPES,
+    PATHS,
     Inputs,
     assert_as_good_as,
     assert_rows_alone,
     assert_same_bits,
     assert_threads_agree,
     double,
+    running_on,
     strided,
 )
 
@@ -243,3 +245,15 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
     """8 rows of 128256 fp32 logits are 4008 KiB. The reference, which writes them, shows that this would be seen."""
     assert peak_kib("reference") > 4008
     assert peak_kib("cpu") < 1000
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_stretch_of_minus_infinity_hides_no_token(path: str) -> None:
+    """Rows whose logits are -inf, a whole stretch of the vocabulary among them, only never win."""
+    hidden, head = torch.ones(2, 8), Inputs(torch.float32).normal(700, 8)
+    head[:300] = float("-inf")
+    with running_on(path):
+        out = lk.exit_head(hidden, torch.ones(8), head, 0.0)
+    truth = head.double().sum(1)
+    assert out.token.tolist() == [int(truth.argmax())] * 2
+    torch.testing.assert_close(out.logsumexp.double(), truth.logsumexp(0).expand(2), rtol=1e-6, atol=1e-5)

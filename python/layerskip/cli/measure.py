@@ -71,7 +71,7 @@ class OpClock:
 def op_clock() -> Iterator[OpClock]:
     """Time every op on every backend within a ``with`` block. Meaningful on the CPU, where ops are synchronous."""
     clock = OpClock()
-    before = {op: dict(backends) for op, backends in dispatch._table.items()}
+    before = dispatch.implementations()
     for op, backends in before.items():
         for backend, implementation in backends.items():
             dispatch.register(op, backend, clock.around(implementation.function), implementation.supports)
