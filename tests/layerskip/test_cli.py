@@ -9,16 +9,16 @@ import json
 import pytest
 import torch
 from helpers import save_tiny, tiny_tokenizer
+from rich.console import Console
+from tiny import VOCABULARY, generous, requires_native, tiny_model
+
+import layerskip_kernels
 from layerskip import DraftHead
 from layerskip.cli import COMMANDS, demo, env, main, prompts
 from layerskip.cli.correctness import first_difference
 from layerskip.cli.measure import Stopwatch, op_clock
 from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from layerskip.decoding import SelfSpeculativeDecoder, steps
-from rich.console import Console
-from tiny import VOCABULARY, generous, requires_native, tiny_model
-
-import layerskip_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PNG = b"\x89PNG\r\n\x1a\n"

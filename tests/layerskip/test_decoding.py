@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerskip import DraftHead, SelfSpeculativeDecoder
 from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, prompt_of, requires_native, tiny_model
+
+from layerskip import DraftHead, SelfSpeculativeDecoder
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layerskip import SelfSpeculativeDecoder
 from test_decoding import Recorder
 from tiny import LAYERS, VOCABULARY, generous, prompt_of, tiny_model
+
+from layerskip import SelfSpeculativeDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

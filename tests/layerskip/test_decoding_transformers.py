@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
+
 from layerskip import SelfSpeculativeDecoder
 from layerskip.cli import prompts
 from layerskip.models import load
 from layerskip.models.smollm2 import smollm2_directory
-from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
 
 
 def greedy(model, input_ids, new_tokens):

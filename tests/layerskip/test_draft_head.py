@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import VOCABULARY, prompt_of, tiny_model
+
 from layerskip import DraftHead, SelfSpeculativeDecoder
 from layerskip.models import adapt
-from tiny import VOCABULARY, prompt_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [[5, 5, 5, 9, 9, 70], [9, 5, 70, 70, 33]]

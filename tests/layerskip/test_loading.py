@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers import save_tiny, tiny_model
+
 from layerskip.models import ModelFileError, UnsupportedModelError, adapt, load
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers
 from helpers import ARCHITECTURES, random_tokens, tiny_config, tiny_model
+from torch import nn
+
 from layerskip.models import (
     LayerSkipModel,
     UnsupportedModelError,
     adapt,
     supported_architectures,
 )
-from torch import nn
 
 # Logits of the tiny models are of order 1.
 TOLERANCES = {

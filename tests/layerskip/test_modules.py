@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from helpers import random_tokens, tiny_model
+
 from layerskip import EarlyExitHead, PartialDepthDecoder, SharedKVCache, adapt
 from layerskip.modules import LayerWeights
-
 from layerskip_kernels import exit_head, partial_forward
 
 # Largest difference to the expected states, which are of order 1.

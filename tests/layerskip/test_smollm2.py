@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from layerskip.models import adapt, load, smollm2
 
 # Relative to the largest absolute value compared: fp32 sums in another order, 30 layers; 4e-7 and 1.9e-6 seen.
