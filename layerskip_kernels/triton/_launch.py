@@ -17,6 +17,8 @@ from triton.language.extra import cuda as tl_cuda
 
 # triton's own helpers are decorated when triton is imported, so this tells whether TRITON_INTERPRET was set by then
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
+# triton 3.4's gdc_wait does not compile
+PDL_COMPILES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
 ROWS = 16  # the least tile of tl.dot; M = 1 and M = K + 1 share it, and so share their bits
 
 
@@ -30,7 +32,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @cache
 def _pdl(index: int) -> bool:
-    if torch.version.hip is not None or os.environ.get("LAYERSKIP_PDL") == "0":
+    if torch.version.hip is not None or not PDL_COMPILES or os.environ.get("LAYERSKIP_PDL") == "0":
         return False
     return torch.cuda.get_device_capability(index) >= (9, 0)
 

@@ -211,9 +211,12 @@ def rope_kv_append(
 
 
 def attention_tile(size: int, itemsize: int) -> dict[str, int]:
-    """Positions of a tile and pipeline stages: two stages of K and V stay within 64 KiB."""
+    """Positions of a tile and pipeline stages: two stages of K and V stay within 64 KiB.
+
+    Heads whose size is no multiple of 16 are not copied 16 bytes at a time but pass registers, and take smaller tiles.
+    """
     block_c = power_of_two(size, 16)
-    block_t = max(16, min(64, 16384 // (block_c * itemsize)))
+    block_t = max(16, min(64 if size % 16 == 0 else 32, 16384 // (block_c * itemsize)))
     return {"BLOCK_C": block_c, "BLOCK_T": block_t, "num_stages": 2, "num_warps": 4}
 
 

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import _config, accept, early_exit_loss, exit_head, partial_forward
+from ._launch import PDL_COMPILES
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 HIP = GPUTarget("hip", "gfx942", 64)
@@ -103,7 +104,7 @@ def _source(launch: Launch) -> ASTSource:
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
     """The compiled kernel (``asm``, ``metadata``), with programmatic dependent launch from sm_90 on."""
-    dependent = target.backend == "cuda" and target.arch >= 90
+    dependent = PDL_COMPILES and target.backend == "cuda" and target.arch >= 90
     source = _source(replace(launch, arguments={**launch.arguments, "PDL": dependent}))
     return triton.compile(
         source, target=target, options={**launch.options, **({"launch_pdl": True} if dependent else {})}
