@@ -19,7 +19,7 @@ from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_
 # tokens are good. The head's gradient goes by strips of tokens for all rows: as many as fit in 2 MB, or at least 128.
 FORWARD_TILE = (256, 2048)
 STRIP_SIZE, STRIP_TOKENS = 2**19, 128
-NORM_ROWS = 512  # rows that are normed at once: a norm has several wide intermediates
+NORM_ROWS = 64  # rows that are normed at once: a norm has several wide intermediates
 SLACK = 10.0  # times exp(10) the sums are far from overflow and lose nothing; fp16, whose products overflow, has none
 
 

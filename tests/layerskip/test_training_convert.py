@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ARCHITECTURES, random_tokens, tiny_model
+
 from layerskip.models import UnsupportedModelError
 from layerskip.training import LayerDropout, convert, revert
 

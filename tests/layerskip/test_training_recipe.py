@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import save_tiny, tiny_tokenizer
+
 from layerskip.cli import main
 from layerskip.training import (
     Collator,

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerskip.training.run import last_checkpoint
 from training_run import LAYERS, losses, pairs, trainer, weights
 from transformers import TrainerCallback
+
+from layerskip.training.run import last_checkpoint
 
 SCRIPT = Path(__file__).with_name("training_run.py")
 # Losses of order 5: two ranks sum gradients in another order than one process, and AdamW divides by their size.

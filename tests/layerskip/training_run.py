@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import tiny_model
+from transformers import TrainingArguments
+
 from layerskip.training import Collator, LayerDropout, RandomExits, layer_dropout_rates
 from layerskip.training.trainer import LayerSkipTrainer, Plan
-from transformers import TrainingArguments
 
 LAYERS = 4
 
@@ -44,7 +45,10 @@ class ShardedOnCpu(LayerSkipTrainer):
 def trainer(
     output: Path | str, steps: int = 20, lora: bool = False, dropout: float = 0.3, honest: bool = False, **changes: Any
 ) -> Any:
-    """A trainer of a tiny model: two of three exits at random, layer dropout; FSDP works on the CPU unless ``honest``."""
+    """A trainer of a tiny model: two of three exits at random, layer dropout.
+
+    FSDP works on the CPU unless ``honest``.
+    """
     model = tiny_model("llama2")
     if lora:
         from peft import LoraConfig, get_peft_model

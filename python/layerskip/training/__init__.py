@@ -1,11 +1,18 @@
 """The LayerSkip training recipe (arXiv 2404.16710) as parts, and a Trainer that puts them together."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .convert import Conversion, convert, revert
 from .dataset import Collator, LengthBuckets, encode, read_pairs
 from .dropout import LayerDropout, apply_to_rows, dropout_scale, layer_dropout_rates
 from .exits import AllExits, Curriculum, GradualCurriculum, RandomExits, RotationalCurriculum, early_exit_weights
 from .loss import EarlyExitLoss, ExitLosses
 from .survey import ExitSurvey, survey_exits
+
+if TYPE_CHECKING:
+    from .trainer import LayerSkipTrainer, Plan
 
 __all__ = [
     "AllExits",
@@ -17,7 +24,9 @@ __all__ = [
     "ExitSurvey",
     "GradualCurriculum",
     "LayerDropout",
+    "LayerSkipTrainer",
     "LengthBuckets",
+    "Plan",
     "RandomExits",
     "RotationalCurriculum",
     "apply_to_rows",
@@ -30,3 +39,12 @@ __all__ = [
     "revert",
     "survey_exits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The Trainer on demand: it imports accelerate and much of transformers, which the parts do without."""
+    if name in ("LayerSkipTrainer", "Plan"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
