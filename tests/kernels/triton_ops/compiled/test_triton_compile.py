@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import triton
 
 from layerskip_kernels.triton import report
 from layerskip_kernels.triton._launch import PDL_COMPILES
@@ -80,6 +81,8 @@ def test_every_configuration_of_the_tuning_space(target: str) -> None:
 
 @pytest.mark.parametrize("case", ["llama-1b-bf16", "llama-8b-bf16-full"])
 def test_hip(case: str) -> None:
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
+        pytest.skip(f"triton {triton.__version__} brings no linker for HIP")
     for launch in report.launches(*CASES[case]):
         compiled = report.compile_for(launch, report.HIP)
         assert compiled.metadata.shared <= 64 * 1024, launch.name
