@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layerskip._files import write_atomically
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip._files import write_atomically
 from layerskip_kernels import reference
 
 NO_CARD, RED_TESTS = 2, 1
