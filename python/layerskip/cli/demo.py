@@ -12,19 +12,26 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
+from .. import recipes
 from .._files import write_atomically
-from ..decoding import GenerationOutput, SelfSpeculativeDecoder
+from ..decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder
 from . import options, prompts
 from .picture import SideBySide, demo_picture
 from .prompts import Prompt
 
 ACCEPTED, VERIFIED = "bold green", "default"
+ADAPTED_EXIT_LAYER, ADAPTED_SPECULATIONS = 3, 8
+ADAPTED_MODEL = (
+    "This is SmolLM2-135M with the LayerSkip adapter that comes with this package: trained on home-automation commands "
+    "with an early-exit loss, so that its first layers can already predict. They draft with an int8 head of the 8192 "
+    "most frequent tokens; the full model verifies all drafts of a round at once."
+)
 STOCK_EXIT_LAYER, STOCK_SPECULATIONS = 24, 3
 STOCK_MODEL = (
-    "This is stock SmolLM2, which was not trained to exit early, so its early exits are useless: layer 12 of 30 agrees "
-    "with the last layer on 8 % of tokens, and even layer 24, which drafts here, on about a third. Few drafts are "
-    "accepted, each costs most of a full pass, and the self-speculative side is SLOWER. Its tokens are the same even "
-    "so. A model trained with LayerSkip's recipe agrees after a few layers; that is where the speedup comes from."
+    "For comparison, stock SmolLM2, which was not trained to exit early, so its early exits are useless: layer 12 of "
+    "30 agrees with the last layer on 8 % of tokens, and even layer 24, which drafts here, on about a third. Few "
+    "drafts are accepted, each costs most of a full pass, and the self-speculative side is SLOWER. Its tokens are the "
+    "same even so."
 )
 
 
@@ -38,6 +45,7 @@ class Subject:
     num_speculations: int
     remark: str
     prompts: list[Prompt]
+    draft_head: str | DraftHead = "full"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,14 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("layerskip-demo.png"), help="the picture")
 
 
-def load_subject(args: argparse.Namespace, console: Console) -> Subject:
-    """The model that the demo runs; the one place to change when a better one is there."""
-    args.model, args.dtype = "smollm2", "bfloat16"
-    model, tokenizer = options.load(args, console)
-    one_a_task = {prompt.task: prompt for prompt in reversed(prompts.read("samples"))}
-    return Subject(
-        model, tokenizer, STOCK_EXIT_LAYER, STOCK_SPECULATIONS, STOCK_MODEL, list(reversed(one_a_task.values()))
+def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
+    """The models that the demo runs: one trained to exit early, and the one that it was made from."""
+    args.dtype, args.model = "bfloat16", recipes.ADAPTED
+    adapted = Subject(
+        *options.load(args, console),
+        ADAPTED_EXIT_LAYER,
+        ADAPTED_SPECULATIONS,
+        ADAPTED_MODEL,
+        prompts.read(str(prompts.COMMANDS)),
+        DraftHead.load(recipes.smollm2.ADAPTER),
     )
+    args.model = recipes.STOCK
+    of_each_task = {prompt.task: prompt for prompt in reversed(prompts.read("samples"))}
+    some = list(reversed(of_each_task.values()))[1:]  # coding and prose
+    return [adapted, Subject(*options.load(args, console), STOCK_EXIT_LAYER, STOCK_SPECULATIONS, STOCK_MODEL, some)]
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
@@ -101,8 +116,16 @@ def _show(console: Console, subject: Subject, shown: SideBySide) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Show; 1 if any token differs."""
-    subject = load_subject(args, console)
-    decoder = SelfSpeculativeDecoder(subject.model, subject.exit_layer, subject.num_speculations)
+    shown: list[SideBySide] = []
+    for subject in load_subjects(args, console):
+        shown += _decode(args, console, subject)
+    return _finish(args, console, shown)
+
+
+def _decode(args: argparse.Namespace, console: Console, subject: Subject) -> list[SideBySide]:
+    decoder = SelfSpeculativeDecoder(
+        subject.model, subject.exit_layer, subject.num_speculations, draft_head=subject.draft_head
+    )
     layers = decoder.model.num_layers
     console.print(Panel(subject.remark, title=f"E={decoder.exit_layer} of {layers} layers draft, {layers} verify"))
     console.print(
@@ -114,11 +137,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for prompt in subject.prompts:
         input_ids = options.encode(subject.tokenizer, prompt.text)
         with console.status("decoding"):
+            decoder.generate(input_ids, 2, strategy="autoregressive")  # a warm-up
             plain = decoder.generate(input_ids, args.max_new_tokens, strategy="autoregressive")
             speculative = decoder.generate(input_ids, args.max_new_tokens)
         shown.append(SideBySide(prompt, plain, speculative))
         _show(console, subject, shown[-1])
-    return _finish(args, console, shown)
+    return shown
 
 
 def _finish(args: argparse.Namespace, console: Console, shown: list[SideBySide]) -> int:

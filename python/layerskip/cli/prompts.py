@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+COMMANDS = SAMPLES.with_name("commands.jsonl")  # in the form that smollm2-layerskip was trained on
 
 
 @dataclass(frozen=True)
