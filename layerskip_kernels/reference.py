@@ -6,7 +6,8 @@ float64 tensors the same functions compute in float64, which is how they are the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,9 @@ def _layer(
     return linear_ref(activated, down, residual=flat).view(batch, rows, width)
 
 
-def draft_greedy_ref(
+def draft_loop(
+    forward: Callable[..., Tensor],
+    head: Callable[..., Sequence[Tensor]],
     token: Tensor,
     embedding: Tensor,
     weights: Sequence[Tensor],
@@ -172,6 +175,7 @@ def draft_greedy_ref(
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`draft_greedy` out of a backend's own partial_forward and exit_head."""
     if token.device.type == "cpu" and bool((token < 0).any()):  # on a GPU this would be a host sync
         raise ValueError(f"token {int(token.min())} is outside the vocabulary of {embedding.shape[0]}")
     tokens = token.new_empty(token.shape[0], steps)
@@ -180,12 +184,16 @@ def draft_greedy_ref(
         hidden = embedding[token.clamp_min(0)][
             :, None
         ]  # what a head without a token leaves is void, but must not index
-        hidden = partial_forward_ref(hidden, weights, k_cache, v_cache, cos, sin, seq_lens + row, 0, end, eps)
+        hidden = forward(hidden, weights, k_cache, v_cache, cos, sin, seq_lens + row, 0, end, eps)
         states[:, row] = hidden[:, 0]
         if row < steps:
-            token = exit_head_ref(hidden[:, 0], norm_weight, head_weight, eps, token_map, scale)[0]
+            token = head(hidden[:, 0], norm_weight, head_weight, eps, token_map, scale)[0]
             tokens[:, row] = token
     return tokens, states
+
+
+def draft_greedy_ref(*args: Any) -> tuple[Tensor, Tensor]:
+    return draft_loop(partial_forward_ref, exit_head_ref, *args)
 
 
 def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""partial_forward: seven launches a layer, or eight, each the kernel of an op or bit for bit the same sums."""
+"""partial_forward: nine launches a layer and one more for each split product, bit for bit the sums of the ops."""
 
 from __future__ import annotations
 
