@@ -61,6 +61,27 @@ def test_every_block_gets_gradient_even_with_a_shallow_exit() -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_layers_above_the_deepest_exit_neither_run_nor_get_gradient(checkpointing: bool) -> None:
+    model, ids, labels = model_and_batch()
+    expected, logits = torch.stack([by_hand(model, ids, labels, e) for e in (1, 2)]), model(ids).logits
+    ran = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    convert(model)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    out = model(input_ids=ids, labels=labels, exit_layers=(1, 2), exit_weights=torch.ones(2) / 2)
+    assert ran == [0, 1]
+    torch.testing.assert_close(out["exit_losses"], expected.detach(), rtol=0, atol=TOLERANCES["fp32"])
+    out["loss"].backward()
+    assert set(ran) == {0, 1}
+    for index, layer in enumerate(model.model.layers):
+        assert all((parameter.grad is not None) == (index < 2) for parameter in layer.parameters())
+    assert torch.equal(model(ids).logits, logits)
+
+
 def test_report_gives_each_exits_choices() -> None:
     model, ids, labels = model_and_batch()
     states = model(ids, output_hidden_states=True).hidden_states

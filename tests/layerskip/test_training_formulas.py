@@ -13,6 +13,7 @@ from layerskip.training import (
     LayerDropout,
     RandomExits,
     RotationalCurriculum,
+    ShallowSteps,
     apply_to_rows,
     dropout_scale,
     early_exit_weights,
@@ -82,6 +83,21 @@ def test_the_full_depth_is_always_enabled() -> None:
         GradualCurriculum(6, 9),
     ):
         assert all(curriculum.enabled(t)[-1] == 6 for t in range(12))
+
+
+def test_a_share_of_the_steps_is_shallow() -> None:
+    inner = RandomExits(30, [2, 3, 4, 6], 2, seed=1)
+    curriculum, steps = ShallowSteps(inner, 0.6, seed=1), range(2000)
+    enabled = [curriculum.enabled(t) for t in steps]
+    assert enabled == [ShallowSteps(inner, 0.6, seed=1).enabled(t) for t in steps]
+    assert enabled != [ShallowSteps(inner, 0.6, seed=2).enabled(t) for t in steps]
+    assert all(exits in (inner.enabled(t), inner.enabled(t)[:-1]) for t, exits in enumerate(enabled))
+    shallow = sum(exits[-1] != 30 for exits in enabled) / 2000
+    assert abs(shallow - 0.6) <= 4 * math.sqrt(0.6 * 0.4 / 2000)  # four standard deviations
+    pairs = {exits for exits in enabled if exits[-1] != 30}
+    assert len(pairs) == 6  # which exits a step has does not hang on whether it is shallow
+    gradual = ShallowSteps(GradualCurriculum(4, 16), 0.999)
+    assert {gradual.enabled(t) for t in range(2)} == {(4,)}
 
 
 def test_dropout_statistics_over_ten_thousand_draws() -> None:
@@ -161,6 +177,7 @@ WRONG = {
     "weights of zero": (lambda: early_exit_weights([1], 4, "paper"), "have no weight"),
     "more exits a step than candidates": (lambda: RandomExits(8, [2, 3], 3), "exits_per_step is 3"),
     "an interval of 0": (lambda: RotationalCurriculum(8, 0), "got 0"),
+    "no step to full depth": (lambda: ShallowSteps(AllExits(8), 1.0), r"shallow_steps must be in \[0, 1\).* got 1.0"),
     "no steps": (lambda: GradualCurriculum(8, 0), "got 0"),
 }
 

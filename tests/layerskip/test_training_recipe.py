@@ -17,10 +17,12 @@ from layerskip.training import (
     GradualCurriculum,
     LengthBuckets,
     RotationalCurriculum,
+    ShallowSteps,
     encode,
     read_pairs,
 )
-from layerskip.training.recipe import make_recipe, read_recipe
+from layerskip.training.recipe import layer_ranks, make_recipe, read_recipe
+from layerskip.training.run import mix, schedule
 
 WRONG_RECIPES = {
     "a key that is nearly one": ({"learning_rat": 1}, "unknown key 'learning_rat', did you mean 'learning_rate'"),
@@ -38,6 +40,10 @@ WRONG_RECIPES = {
     "a batch of none": ({"batch_size": 0}, "batch_size must be above 0, got 0"),
     "no steps": ({"steps": 0}, "steps must be at least 1, got 0"),
     "no task": ({"tasks": []}, "tasks is empty"),
+    "a task without a share": ({"tasks": {"parsing": 0.9, "coding": 0}}, "tasks: coding must be above 0, got 0"),
+    "a share in words": ({"tasks": {"parsing": "most"}}, "tasks: parsing is 'most', expected float"),
+    "layers of rank 0": ({"lora_rank": {"0-3": 8, 4: 0}}, "lora_rank: 4 must be above 0, got 0"),
+    "half a rank": ({"lora_rank": {"0-3": 0.5}}, "lora_rank: 0-3 is 0.5, expected int"),
     "an unknown time scale": ({"layer_dropout": {"scale": "cubic"}}, "layer_dropout.scale is 'cubic'"),
 }
 
@@ -72,6 +78,64 @@ def test_what_a_recipe_makes() -> None:
     assert make_recipe({"layer_dropout": {"max": 0.2}}).make_dropout(3, 9).rates[-1] == 0.2
     with pytest.raises(ValueError, match="exit layer 9"):
         make_recipe({"exit_layers": [9], "exits_per_step": 1}).check_exits(4)
+
+
+def test_shallow_steps_of_a_recipe() -> None:
+    recipe = make_recipe({"shallow_steps": 0.5, "exit_layers": [2, 3], "exits_per_step": 1})
+    curriculum = recipe.make_curriculum(4, 9)
+    assert isinstance(curriculum, ShallowSteps)
+    assert (curriculum.share, curriculum.candidates) == (0.5, (2, 3))
+    recipe.check_exits(4)
+    with pytest.raises(ValueError, match=r"the exits \[1\] of 4 layers have no weight with 'paper'"):
+        make_recipe({"shallow_steps": 0.5, "exit_layers": [1, 2]}).check_exits(4)
+    with pytest.raises(ValueError, match="shallow_steps must be in"):
+        make_recipe({"shallow_steps": -0.1}).check_exits(4)
+
+
+def test_ranks_of_layers() -> None:
+    assert layer_ranks(8, 3) == [8, 8, 8]
+    assert layer_ranks({"0-1": 8, "2": 4, "3-4": 2}, 5) == [8, 8, 4, 2, 2]
+    wrong = {
+        "'0to1' is neither a layer nor a range": {"0to1": 8},
+        "'-1' is neither": {"-1": 8},
+        "0-5 is no range within 0-4": {"0-5": 8},
+        "3-1 is no range": {"0-4": 8, "3-1": 8},
+        "layer 1 is named twice": {"0-1": 8, "1-4": 4},
+        "layer 2 of 0…4 has no rank": {"0-1": 8, "3-4": 4},
+    }
+    for message, ranks in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            layer_ranks(ranks, 5)
+
+
+def test_shares_of_tasks() -> None:
+    parts = {"a": list(range(90)), "b": ["x", "y", "z"]}
+    assert mix(parts, ["a", "b"]) == [*range(90), "x", "y", "z"]
+    mixed = mix(parts, {"a": 9, "b": 1})
+    assert [item for item in mixed if item not in ("x", "y", "z")] == list(range(90))
+    assert [mixed.count(item) for item in "xyz"] == [4, 3, 3]
+    assert len(mix(parts, {"a": 0.3, "b": 0.7})) == 300
+
+
+def test_wsd_warms_up_stays_and_decays_over_the_last_third() -> None:
+    from transformers import get_scheduler
+
+    arguments = schedule(make_recipe({"schedule": "wsd"}), 30)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rates = get_scheduler(
+        arguments["lr_scheduler_type"], optimizer, 4, 30, scheduler_specific_kwargs=arguments["lr_scheduler_kwargs"]
+    ).lr_lambdas[0]
+    assert [rates(step) for step in range(31)] == pytest.approx(
+        [0, 0.25, 0.5, 0.75] + [1] * 16 + [1 - step / 10 for step in range(11)]
+    )
+
+
+def test_the_recipe_of_smollm2() -> None:
+    from layerskip.recipes import smollm2
+
+    recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
+    recipe.check_exits(30)
+    assert layer_ranks(recipe.lora_rank, 30) == [128] * 4 + [64] * 2 + [12] * 24
 
 
 def test_a_broken_line_of_a_data_file_is_named(tmp_path: Path) -> None:
@@ -149,6 +213,33 @@ def test_the_train_command_writes_a_model_that_loads(
     assert main(["train", str(recipe), "--resume", "--set", "steps=6"]) == 0
     assert main(["train", str(recipe), "--resume", "--set", "seed=3"]) == 2
     assert "was trained with" in capsys.readouterr().err
+
+
+def test_the_train_command_on_ranges_of_ranks_and_shares_of_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    from safetensors.torch import load_file
+
+    model, output = save_tiny(tmp_path / "base"), tmp_path / "out"
+    one, two = (pairs_file(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\ntasks: {{{one}: 0.9, {two}: 0.1}}\nlora_rank: {{0: 6, 1-3: 2}}\nepochs: 0.1\n"
+        f"batch_size: 8\nexit_layers: [2, 3]\nshallow_steps: 0.6\nschedule: wsd\nlog_every: 1\noutput: {output}\n"
+    )
+    assert main(["train", str(recipe)]) == 0
+    assert "step 5/5" in capsys.readouterr().out  # 40 examples at 0.1, so 360 at 0.9; a tenth of 50 batches
+    saved = load_file(output / "adapter" / "adapter_model.safetensors")
+    ranks = {(int(name.split(".layers.")[1][0]), value.shape[0]) for name, value in saved.items() if "lora_A" in name}
+    assert ranks == {(0, 6), (1, 2), (2, 2), (3, 2)}
+
+    from peft import PeftModel
+
+    from layerskip.models import load
+
+    adapted = PeftModel.from_pretrained(load(model)[0], output / "adapter")
+    scalings = {part.scaling["default"] for part in adapted.modules() if isinstance(getattr(part, "scaling", 0), dict)}
+    assert scalings == {1.0}
 
 
 def test_the_train_command_on_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

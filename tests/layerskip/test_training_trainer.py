@@ -49,7 +49,9 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lora": True}, {"gradient_accumulation_steps": 2}], ids=["full", "lora", "accumulation"]
+    "options",
+    [{}, {"lora": True}, {"gradient_accumulation_steps": 2}, {"shallow": 0.5}],
+    ids=["full", "lora", "accumulation", "shallow"],
 )
 def test_twenty_steps_are_ten_resumed_and_ten(tmp_path: Path, options: dict) -> None:
     whole = trainer(tmp_path / "whole", **options)
@@ -114,6 +116,33 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_exits(tmp_path: Path)
         assert line["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_shallow_steps_leave_the_layers_above_alone_and_accuracy_is_logged_from_full_ones(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=12, dropout=0, shallow=0.5, save_strategy="no", logging_steps=4)
+    exits = [run.plan.curriculum.enabled(step) for step in range(12)]
+    before: list[dict[str, torch.Tensor]] = []
+
+    class _Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            before.append({name: value.clone() for name, value in weights(run).items()})
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            changed = {name for name, value in weights(run).items() if not torch.equal(value, before[-1][name])}
+            layers = {int(name.split("layers.")[1].split(".")[0]) for name in changed if "layers." in name}
+            assert layers == set(range(exits[state.global_step - 1][-1]))
+
+    run.add_callback(_Watch())
+    run.train()
+    assert len({shown[-1] for shown in exits}) > 1
+    assert len(before) == 12
+    lines = [line for line in run.state.log_history if "loss" in line]
+    for number, line in enumerate(lines):
+        window = exits[4 * number : 4 * number + 4]
+        full = [shown for shown in window if shown[-1] == LAYERS]
+        reported = {int(key.split("/")[1]) for key in line if key.startswith("exit_agreement/")}
+        assert reported == (set(full[-1]) if full else set())
+        assert {int(key.split("/")[1]) for key in line if key.startswith("exit_loss/")} == set().union(*window)
+
+
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, steps=10).train()
     other = trainer(tmp_path, dropout=0.2)
@@ -153,6 +182,21 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path, sharding: di
     assert finished.returncode == 0, finished.stderr[-3000:]
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["wrapper"] == wrapper
+    assert two["losses"] == pytest.approx(losses(one), abs=TOLERANCES["two processes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, FSDP, {"gradient_accumulation_steps": 2, "steps": 3}], ids=["DDP", "FSDP", "accumulation"]
+)
+def test_two_processes_follow_one_through_shallow_steps(tmp_path: Path, options: dict) -> None:
+    common = {"steps": 7, "dropout": 0, "shallow": 0.5, "save_strategy": "no", **options}
+    alone = {key: value for key, value in common.items() if "fsdp" not in key}
+    one = trainer(tmp_path / "one", per_device_train_batch_size=8, **alone)
+    one.train()
+    finished = launch(2, output=str(tmp_path / "two"), **common)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["losses"] == pytest.approx(losses(one), abs=TOLERANCES["two processes"])
 
 

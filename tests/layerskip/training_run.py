@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import tiny_model
 from transformers import TrainingArguments
 
-from layerskip.training import Collator, LayerDropout, RandomExits, layer_dropout_rates
+from layerskip.training import Collator, LayerDropout, RandomExits, ShallowSteps, layer_dropout_rates
 from layerskip.training.trainer import LayerSkipTrainer, Plan
 
 LAYERS = 4
@@ -43,9 +43,15 @@ class ShardedOnCpu(LayerSkipTrainer):
 
 
 def trainer(
-    output: Path | str, steps: int = 20, lora: bool = False, dropout: float = 0.3, honest: bool = False, **changes: Any
+    output: Path | str,
+    steps: int = 20,
+    lora: bool = False,
+    dropout: float = 0.3,
+    shallow: float = 0,
+    honest: bool = False,
+    **changes: Any,
 ) -> Any:
-    """A trainer of a tiny model: two of three exits at random, layer dropout.
+    """A trainer of a tiny model: two of three exits at random, layer dropout, a share of ``shallow`` steps.
 
     FSDP works on the CPU unless ``honest``.
     """
@@ -62,8 +68,9 @@ def trainer(
         "logging_steps": 1, "save_strategy": "steps", "save_steps": 10, "report_to": [], "disable_tqdm": True,
         "use_cpu": True, "seed": 5, "ddp_find_unused_parameters": False,
     }  # fmt: skip
+    exits = RandomExits(LAYERS, [1, 2, 3], 2, seed=5)
     plan = Plan(
-        RandomExits(LAYERS, [1, 2, 3], 2, seed=5),
+        ShallowSteps(exits, shallow, seed=5) if shallow else exits,
         dropout=LayerDropout(layer_dropout_rates(LAYERS, dropout), seed=5) if dropout else None,
     )
     kind = ShardedOnCpu if changes.get("fsdp") and not honest else LayerSkipTrainer

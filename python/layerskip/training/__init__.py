@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 from .convert import Conversion, convert, revert
 from .dataset import Collator, LengthBuckets, encode, read_pairs
 from .dropout import LayerDropout, apply_to_rows, dropout_scale, layer_dropout_rates
-from .exits import AllExits, Curriculum, GradualCurriculum, RandomExits, RotationalCurriculum, early_exit_weights
+from .exits import (
+    AllExits,
+    Curriculum,
+    GradualCurriculum,
+    RandomExits,
+    RotationalCurriculum,
+    ShallowSteps,
+    early_exit_weights,
+)
 from .loss import EarlyExitLoss, ExitLosses
 from .survey import ExitSurvey, survey_exits
 
@@ -29,6 +37,7 @@ __all__ = [
     "Plan",
     "RandomExits",
     "RotationalCurriculum",
+    "ShallowSteps",
     "apply_to_rows",
     "convert",
     "dropout_scale",

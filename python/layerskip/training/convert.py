@@ -58,6 +58,8 @@ class Conversion:
 
     def _layer_forward(self, index: int, layer: nn.Module, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._wanted and index >= max(self._wanted):
+                return hidden_states  # no exit of this forward is above
             if self.dropout is not None and layer.training and self._dropping:
                 rows = self.dropout.rows(index, hidden_states.shape[0])
                 out = apply_to_rows(original, rows, hidden_states, *args, **kwargs)
@@ -95,7 +97,7 @@ class Conversion:
         return out
 
     def states(self, exit_layers: tuple[int, ...], **inputs: Any) -> list[Tensor]:
-        """Raw states [B, S, D] after each of the exit layers, before the final norm."""
+        """Raw states [B, S, D] after each of the exit layers, before the final norm; no layer above them is run."""
         unknown = [layer for layer in exit_layers if not 1 <= layer <= len(self.layers)]
         if unknown:
             raise ValueError(f"exit layer {unknown[0]} is not within 1…{len(self.layers)}")
@@ -119,8 +121,8 @@ def convert(model: Any, dropout: LayerDropout | None = None) -> Conversion:
     """Let a causal LM, or one inside a PEFT wrapper, be called with ``exit_layers`` and ``exit_weights``.
 
     ``model(input_ids=…, labels=…, exit_layers=(3, 30), exit_weights=…)`` then returns a dict with ``loss``,
-    ``exit_losses`` and ``num_labels``; calls without ``exit_layers`` are what they were. There, in training mode,
-    ``dropout`` decides which samples run which layers.
+    ``exit_losses`` and ``num_labels``, and runs no layer above the deepest exit; calls without ``exit_layers`` are what
+    they were. With them, in training mode, ``dropout`` decides which samples run which layers.
 
     Raises
     ------

@@ -1,7 +1,8 @@
 """Which exits a step trains, and with which weights (LayerSkip, arXiv 2404.16710, §4.1.2).
 
-Exit layer E in 1…L is the state after E layers, so the paper's x_{l+1} for l = E - 1. Exit L, the full depth, is always
-trained: without it the blocks above the deepest exit would get no gradient.
+Exit layer E in 1…L is the state after E layers, so the paper's x_{l+1} for l = E - 1. Exit L, the full depth, is
+trained in every step but those that `ShallowSteps` cuts short: without it the blocks above the deepest exit get no
+gradient.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Curriculum(Protocol):
     """Which exits a step trains."""
 
     def enabled(self, step: int) -> tuple[int, ...]:
-        """Exit layers of step t = 0, 1, …, ascending; the full depth is the last."""
+        """Exit layers of step t = 0, 1, …, ascending; the full depth is the last, unless the step is a shallow one."""
 
 
 class AllExits:
@@ -138,3 +139,23 @@ class GradualCurriculum(AllExits):
         depth = len(self.candidates)
         opened = min(2 * (depth + 1) * step // self.total_steps, depth)
         return *self.candidates[depth - opened :], self.num_layers
+
+
+class ShallowSteps(AllExits):
+    """Another curriculum, of which a share of the steps leaves the full depth out and stops at its deepest early exit.
+
+    A converted model then neither runs nor trains the layers above. Which steps these are is drawn anew every step, the
+    same on every rank. A step without an early exit keeps the full depth.
+    """
+
+    def __init__(self, inner: AllExits, share: float, seed: int = 0) -> None:
+        super().__init__(inner.num_layers, inner.candidates)
+        if not 0 <= share < 1:
+            raise ValueError(f"shallow_steps must be in [0, 1), as the full depth needs training too, got {share}")
+        self.inner, self.share, self.seed = inner, share, seed
+
+    def enabled(self, step: int) -> tuple[int, ...]:
+        """See `Curriculum`."""
+        exits = self.inner.enabled(step)
+        shallow = float(torch.rand((), generator=generator("shallow step", self.seed, step))) < self.share
+        return exits[:-1] if shallow and len(exits) > 1 else exits

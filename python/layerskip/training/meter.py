@@ -18,7 +18,7 @@ class ExitMeter:
         self._sums: dict[int, Tensor] = {}
 
     def add(self, exits: Sequence[int], out: dict[str, Any]) -> None:
-        """Take in what a converted model returned for ``exits``, of which the last is the full depth."""
+        """Take in what a converted model returned for ``exits``; with ``tokens``, the last is the full depth."""
         losses, count = out["exit_losses"].detach().double(), float(out["num_labels"])
         rows = torch.zeros(len(exits), len(_COLUMNS), dtype=torch.float64, device=losses.device)
         rows[:, 0], rows[:, 1] = losses * count, count

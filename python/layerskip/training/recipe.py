@@ -13,15 +13,15 @@ from .exits import (
     CURRICULA,
     WEIGHTS,
     AllExits,
-    Curriculum,
     GradualCurriculum,
     RandomExits,
     RotationalCurriculum,
+    ShallowSteps,
     early_exit_weights,
 )
 
 METHODS = ("full", "lora")
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("bf16", "fp32")
 
 
@@ -39,14 +39,17 @@ class Recipe:
     """What `layerskip train` reads.
 
     ``steps`` counts optimizer steps and wins over ``epochs``. ``tasks`` are names that `layerskip.training.data` knows,
-    or paths of JSON-lines files with ``prompt`` and ``completion``. ``exit_layers`` are the candidates (default: all);
-    ``exits_per_step`` is for the random curriculum, ``rotate_every`` for the rotational one.
+    or paths of JSON-lines files with ``prompt`` and ``completion``; a mapping also gives each one's share of the
+    examples. ``lora_rank`` is one rank or a mapping of layers to ranks, see `layer_ranks`. ``schedule`` "wsd" warms up,
+    stays, and decays linearly over the last third. ``exit_layers`` are the candidates (default: all);
+    ``exits_per_step`` is for the random curriculum, ``rotate_every`` for the rotational one; ``shallow_steps`` is the
+    probability that a step stops at its deepest early exit.
     """
 
     model: str = "smollm2"
-    tasks: list[str] = field(default_factory=lambda: ["parsing"])
+    tasks: list[str] | dict[str, float] = field(default_factory=lambda: ["parsing"])
     method: str = "lora"
-    lora_rank: int = 32
+    lora_rank: int | dict[str, int] = 32
     freeze_embedding: bool = True
     precision: str = "bf16"
     learning_rate: float = 2e-3
@@ -63,6 +66,7 @@ class Recipe:
     curriculum: str = "random"
     exits_per_step: int = 2
     rotate_every: int = 1
+    shallow_steps: float = 0.0
     exit_weights: str = "paper"
     exit_weight_scale: float = 1.0
     layer_dropout: DropoutRecipe = field(default_factory=DropoutRecipe)
@@ -88,15 +92,20 @@ class Recipe:
             "rotate_every", "log_every", "save_every", "eval_examples",
         )  # fmt: skip
         for key in positive:
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key} must be above 0, got {getattr(self, key)}")
+            _check_positive(key, getattr(self, key))
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not self.tasks:
             raise ValueError("tasks is empty, nothing to train on")
+        if isinstance(self.tasks, dict):
+            _check_positive("tasks", self.tasks)
 
-    def make_curriculum(self, num_layers: int, total_steps: int) -> Curriculum:
+    def make_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
         """The curriculum for a model of ``num_layers``."""
+        curriculum = self._full_curriculum(num_layers, total_steps)
+        return ShallowSteps(curriculum, self.shallow_steps, self.seed) if self.shallow_steps else curriculum
+
+    def _full_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
         if self.curriculum == "rotational":
             return RotationalCurriculum(num_layers, self.rotate_every, self.exit_layers)
         if self.curriculum == "gradual":
@@ -114,8 +123,50 @@ class Recipe:
 
     def check_exits(self, num_layers: int) -> None:
         """Raise ValueError where the exits do not fit a model of ``num_layers``."""
-        curriculum = self.make_curriculum(num_layers, 1)
-        early_exit_weights(curriculum.enabled(0), num_layers, self.exit_weights, self.exit_weight_scale)
+        candidates = self.make_curriculum(num_layers, 1).candidates
+        early_exit_weights((*candidates, num_layers), num_layers, self.exit_weights, self.exit_weight_scale)
+        if self.shallow_steps:  # a step may have no other exit than the first
+            early_exit_weights(candidates[:1], num_layers, self.exit_weights, self.exit_weight_scale)
+
+
+def _check_positive(key: str, value: Any) -> None:
+    for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+        if not number > 0:
+            raise ValueError(f"{key}{name and f': {name}'} must be above 0, got {number}")
+
+
+def layer_ranks(rank: int | Mapping[str, int], num_layers: int) -> list[int]:
+    """The LoRA rank of each of ``num_layers`` layers.
+
+    Parameters
+    ----------
+    rank : int or mapping of str to int
+        One rank, or ranges of layers 0…L-1 to ranks, such as ``{"0-3": 128, "4": 64, "5-29": 12}``.
+    num_layers : int
+        L.
+
+    Raises
+    ------
+    ValueError
+        For a range that is none or ends outside 0…L-1, a layer that is in two ranges or in none.
+    """
+    if isinstance(rank, int):
+        return [rank] * num_layers
+    ranks: dict[int, int] = {}
+    for layers, value in rank.items():
+        first, dash, last = layers.partition("-")
+        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+            raise ValueError(f"lora_rank: {layers!r} is neither a layer nor a range of layers, such as 0-3")
+        if not int(first) <= int(last or first) < num_layers:
+            raise ValueError(f"lora_rank: {layers} is no range within 0-{num_layers - 1}")
+        for layer in range(int(first), int(last or first) + 1):
+            if layer in ranks:
+                raise ValueError(f"lora_rank: layer {layer} is named twice")
+            ranks[layer] = value
+    for layer in range(num_layers):
+        if layer not in ranks:
+            raise ValueError(f"lora_rank: layer {layer} of 0…{num_layers - 1} has no rank")
+    return [ranks[layer] for layer in range(num_layers)]
 
 
 def _construct(kind: type, values: Any, where: str) -> Any:
@@ -137,7 +188,11 @@ def _typed(value: Any, kind: str, where: str) -> Any:
         return _construct(DropoutRecipe, value, where)
     accepted: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
     for option in kind.split(" | "):
-        if option.startswith("list["):
+        if option.startswith("dict["):
+            if isinstance(value, dict) and value:
+                inner_kind = option.removeprefix("dict[str, ").removesuffix("]")
+                return {str(key): _typed(item, inner_kind, f"{where}: {key}") for key, item in value.items()}
+        elif option.startswith("list["):
             inner = accepted[option[5:-1]]
             if isinstance(value, list) and all(
                 isinstance(item, inner) and not isinstance(item, bool) for item in value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,37 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..models import load, smollm2
 from .data import TASKS, load_task, splits
 from .dataset import Collator, encode, read_pairs
-from .recipe import Recipe
+from .recipe import Recipe, layer_ranks
 from .trainer import LayerSkipTrainer, Plan
 
 SHORT = 64  # tokens up to which unfused bf16 attention is 2 to 3 times faster on a CPU, forward and backward, than SDPA
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def load_pairs(recipe: Recipe, split: str = "train") -> list[Any]:
-    """The examples of all tasks of a recipe; of a file every line is for training."""
-    pairs: list[Any] = []
+def load_pairs(recipe: Recipe, split: str = "train") -> dict[str, list[Any]]:
+    """The examples of each task of a recipe; of a file every line is for training."""
+    pairs: dict[str, list[Any]] = {}
     for task in recipe.tasks:
         if task in TASKS:
             if split in splits(task):
-                pairs += load_task(task, split)
+                pairs[task] = load_task(task, split)
         elif Path(task).is_file():
-            pairs += read_pairs(Path(task)) if split == "train" else []
+            if split == "train":
+                pairs[task] = read_pairs(Path(task))
         else:
             raise ValueError(f"task {task!r} is neither one of {', '.join(TASKS)} nor a file")
     return pairs
+
+
+def mix(parts: Mapping[str, Sequence[Any]], tasks: Sequence[str] | Mapping[str, float]) -> list[Any]:
+    """The examples of all tasks; where ``tasks`` gives shares, some tasks' several times over, so that these hold.
+
+    Every example is in the list, and those of at least one task just once.
+    """
+    if not isinstance(tasks, Mapping):
+        return list(chain.from_iterable(parts.values()))
+    unit = max(len(part) / tasks[task] for task, part in parts.items())  # examples for a share of 1
+    return [part[index % len(part)] for task, part in parts.items() for index in range(round(unit * tasks[task]))]
 
 
 def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
@@ -47,7 +60,7 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     model, tokenizer = load(source, dtype=frozen_dtype)
     recipe.check_exits(model.config.num_hidden_layers)
     if recipe.method == "lora":
-        return _with_lora(model, recipe.lora_rank), tokenizer
+        return _with_lora(model, layer_ranks(recipe.lora_rank, model.config.num_hidden_layers)), tokenizer
     model.float()
     if recipe.freeze_embedding:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -55,10 +68,16 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _with_lora(model: Any, rank: int) -> Any:
+def _with_lora(model: Any, ranks: Sequence[int]) -> Any:
+    """Adapters of a rank a layer; alpha is the rank, so that all are scaled by 1."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+    usual = max(sorted(set(ranks)), key=ranks.count)
+    others = {rf"layers\.{layer}\..*": rank for layer, rank in enumerate(ranks) if rank != usual}
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others), target_modules=list(PROJECTIONS),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     adapted: Any = get_peft_model(model, config)
     for module in adapted.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
@@ -66,15 +85,22 @@ def _with_lora(model: Any, rank: int) -> Any:
     return adapted
 
 
-def training_arguments(recipe: Recipe, **kwargs: Any) -> TrainingArguments:
-    """The Trainer's arguments for a recipe."""
+def schedule(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """The Trainer's arguments for the learning rate over ``steps``."""
+    if recipe.schedule != "wsd":
+        return {"lr_scheduler_type": recipe.schedule}
+    decay = {"num_decay_steps": steps // 3, "decay_type": "linear"}
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
+
+
+def training_arguments(recipe: Recipe, steps: int, **kwargs: Any) -> TrainingArguments:
+    """The Trainer's arguments for a recipe that takes ``steps``."""
     return TrainingArguments(
         output_dir=recipe.output,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -89,6 +115,7 @@ def training_arguments(recipe: Recipe, **kwargs: Any) -> TrainingArguments:
         seed=recipe.seed,
         disable_tqdm=True,
         report_to=[],
+        **schedule(recipe, steps),
         **kwargs,
     )
 
@@ -97,10 +124,12 @@ def make_trainer(recipe: Recipe, **kwargs: Any) -> LayerSkipTrainer:
     """Everything that a recipe names, ready to train."""
     pairs = load_pairs(recipe)
     model, tokenizer = prepare_model(recipe)
-    train = encode(tokenizer, pairs, recipe.max_length)
+    encoded = {task: encode(tokenizer, part, recipe.max_length) for task, part in pairs.items()}
+    train = mix(encoded, recipe.tasks)
     held_out: Sequence[Any] | None = None
     if recipe.eval_split is not None:
-        held_out = encode(tokenizer, load_pairs(recipe, recipe.eval_split)[: recipe.eval_examples], recipe.max_length)
+        examples = list(chain.from_iterable(load_pairs(recipe, recipe.eval_split).values()))
+        held_out = encode(tokenizer, examples[: recipe.eval_examples], recipe.max_length)
     if not torch.cuda.is_available() and max(len(pair["input_ids"]) for pair in train) <= SHORT:
         model.set_attn_implementation("eager")
     steps = recipe.steps or _steps(recipe, len(train))
@@ -112,7 +141,7 @@ def make_trainer(recipe: Recipe, **kwargs: Any) -> LayerSkipTrainer:
         recipe.make_dropout(layers, steps),
     )
     trainer = LayerSkipTrainer(
-        model, training_arguments(recipe), plan, train_dataset=train, eval_dataset=held_out,
+        model, training_arguments(recipe, steps), plan, train_dataset=train, eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id or tokenizer.eos_token_id), processing_class=tokenizer, **kwargs,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -19,7 +19,7 @@ from .._files import write_atomically
 from .convert import convert, revert
 from .dataset import LengthBuckets
 from .dropout import LayerDropout
-from .exits import AllExits, Curriculum, early_exit_weights
+from .exits import AllExits, Curriculum, ShallowSteps, early_exit_weights
 from .meter import ExitMeter
 
 PARTIAL = "unfinished"
@@ -37,13 +37,17 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Everything that the draws of a step depend on, as JSON takes it."""
-        described = {"curriculum": type(self.curriculum).__name__, **vars(self.curriculum)}
         dropped = self.dropout
         return {
-            "exits": {key: list(value) if isinstance(value, tuple) else value for key, value in described.items()},
+            "exits": _described(self.curriculum),
             "weights": [self.weights, self.weight_scale],
             "dropout": dropped and [list(dropped.rates), dropped.seed, dropped.total_steps, dropped.scale],
         }
+
+
+def _described(curriculum: Curriculum) -> dict[str, Any]:
+    values = {key: _described(value) if hasattr(value, "enabled") else value for key, value in vars(curriculum).items()}
+    return {"curriculum": type(curriculum).__name__, **values}
 
 
 class _SetEpoch(TrainerCallback):
@@ -62,7 +66,7 @@ class LayerSkipTrainer(Trainer):
 
     The model is converted in place (see `convert`); `revert` gives it back as it was. The log carries, for each exit E,
     ``exit_loss/E``, and ``exit_agreement/E`` (with the full depth's choice) and ``exit_accuracy/E`` on up to 256 tokens
-    of each logged batch. A checkpoint appears under its name only when it is whole.
+    of the last batches before it that ran to full depth. A checkpoint appears under its name only when it is whole.
 
     Parameters
     ----------
@@ -94,6 +98,8 @@ class LayerSkipTrainer(Trainer):
         self._micro = (-1, 0)  # the step that was seen last, and how many of its micro-batches
         args.remove_unused_columns = False
         args.label_names = ["labels"]
+        if isinstance(self.plan.curriculum, ShallowSteps):  # DDP must not wait for gradients of layers that did not run
+            args.ddp_find_unused_parameters = True
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -130,13 +136,20 @@ class LayerSkipTrainer(Trainer):
         ids = inputs["input_ids"]
         if training and self.plan.dropout is not None:
             self.plan.dropout.draw(step, ids.shape[0], self._micro_batch(), ids.device)
-        report = not training or (step + 1) % max(int(self.state.logging_steps), 1) == 0
+        report = not training or self._reports(step)
         out = model(**inputs, exit_layers=exits, exit_weights=weights.to(ids.device), report=report)
         self.meter.add(exits, out)
         loss = out["loss"]
         if num_items_in_batch is not None:  # gradients are averaged over ranks, so the share is scaled up by them
             loss = loss * (out["num_labels"] * self.accelerator.num_processes / num_items_in_batch)
         return (loss, out) if return_outputs else loss
+
+    def _reports(self, step: int) -> bool:
+        """Whether this is the last step to full depth before a line of the log: its exits are compared."""
+        every = max(int(self.state.logging_steps), 1)
+        until = (step // every + 1) * every
+        full = (self.plan.curriculum.enabled(later)[-1] == self.num_layers for later in range(step, until))
+        return next(full) and not any(full)
 
     def _all_exits(self) -> tuple[int, ...]:
         candidates = getattr(self.plan.curriculum, "candidates", ())
