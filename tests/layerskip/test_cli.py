@@ -263,7 +263,7 @@ class TestDemo:
     @pytest.fixture
     def subject(self, monkeypatch):
         some = [prompts.Prompt("w5 w8 w13", "counting"), prompts.Prompt("w2 w3", "prose")]
-        subject = demo.Subject(tiny_model(upper="weak"), tiny_tokenizer(), 1, 3, "A tiny model.", some)
+        subject = demo.Subject("tiny", tiny_model(upper="weak"), tiny_tokenizer(), 1, 3, "A tiny model.", some)
         monkeypatch.setattr(demo, "load_subjects", lambda args, console: [subject])
         return subject
 

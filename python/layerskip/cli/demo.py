@@ -20,7 +20,7 @@ from .picture import SideBySide, demo_picture
 from .prompts import Prompt
 
 ACCEPTED, VERIFIED = "bold green", "default"
-ADAPTED_EXIT_LAYER, ADAPTED_SPECULATIONS = 3, 8
+ADAPTED_EXIT_LAYER, ADAPTED_SPECULATIONS = 4, 8
 ADAPTED_MODEL = (
     "This is SmolLM2-135M with the LayerSkip adapter that comes with this package: trained on home-automation commands "
     "with an early-exit loss, so that its first layers can already predict. They draft with an int8 head of the 8192 "
@@ -39,6 +39,7 @@ STOCK_MODEL = (
 class Subject:
     """What the demo shows: a model, what to know about it, and prompts that suit it."""
 
+    name: str
     model: Any
     tokenizer: Any
     exit_layer: int
@@ -61,6 +62,7 @@ def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
     """The models that the demo runs: one trained to exit early, and the one that it was made from."""
     args.dtype, args.model = "bfloat16", recipes.ADAPTED
     adapted = Subject(
+        "LayerSkip",
         *options.load(args, console),
         ADAPTED_EXIT_LAYER,
         ADAPTED_SPECULATIONS,
@@ -71,7 +73,10 @@ def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
     args.model = recipes.STOCK
     of_each_task = {prompt.task: prompt for prompt in reversed(prompts.read("samples"))}
     some = list(reversed(of_each_task.values()))[1:]  # coding and prose
-    return [adapted, Subject(*options.load(args, console), STOCK_EXIT_LAYER, STOCK_SPECULATIONS, STOCK_MODEL, some)]
+    return [
+        adapted,
+        Subject("stock", *options.load(args, console), STOCK_EXIT_LAYER, STOCK_SPECULATIONS, STOCK_MODEL, some),
+    ]
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
@@ -137,10 +142,11 @@ def _decode(args: argparse.Namespace, console: Console, subject: Subject) -> lis
     for prompt in subject.prompts:
         input_ids = options.encode(subject.tokenizer, prompt.text)
         with console.status("decoding"):
-            decoder.generate(input_ids, 2, strategy="autoregressive")  # a warm-up
+            for strategy in ("autoregressive", "self_speculative"):  # a warm-up
+                decoder.generate(input_ids, 12, strategy=strategy)
             plain = decoder.generate(input_ids, args.max_new_tokens, strategy="autoregressive")
             speculative = decoder.generate(input_ids, args.max_new_tokens)
-        shown.append(SideBySide(prompt, plain, speculative))
+        shown.append(SideBySide(prompt, subject.name, plain, speculative))
         _show(console, subject, shown[-1])
     return shown
 

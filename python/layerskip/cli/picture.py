@@ -17,9 +17,10 @@ PLAIN, ACCEPTED, GIVEN = "#4c78a8", "#54a24b", "#bab0ac"
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One prompt, decoded autoregressively and self-speculatively."""
+    """One prompt, decoded autoregressively and self-speculatively by a model of some name."""
 
     prompt: Prompt
+    model: str
     plain: GenerationOutput
     speculative: GenerationOutput
 
@@ -51,7 +52,7 @@ def _speeds(axes: Axes, rows: list[SideBySide]) -> None:
         rates = [out.stats.decode_tokens_per_second for out in outputs]
         positions = [row + offset for row in range(len(rows))]
         axes.bar_label(axes.barh(positions, rates, 0.36, label=name, color=colour), fmt="%.1f", padding=3)
-    axes.set_yticks(range(len(rows)), [row.prompt.task for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row.prompt.task}\n{row.model}" for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel("tokens per second, after the first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,5 +36,7 @@ def load(dtype: torch.dtype = torch.bfloat16, adapter: Path = ADAPTER) -> tuple[
     from peft import PeftModel
 
     model, tokenizer = load_model(smollm2_directory(), torch.float32)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return merged.to(dtype).eval(), tokenizer
