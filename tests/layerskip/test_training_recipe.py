@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from layerskip.training import (
     encode,
     read_pairs,
 )
-from layerskip.training.recipe import layer_ranks, make_recipe, read_recipe
+from layerskip.training.recipe import Recipe, layer_ranks, make_recipe, read_recipe
 from layerskip.training.run import mix, schedule
 
 WRONG_RECIPES = {
@@ -136,6 +138,14 @@ def test_the_recipe_of_smollm2() -> None:
     recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
     recipe.check_exits(30)
     assert layer_ranks(recipe.lora_rank, 30) == [128] * 4 + [64] * 2 + [12] * 24
+
+
+def test_the_docs_name_every_key_of_a_recipe() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8").split("## Recipe")[1]
+    keys = {
+        name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"\w+", row.split("|")[1])
+    }
+    assert keys == {entry.name for entry in fields(Recipe)}
 
 
 def test_a_broken_line_of_a_data_file_is_named(tmp_path: Path) -> None:
