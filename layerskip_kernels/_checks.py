@@ -231,6 +231,7 @@ def draft_greedy(
 
 def layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
     """Check one layer's tensors, in the order of LAYER_SLOTS + OPTIONAL_SLOTS (absent: no elements)."""
+    layer_slots(weights, 0, 1)
     named = dict(zip(LAYER_SLOTS + OPTIONAL_SLOTS, weights, strict=False))
     queries, features = named["q"].shape[0], named["gate"].shape[0]
     require(queries % (groups * size) == 0, f"q has {queries} rows, not a multiple of {groups} heads of size {size}")

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tens
   Tensor logsumexp = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   with_float_type(hidden.scalar_type(), [&]<class T>(T*) {
     ExitHead<T>(norm_weight, head_weight, width, eps, token_map, scale)
-        .run(static_cast<const T*>(hidden.data_ptr()), rows,
+        .run(data<T>(hidden, "hidden", {rows, width}), rows,
              {static_cast<int64_t*>(token.data_ptr()), static_cast<float*>(logit.data_ptr()),
               static_cast<float*>(logsumexp.data_ptr())});
   });

@@ -100,7 +100,7 @@ template <class W>
 inline void dot_tile(const W* weight, int64_t pitch, int64_t count, const typename Dot<W>::X* x, int64_t stride,
                      int64_t rows, int64_t width, const void* next, float* tile) {
   const int64_t quad_bytes = kQuad * pitch * static_cast<int64_t>(sizeof(W));
-  const int64_t ahead = (kAhead + quad_bytes - 1) / quad_bytes * quad_bytes;
+  const int64_t ahead = quad_bytes == 0 ? 0 : (kAhead + quad_bytes - 1) / quad_bytes * quad_bytes;
   const int64_t bytes = (count + kQuad - 1) / kQuad * quad_bytes;
   const int64_t blocks = (rows + LSK_MAX_BLOCK - 1) / LSK_MAX_BLOCK;
   for (int64_t n = 0; n < count; n += kQuad) {

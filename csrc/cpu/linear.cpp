@@ -54,7 +54,7 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const std::optional<Tens
                        static_cast<T*>(out.data_ptr()),
                        N,
                        nullptr};
-    share_rows(static_cast<const T*>(x.data_ptr()), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
+    share_rows(data<T>(x, "x", {rows, width}), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
       LinearArgs<T> own = args;
       own.x = packed;
       kernels<T>().linear(own, begin, end);
@@ -71,7 +71,7 @@ Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
     const T* gates = data<T>(gate, "gate", {N, width});
     const T* ups = data<T>(up, "up", {N, width});
     T* to = static_cast<T*>(out.data_ptr());
-    share_rows(static_cast<const T*>(x.data_ptr()), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
+    share_rows(data<T>(x, "x", {rows, width}), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
       kernels<T>().swiglu({packed, gates, ups, to, N, nullptr}, begin, end);
     });
   });

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import layerskip_kernels as lk
 from layerskip_kernels import _checks, functional
 
-from .common import Inputs
-from .examples import OPS, SIZES, example, layer_weights
+from .common import PATHS, Inputs, running_on
+from .examples import EPS, OPS, SIZES, example, layer_weights
 
 Change = Callable[[Any], Any]
 
@@ -295,3 +295,22 @@ def test_optional_layer_weights(name: str) -> None:
     wrong = [torch.zeros(size + 1 if name == other else 0) for other, size in OPTIONAL.items()]
     with pytest.raises(ValueError, match=rf"{name} has shape \[{OPTIONAL[name] + 1}\], expected \[{OPTIONAL[name]}\]"):
         functional.check_layer_weights([*plain, *wrong], *sizes)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_width_zero_is_a_sum_of_nothing(path: str) -> None:
+    with running_on(path):
+        assert lk.linear(torch.empty(2, 0), torch.empty(3, 0)).tolist() == [[0.0] * 3] * 2
+        assert lk.exit_head(torch.empty(2, 0), torch.empty(0), torch.empty(5, 0), EPS).token.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5), (4096, 8, 0)])
+def test_a_third_dimension_is_refused_by_the_native_head(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="hidden has shape"):
+        lk.exit_head(torch.zeros(shape), torch.ones(8), torch.ones(16, 8), EPS)
+
+
+def test_a_third_dimension_is_refused_by_the_native_forward() -> None:
+    args = example("partial_forward")
+    with pytest.raises(ValueError, match="hidden has shape"):
+        lk.partial_forward(args.pop("hidden")[..., None], *args.values())

@@ -133,3 +133,20 @@ def test_accepting_a_wrong_draft_would_be_noticed(monkeypatch):
     plain = decoder.generate(prompt_of(6), 40, strategy="autoregressive")
     monkeypatch.setattr(steps, "accept_greedy", generous)
     assert not torch.equal(decoder.generate(prompt_of(6), 40).sequences, plain.sequences)
+
+
+def test_a_conversion_between_calls_takes_a_new_cache():
+    decoder = SelfSpeculativeDecoder(tiny_model(), exit_layer=1)
+    decoder.generate(prompt_of(5), 4)
+    decoder.model.to(torch.bfloat16)
+    assert decoder.generate(prompt_of(5), 4).sequences.shape == (1, 9)
+
+
+def test_weights_that_are_assigned_are_used():
+    decoder = SelfSpeculativeDecoder(tiny_model(), exit_layer=1)
+    before = decoder.generate(prompt_of(5), 12, eos_token_id=[])
+    other = {name: torch.randn_like(weight) for name, weight in decoder.model.state_dict().items()}
+    decoder.model.load_state_dict(other, assign=True)
+    after = decoder.generate(prompt_of(5), 12, eos_token_id=[])
+    assert not torch.equal(before.sequences, after.sequences)
+    assert decoder.model.decoder.layer_weights(0, 1)[1] is decoder.model.decoder.layers[0]["q"]

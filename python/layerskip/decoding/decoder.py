@@ -160,7 +160,8 @@ class SelfSpeculativeDecoder:
 
         Whatever a failed call left in it lies beyond the length 0, so it is not read.
         """
-        if self._cache is None or self._cache.capacity < length:
+        like = (self.model.dtype, self.model.device)
+        if self._cache is None or self._cache.capacity < length or (self._cache.k.dtype, self._cache.k.device) != like:
             capacity = min(-(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY, self.max_seq_len)
             self._cache = self.model.decoder.new_cache(1, capacity)
         self._cache.reset()

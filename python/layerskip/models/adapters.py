@@ -92,7 +92,8 @@ def adapt(hf_model: nn.Module) -> LayerSkipModel:
     eps = config.rms_norm_eps
     decoder = PartialDepthDecoder(layers, config.num_key_value_heads, eps, inv_freq, scaling)
     head = EarlyExitHead(parameters["model.norm.weight"], parameters["lm_head.weight"], eps)
-    return LayerSkipModel(parameters["model.embed_tokens.weight"], decoder, head, config)
+    generation_config = getattr(hf_model, "generation_config", None)
+    return LayerSkipModel(parameters["model.embed_tokens.weight"], decoder, head, config, generation_config)
 
 
 def _unsupported(what: str, supported: str) -> UnsupportedModelError:

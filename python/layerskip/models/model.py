@@ -24,14 +24,24 @@ class LayerSkipModel(nn.Module):
     head : EarlyExitHead
     config : object
         Configuration of the model that it was made from.
+    generation_config : object, optional
+        The same of its generation: what ends a sequence.
     """
 
-    def __init__(self, embedding: Tensor, decoder: PartialDepthDecoder, head: EarlyExitHead, config: Any) -> None:
+    def __init__(
+        self,
+        embedding: Tensor,
+        decoder: PartialDepthDecoder,
+        head: EarlyExitHead,
+        config: Any,
+        generation_config: Any = None,
+    ) -> None:
         super().__init__()
         self.embedding = shared(embedding)
         self.decoder = decoder
         self.head = head
         self.config = config
+        self.generation_config = generation_config
 
     @property
     def num_layers(self) -> int:

@@ -68,6 +68,7 @@ class PartialDepthDecoder(nn.Module):
         self._cos = self._sin = torch.empty(0, self.head_dim // 2)
         self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL)
         self._collect()
+        self.register_load_state_dict_post_hook(lambda module, keys: module._collect())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,6 +185,8 @@ class PartialDepthDecoder(nn.Module):
         ValueError, TypeError
             If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
+        if head.eps != self.eps:
+            raise ValueError(f"the head's eps is {head.eps}, the decoder's {self.eps}; a draft takes one for both")
         if not 1 <= end <= self.num_layers:
             raise ValueError(f"layers [0, {end}) are not within the decoder's {self.num_layers}")
         with torch.no_grad():
