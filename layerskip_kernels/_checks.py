@@ -188,7 +188,6 @@ def partial_forward(
     require(0 <= start <= end <= depth, f"layers [{start}, {end}) are not within the cache's {depth} layers")
     head_size(size)
     require(eps >= 0, f"eps must not be negative, got {eps}")
-    layer_slots(weights, start, end)
     shaped("k_cache", k_cache, [depth, batch, None, None, size], [hidden.dtype])
     shaped("v_cache", v_cache, list(k_cache.shape), [hidden.dtype])
     shaped("seq_lens", seq_lens, [batch], [torch.int64])
@@ -197,6 +196,20 @@ def partial_forward(
     _rope(cos, sin, capacity, size)
     dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
     same_device(hidden, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, seq_lens=seq_lens)
+    _layers(hidden, weights, layer_slots(weights, start, end), k_cache.shape[2], size)
+
+
+def _layers(hidden: Tensor, weights: Sequence[Tensor], slots: int, groups: int, size: int) -> None:
+    """The first layer's tensors fit the states and the cache, the others are shaped like it."""
+    names, like = LAYER_SLOTS + OPTIONAL_SLOTS, weights[:slots]
+    if weights:
+        layer_weights(like, hidden.shape[2], groups, size, hidden.dtype)
+    for index, tensor in enumerate(weights):
+        name, first = names[index % slots], like[index % slots]
+        if name not in OPTIONAL_SLOTS or (tensor.numel() and first.numel()):
+            shaped(name, tensor, list(first.shape), [hidden.dtype])
+        dense(**{name: tensor})
+        same_device(hidden, **{name: tensor})
 
 
 def draft_greedy(
@@ -224,9 +237,10 @@ def draft_greedy(
     require(end >= 1, f"end must be at least 1, got {end}")
     dense(embedding=embedding)
     same_device(embedding, token=token)
-    rows = embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
-    partial_forward(rows, weights, k_cache, v_cache, cos, sin, seq_lens, 0, end, eps)
-    exit_head(rows.flatten(0, 1), norm_weight, head_weight, eps, token_map, scale)
+    batch, rows = token.shape[0], steps + extend
+    state = embedding[0]
+    partial_forward(state.expand(batch, rows, -1), weights, k_cache, v_cache, cos, sin, seq_lens, 0, end, eps)
+    exit_head(state.expand(batch * rows, -1), norm_weight, head_weight, eps, token_map, scale)
 
 
 def layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:

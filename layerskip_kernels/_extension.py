@@ -52,7 +52,7 @@ def cpu_isa() -> str:
 
 
 def set_cpu_isa(name: str) -> str:
-    """Make the CPU kernels use one instruction set; returns the one used before.
+    """Make the CPU kernels use one instruction set, while no op runs; returns the one used before.
 
     Parameters
     ----------

@@ -160,20 +160,30 @@ def _linear_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ctx.has_bias, ctx.has_residual = inputs[2] is not None, inputs[3] is not None
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    bias = grad.sum(0) if ctx.has_bias else None
-    return grad @ weight, grad.T @ x, bias, grad if ctx.has_residual else None
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    return (
+        grad @ weight if for_x else None,
+        grad.T @ x if for_weight else None,
+        grad.sum(0) if ctx.has_bias else None,
+        grad if ctx.has_residual else None,
+    )
 
 
-def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """With a = x gate^T, b = x up^T, s = sigmoid(a): da = g b s (1 + a (1 - s)), db = g a s."""
     x, gate, up = ctx.saved_tensors
     a, b = (x @ gate.T).float(), (x @ up.T).float()
     sigmoid = a.sigmoid()
     grad_a = (grad.float() * b * sigmoid * (1 + a * (1 - sigmoid))).to(x.dtype)
     grad_b = (grad.float() * a * sigmoid).to(x.dtype)
-    return grad_a @ gate + grad_b @ up, grad_a.T @ x, grad_b.T @ x
+    for_x, for_gate, for_up = ctx.needs_input_grad
+    return (
+        grad_a @ gate + grad_b @ up if for_x else None,
+        grad_a.T @ x if for_gate else None,
+        grad_b.T @ x if for_up else None,
+    )
 
 
 def _loss_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:

@@ -27,6 +27,7 @@ def _native_supports(device: str, reason: str | None) -> Callable[..., str | Non
 def register_all() -> None:
     """One line an op and backend."""
     for op in _ops.SCHEMAS:
+        dispatch.register(op, "cuda", _ops.native(op), _native_supports("cuda", _extension.cuda_reason))
         dispatch.register(op, "cpu", _ops.native(op), _native_supports("cpu", _extension.cpu_reason))
         if op in triton.OPS:
             dispatch.register(op, "triton", triton.implementation(op), triton.supports)

@@ -257,3 +257,12 @@ def test_a_stretch_of_minus_infinity_hides_no_token(path: str) -> None:
     truth = head.double().sum(1)
     assert out.token.tolist() == [int(truth.argmax())] * 2
     torch.testing.assert_close(out.logsumexp.double(), truth.logsumexp(0).expand(2), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nan_behind_minus_infinity_is_not_lost(path: str) -> None:
+    """A stretch of -inf, then one of NaN, then finite logits: the row names no token."""
+    head = Inputs(torch.float32).normal(900, 8)
+    head[:300], head[300:600] = float("-inf"), float("nan")
+    with running_on(path):
+        assert lk.exit_head(torch.ones(1, 8), torch.ones(8), head, 0.0).token.tolist() == [-1]

@@ -279,3 +279,20 @@ def test_native_refuses_a_weight_of_the_wrong_shape(isa: str, name: str) -> None
     one.weights[9 + slot] = one.weights[9 + slot][1:]
     with pytest.raises((ValueError, RuntimeError), match=name):
         one.run(0, 3)
+
+
+@pytest.mark.parametrize("slot", range(9))
+@pytest.mark.parametrize("layer_index", [0, 2])
+def test_other_backends_refuse_weights_too(layer_index: int, slot: int) -> None:
+    """The check behind every backend but the native one, which has its own."""
+    name = ["attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down"][slot]
+    one = case(Sizes(), torch.float32, [5], 3)
+    index = 9 * layer_index + slot
+    whole = one.weights[index]
+    for wrong, error, words in (
+        (whole[1:], ValueError, name if layer_index else "expected|not a multiple"),
+        (whole.bfloat16(), TypeError, f"{name} has dtype bfloat16"),
+    ):
+        one.weights[index] = wrong
+        with lk.use_backend("reference"), pytest.raises(error, match=words):
+            one.run(0, 3)

@@ -8,6 +8,7 @@ from test_decoding import Recorder
 from tiny import LAYERS, VOCABULARY, generous, prompt_of, tiny_model
 
 from layerskip import SelfSpeculativeDecoder
+from layerskip.decoding.transcript import Transcript
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,3 +151,19 @@ def test_weights_that_are_assigned_are_used():
     after = decoder.generate(prompt_of(5), 12, eos_token_id=[])
     assert not torch.equal(before.sequences, after.sequences)
     assert decoder.model.decoder.layer_weights(0, 1)[1] is decoder.model.decoder.layers[0]["q"]
+
+
+def test_what_follows_a_stop_token_inside_a_round_is_no_error():
+    """Autoregressive decoding would never have come there."""
+    transcript = Transcript(prompt_of(5), 8, frozenset({7}))
+    transcript.add_first(3)
+    transcript.add_round([4, 7, 5], -1, 4, fault="logits that are not finite")
+    assert transcript.finished
+    assert transcript.close().new_tokens.tolist() == [[3, 4, 7]]
+
+
+def test_a_fault_that_would_be_emitted_is_an_error():
+    transcript = Transcript(prompt_of(5), 8, frozenset({7}))
+    transcript.add_first(3)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        transcript.add_round([4, 5], -1, 4, fault="logits that are not finite")

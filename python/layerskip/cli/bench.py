@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     options.add_model(parser)
     options.add_speculation(parser)
-    parser.add_argument("--prompts", default="samples", help="samples, humaneval, a .jsonl file, or a text file")
+    parser.add_argument("--prompts", default="samples", help=prompts.HELP)
     parser.add_argument("--limit", type=options.positive, default=6, help="how many of the prompts")
     parser.add_argument("--max-new-tokens", type=options.positive, default=64, metavar="N")
     parser.add_argument("--repeats", type=options.positive, default=1, help="how often to run each prompt each way")

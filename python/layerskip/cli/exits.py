@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     options.add_model(parser)
-    parser.add_argument(
-        "--prompts", default="samples", help="samples, humaneval, a .jsonl or text file, or a task as TASK:SPLIT"
-    )
+    parser.add_argument("--prompts", default="samples", help=prompts.HELP)
     parser.add_argument("--limit", type=options.positive, default=16, metavar="N", help="how many prompts")
     parser.add_argument("--max-new-tokens", type=options.positive, default=64, metavar="N", help="tokens a prompt")
     parser.add_argument(
@@ -32,22 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.png")
 
 
-def _texts(source: str, limit: int) -> list[str]:
-    """The prompts of a file or of a task's split."""
-    from ..training.data import TASKS, load_task
-
-    task, colon, split = source.partition(":")
-    if not colon or task not in TASKS:
-        return [prompt.text for prompt in prompts.read(source, limit)]
-    examples = load_task(task, split)
-    return [examples[index * len(examples) // limit].prompt for index in range(min(limit, len(examples)))]
-
-
 def run(args: argparse.Namespace, console: Console) -> int:
     """Let the model write, ask every exit about it, show the answers."""
     from ..training.survey import survey_exits
 
-    texts = _texts(args.prompts, args.limit)
+    texts = [prompt.text for prompt in prompts.read(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
     decoder = SelfSpeculativeDecoder(model, 1)
     written = []

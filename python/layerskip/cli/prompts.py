@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..training.data import TASKS, load_task
+
+HELP = "samples, humaneval, TASK:SPLIT such as parsing:test, a .jsonl file, or a text file"
 SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 COMMANDS = SAMPLES.with_name("commands.jsonl")  # in the form that smollm2-layerskip was trained on
 
@@ -25,8 +28,8 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     Parameters
     ----------
     source : str
-        ``samples``, ``humaneval``, a ``.jsonl`` file of objects with "prompt" and, optionally, "task", or a text file
-        with one prompt a line.
+        ``samples``, ``humaneval``, TASK:SPLIT of `layerskip.training.data` such as ``parsing:test``, a ``.jsonl`` file
+        of objects with "prompt" and, optionally, "task", or a text file with one prompt a line.
     limit : int, optional
         Take every n-th prompt so that this many remain, spread over the whole source.
 
@@ -37,8 +40,13 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     FileNotFoundError
         If there is no such file.
     """
-    path = SAMPLES if source == "samples" else Path(source)
-    prompts = _human_eval() if source == "humaneval" else _from_file(path)
+    task, colon, split = source.partition(":")
+    if source == "humaneval":
+        prompts = _human_eval()
+    elif colon and task in TASKS:
+        prompts = [Prompt(example.prompt, task) for example in load_task(task, split)]
+    else:
+        prompts = _from_file(SAMPLES if source == "samples" else Path(source))
     if limit is None or limit >= len(prompts):
         return prompts
     return [prompts[index * len(prompts) // limit] for index in range(limit)]

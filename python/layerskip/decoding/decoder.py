@@ -150,7 +150,7 @@ class SelfSpeculativeDecoder:
         position = prompt.shape[1]
         while not transcript.finished:
             progress = steps.step(token, transcript.remaining, position)
-            transcript.add_round(progress.drafts, progress.token, progress.drafted)
+            transcript.add_round(progress.drafts, progress.token, progress.drafted, progress.fault)
             token = progress.next_token
             position += len(progress.drafts) + 1
 

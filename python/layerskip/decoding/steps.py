@@ -19,23 +19,24 @@ class Progress(NamedTuple):
     """What one step gave.
 
     ``next_token`` [B] is the last token, on the device, for the next step; on the host are the accepted ``drafts``, the
-    ``token`` that follows them, and how many were ``drafted``.
+    ``token`` that follows them, how many were ``drafted``, and the ``fault`` that keeps ``token`` from being emitted.
     """
 
     next_token: Tensor
     drafts: list[int]
     token: int
     drafted: int
+    fault: str | None
 
 
-def finite(token: int, what: str, layer: int, position: int) -> int:
+def fault_of(token: int, what: str, layer: int, position: int) -> str | None:
     """A head says -1 where its logits are not finite: that is an error, never a token."""
-    if token < 0:
-        raise FloatingPointError(
-            f"{what} after layer {layer} gave logits that are not finite at position {position}; "
-            "the weights or the states hold NaN or infinity"
-        )
-    return token
+    if token >= 0:
+        return None
+    return (
+        f"{what} after layer {layer} gave logits that are not finite at position {position}; "
+        "the weights or the states hold NaN or infinity"
+    )
 
 
 def prefill(model: LayerSkipModel, cache: SharedKVCache, prompt: Tensor, depth: int) -> tuple[Tensor, int]:
@@ -47,7 +48,11 @@ def prefill(model: LayerSkipModel, cache: SharedKVCache, prompt: Tensor, depth: 
         hidden = model.decoder.prefill(model.embed(chunk), cache, 0, depth)
         cache.seq_lens.add_(chunk.shape[1])
     token = model.head(hidden[:, -1]).token  # [B]
-    return token, finite(int(token), "the head", depth, prompt.shape[1] - 1)
+    first = int(token)
+    fault = fault_of(first, "the head", depth, prompt.shape[1] - 1)
+    if fault is not None:
+        raise FloatingPointError(fault)
+    return token, first
 
 
 class SingleSteps:
@@ -61,7 +66,8 @@ class SingleSteps:
         draft = self._model.draft(token, self._cache, self._depth, self._model.head, steps=1, extend=False)
         next_token = draft.tokens[:, 0]  # [B]
         self._cache.seq_lens.add_(1)
-        return Progress(next_token, [], finite(int(next_token), "the head", self._depth, position), 0)
+        token_id = int(next_token)
+        return Progress(next_token, [], token_id, 0, fault_of(token_id, "the head", self._depth, position))
 
 
 class SpeculativeRounds:
@@ -115,8 +121,8 @@ class SpeculativeRounds:
         row = torch.cat([accepted[:, None], next_token[:, None], drafted], 1)[0].tolist()
         taken, token, drafts = row[0], row[1], row[2:]
         last = position + taken
-        finite(token, "the head", self._model.num_layers, last)
+        fault = fault_of(token, "the head", self._model.num_layers, last)
         # The draft after the accepted ones came from the right context, the ones after it did not.
         for draft in drafts[taken : taken + 1]:
-            finite(draft, "the draft head", self._exit_layer, last)
-        return Progress(next_token, drafts[:taken], token, len(drafts))
+            fault = fault or fault_of(draft, "the draft head", self._exit_layer, last)
+        return Progress(next_token, drafts[:taken], token, len(drafts), fault)

@@ -64,10 +64,15 @@ class Transcript:
         self._first_token_at = time.perf_counter()
         self._emit([token], [False])
 
-    def add_round(self, drafts: list[int], next_token: int, drafted: int) -> None:
-        """Emit the accepted ``drafts`` of a round that drafted ``drafted`` tokens, and the full model's own."""
+    def add_round(self, drafts: list[int], next_token: int, drafted: int, fault: str | None = None) -> None:
+        """Emit the accepted ``drafts`` of a round that drafted ``drafted`` tokens, and the full model's own.
+
+        A ``fault`` of the latter is an error only where no stop token comes before it.
+        """
         tokens = [*drafts, next_token]
         stop = next((index for index, token in enumerate(tokens) if token in self._stops), len(drafts))
+        if fault is not None and stop == len(drafts):
+            raise FloatingPointError(fault)
         from_draft = [True] * len(drafts) + [False]
         self._drafted += drafted
         self._accepted.append(sum(from_draft[: stop + 1]))
