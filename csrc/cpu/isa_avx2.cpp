@@ -4,9 +4,11 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 
 #define LSK_MAX_BLOCK 2
-#pragma GCC target("avx2,fma,f16c")
+
+LSK_TARGET("avx2,fma,f16c")
 
 namespace lsk::avx2 {
 
@@ -26,4 +28,6 @@ extern const Kernels<bf16> k_avx2_bf16 = avx2::kTable<bf16>;
 extern const Kernels<f16> k_avx2_f16 = avx2::kTable<f16>;
 
 }  // namespace lsk
+
+LSK_TARGET_END
 #endif

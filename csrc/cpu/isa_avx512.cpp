@@ -4,9 +4,11 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 
 #define LSK_MAX_BLOCK 6
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+LSK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 namespace lsk::avx512 {
 
@@ -26,4 +28,6 @@ extern const Kernels<bf16> k_avx512_bf16 = avx512::kTable<bf16>;
 extern const Kernels<f16> k_avx512_f16 = avx512::kTable<f16>;
 
 }  // namespace lsk
+
+LSK_TARGET_END
 #endif

@@ -4,10 +4,12 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 
 #define LSK_MAX_BLOCK 6
 #define LSK_BF16_DOT
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+
+LSK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 
 namespace lsk::avx512_bf16 {
 
@@ -27,4 +29,6 @@ extern const Kernels<bf16> k_avx512_bf16_bf16 = avx512_bf16::kTable<bf16>;
 extern const Kernels<f16> k_avx512_bf16_f16 = avx512_bf16::kTable<f16>;
 
 }  // namespace lsk
+
+LSK_TARGET_END
 #endif
