@@ -51,17 +51,24 @@ class Result:
     met: bool | None = None
 
 
-def interleave(cases: Sequence[Case], repeats: int, label: str) -> None:
-    """Time every case once, then every case again: what disturbs the machine disturbs all of them alike."""
+def interleave(cases: Sequence[Case], repeats: int, label: str) -> float:
+    """Time every case once, then every case again: what disturbs the machine disturbs all of them alike.
+
+    Returns the machine's read bandwidth meanwhile, in GB/s: the median of the passes that evict the caches.
+    """
+    reads = []
     evict = torch.ones(EVICTION_BYTES // 8, dtype=torch.int64)
     for case in cases:
         case.run()
     for _ in track(range(repeats), label):
         for case in cases:
-            evict.amax()
             start = time.perf_counter()
+            evict.amax()
+            evicted = time.perf_counter()
             case.run()
-            case.seconds.append(time.perf_counter() - start)
+            case.seconds.append(time.perf_counter() - evicted)
+            reads.append(evicted - start)
+    return EVICTION_BYTES / statistics.median(reads) / 1e9
 
 
 def machine() -> dict[str, Any]:
@@ -82,8 +89,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(path: Path, bandwidth: float, results: Sequence[Result]) -> None:
+def write(path: Path, results: Sequence[Result]) -> None:
     """Write figures with the machine that gave them."""
-    report = {"machine": machine(), "read_bandwidth_gb_s": bandwidth, "results": [asdict(result) for result in results]}
+    report = {"machine": machine(), "results": [asdict(result) for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())

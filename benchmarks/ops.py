@@ -24,7 +24,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def exit_head(bandwidth: float, repeats: int) -> Iterator[Result]:
+def exit_head(repeats: int) -> Iterator[Result]:
     """The full head for one row and for six, torch's way for one, and the reduced int8 draft head."""
     for vocabulary, width in HEADS:
         weight = torch.randn(vocabulary, width).to(DTYPE)
@@ -39,7 +39,8 @@ def exit_head(bandwidth: float, repeats: int) -> Iterator[Result]:
             Case("int8", lambda: lk.exit_head(one, norm, draft, EPS, tokens, scale), _bytes(draft)),
         ]
         shape = f"{vocabulary}x{width}"
-        interleave(cases, repeats, f"exit_head {shape}")
+        bandwidth = interleave(cases, repeats, f"exit_head {shape}")
+        yield Result("read bandwidth meanwhile", bandwidth, "GB/s")
         full, rows, torch_head, int8 = cases
         share = full.bandwidth / bandwidth
         faster = torch_head.median / full.median
@@ -55,7 +56,7 @@ def exit_head(bandwidth: float, repeats: int) -> Iterator[Result]:
         )
 
 
-def linear(bandwidth: float, repeats: int) -> Iterator[Result]:
+def linear(repeats: int) -> Iterator[Result]:
     """A matrix of 50 MB and more, one row and six, ours and torch's."""
     for out_width, in_width in ((49152, 576), (8192, 4096)):
         weight = torch.randn(out_width, in_width).to(DTYPE)
@@ -67,7 +68,8 @@ def linear(bandwidth: float, repeats: int) -> Iterator[Result]:
             Case("torch six", lambda: F.linear(six, weight)),
         ]
         shape = f"{out_width}x{in_width}"
-        interleave(cases, repeats, f"linear {shape}")
+        bandwidth = interleave(cases, repeats, f"linear {shape}")
+        yield Result("read bandwidth meanwhile", bandwidth, "GB/s")
         ours, six_rows, torch_one, torch_six = cases
         yield Result(f"linear {shape} R=1, of the read bandwidth", ours.bandwidth / bandwidth, "")
         more = six_rows.median / ours.median
@@ -76,7 +78,7 @@ def linear(bandwidth: float, repeats: int) -> Iterator[Result]:
         yield Result(f"linear {shape} R={ROWS}, torch's time over ours", torch_six.median / six_rows.median, "x")
 
 
-def partial_forward(bandwidth: float, repeats: int) -> Iterator[Result]:
+def partial_forward(repeats: int) -> Iterator[Result]:
     """All layers of SmolLM2-135M's shape: one row, seven rows, and the first four layers alone."""
     layers, width, features, heads, groups, size, capacity, past = 30, 576, 1536, 9, 3, 64, 512, 200
     shapes = [(heads * size, width), (groups * size, width), (groups * size, width), (width, heads * size)]
@@ -99,7 +101,8 @@ def partial_forward(bandwidth: float, repeats: int) -> Iterator[Result]:
         )
 
     cases = [case("one", 1, layers), case("seven", 7, layers), case("four layers", 1, 4)]
-    interleave(cases, repeats, "partial_forward")
+    bandwidth = interleave(cases, repeats, "partial_forward")
+    yield Result("read bandwidth meanwhile", bandwidth, "GB/s")
     one, seven, four = cases
     yield Result("partial_forward SmolLM2-135M M=1", one.median * 1e3, "ms")
     yield Result("partial_forward SmolLM2-135M M=1, of the read bandwidth", one.bandwidth / bandwidth, "")

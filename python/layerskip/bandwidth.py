@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import torch
 
 BUFFER_BYTES = 512 * 2**20  # larger than any cache
-REPEATS = 7
 
 
-def measure_read_bandwidth() -> float:
-    """Read a buffer with all of torch's threads; the best of several passes, in GB/s (10^9 bytes).
+class ReadBandwidth:
+    """Reads a buffer with all of torch's threads, now and then: on a shared machine the speed changes by the minute."""
 
-    An integer maximum costs next to nothing per element, so the memory alone sets its time.
-    """
-    buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
-    best = float("inf")
-    for _ in range(REPEATS):
+    def __init__(self) -> None:
+        self._buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
+        self._seconds: list[float] = []
+
+    def sample(self) -> None:
+        """One pass. An integer maximum costs next to nothing per element, so the memory alone sets its time."""
         start = time.perf_counter()
-        buffer.amax()
-        best = min(best, time.perf_counter() - start)
-    return BUFFER_BYTES / best / 1e9
+        self._buffer.amax()
+        self._seconds.append(time.perf_counter() - start)
+
+    @property
+    def median(self) -> float:
+        """Of the samples, in GB/s (10^9 bytes)."""
+        return BUFFER_BYTES / statistics.median(self._seconds) / 1e9

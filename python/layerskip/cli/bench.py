@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ..bandwidth import measure_read_bandwidth
+from ..bandwidth import ReadBandwidth
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder
 from . import options, prompts
 from .measure import OpShare, Stopwatch, op_clock
@@ -104,14 +104,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
         warnings.filterwarnings("ignore", module="transformers")
         for way in ways.values():  # a warm-up, not measured
             way(encoded[0], 2 * decoder.num_speculations, Stopwatch())
-        before = measure_read_bandwidth()
+        memory = ReadBandwidth()
         order = [(index, repeat) for repeat in range(args.repeats) for index in range(len(encoded))]
         for index, _ in track(order, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+            memory.sample()
             for name, way in ways.items():
                 runs[name].append(_measure(name, way, index, encoded[index], args, decoder))
     report = Report(
         settings=_settings(args, decoder),
-        bandwidth=max(before, measure_read_bandwidth()),
+        bandwidth=memory.median,
         outside_ops=outside_ops(decoder, encoded[0], max(args.max_new_tokens, 4 * decoder.num_speculations)),
         runs=runs,
         tasks=[prompt.task for prompt in texts],
