@@ -1,0 +1,76 @@
+// How a kernel is launched, from host code that knows pointers and sizes only. A `.cu` file and tests/cuda_emulation
+// call the same functions:
+//
+//   // exit_head.cuh: __global__ kernels, and the host function that launches them
+//   cudaError_t exit_head(const T* hidden, ..., int64_t rows, cudaStream_t stream) {
+//     const Launch first{.grid = dim3(tiles), .block = dim3(128), .shared = bytes, .stream = stream};
+//     LSK_LAUNCH(launch(first, partial_kernel<T>, hidden, ..., rows));
+//     const Launch second{.grid = dim3(rows), .block = dim3(32), .stream = stream, .dependent = true};
+//     return launch(second, reduce_kernel<T>, ...);
+//   }
+//
+// `dependent`: programmatic dependent launch. On sm_90 and newer the kernel may start before the one ahead of it in the
+// stream has ended, so it must call ptx::dependency_wait() before it touches what an earlier kernel wrote, or writes
+// what one reads; at least one thread of every block must call it, or the kernel after it could overtake the one
+// before.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace lsk {
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared = 0;  // bytes of dynamic shared memory
+  cudaStream_t stream = nullptr;
+  bool dependent = false;
+};
+
+// Whether the current device has programmatic dependent launch; asked of the driver once a device.
+inline bool has_dependent_launch() {
+  constexpr int kDevices = 64;
+  static signed char known[kDevices] = {};  // 0 unknown, 1 no, 2 yes; a race writes the same value twice
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  if (known[device] == 0) {
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+    known[device] = major >= 9 ? 2 : 1;
+  }
+  return known[device] == 2;
+}
+
+// Launches `kernel`; an empty grid is no launch and no error. More than 48 KB of dynamic shared memory is asked for
+// here.
+template <class... Params, class... Args>
+cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args) {
+  if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
+  constexpr size_t kDefaultShared = 48 * 1024;
+  if (where.shared > kDefaultShared) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(where.shared));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = where.grid;
+  config.blockDim = where.block;
+  config.dynamicSmemBytes = where.shared;
+  config.stream = where.stream;
+  config.attrs = &attribute;
+  config.numAttrs = where.dependent && has_dependent_launch() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+}  // namespace lsk
+
+// Returns from the calling function with the error, if there is one.
+#define LSK_LAUNCH(call)                              \
+  do {                                                \
+    const cudaError_t lsk_status = (call);            \
+    if (lsk_status != cudaSuccess) return lsk_status; \
+  } while (0)
