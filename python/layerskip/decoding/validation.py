@@ -17,6 +17,25 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
+def integer_in(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An int in [low, high], or from low up."""
+    if _integer(name, value) < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low} … {high}'}, got {value}")
+    return value
+
+
+def real(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
+    """A number between ``low`` and ``high``; an open end is excluded itself. NaN is in no range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must be in {span}, got {value}")
+    return value
+
+
 def exit_layer(value: Any, num_layers: int) -> int:
     """An exit is after layer 1 … L - 1: with fewer nothing is drafted, with all of them nothing is left to verify."""
     if not 1 <= _integer("exit_layer", value) < num_layers:

@@ -1,0 +1,83 @@
+"""How the next token is chosen from logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import validation
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence's tokens are chosen; the default is greedy.
+
+    What the parameters do to logits, and in which order, is what transformers does: bias, repetition penalty,
+    temperature, top-k, top-p, min-p. With a temperature alone no processed logits are written: the fused kernels draw.
+
+    Parameters
+    ----------
+    temperature : float
+        0 is greedy: the token of the largest logit, after bias and penalty.
+    top_k : int
+        Keep the k largest; 0 keeps all.
+    top_p : float
+        Keep the smallest set of tokens whose probability reaches p, in (0, 1]; 1 keeps all.
+    min_p : float
+        Keep tokens at least ``min_p`` times as probable as the most probable one, in [0, 1]; 0 keeps all.
+    repetition_penalty : float
+        Logits of tokens that the history holds (prompt included) are divided by it where they are positive, multiplied
+        where they are negative (Keskar et al. 2019). 1 does nothing.
+    logit_bias : mapping of int to float
+        Added to the logits of single tokens; -inf forbids one.
+    seed : int, optional
+        In 0 … 2⁶³ - 1. Seed and position name the noise of a token, so a sequence's samples depend on nothing else.
+        Without one the call draws it from its generator.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the parameter, its value and its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        validation.real("temperature", self.temperature, 0.0, math.inf, open_high=True)
+        validation.integer_in("top_k", self.top_k, 0)
+        validation.real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        validation.real("min_p", self.min_p, 0.0, 1.0)
+        validation.real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True, open_high=True)
+        if self.seed is not None:
+            validation.integer_in("seed", self.seed, 0, 2**63 - 1)
+        for token, bias in self.logit_bias.items():
+            validation.integer_in("logit_bias", token, 0)
+            validation.real(f"logit_bias[{token}]", bias, -math.inf, math.inf, open_high=True)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits have to be written and processed before a token is chosen from them."""
+        truncates = not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        return truncates or self.repetition_penalty != 1 or bool(self.logit_bias)
+
+
+def params_of(sampling: Any) -> SamplingParams:
+    """``sampling``, where None means greedy."""
+    if sampling is None:
+        return SamplingParams()
+    if not isinstance(sampling, SamplingParams):
+        raise TypeError(f"sampling must be a SamplingParams, got {type(sampling).__name__}")
+    return sampling
