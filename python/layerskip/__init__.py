@@ -1,7 +1,15 @@
 """Early exit and self-speculative decoding for models that people already have (LayerSkip, arXiv 2404.16710)."""
 
 from .decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder, Stats
-from .models import LayerSkipModel, UnsupportedModelError, adapt, load, supported_architectures
+from .models import (
+    LayerSkipModel,
+    UnsupportedModelError,
+    accelerate,
+    adapt,
+    load,
+    restore,
+    supported_architectures,
+)
 from .modules import EarlyExitHead, PartialDepthDecoder, SharedKVCache
 
 __all__ = [
@@ -14,7 +22,9 @@ __all__ = [
     "SharedKVCache",
     "Stats",
     "UnsupportedModelError",
+    "accelerate",
     "adapt",
     "load",
+    "restore",
     "supported_architectures",
 ]

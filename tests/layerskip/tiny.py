@@ -11,7 +11,17 @@ from helpers import ARCHITECTURES, VOCABULARY, random_tokens
 
 import layerskip_kernels
 
-__all__ = ["ARCHITECTURES", "LAYERS", "UPPER", "VOCABULARY", "generous", "prompt_of", "requires_native", "tiny_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "LAYERS",
+    "UPPER",
+    "VOCABULARY",
+    "generous",
+    "native_missing",
+    "prompt_of",
+    "requires_native",
+    "tiny_model",
+]
 
 LAYERS = 4
 # The share of what the layers after the first add to the state: all, so that few drafts are accepted; little, so that
@@ -19,7 +29,8 @@ LAYERS = 4
 UPPER = {"random": 1.0, "weak": 0.15, "silent": 0.0}
 
 
-def _native_missing() -> str | None:
+def native_missing() -> str | None:
+    """Why the native CPU library is not there, or None."""
     try:
         layerskip_kernels.cpu_isa()
     except RuntimeError as error:
@@ -28,7 +39,7 @@ def _native_missing() -> str | None:
 
 
 requires_native = pytest.mark.skipif(
-    _native_missing() is not None, reason=f"the reference is not bitwise batch invariant; {_native_missing()}"
+    native_missing() is not None, reason=f"the reference is not bitwise batch invariant; {native_missing()}"
 )
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import EarlyExitHead, LayerWeights, PartialDepthDecoder
+from ..modules.fused import FusedRMSNorm, FusedSwiGLU, SkinnyLinear
 from .model import LayerSkipModel
 
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 _LAYERS = "model.layers"
+_MLP = "mlp"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Where the weights of a layer are found in it.
@@ -96,6 +98,34 @@ def adapt(hf_model: nn.Module) -> LayerSkipModel:
     return LayerSkipModel(parameters["model.embed_tokens.weight"], decoder, head, config, generation_config)
 
 
+def fusable(hf_model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The modules of a Hugging Face model that have a fused form, each with that form; attention is not among them.
+
+    Parameters
+    ----------
+    hf_model : transformers.PreTrainedModel
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the architecture, the activation, a bias, or the kind of a weight is not supported.
+    """
+    row = _architecture(hf_model)
+    config: Any = hf_model.config
+    _check_quantisation(config)
+    _check_activation(config)
+    parameters = dict(hf_model.named_parameters(remove_duplicate=False))
+    _check_modules(hf_model)
+    _check_names(parameters, row)
+    _check_tensors(parameters)
+    names = {path.rpartition(".")[0] for path in row.layer_paths.values()}
+    paths = [f"{_LAYERS}.{number}.{name}" for number in range(config.num_hidden_layers) for name in sorted(names)]
+    modules = [hf_model.get_submodule(path) for path in (*paths, "model.norm", "lm_head")]
+    fused = [(module, SkinnyLinear if isinstance(module, nn.Linear) else FusedRMSNorm) for module in modules]
+    gated = [hf_model.get_submodule(f"{_LAYERS}.{number}.{_MLP}") for number in range(config.num_hidden_layers)]
+    return [*fused, *((module, FusedSwiGLU) for module in gated)]
+
+
 def _unsupported(what: str, supported: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{what} is not supported; supported: {supported}")
 
@@ -131,12 +161,20 @@ def check_config(config: Any) -> None:
     UnsupportedModelError
     """
     check_model_type(config.model_type)
+    _check_quantisation(config)
+    _check_attention(config)
+    _check_rope(config)
+    _check_activation(config)
+
+
+def _check_quantisation(config: Any) -> None:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise _unsupported(f"a model quantised with {getattr(method, 'value', method)}", "fp32, bf16 and fp16 weights")
-    _check_attention(config)
-    _check_rope(config)
+
+
+def _check_activation(config: Any) -> None:
     if config.hidden_act not in ACTIVATIONS:
         raise _unsupported(f"hidden_act {config.hidden_act!r}", ", ".join(ACTIVATIONS))
 
@@ -163,10 +201,10 @@ def _check_rope(config: Any) -> None:
 
 
 def _check_modules(model: nn.Module) -> None:
-    """A subclass of Linear or Embedding computes something else than its weight says."""
+    """A subclass of Linear or Embedding computes something else than its weight says, but for the fused one."""
     for name, module in model.named_modules():
         for plain in (nn.Linear, nn.Embedding):
-            if isinstance(module, plain) and type(module) is not plain:
+            if isinstance(module, plain) and type(module) not in (plain, SkinnyLinear):
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise _unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
 

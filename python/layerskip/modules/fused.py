@@ -1,0 +1,112 @@
+"""Hugging Face's modules with another forward: for the few rows of a decoding step they run this library's ops.
+
+An instance changes its class and nothing else, so its parameters, their names, hooks and training mode stay what they
+are, also in copies and checkpoints. What the ops are not for runs as before: many rows, where torch's matmuls are
+faster; whatever may need a gradient; autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerskip_kernels import dispatch
+
+SKINNY_ROWS = 16  # one tile of rows; with more of them arithmetic costs more than reading the weights
+_ORIGINAL = "_layerskip_original_class"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _run(op: str, *args: Any) -> Tensor:
+    """Without gradient, straight to the native kernel where it serves: a dispatcher's hop costs what a norm does."""
+    kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, args[0])
+    return getattr(torch.ops.layerskip, op).default(*args) if kernel is None else kernel(*args)
+
+
+def _served(x: Tensor, *weights: Tensor) -> bool:
+    """Whether an op may take ``x``: no gradient, no conversion on the way, and a device that has kernels."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
+        return False
+    kind = x.device.type
+    if kind not in dispatch.PREFERENCE or torch.is_autocast_enabled(kind):
+        return False
+    return x.numel() > 0 and all(weight.dtype == x.dtype for weight in weights)
+
+
+def _is_skinny(x: Tensor) -> bool:
+    return x.numel() <= SKINNY_ROWS * x.shape[-1]
+
+
+class FusedRMSNorm(nn.Module):
+    """RMS norm in one pass; ``variance_epsilon`` and ``weight`` are the original module's."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Norm the last dimension of ``hidden_states`` [..., D]."""
+        if not _served(hidden_states, self.weight):
+            return _original(self).forward(self, hidden_states)
+        return _run("rms_norm", hidden_states, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        """Shape and epsilon, as the original prints them."""
+        return _original(self).extra_repr(self)
+
+
+class SkinnyLinear(nn.Linear):
+    """A linear layer that reads its weight once for up to `SKINNY_ROWS` rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., D_in] to [..., D_out]."""
+        tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        if not (_is_skinny(input) and _served(input, *tensors)):
+            return super().forward(input)
+        out = _run("linear", input.reshape(-1, self.in_features), self.weight, self.bias, None)
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+class FusedSwiGLU(nn.Module):
+    """The gated feed-forward: gate, up and activation in one op, down in another."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., D] to [..., D]."""
+        projections: Any = (self.gate_proj, self.up_proj, self.down_proj)
+        if not (_is_skinny(x) and all(map(_is_bare, projections))):
+            return _original(self).forward(self, x)
+        gate, up, down = (projection.weight for projection in projections)
+        if not _served(x, gate, up, down):
+            return _original(self).forward(self, x)
+        inner = _run("swiglu", x.reshape(-1, x.shape[-1]), gate, up)
+        return _run("linear", inner, down, None, None).view(x.shape)
+
+
+def _is_bare(projection: Any) -> bool:
+    """Whether calling the projection is its product and nothing else: no adapter came around it, no hook onto it."""
+    if type(projection) is not SkinnyLinear or "forward" in projection.__dict__:
+        return False
+    return not any(getattr(projection, hooks) for hooks in _HOOKS)
+
+
+def _original(module: nn.Module) -> Any:
+    return module.__dict__[_ORIGINAL]
+
+
+def fuse(module: nn.Module, fused: type[nn.Module]) -> None:
+    """Make ``module`` a ``fused`` one, in place; one that already is stays."""
+    if not isinstance(module, fused):
+        module.__dict__[_ORIGINAL] = type(module)
+        module.__class__ = fused
+
+
+def unfuse(module: nn.Module) -> None:
+    """Make ``module`` what it was before `fuse`; any other stays."""
+    original = module.__dict__.pop(_ORIGINAL, None)
+    if original is not None:
+        module.__class__ = original
