@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import _config, accept, early_exit_loss, exit_head, partial_forward
+from . import _config, accept, early_exit_loss, exit_head, partial_forward, skip_gradients_below
 from ._launch import PDL_COMPILES
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
@@ -53,6 +53,7 @@ class Launch:
         head = self.arguments.get("head_ptr")
         kind = f"{TYPES[first.dtype]}" + (" int8 head" if head is not None and head.dtype == torch.int8 else "")
         kind += " transposed" if self.arguments.get("a_row") == 1 else ""
+        kind += " skipping" if self.arguments.get("SKIPS") or self.arguments.get("TILE") else ""
         known = {**self.arguments, **self.options}
         tile = [f"{name.lower()}={known[name]}" for name in TILES if name in known]
         return f"{self.kernel.__name__.removesuffix('_kernel')} ({', '.join([kind, *tile])})"
@@ -159,7 +160,9 @@ def _loss_launches(hiddens: Tensor, head: Tensor) -> None:
     grad, weights = (torch.empty(size, device="meta") for size in ((), (exits,)))
     inputs = (hiddens, head.new_empty(width), head, labels, weights)
     _, _, lse, slope = early_exit_loss.early_exit_loss(*inputs)
-    early_exit_loss.early_exit_loss_backward(grad, *inputs, lse, slope, 1e-5, -100, True)
+    for threshold in (0.0, 2.0**-12):
+        with skip_gradients_below(threshold):
+            early_exit_loss.early_exit_loss_backward(grad, *inputs, lse, slope, 1e-5, -100, True)
 
 
 def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launch]:
