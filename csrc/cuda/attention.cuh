@@ -1,0 +1,178 @@
+// verify_attention: causal grouped-query attention of M new rows over the cache that already holds their keys.
+//
+// One block takes the 16 (row, query head) pairs of a tile of one key/value head and a split of 128 positions; splits
+// have that size always, so a row's sums never depend on the lengths or on its company. A short context gives few
+// splits of few bytes (128 positions of 64 are 32 KB), a long one enough blocks to fill the card. The block that ends
+// last joins the splits in their order: no second launch. The number of blocks follows from the capacity, so that a
+// captured graph serves every length; blocks beyond a length end at once.
+#pragma once
+
+#include "cuda/attention_tile.cuh"
+
+namespace lsk {
+
+template <class T>
+struct AttentionArgs {
+  Rows<const T> q;    // [R, H C]
+  Rows<T> out;        // [R, H C]
+  float* values;      // [B, G, splits, pairs, C]: sum of weight * value
+  float2* peaks;      // [B, G, splits, pairs]: largest score, sum of weights
+  unsigned* tickets;  // [B, G, tiles], zero before and after
+  float factor;       // of a difference of scores
+  int shared;         // query heads a key/value head
+  int first, rows;    // rows of every sequence that this launch takes
+  int splits;
+  bool aligned;
+};
+
+// The 16 pairs of a block: pair p is row m = p / shared of the launch and head g * shared + p % shared.
+template <class T>
+struct PairTile {
+  int b, g, begin, count, pairs;
+  int64_t position;  // of the launch's row 0
+  int64_t slot;
+  int reach;  // positions that the tile's last row sees
+
+  __device__ __forceinline__ PairTile(const AttentionArgs<T>& a, const Cache<T>& cache) {
+    b = blockIdx.y / cache.groups, g = blockIdx.y % cache.groups;
+    pairs = a.rows * a.shared, begin = blockIdx.z * kPairs, count = min(kPairs, pairs - begin);
+    position = cache.position(b) + a.first, slot = cache.slot(b);
+    const int64_t last = position + (begin + count - 1) / a.shared + 1;
+    reach = slot < 0 ? 0 : static_cast<int>(max(int64_t{0}, min(last, static_cast<int64_t>(cache.capacity))));
+  }
+
+  // Positions that a pair of the tile sees: 0 for a row outside the cache.
+  __device__ __forceinline__ int seen(const AttentionArgs<T>& a, const Cache<T>& cache, int pair) const {
+    const int64_t at = position + (begin + pair) / a.shared;
+    return pair < count && slot >= 0 && at >= 0 && at < cache.capacity ? static_cast<int>(at) + 1 : 0;
+  }
+
+  __device__ __forceinline__ int64_t head_offset(const AttentionArgs<T>& a, int pair, int size) const {
+    return static_cast<int64_t>(g * a.shared + (begin + pair) % a.shared) * size;
+  }
+
+  __device__ __forceinline__ int64_t row(const AttentionArgs<T>& a, const Cache<T>& cache, int pair) const {
+    return static_cast<int64_t>(b) * cache.rows + a.first + (begin + pair) / a.shared;
+  }
+
+  __device__ __forceinline__ int64_t cell(const AttentionArgs<T>& a, const Cache<T>& cache, int split, int pair) const {
+    return ((static_cast<int64_t>(b) * cache.groups + g) * a.splits + split) * pairs + begin + pair;
+  }
+};
+
+// Joins the splits of a tile's rows in order: eight threads a pair, four columns each at a time.
+template <class T>
+__device__ __forceinline__ void join_splits(const AttentionArgs<T>& a, const Cache<T>& cache, const PairTile<T>& tile) {
+  const int pair = threadIdx.x / 8, seen = tile.seen(a, cache, pair);
+  if (pair >= tile.count) return;
+  T* out = a.out.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.size);
+  for (int c = threadIdx.x % 8 * 4; c < cache.size; c += 32) {
+    float peak = -INFINITY, mass = 0.0f, total[4] = {};
+#pragma unroll 4
+    for (int split = 0; split * kSplit < seen; ++split) {
+      const int64_t cell = tile.cell(a, cache, split, pair);
+      const float2 here = a.peaks[cell];
+      const float4 value = *reinterpret_cast<const float4*>(a.values + cell * cache.size + c);
+      const float higher = fmaxf(peak, here.x);
+      const float kept = weigh<T>(peak - higher, a.factor), added = weigh<T>(here.x - higher, a.factor);
+      peak = higher;
+      mass = __fmaf_rn(mass, kept, here.y * added);
+      total[0] = __fmaf_rn(total[0], kept, value.x * added);
+      total[1] = __fmaf_rn(total[1], kept, value.y * added);
+      total[2] = __fmaf_rn(total[2], kept, value.z * added);
+      total[3] = __fmaf_rn(total[3], kept, value.w * added);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[c + i] = from_float<T>(seen ? total[i] / mass : nanf(""));
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kAttentionThreads, 1) verify_attention_kernel(AttentionArgs<T> a, Cache<T> cache) {
+  __shared__ bool last;
+  ptx::dependents_trigger();
+  ptx::dependency_wait();
+  const PairTile<T> tile(a, cache);
+  auto& memory = *ptx::dynamic_shared<AttentionMemory<T>>();
+  for (int split = blockIdx.x; split * kSplit < tile.reach; split += gridDim.x) {
+    const int64_t plane = cache.plane(tile.slot, tile.g) + static_cast<int64_t>(split) * kSplit * cache.size;
+    SplitWork<T> work{cache.k + plane, cache.v + plane, cache.size, min(kSplit, tile.reach - split * kSplit),
+                      a.aligned,       a.factor};
+    const int64_t cell = tile.cell(a, cache, split, 0);
+    attend_split(
+        work, tile.count,
+        [&](int pair) { return a.q.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.size); },
+        [&](int pair) { return tile.seen(a, cache, pair) - split * kSplit; }, a.peaks + cell,
+        a.values + cell * cache.size, memory);
+    __syncthreads();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unsigned* ticket = a.tickets + blockIdx.y * gridDim.z + blockIdx.z;
+    last = ptx::ticket(ticket) == gridDim.x - 1;
+    if (last) *ticket = 0;
+  }
+  __syncthreads();
+  if (last) join_splits(a, cache, tile);
+}
+
+// The scratch of attention: what a call with these sizes needs at most.
+struct AttentionScratch {
+  static constexpr int64_t kBytes = 64 << 20;  // above this, rows are taken in several launches
+  int64_t pairs_per_row, splits, cells, tickets;
+  int rows_at_once;
+
+  AttentionScratch(int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t capacity, int64_t size) {
+    splits = divide_up<int64_t>(capacity, kSplit);
+    const int64_t row_bytes = batch * heads * splits * (size + 2) * static_cast<int64_t>(sizeof(float));
+    const int64_t fits = kBytes / (row_bytes > 0 ? row_bytes : 1);
+    rows_at_once = static_cast<int>(fits < 1 ? 1 : fits < rows ? fits : rows);
+    pairs_per_row = groups > 0 ? heads / groups : 0;
+    cells = batch * heads * splits * rows_at_once;
+    tickets = batch * groups * divide_up<int64_t>(rows_at_once * pairs_per_row, kPairs);
+  }
+
+  int64_t ticket_bytes() const { return divide_up<int64_t>(tickets * 4, 256) * 256; }
+  int64_t peak_bytes() const { return divide_up<int64_t>(cells * 8, 256) * 256; }
+  int64_t bytes(int64_t size) const { return ticket_bytes() + peak_bytes() + cells * size * 4; }
+};
+
+// Zeroes the tickets at the start of a scratch; every launch leaves them so.
+__global__ void clear_tickets_kernel(unsigned* tickets, int64_t count) {
+  ptx::dependents_trigger();
+  ptx::dependency_wait();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) tickets[i] = 0;
+}
+
+inline cudaError_t clear_tickets(Chain& chain, const AttentionScratch& scratch, void* memory) {
+  const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(scratch.tickets, 256)));
+  return launch(chain.next(grid, 256), clear_tickets_kernel, static_cast<unsigned*>(memory), scratch.tickets);
+}
+
+// Attention of q [R, H C] over the cache, to out; `memory`: scratch.bytes(C), its tickets zero.
+template <class T>
+cudaError_t verify_attention(Chain& chain, Rows<const T> q, const Cache<T>& cache, const AttentionScratch& scratch,
+                             void* memory, Rows<T> out) {
+  constexpr int kBlocks = 2048;  // more than a card holds; with longer caches a block takes several splits
+  char* bytes = static_cast<char*>(memory);
+  AttentionArgs<T> args{q, out};
+  args.tickets = reinterpret_cast<unsigned*>(bytes);
+  args.peaks = reinterpret_cast<float2*>(bytes + scratch.ticket_bytes());
+  args.values = reinterpret_cast<float*>(bytes + scratch.ticket_bytes() + scratch.peak_bytes());
+  args.factor = weight_factor<T>(cache.size);
+  args.shared = static_cast<int>(scratch.pairs_per_row);
+  args.splits = static_cast<int>(scratch.splits);
+  args.aligned = q.aligned() && is_aligned(cache.k, cache.size) && is_aligned(cache.v, cache.size);
+  for (args.first = 0; args.first < cache.rows; args.first += scratch.rows_at_once) {
+    args.rows = std::min(scratch.rows_at_once, cache.rows - args.first);
+    const int tiles = divide_up(args.rows * args.shared, kPairs), planes = cache.batch * cache.groups;
+    const int wide = std::max(1, kBlocks / std::max(1, planes * tiles));
+    const dim3 grid(std::min(args.splits, wide), planes, tiles);
+    LSK_LAUNCH(launch(chain.next(grid, kAttentionThreads, AttentionMemory<T>::bytes(cache.size)),
+                      verify_attention_kernel<T>, args, cache));
+  }
+  return cudaSuccess;
+}
+
+}  // namespace lsk

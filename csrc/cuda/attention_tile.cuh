@@ -1,0 +1,286 @@
+// One split of attention, 16 queries over 128 positions by four warps: in 16 bit by mma, in fp32 by FMA.
+//
+// weight_p = exp(score_p - largest score), peaks = (largest score, sum of weights), values = sum of weight_p v_p.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/common.cuh"
+
+namespace lsk {
+
+constexpr int kSplit = 128, kPairs = 16;
+constexpr int kAttentionWarps = 4, kAttentionThreads = 32 * kAttentionWarps;
+constexpr int kWarpSplit = kSplit / kAttentionWarps;  // positions of a warp, 16 bit
+constexpr int kColumns = 64;                          // of the values, at once
+
+// exp of a difference of raw scores; the factor holds 1 / sqrt(C), and in 16 bit the base, too.
+template <class T>
+__device__ __forceinline__ float weigh(float difference, float factor) {
+  if constexpr (std::is_same_v<T, float>) return expf(difference * factor);
+  return ptx::exp2_approx(difference * factor);
+}
+
+template <class T>
+float weight_factor(int size) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+  return std::is_same_v<T, float> ? scale : scale * 1.44269504f;
+}
+
+// The keys and values of a split from its first position on.
+template <class T>
+struct SplitWork {
+  const T *k, *v;  // [count, C]
+  int size, count;
+  bool aligned;
+  float factor;
+};
+
+template <class T>
+struct AttentionMemory {
+  static constexpr int kPitch = kColumns + 8;  // spreads a warp's sums over the banks
+  float peaks[kAttentionWarps][kPairs], masses[kAttentionWarps][kPairs];
+  float sums[kAttentionWarps][kPairs * kPitch];
+
+  // Values [128, C], rows 16 bytes longer than they are: eight rows of a column then lie in different banks.
+  __device__ __forceinline__ T* values() { return reinterpret_cast<T*>(this + 1); }
+  __host__ __device__ static int pitch(int size) { return size + 8; }
+  static size_t bytes(int size) { return sizeof(AttentionMemory) + sizeof(T) * kSplit * pitch(size); }
+};
+
+template <>
+struct AttentionMemory<float> {
+  float scores[kPairs][kSplit];
+  float queries[kPairs][256];
+  static size_t bytes(int) { return sizeof(AttentionMemory); }
+};
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// scores[j][i]: positions 8 j + 2 t + i % 2 of the warp, pairs g (i < 2) and g + 8.
+template <class T, class Query>
+__device__ __forceinline__ void score(const SplitWork<T>& w, int pairs, Query query, int begin, float (&scores)[4][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const T* queries[2] = {query(min(g, pairs - 1)), query(min(g + 8, pairs - 1))};
+#pragma unroll 2
+  for (int block = 0; block < w.size; block += kBlock<T>) {
+    const int column = block + t * kChunk<T>;
+    uint32_t q[2][4];
+    Chunk<T> keys[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Chunk<T> chunk = load_chunk(queries[half], column, w.size, w.aligned);
+      memcpy(q[half], &chunk, 16);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = begin + 8 * j + g;
+      keys[j] = load_chunk(w.k + static_cast<int64_t>(at) * w.size, column, at < w.count ? w.size : 0, w.aligned);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t a[4] = {q[0][2 * k], q[1][2 * k], q[0][2 * k + 1], q[1][2 * k + 1]};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t b[2][2];
+        memcpy(b, &keys[j], 16);
+        ptx::mma<T>(scores[j], a, b[k]);
+      }
+    }
+  }
+}
+
+// Scores to weights in place, given what each pair sees; peaks and masses of the whole split, per pair, in memory.
+template <class T, class Seen>
+__device__ __forceinline__ void soften(const SplitWork<T>& w, Seen seen, int begin, AttentionMemory<T>& memory,
+                                       float (&scores)[4][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int sees = seen(g + 8 * half);
+    float peak = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float& one = scores[j / 2][2 * half + j % 2];
+      if (begin + j / 2 * 8 + 2 * t + j % 2 >= sees) one = -INFINITY;
+      peak = fmaxf(peak, one);
+    }
+    peak = quad_max(peak);
+    if (t == 0) memory.peaks[warp][g + 8 * half] = peak;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float peak = memory.peaks[0][g + 8 * half], mass = 0.0f;
+#pragma unroll
+    for (int i = 1; i < kAttentionWarps; ++i) peak = fmaxf(peak, memory.peaks[i][g + 8 * half]);
+    const float base = peak == -INFINITY ? 0.0f : peak;  // a pair that sees nothing here weighs nothing
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float& one = scores[j / 2][2 * half + j % 2];
+      one = weigh<T>(one - base, w.factor);
+      mass += one;
+    }
+    mass += __shfl_xor_sync(~0u, mass, 1);
+    mass += __shfl_xor_sync(~0u, mass, 2);
+    if (t == 0) memory.masses[warp][g + 8 * half] = mass;
+  }
+}
+
+// The warp's 32 rows of values into its part of the shared memory, asynchronously.
+template <class T>
+__device__ __forceinline__ void stage_values(const SplitWork<T>& w, int begin, T* staged) {
+  const int per_row = w.size / kChunk<T>;
+  for (int i = threadIdx.x % 32; i < kWarpSplit * per_row; i += 32) {
+    const int at = i / per_row, column = i % per_row * kChunk<T>;
+    const T* row = begin + at < w.count ? w.v + static_cast<int64_t>(begin + at) * w.size : nullptr;
+    copy_chunk(reinterpret_cast<Chunk<T>*>(staged + at * AttentionMemory<T>::pitch(w.size) + column), row, column,
+               w.size, w.aligned);
+  }
+  ptx::cp_async_commit();
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const T two[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t bits;
+  memcpy(&bits, two, 4);
+  return bits;
+}
+
+// The weights times columns [first, first + 64) of the warp's values, into memory.sums: a column of eight at a time,
+// whose 32 rows are the operands of two mma.
+template <class T>
+__device__ __forceinline__ void weigh_values(const float (&weights)[4][4], const T* staged, int size, int first,
+                                             float* sums) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  constexpr int kPitch = AttentionMemory<T>::kPitch;
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+    if (first + 8 * j >= size) break;
+    uint32_t values[4];
+    ptx::ldmatrix_trans(values, staged + lane * AttentionMemory<T>::pitch(size) + first + 8 * j);
+    float d[4] = {};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float (&low)[4] = weights[2 * k], (&high)[4] = weights[2 * k + 1];
+      const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
+                             pack<T>(high[2], high[3])};
+      const uint32_t b[2] = {values[2 * k], values[2 * k + 1]};
+      ptx::mma<T>(d, a, b);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[(g + i / 2 * 8) * kPitch + 8 * j + 2 * t + i % 2] = d[i];
+  }
+}
+
+// query(pair): its C numbers; seen(pair): how many positions of the split it sees, below 1 none. peaks and values: of
+// the tile's first pair, the next ones beside it.
+template <class T, class Query, class Seen>
+__device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Query query, Seen seen, float2* peaks,
+                                             float* values, AttentionMemory<T>& memory) {
+  constexpr int kPitch = AttentionMemory<T>::kPitch;
+  const int warp = threadIdx.x / 32, begin = warp * kWarpSplit;
+  T* staged = memory.values() + begin * AttentionMemory<T>::pitch(w.size);
+  stage_values(w, begin, staged);
+  float scores[4][4] = {};
+  score(w, pairs, query, begin, scores);
+  soften(w, seen, begin, memory, scores);
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  for (int first = 0; first < w.size; first += kColumns) {
+    weigh_values(scores, staged, w.size, first, memory.sums[warp]);
+    __syncthreads();
+    const int columns = min(kColumns, w.size - first);
+    for (int i = threadIdx.x; i < pairs * kColumns; i += kAttentionThreads) {
+      const int pair = i / kColumns, c = i % kColumns;
+      if (c >= columns) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int v = 0; v < kAttentionWarps; ++v) sum += memory.sums[v][pair * kPitch + c];
+      values[static_cast<int64_t>(pair) * w.size + first + c] = sum;
+    }
+    __syncthreads();
+  }
+  if (static_cast<int>(threadIdx.x) >= pairs) return;
+  float peak = -INFINITY, mass = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kAttentionWarps; ++v) {
+    peak = fmaxf(peak, memory.peaks[v][threadIdx.x]);
+    mass += memory.masses[v][threadIdx.x];
+  }
+  peaks[threadIdx.x] = make_float2(peak, mass);
+}
+
+// fp32: a thread scores one position for all pairs,
+template <class Query, class Seen>
+__device__ __forceinline__ void score_rows(const SplitWork<float>& w, int pairs, Query query, Seen seen,
+                                           AttentionMemory<float>& memory) {
+  const int at = threadIdx.x;
+  for (int i = threadIdx.x; i < pairs * w.size; i += kAttentionThreads)
+    memory.queries[i / w.size][i % w.size] = query(i / w.size)[i % w.size];
+  __syncthreads();
+  float sums[kPairs] = {};
+  for (int c = 0; c < w.size && at < w.count; c += 4) {
+    const Chunk<float> key = load_chunk(w.k + static_cast<int64_t>(at) * w.size, c, w.size, w.aligned);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (pair >= pairs) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[pair] = __fmaf_rn(key.at[e], memory.queries[pair][c + e], sums[pair]);
+    }
+  }
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair)
+    if (pair < pairs) memory.scores[pair][at] = at < seen(pair) ? sums[pair] : -INFINITY;
+  __syncthreads();
+}
+
+// a warp softens every fourth pair,
+__device__ __forceinline__ void soften_rows(const SplitWork<float>& w, int pairs, float2* peaks,
+                                            AttentionMemory<float>& memory) {
+  const int lane = threadIdx.x % 32;
+  for (int pair = threadIdx.x / 32; pair < pairs; pair += kAttentionWarps) {
+    float* scores = memory.scores[pair];
+    float peak = fmaxf(fmaxf(scores[lane], scores[lane + 32]), fmaxf(scores[lane + 64], scores[lane + 96])), mass = 0;
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, apart));
+    const float base = peak == -INFINITY ? 0.0f : peak;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float weight = weigh<float>(scores[lane + 32 * i] - base, w.factor);
+      scores[lane + 32 * i] = weight;
+      mass += weight;
+    }
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) mass += __shfl_xor_sync(~0u, mass, apart);
+    if (lane == 0) peaks[pair] = make_float2(peak, mass);
+  }
+  __syncthreads();
+}
+
+// and a thread sums one column of the values for all pairs.
+template <class Query, class Seen>
+__device__ __forceinline__ void attend_split(const SplitWork<float>& w, int pairs, Query query, Seen seen,
+                                             float2* peaks, float* values, AttentionMemory<float>& memory) {
+  score_rows(w, pairs, query, seen, memory);
+  soften_rows(w, pairs, peaks, memory);
+  for (int c = threadIdx.x; c < w.size; c += kAttentionThreads) {
+    float sums[kPairs] = {};
+    for (int at = 0; at < w.count; ++at) {
+      const float value = w.v[static_cast<int64_t>(at) * w.size + c];
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair)
+        if (pair < pairs) sums[pair] = __fmaf_rn(memory.scores[pair][at], value, sums[pair]);
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair)
+      if (pair < pairs) values[static_cast<int64_t>(pair) * w.size + c] = sums[pair];
+  }
+}
+
+}  // namespace lsk

@@ -1,0 +1,215 @@
+// partial_forward: layers [start, end) as five launches a layer, bit for bit the ops one after the other.
+//
+//   qkv         rms_norm, the three projections, bias, RoPE, keys and values into the cache
+//   attention   split over the positions, joined by its last block
+//   linear      output projection + residual
+//   swiglu      rms_norm, gate and up
+//   linear      down + residual
+//
+// A model whose q and k have a norm of their own needs a whole head for it, a tile of 16 weight rows holds eight pairs
+// of one: there qkv writes the projections and a sixth launch turns them.
+#pragma once
+
+#include "cuda/attention.cuh"
+#include "cuda/linear.cuh"
+#include "cuda/rope.cuh"
+
+namespace lsk {
+
+// The weights of one layer and its part of the cache; biases and norms of q and k may be null.
+template <class T>
+struct LayerWeights {
+  const T *attn_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
+  const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
+  T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
+};
+
+template <class T>
+struct Projection {
+  const T *weight, *bias;  // bias may be null
+};
+
+template <class T>
+struct QkvArgs {
+  Projection<T> of_q, of_k, of_v;
+  Angles angles;
+  Rows<T> q, k;  // [R, H C], [R, G C]
+  int heads;
+  bool turn;  // otherwise q and k stay as they are, and k goes to `k`, not into the cache
+
+  // By value: an index into the arguments would copy them to local memory.
+  __device__ __forceinline__ Projection<T> of(int kind) const {
+    return {kind == 0   ? of_q.weight
+            : kind == 1 ? of_k.weight
+                        : of_v.weight,
+            kind == 0   ? of_q.bias
+            : kind == 1 ? of_k.bias
+                        : of_v.bias};
+  }
+};
+
+// Eight pairs (i, i + C/2) of one head of q, k or v: rows 0-7 of a tile are the first halves, rows 8-15 the second.
+struct HeadTile {
+  int kind, head, pair, half;  // kind 0 q, 1 k, 2 v
+
+  __device__ __forceinline__ HeadTile(int tile, int heads, int groups, int size) : half(size / 2) {
+    const int of_head = divide_up(half, 8), all = tile / of_head;
+    pair = tile % of_head * 8;
+    kind = all < heads ? 0 : all < heads + groups ? 1 : 2;
+    head = kind == 0 ? all : (all - heads) % groups;
+  }
+
+  __device__ __forceinline__ int row(int i, int second) const { return head * 2 * half + pair + i + second * half; }
+};
+
+// The end of qkv for one pair of one row r: x is what linear() would give.
+template <class T>
+__device__ __forceinline__ void put_pair(const QkvArgs<T>& a, const Cache<T>& cache, const HeadTile& tile, int i,
+                                         int64_t r, Pair x) {
+  const Place<T> place(cache, r);
+  T* out = tile.kind == 0 ? a.q.row(r) + tile.head * cache.size : a.k.row(r) + tile.head * cache.size;
+  if (tile.kind == 2 || (tile.kind == 1 && a.turn)) {
+    if (!place.inside) return;
+    out = (tile.kind == 1 ? cache.k : cache.v) + place.at(cache, tile.head);
+  }
+  if (a.turn && tile.kind < 2) x = place.turn(x, a.angles, tile.half, tile.pair + i);
+  out[tile.pair + i] = from_float<T>(x.a);
+  out[tile.pair + i + tile.half] = from_float<T>(x.b);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>) qkv_kernel(Input<T> in, QkvArgs<T> a, Cache<T> cache) {
+  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1>>();
+  const TileWork work(in.rows);
+  const HeadTile tile(work.tile, a.heads, cache.groups, cache.size);
+  const Projection<T> matrix = a.of(tile.kind);
+  ptx::dependents_trigger();
+  TileStream<T, 1> stream(in, work.first, work.tokens, memory);
+#pragma unroll
+  for (int second = 0; second < 2; ++second)
+    stream.weight[second] = tile.pair + stream.g < tile.half
+                                ? matrix.weight + static_cast<int64_t>(tile.row(stream.g, second)) * in.depth
+                                : nullptr;
+  stream.prefetch();
+  const int i = threadIdx.x % 8, token = threadIdx.x / 8;
+  const bool inside = token < work.tokens && tile.pair + i < tile.half;
+  Pair add{0.0f, 0.0f};
+  if (inside && matrix.bias) add = {to_float(matrix.bias[tile.row(i, 0)]), to_float(matrix.bias[tile.row(i, 1)])};
+  ptx::dependency_wait();
+  stream.run();
+  if (!inside) return;
+  const Pair x{round_to<T>(finish(memory.total(0, i, token), add.a, 0.0f)),
+               round_to<T>(finish(memory.total(0, i + 8, token), add.b, 0.0f))};
+  put_pair(a, cache, tile, i, work.first + token, x);
+}
+
+// Sizes of a forward; `batch` sequences of `rows` rows each.
+struct ForwardShape {
+  int64_t batch, rows, width, heads, groups, size, features, capacity, slot_count;
+
+  int64_t tokens() const { return batch * rows; }
+  int64_t queries() const { return heads * size; }
+  int64_t keys() const { return groups * size; }
+};
+
+// What a forward writes between its launches, carved from one allocation; its tickets must be zero (clear_tickets).
+template <class T>
+struct ForwardScratch {
+  AttentionScratch attention;
+  T *q, *k, *attended, *middle, *activated;  // [R, H C], [R, G C], [R, H C], [R, D], [R, F]
+
+  ForwardScratch(const ForwardShape& s, void* memory)
+      : attention(s.batch, s.rows, s.heads, s.groups, s.capacity, s.size), memory_(static_cast<char*>(memory)) {
+    used_ = attention.bytes(s.size);
+    q = take(s.tokens() * s.queries());
+    k = take(s.tokens() * s.keys());
+    attended = take(s.tokens() * s.queries());
+    middle = take(s.tokens() * s.width);
+    activated = take(s.tokens() * s.features);
+  }
+
+  static int64_t bytes(const ForwardShape& shape) { return ForwardScratch(shape, nullptr).used_; }
+  void* attention_memory() const { return memory_; }
+
+ private:
+  T* take(int64_t count) {
+    used_ = divide_up<int64_t>(used_, 256) * 256;
+    T* const start = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory_) + used_);
+    used_ += count * static_cast<int64_t>(sizeof(T));
+    return start;
+  }
+
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// Everything that all layers share. Row b M + m of `in` and `out` (which may be the same) is row m of sequence b, at
+// position seq_lens[b] + ahead + m.
+template <class T>
+struct ForwardArgs {
+  ForwardShape shape;
+  Angles angles;            // [>= T, C/2]
+  const int64_t* seq_lens;  // [B]
+  const int64_t* slots;     // [B] or null
+  int64_t ahead = 0;
+  float eps;
+  Rows<const T> in;  // [R, D]
+  Rows<T> out;       // [R, D]
+};
+
+template <class T>
+Cache<T> layer_cache(const ForwardArgs<T>& a, const LayerWeights<T>& w) {
+  Cache<T> cache;
+  cache.k = w.k_cache, cache.v = w.v_cache, cache.seq_lens = a.seq_lens, cache.slots = a.slots, cache.ahead = a.ahead;
+  cache.batch = static_cast<int>(a.shape.batch), cache.rows = static_cast<int>(a.shape.rows);
+  cache.groups = static_cast<int>(a.shape.groups), cache.capacity = static_cast<int>(a.shape.capacity);
+  cache.size = static_cast<int>(a.shape.size), cache.slot_count = a.shape.slot_count;
+  return cache;
+}
+
+template <class T>
+cudaError_t project(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>& w, const ForwardScratch<T>& scratch,
+                    const Cache<T>& cache, Rows<const T> x) {
+  const ForwardShape& s = a.shape;
+  const bool norms = w.q_norm != nullptr || w.k_norm != nullptr;
+  const Rows<T> q{scratch.q, s.queries()}, k{scratch.k, s.keys()};
+  const QkvArgs<T> args{{w.q, w.q_bias},           {w.k, w.k_bias}, {w.v, w.v_bias}, a.angles, q, k,
+                        static_cast<int>(s.heads), !norms};
+  const int64_t tiles = (s.heads + 2 * s.groups) * divide_up<int64_t>(s.size / 2, 8);
+  LSK_LAUNCH(launch(chain.next(TileWork::grid(s.tokens(), tiles), kThreads, sizeof(TileMemory<T, 1>)), qkv_kernel<T>,
+                    input<T>(x, w.attn_norm, a.eps, s.tokens(), s.width, {w.q, w.k, w.v}), args, cache));
+  if (!norms) return cudaSuccess;
+  const RopeArgs<T> rope{{q.data, q.pitch}, {k.data, k.pitch}, {}, w.q_norm, w.k_norm, a.eps, a.angles, q, args.heads};
+  return rope_kv_append(chain, rope, cache);
+}
+
+template <class T>
+cudaError_t forward_layer(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>& w,
+                          const ForwardScratch<T>& scratch, Rows<const T> x) {
+  const ForwardShape& s = a.shape;
+  const int64_t rows = s.tokens();
+  const Cache<T> cache = layer_cache(a, w);
+  const Rows<T> attended{scratch.attended, s.queries()}, middle{scratch.middle, s.width};
+  const Rows<T> activated{scratch.activated, s.features};
+  const auto read = [](Rows<T> r) { return Rows<const T>{r.data, r.pitch}; };
+  LSK_LAUNCH(project(chain, a, w, scratch, cache, x));
+  LSK_LAUNCH(verify_attention<T>(chain, {scratch.q, s.queries()}, cache, scratch.attention, scratch.attention_memory(),
+                                 attended));
+  LSK_LAUNCH(linear<T>(chain, read(attended), w.o, nullptr, x, rows, s.queries(), s.width, middle));
+  LSK_LAUNCH(swiglu<T>(chain, read(middle), w.mlp_norm, a.eps, w.gate, w.up, rows, s.width, s.features, activated));
+  return linear<T>(chain, read(activated), w.down, nullptr, read(middle), rows, s.features, s.width, a.out);
+}
+
+// `count` layers, one after the other, from a.in to a.out.
+template <class T>
+cudaError_t forward(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>* layers, int64_t count,
+                    const ForwardScratch<T>& scratch) {
+  Rows<const T> x = a.in;
+  for (int64_t l = 0; l < count; ++l) {
+    LSK_LAUNCH(forward_layer(chain, a, layers[l], scratch, x));
+    x = {a.out.data, a.out.pitch};
+  }
+  return cudaSuccess;
+}
+
+}  // namespace lsk

@@ -1,0 +1,115 @@
+// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 16 of them.
+#pragma once
+
+#include "cuda/linear_tile.cuh"
+
+namespace lsk {
+
+// The rows of x that a block takes, and its tile: groups of rows are neighbours, so that they share a tile in L2.
+struct TileWork {
+  int64_t first;
+  int tokens, tile;
+
+  __device__ explicit TileWork(int64_t rows) {
+    const unsigned groups = static_cast<unsigned>(divide_up<int64_t>(rows, kTokens));
+    first = static_cast<int64_t>(blockIdx.x % groups) * kTokens;
+    tokens = static_cast<int>(min(rows - first, static_cast<int64_t>(kTokens)));
+    tile = static_cast<int>(blockIdx.x / groups);
+  }
+
+  static dim3 grid(int64_t rows, int64_t tiles) {
+    return dim3(static_cast<unsigned>(divide_up<int64_t>(rows, kTokens) * tiles));
+  }
+};
+
+template <class T>
+__device__ __forceinline__ const T* weight_row(const T* weight, int n, int outputs, int depth) {
+  return n < outputs ? weight + static_cast<int64_t>(n) * depth : nullptr;
+}
+
+__device__ __forceinline__ float finish(float sum, float bias, float residual) { return sum + bias + residual; }
+
+template <class T>
+struct LinearEnd {
+  const T* bias;           // [N] or null
+  Rows<const T> residual;  // [R, N] or null
+  Rows<T> out;             // [R, N]
+};
+
+// out = x weight^T + bias + residual of 16 weight rows and up to 16 rows of x.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    linear_kernel(Input<T> in, const T* weight, int outputs, LinearEnd<T> end) {
+  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1>>();
+  const TileWork work(in.rows);
+  const int begin = work.tile * kTileRows;
+  ptx::dependents_trigger();
+  TileStream<T, 1> stream(in, work.first, work.tokens, memory);
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    stream.weight[half] = weight_row(weight, begin + stream.g + 8 * half, outputs, in.depth);
+  stream.prefetch();
+  const int row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows, n = begin + row;
+  const bool inside = token < work.tokens && n < outputs;
+  const float bias = inside && end.bias ? to_float(end.bias[n]) : 0.0f;
+  ptx::dependency_wait();
+  const bool adds = inside && end.residual.data;
+  const float residual = adds ? to_float(end.residual.row(work.first + token)[n]) : 0.0f;
+  stream.run();
+  if (inside) end.out.row(work.first + token)[n] = from_float<T>(finish(memory.total(0, row, token), bias, residual));
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// out = silu(x gate^T) * (x up^T) of 16 rows of both and up to 16 rows of x.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    swiglu_kernel(Input<T> in, const T* gate, const T* up, int features, Rows<T> out) {
+  auto& memory = *ptx::dynamic_shared<TileMemory<T, 2>>();
+  const TileWork work(in.rows);
+  const int begin = work.tile * kTileRows;
+  ptx::dependents_trigger();
+  TileStream<T, 2> stream(in, work.first, work.tokens, memory);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    stream.weight[half] = weight_row(gate, begin + stream.g + 8 * half, features, in.depth);
+    stream.weight[2 + half] = weight_row(up, begin + stream.g + 8 * half, features, in.depth);
+  }
+  stream.prefetch();
+  ptx::dependency_wait();
+  stream.run();
+  const int row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows, n = begin + row;
+  if (token >= work.tokens || n >= features) return;
+  const float value = silu(memory.total(0, row, token)) * memory.total(1, row, token);
+  out.row(work.first + token)[n] = from_float<T>(value);
+}
+
+// x [R, depth] as the products take it, rms_norm(x) where there is a norm; all weights that go with it.
+template <class T>
+Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t depth,
+               std::initializer_list<const T*> weights) {
+  bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, depth));
+  for (const T* weight : weights) aligned = aligned && is_aligned(weight, depth);
+  return {x, norm, eps, rows, static_cast<int>(depth), aligned};
+}
+
+// out [R, N] = x weight^T + bias + residual; weight [N, D_in], bias and residual may be null.
+template <class T>
+cudaError_t linear(Chain& chain, Rows<const T> x, const T* weight, const T* bias, Rows<const T> residual, int64_t rows,
+                   int64_t depth, int64_t outputs, Rows<T> out) {
+  return launch(
+      chain.next(TileWork::grid(rows, divide_up<int64_t>(outputs, kTileRows)), kThreads, sizeof(TileMemory<T, 1>)),
+      linear_kernel<T>, input<T>(x, nullptr, 0.0f, rows, depth, {weight}), weight, static_cast<int>(outputs),
+      LinearEnd<T>{bias, residual, out});
+}
+
+// out [R, F] = silu(y gate^T) * (y up^T); y is x [R, D], or rms_norm(x) where there is a norm.
+template <class T>
+cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, const T* gate, const T* up, int64_t rows,
+                   int64_t depth, int64_t features, Rows<T> out) {
+  return launch(
+      chain.next(TileWork::grid(rows, divide_up<int64_t>(features, kTileRows)), kThreads, sizeof(TileMemory<T, 2>)),
+      swiglu_kernel<T>, input<T>(x, norm, eps, rows, depth, {gate, up}), gate, up, static_cast<int>(features), out);
+}
+
+}  // namespace lsk

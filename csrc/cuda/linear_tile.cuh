@@ -1,0 +1,213 @@
+// The loop that streams weights: 16 (or twice 16) weight rows times up to 16 rows of x, by one block.
+//
+// Batch 1 is bound by memory, so the shape of a block follows from bytes in flight. A tile of 16 rows gives a
+// 2048-row matrix 128 blocks, one for each of an H100's 132 SMs; its depth is split over the block's 8 warps, whose
+// sums are added in the order of the warps (the split of K needs no second kernel and no fp32 round trip). An SM's
+// share of 3.35 TB/s is 25 GB/s, some 20 KB at 800 ns; a ring of 64 KB lets even a third of the SMs draw the full
+// bandwidth, so matrices of fewer rows are not cut further. A depth of 2048 in 16 bit fits the ring whole: with
+// programmatic dependent launch all of it is on its way before the kernel ahead has ended.
+//
+// The chunks of the ring are private to a lane: who copies a chunk reads it, so the loop has no barrier. In memory a
+// lane's 16 bytes are eight neighbouring columns; an mma wants columns {2t, 2t+1, 2t+8, 2t+9} from lane t. Columns of x
+// and of the weights are permuted alike, so chunks are fragments as they are: columns 0-3 feed one mma, 4-7 another.
+// The weights are the 16-row operand, tokens the 8-column one: eight tokens or fewer cost one mma, more cost two, and
+// a token's sums are the same in both, and wherever it stands.
+#pragma once
+
+#include "cuda/norm.cuh"
+
+namespace lsk {
+
+constexpr int kTileRows = 16;
+
+// Blocks that an SM must hold: fp32, whose sums take 64 registers, is content with one.
+template <class T>
+constexpr int kResident = std::is_same_v<T, float> ? 1 : 2;
+
+// The sums of a warp: rows g and g + 8 of a tile times tokens 2 t, 2 t + 1 (+ 8).
+template <class T>
+struct Sums {
+  float d[2][4] = {};
+
+  __device__ __forceinline__ void add(const Chunk<T>& low, const Chunk<T>& high, const Chunk<T> (&x)[2], int tokens) {
+    uint32_t a[2][4], l[4], h[4];
+    memcpy(l, &low, 16), memcpy(h, &high, 16);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) a[k][0] = l[2 * k], a[k][1] = h[2 * k], a[k][2] = l[2 * k + 1], a[k][3] = h[2 * k + 1];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half == 1 && tokens <= 8) break;
+      uint32_t b[2][2];
+      memcpy(b, &x[half], 16);
+      ptx::mma<T>(d[half], a[0], b[0]);
+      ptx::mma<T>(d[half], a[1], b[1]);
+    }
+  }
+
+  // To parts[token][row], `pitch` floats a token.
+  __device__ __forceinline__ void store(float* parts, int pitch, int tokens) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int token = i / 4 * 8 + 2 * t + i % 2, row = g + i % 4 / 2 * 8;
+      if (token < tokens) parts[token * pitch + row] = d[i / 4][i % 4];
+    }
+  }
+};
+
+// fp32 by FMA: a lane sums its own columns for every token and reads the tokens' chunks from its quad's neighbours.
+template <>
+struct Sums<float> {
+  float d[2][kTokens] = {};
+
+  __device__ __forceinline__ void add(const Chunk<float>& low, const Chunk<float>& high, const Chunk<float> (&x)[2],
+                                      int tokens) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      if (token >= tokens) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float value = __shfl_sync(~0u, x[token / 8].at[e], token % 8 * 4 + t);
+        d[0][token] = __fmaf_rn(low.at[e], value, d[0][token]);
+        d[1][token] = __fmaf_rn(high.at[e], value, d[1][token]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* parts, int pitch, int tokens) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2 * kTokens; ++i) {
+      if (i / 2 >= tokens) break;
+      const float sum = quad_sum(d[i % 2][i / 2]);
+      if (t == 0) parts[i / 2 * pitch + g + i % 2 * 8] = sum;
+    }
+  }
+};
+
+// What a block's rows of x are multiplied with: x, or rms_norm(x) where there is a norm.
+template <class T>
+struct Input {
+  Rows<const T> x;          // [R, depth]
+  const T* norm = nullptr;  // [depth]
+  float eps = 0;
+  int64_t rows = 0;
+  int depth = 0;
+  bool aligned = false;  // x, norm and the weights can be read 16 bytes at a time
+};
+
+// Shared memory of a block that streams TILES tiles at once.
+template <class T, int TILES>
+struct TileMemory {
+  static constexpr int kStages = 8 / TILES, kPitch = 20;  // a pitch of 20 floats spreads a warp's sums over the banks
+
+  struct Warp {
+    union {
+      Chunk<T> ring[kStages][2 * TILES][32];
+      float sums[TILES][kTokens * kPitch];
+    };
+  };
+  Warp warps[kWarps];
+  Chunk<T> norm[kWarps][kStages][4];
+  float scratch[kWarps * kTokens];
+
+  // Of row `row` of a tile and a token, all warps: the ordered end of the split depth.
+  __device__ __forceinline__ float total(int tile, int row, int token) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += warps[w].sums[tile][token * kPitch + row];
+    return sum;
+  }
+};
+
+// One block's stream of TILES tiles past its rows of x. In order: construct, prefetch() (touches nothing but weights
+// and norm), ptx::dependency_wait(), run(), then the totals in `memory`.
+template <class T, int TILES>
+struct TileStream {
+  static constexpr int kStages = TileMemory<T, TILES>::kStages, kAhead = 2;
+
+  const Input<T>& in;
+  TileMemory<T, TILES>& memory;
+  const Rows<const T> x;  // from the block's first row on
+  const int tokens, lane, warp, g, t, own;
+  // This lane's weight rows: of each tile row g, then row g + 8; null where the matrix ends before.
+  const T* weight[2 * TILES];
+
+  __device__ __forceinline__ TileStream(const Input<T>& input, int64_t first, int count, TileMemory<T, TILES>& shared)
+      : in(input),
+        memory(shared),
+        x{input.x.row(first), input.x.pitch},
+        tokens(count),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        g(lane / 4),
+        t(lane % 4),
+        own(own_blocks<T>(input.depth, warp)) {}
+
+  // Block i of the weights and the norm into the ring; always closes a group, so that groups can be counted.
+  __device__ __forceinline__ void fetch(int i) {
+    if (i < own) {
+      const int column = own_column<T>(i, warp, t), stage = i % kStages;
+#pragma unroll
+      for (int r = 0; r < 2 * TILES; ++r)
+        copy_chunk(&memory.warps[warp].ring[stage][r][lane], weight[r], column, in.depth, in.aligned);
+      if (in.norm && g == 0) copy_chunk(&memory.norm[warp][stage][t], in.norm, column, in.depth, in.aligned);
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ void prefetch() {
+    for (int i = 0; i < kStages; ++i) fetch(i);
+  }
+
+  // Block i of the rows g and g + 8 of x.
+  __device__ __forceinline__ void load(int i, Chunk<T> (&chunks)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (i < own && g + 8 * half < tokens)
+        chunks[half] = load_chunk(x.row(g + 8 * half), own_column<T>(i, warp, t), in.depth, in.aligned);
+  }
+
+  __device__ __forceinline__ void step(int i, Chunk<T> (&chunks)[2], const float (&inverse)[2],
+                                       Sums<T> (&sums)[TILES]) {
+    ptx::cp_async_wait<kStages - 1>();
+    if (in.norm) {
+      __syncwarp();  // the norm's chunks are shared by the warp
+      const Chunk<T> factors = memory.norm[warp][i % kStages][t];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) chunks[half] = normed(chunks[half], inverse[half], factors);
+    }
+    const auto& ring = memory.warps[warp].ring[i % kStages];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+      sums[tile].add(ring[2 * tile][lane], ring[2 * tile + 1][lane], chunks, tokens);
+    if (in.norm) __syncwarp();
+    fetch(i + kStages);
+  }
+
+  // Ends with a __syncthreads().
+  __device__ __forceinline__ void run() {
+    Chunk<T> ahead[kAhead][2] = {};
+    float inverse[2];
+    if (in.norm) inverse_rms(x, tokens, in.depth, in.eps, in.aligned, memory.scratch, inverse);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(i, ahead[i]);
+    Sums<T> sums[TILES];
+    for (int begin = 0; begin < own; begin += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (begin + i >= own) break;
+        step(begin + i, ahead[i], inverse, sums);
+        load(begin + i + kAhead, ahead[i]);
+      }
+    }
+    __syncwarp();  // the sums take the place of the warp's ring
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+      sums[tile].store(memory.warps[warp].sums[tile], TileMemory<T, TILES>::kPitch, tokens);
+    __syncthreads();
+  }
+};
+
+}  // namespace lsk

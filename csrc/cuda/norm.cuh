@@ -1,0 +1,123 @@
+// rms_norm: x / sqrt(mean(x^2) + eps) * weight, statistics in fp32, one rounding.
+//
+// Every kernel that norms uses inverse_rms (or, for the heads of q and k, head_inverse_rms), whose order of additions
+// is fixed by the width: eight columns in a lane, a quad's four lanes, the eight warps. So a norm that is fused into a
+// product has the bits of the op. 16 rows a block, because the products share it: lane g, g + 8 of a quad's row.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace lsk {
+
+template <class T>
+__device__ __forceinline__ float add_squares(const Chunk<T>& chunk, float sum) {
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e) {
+    const float x = to_float(chunk.at[e]);
+    sum = __fmaf_rn(x, x, sum);
+  }
+  return sum;
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// 1 / sqrt(mean(x^2) + eps) of the rows g and g + 8 (g = lane / 4) of `count` rows, for every thread of the block.
+// scratch: kWarps * kTokens floats of shared memory, free until the next __syncthreads().
+template <class T>
+__device__ __forceinline__ void inverse_rms(const Rows<const T>& x, int count, int width, float eps, bool aligned,
+                                            float* scratch, float (&inverse)[2]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  float sums[2] = {0.0f, 0.0f};
+  const int own = own_blocks<T>(width, warp);
+#pragma unroll 4
+  for (int i = 0; i < own; ++i) {
+    const int column = own_column<T>(i, warp, t);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (g + 8 * half < count)
+        sums[half] = add_squares(load_chunk(x.row(g + 8 * half), column, width, aligned), sums[half]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = quad_sum(sums[half]);
+    if (t == 0) scratch[warp * kTokens + g + 8 * half] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += scratch[w * kTokens + g + 8 * half];
+    inverse[half] = 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
+  }
+}
+
+// The same of one row of at most 256 elements, by one warp: lane 4 w + t stands for lane t of warp w (fp32, whose
+// blocks are half as wide, has up to two blocks a warp).
+template <class T>
+__device__ __forceinline__ float head_inverse_rms(const T* x, int width, float eps) {
+  const int lane = threadIdx.x % 32;
+  float own = 0.0f;
+  for (int column = lane * kChunk<T>; column < width; column += 32 * kChunk<T>)
+    own = add_squares(load_chunk(x, column, width, false), own);
+  own = quad_sum(own);
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += __shfl_sync(~0u, own, 4 * w);
+  return 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
+}
+
+__device__ __forceinline__ float normed(float x, float inverse, float weight) {
+  return __fmul_rn(__fmul_rn(x, inverse), weight);
+}
+
+template <class T>
+__device__ __forceinline__ Chunk<T> normed(const Chunk<T>& x, float inverse, const Chunk<T>& weight) {
+  Chunk<T> out;
+#pragma unroll
+  for (int e = 0; e < kChunk<T>; ++e)
+    out.at[e] = from_float<T>(normed(to_float(x.at[e]), inverse, to_float(weight.at[e])));
+  return out;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_kernel(Rows<const T> x, const T* weight, float eps, int64_t rows, int width, bool aligned, Rows<T> out) {
+  __shared__ float scratch[kWarps * kTokens];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
+  const int count = static_cast<int>(min(rows - first, static_cast<int64_t>(kTokens)));
+  ptx::dependents_trigger();
+  ptx::dependency_wait();
+  x.data += first * x.pitch;
+  out.data += first * out.pitch;
+  float inverse[2];
+  inverse_rms(x, count, width, eps, aligned, scratch, inverse);
+  for (int i = 0; i < own_blocks<T>(width, warp); ++i) {
+    const int column = own_column<T>(i, warp, t);
+    const Chunk<T> factors = load_chunk(weight, column, width, aligned);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = g + 8 * half;
+      if (row >= count) continue;
+      const Chunk<T> chunk = normed(load_chunk(x.row(row), column, width, aligned), inverse[half], factors);
+      store_chunk(out.row(row), column, width, aligned, chunk);
+    }
+  }
+}
+
+// out[r] = rms_norm(x[r]), rows of `width`.
+template <class T>
+cudaError_t rms_norm(Chain& chain, Rows<const T> x, const T* weight, float eps, int64_t rows, int64_t width,
+                     Rows<T> out) {
+  if (width == 0) return cudaSuccess;
+  const bool aligned = x.aligned() && out.aligned() && is_aligned(weight, width);
+  const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(rows, kTokens)));
+  return launch(chain.next(grid, kThreads), rms_norm_kernel<T>, x, weight, eps, rows, static_cast<int>(width), aligned,
+                out);
+}
+
+}  // namespace lsk

@@ -1,0 +1,108 @@
+// rope_kv_append: RoPE on halves, (a, b) -> (a cos - b sin, b cos + a sin), and the new rows' place in the cache.
+#pragma once
+
+#include "cuda/norm.cuh"
+
+namespace lsk {
+
+// cos and sin [>= T, C/2].
+struct Angles {
+  const float *cos, *sin;
+};
+
+struct Pair {
+  float a, b;
+};
+
+// By fma, named: fused into a product or not, the same bits.
+__device__ __forceinline__ Pair rotate(Pair x, float cos, float sin) {
+  return {__fmaf_rn(x.a, cos, -__fmul_rn(x.b, sin)), __fmaf_rn(x.b, cos, __fmul_rn(x.a, sin))};
+}
+
+// Where row r of a step lies. Outside the cache nothing is written, and queries become NaN: a token that is asked for
+// there is refused, never wrong.
+template <class T>
+struct Place {
+  int64_t slot, position;
+  bool inside;
+
+  __device__ __forceinline__ Place(const Cache<T>& cache, int64_t r) {
+    const int b = static_cast<int>(r / cache.rows);
+    slot = cache.slot(b);
+    position = cache.position(b) + r % cache.rows;
+    inside = slot >= 0 && position >= 0 && position < cache.capacity;
+  }
+
+  // Of group g at this position, in k and v.
+  __device__ __forceinline__ int64_t at(const Cache<T>& cache, int g) const {
+    return cache.plane(slot, g) + position * cache.size;
+  }
+
+  __device__ __forceinline__ Pair turn(Pair x, const Angles& angles, int half, int i) const {
+    const float none = nanf("");
+    const int64_t at = position * half + i;
+    return rotate(x, inside ? angles.cos[at] : none, inside ? angles.sin[at] : none);
+  }
+};
+
+// Heads of q, k and v side by side in rows; a null norm is none; v null: already in the cache.
+template <class T>
+struct RopeArgs {
+  Rows<const T> q, k, v;     // [R, H C], [R, G C] twice
+  const T *q_norm, *k_norm;  // [C]
+  float eps;
+  Angles angles;
+  Rows<T> q_out;  // [R, H C], may be q
+  int heads;
+};
+
+// One head of one row by a warp, its norm first: out may be x.
+template <class T>
+__device__ __forceinline__ void rotate_head(const T* x, const T* norm, float eps, const Place<T>& place,
+                                            const Angles& angles, int size, T* out) {
+  const int half = size / 2;
+  const float inverse = norm ? head_inverse_rms(x, size, eps) : 1.0f;
+  const auto value = [&](int c) {
+    const float raw = to_float(x[c]);
+    return norm ? round_to<T>(normed(raw, inverse, to_float(norm[c]))) : raw;
+  };
+  for (int i = threadIdx.x % 32; i < half; i += 32) {
+    const Pair turned = place.turn({value(i), value(half + i)}, angles, half, i);
+    out[i] = from_float<T>(turned.a);
+    out[half + i] = from_float<T>(turned.b);
+  }
+}
+
+// One warp a row and head: H heads of q, G of k, G of v.
+template <class T>
+__global__ void __launch_bounds__(kThreads) rope_kv_append_kernel(RopeArgs<T> a, Cache<T> cache, int64_t vectors) {
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  ptx::dependents_trigger();
+  ptx::dependency_wait();
+  if (vector >= vectors) return;
+  const int of_row = a.heads + cache.groups * (a.v.data ? 2 : 1), head = static_cast<int>(vector % of_row);
+  const int64_t r = vector / of_row;
+  const Place<T> place(cache, r);
+  if (head < a.heads) {
+    const int at = head * cache.size;
+    rotate_head(a.q.row(r) + at, a.q_norm, a.eps, place, a.angles, cache.size, a.q_out.row(r) + at);
+  } else if (place.inside) {
+    const int group = (head - a.heads) % cache.groups, at = group * cache.size;
+    const int64_t target = place.at(cache, group);
+    if (head < a.heads + cache.groups) {
+      rotate_head(a.k.row(r) + at, a.k_norm, a.eps, place, a.angles, cache.size, cache.k + target);
+    } else {
+      for (int c = threadIdx.x % 32; c < cache.size; c += 32) cache.v[target + c] = a.v.row(r)[at + c];
+    }
+  }
+}
+
+template <class T>
+cudaError_t rope_kv_append(Chain& chain, const RopeArgs<T>& args, const Cache<T>& cache) {
+  const int64_t of_row = args.heads + cache.groups * (args.v.data ? 2 : 1);
+  const int64_t vectors = static_cast<int64_t>(cache.batch) * cache.rows * of_row;
+  const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(vectors, kWarps)));
+  return launch(chain.next(grid, kThreads), rope_kv_append_kernel<T>, args, cache, vectors);
+}
+
+}  // namespace lsk
