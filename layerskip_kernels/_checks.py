@@ -11,49 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from ._arguments import FLOATS, dense, require, same_device, shaped, written
+
 LAYER_SLOTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
 OPTIONAL_SLOTS = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    if len(shape) != len(wanted):
-        return False
-    for have, want in zip(shape, wanted, strict=True):  # noqa: SIM110  (runs per token; a generator costs twice this)
-        if want is not None and want != have:
-            return False
-    return True
-
-
-def shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
-    """Check rank, sizes (None admits any) and dtype of one tensor."""
-    if not _fits(tensor.shape, shape):
-        wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {wanted}")
-    if tensor.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected {names}")
-
-
-def dense(**tensors: Tensor | None) -> None:
-    """Weights and caches are used where they lie, so they must be contiguous; activations may be strided."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, its strides are {tuple(tensor.stride())} for shape {list(tensor.shape)}"
-            )
-
-
-def same_device(first: Tensor, **others: Tensor | None) -> None:
-    device = first.device
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the first argument on {first.device}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
@@ -88,15 +49,33 @@ def head_size(size: int) -> None:
     require(size % 8 == 0 and 8 <= size <= 256, f"head size must be a multiple of 8 up to 256, got {size}")
 
 
-def _cache(like: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, batch: int, rows: int, size: int) -> None:
-    """The cache of one layer, [B, G, T, C] twice, and the lengths."""
-    shaped("k_cache", k_cache, [batch, None, None, size], [like.dtype])
+def _slots(slots: Tensor | None, batch: int, cached: int) -> None:
+    """Which of the cache's ``cached`` rows each of ``batch`` sequences uses."""
+    if slots is not None:
+        shaped("slots", slots, [batch], [torch.int64])
+        dense(slots=slots)
+        require(batch <= cached, f"slots has {batch} entries, the cache only {cached} rows")
+
+
+def _cache(
+    like: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    batch: int,
+    rows: int,
+    size: int,
+    slots: Tensor | None,
+) -> None:
+    """The cache of one layer, [B, G, T, C] or, with slots, [S, G, T, C], twice; and the lengths."""
+    shaped("k_cache", k_cache, [batch if slots is None else None, None, None, size], [like.dtype])
     shaped("v_cache", v_cache, list(k_cache.shape), [like.dtype])
     shaped("seq_lens", seq_lens, [batch], [torch.int64])
+    _slots(slots, batch, k_cache.shape[0])
     dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
     capacity = k_cache.shape[2]
     require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
-    same_device(like, k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
+    same_device(like, k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens, slots=slots)
 
 
 def _rope(cos: Tensor, sin: Tensor, capacity: int, size: int) -> None:
@@ -107,24 +86,34 @@ def _rope(cos: Tensor, sin: Tensor, capacity: int, size: int) -> None:
 
 
 def rope_kv_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor | None = None,
 ) -> None:
     shaped("q", q, [None] * 4, FLOATS)
     batch, rows, _, size = q.shape
     head_size(size)
     shaped("k", k, [batch, rows, None, size], [q.dtype])
     shaped("v", v, list(k.shape), [q.dtype])
-    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size)
+    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size, slots)
     require(k_cache.shape[1] == k.shape[2], f"k has {k.shape[2]} key/value heads, the cache {k_cache.shape[1]}")
     _rope(cos, sin, k_cache.shape[2], size)
     same_device(q, k=k, v=v, cos=cos, sin=sin)
 
 
-def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> None:
+def verify_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, slots: Tensor | None = None
+) -> None:
     shaped("q", q, [None] * 4, FLOATS)
     batch, rows, heads, size = q.shape
     head_size(size)
-    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size)
+    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size, slots)
     groups = k_cache.shape[1]
     require(
         groups > 0 and heads % groups == 0,
@@ -139,6 +128,10 @@ def exit_head(
     eps: float,
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> None:
     shaped("hidden", hidden, [None, None], FLOATS)
     shaped("norm_weight", norm_weight, [hidden.shape[1]], [hidden.dtype])
@@ -153,6 +146,22 @@ def exit_head(
     require(eps >= 0, f"eps must not be negative, got {eps}")
     dense(norm_weight=norm_weight, head_weight=head_weight, token_map=token_map, scale=scale)
     same_device(hidden, norm_weight=norm_weight, head_weight=head_weight, token_map=token_map, scale=scale)
+    if logits is not None:
+        written("logits", logits, [hidden.shape[0], vocabulary])
+        same_device(hidden, logits=logits)
+    if temperature is not None or seed is not None or offset is not None:
+        _sampling(hidden, hidden.shape[0], temperature=temperature, seed=seed, offset=offset)
+
+
+def _sampling(first: Tensor, rows: int, **given: Tensor | None) -> None:
+    """Temperatures and what names the noise, one a row, all or none."""
+    absent = [name for name, tensor in given.items() if tensor is None]
+    require(not absent, f"{', '.join(given)} come together, {', '.join(absent)} is missing")
+    for name, tensor in given.items():
+        assert tensor is not None
+        shaped(name, tensor, [rows], [torch.float32 if name == "temperature" else torch.int64])
+    dense(**given)
+    same_device(first, **given)
 
 
 def layer_slots(weights: Sequence[Tensor], start: int, end: int) -> int:
@@ -180,6 +189,7 @@ def partial_forward(
     start: int,
     end: int,
     eps: float,
+    slots: Tensor | None = None,
 ) -> None:
     shaped("hidden", hidden, [None] * 3, FLOATS)
     batch, rows, _ = hidden.shape
@@ -188,14 +198,15 @@ def partial_forward(
     require(0 <= start <= end <= depth, f"layers [{start}, {end}) are not within the cache's {depth} layers")
     head_size(size)
     require(eps >= 0, f"eps must not be negative, got {eps}")
-    shaped("k_cache", k_cache, [depth, batch, None, None, size], [hidden.dtype])
+    shaped("k_cache", k_cache, [depth, batch if slots is None else None, None, None, size], [hidden.dtype])
     shaped("v_cache", v_cache, list(k_cache.shape), [hidden.dtype])
     shaped("seq_lens", seq_lens, [batch], [torch.int64])
+    _slots(slots, batch, k_cache.shape[1])
     capacity = k_cache.shape[3]
     require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
     _rope(cos, sin, capacity, size)
     dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
-    same_device(hidden, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, seq_lens=seq_lens)
+    same_device(hidden, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, seq_lens=seq_lens, slots=slots)
     _layers(hidden, weights, layer_slots(weights, start, end), k_cache.shape[2], size)
 
 
@@ -212,7 +223,7 @@ def _layers(hidden: Tensor, weights: Sequence[Tensor], slots: int, groups: int, 
         same_device(hidden, **{name: tensor})
 
 
-def draft_greedy(
+def draft(
     token: Tensor,
     embedding: Tensor,
     weights: Sequence[Tensor],
@@ -229,18 +240,29 @@ def draft_greedy(
     extend: bool,
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
+    slots: Tensor | None = None,
+    min_probability: float = 0.0,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> None:
     shaped("token", token, [None], [torch.int64])
     shaped("embedding", embedding, [None, None], FLOATS)
     require(embedding.shape[0] > 0, "embedding has no rows")
     require(steps >= 0, f"steps must not be negative, got {steps}")
     require(end >= 1, f"end must be at least 1, got {end}")
+    require(0 <= min_probability <= 1, f"min_probability must lie in [0, 1], got {min_probability}")
     dense(embedding=embedding)
     same_device(embedding, token=token)
     batch, rows = token.shape[0], steps + extend
     state = embedding[0]
-    partial_forward(state.expand(batch, rows, -1), weights, k_cache, v_cache, cos, sin, seq_lens, 0, end, eps)
+    partial_forward(state.expand(batch, rows, -1), weights, k_cache, v_cache, cos, sin, seq_lens, 0, end, eps, slots)
     exit_head(state.expand(batch * rows, -1), norm_weight, head_weight, eps, token_map, scale)
+    if logits is not None:
+        written("logits", logits, [batch, steps, head_weight.shape[0]])
+        same_device(embedding, logits=logits)
+    if temperature is not None or seed is not None:
+        _sampling(embedding, batch, temperature=temperature, seed=seed)
 
 
 def layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
@@ -269,6 +291,84 @@ def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> None:
     shaped("seq_lens", seq_lens, [batch], [torch.int64])
     dense(seq_lens=seq_lens)
     same_device(draft, target=target, seq_lens=seq_lens)
+
+
+def accept_sampled(
+    draft: Tensor,
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    seq_lens: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    token_map: Tensor | None = None,
+) -> None:
+    shaped("draft", draft, [None, None], [torch.int64])
+    batch, drafted = draft.shape
+    shaped("draft_logits", draft_logits, [batch, drafted, None], [torch.float32])
+    shaped("target_logits", target_logits, [batch, drafted + 1, None], [torch.float32])
+    shaped("seq_lens", seq_lens, [batch], [torch.int64])
+    scored, vocabulary = draft_logits.shape[2], target_logits.shape[2]
+    require(vocabulary > 0, "target_logits has no tokens")
+    if token_map is not None:
+        shaped("token_map", token_map, [scored], [torch.int64])
+    else:
+        require(
+            scored == vocabulary,
+            f"draft_logits has {scored} tokens, target_logits {vocabulary}: without a token_map they must agree",
+        )
+    dense(seq_lens=seq_lens, token_map=token_map)
+    same_device(draft, draft_logits=draft_logits, target_logits=target_logits, seq_lens=seq_lens, token_map=token_map)
+    _sampling(draft, batch, temperature=temperature, seed=seed)
+
+
+def speculative_round(
+    token: Tensor,
+    embedding: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    exit_layer: int,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    eps: float,
+    steps: int,
+    draft_weight: Tensor | None = None,
+    draft_map: Tensor | None = None,
+    draft_scale: Tensor | None = None,
+    slots: Tensor | None = None,
+    min_probability: float = 0.0,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> None:
+    shaped("token", token, [None], [torch.int64])
+    shaped("embedding", embedding, [None, None], FLOATS)
+    shaped("k_cache", k_cache, [None] * 5, [embedding.dtype])
+    depth, batch = k_cache.shape[0], token.shape[0]
+    require(1 <= exit_layer <= depth, f"exit_layer must lie in [1, {depth}], got {exit_layer}")
+    require(steps >= 0, f"steps must not be negative, got {steps}")
+    require(embedding.shape[0] > 0, "embedding has no rows")
+    state = embedding[0]
+    states = state.expand(batch, steps + 1, -1)
+    partial_forward(states, weights, k_cache, v_cache, cos, sin, seq_lens, 0, depth, eps, slots)
+    exit_head(state.expand(batch, -1), norm_weight, head_weight, eps)
+    if draft_weight is None:
+        given = [name for name, arg in (("draft_map", draft_map), ("draft_scale", draft_scale)) if arg is not None]
+        require(not given, f"{', '.join(given)} needs a draft_weight")
+    elif temperature is not None and draft_map is None:
+        require(
+            draft_weight.shape[0] == head_weight.shape[0],
+            f"draft_weight has {draft_weight.shape[0]} rows, head_weight {head_weight.shape[0]}: "
+            "to sample without a draft_map they must agree",
+        )
+    shallow = weights[: layer_slots(weights, 0, depth) * exit_layer]
+    draft(
+        token, embedding, shallow, k_cache, v_cache, cos, sin, seq_lens, exit_layer, norm_weight,
+        head_weight if draft_weight is None else draft_weight, eps, steps, True, draft_map, draft_scale, slots,
+        min_probability, temperature, seed,
+    )  # fmt: skip
 
 
 def early_exit_loss(

@@ -20,16 +20,26 @@ SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None) -> Tensor",
     "swiglu": "(Tensor x, Tensor gate, Tensor up) -> Tensor",
     "rope_kv_append": "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, Tensor seq_lens) -> Tensor",
-    "verify_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens) -> Tensor",
+    "Tensor(b!) v_cache, Tensor seq_lens, Tensor? slots=None) -> Tensor",
+    "verify_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? slots=None) -> Tensor",
     "exit_head": "(Tensor hidden, Tensor norm_weight, Tensor head_weight, float eps, Tensor? token_map=None, "
-    "Tensor? scale=None) -> (Tensor token, Tensor logit, Tensor logsumexp)",
+    "Tensor? scale=None, Tensor? temperature=None, Tensor? seed=None, Tensor? offset=None, Tensor(a!)? logits=None) "
+    "-> (Tensor token, Tensor logit, Tensor logsumexp)",
     "partial_forward": "(Tensor hidden, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, "
-    "Tensor sin, Tensor seq_lens, int start, int end, float eps) -> Tensor",
-    "draft_greedy": "(Tensor token, Tensor embedding, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor sin, Tensor seq_lens, int start, int end, float eps, Tensor? slots=None) -> Tensor",
+    "draft": "(Tensor token, Tensor embedding, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor cos, Tensor sin, Tensor seq_lens, int end, Tensor norm_weight, Tensor head_weight, float eps, int steps, "
-    "bool extend, Tensor? token_map=None, Tensor? scale=None) -> (Tensor tokens, Tensor states)",
+    "bool extend, Tensor? token_map=None, Tensor? scale=None, Tensor? slots=None, float min_probability=0.0, "
+    "Tensor? temperature=None, Tensor? seed=None, Tensor(c!)? logits=None) "
+    "-> (Tensor tokens, Tensor states, Tensor probability)",
     "accept_greedy": "(Tensor draft, Tensor target, Tensor(a!) seq_lens) -> (Tensor accepted, Tensor next_token)",
+    "accept_sampled": "(Tensor draft, Tensor draft_logits, Tensor target_logits, Tensor(a!) seq_lens, "
+    "Tensor temperature, Tensor seed, Tensor? token_map=None) -> (Tensor accepted, Tensor next_token)",
+    "speculative_round": "(Tensor token, Tensor embedding, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor cos, Tensor sin, Tensor(c!) seq_lens, int exit_layer, Tensor norm_weight, Tensor head_weight, float eps, "
+    "int steps, Tensor? draft_weight=None, Tensor? draft_map=None, Tensor? draft_scale=None, Tensor? slots=None, "
+    "float min_probability=0.0, Tensor? temperature=None, Tensor? seed=None) "
+    "-> (Tensor tokens, Tensor accepted, Tensor next_token, Tensor probability)",
     "early_exit_loss": "(Tensor hiddens, Tensor norm_weight, Tensor head_weight, Tensor labels, Tensor exit_weights, "
     "float eps=1e-5, int ignore_index=-100, bool with_slope=False) "
     "-> (Tensor loss, Tensor exit_losses, Tensor logsumexp, Tensor slope)",
@@ -46,6 +56,11 @@ _native.define("cpu_isa(str name) -> str")  # names the instruction set in use; 
 def native(op: str) -> Callable[..., Any]:
     """The op of the compiled libraries, whether or not one of them implements it."""
     return getattr(torch.ops.layerskip_native, op).default
+
+
+def arguments(op: str) -> list[str]:
+    """The names of an op's arguments, in order."""
+    return [argument.name for argument in getattr(torch.ops.layerskip, op).default._schema.arguments]
 
 
 def _kernel(op: str, *args: Any) -> Any:
@@ -89,12 +104,12 @@ def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 @_fake("rope_kv_append")
-def _(q: Tensor, *rest: Tensor) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @_fake("verify_attention")
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -110,16 +125,30 @@ def _(hidden: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-@_fake("draft_greedy")
-def _(token: Tensor, embedding: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+@_fake("draft")
+def _(token: Tensor, embedding: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     steps, extend = rest[10:12]
     tokens = token.new_empty(token.shape[0], steps)
-    return tokens, embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
+    states = embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
+    return tokens, states, torch.empty_like(tokens, dtype=torch.float32)
 
 
 @_fake("accept_greedy")
 def _(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(seq_lens), torch.empty_like(seq_lens)
+
+
+@_fake("accept_sampled")
+def _(draft: Tensor, draft_logits: Tensor, target_logits: Tensor, seq_lens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(seq_lens), torch.empty_like(seq_lens)
+
+
+@_fake("speculative_round")
+def _(token: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    seq_lens, steps = rest[6], rest[11]
+    tokens = token.new_empty(token.shape[0], steps)
+    probability = torch.empty_like(tokens, dtype=torch.float32)
+    return tokens, torch.empty_like(seq_lens), torch.empty_like(seq_lens), probability
 
 
 @_fake("early_exit_loss")

@@ -34,10 +34,15 @@ class ExitOutput(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What drafting gives: ``tokens`` [B, K] int64, and ``states`` [B, K or K + 1, D] after the exit layer."""
+    """What drafting gives.
+
+    ``tokens`` [B, K] int64, ``states`` [B, K or K + 1, D] after the exit layer, and ``probability`` [B, K] fp32, what
+    the exit gave each token.
+    """
 
     tokens: Tensor
     states: Tensor
+    probability: Tensor
 
 
 class Acceptance(NamedTuple):
@@ -45,6 +50,19 @@ class Acceptance(NamedTuple):
 
     accepted: Tensor
     next_token: Tensor
+
+
+class Round(NamedTuple):
+    """What a round of self-speculative decoding gives.
+
+    ``tokens`` [B, K] int64 were drafted, ``accepted`` [B] int64 of them hold, ``next_token`` [B] int64 follows those;
+    ``probability`` [B, K] fp32 is what the exit gave each draft.
+    """
+
+    tokens: Tensor
+    accepted: Tensor
+    next_token: Tensor
+    probability: Tensor
 
 
 class EarlyExitLossOutput(NamedTuple):
@@ -63,7 +81,7 @@ def _call(op: str, *args: Any) -> Any:
     first = args[0]
     if torch.is_grad_enabled() and first.requires_grad:
         raise ValueError(f"{op} has no backward; call it under torch.no_grad(), or detach its inputs")
-    kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, first)
+    kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, *args)
     if kernel is None:
         return getattr(_op, op).default(*args)
     try:
@@ -125,7 +143,15 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rope_kv_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k (RoPE on halves, Su et al. 2021), write k and v at ``seq_lens[b] + m``, in place.
 
@@ -138,16 +164,20 @@ def rope_kv_append(
     k_cache, v_cache : Tensor [B, G, T, C]
         Written in place.
     seq_lens : Tensor [B], int64
+    slots : Tensor [B], int64, optional
+        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
 
     Returns
     -------
     Tensor [B, M, H, C]
         The rotated queries.
     """
-    return _call("rope_kv_append", q, k, v, cos, sin, k_cache, v_cache, seq_lens)
+    return _call("rope_kv_append", q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots)
 
 
-def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+def verify_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, slots: Tensor | None = None
+) -> Tensor:
     """Causal grouped-query attention of M new rows over the cache that already holds their keys and values.
 
     Row m of sequence b sits at ``seq_lens[b] + m`` and sees positions up to and including its own; what lies beyond is
@@ -159,12 +189,14 @@ def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tens
     k_cache, v_cache : Tensor [B, G, T, C]
     seq_lens : Tensor [B], int64
         Lengths before this step.
+    slots : Tensor [B], int64, optional
+        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
 
     Returns
     -------
     Tensor [B, M, H, C]
     """
-    return _call("verify_attention", q, k_cache, v_cache, seq_lens)
+    return _call("verify_attention", q, k_cache, v_cache, seq_lens, slots)
 
 
 def exit_head(
@@ -174,8 +206,16 @@ def exit_head(
     eps: float,
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> ExitOutput:
-    """Final norm, head, arg-max and log-sum-exp in one pass over the head; logits are never written.
+    """Final norm, head, arg-max or sample, and log-sum-exp in one pass over the head; no logits, unless asked for.
+
+    A sample is the arg-max of logits / temperature + Gumbel noise (Gumbel-max, Maddison et al. 2014), drawn with its
+    exact probability. The noise is a function of ``seed``, ``offset`` and the token alone (Philox4x32-10, Salmon et al.
+    2011), so a row's sample does not depend on the other rows, and the same seed and position give the same sample.
 
     Parameters
     ----------
@@ -188,13 +228,22 @@ def exit_head(
         The token that each row of ``head_weight`` stands for; without it a row stands for its index.
     scale : Tensor [V], fp32, optional
         One factor a row of an int8 head: logit = scale · Σ x · weight.
+    temperature : Tensor [R], fp32, optional
+        Finite, at least 0. Where it is 0 the row is greedy.
+    seed, offset : Tensor [R], int64
+        What names a row's noise; ``offset`` is the row's position. With a temperature, and only with one.
+    logits : Tensor [R, V], fp32, optional
+        Is given the logits, not divided by the temperature. Its rows are contiguous, but may lie apart.
 
     Returns
     -------
     ExitOutput
-        Ties go to the lowest row. Token -1 marks a row whose logits are not finite.
+        Ties go to the lowest row. Token -1 marks a row whose logits are not finite. Of a sampled row ``logit`` and
+        ``logsumexp`` are those of logits / temperature, so ``exp(logit - logsumexp)`` is what it was drawn with.
     """
-    return ExitOutput(*_call("exit_head", hidden, norm_weight, head_weight, eps, token_map, scale))
+    return ExitOutput(
+        *_call("exit_head", hidden, norm_weight, head_weight, eps, token_map, scale, temperature, seed, offset, logits)
+    )
 
 
 def partial_forward(
@@ -208,6 +257,7 @@ def partial_forward(
     start: int,
     end: int,
     eps: float,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Layers [start, end) of a pre-norm decoder as one call; keys and values are written into the cache in place.
 
@@ -230,16 +280,18 @@ def partial_forward(
     start, end : int
     eps : float
         Of every norm.
+    slots : Tensor [B], int64, optional
+        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
 
     Returns
     -------
     Tensor [B, M, D]
         State after layer ``end - 1``.
     """
-    return _call("partial_forward", hidden, weights, k_cache, v_cache, cos, sin, seq_lens, start, end, eps)
+    return _call("partial_forward", hidden, weights, k_cache, v_cache, cos, sin, seq_lens, start, end, eps, slots)
 
 
-def draft_greedy(
+def draft(
     token: Tensor,
     embedding: Tensor,
     weights: Sequence[Tensor],
@@ -256,8 +308,17 @@ def draft_greedy(
     extend: bool,
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
+    slots: Tensor | None = None,
+    min_probability: float = 0.0,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> Draft:
     """Decode ``steps`` tokens with layers [0, end) and an exit head, as one call: embed, partial_forward, exit_head.
+
+    A sequence stops drafting where a token's probability falls below ``min_probability``: that token and the later ones
+    are -1, ``probability`` keeps the value that stopped it, then 0. The states up to the row that would have given the
+    missing token are there, for verification; the rows after them are 0, and what is in the cache there is void.
 
     Parameters
     ----------
@@ -278,16 +339,26 @@ def draft_greedy(
         K.
     extend : bool
         Whether the last token, too, goes through the layers: verification needs its key, value and state.
+    slots : Tensor [B], int64, optional
+        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
+    min_probability : float
+        In [0, 1].
+    temperature : Tensor [B], fp32, optional
+        Samples, as `exit_head` does; token i has the offset ``seq_lens[b] + i``.
+    seed : Tensor [B], int64
+        With a temperature, and only with one.
+    logits : Tensor [B, K, V_draft], fp32, optional
+        Is given the exit's logits, as `accept_sampled` takes them. Rows that were not drafted are void.
 
     Returns
     -------
     Draft
-        A token of -1 marks a head whose logits were not finite; what follows it is void.
+        A token of -1 with a NaN for probability marks a head whose logits were not finite; what follows it is void.
     """
     return Draft(
         *_call(
-            "draft_greedy", token, embedding, weights, k_cache, v_cache, cos, sin, seq_lens, end, norm_weight,
-            head_weight, eps, steps, extend, token_map, scale,
+            "draft", token, embedding, weights, k_cache, v_cache, cos, sin, seq_lens, end, norm_weight,
+            head_weight, eps, steps, extend, token_map, scale, slots, min_probability, temperature, seed, logits,
         )
     )  # fmt: skip
 
@@ -329,6 +400,112 @@ def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance
         ``next_token[b] = target[b, accepted[b]]``.
     """
     return Acceptance(*_call("accept_greedy", draft, target, seq_lens))
+
+
+def accept_sampled(
+    draft: Tensor,
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    seq_lens: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    token_map: Tensor | None = None,
+) -> Acceptance:
+    """Accept or reject sampled drafts so that what comes out has exactly the full model's distribution.
+
+    Speculative sampling (Leviathan et al. 2023): with p = softmax(target / T) and q = softmax(draft / T), which is 0
+    outside the draft's own tokens, a draft x is accepted with probability min(1, p(x) / q(x)); after the first that is
+    not, the next token is drawn from max(p - q, 0), normalised; after the last draft from p. The noise is named as in
+    `exit_head`, row i of sequence b by the position ``seq_lens[b] + i``.
+
+    Parameters
+    ----------
+    draft : Tensor [B, K], int64
+        Drawn from q. A negative entry marks a slot that was not drafted; the token there is drawn from p.
+    draft_logits : Tensor [B, K, V_draft], fp32
+        As `draft` writes them. -inf masks a token.
+    target_logits : Tensor [B, K + 1, V], fp32
+        The full model's after each of the K + 1 rows.
+    seq_lens : Tensor [B], int64
+        Advanced in place by accepted + 1.
+    temperature : Tensor [B], fp32
+        Where it is 0, drafts are compared with the target's arg-max, as `accept_greedy` does.
+    seed : Tensor [B], int64
+    token_map : Tensor [V_draft], int64, optional
+        The token, all different, of each of the draft's logits.
+
+    Returns
+    -------
+    Acceptance
+        A next token of -1 marks a row whose logits are all -inf, or hold NaN or +inf.
+    """
+    args = (draft, draft_logits, target_logits, seq_lens, temperature, seed, token_map)
+    return Acceptance(*_call("accept_sampled", *args))
+
+
+def speculative_round(
+    token: Tensor,
+    embedding: Tensor,
+    weights: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seq_lens: Tensor,
+    exit_layer: int,
+    norm_weight: Tensor,
+    head_weight: Tensor,
+    eps: float,
+    steps: int,
+    draft_weight: Tensor | None = None,
+    draft_map: Tensor | None = None,
+    draft_scale: Tensor | None = None,
+    slots: Tensor | None = None,
+    min_probability: float = 0.0,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Round:
+    """One round of self-speculative decoding (LayerSkip, arXiv 2404.16710, §4.3) as one call.
+
+    It is the composition, bit for bit, of `draft` with layers [0, E), `partial_forward` of the drafted rows through
+    layers [E, L), `exit_head` on them, and `accept_greedy` or, with a temperature, `accept_sampled`.
+
+    Parameters
+    ----------
+    token : Tensor [B], int64
+        The last tokens, at positions ``seq_lens[b]``.
+    embedding : Tensor [V, D]
+    weights : sequence of Tensor
+        Of all L layers, as `partial_forward` takes them.
+    k_cache, v_cache : Tensor [L, B, G, T, C]
+        Written in place. They must have room for ``steps + 1`` rows more.
+    cos, sin : Tensor [≥ T, C/2], fp32
+    seq_lens : Tensor [B], int64
+        Advanced in place by accepted + 1.
+    exit_layer : int
+        E, in 1 … L.
+    norm_weight, head_weight
+        As `exit_head` takes them, in the dtype of the model: they decide.
+    eps : float
+        Of every norm.
+    steps : int
+        K.
+    draft_weight, draft_map, draft_scale
+        A head for the drafts, as `exit_head` takes it; by default the full one.
+    slots, min_probability, temperature, seed
+        As `draft` takes them.
+
+    Returns
+    -------
+    Round
+    """
+    return Round(
+        *_call(
+            "speculative_round", token, embedding, weights, k_cache, v_cache, cos, sin, seq_lens, exit_layer,
+            norm_weight, head_weight, eps, steps, draft_weight, draft_map, draft_scale, slots, min_probability,
+            temperature, seed,
+        )
+    )  # fmt: skip
 
 
 def early_exit_loss(

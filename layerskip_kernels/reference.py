@@ -6,14 +6,15 @@ float64 tensors the same functions compute in float64, which is how they are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _noise
+from ._loops import draft_loop, round_loop
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -51,6 +52,17 @@ def _positions(seq_lens: Tensor, rows: int, capacity: int) -> Tensor:
     return positions
 
 
+def _cache_rows(slots: Tensor | None, batch: int, cached: int, device: torch.device) -> Tensor:
+    """The cache row of each sequence, [B]; raises where slots are not distinct rows of the cache."""
+    if slots is None:
+        return torch.arange(batch, device=device)
+    if slots.device.type == "cpu":  # on a GPU this would be a host sync
+        listed = slots.tolist()
+        if any(not 0 <= slot < cached for slot in listed) or len(set(listed)) < len(listed):
+            raise ValueError(f"slots must be distinct and in [0, {cached}), got {listed}")
+    return slots
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on halves: (a, b) -> (a cos - b sin, b cos + a sin); x [B, M, H, C], cos and sin [B, M, C/2]."""
     first, second = _wide(x).chunk(2, dim=-1)
@@ -59,19 +71,32 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_kv_append_ref(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor | None = None,
 ) -> Tensor:
     batch, rows = q.shape[:2]
     positions = _positions(seq_lens, rows, k_cache.shape[2])
     cos, sin = cos[positions], sin[positions]
-    sequence = torch.arange(batch, device=q.device)[:, None]
-    k_cache[sequence, :, positions] = _rotate(k, cos, sin)
-    v_cache[sequence, :, positions] = v
+    row = _cache_rows(slots, batch, k_cache.shape[0], q.device)[:, None]
+    k_cache[row, :, positions] = _rotate(k, cos, sin)
+    v_cache[row, :, positions] = v
     return _rotate(q, cos, sin)
 
 
-def verify_attention_ref(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+def verify_attention_ref(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, slots: Tensor | None = None
+) -> Tensor:
     batch, rows, heads, size = q.shape
+    if slots is not None:
+        own = _cache_rows(slots, batch, k_cache.shape[0], q.device)
+        k_cache, v_cache = k_cache[own], v_cache[own]
     groups, capacity = k_cache.shape[1:3]
     positions = _positions(seq_lens, rows, capacity)
     seen = torch.arange(capacity, device=q.device) <= positions[:, :, None]  # [B, M, T]
@@ -92,17 +117,40 @@ def exit_head_ref(
     eps: float,
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed = rms_norm_ref(hidden, norm_weight, eps)
-    wide_head = head_weight.to(_wide(normed).dtype)
-    logits = _wide(normed) @ wide_head.T  # [R, V]
+    scores = _wide(normed) @ head_weight.to(_wide(normed).dtype).T  # [R, V]
     if scale is not None:
-        logits = logits * scale.to(logits.dtype)
-    logit, row = logits.max(-1)
-    lse = logits.logsumexp(-1)
+        scores = scores * scale.to(scores.dtype)
+    if logits is not None:
+        logits.copy_(scores)
+    noisy = scores
+    if temperature is not None:
+        assert seed is not None
+        assert offset is not None
+        tokens = torch.arange(scores.shape[1], device=scores.device) if token_map is None else token_map
+        scores = scores / divisors(temperature)
+        noise = _noise.gumbel(seed[:, None], offset[:, None], tokens, _noise.DRAW)
+        noisy = torch.where(temperature[:, None] > 0, scores + noise, scores)
+    row = noisy.argmax(-1)
+    lse = scores.logsumexp(-1)
     token = row if token_map is None else token_map[row]
     # logsumexp of +inf is +inf, of NaN NaN: such a row names no token
-    return torch.where(lse.isfinite(), token, -1), logit, lse
+    return torch.where(lse.isfinite(), token, -1), scores.gather(1, row[:, None])[:, 0], lse
+
+
+def divisors(temperature: Tensor) -> Tensor:
+    """What logits are divided by, [B, 1]: the temperature, 1 where it is 0; raises where it is no temperature."""
+    if temperature.device.type == "cpu":  # on a GPU this would be a host sync
+        wrong = ~((temperature >= 0) & temperature.isfinite())
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(f"temperature[{row}] is {float(temperature[row])}, expected a finite number of at least 0")
+    return torch.where(temperature > 0, temperature, 1)[:, None]
 
 
 def partial_forward_ref(
@@ -116,12 +164,13 @@ def partial_forward_ref(
     start: int,
     end: int,
     eps: float,
+    slots: Tensor | None = None,
 ) -> Tensor:
-    slots = _checks.layer_slots(weights, start, end)
+    count = _checks.layer_slots(weights, start, end)
     hidden = hidden.clone()
     for offset, layer in enumerate(range(start, end)):
-        one = weights[offset * slots : (offset + 1) * slots]
-        hidden = _layer(hidden, one, k_cache[layer], v_cache[layer], cos, sin, seq_lens, eps)
+        one = weights[offset * count : (offset + 1) * count]
+        hidden = _layer(hidden, one, k_cache[layer], v_cache[layer], cos, sin, seq_lens, eps, slots)
     return hidden
 
 
@@ -134,6 +183,7 @@ def _layer(
     sin: Tensor,
     seq_lens: Tensor,
     eps: float,
+    slots: Tensor | None,
 ) -> Tensor:
     """One decoder layer as the composition of the ops; every product is rounded to the model's dtype."""
     attn_norm, q_w, k_w, v_w, o_w, mlp_norm, gate, up, down = weights[:9]
@@ -148,51 +198,14 @@ def _layer(
     v = linear_ref(normed, v_w, v_bias).view(batch, rows, v_w.shape[0] // size, size)
     q = q if q_norm is None else rms_norm_ref(q, q_norm, eps)
     k = k if k_norm is None else rms_norm_ref(k, k_norm, eps)
-    q = rope_kv_append_ref(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
-    attended = verify_attention_ref(q, k_cache, v_cache, seq_lens).reshape(batch * rows, q_w.shape[0])
+    q = rope_kv_append_ref(q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots)
+    attended = verify_attention_ref(q, k_cache, v_cache, seq_lens, slots).reshape(batch * rows, q_w.shape[0])
     flat = linear_ref(attended, o_w, residual=flat)
     activated = swiglu_ref(rms_norm_ref(flat, mlp_norm, eps), gate, up)
     return linear_ref(activated, down, residual=flat).view(batch, rows, width)
 
 
-def draft_loop(
-    forward: Callable[..., Tensor],
-    head: Callable[..., Sequence[Tensor]],
-    token: Tensor,
-    embedding: Tensor,
-    weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    end: int,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    steps: int,
-    extend: bool,
-    token_map: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`draft_greedy` out of a backend's own partial_forward and exit_head."""
-    if token.device.type == "cpu" and bool((token < 0).any()):  # on a GPU this would be a host sync
-        raise ValueError(f"token {int(token.min())} is outside the vocabulary of {embedding.shape[0]}")
-    tokens = token.new_empty(token.shape[0], steps)
-    states = embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
-    for row in range(steps + extend):
-        hidden = embedding[token.clamp_min(0)][
-            :, None
-        ]  # what a head without a token leaves is void, but must not index
-        hidden = forward(hidden, weights, k_cache, v_cache, cos, sin, seq_lens + row, 0, end, eps)
-        states[:, row] = hidden[:, 0]
-        if row < steps:
-            token = head(hidden[:, 0], norm_weight, head_weight, eps, token_map, scale)[0]
-            tokens[:, row] = token
-    return tokens, states
-
-
-def draft_greedy_ref(*args: Any) -> tuple[Tensor, Tensor]:
+def draft_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return draft_loop(partial_forward_ref, exit_head_ref, *args)
 
 
@@ -203,6 +216,71 @@ def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[
     next_token = target.gather(1, accepted[:, None])[:, 0]
     seq_lens.add_(accepted + 1)
     return accepted, next_token
+
+
+def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [B, K, V] at each sequence's temperature; and whether a row has it, [B, K] (not of NaN or +inf)."""
+    scaled = logits / divisors(temperature)[:, :, None]
+    lse = scaled.logsumexp(-1, keepdim=True)
+    return scaled - lse, lse[..., 0].isfinite()
+
+
+def _draft_log_probabilities(draft_logits: Tensor, temperature: Tensor, token_map: Tensor | None, like: Tensor) -> Any:
+    """log q [B, K, V], -inf outside the draft's own tokens; and which rows have one, [B, K]."""
+    log_q, valid = _log_softmax(draft_logits, temperature)
+    if token_map is None:
+        return log_q, valid
+    if token_map.device.type == "cpu" and token_map.numel():  # on a GPU this would be a host sync
+        low, high = int(token_map.min()), int(token_map.max())
+        if low < 0 or high >= like.shape[-1]:
+            raise ValueError(f"token_map holds {low if low < 0 else high}, expected [0, {like.shape[-1]})")
+    full = torch.full_like(like[:, : log_q.shape[1]], float("-inf"))
+    return full.index_copy(2, token_map, log_q), valid
+
+
+def accept_sampled_ref(
+    draft: Tensor,
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    seq_lens: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    token_map: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, drafted = draft.shape
+    sampled = temperature[:, None] > 0
+    log_p, valid_p = _log_softmax(target_logits, temperature)
+    log_q, valid_q = _draft_log_probabilities(draft_logits, temperature, token_map, target_logits)
+    valid = valid_p.clone()
+    valid[:, :drafted] &= valid_q | (draft < 0) | ~sampled
+    best = log_p.argmax(-1)  # [B, K + 1]
+
+    index = draft.clamp(0, log_p.shape[-1] - 1)[:, :, None]
+    gain = (log_p[:, :drafted].gather(2, index) - log_q.gather(2, index))[:, :, 0]
+    offsets = seq_lens[:, None] + torch.arange(drafted, device=draft.device)
+    luck = _noise.uniform(seed[:, None], offsets, torch.zeros_like(offsets), _noise.ACCEPT).log()
+    agrees = torch.where(sampled, luck < gain, draft == best[:, :drafted])
+    accepted = (agrees & (draft >= 0) & valid[:, :drafted]).long().cumprod(1).sum(1)
+
+    def last(rows: Tensor) -> Tensor:  # the row after the accepted drafts
+        return rows[torch.arange(batch, device=rows.device), accepted.clamp_max(rows.shape[1] - 1)]
+
+    final = last(log_p)  # [B, V]
+    if drafted:
+        rejected = (accepted < drafted) & (last(draft) >= 0)
+        residual = (final.exp() - last(log_q).exp()).clamp_min(0).log()
+        usable = rejected & (residual > float("-inf")).any(-1)  # rounding may leave nothing
+        final = torch.where(usable[:, None], residual, final)
+    every = torch.arange(final.shape[1], device=draft.device)
+    noise = _noise.gumbel(seed[:, None], (seq_lens + accepted)[:, None], every, _noise.RESIDUAL)
+    token = torch.where(sampled[:, 0], (final + noise).argmax(-1), last(best))
+    seq_lens.add_(accepted + 1)
+    return accepted, torch.where(last(valid), token, -1)
+
+
+def speculative_round_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    names = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
+    return round_loop({name: globals()[f"{name}_ref"] for name in names}, *args)
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

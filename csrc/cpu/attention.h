@@ -7,9 +7,9 @@ namespace lsk {
 
 template <class T>
 struct AttentionStep {
-  const T* q;                  // [B, M, H, C]
-  const T *k_cache, *v_cache;  // [B, G, T, C]
-  const int64_t* seq_lens;     // [B]
+  const T* q;                       // [B, M, H, C]
+  const T *k_cache, *v_cache;       // [S, G, T, C]
+  const int64_t *seq_lens, *slots;  // [B], the second or null
   int64_t batch, rows, heads, groups, capacity, size;
   int64_t splits;  // of the longest sequence
   float* partial;  // [splits, B, G, M, H/G, 2 + C]
@@ -29,7 +29,7 @@ struct AttentionStep {
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t split = task % splits, sequence = task / splits / groups, group = task / splits % groups;
       if (split * kSplit >= seq_lens[sequence] + rows) continue;
-      const int64_t at = (sequence * groups + group) * capacity * size;
+      const int64_t at = (cache_row(slots, sequence) * groups + group) * capacity * size;
       float* out = partial + split * split_size() + (sequence * groups + group) * rows * ratio() * (2 + size);
       table.attend({q + sequence * rows * heads * size, k_cache + at, v_cache + at, seq_lens[sequence], rows, heads,
                     size, group, ratio(), out},
@@ -56,7 +56,7 @@ struct RopeStep {
   const T *q_norm, *k_norm;  // [C] or null
   const float *cos, *sin;    // [T, C/2]
   T *q_out, *k_cache, *v_cache;
-  const int64_t* seq_lens;
+  const int64_t *seq_lens, *slots;  // [B], the second or null
   int64_t batch, rows, heads, groups, capacity, size;
   float eps;
 
@@ -75,7 +75,7 @@ struct RopeStep {
         continue;
       }
       const int64_t group = (vector - heads) % groups, at = (row * groups + group) * size;
-      const int64_t slot = ((sequence * groups + group) * capacity + position) * size;
+      const int64_t slot = ((cache_row(slots, sequence) * groups + group) * capacity + position) * size;
       if (vector < heads + groups) {
         table.rope(args, k + at, k_cache + slot);
       } else {

@@ -22,6 +22,20 @@ inline void check_capacity(const int64_t* seq_lens, int64_t batch, int64_t rows,
   }
 }
 
+// Sequences use distinct rows of the cache: those that `slots` names, or without it the first `batch`, which are all.
+inline void check_slots(const int64_t* slots, int64_t batch, int64_t cached) {
+  STD_TORCH_CHECK(slots || batch == cached, "k_cache has ", cached, " rows, expected ", batch);
+  for (int64_t b = 0; slots && b < batch; ++b) {
+    STD_TORCH_CHECK(0 <= slots[b] && slots[b] < cached, "slots[", b, "] is ", slots[b], ", expected one of [0, ",
+                    cached, ")");
+    for (int64_t other = 0; other < b; ++other)
+      STD_TORCH_CHECK(slots[other] != slots[b], "slots[", other, "] and slots[", b, "] are both ", slots[b],
+                      ", expected distinct rows of the cache");
+  }
+}
+
+inline int64_t cache_row(const int64_t* slots, int64_t sequence) { return slots ? slots[sequence] : sequence; }
+
 // Packs x [rows, width] into this member's own memory; each member needs all of it, and a copy is cheaper than a wait.
 template <class T>
 Packed pack_own(const Member& member, const T* x, const T* norm, float eps, int64_t rows, int64_t width,

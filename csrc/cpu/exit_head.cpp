@@ -8,8 +8,12 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tensor& norm_weight,
                                              const Tensor& head_weight, double eps,
-                                             const std::optional<Tensor>& token_map,
-                                             const std::optional<Tensor>& scale) {
+                                             const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
+                                             const std::optional<Tensor>& temperature,
+                                             const std::optional<Tensor>& seed, const std::optional<Tensor>& offset,
+                                             const std::optional<Tensor>& logits) {
+  STD_TORCH_CHECK(!temperature.has_value() && !seed.has_value() && !offset.has_value() && !logits.has_value(),
+                  "not served yet");
   const Tensor hidden = contiguous(hidden_in);
   const int64_t rows = hidden.size(0), width = hidden.size(1);
   Tensor token = torch::stable::new_empty(hidden, {rows}, ScalarType::Long);

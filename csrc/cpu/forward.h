@@ -10,7 +10,7 @@ namespace lsk {
 constexpr int64_t kRequired = 9, kAll = 14;  // weights of a layer, without and with the optional ones
 
 struct Shape {
-  int64_t batch, rows, width, heads, groups, size, features, capacity;
+  int64_t batch, rows, width, heads, groups, size, features, cached, capacity;
 
   int64_t tokens() const { return batch * rows; }
   int64_t queries() const { return heads * size; }
@@ -26,7 +26,7 @@ template <class T>
 struct Layer {
   const T *attn_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
   const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
-  T *k_cache, *v_cache;  // [B, G, T, C]
+  T *k_cache, *v_cache;  // [S, G, T, C]
 
   Layer(const Tensor* w, bool optional, const Shape& s) {
     attn_norm = data<T>(w[0], "attn_norm", {s.width});
@@ -67,10 +67,11 @@ class Forward {
         sin_(data<float>(sin, "sin", {cos.size(0), shape.size / 2})),
         eps_(static_cast<float>(eps)) {}
 
-  // Rewrites `hidden` [B, M, D], whose rows start at position `seq_lens[b]`.
-  void run(const std::vector<Layer<T>>& layers, const int64_t* seq_lens, T* hidden) {
+  // Rewrites `hidden` [B, M, D], whose rows start at position `seq_lens[b]` of the cache's row `slots[b]`.
+  void run(const std::vector<Layer<T>>& layers, const int64_t* seq_lens, const int64_t* slots, T* hidden) {
     check_capacity(seq_lens, s_.batch, s_.rows, s_.capacity);
     seq_lens_ = seq_lens;
+    slots_ = slots;
     const int threads = num_threads();
     const int64_t tokens = s_.tokens();
     const int64_t splits = AttentionStep<T>::count_splits(seq_lens_, s_.batch, s_.rows);
@@ -122,13 +123,13 @@ class Forward {
     linear(member, {normed, layer.k, layer.k_bias, nullptr, b_.k, s_.keys(), v});
     linear(member, {normed, layer.v, layer.v_bias, nullptr, b_.v, s_.keys(), o});
     member.wait();
-    const RopeStep<T> rope{b_.q,    b_.k,     b_.v,          layer.q_norm,  layer.k_norm, cos_,
-                           sin_,    b_.q,     layer.k_cache, layer.v_cache, seq_lens_,    s_.batch,
-                           s_.rows, s_.heads, s_.groups,     s_.capacity,   s_.size,      eps_};
+    const RopeStep<T> rope{b_.q,     b_.k,          b_.v,          layer.q_norm, layer.k_norm, cos_,     sin_,
+                           b_.q,     layer.k_cache, layer.v_cache, seq_lens_,    slots_,       s_.batch, s_.rows,
+                           s_.heads, s_.groups,     s_.capacity,   s_.size,      eps_};
     rope.run(member);
     member.wait();
-    const AttentionStep<T> step{b_.q,     layer.k_cache, layer.v_cache, seq_lens_, s_.batch, s_.rows,
-                                s_.heads, s_.groups,     s_.capacity,   s_.size,   splits,   b_.partial};
+    const AttentionStep<T> step{b_.q,     layer.k_cache, layer.v_cache, seq_lens_, slots_, s_.batch,  s_.rows,
+                                s_.heads, s_.groups,     s_.capacity,   s_.size,   splits, b_.partial};
     step.attend(member);
     member.wait();
     T* attended = b_.attended + member.index * s_.tokens() * s_.queries();
@@ -153,45 +154,49 @@ class Forward {
   const Shape s_;
   const float *cos_, *sin_;
   const float eps_;
-  const int64_t* seq_lens_ = nullptr;
+  const int64_t *seq_lens_ = nullptr, *slots_ = nullptr;
   Buffers<T> b_;
 };
 
 // Everything that a forward of layers [start, end) takes but the states.
 struct LayerStack {
   const std::vector<Tensor>& weights;
-  const Tensor &k_cache, &v_cache, &cos, &sin, &seq_lens;
+  const Tensor &k_cache, &v_cache, &cos, &sin;
+  const int64_t* slots;  // [B] or null
   int64_t start, end;
   double eps;
 
   // The sizes for `rows` rows of `width` for each of `batch` sequences, checked.
   Shape shape(int64_t batch, int64_t rows, int64_t width) const {
-    const int64_t count = end - start, slots = this->slots(), size = k_cache.size(4);
+    const int64_t count = end - start, each = this->each(), size = k_cache.size(4);
     STD_TORCH_CHECK(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
                     k_cache.size(0));
-    STD_TORCH_CHECK((slots == kRequired || slots == kAll) && slots * count == static_cast<int64_t>(weights.size()),
-                    "got ", weights.size(), " weights for ", count, " layers");
+    STD_TORCH_CHECK((each == kRequired || each == kAll) && each * count == static_cast<int64_t>(weights.size()), "got ",
+                    weights.size(), " weights for ", count, " layers");
     STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
     check_head_size(size);
-    const Shape out{batch,          rows, width, weights[1].size(0) / size, k_cache.size(2), size, weights[6].size(0),
-                    k_cache.size(3)};
+    const Shape out{
+        batch,           rows,           width, weights[1].size(0) / size, k_cache.size(2), size, weights[6].size(0),
+        k_cache.size(1), k_cache.size(3)};
+    check_slots(slots, batch, out.cached);
     check_groups(out.heads, out.groups);
     STD_TORCH_CHECK(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
                     out.capacity);
     return out;
   }
 
-  int64_t slots() const { return static_cast<int64_t>(weights.size()) / (end - start); }
+  // Tensors of one layer.
+  int64_t each() const { return static_cast<int64_t>(weights.size()) / (end - start); }
 
   template <class T>
   std::vector<Layer<T>> layers(const Shape& s) const {
-    const int64_t depth = k_cache.size(0), stride = s.batch * s.groups * s.capacity * s.size;
-    T* keys = data<T>(k_cache, "k_cache", {depth, s.batch, s.groups, s.capacity, s.size});
-    T* values = data<T>(v_cache, "v_cache", {depth, s.batch, s.groups, s.capacity, s.size});
+    const int64_t depth = k_cache.size(0), stride = s.cached * s.groups * s.capacity * s.size;
+    T* keys = data<T>(k_cache, "k_cache", {depth, s.cached, s.groups, s.capacity, s.size});
+    T* values = data<T>(v_cache, "v_cache", {depth, s.cached, s.groups, s.capacity, s.size});
     std::vector<Layer<T>> out;
     out.reserve(end - start);
     for (int64_t l = start; l < end; ++l) {
-      out.emplace_back(weights.data() + (l - start) * slots(), slots() == kAll, s);
+      out.emplace_back(weights.data() + (l - start) * each(), each() == kAll, s);
       out.back().k_cache = keys + l * stride;
       out.back().v_cache = values + l * stride;
     }

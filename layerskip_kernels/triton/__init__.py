@@ -23,7 +23,7 @@ OPS = {
     "verify_attention": "attention",
     "exit_head": "exit_head",
     "partial_forward": "partial_forward",
-    "draft_greedy": "draft_greedy",
+    "draft": "draft",
     "accept_greedy": "accept",
     "early_exit_loss": "early_exit_loss",
     "early_exit_loss_backward": "early_exit_loss",

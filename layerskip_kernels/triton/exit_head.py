@@ -92,6 +92,10 @@ def exit_head(
     eps: float,
     token_map: Tensor | None = None,
     scale: Tensor | None = None,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    offset: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.exit_head`."""
     rows, (vocabulary, depth) = hidden.shape[0], head_weight.shape

@@ -49,11 +49,12 @@ def partial_forward(
     start: int,
     end: int,
     eps: float,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """See `layerskip_kernels.partial_forward`."""
-    slots = _checks.layer_slots(weights, start, end)
+    count = _checks.layer_slots(weights, start, end)
     state = hidden.contiguous() if start < end else hidden.clone()
     for offset, layer in enumerate(range(start, end)):
-        one = weights[offset * slots : (offset + 1) * slots]
+        one = weights[offset * count : (offset + 1) * count]
         state = _layer(state, one, k_cache[layer], v_cache[layer], cos, sin, seq_lens, eps)
     return state

@@ -23,13 +23,13 @@ OPS = (
     "verify_attention",
     "exit_head",
     "partial_forward",
-    "draft_greedy",
+    "draft",
     "accept_greedy",
 )
 MUTATES = {
     "rope_kv_append": ("k_cache", "v_cache"),
     "partial_forward": ("k_cache", "v_cache"),
-    "draft_greedy": ("k_cache", "v_cache"),
+    "draft": ("k_cache", "v_cache"),
     "accept_greedy": ("seq_lens",),
 }
 
@@ -61,6 +61,7 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
                 "residual": make.normal(5, F)}  # fmt: skip
     if op == "swiglu":
         return {"x": make.normal(5, D), "gate": make.weight(F, D), "up": make.weight(F, D)}
+    draws = {"temperature": torch.tensor([0.7, 0.0]), "seed": torch.tensor([3, 2**40])}
     if op == "rope_kv_append":
         return {"q": make.normal(B, M, H, C), "k": make.normal(B, M, G, C), "v": make.normal(B, M, G, C), **step}
     if op == "verify_attention":
@@ -74,12 +75,24 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         caches = {name: make.normal(L, B, G, T, C) for name in ("k_cache", "v_cache")}
         return {"hidden": make.normal(B, M, D), "weights": weights, **caches, "cos": cos, "sin": sin,
                 "seq_lens": step["seq_lens"], "start": 0, "end": L, "eps": EPS}  # fmt: skip
-    if op == "draft_greedy":
+    if op == "draft":
         layers, head = example("partial_forward", dtype), example("exit_head", dtype)
         shared = {name: layers[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin", "seq_lens", "end")}
         return {"token": make.integers(0, V, B), "embedding": make.normal(V, D), **shared,
                 "norm_weight": head["norm_weight"], "head_weight": head["head_weight"], "eps": EPS, "steps": K,
                 "extend": True, "token_map": head["token_map"], "scale": head["scale"]}  # fmt: skip
+    if op == "speculative_round":
+        layers, head = example("partial_forward", dtype), example("exit_head", dtype)
+        shared = {name: layers[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin", "seq_lens")}
+        return {"token": make.integers(0, V, B), "embedding": make.normal(V, D), **shared, "exit_layer": 1,
+                "norm_weight": head["norm_weight"], "head_weight": make.weight(V, D), "eps": EPS, "steps": K,
+                "draft_weight": head["head_weight"], "draft_map": head["token_map"],
+                "draft_scale": head["scale"]}  # fmt: skip
+    if op == "accept_sampled":
+        wide = Inputs(torch.float32)
+        return {"draft": make.integers(0, 3, B, K), "draft_logits": wide.normal(B, K, 3),
+                "target_logits": wide.normal(B, K + 1, V), "seq_lens": step["seq_lens"], **draws,
+                "token_map": torch.tensor([2, 0, 1])}  # fmt: skip
     assert op == "accept_greedy"
     draft = make.integers(0, 2, B, K)
     return {"draft": draft, "target": make.integers(0, 2, B, K + 1), "seq_lens": torch.tensor([5, 0])}

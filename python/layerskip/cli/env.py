@@ -37,11 +37,16 @@ def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
         "verify_attention": (heads, cache, cache, lengths),
         "exit_head": (row, weight, square, 1e-5, None, None),
         "partial_forward": (row[None], layer, cache[None], cache[None].clone(), cos, sin, lengths, 0, 1, 1e-5),
-        "draft_greedy": (
+        "draft": (
             tokens[0, :1], square, layer, cache[None], cache[None].clone(), cos, sin, lengths, 1, weight, square, 1e-5,
             1, True, None, None,
         ),
-        "accept_greedy": (tokens[:, :1], tokens, lengths),
+        "accept_greedy": (tokens[:, :1], tokens, lengths.clone()),
+        "accept_sampled": (tokens[:, :1], row[None], row[None].expand(1, 2, 8), lengths.clone(), weight[:1], lengths),
+        "speculative_round": (
+            tokens[0, :1], square, layer, cache[None], cache[None].clone(), cos, sin, lengths.clone(), 1, weight,
+            square, 1e-5, 1,
+        ),
         "early_exit_loss": (row[None], weight, square, tokens[0, :1], torch.ones(1, device=device), 1e-5, -100),
     }  # fmt: skip
 

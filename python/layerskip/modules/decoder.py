@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import Draft, draft_greedy, partial_forward
+from layerskip_kernels import Draft, draft, partial_forward
 from layerskip_kernels.functional import check_layer_weights
 
 from ._prefill import prefill_layer
@@ -190,7 +190,7 @@ class PartialDepthDecoder(nn.Module):
         if not 1 <= end <= self.num_layers:
             raise ValueError(f"layers [0, {end}) are not within the decoder's {self.num_layers}")
         with torch.no_grad():
-            return draft_greedy(
+            return draft(
                 token, embedding, self.layer_weights(0, end), cache.k, cache.v, self._cos, self._sin, cache.seq_lens,
                 end, head.norm_weight, head.head_weight, self.eps, steps, extend, head.token_map, head.scale,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""draft_greedy against the ops that it is made of, bit for bit."""
+"""draft against the ops that it is made of, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.kernels.examples import example
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_draft_greedy_is_its_steps(dtype: torch.dtype, device: torch.device) -> None:
+def test_draft_is_its_steps(dtype: torch.dtype, device: torch.device) -> None:
     args = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in example("draft_greedy", dtype).items()
+        for name, value in example("draft", dtype).items()
     }
     args["weights"] = [weight.to(device) for weight in args["weights"]]
     args["steps"] = 2
-    drafted, _ = on_backend("triton", lk.draft_greedy, *args.values())
+    drafted, _ = on_backend("triton", lk.draft, *args.values())
     token, head = args["token"], [args[name] for name in ("norm_weight", "head_weight", "eps", "token_map", "scale")]
     for row in range(3):
         hidden = args["embedding"][token][:, None]

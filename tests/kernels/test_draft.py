@@ -1,4 +1,4 @@
-"""`draft_greedy`: the loop of embedding, partial_forward and exit_head, bit for bit."""
+"""`draft`: the loop of embedding, partial_forward and exit_head, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .examples import EPS, SIZES, example
 
 def args_of(dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
     """The example, with NaN in the cache beyond the lengths."""
-    args = example("draft_greedy", dtype)
+    args = example("draft", dtype)
     for name in ("k_cache", "v_cache"):
         for b, length in enumerate(args["seq_lens"].tolist()):
             args[name][:, b, :, length:] = float("nan")
     return {**args, **changes}
 
 
-def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the other ops, one step at a time; the caches of ``args`` are written."""
-    token, tokens, states = args["token"], [], []
+    token, tokens, states, logits, sums = args["token"], [], [], [], []
     for row in range(args["steps"] + args["extend"]):
         hidden = lk.partial_forward(
             args["embedding"][token.clamp_min(0)][:, None], args["weights"], args["k_cache"], args["v_cache"],
@@ -34,9 +34,17 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
         states.append(hidden[:, 0])
         if row < args["steps"]:
             head = (args["norm_weight"], args["head_weight"], EPS, args["token_map"], args["scale"])
-            token = lk.exit_head(hidden[:, 0], *head).token
-            tokens.append(token)
-    return torch.stack(tokens, 1), torch.stack(states, 1)
+            token, logit, logsumexp = lk.exit_head(hidden[:, 0], *head)
+            for found, kept in ((token, tokens), (logit, logits), (logsumexp, sums)):
+                kept.append(found)
+    probability = (torch.stack(logits, 1) - torch.stack(sums, 1)).exp()
+    return torch.stack(tokens, 1), torch.stack(states, 1), probability
+
+
+def assert_same_draft(actual: Any, expected: Any) -> None:
+    """Tokens and states to the bit; probabilities up to the last bits of exp."""
+    assert_same_bits(tuple(actual[:2]), tuple(expected[:2]))
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("extend", [True, False])
@@ -46,11 +54,11 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, steps: int, extend: bool) -> None:
     args, other = (args_of(dtype, steps=steps, extend=extend) for _ in range(2))
     with running_on(path):
-        tokens, states = lk.draft_greedy(*args.values())
+        drafted = lk.draft(*args.values())
         expected = composed(other)
-    assert_same_bits((tokens, states), expected)
+    assert_same_draft(drafted, expected)
     assert_same_bits((args["k_cache"], args["v_cache"]), (other["k_cache"], other["v_cache"]))
-    assert torch.equal(args["seq_lens"], example("draft_greedy")["seq_lens"]), "lengths are not advanced"
+    assert torch.equal(args["seq_lens"], example("draft")["seq_lens"]), "lengths are not advanced"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,7 +66,7 @@ def test_the_full_head_drafts_too(dtype: torch.dtype) -> None:
     head = Inputs(dtype, seed=1).normal(SIZES["V"], SIZES["D"])
     args, other = (args_of(dtype, head_weight=head, token_map=None, scale=None) for _ in range(2))
     with running_on("portable"):
-        assert_same_bits(tuple(lk.draft_greedy(*args.values())), composed(other))
+        assert_same_draft(lk.draft(*args.values()), composed(other))
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
@@ -66,13 +74,13 @@ def test_sequences_do_not_meet(path: str) -> None:
     """A sequence of a batch has the bits that it has alone, for any number of threads."""
     whole = args_of(torch.bfloat16)
     with running_on(path):
-        assert_threads_agree(lambda: tuple(lk.draft_greedy(*args_of(torch.bfloat16).values())))
-        tokens, states = lk.draft_greedy(*whole.values())
+        assert_threads_agree(lambda: tuple(lk.draft(*args_of(torch.bfloat16).values())))
+        together = lk.draft(*whole.values())
         for b in range(SIZES["B"]):
             own = args_of(torch.bfloat16)
             caches = {name: own[name][:, b : b + 1].contiguous() for name in ("k_cache", "v_cache")}
             alone = {**own, **caches, "token": own["token"][b : b + 1], "seq_lens": own["seq_lens"][b : b + 1]}
-            assert_same_bits(tuple(lk.draft_greedy(*alone.values())), (tokens[b : b + 1], states[b : b + 1]))
+            assert_same_bits(tuple(lk.draft(*alone.values())), tuple(one[b : b + 1] for one in together))
 
 
 @pytest.mark.parametrize("path", ["reference", "portable"])
@@ -80,8 +88,9 @@ def test_a_head_without_finite_logits_names_no_token(path: str) -> None:
     args = args_of(torch.float32)
     args["norm_weight"] = torch.full_like(args["norm_weight"], float("nan"))
     with running_on(path):
-        tokens, states = lk.draft_greedy(*args.values())
+        tokens, states, probability = lk.draft(*args.values())
     assert (tokens == -1).all()
+    assert probability.isnan().all()
     assert states.isfinite().all()
 
 
@@ -98,4 +107,4 @@ def test_a_head_without_finite_logits_names_no_token(path: str) -> None:
 )
 def test_bad_arguments(path: str, change: dict[str, Any], message: str) -> None:
     with running_on(path), pytest.raises((ValueError, IndexError), match=message):
-        lk.draft_greedy(*args_of(torch.float32, **change).values())
+        lk.draft(*args_of(torch.float32, **change).values())

@@ -1,0 +1,135 @@
+// draft on CPU tensors: the draft loop without a word of Python between its steps.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <tuple>
+
+#include "cpu/forward.h"
+#include "cpu/head.h"
+
+namespace lsk {
+namespace {
+
+template <class T>
+struct Draft {
+  const T* embedding;  // [V, D]
+  int64_t vocabulary, batch, width, steps, rows;
+  float min_probability;
+  int64_t* tokens;     // [B, K]
+  T* states;           // [B, rows, D]
+  float* probability;  // [B, K]
+
+  void embed(const int64_t* current, T* hidden) const {
+    for (int64_t b = 0; b < batch; ++b) {
+      STD_TORCH_CHECK(current[b] < vocabulary, "token ", current[b], " is outside the vocabulary of ", vocabulary);
+      // A head that named no token said so in its output; its row is void, but must not index.
+      const int64_t row = current[b] < 0 ? 0 : current[b];
+      std::memcpy(hidden + b * width, embedding + row * width, width * sizeof(T));
+    }
+  }
+
+  // Where nothing is drafted any more, as if nothing had been computed.
+  void clear(int64_t first_row) const {
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t i = first_row; i < steps; ++i) {
+        tokens[b * steps + i] = -1;
+        probability[b * steps + i] = 0.0f;
+      }
+      if (first_row < rows)
+        std::memset(states + (b * rows + first_row) * width, 0, (rows - first_row) * width * sizeof(T));
+    }
+  }
+
+  // What the head said after step `row`; true while a sequence goes on drafting. The tokens go on to the next step.
+  bool record(int64_t row, int64_t* current, const float* logit, const float* logsumexp, bool* alive) const {
+    bool any = false;
+    for (int64_t b = 0; b < batch; ++b) {
+      const float chance = std::exp(logit[b] - logsumexp[b]);
+      probability[b * steps + row] = alive[b] ? chance : 0.0f;
+      if (min_probability > 0) {
+        alive[b] = alive[b] && chance >= min_probability;  // false of NaN, too
+        if (!alive[b]) current[b] = -1;
+      }
+      tokens[b * steps + row] = current[b];
+      any = any || alive[b];
+    }
+    return any;
+  }
+
+  void run(Forward<T>& forward, const std::vector<Layer<T>>& layers, const ExitHead<T>& head, const int64_t* slots,
+           int64_t* current, int64_t* lengths) const {
+    std::vector<T> hidden(batch * width);
+    std::vector<float> scores(2 * batch);
+    const std::unique_ptr<bool[]> alive(new bool[batch]);
+    std::fill_n(alive.get(), batch, true);
+    for (int64_t row = 0; row < rows; ++row) {
+      embed(current, hidden.data());
+      forward.run(layers, lengths, slots, hidden.data());
+      for (int64_t b = 0; b < batch; ++b) {
+        T* to = states + (b * rows + row) * width;
+        if (alive[b]) {
+          std::memcpy(to, hidden.data() + b * width, width * sizeof(T));
+        } else {
+          std::memset(to, 0, width * sizeof(T));
+        }
+        ++lengths[b];
+      }
+      if (row == steps) return;
+      head.run(hidden.data(), batch, {current, scores.data(), scores.data() + batch});
+      if (!record(row, current, scores.data(), scores.data() + batch, alive.get())) return clear(row + 1);
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& embedding,
+                                         const std::vector<Tensor>& weights, const Tensor& k_cache,
+                                         const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
+                                         const Tensor& seq_lens, int64_t end, const Tensor& norm_weight,
+                                         const Tensor& head_weight, double eps, int64_t steps, bool extend,
+                                         const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
+                                         const std::optional<Tensor>& slots_in, double min_probability,
+                                         const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
+                                         const std::optional<Tensor>& logits) {
+  const Tensor token = contiguous(token_in);
+  const int64_t batch = token.size(0), vocabulary = embedding.size(0), width = embedding.size(1);
+  const int64_t rows = steps + (extend ? 1 : 0);
+  STD_TORCH_CHECK(steps >= 0 && end >= 1, "steps must not be negative, and end at least 1; got ", steps, ", ", end);
+  STD_TORCH_CHECK(min_probability >= 0 && min_probability <= 1, "min_probability must lie in [0, 1], got ",
+                  min_probability);
+  STD_TORCH_CHECK(!temperature.has_value() && !seed.has_value() && !logits.has_value(), "not served yet");
+  Tensor tokens = torch::stable::new_empty(token, {batch, steps});
+  Tensor states = torch::stable::new_empty(embedding, {batch, rows, width});
+  Tensor probability = torch::stable::new_empty(token, {batch, steps}, ScalarType::Float);
+  if (batch == 0 || rows == 0) return {tokens, states, probability};
+  const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
+  const LayerStack stack{weights, k_cache, v_cache, cos, sin, slots, 0, end, eps};
+  const Shape shape = stack.shape(batch, 1, width);
+  const int64_t *first = data<int64_t>(token, "token", {batch}),
+                *lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  check_capacity(lengths, batch, rows, shape.capacity);
+  for (int64_t b = 0; b < batch; ++b)
+    STD_TORCH_CHECK(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocabulary);
+  std::vector<int64_t> current(first, first + batch), advanced(lengths, lengths + batch);
+  with_float_type(embedding.scalar_type(), [&]<class T>(T*) {
+    const Draft<T> draft{data<T>(embedding, "embedding", {vocabulary, width}),
+                         vocabulary,
+                         batch,
+                         width,
+                         steps,
+                         rows,
+                         static_cast<float>(min_probability),
+                         static_cast<int64_t*>(tokens.data_ptr()),
+                         static_cast<T*>(states.data_ptr()),
+                         static_cast<float*>(probability.data_ptr())};
+    Forward<T> forward(shape, cos, sin, eps);
+    draft.run(forward, stack.layers<T>(shape), ExitHead<T>(norm_weight, head_weight, width, eps, token_map, scale),
+              slots, current.data(), advanced.data());
+  });
+  return {tokens, states, probability};
+}
+
+}  // namespace
+}  // namespace lsk
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("draft", TORCH_BOX(&lsk::draft)); }
