@@ -1,6 +1,7 @@
 """Early exit and self-speculative decoding for models that people already have (LayerSkip, arXiv 2404.16710)."""
 
 from .decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder, Stats
+from .decoding.streaming import TextStream
 from .models import (
     LayerSkipModel,
     UnsupportedModelError,
@@ -21,6 +22,7 @@ __all__ = [
     "SelfSpeculativeDecoder",
     "SharedKVCache",
     "Stats",
+    "TextStream",
     "UnsupportedModelError",
     "accelerate",
     "adapt",
