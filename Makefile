@@ -8,7 +8,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$name" && break; done)
 EXTRAS := demo,train,dev
 SOURCES := setup.py $(shell find csrc -type f)
-CLANG_FORMAT = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
+CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench triton-report wheel clean

@@ -1,0 +1,49 @@
+// The one emulated device: its memory, the launch that has not run yet, and the first thing that went wrong.
+#pragma once
+
+#include <csetjmp>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_emulation/runtime/block.h"
+
+namespace emu {
+
+struct Machine {
+  Stacks stacks;
+  Memory memory;
+  std::mt19937_64 random;
+  int major = 9;
+  bool counting = false;
+  std::string error;
+  const void* error_at = nullptr;
+
+  Block* running = nullptr;
+  const Grid* running_grid = nullptr;
+  sigjmp_buf failed;
+
+  std::unique_ptr<Grid> pending;  // the last launch: it runs when the next one is known, or at a synchronisation
+  std::unique_ptr<Block> early;   // a block of it that ran ahead of the launch before
+
+  std::map<const void*, size_t> shared_limit;
+  std::map<const void*, unsigned> launches;
+  std::map<std::pair<const void*, std::string>, Traffic> traffic;
+  uint32_t block_serial = 0, launch_serial = 0;
+
+  char* static_shared = nullptr;  // the thread-local storage of this library: what is __shared__ in a kernel
+  size_t static_bytes = 0;
+
+  unsigned draw(size_t below) { return static_cast<unsigned>(random() % below); }
+};
+
+extern Machine machine;
+
+void set_error(std::string message, const void* where);
+void run_pending();
+std::string describe_address(const void* pointer);
+
+}  // namespace emu

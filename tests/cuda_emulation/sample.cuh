@@ -1,0 +1,121 @@
+// Small kernels that use what the stand-in offers, for its own tests.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+
+namespace lsk::sample {
+
+// out[r] = sum of x[r, :]: per-thread sums, a shuffle, shared memory, a barrier.
+template <class T>
+__global__ void __launch_bounds__(128) row_sum_kernel(const T* x, float* out, int64_t width) {
+  __shared__ float partial[4];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x; i < width; i += blockDim.x) sum += static_cast<float>(x[blockIdx.x * width + i]);
+  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
+  if (lane == 0) partial[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = partial[0] + partial[1] + partial[2] + partial[3];
+}
+
+template <class T>
+cudaError_t row_sum(const T* x, float* out, int64_t rows, int64_t width, cudaStream_t stream) {
+  const Launch where{.grid = dim3(static_cast<unsigned>(rows)), .block = dim3(128), .stream = stream};
+  return launch(where, row_sum_kernel<T>, x, out, width);
+}
+
+// out[i] = x[n - 1 - i] by way of shared memory, filled by cp.async 16 bytes at a time; n is a multiple of 128.
+__global__ void reverse_kernel(const float* x, float* out, int64_t n) {
+  float* tile = ptx::dynamic_shared<float>();
+  const int64_t begin = blockIdx.x * int64_t{128};
+  ptx::cp_async<16>(tile + 4 * threadIdx.x, x + begin + 4 * threadIdx.x);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < 128; i += 32) out[n - 1 - begin - i] = tile[i];
+}
+
+inline cudaError_t reverse(const float* x, float* out, int64_t n, cudaStream_t stream) {
+  const Launch where{.grid = dim3(static_cast<unsigned>(n / 128)), .block = dim3(32), .shared = 512, .stream = stream};
+  return launch(where, reverse_kernel, x, out, n);
+}
+
+// d[16, 8] = a[16, 16] b[8, 16]^T by one warp.
+template <class T>
+__global__ void product_kernel(const T* a, const T* b, float* d) {
+  __shared__ __align__(16) T left[16 * 16];
+  __shared__ __align__(16) T right[8 * 16];
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) left[i] = a[i];
+  for (int i = lane; i < 128; i += 32) right[i] = b[i];
+  __syncwarp();
+  uint32_t rows[4], columns[2];
+  ptx::ldmatrix(rows, left + lane % 16 * 16 + lane / 16 * 8);
+  ptx::ldmatrix(columns, right + lane % 8 * 16 + lane / 8 % 2 * 8);
+  float sums[4] = {};
+  ptx::mma<T>(sums, rows, columns);
+  for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+template <class T>
+cudaError_t product(const T* a, const T* b, float* d, cudaStream_t stream) {
+  return launch({.grid = dim3(1), .block = dim3(32), .stream = stream}, product_kernel<T>, a, b, d);
+}
+
+// The same with int8: d[16, 8] = a[16, 32] b[8, 32]^T, fragments read from memory.
+__global__ void product_s8_kernel(const int8_t* a, const int8_t* b, int* d) {
+  const int group = threadIdx.x / 4, place = threadIdx.x % 4 * 4;
+  uint32_t rows[4], columns[2];
+  int sums[4] = {};
+  for (int i = 0; i < 4; ++i)
+    rows[i] = *reinterpret_cast<const uint32_t*>(a + (group + i % 2 * 8) * 32 + place + i / 2 * 16);
+  for (int i = 0; i < 2; ++i) columns[i] = *reinterpret_cast<const uint32_t*>(b + group * 32 + place + i * 16);
+  ptx::mma_s8(sums, rows, columns);
+  for (int i = 0; i < 4; ++i) d[(group + i / 2 * 8) * 8 + place / 2 + i % 2] = sums[i];
+}
+
+inline cudaError_t product_s8(const int8_t* a, const int8_t* b, int* d, cudaStream_t stream) {
+  return launch({.grid = dim3(1), .block = dim3(32), .stream = stream}, product_s8_kernel, a, b, d);
+}
+
+// out[8, 8] = x[8, 8]^T
+__global__ void transpose_kernel(const uint16_t* x, uint16_t* out) {
+  __shared__ __align__(16) uint16_t tile[64];
+  for (int i = threadIdx.x; i < 64; i += 32) tile[i] = x[i];
+  __syncwarp();
+  uint32_t pair[1];
+  ptx::ldmatrix_trans(pair, tile + threadIdx.x % 8 * 8);
+  reinterpret_cast<uint32_t*>(out)[threadIdx.x] = pair[0];
+}
+
+inline cudaError_t transpose(const uint16_t* x, uint16_t* out, cudaStream_t stream) {
+  return launch({.grid = dim3(1), .block = dim3(32), .stream = stream}, transpose_kernel, x, out);
+}
+
+template <class To, class From>
+__global__ void convert_kernel(const From* x, To* out, int64_t n) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+    out[i] = static_cast<To>(x[i]);
+}
+
+template <class To, class From>
+cudaError_t convert(const From* x, To* out, int64_t n, cudaStream_t stream) {
+  return launch({.grid = dim3(4), .block = dim3(64), .stream = stream}, convert_kernel<To, From>, x, out, n);
+}
+
+// out = 2 x + 1 by two launches, the second dependent on the first.
+__global__ void double_kernel(const float* x, float* y) { y[threadIdx.x] = 2.0f * x[threadIdx.x]; }
+
+__global__ void increment_kernel(const float* y, float* out) {
+  ptx::dependency_wait();
+  out[threadIdx.x] = y[threadIdx.x] + 1.0f;
+}
+
+inline cudaError_t chain(const float* x, float* y, float* out, int64_t n, cudaStream_t stream) {
+  const dim3 block(static_cast<unsigned>(n));
+  LSK_LAUNCH(launch({.grid = dim3(1), .block = block, .stream = stream}, double_kernel, x, y));
+  return launch({.grid = dim3(1), .block = block, .stream = stream, .dependent = true}, increment_kernel, y, out);
+}
+
+}  // namespace lsk::sample
