@@ -7,6 +7,7 @@
 // captured graph serves every length; blocks beyond a length end at once.
 #pragma once
 
+#include "cuda/attention.h"
 #include "cuda/attention_tile.cuh"
 
 namespace lsk {
@@ -116,28 +117,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) verify_attention_kernel(
   if (last) join_splits(a, cache, tile);
 }
 
-// The scratch of attention: what a call with these sizes needs at most.
-struct AttentionScratch {
-  static constexpr int64_t kBytes = 64 << 20;  // above this, rows are taken in several launches
-  int64_t pairs_per_row, splits, cells, tickets;
-  int rows_at_once;
-
-  AttentionScratch(int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t capacity, int64_t size) {
-    splits = divide_up<int64_t>(capacity, kSplit);
-    const int64_t row_bytes = batch * heads * splits * (size + 2) * static_cast<int64_t>(sizeof(float));
-    const int64_t fits = kBytes / (row_bytes > 0 ? row_bytes : 1);
-    rows_at_once = static_cast<int>(fits < 1 ? 1 : fits < rows ? fits : rows);
-    pairs_per_row = groups > 0 ? heads / groups : 0;
-    cells = batch * heads * splits * rows_at_once;
-    tickets = batch * groups * divide_up<int64_t>(rows_at_once * pairs_per_row, kPairs);
-  }
-
-  int64_t ticket_bytes() const { return divide_up<int64_t>(tickets * 4, 256) * 256; }
-  int64_t peak_bytes() const { return divide_up<int64_t>(cells * 8, 256) * 256; }
-  int64_t bytes(int64_t size) const { return ticket_bytes() + peak_bytes() + cells * size * 4; }
-};
-
-// Zeroes the tickets at the start of a scratch; every launch leaves them so.
 __global__ void clear_tickets_kernel(unsigned* tickets, int64_t count) {
   ptx::dependents_trigger();
   ptx::dependency_wait();
@@ -145,12 +124,11 @@ __global__ void clear_tickets_kernel(unsigned* tickets, int64_t count) {
   if (i < count) tickets[i] = 0;
 }
 
-inline cudaError_t clear_tickets(Chain& chain, const AttentionScratch& scratch, void* memory) {
+cudaError_t clear_tickets(Chain& chain, const AttentionScratch& scratch, void* memory) {
   const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(scratch.tickets, 256)));
   return launch(chain.next(grid, 256), clear_tickets_kernel, static_cast<unsigned*>(memory), scratch.tickets);
 }
 
-// Attention of q [R, H C] over the cache, to out; `memory`: scratch.bytes(C), its tickets zero.
 template <class T>
 cudaError_t verify_attention(Chain& chain, Rows<const T> q, const Cache<T>& cache, const AttentionScratch& scratch,
                              void* memory, Rows<T> out) {

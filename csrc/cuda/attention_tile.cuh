@@ -7,10 +7,10 @@
 #include <cmath>
 
 #include "cuda/common.cuh"
+#include "cuda/attention.h"
 
 namespace lsk {
 
-constexpr int kSplit = 128, kPairs = 16;
 constexpr int kAttentionWarps = 4, kAttentionThreads = 32 * kAttentionWarps;
 constexpr int kWarpSplit = kSplit / kAttentionWarps;  // positions of a warp, 16 bit
 constexpr int kColumns = 64;                          // of the values, at once

@@ -10,19 +10,12 @@
 // of one: there qkv writes the projections and a sixth launch turns them.
 #pragma once
 
-#include "cuda/attention.cuh"
-#include "cuda/linear.cuh"
-#include "cuda/rope.cuh"
+#include "cuda/forward.h"
+#include "cuda/linear.h"
+#include "cuda/linear_tile.cuh"
+#include "cuda/rope_place.cuh"
 
 namespace lsk {
-
-// The weights of one layer and its part of the cache; biases and norms of q and k may be null.
-template <class T>
-struct LayerWeights {
-  const T *attn_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
-  const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
-  T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
-};
 
 template <class T>
 struct Projection {
@@ -103,60 +96,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) qkv_kernel(Input<T> in
   put_pair(a, cache, tile, i, work.first + token, x);
 }
 
-// Sizes of a forward; `batch` sequences of `rows` rows each.
-struct ForwardShape {
-  int64_t batch, rows, width, heads, groups, size, features, capacity, slot_count;
-
-  int64_t tokens() const { return batch * rows; }
-  int64_t queries() const { return heads * size; }
-  int64_t keys() const { return groups * size; }
-};
-
-// What a forward writes between its launches, carved from one allocation; its tickets must be zero (clear_tickets).
-template <class T>
-struct ForwardScratch {
-  AttentionScratch attention;
-  T *q, *k, *attended, *middle, *activated;  // [R, H C], [R, G C], [R, H C], [R, D], [R, F]
-
-  ForwardScratch(const ForwardShape& s, void* memory)
-      : attention(s.batch, s.rows, s.heads, s.groups, s.capacity, s.size), memory_(static_cast<char*>(memory)) {
-    used_ = attention.bytes(s.size);
-    q = take(s.tokens() * s.queries());
-    k = take(s.tokens() * s.keys());
-    attended = take(s.tokens() * s.queries());
-    middle = take(s.tokens() * s.width);
-    activated = take(s.tokens() * s.features);
-  }
-
-  static int64_t bytes(const ForwardShape& shape) { return ForwardScratch(shape, nullptr).used_; }
-  void* attention_memory() const { return memory_; }
-
- private:
-  T* take(int64_t count) {
-    used_ = divide_up<int64_t>(used_, 256) * 256;
-    T* const start = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory_) + used_);
-    used_ += count * static_cast<int64_t>(sizeof(T));
-    return start;
-  }
-
-  char* memory_;
-  int64_t used_ = 0;
-};
-
-// Everything that all layers share. Row b M + m of `in` and `out` (which may be the same) is row m of sequence b, at
-// position seq_lens[b] + ahead + m.
-template <class T>
-struct ForwardArgs {
-  ForwardShape shape;
-  Angles angles;            // [>= T, C/2]
-  const int64_t* seq_lens;  // [B]
-  const int64_t* slots;     // [B] or null
-  int64_t ahead = 0;
-  float eps;
-  Rows<const T> in;  // [R, D]
-  Rows<T> out;       // [R, D]
-};
-
 template <class T>
 Cache<T> layer_cache(const ForwardArgs<T>& a, const LayerWeights<T>& w) {
   Cache<T> cache;
@@ -200,7 +139,6 @@ cudaError_t forward_layer(Chain& chain, const ForwardArgs<T>& a, const LayerWeig
   return linear<T>(chain, read(activated), w.down, nullptr, read(middle), rows, s.features, s.width, a.out);
 }
 
-// `count` layers, one after the other, from a.in to a.out.
 template <class T>
 cudaError_t forward(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>* layers, int64_t count,
                     const ForwardScratch<T>& scratch) {

@@ -1,33 +1,10 @@
 // linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 16 of them.
 #pragma once
 
+#include "cuda/linear.h"
 #include "cuda/linear_tile.cuh"
 
 namespace lsk {
-
-// The rows of x that a block takes, and its tile: groups of rows are neighbours, so that they share a tile in L2.
-struct TileWork {
-  int64_t first;
-  int tokens, tile;
-
-  __device__ explicit TileWork(int64_t rows) {
-    const unsigned groups = static_cast<unsigned>(divide_up<int64_t>(rows, kTokens));
-    first = static_cast<int64_t>(blockIdx.x % groups) * kTokens;
-    tokens = static_cast<int>(min(rows - first, static_cast<int64_t>(kTokens)));
-    tile = static_cast<int>(blockIdx.x / groups);
-  }
-
-  static dim3 grid(int64_t rows, int64_t tiles) {
-    return dim3(static_cast<unsigned>(divide_up<int64_t>(rows, kTokens) * tiles));
-  }
-};
-
-template <class T>
-__device__ __forceinline__ const T* weight_row(const T* weight, int n, int outputs, int depth) {
-  return n < outputs ? weight + static_cast<int64_t>(n) * depth : nullptr;
-}
-
-__device__ __forceinline__ float finish(float sum, float bias, float residual) { return sum + bias + residual; }
 
 template <class T>
 struct LinearEnd {
@@ -84,16 +61,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   out.row(work.first + token)[n] = from_float<T>(value);
 }
 
-// x [R, depth] as the products take it, rms_norm(x) where there is a norm; all weights that go with it.
-template <class T>
-Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t depth,
-               std::initializer_list<const T*> weights) {
-  bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, depth));
-  for (const T* weight : weights) aligned = aligned && is_aligned(weight, depth);
-  return {x, norm, eps, rows, static_cast<int>(depth), aligned};
-}
-
-// out [R, N] = x weight^T + bias + residual; weight [N, D_in], bias and residual may be null.
 template <class T>
 cudaError_t linear(Chain& chain, Rows<const T> x, const T* weight, const T* bias, Rows<const T> residual, int64_t rows,
                    int64_t depth, int64_t outputs, Rows<T> out) {
@@ -103,7 +70,6 @@ cudaError_t linear(Chain& chain, Rows<const T> x, const T* weight, const T* bias
       LinearEnd<T>{bias, residual, out});
 }
 
-// out [R, F] = silu(y gate^T) * (y up^T); y is x [R, D], or rms_norm(x) where there is a norm.
 template <class T>
 cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, const T* gate, const T* up, int64_t rows,
                    int64_t depth, int64_t features, Rows<T> out) {

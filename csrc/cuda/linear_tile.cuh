@@ -97,6 +97,37 @@ struct Input {
   bool aligned = false;  // x, norm and the weights can be read 16 bytes at a time
 };
 
+// x [R, depth] as the products take it, rms_norm(x) where there is a norm; all weights that go with it.
+template <class T>
+Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t depth,
+               std::initializer_list<const T*> weights) {
+  bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, depth));
+  for (const T* weight : weights) aligned = aligned && is_aligned(weight, depth);
+  return {x, norm, eps, rows, static_cast<int>(depth), aligned};
+}
+
+// The rows of x that a block takes, and its tile: groups of rows are neighbours, so that they share a tile in L2.
+struct TileWork {
+  int64_t first;
+  int tokens, tile;
+
+  __device__ explicit TileWork(int64_t rows) {
+    const unsigned groups = static_cast<unsigned>(divide_up<int64_t>(rows, kTokens));
+    first = static_cast<int64_t>(blockIdx.x % groups) * kTokens;
+    tokens = static_cast<int>(min(rows - first, static_cast<int64_t>(kTokens)));
+    tile = static_cast<int>(blockIdx.x / groups);
+  }
+
+  static dim3 grid(int64_t rows, int64_t tiles) {
+    return dim3(static_cast<unsigned>(divide_up<int64_t>(rows, kTokens) * tiles));
+  }
+};
+
+template <class T>
+__device__ __forceinline__ const T* weight_row(const T* weight, int n, int outputs, int depth) {
+  return n < outputs ? weight + static_cast<int64_t>(n) * depth : nullptr;
+}
+
 // Shared memory of a block that streams TILES tiles at once.
 template <class T, int TILES>
 struct TileMemory {
@@ -120,6 +151,8 @@ struct TileMemory {
     return sum;
   }
 };
+
+__device__ __forceinline__ float finish(float sum, float bias, float residual) { return sum + bias + residual; }
 
 // One block's stream of TILES tiles past its rows of x. In order: construct, prefetch() (touches nothing but weights
 // and norm), ptx::dependency_wait(), run(), then the totals in `memory`.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
+#include "cuda/norm.h"
 
 namespace lsk {
 
@@ -109,7 +110,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// out[r] = rms_norm(x[r]), rows of `width`.
 template <class T>
 cudaError_t rms_norm(Chain& chain, Rows<const T> x, const T* weight, float eps, int64_t rows, int64_t width,
                      Rows<T> out) {

@@ -1,0 +1,74 @@
+// What kernels and the host functions that launch them share: rows, where they lie in the cache, chains of launches.
+// Host compilers take it, too.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+
+namespace lsk {
+
+// Rows of `width` elements, `pitch` elements apart.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  int64_t pitch = 0;
+
+  __host__ __device__ T* row(int64_t r) const { return data + r * pitch; }
+  __host__ __device__ bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch * sizeof(T) % 16 == 0;
+  }
+};
+
+template <class T>
+bool is_aligned(const T* pointer, int64_t width) {
+  return Rows<const T>{pointer, width}.aligned();
+}
+
+// The cache of one layer and the rows of a step in it: row r = b M + m sits at `seq_lens[b] + ahead + m`.
+template <class T>
+struct Cache {
+  T *k = nullptr, *v = nullptr;       // [S, G, T, C]
+  const int64_t* seq_lens = nullptr;  // [B]
+  const int64_t* slots = nullptr;     // [B], null: sequence b has slot b
+  int64_t ahead = 0;                  // positions written since seq_lens was, by earlier steps of a draft
+  int batch = 0, rows = 0;            // B, M
+  int groups = 0, capacity = 0, size = 0;
+  int64_t slot_count = 0;  // S
+
+  // Of row 0 of sequence b.
+  __device__ int64_t position(int b) const { return seq_lens[b] + ahead; }
+
+  // The slot of sequence b; -1 when it has none in the cache.
+  __device__ int64_t slot(int b) const {
+    const int64_t slot = slots == nullptr ? b : slots[b];
+    return slot >= 0 && slot < slot_count ? slot : -1;
+  }
+
+  // Where group g of a slot starts in k and v.
+  __device__ int64_t plane(int64_t slot, int g) const { return (slot * groups + g) * capacity * size; }
+};
+
+// Launches of one stream, one after the other. All but the first start early (programmatic dependent launch): what came
+// before the chain, weights that were just written among it, is complete when its first kernel runs.
+class Chain {
+ public:
+  explicit Chain(cudaStream_t stream) : stream_(stream) {}
+
+  Launch next(dim3 grid, int threads, size_t shared = 0) {
+    const Launch where{grid, dim3(threads), shared, stream_, started_};
+    started_ = started_ || grid.x * grid.y * grid.z > 0;
+    return where;
+  }
+
+ private:
+  cudaStream_t stream_;
+  bool started_ = false;
+};
+
+template <class I>
+__host__ __device__ constexpr I divide_up(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace lsk

@@ -1,0 +1,71 @@
+// What the ops' launchers need of tensors beyond common/checks.h: the device's types, sizes that fit the kernels'
+// integers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <climits>
+#include <type_traits>
+
+#include "cuda/common.h"
+#include "cuda/host.h"
+
+namespace lsk {
+
+template <>
+constexpr ScalarType scalar_type<__nv_bfloat16>() {
+  return ScalarType::BFloat16;
+}
+template <>
+constexpr ScalarType scalar_type<__half>() {
+  return ScalarType::Half;
+}
+
+// Calls f with a null pointer of the device type that `dtype` names.
+template <class F>
+auto with_device_type(ScalarType dtype, F f) {
+  return with_float_type(dtype, [&]<class T>(T*) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    } else if constexpr (std::is_same_v<T, f16>) {
+      return f(static_cast<__half*>(nullptr));
+    } else {
+      return f(static_cast<T*>(nullptr));
+    }
+  });
+}
+
+// The kernels count columns, matrix rows and positions with 32 bits.
+inline void check_sizes(std::initializer_list<int64_t> sizes) {
+  for (int64_t size : sizes) STD_TORCH_CHECK(size <= INT_MAX, "a size of ", size, " is above ", INT_MAX);
+}
+
+// Bytes on the device of `like`, uninitialized.
+inline Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+using torch::stable::contiguous;
+
+// The cache of one layer, [S, G, T, C] twice, for `rows` rows of each of `batch` sequences.
+template <class T>
+Cache<T> cache_of(const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                  const std::optional<Tensor>& slots, int64_t batch, int64_t rows, int64_t size) {
+  const int64_t slot_count = k_cache.size(0), groups = k_cache.size(1), capacity = k_cache.size(2);
+  check_sizes({batch, rows, groups, capacity});
+  STD_TORCH_CHECK(slots.has_value() || slot_count == batch, "the cache has ", slot_count, " rows for ", batch,
+                  " sequences, and no slots are given");
+  STD_TORCH_CHECK(rows <= capacity, rows, " rows do not fit a cache of capacity ", capacity);
+  Cache<T> cache;
+  cache.k = data<T>(k_cache, "k_cache", {slot_count, groups, capacity, size});
+  cache.v = data<T>(v_cache, "v_cache", {slot_count, groups, capacity, size});
+  cache.seq_lens = data<int64_t>(seq_lens, "seq_lens", {batch});
+  cache.slots = data<int64_t>(slots, "slots", {batch});
+  cache.batch = static_cast<int>(batch), cache.rows = static_cast<int>(rows);
+  cache.groups = static_cast<int>(groups), cache.capacity = static_cast<int>(capacity);
+  cache.size = static_cast<int>(size), cache.slot_count = slot_count;
+  return cache;
+}
+
+}  // namespace lsk
