@@ -1,6 +1,6 @@
 """Early exit and self-speculative decoding for models that people already have (LayerSkip, arXiv 2404.16710)."""
 
-from .decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder, Stats
+from .decoding import DraftHead, GenerationOutput, SamplingParams, SelfSpeculativeDecoder, Session, Stats, Update
 from .decoding.streaming import TextStream
 from .models import (
     LayerSkipModel,
@@ -19,11 +19,14 @@ __all__ = [
     "GenerationOutput",
     "LayerSkipModel",
     "PartialDepthDecoder",
+    "SamplingParams",
     "SelfSpeculativeDecoder",
+    "Session",
     "SharedKVCache",
     "Stats",
     "TextStream",
     "UnsupportedModelError",
+    "Update",
     "accelerate",
     "adapt",
     "load",

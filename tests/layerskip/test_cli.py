@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import save_tiny, tiny_tokenizer
 from rich.console import Console
-from tiny import VOCABULARY, generous, requires_native, tiny_model
+from tiny import ROUND, VOCABULARY, generous, requires_native, tiny_model
 
 import layerskip_kernels
 from layerskip import DraftHead
@@ -18,7 +18,7 @@ from layerskip.cli import COMMANDS, demo, env, main, prompts
 from layerskip.cli.correctness import first_difference
 from layerskip.cli.measure import Stopwatch, op_clock
 from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
-from layerskip.decoding import SelfSpeculativeDecoder, steps
+from layerskip.decoding import SelfSpeculativeDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -152,7 +152,7 @@ class TestCorrectness:
         assert "all tokens are identical" in printed
 
     def test_a_wrong_token_is_exit_code_1(self, directory, texts, capsys, monkeypatch):
-        monkeypatch.setattr(steps, "accept_greedy", generous)
+        monkeypatch.setattr(ROUND, generous)
         assert main(self.arguments(directory, texts)) == 1
         assert "✗ at new token" in capsys.readouterr().out
 
@@ -181,7 +181,7 @@ class TestBench:
         assert "✓ self-speculative and autoregressive tokens are identical" in printed
 
     def test_no_speedup_counts_when_tokens_differ(self, directory, texts, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(steps, "accept_greedy", generous)
+        monkeypatch.setattr(ROUND, generous)
         stem = str(tmp_path / "result")
         options = ["--max-new-tokens", "16", "--only-ours", "--output", stem]
         assert main(["bench", "--model", directory, "--prompts", texts, *options]) == 1
@@ -281,7 +281,7 @@ class TestDemo:
         assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
 
     def test_different_tokens_are_not_passed_over(self, subject, tmp_path, monkeypatch):
-        monkeypatch.setattr(steps, "accept_greedy", generous)
+        monkeypatch.setattr(ROUND, generous)
         code, printed = self.run(tmp_path)
         assert code == 1
         assert "✗ the tokens differ" in printed

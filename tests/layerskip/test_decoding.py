@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SelfSpeculativeDecoder
+from layerskip.decoding.group import Group
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,40 +17,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class FinalStates:
-    """Collects the final states from which tokens were emitted.
-
-    The head is given them by verification, [B, K + 1, D], and by the prompt, [B, D]; a single step of all layers gives
-    them as the states of its draft.
-    """
-
-    def __init__(self, decoder: SelfSpeculativeDecoder) -> None:
-        self._model, self._groups = decoder.model, []
-        self._hook = decoder.model.head.register_forward_pre_hook(lambda module, args: self._add(args[0]))
-        decoder.model.draft = self._draft
-
-    def _add(self, states: torch.Tensor) -> None:
-        self._groups.append(states.clone())
-
-    def _draft(self, token, cache, depth, head, steps, extend=True):
-        draft = type(self._model).draft(self._model, token, cache, depth, head, steps, extend)
-        if depth == self._model.num_layers:
-            self._add(draft.states)
-        return draft
-
-    def stop(self, accepted_per_round: tuple[int, ...]) -> torch.Tensor:
-        """The states [new, D], rejected rows left out."""
-        self._hook.remove()
-        del self._model.draft
-        first, *rounds = self._groups
-        kept = [group[0, : accepted + 1] for group, accepted in zip(rounds, accepted_per_round, strict=True)]
-        return torch.cat([first, *kept])
+def cached(decoder: SelfSpeculativeDecoder, out) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the last call's sequence, which the states of all its positions went into."""
+    end = out.sequences.shape[1] - 1  # the last token was not put in
+    return decoder._cache.k[:, 0, :, :end].clone(), decoder._cache.v[:, 0, :, :end].clone()
 
 
-def decode_with_states(decoder, prompt, new_tokens, strategy, **options):
-    states = FinalStates(decoder)
-    out = decoder.generate(prompt, new_tokens, strategy=strategy, **options)
-    return out, states.stop(out.stats.accepted_per_round)
+def same_bits(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @requires_native
@@ -59,14 +34,13 @@ def decode_with_states(decoder, prompt, new_tokens, strategy, **options):
 def test_every_exit_and_draft_length_is_lossless(architecture, dtype, upper):
     decoder = SelfSpeculativeDecoder(tiny_model(architecture, dtype, upper), exit_layer=1)
     prompt = prompt_of(7)
-    plain, plain_states = decode_with_states(decoder, prompt, 24, "autoregressive")
+    plain = decoder.generate(prompt, 24, strategy="autoregressive")
+    expected = cached(decoder, plain)
     for exit_layer in range(1, LAYERS):
         for count in range(1, 9):
-            out, states = decode_with_states(
-                decoder, prompt, 24, "self_speculative", exit_layer=exit_layer, num_speculations=count
-            )
+            out = decoder.generate(prompt, 24, exit_layer=exit_layer, num_speculations=count)
             assert torch.equal(out.sequences, plain.sequences), (exit_layer, count)
-            assert torch.equal(states, plain_states), (exit_layer, count)
+            assert same_bits(cached(decoder, out), expected), (exit_layer, count)
             assert upper != "silent" or out.stats.acceptance_rate == 1.0
 
 
@@ -75,10 +49,36 @@ def test_every_exit_and_draft_length_is_lossless(architecture, dtype, upper):
 def test_more_threads_are_lossless_too(threads):
     torch.set_num_threads(threads)
     decoder = SelfSpeculativeDecoder(tiny_model("smollm2", torch.bfloat16, "weak"), exit_layer=1, num_speculations=5)
-    plain, plain_states = decode_with_states(decoder, prompt_of(7), 24, "autoregressive")
-    out, states = decode_with_states(decoder, prompt_of(7), 24, "self_speculative")
+    plain = decoder.generate(prompt_of(7), 24, strategy="autoregressive")
+    expected = cached(decoder, plain)
+    out = decoder.generate(prompt_of(7), 24)
     assert torch.equal(out.sequences, plain.sequences)
-    assert torch.equal(states, plain_states)
+    assert same_bits(cached(decoder, out), expected)
+
+
+class Logits:
+    """A logits processor that keeps the last logits of every history: in a round, those of verification."""
+
+    def __init__(self) -> None:
+        self.seen = {}
+
+    def __call__(self, history, logits):
+        self.seen[tuple(history.tolist())] = logits.clone()
+        return logits
+
+
+@requires_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_logits_are_the_same_bits(dtype):
+    decoder = SelfSpeculativeDecoder(tiny_model("qwen3", dtype, "weak"), exit_layer=1, num_speculations=5)
+    plain, speculative = Logits(), Logits()
+    out = decoder.generate(prompt_of(7), 24, strategy="autoregressive", logits_processor=plain)
+    again = decoder.generate(prompt_of(7), 24, logits_processor=speculative)
+    assert torch.equal(out.sequences, again.sequences)
+    assert torch.equal(out.sequences, decoder.generate(prompt_of(7), 24).sequences)
+    assert len(plain.seen) == 24 < len(speculative.seen)
+    for history, logits in plain.seen.items():
+        assert torch.equal(speculative.seen[history], logits)
 
 
 @requires_native
@@ -187,7 +187,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     monkeypatch.setattr(
         decoder.model.decoder, "prefill", lambda hidden, *args: sizes.append(hidden.shape[1]) or prefill(hidden, *args)
     )
-    monkeypatch.setattr("layerskip.decoding.steps.PREFILL_CHUNK", 32)
+    monkeypatch.setattr("layerskip.decoding.prefill.PREFILL_CHUNK", 32)
     plain = decoder.generate(prompt_of(101), 20, strategy="autoregressive")
     assert torch.equal(decoder.generate(prompt_of(101), 20).sequences, plain.sequences)
     assert sizes == [32, 32, 32, 5] * 2
@@ -293,16 +293,21 @@ def test_a_round_comes_to_the_host_once(decoder, monkeypatch):
             name,
             lambda self, *args, _name=name, _call=original: calls.append(_name) or _call(self, *args),
         )
-    from layerskip.decoding.steps import SpeculativeRounds
+    counts = []
 
-    def counted(self, *args, _step=SpeculativeRounds.step):
+    def counted(self, *args, _run=Group.run):
         before = len(calls)
-        progress = _step(self, *args)
-        assert calls[before:] == ["tolist"]
-        return progress
+        result = _run(self, *args)
+        counts.append(calls[before:])
+        return result
 
-    monkeypatch.setattr(SpeculativeRounds, "step", counted)
+    monkeypatch.setattr(Group, "run", counted)
     assert decoder.generate(prompt_of(9), 30).stats.rounds > 3
+    assert all(count == ["tolist"] for count in counts)
+    alone = len(counts)
+    decoder.generate([prompt_of(9)[0], prompt_of(4)[0]], 30)
+    assert len(counts) > alone + 3
+    assert all(count == ["tolist"] for count in counts)
 
 
 def test_the_weights_are_not_copied():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from test_decoding import Recorder
-from tiny import LAYERS, VOCABULARY, generous, prompt_of, tiny_model
+from tiny import LAYERS, ROUND, VOCABULARY, generous, prompt_of, tiny_model
 
-from layerskip import SelfSpeculativeDecoder
-from layerskip.decoding.transcript import Transcript
+import layerskip_kernels
+from layerskip import SamplingParams, SelfSpeculativeDecoder
+from layerskip.decoding.transcript import Ending, Transcript
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,10 +42,18 @@ def test_a_decoder_that_cannot_be(model, options, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"input_ids": [[1, 2]]}, TypeError, "must be a torch.Tensor .* got list"),
+        ({"input_ids": "w1 w2"}, TypeError, "must be a tensor .* or a list of prompts, got str"),
+        ({"input_ids": [1, 2]}, TypeError, "a list of input_ids holds prompts, .* got 1"),
+        ({"input_ids": [[1, 2.5]]}, TypeError, "a token of the prompt must be an int, got 2.5"),
+        ({"input_ids": []}, ValueError, "input_ids holds no prompt"),
+        ({"input_ids": [torch.ones(2, 3, dtype=torch.int64)]}, ValueError, r"a prompt has shape \[2, 3\], expected"),
         ({"input_ids": torch.ones(1, 3)}, TypeError, "dtype float32, expected int64"),
-        ({"input_ids": torch.ones(3, dtype=torch.int64)}, ValueError, r"shape \[3\], expected \[1, N\]"),
-        ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, ValueError, "one sequence at a time for now, got .* 2"),
+        ({"input_ids": torch.ones(3, dtype=torch.int64)}, ValueError, r"shape \[3\], expected \[B, N\]"),
+        (
+            {"input_ids": torch.ones(2, 3, dtype=torch.int64)},
+            ValueError,
+            "a streamer takes one prompt, got a batch of 2",
+        ),
         ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, ValueError, "prompt is empty"),
         (
             {"input_ids": torch.tensor([[3, VOCABULARY]])},
@@ -61,6 +70,21 @@ def test_a_decoder_that_cannot_be(model, options, error, message):
         ({"eos_token_id": VOCABULARY}, ValueError, f"eos_token_id {VOCABULARY} is outside the vocabulary"),
         ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id -1 is outside the vocabulary"),
         ({"eos_token_id": [1.0]}, TypeError, "eos_token_id must be an int, got 1.0"),
+        ({"exit_layer": "best"}, TypeError, "exit_layer must be an int, got 'best'"),
+        ({"num_speculations": "auto!"}, TypeError, "num_speculations must be an int, got 'auto!'"),
+        ({"draft_threshold": 1.5}, ValueError, r"draft_threshold must be in \[0, 1\], got 1.5"),
+        ({"draft_threshold": float("nan")}, ValueError, r"draft_threshold must be in \[0, 1\], got nan"),
+        ({"draft_threshold": "high"}, TypeError, "draft_threshold must be a number, got 'high'"),
+        ({"sampling": 0.7}, TypeError, "sampling must be a SamplingParams, got float"),
+        ({"sampling": [SamplingParams()] * 2}, ValueError, "sampling has 2 entries for 1 prompts"),
+        ({"logits_processor": [None] * 3}, ValueError, "logits_processor has 3 entries for 1 prompts"),
+        ({"should_stop": []}, ValueError, "should_stop has 0 entries for 1 prompts"),
+        (
+            {"sampling": SamplingParams(logit_bias={VOCABULARY: 1.0})},
+            ValueError,
+            "logit_bias has token id 101, outside",
+        ),
+        ({"pad_token_id": VOCABULARY}, ValueError, "pad_token_id must be in 0 … 100, got 101"),
     ],
 )
 def test_a_call_that_cannot_be(model, options, error, message):
@@ -103,23 +127,22 @@ def test_a_broken_draft_head_is_named():
         decoder.generate(prompt_of(6), 8)
 
 
-def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error():
+def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error(monkeypatch):
     """What follows a rejected draft is no part of the sequence, so its numbers are nobody's business."""
     model = tiny_model()
     plain = SelfSpeculativeDecoder(model, 1).generate(prompt_of(6), 24, strategy="autoregressive")
     decoder = SelfSpeculativeDecoder(model, 1, 4)
     seen = set(plain.sequences[0].tolist())
     drafted = set()
-    draft = decoder.model.draft
 
-    def recorded(*args, **options):
-        made = draft(*args, **options)
-        drafted.update(made.tokens.flatten().tolist())
-        return made
+    def recorded(*args):
+        done = layerskip_kernels.speculative_round(*args)
+        drafted.update(done.tokens.flatten().tolist())
+        return done
 
-    decoder.model.draft = recorded
-    decoder.generate(prompt_of(6), 24)
-    del decoder.model.draft
+    with monkeypatch.context() as patch:
+        patch.setattr(ROUND, recorded)
+        decoder.generate(prompt_of(6), 24)
     wrong = sorted(drafted - seen)
     assert wrong, "no draft was rejected"
     model.model.embed_tokens.weight.data[wrong] = float("nan")
@@ -128,11 +151,9 @@ def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error():
 
 def test_accepting_a_wrong_draft_would_be_noticed(monkeypatch):
     """The mutation that the equality tests exist for: verification accepts one draft too many."""
-    from layerskip.decoding import steps
-
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 4)
     plain = decoder.generate(prompt_of(6), 40, strategy="autoregressive")
-    monkeypatch.setattr(steps, "accept_greedy", generous)
+    monkeypatch.setattr(ROUND, generous)
     assert not torch.equal(decoder.generate(prompt_of(6), 40).sequences, plain.sequences)
 
 
@@ -155,15 +176,15 @@ def test_weights_that_are_assigned_are_used():
 
 def test_what_follows_a_stop_token_inside_a_round_is_no_error():
     """Autoregressive decoding would never have come there."""
-    transcript = Transcript(prompt_of(5), 8, frozenset({7}))
-    transcript.add_first(3)
-    transcript.add_round([4, 7, 5], -1, 4, fault="logits that are not finite")
-    assert transcript.finished
+    transcript = Transcript(prompt_of(5), Ending(8, frozenset({7})))
+    transcript.add([], 3, 0)
+    transcript.add([4, 7, 5], -1, 4, fault="logits that are not finite")
+    assert transcript.reason == "eos"
     assert transcript.close().new_tokens.tolist() == [[3, 4, 7]]
 
 
 def test_a_fault_that_would_be_emitted_is_an_error():
-    transcript = Transcript(prompt_of(5), 8, frozenset({7}))
-    transcript.add_first(3)
+    transcript = Transcript(prompt_of(5), Ending(8, frozenset({7})))
+    transcript.add([], 3, 0)
     with pytest.raises(FloatingPointError, match="not finite"):
-        transcript.add_round([4, 5], -1, 4, fault="logits that are not finite")
+        transcript.add([4, 5], -1, 4, fault="logits that are not finite")

@@ -14,6 +14,7 @@ import layerskip_kernels
 __all__ = [
     "ARCHITECTURES",
     "LAYERS",
+    "ROUND",
     "UPPER",
     "VOCABULARY",
     "generous",
@@ -63,9 +64,14 @@ def prompt_of(length: int, seed: int = 0) -> torch.Tensor:
     return random_tokens(1, length, seed)
 
 
-def generous(draft: torch.Tensor, target: torch.Tensor, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``accept_greedy``, wrong on purpose: it accepts one draft too many."""
-    accepted, _ = layerskip_kernels.accept_greedy(draft, target, seq_lens)
-    more = (accepted + 1).clamp(max=draft.shape[1])
-    seq_lens += more - accepted
-    return more, target.gather(1, more[:, None])[:, 0]
+def generous(*args: Any) -> layerskip_kernels.Round:
+    """``speculative_round``, wrong on purpose: it accepts one draft too many."""
+    done = layerskip_kernels.speculative_round(*args)
+    more = (done.accepted + 1).clamp(max=done.tokens.shape[1])
+    seq_lens = args[7]
+    seq_lens += more - done.accepted
+    return done._replace(accepted=more)
+
+
+ROUND = "layerskip.modules.decoder.speculative_round"
+"""What to put a wrong round, or one that is watched, in the place of."""

@@ -1,8 +1,20 @@
-"""Greedy self-speculative decoding: a model's early layers draft, its remaining layers verify."""
+"""Self-speculative decoding: a model's early layers draft, its remaining layers verify."""
 
+from .adaptive import Controller
 from .decoder import SelfSpeculativeDecoder
 from .draft_head import DraftHead
-from .output import GenerationOutput, Stats
-from .transcript import Streamer
+from .output import GenerationOutput, Stats, Streamer
+from .sampling import SamplingParams
+from .session import Session, Update
 
-__all__ = ["DraftHead", "GenerationOutput", "SelfSpeculativeDecoder", "Stats", "Streamer"]
+__all__ = [
+    "Controller",
+    "DraftHead",
+    "GenerationOutput",
+    "SamplingParams",
+    "SelfSpeculativeDecoder",
+    "Session",
+    "Stats",
+    "Streamer",
+    "Update",
+]

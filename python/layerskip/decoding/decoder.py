@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,31 +14,42 @@ from .. import models
 from ..models import LayerSkipModel
 from ..modules import EarlyExitHead, SharedKVCache
 from . import validation
+from .adaptive import Controller, default_exits
+from .costs import Sizes
 from .draft_head import DraftHead
-from .output import GenerationOutput
-from .steps import SingleSteps, SpeculativeRounds, prefill
-from .transcript import Streamer, Transcript
+from .output import GenerationOutput, Streamer
+from .processors import LogitsProcessor
+from .sampling import SamplingParams
+from .session import Session
+from .transcript import StopRule
 
 CACHE_GRANULARITY = 256
 
 
 class SelfSpeculativeDecoder:
-    """Greedy decoding in which a model's early layers draft and its remaining layers verify (LayerSkip).
+    """Decoding in which a model's early layers draft and its remaining layers verify (LayerSkip).
 
-    The result is what the full model alone gives, bit for bit. One sequence at a time for now.
+    Greedy results are what the full model alone gives, bit for bit; sampled ones have its exact distribution.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or LayerSkipModel
         Its weights are shared, not copied.
-    exit_layer : int
-        E: layers [0, E) draft. From 1 to L - 1.
-    num_speculations : int
+    exit_layer : int or "auto"
+        E: layers [0, E) draft. From 1 to L - 1; "auto" picks by measured speed, see `Controller`.
+    num_speculations : int or "auto"
         K: tokens drafted a round.
     max_seq_len : int, optional
         The longest prompt and continuation; by default what the model was made for.
     draft_head : {"full", "int8"} or DraftHead
         What scores a draft: the model's head, an int8 copy of it, or int8 rows of a part of the vocabulary.
+    exit_choices : sequence of int, optional
+        What "auto" picks the exit layer from; by default an eighth, a quarter, a half and three quarters of the layers.
+
+    Attributes
+    ----------
+    controller : Controller
+        What "auto" has learned; it goes on learning with every call and session.
 
     Raises
     ------
@@ -48,19 +60,26 @@ class SelfSpeculativeDecoder:
     def __init__(
         self,
         model: Any,
-        exit_layer: int,
-        num_speculations: int = 4,
+        exit_layer: int | str,
+        num_speculations: int | str = 4,
         max_seq_len: int | None = None,
         draft_head: str | DraftHead = "full",
+        exit_choices: Sequence[int] | None = None,
     ) -> None:
         self.model: LayerSkipModel = model if isinstance(model, LayerSkipModel) else models.adapt(model)
-        self.exit_layer = validation.exit_layer(exit_layer, self.model.num_layers)
-        self.num_speculations = validation.at_least_one("num_speculations", num_speculations)
+        layers = self.model.num_layers
+        validation.exit_layer_or_auto(exit_layer, layers)
+        validation.count_or_auto("num_speculations", num_speculations)
+        self.exit_layer, self.num_speculations = exit_layer, num_speculations
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
         self.tokenizer: Any = None
         self.draft_head: EarlyExitHead = _resolve_draft_head(draft_head, self.model)
-        self._eos_token_id = _default_eos(model)
+        self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
+        self._pad_token_id = _of_config(model, "pad_token_id")
+        exits = default_exits(layers) if exit_choices is None else exit_choices
+        exits = [validation.exit_layer(choice, layers) for choice in exits]
+        self.controller = Controller(Sizes.of(self.model, self.draft_head), exits)
         self._cache: SharedKVCache | None = None
 
     @classmethod
@@ -68,42 +87,95 @@ class SelfSpeculativeDecoder:
         cls,
         name_or_dir: str | Path,
         *,
-        exit_layer: int,
-        num_speculations: int = 4,
+        exit_layer: int | str,
+        num_speculations: int | str = 4,
         max_seq_len: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         draft_head: str | DraftHead = "full",
+        exit_choices: Sequence[int] | None = None,
     ) -> SelfSpeculativeDecoder:
         """Load a model by directory or hub name; its tokenizer becomes ``decoder.tokenizer``."""
         model, tokenizer = models.load(name_or_dir, dtype=dtype)
-        decoder = cls(model, exit_layer, num_speculations, max_seq_len, draft_head)
+        decoder = cls(model, exit_layer, num_speculations, max_seq_len, draft_head, exit_choices)
         decoder.tokenizer = tokenizer
         return decoder
 
-    def generate(
+    def open_session(
         self,
-        input_ids: Tensor,
-        max_new_tokens: int = 128,
-        strategy: str = "self_speculative",
-        exit_layer: int | None = None,
-        num_speculations: int | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        streamer: Streamer | None = None,
-    ) -> GenerationOutput:
-        """Continue a prompt greedily.
+        max_batch: int,
+        *,
+        max_seq_len: int | None = None,
+        num_speculations: int | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Session:
+        """A session with a cache of its own, for requests that come and go.
 
         Parameters
         ----------
-        input_ids : Tensor [1, N], int64
+        max_batch : int
+            How many requests run at once; more than these wait.
+        max_seq_len : int, optional
+            The longest prompt and continuation of a request; by default the decoder's, which may take much memory.
+        num_speculations : int or "auto", optional
+            The most drafts that a request may ask for; by default the decoder's.
+        generator : torch.Generator, optional
+            Draws the seeds of requests that bring none; by default torch's own.
+
+        Raises
+        ------
+        ValueError, TypeError
+            With the offending value.
+        """
+        validation.at_least_one("max_batch", max_batch)
+        length = self.max_seq_len
+        if max_seq_len is not None:
+            length = validation.integer_in("max_seq_len", max_seq_len, 1, self.max_seq_len)
+        drafts = self._most_speculations(num_speculations)
+        with torch.inference_mode(False):
+            cache = self.model.decoder.new_cache(max_batch, length + drafts + 1)
+        return Session(self, cache, length, drafts, generator)
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Tensor | Sequence[int]],
+        max_new_tokens: int = 128,
+        strategy: str = "self_speculative",
+        exit_layer: int | str | None = None,
+        num_speculations: int | str | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        streamer: Streamer | None = None,
+        *,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        generator: torch.Generator | None = None,
+        draft_threshold: float = 0.0,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None = None,
+        should_stop: StopRule | Sequence[StopRule | None] | None = None,
+        pad_token_id: int | None = None,
+    ) -> GenerationOutput:
+        """Continue prompts; each as if it were alone.
+
+        Parameters
+        ----------
+        input_ids : Tensor [B, N], int64, or sequence of prompts
+            The rows of a tensor are taken whole; prompts of different lengths are given as a list of tensors [N] or
+            lists of int.
         max_new_tokens : int
-        strategy : {"self_speculative", "autoregressive", "early_exit"}
-            The first two give the same tokens. The third decodes at layer E alone, with no verification.
-        exit_layer, num_speculations : int, optional
-            Instead of the decoder's own.
+            For each prompt.
+        strategy, exit_layer, num_speculations, draft_threshold
+            As in `Session.add`.
         eos_token_id : int or sequence of int, optional
-            What ends the sequence; by default what the model's generation config says. An empty list: nothing does.
+            What ends a sequence; by default what the model's generation config says. An empty list: nothing does.
         streamer : Streamer, optional
-            As in transformers: ``put`` gets the prompt, then each group of accepted tokens; ``end`` closes.
+            As in transformers: ``put`` gets the prompt, then each group of accepted tokens; ``end`` closes. For one
+            prompt.
+        sampling : SamplingParams, or one for each prompt
+            By default greedy. With one for all and a seed in it, prompt b has the seed ``seed + b``.
+        generator : torch.Generator, optional
+            Draws the seeds of prompts that have none; by default torch's own.
+        logits_processor, should_stop : callable, or one (or None) for each prompt
+            As in `Session.add`.
+        pad_token_id : int, optional
+            What pads the rows of the result; by default the model's padding token, else its first EOS token, else 0.
 
         Returns
         -------
@@ -116,56 +188,89 @@ class SelfSpeculativeDecoder:
         FloatingPointError
             If logits are not finite; it names the layer and the position.
         """
-        strategy = validation.strategy(strategy)
-        exit_layer = validation.exit_layer(self.exit_layer if exit_layer is None else exit_layer, self.model.num_layers)
-        num_speculations = validation.at_least_one(
-            "num_speculations", self.num_speculations if num_speculations is None else num_speculations
-        )
+        prompts = validation.prompts(input_ids)
+        count = len(prompts)
+        if streamer is not None and count > 1:
+            raise ValueError(f"a streamer takes one prompt, got a batch of {count}")
+        pad = self._pad(pad_token_id, eos_token_id)
+        drafts = self._most_speculations(num_speculations)
+        lengths = [len(row) if isinstance(row, (list, tuple)) else row.numel() for row in prompts]
         validation.at_least_one("max_new_tokens", max_new_tokens)
-        prompt = validation.prompt(input_ids, self.model.vocab_size, self.model.device)
-        total = validation.length(prompt.shape[1], max_new_tokens, self.max_seq_len)
-        stops = validation.stop_tokens(
-            self._eos_token_id if eos_token_id is None else eos_token_id, self.model.vocab_size
+        total = validation.length(max(lengths), max_new_tokens, self.max_seq_len)
+        session = Session(self, self._shared_cache(count, total + drafts + 1), total, drafts, generator)
+        hooks = zip(
+            _seeded(sampling, count),
+            validation.one_each("logits_processor", logits_processor, count),
+            validation.one_each("should_stop", should_stop, count),
+            strict=True,
         )
-        transcript = Transcript(prompt, max_new_tokens, stops, streamer)
-        with torch.inference_mode():
-            self._decode(transcript, prompt, self._fresh_cache(total), strategy, exit_layer, num_speculations)
-        return transcript.close()
+        for row, (params, processor, rule) in zip(prompts, hooks, strict=True):
+            session.add(
+                row,
+                max_new_tokens,
+                strategy=strategy,
+                exit_layer=exit_layer,
+                num_speculations=num_speculations,
+                draft_threshold=draft_threshold,
+                sampling=params,
+                eos_token_id=eos_token_id,
+                logits_processor=processor,
+                should_stop=rule,
+            )
+        if streamer is not None:
+            streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
+        return GenerationOutput.of_rows(_run(session, count, streamer), pad)
 
-    def _decode(
-        self,
-        transcript: Transcript,
-        prompt: Tensor,
-        cache: SharedKVCache,
-        strategy: str,
-        exit_layer: int,
-        num_speculations: int,
-    ) -> None:
-        depth = exit_layer if strategy == "early_exit" else self.model.num_layers
-        steps: SingleSteps | SpeculativeRounds = SingleSteps(self.model, cache, depth)
-        if strategy == "self_speculative":
-            steps = SpeculativeRounds(self.model, cache, exit_layer, num_speculations, self.draft_head)
-        token, first = prefill(self.model, cache, prompt, depth)
-        transcript.add_first(first)
-        position = prompt.shape[1]
-        while not transcript.finished:
-            progress = steps.step(token, transcript.remaining, position)
-            transcript.add_round(progress.drafts, progress.token, progress.drafted, progress.fault)
-            token = progress.next_token
-            position += len(progress.drafts) + 1
+    def _most_speculations(self, num_speculations: int | str | None) -> int:
+        """The most drafts of a round, which the cache needs room for."""
+        value = self.num_speculations if num_speculations is None else num_speculations
+        count = validation.count_or_auto("num_speculations", value)
+        return self.controller.max_speculations if count is None else count
+
+    def _pad(self, pad_token_id: int | None, eos_token_id: int | Sequence[int] | None) -> int:
+        if pad_token_id is not None:
+            return validation.integer_in("pad_token_id", pad_token_id, 0, self.model.vocab_size - 1)
+        if self._pad_token_id is not None:
+            return self._pad_token_id
+        stops = self.eos_token_id if eos_token_id is None else eos_token_id
+        return min(validation.stop_tokens(stops, self.model.vocab_size), default=0)
 
     @torch.inference_mode(False)
-    def _fresh_cache(self, length: int) -> SharedKVCache:
-        """An empty cache with room for ``length`` positions: the last call's where that is big enough.
+    def _shared_cache(self, batch: int, length: int) -> SharedKVCache:
+        """A cache with room for so many sequences and positions: the last call's where that is big enough.
 
-        Whatever a failed call left in it lies beyond the length 0, so it is not read.
+        Whatever it holds lies beyond the lengths that sequences start from, so it is not read.
         """
-        like = (self.model.dtype, self.model.device)
-        if self._cache is None or self._cache.capacity < length or (self._cache.k.dtype, self._cache.k.device) != like:
-            capacity = min(-(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY, self.max_seq_len)
-            self._cache = self.model.decoder.new_cache(1, capacity)
-        self._cache.reset()
+        like, old = (self.model.dtype, self.model.device), self._cache
+        if old is None or old.batch_size < batch or old.capacity < length or (old.k.dtype, old.k.device) != like:
+            capacity = -(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY
+            self._cache = self.model.decoder.new_cache(batch, capacity)
+        assert self._cache is not None
         return self._cache
+
+
+def _run(session: Session, count: int, streamer: Streamer | None) -> list[GenerationOutput]:
+    """Run a session's ``count`` requests to their ends; their outputs."""
+    outputs: dict[int, GenerationOutput] = {}
+    while len(session):
+        for update in session.step():
+            if update.error is not None:
+                raise update.error
+            if streamer is not None:
+                streamer.put(torch.tensor(update.tokens))
+            if update.output is not None:
+                outputs[update.request_id] = update.output
+    if streamer is not None:
+        streamer.end()
+    return [outputs[index] for index in range(count)]
+
+
+def _seeded(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams | None]:
+    """The parameters of each prompt: with one seed for all, prompts that are equal would go on equally."""
+    params = validation.one_each("sampling", sampling, count)
+    if not isinstance(sampling, SamplingParams) or sampling.seed is None:
+        return params
+    return [dataclasses.replace(one, seed=(one.seed + index) % 2**63) for index, one in enumerate(params)]
 
 
 def _resolve_draft_head(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead:
@@ -178,10 +283,10 @@ def _resolve_draft_head(draft_head: str | DraftHead, model: LayerSkipModel) -> E
     raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
 
 
-def _default_eos(model: Any) -> int | Sequence[int] | None:
+def _of_config(model: Any, name: str) -> Any:
     """The generation config knows best; a model without one has a config."""
     for config in (getattr(model, "generation_config", None), model.config):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return eos
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
     return None

@@ -1,15 +1,28 @@
-"""What a call of ``generate`` returns."""
+"""What a call of ``generate`` returns, and who gets it as it comes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+class Streamer(Protocol):
+    """What transformers calls a streamer: first it is given the prompt, then every group of new tokens."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [1, N], or new tokens [n]."""
+
+    def end(self) -> None:
+        """Take note that nothing follows."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts and times of one call.
+    """Counts and times of one sequence, or of a batch.
 
     Attributes
     ----------
@@ -19,9 +32,11 @@ class Stats:
     accepted_per_round : tuple of int
         Draft tokens that each round emitted. A round runs the deep layers once, and emits one token more than these.
     seconds : float
-        Wall time of the call, prompt included.
+        Wall time, prompt included.
     time_to_first_token : float
-        Seconds until the prompt was read and the first token known.
+        Seconds until the prompt was read and the first token known; of a batch, until every sequence had its first.
+    sequences : int
+        Of a batch all counts are sums over so many sequences.
     """
 
     prompt_tokens: int
@@ -30,10 +45,24 @@ class Stats:
     accepted_per_round: tuple[int, ...]
     seconds: float
     time_to_first_token: float
+    sequences: int = 1
+
+    @classmethod
+    def of_batch(cls, rows: Sequence[Stats]) -> Stats:
+        """The sums over sequences that were decoded together; times are those of the last one."""
+        return cls(
+            prompt_tokens=sum(row.prompt_tokens for row in rows),
+            new_tokens=sum(row.new_tokens for row in rows),
+            drafted=sum(row.drafted for row in rows),
+            accepted_per_round=tuple(count for row in rows for count in row.accepted_per_round),
+            seconds=max(row.seconds for row in rows),
+            time_to_first_token=max(row.time_to_first_token for row in rows),
+            sequences=len(rows),
+        )
 
     @property
     def rounds(self) -> int:
-        """Passes through the deep layers after the prompt."""
+        """Passes through the deep layers after the prompt; of a batch, summed over its sequences."""
         return len(self.accepted_per_round)
 
     @property
@@ -48,14 +77,14 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens over the wall time of the call, prompt included."""
+        """New tokens over the wall time, prompt included."""
         return self.new_tokens / self.seconds
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """The tokens after the first over the time after the first; 0 where there was only one."""
+        """The tokens after the first ones over the time after them; 0 where there were no others."""
         after = self.seconds - self.time_to_first_token
-        return (self.new_tokens - 1) / after if self.new_tokens > 1 else 0.0
+        return (self.new_tokens - self.sequences) / after if self.new_tokens > self.sequences else 0.0
 
 
 @dataclass(frozen=True)
@@ -64,18 +93,42 @@ class GenerationOutput:
 
     Attributes
     ----------
-    sequences : Tensor [B, N + new], int64
-        Prompt and new tokens.
-    drafted : Tensor [B, new], bool
+    sequences : Tensor [B, max(N + new)], int64
+        Prompt and new tokens of each sequence, padded on the right.
+    new_tokens : Tensor [B, max(new)], int64
+        The new tokens alone, padded on the right.
+    drafted : Tensor [B, max(new)], bool
         Whether a new token was drafted by the early layers (and verified), or given by the full model itself.
-    stats : Stats
+    rows : tuple of Stats
+        Of each sequence.
+    reasons : tuple of str
+        Why each sequence ended: "eos", "stop", "length" or "cancelled".
     """
 
     sequences: Tensor
+    new_tokens: Tensor
     drafted: Tensor
-    stats: Stats
+    rows: tuple[Stats, ...]
+    reasons: tuple[str, ...]
 
     @property
-    def new_tokens(self) -> Tensor:
-        """The new tokens alone, [B, new]."""
-        return self.sequences[:, self.stats.prompt_tokens :]
+    def stats(self) -> Stats:
+        """Of the call: the sequence's own, or the sums of a batch."""
+        return self.rows[0] if len(self.rows) == 1 else Stats.of_batch(self.rows)
+
+    @classmethod
+    def of_rows(cls, outputs: Sequence[GenerationOutput], pad: int) -> GenerationOutput:
+        """One output of many sequences' own, padded with the token ``pad``."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return cls(
+            _padded([out.sequences[0] for out in outputs], pad),
+            _padded([out.new_tokens[0] for out in outputs], pad),
+            _padded([out.drafted[0] for out in outputs], False),
+            tuple(row for out in outputs for row in out.rows),
+            tuple(reason for out in outputs for reason in out.reasons),
+        )
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

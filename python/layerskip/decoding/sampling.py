@@ -74,10 +74,13 @@ class SamplingParams:
         return truncates or self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
-def params_of(sampling: Any) -> SamplingParams:
-    """``sampling``, where None means greedy."""
+def params_of(sampling: Any, vocab_size: int) -> SamplingParams:
+    """``sampling``, where None means greedy; its tokens are within the vocabulary."""
     if sampling is None:
         return SamplingParams()
     if not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling must be a SamplingParams, got {type(sampling).__name__}")
+    for token in sampling.logit_bias:
+        if token >= vocab_size:
+            raise ValueError(f"logit_bias has token id {token}, outside the vocabulary of {vocab_size}")
     return sampling

@@ -1,24 +1,29 @@
-"""The tokens of one call as they are emitted: cut at the end, streamed, counted."""
+"""The tokens of one sequence as they are emitted: cut at the end, counted."""
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .output import GenerationOutput, Stats
 
+StopRule = Callable[[list[int]], bool]
+"""(the new tokens so far, the one in question last) -> whether the sequence ends with it."""
 
-class Streamer(Protocol):
-    """What transformers calls a streamer: first it is given the prompt, then every group of new tokens."""
+Clock = Callable[[], float]
 
-    def put(self, value: Tensor) -> None:
-        """Take the prompt [1, N], or new tokens [n]."""
 
-    def end(self) -> None:
-        """Take note that nothing follows."""
+@dataclass(frozen=True)
+class Ending:
+    """What ends a sequence: a count, tokens, a rule. A token that does is emitted, nothing after it is."""
+
+    max_new_tokens: int
+    eos: frozenset[int] = frozenset()
+    should_stop: StopRule | None = None
 
 
 class Transcript:
@@ -27,75 +32,83 @@ class Transcript:
     Parameters
     ----------
     prompt : Tensor [1, N], int64
-    max_new_tokens : int
-    stops : frozenset of int
-        The tokens that end the sequence; such a token is emitted, nothing after it is.
-    streamer : Streamer, optional
+    ending : Ending
+    clock : callable
+        Seconds.
+
+    Attributes
+    ----------
+    tokens : list of int
+        The new ones.
+    reason : str or None
+        Why the sequence ended.
     """
 
-    def __init__(
-        self, prompt: Tensor, max_new_tokens: int, stops: frozenset[int], streamer: Streamer | None = None
-    ) -> None:
-        self._prompt = prompt
-        self._limit = max_new_tokens
-        self._stops = stops
-        self._streamer = streamer
-        self._tokens: list[int] = []
-        self._from_draft: list[bool] = []
+    def __init__(self, prompt: Tensor, ending: Ending, clock: Clock = time.perf_counter) -> None:
+        self._prompt, self._ending, self._clock = prompt, ending, clock
+        self.tokens: list[int] = []
+        self.drafted: list[bool] = []
+        self.reason: str | None = None
         self._accepted: list[int] = []
-        self._drafted = 0
-        self._started = time.perf_counter()
-        self._first_token_at = 0.0
-        if streamer is not None:
-            streamer.put(prompt.cpu())
+        self._num_drafted = 0
+        self._started = clock()
+        self._first_token_at = self._started
 
     @property
     def remaining(self) -> int:
         """How many tokens may still be emitted."""
-        return self._limit - len(self._tokens)
+        return self._ending.max_new_tokens - len(self.tokens)
 
     @property
-    def finished(self) -> bool:
-        """Whether the limit or a stop token was reached."""
-        return self.remaining == 0 or self._tokens[-1] in self._stops
+    def position(self) -> int:
+        """Where the last token goes: the cache holds what is before it."""
+        return self._prompt.shape[1] + len(self.tokens) - 1
 
-    def add_first(self, token: int) -> None:
-        """Emit the token that reading the prompt gave."""
-        self._first_token_at = time.perf_counter()
-        self._emit([token], [False])
+    def add(self, drafts: list[int], token: int, drafted: int, fault: str | None = None) -> None:
+        """Emit the accepted ``drafts`` of a round that drafted ``drafted`` tokens, and the full model's own ``token``.
 
-    def add_round(self, drafts: list[int], next_token: int, drafted: int, fault: str | None = None) -> None:
-        """Emit the accepted ``drafts`` of a round that drafted ``drafted`` tokens, and the full model's own.
+        The first token, which reading the prompt gave, is no round.
 
-        A ``fault`` of the latter is an error only where no stop token comes before it.
+        Raises
+        ------
+        FloatingPointError
+            With the ``fault`` of the last token, unless the sequence ends before it.
         """
-        tokens = [*drafts, next_token]
-        stop = next((index for index, token in enumerate(tokens) if token in self._stops), len(drafts))
-        if fault is not None and stop == len(drafts):
-            raise FloatingPointError(fault)
-        from_draft = [True] * len(drafts) + [False]
-        self._drafted += drafted
-        self._accepted.append(sum(from_draft[: stop + 1]))
-        self._emit(tokens[: stop + 1], from_draft[: stop + 1])
+        before = len(self.tokens)
+        self._num_drafted += min(drafted, self.remaining)  # in a batch, a round may draft for others
+        for draft in drafts:
+            self._emit(draft, True)
+            if self.reason is not None:
+                break
+        else:
+            if fault is not None:
+                raise FloatingPointError(fault)
+            self._emit(token, False)
+        if before:
+            self._accepted.append(sum(self.drafted[before:]))
+        else:
+            self._first_token_at = self._clock()
 
-    def _emit(self, tokens: list[int], from_draft: list[bool]) -> None:
-        self._tokens += tokens
-        self._from_draft += from_draft
-        if self._streamer is not None:
-            self._streamer.put(torch.tensor(tokens))
+    def _emit(self, token: int, drafted: bool) -> None:
+        self.tokens.append(token)
+        self.drafted.append(drafted)
+        if token in self._ending.eos:
+            self.reason = "eos"
+        elif self._ending.should_stop is not None and self._ending.should_stop(self.tokens):
+            self.reason = "stop"
+        elif self.remaining == 0:
+            self.reason = "length"
 
     def close(self) -> GenerationOutput:
-        """End the stream and return the result."""
-        seconds = time.perf_counter() - self._started
-        if self._streamer is not None:
-            self._streamer.end()
-        new = torch.tensor([self._tokens], device=self._prompt.device)
+        """The result."""
         stats = Stats(
             prompt_tokens=self._prompt.shape[1],
-            new_tokens=len(self._tokens),
-            drafted=self._drafted,
+            new_tokens=len(self.tokens),
+            drafted=self._num_drafted,
             accepted_per_round=tuple(self._accepted),
-            seconds=seconds,
+            seconds=self._clock() - self._started,
             time_to_first_token=self._first_token_at - self._started,
         )
-        return GenerationOutput(torch.cat([self._prompt, new], 1), torch.tensor([self._from_draft]), stats)
+        new = torch.tensor([self.tokens], dtype=torch.int64, device=self._prompt.device)
+        drafted = torch.tensor([self.drafted], dtype=torch.bool)
+        return GenerationOutput(torch.cat([self._prompt, new], 1), new, drafted, (stats,), (self.reason or "",))

@@ -57,16 +57,30 @@ def strategy(value: Any) -> str:
     return str(value)
 
 
+def exit_layer_or_auto(value: Any, num_layers: int) -> int | None:
+    """An exit layer, or None where the controller is to pick it."""
+    return None if value == "auto" else exit_layer(value, num_layers)
+
+
+def count_or_auto(name: str, value: Any, high: int | None = None) -> int | None:
+    """A number of drafts, or None where the controller is to pick it."""
+    if value == "auto":
+        return None
+    at_least_one(name, value)
+    return integer_in(name, value, 1, high)
+
+
 def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
-    """A prompt of at least one known token, as int64 [1, N]."""
+    """One prompt of at least one known token, as int64 [1, N]."""
     if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a torch.Tensor [1, N], got {type(input_ids).__name__}")
+        input_ids = torch.tensor([_integer("a token of the prompt", token) for token in input_ids], device=device)
+        input_ids = input_ids.long()
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids has dtype {str(input_ids.dtype).removeprefix('torch.')}, expected int64")
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [1, N]")
-    if input_ids.shape[0] != 1:
-        raise ValueError(f"one sequence at a time for now, got a batch of {input_ids.shape[0]}")
+    if input_ids.dim() == 1:
+        input_ids = input_ids[None]
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+        raise ValueError(f"a prompt has shape {list(input_ids.shape)}, expected [N] or [1, N]")
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty; it needs at least one token (a BOS token, for instance)")
     if input_ids.device != device:
@@ -75,6 +89,33 @@ def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
     if first < 0 or last >= vocab_size:
         raise ValueError(f"token id {first if first < 0 else last} is outside the vocabulary of {vocab_size}")
     return input_ids.long()
+
+
+def prompts(input_ids: Any) -> list[Any]:
+    """The prompts of a batch: the rows of a tensor [B, N], or what a list holds; each is checked by `prompt`."""
+    if isinstance(input_ids, Tensor):
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, N]")
+        rows = list(input_ids)
+    elif isinstance(input_ids, (list, tuple)):
+        rows = list(input_ids)
+    else:
+        raise TypeError(f"input_ids must be a tensor [B, N] or a list of prompts, got {type(input_ids).__name__}")
+    if not rows:
+        raise ValueError("input_ids holds no prompt")
+    for row in rows:
+        if not isinstance(row, (Tensor, list, tuple)):
+            raise TypeError(f"a list of input_ids holds prompts, each a tensor [N] or a list of int, got {row!r}")
+    return rows
+
+
+def one_each(name: str, value: Any, count: int) -> list[Any]:
+    """``value`` for every sequence of a batch, or, of a list, one for each."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} prompts")
+    return list(value)
 
 
 def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerskip_kernels import Draft
-
-from ..modules import EarlyExitHead, PartialDepthDecoder, SharedKVCache
+from ..modules import EarlyExitHead, PartialDepthDecoder
 from ..modules._weights import shared
 
 
@@ -77,23 +75,3 @@ class LayerSkipModel(nn.Module):
         """
         with torch.no_grad():
             return F.embedding(token_ids, self.embedding)
-
-    def draft(
-        self, token: Tensor, cache: SharedKVCache, depth: int, head: EarlyExitHead, steps: int, extend: bool = True
-    ) -> Draft:
-        """Decode ``steps`` tokens greedily with layers [0, depth); see `PartialDepthDecoder.draft`.
-
-        Parameters
-        ----------
-        token : Tensor [B], int64
-        cache : SharedKVCache
-        depth : int
-        head : EarlyExitHead
-        steps : int
-        extend : bool
-
-        Returns
-        -------
-        Draft
-        """
-        return self.decoder.draft(token, self.embedding, cache, depth, head, steps, extend)

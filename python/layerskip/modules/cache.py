@@ -71,6 +71,26 @@ class SharedKVCache:
         """T, the most positions that a sequence may have."""
         return self.k.shape[3]
 
+    def slot(self, index: int) -> SharedKVCache:
+        """The cache of one sequence, as a view: what is written to it is written here.
+
+        Parameters
+        ----------
+        index : int
+            In 0 … B - 1.
+
+        Raises
+        ------
+        ValueError
+            If it is not.
+        """
+        if not 0 <= index < self.batch_size:
+            raise ValueError(f"slot must be in 0 … {self.batch_size - 1}, got {index}")
+        view = object.__new__(SharedKVCache)
+        part = slice(index, index + 1)
+        view.k, view.v, view.seq_lens = self.k[:, part], self.v[:, part], self.seq_lens[part]
+        return view
+
     def reset(self) -> None:
         """Forget every sequence."""
         self.seq_lens.zero_()

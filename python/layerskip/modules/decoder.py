@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import Draft, draft, partial_forward
+from layerskip_kernels import Draft, Round, draft, partial_forward, speculative_round
 from layerskip_kernels.functional import check_layer_weights
 
 from ._prefill import prefill_layer
@@ -106,6 +106,7 @@ class PartialDepthDecoder(nn.Module):
         start: int = 0,
         end: int | None = None,
         seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """Layers [start, end) on M rows a sequence, fused; keys and values are written into the cache.
 
@@ -121,6 +122,8 @@ class PartialDepthDecoder(nn.Module):
             By default all layers.
         seq_lens : Tensor [B], int64, optional
             By default the cache's.
+        slots : Tensor [B], int64, optional
+            The cache's row of each sequence; by default they are its rows, in order.
 
         Returns
         -------
@@ -147,6 +150,7 @@ class PartialDepthDecoder(nn.Module):
                 start,
                 end,
                 self.eps,
+                slots,
             )
 
     def draft(
@@ -158,13 +162,17 @@ class PartialDepthDecoder(nn.Module):
         head: EarlyExitHead,
         steps: int,
         extend: bool = True,
+        seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
+        temperature: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> Draft:
-        """Decode ``steps`` tokens greedily with layers [0, end) and ``head``, fused. Lengths are not advanced.
+        """Decode ``steps`` tokens with layers [0, end) and ``head``, fused. Lengths are not advanced.
 
         Parameters
         ----------
         token : Tensor [B], int64
-            The last tokens, at positions ``cache.seq_lens``.
+            The last tokens, at positions ``seq_lens``.
         embedding : Tensor [V, D]
         cache : SharedKVCache
         end : int
@@ -174,26 +182,88 @@ class PartialDepthDecoder(nn.Module):
             K.
         extend : bool
             Whether the last token, too, goes through the layers, as verification needs it.
+        seq_lens, slots : Tensor [B], int64, optional
+            As in `forward`.
+        temperature, seed : Tensor [B], optional
+            Draw instead of taking the arg-max, as in `layerskip_kernels.draft`.
 
         Returns
         -------
         Draft
-            Tokens [B, K] and states [B, K + extend, D].
+            Tokens [B, K], states [B, K + extend, D], and the tokens' probabilities [B, K].
 
         Raises
         ------
         ValueError, TypeError
             If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
+        self._check_exit(end, head)
+        lengths = cache.seq_lens if seq_lens is None else seq_lens
+        with torch.no_grad():
+            return draft(
+                token, embedding, self.layer_weights(0, end), cache.k, cache.v, self._cos, self._sin, lengths, end,
+                head.norm_weight, head.head_weight, self.eps, steps, extend, head.token_map, head.scale, slots, 0.0,
+                temperature, seed,
+            )  # fmt: skip
+
+    def speculate(
+        self,
+        token: Tensor,
+        embedding: Tensor,
+        cache: SharedKVCache,
+        exit_layer: int,
+        head: EarlyExitHead,
+        draft_head: EarlyExitHead,
+        steps: int,
+        seq_lens: Tensor,
+        slots: Tensor | None = None,
+        min_probability: float = 0.0,
+        temperature: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Round:
+        """One round as one call: draft with layers [0, E), verify with layers [E, L), accept, advance the lengths.
+
+        Parameters
+        ----------
+        token : Tensor [B], int64
+            The last tokens, at positions ``seq_lens``.
+        embedding : Tensor [V, D]
+        cache : SharedKVCache
+        exit_layer : int
+            E.
+        head, draft_head : EarlyExitHead
+            What verifies, and what drafts, which may be approximate.
+        steps : int
+            K.
+        seq_lens : Tensor [B], int64
+            Advanced in place.
+        slots, min_probability, temperature, seed
+            As in `layerskip_kernels.speculative_round`.
+
+        Returns
+        -------
+        Round
+            Tokens [B, K], how many are accepted [B], the token that follows them [B], probabilities [B, K].
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
+        """
+        self._check_exit(exit_layer, draft_head)
+        draft_weight = None if draft_head is head else draft_head.head_weight
+        with torch.no_grad():
+            return speculative_round(
+                token, embedding, self._weights, cache.k, cache.v, self._cos, self._sin, seq_lens, exit_layer,
+                head.norm_weight, head.head_weight, self.eps, steps, draft_weight, draft_head.token_map,
+                draft_head.scale, slots, min_probability, temperature, seed,
+            )  # fmt: skip
+
+    def _check_exit(self, end: int, head: EarlyExitHead) -> None:
         if head.eps != self.eps:
             raise ValueError(f"the head's eps is {head.eps}, the decoder's {self.eps}; a draft takes one for both")
         if not 1 <= end <= self.num_layers:
             raise ValueError(f"layers [0, {end}) are not within the decoder's {self.num_layers}")
-        with torch.no_grad():
-            return draft(
-                token, embedding, self.layer_weights(0, end), cache.k, cache.v, self._cos, self._sin, cache.seq_lens,
-                end, head.norm_weight, head.head_weight, self.eps, steps, extend, head.token_map, head.scale,
-            )  # fmt: skip
 
     def prefill(self, hidden: Tensor, cache: SharedKVCache, start: int = 0, end: int | None = None) -> Tensor:
         """Layers [start, end) on many rows, with torch's own matmuls and attention.

@@ -61,13 +61,25 @@ class EarlyExitHead(nn.Module):
         """How many tokens the head scores."""
         return self.head_weight.shape[0]
 
-    def forward(self, hidden: Tensor) -> ExitOutput:
+    def forward(
+        self,
+        hidden: Tensor,
+        temperature: Tensor | None = None,
+        seed: Tensor | None = None,
+        offset: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> ExitOutput:
         """What the model would say if it ended here.
 
         Parameters
         ----------
         hidden : Tensor [..., D]
             Raw state after a layer, not yet normed.
+        temperature : Tensor [R], fp32, optional
+            R is the number of rows, the product of the leading sizes. Draw at this temperature; 0 is greedy. It comes
+            with ``seed`` and ``offset``, both [R] int64, which name the noise.
+        logits : Tensor [R, V], fp32, optional
+            Gets the raw logits, which are otherwise never written.
 
         Returns
         -------
@@ -89,6 +101,10 @@ class EarlyExitHead(nn.Module):
                 self.eps,
                 self.token_map,
                 self.scale,
+                temperature,
+                seed,
+                offset,
+                logits,
             )
         return ExitOutput(*(field.view(leading) for field in out))
 

@@ -1,0 +1,54 @@
+"""The sequences of one round, as the tensors that the kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Entry b of every tensor belongs to sequence b of the round; the tensors stay, a round rewrites the first two.
+
+    Attributes
+    ----------
+    token : Tensor [B], int64
+        The last token of each sequence, which is not in the cache yet.
+    seq_lens : Tensor [B], int64
+        Its position: how much of the sequence the cache holds.
+    slots : Tensor [B], int64
+        The cache's row.
+    seed : Tensor [B], int64
+        Names, with the position, the noise that tokens are drawn with.
+    temperature : Tensor [B], fp32, or None
+        None where every sequence is greedy.
+    """
+
+    token: Tensor
+    seq_lens: Tensor
+    slots: Tensor
+    seed: Tensor
+    temperature: Tensor | None = None
+
+    @property
+    def noise(self) -> tuple[Tensor | None, Tensor | None]:
+        """Temperature and seed as the kernels take them: both, or neither."""
+        return self.temperature, None if self.temperature is None else self.seed
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[int],
+        seq_lens: Sequence[int],
+        slots: Sequence[int],
+        seeds: Sequence[int],
+        temperatures: Sequence[float],
+        device: torch.device,
+    ) -> Rows:
+        """The tensors of what the host knows."""
+        token, lengths, places, seed = torch.tensor([tokens, seq_lens, slots, seeds], device=device).unbind()
+        temperature = torch.tensor(temperatures, dtype=torch.float32, device=device) if any(temperatures) else None
+        return cls(token, lengths, places, seed, temperature)
