@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..bandwidth import ReadBandwidth
-from ..decoding import GenerationOutput, SelfSpeculativeDecoder
+from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats
 from . import options, prompts
 from .measure import OpShare, Stopwatch, op_clock
 from .report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
@@ -54,19 +54,29 @@ def _transformers(model: Any, **extra: Any) -> Variant:
 
 
 def variants(model: Any, decoder: SelfSpeculativeDecoder, only_ours: bool) -> dict[str, Variant]:
-    """The ways of decoding, by name. Transformers drafts as many tokens as we do, whatever its confidence."""
+    """The ways of decoding, by name. Transformers drafts as many tokens as we do, whatever its confidence.
+
+    It has no exit layer of its own choice, so where ours is "auto" its early exit is left out.
+    """
     ways = {
         AUTOREGRESSIVE: _ours(decoder, "autoregressive"),
         SELF_SPECULATIVE: _ours(decoder, "self_speculative"),
     }
     if not only_ours:
+        ways[TRANSFORMERS] = _transformers(model)
+    if not only_ours and decoder.exit_layer != "auto":
         config = model.generation_config
-        config.num_assistant_tokens = decoder.num_speculations
+        config.num_assistant_tokens = most_drafts(decoder)
         config.num_assistant_tokens_schedule = "constant"
         config.assistant_confidence_threshold = 0.0
-        ways[TRANSFORMERS] = _transformers(model)
         ways[EARLY_EXIT_ASSISTED] = _transformers(model, assistant_early_exit=decoder.exit_layer)
     return ways
+
+
+def most_drafts(decoder: SelfSpeculativeDecoder) -> int:
+    """The most tokens that a round drafts."""
+    count = decoder.num_speculations
+    return count if isinstance(count, int) else decoder.controller.max_speculations
 
 
 def _measure(name: str, way: Variant, prompt: int, input_ids: Tensor, args: Any, decoder: Any) -> Run:
@@ -74,11 +84,19 @@ def _measure(name: str, way: Variant, prompt: int, input_ids: Tensor, args: Any,
     out = way(input_ids, args.max_new_tokens, watch)
     run = Run(prompt, watch.tokens, watch.seconds, watch.time_to_first_token)
     if out is not None:
-        speculative = (decoder.exit_layer, decoder.draft_head) if name == SELF_SPECULATIVE else (None, None)
-        run.bytes_per_token = bytes_per_token(decoder.model, out.stats, *speculative)
+        run.bytes_per_token = _bytes_per_token(name, decoder, out.stats)
         run.drafted, run.accepted = out.stats.drafted, out.stats.accepted
         run.sequence = out.new_tokens[0].tolist()
     return run
+
+
+def _bytes_per_token(name: str, decoder: SelfSpeculativeDecoder, stats: Stats) -> float:
+    """0, for not known, where the exit layer changes from round to round."""
+    if name != SELF_SPECULATIVE:
+        return bytes_per_token(decoder.model, stats)
+    if isinstance(decoder.exit_layer, str):
+        return 0.0
+    return bytes_per_token(decoder.model, stats, decoder.exit_layer, decoder.draft_head)
 
 
 def outside_ops(decoder: SelfSpeculativeDecoder, input_ids: Tensor, new_tokens: int) -> dict[str, float]:
@@ -103,7 +121,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="transformers")
         for way in ways.values():  # a warm-up, not measured
-            way(encoded[0], 2 * decoder.num_speculations, Stopwatch())
+            way(encoded[0], 2 * most_drafts(decoder), Stopwatch())
         memory = ReadBandwidth()
         order = [(index, repeat) for repeat in range(args.repeats) for index in range(len(encoded))]
         for index, _ in track(order, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
@@ -113,7 +131,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     report = Report(
         settings=_settings(args, decoder),
         bandwidth=memory.median,
-        outside_ops=outside_ops(decoder, encoded[0], max(args.max_new_tokens, 4 * decoder.num_speculations)),
+        outside_ops=outside_ops(decoder, encoded[0], max(args.max_new_tokens, 4 * most_drafts(decoder))),
         runs=runs,
         tasks=[prompt.task for prompt in texts],
     )

@@ -23,6 +23,11 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_or_auto(text: str) -> int | str:
+    """An argparse type: "auto", or an int from 1 up."""
+    return text if text == "auto" else positive(text)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, in which dtype, on how many threads."""
     parser.add_argument("--model", default="smollm2", help="a directory, a hub name, smollm2, smollm2-layerskip")
@@ -32,8 +37,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_speculation(parser: argparse.ArgumentParser) -> None:
     """How to draft."""
-    parser.add_argument("--exit-layer", type=positive, metavar="E", help="layers that draft (default: a quarter)")
-    parser.add_argument("--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round")
+    parser.add_argument(
+        "--exit-layer", type=positive_or_auto, metavar="E", help="layers that draft, or auto (default: a quarter)"
+    )
+    parser.add_argument(
+        "--num-speculations", type=positive_or_auto, default=4, metavar="K", help="tokens drafted a round, or auto"
+    )
     parser.add_argument(
         "--draft-head",
         default="full",
@@ -61,7 +70,7 @@ def _quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def exit_layer(args: argparse.Namespace, model: Any) -> int:
+def exit_layer(args: argparse.Namespace, model: Any) -> int | str:
     """What the options say, or a quarter of the layers."""
     return args.exit_layer or max(1, model.config.num_hidden_layers // 4)
 
