@@ -135,22 +135,29 @@ def exit_head(
 ) -> None:
     shaped("hidden", hidden, [None, None], FLOATS)
     shaped("norm_weight", norm_weight, [hidden.shape[1]], [hidden.dtype])
-    head_dtype = hidden.dtype if scale is None else torch.int8
-    shaped("head_weight", head_weight, [None, hidden.shape[1]], [head_dtype])
-    vocabulary = head_weight.shape[0]
-    require(vocabulary > 0, "head_weight has no rows")
-    if token_map is not None:
-        shaped("token_map", token_map, [vocabulary], [torch.int64])
-    if scale is not None:
-        shaped("scale", scale, [vocabulary], [torch.float32])
     require(eps >= 0, f"eps must not be negative, got {eps}")
-    dense(norm_weight=norm_weight, head_weight=head_weight, token_map=token_map, scale=scale)
-    same_device(hidden, norm_weight=norm_weight, head_weight=head_weight, token_map=token_map, scale=scale)
+    dense(norm_weight=norm_weight)
+    same_device(hidden, norm_weight=norm_weight)
+    _head(hidden, head_weight=head_weight, token_map=token_map, scale=scale)
     if logits is not None:
-        written("logits", logits, [hidden.shape[0], vocabulary])
+        written("logits", logits, [hidden.shape[0], head_weight.shape[0]])
         same_device(hidden, logits=logits)
     if temperature is not None or seed is not None or offset is not None:
         _sampling(hidden, hidden.shape[0], temperature=temperature, seed=seed, offset=offset)
+
+
+def _head(hidden: Tensor, **named: Tensor | None) -> None:
+    """The weight of a head for ``hidden``, its token map and its scale, in this order, by their names."""
+    (name, weight), (map_name, token_map), (scale_name, scale) = named.items()
+    assert weight is not None
+    shaped(name, weight, [None, hidden.shape[1]], [hidden.dtype if scale is None else torch.int8])
+    require(weight.shape[0] > 0, f"{name} has no rows")
+    if token_map is not None:
+        shaped(map_name, token_map, [weight.shape[0]], [torch.int64])
+    if scale is not None:
+        shaped(scale_name, scale, [weight.shape[0]], [torch.float32])
+    dense(**named)
+    same_device(hidden, **named)
 
 
 def _sampling(first: Tensor, rows: int, **given: Tensor | None) -> None:
@@ -246,14 +253,8 @@ def draft(
     seed: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> None:
-    shaped("token", token, [None], [torch.int64])
-    shaped("embedding", embedding, [None, None], FLOATS)
-    require(embedding.shape[0] > 0, "embedding has no rows")
-    require(steps >= 0, f"steps must not be negative, got {steps}")
+    _drafting(token, embedding, steps, min_probability)
     require(end >= 1, f"end must be at least 1, got {end}")
-    require(0 <= min_probability <= 1, f"min_probability must lie in [0, 1], got {min_probability}")
-    dense(embedding=embedding)
-    same_device(embedding, token=token)
     batch, rows = token.shape[0], steps + extend
     state = embedding[0]
     partial_forward(state.expand(batch, rows, -1), weights, k_cache, v_cache, cos, sin, seq_lens, 0, end, eps, slots)
@@ -263,6 +264,16 @@ def draft(
         same_device(embedding, logits=logits)
     if temperature is not None or seed is not None:
         _sampling(embedding, batch, temperature=temperature, seed=seed)
+
+
+def _drafting(token: Tensor, embedding: Tensor, steps: int, min_probability: float) -> None:
+    shaped("token", token, [None], [torch.int64])
+    shaped("embedding", embedding, [None, None], FLOATS)
+    require(embedding.shape[0] > 0, "embedding has no rows")
+    require(steps >= 0, f"steps must not be negative, got {steps}")
+    require(0 <= min_probability <= 1, f"min_probability must lie in [0, 1], got {min_probability}")
+    dense(embedding=embedding)
+    same_device(embedding, token=token)
 
 
 def layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
@@ -343,32 +354,25 @@ def speculative_round(
     temperature: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> None:
-    shaped("token", token, [None], [torch.int64])
-    shaped("embedding", embedding, [None, None], FLOATS)
+    _drafting(token, embedding, steps, min_probability)
     shaped("k_cache", k_cache, [None] * 5, [embedding.dtype])
-    depth, batch = k_cache.shape[0], token.shape[0]
+    depth, batch, state = k_cache.shape[0], token.shape[0], embedding[0]
     require(1 <= exit_layer <= depth, f"exit_layer must lie in [1, {depth}], got {exit_layer}")
-    require(steps >= 0, f"steps must not be negative, got {steps}")
-    require(embedding.shape[0] > 0, "embedding has no rows")
-    state = embedding[0]
     states = state.expand(batch, steps + 1, -1)
     partial_forward(states, weights, k_cache, v_cache, cos, sin, seq_lens, 0, depth, eps, slots)
     exit_head(state.expand(batch, -1), norm_weight, head_weight, eps)
     if draft_weight is None:
         given = [name for name, arg in (("draft_map", draft_map), ("draft_scale", draft_scale)) if arg is not None]
         require(not given, f"{', '.join(given)} needs a draft_weight")
-    elif temperature is not None and draft_map is None:
+    else:
+        _head(state[None], draft_weight=draft_weight, draft_map=draft_map, draft_scale=draft_scale)
         require(
-            draft_weight.shape[0] == head_weight.shape[0],
+            temperature is None or draft_map is not None or draft_weight.shape[0] == head_weight.shape[0],
             f"draft_weight has {draft_weight.shape[0]} rows, head_weight {head_weight.shape[0]}: "
             "to sample without a draft_map they must agree",
         )
-    shallow = weights[: layer_slots(weights, 0, depth) * exit_layer]
-    draft(
-        token, embedding, shallow, k_cache, v_cache, cos, sin, seq_lens, exit_layer, norm_weight,
-        head_weight if draft_weight is None else draft_weight, eps, steps, True, draft_map, draft_scale, slots,
-        min_probability, temperature, seed,
-    )  # fmt: skip
+    if temperature is not None or seed is not None:
+        _sampling(embedding, batch, temperature=temperature, seed=seed)
 
 
 def early_exit_loss(

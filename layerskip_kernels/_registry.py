@@ -17,8 +17,6 @@ UNSERVED = {
     ("triton", "partial_forward"): _SLOTS,
     ("triton", "exit_head"): _SAMPLING,
     ("triton", "draft"): (*_SLOTS, *_SAMPLING),
-    ("cpu", "exit_head"): _SAMPLING,
-    ("cpu", "draft"): _SAMPLING,
 }
 
 
@@ -53,10 +51,8 @@ def _without(backend: str, op: str, supports: Callable[..., str | None]) -> Call
 def register_all() -> None:
     """One line an op and backend."""
     for op in _ops.SCHEMAS:
-        composed = op in ("accept_sampled", "speculative_round")
-        for device, reason in (("cuda", _extension.cuda_reason), ("cpu", _extension.cpu_reason)):
-            supports = _native_supports(device, f"{op} is not written yet" if composed else reason)
-            dispatch.register(op, device, _ops.native(op), _without(device, op, supports))
+        dispatch.register(op, "cuda", _ops.native(op), _native_supports("cuda", _extension.cuda_reason))
+        dispatch.register(op, "cpu", _ops.native(op), _native_supports("cpu", _extension.cpu_reason))
         if op in triton.OPS:
             dispatch.register(op, "triton", triton.implementation(op), _without("triton", op, triton.supports))
         dispatch.register(op, "reference", getattr(reference, f"{op}_ref"), _always)

@@ -137,13 +137,12 @@ def explain(op: str, *args: Any) -> Explanation:
     raise BackendError(f"no backend serves {op} ({listing})")
 
 
-def direct(op: str, *args: Any) -> Callable[..., Any] | None:
-    """The native CPU kernel where an eager call on plain CPU tensors would end there anyway, else None."""
-    first = args[0]
+def direct(op: str, first: Tensor) -> Callable[..., Any] | None:
+    """The native CPU kernel where an eager call on a plain CPU tensor would end there anyway, else None."""
     if type(first) is not Tensor or not first.is_cpu or _forced.get() not in (None, "cpu"):
         return None
     candidate = _table[op].get("cpu")
-    return candidate.function if candidate is not None and candidate.supports(*args) is None else None
+    return candidate.function if candidate is not None and candidate.supports(first) is None else None
 
 
 def call(op: str, *args: Any) -> Any:

@@ -81,7 +81,7 @@ def _call(op: str, *args: Any) -> Any:
     first = args[0]
     if torch.is_grad_enabled() and first.requires_grad:
         raise ValueError(f"{op} has no backward; call it under torch.no_grad(), or detach its inputs")
-    kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, *args)
+    kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, first)
     if kernel is None:
         return getattr(_op, op).default(*args)
     try:

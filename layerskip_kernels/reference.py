@@ -218,24 +218,35 @@ def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[
     return accepted, next_token
 
 
-def _log_softmax(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits [B, K, V] at each sequence's temperature; and whether a row has it, [B, K] (not of NaN or +inf)."""
-    scaled = logits / divisors(temperature)[:, :, None]
+def _log_softmax(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [B, K, V]; and whether a row has one, [B, K]: not one of NaN, +inf or nothing but -inf."""
     lse = scaled.logsumexp(-1, keepdim=True)
     return scaled - lse, lse[..., 0].isfinite()
 
 
-def _draft_log_probabilities(draft_logits: Tensor, temperature: Tensor, token_map: Tensor | None, like: Tensor) -> Any:
-    """log q [B, K, V], -inf outside the draft's own tokens; and which rows have one, [B, K]."""
-    log_q, valid = _log_softmax(draft_logits, temperature)
+def _on_vocabulary(log_q: Tensor, token_map: Tensor | None, vocabulary: int) -> Tensor:
+    """log q of the draft's tokens, [B, K, V_draft] -> [B, K, V], -inf where it has none."""
     if token_map is None:
-        return log_q, valid
-    if token_map.device.type == "cpu" and token_map.numel():  # on a GPU this would be a host sync
-        low, high = int(token_map.min()), int(token_map.max())
-        if low < 0 or high >= like.shape[-1]:
-            raise ValueError(f"token_map holds {low if low < 0 else high}, expected [0, {like.shape[-1]})")
-    full = torch.full_like(like[:, : log_q.shape[1]], float("-inf"))
-    return full.index_copy(2, token_map, log_q), valid
+        return log_q
+    full = log_q.new_full((*log_q.shape[:2], vocabulary), float("-inf"))
+    return full.index_copy(2, token_map, log_q)
+
+
+def _check_accepted_tokens(draft: Tensor, temperature: Tensor, token_map: Tensor | None, vocabulary: int) -> None:
+    """Raise where a draft cannot have been drawn from the draft's own tokens."""
+    if draft.device.type != "cpu":  # on a GPU this would be a host sync
+        return
+    for name, tokens in (("draft", draft), ("token_map", token_map)):
+        if tokens is not None and tokens.numel():
+            least, most = int(tokens.min()), int(tokens.max())
+            if most >= vocabulary or (least < 0 and name == "token_map"):
+                token = most if most >= vocabulary else least
+                raise ValueError(f"{name} holds {token}, the vocabulary of target_logits has {vocabulary}")
+    if token_map is not None:
+        strange = ~torch.isin(draft, token_map) & (draft >= 0) & (temperature[:, None] > 0)
+        if strange.any():
+            b, i = strange.nonzero()[0].tolist()
+            raise ValueError(f"draft[{b}, {i}] is {int(draft[b, i])}, which is not in token_map")
 
 
 def accept_sampled_ref(
@@ -248,14 +259,17 @@ def accept_sampled_ref(
     token_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, drafted = draft.shape
-    sampled = temperature[:, None] > 0
-    log_p, valid_p = _log_softmax(target_logits, temperature)
-    log_q, valid_q = _draft_log_probabilities(draft_logits, temperature, token_map, target_logits)
+    vocabulary = target_logits.shape[2]
+    _check_accepted_tokens(draft, temperature, token_map, vocabulary)
+    sampled, by = temperature[:, None] > 0, divisors(temperature)[:, :, None]
+    log_p, valid_p = _log_softmax(target_logits / by)
+    log_q, valid_q = _log_softmax(draft_logits / by)
+    log_q = _on_vocabulary(log_q, token_map, vocabulary)
     valid = valid_p.clone()
     valid[:, :drafted] &= valid_q | (draft < 0) | ~sampled
     best = log_p.argmax(-1)  # [B, K + 1]
 
-    index = draft.clamp(0, log_p.shape[-1] - 1)[:, :, None]
+    index = draft.clamp_min(0)[:, :, None]
     gain = (log_p[:, :drafted].gather(2, index) - log_q.gather(2, index))[:, :, 0]
     offsets = seq_lens[:, None] + torch.arange(drafted, device=draft.device)
     luck = _noise.uniform(seed[:, None], offsets, torch.zeros_like(offsets), _noise.ACCEPT).log()
@@ -265,13 +279,13 @@ def accept_sampled_ref(
     def last(rows: Tensor) -> Tensor:  # the row after the accepted drafts
         return rows[torch.arange(batch, device=rows.device), accepted.clamp_max(rows.shape[1] - 1)]
 
-    final = last(log_p)  # [B, V]
+    final = last(target_logits / by)  # [B, V]
     if drafted:
         rejected = (accepted < drafted) & (last(draft) >= 0)
-        residual = (final.exp() - last(log_q).exp()).clamp_min(0).log()
+        residual = (last(log_p).exp() - last(log_q).exp()).clamp_min(0).log()
         usable = rejected & (residual > float("-inf")).any(-1)  # rounding may leave nothing
         final = torch.where(usable[:, None], residual, final)
-    every = torch.arange(final.shape[1], device=draft.device)
+    every = torch.arange(vocabulary, device=draft.device)
     noise = _noise.gumbel(seed[:, None], (seq_lens + accepted)[:, None], every, _noise.RESIDUAL)
     token = torch.where(sampled[:, 0], (final + noise).argmax(-1), last(best))
     seq_lens.add_(accepted + 1)

@@ -1,10 +1,11 @@
-// accept_greedy on CPU tensors.
-#include <tuple>
+// accept_greedy and accept_sampled on CPU tensors.
+#include <algorithm>
+#include <vector>
 
-#include "cpu/common.h"
+#include "cpu/head.h"
+#include "cpu/ops.h"
 
 namespace lsk {
-namespace {
 
 std::tuple<Tensor, Tensor> accept_greedy(const Tensor& draft_in, const Tensor& target_in, const Tensor& seq_lens) {
   const Tensor draft = contiguous(draft_in), target = contiguous(target_in);
@@ -26,7 +27,213 @@ std::tuple<Tensor, Tensor> accept_greedy(const Tensor& draft_in, const Tensor& t
   return {accepted, next_token};
 }
 
+namespace {
+
+// Logits [B, M, V], their strides, and the vocabulary's fixed partition.
+struct Rows {
+  const float* at;
+  int64_t sequence, row;
+  HeadTiles tiles;
+
+  Rows(const Tensor& tensor, const char* name, int64_t batch, int64_t rows)
+      : at(logits_data(tensor, name, {batch, rows, tensor.size(2)})),
+        sequence(tensor.stride(0)),
+        row(tensor.stride(1)),
+        tiles(tensor.size(2)) {}
+  const float* operator()(int64_t b, int64_t i) const { return at + b * sequence + i * row; }
+};
+
+// What is known of a sequence once its drafts are judged.
+struct Verdict {
+  int64_t accepted, next;
+  bool draws, rejected;  // whether the next token is drawn, and then whether from max(p - q, 0)
+  float logsumexp_p, logsumexp_q;
+};
+
+struct AcceptSampled {
+  int64_t batch, drafted;
+  const int64_t *draft, *lengths, *seed, *token_map;  // [B, K], [B], [B], [V_draft] or null
+  const float* temperature;                           // [B]
+  Rows p, q;                                          // of the target and the draft
+  HeadPartial *partial_p, *partial_q;                 // [B, K + 1, tiles], [B, K, tiles]
+  float* residual;                                    // [B, V]: q where the next token is drawn from max(p - q, 0)
+  Pick* picks;                                        // [B, tiles]
+
+  // Drafts of sequence b, up to the first slot that was not drafted.
+  int64_t count(int64_t b) const {
+    const int64_t* own = draft + b * drafted;
+    return std::find_if(own, own + drafted, [](int64_t token) { return token < 0; }) - own;
+  }
+  float divisor(int64_t b) const { return temperature[b] > 0 ? temperature[b] : 1.0f; }
+  Noise noise(int64_t b, int64_t row, uint32_t stream) const { return {seed[b], lengths[b] + row, stream}; }
+
+  void sum_rows(const Member& member, const Rows& logits, int64_t rows, bool of_draft, HeadPartial* partials) const {
+    const int64_t tiles = logits.tiles.count;
+    const Range tasks = member.share(batch * rows * tiles);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t tile = task % tiles, i = task / tiles % rows, b = task / tiles / rows;
+      if (of_draft ? i >= count(b) || temperature[b] == 0 : i > count(b)) continue;
+      kernels<float>().softmax_part(logits(b, i), divisor(b), logits.tiles.begin(tile), logits.tiles.end(tile),
+                                    partials + task);
+    }
+  }
+
+  void sum(const Member& member) const {
+    sum_rows(member, p, drafted + 1, false, partial_p);
+    sum_rows(member, q, drafted, true, partial_q);
+  }
+
+  // The draft's own row for a token.
+  int64_t index(int64_t b, int64_t i) const {
+    const int64_t token = draft[b * drafted + i], size = q.tiles.vocabulary;
+    const int64_t at = token_map ? std::find(token_map, token_map + size, token) - token_map : token;
+    STD_TORCH_CHECK(at < size, "draft[", b, ", ", i, "] is ", token, ", which is not in token_map");
+    return at;
+  }
+
+  Verdict judge(int64_t b) const {
+    const int64_t drafts = count(b);
+    for (int64_t i = 0;; ++i) {
+      const HeadRow wanted(partial_p + (b * (drafted + 1) + i) * p.tiles.count, p.tiles.count, 1);
+      Verdict out{i, -1, false, false, wanted.logsumexp, 0.0f};
+      if (!wanted.finite()) return out;
+      const int64_t token = i < drafts ? draft[b * drafted + i] : -1;
+      if (temperature[b] == 0) {
+        if (token == wanted.row) continue;
+        out.next = wanted.row;
+        return out;
+      }
+      out.draws = true;
+      if (i == drafts) return out;
+      const HeadRow own(partial_q + (b * drafted + i) * q.tiles.count, q.tiles.count, 1);
+      out.logsumexp_q = own.logsumexp;
+      out.draws = own.finite();
+      if (!out.draws) return out;
+      const float log_p = p(b, i)[token] / temperature[b] - wanted.logsumexp;
+      const float log_q = q(b, i)[index(b, i)] / temperature[b] - own.logsumexp;
+      if (std::log(kernels<float>().uniform(noise(b, i, kAccept))) < log_p - log_q) continue;
+      out.rejected = true;
+      return out;
+    }
+  }
+
+  // q of a rejected draft, over the target's vocabulary; `memory` [V_draft].
+  void spread(int64_t b, const Verdict& verdict, float* memory) const {
+    const int64_t scored = q.tiles.vocabulary, vocabulary = p.tiles.vocabulary;
+    float* out = residual + b * vocabulary;
+    kernels<float>().softmax(q(b, verdict.accepted), temperature[b], verdict.logsumexp_q, scored,
+                             token_map ? memory : out);
+    if (!token_map) return;
+    std::fill_n(out, vocabulary, 0.0f);
+    for (int64_t j = 0; j < scored; ++j) out[token_map[j]] = memory[j];
+  }
+
+  PickArgs pick_args(int64_t b, const Verdict& verdict, bool rejected) const {
+    const float* without = rejected ? residual + b * p.tiles.vocabulary : nullptr;
+    return {p(b, verdict.accepted), temperature[b], verdict.logsumexp_p, without,
+            noise(b, verdict.accepted, kResidual)};
+  }
+
+  void pick(const Member& member, const std::vector<Verdict>& verdicts) const {
+    const int64_t tiles = p.tiles.count;
+    const Range tasks = member.share(batch * tiles);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t b = task / tiles, tile = task % tiles;
+      if (!verdicts[b].draws) continue;
+      kernels<float>().pick_part(pick_args(b, verdicts[b], verdicts[b].rejected), p.tiles.begin(tile),
+                                 p.tiles.end(tile), picks + task);
+    }
+  }
+
+  int64_t chosen(int64_t b, const Verdict& verdict) const {
+    if (!verdict.draws) return verdict.next;
+    const Pick* own = picks + b * p.tiles.count;
+    Pick best = own[0];
+    for (int64_t t = 1; t < p.tiles.count; ++t)
+      if (own[t].score > best.score) best = own[t];
+    if (std::isinf(best.score))  // rounding left nothing of p - q
+      kernels<float>().pick_part(pick_args(b, verdict, false), 0, p.tiles.vocabulary, &best);
+    return best.row;
+  }
+
+  // Judges all sequences; advances `advanced` [B].
+  void run(int threads, float* memory, int64_t* advanced, int64_t* accepted, int64_t* next) const {
+    run_team(threads, [&](const Member& member) { sum(member); });
+    std::vector<Verdict> verdicts;
+    for (int64_t b = 0; b < batch; ++b) verdicts.push_back(judge(b));
+    run_team(threads, [&](const Member& member) {
+      const Range own = member.share(batch);
+      for (int64_t b = own.begin; b < own.end; ++b)
+        if (verdicts[b].rejected) spread(b, verdicts[b], memory + member.index * q.tiles.vocabulary);
+      member.wait();
+      pick(member, verdicts);
+    });
+    for (int64_t b = 0; b < batch; ++b) {
+      accepted[b] = verdicts[b].accepted;
+      next[b] = chosen(b, verdicts[b]);
+      advanced[b] += accepted[b] + 1;
+    }
+  }
+};
+
+// With contiguous rows; `x` itself where it has them.
+Tensor with_rows(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3, "logits have rank ", x.dim(), ", expected 3");
+  return x.size(2) <= 1 || x.stride(2) == 1 ? x : contiguous(x);
+}
+
+void check_tokens(const int64_t* tokens, int64_t count, const char* name, int64_t least, int64_t vocabulary) {
+  for (int64_t i = 0; tokens && i < count; ++i)
+    STD_TORCH_CHECK(least <= tokens[i] && tokens[i] < vocabulary, name, " holds ", tokens[i],
+                    ", the vocabulary of target_logits has ", vocabulary);
+}
+
 }  // namespace
+
+std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& draft_logits,
+                                          const Tensor& target_logits, const Tensor& seq_lens,
+                                          const Tensor& temperature, const Tensor& seed,
+                                          const std::optional<Tensor>& token_map) {
+  const Tensor draft = contiguous(draft_in), target = with_rows(target_logits), drafts = with_rows(draft_logits);
+  const int64_t batch = draft.size(0), drafted = draft.size(1), scored = drafts.size(2), vocabulary = target.size(2);
+  STD_TORCH_CHECK(vocabulary > 0, "target_logits has no tokens");
+  STD_TORCH_CHECK(token_map.has_value() || scored == vocabulary, "draft_logits has ", scored, " tokens, target_logits ",
+                  vocabulary, ": without a token_map they must agree");
+  const Sampling sampling(temperature, seed, batch);
+  int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  const int64_t* map = data<int64_t>(token_map, "token_map", {scored});
+  const int64_t* tokens = data<int64_t>(draft, "draft", {batch, drafted});
+  check_tokens(map, scored, "token_map", 0, vocabulary);
+  check_tokens(tokens, batch * drafted, "draft", INT64_MIN, vocabulary);
+  const Rows p(target, "target_logits", batch, drafted + 1), q(drafts, "draft_logits", batch, drafted);
+  const int64_t count_p = batch * (drafted + 1) * p.tiles.count, count_q = batch * drafted * q.tiles.count;
+  const int64_t count_picks = batch * p.tiles.count;
+  const int threads = batch * (drafted + 1) * vocabulary < (1 << 15) ? 1 : num_threads();
+  Workspace workspace(Workspace::bytes<HeadPartial>(count_p) + Workspace::bytes<HeadPartial>(count_q) +
+                      Workspace::bytes<float>(batch * vocabulary) + Workspace::bytes<Pick>(count_picks) +
+                      Workspace::bytes<float>(threads * scored));
+  const AcceptSampled step{batch,
+                           drafted,
+                           tokens,
+                           lengths,
+                           sampling.seed,
+                           map,
+                           sampling.temperature,
+                           p,
+                           q,
+                           workspace.take<HeadPartial>(count_p),
+                           workspace.take<HeadPartial>(count_q),
+                           workspace.take<float>(batch * vocabulary),
+                           workspace.take<Pick>(count_picks)};
+  Tensor accepted = torch::stable::empty_like(seq_lens), next_token = torch::stable::empty_like(seq_lens);
+  step.run(threads, workspace.take<float>(threads * scored), lengths, static_cast<int64_t*>(accepted.data_ptr()),
+           static_cast<int64_t*>(next_token.data_ptr()));
+  return {accepted, next_token};
+}
+
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("accept_greedy", TORCH_BOX(&lsk::accept_greedy)); }
+STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) {
+  m.impl("accept_greedy", TORCH_BOX(&lsk::accept_greedy));
+  m.impl("accept_sampled", TORCH_BOX(&lsk::accept_sampled));
+}

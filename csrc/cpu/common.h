@@ -1,6 +1,8 @@
 // Shared by the launchers of the CPU ops.
 #pragma once
 
+#include <cmath>
+
 #include "common/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/team.h"
@@ -20,6 +22,37 @@ inline void check_capacity(const int64_t* seq_lens, int64_t batch, int64_t rows,
     STD_TORCH_CHECK(seq_lens[b] >= 0 && seq_lens[b] + rows <= capacity, "sequence ", b, " has length ", seq_lens[b],
                     ", ", rows, " more rows do not fit the cache's capacity ", capacity);
   }
+}
+
+// Temperatures and what names the noise, one a row, all of them or none.
+struct Sampling {
+  const float* temperature = nullptr;
+  const int64_t* seed = nullptr;
+
+  Sampling(const std::optional<Tensor>& temperature_in, const std::optional<Tensor>& seed_in, int64_t rows) {
+    STD_TORCH_CHECK(temperature_in.has_value() == seed_in.has_value(), "temperature and seed come together");
+    temperature = data<float>(temperature_in, "temperature", {rows});
+    seed = data<int64_t>(seed_in, "seed", {rows});
+    for (int64_t r = 0; temperature && r < rows; ++r)
+      STD_TORCH_CHECK(temperature[r] >= 0 && std::isfinite(temperature[r]), "temperature[", r, "] is ", temperature[r],
+                      ", expected a finite number of at least 0");
+  }
+};
+
+// fp32 logits whose last dimension is contiguous, the others strided.
+inline float* logits_data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has an unexpected dtype");
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
+                  shape.size());
+  int64_t dim = 0;
+  for (int64_t size : shape) {
+    STD_TORCH_CHECK(tensor.size(dim) == size, name, " has size ", tensor.size(dim), " in dimension ", dim,
+                    ", expected ", size);
+    ++dim;
+  }
+  STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, "the rows of ", name,
+                  " must be contiguous");
+  return static_cast<float*>(tensor.data_ptr());
 }
 
 // Sequences use distinct rows of the cache: those that `slots` names, or without it the first `batch`, which are all.

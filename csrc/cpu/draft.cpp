@@ -7,6 +7,7 @@
 
 #include "cpu/forward.h"
 #include "cpu/head.h"
+#include "cpu/ops.h"
 
 namespace lsk {
 namespace {
@@ -16,9 +17,19 @@ struct Draft {
   const T* embedding;  // [V, D]
   int64_t vocabulary, batch, width, steps, rows;
   float min_probability;
-  int64_t* tokens;     // [B, K]
-  T* states;           // [B, rows, D]
-  float* probability;  // [B, K]
+  int64_t* tokens;      // [B, K]
+  T* states;            // [B, rows, D]
+  float* probability;   // [B, K]
+  HeadAsked asked;      // temperature and seed [B]; the logits of step 0
+  int64_t next_logits;  // from one step's logits to the next
+
+  // Of the head after step `row`, whose tokens sit at `positions`.
+  HeadAsked asked_of(int64_t row, const int64_t* positions) const {
+    HeadAsked own = asked;
+    own.offset = positions;
+    if (own.logits) own.logits += row * next_logits;
+    return own;
+  }
 
   void embed(const int64_t* current, T* hidden) const {
     for (int64_t b = 0; b < batch; ++b) {
@@ -73,14 +84,16 @@ struct Draft {
         } else {
           std::memset(to, 0, width * sizeof(T));
         }
-        ++lengths[b];
       }
       if (row == steps) return;
-      head.run(hidden.data(), batch, {current, scores.data(), scores.data() + batch});
+      head.run(hidden.data(), batch, {current, scores.data(), scores.data() + batch}, asked_of(row, lengths));
+      for (int64_t b = 0; b < batch; ++b) ++lengths[b];
       if (!record(row, current, scores.data(), scores.data() + batch, alive.get())) return clear(row + 1);
     }
   }
 };
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& embedding,
                                          const std::vector<Tensor>& weights, const Tensor& k_cache,
@@ -97,7 +110,12 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   STD_TORCH_CHECK(steps >= 0 && end >= 1, "steps must not be negative, and end at least 1; got ", steps, ", ", end);
   STD_TORCH_CHECK(min_probability >= 0 && min_probability <= 1, "min_probability must lie in [0, 1], got ",
                   min_probability);
-  STD_TORCH_CHECK(!temperature.has_value() && !seed.has_value() && !logits.has_value(), "not served yet");
+  const Sampling sampling(temperature, seed, batch);
+  HeadAsked asked{sampling.temperature, sampling.seed};
+  if (logits.has_value()) {
+    asked.logits = logits_data(*logits, "logits", {batch, steps, head_weight.size(0)});
+    asked.pitch = logits->stride(0);
+  }
   Tensor tokens = torch::stable::new_empty(token, {batch, steps});
   Tensor states = torch::stable::new_empty(embedding, {batch, rows, width});
   Tensor probability = torch::stable::new_empty(token, {batch, steps}, ScalarType::Float);
@@ -121,7 +139,9 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                          static_cast<float>(min_probability),
                          static_cast<int64_t*>(tokens.data_ptr()),
                          static_cast<T*>(states.data_ptr()),
-                         static_cast<float*>(probability.data_ptr())};
+                         static_cast<float*>(probability.data_ptr()),
+                         asked,
+                         logits.has_value() ? logits->stride(1) : 0};
     Forward<T> forward(shape, cos, sin, eps);
     draft.run(forward, stack.layers<T>(shape), ExitHead<T>(norm_weight, head_weight, width, eps, token_map, scale),
               slots, current.data(), advanced.data());
@@ -129,7 +149,6 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   return {tokens, states, probability};
 }
 
-}  // namespace
 }  // namespace lsk
 
 STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("draft", TORCH_BOX(&lsk::draft)); }

@@ -1,10 +1,8 @@
 // exit_head on CPU tensors.
-#include <tuple>
-
 #include "cpu/head.h"
+#include "cpu/ops.h"
 
 namespace lsk {
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tensor& norm_weight,
                                              const Tensor& head_weight, double eps,
@@ -12,23 +10,28 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tens
                                              const std::optional<Tensor>& temperature,
                                              const std::optional<Tensor>& seed, const std::optional<Tensor>& offset,
                                              const std::optional<Tensor>& logits) {
-  STD_TORCH_CHECK(!temperature.has_value() && !seed.has_value() && !offset.has_value() && !logits.has_value(),
-                  "not served yet");
   const Tensor hidden = contiguous(hidden_in);
   const int64_t rows = hidden.size(0), width = hidden.size(1);
+  const Sampling sampling(temperature, seed, rows);
+  STD_TORCH_CHECK(seed.has_value() == offset.has_value(), "seed and offset come together");
   Tensor token = torch::stable::new_empty(hidden, {rows}, ScalarType::Long);
   Tensor logit = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   Tensor logsumexp = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
+  HeadAsked asked{sampling.temperature, sampling.seed, data<int64_t>(offset, "offset", {rows})};
+  if (logits.has_value()) {
+    asked.logits = logits_data(*logits, "logits", {rows, head_weight.size(0)});
+    asked.pitch = logits->stride(0);
+  }
   with_float_type(hidden.scalar_type(), [&]<class T>(T*) {
     ExitHead<T>(norm_weight, head_weight, width, eps, token_map, scale)
         .run(data<T>(hidden, "hidden", {rows, width}), rows,
              {static_cast<int64_t*>(token.data_ptr()), static_cast<float*>(logit.data_ptr()),
-              static_cast<float*>(logsumexp.data_ptr())});
+              static_cast<float*>(logsumexp.data_ptr())},
+             asked);
   });
   return {token, logit, logsumexp};
 }
 
-}  // namespace
 }  // namespace lsk
 
 STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("exit_head", TORCH_BOX(&lsk::exit_head)); }

@@ -24,12 +24,15 @@ struct HeadOutputs {
   float *logit, *logsumexp;
 };
 
-inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, const int64_t* token_map,
-                    HeadOutputs out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    HeadPartial best = partials[r];
+// One row from its tiles, `stride` apart, in order.
+struct HeadRow {
+  float max, logsumexp;
+  int64_t row;
+
+  HeadRow(const HeadPartial* partials, int64_t tiles, int64_t stride) {
+    HeadPartial best = partials[0];
     for (int64_t t = 1; t < tiles; ++t) {
-      const HeadPartial& other = partials[t * rows + r];
+      const HeadPartial& other = partials[t * stride];
       const float top = other.max > best.max ? other.max : best.max;
       if (std::isinf(top) && top < 0) {  // nothing but -inf yet, whose difference would be NaN
         best.sum += other.sum;
@@ -39,10 +42,33 @@ inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, co
       if (other.max > best.max) best.row = other.row;
       best.max = top;
     }
-    const float logsumexp = best.max + std::log(best.sum);
-    out.token[r] = !std::isfinite(logsumexp) ? -1 : token_map ? token_map[best.row] : best.row;
-    out.logit[r] = best.max;
-    out.logsumexp[r] = logsumexp;
+    max = best.max;
+    row = best.row;
+    logsumexp = best.max + std::log(best.sum);
+  }
+  bool finite() const { return std::isfinite(logsumexp); }
+};
+
+// The tile whose draw scored best, the first of equals.
+inline const HeadPartial& drawn(const HeadPartial* partials, int64_t tiles, int64_t stride) {
+  int64_t best = 0;
+  for (int64_t t = 1; t < tiles; ++t)
+    if (partials[t * stride].pick.score > partials[best * stride].pick.score) best = t;
+  return partials[best * stride];
+}
+
+inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, const HeadAsked& asked, HeadOutputs out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const HeadRow own(partials + r, tiles, rows);
+    int64_t row = own.row;
+    out.logit[r] = own.max;
+    if (own.finite() && asked.temperature && asked.temperature[r] > 0) {
+      const HeadPartial& best = drawn(partials + r, tiles, rows);
+      row = best.pick.row;
+      out.logit[r] = best.logit;
+    }
+    out.token[r] = !own.finite() ? -1 : asked.token_map ? asked.token_map[row] : row;
+    out.logsumexp[r] = own.logsumexp;
   }
 }
 
@@ -65,7 +91,12 @@ class ExitHead {
     }
   }
 
-  void run(const T* hidden, int64_t rows, HeadOutputs out) const {
+  int64_t vocabulary() const { return tiles_.vocabulary; }
+
+  // `asked` need not hold the token map.
+  void run(const T* hidden, int64_t rows, HeadOutputs out, HeadAsked asked = {}) const {
+    asked.token_map = map_;
+    const HeadAsked* more = asked.temperature || asked.logits ? &asked : nullptr;
     Workspace workspace(Workspace::bytes<float>(packed_size(rows, width_)) +
                         Workspace::bytes<HeadPartial>(tiles_.count * rows));
     float* memory = workspace.take<float>(packed_size(rows, width_));
@@ -77,13 +108,13 @@ class ExitHead {
       const Range share = member.share(tiles_.count);
       for (int64_t t = share.begin; t < share.end; ++t) {
         if (int8_) {
-          table.head_int8({packed, int8_, scale_}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
+          table.head_int8({packed, int8_, scale_, more}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
         } else {
-          table.head({packed, weight_, nullptr}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
+          table.head({packed, weight_, nullptr, more}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
         }
       }
     });
-    combine(partials, tiles_.count, rows, map_, out);
+    combine(partials, tiles_.count, rows, asked, out);
   }
 
  private:

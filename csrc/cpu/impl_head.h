@@ -23,13 +23,36 @@ inline void fold_logits(float* logits, int64_t count, int64_t row, HeadPartial& 
   partial.sum += total(sum);
 }
 
+// Draws among `count` logits of one row, whose first vocabulary row is `row`.
+inline void draw(const float* logits, int64_t count, int64_t row, const int64_t* token_map, const Noise& noise,
+                 HeadPartial& partial) {
+  const int64_t before = partial.pick.row;
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t n = smaller(16, count - i);
+    keep_best(load(logits + i) + gumbel(tokens_of(row + i, n, token_map), noise), n, row + i, partial.pick);
+  }
+  if (partial.pick.row != before) partial.logit = logits[partial.pick.row - row];
+}
+
+// What is asked of one row's logits beyond their maximum and sum: to be written, and to be drawn from.
+inline void fold_asked(const HeadAsked& asked, float* logits, int64_t count, int64_t row, int64_t r,
+                       HeadPartial& partial) {
+  if (asked.logits) __builtin_memcpy(asked.logits + r * asked.pitch + row, logits, count * sizeof(float));
+  const float temperature = asked.temperature ? asked.temperature[r] : 0.0f;
+  if (temperature > 0)
+    for (int64_t i = 0; i < count; i += 16) store(logits + i, load(logits + i) / splat(temperature), 16);
+  fold_logits(logits, count, row, partial);
+  if (temperature > 0) draw(logits, count, row, asked.token_map, {asked.seed[r], asked.offset[r], kDraw}, partial);
+}
+
 // partial[r] for the packed row r, over the vocabulary rows [begin, end).
 template <class W>
 void head(const HeadArgs<W>& a, int64_t begin, int64_t end, HeadPartial* partial) {
   using X = typename Dot<W>::X;
   const int64_t width = a.x.width, stride = padded(width);
   alignas(64) float tile[kMaxRows * kTile];
-  for (int64_t r = 0; r < a.x.rows; ++r) partial[r] = {-__builtin_inff(), 0.0f, begin};
+  for (int64_t r = 0; r < a.x.rows; ++r)
+    partial[r] = {-__builtin_inff(), 0.0f, begin, {-__builtin_inff(), begin - 1}, 0.0f};
   for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
     const W* weight = a.weight + n * width;
     dot_tile(weight, width, count, x, stride, rows, width, weight + count * width, tile);
@@ -37,7 +60,11 @@ void head(const HeadArgs<W>& a, int64_t begin, int64_t end, HeadPartial* partial
       float* logits = tile + r * kTile;
       if (a.scale)
         for (int64_t i = 0; i < count; ++i) logits[i] *= a.scale[n + i];
-      fold_logits(logits, count, n, partial[m + r]);
+      if (a.asked) {
+        fold_asked(*a.asked, logits, count, n, m + r, partial[m + r]);
+      } else {
+        fold_logits(logits, count, n, partial[m + r]);
+      }
     }
   });
 }

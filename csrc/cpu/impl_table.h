@@ -12,4 +12,8 @@ constexpr Kernels<T> kTable = {
     rope<T>,
     attend<T>,
     combine<T>,
+    softmax_part,
+    softmax,
+    pick_part,
+    uniform_of,
 };

@@ -15,7 +15,9 @@ namespace lsk::avx512 {
 #include "cpu/simd_avx512.h"
 #include "cpu/impl_dot.h"
 #include "cpu/impl_rows.h"
+#include "cpu/impl_noise.h"
 #include "cpu/impl_head.h"
+#include "cpu/impl_accept.h"
 #include "cpu/impl_attention.h"
 #include "cpu/impl_table.h"
 

@@ -10,7 +10,9 @@ namespace lsk::portable {
 #include "cpu/simd_portable.h"
 #include "cpu/impl_dot.h"
 #include "cpu/impl_rows.h"
+#include "cpu/impl_noise.h"
 #include "cpu/impl_head.h"
+#include "cpu/impl_accept.h"
 #include "cpu/impl_attention.h"
 #include "cpu/impl_table.h"
 

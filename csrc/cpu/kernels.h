@@ -39,18 +39,52 @@ struct SwigluArgs {
   const void* next;  // what this thread reads afterwards, or null
 };
 
-// Maximum, its row and the sum of exp(logit - maximum) over a range of the vocabulary.
+// Streams of the noise.
+constexpr uint32_t kDraw = 0, kAccept = 1, kResidual = 2;
+
+// What names a row's noise; see layerskip_kernels/_noise.py.
+struct Noise {
+  int64_t seed, offset;
+  uint32_t stream;
+};
+
+// The best of noisy scores, and its row.
+struct Pick {
+  float score;
+  int64_t row;
+};
+
+// Maximum, its row and the sum of exp(logit - maximum) over a range of the vocabulary; what was drawn and its logit.
 struct HeadPartial {
   float max;
   float sum;
   int64_t row;
+  Pick pick;
+  float logit;
+};
+
+// What may be asked of a head beyond the arg-max.
+struct HeadAsked {
+  const float* temperature = nullptr;  // [rows] or null; 0 is greedy
+  const int64_t *seed = nullptr, *offset = nullptr;
+  const int64_t* token_map = nullptr;  // [V] or null
+  float* logits = nullptr;             // [rows, V], rows `pitch` apart, or null
+  int64_t pitch = 0;
+};
+
+struct PickArgs {
+  const float* logits;  // [V]
+  float temperature, logsumexp;
+  const float* q;  // [V] or null
+  Noise noise;
 };
 
 template <class W>
 struct HeadArgs {
   Packed x;
-  const W* weight;     // [V, width]
-  const float* scale;  // [V] or null
+  const W* weight;         // [V, width]
+  const float* scale;      // [V] or null
+  const HeadAsked* asked;  // or null
 };
 
 template <class T>
@@ -85,6 +119,11 @@ struct Kernels {
   void (*rope)(const RopeArgs<T>&, const T* x, T* out);
   void (*attend)(const AttentionArgs<T>&, int64_t split);
   void (*combine)(const float* partial, int64_t stride, int64_t splits, int64_t size, T* out);
+  // Of one row of fp32 logits, whatever T is.
+  void (*softmax_part)(const float* logits, float divisor, int64_t begin, int64_t end, HeadPartial* out);
+  void (*softmax)(const float* logits, float divisor, float logsumexp, int64_t count, float* out);
+  void (*pick_part)(const PickArgs&, int64_t begin, int64_t end, Pick* out);
+  float (*uniform)(const Noise&);  // of token 0
 };
 
 const char* isa_name();

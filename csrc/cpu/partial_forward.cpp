@@ -1,8 +1,8 @@
 // partial_forward on CPU tensors.
 #include "cpu/forward.h"
+#include "cpu/ops.h"
 
 namespace lsk {
-namespace {
 
 Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weights, const Tensor& k_cache,
                        const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens,
@@ -23,7 +23,6 @@ Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weigh
   return hidden;
 }
 
-}  // namespace
 }  // namespace lsk
 
 STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("partial_forward", TORCH_BOX(&lsk::partial_forward)); }

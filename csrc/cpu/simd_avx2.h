@@ -23,6 +23,51 @@ inline __m256 scale_half(__m256 a, __m256 n) {
 }
 inline F16 scale_by_power_of_two(F16 a, F16 n) { return {scale_half(a.lo, n.lo), scale_half(a.hi, n.hi)}; }
 
+// a < b ? yes : no
+inline F16 less(F16 a, F16 b, F16 yes, F16 no) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+inline __m256 split_half(__m256 x, __m256* exponent) {
+  const __m256i bits = _mm256_castps_si256(x);
+  *exponent = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127)));
+  const __m256i mantissa = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+  return _mm256_castsi256_ps(_mm256_or_si256(mantissa, _mm256_set1_epi32(0x3f800000)));
+}
+// x = mantissa * 2^exponent with a mantissa in [1, 2), for normal positive x.
+inline F16 split(F16 x, F16* exponent) { return {split_half(x.lo, &exponent->lo), split_half(x.hi, &exponent->hi)}; }
+
+// Sixteen words.
+struct U16 {
+  __m256i lo, hi;
+};
+
+inline U16 words(uint32_t x) {
+  return {_mm256_set1_epi32(static_cast<int>(x)), _mm256_set1_epi32(static_cast<int>(x))};
+}
+inline U16 load_words(const uint32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline U16 operator^(U16 a, U16 b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
+inline void multiply_half(__m256i a, __m256i factor, __m256i* high, __m256i* low) {
+  const __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+inline void multiply(U16 a, uint32_t factor, U16* high, U16* low) {
+  const __m256i wide = _mm256_set1_epi64x(factor);
+  multiply_half(a.lo, wide, &high->lo, &low->lo);
+  multiply_half(a.hi, wide, &high->hi, &low->hi);
+}
+// The halves of a word convert exactly, so the sum is rounded once, as a conversion would.
+inline __m256 to_floats_half(__m256i a) {
+  const __m256 high = _mm256_cvtepi32_ps(_mm256_srli_epi32(a, 16));
+  const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(a, _mm256_set1_epi32(0xffff)));
+  return _mm256_fmadd_ps(high, _mm256_set1_ps(65536.0f), low);
+}
+inline F16 to_floats(U16 a) { return {to_floats_half(a.lo), to_floats_half(a.hi)}; }
+
 inline __m256 bf16_half(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }

@@ -15,6 +15,32 @@ inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F16 round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F16 scale_by_power_of_two(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
+// a < b ? yes : no
+inline F16 less(F16 a, F16 b, F16 yes, F16 no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+// x = mantissa * 2^exponent with a mantissa in [1, 2), for normal positive x.
+inline F16 split(F16 x, F16* exponent) {
+  *exponent = {_mm512_getexp_ps(x.v)};
+  return {_mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src)};
+}
+
+// Sixteen words.
+struct U16 {
+  __m512i v;
+};
+
+inline U16 words(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+inline U16 load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline U16 operator^(U16 a, U16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline void multiply(U16 a, uint32_t factor, U16* high, U16* low) {
+  const __m512i wide = _mm512_set1_epi64(factor);
+  const __m512i even = _mm512_mul_epu32(a.v, wide), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), wide);
+  *high = {_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
+  *low = {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
+}
+inline F16 to_floats(U16 a) { return {_mm512_cvtepu32_ps(a.v)}; }
+
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 inline F16 from_bf16(__m256i bits) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))}; }

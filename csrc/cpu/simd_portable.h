@@ -47,6 +47,54 @@ inline F16 scale_by_power_of_two(const F16& a, const F16& n) {
   return lanes([&](int i) { return a.v[i] * (n.v[i] == n.v[i] ? power_of_two(n.v[i]) : 1.0f); });
 }
 
+// a < b ? yes : no
+inline F16 less(const F16& a, const F16& b, const F16& yes, const F16& no) {
+  return lanes([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
+}
+// x = mantissa * 2^exponent with a mantissa in [1, 2), for normal positive x.
+inline F16 split(const F16& x, F16* exponent) {
+  F16 mantissa;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x.v[i], 4);
+    exponent->v[i] = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
+    bits = (bits & 0x7fffff) | 0x3f800000;
+    __builtin_memcpy(&mantissa.v[i], &bits, 4);
+  }
+  return mantissa;
+}
+
+// Sixteen words.
+struct U16 {
+  uint32_t v[16];
+};
+
+inline U16 words(uint32_t x) {
+  U16 out;
+  for (int i = 0; i < 16; ++i) out.v[i] = x;
+  return out;
+}
+inline U16 load_words(const uint32_t* p) {
+  U16 out;
+  for (int i = 0; i < 16; ++i) out.v[i] = p[i];
+  return out;
+}
+inline U16 operator^(const U16& a, const U16& b) {
+  U16 out;
+  for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] ^ b.v[i];
+  return out;
+}
+inline void multiply(const U16& a, uint32_t factor, U16* high, U16* low) {
+  for (int i = 0; i < 16; ++i) {
+    const uint64_t product = static_cast<uint64_t>(a.v[i]) * factor;
+    high->v[i] = static_cast<uint32_t>(product >> 32);
+    low->v[i] = static_cast<uint32_t>(product);
+  }
+}
+inline F16 to_floats(const U16& a) {
+  return lanes([&](int i) { return static_cast<float>(a.v[i]); });
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) {

@@ -25,12 +25,18 @@ OPS = (
     "partial_forward",
     "draft",
     "accept_greedy",
+    "accept_sampled",
+    "speculative_round",
 )
+WITH_OPTIONS = ("rope_kv_append", "verify_attention", "exit_head", "partial_forward", "draft", "speculative_round")
+CALLS = [(op, False) for op in OPS] + [(op, True) for op in WITH_OPTIONS]  # with and without slots and sampling
 MUTATES = {
     "rope_kv_append": ("k_cache", "v_cache"),
     "partial_forward": ("k_cache", "v_cache"),
     "draft": ("k_cache", "v_cache"),
     "accept_greedy": ("seq_lens",),
+    "accept_sampled": ("seq_lens",),
+    "speculative_round": ("k_cache", "v_cache", "seq_lens"),
 }
 
 
@@ -42,8 +48,30 @@ def layer_weights(make: Inputs) -> dict[str, Tensor]:
     return {name: make.norm(D) if "norm" in name else make.weight(*shapes[name]) for name in LAYER_SLOTS}
 
 
-def example(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Arguments of ``op``, by name and in its order."""
+def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
+    """``args`` of `example`, and slots in a cache of three rows, sampling, and logits to write."""
+    B, K, V = SIZES["B"], SIZES["K"], SIZES["V"]
+    draws = {"temperature": torch.tensor([0.7, 0.0]), "seed": torch.tensor([3, -(2**40)])}
+    if op == "exit_head":
+        per_row = {name: tensor.repeat(3)[:5] for name, tensor in draws.items()}
+        return {**args, **per_row, "offset": torch.arange(5), "logits": torch.zeros(5, V)}
+    rows = 1 if args["k_cache"].dim() == 5 else 0
+    for name in ("k_cache", "v_cache"):
+        args[name] = torch.cat([args[name], args[name].narrow(rows, 0, 1)], rows)
+    args["slots"] = torch.tensor([2, 0])
+    if op in ("draft", "speculative_round"):
+        args.update(min_probability=0.05, **draws)
+    if op == "draft":
+        args["logits"] = torch.zeros(B, K, V)
+    return args
+
+
+def example(op: str, dtype: torch.dtype = torch.float32, options: bool = False) -> dict[str, Any]:
+    """Arguments of ``op``, by name and in its order; with ``options`` those that it can do without, too."""
+    return with_options(op, _example(op, dtype)) if options else _example(op, dtype)
+
+
+def _example(op: str, dtype: torch.dtype) -> dict[str, Any]:
     make = Inputs(dtype)
     B, M, D, H, G, C, F, V, T, L, K = SIZES.values()
     cos, sin = rope_tables(T + 1, C)
@@ -61,7 +89,6 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
                 "residual": make.normal(5, F)}  # fmt: skip
     if op == "swiglu":
         return {"x": make.normal(5, D), "gate": make.weight(F, D), "up": make.weight(F, D)}
-    draws = {"temperature": torch.tensor([0.7, 0.0]), "seed": torch.tensor([3, 2**40])}
     if op == "rope_kv_append":
         return {"q": make.normal(B, M, H, C), "k": make.normal(B, M, G, C), "v": make.normal(B, M, G, C), **step}
     if op == "verify_attention":
@@ -91,7 +118,8 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     if op == "accept_sampled":
         wide = Inputs(torch.float32)
         return {"draft": make.integers(0, 3, B, K), "draft_logits": wide.normal(B, K, 3),
-                "target_logits": wide.normal(B, K + 1, V), "seq_lens": step["seq_lens"], **draws,
+                "target_logits": wide.normal(B, K + 1, V), "seq_lens": step["seq_lens"],
+                "temperature": torch.tensor([0.7, 0.0]), "seed": torch.tensor([3, 2**40]),
                 "token_map": torch.tensor([2, 0, 1])}  # fmt: skip
     assert op == "accept_greedy"
     draft = make.integers(0, 2, B, K)

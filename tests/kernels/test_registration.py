@@ -14,7 +14,7 @@ from layerskip_kernels import _extension
 from layerskip_kernels.functional import exit_head
 
 from .common import DTYPES, assert_same_bits
-from .examples import EPS, MUTATES, OPS, example
+from .examples import CALLS, EPS, MUTATES, example
 
 DIFFERENTIABLE = ("rms_norm", "linear", "swiglu")
 
@@ -31,10 +31,10 @@ def tracing_without_poison() -> None:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op: str) -> None:
+@pytest.mark.parametrize(("op", "options"), CALLS)
+def test_opcheck(op: str, options: bool) -> None:
     """On the schema (what is written, what aliases), the fake against the real thing, autograd, and AOT dispatch."""
-    torch.library.opcheck(getattr(torch.ops.layerskip, op).default, tuple(example(op).values()))
+    torch.library.opcheck(getattr(torch.ops.layerskip, op).default, tuple(example(op, options=options).values()))
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
@@ -43,18 +43,18 @@ def test_opcheck_with_gradients(op: str) -> None:
 
 
 @pytest.mark.skipif(_extension.cpu_reason is not None, reason=f"no native kernels: {_extension.cpu_reason}")
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck_of_the_native_library(op: str) -> None:
+@pytest.mark.parametrize(("op", "options"), CALLS)
+def test_opcheck_of_the_native_library(op: str, options: bool) -> None:
+    args = tuple(example(op, options=options).values())
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        getattr(torch.ops.layerskip_native, op).default, tuple(example(op).values()), test_utils=checks
-    )
+    torch.library.opcheck(getattr(torch.ops.layerskip_native, op).default, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
-def test_fake_has_the_shape_dtype_and_strides_of_the_result(op: str, dtype: torch.dtype) -> None:
-    args = [_transposed(arg) if name in ("x", "q", "hidden") else arg for name, arg in example(op, dtype).items()]
+@pytest.mark.parametrize(("op", "options"), CALLS)
+def test_fake_has_the_shape_dtype_and_strides_of_the_result(op: str, options: bool, dtype: torch.dtype) -> None:
+    given = example(op, dtype, options)
+    args = [_transposed(arg) if name in ("x", "q", "hidden") else arg for name, arg in given.items()]
     real = getattr(lk, op)(*args)
     fake = getattr(torch.ops.layerskip, op)(*[_meta(arg) for arg in args])
     pairs = [(real, fake)] if isinstance(real, Tensor) else zip(real, fake, strict=True)
@@ -72,20 +72,23 @@ def _meta(arg: Any) -> Any:
     return arg.to("meta") if isinstance(arg, Tensor) else arg
 
 
-def compiled_equals_eager(op: str, backend: str) -> None:
-    eager, traced = example(op), example(op)
+def compiled_equals_eager(op: str, options: bool, backend: str) -> None:
+    eager, traced, before = (example(op, options=options) for _ in range(3))
     expected = getattr(lk, op)(*eager.values())
     actual = torch.compile(getattr(lk, op), fullgraph=True, backend=backend)(*traced.values())
     assert_same_bits(actual, expected)
     for name in MUTATES.get(op, ()):
         assert_same_bits(traced[name], eager[name])
-        assert not torch.equal(traced[name], example(op)[name])
+        assert not torch.equal(traced[name], before[name])
+    if "logits" in traced:
+        assert_same_bits(traced["logits"], eager["logits"])
+        assert not torch.equal(traced["logits"], before["logits"])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_compiles_as_one_graph(op: str) -> None:
+@pytest.mark.parametrize(("op", "options"), CALLS)
+def test_compiles_as_one_graph(op: str, options: bool) -> None:
     torch._dynamo.reset()
-    compiled_equals_eager(op, "aot_eager")
+    compiled_equals_eager(op, options, "aot_eager")
 
 
 def step(args: dict[str, Any], norm: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
