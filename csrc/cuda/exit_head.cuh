@@ -1,0 +1,342 @@
+// The exit head: norm, head matmul, arg-max or a sample, and log-sum-exp of up to 16 states in one pass over the
+// weights, without logits in memory; then one small kernel that merges what the tiles of the vocabulary left.
+//
+// A warp takes tiles of 16 vocabulary rows and streams each through its own ring in shared memory, in segments of 256
+// bytes a row, so that no warp waits for another. Weights are the A operand of mma.m16n8k16, states the B operand,
+// resident in shared memory: 8 states cost what one costs. Which columns form one mma's 16 is free as long as A and B
+// agree: they are the 16 bytes that a thread reads at a time, so a fragment is one conflict-free read. fp32 has no
+// tensor-core product of its precision and takes the same 16 bytes through fused multiply-adds.
+//
+// Bits: a state's products, its tiles and the order in which they merge depend on D and V alone; not on how many states
+// travel together, nor on the grid.
+//
+// Bytes in flight: an H100 takes 3.35 TB/s at about 0.8 us, so 2.7 MB must be under way, 20 KB an SM. 8 warps with 3 of
+// their 4 stages of 4 KB under way are 96 KB: bandwidth holds while some warps fold a tile, and while the last, uneven
+// tiles drain (the 8016 tiles of V = 128256 are 60 or 61 for each of 132 SMs: 0.5 % uneven). The first stages are asked
+// for before the dependency wait, and the norm is computed while they arrive.
+#pragma once
+
+#include "cuda/choice.cuh"
+#include "cuda/exit_head.h"
+#include "cuda/exit_head_numbers.cuh"
+#include "cuda/noise.cuh"
+#include "cuda/norm.cuh"
+
+namespace lsk {
+
+constexpr int kSegmentBytes = 256;  // of a weight row, a stage
+constexpr int kPieces = kSegmentBytes / 16;
+constexpr int kStageBytes = kHeadTile * kSegmentBytes;
+constexpr int kMinStages = 2, kMaxStages = 4;
+
+// Past the segments of a state in shared memory: the next one starts in other banks.
+template <class T>
+inline constexpr int kPitchPadding = 64 / sizeof(T);
+
+template <class T, class W>
+struct HeadArgs {
+  Head<T, W> head;
+  Rows<const T> hidden;  // [R, D]
+  int64_t rows;
+  HeadSampling sampling;
+  HeadLogits logits;
+  Choice* partial;  // [R, tiles]
+  int64_t tiles;
+  int segments;                         // of a row
+  int pitch;                            // elements from one state to the next in shared memory
+  bool weight_aligned, states_aligned;  // rows start at multiples of 16 bytes
+  int passes, pass, stages;             // over the states, states a pass, stages of a ring
+};
+
+// One warp's weights on their way through its ring: tiles first, first + step, ..., segment after segment.
+template <class W>
+struct WeightRing {
+  static constexpr int kElements = kSegmentBytes / sizeof(W);
+
+  const W* weight;
+  int64_t vocabulary, width, tile, step;
+  unsigned char* memory;
+  int stages;
+  bool aligned;
+  int64_t column = 0;
+  int in = 0, out = 0;
+
+  // Where a piece of a row lies in a stage: rows g and g + 1, read together, in different banks.
+  static __device__ __forceinline__ int place(int row, int piece) {
+    return row * kSegmentBytes + (piece ^ (row & 1) << 2) * 16;
+  }
+
+  // Asks for the next segment; past the last one an empty group keeps the count.
+  __device__ __forceinline__ void fetch() {
+    if (tile * kHeadTile < vocabulary) {
+      unsigned char* stage = memory + in * kStageBytes;
+#pragma unroll
+      for (int j = 0; j < kHeadTile * kPieces / 32; ++j) {
+        const int lane = threadIdx.x % 32, row = 2 * j + lane / kPieces, piece = lane % kPieces;
+        // Past the last row comes the last row again, whose logits are then left out.
+        const int64_t source = min(tile * kHeadTile + row, vocabulary - 1);
+        copy_chunk(reinterpret_cast<Chunk<W>*>(stage + place(row, piece)), weight + source * width,
+                   static_cast<int>(column) + piece * kChunk<W>, static_cast<int>(width), aligned);
+      }
+      column += kElements;
+      if (column >= width) {
+        column = 0;
+        tile += step;
+      }
+    }
+    ptx::cp_async_commit();
+    in = in + 1 == stages ? 0 : in + 1;
+  }
+
+  // The oldest segment, complete for the whole warp; the slot read before it is free again.
+  __device__ __forceinline__ const unsigned char* next() {
+    static_assert(kMinStages == 2 && kMaxStages == 4);
+    if (stages == 4) {
+      ptx::cp_async_wait<2>();
+    } else if (stages == 3) {
+      ptx::cp_async_wait<1>();
+    } else {
+      ptx::cp_async_wait<0>();
+    }
+    __syncwarp();
+    const unsigned char* stage = memory + out * kStageBytes;
+    out = out + 1 == stages ? 0 : out + 1;
+    return stage;
+  }
+};
+
+// The products of one tile with the states. Lane 4 g + t of a warp reads piece 4 h + t of every group h of weight rows
+// g and g + 8. After `finish`, sums[n] has the logits of these rows with states 8 n + 2 t and 8 n + 2 t + 1, as an mma
+// does.
+template <class T, class W>
+struct Products {
+  float sums[2][4] = {};
+
+  __device__ __forceinline__ void add(const unsigned char* stage, const T* states, int pitch, int rows) {
+    constexpr int kPairs = 8 / sizeof(W);  // pairs of columns in 16 bytes
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < kPieces / 4; ++h) {
+      uint32_t low[kPairs], high[kPairs];
+      read_pairs<T, W>(stage + WeightRing<W>::place(g, 4 * h + t), low);
+      read_pairs<T, W>(stage + WeightRing<W>::place(g + 8, 4 * h + t), high);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if (8 * n >= rows) break;
+        uint32_t x[kPairs] = {};
+        if (8 * n + g < rows) {
+          const T* state = states + (8 * n + g) * pitch + (4 * h + t) * 2 * kPairs;
+#pragma unroll
+          for (int i = 0; i < kPairs; i += 4) read_words(state + 2 * i, x + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kPairs; i += 2)
+          ptx::mma<T>(sums[n], {low[i], high[i], low[i + 1], high[i + 1]}, {x[i], x[i + 1]});
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish() {}
+};
+
+template <class W>
+struct Products<float, W> {
+  float sums[2][4] = {};
+  float own[kTokens][2] = {};  // over this lane's columns, of every state with rows g and g + 8
+
+  __device__ __forceinline__ void add(const unsigned char* stage, const float* states, int pitch, int rows) {
+    constexpr int kPiece = 16 / sizeof(W);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < kPieces / 4; ++h) {
+      float low[kPiece], high[kPiece];
+      read_floats<W>(stage + WeightRing<W>::place(g, 4 * h + t), low);
+      read_floats<W>(stage + WeightRing<W>::place(g + 8, 4 * h + t), high);
+#pragma unroll
+      for (int r = 0; r < kTokens; ++r) {
+        if (r >= rows) break;
+        const float* state = states + r * pitch + (4 * h + t) * kPiece;
+#pragma unroll
+        for (int i = 0; i < kPiece; i += 4) {
+          float x[4];
+          read_floats<float>(state + i, x);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            own[r][0] = __fmaf_rn(low[i + k], x[k], own[r][0]);
+            own[r][1] = __fmaf_rn(high[i + k], x[k], own[r][1]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int r = 0; r < kTokens; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sum = quad_sum(own[r][half]);
+        if (threadIdx.x % 4 == r % 8 / 2) sums[r / 8][2 * half + r % 2] = sum;
+      }
+    }
+  }
+};
+
+// How the states of a pass are drawn; temperature 0 is greedy.
+struct PassSampling {
+  float temperature[kTokens];
+  Noise noise[kTokens];
+};
+
+__device__ __forceinline__ void load_sampling(const HeadSampling& from, int64_t first, int rows, PassSampling* to) {
+  const int r = threadIdx.x;
+  if (r >= kTokens) return;
+  const bool sampled = from.temperature != nullptr && r < rows;
+  to->temperature[r] = sampled ? from.temperature[first + r] : 0.0f;
+  if (sampled)
+    to->noise[r] = {static_cast<uint64_t>(from.seed[first + r]),
+                    static_cast<uint64_t>(from.position[first + r] + from.ahead), kDraftStream};
+}
+
+// Normed states, rounded to T, zero past the width.
+template <class T, class W>
+__device__ __forceinline__ void load_states(const HeadArgs<T, W>& a, int64_t first, int rows, T* states) {
+  __shared__ float scratch[kWarps * kTokens];
+  const int width = static_cast<int>(a.head.width), padded = a.pitch - kPitchPadding<T>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const Rows<const T> x{a.hidden.row(first), a.hidden.pitch};
+  float inverse[2];
+  inverse_rms(x, rows, width, a.head.eps, a.states_aligned, scratch, inverse);
+#pragma unroll 2
+  for (int i = 0; i < own_blocks<T>(padded, warp); ++i) {
+    const int column = own_column<T>(i, warp, t);
+    const Chunk<T> factors = load_chunk(a.head.norm_weight, column, width, a.states_aligned);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = g + 8 * half;
+      if (row < rows)
+        *reinterpret_cast<Chunk<T>*>(states + row * a.pitch + column) =
+            normed(load_chunk(x.row(row), column, width, a.states_aligned), inverse[half], factors);
+    }
+  }
+}
+
+// What the tile leaves of each state's logits.
+template <class T, class W>
+__device__ __forceinline__ void fold_tile(const HeadArgs<T, W>& a, const float (&sums)[2][4], int64_t tile,
+                                          int64_t first, int rows, const PassSampling& sampling) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {
+    const int n = part / 2, state = 8 * n + 2 * t + part % 2;
+    if (8 * n >= rows) break;
+    Choice best = no_choice();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = tile * kHeadTile + g + 8 * half;
+      if (row >= a.head.vocabulary || state >= rows) continue;
+      float logit = sums[n][part % 2 + 2 * half], noise = 0.0f;
+      if (a.head.scale != nullptr) logit *= a.head.scale[row];
+      if (a.logits.data != nullptr) a.logits.data[(first + state) * a.logits.pitch + row] = logit;
+      if (sampling.temperature[state] > 0) {
+        const int64_t token = a.head.token_map != nullptr ? a.head.token_map[row] : row;
+        logit /= sampling.temperature[state];
+        noise = sampling.noise[state].gumbel(static_cast<uint32_t>(token));
+      }
+      merge(best, choice_of(logit, noise, static_cast<int>(row)));
+    }
+    for (int mask = 4; mask < 32; mask *= 2) merge_lane(best, mask);
+    if (g == 0 && state < rows) a.partial[(first + state) * a.tiles + tile] = best;
+  }
+}
+
+// Blocks share the passes over up to `pass` states so that the passes over a tile run side by side and meet in L2.
+template <class T, class W>
+__global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T, W> a) {
+  __shared__ PassSampling sampling;
+  ptx::dependents_trigger();
+  unsigned char* memory = ptx::dynamic_shared();
+  T* states = reinterpret_cast<T*>(memory + kWarps * a.stages * kStageBytes);
+  const int64_t first = static_cast<int64_t>(blockIdx.x % a.passes) * a.pass, teams = gridDim.x / a.passes;
+  const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(a.pass))), warp = threadIdx.x / 32;
+  const int64_t start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;
+  WeightRing<W> ring{
+      a.head.weight, a.head.vocabulary, a.head.width, start, step, memory + warp * a.stages * kStageBytes,
+      a.stages,      a.weight_aligned};
+  for (int i = 1; i < a.stages; ++i) ring.fetch();
+  ptx::dependency_wait();
+  load_states(a, first, rows, states);
+  load_sampling(a.sampling, first, rows, &sampling);
+  __syncthreads();
+  for (int64_t tile = start; tile < a.tiles; tile += step) {
+    Products<T, W> products;
+    for (int segment = 0; segment < a.segments; ++segment) {
+      const unsigned char* stage = ring.next();
+      ring.fetch();
+      products.add(stage, states + segment * WeightRing<W>::kElements, a.pitch, rows);
+    }
+    products.finish();
+    fold_tile(a, products.sums, tile, first, rows, sampling);
+  }
+}
+
+// One block a row.
+template <int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads)
+    exit_head_merge_kernel(const Choice* partial, int64_t tiles, const int64_t* token_map, int64_t* token, float* logit,
+                           float* logsumexp) {
+  __shared__ Choice shared[kMaxThreads / 32];
+  ptx::dependents_trigger();
+  ptx::dependency_wait();
+  const int64_t row = blockIdx.x;
+  const Choice best = block_choice(merge_strided(partial + row * tiles, tiles), shared);
+  if (threadIdx.x != 0) return;
+  const float total = log_sum_exp(best);
+  token[row] = chosen_token(best, token_map);
+  logit[row] = total == total ? best.value : total;
+  logsumexp[row] = total;
+}
+
+// As many states as fit beside the smallest ring, and as deep a ring as fits beside them; 0 when not one fits. The
+// bytes.
+template <class T, class W>
+size_t plan_passes(HeadArgs<T, W>& a, size_t available) {
+  const size_t stage = kWarps * kStageBytes, state = a.pitch * sizeof(T);
+  if (available < kMinStages * stage + state) return 0;
+  const size_t fitting = (available - kMinStages * stage) / state, wanted = a.rows < kTokens ? a.rows : kTokens;
+  a.pass = static_cast<int>(fitting < wanted ? fitting : wanted);
+  const size_t deep = (available - a.pass * state) / stage;
+  a.stages = deep < kMaxStages ? static_cast<int>(deep) : kMaxStages;
+  a.passes = static_cast<int>(divide_up<int64_t>(a.rows, a.pass));
+  return a.stages * stage + a.pass * state;
+}
+
+template <class T, class W>
+cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> hidden, int64_t rows,
+                            const HeadSampling& sampling, HeadLogits logits, Choice* partial) {
+  if (rows == 0) return cudaSuccess;
+  constexpr size_t kOwn = 2048;  // the kernel's static shared memory, and 1 KB that the system takes of each block
+  int device = 0, available = 0, processors = 0;
+  LSK_LAUNCH(cudaGetDevice(&device));
+  LSK_LAUNCH(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  LSK_LAUNCH(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  HeadArgs<T, W> a{head, hidden, rows, sampling, logits, partial, head_tiles(head.vocabulary)};
+  a.segments = static_cast<int>(divide_up<int64_t>(head.width, WeightRing<W>::kElements));
+  a.pitch = a.segments * WeightRing<W>::kElements + kPitchPadding<T>;
+  a.weight_aligned = is_aligned(head.weight, head.width);
+  a.states_aligned = hidden.aligned() && is_aligned(head.norm_weight, head.width);
+  const size_t shared = plan_passes(a, static_cast<size_t>(available) - kOwn);
+  if (shared == 0) return cudaErrorInvalidConfiguration;
+  const int64_t useful = divide_up<int64_t>(a.tiles, kWarps), fair = processors < a.passes ? 1 : processors / a.passes;
+  const dim3 grid(static_cast<unsigned>(a.passes * (fair < useful ? fair : useful)));
+  return launch(chain.next(grid, kThreads, shared), exit_head_kernel<T, W>, a);
+}
+
+cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocabulary,
+                            const int64_t* token_map, int64_t* token, float* logit, float* logsumexp) {
+  const int64_t tiles = head_tiles(vocabulary);
+  return launch(chain.next(dim3(static_cast<unsigned>(rows)), merge_threads(tiles)),
+                exit_head_merge_kernel<kMaxMergeThreads>, partial, tiles, token_map, token, logit, logsumexp);
+}
+
+}  // namespace lsk

@@ -1,0 +1,52 @@
+// The exit head's launches, for what drafts and verifies: declared here, compiled in exit_head.cu.
+#pragma once
+
+#include "cuda/choice.h"
+#include "cuda/common.h"
+
+namespace lsk {
+
+// A head, in the dtype T of the states or as int8 with a scale a row (W).
+template <class T, class W>
+struct Head {
+  const T* norm_weight;      // [D]
+  const W* weight;           // [V, D]
+  const float* scale;        // [V], of int8 weights, or null
+  const int64_t* token_map;  // [V] or null
+  int64_t vocabulary, width;
+  float eps;
+};
+
+// How rows are sampled; greedily without a temperature, and where it is 0.
+struct HeadSampling {
+  const float* temperature = nullptr;                  // [R]
+  const int64_t *seed = nullptr, *position = nullptr;  // [R]
+  int64_t ahead = 0;                                   // added to every position
+};
+
+struct HeadLogits {
+  float* data = nullptr;  // fp32, row r at data + r * pitch; null: not wanted
+  int64_t pitch = 0;
+};
+
+constexpr int kHeadTile = 16;  // vocabulary rows of a tile: the M of an mma
+
+inline int64_t head_tiles(int64_t vocabulary) { return divide_up<int64_t>(vocabulary, kHeadTile); }
+
+// Threads that merge the tiles of one row: whole warps, as the vocabulary alone says.
+constexpr int kMaxMergeThreads = 512;
+inline int merge_threads(int64_t tiles) {
+  return tiles < kMaxMergeThreads ? static_cast<int>(divide_up<int64_t>(tiles, 32)) * 32 : kMaxMergeThreads;
+}
+
+// What every tile of the vocabulary leaves of rows of states [R, D]: partial [R, tiles].
+// cudaErrorInvalidConfiguration where one state of this width does not fit into shared memory.
+template <class T, class W>
+cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> hidden, int64_t rows,
+                            const HeadSampling& sampling, HeadLogits logits, Choice* partial);
+
+// The tiles merged: the token [R], its logit and the log-sum-exp.
+cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocabulary,
+                            const int64_t* token_map, int64_t* token, float* logit, float* logsumexp);
+
+}  // namespace lsk
