@@ -1,7 +1,12 @@
 """Early exit and self-speculative decoding for models that people already have (LayerSkip, arXiv 2404.16710)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .decoding import DraftHead, GenerationOutput, SamplingParams, SelfSpeculativeDecoder, Session, Stats, Update
 from .decoding.streaming import TextStream
+from .decoding.text import StopStrings
 from .models import (
     LayerSkipModel,
     UnsupportedModelError,
@@ -12,6 +17,9 @@ from .models import (
     supported_architectures,
 )
 from .modules import EarlyExitHead, PartialDepthDecoder, SharedKVCache
+
+if TYPE_CHECKING:
+    from .generation import generate
 
 __all__ = [
     "DraftHead",
@@ -24,12 +32,23 @@ __all__ = [
     "Session",
     "SharedKVCache",
     "Stats",
+    "StopStrings",
     "TextStream",
     "UnsupportedModelError",
     "Update",
     "accelerate",
     "adapt",
+    "generate",
     "load",
     "restore",
     "supported_architectures",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What imports transformers, on demand."""
+    if name == "generate":
+        from .generation import generate
+
+        return generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ import torch
 from tiny import prompt_of, tiny_model
 from tokenizers_of import KINDS
 
-from layerskip import SelfSpeculativeDecoder, TextStream
+from layerskip import SelfSpeculativeDecoder, Session, StopStrings, TextStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 24
@@ -100,3 +100,72 @@ def test_nobody_waits_forever(tokenizer):
 def test_a_batch_is_refused(tokenizer):
     with pytest.raises(ValueError, match="one sequence, got 2"):
         TextStream(tokenizer).put(torch.zeros(2, 3, dtype=torch.int64))
+
+
+# The decoder's own iterator
+
+
+def test_the_iterator_gives_the_text(tokenizer, decoder):
+    prompt = prompt_of(7)
+    for kind in (prompt, prompt[0], prompt[0].tolist()):
+        pieces = list(decoder.stream(kind, NEW, tokenizer=tokenizer, eos_token_id=[]))
+        assert len(pieces) > 3
+        assert "".join(pieces) == expected(tokenizer, decoder, prompt)
+
+
+def test_a_text_is_a_prompt(tokenizer, decoder, monkeypatch):
+    monkeypatch.setattr(decoder, "tokenizer", tokenizer)
+    ids = torch.tensor([tokenizer("QED").input_ids])
+    assert ids.max() < 101
+    assert "".join(decoder.stream("QED", NEW, eos_token_id=[])) == expected(tokenizer, decoder, ids)
+
+
+@pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive"])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_stop_string_of_a_text(tokenizer, decoder, strategy, seed):
+    """Wherever in a round the token that completes it is."""
+    prompt = prompt_of(7, seed)
+    out = decoder.generate(prompt, NEW, eos_token_id=[])
+    text = expected(tokenizer, decoder, prompt)
+    for start in range(0, len(text) - 2, 2):
+        stop = text[start : start + 2]
+        options = {"tokenizer": tokenizer, "eos_token_id": [], "strategy": strategy}
+        assert "".join(decoder.stream(prompt, NEW, stop_strings=stop, **options)) == text[: text.index(stop)]
+        kept = "".join(decoder.stream(prompt, NEW, stop_strings=stop, include_stop_string=True, **options))
+        assert kept == text[: text.index(stop) + 2]
+        rule = StopStrings(tokenizer, stop, prompt[0].tolist())
+        cut = decoder.generate(prompt, NEW, strategy=strategy, eos_token_id=[], should_stop=rule).new_tokens[0].tolist()
+        assert cut == out.new_tokens[0, : len(cut)].tolist()
+        assert stop in text_of(tokenizer, cut)
+        assert stop not in text_of(tokenizer, cut[:-1])
+
+
+def test_eos_is_text_only_where_special_tokens_are(tokenizer, decoder):
+    prompt = prompt_of(7)
+    tokens = decoder.generate(prompt, NEW, eos_token_id=[]).new_tokens[0].tolist()
+    end = tokens[5]
+    cut = tokens[: tokens.index(end) + 1]
+    pieces = decoder.stream(prompt, NEW, tokenizer=tokenizer, eos_token_id=end)
+    assert "".join(pieces) == text_of(tokenizer, cut)
+
+
+def test_leaving_the_loop_ends_the_generation(tokenizer, decoder, monkeypatch):
+    steps = []
+    step = Session.step
+    monkeypatch.setattr(Session, "step", lambda session: steps.append(1) or step(session))
+    for _ in decoder.stream(prompt_of(7), 200, tokenizer=tokenizer, eos_token_id=[]):
+        break
+    assert len(steps) < 4
+
+
+def test_errors_come_before_the_first_piece(tokenizer, decoder):
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        decoder.stream("text")
+    with pytest.raises(ValueError, match="stop_strings must"):
+        decoder.stream(prompt_of(3), tokenizer=tokenizer, stop_strings=[""])
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        decoder.stream(prompt_of(3), 0, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="max_seq_len=256"):
+        decoder.stream(prompt_of(3), 1000, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="exit_layer"):
+        decoder.stream(prompt_of(3), tokenizer=tokenizer, exit_layer=9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .output import GenerationOutput, Streamer
 from .processors import LogitsProcessor
 from .sampling import SamplingParams
 from .session import Session
+from .streaming import stream
 from .transcript import StopRule
 
 CACHE_GRANULARITY = 256
@@ -220,6 +221,10 @@ class SelfSpeculativeDecoder:
         if streamer is not None:
             streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
         return GenerationOutput.of_rows(_run(session, count, streamer), pad)
+
+    def stream(self, prompt: str | Tensor | Sequence[int], max_new_tokens: int = 128, **options: Any) -> Iterator[str]:
+        """Continue a prompt, and yield the text as it becomes certain; see `layerskip.decoding.streaming.stream`."""
+        return stream(self, prompt, max_new_tokens, **options)
 
     def _most_speculations(self, num_speculations: int | str | None) -> int:
         """The most drafts of a round, which the cache needs room for."""

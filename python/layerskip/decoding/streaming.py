@@ -1,14 +1,20 @@
-"""Text while it is generated."""
+"""Text while it is generated: as the streamer that transformers calls, and as a decoder's own iterator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from . import validation
 from .text import SequenceText
+
+if TYPE_CHECKING:
+    from .decoder import SelfSpeculativeDecoder
+    from .session import Session
 
 
 class TextStream:
@@ -92,3 +98,80 @@ class TextStream:
         if piece is None:
             raise StopIteration
         return piece
+
+
+def stream(
+    decoder: SelfSpeculativeDecoder,
+    prompt: str | Tensor | Sequence[int],
+    max_new_tokens: int = 128,
+    *,
+    stop_strings: str | Sequence[str] = (),
+    tokenizer: Any = None,
+    skip_special_tokens: bool = True,
+    include_stop_string: bool = False,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """Continue a prompt, and yield the text in pieces as they become certain.
+
+    It stops at the first token that completes a stop string, also within a round's accepted drafts. Leaving the loop
+    ends the generation.
+
+    Parameters
+    ----------
+    decoder : SelfSpeculativeDecoder
+    prompt : str, Tensor [N] or [1, N], or sequence of int
+    max_new_tokens : int
+    stop_strings : str or sequence of str
+        The text ends before the first of them.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        By default the decoder's own.
+    skip_special_tokens : bool
+    include_stop_string : bool
+        The text ends after the stop string.
+    generator : torch.Generator, optional
+        As in `SelfSpeculativeDecoder.open_session`.
+    **options
+        As in `Session.add`: ``sampling``, ``eos_token_id``, ``exit_layer``, …
+
+    Returns
+    -------
+    iterator of str
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the offending value, before the first piece.
+    FloatingPointError
+        If logits are not finite.
+    """
+    tokenizer = decoder.tokenizer if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given for a decoder that was not made with from_pretrained")
+    text = SequenceText(tokenizer, stop_strings, skip_special_tokens, include_stop_string)
+    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else torch.as_tensor(prompt).reshape(-1).tolist()
+    text.start_after(ids)
+    ready: list[str] = []
+
+    def ends(tokens: list[int]) -> bool:
+        ready.append(text.push(tokens[-1]))
+        return text.stopped
+
+    length = validation.length(len(ids), validation.at_least_one("max_new_tokens", max_new_tokens), decoder.max_seq_len)
+    most = options.get("num_speculations")
+    session = decoder.open_session(1, max_seq_len=length, num_speculations=most, generator=generator)
+    session.add(ids, max_new_tokens, should_stop=ends, **options)
+    return _pieces(session, text, ready)
+
+
+def _pieces(session: Session, text: SequenceText, ready: list[str]) -> Iterator[str]:
+    while len(session):
+        for update in session.step():
+            if update.error is not None:
+                raise update.error
+            if update.reason == "eos":  # the one token that no rule is asked about
+                ready.append(text.push(update.tokens[-1]))
+            if update.finished:
+                ready.append(text.finish())
+            yield from filter(None, ready)
+            ready.clear()

@@ -173,6 +173,32 @@ class SequenceText:
         return "".join(released)
 
 
+class StopStrings:
+    """The rule that a sequence ends with the token that completes a stop string; one rule a sequence.
+
+    It is what `Session.add` and `SelfSpeculativeDecoder.generate` take as ``should_stop``.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    stop_strings : str or sequence of str
+    prompt : sequence of int
+        What comes before; no stop string is looked for in it.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str], prompt: Sequence[int] = ()) -> None:
+        self._text = SequenceText(tokenizer, stop_strings)
+        self._text.start_after(prompt)
+        self._seen = 0
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        """Whether a stop string is complete in the new ``tokens`` so far."""
+        for token in tokens[self._seen :]:
+            self._text.push(token)
+        self._seen = len(tokens)
+        return self._text.stopped
+
+
 def first_stop(text: str, strings: Sequence[str]) -> tuple[int, int] | None:
     """Start and end of the stop string in ``text`` that ends first, and of those the one that starts first."""
     starts = [(text.find(string), len(string)) for string in strings]

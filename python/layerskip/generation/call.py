@@ -1,0 +1,209 @@
+"""``layerskip.generate``: the decoding loop that ``model.generate(custom_generate=…)`` calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+)
+
+from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
+from . import options
+from .decoders import decoder_of
+from .handover import hand_on_to
+from .rows import Columns, Endings, Kept, Row, RowProcessor, rows_of
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor | None = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    synced_gpus: bool | None = None,
+    streamer: Any = None,
+    *,
+    exit_layer: int | str = "auto",
+    num_speculations: int | str = "auto",
+    draft_head: str | DraftHead = "full",
+    draft_threshold: float = 0.0,
+    tokenizer: Any = None,
+    assistant_model: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Self-speculative decoding as the ``custom_generate`` of ``model.generate``.
+
+    ``model.generate(**inputs, custom_generate=layerskip.generate, exit_layer=6, num_speculations=5)`` takes what
+    ``model.generate`` takes, and gives what it gives: greedily the same tokens (up to rounding), sampling from the same
+    distribution. Logits processors must be functions of history and logits: they are asked about drafts, too, and each
+    row at its own pace. What can't be honoured is refused by name. ``layerskip.generate(model, **inputs, …)`` is the
+    same call.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Of one of `layerskip.supported_architectures`. A decoder for it is made with the first call and kept.
+    input_ids : Tensor [B, N], int64
+    logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, tokenizer, assistant_model
+        As ``model.generate`` takes them.
+    exit_layer : int or "auto"
+        E: layers [0, E) draft. "auto" picks by measured speed.
+    num_speculations : int or "auto"
+        K: tokens drafted a round.
+    draft_head : {"full", "int8"} or DraftHead
+    draft_threshold : float
+        As `SelfSpeculativeDecoder` and its ``generate`` take them.
+    **model_kwargs
+        ``attention_mask`` [B, N], and what ``model.generate`` adds. In a direct call all that it takes.
+
+    Returns
+    -------
+    Tensor [B, N + new] or GenerateDecoderOnlyOutput
+        The latter with ``return_dict_in_generate``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the offending option and value.
+    UnsupportedModelError
+        If the model is not supported.
+    FloatingPointError
+        If logits are not finite.
+    """
+    own = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft_threshold": draft_threshold}
+    usual = {
+        "logits_processor": logits_processor,
+        "stopping_criteria": stopping_criteria,
+        "generation_config": generation_config,
+        "synced_gpus": synced_gpus,
+        "streamer": streamer,
+        "tokenizer": tokenizer,
+        "assistant_model": assistant_model,
+    }
+    if not hasattr(generation_config, "_eos_token_tensor"):  # not prepared: a direct call
+        return _prepare(model, input_ids, {**own, "draft_head": draft_head, **usual, **model_kwargs})
+    _refuse("synced_gpus", synced_gpus)
+    _refuse("assistant_model", assistant_model)
+    options.check_config(generation_config)
+    options.check_arguments(model_kwargs)
+    options.check_processors(logits_processor)
+    assert input_ids is not None  # prepared
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
+    options.check_positions(model_kwargs.get("position_ids"), mask)
+    call = _Call(rows_of(input_ids, mask), logits_processor, stopping_criteria, generation_config)
+    return call.run(decoder_of(model, draft_head), streamer, own)
+
+
+hand_on_to(generate)
+
+
+def _prepare(model: Any, input_ids: Tensor | None, arguments: dict[str, Any]) -> Any:
+    if not isinstance(model, GenerationMixin):
+        raise TypeError(f"model must be a transformers model with generate, got {type(model).__name__}")
+    given = {name: value for name, value in {**arguments, "input_ids": input_ids}.items() if value is not None}
+    return model.generate(custom_generate=generate, **given)
+
+
+def _refuse(name: str, value: Any) -> None:
+    if value:
+        raise ValueError(f"{name} can't be honoured by layerskip.generate: one model drafts for itself, on one device")
+
+
+class _Call:
+    """One call: its rows, and what is to be done with them."""
+
+    def __init__(self, rows: list[Row], processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> None:
+        self._rows, self._config = rows, config
+        self._keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
+        self._keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
+        self._pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        self._set_ends(criteria)
+        self._set_choice(processors)
+
+    def _set_ends(self, criteria: Sequence[Any]) -> None:
+        """Where rows end: length and EOS are known, other criteria are asked."""
+        lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
+        self._max_new_tokens = min(lengths, default=self._config.max_length) - len(self._rows[0].padded)
+        eos = [one.eos_token_id.reshape(-1).tolist() for one in criteria if type(one) is EosTokenCriteria]
+        others = [one for one in criteria if type(one) not in (EosTokenCriteria, MaxLengthCriteria)]
+        has_eos = any(hasattr(one, "eos_token_id") for one in criteria)
+        self._endings = Endings(others, frozenset().union(*eos), not has_eos, len(self._rows))
+
+    def _set_choice(self, processors: Sequence[Any]) -> None:
+        """How tokens are chosen: by parameters that the kernels know, or by asking the processors."""
+        do_sample, keeps = bool(self._config.do_sample), self._keeps_scores or self._keeps_logits
+        padding = [row.padding for row in self._rows]
+        sampling = None if keeps else options.as_sampling(processors, do_sample, padding)
+        self._processors: list[RowProcessor] | None = None
+        if sampling is None:
+            sampling = SamplingParams(temperature=float(do_sample))
+            self._processors = [RowProcessor(row, processors, keeps) for row in self._rows]
+        self._sampling = sampling
+
+    def run(self, decoder: SelfSpeculativeDecoder, streamer: Any, own: dict[str, Any]) -> Any:
+        """Decode, and give what ``model.generate`` gives."""
+        columns = None if streamer is None else Columns(streamer, len(self._rows), self._pad)
+        out = decoder.generate(
+            [row.prompt.to(decoder.model.device) for row in self._rows],
+            self._max_new_tokens,
+            eos_token_id=[],  # the rules see to it
+            sampling=[self._sampling] * len(self._rows),
+            logits_processor=self._processors,
+            should_stop=[self._rule(row, columns) for row in self._rows],
+            pad_token_id=self._pad,
+            **own,
+        )
+        if streamer is not None:
+            streamer.end()
+        return self._result([stats.new_tokens for stats in out.rows], out.new_tokens)
+
+    def _rule(self, row: Row, columns: Columns | None) -> Callable[[list[int]], bool]:
+        scores = (lambda step: self._kept(row, step).scores) if self._keeps_scores else None
+
+        def ends(tokens: list[int]) -> bool:
+            ended = self._endings.reached(row, tokens, scores)
+            if columns is not None:
+                last = ended or len(tokens) == self._max_new_tokens
+                columns.add(row.index, tokens[-1], last and not self._endings.together)
+            return ended
+
+        return ends
+
+    def _kept(self, row: Row, step: int) -> Kept:
+        assert self._processors is not None
+        return self._processors[row.index].kept[step]
+
+    def _result(self, counts: list[int], new_tokens: Tensor) -> Any:
+        """Sequences, as long as the row that ends last needs them; with them scores and logits where asked for."""
+        prompts = torch.stack([row.padded for row in self._rows])
+        steps = self._endings.steps(counts)
+        sequences = torch.cat([prompts, new_tokens[:, :steps].to(prompts)], 1)
+        if not self._config.return_dict_in_generate:
+            return sequences
+        keeps = self._keeps_scores or self._keeps_logits
+        columns = [self._column(counts, step) for step in range(steps)] if keeps else []
+        fields: dict[str, Any] = {"sequences": sequences}
+        if self._keeps_scores:
+            fields["scores"] = tuple(column.scores for column in columns)
+        if self._keeps_logits:
+            fields["logits"] = tuple(column.logits for column in columns)
+        return GenerateDecoderOnlyOutput(**fields)
+
+    def _column(self, counts: list[int], step: int) -> Kept:
+        """What the rows [B, V] had at a step; one that ended before it surely has the padding token."""
+        rows = [self._kept(row, step) if step < counts[row.index] else self._padding() for row in self._rows]
+        return Kept(torch.stack([row.logits for row in rows]), torch.stack([row.scores for row in rows]))
+
+    def _padding(self) -> Kept:
+        sure = torch.full_like(self._kept(self._rows[0], 0).logits, -math.inf)
+        sure[self._pad] = 0
+        return Kept(sure, sure)

@@ -1,0 +1,50 @@
+"""The streamer and the tokenizer of ``model.generate``, handed on to a ``custom_generate`` that asks for them.
+
+``GenerationMixin.generate`` of transformers 5.0 to 5.24 drops both where ``custom_generate`` is a callable: the
+streamer would be given the prompt and nothing after it, and stop strings would find no tokenizer. So the method that
+drops them is extended, for the one callable that this project gives out; for any other nothing changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+_METHOD = "_extract_generation_mode_kwargs"
+
+
+def hand_on_to(function: Callable[..., Any]) -> None:
+    """Let ``custom_generate=function`` have ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus``.
+
+    Raises
+    ------
+    ImportError
+        If the installed transformers has another way of calling ``custom_generate``.
+    """
+    import transformers
+    from transformers.generation.utils import GenerationMixin
+
+    original = getattr(GenerationMixin, _METHOD, None)
+    if original is None:
+        raise ImportError(
+            f"transformers {transformers.__version__} has no GenerationMixin.{_METHOD}, through which "
+            "layerskip.generate is given the streamer and the tokenizer; 5.0 to 5.24 have it"
+        )
+
+    @functools.wraps(original)
+    def extract(
+        self: Any, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> dict[str, Any]:
+        usual = {
+            "tokenizer": kwargs.get("tokenizer"),
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+            "synced_gpus": synced_gpus,
+        }
+        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        if getattr(custom_generate, "func", custom_generate) is function:  # itself, or a partial of it
+            found |= {name: value for name, value in usual.items() if value is not None}
+        return found
+
+    setattr(GenerationMixin, _METHOD, extract)
