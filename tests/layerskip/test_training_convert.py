@@ -52,6 +52,41 @@ def test_losses_are_those_of_the_states_after_each_exit(architecture: str) -> No
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=TOLERANCES["fp32"])
 
 
+@pytest.mark.parametrize("exits", [(1, 3), (1, 3, LAYERS), (LAYERS,)])
+def test_a_sampled_head_is_a_head_of_these_tokens_for_the_early_exits(exits: tuple[int, ...]) -> None:
+    model, ids, labels = model_and_batch()
+    weights = torch.linspace(0.2, 0.5, len(exits))
+    sample = torch.cat([labels[labels >= 0], torch.tensor([0, 7])]).unique()
+    assert len(sample) < model.config.vocab_size
+    states = model(ids, output_hidden_states=True).hidden_states
+    targets = labels[:, 1:].flatten()
+    places = torch.where(targets >= 0, torch.searchsorted(sample, targets), -100)
+    expected = []
+    for exit_layer in exits:
+        if exit_layer == LAYERS:
+            expected.append(by_hand(model, ids, labels, exit_layer))
+        else:
+            logits = model.lm_head(model.model.norm(states[exit_layer]))[:, :-1, sample]
+            expected.append(F.cross_entropy(logits.flatten(0, 1), places, ignore_index=-100))
+    convert(model)
+    batch = {"input_ids": ids, "labels": labels, "exit_layers": exits, "exit_weights": weights}
+    out = model(**batch, head_sample=sample)
+    torch.testing.assert_close(out["exit_losses"], torch.stack(expected).detach(), rtol=0, atol=TOLERANCES["fp32"])
+    torch.testing.assert_close(out["loss"], (weights * torch.stack(expected)).sum(), rtol=0, atol=TOLERANCES["fp32"])
+    whole = model(**batch, head_sample=torch.arange(model.config.vocab_size))
+    torch.testing.assert_close(whole["exit_losses"], model(**batch)["exit_losses"])
+
+
+def test_a_sampled_head_on_wrong_input() -> None:
+    model, ids, labels = model_and_batch()
+    convert(model)
+    batch = {"input_ids": ids, "labels": labels, "exit_weights": torch.ones(2) / 2}
+    with pytest.raises(ValueError, match="the sampled vocabulary lacks a target"):
+        model(**batch, exit_layers=(1, 2), head_sample=labels[labels >= 0].unique()[1:])
+    with pytest.raises(ValueError, match=r"the exit layers of a loss must ascend, got \[2, 1\]"):
+        model(**batch, exit_layers=(2, 1))
+
+
 def test_every_block_gets_gradient_even_with_a_shallow_exit() -> None:
     model, ids, labels = model_and_batch()
     convert(model)

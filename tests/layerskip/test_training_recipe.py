@@ -23,7 +23,8 @@ from layerskip.training import (
     encode,
     read_pairs,
 )
-from layerskip.training.recipe import Recipe, layer_ranks, make_recipe, read_recipe
+from layerskip.training.dataset import Pool, TokenBatches, encode_pair
+from layerskip.training.recipe import Recipe, by_layer, make_recipe, read_recipe
 from layerskip.training.run import mix, schedule
 
 WRONG_RECIPES = {
@@ -46,6 +47,20 @@ WRONG_RECIPES = {
     "a share in words": ({"tasks": {"parsing": "most"}}, "tasks: parsing is 'most', expected float"),
     "layers of rank 0": ({"lora_rank": {"0-3": 8, 4: 0}}, "lora_rank: 4 must be above 0, got 0"),
     "half a rank": ({"lora_rank": {"0-3": 0.5}}, "lora_rank: 0-3 is 0.5, expected int"),
+    "a rate of 0": ({"learning_rate": {"0-3": 0}}, "learning_rate: 0-3 must be above 0, got 0"),
+    "a beta of 1": ({"beta2": 1.0}, r"beta2 must be in \(0, 1\), got 1.0"),
+    "a negative sample": ({"head_sample": -1}, "head_sample must not be negative, got -1"),
+    "a batch of no tokens": ({"batch_tokens": 0}, "batch_tokens must be above 0, got 0"),
+    "replay among batches of examples": ({"replay": {"tasks": ["text"]}}, "replay needs batch_tokens"),
+    "replay of no tokens": (
+        {"batch_tokens": 64, "replay": {"tasks": ["text"], "tokens": 0}},
+        "replay.tokens must be above 0, got 0",
+    ),
+    "a task to replay without a share": (
+        {"batch_tokens": 64, "replay": {"tasks": {"text": 0}}},
+        "replay.tasks: text must be above 0, got 0",
+    ),
+    "a key of the replay": ({"replay": {"task": ["text"]}}, "replay: unknown key 'task', did you mean 'tasks'"),
     "an unknown time scale": ({"layer_dropout": {"scale": "cubic"}}, "layer_dropout.scale is 'cubic'"),
 }
 
@@ -94,20 +109,21 @@ def test_shallow_steps_of_a_recipe() -> None:
         make_recipe({"shallow_steps": -0.1}).check_exits(4)
 
 
-def test_ranks_of_layers() -> None:
-    assert layer_ranks(8, 3) == [8, 8, 8]
-    assert layer_ranks({"0-1": 8, "2": 4, "3-4": 2}, 5) == [8, 8, 4, 2, 2]
+def test_numbers_by_layer() -> None:
+    assert by_layer(8, 3, "lora_rank") == [8, 8, 8]
+    assert by_layer({"0-1": 8, "2": 4, "3-4": 2}, 5, "lora_rank") == [8, 8, 4, 2, 2]
+    assert by_layer({"0": 0.5, "1-2": 0.1}, 3, "learning_rate") == [0.5, 0.1, 0.1]
     wrong = {
         "'0to1' is neither a layer nor a range": {"0to1": 8},
         "'-1' is neither": {"-1": 8},
         "0-5 is no range within 0-4": {"0-5": 8},
         "3-1 is no range": {"0-4": 8, "3-1": 8},
         "layer 1 is named twice": {"0-1": 8, "1-4": 4},
-        "layer 2 of 0…4 has no rank": {"0-1": 8, "3-4": 4},
+        "lora_rank: layer 2 of 0…4 has none": {"0-1": 8, "3-4": 4},
     }
     for message, ranks in wrong.items():
         with pytest.raises(ValueError, match=message):
-            layer_ranks(ranks, 5)
+            by_layer(ranks, 5, "lora_rank")
 
 
 def test_shares_of_tasks() -> None:
@@ -137,7 +153,7 @@ def test_the_recipe_of_smollm2() -> None:
 
     recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
     recipe.check_exits(30)
-    assert layer_ranks(recipe.lora_rank, 30) == [128] * 4 + [64] * 2 + [12] * 24
+    assert by_layer(recipe.lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [12] * 24
 
 
 def test_the_docs_name_every_key_of_a_recipe() -> None:
@@ -191,6 +207,63 @@ def test_buckets_visit_everything_once_and_keep_lengths_together() -> None:
     assert first != list(buckets)
 
 
+def pairs_of(lengths: list[int]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": [index] * length, "labels": [index] * length} for index, length in enumerate(lengths)]
+
+
+def test_batches_by_tokens_keep_to_the_budget_and_visit_everything_once() -> None:
+    lengths = [(37 * index) % 23 + 1 for index in range(203)]
+    batches = TokenBatches(Pool(pairs_of(lengths)), 48, 0, seed=1)
+    first = list(batches)
+    assert len(first) == len(batches)
+    assert sorted(index for batch in first for index in batch) == list(range(203))
+    assert max(len(batch) * max(lengths[index] for index in batch) for batch in first) <= 48
+    assert list(TokenBatches(Pool(pairs_of(lengths)), 48, 0, seed=1)) == first
+    batches.set_epoch(1)
+    second = list(batches)
+    assert len(second) == len(first)
+    assert second != first
+    assert sorted(map(sorted, second)) != sorted(map(sorted, first))  # others travel together
+    assert [len(batch) for batch in TokenBatches(Pool(pairs_of([60, 50])), 48, 0, seed=1)] == [1, 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batches_to_replay_alternate_and_go_on_in_the_next_epoch(ranks: int) -> None:
+    pool = Pool(pairs_of([6] * 41), pairs_of([3] * 26))
+    batches = TokenBatches(pool, 24, 12, seed=1, ranks=ranks)
+    seen: list[int] = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        epoch_batches = list(batches)
+        assert len(epoch_batches) == len(batches) == 2 * (11 if ranks == 1 else 10)
+        for place, batch in enumerate(epoch_batches):
+            replayed = (place // ranks) % 2 == 1
+            assert all((index >= 41) == replayed for index in batch), (place, batch)
+            seen += batch if replayed else []
+    for begin in range(0, len(seen) - 25, 26):  # every pass over what is replayed visits all of it
+        assert sorted(seen[begin : begin + 26]) == list(range(41, 67))
+    assert [pair["input_ids"][0] for pair in pool[[40, 41]]] == [40, 0]
+
+
+def test_batches_by_tokens_on_wrong_input() -> None:
+    with pytest.raises(ValueError, match="a replay budget of 8 meets 0 pairs"):
+        TokenBatches(Pool(pairs_of([6] * 4)), 24, 8, seed=1)
+    with pytest.raises(ValueError, match="4 pairs make 1 batches of 24 tokens, too few for 2 ranks"):
+        TokenBatches(Pool(pairs_of([6] * 4), pairs_of([6])), 24, 8, seed=1, ranks=2)
+
+
+def test_encoding_whole_labels_all_but_the_first_token_and_ends_no_passage() -> None:
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token_id
+    both = encode_pair(tokenizer, "w5 w6", "w7", 9, whole=True)
+    assert both["labels"] == [-100, *both["input_ids"][1:]]
+    assert both["input_ids"][-1] == end
+    passage = encode_pair(tokenizer, "", "w7 w8", 9, whole=True)
+    assert end not in passage["input_ids"]
+    assert passage["labels"] == [-100, *passage["input_ids"][1:]]
+    assert len(encode_pair(tokenizer, "w5 w6", "w7 w8", 3, whole=True)["labels"]) == 3
+
+
 def pairs_file(path: Path) -> Path:
     lines = [{"prompt": f"w{3 + i % 40} w2", "completion": f"w{4 + i % 40} w{5 + i % 40}"} for i in range(40)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -236,6 +309,7 @@ def test_the_train_command_on_ranges_of_ranks_and_shares_of_tasks(
     recipe.write_text(
         f"model: {model}\ntasks: {{{one}: 0.9, {two}: 0.1}}\nlora_rank: {{0: 6, 1-3: 2}}\nepochs: 0.1\n"
         f"batch_size: 8\nexit_layers: [2, 3]\nshallow_steps: 0.6\nschedule: wsd\nlog_every: 1\noutput: {output}\n"
+        f"learning_rate: {{0-1: 0.002, 2-3: 0.001}}\n"
     )
     assert main(["train", str(recipe)]) == 0
     assert "step 5/5" in capsys.readouterr().out  # 40 examples at 0.1, so 360 at 0.9; a tenth of 50 batches
@@ -250,6 +324,22 @@ def test_the_train_command_on_ranges_of_ranks_and_shares_of_tasks(
     adapted = PeftModel.from_pretrained(load(model)[0], output / "adapter")
     scalings = {part.scaling["default"] for part in adapted.modules() if isinstance(getattr(part, "scaling", 0), dict)}
     assert scalings == {1.0}
+
+
+def test_the_train_command_with_replay_and_a_sampled_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    model, output = save_tiny(tmp_path / "base"), tmp_path / "out"
+    own, other = (pairs_file(tmp_path / name) for name in ("own.jsonl", "other.jsonl"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\ntasks: [{own}]\nreplay: {{tasks: [{other}], tokens: 20}}\nbatch_tokens: 40\nhead_sample: 4\n"
+        f"exit_layers: [2, 3]\nshallow_steps: 0.5\nlog_every: 1\noutput: {output}\n"
+    )
+    assert main(["train", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("replayed") == 6
+    assert "step 6/6" in printed  # 28 pairs have 5 tokens, the others up to 8
 
 
 def test_the_train_command_on_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

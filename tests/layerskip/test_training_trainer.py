@@ -50,8 +50,8 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora": True}, {"gradient_accumulation_steps": 2}, {"shallow": 0.5}],
-    ids=["full", "lora", "accumulation", "shallow"],
+    [{}, {"lora": True}, {"gradient_accumulation_steps": 2}, {"shallow": 0.5}, {"shallow": 0.5, "replay": True}],
+    ids=["full", "lora", "accumulation", "shallow", "replay"],
 )
 def test_twenty_steps_are_ten_resumed_and_ten(tmp_path: Path, options: dict) -> None:
     whole = trainer(tmp_path / "whole", **options)
@@ -141,6 +141,38 @@ def test_shallow_steps_leave_the_layers_above_alone_and_accuracy_is_logged_from_
         reported = {int(key.split("/")[1]) for key in line if key.startswith("exit_agreement/")}
         assert reported == (set(full[-1]) if full else set())
         assert {int(key.split("/")[1]) for key in line if key.startswith("exit_loss/")} == set().union(*window)
+
+
+def test_replay_trains_the_full_depth_and_layers_have_their_rates(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=3, dropout=0, shallow=0.9, replay=True)
+    exits, sampled = [], []
+    forward = run.model.forward
+
+    def watched(*args, exit_layers, head_sample, **kwargs):
+        exits.append(exit_layers)
+        sampled.append(head_sample.tolist())
+        return forward(*args, exit_layers=exit_layers, head_sample=head_sample, **kwargs)
+
+    run.model.forward = watched
+    run.train()
+    planned = [run.plan.curriculum.enabled(step) for step in range(3)]
+    assert exits == [part for own in planned for part in (own, (LAYERS,))]
+    labels = {label for pair in pairs() for label in pair["labels"]} - {-100}
+    assert all(labels <= set(tokens) and tokens == sorted(set(tokens)) for tokens in sampled)
+    assert len({tuple(tokens) for tokens in sampled}) > 1
+    assert "replay_loss" in run.state.log_history[0]
+    named = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    rates = {named[id(p)]: group["initial_lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(named) == sum(len(group["params"]) for group in run.optimizer.param_groups)
+    for name, rate in rates.items():
+        assert rate == (1e-3 if "layers.2." in name or "layers.3." in name else 3e-3), name
+
+
+def test_batches_that_do_not_fit_the_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be 1, got 4"):
+        trainer(tmp_path, replay=True, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps must be even with replay, got 3"):
+        trainer(tmp_path, replay=True, gradient_accumulation_steps=3)
 
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:

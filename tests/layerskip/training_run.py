@@ -15,7 +15,7 @@ from helpers import tiny_model
 from transformers import TrainingArguments
 
 from layerskip.training import Collator, LayerDropout, RandomExits, ShallowSteps, layer_dropout_rates
-from layerskip.training.trainer import LayerSkipTrainer, Plan
+from layerskip.training.trainer import Batching, LayerSkipTrainer, Plan
 
 LAYERS = 4
 
@@ -49,11 +49,13 @@ def trainer(
     dropout: float = 0.3,
     shallow: float = 0,
     honest: bool = False,
+    replay: bool = False,
     **changes: Any,
 ) -> Any:
     """A trainer of a tiny model: two of three exits at random, layer dropout, a share of ``shallow`` steps.
 
-    FSDP works on the CPU unless ``honest``.
+    FSDP works on the CPU unless ``honest``. With ``replay``, batches go by tokens, every second one is of other pairs,
+    early exits choose among a sample of the vocabulary, and upper layers learn more slowly.
     """
     model = tiny_model("llama2")
     if lora:
@@ -72,11 +74,16 @@ def trainer(
     plan = Plan(
         ShallowSteps(exits, shallow, seed=5) if shallow else exits,
         dropout=LayerDropout(layer_dropout_rates(LAYERS, dropout), seed=5) if dropout else None,
+        head_sample=8 if replay else 0,
     )
+    options: dict[str, Any] = {}
+    if replay:
+        arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        options = {"batching": Batching(32, pairs(20, 31), 16), "layer_rates": [3e-3, 3e-3, 1e-3, 1e-3]}
     kind = ShardedOnCpu if changes.get("fsdp") and not honest else LayerSkipTrainer
     return kind(
         model, TrainingArguments(output_dir=str(output), **{**arguments, **changes}), plan, train_dataset=pairs(),
-        data_collator=Collator(0),
+        data_collator=Collator(0), **options,
     )  # fmt: skip
 
 

@@ -20,10 +20,11 @@ from .loss import EarlyExitLoss, ExitLosses
 from .survey import ExitSurvey, survey_exits
 
 if TYPE_CHECKING:
-    from .trainer import LayerSkipTrainer, Plan
+    from .trainer import Batching, LayerSkipTrainer, Plan
 
 __all__ = [
     "AllExits",
+    "Batching",
     "Collator",
     "Conversion",
     "Curriculum",
@@ -52,7 +53,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The Trainer on demand: it imports accelerate and much of transformers, which the parts do without."""
-    if name in ("LayerSkipTrainer", "Plan"):
+    if name in ("Batching", "LayerSkipTrainer", "Plan"):
         from . import trainer
 
         return getattr(trainer, name)

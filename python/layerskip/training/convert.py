@@ -35,6 +35,7 @@ class Conversion:
             raise ValueError("the model's head has a bias; early-exit training takes heads without one")
         if dropout is not None and len(dropout.rates) != len(self.layers):
             raise ValueError(f"{len(dropout.rates)} dropout rates were given for {len(self.layers)} layers")
+        self.vocabulary = int(head.weight.shape[0])
         self.loss = EarlyExitLoss(norm, head, norm.variance_epsilon)
         self._wanted: frozenset[int] = frozenset()
         self._dropping = False  # stays set after a forward: activation checkpointing runs layers again in the backward
@@ -81,16 +82,26 @@ class Conversion:
         return forward
 
     def _exit_losses(
-        self, exit_layers: tuple[int, ...], labels: Tensor, exit_weights: Tensor, report: bool = False, **kwargs: Any
+        self,
+        exit_layers: tuple[int, ...],
+        labels: Tensor,
+        exit_weights: Tensor,
+        report: bool = False,
+        head_sample: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """The batch's loss, mean loss of each exit and label count; with ``report`` each exit's tokens and the labels.
 
+        ``head_sample`` are the tokens, ascending, that the exits below the full depth choose among in the loss.
         The weights of norm and head are read in here, inside the model's forward, where a sharded model has them whole.
         """
         states = self.states(exit_layers, **kwargs)
         rows, targets = target_rows(labels)
         hiddens = self.loss.gather(states, rows)
-        out = self.loss.on_rows(hiddens, targets, exit_weights)._asdict()
+        if list(exit_layers) != sorted(set(exit_layers)):
+            raise ValueError(f"the exit layers of a loss must ascend, got {list(exit_layers)}")
+        early = sum(layer < len(self.layers) for layer in exit_layers)
+        out = self.loss.on_rows(hiddens, targets, exit_weights, head_sample, early)._asdict()
         if report:
             out["tokens"] = self.loss.choices(hiddens[:, :REPORTED_ROWS])
             out["targets"] = targets[:REPORTED_ROWS]

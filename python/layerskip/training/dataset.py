@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ._seeds import generator
 from .loss import IGNORE
@@ -17,19 +17,29 @@ from .loss import IGNORE
 BUCKET = 50  # batches that are sorted by length together
 
 
-def encode_pair(tokenizer: Any, prompt: str, completion: str, max_length: int) -> dict[str, list[int]]:
-    """Token ids of prompt, completion and end of text; labels on what follows the prompt.
+def encode_pair(
+    tokenizer: Any, prompt: str, completion: str, max_length: int, whole: bool = False
+) -> dict[str, list[int]]:
+    """Token ids of prompt, completion and end of text; labels on what follows the prompt, or, if ``whole``, on all.
 
-    The two are tokenized apart, as generation does, so that training meets the same boundary.
+    The two are tokenized apart, as generation does, so that training meets the same boundary. A whole text without a
+    prompt is a passage of a longer one, and gets no end.
     """
     context = list(tokenizer(prompt).input_ids) if prompt else []
-    target = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    target = list(tokenizer(completion, add_special_tokens=False).input_ids)
+    if context or not whole:
+        target.append(tokenizer.eos_token_id)
     ids = (context + target)[:max_length]
-    return {"input_ids": ids, "labels": ([IGNORE] * len(context) + target)[:max_length]}
+    labels = [IGNORE, *ids[1:]] if whole else [IGNORE] * len(context) + target  # nothing comes before the first token
+    return {"input_ids": ids, "labels": labels[:max_length]}
 
 
-def encode(tokenizer: Any, examples: Sequence[Any], max_length: int = 1024) -> list[dict[str, list[int]]]:
+def encode(
+    tokenizer: Any, examples: Sequence[Any], max_length: int = 1024, whole: bool = False
+) -> list[dict[str, list[int]]]:
     """Encode examples, objects or dicts with ``prompt`` and ``completion``; those whose prompt fills all are left out.
+
+    With ``whole`` prompts are labelled, too.
 
     Raises
     ------
@@ -42,7 +52,7 @@ def encode(tokenizer: Any, examples: Sequence[Any], max_length: int = 1024) -> l
         for name in ("prompt", "completion"):
             if not isinstance(fields.get(name), str):
                 raise ValueError(f"example {index} has no text {name!r}: {fields}")
-        pairs.append(encode_pair(tokenizer, fields["prompt"], fields["completion"], max_length))
+        pairs.append(encode_pair(tokenizer, fields["prompt"], fields["completion"], max_length, whole))
     kept = [pair for pair in pairs if any(label != IGNORE for label in pair["labels"][1:])]
     if not kept:
         raise ValueError(f"none of {len(pairs)} examples has a completion within {max_length} tokens")
@@ -80,8 +90,10 @@ class Collator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, pairs: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        """Batch ``input_ids`` and ``labels``, [B, S]."""
+    def __call__(self, pairs: Sequence[Any]) -> dict[str, Tensor]:
+        """Batch ``input_ids`` and ``labels``, [B, S], of pairs, or of the one list of pairs that `Pool` gives."""
+        if isinstance(pairs[0], list):
+            (pairs,) = pairs
         length = max(len(pair["input_ids"]) for pair in pairs)
 
         def padded(key: str, value: int) -> Tensor:
@@ -116,3 +128,91 @@ class LengthBuckets(Sampler[int]):
         for batch in torch.randperm(whole, generator=source).tolist():
             yield from ordered[batch * self.batch_size : (batch + 1) * self.batch_size]
         yield from ordered[whole * self.batch_size :]
+
+
+class Pool(Dataset[list[dict[str, list[int]]]]):
+    """Pairs to train on and pairs to replay in one dataset, whose items are batches: lists of pairs by index."""
+
+    def __init__(self, pairs: Sequence[dict[str, list[int]]], replayed: Sequence[dict[str, list[int]]] = ()) -> None:
+        self.pairs, self.replayed = pairs, replayed
+
+    def __len__(self) -> int:
+        return len(self.pairs) + len(self.replayed)
+
+    def __getitem__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
+        own = len(self.pairs)
+        return [self.pairs[index] if index < own else self.replayed[index - own] for index in indices]
+
+
+def token_batches(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list[int]]:
+    """Batches of similar lengths, each padded to at most ``budget`` tokens unless it is a single example.
+
+    ``order`` decides who goes with whom among equals, not how many batches there are or how long they are.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(order, key=lambda index: lengths[index]):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class TokenBatches(Sampler[list[int]]):
+    """Batches for `Pool`, by a budget of padded tokens, shuffled; a function of (seed, epoch).
+
+    An epoch visits every pair once. With a replay budget, every ``ranks`` batches are followed by as many of the pairs
+    to replay, so that with an even number of batches a step on every rank, each second one is replayed.
+
+    Parameters
+    ----------
+    pool : Pool
+    budget, replay_budget : int
+        Tokens of a batch. A replay budget of 0 is for a pool without pairs to replay.
+    seed : int
+    ranks : int
+        Among how many the loader deals the batches out.
+    """
+
+    def __init__(self, pool: Pool, budget: int, replay_budget: int, seed: int, ranks: int = 1) -> None:
+        if bool(pool.replayed) != bool(replay_budget):
+            raise ValueError(f"a replay budget of {replay_budget} meets {len(pool.replayed)} pairs to replay")
+        self.lengths = [len(pair["input_ids"]) for pair in (*pool.pairs, *pool.replayed)]
+        self.own, self.budget, self.replay_budget = len(pool.pairs), budget, replay_budget
+        self.seed, self.ranks, self.epoch = seed, ranks, 0
+        batches = len(token_batches(self.lengths, budget, range(self.own)))
+        self.batches = batches - batches % ranks if replay_budget else batches
+        if not self.batches:
+            raise ValueError(f"{self.own} pairs make {batches} batches of {budget} tokens, too few for {ranks} ranks")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order that iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches * (2 if self.replay_budget else 1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = self._shuffled("order", self.epoch, range(self.own), self.budget)[: self.batches]
+        if not self.replay_budget:
+            yield from own
+            return
+        replayed = self._replayed()
+        for begin in range(0, len(own), self.ranks):
+            yield from own[begin : begin + self.ranks]
+            yield from (next(replayed) for _ in range(self.ranks))
+
+    def _shuffled(self, purpose: str, epoch: int, indices: range, budget: int) -> list[list[int]]:
+        source = generator(purpose, self.seed, epoch)
+        order = [indices[place] for place in torch.randperm(len(indices), generator=source).tolist()]
+        batches = token_batches(self.lengths, budget, order)
+        return [batches[place] for place in torch.randperm(len(batches), generator=source).tolist()]
+
+    def _replayed(self) -> Iterator[list[int]]:
+        """Batches to replay, without end; an epoch goes on where the one before stopped."""
+        indices = range(self.own, len(self.lengths))
+        count = len(token_batches(self.lengths, self.replay_budget, indices))
+        passes, skipped = divmod(self.epoch * self.batches, count)
+        while True:
+            yield from self._shuffled("replay", passes, indices, self.replay_budget)[skipped:]
+            passes, skipped = passes + 1, 0

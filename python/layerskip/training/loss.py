@@ -70,11 +70,29 @@ class EarlyExitLoss(nn.Module):
         norm, head = self._parts
         return norm.weight.to(dtype), head.weight.to(dtype)
 
-    def on_rows(self, hiddens: Tensor, targets: Tensor, exit_weights: Tensor) -> ExitLosses:
-        """Loss of gathered rows [N, R, D] with targets [R]."""
-        weights = self.weights(hiddens.dtype)
-        out = layerskip_kernels.early_exit_loss(hiddens, *weights, targets, exit_weights, self.eps, IGNORE)
-        return ExitLosses(out.loss, out.exit_losses, targets.shape[0])
+    def on_rows(
+        self, hiddens: Tensor, targets: Tensor, exit_weights: Tensor, sample: Tensor | None = None, sampled: int = 0
+    ) -> ExitLosses:
+        """Loss of gathered rows [N, R, D] with targets [R].
+
+        The first ``sampled`` exits choose among the tokens ``sample`` [S] alone, ascending, which must have all targets
+        in it: that costs S/V of the head. Their losses are too low by what the other tokens would have got.
+        """
+        norm, head = self.weights(hiddens.dtype)
+        parts = []
+        if sample is not None and sampled:
+            places = torch.searchsorted(sample, targets).clamp(max=len(sample) - 1)
+            if not torch.equal(sample[places], targets):
+                raise ValueError("the sampled vocabulary lacks a target")
+            rows = head.index_select(0, sample)
+            parts.append((hiddens[:sampled], norm, rows, places, exit_weights[:sampled]))
+        else:
+            sampled = 0
+        if sampled < len(hiddens):
+            parts.append((hiddens[sampled:], norm, head, targets, exit_weights[sampled:]))
+        outs = [layerskip_kernels.early_exit_loss(*part, self.eps, IGNORE) for part in parts]
+        total = torch.stack([out.loss for out in outs]).sum()
+        return ExitLosses(total, torch.cat([out.exit_losses for out in outs]), targets.shape[0])
 
     @torch.no_grad()
     def choices(self, hiddens: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ class Progress(TrainerCallback):
             elapsed = time.perf_counter() - self._start
             left = elapsed / max(state.global_step - self._first, 1) * (state.max_steps - state.global_step)
             head = f"step {state.global_step}/{state.max_steps}  {duration(elapsed)}, {duration(left)} left"
+            replayed = f"replayed {logs['replay_loss']:.4f}  " if "replay_loss" in logs else ""
             self.console.print(
-                f"{head}  loss {logs['loss']:.4f}  {self._exits(logs, '')}", highlight=False, soft_wrap=True
+                f"{head}  loss {logs['loss']:.4f}  {replayed}{self._exits(logs, '')}", highlight=False, soft_wrap=True
             )
         elif "eval_loss" in logs:
             self.console.print(

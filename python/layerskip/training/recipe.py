@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .dropout import SCALES, LayerDropout, layer_dropout_rates
 from .exits import (
@@ -19,6 +19,8 @@ from .exits import (
     ShallowSteps,
     early_exit_weights,
 )
+
+Number = TypeVar("Number", int, float)
 
 METHODS = ("full", "lora")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -35,15 +37,29 @@ class DropoutRecipe:
 
 
 @dataclass
+class ReplayRecipe:
+    """What the full depth is reminded of in every step: tasks as in `Recipe`, or ``text``, and how many tokens of them.
+
+    The loss is on prompts, too.
+    """
+
+    tasks: list[str] | dict[str, float] = field(default_factory=list)
+    tokens: int = 256
+
+
+@dataclass
 class Recipe:
     """What `layerskip train` reads.
 
     ``steps`` counts optimizer steps and wins over ``epochs``. ``tasks`` are names that `layerskip.training.data` knows,
     or paths of JSON-lines files with ``prompt`` and ``completion``; a mapping also gives each one's share of the
-    examples. ``lora_rank`` is one rank or a mapping of layers to ranks, see `layer_ranks`. ``schedule`` "wsd" warms up,
+    examples. ``lora_rank`` is one rank or a mapping of layers to ranks, see `by_layer`. ``schedule`` "wsd" warms up,
     stays, and decays linearly over the last third. ``exit_layers`` are the candidates (default: all);
     ``exits_per_step`` is for the random curriculum, ``rotate_every`` for the rotational one; ``shallow_steps`` is the
-    probability that a step stops at its deepest early exit.
+    probability that a step stops at its deepest early exit. ``learning_rate`` is one rate or, as ``lora_rank``, a
+    mapping of layers to rates. ``batch_tokens`` makes batches of so many padded tokens, not of ``batch_size`` examples.
+    ``head_sample`` has early exits choose, in the loss, among the tokens that the data has as labels and so many
+    others. ``replay`` is general text that the full depth sees in every step, see `ReplayRecipe`.
     """
 
     model: str = "smollm2"
@@ -52,12 +68,14 @@ class Recipe:
     lora_rank: int | dict[str, int] = 32
     freeze_embedding: bool = True
     precision: str = "bf16"
-    learning_rate: float = 2e-3
+    learning_rate: float | dict[str, float] = 2e-3
     schedule: str = "cosine"
     warmup: float = 0.03
+    beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     batch_size: int = 24
+    batch_tokens: int | None = None
     gradient_accumulation: int = 1
     max_length: int = 1024
     steps: int | None = None
@@ -69,6 +87,8 @@ class Recipe:
     shallow_steps: float = 0.0
     exit_weights: str = "paper"
     exit_weight_scale: float = 1.0
+    head_sample: int = 0
+    replay: ReplayRecipe = field(default_factory=ReplayRecipe)
     layer_dropout: DropoutRecipe = field(default_factory=DropoutRecipe)
     eval_split: str | None = None
     eval_examples: int = 120
@@ -93,12 +113,28 @@ class Recipe:
         )  # fmt: skip
         for key in positive:
             _check_positive(key, getattr(self, key))
+        if not 0 < self.beta2 < 1:
+            raise ValueError(f"beta2 must be in (0, 1), got {self.beta2}")
+        if self.head_sample < 0:
+            raise ValueError(f"head_sample must not be negative, got {self.head_sample}")
+        self._check_batches()
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not self.tasks:
             raise ValueError("tasks is empty, nothing to train on")
         if isinstance(self.tasks, dict):
             _check_positive("tasks", self.tasks)
+
+    def _check_batches(self) -> None:
+        if self.batch_tokens is not None:
+            _check_positive("batch_tokens", self.batch_tokens)
+        if not self.replay.tasks:
+            return
+        if self.batch_tokens is None:
+            raise ValueError("replay needs batch_tokens, the size of the batches that it goes between")
+        _check_positive("replay.tokens", self.replay.tokens)
+        if isinstance(self.replay.tasks, dict):
+            _check_positive("replay.tasks", self.replay.tasks)
 
     def make_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
         """The curriculum for a model of ``num_layers``."""
@@ -135,38 +171,40 @@ def _check_positive(key: str, value: Any) -> None:
             raise ValueError(f"{key}{name and f': {name}'} must be above 0, got {number}")
 
 
-def layer_ranks(rank: int | Mapping[str, int], num_layers: int) -> list[int]:
-    """The LoRA rank of each of ``num_layers`` layers.
+def by_layer(value: Number | Mapping[str, Number], num_layers: int, key: str) -> list[Number]:
+    """A LoRA rank or a learning rate for each of ``num_layers`` layers.
 
     Parameters
     ----------
-    rank : int or mapping of str to int
-        One rank, or ranges of layers 0…L-1 to ranks, such as ``{"0-3": 128, "4": 64, "5-29": 12}``.
+    value : number or mapping of str to number
+        One for all, or ranges of layers 0…L-1 to numbers, such as ``{"0-3": 128, "4": 64, "5-29": 12}``.
     num_layers : int
         L.
+    key : str
+        Of the recipe, for what is raised.
 
     Raises
     ------
     ValueError
         For a range that is none or ends outside 0…L-1, a layer that is in two ranges or in none.
     """
-    if isinstance(rank, int):
-        return [rank] * num_layers
-    ranks: dict[int, int] = {}
-    for layers, value in rank.items():
+    if not isinstance(value, Mapping):
+        return [value] * num_layers
+    found: dict[int, Number] = {}
+    for layers, number in value.items():
         first, dash, last = layers.partition("-")
         if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
-            raise ValueError(f"lora_rank: {layers!r} is neither a layer nor a range of layers, such as 0-3")
+            raise ValueError(f"{key}: {layers!r} is neither a layer nor a range of layers, such as 0-3")
         if not int(first) <= int(last or first) < num_layers:
-            raise ValueError(f"lora_rank: {layers} is no range within 0-{num_layers - 1}")
+            raise ValueError(f"{key}: {layers} is no range within 0-{num_layers - 1}")
         for layer in range(int(first), int(last or first) + 1):
-            if layer in ranks:
-                raise ValueError(f"lora_rank: layer {layer} is named twice")
-            ranks[layer] = value
+            if layer in found:
+                raise ValueError(f"{key}: layer {layer} is named twice")
+            found[layer] = number
     for layer in range(num_layers):
-        if layer not in ranks:
-            raise ValueError(f"lora_rank: layer {layer} of 0…{num_layers - 1} has no rank")
-    return [ranks[layer] for layer in range(num_layers)]
+        if layer not in found:
+            raise ValueError(f"{key}: layer {layer} of 0…{num_layers - 1} has none")
+    return [found[layer] for layer in range(num_layers)]
 
 
 def _construct(kind: type, values: Any, where: str) -> Any:
@@ -182,10 +220,13 @@ def _construct(kind: type, values: Any, where: str) -> Any:
     return kind(**checked)
 
 
+NESTED = {"DropoutRecipe": DropoutRecipe, "ReplayRecipe": ReplayRecipe}
+
+
 def _typed(value: Any, kind: str, where: str) -> Any:
     """A YAML value as the field's annotation, a string, wants it."""
-    if kind == "DropoutRecipe":
-        return _construct(DropoutRecipe, value, where)
+    if kind in NESTED:
+        return _construct(NESTED[kind], value, where)
     accepted: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
     for option in kind.split(" | "):
         if option.startswith("dict["):

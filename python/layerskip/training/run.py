@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,30 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..models import load, smollm2
-from .data import TASKS, load_task, splits
-from .dataset import Collator, encode, read_pairs
-from .recipe import Recipe, layer_ranks
-from .trainer import LayerSkipTrainer, Plan
+from .data import TASKS, load_task, splits, text
+from .dataset import Collator, encode, read_pairs, token_batches
+from .recipe import Recipe, by_layer
+from .trainer import Batching, LayerSkipTrainer, Plan
 
-SHORT = 64  # tokens up to which unfused bf16 attention is 2 to 3 times faster on a CPU, forward and backward, than SDPA
+SHORT = 256  # tokens up to which unfused bf16 attention is not slower on a CPU, forward and backward, than SDPA; at 64
+# it is 2 to 3 times faster
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def load_pairs(recipe: Recipe, split: str = "train") -> dict[str, list[Any]]:
-    """The examples of each task of a recipe; of a file every line is for training."""
+def load_pairs(tasks: Iterable[str], split: str = "train") -> dict[str, list[Any]]:
+    """The examples of each task of a recipe; of a file every line is for training. ``text`` are passages of prose."""
     pairs: dict[str, list[Any]] = {}
-    for task in recipe.tasks:
-        if task in TASKS:
+    for task in tasks:
+        if task == "text":
+            pairs[task] = text.passages(split)
+        elif task in TASKS:
             if split in splits(task):
                 pairs[task] = load_task(task, split)
         elif Path(task).is_file():
             if split == "train":
                 pairs[task] = read_pairs(Path(task))
         else:
-            raise ValueError(f"task {task!r} is neither one of {', '.join(TASKS)} nor a file")
+            raise ValueError(f"task {task!r} is neither one of {', '.join(TASKS)}, text, nor a file")
     return pairs
 
 
@@ -60,7 +63,7 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     model, tokenizer = load(source, dtype=frozen_dtype)
     recipe.check_exits(model.config.num_hidden_layers)
     if recipe.method == "lora":
-        return _with_lora(model, layer_ranks(recipe.lora_rank, model.config.num_hidden_layers)), tokenizer
+        return _with_lora(model, by_layer(recipe.lora_rank, model.config.num_hidden_layers, "lora_rank")), tokenizer
     model.float()
     if recipe.freeze_embedding:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -95,12 +98,14 @@ def schedule(recipe: Recipe, steps: int) -> dict[str, Any]:
 
 def training_arguments(recipe: Recipe, steps: int, **kwargs: Any) -> TrainingArguments:
     """The Trainer's arguments for a recipe that takes ``steps``."""
+    rates = recipe.learning_rate
     return TrainingArguments(
         output_dir=recipe.output,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=1 if recipe.batch_tokens else recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=recipe.learning_rate,
+        gradient_accumulation_steps=recipe.gradient_accumulation * (2 if recipe.replay.tasks else 1),
+        learning_rate=max(rates.values()) if isinstance(rates, dict) else rates,
+        adam_beta2=recipe.beta2,
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -122,35 +127,56 @@ def training_arguments(recipe: Recipe, steps: int, **kwargs: Any) -> TrainingArg
 
 def make_trainer(recipe: Recipe, **kwargs: Any) -> LayerSkipTrainer:
     """Everything that a recipe names, ready to train."""
-    pairs = load_pairs(recipe)
+    pairs = load_pairs(recipe.tasks)
     model, tokenizer = prepare_model(recipe)
     encoded = {task: encode(tokenizer, part, recipe.max_length) for task, part in pairs.items()}
     train = mix(encoded, recipe.tasks)
+    batching = make_batching(recipe, tokenizer)
     held_out: Sequence[Any] | None = None
     if recipe.eval_split is not None:
-        examples = list(chain.from_iterable(load_pairs(recipe, recipe.eval_split).values()))
+        examples = list(chain.from_iterable(load_pairs(recipe.tasks, recipe.eval_split).values()))
         held_out = encode(tokenizer, examples[: recipe.eval_examples], recipe.max_length)
-    if not torch.cuda.is_available() and max(len(pair["input_ids"]) for pair in train) <= SHORT:
+    longest = max(len(pair["input_ids"]) for pair in (*train, *(batching.replayed if batching else ())))
+    if not torch.cuda.is_available() and longest <= SHORT:
         model.set_attn_implementation("eager")
-    steps = recipe.steps or _steps(recipe, len(train))
+    steps = recipe.steps or _steps(recipe, train)
     layers = model.config.num_hidden_layers
     plan = Plan(
         recipe.make_curriculum(layers, steps),
         recipe.exit_weights,
         recipe.exit_weight_scale,
         recipe.make_dropout(layers, steps),
+        recipe.head_sample,
     )
+    rates = by_layer(recipe.learning_rate, layers, "learning_rate") if isinstance(recipe.learning_rate, dict) else None
     trainer = LayerSkipTrainer(
         model, training_arguments(recipe, steps), plan, train_dataset=train, eval_dataset=held_out,
-        data_collator=Collator(tokenizer.pad_token_id or tokenizer.eos_token_id), processing_class=tokenizer, **kwargs,
+        data_collator=Collator(tokenizer.pad_token_id or tokenizer.eos_token_id), processing_class=tokenizer,
+        batching=batching, layer_rates=rates, **kwargs,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _steps(recipe: Recipe, examples: int) -> int:
+def make_batching(recipe: Recipe, tokenizer: Any) -> Batching | None:
+    """Batches by tokens, with what is replayed between them, where a recipe asks for them."""
+    if recipe.batch_tokens is None:
+        return None
+    if not recipe.replay.tasks:
+        return Batching(recipe.batch_tokens)
+    length = min(recipe.max_length, recipe.replay.tokens)
+    pairs = load_pairs(recipe.replay.tasks)
+    encoded = {task: encode(tokenizer, part, length, whole=True) for task, part in pairs.items()}
+    return Batching(recipe.batch_tokens, mix(encoded, recipe.replay.tasks), recipe.replay.tokens)
+
+
+def _steps(recipe: Recipe, pairs: Sequence[dict[str, list[int]]]) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = math.ceil(examples / (recipe.batch_size * world))
+    if recipe.batch_tokens is None:
+        batches = math.ceil(len(pairs) / (recipe.batch_size * world))
+    else:
+        lengths = [len(pair["input_ids"]) for pair in pairs]
+        batches = math.ceil(len(token_batches(lengths, recipe.batch_tokens, range(len(pairs)))) / world)
     return math.ceil(math.ceil(batches / recipe.gradient_accumulation) * recipe.epochs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from .._files import write_atomically
+from ._seeds import generator
 from .convert import convert, revert
-from .dataset import LengthBuckets
+from .dataset import IGNORE, LengthBuckets, Pool, TokenBatches
 from .dropout import LayerDropout
 from .exits import AllExits, Curriculum, ShallowSteps, early_exit_weights
 from .meter import ExitMeter
@@ -28,12 +30,17 @@ STATE = "layerskip.json"
 
 @dataclass
 class Plan:
-    """What of a step is LayerSkip's: its exits, their weights, its layer dropout."""
+    """What of a step is LayerSkip's: its exits, their weights, its layer dropout.
+
+    With ``head_sample`` the loss of early exits is over the vocabulary of the training data's labels and so many other
+    tokens, drawn anew for every micro-batch, instead of the whole head.
+    """
 
     curriculum: Curriculum
     weights: str = "paper"
     weight_scale: float = 1.0
     dropout: LayerDropout | None = None
+    head_sample: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Everything that the draws of a step depend on, as JSON takes it."""
@@ -42,12 +49,41 @@ class Plan:
             "exits": _described(self.curriculum),
             "weights": [self.weights, self.weight_scale],
             "dropout": dropped and [list(dropped.rates), dropped.seed, dropped.total_steps, dropped.scale],
+            "head_sample": self.head_sample,
         }
 
 
 def _described(curriculum: Curriculum) -> dict[str, Any]:
     values = {key: _described(value) if hasattr(value, "enabled") else value for key, value in vars(curriculum).items()}
     return {"curriculum": type(curriculum).__name__, **values}
+
+
+@dataclass
+class Batching:
+    """Batches by tokens, not by a number of examples: at most ``tokens`` of each rank's micro-batch, with padding.
+
+    With ``replayed`` pairs, every second micro-batch, of ``replay_tokens``, is of these and trains only the full depth:
+    what it is to remember while the exits learn something else. ``gradient_accumulation_steps`` counts both, so it must
+    be even then; ``per_device_train_batch_size`` counts batches, and must be 1.
+    """
+
+    tokens: int
+    replayed: Sequence[dict[str, list[int]]] = ()
+    replay_tokens: int = 0
+
+    def check(self, args: TrainingArguments) -> None:
+        """Raise ValueError where the Trainer's arguments do not fit."""
+        if args.per_device_train_batch_size != 1:
+            raise ValueError(f"per_device_train_batch_size must be 1, got {args.per_device_train_batch_size}")
+        if self.replayed and args.gradient_accumulation_steps % 2:
+            raise ValueError(
+                f"gradient_accumulation_steps must be even with replay, got {args.gradient_accumulation_steps}"
+            )
+
+
+def _label_tokens(pairs: Sequence[dict[str, list[int]]]) -> Tensor:
+    """Every token that is a label of ``pairs``, ascending."""
+    return torch.tensor(sorted({label for pair in pairs for label in pair["labels"]} - {IGNORE}))
 
 
 class _SetEpoch(TrainerCallback):
@@ -77,6 +113,10 @@ class LayerSkipTrainer(Trainer):
         By default every exit every step, the paper's weights, no dropout.
     train_dataset, eval_dataset : sequence of dict
         With lists ``input_ids`` and ``labels``, as `encode` makes them.
+    batching : Batching, optional
+        Batches by tokens, and what is replayed.
+    layer_rates : sequence of float, optional
+        The peak learning rate of each layer; what is in none has that of ``args``.
     **kwargs
         As `transformers.Trainer` takes them.
     """
@@ -87,20 +127,31 @@ class LayerSkipTrainer(Trainer):
         args: TrainingArguments,
         plan: Plan | None = None,
         train_dataset: Sequence[dict[str, list[int]]] | None = None,
+        batching: Batching | None = None,
+        layer_rates: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         num_layers = model.config.num_hidden_layers
         self.plan = plan or Plan(AllExits(num_layers))
+        self.batching, self.layer_rates = batching, layer_rates
+        if layer_rates is not None and len(layer_rates) != num_layers:
+            raise ValueError(f"{len(layer_rates)} learning rates were given for {num_layers} layers")
+        self.vocabulary = _label_tokens(train_dataset or ()) if self.plan.head_sample else None
+        if batching is not None and train_dataset is not None:
+            batching.check(args)
+            data: Any = Pool(train_dataset, batching.replayed)
+        else:
+            data = train_dataset
         self.conversion = convert(model, self.plan.dropout)
         self.num_layers = num_layers
-        self.meter = ExitMeter()
-        self.sampler: LengthBuckets | None = None
+        self.meter, self.replay_meter = ExitMeter(), ExitMeter()
+        self.sampler: LengthBuckets | TokenBatches | None = None
         self._micro = (-1, 0)  # the step that was seen last, and how many of its micro-batches
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         if isinstance(self.plan.curriculum, ShallowSteps):  # DDP must not wait for gradients of layers that did not run
             args.ddp_find_unused_parameters = True
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=data, **kwargs)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 "fsdp was asked for, but accelerate shards nothing here: it needs GPUs and several processes"
@@ -111,6 +162,12 @@ class LayerSkipTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.batching is not None:
+            self.sampler = TokenBatches(
+                dataset, self.batching.tokens, self.batching.replay_tokens, self.args.seed,
+                self.accelerator.num_processes,
+            )  # fmt: skip
+            return self.sampler
         lengths = [len(pair["input_ids"]) for pair in dataset]
         size = self._train_batch_size * self.accelerator.num_processes
         self.sampler = LengthBuckets(lengths, size, self.args.seed)
@@ -130,19 +187,37 @@ class LayerSkipTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Σ weightₙ · CE of the step's exits, as this rank's share of the mean over all labels of the step."""
-        step, training = self.state.global_step, model.training
-        exits = self.plan.curriculum.enabled(step) if training else self._all_exits()
+        step, ids = self.state.global_step, inputs["input_ids"]
+        micro = self._micro_batch() if model.training else None
+        replayed = micro is not None and self._replays(micro)
+        exits = (self.num_layers,) if replayed else self._exits(step, model.training)
         weights = early_exit_weights(exits, self.num_layers, self.plan.weights, self.plan.weight_scale)
-        ids = inputs["input_ids"]
-        if training and self.plan.dropout is not None:
-            self.plan.dropout.draw(step, ids.shape[0], self._micro_batch(), ids.device)
-        report = not training or self._reports(step)
-        out = model(**inputs, exit_layers=exits, exit_weights=weights.to(ids.device), report=report)
-        self.meter.add(exits, out)
+        options: dict[str, Any] = {"report": micro is None or (not replayed and self._reports(step))}
+        if micro is not None and self.plan.dropout is not None:
+            self.plan.dropout.draw(step, ids.shape[0], micro, ids.device)
+        if micro is not None and self.vocabulary is not None:
+            options["head_sample"] = self._head_sample(step, micro).to(ids.device)
+        out = model(**inputs, exit_layers=exits, exit_weights=weights.to(ids.device), **options)
+        (self.replay_meter if replayed else self.meter).add(exits, out)
         loss = out["loss"]
         if num_items_in_batch is not None:  # gradients are averaged over ranks, so the share is scaled up by them
             loss = loss * (out["num_labels"] * self.accelerator.num_processes / num_items_in_batch)
         return (loss, out) if return_outputs else loss
+
+    def _exits(self, step: int, training: bool) -> tuple[int, ...]:
+        return self.plan.curriculum.enabled(step) if training else self._all_exits()
+
+    def _replays(self, micro: int) -> bool:
+        """Whether a micro-batch is one of those to replay, see `TokenBatches`."""
+        return self.batching is not None and bool(self.batching.replayed) and micro % 2 == 1
+
+    def _head_sample(self, step: int, micro: int) -> Tensor:
+        """The tokens that early exits choose among in a micro-batch's loss, ascending."""
+        assert self.vocabulary is not None
+        size = self.conversion.vocabulary
+        source = generator("head sample", self.args.seed, step, micro)
+        others = torch.randint(size, (self.plan.head_sample,), generator=source)
+        return torch.cat([self.vocabulary, others]).unique()
 
     def _reports(self, step: int) -> bool:
         """Whether this is the last step to full depth before a line of the log: its exits are compared."""
@@ -182,7 +257,34 @@ class LayerSkipTrainer(Trainer):
         super().log(logs, start_time)
 
     def _drain(self) -> dict[str, float]:
-        return self.meter.drain(self._all_exits(), self.accelerator)
+        metrics = self.meter.drain(self._all_exits(), self.accelerator)
+        if self.batching is not None and self.batching.replayed:
+            replayed = self.replay_meter.drain((self.num_layers,), self.accelerator)
+            metrics["replay_loss"] = replayed[f"exit_loss/{self.num_layers}"]
+        return metrics
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer; with ``layer_rates``, a group of parameters for each rate."""
+        optimizer = super().create_optimizer(model)
+        if self.layer_rates is None:
+            return optimizer
+        trained: Any = self.model if model is None else model
+        rates = {parameter: self._rate(name) for name, parameter in trained.named_parameters()}
+        groups = [
+            {**group, "params": [p for p in group["params"] if rates[p] == rate], "lr": rate}
+            for group in optimizer.param_groups
+            for rate in sorted(set(rates.values()))
+        ]
+        optimizer.param_groups.clear()
+        for group in groups:
+            if group["params"]:
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def _rate(self, name: str) -> float:
+        assert self.layer_rates is not None
+        layer = re.search(r"layers\.(\d+)\.", name)
+        return self.layer_rates[int(layer[1])] if layer else self.args.learning_rate
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as the Trainer does; a checkpoint of another plan is refused."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._example import Example
 from .summarization import papers
 
 SPLITS = ("train", "test")
@@ -25,6 +26,16 @@ def load_text(split: str = "test") -> list[str]:
         for paper in papers(split)
     ]
     return documents if split == "train" else documents + _manual()
+
+
+def passages(split: str = "train", words: int = 90) -> list[Example]:
+    """The documents of `load_text` cut into passages of so many words: completions without a prompt."""
+    made = []
+    for number, document in enumerate(load_text(split)):
+        parts = document.split(" ")
+        for begin in range(0, len(parts), words):
+            made.append(Example("", " ".join(parts[begin : begin + words]), f"{split} {number}"))
+    return made
 
 
 def _manual() -> list[str]:
