@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _extension, _ops, cpu_loss, dispatch, reference, triton
@@ -34,6 +35,13 @@ def _native_supports(device: str, reason: str | None) -> Callable[..., str | Non
     return supports
 
 
+def _missing(op: str, device: str, reason: str | None) -> str | None:
+    """Why the compiled library of a device serves no call of an op, or None."""
+    if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"layerskip_native::{op}", device.upper()):
+        return f"{op} is not written yet"
+    return reason
+
+
 def _without(backend: str, op: str, supports: Callable[..., str | None]) -> Callable[..., str | None]:
     """``supports``, and a reason where an argument is given that ``backend`` does not serve."""
     arguments = _ops.arguments(op)
@@ -51,8 +59,8 @@ def _without(backend: str, op: str, supports: Callable[..., str | None]) -> Call
 def register_all() -> None:
     """One line an op and backend."""
     for op in _ops.SCHEMAS:
-        dispatch.register(op, "cuda", _ops.native(op), _native_supports("cuda", _extension.cuda_reason))
-        dispatch.register(op, "cpu", _ops.native(op), _native_supports("cpu", _extension.cpu_reason))
+        for device, reason in (("cuda", _extension.cuda_reason), ("cpu", _extension.cpu_reason)):
+            dispatch.register(op, device, _ops.native(op), _native_supports(device, _missing(op, device, reason)))
         if op in triton.OPS:
             dispatch.register(op, "triton", triton.implementation(op), _without("triton", op, triton.supports))
         dispatch.register(op, "reference", getattr(reference, f"{op}_ref"), _always)

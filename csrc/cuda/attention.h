@@ -10,14 +10,16 @@ constexpr int kPairs = 16;   // (row, query head) pairs of a block
 
 // The scratch of attention: what a call with these sizes needs at most.
 struct AttentionScratch {
-  static constexpr int64_t kBytes = 64 << 20;  // above this, rows are taken in several launches
+  static constexpr int64_t kBytes = 64 << 20;
   int64_t pairs_per_row, splits, cells, tickets;
   int rows_at_once;
 
-  AttentionScratch(int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t capacity, int64_t size) {
+  // Above `limit` bytes, the rows of a sequence are taken in several launches.
+  AttentionScratch(int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t capacity, int64_t size,
+                   int64_t limit = kBytes) {
     splits = divide_up<int64_t>(capacity, kSplit);
     const int64_t row_bytes = batch * heads * splits * (size + 2) * static_cast<int64_t>(sizeof(float));
-    const int64_t fits = kBytes / (row_bytes > 0 ? row_bytes : 1);
+    const int64_t fits = limit / (row_bytes > 0 ? row_bytes : 1);
     rows_at_once = static_cast<int>(fits < 1 ? 1 : fits < rows ? fits : rows);
     pairs_per_row = groups > 0 ? heads / groups : 0;
     cells = batch * heads * splits * rows_at_once;

@@ -53,9 +53,9 @@ EMULATED(swiglu)(const void* x, const void* gate, const void* up, void* out, int
   });
 }
 
-EMULATED(rope_kv_append)(const void* q, const void* k, const void* v, const float* cos, const float* sin,
-                         void* k_cache, void* v_cache, const int64_t* seq_lens, const int64_t* slots, void* out,
-                         int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t size, int64_t capacity,
+EMULATED(rope_kv_append)(const void* q, const void* k, const void* v, const float* cos, const float* sin, void* k_cache,
+                         void* v_cache, const int64_t* seq_lens, const int64_t* slots, void* out, int64_t batch,
+                         int64_t rows, int64_t heads, int64_t groups, int64_t size, int64_t capacity,
                          int64_t slot_count, int64_t dtype) {
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     RopeArgs<T> args{};
@@ -67,22 +67,21 @@ EMULATED(rope_kv_append)(const void* q, const void* k, const void* v, const floa
     args.heads = static_cast<int>(heads);
     Chain chain(nullptr);
     return rope_kv_append<T>(
-        chain, args,
-        cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, groups, size, capacity, slot_count));
+        chain, args, cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, groups, size, capacity, slot_count));
   });
 }
 
 // The entry's scratch is the test's: `memory` of `attention_bytes`.
 EMULATED(attention_bytes)(int64_t* bytes, int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t size,
-                          int64_t capacity) {
-  *bytes = AttentionScratch(batch, rows, heads, groups, capacity, size).bytes(size);
+                          int64_t capacity, int64_t limit) {
+  *bytes = AttentionScratch(batch, rows, heads, groups, capacity, size, limit).bytes(size);
   return cudaSuccess;
 }
 
 EMULATED(verify_attention)(const void* q, void* k_cache, void* v_cache, const int64_t* seq_lens, const int64_t* slots,
                            void* out, void* memory, int64_t batch, int64_t rows, int64_t heads, int64_t groups,
-                           int64_t size, int64_t capacity, int64_t slot_count, int64_t dtype) {
-  const AttentionScratch scratch(batch, rows, heads, groups, capacity, size);
+                           int64_t size, int64_t capacity, int64_t limit, int64_t slot_count, int64_t dtype) {
+  const AttentionScratch scratch(batch, rows, heads, groups, capacity, size, limit);
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     Chain chain(nullptr);
     LSK_LAUNCH(clear_tickets(chain, scratch, memory));

@@ -10,6 +10,15 @@ from tests.cuda_emulation import unavailable
 from .runners import Card, Emulated
 
 
+@pytest.fixture
+def emulated() -> type[Emulated]:
+    """For what a card cannot be asked: another order of threads, another architecture."""
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return Emulated
+
+
 @pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
 def ops(request: pytest.FixtureRequest) -> Emulated | Card:
     if request.param == "card":

@@ -15,6 +15,8 @@ from torch import Tensor
 import layerskip_kernels as lk
 from tests.cuda_emulation import library
 
+from .layers import EmulatedLayers
+
 HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
 STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept.cuh
 
@@ -24,7 +26,7 @@ def _void(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan") if like.is_floating_point else torch.iinfo(like).max, dtype=like)
 
 
-class Emulated:
+class Emulated(EmulatedLayers):
     """The kernels under tests/cuda_emulation.
 
     Parameters
@@ -79,6 +81,12 @@ class Emulated:
         return lk.Acceptance(*out)
 
 
+def _on_card(arg: Any) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_on_card(one) for one in arg]
+    return arg.cuda() if isinstance(arg, Tensor) else arg
+
+
 class Card:
     """The ops of the library on a card, by its backend "cuda"."""
 
@@ -86,7 +94,7 @@ class Card:
         schema = getattr(torch.ops.layerskip, op).default._schema
 
         def call(*args: Any) -> Any:
-            moved = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in args]
+            moved = [_on_card(arg) for arg in args]
             with lk.use_backend("cuda"):
                 out = getattr(lk, op)(*moved)
             for arg, there, known in zip(args, moved, schema.arguments, strict=False):
@@ -95,3 +103,6 @@ class Card:
             return type(out)(*(one.cpu() for one in out)) if isinstance(out, tuple) else out.cpu()
 
         return call
+
+
+Ops = Emulated | Card

@@ -1,0 +1,116 @@
+"""The ops of a decoder layer, emulated: `layerskip_kernels.functional` over tests/cuda_emulation/ops/layers.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLOTS = 14  # tensors of a layer, the optional ones included
+
+
+class EmulatedLayers:
+    """What `Emulated` knows of layers; ``call`` is its own."""
+
+    def call(self, file: str, entry: str, *args: Any, writes: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _layers(self, entry: str, *args: Any, writes: Sequence[Tensor]) -> None:
+        self.call("layers", entry, *args, writes=list(writes))
+
+    def _scratch(self, entry: str, *args: Any) -> Tensor:
+        """The memory that an op asks for; its contents are garbage."""
+        size = torch.zeros(1, dtype=torch.int64)
+        self._layers(entry, size, *args, writes=(size,))
+        return torch.full((int(size),), 0x7F, dtype=torch.uint8)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        self._layers("rms_norm", x, weight, out, rows, width, eps, x.dtype, writes=(out,))
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        self._layers("linear", x, weight, bias, residual, out, *x.shape, weight.shape[0], x.dtype, writes=(out,))
+        return out
+
+    def swiglu(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], gate.shape[0])
+        self._layers("swiglu", x, gate, up, out, *x.shape, gate.shape[0], x.dtype, writes=(out,))
+        return out
+
+    def rope_kv_append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seq_lens: Tensor,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        (batch, rows, heads, size), (slot_count, groups, capacity) = q.shape, k_cache.shape[:3]
+        self._layers(
+            "rope_kv_append", q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, batch, rows, heads, groups,
+            size, capacity, slot_count, q.dtype, writes=(out, k_cache, v_cache),
+        )  # fmt: skip
+        return out
+
+    def verify_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seq_lens: Tensor,
+        slots: Tensor | None = None,
+        limit: int = 64 << 20,
+    ) -> Tensor:
+        """``limit``: bytes of scratch above which the rows are taken in several launches."""
+        out = torch.empty_like(q)
+        (batch, rows, heads, size), (slot_count, groups, capacity) = q.shape, k_cache.shape[:3]
+        memory = self._scratch("attention_bytes", batch, rows, heads, groups, size, capacity, limit)
+        self._layers(
+            "verify_attention", q, k_cache, v_cache, seq_lens, slots, out, memory, batch, rows, heads, groups, size,
+            capacity, limit, slot_count, q.dtype, writes=(out, memory),
+        )  # fmt: skip
+        return out
+
+    def partial_forward(
+        self,
+        hidden: Tensor,
+        weights: Sequence[Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seq_lens: Tensor,
+        start: int,
+        end: int,
+        eps: float,
+        slots: Tensor | None = None,
+        ahead: int = 0,
+    ) -> Tensor:
+        """Of layers [start, end), which must not be empty; rows lie ``ahead`` positions past ``seq_lens``."""
+        out, each = torch.empty_like(hidden), len(weights) // (end - start)
+        tensors: list[Tensor | None] = []
+        for layer in range(end - start):
+            own = [one if one.numel() else None for one in weights[layer * each : (layer + 1) * each]]
+            tensors += [*own, *[None] * (SLOTS - each)]
+        caches = [cache[layer] for layer in range(start, end) for cache in (k_cache, v_cache)]
+        (batch, rows, width), (slot_count, groups, capacity, size) = hidden.shape, k_cache.shape[1:]
+        heads, features = weights[1].shape[0] // size, weights[6].shape[0]
+        sizes = torch.tensor(
+            [batch, rows, width, heads, groups, size, features, capacity, slot_count, end - start], dtype=torch.int64
+        )
+        memory = self._scratch("forward_bytes", sizes, hidden.dtype)
+        self._layers(
+            "partial_forward", hidden, tensors, caches, cos, sin, seq_lens, slots, out, memory, sizes, ahead, eps,
+            hidden.dtype, writes=(out, memory, k_cache, v_cache),
+        )  # fmt: skip
+        return out
