@@ -6,7 +6,7 @@ come from the CPU and go back to it; what an op writes in place is written in pl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from tests.cuda_emulation import library
 from .layers import EmulatedLayers
 
 HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
-STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept.cuh
+STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept.h
+LAYER_TENSORS = 14  # the optional ones included
 
 
 def _void(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
@@ -79,6 +80,97 @@ class Emulated(EmulatedLayers):
             writes=[seq_lens, *out, rows, picks] + ([] if inverse is None else [inverse]),
         )  # fmt: skip
         return lk.Acceptance(*out)
+
+    def draft(
+        self, token: Tensor, embedding: Tensor, weights: Sequence[Tensor], k_cache: Tensor, v_cache: Tensor,
+        cos: Tensor, sin: Tensor, seq_lens: Tensor, end: int, norm: Tensor, head: Tensor, eps: float, steps: int,
+        extend: bool, token_map: Tensor | None = None, scale: Tensor | None = None, slots: Tensor | None = None,
+        min_probability: float = 0.0, temperature: Tensor | None = None, seed: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> lk.Draft:  # fmt: skip
+        model = _Model(embedding, weights, k_cache, v_cache, end)
+        sizes = model.sizes(len(token), steps, extend, len(head), len(head), end)
+        out, buffers = model.draft_buffers(len(token), steps, extend, len(head))
+        memory = self._scratch(sizes, 1, embedding.dtype)
+        pitches = (0, 0) if logits is None else (logits.stride(0), logits.stride(1))
+        self.call(
+            "round", "draft", token, embedding, model.weights, model.caches, cos, sin, seq_lens, slots, norm, head,
+            token_map, scale, temperature, seed, logits, *pitches, *out, *buffers, memory, sizes, float(eps),
+            float(min_probability), embedding.dtype,
+            writes=[k_cache, v_cache, *out, *buffers, memory] + ([] if logits is None else [logits]),
+        )  # fmt: skip
+        return lk.Draft(*out)
+
+    def speculative_round(
+        self, token: Tensor, embedding: Tensor, weights: Sequence[Tensor], k_cache: Tensor, v_cache: Tensor,
+        cos: Tensor, sin: Tensor, seq_lens: Tensor, exit_layer: int, norm: Tensor, head: Tensor, eps: float, steps: int,
+        draft_head: Tensor | None = None, token_map: Tensor | None = None, scale: Tensor | None = None,
+        slots: Tensor | None = None, min_probability: float = 0.0, temperature: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> lk.Round:  # fmt: skip
+        draft_head = head if draft_head is None else draft_head
+        batch, few, many = len(token), len(draft_head), len(head)
+        model = _Model(embedding, weights, k_cache, v_cache, k_cache.shape[0])
+        sizes = model.sizes(batch, steps, True, few, many, exit_layer)
+        drafted, buffers = model.draft_buffers(batch, steps, True, max(few, many))
+        memory = [self._scratch(sizes, rows, embedding.dtype) for rows in (1, steps + 1)]
+        verified = [_void(batch * (steps + 1), like=torch.int64), _void(2, batch * (steps + 1))]
+        out = [_void(batch, like=torch.int64), _void(batch, like=torch.int64)]
+        logits: list[Tensor | None] = [None, None]
+        scratch: list[Tensor | None] = [None, None, None]
+        if temperature is not None:
+            stretches = -(-max(few, many) // STRETCH)
+            logits = [_void(batch, steps, few), _void(batch, steps + 1, many)]
+            scratch = [_void(batch, 2 * steps + 1, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)]
+            scratch.append(None if token_map is None else _void(many, like=torch.int32))
+        written = [k_cache, v_cache, seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
+        self.call(
+            "round", "speculative_round", token, embedding, model.weights, model.caches, cos, sin, seq_lens, slots,
+            norm, head, draft_head, token_map, scale, temperature, seed, *logits, *drafted, *buffers, *memory,
+            *verified, *out, *scratch, sizes, float(eps), float(min_probability), embedding.dtype,
+            writes=[one for one in written if one is not None],
+        )  # fmt: skip
+        return lk.Round(drafted[0], *out, drafted[2])
+
+    def _scratch(self, sizes: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        bytes_ = torch.zeros(1, dtype=torch.int64)
+        self.call("round", "forward_bytes", bytes_, sizes, rows, dtype, writes=[bytes_])
+        return _void(int(bytes_), like=torch.uint8)
+
+
+class _Model:
+    """Layers [0, ``layers``) as the entries take them."""
+
+    def __init__(
+        self, embedding: Tensor, weights: Sequence[Tensor], k_cache: Tensor, v_cache: Tensor, layers: int
+    ) -> None:
+        each = len(weights) // layers
+        optional = [one if one.numel() else None for one in weights]
+        self.embedding, self.layers, self.like = embedding, layers, weights
+        self.weights: list[Tensor | None] = []
+        for first in range(0, len(weights), each):
+            self.weights += [*optional[first : first + each], *[None] * (LAYER_TENSORS - each)]
+        self.caches = [cache[layer] for layer in range(layers) for cache in (k_cache, v_cache)]
+        self.cached = k_cache.shape
+
+    def sizes(self, batch: int, steps: int, extend: bool, few: int, many: int, exit_layer: int) -> Tensor:
+        _, slots, groups, capacity, size = self.cached
+        vocabulary, width = self.embedding.shape
+        heads, features = len(self.like[1]) // size, len(self.like[6])
+        return torch.tensor(
+            [batch, width, heads, groups, size, features, capacity, slots, steps, extend, vocabulary, few, many,
+             exit_layer, self.layers]
+        )  # fmt: skip
+
+    def draft_buffers(
+        self, batch: int, steps: int, extend: bool, vocabulary: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+        """Tokens, states and probability; the scratch of a draft, of K + 1 rows where it is verified."""
+        width, dtype = self.embedding.shape[1], self.embedding.dtype
+        states = _void(batch, steps + extend, width, like=dtype)
+        partial = _void(batch * (steps + 1), -(-vocabulary // HEAD_TILE), CHOICE_WORDS)
+        out = (_void(batch, steps, like=torch.int64), states, _void(batch, steps))
+        return out, [_void(batch, width, like=dtype), partial]
 
 
 def _on_card(arg: Any) -> Any:

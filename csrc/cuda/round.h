@@ -1,0 +1,53 @@
+// speculative_round: a draft, its verification and the acceptance as one chain of launches; nothing waits for the host.
+#pragma once
+
+#include "cuda/accept.h"
+#include "cuda/draft.h"
+
+namespace lsk {
+
+// B sequences, K drafts, M = K + 1 rows each to verify.
+template <class T, class W>
+struct RoundArgs {
+  DraftArgs<T> draft;  // `extend` is true
+  Layers<T> shallow;   // [0, E), for one row
+  Layers<T> deep;      // [E, L), for M rows
+  Head<T, W> draft_head;
+  Head<T, T> head;
+  Choice* partial;  // scratch [B M, head_tiles]
+  int64_t* target;  // scratch [B M]: what each row's head says
+  float* scores;    // scratch [2, B M]
+  int64_t* seq_lens;
+  int64_t *accepted, *next_token;  // [B]
+  SampledArgs sampled;             // with a temperature; its logits are scratch, too
+};
+
+// The rows of the draft, verified: every row's head. Their states are overwritten.
+template <class T, class W>
+cudaError_t verify(Chain& chain, const RoundArgs<T, W>& a) {
+  const int64_t rows = a.draft.batch * a.draft.rows(), width = a.draft.width;
+  const bool sampled = a.sampled.temperature != nullptr;
+  const Rows<T> states{a.draft.states, width};
+  const Rows<const T> seen{states.data, width};
+  const HeadLogits logits{const_cast<float*>(a.sampled.target_logits), a.head.vocabulary};
+  LSK_LAUNCH(a.deep.run(chain, seen, states, 0));
+  LSK_LAUNCH(exit_head_tiles(chain, a.head, seen, rows, {}, sampled ? logits : HeadLogits{}, a.partial));
+  if (sampled) return cudaSuccess;
+  return exit_head_merge(chain, a.partial, rows, a.head.vocabulary, nullptr, a.target, a.scores, a.scores + rows);
+}
+
+template <class T, class W>
+cudaError_t speculative_round(Chain& chain, const RoundArgs<T, W>& a) {
+  if (a.draft.batch == 0) return cudaSuccess;
+  const int64_t drafted = a.draft.steps, few = a.draft_head.vocabulary;
+  HeadLogits logits;
+  if (a.sampled.temperature != nullptr) logits = {const_cast<float*>(a.sampled.draft_logits), drafted * few};
+  LSK_LAUNCH(clear_tickets(chain, a.shallow.scratch.attention, a.shallow.scratch.attention_memory()));
+  LSK_LAUNCH(clear_tickets(chain, a.deep.scratch.attention, a.deep.scratch.attention_memory()));
+  LSK_LAUNCH(draft(chain, a.draft, a.shallow, a.draft_head, {a.sampled.temperature, a.sampled.seed}, logits, few));
+  LSK_LAUNCH(verify(chain, a));
+  if (a.sampled.temperature != nullptr) return accept_sampled(chain, a.sampled);
+  return accept_greedy(chain, a.draft.tokens, a.target, a.seq_lens, a.accepted, a.next_token, a.draft.batch, drafted);
+}
+
+}  // namespace lsk

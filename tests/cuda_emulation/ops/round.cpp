@@ -1,0 +1,166 @@
+// draft and speculative_round, with the layers that they run.
+#include <vector>
+
+#include "cuda/accept.cuh"
+#include "cuda/attention.cuh"
+#include "cuda/draft.cuh"
+#include "cuda/exit_head.cuh"
+#include "cuda/forward.cuh"
+#include "cuda/linear.cuh"
+#include "cuda/norm.cuh"
+#include "cuda/rope.cuh"
+#include "cuda/round.h"
+
+#include "cuda_emulation/entry.h"
+
+using namespace lsk;
+
+namespace {
+
+// In the order in which runners.py gives them.
+struct Sizes {
+  int64_t batch, width, heads, groups, size, features, capacity, slot_count, steps, extend, embedded, draft_vocabulary,
+      vocabulary, exit_layer, layers;
+
+  ForwardShape shape(int64_t rows) const {
+    return {batch, rows, width, heads, groups, size, features, capacity, slot_count};
+  }
+};
+
+// Of the layers: fourteen weights each, some null; keys and values of each.
+struct Model {
+  void **weights, **caches;
+  const float *cos, *sin;
+  const int64_t *seq_lens, *slots;
+  float eps;
+
+  template <class T>
+  std::vector<LayerWeights<T>> layers(int64_t begin, int64_t end) const {
+    std::vector<LayerWeights<T>> out;
+    for (int64_t l = begin; l < end; ++l) {
+      const auto at = [&](int i) { return static_cast<const T*>(weights[14 * l + i]); };
+      out.push_back({at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12),
+                     at(13), static_cast<T*>(caches[2 * l]), static_cast<T*>(caches[2 * l + 1])});
+    }
+    return out;
+  }
+
+  template <class T>
+  Layers<T> run(const std::vector<LayerWeights<T>>& layers, const ForwardShape& shape, void* memory) const {
+    ForwardArgs<T> args{};
+    args.shape = shape, args.angles = {cos, sin}, args.seq_lens = seq_lens, args.slots = slots, args.eps = eps;
+    return {layers.data(), static_cast<int64_t>(layers.size()), args, ForwardScratch<T>(shape, memory)};
+  }
+};
+
+struct DraftBuffers {
+  const int64_t* token;
+  const void* embedding;
+  float min_probability;
+  int64_t* tokens;
+  void* states;
+  float* probability;
+  void *hidden, *partial;
+
+  template <class T>
+  DraftArgs<T> args(const Sizes& s) const {
+    return {token,
+            static_cast<const T*>(embedding),
+            s.batch,
+            s.embedded,
+            s.width,
+            s.steps,
+            s.extend != 0,
+            min_probability,
+            tokens,
+            static_cast<T*>(states),
+            probability,
+            static_cast<T*>(hidden),
+            static_cast<Choice*>(partial)};
+  }
+};
+
+// Calls f with null pointers of the states' and the head's type.
+template <class F>
+cudaError_t with_types(int64_t dtype, bool int8, F f) {
+  return emu::with_float_type(
+      dtype, [&]<class T>(T* type) { return int8 ? f(type, static_cast<int8_t*>(nullptr)) : f(type, type); });
+}
+
+}  // namespace
+
+EMULATED(forward_bytes)(int64_t* bytes, const Sizes* sizes, int64_t rows, int64_t dtype) {
+  return emu::with_float_type(dtype, [&]<class T>(T*) {
+    *bytes = ForwardScratch<T>::bytes(sizes->shape(rows));
+    return cudaSuccess;
+  });
+}
+
+EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, void** caches, const float* cos,
+                const float* sin, const int64_t* seq_lens, const int64_t* slots, const void* norm, const void* head,
+                const int64_t* token_map, const float* scale, const float* temperature, const int64_t* seed,
+                float* logits, int64_t logits_pitch, int64_t step_pitch, int64_t* tokens, void* states,
+                float* probability, void* hidden, void* partial, void* memory, const Sizes* sizes, float eps,
+                float min_probability, int64_t dtype) {
+  const Sizes& s = *sizes;
+  const Model model{weights, caches, cos, sin, seq_lens, slots, eps};
+  const DraftBuffers buffers{token, embedding, min_probability, tokens, states, probability, hidden, partial};
+  return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
+    const auto layers = model.layers<T>(0, s.exit_layer);
+    const Layers<T> shallow = model.run<T>(layers, s.shape(1), memory);
+    const Head<T, W> exit{
+        static_cast<const T*>(norm), static_cast<const W*>(head), scale, token_map, s.draft_vocabulary, s.width, eps};
+    Chain chain(nullptr);
+    LSK_LAUNCH(clear_tickets(chain, shallow.scratch.attention, memory));
+    return draft(chain, buffers.args<T>(s), shallow, exit, {temperature, seed}, {logits, logits_pitch}, step_pitch);
+  });
+}
+
+EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** weights, void** caches,
+                            const float* cos, const float* sin, int64_t* seq_lens, const int64_t* slots,
+                            const void* norm, const void* head, const void* draft_head, const int64_t* token_map,
+                            const float* scale, const float* temperature, const int64_t* seed, float* draft_logits,
+                            float* target_logits, int64_t* tokens, void* states, float* probability, void* hidden,
+                            void* partial, void* memory, void* deep_memory, int64_t* target, float* scores,
+                            int64_t* accepted, int64_t* next_token, void* rows, void* picks, int* inverse,
+                            const Sizes* sizes, float eps, float min_probability, int64_t dtype) {
+  const Sizes& s = *sizes;
+  const Model model{weights, caches, cos, sin, seq_lens, slots, eps};
+  const DraftBuffers buffers{token, embedding, min_probability, tokens, states, probability, hidden, partial};
+  const SampledArgs sampled{tokens,
+                            draft_logits,
+                            target_logits,
+                            seq_lens,
+                            temperature,
+                            seed,
+                            token_map,
+                            accepted,
+                            next_token,
+                            s.batch,
+                            s.steps,
+                            s.draft_vocabulary,
+                            s.vocabulary,
+                            static_cast<Choice*>(rows),
+                            static_cast<Pick*>(picks),
+                            inverse,
+                            accept_stretches(s.vocabulary, s.draft_vocabulary)};
+  return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
+    const auto shallow = model.layers<T>(0, s.exit_layer), deep = model.layers<T>(s.exit_layer, s.layers);
+    const T* own_norm = static_cast<const T*>(norm);
+    const RoundArgs<T, W> args{
+        buffers.args<T>(s),
+        model.run<T>(shallow, s.shape(1), memory),
+        model.run<T>(deep, s.shape(s.steps + 1), deep_memory),
+        {own_norm, static_cast<const W*>(draft_head), scale, token_map, s.draft_vocabulary, s.width, eps},
+        {own_norm, static_cast<const T*>(head), nullptr, nullptr, s.vocabulary, s.width, eps},
+        static_cast<Choice*>(partial),
+        target,
+        scores,
+        seq_lens,
+        accepted,
+        next_token,
+        sampled};
+    Chain chain(nullptr);
+    return speculative_round(chain, args);
+  });
+}
