@@ -149,6 +149,20 @@ def assert_same_result(path: str, actual: Tensor, expected: Tensor) -> None:
         assert_same_bits(actual, expected)
 
 
+def chi_square_p(samples: Tensor, probabilities: Tensor) -> float:
+    """How likely samples of ``probabilities`` are to be as far from them as these; 0 where one has no probability."""
+    expected = probabilities.double() * samples.numel()
+    counts = torch.bincount(samples, minlength=expected.numel()).double()
+    assert counts.numel() == expected.numel(), "a sample outside the distribution"
+    possible = expected > 0
+    if bool((counts[~possible] > 0).any()):
+        return 0.0
+    assert float(expected[possible].min()) > 5, "too few samples for the rarest value"
+    statistic = ((counts - expected).square() / expected)[possible].sum()
+    degrees = (possible.sum() - 1) / 2
+    return float(torch.special.gammaincc(degrees.double(), statistic / 2))
+
+
 def _rows(whole: Any, first: int, count: int) -> Any:
     if isinstance(whole, Tensor):
         return whole[first : first + count]
