@@ -15,7 +15,7 @@ import layerskip_kernels as lk
 from layerskip_kernels import _checks, functional
 
 from .common import PATHS, Inputs, running_on
-from .examples import EPS, OPS, SIZES, example, layer_weights
+from .examples import CALLS, EPS, SIZES, example, layer_weights
 
 Change = Callable[[Any], Any]
 
@@ -87,9 +87,68 @@ SHAPES = [
     ("partial_forward", "sin", shape(13, 9), "sin has shape [13, 9], expected [13, 8]"),
     ("partial_forward", "weights", lambda weights: weights[:-1],
      "layers [0, 2) take 9 or 14 weights each, got 17 for 2 layers"),
+    ("draft", "token", shape(2, 1), "token has shape [2, 1], expected [*]"),
+    ("draft", "embedding", shape(37), "embedding has shape [37], expected [*, *]"),
+    ("draft", "embedding", shape(0, 32), "embedding has no rows"),
+    ("draft", "head_weight", shape(37, 31), "head_weight has shape [37, 31], expected [*, 32]"),
+    ("draft", "weights", lambda weights: weights[:-1], "layers [0, 2) take 9 or 14 weights each, got 17 for 2 layers"),
     ("accept_greedy", "draft", shape(2), "draft has shape [2], expected [*, *]"),
     ("accept_greedy", "target", shape(2, 4), "target has shape [2, 4], expected [2, 5]"),
     ("accept_greedy", "seq_lens", shape(3), "seq_lens has shape [3], expected [2]"),
+    ("accept_sampled", "draft", shape(2), "draft has shape [2], expected [*, *]"),
+    ("accept_sampled", "draft_logits", shape(2, 3, 3), "draft_logits has shape [2, 3, 3], expected [2, 4, *]"),
+    ("accept_sampled", "target_logits", shape(2, 4, 37), "target_logits has shape [2, 4, 37], expected [2, 5, *]"),
+    ("accept_sampled", "target_logits", shape(2, 5, 0), "target_logits has no tokens"),
+    ("accept_sampled", "seq_lens", shape(3), "seq_lens has shape [3], expected [2]"),
+    ("accept_sampled", "temperature", shape(3), "temperature has shape [3], expected [2]"),
+    ("accept_sampled", "seed", shape(2, 1), "seed has shape [2, 1], expected [2]"),
+    ("accept_sampled", "token_map", shape(4), "token_map has shape [4], expected [3]"),
+    ("accept_sampled", "token_map", value(None),
+     "draft_logits has 3 tokens, target_logits 37: without a token_map they must agree"),
+    ("speculative_round", "token", shape(2, 1), "token has shape [2, 1], expected [*]"),
+    ("speculative_round", "embedding", shape(0, 32), "embedding has no rows"),
+    ("speculative_round", "k_cache", shape(2, 2, 12, 16), "k_cache has shape [2, 2, 12, 16], expected [*, *, *, *, *]"),
+    ("speculative_round", "weights", lambda weights: weights[:9],
+     "layers [0, 2) take 9 or 14 weights each, got 9 for 2 layers"),
+    ("speculative_round", "head_weight", shape(37, 31), "head_weight has shape [37, 31], expected [*, 32]"),
+    ("speculative_round", "draft_weight", shape(37, 31), "draft_weight has shape [37, 31], expected [*, 32]"),
+    ("speculative_round", "draft_weight", shape(0, 32), "draft_weight has no rows"),
+    ("speculative_round", "draft_weight", value(None), "draft_map, draft_scale needs a draft_weight"),
+    ("speculative_round", "draft_map", shape(36), "draft_map has shape [36], expected [37]"),
+    ("speculative_round", "draft_scale", shape(36), "draft_scale has shape [36], expected [37]"),
+    ("speculative_round", "seq_lens", shape(3), "seq_lens has shape [3], expected [2]"),
+]  # fmt: skip
+# With slots and sampling.
+OPTIONS = [
+    ("rope_kv_append", "slots", shape(3), ValueError, "slots has shape [3], expected [2]"),
+    ("rope_kv_append", "slots", INT, TypeError, "slots has dtype int32, expected int64"),
+    ("rope_kv_append", "k_cache", shape(1, 2, 12, 16), ValueError, "v_cache has shape [3, 2, 12, 16], expected [1"),
+    ("verify_attention", "slots", shape(2, 1), ValueError, "slots has shape [2, 1], expected [2]"),
+    ("verify_attention", "slots", strided, ValueError, "slots must be contiguous, its strides are (2,)"),
+    ("exit_head", "temperature", shape(4), ValueError, "temperature has shape [4], expected [5]"),
+    ("exit_head", "temperature", DOUBLE, TypeError, "temperature has dtype float64, expected float32"),
+    ("exit_head", "temperature", value(None), ValueError,
+     "temperature, seed, offset come together, temperature is missing"),
+    ("exit_head", "seed", value(None), ValueError, "temperature, seed, offset come together, seed is missing"),
+    ("exit_head", "offset", value(None), ValueError, "temperature, seed, offset come together, offset is missing"),
+    ("exit_head", "seed", INT, TypeError, "seed has dtype int32, expected int64"),
+    ("exit_head", "offset", shape(5, 1), ValueError, "offset has shape [5, 1], expected [5]"),
+    ("exit_head", "offset", strided, ValueError, "offset must be contiguous, its strides are (2,)"),
+    ("exit_head", "logits", shape(5, 36), ValueError, "logits has shape [5, 36], expected [5, 37]"),
+    ("exit_head", "logits", HALF, TypeError, "logits has dtype float16, expected float32"),
+    ("exit_head", "logits", strided, ValueError, "the rows of logits must be contiguous, its strides are (74, 2)"),
+    ("partial_forward", "slots", shape(1), ValueError, "slots has shape [1], expected [2]"),
+    ("draft", "slots", INT, TypeError, "slots has dtype int32, expected int64"),
+    ("draft", "min_probability", value(-0.1), ValueError, "min_probability must lie in [0, 1], got -0.1"),
+    ("draft", "seed", value(None), ValueError, "temperature, seed come together, seed is missing"),
+    ("draft", "temperature", value(None), ValueError, "temperature, seed come together, temperature is missing"),
+    ("draft", "seed", shape(3), ValueError, "seed has shape [3], expected [2]"),
+    ("draft", "logits", shape(2, 4, 36), ValueError, "logits has shape [2, 4, 36], expected [2, 4, 37]"),
+    ("draft", "logits", strided, ValueError, "the rows of logits must be contiguous, its strides are (296, 74, 2)"),
+    ("speculative_round", "min_probability", value(1.5), ValueError, "min_probability must lie in [0, 1], got 1.5"),
+    ("speculative_round", "temperature", value(None), ValueError, "temperature, seed come together"),
+    ("speculative_round", "seed", INT, TypeError, "seed has dtype int32, expected int64"),
+    ("speculative_round", "slots", shape(3), ValueError, "slots has shape [3], expected [2]"),
 ]  # fmt: skip
 
 DTYPES = [
@@ -128,6 +187,17 @@ DTYPES = [
     ("accept_greedy", "draft", INT, "draft has dtype int32, expected int64"),
     ("accept_greedy", "target", INT, "target has dtype int32, expected int64"),
     ("accept_greedy", "seq_lens", INT, "seq_lens has dtype int32, expected int64"),
+    ("draft", "token", INT, "token has dtype int32, expected int64"),
+    ("draft", "embedding", DOUBLE, f"embedding has dtype float64, expected {FLOATS}"),
+    ("accept_sampled", "draft", INT, "draft has dtype int32, expected int64"),
+    ("accept_sampled", "draft_logits", HALF, "draft_logits has dtype float16, expected float32"),
+    ("accept_sampled", "target_logits", DOUBLE, "target_logits has dtype float64, expected float32"),
+    ("accept_sampled", "temperature", HALF, "temperature has dtype float16, expected float32"),
+    ("accept_sampled", "seed", INT, "seed has dtype int32, expected int64"),
+    ("accept_sampled", "token_map", INT, "token_map has dtype int32, expected int64"),
+    ("speculative_round", "k_cache", HALF, "k_cache has dtype float16, expected float32"),
+    ("speculative_round", "draft_scale", value(None), "draft_weight has dtype int8, expected float32"),
+    ("speculative_round", "draft_map", INT, "draft_map has dtype int32, expected int64"),
 ]
 
 RANGES = [
@@ -137,6 +207,12 @@ RANGES = [
     ("partial_forward", "start", value(-1), "layers [-1, 2) are not within the cache's 2 layers"),
     ("partial_forward", "end", value(3), "layers [0, 3) are not within the cache's 2 layers"),
     ("partial_forward", "start", value(3), "layers [3, 2) are not within the cache's 2 layers"),
+    ("draft", "steps", value(-1), "steps must not be negative, got -1"),
+    ("draft", "end", value(0), "end must be at least 1, got 0"),
+    ("speculative_round", "steps", value(-1), "steps must not be negative, got -1"),
+    ("speculative_round", "steps", value(12), "13 rows do not fit a cache of capacity 12"),
+    ("speculative_round", "exit_layer", value(0), "exit_layer must lie in [1, 2], got 0"),
+    ("speculative_round", "exit_layer", value(3), "exit_layer must lie in [1, 2], got 3"),
 ]
 
 STRIDES = [
@@ -150,13 +226,24 @@ STRIDES = [
         "exit_head": ["norm_weight", "head_weight", "token_map", "scale"],
         "partial_forward": ["k_cache", "v_cache", "cos", "sin", "seq_lens"],
         "accept_greedy": ["seq_lens"],
+        "draft": ["embedding", "k_cache", "seq_lens", "head_weight"],
+        "accept_sampled": ["seq_lens", "temperature", "seed", "token_map"],
+        "speculative_round": [
+            "embedding",
+            "v_cache",
+            "seq_lens",
+            "head_weight",
+            "draft_weight",
+            "draft_map",
+            "draft_scale",
+        ],
     }.items()
     for name in names
 ]
 
 
-def changed(op: str, name: str, change: Change) -> dict[str, Any]:
-    args = example(op)
+def changed(op: str, name: str, change: Change, options: bool = False) -> dict[str, Any]:
+    args = example(op, options=options)
     args[name] = change(args[name])
     return args
 
@@ -189,9 +276,9 @@ def backend(request: pytest.FixtureRequest) -> Any:
         yield
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_the_examples_are_valid(op: str) -> None:
-    getattr(lk, op)(*example(op).values())
+@pytest.mark.parametrize(("op", "options"), CALLS)
+def test_the_examples_are_valid(op: str, options: bool) -> None:
+    getattr(lk, op)(*example(op, options=options).values())
 
 
 @pytest.mark.parametrize(("op", "name", "change", "message"), SHAPES)
@@ -209,6 +296,25 @@ def test_ranges(op: str, name: str, change: Change, message: str) -> None:
     refuse(changed(op, name, change), op, ValueError, message)
 
 
+@pytest.mark.parametrize(("op", "name", "change", "error", "message"), OPTIONS)
+def test_options(op: str, name: str, change: Change, error: type[Exception], message: str) -> None:
+    refuse(changed(op, name, change, options=True), op, error, message)
+
+
+def test_more_sequences_than_the_cache_has_rows() -> None:
+    args = example("verify_attention", options=True)
+    for name in ("k_cache", "v_cache"):
+        args[name] = args[name][:1]
+    refuse(args, "verify_attention", ValueError, "slots has 2 entries, the cache only 1 rows")
+
+
+def test_a_round_that_samples_needs_to_know_the_drafts_tokens() -> None:
+    args = example("speculative_round", options=True)
+    args.update(draft_weight=args["draft_weight"][:9], draft_scale=args["draft_scale"][:9], draft_map=None)
+    message = "draft_weight has 9 rows, head_weight 37: to sample without a draft_map they must agree"
+    refuse(args, "speculative_round", ValueError, message)
+
+
 @pytest.mark.parametrize(("op", "name"), STRIDES)
 def test_strides(op: str, name: str) -> None:
     args = changed(op, name, strided)
@@ -218,10 +324,16 @@ def test_strides(op: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op in OPS for name, arg in list(example(op).items())[1:] if isinstance(arg, Tensor)]
+    ("op", "name", "options"),
+    [
+        (op, name, options)
+        for op, options in CALLS
+        for name, arg in list(example(op, options=options).items())[1:]
+        if isinstance(arg, Tensor) and (not options or name not in example(op))
+    ],
 )
-def test_devices(op: str, name: str) -> None:
-    args = changed(op, name, lambda tensor: tensor.to("meta"))
+def test_devices(op: str, name: str, options: bool) -> None:
+    args = changed(op, name, lambda tensor: tensor.to("meta"), options)
     with pytest.raises(ValueError, match=rf"{name} is on meta, .* on cpu|is on cpu, the first argument on meta"):
         getattr(lk, op)(*args.values())
 

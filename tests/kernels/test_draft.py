@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,15 +27,18 @@ def args_of(dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
 def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the other ops, one step at a time; the caches of ``args`` are written."""
     token, tokens, states, logits, sums = args["token"], [], [], [], []
+    temperature, seed, written = (args.get(name) for name in ("temperature", "seed", "logits"))
     for row in range(args["steps"] + args["extend"]):
         hidden = lk.partial_forward(
             args["embedding"][token.clamp_min(0)][:, None], args["weights"], args["k_cache"], args["v_cache"],
-            args["cos"], args["sin"], args["seq_lens"] + row, 0, args["end"], EPS,
+            args["cos"], args["sin"], args["seq_lens"] + row, 0, args["end"], EPS, args.get("slots"),
         )  # fmt: skip
         states.append(hidden[:, 0])
         if row < args["steps"]:
             head = (args["norm_weight"], args["head_weight"], EPS, args["token_map"], args["scale"])
-            token, logit, logsumexp = lk.exit_head(hidden[:, 0], *head)
+            draws = (None, None, None) if temperature is None else (temperature, seed, args["seq_lens"] + row)
+            out = None if written is None else written[:, row]
+            token, logit, logsumexp = lk.exit_head(hidden[:, 0], *head, *draws, out)
             for found, kept in ((token, tokens), (logit, logits), (logsumexp, sums)):
                 kept.append(found)
     probability = (torch.stack(logits, 1) - torch.stack(sums, 1)).exp()
@@ -59,6 +63,42 @@ def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, steps: 
     assert_same_draft(drafted, expected)
     assert_same_bits((args["k_cache"], args["v_cache"]), (other["k_cache"], other["v_cache"]))
     assert torch.equal(args["seq_lens"], example("draft")["seq_lens"]), "lengths are not advanced"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", PATHS)
+def test_slots_samples_and_logits(path: str, dtype: torch.dtype) -> None:
+    """One sequence is drawn, one is greedy; the row of the cache between their slots is not touched."""
+    args, other = ({**example("draft", dtype, True), "min_probability": 0.0} for _ in range(2))
+    args["logits"] = torch.full((SIZES["B"], 2 * SIZES["K"], SIZES["V"]), float("nan"))[:, ::2]
+    with running_on(path):
+        assert_same_draft(lk.draft(*args.values()), composed(other))
+    assert_same_bits([args[name] for name in ("k_cache", "v_cache", "logits")],
+                     [other[name] for name in ("k_cache", "v_cache", "logits")])  # fmt: skip
+
+
+@pytest.mark.parametrize("extend", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_drafting_stops_below_the_probability(path: str, extend: bool) -> None:
+    """Thresholds between all probabilities that occur: of each sequence, all from the first below it are missing."""
+    with running_on(path):
+        full = lk.draft(*args_of(torch.bfloat16, extend=extend).values())
+        levels = [0.0, *full.probability.flatten().sort().values.tolist(), 1.0]
+        lengths = set()
+        for low, high in pairwise(levels):
+            limit = (low + high) / 2
+            tokens, states, probability = lk.draft(**args_of(torch.bfloat16, extend=extend, min_probability=limit))
+            for b in range(SIZES["B"]):
+                below = (full.probability[b] < limit).nonzero().flatten().tolist()
+                count = below[0] if below else SIZES["K"]
+                lengths.add(count)
+                assert_same_bits(tokens[b, :count], full.tokens[b, :count])
+                assert (tokens[b, count:] == -1).all()
+                assert_same_bits(probability[b, : count + 1], full.probability[b, : count + 1])
+                assert (probability[b, count + 1 :] == 0).all()
+                assert_same_bits(states[b, : count + 1], full.states[b, : count + 1])
+                assert (states[b, count + 1 :] == 0).all()
+    assert len(lengths) > 2, "the case tests nothing"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,8 +143,13 @@ def test_a_head_without_finite_logits_names_no_token(path: str) -> None:
         ({"steps": 12}, "capacity|outside the cache"),
         ({"token": torch.tensor([0, 37])}, "37"),
         ({"token": torch.tensor([0, -1])}, "-1"),
+        ({"min_probability": 1.5}, r"min_probability must lie in \[0, 1\], got 1.5"),
+        (
+            {"temperature": torch.tensor([1.0, -1.0]), "seed": torch.tensor([0, 0])},
+            r"temperature\[1\] is -1, expected a finite number of at least 0|temperature\[1\] is -1.0, expected",
+        ),
     ],
 )
 def test_bad_arguments(path: str, change: dict[str, Any], message: str) -> None:
     with running_on(path), pytest.raises((ValueError, IndexError), match=message):
-        lk.draft(*args_of(torch.float32, **change).values())
+        lk.draft(**args_of(torch.float32, **change))
