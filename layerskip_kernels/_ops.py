@@ -58,11 +58,6 @@ def native(op: str) -> Callable[..., Any]:
     return getattr(torch.ops.layerskip_native, op).default
 
 
-def arguments(op: str) -> list[str]:
-    """The names of an op's arguments, in order."""
-    return [argument.name for argument in getattr(torch.ops.layerskip, op).default._schema.arguments]
-
-
 def _kernel(op: str, *args: Any) -> Any:
     getattr(_checks, op)(*args)
     return dispatch.call(op, *args)

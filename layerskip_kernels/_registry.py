@@ -10,16 +10,6 @@ from torch import Tensor
 
 from . import _extension, _ops, cpu_loss, dispatch, reference, triton
 
-# Arguments that a backend does not serve: (backend, op) -> names. A call that gives one goes to the next backend.
-_SLOTS, _SAMPLING = ("slots",), ("temperature", "logits")
-UNSERVED = {
-    ("triton", "rope_kv_append"): _SLOTS,
-    ("triton", "verify_attention"): _SLOTS,
-    ("triton", "partial_forward"): _SLOTS,
-    ("triton", "exit_head"): _SAMPLING,
-    ("triton", "draft"): (*_SLOTS, *_SAMPLING),
-}
-
 
 def _always(*args: Any) -> None:
     return None
@@ -42,27 +32,13 @@ def _missing(op: str, device: str, reason: str | None) -> str | None:
     return reason
 
 
-def _without(backend: str, op: str, supports: Callable[..., str | None]) -> Callable[..., str | None]:
-    """``supports``, and a reason where an argument is given that ``backend`` does not serve."""
-    arguments = _ops.arguments(op)
-    unserved = [(arguments.index(name), name) for name in UNSERVED.get((backend, op), ())]
-
-    def narrower(*args: Any) -> str | None:
-        for at, name in unserved:
-            if len(args) > at and args[at] is not None:
-                return f"{op} does not serve {name} there yet"
-        return supports(*args)
-
-    return narrower if unserved else supports
-
-
 def register_all() -> None:
     """One line an op and backend."""
     for op in _ops.SCHEMAS:
         for device, reason in (("cuda", _extension.cuda_reason), ("cpu", _extension.cpu_reason)):
             dispatch.register(op, device, _ops.native(op), _native_supports(device, _missing(op, device, reason)))
         if op in triton.OPS:
-            dispatch.register(op, "triton", triton.implementation(op), _without("triton", op, triton.supports))
+            dispatch.register(op, "triton", triton.implementation(op), triton.supports)
         dispatch.register(op, "reference", getattr(reference, f"{op}_ref"), _always)
     for op, function in (
         ("early_exit_loss", cpu_loss.early_exit_loss_cpu),

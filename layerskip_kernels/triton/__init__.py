@@ -25,6 +25,8 @@ OPS = {
     "partial_forward": "partial_forward",
     "draft": "draft",
     "accept_greedy": "accept",
+    "accept_sampled": "accept_sampled",
+    "speculative_round": "speculative_round",
     "early_exit_loss": "early_exit_loss",
     "early_exit_loss_backward": "early_exit_loss",
 }

@@ -9,12 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, ROWS, check_positions, launch_options, on, power_of_two, wait_for_inputs
+from ._launch import INTERPRETED, ROWS, check_positions, check_slots, launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import dot, inverse_rms
 from .norm import norm_block
 
 SPLIT = 512  # positions of one program; fixed, so that the order of additions never depends on the lengths
 ROWS_AT_ONCE = 64  # rows a sequence in one launch: bounds the partial results of a long prompt
+
+
+@triton.jit
+def cache_row(slots_ptr, sequence, HAS_SLOTS: tl.constexpr):
+    """The row of the cache that a sequence uses."""
+    row = sequence
+    if HAS_SLOTS:
+        row = tl.load(slots_ptr + sequence)
+    return row
 
 
 @triton.jit
@@ -41,19 +50,20 @@ def _rotate_row(
     tl.store(out_ptr + half + column, tl.fma(b, cos, a * sin).to(dtype), mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows", "q_stride", "k_stride", "v_stride"])
+@triton.jit(do_not_specialize=["rows", "cached", "q_stride", "k_stride", "v_stride"])
 def rope_kv_append_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, seq_lens_ptr, out_ptr, q_norm_ptr, k_norm_ptr,
-    rows, heads, groups, size, capacity, q_stride, k_stride, v_stride, eps,
-    HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    UNROLL: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, seq_lens_ptr, slots_ptr, out_ptr, q_norm_ptr,
+    k_norm_ptr, rows, cached, heads, groups, size, capacity, q_stride, k_stride, v_stride, eps,
+    HAS_SLOTS: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row and head, H query heads first, then G keys, then G values; position = length + m."""
     wait_for_inputs(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence = row // rows
     position = tl.load(seq_lens_ptr + sequence) + row % rows
-    inside = (position >= 0) & (position < capacity)
+    slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
+    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cached)
     lane = tl.arange(0, HALF)
     at = position + tl.zeros((HALF,), tl.int64)
     ok = (lane < size // 2) & (at >= 0) & (at < capacity)
@@ -77,15 +87,15 @@ def rope_kv_append_kernel(
         )
     elif inside:
         group = (head - heads) % groups
-        slot = ((sequence * groups + group) * capacity + position) * size
+        place = ((slot * groups + group) * capacity + position) * size
         if head < heads + groups:
             source = k_ptr + row * k_stride + group * size
-            target = k_cache_ptr + slot
+            target = k_cache_ptr + place
             _rotate_row(source, k_norm_ptr, target, cos, sin, size, eps, HAS_K_NORM, HALF, BLOCK, STEPS, UNROLL)
         else:
             column = tl.arange(0, BLOCK)
             value = tl.load(v_ptr + row * v_stride + group * size + column, mask=column < size)
-            tl.store(v_cache_ptr + slot + column, value, mask=column < size)
+            tl.store(v_cache_ptr + place + column, value, mask=column < size)
 
 
 @triton.jit
@@ -116,12 +126,12 @@ def _attend(
     return total, mass, peak
 
 
-@triton.jit(do_not_specialize=["rows", "skipped", "all_rows"])
+@triton.jit(do_not_specialize=["rows", "cached", "skipped", "all_rows"])
 def verify_attention_kernel(
-    q_ptr, k_ptr, v_ptr, seq_lens_ptr, total_ptr, mass_ptr, peak_ptr,
-    rows, skipped, all_rows, groups, size, capacity, scale,
-    SHARED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, seq_lens_ptr, slots_ptr, total_ptr, mass_ptr, peak_ptr,
+    rows, cached, skipped, all_rows, groups, size, capacity, scale,
+    HAS_SLOTS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a piece of SPLIT positions, a key/value head of a sequence and 16 of the (row, query head) pairs."""
     piece, pieces = tl.program_id(0), tl.num_programs(0)
@@ -131,6 +141,8 @@ def verify_attention_kernel(
     wait_for_inputs(PDL)
     position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
     last = tl.minimum(tl.max(tl.where(ok, position, -1), axis=0) + 1, capacity)
+    slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
+    last = tl.where((slot >= 0) & (slot < cached), last, 0)
     first = piece * SPLIT
     if first < last:
         last = tl.minimum(last, first + SPLIT)
@@ -138,7 +150,7 @@ def verify_attention_kernel(
         place = (sequence * all_rows + skipped + m) * (groups * SHARED) + head
         q_mask = ok[:, None] & (column < size)
         q = tl.load(q_ptr + place[:, None] * size + column, mask=q_mask, other=0.0)
-        plane = (sequence * groups + group) * capacity * size
+        plane = (slot * groups + group) * capacity * size
         total, mass, peak = _attend(
             q, k_ptr + plane, v_ptr + plane, position, first, last, size, scale, ROWS, BLOCK_T, BLOCK_C, INTERPRETED
         )
@@ -148,12 +160,12 @@ def verify_attention_kernel(
         tl.store(peak_ptr + part, peak, mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows", "skipped", "all_rows"])
+@triton.jit(do_not_specialize=["rows", "cached", "skipped", "all_rows"])
 def verify_attention_finish_kernel(
-    total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, out_ptr, rows, skipped, all_rows, heads, size, capacity, pieces,
-    SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, slots_ptr, out_ptr, rows, cached, skipped, all_rows, heads, size,
+    capacity, pieces, HAS_SLOTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pieces of one row and head, in order; a position outside the cache comes out as NaN."""
+    """Joins the pieces of one row and head, in order; a position or slot outside the cache comes out as NaN."""
     wait_for_inputs(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     sequence, m = (row // rows).to(tl.int64), row % rows
@@ -162,7 +174,8 @@ def verify_attention_finish_kernel(
     column = tl.arange(0, BLOCK_C)
     peak, mass = float("-inf"), 0.0
     total = tl.zeros((BLOCK_C,), tl.float32)
-    inside = (position >= 0) & (position < capacity)
+    slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
+    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cached)
     for piece in range(0, tl.where(inside, position // SPLIT + 1, 0)):
         here = tl.load(peak_ptr + part + piece)
         higher = tl.maximum(peak, here)
@@ -191,21 +204,23 @@ def rope_kv_append(
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor,
+    slots: Tensor | None = None,
     norms: tuple[Tensor | None, Tensor | None] = (None, None),
     eps: float = 0.0,
 ) -> Tensor:
     """See `layerskip_kernels.rope_kv_append`; ``norms`` of q and k [C] are applied before, as `rms_norm` would."""
     q, k, v = _rows_of(q), _rows_of(k), _rows_of(v)
-    (batch, rows, heads, size), (groups, capacity) = q.shape, k_cache.shape[1:3]
+    (batch, rows, heads, size), (cached, groups, capacity) = q.shape, k_cache.shape[:3]
     check_positions(seq_lens, rows, capacity)
+    check_slots(slots, cached)
     out = q.new_empty(q.shape)
     if batch * rows * (heads + groups):
         with on(q):
             rope_kv_append_kernel[(batch * rows, heads + 2 * groups)](
-                q, k, v, cos, sin, k_cache, v_cache, seq_lens, out, *norms, rows, heads, groups, size, capacity,
-                q.stride(1), k.stride(1), v.stride(1), eps, HAS_Q_NORM=norms[0] is not None,
-                HAS_K_NORM=norms[1] is not None, HALF=power_of_two(size // 2), **norm_block(size),
-                **launch_options(q), num_warps=1,
+                q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, *norms, rows, cached, heads, groups, size,
+                capacity, q.stride(1), k.stride(1), v.stride(1), eps, HAS_SLOTS=slots is not None,
+                HAS_Q_NORM=norms[0] is not None, HAS_K_NORM=norms[1] is not None, HALF=power_of_two(size // 2),
+                **norm_block(size), **launch_options(q), num_warps=1,
             )  # fmt: skip
     return out
 
@@ -220,11 +235,14 @@ def attention_tile(size: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_C": block_c, "BLOCK_T": block_t, "num_stages": 2, "num_warps": 4}
 
 
-def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
+def verify_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, slots: Tensor | None = None
+) -> Tensor:
     """See `layerskip_kernels.verify_attention`."""
-    q = q.contiguous()
-    (batch, all_rows, heads, size), (groups, capacity) = q.shape, k_cache.shape[1:3]
+    q, has_slots = q.contiguous(), slots is not None
+    (batch, all_rows, heads, size), (cached, groups, capacity) = q.shape, k_cache.shape[:3]
     check_positions(seq_lens, all_rows, capacity)
+    check_slots(slots, cached)
     out = torch.empty_like(q)
     pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(size, q.element_size())
     for skipped in range(0, all_rows if out.numel() else 0, ROWS_AT_ONCE):
@@ -234,12 +252,12 @@ def verify_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tens
         with on(q):
             grid = (pieces, batch * groups, triton.cdiv(rows * (heads // groups), ROWS))
             verify_attention_kernel[grid](
-                q, k_cache, v_cache, seq_lens, total, mass, peak, rows, skipped, all_rows, groups, size, capacity,
-                size**-0.5, SHARED=heads // groups, ROWS=ROWS, SPLIT=SPLIT, INTERPRETED=INTERPRETED, **tile,
-                **launch_options(q),
+                q, k_cache, v_cache, seq_lens, slots, total, mass, peak, rows, cached, skipped, all_rows, groups, size,
+                capacity, size**-0.5, HAS_SLOTS=has_slots, SHARED=heads // groups, ROWS=ROWS, SPLIT=SPLIT,
+                INTERPRETED=INTERPRETED, **tile, **launch_options(q),
             )  # fmt: skip
             verify_attention_finish_kernel[(batch * rows, heads)](
-                total, mass, peak, seq_lens, out, rows, skipped, all_rows, heads, size, capacity, pieces,
-                SPLIT=SPLIT, BLOCK_C=tile["BLOCK_C"], **launch_options(q), num_warps=1,
+                total, mass, peak, seq_lens, slots, out, rows, cached, skipped, all_rows, heads, size, capacity, pieces,
+                HAS_SLOTS=has_slots, SPLIT=SPLIT, BLOCK_C=tile["BLOCK_C"], **launch_options(q), num_warps=1,
             )  # fmt: skip
     return out

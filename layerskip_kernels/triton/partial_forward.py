@@ -21,6 +21,7 @@ def _layer(
     sin: Tensor,
     seq_lens: Tensor,
     eps: float,
+    slots: Tensor | None,
 ) -> Tensor:
     """One pre-norm decoder layer, [B, M, D] -> [B, M, D]."""
     attn_norm, q_w, k_w, v_w, o_w, mlp_norm, gate, up, down = weights[:9]
@@ -31,8 +32,8 @@ def _layer(
 
     projected = qkv(rms_norm(flat, attn_norm, eps), q_w, k_w, v_w, (q_bias, k_bias, v_bias))
     q, k, v = (x.view(batch, rows, x.shape[1] // size, size) for x in projected)
-    q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens, (q_norm, k_norm), eps)
-    attended = verify_attention(q, k_cache, v_cache, seq_lens).view(batch * rows, q_w.shape[0])
+    q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, (q_norm, k_norm), eps)
+    attended = verify_attention(q, k_cache, v_cache, seq_lens, slots).view(batch * rows, q_w.shape[0])
     flat = linear(attended, o_w, residual=flat)
     activated = swiglu(rms_norm(flat, mlp_norm, eps), gate, up)
     return linear(activated, down, residual=flat).view(batch, rows, width)
@@ -56,5 +57,5 @@ def partial_forward(
     state = hidden.contiguous() if start < end else hidden.clone()
     for offset, layer in enumerate(range(start, end)):
         one = weights[offset * count : (offset + 1) * count]
-        state = _layer(state, one, k_cache[layer], v_cache[layer], cos, sin, seq_lens, eps)
+        state = _layer(state, one, k_cache[layer], v_cache[layer], cos, sin, seq_lens, eps, slots)
     return state

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import _config, accept, early_exit_loss, exit_head, partial_forward, skip_gradients_below
+from . import _config, accept, accept_sampled, early_exit_loss, exit_head, partial_forward, skip_gradients_below
 from ._launch import PDL_COMPILES
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
@@ -35,7 +35,7 @@ TYPES = {
 }  # fmt: skip
 TILES = ("ROWS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "SPLITS", "num_warps", "num_stages")
 MARKER = "<!-- make triton-report -->"
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Launch:
         head = self.arguments.get("head_ptr")
         kind = f"{TYPES[first.dtype]}" + (" int8 head" if head is not None and head.dtype == torch.int8 else "")
         kind += " transposed" if self.arguments.get("a_row") == 1 else ""
+        kind += " sampling" if self.arguments.get("SAMPLES") else ""
+        kind += " logits" if self.arguments.get("HAS_LOGITS") else ""
         kind += " skipping" if self.arguments.get("SKIPS") or self.arguments.get("TILE") else ""
         known = {**self.arguments, **self.options}
         tile = [f"{name.lower()}={known[name]}" for name in TILES if name in known]
@@ -165,6 +167,21 @@ def _loss_launches(hiddens: Tensor, head: Tensor) -> None:
             early_exit_loss.early_exit_loss_backward(grad, *inputs, lse, slope, 1e-5, -100, True)
 
 
+def _sampling_launches(hidden: Tensor, norm: Tensor, head: Tensor, extra: tuple[Tensor, ...], vocabulary: int) -> None:
+    """A draft's head with noise, the verifying head's logits, and acceptance, of two sequences."""
+    batch, rows = 2, hidden.shape[0] // 2
+    temperature, seed = (torch.empty(len(hidden), dtype=kind, device="meta") for kind in (torch.float32, torch.int64))
+    logits = [torch.empty(len(hidden), size, device="meta") for size in (head.shape[0], vocabulary)]
+    token_map, scale = extra or (None, None)
+    exit_head.exit_head(hidden, norm, head, 1e-5, token_map, scale, temperature, seed, seed, logits[0])
+    exit_head.exit_head(hidden, norm, norm.new_empty(vocabulary, norm.shape[0]), 1e-5, logits=logits[1])
+    draft = torch.empty(batch, rows - 1, dtype=torch.int64, device="meta")
+    scores = [one.view(batch, rows, -1) for one in logits]
+    accept_sampled.accept_sampled(
+        draft, scores[0][:, 1:], scores[1], seed[:batch], temperature[:batch], seed[:batch], token_map
+    )
+
+
 def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launch]:
     """Every launch of a draft step of ``shape``, one of each kernel, and of the other ops.
 
@@ -173,7 +190,7 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
     shape : Shape
     dtype : torch.dtype
     full : bool
-        With biases and norms of q and k, an int8 head, a token map.
+        With biases and norms of q and k, cache slots, and for drafts an int8 head of part of the vocabulary.
     """
 
     def empty(*sizes: int, kind: torch.dtype = dtype) -> Tensor:
@@ -181,15 +198,20 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
 
     batch, rows, capacity = 2, 7, 4096
     lengths = empty(batch, kind=torch.int64)
-    cache = [empty(1, batch, shape.groups, capacity, shape.size) for _ in range(2)]
+    cache = [empty(1, batch + full, shape.groups, capacity, shape.size) for _ in range(2)]
     angles = [empty(capacity, shape.size // 2, kind=torch.float32) for _ in range(2)]
-    head = empty(shape.vocabulary, shape.hidden, kind=torch.int8 if full else dtype)
-    extra = (empty(shape.vocabulary, kind=torch.int64), empty(shape.vocabulary, kind=torch.float32)) if full else ()
+    scored = shape.vocabulary // 2 if full else shape.vocabulary
+    head = empty(scored, shape.hidden, kind=torch.int8 if full else dtype)
+    extra = (empty(scored, kind=torch.int64), empty(scored, kind=torch.float32)) if full else ()
     draft, target = empty(batch, rows - 1, kind=torch.int64), empty(batch, rows, kind=torch.int64)
     with recorded() as found:
         hidden, weights = empty(batch, rows, shape.hidden), _layer(shape, dtype, full)
-        partial_forward.partial_forward(hidden, weights, cache[0], cache[1], angles[0], angles[1], lengths, 0, 1, 1e-5)
-        exit_head.exit_head(hidden.view(-1, shape.hidden), empty(shape.hidden), head, 1e-5, *extra)
+        slots = lengths if full else None
+        k_cache, v_cache, cos, sin = *cache, *angles
+        partial_forward.partial_forward(hidden, weights, k_cache, v_cache, cos, sin, lengths, 0, 1, 1e-5, slots)
+        hidden, norm = hidden.view(-1, shape.hidden), empty(shape.hidden)
+        exit_head.exit_head(hidden, norm, head, 1e-5, *extra)
+        _sampling_launches(hidden, norm, head, extra, shape.vocabulary)
         accept.accept_greedy(draft, target, lengths)
         _loss_launches(empty(3, 2048, shape.hidden), empty(shape.vocabulary, shape.hidden))
     return list({launch.name: launch for launch in found}.values())
@@ -226,7 +248,7 @@ def report(expand: Callable[[Launch], list[Launch]] = lambda launch: [launch]) -
     parts = [f"triton {triton.__version__}; registers / KiB of shared memory / bytes spilled.\n"]
     for title, shape, dtype, full in (
         ("Llama-3.2-1B, bf16", LLAMA_1B, torch.bfloat16, False),
-        ("Llama-3-8B, bf16, with biases, norms of q and k, an int8 head", LLAMA_8B, torch.bfloat16, True),
+        ("Llama-3-8B, bf16, with biases, norms of q and k, cache slots, an int8 head", LLAMA_8B, torch.bfloat16, True),
         ("Llama-3.2-1B, fp32", LLAMA_1B, torch.float32, False),
     ):
         found = [one for launch in launches(shape, dtype, full) for one in expand(launch)]

@@ -135,10 +135,12 @@ class Model:
             for seed in (1, 2)
         ]
 
-    def forward(self, hidden: Tensor, start: int, end: int, caches: list[Tensor], lengths: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, start: int, end: int, caches: list[Tensor], lengths: Tensor, slots: Tensor | None = None
+    ) -> Tensor:
         weights = self.weights[start * self.slots : end * self.slots]
         cos, sin = angles(self.capacity, self.size, self.device)
-        return lk.partial_forward(hidden, weights, *caches, cos, sin, lengths, start, end, self.eps)
+        return lk.partial_forward(hidden, weights, *caches, cos, sin, lengths, start, end, self.eps, slots)
 
     def op_by_op(self, caches: list[Tensor]) -> Tensor:
         hidden = self.hidden
@@ -201,6 +203,49 @@ def test_layers_rows_and_sequences_may_be_taken_apart(dtype: torch.dtype, device
                 row = model.hidden[sequence : sequence + 1, m : m + 1]
                 out = model.forward(row, 0, 2, one, model.lengths[sequence : sequence + 1] + m)
                 same_bits(out[0, 0], whole[sequence, m])
+
+
+def test_a_sequence_s_slot_is_only_its_place(device: torch.device) -> None:
+    """Two sequences in a cache of five rows: what rows of their own give, bit for bit; nothing else is touched."""
+    model = Model("norm", torch.float16, device)
+    slots, lengths = torch.tensor([4, 0], device=device), model.lengths
+    roomy = [poisoned(2, 5, 2, model.capacity, model.size, dtype=torch.float16, device=device) for _ in range(2)]
+    for cache, own in zip(roomy, model.caches, strict=True):
+        cache[:, slots] = own
+    before = [cache.clone() for cache in roomy]
+    with lk.use_backend("triton"):
+        plain = model.forward(model.hidden, 0, 2, model.caches, lengths)
+        same_bits(model.forward(model.hidden, 0, 2, roomy, lengths, slots), plain)
+    for cache, own, old in zip(roomy, model.caches, before, strict=True):
+        same_bits(cache[:, slots], own)
+        assert torch.equal(cache[:, 1:4].isnan(), old[:, 1:4].isnan())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ops_with_slots_agree_with_the_reference(rows: int, device: torch.device) -> None:
+    size, capacity = 16, 24
+    slots, lengths = torch.tensor([2, 3, 0], device=device), torch.tensor([0, 7, 20], device=device)
+    q = normal(0, 3, rows, 4, size, device=device)
+    k, v = (normal(s, 3, rows, 2, size, device=device) for s in (1, 2))
+    caches = [normal(s, 4, 2, capacity, size, device=device) for s in (3, 4)]
+    agrees(lk.rope_kv_append, q, k, v, *angles(capacity, size, device), *caches, lengths, slots)
+    agrees(lk.verify_attention, q, *caches, lengths, slots)
+
+
+def test_a_slot_outside_the_cache(device: torch.device) -> None:
+    """On the CPU it raises; on a card its sequence comes out as NaN, and nothing is written."""
+    model = Model("", torch.float32, device)
+    for wrong in ([1, 2], [-1, 0]):
+        slots = torch.tensor(wrong, device=device)
+        with lk.use_backend("triton"):
+            if device.type == "cpu":
+                with pytest.raises(ValueError, match=rf"slots must be distinct and in \[0, 2\), got \[{wrong[0]}"):
+                    model.forward(model.hidden, 0, 2, model.caches, model.lengths, slots)
+                continue
+            out = model.forward(model.hidden, 0, 2, model.caches, model.lengths, slots)
+            outside = (slots < 0) | (slots > 1)
+            assert out[outside].isnan().all()
+            assert out[~outside].isfinite().all()
 
 
 def test_no_layers_and_no_rows(device: torch.device) -> None:

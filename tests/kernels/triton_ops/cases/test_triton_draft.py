@@ -1,31 +1,97 @@
-"""draft against the ops that it is made of, bit for bit."""
+"""draft and speculative_round against the ops that they are made of, bit for bit, and against the reference."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from triton_cases import on_backend, same_bits
+from torch import Tensor
+from triton_cases import close, on_backend, same_bits
 
 import layerskip_kernels as lk
+from layerskip_kernels import _loops
 from tests.kernels.examples import example
+
+NAMES = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
+
+
+def arguments(op: str, dtype: torch.dtype, device: torch.device, **given: Any) -> dict[str, Any]:
+    args = {**example(op, dtype), "steps": 2, **given}
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            args[name] = value.to(device)
+    return {**args, "weights": [weight.to(device) for weight in args["weights"]]}
+
+
+def draws(device: torch.device) -> dict[str, Tensor]:
+    return {"temperature": torch.tensor([0.8, 0.0], device=device), "seed": torch.tensor([3, 2**40], device=device)}
+
+
+def positional(args: dict[str, Any], *rest: str) -> list[Any]:
+    """In the op's order; what is not given of ``rest`` is None or 0."""
+    neutral = {"min_probability": 0.0}
+    return [args.get(name, neutral.get(name)) for name in (*(name for name in args if name not in rest), *rest)]
+
+
+DRAFT_REST = ("slots", "min_probability", "temperature", "seed", "logits")
+ROUND_REST = DRAFT_REST[:4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_draft_is_its_steps(dtype: torch.dtype, device: torch.device) -> None:
-    args = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in example("draft", dtype).items()
-    }
-    args["weights"] = [weight.to(device) for weight in args["weights"]]
-    args["steps"] = 2
-    drafted, _ = on_backend("triton", lk.draft, *args.values())
+@pytest.mark.parametrize("sampled", [False, True])
+def test_draft_is_its_steps(sampled: bool, dtype: torch.dtype, device: torch.device) -> None:
+    args = arguments("draft", dtype, device, **(draws(device) if sampled else {}))
+    args["logits"] = torch.empty(2, 2, args["head_weight"].shape[0], device=device)
+    drafted, written = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
     token, head = args["token"], [args[name] for name in ("norm_weight", "head_weight", "eps", "token_map", "scale")]
+    layers = [args[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin")]
     for row in range(3):
-        hidden = args["embedding"][token][:, None]
-        layers = [args[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin")]
+        at = args["seq_lens"] + row
         with lk.use_backend("triton"):
-            hidden = lk.partial_forward(hidden, *layers, args["seq_lens"] + row, 0, args["end"], args["eps"])
-            token = lk.exit_head(hidden[:, 0], *head).token
-        same_bits(drafted.states[:, row], hidden[:, 0])
-        if row < 2:
-            same_bits(drafted.tokens[:, row], token)
+            hidden = lk.partial_forward(args["embedding"][token][:, None], *layers, at, 0, args["end"], args["eps"])
+            same_bits(drafted.states[:, row], hidden[:, 0])
+            if row == 2:
+                break
+            noise = (args["temperature"], args["seed"], at) if sampled else (None, None, None)
+            logits = torch.empty(2, args["head_weight"].shape[0], device=device)
+            out = lk.exit_head(hidden[:, 0], *head, *noise, logits)
+        token = out.token
+        same_bits(drafted.tokens[:, row], token)
+        same_bits(drafted.probability[:, row], (out.logit - out.logsumexp).exp())
+        same_bits(written[-1][:, row], logits)
+
+
+def test_a_draft_stops_where_it_is_unsure(device: torch.device) -> None:
+    """The token below the threshold and those after it are -1; the states up to it are there."""
+    args = arguments("draft", torch.float32, device)
+    free, _ = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
+    args["min_probability"] = float(free.probability[0, 1]) + 1e-6
+    stopped, _ = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
+    truth, _ = on_backend("reference", lk.draft, *positional(args, *DRAFT_REST))
+    assert stopped.tokens.tolist() == truth.tokens.tolist()
+    assert (stopped.tokens == -1).any()
+    for mine, true in zip((stopped.states, stopped.probability), (truth.states, truth.probability), strict=True):
+        close(mine, true, 1e-5)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("min_probability", [0.0, 0.2])
+def test_speculative_round(min_probability: float, sampled: bool, device: torch.device) -> None:
+    """Bit for bit the public ops in a row, in slots of a larger cache; the tokens and lengths are the reference's."""
+    more = {**(draws(device) if sampled else {}), "min_probability": min_probability}
+    args = arguments("speculative_round", torch.float32, device, **more)
+    args["slots"] = torch.tensor([2, 0], device=device)
+    for name in ("k_cache", "v_cache"):
+        args[name] = args[name][:, [1, 0, 0]].contiguous()
+    given = positional(args, *ROUND_REST)
+    ours, our_args = on_backend("triton", lk.speculative_round, *given)
+    truth, true_args = on_backend("reference", lk.speculative_round, *given)
+    parts, part_args = on_backend("triton", _loops.round_loop, {name: getattr(lk, name) for name in NAMES}, *given)
+    for mine, part in zip(ours, parts, strict=True):
+        same_bits(mine, part)
+    assert ours.tokens.tolist() == truth.tokens.tolist()
+    assert ours.accepted.tolist() == truth.accepted.tolist()
+    assert ours.next_token.tolist() == truth.next_token.tolist()
+    lengths = list(args).index("seq_lens")
+    assert our_args[lengths].tolist() == true_args[lengths].tolist() == part_args[1 + lengths].tolist()

@@ -110,3 +110,89 @@ def test_a_row_does_not_depend_on_its_company(quantized: bool, dtype: torch.dtyp
         for span in (slice(0, 1), slice(3, 10), slice(15, 33), slice(34, 35)):
             for part, whole in zip(lk.exit_head(hidden[span], norm, head, eps, None, scale), together, strict=True):
                 same_bits(part, whole[span])
+
+
+def draws(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperatures, greedy rows among them; seeds and offsets that take more than 32 bits."""
+    temperature = torch.tensor([0.0, 1.0, 0.6, 2.0, 0.0])[torch.arange(rows) % 5]
+    seed = torch.tensor([1, 2**62 + 5, -3, 2**31, 0])[torch.arange(rows) % 5]
+    offset = torch.arange(rows) * 1001 + (torch.arange(rows) % 2) * 2**33
+    return temperature.to(device), seed.to(device), offset.to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("drafting", [False, True])
+def test_sampling(drafting: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """The same tokens as the reference draws, through the same noise; with a draft's head, too."""
+    hidden, norm, head, eps = arguments(18, 41, 150, dtype, device)
+    token_map = scale = None
+    if drafting:
+        head, scale = int8_head(head)
+        token_map = torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:150].to(device)
+    logits = torch.empty(18, 150, device=device)
+    args = (hidden, norm, head, eps, token_map, scale, *draws(18, device), logits)
+    (ours, ours_args), (truth, true_args) = (on_backend(one, lk.exit_head, *args) for one in ("triton", "reference"))
+    assert torch.equal(ours.token, truth.token)
+    for mine, true in zip((*ours[1:], ours_args[-1]), (*truth[1:], true_args[-1]), strict=True):
+        close(mine, true, TOLERANCES[dtype])
+    with lk.use_backend("triton"):
+        greedy = lk.exit_head(hidden, norm, head, eps, token_map, scale)
+    for mine, true in zip(ours[:2], greedy[:2], strict=True):
+        same_bits(mine[::5], true[::5])  # temperature 0
+
+
+def test_noise_is_the_reference_s(device: torch.device) -> None:
+    """Over a head that says nothing the noise decides alone."""
+    rows, vocabulary = 64, 200
+    hidden, norm, head, eps = arguments(rows, 8, vocabulary, torch.float32, device)
+    generator = torch.Generator().manual_seed(1)
+    seed, offset = (torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device) for _ in range(2))
+    args = (hidden, norm, head * 0, eps, None, None, torch.ones(rows, device=device), seed, offset.abs())
+    agrees(lk.exit_head, *args, tolerances=TOLERANCES)
+
+
+def test_samples_follow_the_probabilities(device: torch.device) -> None:
+    """Chi-square over 1600 positions, 4 degrees of freedom; 18.5 is exceeded once in a thousand seeds."""
+    rows, temperature = 1600, 1.5
+    hidden, norm, head, eps = arguments(1, 8, 5, torch.float32, device)
+    given = (torch.full((rows,), temperature, device=device), torch.full((rows,), 7, device=device))
+    with lk.use_backend("triton"):
+        offset = torch.arange(rows, device=device)
+        token = lk.exit_head(hidden.expand(rows, -1), norm, head, eps, None, None, *given, offset).token
+    with lk.use_backend("reference"):
+        expected = ((lk.rms_norm(hidden, norm, eps) @ head.T) / temperature).softmax(-1)[0] * rows
+    counts = token.bincount(minlength=5)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 18.5
+
+
+def test_a_row_s_sample_and_logits_do_not_depend_on_its_company(device: torch.device) -> None:
+    hidden, norm, head, eps = arguments(19, 72, 150, torch.float16, device)
+    drawn = draws(19, device)
+    apart = torch.empty(19, 3, 150, device=device)[:, 1]  # rows that lie apart
+    with lk.use_backend("triton"):
+        together = lk.exit_head(hidden, norm, head, eps, None, None, *drawn, apart)
+        for span in (slice(0, 1), slice(3, 10), slice(15, 19)):
+            logits = torch.empty(span.stop - span.start, 150, device=device)
+            part = lk.exit_head(hidden[span], norm, head, eps, None, None, *(one[span] for one in drawn), logits)
+            for mine, whole in zip((*part, logits), (*together, apart), strict=True):
+                same_bits(mine, whole[span])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sampled_row_that_is_not_finite_names_no_token(value: float, device: torch.device) -> None:
+    hidden, norm, head, eps = arguments(5, 32, 100, torch.float32, device)
+    hidden[1, 5] = value
+    out, _ = on_backend("triton", lk.exit_head, hidden, norm, head, eps, None, None, *draws(5, device))
+    assert out.token[1] == -1
+    assert (out.token[[0, 2, 3, 4]] >= 0).all()
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+def test_what_is_no_temperature_is_named(value: float, device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("on a card looking would be a host sync")
+    hidden, norm, head, eps = arguments(5, 32, 100, torch.float32, device)
+    temperature, *named = draws(5, device)
+    temperature[3] = value
+    with lk.use_backend("triton"), pytest.raises(ValueError, match=r"temperature\[3\] is .*, expected a finite number"):
+        lk.exit_head(hidden, norm, head, eps, None, None, temperature, *named)
