@@ -32,16 +32,18 @@ def exit_head(repeats: int) -> Iterator[Result]:
         one, six = torch.randn(1, width).to(DTYPE), torch.randn(ROWS, width).to(DTYPE)
         draft = torch.randint(-127, 128, (DRAFT_ROWS, width), dtype=torch.int8)
         scale, tokens = torch.rand(DRAFT_ROWS), torch.randperm(vocabulary)[:DRAFT_ROWS].sort().values
+        draws = torch.full((1,), 0.7), torch.tensor([3]), torch.tensor([100])
         cases = [
             Case("one", lambda: lk.exit_head(one, norm, weight, EPS), _bytes(weight)),
             Case("six", lambda: lk.exit_head(six, norm, weight, EPS), _bytes(weight)),
             Case("torch", lambda: F.linear(F.rms_norm(one, (width,), norm, EPS), weight).argmax(-1)),
             Case("int8", lambda: lk.exit_head(one, norm, draft, EPS, tokens, scale), _bytes(draft)),
+            Case("sampled", lambda: lk.exit_head(one, norm, weight, EPS, None, None, *draws), _bytes(weight)),
         ]
         shape = f"{vocabulary}x{width}"
         bandwidth = interleave(cases, repeats, f"exit_head {shape}")
         yield Result("read bandwidth meanwhile", bandwidth, "GB/s")
-        full, rows, torch_head, int8 = cases
+        full, rows, torch_head, int8, sampled = cases
         share = full.bandwidth / bandwidth
         faster = torch_head.median / full.median
         yield Result(f"exit_head {shape} R=1", full.median * 1e3, "ms")
@@ -49,6 +51,7 @@ def exit_head(repeats: int) -> Iterator[Result]:
         yield Result(f"exit_head {shape} R=1, torch's time over ours", faster, "x", ">= 2.5", faster >= 2.5)
         more = rows.median / full.median
         yield Result(f"exit_head {shape} R={ROWS} over R=1", more, "x", "<= 1.35", more <= 1.35)
+        yield Result(f"exit_head {shape} R=1, sampled over greedy", sampled.median / full.median, "x")
         reduced = int8.median / full.median
         goal = "<= 0.12" if vocabulary == HEADS[0][0] else ""
         yield Result(

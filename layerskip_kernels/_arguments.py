@@ -1,4 +1,4 @@
-"""What the checks of the ops are made of: one property of one tensor each, and the words where it does not hold."""
+"""What the checks of the ops are made of, and the words where something does not hold."""
 
 from __future__ import annotations
 
@@ -57,3 +57,22 @@ def written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
         tensor.stride(-1) == 1 or tensor.shape[-1] <= 1,
         f"the rows of {name} must be contiguous, its strides are {tuple(tensor.stride())}",
     )
+
+
+def sampling(first: Tensor, rows: int, **given: Tensor | None) -> None:
+    """Temperatures and what names the noise, one a row, all or none."""
+    absent = [name for name, tensor in given.items() if tensor is None]
+    require(not absent, f"{', '.join(given)} come together, {', '.join(absent)} is missing")
+    for name, tensor in given.items():
+        assert tensor is not None
+        shaped(name, tensor, [rows], [torch.float32 if name == "temperature" else torch.int64])
+    dense(**given)
+    same_device(first, **given)
+
+
+def cache_slots(slots: Tensor | None, batch: int, cached: int) -> None:
+    """Which of the cache's ``cached`` rows each of ``batch`` sequences uses."""
+    if slots is not None:
+        shaped("slots", slots, [batch], [torch.int64])
+        dense(slots=slots)
+        require(batch <= cached, f"slots has {batch} entries, the cache only {cached} rows")

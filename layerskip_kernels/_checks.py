@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import FLOATS, dense, require, same_device, shaped, written
+from ._arguments import FLOATS, cache_slots, dense, require, same_device, sampling, shaped, written
 
 LAYER_SLOTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
 OPTIONAL_SLOTS = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
@@ -49,14 +49,6 @@ def head_size(size: int) -> None:
     require(size % 8 == 0 and 8 <= size <= 256, f"head size must be a multiple of 8 up to 256, got {size}")
 
 
-def _slots(slots: Tensor | None, batch: int, cached: int) -> None:
-    """Which of the cache's ``cached`` rows each of ``batch`` sequences uses."""
-    if slots is not None:
-        shaped("slots", slots, [batch], [torch.int64])
-        dense(slots=slots)
-        require(batch <= cached, f"slots has {batch} entries, the cache only {cached} rows")
-
-
 def _cache(
     like: Tensor,
     k_cache: Tensor,
@@ -71,7 +63,7 @@ def _cache(
     shaped("k_cache", k_cache, [batch if slots is None else None, None, None, size], [like.dtype])
     shaped("v_cache", v_cache, list(k_cache.shape), [like.dtype])
     shaped("seq_lens", seq_lens, [batch], [torch.int64])
-    _slots(slots, batch, k_cache.shape[0])
+    cache_slots(slots, batch, k_cache.shape[0])
     dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
     capacity = k_cache.shape[2]
     require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
@@ -143,7 +135,7 @@ def exit_head(
         written("logits", logits, [hidden.shape[0], head_weight.shape[0]])
         same_device(hidden, logits=logits)
     if temperature is not None or seed is not None or offset is not None:
-        _sampling(hidden, hidden.shape[0], temperature=temperature, seed=seed, offset=offset)
+        sampling(hidden, hidden.shape[0], temperature=temperature, seed=seed, offset=offset)
 
 
 def _head(hidden: Tensor, **named: Tensor | None) -> None:
@@ -158,17 +150,6 @@ def _head(hidden: Tensor, **named: Tensor | None) -> None:
         shaped(scale_name, scale, [weight.shape[0]], [torch.float32])
     dense(**named)
     same_device(hidden, **named)
-
-
-def _sampling(first: Tensor, rows: int, **given: Tensor | None) -> None:
-    """Temperatures and what names the noise, one a row, all or none."""
-    absent = [name for name, tensor in given.items() if tensor is None]
-    require(not absent, f"{', '.join(given)} come together, {', '.join(absent)} is missing")
-    for name, tensor in given.items():
-        assert tensor is not None
-        shaped(name, tensor, [rows], [torch.float32 if name == "temperature" else torch.int64])
-    dense(**given)
-    same_device(first, **given)
 
 
 def layer_slots(weights: Sequence[Tensor], start: int, end: int) -> int:
@@ -208,7 +189,7 @@ def partial_forward(
     shaped("k_cache", k_cache, [depth, batch if slots is None else None, None, None, size], [hidden.dtype])
     shaped("v_cache", v_cache, list(k_cache.shape), [hidden.dtype])
     shaped("seq_lens", seq_lens, [batch], [torch.int64])
-    _slots(slots, batch, k_cache.shape[1])
+    cache_slots(slots, batch, k_cache.shape[1])
     capacity = k_cache.shape[3]
     require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
     _rope(cos, sin, capacity, size)
@@ -263,7 +244,7 @@ def draft(
         written("logits", logits, [batch, steps, head_weight.shape[0]])
         same_device(embedding, logits=logits)
     if temperature is not None or seed is not None:
-        _sampling(embedding, batch, temperature=temperature, seed=seed)
+        sampling(embedding, batch, temperature=temperature, seed=seed)
 
 
 def _drafting(token: Tensor, embedding: Tensor, steps: int, min_probability: float) -> None:
@@ -329,7 +310,7 @@ def accept_sampled(
         )
     dense(seq_lens=seq_lens, token_map=token_map)
     same_device(draft, draft_logits=draft_logits, target_logits=target_logits, seq_lens=seq_lens, token_map=token_map)
-    _sampling(draft, batch, temperature=temperature, seed=seed)
+    sampling(draft, batch, temperature=temperature, seed=seed)
 
 
 def speculative_round(
@@ -372,7 +353,7 @@ def speculative_round(
             "to sample without a draft_map they must agree",
         )
     if temperature is not None or seed is not None:
-        _sampling(embedding, batch, temperature=temperature, seed=seed)
+        sampling(embedding, batch, temperature=temperature, seed=seed)
 
 
 def early_exit_loss(
