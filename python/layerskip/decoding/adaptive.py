@@ -11,10 +11,10 @@ MAX_SPECULATIONS = 12
 """The most drafts that a controller picks."""
 
 _UNKNOWN = 0.75  # what is expected of an exit that nobody has tried: enough to make it worth a try
-_OWN_MEMORY, _SHARED_MEMORY = 48.0, 512.0  # trials after which a new one no longer counts less than the mean before it
+_OWN_MEMORY, _SHARED_MEMORY = 96.0, 512.0  # trials after which a new one no longer counts less than the mean before it
 _TRUST = 4.0  # trials that what other sequences had is worth to a new one
-_FADE = 0.98  # of what is known of an exit, a round of another one leaves this
-_EXPLORE_EVERY = 16  # rounds
+_FADE = 0.995  # of what is known of an exit, a round of another one leaves this
+_EXPLORE_EVERY = 32  # rounds
 _EXPLORE_DRAFTS = 3
 
 
@@ -109,7 +109,7 @@ class Controller:
     decode autoregressively, is among the choices. Every sequence has an acceptance of its own, but the sum is common:
     a second exit layer in a batch would be a second pass over the weights, which costs more than it can gain.
 
-    Exploration is bounded: at most one round of 16 tries another exit than the best, with at most 3 drafts, and only
+    Exploration is bounded: at most one round of 32 tries another exit than the best, with at most 3 drafts, and only
     an exit that would be better than the best one if its acceptance were a standard error above what is known. What is
     known of an exit fades while others are used, so one that became good is found again.
 
@@ -152,9 +152,11 @@ class Controller:
             return best
         # A round without drafts teaches nothing, so where that is best, every exit is another one.
         others = [one for one in exits if one != best.exit_layer or best.num_speculations == 0]
-        few = [count for count in counts if 1 <= count <= _EXPLORE_DRAFTS] or counts
-        if others and self._best(acceptances, others, counts, optimistic=True)[0] > speed:
-            return self._best(acceptances, others, few, optimistic=True)[1]
+        if others:
+            hope, there = self._best(acceptances, others, counts, optimistic=True)
+            if hope > speed:
+                few = [count for count in counts if 1 <= count <= _EXPLORE_DRAFTS] or counts
+                return self._best(acceptances, [there.exit_layer], few, optimistic=True)[1]
         return best
 
     def _best(

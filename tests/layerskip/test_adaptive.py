@@ -1,0 +1,279 @@
+"""The controller: what it learns of costs and of acceptance, and how near it comes to the best fixed choice."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny import prompt_of, tiny_model
+
+from layerskip import SelfSpeculativeDecoder
+from layerskip.decoding.adaptive import Acceptance, Choice, Controller, Rate, default_exits, expected_tokens
+from layerskip.decoding.costs import CostModel, Sizes
+from layerskip.decoding.session import Session
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS = 32
+SIZES = Sizes(layer=100, head=600, draft_head=600, num_layers=LAYERS)
+EXITS = default_exits(LAYERS)
+MOST = 12
+
+
+def seconds(choice: Choice) -> float:
+    """What a round costs in the tests: not quite what the bytes suggest, since drafts have an overhead of their own."""
+    draft = choice.exit_layer * 100 + 600 + 150
+    deep = (LAYERS - choice.exit_layer) * 100 + 600
+    return 1e-6 * (choice.num_speculations * draft + LAYERS * 100 + 600 + 200 + 0.08 * choice.num_speculations * deep)
+
+
+class SyntheticModel:
+    """A sequence whose drafts are accepted by coins, one for each exit; ``shift`` changes them."""
+
+    def __init__(self, rates: dict[int, float], seed: int = 0) -> None:
+        self.rates, self._random = rates, random.Random(seed)
+
+    def round(self, choice: Choice) -> int:
+        """How many drafts are accepted."""
+        accepted = 0
+        while accepted < choice.num_speculations and self._random.random() < self.rates[choice.exit_layer]:
+            accepted += 1
+        return accepted
+
+
+def simulate(controller: Controller, models: list[SyntheticModel], rounds: int, noise: random.Random | None = None):
+    """Tokens a second that are expected of the controller's choices, and the choices."""
+    acceptances = [controller.new_acceptance() for _ in models]
+    tokens, clock, choices = 0.0, 0.0, []
+    for _ in range(rounds):
+        choice = controller.choose(acceptances)
+        took = seconds(choice)
+        if noise is not None:
+            took *= 10 if noise.random() < 0.02 else noise.uniform(0.9, 1.1)
+        controller.observe_cost(choice, len(models), took)
+        for model, acceptance in zip(models, acceptances, strict=True):
+            acceptance.observe(choice.exit_layer, model.round(choice), choice.num_speculations)
+            tokens += expected_tokens([model.rates[choice.exit_layer]], choice.num_speculations)[-1]
+        clock += seconds(choice)
+        choices.append(choice)
+    return tokens / clock, choices
+
+
+def expected_speed(rates: dict[int, float], choice: Choice) -> float:
+    return expected_tokens([rates[choice.exit_layer]], choice.num_speculations)[-1] / seconds(choice)
+
+
+def sweep(rates: dict[int, float]) -> dict[Choice, float]:
+    """Tokens a second of every fixed choice that drafts."""
+    choices = [Choice(exit_layer, count) for exit_layer in EXITS for count in range(1, MOST + 1)]
+    return {choice: expected_speed(rates, choice) for choice in choices}
+
+
+TASKS = {
+    "trained to exit early": dict(zip(EXITS, (0.85, 0.9, 0.93, 0.96), strict=True)),
+    "useful from the middle on": dict(zip(EXITS, (0.2, 0.5, 0.85, 0.9), strict=True)),
+    "hardly useful": dict(zip(EXITS, (0.05, 0.2, 0.4, 0.6), strict=True)),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_is_within_5_percent_of_the_best_fixed_choice(task):
+    speeds = sweep(TASKS[task])
+    speed, _ = simulate(Controller(SIZES, EXITS), [SyntheticModel(TASKS[task])], 3000, random.Random(1))
+    assert speed > 0.95 * max(speeds.values())
+    assert speed > 1.3 * min(speeds.values())
+
+
+def test_it_follows_a_shift_of_acceptance():
+    before, after = TASKS["trained to exit early"], TASKS["useful from the middle on"]
+    model = SyntheticModel(dict(before))
+    controller = Controller(SIZES, EXITS)
+    acceptance = controller.new_acceptance()
+    late: dict[str, list[Choice]] = {"before": [], "after": []}
+    for index in range(1200):
+        if index == 600:
+            model.rates = dict(after)
+        choice = controller.choose([acceptance])
+        controller.observe_cost(choice, 1, seconds(choice))
+        acceptance.observe(choice.exit_layer, model.round(choice), choice.num_speculations)
+        if index % 600 >= 300:
+            late["before" if index < 600 else "after"].append(choice)
+    for name, rates in (("before", before), ("after", after)):
+        best = max(sweep(rates).values())
+        speeds = [expected_speed(rates, choice) for choice in late[name]]
+        assert sum(speeds) / len(speeds) > 0.95 * best, name
+    assert max(set(late["before"]), key=late["before"].count).exit_layer == EXITS[0]
+    assert max(set(late["after"]), key=late["after"].count).exit_layer == EXITS[2]
+
+
+def test_where_drafts_are_hopeless_it_does_without():
+    rates = dict.fromkeys(EXITS, 0.01)
+    speed, choices = simulate(Controller(SIZES, EXITS), [SyntheticModel(rates)], 600)
+    late = choices[200:]
+    assert late.count(late[0]) > 0.9 * len(late)
+    assert late[0].num_speculations == 0
+    assert speed > 0.95 / seconds(Choice(EXITS[0], 0))
+
+
+def test_exploration_is_bounded():
+    """At most every 32nd round is not the best known, with at most 3 drafts; an exit that can't win is left alone."""
+    rates = dict(zip(EXITS, (0.93, 0.94, 0.95, 0.96), strict=True))
+    _, choices = simulate(Controller(SIZES, EXITS), [SyntheticModel(rates)], 1600)
+    explored = [choice for index, choice in enumerate(choices, start=1) if index % 32 == 0 and index > 400]
+    others = [choice for index, choice in enumerate(choices, start=1) if index % 32 and index > 400]
+    assert sum(choice.exit_layer == EXITS[0] for choice in others) > 0.99 * len(others)
+    tries = [choice for choice in explored if choice.exit_layer != EXITS[0]]
+    assert len(tries) > 5
+    assert all(choice.num_speculations <= 3 for choice in tries)
+    assert all(choice.exit_layer != EXITS[-1] for choice in tries), "even an acceptance of 1 would not pay there"
+
+
+def test_what_is_given_is_kept():
+    controller = Controller(SIZES, EXITS)
+    acceptance = controller.new_acceptance()
+    for _ in range(40):
+        assert controller.choose([acceptance], 5).exit_layer == 5
+        assert controller.choose([acceptance], None, 7).num_speculations == 7
+        acceptance.observe(5, 2, 4)
+
+
+def test_a_new_sequence_starts_from_what_others_had():
+    controller = Controller(SIZES, EXITS)
+    _, first = simulate(controller, [SyntheticModel(TASKS["useful from the middle on"])], 500)
+    _, second = simulate(controller, [SyntheticModel(TASKS["useful from the middle on"])], 8)
+    assert second[0].exit_layer == EXITS[2] != first[0].exit_layer
+
+
+def test_the_sequences_of_a_batch_share_the_choice():
+    """One of them alone would take another exit; together they take the one of the most tokens a second."""
+    easy, hard = TASKS["trained to exit early"], TASKS["useful from the middle on"]
+    models = [SyntheticModel(easy, 1), SyntheticModel(hard, 2), SyntheticModel(hard, 3), SyntheticModel(hard, 4)]
+    speed, _ = simulate(Controller(SIZES, EXITS), models, 1500)
+
+    def together(choice: Choice) -> float:
+        rates = [easy[choice.exit_layer]] + [hard[choice.exit_layer]] * 3
+        return expected_tokens(rates, choice.num_speculations)[-1] / seconds(choice)
+
+    best = max(sweep(easy), key=together)
+    assert best.exit_layer == EXITS[2]
+    assert speed > 0.95 * together(best)
+
+
+class TestRate:
+    def test_it_is_the_mean_of_what_it_remembers(self):
+        rate = Rate(0.5, 2, memory=1000)
+        for success in [True] * 30 + [False] * 10:
+            rate.observe(success)
+        assert rate.mean == pytest.approx((1 + 30) / (2 + 40))
+        assert rate.weight == 42
+
+    def test_old_trials_fade(self):
+        rate = Rate(0.5, 2, memory=20)
+        for success in [True] * 500 + [False] * 100:
+            rate.observe(success)
+        assert rate.mean < 0.01
+        assert rate.weight == 20
+
+    def test_optimism_shrinks_with_trials_and_grows_with_neglect(self):
+        rate = Rate(0.2, 1, memory=100)
+        hopes = [rate.optimistic]
+        for success in [True] + [False] * 4:
+            rate.observe(success)
+        hopes.append(rate.optimistic - rate.mean + 0.2)
+        for _ in range(100):
+            rate.fade()
+        hopes.append(rate.optimistic - rate.mean + 0.2)
+        assert hopes[0] > hopes[1] < hopes[2]
+        assert Rate(1.0, 1, 10).optimistic == 1.0
+
+
+def test_the_formula_of_expected_tokens():
+    for rate in (0.0, 0.3, 0.9):
+        closed = [(1 - rate ** (count + 1)) / (1 - rate) for count in range(6)]
+        assert expected_tokens([rate], 5) == pytest.approx(closed)
+    assert expected_tokens([1.0, 0.0], 3) == [2, 3, 4, 5]
+
+
+class TestCosts:
+    def test_a_guess_is_made_of_bytes(self):
+        model = CostModel(SIZES)
+        total = LAYERS * 100 + 600
+        assert model.seconds(8, 0) == pytest.approx(1.0)
+        assert model.seconds(8, 3) == pytest.approx(1 + (3 * 1400 + 0.05 * 3 * (24 * 100 + 600)) / total)
+
+    def test_it_learns_what_was_measured_and_predicts_the_rest(self):
+        model = CostModel(SIZES)
+        for _ in range(30):
+            for choice in (Choice(4, 2), Choice(8, 4), Choice(16, 1)):
+                model.observe(*choice, seconds(choice))
+        for choice in (Choice(4, 2), Choice(8, 4)):
+            assert model.seconds(*choice) == pytest.approx(seconds(choice), rel=0.03)
+        for choice in (Choice(4, 8), Choice(8, 1), Choice(24, 4)):
+            assert model.seconds(*choice) == pytest.approx(seconds(choice), rel=0.15)
+
+    def test_an_interrupted_round_does_not_spoil_it(self):
+        model, choice = CostModel(SIZES), Choice(8, 4)
+        for index in range(60):
+            model.observe(*choice, seconds(choice) * (100 if index == 50 else 1))
+        assert model.seconds(*choice) == pytest.approx(seconds(choice), rel=0.05)
+
+
+def test_default_exits():
+    assert default_exits(32) == (4, 8, 16, 24)
+    assert default_exits(4) == (1, 2, 3)
+    assert default_exits(2) == (1,)
+
+
+class Clock:
+    """Seconds that pass as a session's rounds say."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("options", [{"exit_layer": "auto"}, {"num_speculations": "auto"}, {}], ids=str)
+def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
+    """A model whose layers after the first add nothing: every draft is accepted, so many drafts at E = 1 are best."""
+    from layerskip.decoding.group import Group
+
+    plan = options or {"exit_layer": "auto", "num_speculations": "auto"}
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 2, 3)
+    plain = decoder.generate(prompt_of(5), 200, strategy="autoregressive", eos_token_id=[])
+    clock, choices = Clock(), []
+
+    def timed(self, steps, draft_head, _run=Group.run):
+        clock.now += seconds(Choice(self.kind.depth * 8, steps))  # as if of 32 layers
+        choices.append(Choice(self.kind.depth, steps))
+        return _run(self, steps, draft_head)
+
+    monkeypatch.setattr(Group, "run", timed)
+    cache = decoder.model.decoder.new_cache(1, 256)
+    session = Session(decoder, cache, 240, 12, clock=clock)
+    session.add(prompt_of(5), 200, eos_token_id=[], **plan)
+    outputs = []
+    while len(session):
+        outputs += [update.output for update in session.step()]
+    assert torch.equal(outputs[-1].sequences, plain.sequences)
+    assert outputs[-1].stats.seconds == clock.now
+    exits, counts = zip(*choices[:-1], strict=True)  # the last round has fewer tokens left
+    assert (set(exits) == {2}) == ("exit_layer" not in plan)
+    assert (set(counts) == {3}) == ("num_speculations" not in plan)
+    if "exit_layer" in plan:
+        assert exits.count(1) > len(exits) / 2
+    if "num_speculations" in plan:
+        assert counts.count(12) > len(counts) / 2
+
+
+def test_acceptance_is_noted_for_others_too():
+    shared: dict[int, Rate] = {}
+    one, other = Acceptance(shared), Acceptance(shared)
+    before = other.at(4).mean
+    for _ in range(20):
+        one.observe(4, 0, 3)
+    assert one.at(4).mean < 0.1
+    assert other.at(4).mean == before, "its own trials count, once it has begun"
+    assert Acceptance(shared).at(4).mean < 0.2
