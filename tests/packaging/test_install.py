@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import zipfile
@@ -9,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from .conftest import ROOT, Run, copy_of_checkout, pip, run, succeeded
+from .conftest import ROOT, Run, build_wheel, copy_of_checkout, pip, run, succeeded
+
+needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf to read the library with")
 
 USE = """
 import warnings
@@ -34,8 +38,13 @@ def use(python: Path, where: Path) -> list[str]:
     return succeeded(run([str(python), "-c", USE], empty)).stdout.splitlines()
 
 
-def install(python: Path, *arguments: str, where: Path) -> Run:
-    return succeeded(pip("--python", str(python), "install", "--no-deps", *arguments, where=where))
+def install(python: Path, *arguments: str, where: Path, **environment: str) -> Run:
+    return succeeded(pip("--python", str(python), "install", "--no-deps", *arguments, where=where, **environment))
+
+
+def dynamic_section(wheel: Path, library: str, where: Path) -> str:
+    file = zipfile.ZipFile(wheel).extract(f"layerskip_kernels/{library}.abi3.so", where)
+    return subprocess.run(["readelf", "-dW", file], capture_output=True, text=True, check=True).stdout
 
 
 def test_wheel_serves_every_later_python(wheel: Path) -> None:
@@ -55,11 +64,11 @@ def test_wheel_has_every_module_and_data_file(wheel: Path, checkout: Path) -> No
     assert packed == wanted
 
 
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf to read the library with")
+@needs_readelf
 def test_library_needs_no_python(wheel: Path, tmp_path: Path) -> None:
     """No libtorch_python, no symbol of CPython, nothing found through a path of the machine that built it."""
     library = zipfile.ZipFile(wheel).extract("layerskip_kernels/_cpu.abi3.so", tmp_path)
-    dynamic = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
+    dynamic = dynamic_section(wheel, "_cpu", tmp_path)
     assert "[libtorch_cpu.so]" in dynamic
     for unwanted in ("libtorch_python", "libpython", "RPATH", "RUNPATH"):
         assert unwanted not in dynamic
@@ -81,10 +90,50 @@ def test_wheel_works_outside_the_checkout(wheel: Path, environment: Callable[[],
     assert "generate" in script.stdout
 
 
+def test_cuda_wheel(cuda_wheel: Path, wheel: Path) -> None:
+    """The same and one library more; a build number keeps the two apart in a folder."""
+    assert re.fullmatch(r"layerskip_kernels-[\d.]+-1cu\d+-cp310-abi3-.*", cuda_wheel.stem)
+    with_cuda, without = (
+        {name for name in zipfile.ZipFile(one).namelist() if ".dist-info/" not in name} for one in (cuda_wheel, wheel)
+    )
+    assert with_cuda - without == {"layerskip_kernels/_cuda.abi3.so"}
+    assert without <= with_cuda
+
+
+def test_cuda_library_does_not_stay_behind(cuda_wheel: Path, checkout: Path, tmp_path: Path) -> None:
+    again = build_wheel(checkout, tmp_path, LAYERSKIP_CUDA="0")
+    assert "layerskip_kernels/_cuda.abi3.so" not in zipfile.ZipFile(again).namelist()
+
+
+@needs_readelf
+def test_cuda_library_takes_torch_from_where_it_is(cuda_wheel: Path, tmp_path: Path) -> None:
+    """Built without a CUDA torch, it still names that library; the CUDA runtime is inside."""
+    dynamic = dynamic_section(cuda_wheel, "_cuda", tmp_path)
+    assert "[libtorch_cuda.so]" in dynamic
+    for unwanted in ("libtorch_python", "libpython", "libcudart", "libcuda.so", "RPATH", "RUNPATH"):
+        assert unwanted not in dynamic
+
+
+def test_cuda_wheel_beside_a_torch_without_cuda(
+    cuda_wheel: Path, environment: Callable[[], Path], tmp_path: Path
+) -> None:
+    """It is not loaded, CPU tensors are served as ever, and the reason can be read."""
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    python = environment()
+    install(python, str(cuda_wheel), where=tmp_path)
+    file, backend, messages = use(python, tmp_path)
+    assert (Path(file).parent / "_cuda.abi3.so").exists()
+    assert (backend, messages) == ("cpu", "[]")
+    code = "import layerskip_kernels as lk, torch\nlk.rms_norm(torch.ones(2), torch.ones(2), 0.0)"
+    done = run([str(python), "-c", code], tmp_path / "empty", LAYERSKIP_BACKEND="cuda")
+    assert f"no backend serves rms_norm (cuda: torch {torch.__version__} was built without CUDA)" in done.stderr
+
+
 def test_install_from_the_sources(wheel: Path, checkout: Path, environment: Callable[[], Path], tmp_path: Path) -> None:
     """``pip install --no-build-isolation .``; what the wheel compiled is not compiled again."""
     python = environment()
-    install(python, "--no-build-isolation", ".", where=checkout)
+    install(python, "--no-build-isolation", ".", where=checkout, LAYERSKIP_CUDA="0")
     file, backend, _ = use(python, tmp_path)
     assert Path(file).is_relative_to(tmp_path / "environment")
     assert backend == "cpu"
@@ -92,7 +141,7 @@ def test_install_from_the_sources(wheel: Path, checkout: Path, environment: Call
 
 def test_editable_install(wheel: Path, checkout: Path, environment: Callable[[], Path], tmp_path: Path) -> None:
     python = environment()
-    install(python, "--no-build-isolation", "-e", ".", where=checkout)
+    install(python, "--no-build-isolation", "-e", ".", where=checkout, LAYERSKIP_CUDA="0")
     file, backend, _ = use(python, tmp_path)
     assert Path(file).is_relative_to(checkout)
     assert backend == "cpu"

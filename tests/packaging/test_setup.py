@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "csrc/cpu/value.cpp").write_text(SOURCE)
     (tmp_path / "csrc/common/value.h").write_text("#define VALUE 1\n")
+    shutil.copy(ROOT / "csrc/cuda/torch_cuda_stub.cpp", tmp_path / "csrc/cuda")
     return tmp_path
 
 
@@ -118,6 +121,57 @@ def test_cuda_without_sources(tree: Path) -> None:
 def test_cuda(tree: Path, choice: str | None, built: bool) -> None:
     """nvcc alone decides: neither a card nor a CUDA build of torch is needed to compile."""
     (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
-    succeeded(build(tree, LAYERSKIP_CUDA=choice))
+    succeeded(build(tree, LAYERSKIP_CUDA=choice, LAYERSKIP_CUDA_ARCHS="80"))
     assert (tree / "layerskip_kernels/_cuda.abi3.so").exists() == built
     assert (tree / "layerskip_kernels/_cpu.abi3.so").exists()
+
+
+@needs_nvcc
+@needs_compiler
+def test_cuda_architectures(tree: Path) -> None:
+    """All of them, or those named; what ptxas says of each kernel lies beside the object, and not on the screen."""
+    (tree / "csrc/cuda/ops").mkdir()
+    (tree / "csrc/cuda/ops/fill.cu").write_text(KERNEL)
+    for narrowed, wanted in ((None, ["sm_80", "sm_90a", "sm_100a"]), ("80; 90a", ["sm_80", "sm_90a"])):
+        shutil.rmtree(tree / "build", ignore_errors=True)
+        done = succeeded(build(tree, LAYERSKIP_CUDA="1", LAYERSKIP_CUDA_ARCHS=narrowed))
+        assert "ptxas info" not in done.stdout
+        (log,) = (tree / "build").rglob("ops_fill.cu.o.ptxas")
+        assert re.findall(r"Compiling entry function .* for '(sm_\w+)'", log.read_text()) == wanted
+
+
+@needs_nvcc
+@needs_compiler
+def test_a_kernel_that_does_not_compile_says_why(tree: Path) -> None:
+    (tree / "csrc/cuda/fill.cu").write_text("__global__ void fill(float* out) { out[0] = missing; }\n")
+    done = build(tree, LAYERSKIP_CUDA="1", LAYERSKIP_CUDA_ARCHS="80")
+    assert done.returncode != 0
+    assert 'identifier "missing" is undefined' in done.stdout
+    assert "building _cuda.abi3.so failed" in done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("archs", ["75", "80,90", "compute_80", "80;"])
+def test_cuda_architectures_that_are_none(tree: Path, archs: str) -> None:
+    (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
+    done = build(tree, LAYERSKIP_CUDA_ARCHS=archs)
+    assert done.returncode != 0
+    assert f"LAYERSKIP_CUDA_ARCHS={archs}: " in done.stderr
+    assert "expected architectures from 80 on and PTX from compute_90 on, like 80;90a;100a;compute_100" in done.stderr
+
+
+@needs_nvcc
+@needs_compiler
+def test_ccache_is_used_where_it_is_found(tree: Path) -> None:
+    """A stand-in that notes what it is asked to run."""
+    (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
+    (tree / "bin").mkdir()
+    ccache = tree / "bin/ccache"
+    ccache.write_text(f'#!/bin/sh\necho "$1" >> {tree}/noted\nexec "$@"\n')
+    ccache.chmod(0o755)
+    path = f"{tree}/bin:{os.environ['PATH']}"
+    succeeded(build(tree, PATH=path, LAYERSKIP_CUDA="1", LAYERSKIP_CUDA_ARCHS="80"))
+    noted = {Path(line).name for line in (tree / "noted").read_text().splitlines()}
+    assert "nvcc" in noted
+    assert noted - {"nvcc"} <= {"c++", "g++", "clang++"}
+    assert len(noted) == 2

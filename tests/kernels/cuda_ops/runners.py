@@ -91,7 +91,7 @@ class Emulated(EmulatedLayers):
         model = _Model(embedding, weights, k_cache, v_cache, end)
         sizes = model.sizes(len(token), steps, extend, len(head), len(head), end)
         out, buffers = model.draft_buffers(len(token), steps, extend, len(head))
-        memory = self._scratch(sizes, 1, embedding.dtype)
+        memory = self._round_scratch(sizes, 1, embedding.dtype)
         pitches = (0, 0) if logits is None else (logits.stride(0), logits.stride(1))
         self.call(
             "round", "draft", token, embedding, model.weights, model.caches, cos, sin, seq_lens, slots, norm, head,
@@ -113,7 +113,7 @@ class Emulated(EmulatedLayers):
         model = _Model(embedding, weights, k_cache, v_cache, k_cache.shape[0])
         sizes = model.sizes(batch, steps, True, few, many, exit_layer)
         drafted, buffers = model.draft_buffers(batch, steps, True, max(few, many))
-        memory = [self._scratch(sizes, rows, embedding.dtype) for rows in (1, steps + 1)]
+        memory = [self._round_scratch(sizes, rows, embedding.dtype) for rows in (1, steps + 1)]
         verified = [_void(batch * (steps + 1), like=torch.int64), _void(2, batch * (steps + 1))]
         out = [_void(batch, like=torch.int64), _void(batch, like=torch.int64)]
         logits: list[Tensor | None] = [None, None]
@@ -132,7 +132,7 @@ class Emulated(EmulatedLayers):
         )  # fmt: skip
         return lk.Round(drafted[0], *out, drafted[2])
 
-    def _scratch(self, sizes: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def _round_scratch(self, sizes: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         bytes_ = torch.zeros(1, dtype=torch.int64)
         self.call("round", "forward_bytes", bytes_, sizes, rows, dtype, writes=[bytes_])
         return _void(int(bytes_), like=torch.uint8)
