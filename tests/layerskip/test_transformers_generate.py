@@ -1,6 +1,9 @@
 """``custom_generate=layerskip.generate`` against ``model.generate`` alone, option by option."""
 
 import functools
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 
 import pytest
@@ -13,7 +16,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStr
 from transformers.generation.streamers import BaseStreamer
 
 import layerskip
-from layerskip.generation.decoders import decoder_of
+from layerskip.generation.decoders import borrowed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 20
@@ -432,22 +435,43 @@ def test_a_chat(model, tokenizer):
 # The decoder that is kept
 
 
-def test_a_model_keeps_its_decoder_and_lets_it_go():
-    import gc
-    import weakref
+def kept(model, draft_head="full"):
+    with borrowed(model, draft_head) as decoder:
+        return decoder
 
+
+def test_a_model_keeps_its_decoder_and_lets_it_go():
     model = tiny_model(upper="weak")
-    decoder = decoder_of(model, "full")
-    assert decoder_of(model, "full") is decoder
-    quantised = decoder_of(model, "int8")
-    assert decoder_of(model, "int8") is quantised
+    decoder = kept(model)
+    assert kept(model) is decoder
+    quantised = kept(model, "int8")
+    assert quantised is not decoder
+    assert kept(model, "int8") is quantised
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    assert decoder_of(model, "int8") is not quantised
+    assert kept(model, "int8") is not quantised
     reference = weakref.ref(model)
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_calls_within_calls_and_in_threads(model):
+    """Each has a cache of its own."""
+    inputs, nested = prompts([5]), []
+    plain, _ = both(model, inputs)
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            nested.append(model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **OURS))
+            return scores
+
+    options = {**inputs, **OURS, "max_new_tokens": NEW, "do_sample": False}
+    outer = model.generate(**options, logits_processor=LogitsProcessorList([Asks()]))
+    assert all(torch.equal(out, plain) for out in [outer, *nested])
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(model.generate, **options) for _ in range(6)]
+    assert all(torch.equal(run.result(), plain) for run in runs)
 
 
 def test_new_weights_are_followed(model):

@@ -17,7 +17,7 @@ from transformers.generation import (
 
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from . import options
-from .decoders import decoder_of
+from .decoders import borrowed
 from .handover import hand_on_to
 from .rows import Columns, Endings, Kept, Row, RowProcessor, rows_of
 
@@ -100,7 +100,8 @@ def generate(
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
     options.check_positions(model_kwargs.get("position_ids"), mask)
     call = _Call(rows_of(input_ids, mask), logits_processor, stopping_criteria, generation_config)
-    return call.run(decoder_of(model, draft_head), streamer, own)
+    with borrowed(model, draft_head) as decoder:
+        return call.run(decoder, streamer, own)
 
 
 hand_on_to(generate)

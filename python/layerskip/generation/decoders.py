@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -10,29 +12,39 @@ from torch import Tensor, nn
 from ..decoding import DraftHead, SelfSpeculativeDecoder
 
 
-class _Entry(NamedTuple):
+class _Pool(NamedTuple):
     weights: tuple[Any, ...]
     draft_head: str | DraftHead
-    decoder: SelfSpeculativeDecoder
+    idle: list[SelfSpeculativeDecoder]
 
 
-_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+_pools: WeakKeyDictionary[nn.Module, _Pool] = WeakKeyDictionary()
 
 
-def decoder_of(model: Any, draft_head: str | DraftHead) -> SelfSpeculativeDecoder:
-    """The decoder of ``model``; it, its cache and what it learned about speed are kept for as long as the model is.
+@contextmanager
+def borrowed(model: Any, draft_head: str | DraftHead) -> Iterator[SelfSpeculativeDecoder]:
+    """A decoder of ``model`` that no other call uses meanwhile.
 
-    Other weights, another device or another draft head make a new one. Weights that change in place are shared, and
-    make a new one only where the draft head is a quantised copy of them.
+    It, its cache and what it learned about speed are kept for the next call, for as long as the model is. Other
+    weights, another device or another draft head make a new one. Weights that change in place are shared, and make a
+    new one only where the draft head is a quantised copy of them.
     """
+    pool = _pool(model, draft_head)
+    decoder = pool.idle.pop() if pool.idle else SelfSpeculativeDecoder(model, "auto", "auto", draft_head=draft_head)
+    try:
+        yield decoder
+    finally:
+        pool.idle.append(decoder)
+
+
+def _pool(model: Any, draft_head: str | DraftHead) -> _Pool:
     weights: tuple[Any, ...] = tuple((id(weight), weight.dtype, weight.device) for weight in model.parameters())
     if draft_head != "full":
         weights = (*weights, _version(model.get_output_embeddings().weight))
-    entry = _entries.get(model)
-    if entry is None or entry.weights != weights or entry.draft_head != draft_head:
-        entry = _Entry(weights, draft_head, SelfSpeculativeDecoder(model, "auto", "auto", draft_head=draft_head))
-        _entries[model] = entry
-    return entry.decoder
+    pool = _pools.get(model)
+    if pool is None or pool.weights != weights or pool.draft_head != draft_head:
+        pool = _pools[model] = _Pool(weights, draft_head, [])
+    return pool
 
 
 def _version(weight: Tensor) -> int:

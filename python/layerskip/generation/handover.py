@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .options import check_cache
+
 _METHOD = "_extract_generation_mode_kwargs"
 
 
@@ -44,6 +46,7 @@ def hand_on_to(function: Callable[..., Any]) -> None:
         }
         found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         if getattr(custom_generate, "func", custom_generate) is function:  # itself, or a partial of it
+            check_cache(kwargs)  # later on it can't be told from the one that transformers makes
             found |= {name: value for name, value in usual.items() if value is not None}
         return found
 

@@ -27,8 +27,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
 }
 _RETURNED = ("output_attentions", "output_hidden_states")
 # Arguments of a model's forward that `generate` makes itself, or that change nothing here.
-_HARMLESS = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache")
 _CACHES = ("cache", "past_key_values")
+_HARMLESS = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", *_CACHES)
 # They keep what they were last called with, and a draft that is rejected can't be taken back from them.
 _STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 # What treats every row of a batch alike, whichever it is.
@@ -74,13 +74,20 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         With the argument.
     """
     for name, value in arguments.items():
-        if value is None or name in _HARMLESS:
-            continue
-        if name not in _CACHES:
-            raise ValueError(
-                f"{name} can't be honoured by layerskip.generate, which takes input_ids and attention_mask"
-            )
-        if getattr(value, "_is_user_defined", False) or value.get_seq_length() > 0:
+        if value is not None and name not in _HARMLESS:
+            raise ValueError(f"{name} can't be honoured: layerskip.generate takes input_ids and attention_mask")
+
+
+def check_cache(arguments: dict[str, Any]) -> None:
+    """Refuse a cache among the arguments that the caller of ``model.generate`` gave.
+
+    Raises
+    ------
+    ValueError
+        With the argument.
+    """
+    for name in _CACHES:
+        if arguments.get(name) is not None:
             raise ValueError(f"{name} can't be honoured: layerskip.generate has a cache of its own, empty at the start")
 
 
