@@ -54,17 +54,34 @@ __device__ __forceinline__ int own_column(int i, int warp, int t) {
   return (i * kWarps + warp) * kBlock<T> + t * kChunk<T>;
 }
 
+// load_chunk an element at a time: a loop that shifts what is there down, as kernels are fetched before they run, and
+// rows that 16-byte loads cannot read are rare.
+template <class T>
+__device__ __forceinline__ Chunk<T> gather_chunk(const T* row, int column, int width) {
+  uint32_t words[4] = {};
+#pragma unroll 1
+  for (int e = 0; e < kChunk<T>; ++e) {
+    uint32_t next = 0;
+    if (column + e < width) memcpy(&next, row + column + e, sizeof(T));
+    if constexpr (sizeof(T) == 4) {
+      words[0] = words[1], words[1] = words[2], words[2] = words[3], words[3] = next;
+    } else {
+      constexpr int kBits = 8 * sizeof(T);
+      words[0] = __funnelshift_r(words[0], words[1], kBits), words[1] = __funnelshift_r(words[1], words[2], kBits);
+      words[2] = __funnelshift_r(words[2], words[3], kBits), words[3] = __funnelshift_r(words[3], next, kBits);
+    }
+  }
+  Chunk<T> chunk;
+  memcpy(&chunk, words, sizeof chunk);
+  return chunk;
+}
+
 // Elements of `row` from `column` on, zero from `width` on. With `aligned`, row and width are multiples of 16 bytes.
 template <class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int width, bool aligned) {
+  if (!aligned) return gather_chunk(row, column, width);
   Chunk<T> chunk{};
-  if (aligned) {
-    if (column < width) chunk = *reinterpret_cast<const Chunk<T>*>(row + column);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e)
-      if (column + e < width) chunk.at[e] = row[column + e];
-  }
+  if (column < width) chunk = *reinterpret_cast<const Chunk<T>*>(row + column);
   return chunk;
 }
 
@@ -74,7 +91,7 @@ __device__ __forceinline__ void copy_chunk(Chunk<T>* shared, const T* row, int c
   if (aligned && row != nullptr && column < width) {
     ptx::cp_async<16>(shared, row + column);
   } else {
-    *shared = load_chunk(row, column, row == nullptr ? 0 : width, false);
+    *shared = gather_chunk(row, column, row == nullptr ? 0 : width);
   }
 }
 
