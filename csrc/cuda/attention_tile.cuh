@@ -62,7 +62,7 @@ __device__ __forceinline__ float quad_max(float x) {
 }
 
 // scores[j][i]: positions 8 j + 2 t + i % 2 of the warp, pairs g (i < 2) and g + 8.
-template <class T, class Query>
+template <bool Aligned, class T, class Query>
 __device__ __forceinline__ void score(const SplitWork<T>& w, int pairs, Query query, int begin, float (&scores)[4][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const T* queries[2] = {query(min(g, pairs - 1)), query(min(g + 8, pairs - 1))};
@@ -73,13 +73,14 @@ __device__ __forceinline__ void score(const SplitWork<T>& w, int pairs, Query qu
     Chunk<T> keys[4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Chunk<T> chunk = load_chunk(queries[half], column, w.size, w.aligned);
+      const Chunk<T> chunk = load_chunk<Aligned>(queries[half], column, w.size);
       memcpy(q[half], &chunk, 16);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int at = begin + 8 * j + g;
-      keys[j] = load_chunk(w.k + static_cast<int64_t>(at) * w.size, column, at < w.count ? w.size : 0, w.aligned);
+      const T* row = w.k + (at < w.count ? static_cast<int64_t>(at) * w.size : 0);
+      keys[j] = load_chunk<Aligned>(row, column, at < w.count ? w.size : 0);
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -137,9 +138,10 @@ __device__ __forceinline__ void stage_values(const SplitWork<T>& w, int begin, T
   const int per_row = w.size / kChunk<T>;
   for (int i = threadIdx.x % 32; i < kWarpSplit * per_row; i += 32) {
     const int at = i / per_row, column = i % per_row * kChunk<T>;
-    const T* row = begin + at < w.count ? w.v + static_cast<int64_t>(begin + at) * w.size : nullptr;
-    copy_chunk(reinterpret_cast<Chunk<T>*>(staged + at * AttentionMemory<T>::pitch(w.size) + column), row, column,
-               w.size, w.aligned);
+    const bool inside = begin + at < w.count;
+    const T* row = w.v + (inside ? static_cast<int64_t>(begin + at) * w.size : 0);
+    T* place = staged + at * AttentionMemory<T>::pitch(w.size) + column;
+    copy_chunk(reinterpret_cast<Chunk<T>*>(place), row, column, inside ? w.size : 0, w.aligned);
   }
   ptx::cp_async_commit();
 }
@@ -188,7 +190,7 @@ __device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Q
   T* staged = memory.values() + begin * AttentionMemory<T>::pitch(w.size);
   stage_values(w, begin, staged);
   float scores[4][4] = {};
-  score(w, pairs, query, begin, scores);
+  w.aligned ? score<true>(w, pairs, query, begin, scores) : score<false>(w, pairs, query, begin, scores);
   soften(w, seen, begin, memory, scores);
   ptx::cp_async_wait<0>();
   __syncwarp();

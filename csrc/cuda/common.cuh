@@ -54,45 +54,53 @@ __device__ __forceinline__ int own_column(int i, int warp, int t) {
   return (i * kWarps + warp) * kBlock<T> + t * kChunk<T>;
 }
 
-// load_chunk an element at a time: a loop that shifts what is there down, as kernels are fetched before they run, and
-// rows that 16-byte loads cannot read are rare.
-template <class T>
-__device__ __forceinline__ Chunk<T> gather_chunk(const T* row, int column, int width) {
-  uint32_t words[4] = {};
+// Elements of `row` from `column` on, zero from `width` on. Aligned: row and width are multiples of 16 bytes; otherwise
+// a loop takes an element at a time and shifts down what is there, short, as such rows are rare.
+template <bool Aligned, class T>
+__device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int width) {
+  Chunk<T> chunk{};
+  if constexpr (Aligned) {
+    if (column < width) chunk = *reinterpret_cast<const Chunk<T>*>(row + column);
+  } else {
+    uint32_t words[4] = {};
 #pragma unroll 1
-  for (int e = 0; e < kChunk<T>; ++e) {
-    uint32_t next = 0;
-    if (column + e < width) memcpy(&next, row + column + e, sizeof(T));
-    if constexpr (sizeof(T) == 4) {
-      words[0] = words[1], words[1] = words[2], words[2] = words[3], words[3] = next;
-    } else {
-      constexpr int kBits = 8 * sizeof(T);
-      words[0] = __funnelshift_r(words[0], words[1], kBits), words[1] = __funnelshift_r(words[1], words[2], kBits);
-      words[2] = __funnelshift_r(words[2], words[3], kBits), words[3] = __funnelshift_r(words[3], next, kBits);
+    for (int e = 0; e < kChunk<T>; ++e) {
+      const T element = column + e < width ? row[column + e] : T{};
+      uint32_t next = 0;
+      memcpy(&next, &element, sizeof element);
+      if constexpr (sizeof(T) == 4) {
+        words[0] = words[1], words[1] = words[2], words[2] = words[3], words[3] = next;
+      } else {
+        constexpr int kBits = 8 * sizeof(T);
+        words[0] = __funnelshift_r(words[0], words[1], kBits), words[1] = __funnelshift_r(words[1], words[2], kBits);
+        words[2] = __funnelshift_r(words[2], words[3], kBits), words[3] = __funnelshift_r(words[3], next, kBits);
+      }
     }
+    memcpy(&chunk, words, sizeof chunk);
   }
-  Chunk<T> chunk;
-  memcpy(&chunk, words, sizeof chunk);
   return chunk;
 }
 
-// Elements of `row` from `column` on, zero from `width` on. With `aligned`, row and width are multiples of 16 bytes.
+// The same into shared memory, asynchronously where 16 bytes can be copied at once.
+template <bool Aligned, class T>
+__device__ __forceinline__ void copy_chunk(Chunk<T>* shared, const T* row, int column, int width) {
+  if constexpr (Aligned) {
+    const bool inside = column < width;
+    ptx::cp_async<16>(shared, row + (inside ? column : 0), inside ? 16 : 0);
+  } else {
+    *shared = load_chunk<false>(row, column, width);
+  }
+}
+
+// Where the branch costs nothing. Inside a loop it would keep loads from being under way together.
 template <class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int width, bool aligned) {
-  if (!aligned) return gather_chunk(row, column, width);
-  Chunk<T> chunk{};
-  if (column < width) chunk = *reinterpret_cast<const Chunk<T>*>(row + column);
-  return chunk;
+  return aligned ? load_chunk<true>(row, column, width) : load_chunk<false>(row, column, width);
 }
 
-// The same into shared memory, asynchronously where 16 bytes can be copied at once; a null row is zero.
 template <class T>
 __device__ __forceinline__ void copy_chunk(Chunk<T>* shared, const T* row, int column, int width, bool aligned) {
-  if (aligned && row != nullptr && column < width) {
-    ptx::cp_async<16>(shared, row + column);
-  } else {
-    *shared = gather_chunk(row, column, row == nullptr ? 0 : width);
-  }
+  aligned ? copy_chunk<true>(shared, row, column, width) : copy_chunk<false>(shared, row, column, width);
 }
 
 template <class T>

@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) qkv_kernel(Input<T> in
   ptx::dependents_trigger();
   TileStream<T, 1> stream(in, work.first, work.tokens, memory);
 #pragma unroll
-  for (int second = 0; second < 2; ++second)
-    stream.weight[second] = tile.pair + stream.g < tile.half
-                                ? matrix.weight + static_cast<int64_t>(tile.row(stream.g, second)) * in.depth
-                                : nullptr;
+  for (int second = 0; second < 2; ++second) {
+    const int i = min(stream.g, tile.half - 1 - tile.pair);  // past the last pair comes the last one again, unused
+    stream.weight[second] = matrix.weight + static_cast<int64_t>(tile.row(i, second)) * in.depth;
+  }
   stream.prefetch();
   const int i = threadIdx.x % 8, token = threadIdx.x / 8;
   const bool inside = token < work.tokens && tile.pair + i < tile.half;

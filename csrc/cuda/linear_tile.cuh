@@ -123,9 +123,10 @@ struct TileWork {
   }
 };
 
+// Row n of a matrix; past its end the last one again, whose sums are then left out.
 template <class T>
 __device__ __forceinline__ const T* weight_row(const T* weight, int n, int outputs, int depth) {
-  return n < outputs ? weight + static_cast<int64_t>(n) * depth : nullptr;
+  return weight + static_cast<int64_t>(min(n, outputs - 1)) * depth;
 }
 
 // Shared memory of a block that streams TILES tiles at once.
@@ -164,7 +165,7 @@ struct TileStream {
   TileMemory<T, TILES>& memory;
   const Rows<const T> x;  // from the block's first row on
   const int tokens, lane, warp, g, t, own;
-  // This lane's weight rows: of each tile row g, then row g + 8; null where the matrix ends before.
+  // This lane's weight rows: of each tile row g, then row g + 8.
   const T* weight[2 * TILES];
 
   __device__ __forceinline__ TileStream(const Input<T>& input, int64_t first, int count, TileMemory<T, TILES>& shared)
@@ -178,30 +179,52 @@ struct TileStream {
         t(lane % 4),
         own(own_blocks<T>(input.depth, warp)) {}
 
+  __device__ __forceinline__ void prefetch() { in.aligned ? prefetch_as<true>() : prefetch_as<false>(); }
+
+  // Ends with a __syncthreads().
+  __device__ __forceinline__ void run() {
+    float inverse[2];
+    if (in.norm) inverse_rms(x, tokens, in.depth, in.eps, in.aligned, memory.scratch, inverse);
+    Sums<T> sums[TILES];
+    in.aligned ? multiply<true>(inverse, sums) : multiply<false>(inverse, sums);
+    __syncwarp();  // the sums take the place of the warp's ring
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+      sums[tile].store(memory.warps[warp].sums[tile], TileMemory<T, TILES>::kPitch, tokens);
+    __syncthreads();
+  }
+
+ private:
   // Block i of the weights and the norm into the ring; always closes a group, so that groups can be counted.
+  template <bool Aligned>
   __device__ __forceinline__ void fetch(int i) {
     if (i < own) {
       const int column = own_column<T>(i, warp, t), stage = i % kStages;
 #pragma unroll
       for (int r = 0; r < 2 * TILES; ++r)
-        copy_chunk(&memory.warps[warp].ring[stage][r][lane], weight[r], column, in.depth, in.aligned);
-      if (in.norm && g == 0) copy_chunk(&memory.norm[warp][stage][t], in.norm, column, in.depth, in.aligned);
+        copy_chunk<Aligned>(&memory.warps[warp].ring[stage][r][lane], weight[r], column, in.depth);
+      if (in.norm && g == 0) copy_chunk<Aligned>(&memory.norm[warp][stage][t], in.norm, column, in.depth);
     }
     ptx::cp_async_commit();
   }
 
-  __device__ __forceinline__ void prefetch() {
-    for (int i = 0; i < kStages; ++i) fetch(i);
+  template <bool Aligned>
+  __device__ __forceinline__ void prefetch_as() {
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) fetch<Aligned>(i);
   }
 
-  // Block i of the rows g and g + 8 of x.
+  // Block i of the rows g and g + 8 of x; what tokens that are not there have is left out in the end.
+  template <bool Aligned>
   __device__ __forceinline__ void load(int i, Chunk<T> (&chunks)[2]) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (i < own && g + 8 * half < tokens)
-        chunks[half] = load_chunk(x.row(g + 8 * half), own_column<T>(i, warp, t), in.depth, in.aligned);
+    for (int half = 0; half < 2; ++half) {
+      const bool inside = i < own && g + 8 * half < tokens;
+      chunks[half] = load_chunk<Aligned>(x.row(g + 8 * half), own_column<T>(i, warp, t), inside ? in.depth : 0);
+    }
   }
 
+  template <bool Aligned>
   __device__ __forceinline__ void step(int i, Chunk<T> (&chunks)[2], const float (&inverse)[2],
                                        Sums<T> (&sums)[TILES]) {
     ptx::cp_async_wait<kStages - 1>();
@@ -209,37 +232,30 @@ struct TileStream {
       __syncwarp();  // the norm's chunks are shared by the warp
       const Chunk<T> factors = memory.norm[warp][i % kStages][t];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) chunks[half] = normed(chunks[half], inverse[half], factors);
+      for (int half = 0; half < 2; ++half)
+        if (8 * half < tokens) chunks[half] = normed(chunks[half], inverse[half], factors);
     }
     const auto& ring = memory.warps[warp].ring[i % kStages];
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
       sums[tile].add(ring[2 * tile][lane], ring[2 * tile + 1][lane], chunks, tokens);
     if (in.norm) __syncwarp();
-    fetch(i + kStages);
+    fetch<Aligned>(i + kStages);
   }
 
-  // Ends with a __syncthreads().
-  __device__ __forceinline__ void run() {
-    Chunk<T> ahead[kAhead][2] = {};
-    float inverse[2];
-    if (in.norm) inverse_rms(x, tokens, in.depth, in.eps, in.aligned, memory.scratch, inverse);
+  template <bool Aligned>
+  __device__ __forceinline__ void multiply(const float (&inverse)[2], Sums<T> (&sums)[TILES]) {
+    Chunk<T> ahead[kAhead][2];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(i, ahead[i]);
-    Sums<T> sums[TILES];
+    for (int i = 0; i < kAhead; ++i) load<Aligned>(i, ahead[i]);
     for (int begin = 0; begin < own; begin += kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (begin + i >= own) break;
-        step(begin + i, ahead[i], inverse, sums);
-        load(begin + i + kAhead, ahead[i]);
+        step<Aligned>(begin + i, ahead[i], inverse, sums);
+        load<Aligned>(begin + i + kAhead, ahead[i]);
       }
     }
-    __syncwarp();  // the sums take the place of the warp's ring
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-      sums[tile].store(memory.warps[warp].sums[tile], TileMemory<T, TILES>::kPitch, tokens);
-    __syncthreads();
   }
 };
 

@@ -25,6 +25,25 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// This lane's part of the squares of row `row`: eight loads at a time, so that they are under way together.
+template <bool Aligned, class T>
+__device__ __forceinline__ float own_squares(const T* row, int width) {
+  constexpr int kBatch = 8;
+  const int warp = threadIdx.x / 32, own = own_blocks<T>(width, warp);
+  float sum = 0.0f;
+  for (int begin = 0; begin < own; begin += kBatch) {
+    Chunk<T> chunks[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int column = own_column<T>(begin + i, warp, threadIdx.x % 4);
+      chunks[i] = load_chunk<Aligned>(row, column, begin + i < own ? width : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum = add_squares(chunks[i], sum);
+  }
+  return sum;
+}
+
 // 1 / sqrt(mean(x^2) + eps) of the rows g and g + 8 (g = lane / 4) of `count` rows, for every thread of the block.
 // scratch: kWarps * kTokens floats of shared memory, free until the next __syncthreads().
 template <class T>
@@ -32,14 +51,11 @@ __device__ __forceinline__ void inverse_rms(const Rows<const T>& x, int count, i
                                             float* scratch, float (&inverse)[2]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   float sums[2] = {0.0f, 0.0f};
-  const int own = own_blocks<T>(width, warp);
-#pragma unroll 4
-  for (int i = 0; i < own; ++i) {
-    const int column = own_column<T>(i, warp, t);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (g + 8 * half < count)
-        sums[half] = add_squares(load_chunk(x.row(g + 8 * half), column, width, aligned), sums[half]);
+  for (int half = 0; half < 2; ++half) {
+    if (g + 8 * half >= count) break;
+    const T* row = x.row(g + 8 * half);
+    sums[half] = aligned ? own_squares<true>(row, width) : own_squares<false>(row, width);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

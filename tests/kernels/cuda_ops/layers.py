@@ -20,7 +20,7 @@ class EmulatedLayers:
     def _layers(self, entry: str, *args: Any, writes: Sequence[Tensor]) -> None:
         self.call("layers", entry, *args, writes=list(writes))
 
-    def _scratch(self, entry: str, *args: Any) -> Tensor:
+    def _memory(self, entry: str, *args: Any) -> Tensor:
         """The memory that an op asks for; its contents are garbage."""
         size = torch.zeros(1, dtype=torch.int64)
         self._layers(entry, size, *args, writes=(size,))
@@ -74,7 +74,7 @@ class EmulatedLayers:
         """``limit``: bytes of scratch above which the rows are taken in several launches."""
         out = torch.empty_like(q)
         (batch, rows, heads, size), (slot_count, groups, capacity) = q.shape, k_cache.shape[:3]
-        memory = self._scratch("attention_bytes", batch, rows, heads, groups, size, capacity, limit)
+        memory = self._memory("attention_bytes", batch, rows, heads, groups, size, capacity, limit)
         self._layers(
             "verify_attention", q, k_cache, v_cache, seq_lens, slots, out, memory, batch, rows, heads, groups, size,
             capacity, limit, slot_count, q.dtype, writes=(out, memory),
@@ -108,7 +108,7 @@ class EmulatedLayers:
         sizes = torch.tensor(
             [batch, rows, width, heads, groups, size, features, capacity, slot_count, end - start], dtype=torch.int64
         )
-        memory = self._scratch("forward_bytes", sizes, hidden.dtype)
+        memory = self._memory("forward_bytes", sizes, hidden.dtype)
         self._layers(
             "partial_forward", hidden, tensors, caches, cos, sin, seq_lens, slots, out, memory, sizes, ahead, eps,
             hidden.dtype, writes=(out, memory, k_cache, v_cache),
