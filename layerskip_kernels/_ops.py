@@ -51,6 +51,12 @@ SCHEMAS = {
 _public = torch.library.Library("layerskip", "DEF")
 _native = torch.library.Library("layerskip_native", "DEF")
 _native.define("cpu_isa(str name) -> str")  # names the instruction set in use; sets it first unless name is empty
+# What `cpu_loss` does to a tile of logits in place; `begin` is the tile's first token.
+_native.define(
+    "loss_terms(Tensor(a!) logits, Tensor labels, int begin, float slack, Tensor(b!) shift, Tensor(c!) sum, "
+    "Tensor(d!) label_logit, Tensor(e!)? slope) -> ()"
+)
+_native.define("loss_slopes(Tensor(a!) logits, Tensor labels, int begin, Tensor logsumexp, Tensor scale) -> ()")
 
 
 def native(op: str) -> Callable[..., Any]:

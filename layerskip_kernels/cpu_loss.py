@@ -1,9 +1,11 @@
 """`early_exit_loss` on the CPU: tiles of the vocabulary times chunks of rows, through torch's own matmuls.
 
-A tile of logits lives in one pair of buffers; each row keeps a shift m, the sum s of exp(logit - m), and, where only
-the states need a gradient, the sum of exp(logit - m) times the head's rows. That sum over s, less the label's row, is
-the gradient of the row's cross-entropy, so a frozen head is read once, not twice. m is the largest logit at some point,
-and moves, which rescales the sums, only where a logit exceeds it by more than `SLACK`.
+A tile of logits lives in one buffer, in which one native pass (csrc/cpu/early_exit_loss.cpp) turns it into what the
+next product takes; in float64, or without the native library, torch does it, through a second, wide buffer. Each row
+keeps a shift m, the sum s of exp(logit - m), and, where only the states need a gradient, the sum of exp(logit - m)
+times the head's rows. That sum over s, less the label's row, is the gradient of the row's cross-entropy, so a frozen
+head is read once, not twice. m is the largest logit at some point, and moves, which rescales the sums, only where a
+logit exceeds it by more than `SLACK`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import _extension
 from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_ref
 
 # Rows and tokens of a forward tile. Its fp32 logits, 2 MB, stay in the cache, and what it adds to is [rows, D], so many
@@ -21,6 +24,11 @@ FORWARD_TILE = (256, 2048)
 STRIP_SIZE, STRIP_TOKENS = 2**19, 128
 NORM_ROWS = 64  # rows that are normed at once: a norm has several wide intermediates
 SLACK = 10.0  # times exp(10) the sums are far from overflow and lose nothing; fp16, whose products overflow, has none
+
+
+def native_passes(dtype: torch.dtype) -> bool:
+    """Whether the native library goes over the tiles."""
+    return _extension.cpu_reason is None and dtype != torch.float64
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,13 +40,20 @@ def _spans(size: int, step: int) -> Iterator[slice]:
 
 
 class _Tile:
-    """One tile's buffers, and the products that fill them; ``narrow`` is in the input's dtype, ``wide`` accumulates."""
+    """One tile's buffers, and the products that fill them; ``narrow`` is in the input's dtype, ``wide`` in which torch
+    computes where it goes over the tile.
+    """
 
     def __init__(self, normed: Tensor, head: Tensor, shape: tuple[int, int]) -> None:
         size = min(shape[0], normed.shape[0]) * min(shape[1], head.shape[0])
-        self.wide = normed.new_empty(size, dtype=_wide_dtype(normed.dtype))
-        self.same = normed.dtype == self.wide.dtype
-        self.narrow = self.wide if self.same else normed.new_empty(size)
+        self.native = native_passes(normed.dtype)
+        self.same = normed.dtype == _wide_dtype(normed.dtype)
+        self.narrow = normed.new_empty(size)
+        self.wide = (
+            self.narrow
+            if self.same
+            else self.narrow.new_empty(0 if self.native else size, dtype=_wide_dtype(normed.dtype))
+        )
 
     def logits(self, normed: Tensor, head: Tensor) -> Tensor:
         """normed headᵀ, [rows, tokens]; 16-bit products come back rounded, as torch's do."""
@@ -81,12 +96,24 @@ class _Softmax:
     def _visit(self, tile: _Tile, rows: slice, tokens: slice) -> None:
         head = self.head[tokens]
         logits = tile.logits(self.normed[rows], head)
+        terms = self._native_terms(logits, rows, tokens) if tile.native else self._terms(tile, logits, rows, tokens)
+        if self.slope is not None:
+            _accumulate(self.slope[rows], terms, head)
+
+    def _native_terms(self, logits: Tensor, rows: slice, tokens: slice) -> Tensor:
+        slope = None if self.slope is None else self.slope[rows]
+        torch.ops.layerskip_native.loss_terms(
+            logits, self.labels[rows], tokens.start, self.slack, self.shift[rows], self.sum[rows],
+            self.label_logit[rows], slope,
+        )  # fmt: skip
+        return logits
+
+    def _terms(self, tile: _Tile, logits: Tensor, rows: slice, tokens: slice) -> Tensor:
         self._keep_label(logits, rows, tokens)
         self._raise_shift(logits.amax(1).to(self.shift.dtype), rows)
         terms = tile.exp(logits, self.shift[rows])
         self.sum[rows] += terms.sum(1)
-        if self.slope is not None:
-            _accumulate(self.slope[rows], tile.rounded(terms), head)
+        return tile.rounded(terms)
 
     def _keep_label(self, logits: Tensor, rows: slice, tokens: slice) -> None:
         """Note the logit of the label where it lies within the tile."""
@@ -156,12 +183,22 @@ def _head_gradient(normed: Tensor, head: Tensor, labels: Tensor, scale: Tensor, 
     strip = max(STRIP_TOKENS, STRIP_SIZE // max(normed.shape[0], 1))
     tile = _Tile(normed, head, (normed.shape[0], strip))
     for tokens in _spans(head.shape[0], strip):
-        slopes = tile.exp(tile.logits(normed, head[tokens]), logsumexp).mul_(scale[:, None])
-        local = labels - tokens.start
-        here = ((local >= 0) & (local < slopes.shape[1])).nonzero()[:, 0]
-        slopes[here, local[here]] -= scale[here]
-        torch.mm(tile.rounded(slopes).T, normed, out=grad_head[tokens])
+        logits = tile.logits(normed, head[tokens])
+        if tile.native:
+            torch.ops.layerskip_native.loss_slopes(logits, labels, tokens.start, logsumexp, scale)
+            slopes = logits
+        else:
+            slopes = _slopes(tile, logits, labels - tokens.start, logsumexp, scale)
+        torch.mm(slopes.T, normed, out=grad_head[tokens])
     return grad_head
+
+
+def _slopes(tile: _Tile, logits: Tensor, local: Tensor, logsumexp: Tensor, scale: Tensor) -> Tensor:
+    """scale · (softmax - the label's one) of a tile in which the labels are ``local``, in torch."""
+    slopes = tile.exp(logits, logsumexp).mul_(scale[:, None])
+    here = ((local >= 0) & (local < slopes.shape[1])).nonzero()[:, 0]
+    slopes[here, local[here]] -= scale[here]
+    return tile.rounded(slopes)
 
 
 def early_exit_loss_backward_cpu(

@@ -16,4 +16,6 @@ constexpr Kernels<T> kTable = {
     softmax,
     pick_part,
     uniform_of,
+    loss_terms<T>,
+    loss_slopes<T>,
 };

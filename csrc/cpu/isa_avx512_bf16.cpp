@@ -20,6 +20,7 @@ namespace lsk::avx512_bf16 {
 #include "cpu/impl_head.h"
 #include "cpu/impl_accept.h"
 #include "cpu/impl_attention.h"
+#include "cpu/impl_loss.h"
 #include "cpu/impl_table.h"
 
 }  // namespace lsk::avx512_bf16

@@ -14,6 +14,7 @@ namespace lsk::portable {
 #include "cpu/impl_head.h"
 #include "cpu/impl_accept.h"
 #include "cpu/impl_attention.h"
+#include "cpu/impl_loss.h"
 #include "cpu/impl_table.h"
 
 }  // namespace lsk::portable

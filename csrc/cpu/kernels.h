@@ -105,6 +105,19 @@ struct AttentionArgs {
   float* partial;             // [M, ratio, 2 + C]: max, sum, weighted values of this split
 };
 
+// A row of a tile of logits, and where its label lies among them, if at all.
+template <class T>
+struct LossRow {
+  T* logits;
+  int64_t count, label;
+};
+
+// What a row's tiles add up to, see cpu_loss.py; slope has `width` entries, or none.
+struct LossSums {
+  float *shift, *sum, *label_logit, *slope;
+  int64_t width;
+};
+
 // Everything that is compiled per instruction set, for one storage type.
 template <class T>
 struct Kernels {
@@ -124,6 +137,8 @@ struct Kernels {
   void (*softmax)(const float* logits, float divisor, float logsumexp, int64_t count, float* out);
   void (*pick_part)(const PickArgs&, int64_t begin, int64_t end, Pick* out);
   float (*uniform)(const Noise&);  // of token 0
+  void (*loss_terms)(const LossRow<T>&, float slack, const LossSums&);
+  void (*loss_slopes)(const LossRow<T>&, float logsumexp, float scale);
 };
 
 const char* isa_name();

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import layerskip_kernels as lk
-from layerskip_kernels import cpu_loss
+from layerskip_kernels import _extension, cpu_loss
+
+from .common import DTYPES, ISAS, running_on
 
 # |error| against float64, relative to the largest entry of the truth: a handful of roundings of the dtype (eps 1e-16,
 # 6e-8, 8e-3); 16-bit logits of size ~3 are rounded once, which moves a softmax by up to 3 eps.
@@ -59,6 +61,15 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCES[dtype], f"relative error {error:.2e} in {dtype}"
 
 
+@pytest.fixture(params=["native passes", "torch's passes"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch's passes":
+        monkeypatch.setattr(_extension, "cpu_reason", "a test goes without it")
+    elif _extension.cpu_reason is not None:
+        pytest.skip(f"no native kernels: {_extension.cpu_reason}")
+    return str(request.param)
+
+
 @pytest.fixture(params=["one tile", "many tiles"])
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "many tiles":  # odd sizes, so that the last tile is a short one
@@ -83,6 +94,103 @@ def test_values_and_gradients_against_float64(
     assert_near(actual_losses, exit_losses, dtype)
     for name, expected in zip(grads, (hiddens, norm_weight, head_weight, exit_weights), strict=True):
         assert_near(grads[name], expected, torch.float32 if name == "exit_weights" and dtype.itemsize == 8 else dtype)
+
+
+@pytest.mark.parametrize("frozen", [(), ("head_weight",)], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_against_float64(
+    isa: str, dtype: torch.dtype, frozen: tuple[str, ...], tiling: str
+) -> None:
+    inputs = make(4, 33, 24, 257, dtype)
+    loss, exit_losses, expected = truth(inputs)
+    with running_on(isa):
+        actual_loss, actual_losses, grads = run(inputs, frozen)
+    assert_near(actual_loss, loss, dtype)
+    assert_near(actual_losses, exit_losses, dtype)
+    for (name, grad), wanted in zip(grads.items(), expected, strict=True):
+        assert (grad is None) == (name in frozen)
+        if grad is not None:
+            assert_near(grad, wanted, dtype)
+
+
+# Of one pass, relative to the largest entry: the dtype's rounding of what is stored, and a few of fp32 in exp.
+PASS_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def tile(dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor]:
+    """Logits, all negative in one row, some -inf, and labels, some of them outside of the tile [20, 20 + tokens)."""
+    generator = torch.Generator().manual_seed(tokens)
+    logits = (6 * torch.randn(7, tokens, generator=generator)).to(dtype)
+    logits[1] = logits[1].abs().neg() - 30
+    logits[2, ::2] = -torch.inf
+    logits[2, 0] = 1
+    return logits, torch.tensor([20, 20 + tokens - 1, 20 + tokens // 2, 19, 20 + tokens, -100, 20])
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_pass_over_a_tile_against_float64(isa: str, dtype: torch.dtype, tokens: int) -> None:
+    logits, labels = tile(dtype, tokens)
+    exact = logits.double()
+    shift = torch.tensor([-torch.inf, -40, -5, 8, 0, -torch.inf, 3])
+    sums, chosen, slope = torch.linspace(0, 3, 7), torch.full((7,), 9.0), torch.ones(7, 19)
+    before = shift.clone()
+    slack = 10.0 if dtype != torch.float16 else 0.0
+    with running_on(isa):
+        torch.ops.layerskip_native.loss_terms(logits, labels, 20, slack, shift, sums, chosen, slope)
+    top = exact.amax(1)
+    assert shift.tolist() == torch.where(top > before + slack, top.float(), before).tolist()
+    shrink = (before - shift).double().exp()
+    terms = (exact - shift[:, None]).exp()
+    error = (logits.double() - terms).abs().amax(1) / terms.amax(1).clamp(min=torch.finfo(dtype).tiny)
+    assert float(error.max()) <= PASS_TOLERANCES[dtype]
+    torch.testing.assert_close(sums.double(), torch.linspace(0, 3, 7) * shrink + terms.sum(1), rtol=2e-6, atol=1e-30)
+    torch.testing.assert_close(slope.double(), shrink[:, None].expand(7, 19), rtol=2e-6, atol=1e-30)
+    local = labels - 20
+    for row in range(7):
+        inside = 0 <= local[row] < tokens
+        assert chosen[row] == (exact[row, local[row]] if inside else 9.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_slopes_of_a_tile_against_float64(isa: str, dtype: torch.dtype, tokens: int) -> None:
+    logits, labels = tile(dtype, tokens)
+    logsumexp = logits.float().logsumexp(1) + 0.5  # as if other tiles had as much again
+    scale = torch.linspace(0, 1.5, 7)
+    expected = (logits.double() - logsumexp.double()[:, None]).exp()
+    for row, local in enumerate((labels - 20).tolist()):
+        if 0 <= local < tokens:
+            expected[row, local] -= 1
+    expected *= scale.double()[:, None]
+    with running_on(isa):
+        torch.ops.layerskip_native.loss_slopes(logits, labels, 20, logsumexp, scale)
+    assert float((logits.double() - expected).abs().max()) <= 1.5 * PASS_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passes_in_torch_against_float64(dtype: torch.dtype, tiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "cpu_reason", "a test goes without it")
+    inputs = make(3, 9, 16, 130, dtype)
+    loss, exit_losses, expected = truth(inputs)
+    actual_loss, actual_losses, grads = run(inputs)
+    assert_near(actual_loss, loss, dtype)
+    assert_near(actual_losses, exit_losses, dtype)
+    for grad, wanted in zip(grads.values(), expected, strict=True):
+        assert_near(grad, wanted, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nan_logits_reach_the_sum(isa: str) -> None:
+    logits, labels = tile(torch.bfloat16, 40)
+    logits[3, 21] = torch.nan
+    shift, sums, chosen = torch.zeros(7), torch.zeros(7), torch.zeros(7)
+    with running_on(isa):
+        torch.ops.layerskip_native.loss_terms(logits, labels, 20, 10.0, shift, sums, chosen, None)
+    assert sums.isnan().tolist() == [row == 3 for row in range(7)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,7 +314,7 @@ def test_no_tensor_of_rows_times_vocabulary_is_made() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_logits_that_grow_along_the_vocabulary(dtype: torch.dtype, tiling: str) -> None:
+def test_logits_that_grow_along_the_vocabulary(dtype: torch.dtype, tiling: str, passes: str) -> None:
     """The shift has to move, more than once, and by more than exp could take."""
     inputs = make(1, 6, 8, 100, dtype)
     inputs["head_weight"] = torch.linspace(-60, 60, 100)[:, None].expand(100, 8).to(dtype).contiguous() / 8

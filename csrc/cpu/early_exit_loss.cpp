@@ -1,0 +1,52 @@
+// What early_exit_loss does to a tile of logits on the CPU, in place; the products are torch's, see cpu_loss.py.
+#include "cpu/common.h"
+
+namespace lsk {
+namespace {
+
+constexpr int64_t kSmall = 1 << 14;  // entries up to which a team costs more than it saves
+
+// Calls f(kernels, row, its logits) for every row of a tile [rows, tokens] whose first token is `begin`.
+template <class F>
+void for_each_row(const Tensor& logits, const Tensor& labels, int64_t begin, F f) {
+  const int64_t rows = logits.size(0), tokens = logits.size(1);
+  const int64_t* label = data<int64_t>(labels, "labels", {rows});
+  with_float_type(logits.scalar_type(), [&]<class T>(T*) {
+    T* tile = data<T>(logits, "logits", {rows, tokens});
+    const Kernels<T>& table = kernels<T>();
+    run_team(rows * tokens < kSmall ? 1 : num_threads(), [&](const Member& member) {
+      const Range share = member.share(rows);
+      for (int64_t r = share.begin; r < share.end; ++r)
+        f(table, r, LossRow<T>{tile + r * tokens, tokens, label[r] - begin});
+    });
+  });
+}
+
+// logits -> exp(logits - shift); shift, sum and label_logit are [rows], slope is [rows, D] or nothing.
+void loss_terms(const Tensor& logits, const Tensor& labels, int64_t begin, double slack, const Tensor& shift,
+                const Tensor& sum, const Tensor& label_logit, const std::optional<Tensor>& slope) {
+  const int64_t rows = logits.size(0), width = slope.has_value() ? slope->size(1) : 0;
+  float *shifts = data<float>(shift, "shift", {rows}), *sums = data<float>(sum, "sum", {rows});
+  float* chosen = data<float>(label_logit, "label_logit", {rows});
+  float* slopes = data<float>(slope, "slope", {rows, width});
+  for_each_row(logits, labels, begin, [&](const auto& table, int64_t r, const auto& row) {
+    table.loss_terms(row, static_cast<float>(slack), {shifts + r, sums + r, chosen + r, slopes + r * width, width});
+  });
+}
+
+// logits -> scale * (softmax - the label's one); logsumexp and scale are [rows].
+void loss_slopes(const Tensor& logits, const Tensor& labels, int64_t begin, const Tensor& logsumexp,
+                 const Tensor& scale) {
+  const int64_t rows = logits.size(0);
+  const float *sums = data<float>(logsumexp, "logsumexp", {rows}), *scales = data<float>(scale, "scale", {rows});
+  for_each_row(logits, labels, begin,
+               [&](const auto& table, int64_t r, const auto& row) { table.loss_slopes(row, sums[r], scales[r]); });
+}
+
+}  // namespace
+}  // namespace lsk
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) {
+  m.impl("loss_terms", TORCH_BOX(&lsk::loss_terms));
+  m.impl("loss_slopes", TORCH_BOX(&lsk::loss_slopes));
+}
