@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerskip_kernels import reference
+from layerskip_kernels import _loops, reference
 
 from ..common import Inputs, assert_same_bits
 from ..examples import SIZES, example
-from .runners import Card, Emulated
+from .runners import Emulated, Ops
 
-Ops = Emulated | Card
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,6 +35,34 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Sums in another order; in bf16 any of the dozen roundings on the way may fall on the neighbour, 2^-8 relative."""
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_draft_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, options: bool) -> None:
+    args = args_of("draft", dtype, options)
+    theirs = copied(args)
+    out, expected = ops.draft(*args.values()), _loops.draft_loop(ops.partial_forward, ops.exit_head, *theirs.values())
+    assert_same_bits(tuple(out[:2]), expected[:2])
+    torch.testing.assert_close(out.probability, expected[2], rtol=1e-6, atol=0)  # exp's last bits
+    if options:
+        stopped = int((expected[0] < 0).any(1).all())
+        assert_same_bits(args["logits"][expected[0] >= 0], theirs["logits"][expected[0] >= 0])
+        assert not stopped  # one of the two drafts to the end
+    else:
+        assert_same_bits((args["k_cache"], args["v_cache"]), (theirs["k_cache"], theirs["v_cache"]))
+
+
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_round_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, options: bool) -> None:
+    names = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
+    args = args_of("speculative_round", dtype, options)
+    theirs = copied(args)
+    out = ops.speculative_round(*args.values())
+    expected = _loops.round_loop({name: getattr(ops, name) for name in names}, *theirs.values())
+    assert_same_bits(tuple(out), tuple(expected))
+    assert_same_bits(args["seq_lens"], theirs["seq_lens"])
 
 
 @pytest.mark.parametrize("options", [False, True])
@@ -135,10 +162,10 @@ def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype) -> None:
             assert_same_bits(alone[name][:, b, :, written], drafted[name][:, b, :, written])
 
 
-def test_schedules_and_cards_agree() -> None:
-    expected = Emulated().speculative_round(*args_of("speculative_round", torch.bfloat16, True).values())
+def test_schedules_and_cards_agree(emulated: type[Emulated]) -> None:
+    expected = emulated().speculative_round(*args_of("speculative_round", torch.bfloat16, True).values())
     for seed, arch in ((1, 90), (2, 80)):
-        out = Emulated(seed, arch).speculative_round(*args_of("speculative_round", torch.bfloat16, True).values())
+        out = emulated(seed, arch).speculative_round(*args_of("speculative_round", torch.bfloat16, True).values())
         assert_same_bits(tuple(out), tuple(expected), f"with seed {seed} on sm_{arch}")
 
 
