@@ -13,10 +13,11 @@ from torch import Tensor
 from .. import models
 from ..models import LayerSkipModel
 from ..modules import EarlyExitHead, SharedKVCache
-from . import validation
+from . import graph, validation
 from .adaptive import Controller, default_exits
 from .costs import Sizes
 from .draft_head import DraftHead
+from .graph import Graphs
 from .output import GenerationOutput, Streamer
 from .processors import LogitsProcessor
 from .sampling import SamplingParams
@@ -82,6 +83,7 @@ class SelfSpeculativeDecoder:
         exits = [validation.exit_layer(choice, layers) for choice in exits]
         self.controller = Controller(Sizes.of(self.model, self.draft_head), exits)
         self._cache: SharedKVCache | None = None
+        self._graphs: Graphs | None = None
 
     @classmethod
     def from_pretrained(
@@ -134,7 +136,7 @@ class SelfSpeculativeDecoder:
         drafts = self._most_speculations(num_speculations)
         with torch.inference_mode(False):
             cache = self.model.decoder.new_cache(max_batch, length + drafts + 1)
-        return Session(self, cache, length, drafts, generator)
+        return Session(self, cache, length, drafts, generator, graphs=graph.for_device(self.model.device))
 
     def generate(
         self,
@@ -198,7 +200,8 @@ class SelfSpeculativeDecoder:
         lengths = [len(row) if isinstance(row, (list, tuple)) else row.numel() for row in prompts]
         validation.at_least_one("max_new_tokens", max_new_tokens)
         total = validation.length(max(lengths), max_new_tokens, self.max_seq_len)
-        session = Session(self, self._shared_cache(count, total + drafts + 1), total, drafts, generator)
+        cache = self._shared_cache(count, total + drafts + 1)
+        session = Session(self, cache, total, drafts, generator, graphs=self._shared_graphs())
         hooks = zip(
             _seeded(sampling, count),
             validation.one_each("logits_processor", logits_processor, count),
@@ -239,6 +242,13 @@ class SelfSpeculativeDecoder:
             return self._pad_token_id
         stops = self.eos_token_id if eos_token_id is None else eos_token_id
         return min(validation.stop_tokens(stops, self.model.vocab_size), default=0)
+
+    def _shared_graphs(self) -> Graphs | None:
+        """The rounds recorded over the shared cache, where the model is on a card."""
+        graphs = graph.for_device(self.model.device)
+        if graphs is not None and self._graphs is None:
+            self._graphs = graphs
+        return None if graphs is None else self._graphs
 
     @torch.inference_mode(False)
     def _shared_cache(self, batch: int, length: int) -> SharedKVCache:

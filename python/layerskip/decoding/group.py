@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models import LayerSkipModel
 from ..modules import EarlyExitHead, SharedKVCache
+from .graph import Graphs
 from .processed import ProcessedRound
 from .processors import Processors
 from .request import Kind, Request
@@ -26,25 +27,50 @@ class Group:
     kind : Kind
     requests : list of Request
         With their first token.
+    graphs : Graphs, optional
+        Records and replays the rounds; without, they are called. Rounds of processed logits always are.
+    free : sequence of int
+        Slots of the cache that no request has.
     """
 
-    def __init__(self, model: LayerSkipModel, cache: SharedKVCache, kind: Kind, requests: list[Request]) -> None:
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        cache: SharedKVCache,
+        kind: Kind,
+        requests: list[Request],
+        graphs: Graphs | None = None,
+        free: Sequence[int] = (),
+    ) -> None:
         self._model, self._cache = model, cache
         self.kind, self.requests = kind, requests
+        self._graphs = None if kind.processed else graphs
+        spare = free[: self._graphs.padding(len(requests), len(free))] if self._graphs is not None else ()
+        nothing = [0] * len(spare)
         self._rows = Rows.of(
-            [request.transcript.tokens[-1] for request in requests],
-            [request.transcript.position for request in requests],
-            [request.slot for request in requests],
-            [request.seed for request in requests],
-            [request.sampling.temperature for request in requests],
+            [request.transcript.tokens[-1] for request in requests] + nothing,
+            [request.transcript.position for request in requests] + nothing,
+            [request.slot for request in requests] + list(spare),
+            [request.seed for request in requests] + nothing,
+            [request.sampling.temperature for request in requests] + [0.0] * len(spare),
             model.device,
         )
         self._processed = processed_round(model, cache, requests) if kind.processed else None
 
     @property
     def steps(self) -> int:
-        """How many tokens the next round drafts: as many as any of the sequences has a use for."""
+        """How many tokens the next round drafts: as many as any of the sequences has a use for.
+
+        A graph has a number of its own, and drafts past a sequence's end change nothing.
+        """
+        if self._graphs is not None:
+            return self.kind.steps or max(request.num_speculations for request in self.requests)
         return self.kind.steps or max(request.wanted for request in self.requests)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the last round took the time of recording it."""
+        return self._graphs is not None and self._graphs.recorded
 
     @property
     def failures(self) -> dict[int, Exception]:
@@ -54,10 +80,15 @@ class Group:
     @torch.inference_mode()
     def run(self, steps: int, draft_head: EarlyExitHead) -> list[list[int]]:
         """A round, and its result, as `round` gives it, on the host: the one synchronisation."""
-        return self._run(steps, draft_head).tolist()
+        if self._graphs is None:
+            return self._round(self._rows, steps, draft_head).tolist()
+        key, count = (self.kind, steps), len(self.requests)
+        held = self._held(draft_head)
+        result = self._graphs.run(key, lambda rows: self._round(rows, steps, draft_head), self._rows, count, held)
+        return result[:count].tolist()
 
-    def _run(self, steps: int, draft_head: EarlyExitHead) -> Tensor:
-        model, cache, rows, kind = self._model, self._cache, self._rows, self.kind
+    def _round(self, rows: Rows, steps: int, draft_head: EarlyExitHead) -> Tensor:
+        model, cache, kind = self._model, self._cache, self.kind
         if self._processed is not None:
             if kind.speculative:
                 return self._processed.speculate(rows, kind.depth, steps, draft_head, kind.min_probability)
@@ -65,6 +96,14 @@ class Group:
         if kind.speculative:
             return speculate(model, cache, rows, kind.depth, steps, draft_head, kind.min_probability)
         return advance(model, cache, rows, kind.depth)
+
+    def _held(self, draft_head: EarlyExitHead) -> list[Tensor]:
+        """What a round finds at fixed addresses, beside its rows."""
+        model, cache = self._model, self._cache
+        heads = [(one.norm_weight, one.head_weight, one.token_map, one.scale) for one in (model.head, draft_head)]
+        weights = model.decoder.layer_weights(0, model.num_layers)
+        shared = (*weights, *model.decoder.rope_tables, model.embedding, cache.k, cache.v)
+        return [*shared, *(tensor for head in heads for tensor in head if tensor is not None)]
 
 
 def processed_round(model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request]) -> ProcessedRound:

@@ -38,6 +38,19 @@ class Rows:
         """Temperature and seed as the kernels take them: both, or neither."""
         return self.temperature, None if self.temperature is None else self.seed
 
+    def clone(self) -> Rows:
+        """The same values elsewhere."""
+        temperature = None if self.temperature is None else self.temperature.clone()
+        return Rows(self.token.clone(), self.seq_lens.clone(), self.slots.clone(), self.seed.clone(), temperature)
+
+    def copy_(self, other: Rows) -> None:
+        """Take the values of ``other``, which has as many rows and as much of a temperature."""
+        mine, theirs = ([rows.token, rows.seq_lens, rows.slots, rows.seed] for rows in (self, other))
+        torch._foreach_copy_(mine, theirs)  # one launch
+        if self.temperature is not None:
+            assert other.temperature is not None
+            self.temperature.copy_(other.temperature)
+
     @classmethod
     def of(
         cls,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..modules import SharedKVCache
 from . import validation
 from .adaptive import Choice
+from .graph import Graphs
 from .group import Group, processed_round
 from .history import History
 from .output import GenerationOutput
@@ -83,6 +84,8 @@ class Session:
         Draws the seeds of requests that bring none; by default torch's own.
     clock : callable
         What the controller and the statistics take the time from, in seconds.
+    graphs : Graphs, optional
+        Records the rounds over ``cache`` and replays them; without, they are called.
     """
 
     def __init__(
@@ -93,10 +96,11 @@ class Session:
         max_speculations: int,
         generator: torch.Generator | None = None,
         clock: Clock = time.perf_counter,
+        graphs: Graphs | None = None,
     ) -> None:
         self._decoder, self._model, self._cache = decoder, decoder.model, cache
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
-        self._generator, self._clock = generator, clock
+        self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
@@ -280,7 +284,10 @@ class Session:
             kinds: dict[Kind, list[Request]] = {}
             for request in self._running.values():
                 kinds.setdefault(request.kind(self._model.num_layers), []).append(request)
-            self._groups = [Group(self._model, self._cache, kind, requests) for kind, requests in kinds.items()]
+            self._groups = [
+                Group(self._model, self._cache, kind, requests, self._graphs, self._free)
+                for kind, requests in kinds.items()
+            ]
         return self._groups
 
     def _choose(self) -> None:
@@ -299,7 +306,7 @@ class Session:
     def _round(self, group: Group) -> list[Update]:
         started, steps = self._clock(), group.steps
         results = group.run(steps, self._decoder.draft_head)
-        if any(request.plan.adaptive for request in group.requests):
+        if any(request.plan.adaptive for request in group.requests) and not group.recorded:
             choice = Choice(group.kind.depth, steps)
             self._decoder.controller.observe_cost(choice, len(group.requests), self._clock() - started)
         failures = group.failures

@@ -95,6 +95,11 @@ class PartialDepthDecoder(nn.Module):
             self._fill_tables(max(capacity, self._cos.shape[0]))
         return cache
 
+    @property
+    def rope_tables(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin of the rotary embedding, [≥ T, C/2]; `new_cache` may put longer ones in their place."""
+        return self._cos, self._sin
+
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
         """The weights of layers [start, end) as `layerskip_kernels.partial_forward` takes them."""
         return self._weights[start * self._slots : end * self._slots]
