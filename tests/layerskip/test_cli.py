@@ -49,6 +49,11 @@ class TestErrors:
             (["generate", "w1", "--model", "MODEL", "--chat"], "no chat template"),
             (["bench", "--model", "MODEL", "--prompts", "/nowhere.txt"], "no prompts file at /nowhere.txt"),
             (["bench", "--model", "MODEL", "--max-new-tokens", "1"], "must be at least 2"),
+            (
+                ["generate", "w1", "--model", "MODEL", "--temperature", "-1"],
+                "temperature must be in [0, inf), got -1.0",
+            ),
+            (["generate", "w1", "--model", "MODEL", "--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
         ],
     )
     def test_one_line_and_exit_code_2(self, directory, capsys, arguments, message):
@@ -125,6 +130,14 @@ class TestGenerate:
         assert "drafts accepted" in speculative.err
         assert capsys.readouterr().out == speculative.out
 
+    def test_a_seed_repeats_what_is_drawn(self, directory, capsys):
+        printed = []
+        for seed in ("3", "3", "4"):
+            arguments = ["--temperature", "1.2", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.001", "--seed", seed]
+            assert main(["generate", "w5 w8", "--model", directory, "--max-new-tokens", "9", *arguments]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1] != printed[2]
+
     def test_the_prompt_may_come_from_stdin(self, directory, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.StringIO("w5 w8"))
         assert main(["generate", "--model", directory, "--max-new-tokens", "3"]) == 0
@@ -179,6 +192,23 @@ class TestBench:
         assert (tmp_path / "result.png").read_bytes().startswith(PNG)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "result.json", "result.png"]
         assert "✓ self-speculative and autoregressive tokens are identical" in printed
+
+    def test_batches_and_auto_against_a_sweep(self, directory, texts, tmp_path, capsys):
+        options = ["--max-new-tokens", "8", "--batch-sizes", "1", "3", "--sweep", "--exit-layer", "auto"]
+        options += ["--num-speculations", "auto", "--dtype", "float32", "--output", str(tmp_path / "result")]
+        code = main(["bench", "--model", directory, "--prompts", texts, *options])
+        printed = capsys.readouterr().out
+        assert code == 0, printed
+        content = json.loads((tmp_path / "result.json").read_text())
+        assert EARLY_EXIT_ASSISTED not in content["summary"], "transformers has no auto"
+        assert [batch["size"] for batch in content["throughput"]] == [1, 3]
+        for batch in content["throughput"]:
+            assert batch["identical"]
+            assert set(batch["tokens_per_second"]) == {AUTOREGRESSIVE, SELF_SPECULATIVE, TRANSFORMERS}
+        assert [task["task"] for task in content["sweep"]] == ["counting", "prose"]
+        assert set(content["sweep"][0]["fixed"]) == {f"E={e}, K={k}" for e in (1, 2, 3) for k in (1, 2, 4, 8)}
+        assert "tokens/s of a batch" in printed
+        assert "auto / best" in printed
 
     def test_no_speedup_counts_when_tokens_differ(self, directory, texts, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(ROUND, generous)

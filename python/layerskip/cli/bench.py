@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..bandwidth import ReadBandwidth
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats
-from . import options, prompts
+from . import options, prompts, sweep, throughput
 from .measure import OpShare, Stopwatch, op_clock
 from .report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from .traffic import bytes_per_token
@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=options.positive, default=6, help="how many of the prompts")
     parser.add_argument("--max-new-tokens", type=options.positive, default=64, metavar="N")
     parser.add_argument("--repeats", type=options.positive, default=1, help="how often to run each prompt each way")
+    parser.add_argument(
+        "--batch-sizes", type=options.positive, nargs="+", default=[], metavar="B", help="measure batches, too: 1 2 4 8"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="compare auto with every exit layer and number of drafts, by task"
+    )
     parser.add_argument("--only-ours", action="store_true", help="leave transformers out")
     parser.add_argument("--output", type=Path, default=Path("layerskip-bench"), help="JSON and PNG go to this stem")
 
@@ -135,6 +141,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         runs=runs,
         tasks=[prompt.task for prompt in texts],
     )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="transformers")
+        others = None if args.only_ours else model
+        report.throughput = throughput.measure(decoder, others, encoded, args.batch_sizes, args.max_new_tokens)
+    if args.sweep:
+        report.sweep = sweep.measure(model, args, encoded, report.tasks)
     report.show(console)
     for path in report.write(args.output):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the text to continue; standard input if left out")
     options.add_model(parser)
     options.add_speculation(parser)
+    options.add_sampling(parser)
     parser.add_argument("--strategy", choices=STRATEGIES, default="self_speculative")
     parser.add_argument("--max-new-tokens", type=options.positive, default=128, metavar="N")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
@@ -39,12 +40,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from transformers import TextStreamer
 
     errors = Console(stderr=True)
+    sampling = options.sampling(args)
     text = sys.stdin.read() if args.prompt is None else args.prompt
     model, tokenizer = options.load(args, errors)
     out = options.decoder(args, model).generate(
         options.encode(tokenizer, text, args.chat),
         max_new_tokens=args.max_new_tokens,
         strategy=args.strategy,
+        sampling=sampling,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     errors.print(summary(out.stats), style="dim", highlight=False)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from .. import recipes
-from ..decoding import DraftHead, SelfSpeculativeDecoder
+from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -51,6 +51,22 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen; ranges are checked by `SamplingParams`."""
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N largest; 0: from all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the most probable, of P in all"
+    )
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from those of P times the largest")
+    parser.add_argument("--seed", type=int, help="the same tokens every time (default: others every time)")
+
+
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    """What the options say."""
+    return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, seed=args.seed)
+
+
 def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The transformers model and tokenizer that the options name."""
     if args.threads is not None:
@@ -75,12 +91,15 @@ def exit_layer(args: argparse.Namespace, model: Any) -> int | str:
     return args.exit_layer or max(1, model.config.num_hidden_layers // 4)
 
 
+def draft_head(args: argparse.Namespace) -> str | DraftHead:
+    """What scores the drafts."""
+    named = args.draft_head in ("full", "int8")
+    return args.draft_head if named else DraftHead.load(Path(args.draft_head))
+
+
 def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
     """A decoder as the options want it."""
-    head: str | DraftHead = args.draft_head
-    if head not in ("full", "int8"):
-        head = DraftHead.load(Path(args.draft_head))
-    return SelfSpeculativeDecoder(model, exit_layer(args, model), args.num_speculations, draft_head=head)
+    return SelfSpeculativeDecoder(model, exit_layer(args, model), args.num_speculations, draft_head=draft_head(args))
 
 
 def encode(tokenizer: Any, text: str, chat: bool = False) -> torch.Tensor:

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_atomically
+from .sweep import Sweep, sweep_table
+from .throughput import Batch, throughput_table
+from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 
-AUTOREGRESSIVE = "autoregressive"
-SELF_SPECULATIVE = "self-speculative"
-TRANSFORMERS = "transformers"
-EARLY_EXIT_ASSISTED = "transformers, early exit"
+__all__ = ["AUTOREGRESSIVE", "EARLY_EXIT_ASSISTED", "SELF_SPECULATIVE", "TRANSFORMERS", "Report", "Run"]
 
 
 @dataclass
@@ -62,7 +62,8 @@ _ROWS: dict[str, Callable[[str, dict[str, float]], str]] = {
 class Report:
     """All runs, by the way of decoding, with what they are compared to.
 
-    ``bandwidth`` is the memory's read speed in GB/s as measured in the same run.
+    ``bandwidth`` is the memory's read speed in GB/s as measured in the same run; ``throughput`` and ``sweep`` are what
+    the modules of these names measured.
     """
 
     settings: dict[str, Any]
@@ -70,12 +71,15 @@ class Report:
     outside_ops: dict[str, float]
     runs: dict[str, list[Run]]
     tasks: list[str]
+    throughput: list[Batch] = field(default_factory=list)
+    sweep: list[Sweep] = field(default_factory=list)
 
     @property
     def identical(self) -> bool:
-        """Whether self-speculative decoding gave the autoregressive tokens in every run."""
+        """Whether self-speculative decoding gave the autoregressive tokens in every run, alone and in batches."""
         pairs = zip(self.runs[AUTOREGRESSIVE], self.runs[SELF_SPECULATIVE], strict=True)
-        return all(plain.sequence == speculative.sequence for plain, speculative in pairs)
+        same = all(plain.sequence == speculative.sequence for plain, speculative in pairs)
+        return same and all(batch.identical for batch in self.throughput)
 
     def summary(self, name: str, prompts: set[int] | None = None) -> dict[str, float]:
         """Medians of one way, and its speedup over our autoregressive decoding by both common definitions.
@@ -129,6 +133,10 @@ class Report:
             f"a self-speculative round, {outside['fraction']:.1%} of it",
             highlight=False,
         )
+        if self.throughput:
+            console.print(throughput_table(self.throughput))
+        if self.sweep:
+            console.print(sweep_table(self.sweep))
         if self.identical:
             console.print("[green]✓[/green] self-speculative and autoregressive tokens are identical")
         else:
@@ -150,6 +158,8 @@ class Report:
             "identical": self.identical,
             "summary": {name: self.summary(name) for name in self.runs},
             "by_task": self.by_task(),
+            "throughput": [dataclasses.asdict(batch) for batch in self.throughput],
+            "sweep": [dataclasses.asdict(task) for task in self.sweep],
             "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in self.runs.items()},
         }
         data, picture = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")
