@@ -207,8 +207,9 @@ def exit_head(
     Returns
     -------
     ExitOutput
-        Ties go to the lowest row. Token -1 marks a row whose logits are not finite. Of a sampled row ``logit`` and
-        ``logsumexp`` are those of logits / temperature, so ``exp(logit - logsumexp)`` is what it was drawn with.
+        Ties go to the lowest row. Token -1 marks a row whose logits are not finite, or overflow when they are divided
+        by its temperature. Of a sampled row ``logit`` and ``logsumexp`` are those of logits / temperature, so
+        ``exp(logit - logsumexp)`` is what it was drawn with.
     """
     return ExitOutput(
         *call("exit_head", hidden, norm_weight, head_weight, eps, token_map, scale, temperature, seed, offset, logits)

@@ -52,12 +52,28 @@ struct Verdict {
 
 struct AcceptSampled {
   int64_t batch, drafted;
-  const int64_t *draft, *lengths, *seed, *token_map;  // [B, K], [B], [B], [V_draft] or null
-  const float* temperature;                           // [B]
-  Rows p, q;                                          // of the target and the draft
-  HeadPartial *partial_p, *partial_q;                 // [B, K + 1, tiles], [B, K, tiles]
-  float* residual;                                    // [B, V]: q where the next token is drawn from max(p - q, 0)
-  Pick* picks;                                        // [B, tiles]
+  const int64_t *draft, *lengths, *seed, *token_map;       // [B, K], [B], [B], [V_draft] or null
+  const float* temperature;                                // [B]
+  Rows p, q;                                               // of the target and the draft
+  HeadPartial *partial_p = nullptr, *partial_q = nullptr;  // [B, K + 1, tiles], [B, K, tiles]
+  float* residual = nullptr;                               // [B, V]: q where the next token is drawn from max(p - q, 0)
+  float* memory = nullptr;                                 // [threads, V_draft]
+  Pick* picks = nullptr;                                   // [B, tiles]
+
+  int64_t count_p() const { return batch * (drafted + 1) * p.tiles.count; }
+  int64_t count_q() const { return batch * drafted * q.tiles.count; }
+  size_t bytes(int threads) const {
+    return Workspace::bytes<HeadPartial>(count_p()) + Workspace::bytes<HeadPartial>(count_q()) +
+           Workspace::bytes<float>(batch * p.tiles.vocabulary) + Workspace::bytes<float>(threads * q.tiles.vocabulary) +
+           Workspace::bytes<Pick>(batch * p.tiles.count);
+  }
+  void take(Workspace& workspace, int threads) {
+    partial_p = workspace.take<HeadPartial>(count_p());
+    partial_q = workspace.take<HeadPartial>(count_q());
+    residual = workspace.take<float>(batch * p.tiles.vocabulary);
+    memory = workspace.take<float>(threads * q.tiles.vocabulary);
+    picks = workspace.take<Pick>(batch * p.tiles.count);
+  }
 
   // Drafts of sequence b, up to the first slot that was not drafted.
   int64_t count(int64_t b) const {
@@ -117,15 +133,15 @@ struct AcceptSampled {
     }
   }
 
-  // q of a rejected draft, over the target's vocabulary; `memory` [V_draft].
-  void spread(int64_t b, const Verdict& verdict, float* memory) const {
+  // q of a rejected draft, over the target's vocabulary; `own` [V_draft].
+  void spread(int64_t b, const Verdict& verdict, float* own) const {
     const int64_t scored = q.tiles.vocabulary, vocabulary = p.tiles.vocabulary;
     float* out = residual + b * vocabulary;
     kernels<float>().softmax(q(b, verdict.accepted), temperature[b], verdict.logsumexp_q, scored,
-                             token_map ? memory : out);
+                             token_map ? own : out);
     if (!token_map) return;
     std::fill_n(out, vocabulary, 0.0f);
-    for (int64_t j = 0; j < scored; ++j) out[token_map[j]] = memory[j];
+    for (int64_t j = 0; j < scored; ++j) out[token_map[j]] = own[j];
   }
 
   PickArgs pick_args(int64_t b, const Verdict& verdict, bool rejected) const {
@@ -157,7 +173,7 @@ struct AcceptSampled {
   }
 
   // Judges all sequences; advances `advanced` [B].
-  void run(int threads, float* memory, int64_t* advanced, int64_t* accepted, int64_t* next) const {
+  void run(int threads, int64_t* advanced, int64_t* accepted, int64_t* next) const {
     run_team(threads, [&](const Member& member) { sum(member); });
     std::vector<Verdict> verdicts;
     for (int64_t b = 0; b < batch; ++b) verdicts.push_back(judge(b));
@@ -182,6 +198,12 @@ Tensor with_rows(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : contiguous(x);
 }
 
+void check_vocabularies(int64_t scored, int64_t vocabulary, bool mapped) {
+  STD_TORCH_CHECK(vocabulary > 0, "target_logits has no tokens");
+  STD_TORCH_CHECK(mapped || scored == vocabulary, "draft_logits has ", scored, " tokens, target_logits ", vocabulary,
+                  ": without a token_map they must agree");
+}
+
 void check_tokens(const int64_t* tokens, int64_t count, const char* name, int64_t least, int64_t vocabulary) {
   for (int64_t i = 0; tokens && i < count; ++i)
     STD_TORCH_CHECK(least <= tokens[i] && tokens[i] < vocabulary, name, " holds ", tokens[i],
@@ -196,38 +218,20 @@ std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& 
                                           const std::optional<Tensor>& token_map) {
   const Tensor draft = contiguous(draft_in), target = with_rows(target_logits), drafts = with_rows(draft_logits);
   const int64_t batch = draft.size(0), drafted = draft.size(1), scored = drafts.size(2), vocabulary = target.size(2);
-  STD_TORCH_CHECK(vocabulary > 0, "target_logits has no tokens");
-  STD_TORCH_CHECK(token_map.has_value() || scored == vocabulary, "draft_logits has ", scored, " tokens, target_logits ",
-                  vocabulary, ": without a token_map they must agree");
+  check_vocabularies(scored, vocabulary, token_map.has_value());
   const Sampling sampling(temperature, seed, batch);
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
-  const int64_t* map = data<int64_t>(token_map, "token_map", {scored});
   const int64_t* tokens = data<int64_t>(draft, "draft", {batch, drafted});
-  check_tokens(map, scored, "token_map", 0, vocabulary);
+  const int64_t* map = data<int64_t>(token_map, "token_map", {scored});
   check_tokens(tokens, batch * drafted, "draft", INT64_MIN, vocabulary);
+  check_tokens(map, scored, "token_map", 0, vocabulary);
   const Rows p(target, "target_logits", batch, drafted + 1), q(drafts, "draft_logits", batch, drafted);
-  const int64_t count_p = batch * (drafted + 1) * p.tiles.count, count_q = batch * drafted * q.tiles.count;
-  const int64_t count_picks = batch * p.tiles.count;
   const int threads = batch * (drafted + 1) * vocabulary < (1 << 15) ? 1 : num_threads();
-  Workspace workspace(Workspace::bytes<HeadPartial>(count_p) + Workspace::bytes<HeadPartial>(count_q) +
-                      Workspace::bytes<float>(batch * vocabulary) + Workspace::bytes<Pick>(count_picks) +
-                      Workspace::bytes<float>(threads * scored));
-  const AcceptSampled step{batch,
-                           drafted,
-                           tokens,
-                           lengths,
-                           sampling.seed,
-                           map,
-                           sampling.temperature,
-                           p,
-                           q,
-                           workspace.take<HeadPartial>(count_p),
-                           workspace.take<HeadPartial>(count_q),
-                           workspace.take<float>(batch * vocabulary),
-                           workspace.take<Pick>(count_picks)};
+  AcceptSampled step{batch, drafted, tokens, lengths, sampling.seed, map, sampling.temperature, p, q};
+  Workspace workspace(step.bytes(threads));
+  step.take(workspace, threads);
   Tensor accepted = torch::stable::empty_like(seq_lens), next_token = torch::stable::empty_like(seq_lens);
-  step.run(threads, workspace.take<float>(threads * scored), lengths, static_cast<int64_t*>(accepted.data_ptr()),
-           static_cast<int64_t*>(next_token.data_ptr()));
+  step.run(threads, lengths, static_cast<int64_t*>(accepted.data_ptr()), static_cast<int64_t*>(next_token.data_ptr()));
   return {accepted, next_token};
 }
 

@@ -93,6 +93,19 @@ struct Draft {
   }
 };
 
+void check_drafting(int64_t steps, int64_t end, double min_probability) {
+  STD_TORCH_CHECK(steps >= 0 && end >= 1, "steps must not be negative, and end at least 1; got ", steps, ", ", end);
+  STD_TORCH_CHECK(min_probability >= 0 && min_probability <= 1, "min_probability must lie in [0, 1], got ",
+                  min_probability);
+}
+
+std::vector<int64_t> first_tokens(const Tensor& token, int64_t batch, int64_t vocabulary) {
+  const int64_t* first = data<int64_t>(token, "token", {batch});
+  for (int64_t b = 0; b < batch; ++b)
+    STD_TORCH_CHECK(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocabulary);
+  return {first, first + batch};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& embedding,
@@ -107,15 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocabulary = embedding.size(0), width = embedding.size(1);
   const int64_t rows = steps + (extend ? 1 : 0);
-  STD_TORCH_CHECK(steps >= 0 && end >= 1, "steps must not be negative, and end at least 1; got ", steps, ", ", end);
-  STD_TORCH_CHECK(min_probability >= 0 && min_probability <= 1, "min_probability must lie in [0, 1], got ",
-                  min_probability);
-  const Sampling sampling(temperature, seed, batch);
-  HeadAsked asked{sampling.temperature, sampling.seed};
-  if (logits.has_value()) {
-    asked.logits = logits_data(*logits, "logits", {batch, steps, head_weight.size(0)});
-    asked.pitch = logits->stride(0);
-  }
+  check_drafting(steps, end, min_probability);
+  const HeadAsked asked = asked_for(Sampling(temperature, seed, batch), logits, {batch, steps, head_weight.size(0)});
   Tensor tokens = torch::stable::new_empty(token, {batch, steps});
   Tensor states = torch::stable::new_empty(embedding, {batch, rows, width});
   Tensor probability = torch::stable::new_empty(token, {batch, steps}, ScalarType::Float);
@@ -123,12 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, slots, 0, end, eps};
   const Shape shape = stack.shape(batch, 1, width);
-  const int64_t *first = data<int64_t>(token, "token", {batch}),
-                *lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, shape.capacity);
-  for (int64_t b = 0; b < batch; ++b)
-    STD_TORCH_CHECK(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocabulary);
-  std::vector<int64_t> current(first, first + batch), advanced(lengths, lengths + batch);
+  std::vector<int64_t> current = first_tokens(token, batch, vocabulary), advanced(lengths, lengths + batch);
   with_float_type(embedding.scalar_type(), [&]<class T>(T*) {
     const Draft<T> draft{data<T>(embedding, "embedding", {vocabulary, width}),
                          vocabulary,

@@ -17,11 +17,8 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tens
   Tensor token = torch::stable::new_empty(hidden, {rows}, ScalarType::Long);
   Tensor logit = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   Tensor logsumexp = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
-  HeadAsked asked{sampling.temperature, sampling.seed, data<int64_t>(offset, "offset", {rows})};
-  if (logits.has_value()) {
-    asked.logits = logits_data(*logits, "logits", {rows, head_weight.size(0)});
-    asked.pitch = logits->stride(0);
-  }
+  HeadAsked asked = asked_for(sampling, logits, {rows, head_weight.size(0)});
+  asked.offset = data<int64_t>(offset, "offset", {rows});
   with_float_type(hidden.scalar_type(), [&]<class T>(T*) {
     ExitHead<T>(norm_weight, head_weight, width, eps, token_map, scale)
         .run(data<T>(hidden, "hidden", {rows, width}), rows,

@@ -19,6 +19,17 @@ struct HeadTiles {
   int64_t end(int64_t tile) const { return begin(tile + 1) < vocabulary ? begin(tile + 1) : vocabulary; }
 };
 
+// What a call asks of its head; `shape` is that of the logits, whose first dimension the head's rows run along.
+inline HeadAsked asked_for(const Sampling& sampling, const std::optional<Tensor>& logits,
+                           std::initializer_list<int64_t> shape) {
+  HeadAsked out{sampling.temperature, sampling.seed};
+  if (logits.has_value()) {
+    out.logits = logits_data(*logits, "logits", shape);
+    out.pitch = logits->stride(0);
+  }
+  return out;
+}
+
 struct HeadOutputs {
   int64_t* token;
   float *logit, *logsumexp;

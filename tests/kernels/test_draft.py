@@ -135,6 +135,20 @@ def test_a_head_without_finite_logits_names_no_token(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["reference", "portable"])
+def test_a_sequence_ends_at_a_head_without_finite_logits(path: str) -> None:
+    """With a threshold: -1 and NaN, and then nothing; the state of the row that failed is there."""
+    args = args_of(torch.float32, min_probability=0.1)
+    args["norm_weight"] = torch.full_like(args["norm_weight"], float("nan"))
+    with running_on(path):
+        tokens, states, probability = lk.draft(**args)
+    assert (tokens == -1).all()
+    assert probability[:, 0].isnan().all()
+    assert (probability[:, 1:] == 0).all()
+    assert (states[:, 0] != 0).any()
+    assert (states[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("path", ["reference", "portable"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
