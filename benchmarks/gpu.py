@@ -1,17 +1,19 @@
 """``python -m benchmarks.gpu``: the tests marked gpu, then every backend on a card, as one JSON.
 
-Micro-benchmarks are fractions of the copy bandwidth measured in the same run. Each case is captured in a CUDA graph
-where its backend allows, as a decoding round is. Weights are random; decoding takes a fixed number of accepted tokens a
-round, so it measures time, not agreement. Without a card it says so and exits with 2; from red tests it reports nothing
-and exits with 1.
+Micro-benchmarks are fractions of the copy bandwidth measured in the same run. Each case is captured in a CUDA graph, as
+a decoding round is; sessions are timed with and without theirs. Weights are random; decoding takes a fixed number of
+accepted tokens a round, so it measures time, not agreement. Without a card it says so and exits with 2; from red tests
+it reports nothing and exits with 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -23,34 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip import SelfSpeculativeDecoder
 from layerskip._files import write_atomically
+from layerskip.decoding import graph
+from layerskip.decoding.session import Session
 from layerskip_kernels import reference
 
+from .gpu_model import EPS, LLAMA_1B, LLAMA_8B, Model
+
 NO_CARD, RED_TESTS = 2, 1
-EPS = 1e-5
-CACHE_CAPACITY, CACHE_LENGTH = 1024, 512
+BACKENDS = ("cuda", "triton", "reference")
 # Goals on an H100, as fractions of its copy bandwidth.
 EXIT_HEAD_GOAL, FORWARD_GOAL, VERIFY_GOAL = 0.90, 0.65, 1.15
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes, and where it exits."""
-
-    name: str
-    layers: int
-    hidden: int
-    features: int
-    heads: int
-    groups: int
-    size: int
-    vocabulary: int
-    exit_layer: int
-    draft: int
-
-
-LLAMA_1B = Shape("Llama-3.2-1B", 16, 2048, 8192, 32, 8, 64, 128256, 4, 6)
-LLAMA_8B = Shape("Llama-3-8B", 32, 4096, 14336, 32, 8, 128, 128256, 8, 6)
 
 
 @dataclass(frozen=True)
@@ -64,73 +50,6 @@ class Result:
     fraction: float | None = None
     goal: str = ""
     skipped: str = ""
-
-
-class Model:
-    """Random weights of a shape, and a cache of one sequence."""
-
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
-        queries, keys = shape.heads * shape.size, shape.groups * shape.size
-        width, features = shape.hidden, shape.features
-        sizes = [
-            (width,), (queries, width), (keys, width), (keys, width), (width, queries), (width,), (features, width),
-            (features, width), (width, features),
-        ]  # fmt: skip
-        self.weights = [self.random(*size) for _ in range(shape.layers) for size in sizes]
-        self.norm, self.head = self.random(width), self.random(shape.vocabulary, width)
-        cache = (shape.layers, 1, shape.groups, CACHE_CAPACITY, shape.size)
-        self.keys, self.values = self.random(*cache), self.random(*cache)
-        angle = torch.outer(
-            torch.arange(CACHE_CAPACITY), 10000.0 ** (-torch.arange(0, shape.size, 2) / shape.size)
-        ).float()
-        self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)
-        self.lengths = torch.full((1,), CACHE_LENGTH, dtype=torch.int64, device=device)
-
-    def random(self, *size: int) -> Tensor:
-        """Normal entries of a weight's usual size."""
-        return torch.randn(size, device=self.device, dtype=self.dtype) * size[-1] ** -0.5
-
-    def forward(self, hidden: Tensor, start: int, end: int) -> Tensor:
-        """Layers [start, end), as `layerskip_kernels.partial_forward`."""
-        per_layer = len(self.weights) // self.shape.layers
-        weights = self.weights[start * per_layer : end * per_layer]
-        lengths, caches = self.lengths, (self.keys, self.values)
-        return lk.partial_forward(hidden, weights, *caches, self.cos, self.sin, lengths, start, end, EPS)
-
-    def choose(self, hidden: Tensor) -> Tensor:
-        """The head's choice for every row."""
-        return lk.exit_head(hidden.reshape(-1, self.shape.hidden), self.norm, self.head, EPS).token
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[n] -> [1, n, D], through the tied head."""
-        return F.embedding(tokens.clamp(0), self.head).view(1, -1, self.shape.hidden)
-
-    def layer_bytes(self, start: int, end: int) -> int:
-        """What layers [start, end) must read at least."""
-        per_layer = len(self.weights) // self.shape.layers
-        weights = self.weights[start * per_layer : end * per_layer]
-        return sum(weight.numel() * weight.element_size() for weight in weights)
-
-
-def autoregressive_step(model: Model, token: Tensor) -> Tensor:
-    """One token through all layers; the length stays, so that every replay does the same."""
-    return model.choose(model.forward(model.embed(token), 0, model.shape.layers))
-
-
-def self_speculative_round(model: Model, token: Tensor) -> lk.Acceptance:
-    """Draft K tokens with E layers, run layers [0, E) for the last, verify K + 1 rows, accept; the length stays."""
-    shape, states, drafts = model.shape, [], []
-    for _ in range(shape.draft):
-        states.append(model.forward(model.embed(token), 0, shape.exit_layer))
-        token = model.choose(states[-1])
-        drafts.append(token)
-        model.lengths += 1
-    states.append(model.forward(model.embed(token), 0, shape.exit_layer))
-    model.lengths -= shape.draft
-    target = model.choose(model.forward(torch.cat(states, 1), shape.exit_layer, shape.layers))
-    lengths = model.lengths.clone()  # accepted for its time; the synthetic acceptance is counted, not taken from it
-    return lk.accept_greedy(torch.stack(drafts, 1), target[None], lengths)
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
@@ -185,7 +104,7 @@ def exit_head_cases(model: Model, bandwidth: float) -> Iterator[Result]:
         args = (hidden, model.norm, model.head, EPS)
         read = model.head.numel() * model.head.element_size()
         what = f"{model.shape.name} exit_head R={rows}"
-        for backend in ("cuda", "triton", "reference"):
+        for backend in BACKENDS:
             run = on_backend(backend, lambda args=args: lk.exit_head(*args))
             yield measure(what, backend, run, read, bandwidth, f">= {EXIT_HEAD_GOAL:.0%} of the copy bandwidth")
         yield measure(what, "torch eager", lambda args=args: _torch_exit(*args), read, bandwidth)
@@ -199,7 +118,7 @@ def _torch_exit(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) -> tuple
 
 def forward_cases(model: Model, bandwidth: float) -> Iterator[Result]:
     """All layers at M = 1 and at M = K + 1, on every backend."""
-    for backend in ("cuda", "triton", "reference"):
+    for backend in BACKENDS:
         for rows in (1, model.shape.draft + 1):
             hidden = model.random(1, rows, model.shape.hidden)
             run = on_backend(backend, lambda hidden=hidden: model.forward(hidden, 0, model.shape.layers))
@@ -267,21 +186,76 @@ def _eager_milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
     return first.elapsed_time(last) / repeats
 
 
+def sampling_cases(model: Model, bandwidth: float) -> Iterator[Result]:
+    """What drawing costs: a head with noise, a head that writes its logits, and acceptance of K drafts."""
+    shape, name = model.shape, model.shape.name
+    rows, read = shape.draft + 1, model.head.numel() * model.head.element_size()
+    hidden, logits = model.random(rows, shape.hidden), torch.empty(rows, shape.vocabulary, device=model.device)
+    draft = torch.zeros(1, shape.draft, dtype=torch.int64, device=model.device)
+    target = torch.randn(1, rows, shape.vocabulary, device=model.device)
+    offset = torch.arange(rows, device=model.device)
+
+    def drawn() -> Any:
+        return lk.exit_head(hidden[:1], model.norm, model.head, EPS, None, None, *model.noise(), offset[:1])
+
+    def written() -> Any:
+        return lk.exit_head(hidden, model.norm, model.head, EPS, logits=logits)
+
+    def accepted() -> Any:
+        return lk.accept_sampled(draft, target[:, 1:], target, model.lengths.clone(), *model.noise())
+
+    for backend in BACKENDS:
+        yield measure(f"{name} exit_head R=1, drawn", backend, on_backend(backend, drawn), read, bandwidth)
+        what = f"{name} exit_head R={rows}, logits written"
+        yield measure(what, backend, on_backend(backend, written), read + logits.numel() * 4, bandwidth)
+        what = f"{name} accept_sampled K={shape.draft}"
+        yield measure(what, backend, on_backend(backend, accepted), (2 * rows - 1) * shape.vocabulary * 4, bandwidth)
+
+
 def decode_cases(model: Model) -> Iterator[Result]:
-    """Tokens a second, autoregressively and with 0, half or all of the draft accepted."""
+    """Tokens a second, autoregressively and with 0, half or all of the draft accepted, greedily and drawn."""
     token = torch.zeros(1, dtype=torch.int64, device=model.device)
     drafted, name = model.shape.draft, model.shape.name
-    for backend in ("cuda", "triton", "reference"):
-        try:
-            step = milliseconds(on_backend(backend, lambda: autoregressive_step(model, token)))
-            round_ = milliseconds(on_backend(backend, lambda: self_speculative_round(model, token)))
-        except lk.BackendError as error:
-            yield Result(f"{name} decode", backend, float("nan"), unit="tokens/s", skipped=str(error))
-            continue
-        yield Result(f"{name} autoregressive", backend, 1e3 / step, unit="tokens/s")
-        for accepted in (0, drafted // 2, drafted):
-            what = f"{name} self-speculative E={model.shape.exit_layer} K={drafted}, {accepted} accepted"
-            yield Result(what, backend, 1e3 * (accepted + 1) / round_, unit="tokens/s")
+    for backend in BACKENDS:
+        for how, noise in (("greedy", (None, None)), ("drawn", model.noise())):
+            try:
+                step = milliseconds(on_backend(backend, lambda noise=noise: model.step(token, noise)))
+                round_ = milliseconds(on_backend(backend, lambda noise=noise: model.round(token, noise)))
+            except lk.BackendError as error:
+                yield Result(f"{name} decode, {how}", backend, float("nan"), unit="tokens/s", skipped=str(error))
+                continue
+            yield Result(f"{name} autoregressive, {how}", backend, 1e3 / step, unit="tokens/s")
+            for accepted in (0, drafted // 2, drafted):
+                what = f"{name} self-speculative E={model.shape.exit_layer} K={drafted}, {how}, {accepted} accepted"
+                yield Result(what, backend, 1e3 * (accepted + 1) / round_, unit="tokens/s")
+
+
+def session_cases(model: Model, batches: tuple[int, ...] = (1, 8), steps: int = 20) -> Iterator[Result]:
+    """Wall time of a session's step, host and all: with its rounds as graphs and with rounds that are called."""
+    shape = model.shape
+    decoder = SelfSpeculativeDecoder(model.decoder_model(), shape.exit_layer, shape.draft)
+    for batch in batches:
+        for strategy in ("autoregressive", "self_speculative"):
+            for how, graphs in (("graphs", graph.for_device(decoder.model.device)), ("called", None)):
+                taken = _step_seconds(decoder, batch, strategy, graphs, steps)
+                yield Result(f"{shape.name} session, {strategy}, B={batch}, {how}", "automatic", taken * 1e6)
+
+
+def _step_seconds(
+    decoder: SelfSpeculativeDecoder, batch: int, strategy: str, graphs: graph.Graphs | None, steps: int
+) -> float:
+    """Median of ``steps`` steps, after those that read prompts, compile and record."""
+    most = (steps + 4) * (decoder.num_speculations + 1)
+    cache = decoder.model.decoder.new_cache(batch, 16 + most + decoder.num_speculations + 1)
+    session = Session(decoder, cache, 16 + most, decoder.num_speculations, graphs=graphs)
+    for _ in range(batch):
+        session.add(list(range(16)), most, strategy=strategy, eos_token_id=[])
+    times = []
+    for _ in range(steps + 3):
+        started = time.perf_counter()
+        session.step()  # ends with the tokens on the host
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[3:])
 
 
 def run_tests() -> int:
@@ -319,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     for shape in (LLAMA_1B, LLAMA_8B):
         model = Model(shape, "cuda")
         for cases in (
-            exit_head_cases(model, bandwidth), forward_cases(model, bandwidth), decode_cases(model), loss_cases(model)
+            exit_head_cases(model, bandwidth), sampling_cases(model, bandwidth), forward_cases(model, bandwidth),
+            decode_cases(model), session_cases(model), loss_cases(model),
         ):  # fmt: skip
             for result in cases:
                 print(result, flush=True)

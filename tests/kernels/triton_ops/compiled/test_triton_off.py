@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layerskip_kernels as lk
-from layerskip_kernels.triton import report
+from layerskip_kernels.triton import report, speculative_round
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "triton.md"
 
@@ -24,3 +24,29 @@ def test_the_document_lists_every_launch() -> None:
     assert marker
     for launch in report.launches(report.LLAMA_1B, torch.bfloat16):
         assert f"| {launch.name} |" in text, f"run make triton-report: {launch.name} is not in docs/triton.md"
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_round_looks_at_no_value(sampled: bool) -> None:
+    """Tensors on the device "meta" have none, so a look raises; the launches of a round, which a graph holds, counted.
+
+    A layer takes 10 here: its down projection is split. A head takes 3, accept_greedy 1, accept_sampled 4.
+    """
+    shape, layers, exits, steps = report.LLAMA_1B, 16, 4, 6
+
+    def empty(*sizes: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(sizes, dtype=kind, device="meta")
+
+    token, seed = (empty(2, kind=torch.int64) for _ in range(2))
+    caches = [empty(layers, 2, shape.groups, 1024, shape.size) for _ in range(2)]
+    angles = [empty(1024, shape.size // 2, kind=torch.float32) for _ in range(2)]
+    embedding, norm = empty(shape.vocabulary, shape.hidden), empty(shape.hidden)
+    noise = (empty(2, kind=torch.float32), seed) if sampled else (None, None)
+    weights = report._layer(shape, torch.bfloat16, False) * layers
+    with report.recorded() as found:
+        speculative_round.speculative_round(
+            token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5, steps, None, None, None,
+            None, 0.5, *noise,
+        )  # fmt: skip
+    drafting, verifying = (steps + 1) * exits * 10 + steps * 3, (layers - exits) * 10 + 3
+    assert len(found) == drafting + verifying + (4 if sampled else 1)

@@ -1,0 +1,101 @@
+"""A model of random weights: what `benchmarks.gpu` runs, op by op and as a decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+import layerskip_kernels as lk
+from layerskip.models import LayerSkipModel
+from layerskip.modules import EarlyExitHead, LayerWeights, PartialDepthDecoder
+
+EPS = 1e-5
+CACHE_CAPACITY, CACHE_LENGTH = 1024, 512
+SLOTS = len(LayerWeights._fields) - len(LayerWeights._field_defaults)  # tensors of a layer
+Noise = tuple[Tensor, Tensor] | tuple[None, None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, and where it exits."""
+
+    name: str
+    layers: int
+    hidden: int
+    features: int
+    heads: int
+    groups: int
+    size: int
+    vocabulary: int
+    exit_layer: int
+    draft: int
+
+
+LLAMA_1B = Shape("Llama-3.2-1B", 16, 2048, 8192, 32, 8, 64, 128256, 4, 6)
+LLAMA_8B = Shape("Llama-3-8B", 32, 4096, 14336, 32, 8, 128, 128256, 8, 6)
+
+
+class Model:
+    """Random weights of a shape, and a cache of one sequence."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
+        queries, keys = shape.heads * shape.size, shape.groups * shape.size
+        width, features = shape.hidden, shape.features
+        sizes = [
+            (width,), (queries, width), (keys, width), (keys, width), (width, queries), (width,), (features, width),
+            (features, width), (width, features),
+        ]  # fmt: skip
+        self.weights = [self.random(*size) for _ in range(shape.layers) for size in sizes]
+        self.norm, self.head = self.random(width), self.random(shape.vocabulary, width)
+        cache = (shape.layers, 1, shape.groups, CACHE_CAPACITY, shape.size)
+        self.keys, self.values = self.random(*cache), self.random(*cache)
+        self.frequencies = 10000.0 ** (-torch.arange(0, shape.size, 2) / shape.size)
+        angle = torch.outer(torch.arange(CACHE_CAPACITY), self.frequencies).float()
+        self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)
+        self.lengths = torch.full((1,), CACHE_LENGTH, dtype=torch.int64, device=device)
+
+    def random(self, *size: int) -> Tensor:
+        """Normal entries of a weight's usual size."""
+        return torch.randn(size, device=self.device, dtype=self.dtype) * size[-1] ** -0.5
+
+    def noise(self, rows: int = 1) -> Noise:
+        """A temperature of 0.8 and a seed for each row."""
+        seed = torch.arange(rows, device=self.device)
+        return torch.full((rows,), 0.8, device=self.device), seed
+
+    @property
+    def _cache(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.cos, self.sin
+
+    def forward(self, hidden: Tensor, start: int, end: int) -> Tensor:
+        """Layers [start, end), as `layerskip_kernels.partial_forward`."""
+        weights = self.weights[start * SLOTS : end * SLOTS]
+        return lk.partial_forward(hidden, weights, *self._cache, self.lengths, start, end, EPS)
+
+    def step(self, token: Tensor, noise: Noise = (None, None)) -> Tensor:
+        """One token through all layers, greedily or drawn; the length stays, so that every replay does the same."""
+        given = (self.weights, *self._cache, self.lengths, self.shape.layers, self.norm, self.head, EPS, 1, False)
+        return lk.draft(token, self.head, *given, None, None, None, 0.0, *noise).tokens[:, 0]
+
+    def round(self, token: Tensor, noise: Noise = (None, None)) -> lk.Round:
+        """A round of self-speculative decoding; the length stays, and acceptance is timed, not counted."""
+        shape, lengths = self.shape, self.lengths.clone()
+        given = (self.weights, *self._cache, lengths, shape.exit_layer, self.norm, self.head, EPS, shape.draft)
+        return lk.speculative_round(token, self.head, *given, None, None, None, None, 0.0, *noise)
+
+    def layer_bytes(self, start: int, end: int) -> int:
+        """What layers [start, end) must read at least."""
+        weights = self.weights[start * SLOTS : end * SLOTS]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def decoder_model(self) -> LayerSkipModel:
+        """The same weights as a model that `layerskip.SelfSpeculativeDecoder` takes."""
+        shape = self.shape
+        layers = [LayerWeights(*self.weights[at : at + SLOTS]) for at in range(0, len(self.weights), SLOTS)]
+        decoder = PartialDepthDecoder(layers, shape.groups, EPS, self.frequencies.float())
+        config = SimpleNamespace(max_position_embeddings=CACHE_CAPACITY)
+        return LayerSkipModel(self.head, decoder, EarlyExitHead(self.norm, self.head, EPS), config)
