@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,7 +21,7 @@ COMMON = [
 DEVICE = [
     "-DLSK_CUDA_EMULATION", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=bounds,alignment,shift,integer-divide-by-zero", "-fno-sanitize-recover=all",
-    "-Wno-unknown-pragmas", "-Wno-attributes", f"-isystem {HERE / 'include'}",
+    "-Wno-unknown-pragmas", "-Wno-attributes", "-isystem", str(HERE / "include"),
 ]  # fmt: skip
 
 RULES = """\
@@ -29,11 +31,6 @@ rule cxx
   deps = gcc
 rule link
   command = g++ -shared $in -o $out
-build runtime.o: cxx {runtime}
-  flags = {flags}
-build {name}.o: cxx {source}
-  flags = {device_flags}
-build {name}.so: link {name}.o runtime.o
 """
 
 
@@ -58,23 +55,27 @@ def build(name: str, variant: str = "", overlay: Path | None = None) -> Path:
         A folder whose headers come before those of the checkout, under the same names: ``cuda/exit_head.cuh``.
     """
     source, name = HERE / "ops" / f"{name}.cpp", name + variant
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    common = [*COMMON, f"-I{HERE.parent}"]
-    include = [f"-I{folder}" for folder in (overlay, ROOT / "csrc") if folder is not None]
-    text = RULES.format(
-        name=name,
-        source=source,
-        runtime=HERE / "runtime" / "runtime.cpp",
-        flags=" ".join(common),
-        device_flags=" ".join([*COMMON, *DEVICE, *include, f"-I{HERE.parent}"]),
-    )
-    with (FOLDER / "lock").open("w") as lock:  # several test processes share the folder
+    include = [f"-I{folder}" for folder in (overlay, ROOT / "csrc", HERE.parent) if folder is not None]
+    runtime = _compile("runtime", HERE / "runtime" / "runtime.cpp", [*COMMON, f"-I{HERE.parent}"], "")
+    link = f"build {name}.so: link {name}.o {_escaped(runtime)}.o\n"
+    return _compile(name, source, [*COMMON, *DEVICE, *include], link).with_suffix(".so")
+
+
+def _escaped(path: Path) -> str:
+    return re.sub("([$ :])", r"$\1", str(path))
+
+
+def _compile(name: str, source: Path, flags: list[str], then: str) -> Path:
+    """What ninja makes of one source, in a folder of its own: several test processes may ask for it at once."""
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"{RULES}build {name}.o: cxx {_escaped(source)}\n  flags = {shlex.join(flags)}\n{then}"
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        file = FOLDER / f"{name}.ninja"
+        file = folder / "build.ninja"
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        command = [_ninja(), "-C", str(FOLDER), "-f", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run([_ninja(), "-C", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"compiling {source} failed:\n{done.stdout}{done.stderr}")
-    return FOLDER / f"{name}.so"
+    return folder / name

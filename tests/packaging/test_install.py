@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +114,25 @@ def test_cuda_library_takes_torch_from_where_it_is(cuda_wheel: Path, tmp_path: P
     assert "[libtorch_cuda.so]" in dynamic
     for unwanted in ("libtorch_python", "libpython", "libcudart", "libcuda.so", "RPATH", "RUNPATH"):
         assert unwanted not in dynamic
+
+
+def test_cuda_library_says_what_it_was_built_for(cuda_wheel: Path, checkout: Path, tmp_path: Path) -> None:
+    """Every symbol is found beside the stand-in for libtorch_cuda; the driver need not be there."""
+    library = zipfile.ZipFile(cuda_wheel).extract("layerskip_kernels/_cuda.abi3.so", tmp_path)
+    (stub,) = (checkout / "build").rglob("libtorch_cuda.so")
+    code = f"""
+import ctypes, pathlib, torch
+ctypes.CDLL({str(stub)!r}, ctypes.RTLD_GLOBAL)
+from layerskip_kernels import _extension
+_extension._path = lambda name: pathlib.Path({library!r})
+build = _extension._cuda_build()
+print(build.archs, build.toolkit, build.driver >= 0)
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    done = succeeded(run([sys.executable, "-W", "ignore", "-c", code], tmp_path, PYTHONPATH=path))
+    release = re.fullmatch(r".*-1cu(\d+)(\d)-cp310-.*", cuda_wheel.stem)
+    assert release is not None
+    assert done.stdout.split() == ["80", str(int(release[1]) * 1000 + int(release[2]) * 10), "True"]
 
 
 def test_cuda_wheel_beside_a_torch_without_cuda(
