@@ -1,0 +1,36 @@
+// verify_attention on CUDA tensors.
+#include "cuda/attention.h"
+#include "cuda/ops/tensors.h"
+
+namespace lsk {
+namespace {
+
+Tensor verify_attention_op(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                           const std::optional<Tensor>& slots) {
+  const DeviceScope scope(q_in, {&k_cache, &v_cache, &seq_lens, slots ? &*slots : &seq_lens});
+  STD_TORCH_CHECK(q_in.dim() == 4 && k_cache.dim() == 4, "q and the cache must have rank 4");
+  const Tensor q = contiguous(q_in);
+  const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3), width = heads * size;
+  check_head_size(size);
+  check_groups(heads, k_cache.size(1));
+  Tensor out = torch::stable::empty_like(q);
+  if (out.numel() == 0) return out;
+  with_device_type(q.scalar_type(), [&]<class T>(T*) {
+    const Cache<T> cache = cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, size);
+    const AttentionScratch scratch(batch, rows, heads, cache.groups, cache.capacity, size);
+    const Tensor memory = scratch_bytes(q, scratch.bytes(size));
+    Chain chain(scope.stream());
+    check_launch("verify_attention", clear_tickets(chain, scratch, memory.data_ptr()));
+    check_launch("verify_attention",
+                 verify_attention<T>(chain, {data<T>(q, "q", {batch, rows, heads, size}), width}, cache, scratch,
+                                     memory.data_ptr(), {static_cast<T*>(out.data_ptr()), width}));
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace lsk
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) {
+  m.impl("verify_attention", TORCH_BOX(&lsk::verify_attention_op));
+}

@@ -1,0 +1,52 @@
+// linear and swiglu on CUDA tensors.
+#include "cuda/linear.h"
+#include "cuda/ops/tensors.h"
+
+namespace lsk {
+namespace {
+
+using torch::stable::new_empty;
+
+Tensor linear_op(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& residual_in) {
+  const DeviceScope scope(x_in, {&weight, bias ? &*bias : &x_in, residual_in ? &*residual_in : &x_in});
+  STD_TORCH_CHECK(x_in.dim() == 2 && weight.dim() == 2, "x and weight must have rank 2");
+  const Tensor x = contiguous(x_in);
+  const int64_t rows = x.size(0), depth = x.size(1), outputs = weight.size(0);
+  check_sizes({depth, outputs});
+  Tensor out = new_empty(x, {rows, outputs});
+  std::optional<Tensor> residual;
+  if (residual_in.has_value()) residual = contiguous(*residual_in);
+  with_device_type(x.scalar_type(), [&]<class T>(T*) {
+    Chain chain(scope.stream());
+    check_launch("linear",
+                 linear<T>(chain, {data<T>(x, "x", {rows, depth}), depth}, data<T>(weight, "weight", {outputs, depth}),
+                           data<T>(bias, "bias", {outputs}), {data<T>(residual, "residual", {rows, outputs}), outputs},
+                           rows, depth, outputs, {static_cast<T*>(out.data_ptr()), outputs}));
+  });
+  return out;
+}
+
+Tensor swiglu_op(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
+  const DeviceScope scope(x_in, {&gate, &up});
+  STD_TORCH_CHECK(x_in.dim() == 2 && gate.dim() == 2, "x and gate must have rank 2");
+  const Tensor x = contiguous(x_in);
+  const int64_t rows = x.size(0), depth = x.size(1), features = gate.size(0);
+  check_sizes({depth, features});
+  Tensor out = new_empty(x, {rows, features});
+  with_device_type(x.scalar_type(), [&]<class T>(T*) {
+    Chain chain(scope.stream());
+    check_launch("swiglu", swiglu<T>(chain, {data<T>(x, "x", {rows, depth}), depth}, nullptr, 0.0f,
+                                     data<T>(gate, "gate", {features, depth}), data<T>(up, "up", {features, depth}),
+                                     rows, depth, features, {static_cast<T*>(out.data_ptr()), features}));
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace lsk
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) {
+  m.impl("linear", TORCH_BOX(&lsk::linear_op));
+  m.impl("swiglu", TORCH_BOX(&lsk::swiglu_op));
+}
