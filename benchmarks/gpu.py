@@ -32,6 +32,8 @@ from layerskip.decoding.session import Session
 from layerskip_kernels import reference
 
 from .gpu_model import EPS, LLAMA_1B, LLAMA_8B, Model
+from .rounds import round_cases
+from .sanitize import sanitize
 
 NO_CARD, RED_TESTS = 2, 1
 BACKENDS = ("cuda", "triton", "reference")
@@ -230,6 +232,15 @@ def decode_cases(model: Model) -> Iterator[Result]:
                 yield Result(what, backend, 1e3 * (accepted + 1) / round_, unit="tokens/s")
 
 
+def small_head_cases(model: Model, bandwidth: float) -> Iterator[Result]:
+    """Rounds that draft with a part of the head in int8."""
+
+    def time(what: str, backend: str, call: Callable[[], Any], goal: str) -> Result:
+        return measure(what, backend, on_backend(backend, call), 0, bandwidth, goal)
+
+    yield from round_cases(model, time)
+
+
 def session_cases(model: Model, batches: tuple[int, ...] = (1, 8), steps: int = 20) -> Iterator[Result]:
     """Wall time of a session's step, host and all: with its rounds as graphs and with rounds that are called."""
     shape = model.shape
@@ -281,10 +292,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--skip-tests", action="store_true", help="the report then says that nothing was tested")
+    parser.add_argument("--sanitize", action="store_true", help="only run the CUDA tests under compute-sanitizer")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(f"No CUDA card: torch {torch.__version__} sees none, so there is nothing to measure.", file=sys.stderr)
         return NO_CARD
+    if args.sanitize:
+        return sanitize()
     if not args.skip_tests and run_tests() != 0:
         print("The tests marked gpu fail, so no figure is reported.", file=sys.stderr)
         return RED_TESTS
@@ -294,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         model = Model(shape, "cuda")
         for cases in (
             exit_head_cases(model, bandwidth), sampling_cases(model, bandwidth), forward_cases(model, bandwidth),
-            decode_cases(model), session_cases(model), loss_cases(model),
+            decode_cases(model), small_head_cases(model, bandwidth), session_cases(model), loss_cases(model),
         ):  # fmt: skip
             for result in cases:
                 print(result, flush=True)
