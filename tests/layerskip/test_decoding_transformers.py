@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
 
-from layerskip import SelfSpeculativeDecoder
+from layerskip import SamplingParams, SelfSpeculativeDecoder
 from layerskip.cli import prompts
 from layerskip.models import load
 from layerskip.models.smollm2 import smollm2_directory
@@ -65,3 +67,25 @@ def test_smollm2_on_code_and_prose(smollm2):
             assert plain.new_tokens.tolist() == expected, text
         accepted += out.stats.accepted
     assert accepted > 100, "drafts that nobody accepts test little"
+
+
+@requires_native
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(0.8, seed=5), SamplingParams(0.8, top_p=0.9, seed=5)]
+)
+def test_smollm2_in_a_batch(smollm2, params):
+    """Every prompt goes on as it would alone, and greedily as with transformers."""
+    model, tokenizer = smollm2
+    decoder = SelfSpeculativeDecoder(model, 24, 3, max_seq_len=512)
+    texts = [prompt.text for prompt in prompts.read("samples", 4)]
+    encoded = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    out = decoder.generate([ids[0] for ids in encoded], 16, sampling=params)
+    for row, ids in enumerate(encoded):
+        own = params if params.seed is None else dataclasses.replace(params, seed=params.seed + row)
+        alone = decoder.generate(ids, 16, sampling=own)
+        count = alone.stats.new_tokens
+        assert out.rows[row].new_tokens == count
+        assert out.new_tokens[row, :count].tolist() == alone.new_tokens[0].tolist()
+        if params.greedy:
+            assert alone.new_tokens.tolist() == greedy(model, ids, 16)

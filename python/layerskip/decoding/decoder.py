@@ -81,6 +81,8 @@ class SelfSpeculativeDecoder:
         self._pad_token_id = _of_config(model, "pad_token_id")
         exits = default_exits(layers) if exit_choices is None else exit_choices
         exits = [validation.exit_layer(choice, layers) for choice in exits]
+        if not exits:
+            raise ValueError(f"exit_choices must hold at least one layer, got {exit_choices!r}")
         self.controller = Controller(Sizes.of(self.model, self.draft_head), exits)
         self._cache: SharedKVCache | None = None
         self._graphs: Graphs | None = None
