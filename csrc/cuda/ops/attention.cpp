@@ -13,6 +13,7 @@ Tensor verify_attention_op(const Tensor& q_in, const Tensor& k_cache, const Tens
   const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3), width = heads * size;
   check_head_size(size);
   check_groups(heads, k_cache.size(1));
+  check_planes(batch, k_cache.size(1));
   Tensor out = torch::stable::empty_like(q);
   if (out.numel() == 0) return out;
   with_device_type(q.scalar_type(), [&]<class T>(T*) {

@@ -60,6 +60,7 @@ struct LayerStack {
         batch,           rows,           width, weights[1].size(0) / size, k_cache.size(2), size, weights[6].size(0),
         k_cache.size(3), k_cache.size(1)};
     check_groups(out.heads, out.groups);
+    check_planes(batch, out.groups);
     check_sizes({width, out.queries(), out.features, out.capacity, batch, rows});
     STD_TORCH_CHECK(slots.has_value() || out.slot_count == batch, "the cache has ", out.slot_count, " rows for ", batch,
                     " sequences, and no slots are given");
@@ -74,6 +75,9 @@ struct LayerStack {
     const int64_t depth = k_cache.size(0), stride = s.slot_count * s.groups * s.capacity * s.size;
     T* keys = data<T>(k_cache, "k_cache", {depth, s.slot_count, s.groups, s.capacity, s.size});
     T* values = data<T>(v_cache, "v_cache", {depth, s.slot_count, s.groups, s.capacity, s.size});
+    for (const Tensor& weight : weights)
+      STD_TORCH_CHECK(weight.is_cuda() && weight.get_device_index() == k_cache.get_device_index(),
+                      "expected all weights on the device of the cache");
     std::vector<LayerWeights<T>> out;
     for (int64_t l = start; l < end; ++l) {
       const int64_t each = tensors_per_layer();

@@ -41,6 +41,12 @@ inline void check_sizes(std::initializer_list<int64_t> sizes) {
   for (int64_t size : sizes) STD_TORCH_CHECK(size <= INT_MAX, "a size of ", size, " is above ", INT_MAX);
 }
 
+// Attention gives every sequence and key/value head a row of blocks of its own.
+inline void check_planes(int64_t batch, int64_t groups) {
+  constexpr int64_t kMost = 65535;
+  STD_TORCH_CHECK(batch * groups <= kMost, batch, " sequences of ", groups, " key/value heads are more than ", kMost);
+}
+
 // Bytes on the device of `like`, uninitialized.
 inline Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
