@@ -9,6 +9,8 @@ from threading import Thread
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 from tokenizers_of import KINDS
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -187,6 +189,25 @@ def test_a_processor_that_writes_in_place(model):
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
     ours = model.generate(**inputs, **options, logits_processor=LogitsProcessorList([InPlace()]), **OURS)
     assert bool((ours[:, 9:] % 3 != 0).all())
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_call(model, data):
+    """Prompts, ends, exits and drafts of all sizes."""
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
+    inputs = prompts(lengths, data.draw(st.integers(0, 99)))
+    options = {
+        "max_new_tokens": data.draw(st.integers(1, 12)),
+        "eos_token_id": data.draw(st.none() | st.lists(st.integers(4, VOCABULARY - 1), min_size=1, max_size=30)),
+        "repetition_penalty": data.draw(st.sampled_from([None, 1.5])),
+        "min_new_tokens": data.draw(st.sampled_from([None, 1, 4])),
+        "do_sample": False,
+        "pad_token_id": PAD,
+    }
+    own = {"exit_layer": data.draw(st.integers(1, 3)), "num_speculations": data.draw(st.integers(1, 7))}
+    plain = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, custom_generate=layerskip.generate, **own), plain)
 
 
 # Ends
