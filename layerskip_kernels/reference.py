@@ -262,12 +262,13 @@ def accept_sampled_ref(
     vocabulary = target_logits.shape[2]
     _check_accepted_tokens(draft, temperature, token_map, vocabulary)
     sampled, by = temperature[:, None] > 0, divisors(temperature)[:, :, None]
-    log_p, valid_p = _log_softmax(target_logits / by)
+    scaled = target_logits / by
+    log_p, valid_p = _log_softmax(scaled)
     log_q, valid_q = _log_softmax(draft_logits / by)
     log_q = _on_vocabulary(log_q, token_map, vocabulary)
     valid = valid_p.clone()
     valid[:, :drafted] &= valid_q | (draft < 0) | ~sampled
-    best = log_p.argmax(-1)  # [B, K + 1]
+    best = scaled.argmax(-1)  # [B, K + 1]; of log_p, rounding might have made it a tie
 
     index = draft.clamp_min(0)[:, :, None]
     gain = (log_p[:, :drafted].gather(2, index) - log_q.gather(2, index))[:, :, 0]
@@ -279,7 +280,7 @@ def accept_sampled_ref(
     def last(rows: Tensor) -> Tensor:  # the row after the accepted drafts
         return rows[torch.arange(batch, device=rows.device), accepted.clamp_max(rows.shape[1] - 1)]
 
-    final = last(target_logits / by)  # [B, V]
+    final = last(scaled)  # [B, V]
     if drafted:
         rejected = (accepted < drafted) & (last(draft) >= 0)
         residual = (last(log_p).exp() - last(log_q).exp()).clamp_min(0).log()

@@ -129,6 +129,15 @@ def test_zero_temperature_is_accept_greedy(path: str) -> None:
     assert len(set(expected.accepted.tolist())) > 2
 
 
+def test_zero_temperature_tells_neighbouring_logits_apart(path: str) -> None:
+    """One spacing of fp32 at 1.0 decides, although it vanishes in logits - logsumexp."""
+    target = torch.full((1, 1, 4000), 1.0)
+    target[0, 0, 3210] = 1 + 2.0**-23
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    args = (none, torch.zeros(1, 0, 4000), target, torch.tensor([5]), torch.zeros(1), torch.tensor([0]), None)
+    assert lk.accept_sampled(*args).next_token.tolist() == [3210]
+
+
 MANY = 100_000
 TEMPERATURE = 0.8
 
