@@ -31,7 +31,7 @@ def model():
         ({"exit_layer": 1, "num_speculations": "4"}, TypeError, "num_speculations must be an int, got '4'"),
         ({"exit_layer": 1, "max_seq_len": 0}, ValueError, "max_seq_len must be at least 1, got 0"),
         ({"exit_layer": 1, "max_seq_len": 257}, ValueError, "max_seq_len 257 exceeds the 256 positions"),
-        ({"exit_layer": "auto", "exit_choices": []}, ValueError, r"exit_choices must hold at least one layer, got \[\]"),
+        ({"exit_layer": "auto", "exit_choices": []}, ValueError, "exit_choices must hold at least one layer"),
         ({"exit_layer": "auto", "exit_choices": [1, 4]}, ValueError, "exit_layer must be in 1 … 3 .* got 4"),
         ({"exit_layer": 1, "draft_head": "int4"}, ValueError, "draft_head must be .* got 'int4'"),
     ],

@@ -9,14 +9,14 @@ import helpers
 import pytest
 import torch
 import transformers
-from tiny import VOCABULARY, prompt_of, requires_native, tiny_model
+from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import processed
 from layerskip.decoding.prefill import prefill
 from layerskip.decoding.processed import ProcessedRound
 from layerskip.decoding.processors import Processors
-from layerskip.decoding.round import speculate
+from layerskip.decoding.round import NOT_DRAFTED, speculate
 from layerskip.decoding.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,6 +131,12 @@ class TestProcessors:
         assert str(made.failures[2]) == "a logits processor must give a tensor [101], got [3]"
 
 
+def many(test):
+    """A test of very many samples."""
+    skip = pytest.mark.skipif(native_missing() is not None, reason="takes minutes on the torch reference")
+    return pytest.mark.slow(skip(test))
+
+
 SMALL = 6
 DEPTH = 3
 EXIT, DRAFTS = 1, 2
@@ -231,7 +237,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.slow
+@many
 @pytest.mark.parametrize(
     ("params", "head"), [*((name, "full") for name in DRAWN), ("temperature", "reduced"), ("top-p", "reduced")]
 )
@@ -239,7 +245,7 @@ def test_100k_continuations_have_the_models_distribution(small, params, head):
     assert excess(small, DRAWN[params], HEADS[head]) < LIMIT
 
 
-@pytest.mark.slow
+@many
 def test_a_wrong_acceptance_rule_is_noticed(small, monkeypatch):
     """It takes every draft for one that had all tokens equally probable."""
     accept = processed.accept_sampled
@@ -249,7 +255,7 @@ def test_a_wrong_acceptance_rule_is_noticed(small, monkeypatch):
     assert excess(small, DRAWN["top-k"]) > 3 * LIMIT
 
 
-@pytest.mark.slow
+@many
 def test_noise_that_is_used_twice_is_noticed(small, monkeypatch):
     """A rejected draft and what replaces it must not be drawn with the same noise."""
     monkeypatch.setattr(processed, "_DRAFT_SEED", 0)
@@ -341,17 +347,32 @@ def test_no_token_comes_twice_under_a_strict_penalty(decoder):
         assert out.sequences[0].unique().numel() == prompt_of(5).unique().numel() + 40
 
 
-def test_a_threshold_keeps_the_distribution_of_what_is_drawn(small):
-    """Unlike the rule that drops an improbable draft, which would favour the probable ones."""
-    params = SamplingParams(1.2)
-    decoder = SelfSpeculativeDecoder(small, EXIT, DRAFTS)
+def threshold_excess(model) -> float:
+    """As `excess`, of fewer continuations, drawn through a session with a threshold."""
+    params, decoder = SamplingParams(1.2), SelfSpeculativeDecoder(model, EXIT, DRAFTS)
     session = decoder.open_session(500, max_seq_len=8)
-    ids = [
-        session.add(PROMPT, DEPTH, sampling=SamplingParams(1.2, seed=seed), draft_threshold=0.3, eos_token_id=[])
-        for seed in range(4000)
-    ]
-    drawn = {}
+    options = {"draft_threshold": 0.3, "eos_token_id": []}
+    ids = [session.add(PROMPT, DEPTH, sampling=SamplingParams(1.2, seed=seed), **options) for seed in range(3000)]
+    drawn = {request_id: [] for request_id in ids}
     while len(session):
         for update in session.step():
-            drawn.setdefault(update.request_id, []).extend(update.tokens)
-    assert chi_square_excess(torch.tensor([drawn[one] for one in ids]), exact(small, params)) < LIMIT
+            drawn[update.request_id] += update.tokens
+    return chi_square_excess(torch.tensor(list(drawn.values())), exact(model, params))
+
+
+@many
+def test_a_threshold_keeps_the_distribution_of_what_is_drawn(small):
+    assert threshold_excess(small) < LIMIT
+
+
+@many
+def test_dropping_an_improbable_draft_would_be_noticed(small, monkeypatch):
+    """It would favour the probable tokens."""
+
+    def drop(self, token, logits, goes_on, min_probability):
+        probability = logits.softmax(-1).gather(1, token[:, None])[:, 0]
+        goes_on = goes_on & (probability >= min_probability)
+        return torch.where(goes_on, token, NOT_DRAFTED), goes_on
+
+    monkeypatch.setattr(ProcessedRound, "_limit", drop)
+    assert threshold_excess(small) > 2 * LIMIT
