@@ -1,13 +1,13 @@
 """Bytes that the CUDA kernels move, counted, against those that they must move: ``python -m benchmarks.roofline``.
 
-The kernels run emulated (tests/cuda_emulation), where every load and store is seen; no card is needed. Shapes are a
-16th of Llama-3.2-1B's weights, since the ratio of moved to needed bytes does not grow with them.
+The kernels run emulated (tests/cuda_emulation), where every load and store is seen; no card is needed. What is counted
+is a model of a 16th of Llama-3.2-1B's weights, since the ratio of moved to needed bytes does not grow with them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,42 @@ from tests.kernels.cuda_ops.runners import Emulated
 from .cuda_report import write
 
 MARKERS = ("<!-- make roofline -->", "<!-- end of roofline -->")
-HIDDEN, FEATURES, HEADS, GROUPS, SIZE, VOCABULARY, CAPACITY, LENGTH = 512, 2048, 8, 2, 64, 8192, 1024, 700
 DTYPE = torch.bfloat16
-EPS = 1e-5
+EPS, H100 = 1e-5, 3.35e12  # bytes a second, by its data sheet
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, and the positions that are cached."""
+
+    hidden: int
+    features: int
+    heads: int
+    groups: int
+    size: int
+    vocabulary: int
+    length: int
+    device: str = "cpu"
+
+    def tensor(self, *sizes: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        """Of the scale of a model's weights."""
+        if self.device == "meta":
+            return torch.empty(sizes, dtype=dtype, device="meta")
+        if not dtype.is_floating_point:
+            return torch.randint(-100, 100, sizes, dtype=dtype)
+        return (torch.randn(sizes, generator=torch.Generator().manual_seed(len(sizes))) * 0.05).to(dtype)
+
+    def layer(self) -> list[Tensor]:
+        """The nine tensors of one layer."""
+        queries, keys = self.heads * self.size, self.groups * self.size
+        shapes = [(queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries)]
+        mlp = [(self.features, self.hidden), (self.features, self.hidden), (self.hidden, self.features)]
+        norms = [self.tensor(self.hidden) for _ in range(2)]
+        return [norms[0], *(self.tensor(*one) for one in shapes), norms[1], *(self.tensor(*one) for one in mlp)]
+
+
+COUNTED = Shape(512, 2048, 8, 2, 64, 8192, 700)
+LLAMA_1B = Shape(2048, 8192, 32, 8, 64, 128256, 1024, device="meta")
 
 
 class Counting(Emulated):
@@ -73,75 +106,76 @@ def measure(name: str, needed: int, run: Callable[[Counting], Any]) -> Row:
     )
 
 
-def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    """Of the scale of a model's weights."""
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) * 0.05).to(dtype)
+Case = tuple[str, int, Callable[[Counting], Any]]
 
 
-def layer() -> list[Tensor]:
-    """The nine tensors of one layer."""
-    queries, keys = HEADS * SIZE, GROUPS * SIZE
-    shapes = [(queries, HIDDEN), (keys, HIDDEN), (keys, HIDDEN), (HIDDEN, queries)]
-    mlp = [(FEATURES, HIDDEN), (FEATURES, HIDDEN), (HIDDEN, FEATURES)]
-    return [random(HIDDEN), *(random(*one) for one in shapes), random(HIDDEN), *(random(*one) for one in mlp)]
-
-
-def cases(rows: int) -> Iterable[Row]:
-    """Every op of a step with ``rows`` rows of one sequence."""
-    x, features, norm = random(rows, HIDDEN), random(rows, FEATURES), random(HIDDEN)
-    square, gate, up = random(HIDDEN, HIDDEN), random(FEATURES, HIDDEN), random(FEATURES, HIDDEN)
-    residual = random(rows, HIDDEN)
-    head, scale = random(VOCABULARY, HIDDEN), torch.rand(VOCABULARY)
-    narrow = torch.randint(-127, 128, (VOCABULARY, HIDDEN), dtype=torch.int8)
-    token_map = torch.arange(VOCABULARY)
-    q, k, v = random(1, rows, HEADS, SIZE), random(1, rows, GROUPS, SIZE), random(1, rows, GROUPS, SIZE)
-    caches = [random(1, GROUPS, CAPACITY, SIZE) for _ in range(2)]
-    angles = [torch.rand(CAPACITY, SIZE // 2) for _ in range(2)]
-    lengths, live = torch.tensor([LENGTH]), 2 * GROUPS * (LENGTH + rows) * SIZE * 2
-    turned = 2 * rows * SIZE // 2 * 4
-    triple = rows * (8 + 4 + 4)  # token, logit, log-sum-exp
-
-    yield measure("rms_norm", size(x, norm, x), lambda ops: ops.rms_norm(x, norm, EPS))
-    yield measure("linear", size(x, square, residual, x), lambda ops: ops.linear(x, square, None, residual))
-    yield measure("swiglu", size(x, gate, up, features), lambda ops: ops.swiglu(x, gate, up))
-    yield measure(
-        "rope_kv_append",
-        2 * size(q, k, v) + turned + 8,
-        lambda ops: ops.rope_kv_append(q, k, v, *angles, *caches, lengths),
-    )
-    yield measure("verify_attention", live + 2 * size(q) + 8, lambda ops: ops.verify_attention(q, *caches, lengths))
-    weights, stacked = layer(), [cache[None] for cache in caches]
-    appended = 2 * rows * GROUPS * SIZE * 2
-    yield measure(
+def cases(shape: Shape, rows: int) -> Iterator[Case]:
+    """Every op of a step with ``rows`` rows of one sequence: name, bytes that it must move, how to run it."""
+    make, hidden, head_size = shape.tensor, shape.hidden, shape.size
+    x, features, norm = make(rows, hidden), make(rows, shape.features), make(hidden)
+    square, gate, up = make(hidden, hidden), make(shape.features, hidden), make(shape.features, hidden)
+    residual, weights = make(rows, hidden), shape.layer()
+    q, k, v = (make(1, rows, heads, head_size) for heads in (shape.heads, shape.groups, shape.groups))
+    caches = [make(1, shape.groups, shape.length + 64, head_size) for _ in range(2)]
+    stacked, lengths = [cache[None] for cache in caches], torch.tensor([shape.length])
+    angles = [make(shape.length + 64, head_size // 2, dtype=torch.float32) for _ in range(2)]
+    live = 2 * shape.groups * (shape.length + rows) * head_size * DTYPE.itemsize
+    turned, appended = rows * head_size * 4, size(k, v)
+    yield "rms_norm", size(x, norm, x), lambda ops: ops.rms_norm(x, norm, EPS)
+    yield "linear", size(x, square, residual, x), lambda ops: ops.linear(x, square, None, residual)
+    yield "swiglu", size(x, gate, up, features), lambda ops: ops.swiglu(x, gate, up)
+    rope = 2 * size(q, k, v) + turned + 8
+    yield "rope_kv_append", rope, lambda ops: ops.rope_kv_append(q, k, v, *angles, *caches, lengths)
+    yield "verify_attention", live + 2 * size(q) + 8, lambda ops: ops.verify_attention(q, *caches, lengths)
+    yield (
         "partial_forward, one layer",
         size(*weights, x, x) + live + appended + turned + 8,
         lambda ops: ops.partial_forward(x[None], weights, *stacked, *angles, lengths, 0, 1, EPS),
     )
-    yield measure("exit_head", size(x, norm, head) + triple, lambda ops: ops.exit_head(x, norm, head, EPS))
-    yield measure(
+    yield from exit_heads(shape, x, norm)
+
+
+def exit_heads(shape: Shape, x: Tensor, norm: Tensor) -> Iterator[Case]:
+    """The exit head with a head in the states' dtype, and with an int8 one."""
+    head, scale = (shape.tensor(shape.vocabulary, shape.hidden), shape.tensor(shape.vocabulary, dtype=torch.float32))
+    narrow, token_map = shape.tensor(shape.vocabulary, shape.hidden, dtype=torch.int8), torch.arange(shape.vocabulary)
+    out = len(x) * (8 + 4 + 4)  # token, logit, log-sum-exp
+    yield "exit_head", size(x, norm, head) + out, lambda ops: ops.exit_head(x, norm, head, EPS)
+    yield (
         "exit_head, int8 and token_map",
-        size(x, norm, narrow, scale) + triple + 8 * rows,
+        size(x, norm, narrow, scale) + 8 * len(x) + out,
         lambda ops: ops.exit_head(x, norm, narrow, EPS, token_map, scale),
     )
 
 
-def accepting(drafted: int) -> Iterable[Row]:
+def accepting(drafted: int) -> Iterator[Case]:
     """The ops at the end of a round."""
+    lengths, vocabulary = torch.tensor([COUNTED.length]), COUNTED.vocabulary
     draft, target = torch.zeros(1, drafted, dtype=torch.int64), torch.zeros(1, drafted + 1, dtype=torch.int64)
-    needed = size(draft, target) + 4 * 8
-    yield measure("accept_greedy", needed, lambda ops: ops.accept_greedy(draft, target, torch.tensor([LENGTH])))
-    logits = [random(1, rows, VOCABULARY, dtype=torch.float32) for rows in (drafted, drafted + 1)]
-    options = (torch.tensor([LENGTH]), torch.ones(1), torch.ones(1, dtype=torch.int64))
+    yield "accept_greedy", size(draft, target) + 4 * 8, lambda ops: ops.accept_greedy(draft, target, lengths)
+    logits = [COUNTED.tensor(1, rows, vocabulary, dtype=torch.float32) for rows in (drafted, drafted + 1)]
+    options = (lengths, torch.ones(1), torch.ones(1, dtype=torch.int64))
     needed = size(draft, *logits, *options) + 3 * 8
-    yield measure("accept_sampled", needed, lambda ops: ops.accept_sampled(draft, *logits, *options))
+    yield "accept_sampled", needed, lambda ops: ops.accept_sampled(draft, *logits, *options)
 
 
-def markdown(rows: Iterable[tuple[str, Row]]) -> str:
-    """A line an op and number of rows."""
+def counted() -> str:
+    """A line an op and number of rows: what it moves."""
+    found = [(str(rows), measure(*case)) for rows in (1, 7) for case in cases(COUNTED, rows)]
+    found += [("6 drafts", measure(*case)) for case in accepting(6)]
     lines = ["| op | rows | must move | from memory | written | moved / must | from L2 |", "|---" * 7 + "|"]
-    for count, row in rows:
-        cells = [f"`{row.name}`", count, f"{row.needed:,}", f"{row.memory:,}", f"{row.written:,}", f"{row.ratio:.3f}"]
+    for rows, row in found:
+        cells = [f"`{row.name}`", rows, f"{row.needed:,}", f"{row.memory:,}", f"{row.written:,}", f"{row.ratio:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {row.l2:,} |")
+    return "\n".join(lines)
+
+
+def least() -> str:
+    """A line an op: what it must move in Llama-3.2-1B, and the least time that takes."""
+    lines = ["| op, Llama-3.2-1B | MB, 1 row | least µs | MB, 7 rows | least µs |", "|---" * 5 + "|"]
+    for (name, one, _), (_, seven, _) in zip(cases(LLAMA_1B, 1), cases(LLAMA_1B, 7), strict=True):
+        cells = [f"{value / 1e6:.3f} | {value / H100 * 1e6:.2f}" for value in (one, seven)]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -150,8 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--write", type=Path, help="a file with the markers of this table")
     args = parser.parse_args()
-    found = [(str(rows), row) for rows in (1, 7) for row in cases(rows)]
-    text = markdown([*found, *(("6 drafts", row) for row in accepting(6))])
+    text = f"{counted()}\n\n{least()}"
     print(text)
     if args.write is not None:
         write(args.write, text, MARKERS)
