@@ -140,6 +140,28 @@ def test_every_stop_string_of_a_text(tokenizer, decoder, strategy, seed):
         assert stop not in text_of(tokenizer, cut[:-1])
 
 
+def test_stop_strings_of_a_batch(tokenizer, decoder, monkeypatch):
+    monkeypatch.setattr(decoder, "tokenizer", tokenizer)
+    prompts = [prompt_of(length, length)[0].tolist() for length in (7, 3, 5)]
+    plain = [decoder.generate([prompt], NEW, eos_token_id=[]).new_tokens[0].tolist() for prompt in prompts]
+    stops = [text_of(tokenizer, tokens)[8:10] for tokens in plain]
+    out = decoder.generate(prompts, NEW, eos_token_id=[], stop_strings=stops)
+    for tokens, row in zip(out.new_tokens.tolist(), out.rows, strict=True):
+        text = text_of(tokenizer, tokens[: row.new_tokens])
+        assert any(stop in text for stop in stops)
+        assert not any(stop in text_of(tokenizer, tokens[: row.new_tokens - 1]) for stop in stops)
+    assert out.reasons == ("stop",) * 3
+    third = decoder.generate(
+        prompts, NEW, eos_token_id=[], stop_strings="~~~", should_stop=lambda tokens: len(tokens) > 2
+    )
+    assert third.new_tokens.shape == (3, 3)
+
+
+def test_stop_strings_need_a_tokenizer(decoder):
+    with pytest.raises(ValueError, match=r"set decoder\.tokenizer"):
+        decoder.generate(prompt_of(3), stop_strings="x")
+
+
 def test_eos_is_text_only_where_special_tokens_are(tokenizer, decoder):
     prompt = prompt_of(7)
     tokens = decoder.generate(prompt, NEW, eos_token_id=[]).new_tokens[0].tolist()

@@ -23,6 +23,7 @@ from .processors import LogitsProcessor
 from .sampling import SamplingParams
 from .session import Session
 from .streaming import stream
+from .text import stop_rules
 from .transcript import StopRule
 
 CACHE_GRANULARITY = 256
@@ -155,6 +156,7 @@ class SelfSpeculativeDecoder:
         draft_threshold: float = 0.0,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None = None,
         should_stop: StopRule | Sequence[StopRule | None] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
         pad_token_id: int | None = None,
     ) -> GenerationOutput:
         """Continue prompts; each as if it were alone.
@@ -179,6 +181,8 @@ class SelfSpeculativeDecoder:
             Draws the seeds of prompts that have none; by default torch's own.
         logits_processor, should_stop : callable, or one (or None) for each prompt
             As in `Session.add`.
+        stop_strings : str or sequence of str, optional
+            A sequence ends with the token that completes one in its new text; needs ``decoder.tokenizer``.
         pad_token_id : int, optional
             What pads the rows of the result; by default the model's padding token, else its first EOS token, else 0.
 
@@ -204,10 +208,11 @@ class SelfSpeculativeDecoder:
         total = validation.length(max(lengths), max_new_tokens, self.max_seq_len)
         cache = self._shared_cache(count, total + drafts + 1)
         session = Session(self, cache, total, drafts, generator, graphs=self._shared_graphs())
+        rules = validation.one_each("should_stop", should_stop, count)
         hooks = zip(
             _seeded(sampling, count),
             validation.one_each("logits_processor", logits_processor, count),
-            validation.one_each("should_stop", should_stop, count),
+            rules if stop_strings is None else stop_rules(self.tokenizer, stop_strings, prompts, rules),
             strict=True,
         )
         for row, (params, processor, rule) in zip(prompts, hooks, strict=True):

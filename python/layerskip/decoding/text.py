@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands at the end of a decoded text where a character is not complete
 _CHARACTER = 4  # bytes, and so tokens, that a character takes at most
@@ -197,6 +199,31 @@ class StopStrings:
             self._text.push(token)
         self._seen = len(tokens)
         return self._text.stopped
+
+
+def stop_rules(
+    tokenizer: Any,
+    stop_strings: str | Sequence[str],
+    prompts: Sequence[Any],
+    rules: Sequence[Callable[[list[int]], bool] | None],
+) -> list[Callable[[list[int]], bool]]:
+    """For each prompt a rule that ends at a stop string, or where its own rule says so, if it has one.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there is no tokenizer, or a stop string is none.
+    """
+    if tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer; set decoder.tokenizer, which from_pretrained does")
+    return [
+        _either(StopStrings(tokenizer, stop_strings, torch.as_tensor(prompt).reshape(-1).tolist()), rule)
+        for prompt, rule in zip(prompts, rules, strict=True)
+    ]
+
+
+def _either(strings: StopStrings, rule: Callable[[list[int]], bool] | None) -> Callable[[list[int]], bool]:
+    return strings if rule is None else lambda tokens: strings(tokens) or rule(tokens)
 
 
 def first_stop(text: str, strings: Sequence[str]) -> tuple[int, int] | None:
