@@ -316,6 +316,7 @@ def test_a_session_that_cannot_be(decoder, options, error, message):
         ({"num_speculations": 5}, ValueError, "num_speculations must be in 1 … 4, got 5"),
         ({"exit_layer": 4}, ValueError, "exit_layer must be in 1 … 3 for a model of 4 layers, got 4"),
         ({"strategy": "beam"}, ValueError, "unknown strategy 'beam'"),
+        ({"strategy": "early_exit", "exit_layer": "auto"}, ValueError, "exit_layer must be an int for .* got 'auto'"),
         ({"draft_threshold": -0.1}, ValueError, r"draft_threshold must be in \[0, 1\], got -0.1"),
         ({"eos_token_id": [200]}, ValueError, "eos_token_id 200 is outside the vocabulary of 101"),
         ({"sampling": "greedy"}, TypeError, "sampling must be a SamplingParams, got str"),

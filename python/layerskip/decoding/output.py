@@ -102,7 +102,7 @@ class GenerationOutput:
     rows : tuple of Stats
         Of each sequence.
     reasons : tuple of str
-        Why each sequence ended: "eos", "stop", "length" or "cancelled".
+        Why each sequence ended: "eos", "stop", "length", "cancelled" or "error".
     """
 
     sequences: Tensor

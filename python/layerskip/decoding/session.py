@@ -148,7 +148,7 @@ class Session:
             that comes before it, drafts included. It must not keep or change either. It comes after bias and
             repetition penalty and before the temperature.
         should_stop : callable, optional
-            ``(new tokens so far) -> bool``, once for every token that is emitted.
+            ``(new tokens so far) -> bool``, once for every token that is emitted. Neither hook may call the session.
 
         Returns
         -------
@@ -240,6 +240,8 @@ class Session:
             validation.count_or_auto("num_speculations", count, self.max_speculations),
             validation.real("draft_threshold", draft_threshold, 0.0, 1.0),
         )
+        if strategy == "early_exit" and plan.exit_layer is None:
+            raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {exit_layer!r}")
         return plan if strategy == "self_speculative" else replace(plan, draft_threshold=0.0)
 
     def _seed(self, params: SamplingParams) -> int:
