@@ -112,10 +112,18 @@ __global__ void increment_kernel(const float* y, float* out) {
   out[threadIdx.x] = y[threadIdx.x] + 1.0f;
 }
 
-inline cudaError_t chain(const float* x, float* y, float* out, int64_t n, cudaStream_t stream) {
+// The mistake of reading before the wait.
+__global__ void hasty_kernel(const float* y, float* out) {
+  const float value = y[threadIdx.x];
+  ptx::dependency_wait();
+  out[threadIdx.x] = value + 1.0f;
+}
+
+inline cudaError_t chain(const float* x, float* y, float* out, int64_t n, bool hasty, cudaStream_t stream) {
   const dim3 block(static_cast<unsigned>(n));
   LSK_LAUNCH(launch({.grid = dim3(1), .block = block, .stream = stream}, double_kernel, x, y));
-  return launch({.grid = dim3(1), .block = block, .stream = stream, .dependent = true}, increment_kernel, y, out);
+  const Launch second{.grid = dim3(1), .block = block, .stream = stream, .dependent = true};
+  return launch(second, hasty ? hasty_kernel : increment_kernel, y, out);
 }
 
 }  // namespace lsk::sample

@@ -40,7 +40,7 @@ def product(lib: Library, dtype: torch.dtype, seed: int = 0) -> None:
 
 def chain(lib: Library, seed: int = 0, arch: int = 90) -> None:
     x, y, out = torch.randn(64), nans(64), nans(64)
-    lib.call("chain", x, y, out, 64, writes=(y, out), seed=seed, arch=arch)
+    lib.call("chain", x, y, out, 64, False, writes=(y, out), seed=seed, arch=arch)
     assert torch.equal(out, 2 * x + 1)
 
 
@@ -65,6 +65,15 @@ def test_matrix_products(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dependent_launches(seed: int, arch: int) -> None:
     chain(library("sample"), seed, arch)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_read_before_the_wait_sees_what_was_there_before(seed: int) -> None:
+    """On a card that has dependent launches; elsewhere the launch before has ended."""
+    for arch, early in ((90, True), (80, False)):
+        x, y, out = torch.randn(64), torch.zeros(64), nans(64)
+        library("sample").call("chain", x, y, out, 64, True, writes=(y, out), seed=seed, arch=arch)
+        assert torch.equal(out, torch.ones(64) if early else 2 * x + 1)
 
 
 def test_int8_products() -> None:
@@ -126,7 +135,7 @@ def test_a_misaligned_view() -> None:
 
 def test_a_launch_that_the_device_refuses() -> None:
     with pytest.raises(EmulationError, match="chain gave CUDA error 9"):
-        library("sample").call("chain", None, None, None, 1025)
+        library("sample").call("chain", None, None, None, 1025, False)
 
 
 @cache

@@ -20,7 +20,9 @@ EMULATED(product)(const void* a, const void* b, float* d, int64_t dtype) {
   return sample::product(static_cast<const __half*>(a), static_cast<const __half*>(b), d, nullptr);
 }
 
-EMULATED(chain)(const float* x, float* y, float* out, int64_t n) { return sample::chain(x, y, out, n, nullptr); }
+EMULATED(chain)(const float* x, float* y, float* out, int64_t n, int64_t hasty) {
+  return sample::chain(x, y, out, n, hasty != 0, nullptr);
+}
 
 EMULATED(product_s8)(const int8_t* a, const int8_t* b, int* d) { return sample::product_s8(a, b, d, nullptr); }
 
