@@ -25,21 +25,29 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// This lane's part of the squares of row `row`: eight loads at a time, so that they are under way together.
+// This lane's part of the squares of a row. Eight loads at a time are under way together: what lies past the row's end
+// is not masked, which would take a predicate each, but replaced by its last chunk, and not added.
 template <bool Aligned, class T>
 __device__ __forceinline__ float own_squares(const T* row, int width) {
   constexpr int kBatch = 8;
-  const int warp = threadIdx.x / 32, own = own_blocks<T>(width, warp);
+  const int warp = threadIdx.x / 32, t = threadIdx.x % 4, own = own_blocks<T>(width, warp);
   float sum = 0.0f;
   for (int begin = 0; begin < own; begin += kBatch) {
     Chunk<T> chunks[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int column = own_column<T>(begin + i, warp, threadIdx.x % 4);
-      chunks[i] = load_chunk<Aligned>(row, column, begin + i < own ? width : 0);
+      const int column = own_column<T>(begin + i, warp, t);
+      if constexpr (Aligned) {
+        chunks[i] = *reinterpret_cast<const Chunk<T>*>(row + min(column, width - kChunk<T>));
+      } else {
+        chunks[i] = load_chunk<false>(row, column, width);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) sum = add_squares(chunks[i], sum);
+    for (int i = 0; i < kBatch; ++i) {
+      const float added = add_squares(chunks[i], sum);
+      sum = own_column<T>(begin + i, warp, t) < width ? added : sum;
+    }
   }
   return sum;
 }
@@ -53,8 +61,8 @@ __device__ __forceinline__ void inverse_rms(const Rows<const T>& x, int count, i
   float sums[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (g + 8 * half >= count) break;
-    const T* row = x.row(g + 8 * half);
+    if (8 * half >= count) break;
+    const T* row = x.row(min(g + 8 * half, count - 1));
     sums[half] = aligned ? own_squares<true>(row, width) : own_squares<false>(row, width);
   }
 #pragma unroll
