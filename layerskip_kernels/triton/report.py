@@ -23,7 +23,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import _config, accept, accept_sampled, early_exit_loss, exit_head, partial_forward, skip_gradients_below
+from . import (
+    _config,
+    accept,
+    accept_sampled,
+    draft,
+    early_exit_loss,
+    exit_head,
+    partial_forward,
+    skip_gradients_below,
+)
 from ._launch import PDL_COMPILES
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
@@ -175,10 +184,10 @@ def _sampling_launches(hidden: Tensor, norm: Tensor, head: Tensor, extra: tuple[
     token_map, scale = extra or (None, None)
     exit_head.exit_head(hidden, norm, head, 1e-5, token_map, scale, temperature, seed, seed, logits[0])
     exit_head.exit_head(hidden, norm, norm.new_empty(vocabulary, norm.shape[0]), 1e-5, logits=logits[1])
-    draft = torch.empty(batch, rows - 1, dtype=torch.int64, device="meta")
+    drafts = torch.empty(batch, rows - 1, dtype=torch.int64, device="meta")
     scores = [one.view(batch, rows, -1) for one in logits]
     accept_sampled.accept_sampled(
-        draft, scores[0][:, 1:], scores[1], seed[:batch], temperature[:batch], seed[:batch], token_map
+        drafts, scores[0][:, 1:], scores[1], seed[:batch], temperature[:batch], seed[:batch], token_map
     )
 
 
@@ -203,16 +212,18 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
     scored = shape.vocabulary // 2 if full else shape.vocabulary
     head = empty(scored, shape.hidden, kind=torch.int8 if full else dtype)
     extra = (empty(scored, kind=torch.int64), empty(scored, kind=torch.float32)) if full else ()
-    draft, target = empty(batch, rows - 1, kind=torch.int64), empty(batch, rows, kind=torch.int64)
+    drafts, target = empty(batch, rows - 1, kind=torch.int64), empty(batch, rows, kind=torch.int64)
     with recorded() as found:
         hidden, weights = empty(batch, rows, shape.hidden), _layer(shape, dtype, full)
         slots = lengths if full else None
         k_cache, v_cache, cos, sin = *cache, *angles
         partial_forward.partial_forward(hidden, weights, k_cache, v_cache, cos, sin, lengths, 0, 1, 1e-5, slots)
         hidden, norm = hidden.view(-1, shape.hidden), empty(shape.hidden)
+        embedding, caches = empty(shape.vocabulary, shape.hidden), (k_cache, v_cache, cos, sin, lengths)
+        draft.draft(lengths, embedding, weights, *caches, 1, norm, embedding, 1e-5, 1, False, slots=slots)
         exit_head.exit_head(hidden, norm, head, 1e-5, *extra)
         _sampling_launches(hidden, norm, head, extra, shape.vocabulary)
-        accept.accept_greedy(draft, target, lengths)
+        accept.accept_greedy(drafts, target, lengths)
         _loss_launches(empty(3, 2048, shape.hidden), empty(shape.vocabulary, shape.hidden))
     return list({launch.name: launch for launch in found}.values())
 

@@ -58,7 +58,7 @@ def test_draft_is_its_steps(sampled: bool, dtype: torch.dtype, device: torch.dev
             out = lk.exit_head(hidden[:, 0], *head, *noise, logits)
         token = out.token
         same_bits(drafted.tokens[:, row], token)
-        same_bits(drafted.probability[:, row], (out.logit - out.logsumexp).exp())
+        close(drafted.probability[:, row], (out.logit - out.logsumexp).exp(), 1e-6)  # exp is another one
         same_bits(written[-1][:, row], logits)
 
 
@@ -73,6 +73,26 @@ def test_a_draft_stops_where_it_is_unsure(device: torch.device) -> None:
     assert (stopped.tokens == -1).any()
     for mine, true in zip((stopped.states, stopped.probability), (truth.states, truth.probability), strict=True):
         close(mine, true, 1e-5)
+
+
+def test_a_head_that_is_not_finite_ends_a_draft_only_with_a_threshold(device: torch.device) -> None:
+    args = arguments("draft", torch.float32, device, min_probability=0.0)
+    args["scale"] = torch.full_like(args["scale"], float("nan"))
+    for args["min_probability"], states in ((0.0, 3), (0.01, 1)):
+        out, _ = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
+        truth, _ = on_backend("reference", lk.draft, *positional(args, *DRAFT_REST))
+        assert (out.tokens == -1).all()
+        assert (out.states != 0).any(2).sum(1).tolist() == [states] * 2
+        for mine, true in zip((out.states, out.probability), (truth.states, truth.probability), strict=True):
+            close(mine, true, 1e-5)
+
+
+def test_a_token_that_is_none(device: torch.device) -> None:
+    args = arguments("draft", torch.float32, device, token=torch.tensor([3, -1]))
+    if device.type != "cpu":
+        pytest.skip("on a card looking would be a host sync")
+    with lk.use_backend("triton"), pytest.raises(ValueError, match="token -1 is outside the vocabulary of 37"):
+        lk.draft(*positional(args, *DRAFT_REST))
 
 
 @pytest.mark.parametrize("sampled", [False, True])

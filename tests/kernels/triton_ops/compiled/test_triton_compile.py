@@ -25,7 +25,7 @@ CASES = {
 KERNELS = {
     "rms_norm", "linear", "linear_finish", "qkv", "swiglu", "rope_kv_append", "verify_attention",
     "verify_attention_finish", "exit_head", "exit_head_finish", "accept_greedy", "row_statistics", "accept_sampled",
-    "accept_sampled_finish",
+    "accept_sampled_finish", "draft_step",
     "early_exit_loss", "early_exit_loss_finish", "softmax_slope", "accumulate", "rms_norm_backward",
 }  # fmt: skip
 

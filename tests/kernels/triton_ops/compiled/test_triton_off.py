@@ -30,7 +30,8 @@ def test_the_document_lists_every_launch() -> None:
 def test_a_round_looks_at_no_value(sampled: bool) -> None:
     """Tensors on the device "meta" have none, so a look raises; the launches of a round, which a graph holds, counted.
 
-    A layer takes 10 here: its down projection is split. A head takes 3, accept_greedy 1, accept_sampled 4.
+    A layer takes 10 here: its down projection is split. A head takes 3, the end of a draft's step 1, accept_greedy 1,
+    accept_sampled 4.
     """
     shape, layers, exits, steps = report.LLAMA_1B, 16, 4, 6
 
@@ -48,5 +49,5 @@ def test_a_round_looks_at_no_value(sampled: bool) -> None:
             token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5, steps, None, None, None,
             None, 0.5, *noise,
         )  # fmt: skip
-    drafting, verifying = (steps + 1) * exits * 10 + steps * 3, (layers - exits) * 10 + 3
+    drafting, verifying = (steps + 1) * exits * 10 + steps * 4, (layers - exits) * 10 + 3
     assert len(found) == drafting + verifying + (4 if sampled else 1)
