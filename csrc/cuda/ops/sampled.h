@@ -1,0 +1,60 @@
+// accept_sampled's arguments out of tensors, and its scratch: for the op and for speculative_round.
+#pragma once
+
+#include "cuda/accept.h"
+#include "cuda/ops/tensors.h"
+
+namespace lsk {
+
+class SampledScratch {
+ public:
+  // For drafts [B, K] out of a head of `few` rows, verified by one of `many`.
+  SampledScratch(const Tensor& draft, int64_t few, int64_t many, bool mapped)
+      : few_(few),
+        many_(many),
+        stretches_(accept_stretches(many, few)),
+        rows_(scratch_bytes(draft, draft.size(0) * (2 * draft.size(1) + 1) * stretches_ * bytes<Choice>())),
+        picks_(scratch_bytes(draft, draft.size(0) * stretches_ * bytes<Pick>())),
+        inverse_(scratch_bytes(draft, mapped ? many * bytes<int>() : 0)),
+        mapped_(mapped) {
+    STD_TORCH_CHECK(few > 0 && many > 0, "a head has no rows");
+    STD_TORCH_CHECK(mapped || few == many, "a draft's head of ", few, " rows for ", many, " tokens needs a token_map");
+    check_sizes({few, many});
+  }
+
+  SampledArgs args(const Tensor& draft, const Tensor& draft_logits, const Tensor& target_logits, const Tensor& seq_lens,
+                   const Tensor& temperature, const Tensor& seed, const std::optional<Tensor>& token_map,
+                   Tensor& accepted, Tensor& next_token) const {
+    const int64_t batch = draft.size(0), drafted = draft.size(1);
+    return {data<int64_t>(draft, "draft", {batch, drafted}),
+            data<float>(draft_logits, "draft_logits", {batch, drafted, few_}),
+            data<float>(target_logits, "target_logits", {batch, drafted + 1, many_}),
+            data<int64_t>(seq_lens, "seq_lens", {batch}),
+            data<float>(temperature, "temperature", {batch}),
+            data<int64_t>(seed, "seed", {batch}),
+            data<int64_t>(token_map, "token_map", {few_}),
+            static_cast<int64_t*>(accepted.data_ptr()),
+            static_cast<int64_t*>(next_token.data_ptr()),
+            batch,
+            drafted,
+            few_,
+            many_,
+            static_cast<Choice*>(rows_.data_ptr()),
+            static_cast<Pick*>(picks_.data_ptr()),
+            mapped_ ? static_cast<int*>(inverse_.data_ptr()) : nullptr,
+            stretches_};
+  }
+
+ private:
+  template <class T>
+  static int64_t bytes() {
+    return static_cast<int64_t>(sizeof(T));
+  }
+
+  int64_t few_, many_;
+  int stretches_;
+  Tensor rows_, picks_, inverse_;
+  bool mapped_;
+};
+
+}  // namespace lsk
