@@ -115,8 +115,11 @@ struct Sequence {
 
   __device__ __forceinline__ bool valid(int64_t row) const { return fabsf(log_sum_exp(rows[row])) < INFINITY; }
 
+  __device__ __forceinline__ float scaled(int64_t row, int64_t token) const {
+    return logits_of(a, b, row)[token] / divisor;
+  }
   __device__ __forceinline__ float log_p(int64_t row, int64_t token) const {
-    return logits_of(a, b, row)[token] / divisor - log_sum_exp(rows[row]);
+    return scaled(row, token) - log_sum_exp(rows[row]);
   }
 
   // -inf for a token that the draft's head does not have.
@@ -181,13 +184,14 @@ __global__ void __launch_bounds__(kMaxThreads) accept_decide_kernel(SampledArgs 
   if (!sampled) return;
   const bool rejected = count < a.drafted && a.draft[b * a.drafted + count] >= 0;
   const Noise noise = sequence.noise(count, kTargetStream);
+  const float total = log_sum_exp(rows[count]);
   Pick own = no_pick();
   for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, a.vocabulary); v += blockDim.x) {
     const int token = static_cast<int>(v);
-    const float log_p = sequence.log_p(count, v), gumbel = noise.gumbel(static_cast<uint32_t>(v));
-    merge(own.plain, {log_p + gumbel, token});
+    const float scaled = sequence.scaled(count, v), gumbel = noise.gumbel(static_cast<uint32_t>(v));
+    merge(own.plain, {scaled + gumbel, token});
     if (rejected) {
-      const float residual = logf(fmaxf(expf(log_p) - expf(sequence.log_q(count, v)), 0.0f));
+      const float residual = logf(fmaxf(expf(scaled - total) - expf(sequence.log_q(count, v)), 0.0f));
       merge(own.residual, {residual + gumbel, token});
     }
   }
