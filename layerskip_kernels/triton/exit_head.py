@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._config import Config, pick, streaming_options
+from ._config import Config, block_k, pick, streaming_options
 from ._launch import ROWS, check_temperature, launch_options, on, wait_for_inputs
 from ._noise import DRAW, gumbel, warmth
 from ._tiles import row_dot
@@ -144,7 +144,8 @@ def exit_head(
     x, samples = rms_norm(hidden, norm_weight, eps), temperature is not None
     draw = (temperature, seed, offset, logits)
     stride = 0 if logits is None else logits.stride(0)
-    options = SPACIOUS if logits is not None and x.element_size() == 2 else {}
+    pipelined = depth % block_k(x.element_size()) == 0  # whole tiles; others need registers for masks, and get them
+    options = SPACIOUS if logits is not None and pipelined and x.element_size() == 2 else {}
 
     def run(config: Config) -> list[Tensor]:
         tiles = triton.cdiv(vocabulary, config.block_n)
