@@ -354,6 +354,11 @@ def speculative_round(
         )
     if temperature is not None or seed is not None:
         sampling(embedding, batch, temperature=temperature, seed=seed)
+        require(
+            min_probability == 0,
+            f"min_probability is {min_probability} with a temperature: dropping what was drawn because it is "
+            "improbable would change the distribution",
+        )
 
 
 def early_exit_loss(

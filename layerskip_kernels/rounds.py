@@ -224,8 +224,11 @@ def speculative_round(
         K.
     draft_weight, draft_map, draft_scale
         A head for the drafts, as `exit_head` takes it; by default the full one.
-    slots, min_probability, temperature, seed
+    slots, temperature, seed
         As `draft` takes them.
+    min_probability : float
+        As `draft` takes it, and without a temperature: to drop what was drawn because it is improbable would change the
+        distribution of what is emitted.
 
     Returns
     -------

@@ -59,10 +59,10 @@ def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
     for name in ("k_cache", "v_cache"):
         args[name] = torch.cat([args[name], args[name].narrow(rows, 0, 1)], rows)
     args["slots"] = torch.tensor([2, 0])
-    if op in ("draft", "speculative_round"):
-        args.update(min_probability=0.05, **draws)
+    if op == "speculative_round":
+        args.update(min_probability=0.0, **draws)
     if op == "draft":
-        args["logits"] = torch.zeros(B, K, V)
+        args.update(min_probability=0.05, **draws, logits=torch.zeros(B, K, V))
     return args
 
 

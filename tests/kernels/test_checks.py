@@ -146,6 +146,7 @@ OPTIONS = [
     ("draft", "logits", shape(2, 4, 36), ValueError, "logits has shape [2, 4, 36], expected [2, 4, 37]"),
     ("draft", "logits", strided, ValueError, "the rows of logits must be contiguous, its strides are (296, 74, 2)"),
     ("speculative_round", "min_probability", value(1.5), ValueError, "min_probability must lie in [0, 1], got 1.5"),
+    ("speculative_round", "min_probability", value(0.5), ValueError, "min_probability is 0.5 with a temperature"),
     ("speculative_round", "temperature", value(None), ValueError, "temperature, seed come together"),
     ("speculative_round", "seed", INT, TypeError, "seed has dtype int32, expected int64"),
     ("speculative_round", "slots", shape(3), ValueError, "slots has shape [3], expected [2]"),
