@@ -95,8 +95,7 @@ def test_a_token_that_is_none(device: torch.device) -> None:
         lk.draft(*positional(args, *DRAFT_REST))
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("min_probability", [0.0, 0.2])
+@pytest.mark.parametrize(("min_probability", "sampled"), [(0.0, False), (0.2, False), (0.0, True)])
 def test_speculative_round(min_probability: float, sampled: bool, device: torch.device) -> None:
     """Bit for bit the public ops in a row, in slots of a larger cache; the tokens and lengths are the reference's."""
     more = {**(draws(device) if sampled else {}), "min_probability": min_probability}
