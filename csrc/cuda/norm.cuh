@@ -109,7 +109,7 @@ __device__ __forceinline__ Chunk<T> normed(const Chunk<T>& x, float inverse, con
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     rms_norm_kernel(Rows<const T> x, const T* weight, float eps, int64_t rows, int width, bool aligned, Rows<T> out) {
   __shared__ float scratch[kWarps * kTokens];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
