@@ -198,26 +198,27 @@ __device__ __forceinline__ void load_sampling(const HeadSampling& from, int64_t 
                     static_cast<uint64_t>(from.position[first + r] + from.ahead), kDraftStream};
 }
 
-// Normed states, rounded to T, zero past the width.
+// Normed states, rounded to T, zero past the width. All threads share the rows' chunks, so that one state takes no
+// longer than an eighth of eight.
 template <class T, class W>
 __device__ __forceinline__ void load_states(const HeadArgs<T, W>& a, int64_t first, int rows, T* states) {
   __shared__ float scratch[kWarps * kTokens];
-  const int width = static_cast<int>(a.head.width), padded = a.pitch - kPitchPadding<T>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  __shared__ float inverses[kTokens];
+  const int width = static_cast<int>(a.head.width), chunks = (a.pitch - kPitchPadding<T>) / kChunk<T>;
   const Rows<const T> x{a.hidden.row(first), a.hidden.pitch};
   float inverse[2];
   inverse_rms(x, rows, width, a.head.eps, a.states_aligned, scratch, inverse);
-#pragma unroll 2
-  for (int i = 0; i < own_blocks<T>(padded, warp); ++i) {
-    const int column = own_column<T>(i, warp, t);
+  if (threadIdx.x < 32 && threadIdx.x % 4 == 0) {
+    inverses[threadIdx.x / 4] = inverse[0];
+    inverses[threadIdx.x / 4 + 8] = inverse[1];
+  }
+  __syncthreads();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < rows * chunks; i += kThreads) {
+    const int row = i / chunks, column = i % chunks * kChunk<T>;
     const Chunk<T> factors = load_chunk(a.head.norm_weight, column, width, a.states_aligned);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = g + 8 * half;
-      if (row < rows)
-        *reinterpret_cast<Chunk<T>*>(states + row * a.pitch + column) =
-            normed(load_chunk(x.row(row), column, width, a.states_aligned), inverse[half], factors);
-    }
+    *reinterpret_cast<Chunk<T>*>(states + row * a.pitch + column) =
+        normed(load_chunk(x.row(row), column, width, a.states_aligned), inverses[row], factors);
   }
 }
 
@@ -264,6 +265,8 @@ __global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T, W> a
       a.head.weight, a.head.vocabulary, a.head.width, start, step, memory + warp * a.stages * kStageBytes,
       a.stages,      a.weight_aligned};
   for (int i = 1; i < a.stages; ++i) ring.fetch();
+  for (int k = threadIdx.x * kChunk<T>; k < a.head.width; k += kThreads * kChunk<T>)
+    ptx::prefetch_l2(a.head.norm_weight + k);
   ptx::dependency_wait();
   load_states(a, first, rows, states);
   load_sampling(a.sampling, first, rows, &sampling);
