@@ -218,6 +218,31 @@ class TestDecoder:
             assert decoder._cos.shape == decoder._sin.shape == (rows, SIZE // 2)
 
 
+class TestSlots:
+    def test_a_slot_is_a_view(self):
+        cache = SharedKVCache(2, 3, 2, 5, 8)
+        own = cache.slot(1)
+        own.k.fill_(1)
+        own.seq_lens.fill_(4)
+        assert own.batch_size == 1
+        assert cache.k[:, 1].eq(1).all()
+        assert cache.k[:, [0, 2]].eq(0).all()
+        assert cache.seq_lens.tolist() == [0, 4, 0]
+        for index in (-1, 3):
+            with pytest.raises(ValueError, match=rf"slot must be in 0 … 2, got {index}"):
+                cache.slot(index)
+
+    def test_rows_go_to_the_slots_that_they_name(self):
+        decoder = make_decoder()
+        hidden, lengths = states(2, 3), torch.tensor([2, 0])
+        plain, many = decoder.new_cache(2, 8), decoder.new_cache(4, 8)
+        expected = decoder(hidden, plain, seq_lens=lengths)
+        out = decoder(hidden, many, seq_lens=lengths, slots=torch.tensor([3, 1]))
+        assert torch.equal(out, expected)
+        assert torch.equal(many.k[:, [3, 1]], plain.k)
+        assert many.v[:, [0, 2]].eq(0).all()
+
+
 class TestExitHead:
     def make(self, vocabulary=61, width=WIDTH, dtype=torch.float32):
         generator = torch.Generator().manual_seed(3)
@@ -232,6 +257,18 @@ class TestExitHead:
         flat = exit_head(hidden.reshape(-1, WIDTH), head.norm_weight.detach(), head.head_weight.detach(), 1e-5)
         assert torch.equal(out.token.reshape(-1), flat.token)
         assert torch.equal(out.logsumexp.reshape(-1), flat.logsumexp)
+
+    def test_it_draws_and_writes_logits(self):
+        head, hidden = self.make(), torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+        logits = torch.empty(4, 61)
+        greedy = head(hidden, logits=logits)
+        assert torch.equal(logits.argmax(-1), greedy.token)
+        rows = torch.arange(4)
+        temperature = torch.tensor([0.0, 0.0, 5.0, 5.0])
+        drawn = [head(hidden, temperature, rows + seed, rows).token for seed in (0, 0, 9)]
+        assert torch.equal(drawn[0], drawn[1])
+        assert torch.equal(drawn[0][:2], greedy.token[:2])
+        assert not torch.equal(drawn[0], drawn[2])
 
     def test_int8_rows_are_within_half_a_step(self):
         head = self.make()
