@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerskip_kernels._ops import SCHEMAS
+import layerskip_kernels  # noqa: F401  (defines the ops)
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TYPES = {
@@ -18,6 +18,7 @@ TYPES = {
     "int": "int64_t",
     "float": "double",
     "bool": "bool",
+    "str": "const std::string&",
 }
 
 
@@ -26,8 +27,7 @@ def implementations() -> list[tuple[str, str, str]]:
     found = []
     for path in sorted(CSRC.glob("*/**/*.cpp")) + sorted(CSRC.glob("*/**/*.cu")):
         for op, function in re.findall(r'm\.impl\("(\w+)",\s*TORCH_BOX\(&lsk::(\w+)\)', path.read_text()):
-            if op in SCHEMAS:
-                found.append((str(path.relative_to(CSRC)), op, function))
+            found.append((str(path.relative_to(CSRC)), op, function))
     return found
 
 
@@ -49,4 +49,4 @@ def test_matches_the_schema(source: str, op: str, function: str) -> None:
 def test_every_registration_is_seen() -> None:
     sources = [*CSRC.glob("*/**/*.cpp"), *CSRC.glob("*/**/*.cu")]
     count = sum(len(re.findall(r'm\.impl\("(\w+)"', path.read_text())) for path in sources)
-    assert count == len(implementations()) + 1  # cpu_isa is no op
+    assert count == len(implementations()) > 0
