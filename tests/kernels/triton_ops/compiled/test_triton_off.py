@@ -47,7 +47,7 @@ def test_a_round_looks_at_no_value(sampled: bool) -> None:
     with report.recorded() as found:
         speculative_round.speculative_round(
             token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5, steps, None, None, None,
-            None, 0.5, *noise,
+            None, 0.0 if sampled else 0.5, *noise,
         )  # fmt: skip
     drafting, verifying = (steps + 1) * exits * 10 + steps * 4, (layers - exits) * 10 + 3
     assert len(found) == drafting + verifying + (4 if sampled else 1)
