@@ -242,8 +242,13 @@ def test_ranks_that_drop_different_layers_do_not_hang(tmp_path: Path, sharding: 
 
 
 @pytest.mark.slow
-def test_two_processes_resume_exactly(tmp_path: Path) -> None:
-    options = {"output": str(tmp_path), "steps": 4, "save_steps": 2}
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"shallow": 0.5, "replay": True}, FSDP, {**FSDP, "shallow": 0.5, "replay": True}],
+    ids=["DDP", "DDP with replay", "FSDP", "FSDP with replay"],
+)
+def test_two_processes_resume_exactly(tmp_path: Path, changes: dict) -> None:
+    options = {"output": str(tmp_path), "steps": 4, "save_steps": 2, **changes}
     whole = launch(2, **options)
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = json.loads((tmp_path / "result.json").read_text())

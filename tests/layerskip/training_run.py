@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import tiny_model
 from transformers import TrainingArguments
@@ -39,6 +40,7 @@ class ShardedOnCpu(LayerSkipTrainer):
         state = self.accelerator.state
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
         state.distributed_type = DistributedType.FSDP
+        PartialState().distributed_type = DistributedType.FSDP  # every new AcceleratorState copies it
         self.is_fsdp_enabled = True
 
 
