@@ -153,7 +153,7 @@ def test_the_recipe_of_smollm2() -> None:
 
     recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
     recipe.check_exits(30)
-    assert by_layer(recipe.lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [12] * 24
+    assert by_layer(recipe.lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [8] * 24
 
 
 def test_the_docs_name_every_key_of_a_recipe() -> None:
