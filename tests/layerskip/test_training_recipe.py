@@ -61,6 +61,7 @@ WRONG_RECIPES = {
         "replay.tasks: text must be above 0, got 0",
     ),
     "a key of the replay": ({"replay": {"task": ["text"]}}, "replay: unknown key 'task', did you mean 'tasks'"),
+    "a LoRA adapter in a full run": ({"method": "full", "adapter": "out/adapter"}, "adapter 'out/adapter' is a LoRA's"),
     "an unknown time scale": ({"layer_dropout": {"scale": "cubic"}}, "layer_dropout.scale is 'cubic'"),
 }
 
@@ -324,6 +325,30 @@ def test_the_train_command_on_ranges_of_ranks_and_shares_of_tasks(
     adapted = PeftModel.from_pretrained(load(model)[0], output / "adapter")
     scalings = {part.scaling["default"] for part in adapted.modules() if isinstance(getattr(part, "scaling", 0), dict)}
     assert scalings == {1.0}
+
+
+def test_the_train_command_goes_on_from_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    """It starts with what the adapter holds, keeps its ranks, and gives an adapter of the same base."""
+    from safetensors.torch import load_file
+
+    model, first, second = save_tiny(tmp_path / "base"), tmp_path / "first", tmp_path / "second"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\ntasks: [{pairs_file(tmp_path / 'pairs.jsonl')}]\nbatch_size: 8\nexit_layers: [1, 2]\nsteps: 2\n"
+    )
+    assert main(["train", str(recipe), "--set", "lora_rank={0: 6, 1-3: 2}", "--set", f"output={first}"]) == 0
+    go_on = ["train", str(recipe), "--set", f"adapter={first / 'adapter'}", "--set", f"output={second}"]
+    assert main([*go_on, "--set", "learning_rate=1.0e-12"]) == 0
+    before, after = (load_file(output / "adapter" / "adapter_model.safetensors") for output in (first, second))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items()), "a rate of nearly 0 changes no bf16"
+    assert main([*go_on, "--set", "learning_rate=0.01"]) == 0
+    after = load_file(second / "adapter" / "adapter_model.safetensors")
+    assert not any(torch.equal(value, before[name]) for name, value in after.items() if "lora_B" in name)
+    assert main(["train", str(recipe), "--set", f"adapter={tmp_path}"]) == 2
+    assert "has no adapter_config.json, so it is no LoRA adapter" in capsys.readouterr().err
 
 
 def test_the_train_command_with_replay_and_a_sampled_head(

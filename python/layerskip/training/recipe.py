@@ -53,7 +53,8 @@ class Recipe:
 
     ``steps`` counts optimizer steps and wins over ``epochs``. ``tasks`` are names that `layerskip.training.data` knows,
     or paths of JSON-lines files with ``prompt`` and ``completion``; a mapping also gives each one's share of the
-    examples. ``lora_rank`` is one rank or a mapping of layers to ranks, see `by_layer`. ``schedule`` "wsd" warms up,
+    examples. ``lora_rank`` is one rank or a mapping of layers to ranks, see `by_layer`; ``adapter`` is the folder of a
+    LoRA adapter to go on from, whose ranks stay what they are. ``schedule`` "wsd" warms up,
     stays, and decays linearly over the last third. ``exit_layers`` are the candidates (default: all);
     ``exits_per_step`` is for the random curriculum, ``rotate_every`` for the rotational one; ``shallow_steps`` is the
     probability that a step stops at its deepest early exit. ``learning_rate`` is one rate or, as ``lora_rank``, a
@@ -66,6 +67,7 @@ class Recipe:
     tasks: list[str] | dict[str, float] = field(default_factory=lambda: ["parsing"])
     method: str = "lora"
     lora_rank: int | dict[str, int] = 32
+    adapter: str | None = None
     freeze_embedding: bool = True
     precision: str = "bf16"
     learning_rate: float | dict[str, float] = 2e-3
@@ -117,6 +119,8 @@ class Recipe:
             raise ValueError(f"beta2 must be in (0, 1), got {self.beta2}")
         if self.head_sample < 0:
             raise ValueError(f"head_sample must not be negative, got {self.head_sample}")
+        if self.adapter is not None and self.method != "lora":
+            raise ValueError(f"adapter {self.adapter!r} is a LoRA's, method is {self.method!r}")
         self._check_batches()
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")

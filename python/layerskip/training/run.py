@@ -63,6 +63,8 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     model, tokenizer = load(source, dtype=frozen_dtype)
     recipe.check_exits(model.config.num_hidden_layers)
     if recipe.method == "lora":
+        if recipe.adapter is not None:
+            return _trainable(_adapter(model, Path(recipe.adapter))), tokenizer
         return _with_lora(model, by_layer(recipe.lora_rank, model.config.num_hidden_layers, "lora_rank")), tokenizer
     model.float()
     if recipe.freeze_embedding:
@@ -81,7 +83,19 @@ def _with_lora(model: Any, ranks: Sequence[int]) -> Any:
         r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others), target_modules=list(PROJECTIONS),
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    adapted: Any = get_peft_model(model, config)
+    return _trainable(get_peft_model(model, config))
+
+
+def _adapter(model: Any, folder: Path) -> Any:
+    """The model with an adapter that was trained before, to be trained further."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"adapter: {folder} has no adapter_config.json, so it is no LoRA adapter")
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
+def _trainable(adapted: Any) -> Any:
     for module in adapted.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # autocast takes care; PEFT would widen every input to fp32
