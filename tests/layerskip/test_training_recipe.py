@@ -336,7 +336,8 @@ def test_the_train_command_goes_on_from_an_adapter(
     model, first, second = save_tiny(tmp_path / "base"), tmp_path / "first", tmp_path / "second"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {model}\ntasks: [{pairs_file(tmp_path / 'pairs.jsonl')}]\nbatch_size: 8\nexit_layers: [1, 2]\nsteps: 2\n"
+        f"model: {model}\ntasks: [{pairs_file(tmp_path / 'pairs.jsonl')}]\nbatch_size: 8\nexit_layers: [1, 2]\n"
+        "steps: 2\n"
     )
     assert main(["train", str(recipe), "--set", "lora_rank={0: 6, 1-3: 2}", "--set", f"output={first}"]) == 0
     go_on = ["train", str(recipe), "--set", f"adapter={first / 'adapter'}", "--set", f"output={second}"]
