@@ -63,7 +63,8 @@ def card_reason(build: CudaBuild, capability: tuple[int, int], name: str) -> str
         digits = arch.strip("compute_af ")
         built = (int(digits[:-1]), int(digits[-1]))
         if "compute_" in arch:
-            fits = built <= capability and not arch.endswith("a")
+            # A driver compiles no PTX newer than itself: minor versions are compatible for machine code only.
+            fits = built <= capability and not arch.endswith(("a", "f")) and build.driver >= build.toolkit
         else:
             fits = built == capability or (built[0] == major and built[1] <= minor and not arch.endswith("a"))
         if fits:

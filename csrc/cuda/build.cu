@@ -1,6 +1,7 @@
 // What `_extension.py` asks of the library before it is used: the architectures that it was compiled for, and the
 // versions of the toolkit and the driver (as 1000 major + 10 minor).
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #define LSK_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -8,8 +9,12 @@ LSK_EXPORT const char* layerskip_cuda_archs() { return LSK_CUDA_ARCHS; }
 
 LSK_EXPORT int layerskip_cuda_toolkit() { return CUDART_VERSION; }
 
-// 0 without a driver.
+// 0 without a driver. Not by cudaDriverGetVersion, which calls cuInit: this is asked at import, and after a cuInit
+// neither could a forked child use CUDA nor CUDA_VISIBLE_DEVICES still be set.
 LSK_EXPORT int layerskip_cuda_driver() {
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  if (driver == nullptr) return 0;
+  const auto get = reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDriverGetVersion"));
   int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  return get != nullptr && get(&version) == 0 ? version : 0;
 }

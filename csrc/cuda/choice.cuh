@@ -29,7 +29,7 @@ __device__ __forceinline__ void merge(Choice& own, const Choice& other) {
     own.row = other.row;
   }
   const float peak = fmaxf(own.peak, other.peak), shift = finite_or_zero(peak);
-  own.sum = own.sum * expf(own.peak - shift) + other.sum * expf(other.peak - shift);
+  own.sum = __fmaf_rn(own.sum, expf(own.peak - shift), __fmul_rn(other.sum, expf(other.peak - shift)));
   own.peak = peak;
 }
 

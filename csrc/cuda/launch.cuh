@@ -48,9 +48,15 @@ cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args)
   if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
   constexpr size_t kDefaultShared = 48 * 1024;
   if (where.shared > kDefaultShared) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(where.shared));
+    // One limit for all calls: what another thread or a graph launches of this kernel may need more than this call.
+    constexpr int kStatic = 2048;  // no kernel has more static shared memory
+    int device = 0, most = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status != cudaSuccess) return status;
+    const int wanted = static_cast<int>(where.shared), limit = wanted > most - kStatic ? wanted : most - kStatic;
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  limit);
     if (status != cudaSuccess) return status;
   }
   cudaLaunchAttribute attribute{};

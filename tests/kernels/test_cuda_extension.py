@@ -37,7 +37,7 @@ def test_cards_that_a_full_build_serves(capability: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("archs", "capability"),
     [("80", (9, 0)), ("90a", (8, 0)), ("100a", (10, 3)), ("86", (8, 0)), ("compute_100", (9, 0)), ("90a", (10, 0)),
-     ("compute_90a", (10, 0)), ("80;90a", (12, 0))],
+     ("compute_90a", (10, 0)), ("compute_100f", (12, 0)), ("80;90a", (12, 0))],
 )  # fmt: skip
 def test_cards_that_a_narrow_build_does_not_serve(archs: str, capability: tuple[int, int]) -> None:
     number = "{}{}".format(*capability)
@@ -45,6 +45,14 @@ def test_cards_that_a_narrow_build_does_not_serve(archs: str, capability: tuple[
         f"cuda:1 (Card) has compute capability {capability[0]}.{capability[1]}, but the library was built for {archs}: "
         f"rebuild with LAYERSKIP_CUDA_ARCHS={number}"
     )
+
+
+def test_a_driver_compiles_no_ptx_of_a_newer_toolkit() -> None:
+    build = CudaBuild("90a;compute_90", 13010, 13000)
+    assert card_reason(build, (9, 0), "cuda:0") is None
+    reason = card_reason(build, (12, 0), "cuda:0")
+    assert reason is not None
+    assert "rebuild with LAYERSKIP_CUDA_ARCHS=120" in reason
 
 
 def test_a_card_that_is_too_old() -> None:

@@ -45,10 +45,11 @@ class CudaCapture:
                 function()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
+            if self._pool is None:
+                self._pool = torch.cuda.MemPool()  # which lives on when all graphs are dropped
             # Other threads, which may stream text meanwhile, are free to use the card.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool.id, capture_error_mode="thread_local"):
                 result = function()
-            self._pool = graph.pool()
         return result, graph.replay
 
 
