@@ -92,6 +92,8 @@ class ProcessedRound:
         while made < steps and (made == 0 or token.is_cuda or bool(goes_on.any())):  # on a GPU a look would be a sync
             logits[:, made] = self._process(self._logits(states[:, made], head), made)
             token = self._choose(logits[:, made], rows.seed ^ _DRAFT_SEED, rows.seq_lens + made)
+            goes_on &= logits[:, made].ne(-math.inf).any(-1)  # a reduced head may score no token that is allowed
+            token = torch.where(goes_on, token, NOT_DRAFTED)
             if min_probability:
                 token, goes_on = self._limit(token, logits[:, made], goes_on, min_probability)
             for row, history in enumerate(self._histories):

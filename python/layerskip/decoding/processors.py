@@ -120,7 +120,7 @@ def _checked(processed: object, like: Tensor) -> Tensor:
 def _bias(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Tensor | None:
     if not any(one.logit_bias for one in params):
         return None
-    bias = torch.zeros(len(params), vocab_size)
+    bias = torch.zeros(len(params), vocab_size, dtype=torch.float32)
     for row, one in zip(bias, params, strict=True):
         if one.logit_bias:
             row[list(one.logit_bias)] = torch.tensor(list(one.logit_bias.values()), dtype=torch.float32)

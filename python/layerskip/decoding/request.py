@@ -60,6 +60,7 @@ class Request:
     num_speculations: int
     slot: int = -1  # while it waits
     history: History | None = None
+    reported: int = 0  # how many of its tokens updates have told of
 
     @property
     def processed(self) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 from . import validation
 
+_FP32 = (1e-6, 1e6)  # what logits can be divided by and stay finite in fp32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -20,7 +22,7 @@ class SamplingParams:
     Parameters
     ----------
     temperature : float
-        0 is greedy: the token of the largest logit, after bias and penalty.
+        0 is greedy: the token of the largest logit, after bias and penalty. Else in [1e-6, 1e6].
     top_k : int
         Keep the k largest; 0 keeps all.
     top_p : float
@@ -29,9 +31,9 @@ class SamplingParams:
         Keep tokens at least ``min_p`` times as probable as the most probable one, in [0, 1]; 0 keeps all.
     repetition_penalty : float
         Logits of tokens that the history holds (prompt included) are divided by it where they are positive, multiplied
-        where they are negative (Keskar et al. 2019). 1 does nothing.
+        where they are negative (Keskar et al. 2019). In [1e-6, 1e6]; 1 does nothing.
     logit_bias : mapping of int to float
-        Added to the logits of single tokens; -inf forbids one.
+        Added to the logits of single tokens: in [-1e6, 1e6], or -inf, which forbids one.
     seed : int, optional
         In 0 … 2⁶³ - 1. Seed and position name the noise of a token, so a sequence's samples depend on nothing else.
         Without one the call draws it from its generator.
@@ -51,16 +53,20 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        validation.real("temperature", self.temperature, 0.0, math.inf, open_high=True)
+        if self.temperature != 0:
+            validation.real("temperature", self.temperature, *_FP32)
         validation.integer_in("top_k", self.top_k, 0)
         validation.real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         validation.real("min_p", self.min_p, 0.0, 1.0)
-        validation.real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True, open_high=True)
+        validation.real("repetition_penalty", self.repetition_penalty, *_FP32)
         if self.seed is not None:
             validation.integer_in("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.logit_bias, Mapping):
+            raise TypeError(f"logit_bias must map tokens to numbers, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
             validation.integer_in("logit_bias", token, 0)
-            validation.real(f"logit_bias[{token}]", bias, -math.inf, math.inf, open_high=True)
+            if bias != -math.inf:
+                validation.real(f"logit_bias[{token}]", bias, -_FP32[1], _FP32[1])
 
     @property
     def greedy(self) -> bool:

@@ -105,12 +105,14 @@ class Session:
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
         self._cancelled: list[Request] = []
+        self._updates: list[Update] = []  # of the step that is under way, or was interrupted
         self._free = list(range(cache.batch_size))[::-1]
         self._groups: list[Group] | None = None
 
     def __len__(self) -> int:
         """Requests that have not had their last update."""
-        return len(self._waiting) + len(self._running) + len(self._cancelled)
+        ended = sum(update.finished for update in self._updates)
+        return len(self._waiting) + len(self._running) + len(self._cancelled) + ended
 
     def add(
         self,
@@ -188,17 +190,25 @@ class Session:
     def step(self) -> list[Update]:
         """One round of every running request, and, where slots are free, the prompts of waiting ones.
 
+        An exception that leaves a step (an interrupt, say) loses nothing: the next step goes on from there, and brings
+        the updates of this one, too.
+
         Returns
         -------
         list of Update
             At most one a request.
         """
-        updates = [self._update(request, len(request.transcript.tokens)) for request in self._cancelled]
-        self._cancelled.clear()
-        for group in self._grouped():
-            updates += self._round(group)
-        while self._free and self._waiting:
-            updates.append(self._admit(self._waiting[0]))
+        try:
+            while self._cancelled:
+                self._update(self._cancelled.pop())
+            for group in self._grouped():
+                self._round(group)
+            while self._free and self._waiting:
+                self._admit(self._waiting[0])
+        except BaseException:
+            self._groups = None  # their tensors may be ahead of what was written down
+            raise
+        updates, self._updates = self._updates, []
         return updates
 
     def cancel(self, request_id: int) -> None:
@@ -248,19 +258,25 @@ class Session:
         if params.greedy:
             return 0
         if params.seed is not None:
-            return params.seed
-        device = "cpu" if self._generator is None else self._generator.device
+            return int(params.seed)
+        device = torch.device("cpu") if self._generator is None else self._generator.device
         return int(torch.randint(2**63 - 1, (), generator=self._generator, device=device))
 
-    def _admit(self, request: Request) -> Update:
+    def _admit(self, request: Request) -> None:
         """Read a prompt into a free slot; its first token."""
         request.slot = self._free[-1]
-        token, failures = self._read_prompt(request)
+        try:
+            token, failures = self._read_prompt(request)
+        except Exception as error:  # of this prompt: the other requests go on
+            self._waiting.popleft()
+            request.transcript.reason = "error"
+            self._update(request, error)
+            return
         self._running[self._waiting.popleft().id] = request  # not before: reading may have failed
         self._free.pop()
         self._groups = None
-        fault = _fault(token, "the head", self._depth(request), request.prompt.shape[1] - 1)
-        return self._emit(request, [], token, 0, fault, failures.get(0))
+        fault = _fault(request, token, "the head", self._depth(request), request.prompt.shape[1] - 1)
+        self._emit(request, [], token, 0, fault, failures.get(0))
 
     @torch.inference_mode()
     def _read_prompt(self, request: Request) -> tuple[int, dict[int, Exception]]:
@@ -305,30 +321,28 @@ class Session:
                     request.exit_layer, request.num_speculations = choice
                     self._groups = None
 
-    def _round(self, group: Group) -> list[Update]:
+    def _round(self, group: Group) -> None:
         started, steps = self._clock(), group.steps
         results = group.run(steps, self._decoder.draft_head)
         if any(request.plan.adaptive for request in group.requests) and not group.recorded:
             choice = Choice(group.kind.depth, steps)
             self._decoder.controller.observe_cost(choice, len(group.requests), self._clock() - started)
         failures = group.failures
-        return [
+        for index, (request, result) in enumerate(zip(group.requests, results, strict=True)):
             self._read(group.kind, request, result, failures.get(index))
-            for index, (request, result) in enumerate(zip(group.requests, results, strict=True))
-        ]
 
-    def _read(self, kind: Kind, request: Request, result: list[int], failure: Exception | None) -> Update:
+    def _read(self, kind: Kind, request: Request, result: list[int], failure: Exception | None) -> None:
         """Emit what a round gave."""
         accepted, token, *drafts = result
         last = request.transcript.position + accepted
-        fault = _fault(token, "the head", self._depth(request), last)
+        fault = _fault(request, token, "the head", self._depth(request), last)
         # The draft after the accepted ones came from the right context, the ones after it did not.
         for draft in drafts[accepted : accepted + 1]:
-            fault = fault or _fault(draft, "the draft head", kind.depth, last)
+            fault = fault or _fault(request, draft, "the draft head", kind.depth, last)
         drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
         if request.plan.adaptive:
             request.acceptance.observe(kind.depth, accepted, drafted)
-        return self._emit(request, drafts[:accepted], token, drafted, fault, failure)
+        self._emit(request, drafts[:accepted], token, drafted, fault, failure)
 
     def _emit(
         self,
@@ -338,36 +352,38 @@ class Session:
         drafted: int,
         fault: str | None,
         failure: Exception | None,
-    ) -> Update:
+    ) -> None:
         """Write down what a request is given; end it where it ends."""
         transcript, before = request.transcript, len(request.transcript.tokens)
         error = failure
-        if error is None:
-            try:
+        try:
+            if error is None:
                 transcript.add(drafts, token, drafted, fault)
-            except Exception as raised:  # of the request's own rule, or the fault: the other requests go on
-                error = raised
-        if request.history is not None:
-            request.history.append(transcript.tokens[before:])
+        except Exception as raised:  # of the request's own rule, or the fault: the other requests go on
+            error = raised
+        finally:
+            if request.history is not None:
+                request.history.append(transcript.tokens[before:])
         if error is not None:
             transcript.reason = "error"
         if transcript.reason is not None:
             self._release(request)
-        return self._update(request, before, error)
+        self._update(request, error)
 
-    def _update(self, request: Request, before: int, error: Exception | None = None) -> Update:
-        transcript = request.transcript
+    def _update(self, request: Request, error: Exception | None = None) -> None:
+        """Report what is new of a request."""
+        transcript, new = request.transcript, slice(request.reported, None)
         output = None if transcript.reason is None else transcript.close()
-        return Update(
-            request.id, transcript.tokens[before:], transcript.drafted[before:], transcript.reason, output, error
-        )
+        tokens, drafted = transcript.tokens[new], transcript.drafted[new]
+        self._updates.append(Update(request.id, tokens, drafted, transcript.reason, output, error))
+        request.reported = len(transcript.tokens)
 
 
-def _fault(token: int, what: str, layer: int, position: int) -> str | None:
+def _fault(request: Request, token: int, what: str, layer: int, position: int) -> str | None:
     """A head says -1 where its logits are not finite: that is an error, never a token."""
     if token != -1:
         return None
-    return (
-        f"{what} after layer {layer} gave logits that are not finite at position {position}; "
-        "the weights or the states hold NaN or infinity"
-    )
+    causes = "the weights or the states hold NaN or infinity"
+    if request.processed:
+        causes += ", or bias and processors forbid every token"
+    return f"{what} after layer {layer} gave logits that are not finite at position {position}; {causes}"

@@ -149,7 +149,9 @@ def stream(
     if tokenizer is None:
         raise ValueError("tokenizer must be given for a decoder that was not made with from_pretrained")
     text = SequenceText(tokenizer, stop_strings, skip_special_tokens, include_stop_string)
-    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else torch.as_tensor(prompt).reshape(-1).tolist()
+    if isinstance(prompt, str):
+        prompt = tokenizer(prompt).input_ids
+    ids = validation.prompt(prompt, decoder.model.vocab_size, decoder.model.device)[0].tolist()
     text.start_after(ids)
     ready: list[str] = []
 

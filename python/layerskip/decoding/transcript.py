@@ -94,7 +94,7 @@ class Transcript:
         self.drafted.append(drafted)
         if token in self._ending.eos:
             self.reason = "eos"
-        elif self._ending.should_stop is not None and self._ending.should_stop(self.tokens):
+        elif self._ending.should_stop is not None and self._ending.should_stop(self.tokens.copy()):
             self.reason = "stop"
         elif self.remaining == 0:
             self.reason = "length"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,42 +13,44 @@ STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    return value
+    return int(value)
 
 
 def integer_in(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An int in [low, high], or from low up."""
-    if _integer(name, value) < low or (high is not None and value > high):
+    number = _integer(name, value)
+    if number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low} … {high}'}, got {value}")
-    return value
+    return number
 
 
 def real(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
     """A number between ``low`` and ``high``; an open end is excluded itself. NaN is in no range."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
+    number = float(value)
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
     if not (above and below):
         span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name} must be in {span}, got {value}")
-    return value
+    return number
 
 
 def exit_layer(value: Any, num_layers: int) -> int:
     """An exit is after layer 1 … L - 1: with fewer nothing is drafted, with all of them nothing is left to verify."""
     if not 1 <= _integer("exit_layer", value) < num_layers:
         raise ValueError(f"exit_layer must be in 1 … {num_layers - 1} for a model of {num_layers} layers, got {value}")
-    return value
+    return int(value)
 
 
 def at_least_one(name: str, value: Any) -> int:
     """A count, such as of speculations or new tokens."""
     if _integer(name, value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return int(value)
 
 
 def strategy(value: Any) -> str:
@@ -73,8 +76,9 @@ def count_or_auto(name: str, value: Any, high: int | None = None) -> int | None:
 def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
     """One prompt of at least one known token, as int64 [1, N]."""
     if not isinstance(input_ids, Tensor):
-        input_ids = torch.tensor([_integer("a token of the prompt", token) for token in input_ids], device=device)
-        input_ids = input_ids.long()
+        tokens = [_integer("a token of the prompt", token) for token in input_ids]
+        _check_tokens(tokens, vocab_size)
+        input_ids = torch.tensor(tokens, dtype=torch.int64, device=device)
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids has dtype {str(input_ids.dtype).removeprefix('torch.')}, expected int64")
     if input_ids.dim() == 1:
@@ -85,10 +89,14 @@ def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
         raise ValueError("the prompt is empty; it needs at least one token (a BOS token, for instance)")
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
-    first, last = int(input_ids.min()), int(input_ids.max())
-    if first < 0 or last >= vocab_size:
-        raise ValueError(f"token id {first if first < 0 else last} is outside the vocabulary of {vocab_size}")
+    _check_tokens([int(input_ids.min()), int(input_ids.max())], vocab_size)
     return input_ids.long()
+
+
+def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
 
 
 def prompts(input_ids: Any) -> list[Any]:
@@ -140,12 +148,14 @@ def max_seq_len(value: Any, positions: int | None) -> int:
     return at_least_one("max_seq_len", value)
 
 
-def stop_tokens(value: int | Sequence[int] | None, vocab_size: int) -> frozenset[int]:
-    """The ids that end a sequence; none for an empty list."""
+def stop_tokens(value: Any, vocab_size: int) -> frozenset[int]:
+    """The ids that end a sequence: one, several, or none for None and an empty list."""
     if value is None:
         return frozenset()
-    ids = [value] if isinstance(value, int) else list(value)
+    if isinstance(value, Tensor):
+        value = value.reshape(-1).tolist()
+    ids = [value] if isinstance(value, Integral) else list(value)
     for token in ids:
         if not 0 <= _integer("eos_token_id", token) < vocab_size:
             raise ValueError(f"eos_token_id {token} is outside the vocabulary of {vocab_size}")
-    return frozenset(ids)
+    return frozenset(map(int, ids))

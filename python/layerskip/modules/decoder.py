@@ -301,7 +301,7 @@ class PartialDepthDecoder(nn.Module):
             raise ValueError(f"{rows} rows after {past} positions do not fit a cache of capacity {cache.capacity}")
         if rows == 0:
             return hidden.clone()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for layer in range(start, end):
                 weights = self._by_layer[layer]
                 hidden = prefill_layer(
