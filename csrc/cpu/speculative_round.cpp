@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
   STD_TORCH_CHECK(weights.size() % depth == 0, "got ", weights.size(), " weights for ", depth, " layers");
   STD_TORCH_CHECK(draft_weight.has_value() || (!draft_map.has_value() && !draft_scale.has_value()),
                   "draft_map and draft_scale need a draft_weight");
-  STD_TORCH_CHECK(min_probability == 0 || !temperature.has_value(), "min_probability is ", min_probability,
-                  " with a temperature: dropping what was drawn because it is improbable would change the distribution");
+  STD_TORCH_CHECK(
+      min_probability == 0 || !temperature.has_value(), "min_probability is ", min_probability,
+      " with a temperature: dropping what was drawn because it is improbable would change the distribution");
   const auto exit = weights.begin() + weights.size() / depth * exit_layer;
   const std::vector<Tensor> shallow(weights.begin(), exit), deep(exit, weights.end());
   const Tensor& small = draft_weight.has_value() ? *draft_weight : head_weight;

@@ -55,8 +55,8 @@ cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args)
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return status;
     const int wanted = static_cast<int>(where.shared), limit = wanted > most - kStatic ? wanted : most - kStatic;
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  limit);
+    status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (status != cudaSuccess) return status;
   }
   cudaLaunchAttribute attribute{};

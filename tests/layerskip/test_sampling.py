@@ -27,9 +27,9 @@ class TestParams:
     @pytest.mark.parametrize(
         ("values", "error", "message"),
         [
-            ({"temperature": -0.1}, ValueError, r"temperature must be in \[0, inf\), got -0.1"),
-            ({"temperature": math.inf}, ValueError, r"temperature must be in \[0, inf\), got inf"),
-            ({"temperature": math.nan}, ValueError, r"temperature must be in \[0, inf\), got nan"),
+            ({"temperature": -0.1}, ValueError, r"temperature must be in \[1e-06, 1e\+06\], got -0.1"),
+            ({"temperature": math.inf}, ValueError, r"temperature must be in \[1e-06, 1e\+06\], got inf"),
+            ({"temperature": math.nan}, ValueError, r"temperature must be in \[1e-06, 1e\+06\], got nan"),
             ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
             ({"top_k": -1}, ValueError, "top_k must be at least 0, got -1"),
             ({"top_k": 2.0}, TypeError, "top_k must be an int, got 2.0"),
@@ -37,12 +37,12 @@ class TestParams:
             ({"top_p": 1.1}, ValueError, r"top_p must be in \(0, 1\], got 1.1"),
             ({"min_p": -0.2}, ValueError, r"min_p must be in \[0, 1\], got -0.2"),
             ({"min_p": True}, TypeError, "min_p must be a number, got True"),
-            ({"repetition_penalty": 0.0}, ValueError, r"repetition_penalty must be in \(0, inf\), got 0.0"),
+            ({"repetition_penalty": 0.0}, ValueError, r"repetition_penalty must be in \[1e-06, 1e\+06\], got 0.0"),
             ({"seed": -1}, ValueError, "seed must be in 0 … 9223372036854775807, got -1"),
             ({"seed": 2**63}, ValueError, "seed must be in 0 … 9223372036854775807, got 9223372036854775808"),
             ({"seed": 1.0}, TypeError, "seed must be an int, got 1.0"),
             ({"logit_bias": {-1: 0.0}}, ValueError, "logit_bias must be at least 0, got -1"),
-            ({"logit_bias": {4: math.inf}}, ValueError, r"logit_bias\[4\] must be in \[-inf, inf\), got inf"),
+            ({"logit_bias": {4: math.inf}}, ValueError, r"logit_bias\[4\] must be in \[-1e\+06, 1e\+06\], got inf"),
             ({"logit_bias": {4: math.nan}}, ValueError, r"logit_bias\[4\] must be in .* got nan"),
         ],
     )

@@ -1,7 +1,7 @@
 """Text of tokens as they come: nothing is taken back, nothing is split, and it ends at the first stop string."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers_of import END, KINDS, START, TEXT
 
@@ -68,8 +68,9 @@ def test_prompt_and_pieces_make_the_text(tokenizer, prompt, text):
     assert whole(tokenizer, before) + "".join(pieces) == whole(tokenizer, before + after)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(tokens=st.lists(st.integers(2, 329), max_size=12))
+@example(tokens=[96, 96, 96, 259, 96, 96])  # a character after three bytes that are none
 def test_any_bytes_make_the_text(byte_level, tokens):
     """Random tokens are no valid UTF-8."""
     pieces, _ = run(byte_level, tokens)

@@ -62,7 +62,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
     source = copy_of_checkout(tmp_path_factory.mktemp("checkout") / "source")
-    for file in (source / "csrc/cuda").rglob("*.cu"):
+    cuda = source / "csrc/cuda"
+    for file in (*cuda.rglob("*.cu"), *(cuda / "ops").glob("*.cpp")):
         if file.name != "build.cu":
             file.unlink()
     return source

@@ -53,11 +53,12 @@ class Detokenizer:
         self._fresh += 1
         self._waiting += 1
         text = self._decode(self._window)
-        if self._waiting > _CHARACTER:
-            return self.finish()  # these bytes make no character
         if not text.startswith(self._shown):
-            return []  # with bytes missing at its end, some decoders take a run of bytes for none at all
+            # With bytes missing at its end, some decoders take a run of bytes for none at all.
+            return self.finish() if self._waiting > _CHARACTER else []
         whole = text.rstrip(_UNKNOWN)
+        if self._waiting > _CHARACTER:  # not all of these bytes make a character, but the last ones may begin one
+            whole = max(whole, text[: 1 - _CHARACTER], key=len)
         new = whole[len(self._shown) :]
         if not new:
             return []

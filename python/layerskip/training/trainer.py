@@ -245,7 +245,7 @@ class LayerSkipTrainer(Trainer):
         try:
             output: Any = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update({f"{prefix}_{key}": value for key, value in self._drain().items()})
+            output.metrics.update({f"{prefix}_{key}": value for key, value in self._drain(self.meter).items()})
         finally:
             self.meter = training
         return output
@@ -253,15 +253,14 @@ class LayerSkipTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics of the exits where a training loss is logged."""
         if "loss" in logs:
-            logs.update(self._drain())
+            logs.update(self._drain(self.meter))
+            if self.batching is not None and self.batching.replayed:
+                replayed = self.replay_meter.drain((self.num_layers,), self.accelerator)
+                logs["replay_loss"] = replayed[f"exit_loss/{self.num_layers}"]
         super().log(logs, start_time)
 
-    def _drain(self) -> dict[str, float]:
-        metrics = self.meter.drain(self._all_exits(), self.accelerator)
-        if self.batching is not None and self.batching.replayed:
-            replayed = self.replay_meter.drain((self.num_layers,), self.accelerator)
-            metrics["replay_loss"] = replayed[f"exit_loss/{self.num_layers}"]
-        return metrics
+    def _drain(self, meter: ExitMeter) -> dict[str, float]:
+        return meter.drain(self._all_exits(), self.accelerator)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; with ``layer_rates``, a group of parameters for each rate."""
