@@ -155,6 +155,22 @@ def test_the_recipe_of_smollm2() -> None:
     recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
     recipe.check_exits(30)
     assert by_layer(recipe.lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [8] * 24
+    finish = read_recipe(Path(smollm2.__file__).with_name("finish.yaml"))
+    finish.check_exits(30)
+    assert finish.adapter == f"{recipe.output}/adapter"
+
+
+def test_the_adapter_of_smollm2_has_the_ranks_of_its_recipe() -> None:
+    from safetensors import safe_open
+
+    from layerskip.recipes import smollm2
+
+    recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
+    ranks = by_layer(recipe.lora_rank, 30, "lora_rank")
+    with safe_open(smollm2.ADAPTER / "adapter_model.safetensors", framework="pt") as file:
+        for name in filter(lambda name: "lora_A" in name, file.keys()):
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            assert file.get_slice(name).get_shape()[0] == ranks[layer]
 
 
 def test_the_docs_name_every_key_of_a_recipe() -> None:

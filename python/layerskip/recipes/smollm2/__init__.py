@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a LayerSkip model: ``recipe.yaml`` says how the LoRA adapter beside it was trained."""
+"""SmolLM2-135M-Instruct as a LayerSkip model: ``recipe.yaml``, then ``finish.yaml`` train the adapter beside them."""
 
 from __future__ import annotations
 
