@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..decoding import SelfSpeculativeDecoder
+from ..decoding import SelfSpeculativeDecoder, validation
 from .ways import AUTOREGRESSIVE, SELF_SPECULATIVE, TRANSFORMERS
 
 
@@ -27,7 +27,10 @@ class Batch:
 def measure(
     decoder: SelfSpeculativeDecoder, model: Any, encoded: Sequence[Tensor], sizes: Sequence[int], new_tokens: int
 ) -> list[Batch]:
-    """Decode batches of ``encoded`` prompts [1, N], each row to ``new_tokens``; without ``model``, ours alone."""
+    """Decode batches of ``encoded`` prompts [1, N], each row to its end or ``new_tokens``.
+
+    Only the tokens of the rows themselves count, not what pads them. Without ``model``, ours alone.
+    """
     batches = []
     for size in sizes:
         prompts = [encoded[index % len(encoded)][0] for index in range(size)]
@@ -36,33 +39,35 @@ def measure(
         speeds = {AUTOREGRESSIVE: plain_speed, SELF_SPECULATIVE: speed}
         if model is not None:
             _, speeds[TRANSFORMERS] = _timed(_theirs, model, prompts, new_tokens)
-        batches.append(Batch(size, speeds, torch.equal(plain, out)))
+        batches.append(Batch(size, speeds, plain == out))
     return batches
 
 
-def _timed(decode: Callable[..., Tensor], engine: Any, prompts: list[Tensor], new_tokens: int, *rest: Any) -> Any:
+def _timed(
+    decode: Callable[..., list[list[int]]], engine: Any, prompts: list[Tensor], *rest: Any
+) -> tuple[list[list[int]], float]:
     """What the second of two calls gives, and its tokens a second."""
-    decode(engine, prompts, new_tokens, *rest)
+    decode(engine, prompts, *rest)
     start = time.perf_counter()
-    out = decode(engine, prompts, new_tokens, *rest)
-    return out, len(prompts) * new_tokens / (time.perf_counter() - start)
+    rows = decode(engine, prompts, *rest)
+    return rows, sum(map(len, rows)) / (time.perf_counter() - start)
 
 
-def _ours(decoder: SelfSpeculativeDecoder, prompts: list[Tensor], new_tokens: int, strategy: str) -> Tensor:
-    return decoder.generate(prompts, new_tokens, strategy=strategy, eos_token_id=[]).new_tokens
+def _ours(decoder: SelfSpeculativeDecoder, prompts: list[Tensor], new_tokens: int, strategy: str) -> list[list[int]]:
+    out = decoder.generate(prompts, new_tokens, strategy=strategy)
+    return [row[: stats.new_tokens].tolist() for row, stats in zip(out.new_tokens, out.rows, strict=True)]
 
 
-def _theirs(model: Any, prompts: list[Tensor], new_tokens: int) -> Tensor:
-    """Padded on the left, as transformers wants it; no token ends a row, so that all give ``new_tokens``."""
+def _theirs(model: Any, prompts: list[Tensor], new_tokens: int) -> list[list[int]]:
+    """Padded on the left, as transformers wants it, and cut after each row's first EOS token."""
     flipped = [prompt.flip(0) for prompt in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(flipped, batch_first=True).flip(1)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompt) for prompt in flipped], batch_first=True).flip(1)
-    config, eos = model.generation_config, model.generation_config.eos_token_id
-    config.eos_token_id = None
-    try:
-        return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-    finally:
-        config.eos_token_id = eos
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    stops = validation.stop_tokens(model.generation_config.eos_token_id, model.config.vocab_size)
+    rows = out[:, ids.shape[1] :].tolist()
+    ends = [next((index + 1 for index, token in enumerate(row) if token in stops), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def throughput_table(batches: Sequence[Batch]) -> Table:
