@@ -370,7 +370,7 @@ def test_dropping_an_improbable_draft_would_be_noticed(small, monkeypatch):
     """It would favour the probable tokens."""
 
     def drop(self, token, logits, goes_on, min_probability):
-        probability = logits.softmax(-1).gather(1, token[:, None])[:, 0]
+        probability = logits.softmax(-1).gather(1, token.clamp_min(0)[:, None])[:, 0]
         goes_on = goes_on & (probability >= min_probability)
         return torch.where(goes_on, token, NOT_DRAFTED), goes_on
 
