@@ -51,7 +51,7 @@ class TestErrors:
             (["bench", "--model", "MODEL", "--max-new-tokens", "1"], "must be at least 2"),
             (
                 ["generate", "w1", "--model", "MODEL", "--temperature", "-1"],
-                "temperature must be in [1e-06, 1e+06], got -1.0",
+                "temperature must be in [0, 1e+06], got -1.0",
             ),
             (["generate", "w1", "--model", "MODEL", "--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
         ],

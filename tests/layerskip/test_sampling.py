@@ -27,9 +27,10 @@ class TestParams:
     @pytest.mark.parametrize(
         ("values", "error", "message"),
         [
-            ({"temperature": -0.1}, ValueError, r"temperature must be in \[1e-06, 1e\+06\], got -0.1"),
-            ({"temperature": math.inf}, ValueError, r"temperature must be in \[1e-06, 1e\+06\], got inf"),
-            ({"temperature": math.nan}, ValueError, r"temperature must be in \[1e-06, 1e\+06\], got nan"),
+            ({"temperature": -0.1}, ValueError, r"temperature must be in \[0, 1e\+06\], got -0.1"),
+            ({"temperature": math.inf}, ValueError, r"temperature must be in \[0, 1e\+06\], got inf"),
+            ({"temperature": math.nan}, ValueError, r"temperature must be in \[0, 1e\+06\], got nan"),
+            ({"temperature": False}, TypeError, "temperature must be a number, got False"),
             ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
             ({"top_k": -1}, ValueError, "top_k must be at least 0, got -1"),
             ({"top_k": 2.0}, TypeError, "top_k must be an int, got 2.0"),

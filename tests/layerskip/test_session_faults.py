@@ -125,8 +125,8 @@ def test_no_token_is_left(decoder):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"temperature": 1e-40}, r"temperature must be in \[1e-06, 1e\+06\], got 1e-40"),
-        ({"temperature": 1e39}, r"temperature must be in \[1e-06, 1e\+06\], got 1e\+39"),
+        ({"temperature": 1e-40}, "temperature must be 0 or at least 1e-06, got 1e-40"),
+        ({"temperature": 1e39}, r"temperature must be in \[0, 1e\+06\], got 1e\+39"),
         ({"repetition_penalty": 1e-40}, r"repetition_penalty must be in \[1e-06, 1e\+06\], got 1e-40"),
         ({"logit_bias": {3: 1e300}}, r"logit_bias\[3\] must be in \[-1e\+06, 1e\+06\], got 1e\+300"),
     ],

@@ -143,6 +143,16 @@ def test_shallow_steps_leave_the_layers_above_alone_and_accuracy_is_logged_from_
         assert {int(key.split("/")[1]) for key in line if key.startswith("exit_loss/")} == set().union(*window)
 
 
+def test_evaluation_after_replay(tmp_path: Path) -> None:
+    """Nothing of it is replayed."""
+    run = trainer(tmp_path, steps=2, dropout=0, replay=True)
+    run.eval_dataset = pairs()
+    run.train()
+    evaluated = run.evaluate()
+    assert evaluated[f"eval_exit_loss/{LAYERS}"] > 0
+    assert "eval_replay_loss" not in evaluated
+
+
 def test_replay_trains_the_full_depth_and_layers_have_their_rates(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=3, dropout=0, shallow=0.9, replay=True)
     exits, sampled = [], []

@@ -75,7 +75,7 @@ class SelfSpeculativeDecoder:
         self.exit_layer, self.num_speculations = exit_layer, num_speculations
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
-        validation.count_or_auto("num_speculations", num_speculations, validation.MAX_SPECULATIONS)
+        validation.count_or_auto("num_speculations", num_speculations, validation.MOST_DRAFTS)
         self.tokenizer: Any = None
         self.draft_head: EarlyExitHead = _resolve_draft_head(draft_head, self.model)
         self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
@@ -239,7 +239,7 @@ class SelfSpeculativeDecoder:
     def _most_speculations(self, num_speculations: int | str | None) -> int:
         """The most drafts of a round, which the cache needs room for."""
         value = self.num_speculations if num_speculations is None else num_speculations
-        count = validation.count_or_auto("num_speculations", value, validation.MAX_SPECULATIONS)
+        count = validation.count_or_auto("num_speculations", value, validation.MOST_DRAFTS)
         return self.controller.max_speculations if count is None else count
 
     def _pad(self, pad_token_id: int | None, eos_token_id: int | Sequence[int] | None) -> int:
@@ -292,7 +292,7 @@ def _seeded(sampling: SamplingParams | Sequence[SamplingParams] | None, count: i
     params = validation.one_each("sampling", sampling, count)
     if not isinstance(sampling, SamplingParams) or sampling.seed is None:
         return params
-    return [dataclasses.replace(one, seed=(int(one.seed) + index) % 2**63) for index, one in enumerate(params)]
+    return [dataclasses.replace(one, seed=(one.seed + index) % 2**63) for index, one in enumerate(params)]
 
 
 def _resolve_draft_head(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead:

@@ -53,14 +53,15 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature != 0:
-            validation.real("temperature", self.temperature, *_FP32)
+        if 0 < validation.real("temperature", self.temperature, 0.0, _FP32[1]) < _FP32[0]:
+            raise ValueError(f"temperature must be 0 or at least {_FP32[0]:g}, got {self.temperature}")
         validation.integer_in("top_k", self.top_k, 0)
         validation.real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         validation.real("min_p", self.min_p, 0.0, 1.0)
         validation.real("repetition_penalty", self.repetition_penalty, *_FP32)
         if self.seed is not None:
-            validation.integer_in("seed", self.seed, 0, 2**63 - 1)
+            seed = validation.integer_in("seed", self.seed, 0, 2**63 - 1)
+            object.__setattr__(self, "seed", seed)  # a plain int, whose sums cannot overflow
         if not isinstance(self.logit_bias, Mapping):
             raise TypeError(f"logit_bias must map tokens to numbers, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():

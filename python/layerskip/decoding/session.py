@@ -104,15 +104,14 @@ class Session:
         self._ids = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
-        self._cancelled: list[Request] = []
-        self._updates: list[Update] = []  # of the step that is under way, or was interrupted
+        self._updates: list[Update] = []  # for the next list that `step` gives
         self._free = list(range(cache.batch_size))[::-1]
         self._groups: list[Group] | None = None
 
     def __len__(self) -> int:
         """Requests that have not had their last update."""
         ended = sum(update.finished for update in self._updates)
-        return len(self._waiting) + len(self._running) + len(self._cancelled) + ended
+        return len(self._waiting) + len(self._running) + ended
 
     def add(
         self,
@@ -199,8 +198,6 @@ class Session:
             At most one a request.
         """
         try:
-            while self._cancelled:
-                self._update(self._cancelled.pop())
             for group in self._grouped():
                 self._round(group)
             while self._free and self._waiting:
@@ -215,7 +212,7 @@ class Session:
         """End a request; the next step's update of it has the reason "cancelled" and what there is of its output."""
         request = self._take(request_id)
         request.transcript.reason = "cancelled"
-        self._cancelled.append(request)
+        self._update(request)
 
     def remove(self, request_id: int) -> None:
         """Forget a request at once, with no update."""
@@ -258,7 +255,7 @@ class Session:
         if params.greedy:
             return 0
         if params.seed is not None:
-            return int(params.seed)
+            return params.seed
         device = torch.device("cpu") if self._generator is None else self._generator.device
         return int(torch.randint(2**63 - 1, (), generator=self._generator, device=device))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_SPECULATIONS = 1024  # of a round, which the cache has room for beyond a sequence's end
+MOST_DRAFTS = 1024  # of a round, which the cache has room for beyond a sequence's end
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 
 
