@@ -2,13 +2,11 @@
 // tests/cuda_emulation can put plain C++ in its place; kernels include it and contain no asm themselves.
 //
 //   dynamic_shared<T>()                      the block's dynamic shared memory, aligned to 128 bytes
-//   load_stream(p)                           16 bytes read once: read-only path, not kept in L1
 //   prefetch_l2(p)                           hint: the line of p into L2
 //   cp_async<N>(shared, global, valid = N)   N = 4, 8 or 16 bytes, of which those past `valid` become 0; asynchronous
 //   cp_async_commit(), cp_async_wait<N>()    closes a group; waits until at most the N newest groups are under way
 //   ldmatrix(r, row), ldmatrix_trans(r, row) 1, 2 or 4 8x8 matrices of 16 bit; lane l names row l % 8 of matrix l / 8
 //   mma<T>(d, a, b)                          d += a * b: 16x8x16, T = __nv_bfloat16 or __half, fp32 sums
-//   mma_s8(d, a, b)                          d += a * b: 16x8x32, int8, int32 sums
 //   dependents_trigger(), dependency_wait()  programmatic dependent launch; nothing below sm_90
 //   barrier_sync(id, threads)                named barrier, id 1..15, threads a multiple of 32
 //   ticket(counter)                          adds 1 at device scope, acquire and release; the value before
@@ -38,14 +36,6 @@ __device__ __forceinline__ T* dynamic_shared() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ uint4 load_stream(const void* pointer) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(pointer));
-  return v;
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* pointer) {
@@ -133,13 +123,6 @@ __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

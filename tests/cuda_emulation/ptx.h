@@ -8,15 +8,6 @@ T* dynamic_shared() {
   return static_cast<T*>(emu::dynamic_shared());
 }
 
-EMU_PLAIN uint4 load_stream(const void* pointer) {
-  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) emu::fail("load_stream from %p, misaligned", pointer);
-  if (!emu::is_global(pointer)) emu::fail("load_stream from %p, which is not global memory", pointer);
-  emu::access(pointer, 16, emu::Access::read, __builtin_return_address(0));
-  uint4 value;
-  std::memcpy(&value, pointer, sizeof value);
-  return value;
-}
-
 inline void prefetch_l2(const void*) {}
 
 template <int N>
@@ -75,13 +66,12 @@ void ldmatrix_trans(uint32_t (&r)[Count], const void* row) {
   load_matrices<true>(r, row);
 }
 
-template <class Sum>
 struct Fragments {
-  Sum* d;
+  float* d;
   const uint32_t *a, *b;
 };
 
-// Element k of register pair (row or column `group`, `register`): 16 bits each, or 8 for int8, lowest first.
+// Element k of register pair (row or column `group`, `register`): 16 bits each, the lower first.
 template <class T>
 EMU_PLAIN float half_of(uint32_t pair, int k) {
   const auto bits = static_cast<uint16_t>(pair >> 16 * k);
@@ -95,7 +85,7 @@ EMU_PLAIN void complete_mma(void* const* requests, unsigned mask) {
   if (mask != 0xffffffffu) emu::fail("mma by lanes 0x%08x, expected all", mask);
   float a[16][16], b[8][16];
   for (int l = 0; l < 32; ++l) {
-    const auto& fragment = *static_cast<const Fragments<float>*>(requests[l]);
+    const auto& fragment = *static_cast<const Fragments*>(requests[l]);
     const int g = l / 4, q = l % 4;
     for (int r = 0; r < 4; ++r)
       for (int k = 0; k < 2; ++k) a[g + r % 2 * 8][2 * q + k + r / 2 * 8] = half_of<T>(fragment.a[r], k);
@@ -105,7 +95,7 @@ EMU_PLAIN void complete_mma(void* const* requests, unsigned mask) {
   for (int l = 0; l < 32; ++l) {
     for (int r = 0; r < 4; ++r) {
       const float *row = a[l / 4 + r / 2 * 8], *column = b[l % 4 * 2 + r % 2];
-      float& d = static_cast<const Fragments<float>*>(requests[l])->d[r];
+      float& d = static_cast<const Fragments*>(requests[l])->d[r];
       float sum = 0.0f;
       for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
       d += sum;
@@ -116,32 +106,8 @@ EMU_PLAIN void complete_mma(void* const* requests, unsigned mask) {
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  Fragments<float> request{d, a, b};
+  Fragments request{d, a, b};
   emu::collective(0xffffffffu, "mma", complete_mma<T>, &request);
-}
-
-// The same with four int8 a register: k in {4 q, ..., 4 q + 3} + {0, 16}.
-EMU_PLAIN void complete_mma_s8(void* const* requests, unsigned mask) {
-  if (mask != 0xffffffffu) emu::fail("mma_s8 by lanes 0x%08x, expected all", mask);
-  int a[16][32], b[8][32];
-  for (int l = 0; l < 32; ++l) {
-    const auto& fragment = *static_cast<const Fragments<int>*>(requests[l]);
-    const int g = l / 4, q = l % 4;
-    for (int k = 0; k < 4; ++k) {
-      for (int r = 0; r < 4; ++r)
-        a[g + r % 2 * 8][4 * q + k + r / 2 * 16] = static_cast<int8_t>(fragment.a[r] >> 8 * k);
-      for (int r = 0; r < 2; ++r) b[g][4 * q + k + r * 16] = static_cast<int8_t>(fragment.b[r] >> 8 * k);
-    }
-  }
-  for (int l = 0; l < 32; ++l)
-    for (int r = 0; r < 4; ++r)
-      for (int k = 0; k < 32; ++k)
-        static_cast<const Fragments<int>*>(requests[l])->d[r] += a[l / 4 + r / 2 * 8][k] * b[l % 4 * 2 + r % 2][k];
-}
-
-inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Fragments<int> request{d, a, b};
-  emu::collective(0xffffffffu, "mma_s8", complete_mma_s8, &request);
 }
 
 inline void dependents_trigger() { emu::dependents_trigger(); }

@@ -63,22 +63,6 @@ cudaError_t product(const T* a, const T* b, float* d, cudaStream_t stream) {
   return launch({.grid = dim3(1), .block = dim3(32), .stream = stream}, product_kernel<T>, a, b, d);
 }
 
-// The same with int8: d[16, 8] = a[16, 32] b[8, 32]^T, fragments read from memory.
-__global__ void product_s8_kernel(const int8_t* a, const int8_t* b, int* d) {
-  const int group = threadIdx.x / 4, place = threadIdx.x % 4 * 4;
-  uint32_t rows[4], columns[2];
-  int sums[4] = {};
-  for (int i = 0; i < 4; ++i)
-    rows[i] = *reinterpret_cast<const uint32_t*>(a + (group + i % 2 * 8) * 32 + place + i / 2 * 16);
-  for (int i = 0; i < 2; ++i) columns[i] = *reinterpret_cast<const uint32_t*>(b + group * 32 + place + i * 16);
-  ptx::mma_s8(sums, rows, columns);
-  for (int i = 0; i < 4; ++i) d[(group + i / 2 * 8) * 8 + place / 2 + i % 2] = sums[i];
-}
-
-inline cudaError_t product_s8(const int8_t* a, const int8_t* b, int* d, cudaStream_t stream) {
-  return launch({.grid = dim3(1), .block = dim3(32), .stream = stream}, product_s8_kernel, a, b, d);
-}
-
 // out[8, 8] = x[8, 8]^T
 __global__ void transpose_kernel(const uint16_t* x, uint16_t* out) {
   __shared__ __align__(16) uint16_t tile[64];

@@ -76,13 +76,6 @@ def test_a_read_before_the_wait_sees_what_was_there_before(seed: int) -> None:
         assert torch.equal(out, torch.ones(64) if early else 2 * x + 1)
 
 
-def test_int8_products() -> None:
-    a, b = (torch.randint(-128, 128, (rows, 32), dtype=torch.int8) for rows in (16, 8))
-    out = torch.zeros(16, 8, dtype=torch.int32)
-    library("sample").call("product_s8", a, b, out, writes=(out,))
-    assert torch.equal(out, a.int() @ b.int().T)
-
-
 def test_matrices_are_transposed() -> None:
     x, out = torch.arange(64, dtype=torch.int16), torch.zeros(64, dtype=torch.int16)
     library("sample").call("transpose", x, out, writes=(out,))

@@ -24,8 +24,6 @@ EMULATED(chain)(const float* x, float* y, float* out, int64_t n, int64_t hasty) 
   return sample::chain(x, y, out, n, hasty != 0, nullptr);
 }
 
-EMULATED(product_s8)(const int8_t* a, const int8_t* b, int* d) { return sample::product_s8(a, b, d, nullptr); }
-
 EMULATED(transpose)(const uint16_t* x, uint16_t* out) { return sample::transpose(x, out, nullptr); }
 
 EMULATED(to_float)(const void* x, float* out, int64_t n, int64_t dtype) {
