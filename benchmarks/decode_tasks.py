@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from layerskip._files import write_atomically
 from layerskip.cli import main as layerskip
 from layerskip.recipes import smollm2
 
@@ -99,10 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for point in chosen:
         rows.append(measure(point, args.limit, args.threads))
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".json").write_text(
-            json.dumps({**machine, "limit": args.limit, "rows": rows}, indent=1)
-        )
-        args.output.with_suffix(".md").write_text(markdown(rows))
+        report = json.dumps({**machine, "limit": args.limit, "rows": rows}, indent=1)
+        write_atomically(args.output.with_suffix(".json"), report.encode())
+        write_atomically(args.output.with_suffix(".md"), markdown(rows).encode())
     print(markdown(rows))
 
 

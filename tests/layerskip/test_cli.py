@@ -14,11 +14,12 @@ from tiny import ROUND, VOCABULARY, generous, requires_native, tiny_model
 
 import layerskip_kernels
 from layerskip import DraftHead
-from layerskip.cli import COMMANDS, demo, env, main, prompts
+from layerskip.cli import COMMANDS, demo, env, main, prompts, throughput
 from layerskip.cli.correctness import first_difference
 from layerskip.cli.measure import Stopwatch, op_clock
 from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from layerskip.decoding import SelfSpeculativeDecoder
+from layerskip.models import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -209,6 +210,21 @@ class TestBench:
         assert set(content["sweep"][0]["fixed"]) == {f"E={e}, K={k}" for e in (1, 2, 3) for k in (1, 2, 4, 8)}
         assert "tokens/s of a batch" in printed
         assert "auto / best" in printed
+
+    def test_rows_of_a_batch_count_up_to_their_ends(self, directory):
+        """In ours and in transformers' alike: the padding after an EOS token is no token."""
+        model, _ = load(directory, dtype=torch.float32)
+        prompts = [torch.tensor([5, 6, 7]), torch.tensor([9, 8])]
+        free = SelfSpeculativeDecoder(model, 1).generate(prompts, 12, eos_token_id=[]).new_tokens
+        model.generation_config.eos_token_id = int(free[0, 3])
+        model.generation_config.pad_token_id = 0
+        decoder = SelfSpeculativeDecoder(model, 1)
+        rows = throughput._ours(decoder, prompts, 12, "self_speculative")
+        assert len(rows[0]) <= 4 < 12
+        assert rows == throughput._theirs(model, prompts, 12)
+        encoded = [prompt[None] for prompt in prompts]
+        (batch,) = throughput.measure(decoder, None, encoded, [2], 12)
+        assert batch.identical
 
     def test_no_speedup_counts_when_tokens_differ(self, directory, texts, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(ROUND, generous)
