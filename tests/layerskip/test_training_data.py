@@ -13,6 +13,7 @@ import pytest
 
 from layerskip.training import data
 from layerskip.training.data import coding, parsing
+from layerskip.training.data.summarization import papers
 from layerskip.training.data.text import load_text
 
 needs_parsing = pytest.mark.skipif(
@@ -170,8 +171,22 @@ def test_humaneval_prompts_complete_to_programs():
 @needs_aclsum
 def test_summarization_shares_no_paper_between_splits():
     groups = [{e.group for e in data.load_task("summarization", split)} for split in data.splits("summarization")]
-    assert [len(group) for group in groups] == [100, 50, 100]
+    assert [len(group) for group in groups] == [100, 50, 100, 100]
+    assert groups[0] == groups[3]  # excerpts are of the papers to train on
     assert len(set.union(*groups)) == 250
+
+
+@needs_aclsum
+def test_excerpts_cover_the_papers_to_train_on():
+    excerpts = data.load_task("summarization", "excerpts")
+    assert len(excerpts) > 1_000
+    assert {example.completion for example in excerpts} == {""}
+    texts = " ".join(example.prompt for example in excerpts)
+    for paper in papers("train"):
+        for section in ("abstract", "introduction", "conclusion"):
+            assert all(sentence in texts for sentence in paper["sentences"][section]), paper["id"]
+    held_out = {example.prompt for example in data.load_task("summarization", "test")}
+    assert held_out.isdisjoint(example.prompt for example in excerpts)
 
 
 @needs_aclsum

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import save_tiny, tiny_tokenizer
 
+from layerskip import DraftHead
 from layerskip.cli import main
 from layerskip.training import (
     Collator,
@@ -279,6 +280,66 @@ def test_encoding_whole_labels_all_but_the_first_token_and_ends_no_passage() -> 
     assert end not in passage["input_ids"]
     assert passage["labels"] == [-100, *passage["input_ids"][1:]]
     assert len(encode_pair(tokenizer, "w5 w6", "w7 w8", 3, whole=True)["labels"]) == 3
+
+
+def test_a_completion_that_was_cut_gets_no_end(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    path = tmp_path / "pairs.jsonl"
+    whole = {"prompt": "w5", "completion": "w7 w8"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (whole, whole | {"cut": True}, whole | {"cut": False})))
+    encoded = encode(tokenizer, read_pairs(path))
+    assert [pair["input_ids"] for pair in encoded] == [[5, 7, 8, 1], [5, 7, 8], [5, 7, 8, 1]]
+    assert encode(tokenizer, read_pairs(path), whole=True)[1]["labels"] == [-100, 7, 8]
+    path.write_text(json.dumps(whole | {"cut": "no"}))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: expected true or false under 'cut', got 'no'"):
+        read_pairs(path)
+
+
+def test_the_distill_command_writes_what_the_full_depth_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    """Pairs in the prompts' order, which train: their labels are the arg-max of the last layer at every position."""
+    from layerskip.models import load
+
+    model = save_tiny(tmp_path / "base")
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "pairs.jsonl"
+    texts = ["w3 w4", "w5", "w6 w7 w8", " ".join(["w9"] * 20), "w11 w12"]
+    prompts.write_text("\n".join(texts))
+    command = ["distill", "--model", str(model), "--prompts", str(prompts), "--output", str(output),
+               "--dtype", "float32", "--max-prompt-tokens", "4"]  # fmt: skip
+    command += ["--draft-head", str(tmp_path), "--draft-head-size", "30"]
+    assert main([*command, "--max-new-tokens", "6", "--batch-size", "2"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "wrote 4 pairs" in shown
+    assert "1 prompts skipped" in shown
+    pairs = read_pairs(output)
+    assert [pair["prompt"] for pair in pairs] == [text for text in texts if len(text.split()) <= 4]
+    base, tokenizer = load(model, torch.float32)
+    head = DraftHead.load(tmp_path)
+    assert len(head.token_ids) == 30
+    said = {token for pair in pairs for token in tokenizer(pair["completion"]).input_ids}
+    assert said <= set(head.token_ids.tolist())
+    for pair, encoded in zip(pairs, encode(tokenizer, pairs), strict=True):
+        ids, labels = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["labels"])
+        chosen = base(ids[None]).logits[0].argmax(dim=-1)
+        labelled = labels[1:] != -100
+        assert torch.equal(chosen[:-1][labelled], labels[1:][labelled]), pair
+        assert int(labelled.sum()) == 6 or not pair["cut"]
+    assert main(["train", "--set", f"model={model}", "--set", f"tasks=[{output}]", "--set", "steps=1",
+                 "--set", f"output={tmp_path / 'out'}", "--set", "exit_layers=[1]"]) == 0  # fmt: skip
+
+
+def test_the_distill_command_on_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "pairs.jsonl"
+    prompts.write_text("w3 w4 w5\n")
+    command = ["distill", "--model", str(save_tiny(tmp_path / "base")), "--prompts", str(prompts)]
+    assert main([*command, "--output", str(output), "--max-prompt-tokens", "2"]) == 2
+    assert "none of 1 prompts has at most 2 tokens" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--output", str(output), "--max-new-tokens", "300"]) == 2  # the model has 256 positions
+    assert "303" in capsys.readouterr().err
+    assert main([*command, "--output", str(output), "--draft-head", str(tmp_path), "--draft-head-size", "102"]) == 2
+    assert "--draft-head-size is 102, the vocabulary has 101" in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
 
 
 def pairs_file(path: Path) -> Path:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from layerskip_kernels import BackendError
 
-from . import bench, correctness, demo, env, exits, generate, train
+from . import bench, correctness, demo, distill, env, exits, generate, train
 
 COMMANDS = {
     "demo": (demo, "decode a few prompts both ways, side by side"),
@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": (bench, "measure decoding against the memory's speed and against transformers"),
     "correctness": (correctness, "check that self-speculative decoding changes no token"),
     "train": (train, "train early exits into a model, by a recipe"),
+    "distill": (distill, "let a model write the pairs that its early exits learn from"),
     "exits": (exits, "show how good every layer's exit is, to choose the exit layer by"),
     "env": (env, "show versions, devices, and which backend serves each op"),
 }

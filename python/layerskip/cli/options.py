@@ -15,6 +15,9 @@ from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+MODELS = f"a directory, a hub name, {recipes.STOCK}, {', '.join(recipes.ADAPTERS)}"
+
+
 def positive(text: str) -> int:
     """An argparse type: an int from 1 up."""
     value = int(text)
@@ -30,7 +33,7 @@ def positive_or_auto(text: str) -> int | str:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, in which dtype, on how many threads."""
-    parser.add_argument("--model", default="smollm2", help="a directory, a hub name, smollm2, smollm2-layerskip")
+    parser.add_argument("--model", default="smollm2", help=MODELS)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     parser.add_argument("--threads", type=positive, help="how many CPU threads to use (default: torch's choice)")
 
@@ -47,7 +50,7 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "--draft-head",
         default="full",
         metavar="HEAD",
-        help="full, int8, or a file or directory with a saved draft head",
+        help="full, int8, a file or directory with a saved draft head, or the name of a model that comes with one",
     )
 
 
@@ -93,8 +96,9 @@ def exit_layer(args: argparse.Namespace, model: Any) -> int | str:
 
 def draft_head(args: argparse.Namespace) -> str | DraftHead:
     """What scores the drafts."""
-    named = args.draft_head in ("full", "int8")
-    return args.draft_head if named else DraftHead.load(Path(args.draft_head))
+    if args.draft_head in ("full", "int8"):
+        return args.draft_head
+    return DraftHead.load(recipes.ADAPTERS.get(args.draft_head, Path(args.draft_head)))
 
 
 def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:

@@ -18,16 +18,16 @@ BUCKET = 50  # batches that are sorted by length together
 
 
 def encode_pair(
-    tokenizer: Any, prompt: str, completion: str, max_length: int, whole: bool = False
+    tokenizer: Any, prompt: str, completion: str, max_length: int, whole: bool = False, cut: bool = False
 ) -> dict[str, list[int]]:
     """Token ids of prompt, completion and end of text; labels on what follows the prompt, or, if ``whole``, on all.
 
-    The two are tokenized apart, as generation does, so that training meets the same boundary. A whole text without a
-    prompt is a passage of a longer one, and gets no end.
+    The two are tokenized apart, as generation does, so that training meets the same boundary. A completion that was
+    ``cut`` gets no end, nor does a whole text without a prompt: it is a passage of a longer one.
     """
     context = list(tokenizer(prompt).input_ids) if prompt else []
     target = list(tokenizer(completion, add_special_tokens=False).input_ids)
-    if context or not whole:
+    if not cut and (context or not whole):
         target.append(tokenizer.eos_token_id)
     ids = (context + target)[:max_length]
     labels = [IGNORE, *ids[1:]] if whole else [IGNORE] * len(context) + target  # nothing comes before the first token
@@ -39,7 +39,7 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """Encode examples, objects or dicts with ``prompt`` and ``completion``; those whose prompt fills all are left out.
 
-    With ``whole`` prompts are labelled, too.
+    With ``whole`` prompts are labelled, too. An example that says ``cut`` stops before its end.
 
     Raises
     ------
@@ -52,15 +52,16 @@ def encode(
         for name in ("prompt", "completion"):
             if not isinstance(fields.get(name), str):
                 raise ValueError(f"example {index} has no text {name!r}: {fields}")
-        pairs.append(encode_pair(tokenizer, fields["prompt"], fields["completion"], max_length, whole))
+        texts = fields["prompt"], fields["completion"]
+        pairs.append(encode_pair(tokenizer, *texts, max_length, whole, fields.get("cut", False)))
     kept = [pair for pair in pairs if any(label != IGNORE for label in pair["labels"][1:])]
     if not kept:
         raise ValueError(f"none of {len(pairs)} examples has a completion within {max_length} tokens")
     return kept
 
 
-def read_pairs(path: Path) -> list[dict[str, str]]:
-    """Pairs from a JSON-lines file with ``prompt`` and ``completion``.
+def read_pairs(path: Path) -> list[dict[str, Any]]:
+    """Pairs from a JSON-lines file with ``prompt`` and ``completion``, and ``cut`` where that is true.
 
     Raises
     ------
@@ -77,6 +78,8 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("prompt", "completion")):
             raise ValueError(f"{path}:{number}: expected an object with texts 'prompt' and 'completion', got {line!r}")
+        if not isinstance(pair.get("cut", False), bool):
+            raise ValueError(f"{path}:{number}: expected true or false under 'cut', got {pair['cut']!r}")
         pairs.append(pair)
     return pairs
 

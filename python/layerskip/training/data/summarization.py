@@ -6,14 +6,16 @@ Split by paper, as shipped.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ._example import Example
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "excerpts")
 
+EXCERPT = 4  # sentences
 _ASPECTS = ("challenge", "approach", "outcome")
 
 
@@ -34,12 +36,27 @@ def papers(split: str) -> list[dict[str, Any]]:
 
 
 def load(split: str) -> list[Example]:
-    """Examples of ``split``; ``group`` is the paper."""
+    """Examples of ``split``; ``group`` is the paper. Those of ``excerpts`` have no completion: a model may write it."""
+    if split == "excerpts":
+        return list(_excerpts())
     return [
         Example(
-            f"Abstract: {' '.join(paper['sentences']['abstract'])}\nSummary:",
+            _prompt(paper["sentences"]["abstract"]),
             " " + " ".join(paper["summary"][aspect].strip() for aspect in _ASPECTS),
             paper["id"],
         )
         for paper in papers(split)
     ]
+
+
+def _prompt(sentences: list[str]) -> str:
+    return f"Abstract: {' '.join(sentences)}\nSummary:"
+
+
+def _excerpts() -> Iterator[Example]:
+    """Passages of the training papers: four sentences, every two sentences."""
+    for paper in papers("train"):
+        for section in ("abstract", "introduction", "conclusion"):
+            sentences = paper["sentences"][section]
+            for begin in range(0, max(1, len(sentences) - EXCERPT + 2), 2):
+                yield Example(_prompt(sentences[begin : begin + EXCERPT]), "", paper["id"])

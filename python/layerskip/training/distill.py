@@ -1,0 +1,68 @@
+"""Training pairs that a model writes itself: its own continuations, for its early exits to learn.
+
+A draft is accepted where it is what the full depth says, so what the full depth says is the best label there is
+(self-distillation), needs no labelled data, and leaves what the model writes as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..decoding import SamplingParams, SelfSpeculativeDecoder
+
+
+def own_pairs(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 96,
+    batch_size: int = 16,
+    sampling: SamplingParams | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Let a model continue prompts with all its layers, many at once.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Of a supported architecture.
+    tokenizer : transformers.PreTrainedTokenizer
+    prompts : sequence of str
+        None is empty.
+    max_new_tokens : int
+    batch_size : int
+        How many are written at once.
+    sampling : SamplingParams, optional
+        By default greedy.
+
+    Yields
+    ------
+    (int, dict)
+        A prompt's index and its pair, as `read_pairs` gives them: ``prompt``, ``completion`` and ``cut``, which says
+        that the model had not ended after ``max_new_tokens``. In the order in which they end.
+
+    Raises
+    ------
+    ValueError
+        For a prompt without a token or too long for the model; nothing was written then.
+    """
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompt {index} has no token")
+    if not encoded:
+        return
+    decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=1)
+    session = decoder.open_session(batch_size, max_seq_len=max(map(len, encoded)) + max_new_tokens)
+    places = {
+        session.add(ids, max_new_tokens, strategy="autoregressive", sampling=sampling): index
+        for index, ids in enumerate(encoded)
+    }
+    while len(session):
+        for update in session.step():
+            if update.error is not None:
+                raise update.error
+            if update.output is not None:
+                index = places[update.request_id]
+                text = tokenizer.decode(update.output.new_tokens[0], skip_special_tokens=True)
+                yield index, {"prompt": prompts[index], "completion": text, "cut": update.reason == "length"}
