@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages; torch reads this once
 
 import torch
 import torch.nn.functional as F
