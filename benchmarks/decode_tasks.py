@@ -21,15 +21,14 @@ import torch
 
 from layerskip._files import write_atomically
 from layerskip.cli import main as layerskip
-from layerskip.recipes import smollm2
+from layerskip.recipes import ADAPTED, STOCK
 
-ADAPTER_HEAD = str(smollm2.ADAPTER)  # the reduced draft head lies beside the adapter
 COLUMNS = ("task", "model", "E", "K", "draft head", "acceptance", "AR tokens/s", "self-speculative tokens/s",
            "speedup of means", "mean speedup", "identical")  # fmt: skip
 
 
 class Point(NamedTuple):
-    """What is measured in one line; the reduced head has the tokens of parsing alone."""
+    """What is measured in one line; the draft head is ``full`` or the reduced one that comes with a model."""
 
     prompts: str
     new_tokens: int
@@ -43,12 +42,16 @@ def points() -> list[Point]:
     """All lines of the table."""
     lines = []
     for split in ("parsing:test", "parsing:test_templates"):
-        lines += [Point(split, 64, "smollm2", exit_layer, 6, "full") for exit_layer in (3, 4)]
+        lines += [Point(split, 64, STOCK, exit_layer, 6, "full") for exit_layer in (3, 4)]
         for exit_layer, drafts in ((3, 6), (4, 6), (4, 8)):
-            lines += [Point(split, 64, "smollm2-layerskip", exit_layer, drafts, h) for h in ("full", ADAPTER_HEAD)]
-    for split in ("coding:humaneval", "summarization:test"):
-        for model in ("smollm2", "smollm2-layerskip"):
-            lines += [Point(split, 96, model, exit_layer, 3, "full") for exit_layer in (4, 8)]
+            lines += [Point(split, 64, ADAPTED, exit_layer, drafts, head) for head in ("full", ADAPTED)]
+    for task, split in (("coding", "humaneval"), ("summarization", "test")):
+        adapted = f"{ADAPTED}-{task}"
+        for model, head in ((STOCK, "full"), (adapted, "full"), (adapted, adapted)):
+            lines += [
+                Point(f"{task}:{split}", 96, model, exit_layer, drafts, head)
+                for exit_layer, drafts in ((2, 3), (3, 3), (3, 6))
+            ]
     return lines
 
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import decode_tasks
 from benchmarks.decode_tasks import Point
 
-POINT = Point("parsing:test", 8, "smollm2-layerskip", 4, 6, decode_tasks.ADAPTER_HEAD)
+POINT = Point("parsing:test", 8, "smollm2-layerskip", 4, 6, "smollm2-layerskip")
 WAY = {"acceptance_rate": 0.85, "tokens_per_second": 327.4, "speedup_of_means": 3.28, "mean_speedup": 3.27}
 
 

@@ -11,10 +11,12 @@ from importlib.util import find_spec
 
 import pytest
 
+from layerskip.cli import prompts
 from layerskip.training import data
-from layerskip.training.data import coding, parsing
+from layerskip.training.data import coding, hub, parsing
 from layerskip.training.data.summarization import papers
 from layerskip.training.data.text import load_text
+from layerskip.training.run import load_pairs
 
 needs_parsing = pytest.mark.skipif(
     not (find_spec("hassil") and find_spec("home_assistant_intents")),
@@ -212,3 +214,47 @@ def test_prompts_are_written_for_the_bench(tmp_path):
     assert [record["prompt"] for record in records] == [e.prompt for e in data.load_task("coding", "test")[:3]]
     assert all(record["task"] == "coding" for record in records)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def hub_dataset(tmp_path, monkeypatch):
+    """A directory as the hub has them, which `datasets` reads without a network."""
+    pytest.importorskip("datasets", reason="needs the package datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for split, numbers in (("train", range(5)), ("test", range(5, 7))):
+        rows = [{"question": f"{n} + 1 =", "answer": f" {n + 1}", "n": n} for n in numbers]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"hub:{folder}"
+
+
+def test_a_dataset_of_the_hub_by_its_columns(hub_dataset):
+    columns = "?prompt=question&completion=answer"
+    examples = load_pairs([hub_dataset + columns])[hub_dataset + columns]
+    assert [(e.prompt, e.completion) for e in examples] == [(f"{n} + 1 =", f" {n + 1}") for n in range(5)]
+    assert [e.completion for e in hub.load(f"{hub_dataset}{columns}&split=test")] == [" 6", " 7"]
+    assert load_pairs([hub_dataset + columns], "test") == {}
+    assert [prompt.text for prompt in prompts.read(f"{hub_dataset}?prompt=question", 2)] == ["0 + 1 =", "2 + 1 ="]
+
+
+def test_a_dataset_of_the_hub_on_wrong_input(hub_dataset):
+    with pytest.raises(ValueError, match=r"unknown key 'promt', did you mean 'prompt'\?"):
+        hub.load(f"{hub_dataset}?promt=question")
+    with pytest.raises(ValueError, match="no column 'completion'; it has: question, answer, n"):
+        hub.load(f"{hub_dataset}?prompt=question")
+    with pytest.raises(ValueError, match="row 0: expected a text under 'n', got 0"):
+        hub.load(f"{hub_dataset}?prompt=question&completion=n")
+    with pytest.raises(ValueError, match="split is empty"):
+        hub.load(f"{hub_dataset}?split=")
+    with pytest.raises(ValueError, match="names no dataset"):
+        hub.load("hub:?split=test")
+    with pytest.raises(ValueError, match="dev"):
+        hub.load(f"{hub_dataset}?split=dev")
+
+
+def test_a_dataset_of_the_hub_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="hub:any needs the package datasets: pip install datasets"):
+        hub.load("hub:any")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.data import TASKS, load_task
+from ..training.data import TASKS, hub, load_task
 
-HELP = "samples, humaneval, TASK:SPLIT such as parsing:test, a .jsonl file, or a text file"
+HELP = "samples, humaneval, TASK:SPLIT such as parsing:test, hub:DATASET, a .jsonl file, or a text file"
 SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 COMMANDS = SAMPLES.with_name("commands.jsonl")  # in the form that smollm2-layerskip was trained on
 
@@ -28,8 +28,9 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     Parameters
     ----------
     source : str
-        ``samples``, ``humaneval``, TASK:SPLIT of `layerskip.training.data` such as ``parsing:test``, a ``.jsonl`` file
-        of objects with "prompt" and, optionally, "task", or a text file with one prompt a line.
+        ``samples``, ``humaneval``, TASK:SPLIT of `layerskip.training.data` such as ``parsing:test``, ``hub:NAME`` as
+        `layerskip.training.data.hub` has it, a ``.jsonl`` file of objects with "prompt" and, optionally, "task", or a
+        text file with one prompt a line.
     limit : int, optional
         Take every n-th prompt so that this many remain, spread over the whole source.
 
@@ -43,6 +44,8 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     task, colon, split = source.partition(":")
     if source == "humaneval":
         prompts = _human_eval()
+    elif source.startswith(hub.PREFIX):
+        prompts = [Prompt(example.prompt) for example in hub.load(source, prompts_only=True)]
     elif colon and task in TASKS:
         prompts = [Prompt(example.prompt, task) for example in load_task(task, split)]
     else:

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..models import load, smollm2
-from .data import TASKS, load_task, splits, text
+from .data import TASKS, hub, load_task, splits, text
 from .dataset import Collator, encode, read_pairs, token_batches
 from .recipe import Recipe, by_layer
 from .trainer import Batching, LayerSkipTrainer, Plan
@@ -26,7 +26,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def load_pairs(tasks: Iterable[str], split: str = "train") -> dict[str, list[Any]]:
-    """The examples of each task of a recipe; of a file every line is for training. ``text`` are passages of prose."""
+    """The examples of each task of a recipe; files and the hub's datasets are for training. ``text`` is prose."""
     pairs: dict[str, list[Any]] = {}
     for task in tasks:
         if task == "text":
@@ -34,11 +34,14 @@ def load_pairs(tasks: Iterable[str], split: str = "train") -> dict[str, list[Any
         elif task in TASKS:
             if split in splits(task):
                 pairs[task] = load_task(task, split)
+        elif task.startswith(hub.PREFIX):
+            if split == "train":
+                pairs[task] = hub.load(task)
         elif Path(task).is_file():
             if split == "train":
                 pairs[task] = read_pairs(Path(task))
         else:
-            raise ValueError(f"task {task!r} is neither one of {', '.join(TASKS)}, text, nor a file")
+            raise ValueError(f"task {task!r} is neither one of {', '.join(TASKS)}, text, hub:NAME, nor a file")
     return pairs
 
 
