@@ -70,12 +70,17 @@ def random_tokens(batch: int, length: int, seed: int = 0, vocabulary: int = VOCA
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_tokenizer() -> Any:
-    """Words ``w0`` to ``w100``; w0 is the unknown one, w1 ends a text."""
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+def tiny_tokenizer(word: str = "w{}") -> Any:
+    """Words ``w0`` to ``w100``; w0 is the unknown one, w1 ends a text.
+
+    With such words any text reads back as the tokens that it was made of but for w10 … w19, which begin with a special
+    one; with ``w{:03}`` all do.
+    """
+    words = {word.format(number): number for number in range(VOCABULARY)}
+    unknown, end = word.format(0), word.format(1)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, eos_token=end)
 
 
 def save_tiny(directory: Path, architecture: str = "llama2", max_shard_size: str = "1GB", **changes: Any) -> Path:

@@ -295,15 +295,22 @@ def test_a_completion_that_was_cut_gets_no_end(tmp_path: Path) -> None:
         read_pairs(path)
 
 
+@pytest.mark.parametrize("end", ["w072", "w001"])
 def test_the_distill_command_writes_what_the_full_depth_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None, end: str
 ) -> None:
-    """Pairs in the prompts' order, which train: their labels are the arg-max of the last layer at every position."""
+    """Pairs in the prompts' order, which train: their labels are the arg-max of the last layer at every position.
+
+    The model ends some texts with w072, which is the tokenizer's end or, to that, a word.
+    """
     from layerskip.models import load
 
-    model = save_tiny(tmp_path / "base")
+    model = save_tiny(tmp_path / "base", eos_token_id=72)
+    tokenizer = tiny_tokenizer("w{:03}")
+    tokenizer.eos_token = end
+    tokenizer.save_pretrained(model)
     prompts, output = tmp_path / "prompts.txt", tmp_path / "pairs.jsonl"
-    texts = ["w3 w4", "w5", "w6 w7 w8", " ".join(["w9"] * 20), "w11 w12"]
+    texts = ["w003 w004", "w005", "w006 w007 w008", " ".join(["w009"] * 20), "w011 w012"]
     prompts.write_text("\n".join(texts))
     command = ["distill", "--model", str(model), "--prompts", str(prompts), "--output", str(output),
                "--dtype", "float32", "--max-prompt-tokens", "4"]  # fmt: skip
@@ -324,9 +331,11 @@ def test_the_distill_command_writes_what_the_full_depth_says(
         chosen = base(ids[None]).logits[0].argmax(dim=-1)
         labelled = labels[1:] != -100
         assert torch.equal(chosen[:-1][labelled], labels[1:][labelled]), pair
-        assert int(labelled.sum()) == 6 or not pair["cut"]
+        assert labels[-1] == 72 or int(labelled.sum()) == 6
+        assert pair["cut"] == (labels[-1] != tokenizer.eos_token_id)
+    assert any("w072" in pair["completion"] for pair in pairs) == (end == "w001")
     assert main(["train", "--set", f"model={model}", "--set", f"tasks=[{output}]", "--set", "steps=1",
-                 "--set", f"output={tmp_path / 'out'}", "--set", "exit_layers=[1]"]) == 0  # fmt: skip
+                 "--set", f"output={tmp_path / 'out'}", "--set", "exit_layers=[1, 2]"]) == 0  # fmt: skip
 
 
 def test_the_distill_command_on_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

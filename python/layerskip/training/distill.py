@@ -39,7 +39,7 @@ def own_pairs(
     ------
     (int, dict)
         A prompt's index and its pair, as `read_pairs` gives them: ``prompt``, ``completion`` and ``cut``, which says
-        that the model had not ended after ``max_new_tokens``. In the order in which they end.
+        that the tokenizer's EOS token had not come after ``max_new_tokens``. In the order in which they end.
 
     Raises
     ------
@@ -64,5 +64,8 @@ def own_pairs(
                 raise update.error
             if update.output is not None:
                 index = places[update.request_id]
-                text = tokenizer.decode(update.output.new_tokens[0], skip_special_tokens=True)
-                yield index, {"prompt": prompts[index], "completion": text, "cut": update.reason == "length"}
+                tokens = update.output.new_tokens[0]
+                ended = int(tokens[-1]) == tokenizer.eos_token_id  # a pair's end; any other EOS token is text
+                said = tokens[:-1] if ended else tokens
+                text = tokenizer.decode(said, clean_up_tokenization_spaces=False)  # special tokens read back as such
+                yield index, {"prompt": prompts[index], "completion": text, "cut": not ended}
