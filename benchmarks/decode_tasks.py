@@ -50,7 +50,7 @@ def points() -> list[Point]:
         for model, head in ((STOCK, "full"), (adapted, "full"), (adapted, adapted)):
             lines += [
                 Point(f"{task}:{split}", 96, model, exit_layer, drafts, head)
-                for exit_layer, drafts in ((2, 3), (3, 3), (3, 6))
+                for exit_layer, drafts in ((2, 2), (2, 3), (4, 3))
             ]
     return lines
 

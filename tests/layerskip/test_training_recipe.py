@@ -63,6 +63,8 @@ WRONG_RECIPES = {
     ),
     "a key of the replay": ({"replay": {"task": ["text"]}}, "replay: unknown key 'task', did you mean 'tasks'"),
     "a LoRA adapter in a full run": ({"method": "full", "adapter": "out/adapter"}, "adapter 'out/adapter' is a LoRA's"),
+    "more than was learned": ({"interpolate": 1.5}, r"interpolate must be in \(0, 1\], got 1.5"),
+    "less than all of a full run": ({"method": "full", "interpolate": 0.9}, "interpolate 0.9 shrinks a LoRA"),
     "an unknown time scale": ({"layer_dropout": {"scale": "cubic"}}, "layer_dropout.scale is 'cubic'"),
 }
 
@@ -150,28 +152,41 @@ def test_wsd_warms_up_stays_and_decays_over_the_last_third() -> None:
     )
 
 
-def test_the_recipe_of_smollm2() -> None:
+FIRST_RUNS = {"recipe.yaml": "adapter", "coding.yaml": "coding", "summarization.yaml": "summarization"}
+LATER_RUNS = {
+    "finish.yaml": "recipe.yaml",
+    "coding-finish.yaml": "coding.yaml",
+    "summarization-exits.yaml": "summarization.yaml",
+    "summarization-finish.yaml": "summarization-exits.yaml",
+}
+
+
+def smollm2_recipe(name: str) -> Recipe:
     from layerskip.recipes import smollm2
 
-    recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
-    recipe.check_exits(30)
-    assert by_layer(recipe.lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [8] * 24
-    finish = read_recipe(Path(smollm2.__file__).with_name("finish.yaml"))
-    finish.check_exits(30)
-    assert finish.adapter == f"{recipe.output}/adapter"
+    return read_recipe(smollm2.ADAPTER.with_name(name))
 
 
-def test_the_adapter_of_smollm2_has_the_ranks_of_its_recipe() -> None:
+def test_the_recipes_of_smollm2() -> None:
+    for name in (*FIRST_RUNS, *LATER_RUNS):
+        smollm2_recipe(name).check_exits(30)
+    for later, earlier in LATER_RUNS.items():
+        assert smollm2_recipe(later).adapter == f"{smollm2_recipe(earlier).output}/adapter"
+    assert by_layer(smollm2_recipe("recipe.yaml").lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [8] * 24
+
+
+@pytest.mark.parametrize("name", FIRST_RUNS)
+def test_the_adapters_of_smollm2_have_the_ranks_of_their_recipes(name: str) -> None:
     from safetensors import safe_open
 
     from layerskip.recipes import smollm2
 
-    recipe = read_recipe(Path(smollm2.__file__).with_name("recipe.yaml"))
-    ranks = by_layer(recipe.lora_rank, 30, "lora_rank")
-    with safe_open(smollm2.ADAPTER / "adapter_model.safetensors", framework="pt") as file:
-        for name in filter(lambda name: "lora_A" in name, file.keys()):
-            layer = int(name.split(".layers.")[1].split(".")[0])
-            assert file.get_slice(name).get_shape()[0] == ranks[layer]
+    ranks = by_layer(smollm2_recipe(name).lora_rank, 30, "lora_rank")
+    adapter = smollm2.ADAPTER.with_name(FIRST_RUNS[name]) / "adapter_model.safetensors"
+    assert adapter.stat().st_size < 20e6
+    with safe_open(adapter, framework="pt") as file:
+        for key in filter(lambda key: "lora_A" in key, file.keys()):
+            assert file.get_slice(key).get_shape()[0] == ranks[int(key.split(".layers.")[1].split(".")[0])]
 
 
 def test_the_docs_name_every_key_of_a_recipe() -> None:
@@ -431,6 +446,10 @@ def test_the_train_command_goes_on_from_an_adapter(
     before, after = (load_file(output / "adapter" / "adapter_model.safetensors") for output in (first, second))
     assert before.keys() == after.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items()), "a rate of nearly 0 changes no bf16"
+    assert main([*go_on, "--set", "learning_rate=1.0e-12", "--set", "interpolate=0.5"]) == 0
+    shrunk = load_file(second / "adapter" / "adapter_model.safetensors")
+    for name, value in shrunk.items():
+        assert torch.equal(value, before[name] * (0.5 if "lora_B" in name else 1)), name
     assert main([*go_on, "--set", "learning_rate=0.01"]) == 0
     after = load_file(second / "adapter" / "adapter_model.safetensors")
     assert not any(torch.equal(value, before[name]) for name, value in after.items() if "lora_B" in name)

@@ -20,12 +20,40 @@ from .picture import SideBySide, demo_picture
 from .prompts import Prompt
 
 ACCEPTED, VERIFIED = "bold green", "default"
-ADAPTED_EXIT_LAYER, ADAPTED_SPECULATIONS = 4, 8
-ADAPTED_MODEL = (
-    "This is SmolLM2-135M with the LayerSkip adapter that comes with this package: trained on home-automation commands "
-    "with an early-exit loss, so that its first layers can already predict. They draft with an int8 head of the 8192 "
-    "most frequent tokens; the full model verifies all drafts of a round at once."
-)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A model that comes with the package, and how it is shown."""
+
+    name: str
+    label: str
+    exit_layer: int
+    num_speculations: int
+    remark: str
+    prompts: str
+
+
+ADAPTERS = (
+    Adapter(
+        recipes.ADAPTED, "for commands", 4, 8,
+        "This is SmolLM2-135M with a LayerSkip adapter that comes with this package: trained on home-automation "
+        "commands with an early-exit loss, so that its first layers can already predict. They draft with an int8 head "
+        "of the 8192 most frequent tokens; the full model verifies all drafts of a round at once.",
+        "commands.jsonl",
+    ),
+    Adapter(
+        f"{recipes.ADAPTED}-summarization", "for summaries", 2, 3,
+        "The same model with an adapter that was trained to summarize abstracts. Prose is harder to guess than "
+        "commands: fewer layers draft, and fewer tokens.",
+        "abstracts.jsonl",
+    ),
+    Adapter(
+        f"{recipes.ADAPTED}-coding", "for Python", 2, 3,
+        "The same model with an adapter whose early exits were trained on what its own full depth writes.",
+        "functions.jsonl",
+    ),
+)  # fmt: skip
 STOCK_EXIT_LAYER, STOCK_SPECULATIONS = 24, 3
 STOCK_MODEL = (
     "For comparison, stock SmolLM2, which was not trained to exit early, so its early exits are useless: layer 12 of "
@@ -59,24 +87,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
-    """The models that the demo runs: one trained to exit early, and the one that it was made from."""
-    args.dtype, args.model = "bfloat16", recipes.ADAPTED
-    adapted = Subject(
-        "LayerSkip",
-        *options.load(args, console),
-        ADAPTED_EXIT_LAYER,
-        ADAPTED_SPECULATIONS,
-        ADAPTED_MODEL,
-        prompts.read(str(prompts.COMMANDS)),
-        DraftHead.load(recipes.smollm2.ADAPTER),
-    )
+    """The models that the demo runs: some trained to exit early, and the one that they were made from."""
+    args.dtype = "bfloat16"
+    subjects = []
+    for adapter in ADAPTERS:
+        args.model = adapter.name
+        subjects.append(
+            Subject(
+                f"LayerSkip {adapter.label}",
+                *options.load(args, console),
+                adapter.exit_layer,
+                adapter.num_speculations,
+                adapter.remark,
+                prompts.read(str(prompts.FOLDER / adapter.prompts)),
+                DraftHead.load(recipes.ADAPTERS[adapter.name]),
+            )
+        )
     args.model = recipes.STOCK
     of_each_task = {prompt.task: prompt for prompt in reversed(prompts.read("samples"))}
     some = list(reversed(of_each_task.values()))[1:]  # coding and prose
-    return [
-        adapted,
-        Subject("stock", *options.load(args, console), STOCK_EXIT_LAYER, STOCK_SPECULATIONS, STOCK_MODEL, some),
-    ]
+    stock = options.load(args, console)
+    return [*subjects, Subject("stock", *stock, STOCK_EXIT_LAYER, STOCK_SPECULATIONS, STOCK_MODEL, some)]
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 from ..training.data import TASKS, hub, load_task
 
 HELP = "samples, humaneval, TASK:SPLIT such as parsing:test, hub:DATASET, a .jsonl file, or a text file"
-SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
-COMMANDS = SAMPLES.with_name("commands.jsonl")  # in the form that smollm2-layerskip was trained on
+FOLDER = Path(__file__).parents[1] / "data"  # beside the samples, prompts in the form that the adapters were trained on
+SAMPLES = FOLDER / "prompts.jsonl"
 
 
 @dataclass(frozen=True)

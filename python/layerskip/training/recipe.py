@@ -60,7 +60,8 @@ class Recipe:
     probability that a step stops at its deepest early exit. ``learning_rate`` is one rate or, as ``lora_rank``, a
     mapping of layers to rates. ``batch_tokens`` makes batches of so many padded tokens, not of ``batch_size`` examples.
     ``head_sample`` has early exits choose, in the loss, among the tokens that the data has as labels and so many
-    others. ``replay`` is general text that the full depth sees in every step, see `ReplayRecipe`.
+    others. ``interpolate`` shrinks what LoRA learned, in what is written. ``replay`` is general text that the full
+    depth sees in every step, see `ReplayRecipe`.
     """
 
     model: str = "smollm2"
@@ -68,6 +69,7 @@ class Recipe:
     method: str = "lora"
     lora_rank: int | dict[str, int] = 32
     adapter: str | None = None
+    interpolate: float = 1.0
     freeze_embedding: bool = True
     precision: str = "bf16"
     learning_rate: float | dict[str, float] = 2e-3
@@ -121,6 +123,10 @@ class Recipe:
             raise ValueError(f"head_sample must not be negative, got {self.head_sample}")
         if self.adapter is not None and self.method != "lora":
             raise ValueError(f"adapter {self.adapter!r} is a LoRA's, method is {self.method!r}")
+        if not 0 < self.interpolate <= 1:
+            raise ValueError(f"interpolate must be in (0, 1], got {self.interpolate}")
+        if self.interpolate < 1 and self.method != "lora":
+            raise ValueError(f"interpolate {self.interpolate} shrinks a LoRA, method is {self.method!r}")
         self._check_batches()
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")

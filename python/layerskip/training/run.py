@@ -204,14 +204,18 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def save_result(trainer: LayerSkipTrainer, recipe: Recipe) -> list[Path]:
-    """Write ``model``, a plain Hugging Face directory in bf16, and for LoRA ``adapter``, bf16 too, below the output."""
+    """Write ``model``, a plain Hugging Face directory in bf16, and for LoRA ``adapter``, bf16 too, below the output.
+
+    With ``interpolate`` they are that far from the base model to the trained one (Wortsman et al. 2022).
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainer.revert()
     written = []
     if recipe.method == "lora":
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.bfloat16()
+                scale = recipe.interpolate if "lora_B" in name else 1
+                parameter.data = (parameter.data * scale).bfloat16()
         for config in model.peft_config.values():
             config.base_model_name_or_path = recipe.model  # not the directory that it happened to be read from
         written.append(_save(model, Path(recipe.output) / "adapter", save_embedding_layers=False))
