@@ -43,7 +43,7 @@ ADAPTERS = (
         "commands.jsonl",
     ),
     Adapter(
-        f"{recipes.ADAPTED}-summarization", "for summaries", 2, 3,
+        f"{recipes.ADAPTED}-summarization", "for summaries", 2, 2,
         "The same model with an adapter that was trained to summarize abstracts. Prose is harder to guess than "
         "commands: fewer layers draft, and fewer tokens.",
         "abstracts.jsonl",
