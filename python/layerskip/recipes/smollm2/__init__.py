@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a LayerSkip model: ``recipe.yaml``, then ``finish.yaml`` train the adapter beside them."""
+"""SmolLM2-135M-Instruct as a LayerSkip model, by task: the recipes here train the adapters beside them."""
 
 from __future__ import annotations
 
