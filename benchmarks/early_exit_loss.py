@@ -2,7 +2,7 @@
 
     python -m benchmarks.early_exit_loss [--quick] [--dtype bfloat16] [--threads 2] [--json FILE]
 
-All cases take 40 minutes and 16 GB on two cores, ``--quick`` takes two minutes.
+All cases take 40 minutes and about 12 GB on two cores, ``--quick`` takes a minute.
 
 torch's side is what transformers does: norm, one linear for each exit, `F.cross_entropy` on its logits in fp32,
 weighted sum, backward. Rounds alternate between the two, medians are reported. Memory is the peak of what the allocator
