@@ -239,7 +239,7 @@ def test_a_dataset_of_the_hub_by_its_columns(hub_dataset):
     assert [prompt.text for prompt in prompts.read(f"{hub_dataset}?prompt=question", 2)] == ["0 + 1 =", "2 + 1 ="]
 
 
-def test_a_dataset_of_the_hub_on_wrong_input(hub_dataset):
+def test_a_dataset_of_the_hub_on_wrong_input(hub_dataset, monkeypatch):
     with pytest.raises(ValueError, match=r"unknown key 'promt', did you mean 'prompt'\?"):
         hub.load(f"{hub_dataset}?promt=question")
     with pytest.raises(ValueError, match="no column 'completion'; it has: question, answer, n"):
@@ -252,6 +252,9 @@ def test_a_dataset_of_the_hub_on_wrong_input(hub_dataset):
         hub.load("hub:?split=test")
     with pytest.raises(ValueError, match="dev"):
         hub.load(f"{hub_dataset}?split=dev")
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: [])
+    with pytest.raises(ValueError, match="has no rows"):
+        hub.load(hub_dataset)
 
 
 def test_a_dataset_of_the_hub_needs_its_package(monkeypatch):

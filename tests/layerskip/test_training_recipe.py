@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import save_tiny, tiny_tokenizer
+from helpers import save_tiny, tiny_model, tiny_tokenizer
 
-from layerskip import DraftHead
+from layerskip import DraftHead, SamplingParams
 from layerskip.cli import main
 from layerskip.training import (
     Collator,
@@ -25,6 +25,7 @@ from layerskip.training import (
     read_pairs,
 )
 from layerskip.training.dataset import Pool, TokenBatches, encode_pair
+from layerskip.training.distill import own_pairs
 from layerskip.training.recipe import Recipe, by_layer, make_recipe, read_recipe
 from layerskip.training.run import mix, schedule
 
@@ -351,6 +352,17 @@ def test_the_distill_command_writes_what_the_full_depth_says(
     assert any("w072" in pair["completion"] for pair in pairs) == (end == "w001")
     assert main(["train", "--set", f"model={model}", "--set", f"tasks=[{output}]", "--set", "steps=1",
                  "--set", f"output={tmp_path / 'out'}", "--set", "exit_layers=[1, 2]"]) == 0  # fmt: skip
+
+
+def test_equal_prompts_go_on_differently_when_drawn_and_a_seed_repeats_them() -> None:
+    def texts(seed: int | None) -> list[str]:
+        sampling = SamplingParams(1.0, seed=seed)
+        return [pair["completion"] for _, pair in sorted(own_pairs(model, tokenizer, ["w3 w4"] * 3, 12, 2, sampling))]
+
+    model, tokenizer = tiny_model("llama2"), tiny_tokenizer()
+    assert len(set(texts(7))) == 3
+    assert texts(7) == texts(7) != texts(8)
+    assert len(set(texts(None))) == 3
 
 
 def test_the_distill_command_on_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .draft_head import DraftHead
 from .graph import Graphs
 from .output import GenerationOutput, Streamer
 from .processors import LogitsProcessor
-from .sampling import SamplingParams
+from .sampling import SamplingParams, params_of_each
 from .session import Session
 from .streaming import stream
 from .text import stop_rules
@@ -210,7 +209,7 @@ class SelfSpeculativeDecoder:
         session = Session(self, cache, total, drafts, generator, graphs=self._shared_graphs())
         rules = validation.one_each("should_stop", should_stop, count)
         hooks = zip(
-            _seeded(sampling, count),
+            params_of_each(sampling, count),
             validation.one_each("logits_processor", logits_processor, count),
             rules if stop_strings is None else stop_rules(self.tokenizer, stop_strings, prompts, rules),
             strict=True,
@@ -285,14 +284,6 @@ def _run(session: Session, count: int, streamer: Streamer | None) -> list[Genera
     if streamer is not None:
         streamer.end()
     return [outputs[index] for index in range(count)]
-
-
-def _seeded(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams | None]:
-    """The parameters of each prompt: with one seed for all, prompts that are equal would go on equally."""
-    params = validation.one_each("sampling", sampling, count)
-    if not isinstance(sampling, SamplingParams) or sampling.seed is None:
-        return params
-    return [dataclasses.replace(one, seed=(one.seed + index) % 2**63) for index, one in enumerate(params)]
 
 
 def _resolve_draft_head(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead:

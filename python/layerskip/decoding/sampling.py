@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import validation
@@ -91,3 +91,13 @@ def params_of(sampling: Any, vocab_size: int) -> SamplingParams:
         if token >= vocab_size:
             raise ValueError(f"logit_bias has token id {token}, outside the vocabulary of {vocab_size}")
     return sampling
+
+
+def params_of_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams | None]:
+    """The parameters of each prompt: with one seed for all, prompts that are equal would go on equally."""
+    params: list[SamplingParams | None] = validation.one_each("sampling", sampling, count)
+    if not isinstance(sampling, SamplingParams) or sampling.seed is None:
+        return params
+    return [replace(sampling, seed=(sampling.seed + index) % 2**63) for index in range(count)]

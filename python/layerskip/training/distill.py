@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..decoding import SamplingParams, SelfSpeculativeDecoder
+from ..decoding.sampling import params_of_each
 
 
 def own_pairs(
@@ -33,7 +34,7 @@ def own_pairs(
     batch_size : int
         How many are written at once.
     sampling : SamplingParams, optional
-        By default greedy.
+        By default greedy. With a seed in it, prompt b has the seed ``seed + b``.
 
     Yields
     ------
@@ -55,8 +56,8 @@ def own_pairs(
     decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=1)
     session = decoder.open_session(batch_size, max_seq_len=max(map(len, encoded)) + max_new_tokens)
     places = {
-        session.add(ids, max_new_tokens, strategy="autoregressive", sampling=sampling): index
-        for index, ids in enumerate(encoded)
+        session.add(ids, max_new_tokens, strategy="autoregressive", sampling=params): index
+        for index, (ids, params) in enumerate(zip(encoded, params_of_each(sampling, len(encoded)), strict=True))
     }
     while len(session):
         for update in session.step():

@@ -29,7 +29,7 @@ def load(source: str, prompts_only: bool = False) -> list[Example]:
     Raises
     ------
     ValueError
-        For a key or a column that does not exist, or a row without a text, with its number.
+        For a key or a column that does not exist, no rows, or a row without a text, with its number.
     ModuleNotFoundError
         Where the package ``datasets`` is absent. What its loader raises, no network among it, is passed on.
     """
@@ -43,6 +43,8 @@ def load(source: str, prompts_only: bool = False) -> list[Example]:
     for column in columns:
         if column not in rows.column_names:
             raise ValueError(f"{source} has no column {column!r}; it has: {', '.join(rows.column_names)}")
+    if not len(rows):
+        raise ValueError(f"{source} has no rows")
     texts = list(zip(*(rows[column] for column in columns), strict=True))
     for number, row in enumerate(texts):
         for column, text in zip(columns, row, strict=True):
