@@ -39,12 +39,12 @@ def load(source: str, prompts_only: bool = False) -> list[Example]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{source} needs the package datasets: pip install datasets") from error
     rows = load_dataset(name, options["config"], split=options["split"], revision=options["revision"])
+    if not len(rows):
+        raise ValueError(f"{source} has no rows")
     columns = [options["prompt"]] + ([] if prompts_only else [options["completion"]])
     for column in columns:
         if column not in rows.column_names:
             raise ValueError(f"{source} has no column {column!r}; it has: {', '.join(rows.column_names)}")
-    if not len(rows):
-        raise ValueError(f"{source} has no rows")
     texts = list(zip(*(rows[column] for column in columns), strict=True))
     for number, row in enumerate(texts):
         for column, text in zip(columns, row, strict=True):
