@@ -8,15 +8,16 @@ from .decoding import DraftHead, GenerationOutput, SamplingParams, SelfSpeculati
 from .decoding.streaming import TextStream
 from .decoding.text import StopStrings
 from .models import (
+    EarlyExitHead,
     LayerSkipModel,
+    PartialDepthDecoder,
+    SharedKVCache,
     UnsupportedModelError,
-    accelerate,
     adapt,
     load,
-    restore,
     supported_architectures,
 )
-from .modules import EarlyExitHead, PartialDepthDecoder, SharedKVCache
+from .transformers.acceleration import accelerate, restore
 
 if TYPE_CHECKING:
     from .generation import generate

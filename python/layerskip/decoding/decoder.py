@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..models import LayerSkipModel
-from ..modules import EarlyExitHead, SharedKVCache
+from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 from . import graph, validation
 from .adaptive import Controller, default_exits
 from .costs import Sizes

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_atomically
-from ..models import LayerSkipModel
-from ..modules import EarlyExitHead
+from ..models import EarlyExitHead, LayerSkipModel
 from . import validation
 
 FILE_NAME = "draft_head.safetensors"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..models import LayerSkipModel
-from ..modules import EarlyExitHead, SharedKVCache
+from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 from .graph import Graphs
 from .processed import ProcessedRound
 from .processors import Processors

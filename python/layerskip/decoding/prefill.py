@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..models import LayerSkipModel
-from ..modules import SharedKVCache
+from ..models import LayerSkipModel, SharedKVCache
 
 PREFILL_CHUNK = 512
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from layerskip_kernels import accept_sampled
 
-from ..models import LayerSkipModel
-from ..modules import EarlyExitHead, SharedKVCache
+from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 from .history import History
 from .processors import Processors
 from .round import NOT_DRAFTED

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models import LayerSkipModel
-from ..modules import EarlyExitHead, SharedKVCache
+from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 from .rows import Rows
 
 NOT_DRAFTED = -2
@@ -49,18 +48,16 @@ def speculate(
     -------
     Tensor [B, 2 + K], int64
     """
-    done = model.decoder.speculate(
+    done = model.speculate(
         rows.token,
-        model.embedding,
         cache,
         exit_layer,
-        model.head,
-        draft_head,
         steps,
-        rows.seq_lens,
-        rows.slots,
-        min_probability,
-        *rows.noise,
+        draft_head=draft_head,
+        draft_threshold=min_probability,
+        seq_lens=rows.seq_lens,
+        slots=rows.slots,
+        noise=rows.noise,
     )
     rows.token.copy_(done.next_token)
     drafts = done.tokens
@@ -84,8 +81,8 @@ def advance(model: LayerSkipModel, cache: SharedKVCache, rows: Rows, depth: int)
     -------
     Tensor [B, 2], int64
     """
-    token = model.decoder.draft(
-        rows.token, model.embedding, cache, depth, model.head, 1, False, rows.seq_lens, rows.slots, *rows.noise
+    token = model.draft(
+        rows.token, cache, depth, 1, extend=False, seq_lens=rows.seq_lens, slots=rows.slots, noise=rows.noise
     ).tokens  # [B, 1]
     rows.token.copy_(token[:, 0])
     rows.seq_lens.add_(1)

@@ -34,9 +34,9 @@ class Rows:
     temperature: Tensor | None = None
 
     @property
-    def noise(self) -> tuple[Tensor | None, Tensor | None]:
-        """Temperature and seed as the kernels take them: both, or neither."""
-        return self.temperature, None if self.temperature is None else self.seed
+    def noise(self) -> tuple[Tensor, Tensor] | None:
+        """What tokens are drawn with; None where every sequence is greedy."""
+        return None if self.temperature is None else (self.temperature, self.seed)
 
     def clone(self) -> Rows:
         """The same values elsewhere."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..modules import SharedKVCache
+from ..models import SharedKVCache
 from . import validation
 from .adaptive import Choice
 from .graph import Graphs
@@ -285,9 +285,8 @@ class Session:
         if request.processed:
             processed = processed_round(self._model, self._cache, [request])
             return int(processed.first(state, rows)), processed.failures
-        temperature, seed = rows.noise
-        offset = None if temperature is None else rows.seq_lens
-        return int(self._model.head(state, temperature, seed, offset).token), {}
+        noise = (None, None, None) if rows.noise is None else (*rows.noise, rows.seq_lens)
+        return int(self._model.head(state, *noise).token), {}
 
     def _depth(self, request: Request) -> int:
         return request.exit_layer if request.plan.strategy == "early_exit" else self._model.num_layers
