@@ -20,7 +20,7 @@ from .models import (
 from .transformers.acceleration import accelerate, restore
 
 if TYPE_CHECKING:
-    from .generation import generate
+    from .transformers.custom_generate import generate
 
 __all__ = [
     "DraftHead",
@@ -47,9 +47,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What imports transformers, on demand."""
+    """Import ``generate`` only when it is used: it needs transformers."""
     if name == "generate":
-        from .generation import generate
+        from .transformers.custom_generate import generate
 
         return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
