@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .decoding import DraftHead, GenerationOutput, SamplingParams, SelfSpeculativeDecoder, Session, Stats, Update
-from .decoding.streaming import TextStream
-from .decoding.text import StopStrings
+from .decoding import (
+    DraftHead,
+    GenerationOutput,
+    SamplingParams,
+    SelfSpeculativeDecoder,
+    Session,
+    Stats,
+    StopStrings,
+    TextStream,
+    Update,
+)
 from .models import (
     EarlyExitHead,
     LayerSkipModel,
