@@ -109,6 +109,11 @@ class DraftHead:
             raise ValueError(f"{source} is not a draft head: {error}") from error
 
 
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / FILE_NAME if path.is_dir() else path
+
+
 def head_of(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead:
     """The head that chooses a model's drafts: "full", "int8", or of a `DraftHead`."""
     if isinstance(draft_head, DraftHead):
@@ -118,8 +123,3 @@ def head_of(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead
     if draft_head == "full":
         return model.head
     raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    return path / FILE_NAME if path.is_dir() else path

@@ -142,7 +142,7 @@ def check_config(config: Any) -> None:
 
 
 def check_feed_forward(config: Any) -> None:
-    """The part of `check_config` on which a model depends whose attention is not replaced."""
+    """The checks of `check_config` that also apply to a model that keeps its own attention."""
     _check_quantisation(config)
     _check_activation(config)
 

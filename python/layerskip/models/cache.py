@@ -22,7 +22,7 @@ class SharedKVCache:
     ----------
     k, v : Tensor [L, B, G, T, C]
     seq_lens : Tensor [B], int64
-        How many positions of each sequence are valid. The layers read it; who calls them advances it.
+        How many positions of each sequence are valid. The layers read it; whoever calls them advances it.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The modules by themselves: cache, decoder, exit head."""
+"""The parts of a model by themselves: cache, layers, exit head."""
 
 import copy
 
@@ -321,7 +321,7 @@ class TestExitHead:
             EarlyExitHead(torch.ones(5), torch.ones(7, 6), 1e-5)
 
 
-def test_modules_work_in_a_users_own_model():
+def test_parts_work_in_a_users_own_model():
     """Parts taken from an adapted model, put into a plain module, still share the storage."""
 
     class Exit(torch.nn.Module):
