@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
-from layerskip.models import LayerSkipModel
-from layerskip.modules import EarlyExitHead, LayerWeights, PartialDepthDecoder
+from layerskip.models import EarlyExitHead, LayerSkipModel, LayerWeights, PartialDepthDecoder
 
 EPS = 1e-5
 CACHE_CAPACITY, CACHE_LENGTH = 1024, 512

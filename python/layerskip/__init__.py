@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .decoding import DraftHead, GenerationOutput, SamplingParams, SelfSpeculativeDecoder, Session, Stats, Update
-from .decoding.streaming import TextStream
-from .decoding.text import StopStrings
+from .decoding import (
+    DraftHead,
+    GenerationOutput,
+    SamplingParams,
+    SelfSpeculativeDecoder,
+    Session,
+    Stats,
+    StopStrings,
+    TextStream,
+    Update,
+)
 from .models import (
+    EarlyExitHead,
     LayerSkipModel,
+    PartialDepthDecoder,
+    SharedKVCache,
     UnsupportedModelError,
-    accelerate,
     adapt,
     load,
-    restore,
     supported_architectures,
 )
-from .modules import EarlyExitHead, PartialDepthDecoder, SharedKVCache
+from .transformers.acceleration import accelerate, restore
 
 if TYPE_CHECKING:
-    from .generation import generate
+    from .transformers.custom_generate import generate
 
 __all__ = [
     "DraftHead",
@@ -46,9 +55,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What imports transformers, on demand."""
+    """Import ``generate`` only when it is used: it needs transformers."""
     if name == "generate":
-        from .generation import generate
+        from .transformers.custom_generate import generate
 
         return generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,7 @@ from helpers import ARCHITECTURES, random_tokens, tiny_config, tiny_model
 from tiny import native_missing
 
 from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, accelerate, adapt, restore
-from layerskip.models import fusion
-from layerskip.modules import fused
+from layerskip.transformers import acceleration, fused
 from layerskip_kernels import BackendError, use_backend
 
 # Largest difference of logits, which are of order 1.
@@ -273,14 +272,14 @@ def test_what_only_attention_knows_of_is_no_hindrance(change):
 def test_a_machine_without_kernels_is_told(monkeypatch):
     model = tiny_model("llama2")
     kinds = list(map(type, model.modules()))
-    served = fusion.explain
+    served = acceleration.explain
 
     def without(*args):
         with use_backend("reference"):
             found = served(*args)
         return type(found)(found.op, found.backend, {"cpu": "no compiler"})
 
-    monkeypatch.setattr(fusion, "explain", without)
+    monkeypatch.setattr(acceleration, "explain", without)
     with pytest.raises(BackendError, match=r"slower.*\n.*no compiler"):
         accelerate(model)
     assert list(map(type, model.modules())) == kinds

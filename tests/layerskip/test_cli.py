@@ -55,6 +55,10 @@ class TestErrors:
                 "temperature must be in [0, 1e+06], got -1.0",
             ),
             (["generate", "w1", "--model", "MODEL", "--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
+            (
+                ["generate", "w1", "--model", "MODEL", "--draft-threshold", "1.5"],
+                "draft_threshold must be in [0, 1], got 1.5",
+            ),
         ],
     )
     def test_one_line_and_exit_code_2(self, directory, capsys, arguments, message):
@@ -139,6 +143,16 @@ class TestGenerate:
             printed.append(capsys.readouterr().out)
         assert printed[0] == printed[1] != printed[2]
 
+    def test_a_threshold_ends_drafts_and_changes_no_token(self, directory, capsys):
+        printed = []
+        for threshold in ("0", "1"):
+            arguments = ["--max-new-tokens", "9", "--exit-layer", "2", "--draft-threshold", threshold]
+            assert main(["generate", "w5 w8", "--model", directory, *arguments]) == 0
+            printed.append(capsys.readouterr())
+        assert printed[0].out == printed[1].out
+        assert "drafts accepted" in printed[0].err
+        assert "drafts accepted" not in printed[1].err, "no exit of this model is ever sure"
+
     def test_the_prompt_may_come_from_stdin(self, directory, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.StringIO("w5 w8"))
         assert main(["generate", "--model", directory, "--max-new-tokens", "3"]) == 0
@@ -159,8 +173,9 @@ class TestCorrectness:
         options = ["--max-new-tokens", "12", "--num-speculations", "3", "--dtype", "bfloat16"]
         return ["correctness", "--model", directory, "--prompts", texts, *options]
 
-    def test_all_is_well(self, directory, texts, capsys):
-        assert main(self.arguments(directory, texts)) == 0
+    @pytest.mark.parametrize("threshold", ["0", "0.02"])
+    def test_all_is_well(self, directory, texts, capsys, threshold):
+        assert main([*self.arguments(directory, texts), "--draft-threshold", threshold]) == 0
         printed = capsys.readouterr().out
         assert printed.count("✓") == 4
         assert "all tokens are identical" in printed
@@ -180,6 +195,7 @@ class TestBench:
     def test_it_measures_four_ways_and_writes_what_it_found(self, directory, texts, tmp_path, capsys):
         stem = tmp_path / "result"
         options = ["--max-new-tokens", "8", "--num-speculations", "3", "--dtype", "float32", "--repeats", "2"]
+        options += ["--draft-threshold", "0.01"]
         code = main(["bench", "--model", directory, "--prompts", texts, "--output", str(stem), *options])
         printed = capsys.readouterr().out
         assert code == 0, printed
@@ -187,6 +203,7 @@ class TestBench:
         assert list(content["summary"]) == [AUTOREGRESSIVE, SELF_SPECULATIVE, TRANSFORMERS, EARLY_EXIT_ASSISTED]
         assert all(len(runs) == 4 for runs in content["runs"].values())
         assert content["summary"][AUTOREGRESSIVE]["speedup_of_means"] == 1.0
+        assert content["settings"]["draft_threshold"] == 0.01
         assert content["read_gigabytes_per_second"] > 0.1
         assert 0 < content["outside_ops_per_round"]["fraction"] < 1
         assert set(content["by_task"]) == {"counting", "prose"}

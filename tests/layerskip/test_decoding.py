@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SelfSpeculativeDecoder
-from layerskip.decoding.group import Group
+from layerskip.decoding.batch import Batch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -187,7 +187,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     monkeypatch.setattr(
         decoder.model.decoder, "prefill", lambda hidden, *args: sizes.append(hidden.shape[1]) or prefill(hidden, *args)
     )
-    monkeypatch.setattr("layerskip.decoding.prefill.PREFILL_CHUNK", 32)
+    monkeypatch.setattr("layerskip.decoding.round.PREFILL_CHUNK", 32)
     plain = decoder.generate(prompt_of(101), 20, strategy="autoregressive")
     assert torch.equal(decoder.generate(prompt_of(101), 20).sequences, plain.sequences)
     assert sizes == [32, 32, 32, 5] * 2
@@ -295,19 +295,33 @@ def test_a_round_comes_to_the_host_once(decoder, monkeypatch):
         )
     counts = []
 
-    def counted(self, *args, _run=Group.run):
+    def counted(self, *args, _run=Batch.run):
         before = len(calls)
         result = _run(self, *args)
         counts.append(calls[before:])
         return result
 
-    monkeypatch.setattr(Group, "run", counted)
+    monkeypatch.setattr(Batch, "run", counted)
     assert decoder.generate(prompt_of(9), 30).stats.rounds > 3
     assert all(count == ["tolist"] for count in counts)
     alone = len(counts)
     decoder.generate([prompt_of(9)[0], prompt_of(4)[0]], 30)
     assert len(counts) > alone + 3
     assert all(count == ["tolist"] for count in counts)
+
+
+def test_the_decoders_threshold_is_the_default_of_its_calls_and_sessions():
+    model = tiny_model(upper="weak")
+    plain, careful = SelfSpeculativeDecoder(model, 1), SelfSpeculativeDecoder(model, 1, draft_threshold=1.0)
+    drafted = plain.generate(prompt_of(5), 20).stats.drafted
+    assert drafted > 0
+    assert plain.generate(prompt_of(5), 20, draft_threshold=1.0).stats.drafted == 0
+    assert careful.generate(prompt_of(5), 20).stats.drafted == 0
+    assert careful.generate(prompt_of(5), 20, draft_threshold=0.0).stats.drafted == drafted
+    session = careful.open_session(1)
+    session.add(prompt_of(5), 20)
+    outputs = [update.output for _ in range(20) for update in session.step()]
+    assert outputs[-1].stats.drafted == 0
 
 
 def test_the_weights_are_not_copied():

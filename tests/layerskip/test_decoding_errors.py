@@ -9,7 +9,7 @@ from tiny import LAYERS, ROUND, VOCABULARY, generous, prompt_of, requires_native
 
 import layerskip_kernels
 from layerskip import SamplingParams, SelfSpeculativeDecoder
-from layerskip.decoding.transcript import Ending, Transcript
+from layerskip.decoding.sequence import Ending, TokenSequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,6 +34,7 @@ def model():
         ({"exit_layer": "auto", "exit_choices": []}, ValueError, "exit_choices must hold at least one layer"),
         ({"exit_layer": "auto", "exit_choices": [1, 4]}, ValueError, "exit_layer must be in 1 … 3 .* got 4"),
         ({"exit_layer": 1, "draft_head": "int4"}, ValueError, "draft_head must be .* got 'int4'"),
+        ({"exit_layer": 1, "draft_threshold": 1.5}, ValueError, r"draft_threshold must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_a_decoder_that_cannot_be(model, options, error, message):
@@ -180,15 +181,15 @@ def test_weights_that_are_assigned_are_used():
 
 def test_what_follows_a_stop_token_inside_a_round_is_no_error():
     """Autoregressive decoding would never have come there."""
-    transcript = Transcript(prompt_of(5), Ending(8, frozenset({7})))
-    transcript.add([], 3, 0)
-    transcript.add([4, 7, 5], -1, 4, fault="logits that are not finite")
-    assert transcript.reason == "eos"
-    assert transcript.close().new_tokens.tolist() == [[3, 4, 7]]
+    sequence = TokenSequence(prompt_of(5), Ending(8, frozenset({7})))
+    sequence.add([], 3, 0)
+    sequence.add([4, 7, 5], -1, 4, fault="logits that are not finite")
+    assert sequence.reason == "eos"
+    assert sequence.output().new_tokens.tolist() == [[3, 4, 7]]
 
 
 def test_a_fault_that_would_be_emitted_is_an_error():
-    transcript = Transcript(prompt_of(5), Ending(8, frozenset({7})))
-    transcript.add([], 3, 0)
+    sequence = TokenSequence(prompt_of(5), Ending(8, frozenset({7})))
+    sequence.add([], 3, 0)
     with pytest.raises(FloatingPointError, match="not finite"):
-        transcript.add([4, 5], -1, 4, fault="logits that are not finite")
+        sequence.add([4, 5], -1, 4, fault="logits that are not finite")

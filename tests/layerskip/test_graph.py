@@ -18,8 +18,7 @@ import layerskip_kernels
 from layerskip import SamplingParams, SelfSpeculativeDecoder, models
 from layerskip.decoding import graph
 from layerskip.decoding.graph import Graphs
-from layerskip.decoding.round import advance, speculate
-from layerskip.decoding.rows import Rows
+from layerskip.decoding.round import FusedRound, SequenceTensors
 from layerskip.decoding.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +54,7 @@ def tokens_of(decoder: SelfSpeculativeDecoder, slots: int, graphs: Graphs | None
     """What three requests of unequal length give, two of them at first, in a cache of ``slots``."""
     with torch.inference_mode(False):
         cache = decoder.model.decoder.new_cache(slots, 64)
-    session = Session(decoder, cache, 48, 5, graphs=graphs)
+    session = Session(decoder.model, cache, decoder.defaults, 48, 5, graphs=graphs)
     sampling = kwargs.pop("sampling", [None] * 3)
     limits, prompts = (9, 20, 13), [prompt_of(length, seed) for seed, length in enumerate((5, 9, 3))]
     emitted: dict[int, list[int]] = {}
@@ -108,39 +107,40 @@ def test_every_round_of_a_graph_has_the_same_addresses(monkeypatch):
     recorder = Recorder()
     tokens_of(decoder, 5, Graphs(recorder))
     assert recorder.replays > 6
-    assert sorted(seen) == [1, 2, 4]  # three requests are padded to four rows
+    assert sorted(seen) == [1, 2, 4]  # three requests are padded to four
     assert all(len(addresses) == 1 for addresses in seen.values())
 
 
-def rows_of(count: int, temperature: float = 0.0) -> Rows:
-    return Rows.of([7] * count, [3] * count, range(count), [1] * count, [temperature] * count, torch.device("cpu"))
+def sequences_of(count: int, temperature: float = 0.0) -> SequenceTensors:
+    temperatures = [temperature] * count
+    return SequenceTensors.of([7] * count, [3] * count, range(count), [1] * count, temperatures, torch.device("cpu"))
 
 
-def counted(rows: Rows) -> Tensor:
+def counted(sequences: SequenceTensors) -> Tensor:
     """A round that only moves on."""
-    rows.token.add_(1)
-    rows.seq_lens.add_(2)
-    return torch.stack([rows.token, rows.seq_lens], 1)
+    sequences.token.add_(1)
+    sequences.seq_lens.add_(2)
+    return torch.stack([sequences.token, sequences.seq_lens], 1)
 
 
-def test_rows_go_in_and_come_out_and_padding_goes_back():
-    graphs, rows = Graphs(Recorder()), rows_of(4)
+def test_sequences_go_in_and_come_out_and_padding_goes_back():
+    graphs, sequences = Graphs(Recorder()), sequences_of(4)
     for turn in (1, 2, 3):
-        result = graphs.run("kind", counted, rows, 3, [])
+        result = graphs.run("kind", counted, sequences, 3, [])
         assert result[:3].tolist() == [[7 + turn, 3 + 2 * turn]] * 3
-        assert rows.token.tolist() == [7 + turn] * 3 + [0]
-        assert rows.seq_lens.tolist() == [3 + 2 * turn] * 3 + [0]
-    other = rows_of(4)
+        assert sequences.token.tolist() == [7 + turn] * 3 + [0]
+        assert sequences.seq_lens.tolist() == [3 + 2 * turn] * 3 + [0]
+    other = sequences_of(4)
     assert graphs.run("kind", counted, other, 4, []).tolist() == [[8, 5]] * 4
     assert len(graphs) == 1
 
 
-def test_graphs_are_kept_by_kind_and_rows_up_to_a_number():
+def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
     recorder = Recorder()
     graphs = Graphs(recorder, most=2)
 
     def run(kind: str, count: int, temperature: float = 0.0) -> bool:
-        graphs.run(kind, counted, rows_of(count, temperature), count, [])
+        graphs.run(kind, counted, sequences_of(count, temperature), count, [])
         return graphs.recorded
 
     assert [run("a", 1), run("a", 1), run("b", 1), run("a", 1)] == [True, False, True, False]
@@ -152,15 +152,15 @@ def test_graphs_are_kept_by_kind_and_rows_up_to_a_number():
 
 
 def test_what_moved_drops_the_graphs():
-    recorder, rows = Recorder(), rows_of(1)
+    recorder, sequences = Recorder(), sequences_of(1)
     graphs, weight = Graphs(recorder), torch.nn.Parameter(torch.ones(3))
-    graphs.run("kind", counted, rows, 1, [weight])
+    graphs.run("kind", counted, sequences, 1, [weight])
     with torch.no_grad():
         weight.add_(1)
-    graphs.run("kind", counted, rows, 1, [weight])
+    graphs.run("kind", counted, sequences, 1, [weight])
     assert recorder.captures == 1
     weight.data = torch.zeros(3)
-    graphs.run("kind", counted, rows, 1, [weight])
+    graphs.run("kind", counted, sequences, 1, [weight])
     assert recorder.captures == 2
     assert len(graphs) == 1
 
@@ -175,7 +175,7 @@ def test_padding_takes_slots_that_are_free(count, free, missing):
 def test_a_look_is_seen():
     graphs = Graphs(Recorder())
     with pytest.raises(AssertionError, match="looks at a value"):
-        graphs.run("kind", lambda rows: rows.token * int(rows.token[0]), rows_of(1), 1, [])
+        graphs.run("kind", lambda sequences: sequences.token * int(sequences.token[0]), sequences_of(1), 1, [])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -184,9 +184,10 @@ def test_a_round_has_no_values_to_look_at(temperature):
     model = models.adapt(tiny_model()).to("meta")
     with torch.inference_mode():
         cache = model.decoder.new_cache(4, 64)
-        rows = Rows.of([0, 0], [5, 9], [3, 1], [1, 2], [temperature] * 2, torch.device("meta"))
-        assert speculate(model, cache, rows, 1, 3, model.head, 0.0 if temperature else 0.25).shape == (2, 5)
-        assert advance(model, cache, rows, model.num_layers).shape == (2, 2)
+        sequences = SequenceTensors.of([0, 0], [5, 9], [3, 1], [1, 2], [temperature] * 2, torch.device("meta"))
+        round_ = FusedRound(model, cache, model.head)
+        assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
+        assert round_.advance(sequences, model.num_layers).shape == (2, 2)
 
 
 def test_where_there_is_no_card_rounds_are_called(monkeypatch):

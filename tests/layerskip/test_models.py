@@ -1,4 +1,4 @@
-"""Adapters against transformers, storage sharing, and what is refused."""
+"""Adapted models against transformers, what they decode, storage sharing, and what is refused."""
 
 import copy
 import itertools
@@ -10,6 +10,7 @@ from helpers import ARCHITECTURES, random_tokens, tiny_config, tiny_model
 from torch import nn
 
 from layerskip.models import (
+    EarlyExitHead,
     LayerSkipModel,
     UnsupportedModelError,
     adapt,
@@ -89,6 +90,82 @@ def test_head_gives_probabilities(architecture):
     expected = hf_logits(hf, tokens)
     torch.testing.assert_close(out.logit, expected.amax(-1), atol=TOLERANCES["fp32"], rtol=0)
     torch.testing.assert_close(out.logsumexp, expected.logsumexp(-1), atol=TOLERANCES["fp32"], rtol=0)
+
+
+class TestDecoding:
+    """What `draft` and `speculate` give is what the layers and the head give, one token after the other."""
+
+    @pytest.fixture
+    def model(self):
+        return adapt(tiny_model("llama3"))
+
+    def expected(self, model, token, exit_layer, count, noise=None):
+        """Tokens [B, count] of layers [0, exit_layer), and the states [B, count, D] that they come from."""
+        cache = model.decoder.new_cache(token.shape[0], 16)
+        tokens, states = [], []
+        for _ in range(count):
+            states.append(model.decoder(model.embed(token[:, None]), cache, 0, exit_layer)[:, 0])
+            token = model.head(states[-1], *(() if noise is None else (*noise, cache.seq_lens))).token
+            tokens.append(token)
+            cache.seq_lens += 1
+        return torch.stack(tokens, 1), torch.stack(states, 1)
+
+    @pytest.mark.parametrize("noise", [None, (torch.tensor([0.8, 1.3]), torch.tensor([4, 9]))], ids=["greedy", "drawn"])
+    def test_draft(self, model, noise):
+        token = torch.tensor([3, 50])
+        tokens, states = self.expected(model, token, 2, 4, noise)
+        cache = model.decoder.new_cache(2, 16)
+        out = model.draft(token, cache, 2, 3, noise=noise)
+        assert torch.equal(out.tokens, tokens[:, :3])
+        torch.testing.assert_close(out.states, states, atol=TOLERANCES["fp32"], rtol=0)
+        assert cache.seq_lens.tolist() == [0, 0]
+        assert model.draft(token, cache, 2, 3, extend=False).states.shape[1] == 3
+
+    def test_a_draft_in_some_slots_and_with_another_head(self, model):
+        token, lengths, slots = torch.tensor([3, 50]), torch.tensor([0, 0]), torch.tensor([3, 1])
+        head = model.head.quantize()
+        cache = model.decoder.new_cache(4, 16)
+        out = model.draft(token, cache, 2, 3, head=head, seq_lens=lengths, slots=slots)
+        plain = model.draft(token, model.decoder.new_cache(2, 16), 2, 3, head=head)
+        assert torch.equal(out.tokens, plain.tokens)
+        assert cache.k[:2, [3, 1], :, :4].ne(0).any(-1).all()
+        assert cache.k[:, [0, 2]].eq(0).all()
+
+    @pytest.mark.parametrize("head", ["full", "int8"])
+    def test_rounds_of_speculation_give_the_full_models_tokens(self, model, head):
+        token = torch.tensor([3, 50])
+        expected, _ = self.expected(model, token, model.num_layers, 8)
+        draft_head = None if head == "full" else model.head.quantize()
+        cache, emitted = model.decoder.new_cache(2, 24), [[], []]
+        while min(map(len, emitted)) < 8:
+            done = model.speculate(token, cache, 1, 3, draft_head=draft_head)
+            for row, accepted, drafts, last in zip(emitted, done.accepted, done.tokens, done.next_token, strict=True):
+                row += [*drafts[:accepted].tolist(), int(last)]
+            token = done.next_token
+            assert cache.seq_lens.tolist() == [len(row) for row in emitted]
+        assert [row[:8] for row in emitted] == expected.tolist()
+
+    def test_a_threshold_that_no_draft_reaches(self, model):
+        cache = model.decoder.new_cache(1, 16)
+        done = model.speculate(torch.tensor([3]), cache, 1, 3, draft_threshold=1.0)
+        assert done.accepted.tolist() == [0]
+        assert (done.tokens < 0).all()
+        assert cache.seq_lens.tolist() == [1]
+
+    def test_errors(self, model):
+        token, cache = torch.tensor([3]), model.decoder.new_cache(1, 16)
+        for exit_layer in (0, 5):
+            with pytest.raises(ValueError, match=rf"layers \[0, {exit_layer}\) are not within the decoder's 4"):
+                model.draft(token, cache, exit_layer, 2)
+            with pytest.raises(ValueError, match=rf"layers \[0, {exit_layer}\) are not within the decoder's 4"):
+                model.speculate(token, cache, exit_layer, 2)
+        head = EarlyExitHead(model.head.norm_weight, model.head.head_weight, 0.25)
+        with pytest.raises(
+            ValueError, match=r"the head's eps is 0\.25, the decoder's 1e-06; a draft takes one for both"
+        ):
+            model.draft(token, cache, 1, 2, head=head)
+        with pytest.raises(ValueError, match=r"the head's eps is 0\.25"):
+            model.speculate(token, cache, 1, 2, draft_head=head)
 
 
 @EVERY

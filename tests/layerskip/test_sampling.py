@@ -12,12 +12,9 @@ import transformers
 from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
-from layerskip.decoding import processed
-from layerskip.decoding.prefill import prefill
-from layerskip.decoding.processed import ProcessedRound
-from layerskip.decoding.processors import Processors
-from layerskip.decoding.round import NOT_DRAFTED, speculate
-from layerskip.decoding.rows import Rows
+from layerskip.decoding import logits as logits_module
+from layerskip.decoding.logits import LogitsPipeline, LogitsRound
+from layerskip.decoding.round import NOT_DRAFTED, FusedRound, SequenceTensors, read_prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -93,29 +90,29 @@ def warpers(params: SamplingParams) -> transformers.LogitsProcessorList:
     return made
 
 
-class TestProcessors:
+class TestLogitsPipeline:
     def logits(self, rows: int) -> torch.Tensor:
         return 3 * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(0))
 
     @pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))
     def test_they_do_what_transformers_do(self, params):
         logits, histories = self.logits(9), [prompt_of(12, seed)[0] for seed in range(9)]
-        ours = Processors([params] * 9, [None] * 9, VOCABULARY, CPU)(logits, histories)
+        ours = LogitsPipeline([params] * 9, [None] * 9, VOCABULARY, CPU)(logits, histories)
         theirs = warpers(params)(torch.stack(histories), logits.clone())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
     def test_each_sequence_has_its_own(self):
         logits, histories = self.logits(len(PARAMS)), [prompt_of(12, seed)[0] for seed in range(len(PARAMS))]
-        together = Processors(PARAMS, [None] * len(PARAMS), VOCABULARY, CPU)(logits, histories)
+        together = LogitsPipeline(PARAMS, [None] * len(PARAMS), VOCABULARY, CPU)(logits, histories)
         for row, params in enumerate(PARAMS):
-            alone = Processors([params], [None], VOCABULARY, CPU)(logits[row : row + 1], histories[row : row + 1])
+            alone = LogitsPipeline([params], [None], VOCABULARY, CPU)(logits[row : row + 1], histories[row : row + 1])
             assert torch.equal(together[row], alone[0])
 
     def test_ones_own_comes_between_penalty_and_temperature(self):
         params, logits = SamplingParams(0.5, repetition_penalty=2.0), self.logits(1)
         history = torch.tensor([int(logits.argmax())])
         seen = []
-        made = Processors([params], [lambda *args: seen.append(args) or args[1] + 1], VOCABULARY, CPU)
+        made = LogitsPipeline([params], [lambda *args: seen.append(args) or args[1] + 1], VOCABULARY, CPU)
         out = made(logits, [history])
         assert torch.equal(seen[0][0], history)
         assert seen[0][1].max() < logits.max()
@@ -125,7 +122,7 @@ class TestProcessors:
         def broken(history, logits):
             raise RuntimeError("broken")
 
-        made = Processors([SamplingParams()] * 3, [None, broken, lambda h, x: x[:3]], VOCABULARY, CPU)
+        made = LogitsPipeline([SamplingParams()] * 3, [None, broken, lambda h, x: x[:3]], VOCABULARY, CPU)
         logits = self.logits(3)
         assert torch.equal(made(logits, [torch.tensor([1])] * 3), logits)
         assert str(made.failures[1]) == "broken"
@@ -173,34 +170,31 @@ def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: 
     """Continuations [BATCH, 3] of the prompt, all drawn in the same rounds, each from a seed of its own."""
     model, length = decoder.model, PROMPT.shape[1]
     cache = model.decoder.new_cache(BATCH, length + DEPTH + DRAFTS + 1)
-    state = prefill(model, cache, 0, PROMPT, model.num_layers).expand(BATCH, -1)
+    hidden = read_prompt(model, cache, 0, PROMPT, model.num_layers).expand(BATCH, -1)
     for half in (cache.k, cache.v):
         half[:, 1:] = half[:, :1]
     lengths, seeds = torch.full((BATCH,), length - 1), torch.arange(first_seed, first_seed + BATCH)
-    rows = Rows(torch.zeros_like(seeds), lengths, torch.arange(BATCH), seeds, torch.full((BATCH,), params.temperature))
-    processors = Processors([params] * BATCH, [None] * BATCH, SMALL, CPU)
-    chosen = ProcessedRound(model, cache, processors, []) if params.processes else None
-    if chosen is None:
-        rows.token.copy_(model.head(state, rows.temperature, seeds, lengths).token)
-    else:
-        rows.token.copy_(chosen.first(state, rows))
+    temperatures = torch.full((BATCH,), params.temperature)
+    sequences = SequenceTensors(torch.zeros_like(seeds), lengths, torch.arange(BATCH), seeds, temperatures)
+    round_ = FusedRound(model, cache, decoder.draft_head)
+    if params.processes:
+        pipeline = LogitsPipeline([params] * BATCH, [None] * BATCH, SMALL, CPU)
+        round_ = LogitsRound(model, cache, decoder.draft_head, pipeline, [])
+    sequences.token.copy_(round_.first(hidden, sequences))
     lengths += 1
     drawn = torch.full((BATCH, DEPTH + DRAFTS), -1)
-    drawn[:, 0], counts = rows.token, torch.ones_like(seeds)
+    drawn[:, 0], counts = sequences.token, torch.ones_like(seeds)
     while int(counts.min()) < DEPTH:
-        if chosen is None:
-            packed = speculate(model, cache, rows, EXIT, DRAFTS, decoder.draft_head)
-        else:
-            packed = chosen.speculate(rows, EXIT, DRAFTS, decoder.draft_head, 0.0)
+        packed = round_.speculate(sequences, EXIT, DRAFTS)
         accepted, token, drafts = packed[:, 0], packed[:, 1], packed[:, 2:]
         for index in range(DRAFTS + 1):
             value = token if index == DRAFTS else torch.where(accepted > index, drafts[:, index], token)
             going = (index <= accepted) & (counts < DEPTH)
             drawn[going, counts[going]] = value[going]
             counts += going.long()
-        # Rows that are through go on drawing, at positions that stay where they are.
+        # Sequences that are through go on drawing, at positions that stay where they are.
         through = counts >= DEPTH
-        rows.seq_lens[through] = length
+        sequences.seq_lens[through] = length
     return drawn[:, :DEPTH]
 
 
@@ -249,9 +243,9 @@ def test_100k_continuations_have_the_models_distribution(small, params, head):
 @many
 def test_a_wrong_acceptance_rule_is_noticed(small, monkeypatch):
     """It takes every draft for one that had all tokens equally probable."""
-    accept = processed.accept_sampled
+    accept = logits_module.accept_sampled
     monkeypatch.setattr(
-        processed, "accept_sampled", lambda draft, logits, *rest: accept(draft, torch.zeros_like(logits), *rest)
+        logits_module, "accept_sampled", lambda draft, logits, *rest: accept(draft, torch.zeros_like(logits), *rest)
     )
     assert excess(small, DRAWN["top-k"]) > 3 * LIMIT
 
@@ -259,7 +253,7 @@ def test_a_wrong_acceptance_rule_is_noticed(small, monkeypatch):
 @many
 def test_noise_that_is_used_twice_is_noticed(small, monkeypatch):
     """A rejected draft and what replaces it must not be drawn with the same noise."""
-    monkeypatch.setattr(processed, "_DRAFT_SEED", 0)
+    monkeypatch.setattr(logits_module, "_DRAFT_SEED", 0)
     assert excess(small, DRAWN["top-k"]) > 3 * LIMIT
 
 
@@ -370,10 +364,10 @@ def test_a_threshold_keeps_the_distribution_of_what_is_drawn(small):
 def test_dropping_an_improbable_draft_would_be_noticed(small, monkeypatch):
     """It would favour the probable tokens."""
 
-    def drop(self, token, logits, goes_on, min_probability):
+    def drop(self, token, logits, goes_on, draft_threshold):
         probability = logits.softmax(-1).gather(1, token.clamp_min(0)[:, None])[:, 0]
-        goes_on = goes_on & (probability >= min_probability)
+        goes_on = goes_on & (probability >= draft_threshold)
         return torch.where(goes_on, token, NOT_DRAFTED), goes_on
 
-    monkeypatch.setattr(ProcessedRound, "_limit", drop)
+    monkeypatch.setattr(LogitsRound, "_apply_threshold", drop)
     assert threshold_excess(small) > 2 * LIMIT

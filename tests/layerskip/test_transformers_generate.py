@@ -18,7 +18,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStr
 from transformers.generation.streamers import BaseStreamer
 
 import layerskip
-from layerskip.generation.decoders import borrowed
+from layerskip.transformers.decoder_pool import borrow_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 20
@@ -399,7 +399,7 @@ def test_a_partial_gets_the_streamer(model):
 
 
 def test_other_callables_are_called_as_before(model):
-    """What transformers leaves out is none of ours; where this fails, `handover` has become superfluous."""
+    """What transformers leaves out is none of ours; if this fails, `patch_generation_mixin` has become superfluous."""
     given = {}
 
     def other(model, input_ids, **arguments):
@@ -457,7 +457,7 @@ def test_a_chat(model, tokenizer):
 
 
 def kept(model, draft_head="full"):
-    with borrowed(model, draft_head) as decoder:
+    with borrow_decoder(model, draft_head) as decoder:
         return decoder
 
 

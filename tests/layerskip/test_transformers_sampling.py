@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper
 from transformers.generation import TemperatureLogitsWarper
 
 import layerskip
-from layerskip.generation import options
+from layerskip.transformers import compatibility
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, DEPTH = 7, 2
@@ -117,5 +117,5 @@ def test_rows_of_one_prompt_differ(model):
     ],
 )
 def test_which_processors_the_kernels_do_without(processors, parameters):
-    found = options.as_sampling(processors, True, [0])
+    found = compatibility.as_sampling(processors, True, [0])
     assert found == (None if parameters is None else layerskip.SamplingParams(**parameters))

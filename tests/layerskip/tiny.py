@@ -73,5 +73,5 @@ def generous(*args: Any) -> layerskip_kernels.Round:
     return done._replace(accepted=more)
 
 
-ROUND = "layerskip.modules.decoder.speculative_round"
+ROUND = "layerskip.models.model.speculative_round"
 """What to put a wrong round, or one that is watched, in the place of."""

@@ -161,6 +161,7 @@ def _settings(args: argparse.Namespace, decoder: SelfSpeculativeDecoder) -> dict
         "layers": decoder.model.num_layers,
         "exit_layer": decoder.exit_layer,
         "num_speculations": decoder.num_speculations,
+        "draft_threshold": decoder.draft_threshold,
         "draft_head": args.draft_head,
         "prompts": args.prompts,
         "max_new_tokens": args.max_new_tokens,

@@ -45,6 +45,13 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "--num-speculations", type=positive_or_auto, default=4, metavar="K", help="tokens drafted a round, or auto"
     )
     parser.add_argument(
+        "--draft-threshold",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="end a draft at a token less probable than P, in 0 … 1 (default: 0, never)",
+    )
+    parser.add_argument(
         "--draft-head",
         default="full",
         metavar="HEAD",
@@ -101,7 +108,13 @@ def draft_head(args: argparse.Namespace) -> str | DraftHead:
 
 def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
     """A decoder as the options want it."""
-    return SelfSpeculativeDecoder(model, exit_layer(args, model), args.num_speculations, draft_head=draft_head(args))
+    return SelfSpeculativeDecoder(
+        model,
+        exit_layer(args, model),
+        args.num_speculations,
+        draft_head=draft_head(args),
+        draft_threshold=args.draft_threshold,
+    )
 
 
 def encode(tokenizer: Any, text: str, chat: bool = False) -> torch.Tensor:

@@ -120,6 +120,8 @@ class Report:
         setting = self.settings
         title = f"{setting['model']}, {setting['dtype']}, {setting['threads']} threads, "
         title += f"E={setting['exit_layer']} of {setting['layers']}, K={setting['num_speculations']}"
+        if setting["draft_threshold"]:
+            title += f", threshold {setting['draft_threshold']:g}"
         console.print(self._table(title))
         console.print(
             "Medians, after the first token. Speedups are over our autoregressive decoding: "

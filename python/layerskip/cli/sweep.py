@@ -44,7 +44,9 @@ def measure(model: Any, args: argparse.Namespace, encoded: Sequence[Tensor], tas
     sweeps = []
     for task in dict.fromkeys(tasks):
         prompts = [ids for ids, own in zip(encoded, tasks, strict=True) if own == task]
-        decoder = SelfSpeculativeDecoder(model, "auto", "auto", draft_head=options.draft_head(args))
+        decoder = SelfSpeculativeDecoder(
+            model, "auto", "auto", draft_head=options.draft_head(args), draft_threshold=args.draft_threshold
+        )
         speeds = _speeds(decoder, prompts, args)
         auto, plain = speeds.pop("auto"), speeds.pop("autoregressive")
         sweeps.append(Sweep(task, speeds, auto, plain))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..decoding import Stats
-from ..models import LayerSkipModel
-from ..modules import EarlyExitHead
+from ..models import EarlyExitHead, LayerSkipModel
 
 
 def head_bytes(head: EarlyExitHead) -> int:

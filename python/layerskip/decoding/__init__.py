@@ -1,11 +1,12 @@
 """Self-speculative decoding: a model's early layers draft, its remaining layers verify."""
 
-from .adaptive import Choice, Controller
+from .controller import Choice, Controller
 from .decoder import SelfSpeculativeDecoder
 from .draft_head import DraftHead
-from .output import GenerationOutput, Stats, Streamer
+from .output import GenerationOutput, Stats, Streamer, Update
 from .sampling import SamplingParams
-from .session import Session, Update
+from .session import Session
+from .text import StopStrings, TextStream
 
 __all__ = [
     "Choice",
@@ -16,6 +17,8 @@ __all__ = [
     "SelfSpeculativeDecoder",
     "Session",
     "Stats",
+    "StopStrings",
     "Streamer",
+    "TextStream",
     "Update",
 ]

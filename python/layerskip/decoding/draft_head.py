@@ -1,4 +1,4 @@
-"""The part of the vocabulary that a draft scores."""
+"""The part of the vocabulary that drafts are chosen from."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import torch
 from torch import Tensor
 
 from .._files import write_atomically
-from ..models import LayerSkipModel
-from ..modules import EarlyExitHead
+from ..models import EarlyExitHead, LayerSkipModel
 from . import validation
 
 FILE_NAME = "draft_head.safetensors"
 
 
 class DraftHead:
-    """The tokens worth drafting; their rows of a model's head, in int8, score the drafts.
+    """The tokens worth drafting. Drafts are chosen with their rows of the model's head, in int8.
 
-    A token outside is never drafted, but verification with the full head still emits it, so the result is the same.
-    Only the choice of tokens is kept and saved: the rows come from the model that it is used with.
+    Other tokens are never drafted, but verification with the full head still emits them, so the result is the same.
+    Only the choice of tokens is kept and saved; the rows are taken from the model that it is used with.
 
     Parameters
     ----------
     token_ids : Tensor [S] or sequence of int
-        In any order; duplicates count once.
+        In any order, repeated or not.
     vocab_size : int
-        V of the model that they belong to.
+        V of the model.
 
     Raises
     ------
@@ -48,9 +47,10 @@ class DraftHead:
     def from_tokens(
         cls, texts: Iterable[Sequence[int]], vocab_size: int, eos_token_id: int | Sequence[int], size: int = 8192
     ) -> DraftHead:
-        """The ``size`` tokens that are most frequent in tokenized texts; the ones that end a sequence among them.
+        """The ``size`` most frequent tokens of tokenized texts, and always those that end a sequence.
 
-        Where the texts have fewer, the lowest ids fill up: byte-pair vocabularies list frequent tokens first.
+        If the texts have fewer different tokens, the lowest ids are added: byte-pair vocabularies list frequent tokens
+        first.
 
         Raises
         ------
@@ -71,7 +71,7 @@ class DraftHead:
         return cls(counts.sort(descending=True, stable=True).indices[:size], vocab_size)
 
     def of(self, model: LayerSkipModel) -> EarlyExitHead:
-        """The rows of ``model``'s head that stand for these tokens, in int8 with one scale a row."""
+        """The rows of ``model``'s head for these tokens, in int8 with one scale a row."""
         if model.vocab_size != self.vocab_size:
             raise ValueError(
                 f"the draft head is for a vocabulary of {self.vocab_size}, the model has {model.vocab_size}"
@@ -79,7 +79,7 @@ class DraftHead:
         return model.head.quantize(self.token_ids.to(model.device))
 
     def save(self, path: str | Path) -> Path:
-        """Write to a file, or as ``draft_head.safetensors`` into a directory; whole or not at all."""
+        """Write a file, or ``draft_head.safetensors`` in a directory; whole or not at all."""
         from safetensors.torch import save
 
         target = _file(path)
@@ -112,3 +112,14 @@ class DraftHead:
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path / FILE_NAME if path.is_dir() else path
+
+
+def head_of(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead:
+    """The head that chooses a model's drafts: "full", "int8", or of a `DraftHead`."""
+    if isinstance(draft_head, DraftHead):
+        return draft_head.of(model)
+    if draft_head == "int8":
+        return model.head.quantize()
+    if draft_head == "full":
+        return model.head
+    raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")

@@ -1,8 +1,8 @@
 """Rounds as CUDA graphs: recorded once, replayed with one launch and no Python between their kernels.
 
-A graph has fixed addresses, so it works on rows of its own; the sequences' go in before a replay and come out after it.
-It has a fixed number of rows, too: a group of sequences is padded to a power of two with rows in slots of the cache
-that no sequence uses, where what they write is never read.
+A graph has fixed addresses, so it works on tensors of its own; the state of the sequences is copied into them before a
+replay and out of them after it. A graph also has a fixed number of sequences. So a batch is padded to a power of two
+with sequences in free slots of the cache, where nobody reads what they write.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from .round import SequenceTensors
 
-MOST_GRAPHS = 32  # of a cache: exits and numbers of drafts times powers of two of sequences
+MAX_GRAPHS = 32  # over a cache: one for each exit, number of drafts and power of two of sequences
 
-Round = Callable[[Rows], Tensor]
+RoundFunction = Callable[[SequenceTensors], Tensor]
 
 
 class Capture(Protocol):
-    """What records a round; on a card `CudaCapture`."""
+    """Records a round; on a card it is `CudaCapture`."""
 
     def __call__(self, function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], object]]:
-        """Record what ``function`` launches: its result, which stays at one address, and what computes it anew."""
+        """Record what ``function`` launches: its result, at an address that stays, and a call that computes it anew."""
 
 
 class CudaCapture:
-    """Records CUDA graphs, which share one pool of memory: of all of them only one runs at a time."""
+    """Records CUDA graphs. They share one pool of memory, since only one of them runs at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
     def __call__(self, function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], object]]:
-        """See `Capture`. The first call compiles and tunes kernels, which a capture must not."""
+        """See `Capture`. A call before the capture compiles and tunes kernels, which is not allowed within it."""
         with torch.cuda.device(device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -46,8 +46,8 @@ class CudaCapture:
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             if self._pool is None:
-                self._pool = torch.cuda.MemPool()  # which lives on when all graphs are dropped
-            # Other threads, which may stream text meanwhile, are free to use the card.
+                self._pool = torch.cuda.MemPool()  # it outlives the graphs
+            # Thread-local, so that other threads, which may stream text meanwhile, can use the card.
             with torch.cuda.graph(graph, pool=self._pool.id, capture_error_mode="thread_local"):
                 result = function()
         return result, graph.replay
@@ -55,19 +55,19 @@ class CudaCapture:
 
 @dataclass(frozen=True)
 class _Graph:
-    rows: Rows
+    sequences: SequenceTensors
     result: Tensor
     replay: Callable[[], object]
 
 
 class Graphs:
-    """The recorded rounds over one cache; the least recently used one makes room for a new one.
+    """The recorded rounds over one cache. The least recently used one is dropped for a new one.
 
     Parameters
     ----------
     capture : Capture
     most : int
-        How many are kept.
+        How many rounds are kept.
 
     Attributes
     ----------
@@ -75,10 +75,10 @@ class Graphs:
         Whether the last call recorded its round, which takes far longer than the round.
     """
 
-    def __init__(self, capture: Capture, most: int = MOST_GRAPHS) -> None:
+    def __init__(self, capture: Capture, most: int = MAX_GRAPHS) -> None:
         self._capture, self._most = capture, most
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._held: list[Tensor] = []
+        self._fixed: list[Tensor] = []
         self._addresses: tuple[int, ...] = ()
         self.recorded = False
 
@@ -88,62 +88,70 @@ class Graphs:
 
     @staticmethod
     def padding(count: int, free: int) -> int:
-        """How many rows to add to ``count``: up to a power of two, or none where fewer slots are ``free``."""
+        """How many sequences to add to ``count`` for a power of two; 0 if fewer slots than that are ``free``."""
         missing = (1 << (count - 1).bit_length()) - count
         return missing if missing <= free else 0
 
-    def run(self, kind: Hashable, round_: Round, rows: Rows, count: int, held: Sequence[Tensor]) -> Tensor:
-        """Replay ``round_`` on ``rows``, after recording it where it is new.
+    def run(
+        self,
+        kind: Hashable,
+        round_: RoundFunction,
+        sequences: SequenceTensors,
+        count: int,
+        fixed: Sequence[Tensor],
+    ) -> Tensor:
+        """Replay ``round_`` on ``sequences``; a new round is recorded first.
 
         Parameters
         ----------
         kind : hashable
-            All that ``round_`` depends on beside ``rows``, ``held`` and their sizes.
+            All that ``round_`` depends on besides ``sequences``, ``fixed`` and their sizes.
         round_ : callable
-            Works on the rows that it is given, in place; gives [B, ...] without looking at a value on the host.
-        rows : Rows
-            Those from ``count`` on are padding, and go back to position 0.
+            Changes the sequences in place, and gives [B, ...]. It must not look at a value on the host.
+        sequences : SequenceTensors
+            Those from ``count`` on are padding, and return to position 0.
         count : int
-        held : sequence of Tensor
-            What ``round_`` reads and writes at fixed addresses: weights, tables, cache. Where one of them has moved,
-            all graphs are dropped.
+        fixed : sequence of Tensor
+            What ``round_`` reads and writes at fixed addresses: weights, tables, cache. If one of them has moved, all
+            graphs are dropped.
 
         Returns
         -------
         Tensor [B, ...]
-            Of all rows, valid until the next call.
+            The result for all sequences, valid until the next call.
         """
-        self._forget_moved(held)
-        key = (kind, rows.token.shape[0], rows.temperature is not None)
+        self._drop_if_moved(fixed)
+        key = (kind, sequences.token.shape[0], sequences.temperature is not None)
         self.recorded = key not in self._graphs
         if self.recorded:
-            self._record(key, round_, rows)
+            self._record(key, round_, sequences)
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
-        graph.rows.copy_(rows)
+        graph.sequences.copy_(sequences)
         graph.replay()
-        torch._foreach_copy_([rows.token, rows.seq_lens], [graph.rows.token, graph.rows.seq_lens])
-        if count < rows.token.shape[0]:
-            rows.token[count:].zero_()
-            rows.seq_lens[count:].zero_()
+        advanced = [graph.sequences.token, graph.sequences.seq_lens]
+        torch._foreach_copy_([sequences.token, sequences.seq_lens], advanced)
+        if count < sequences.token.shape[0]:
+            sequences.token[count:].zero_()
+            sequences.seq_lens[count:].zero_()
         return graph.result
 
-    def _record(self, key: Hashable, round_: Round, rows: Rows) -> None:
+    def _record(self, key: Hashable, round_: RoundFunction, sequences: SequenceTensors) -> None:
         if len(self._graphs) >= self._most:
             self._graphs.popitem(last=False)
-        own = rows.clone()
-        self._graphs[key] = _Graph(own, *self._capture(lambda: round_(own), rows.token.device))
+        own = sequences.clone()
+        self._graphs[key] = _Graph(own, *self._capture(lambda: round_(own), own.token.device))
 
-    def _forget_moved(self, held: Sequence[Tensor]) -> None:
-        addresses = tuple(tensor.data_ptr() for tensor in held)
+    def _drop_if_moved(self, fixed: Sequence[Tensor]) -> None:
+        addresses = tuple(tensor.data_ptr() for tensor in fixed)
         if addresses != self._addresses:
             self._graphs.clear()
             self._addresses = addresses
-            self._held = [tensor.detach() for tensor in held]  # so that nothing else comes to lie there
+            self._fixed = [tensor.detach() for tensor in fixed]  # keeps the memory from being reused
 
 
 def for_device(device: torch.device) -> Graphs | None:
-    """Graphs where the device has them, unless LAYERSKIP_GRAPHS=0; elsewhere None, and rounds are called directly."""
+    """Graphs for a CUDA device, unless LAYERSKIP_GRAPHS=0; else None, and rounds are called directly."""
     if device.type != "cuda" or os.environ.get("LAYERSKIP_GRAPHS") == "0":
         return None
     return Graphs(CudaCapture())

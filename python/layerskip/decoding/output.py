@@ -1,4 +1,4 @@
-"""What a call of ``generate`` returns, and who gets it as it comes."""
+"""What decoding returns: the output of a call, the updates of a session, and what a streamer is given."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Streamer(Protocol):
-    """What transformers calls a streamer: first it is given the prompt, then every group of new tokens."""
+    """A streamer as in transformers: it is given the prompt first, then each group of new tokens."""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt [1, N], or new tokens [n]."""
 
     def end(self) -> None:
-        """Take note that nothing follows."""
+        """Take note that no more tokens follow."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Stats:
     drafted : int
         Draft tokens that were verified.
     accepted_per_round : tuple of int
-        Draft tokens that each round emitted. A round runs the deep layers once, and emits one token more than these.
+        Draft tokens that each round emitted. A round runs the later layers once, and emits one token more than these.
     seconds : float
         Wall time, prompt included.
     time_to_first_token : float
         Seconds until the prompt was read and the first token known; of a batch, until every sequence had its first.
     sequences : int
-        Of a batch all counts are sums over so many sequences.
+        How many sequences the counts are sums of.
     """
 
     prompt_tokens: int
@@ -49,7 +49,7 @@ class Stats:
 
     @classmethod
     def of_batch(cls, rows: Sequence[Stats]) -> Stats:
-        """The sums over sequences that were decoded together; times are those of the last one."""
+        """The sums over sequences that were decoded together; times are those of the slowest."""
         return cls(
             prompt_tokens=sum(row.prompt_tokens for row in rows),
             new_tokens=sum(row.new_tokens for row in rows),
@@ -62,7 +62,7 @@ class Stats:
 
     @property
     def rounds(self) -> int:
-        """Passes through the deep layers after the prompt; of a batch, summed over its sequences."""
+        """Passes through the later layers after the prompt; of a batch, summed over its sequences."""
         return len(self.accepted_per_round)
 
     @property
@@ -89,7 +89,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """The tokens and how they came about.
+    """The tokens of a call, and how they came about.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class GenerationOutput:
     new_tokens : Tensor [B, max(new)], int64
         The new tokens alone, padded on the right.
     drafted : Tensor [B, max(new)], bool
-        Whether a new token was drafted by the early layers (and verified), or given by the full model itself.
+        Whether a new token was drafted by the early layers (and verified), or chosen by the full model itself.
     rows : tuple of Stats
         Of each sequence.
     reasons : tuple of str
@@ -113,12 +113,12 @@ class GenerationOutput:
 
     @property
     def stats(self) -> Stats:
-        """Of the call: the sequence's own, or the sums of a batch."""
+        """The statistics of the call: those of its sequence, or the sums of a batch."""
         return self.rows[0] if len(self.rows) == 1 else Stats.of_batch(self.rows)
 
     @classmethod
-    def of_rows(cls, outputs: Sequence[GenerationOutput], pad: int) -> GenerationOutput:
-        """One output of many sequences' own, padded with the token ``pad``."""
+    def of_batch(cls, outputs: Sequence[GenerationOutput], pad: int) -> GenerationOutput:
+        """One output of those of many sequences, padded with the token ``pad``."""
         if len(outputs) == 1:
             return outputs[0]
         return cls(
@@ -128,6 +128,39 @@ class GenerationOutput:
             tuple(row for out in outputs for row in out.rows),
             tuple(reason for out in outputs for reason in out.reasons),
         )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step did for one request.
+
+    Attributes
+    ----------
+    request_id : int
+    tokens : list of int
+        New tokens. They are final.
+    drafted : list of bool
+        Whether each of them was drafted by the early layers, or chosen by the full model itself.
+    reason : {"eos", "stop", "length", "cancelled", "error"} or None
+        Why the request ended: an EOS token, its ``should_stop``, ``max_new_tokens``, `Session.cancel`, or an
+        exception; None while it goes on.
+    output : GenerationOutput or None
+        The whole sequence [1, N + new], once it ended. The session does not keep it.
+    error : Exception or None
+        What a hook raised, or FloatingPointError for logits that are not finite. Other requests go on.
+    """
+
+    request_id: int
+    tokens: list[int]
+    drafted: list[bool]
+    reason: str | None = None
+    output: GenerationOutput | None = None
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the request's last update."""
+        return self.reason is not None
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:

@@ -1,22 +1,19 @@
-"""One request of a session: what it asks for, and what the session keeps for it."""
+"""One request of a session: what it asks for, and how far it has come."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
-
-from .adaptive import Acceptance
-from .history import History
-from .processors import LogitsProcessor
+from .controller import AcceptanceRates
+from .logits import LogitsProcessor
 from .sampling import SamplingParams
-from .transcript import Transcript
+from .sequence import TokenSequence
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a request is decoded; an ``exit_layer`` or a ``num_speculations`` of None is for the controller to pick."""
+class Method:
+    """How a request is decoded. The controller picks an ``exit_layer`` or ``num_speculations`` that is None."""
 
     strategy: str
     exit_layer: int | None
@@ -29,55 +26,58 @@ class Plan:
         return self.strategy == "self_speculative" and None in (self.exit_layer, self.num_speculations)
 
 
-class Kind(NamedTuple):
+class RoundKind(NamedTuple):
     """What sequences must have in common to share a round.
 
-    Greedy sequences may draft more than they asked for, which changes nothing about them, so ``steps`` is 0 and the
-    round drafts what most of them ask for. For sequences that draw, the number of drafts decides which noise a token is
-    drawn with; ``steps`` is what each of them asked for.
+    ``exit_layer`` is the layer that drafts or, without speculation, the layer whose tokens are emitted.
+
+    Greedy sequences share rounds whatever number of drafts each asks for, because more drafts change no greedy token.
+    Their ``num_speculations`` is 0 here, and the round drafts the most that any of them needs. For sequences that draw,
+    the number of drafts decides which noise a token is drawn with, so here it is what each of them asks for.
     """
 
     speculative: bool
-    depth: int
-    steps: int
-    min_probability: float
+    exit_layer: int
+    num_speculations: int
+    draft_threshold: float
     processed: bool
 
 
 @dataclass(eq=False)
 class Request:
-    """A request; ``exit_layer`` and ``num_speculations`` are what its next round uses."""
+    """A request and its state; ``exit_layer`` and ``num_speculations`` are those of its next round."""
 
     id: int
-    prompt: Tensor  # [1, N]
-    plan: Plan
+    method: Method
     sampling: SamplingParams
     seed: int
-    transcript: Transcript
+    sequence: TokenSequence
     logits_processor: LogitsProcessor | None
-    acceptance: Acceptance
+    acceptance: AcceptanceRates
     exit_layer: int
     num_speculations: int
     slot: int = -1  # while it waits
-    history: History | None = None
-    reported: int = 0  # how many of its tokens updates have told of
+    reported: int = 0  # how many of its tokens were in updates
 
     @property
     def processed(self) -> bool:
-        """Whether its tokens are chosen from processed logits; drawn drafts with a threshold are among them."""
+        """Whether its logits are written and processed; a threshold on drafts that are drawn needs that, too."""
         if self.logits_processor is not None or self.sampling.processes:
             return True
-        return self.plan.draft_threshold > 0 and not self.sampling.greedy
+        return self.method.draft_threshold > 0 and not self.sampling.greedy
 
     @property
-    def wanted(self) -> int:
-        """How many drafts it has a use for: a round emits its drafts and one token more."""
-        return min(self.num_speculations, self.transcript.remaining - 1)
+    def useful_drafts(self) -> int:
+        """How many drafts of its next round it can emit: a round emits its drafts and one token more."""
+        return min(self.num_speculations, self.sequence.remaining - 1)
 
-    def kind(self, num_layers: int) -> Kind:
-        """What its next round has to be."""
-        if self.plan.strategy != "self_speculative":
-            depth = self.exit_layer if self.plan.strategy == "early_exit" else num_layers
-            return Kind(False, depth, 0, 0.0, self.processed)
-        steps = 0 if self.sampling.greedy else self.num_speculations
-        return Kind(True, self.exit_layer, steps, self.plan.draft_threshold, self.processed)
+    def last_layer(self, num_layers: int) -> int:
+        """The number of layers that its emitted tokens come from."""
+        return self.exit_layer if self.method.strategy == "early_exit" else num_layers
+
+    def kind(self, num_layers: int) -> RoundKind:
+        """The kind of its next round."""
+        if self.method.strategy != "self_speculative":
+            return RoundKind(False, self.last_layer(num_layers), 0, 0.0, self.processed)
+        num_speculations = 0 if self.sampling.greedy else self.num_speculations
+        return RoundKind(True, self.exit_layer, num_speculations, self.method.draft_threshold, self.processed)

@@ -9,20 +9,20 @@ from typing import Any
 
 from . import validation
 
-_FP32 = (1e-6, 1e6)  # what logits can be divided by and stay finite in fp32
+_FP32 = (1e-6, 1e6)  # logits that are divided by a number in this range stay finite in fp32
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one sequence's tokens are chosen; the default is greedy.
 
-    What the parameters do to logits, and in which order, is what transformers does: bias, repetition penalty,
-    temperature, top-k, top-p, min-p. With a temperature alone no processed logits are written: the fused kernels draw.
+    The parameters change logits as transformers does, in its order: bias, repetition penalty, temperature, top-k,
+    top-p, min-p. With a temperature alone no logits are written: the fused kernels draw.
 
     Parameters
     ----------
     temperature : float
-        0 is greedy: the token of the largest logit, after bias and penalty. Else in [1e-6, 1e6].
+        In [1e-6, 1e6], or 0 for greedy decoding: the token of the largest logit, after bias and penalty.
     top_k : int
         Keep the k largest; 0 keeps all.
     top_p : float
@@ -30,13 +30,13 @@ class SamplingParams:
     min_p : float
         Keep tokens at least ``min_p`` times as probable as the most probable one, in [0, 1]; 0 keeps all.
     repetition_penalty : float
-        Logits of tokens that the history holds (prompt included) are divided by it where they are positive, multiplied
-        where they are negative (Keskar et al. 2019). In [1e-6, 1e6]; 1 does nothing.
+        Divides the positive and multiplies the negative logits of tokens that occurred before, prompt included (Keskar
+        et al. 2019). In [1e-6, 1e6]; 1 does nothing.
     logit_bias : mapping of int to float
         Added to the logits of single tokens: in [-1e6, 1e6], or -inf, which forbids one.
     seed : int, optional
-        In 0 … 2⁶³ - 1. Seed and position name the noise of a token, so a sequence's samples depend on nothing else.
-        Without one the call draws it from its generator.
+        In 0 … 2⁶³ - 1. Seed and position determine the noise that a token is drawn with, so a sequence's samples do not
+        depend on other sequences. Without a seed the call draws one from its generator.
 
     Raises
     ------
@@ -82,7 +82,7 @@ class SamplingParams:
 
 
 def params_of(sampling: Any, vocab_size: int) -> SamplingParams:
-    """``sampling``, where None means greedy; its tokens are within the vocabulary."""
+    """``sampling``, or greedy parameters for None; checked to have only tokens of the vocabulary."""
     if sampling is None:
         return SamplingParams()
     if not isinstance(sampling, SamplingParams):
@@ -96,7 +96,7 @@ def params_of(sampling: Any, vocab_size: int) -> SamplingParams:
 def params_of_each(
     sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams | None]:
-    """The parameters of each prompt: with one seed for all, prompts that are equal would go on equally."""
+    """The parameters of each prompt. A seed is counted up, or equal prompts would get equal continuations."""
     params: list[SamplingParams | None] = validation.one_each("sampling", sampling, count)
     if not isinstance(sampling, SamplingParams) or sampling.seed is None:
         return params

@@ -1,4 +1,4 @@
-"""Checks of what a caller asks for; each failure names the value and what would be right."""
+"""Checks of a caller's arguments; each error names the value and what would be right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_DRAFTS = 1024  # of a round, which the cache has room for beyond a sequence's end
+MAX_NUM_SPECULATIONS = 1024  # the cache has room for the drafts of a round beyond a sequence's end
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 
 
@@ -28,7 +28,7 @@ def integer_in(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def real(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
-    """A number between ``low`` and ``high``; an open end is excluded itself. NaN is in no range."""
+    """A number in [low, high]; an open end of the range is excluded. NaN is in no range."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
@@ -62,16 +62,16 @@ def strategy(value: Any) -> str:
 
 
 def exit_layer_or_auto(value: Any, num_layers: int) -> int | None:
-    """An exit layer, or None where the controller is to pick it."""
+    """An exit layer, or None if the controller picks it."""
     return None if value == "auto" else exit_layer(value, num_layers)
 
 
-def count_or_auto(name: str, value: Any, high: int | None = None) -> int | None:
-    """A number of drafts, or None where the controller is to pick it."""
+def num_speculations_or_auto(value: Any, most: int) -> int | None:
+    """A number of drafts, or None if the controller picks it."""
     if value == "auto":
         return None
-    at_least_one(name, value)
-    return integer_in(name, value, 1, high)
+    at_least_one("num_speculations", value)
+    return integer_in("num_speculations", value, 1, most)
 
 
 def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
@@ -101,7 +101,7 @@ def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
 
 
 def prompts(input_ids: Any) -> list[Any]:
-    """The prompts of a batch: the rows of a tensor [B, N], or what a list holds; each is checked by `prompt`."""
+    """The prompts of a batch: the rows of a tensor [B, N], or the elements of a list. `prompt` checks each of them."""
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, N]")
@@ -119,7 +119,7 @@ def prompts(input_ids: Any) -> list[Any]:
 
 
 def one_each(name: str, value: Any, count: int) -> list[Any]:
-    """``value`` for every sequence of a batch, or, of a list, one for each."""
+    """A list with ``value`` for every sequence, or ``value`` itself if it is a list with one element for each."""
     if not isinstance(value, (list, tuple)):
         return [value] * count
     if len(value) != count:
@@ -128,7 +128,7 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:
-    """The whole sequence has to fit; returns its length."""
+    """The length of a whole sequence, which must not exceed ``max_seq_len``."""
     total = prompt_tokens + new_tokens
     if total > max_seq_len:
         raise ValueError(
@@ -139,7 +139,7 @@ def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:
 
 
 def max_seq_len(value: Any, positions: int | None) -> int:
-    """The longest sequence: what the caller says, else what the model was made for."""
+    """The longest sequence: the caller's value, else what the model was made for."""
     if value is None:
         if positions is None:
             raise ValueError("the model's config has no max_position_embeddings; give max_seq_len")

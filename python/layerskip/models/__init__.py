@@ -1,17 +1,22 @@
-"""Adapters that turn Hugging Face models into early-exit models, and loading from disk."""
+"""Early-exit models: their parts, how they are made of Hugging Face models, and loading from disk."""
 
-from .adapters import UnsupportedModelError, adapt, supported_architectures
-from .fusion import accelerate, restore
+from .architectures import UnsupportedModelError, adapt, supported_architectures
+from .cache import SharedKVCache
+from .head import EarlyExitHead
+from .layers import PartialDepthDecoder
 from .loading import ModelFileError, load
 from .model import LayerSkipModel
+from .weights import LayerWeights
 
 __all__ = [
+    "EarlyExitHead",
     "LayerSkipModel",
+    "LayerWeights",
     "ModelFileError",
+    "PartialDepthDecoder",
+    "SharedKVCache",
     "UnsupportedModelError",
-    "accelerate",
     "adapt",
     "load",
-    "restore",
     "supported_architectures",
 ]

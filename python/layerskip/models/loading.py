@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .adapters import check_config, check_model_type
+from .architectures import check_config, check_model_type
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -1,4 +1,4 @@
-"""What an adapter makes of a Hugging Face model."""
+"""An early-exit model: embedding, layers and head of a causal language model, and the two calls that decode with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import EarlyExitHead, PartialDepthDecoder
-from ..modules._weights import shared
+from layerskip_kernels import Draft, Round, draft, speculative_round
+
+from .cache import SharedKVCache
+from .head import EarlyExitHead
+from .layers import PartialDepthDecoder
+from .weights import shared
+
+Noise = tuple[Tensor, Tensor]
+"""Temperature [B] fp32 and seed [B] int64 of the sequences: tokens are drawn with them."""
 
 
 class LayerSkipModel(nn.Module):
@@ -23,7 +30,7 @@ class LayerSkipModel(nn.Module):
     config : object
         Configuration of the model that it was made from.
     generation_config : object, optional
-        The same of its generation: what ends a sequence.
+        Generation configuration of that model: among others, which tokens end a sequence.
     """
 
     def __init__(
@@ -75,3 +82,124 @@ class LayerSkipModel(nn.Module):
         """
         with torch.no_grad():
             return F.embedding(token_ids, self.embedding)
+
+    def draft(
+        self,
+        token: Tensor,
+        cache: SharedKVCache,
+        exit_layer: int,
+        num_speculations: int,
+        *,
+        head: EarlyExitHead | None = None,
+        extend: bool = True,
+        seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> Draft:
+        """Decode some tokens with layers [0, exit_layer) and a head, as one fused call. Lengths are not advanced.
+
+        Parameters
+        ----------
+        token : Tensor [B], int64
+            The last tokens, at positions ``seq_lens``.
+        cache : SharedKVCache
+        exit_layer : int
+            E; all layers, to decode with the whole model.
+        num_speculations : int
+            K, the number of tokens to decode.
+        head : EarlyExitHead, optional
+            What chooses the tokens; by default the model's own head.
+        extend : bool
+            Whether the last token, too, goes through the layers, as verification needs it.
+        seq_lens, slots : Tensor [B], int64, optional
+            As in `PartialDepthDecoder.forward`.
+        noise : Noise, optional
+            Draws the tokens, as `layerskip_kernels.draft` does; by default they are the arg-max.
+
+        Returns
+        -------
+        Draft
+            Tokens [B, K], states [B, K + extend, D], and the tokens' probabilities [B, K].
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
+        """
+        head = self.head if head is None else head
+        self._check_exit(exit_layer, head)
+        decoder = self.decoder
+        lengths = cache.seq_lens if seq_lens is None else seq_lens
+        with torch.no_grad():
+            return draft(
+                token, self.embedding, decoder.layer_weights(0, exit_layer), cache.k, cache.v, *decoder.rope_tables,
+                lengths, exit_layer, head.norm_weight, head.head_weight, head.eps, num_speculations, extend,
+                head.token_map, head.scale, slots, 0.0, *(noise or (None, None)),
+            )  # fmt: skip
+
+    def speculate(
+        self,
+        token: Tensor,
+        cache: SharedKVCache,
+        exit_layer: int,
+        num_speculations: int,
+        *,
+        draft_head: EarlyExitHead | None = None,
+        draft_threshold: float = 0.0,
+        seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> Round:
+        """One round as one fused call: layers [0, E) draft, layers [E, L) verify, accepting advances the lengths.
+
+        Parameters
+        ----------
+        token : Tensor [B], int64
+            The last tokens, at positions ``seq_lens``.
+        cache : SharedKVCache
+            With room for K + 1 more positions of every sequence.
+        exit_layer : int
+            E.
+        num_speculations : int
+            K.
+        draft_head : EarlyExitHead, optional
+            What chooses the drafts. It may be approximate, since the model's own head verifies them; by default it is
+            that head.
+        draft_threshold : float
+            As in `layerskip_kernels.speculative_round`, which takes it without noise only.
+        seq_lens : Tensor [B], int64, optional
+            Advanced in place; by default the cache's.
+        slots, noise
+            As in `draft`.
+
+        Returns
+        -------
+        Round
+            Tokens [B, K], how many are accepted [B], the token that follows them [B], probabilities [B, K].
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
+        """
+        draft_head = self.head if draft_head is None else draft_head
+        self._check_exit(exit_layer, draft_head)
+        decoder, head = self.decoder, self.head
+        lengths = cache.seq_lens if seq_lens is None else seq_lens
+        draft_weight = None if draft_head is head else draft_head.head_weight
+        with torch.no_grad():
+            return speculative_round(
+                token, self.embedding, decoder.layer_weights(0, self.num_layers), cache.k, cache.v,
+                *decoder.rope_tables, lengths, exit_layer, head.norm_weight, head.head_weight, head.eps,
+                num_speculations, draft_weight, draft_head.token_map, draft_head.scale, slots, draft_threshold,
+                *(noise or (None, None)),
+            )  # fmt: skip
+
+    def _check_exit(self, exit_layer: int, head: EarlyExitHead) -> None:
+        """One eps serves all norms of a call."""
+        if head.eps != self.decoder.eps:
+            raise ValueError(
+                f"the head's eps is {head.eps}, the decoder's {self.decoder.eps}; a draft takes one for both"
+            )
+        if not 1 <= exit_layer <= self.num_layers:
+            raise ValueError(f"layers [0, {exit_layer}) are not within the decoder's {self.num_layers}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.adapters import check_config
+from ..models.architectures import check_config
 from .dropout import LayerDropout, apply_to_rows
 from .loss import EarlyExitLoss, target_rows
 

@@ -1,4 +1,4 @@
-"""A pre-norm decoder that runs any range of its layers against one cache."""
+"""The layers of a pre-norm decoder, any range of which runs against one cache."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import Draft, Round, draft, partial_forward, speculative_round
+from layerskip_kernels import partial_forward
 from layerskip_kernels.functional import check_layer_weights
 
-from ._prefill import prefill_layer
-from ._weights import OPTIONAL, REQUIRED, LayerWeights, reject_gradient, shared
 from .cache import SharedKVCache
-from .head import EarlyExitHead
+from .prefill import prefill_layer
+from .weights import OPTIONAL, REQUIRED, LayerWeights, reject_gradient, shared
 
 
 class PartialDepthDecoder(nn.Module):
     """The layers of a decoder; `forward` runs layers [start, end) as one fused call.
 
-    Parameters are kept as they are given, so that the decoder shares the storage of the model it was made from, and
-    sees changes made to it in place.
+    It keeps the very tensors that it is given, so it shares the storage of the model that they come from, and sees
+    changes made to them in place.
 
     Parameters
     ----------
@@ -32,7 +31,7 @@ class PartialDepthDecoder(nn.Module):
     eps : float
         Of every norm.
     inv_freq : Tensor [C/2], fp32
-        Frequencies of the rotary embedding; they fix the head size C.
+        Frequencies of the rotary embedding; twice their number is the head size C.
     attention_scaling : float
         Factor of cos and sin.
 
@@ -62,13 +61,13 @@ class PartialDepthDecoder(nn.Module):
         self.hidden_size = layers[0].attn_norm.numel()
         self.num_heads = layers[0].q.shape[0] // self.head_dim
         _check_layers(layers, self.hidden_size, num_kv_heads, self.head_dim)
-        self.layers = nn.ModuleList(_hold(layer) for layer in layers)
+        self.layers = nn.ModuleList(_parameters(layer) for layer in layers)
         # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
         self._inv_freq, self._attention_scaling = inv_freq.detach().cpu(), float(attention_scaling)
         self._cos = self._sin = torch.empty(0, self.head_dim // 2)
         self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL)
-        self._collect()
-        self.register_load_state_dict_post_hook(lambda module, keys: module._collect())
+        self._list_weights()
+        self.register_load_state_dict_post_hook(lambda module, keys: module._list_weights())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,7 +101,7 @@ class PartialDepthDecoder(nn.Module):
 
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
         """The weights of layers [start, end) as `layerskip_kernels.partial_forward` takes them."""
-        return self._weights[start * self._slots : end * self._slots]
+        return self._weights[start * self._per_layer : end * self._per_layer]
 
     def forward(
         self,
@@ -113,9 +112,9 @@ class PartialDepthDecoder(nn.Module):
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """Layers [start, end) on M rows a sequence, fused; keys and values are written into the cache.
+        """Run layers [start, end) on M rows of each sequence, fused; keys and values are written into the cache.
 
-        What a row yields does not depend, bitwise, on how many rows travel with it. Lengths are not advanced.
+        The result of a row is bitwise the same however many rows are computed with it. Lengths are not advanced.
 
         Parameters
         ----------
@@ -128,7 +127,7 @@ class PartialDepthDecoder(nn.Module):
         seq_lens : Tensor [B], int64, optional
             By default the cache's.
         slots : Tensor [B], int64, optional
-            The cache's row of each sequence; by default they are its rows, in order.
+            The cache row of each sequence; by default sequence b has row b.
 
         Returns
         -------
@@ -158,123 +157,11 @@ class PartialDepthDecoder(nn.Module):
                 slots,
             )
 
-    def draft(
-        self,
-        token: Tensor,
-        embedding: Tensor,
-        cache: SharedKVCache,
-        end: int,
-        head: EarlyExitHead,
-        steps: int,
-        extend: bool = True,
-        seq_lens: Tensor | None = None,
-        slots: Tensor | None = None,
-        temperature: Tensor | None = None,
-        seed: Tensor | None = None,
-    ) -> Draft:
-        """Decode ``steps`` tokens with layers [0, end) and ``head``, fused. Lengths are not advanced.
-
-        Parameters
-        ----------
-        token : Tensor [B], int64
-            The last tokens, at positions ``seq_lens``.
-        embedding : Tensor [V, D]
-        cache : SharedKVCache
-        end : int
-            The exit layer.
-        head : EarlyExitHead
-        steps : int
-            K.
-        extend : bool
-            Whether the last token, too, goes through the layers, as verification needs it.
-        seq_lens, slots : Tensor [B], int64, optional
-            As in `forward`.
-        temperature, seed : Tensor [B], optional
-            Draw instead of taking the arg-max, as in `layerskip_kernels.draft`.
-
-        Returns
-        -------
-        Draft
-            Tokens [B, K], states [B, K + extend, D], and the tokens' probabilities [B, K].
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
-        """
-        self._check_exit(end, head)
-        lengths = cache.seq_lens if seq_lens is None else seq_lens
-        with torch.no_grad():
-            return draft(
-                token, embedding, self.layer_weights(0, end), cache.k, cache.v, self._cos, self._sin, lengths, end,
-                head.norm_weight, head.head_weight, self.eps, steps, extend, head.token_map, head.scale, slots, 0.0,
-                temperature, seed,
-            )  # fmt: skip
-
-    def speculate(
-        self,
-        token: Tensor,
-        embedding: Tensor,
-        cache: SharedKVCache,
-        exit_layer: int,
-        head: EarlyExitHead,
-        draft_head: EarlyExitHead,
-        steps: int,
-        seq_lens: Tensor,
-        slots: Tensor | None = None,
-        min_probability: float = 0.0,
-        temperature: Tensor | None = None,
-        seed: Tensor | None = None,
-    ) -> Round:
-        """One round as one call: draft with layers [0, E), verify with layers [E, L), accept, advance the lengths.
-
-        Parameters
-        ----------
-        token : Tensor [B], int64
-            The last tokens, at positions ``seq_lens``.
-        embedding : Tensor [V, D]
-        cache : SharedKVCache
-        exit_layer : int
-            E.
-        head, draft_head : EarlyExitHead
-            What verifies, and what drafts, which may be approximate.
-        steps : int
-            K.
-        seq_lens : Tensor [B], int64
-            Advanced in place.
-        slots, min_probability, temperature, seed
-            As in `layerskip_kernels.speculative_round`.
-
-        Returns
-        -------
-        Round
-            Tokens [B, K], how many are accepted [B], the token that follows them [B], probabilities [B, K].
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
-        """
-        self._check_exit(exit_layer, draft_head)
-        draft_weight = None if draft_head is head else draft_head.head_weight
-        with torch.no_grad():
-            return speculative_round(
-                token, embedding, self._weights, cache.k, cache.v, self._cos, self._sin, seq_lens, exit_layer,
-                head.norm_weight, head.head_weight, self.eps, steps, draft_weight, draft_head.token_map,
-                draft_head.scale, slots, min_probability, temperature, seed,
-            )  # fmt: skip
-
-    def _check_exit(self, end: int, head: EarlyExitHead) -> None:
-        if head.eps != self.eps:
-            raise ValueError(f"the head's eps is {head.eps}, the decoder's {self.eps}; a draft takes one for both")
-        if not 1 <= end <= self.num_layers:
-            raise ValueError(f"layers [0, {end}) are not within the decoder's {self.num_layers}")
-
     def prefill(self, hidden: Tensor, cache: SharedKVCache, start: int = 0, end: int | None = None) -> Tensor:
-        """Layers [start, end) on many rows, with torch's own matmuls and attention.
+        """Run layers [start, end) on many rows, with torch's own matmuls and attention.
 
-        For prompts, where arithmetic and not memory is what costs. The result equals `forward`'s up to rounding. The
-        caller splits a long prompt into chunks, and advances the lengths after each.
+        It is for prompts, whose cost is arithmetic and not memory. The result equals that of `forward` up to rounding.
+        The caller splits a long prompt into chunks, and advances the lengths after each.
 
         Parameters
         ----------
@@ -318,7 +205,7 @@ class PartialDepthDecoder(nn.Module):
         return hidden
 
     def _check(self, hidden: Tensor, cache: SharedKVCache, start: int, end: int) -> None:
-        """What the op cannot see for itself; called for every drafted token, so it is kept short."""
+        """Check what the op cannot. It runs for every drafted token, so it is short."""
         reject_gradient(hidden)
         if not 0 <= start <= end <= self.num_layers:
             raise ValueError(f"layers [{start}, {end}) are not within the decoder's {self.num_layers}")
@@ -333,42 +220,41 @@ class PartialDepthDecoder(nn.Module):
             )
 
     def _fill_tables(self, positions: int) -> None:
-        """Cos and sin of position times frequency, in fp32, [positions, C/2]."""
+        """Compute cos and sin of position times frequency, in fp32, [positions, C/2]."""
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._inv_freq
         self._cos = (angles.cos() * self._attention_scaling).to(self.device)
         self._sin = (angles.sin() * self._attention_scaling).to(self.device)
 
-    def _collect(self) -> None:
-        """List the parameters flat, in the op's order; the objects themselves, so that the lists follow them."""
+    def _list_weights(self) -> None:
+        """List the parameters in the op's order; the lists hold the objects, so they see changes in place."""
         held = cast("Iterable[nn.ParameterDict]", self.layers)
         self._by_layer = [LayerWeights(**dict(layer.items())) for layer in held]
         names = REQUIRED + OPTIONAL if self._has_optional else REQUIRED
         first = self._by_layer[0].q
         absent = torch.empty(0, dtype=first.dtype, device=first.device)
         flat = [getattr(layer, name) for layer in self._by_layer for name in names]
-        self._slots = len(names)
+        self._per_layer = len(names)
         self._weights: list[Tensor] = [absent if weight is None else weight for weight in flat]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PartialDepthDecoder:
-        """Conversions may put new parameters in the place of the old ones."""
+        """Convert the module, and list its weights again: a conversion may replace parameters."""
         super()._apply(fn, recurse)
-        self._collect()
+        self._list_weights()
         self._cos, self._sin = self._cos.to(self.device), self._sin.to(self.device)
         return self
 
 
-def _hold(layer: LayerWeights) -> nn.ParameterDict:
+def _parameters(layer: LayerWeights) -> nn.ParameterDict:
     return nn.ParameterDict({name: shared(weight) for name, weight in layer._asdict().items() if weight is not None})
 
 
-def _check_layers(layers: Sequence[LayerWeights], hidden: int, groups: int, size: int) -> None:
+def _check_layers(layers: Sequence[LayerWeights], hidden_size: int, num_kv_heads: int, head_dim: int) -> None:
     first = layers[0]
     absent = first.q.new_empty(0)
     for number, layer in enumerate(layers):
         try:
-            check_layer_weights(
-                [absent if weight is None else weight for weight in layer], hidden, groups, size, first.q.dtype
-            )
+            given = [absent if weight is None else weight for weight in layer]
+            check_layer_weights(given, hidden_size, num_kv_heads, head_dim, first.q.dtype)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {number}: {error}") from None
         for name, weight in layer._asdict().items():

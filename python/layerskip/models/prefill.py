@@ -1,4 +1,4 @@
-"""One decoder layer on many rows, for prompts."""
+"""One decoder layer on the many rows of a prompt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerskip_kernels import rms_norm, rope_kv_append
 
-from ._weights import LayerWeights
+from .weights import LayerWeights
 
 
 def prefill_layer(
@@ -22,7 +22,7 @@ def prefill_layer(
     past: int,
     eps: float,
 ) -> Tensor:
-    """One layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
+    """Compute one layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
 
     Parameters
     ----------
@@ -34,15 +34,15 @@ def prefill_layer(
     seq_lens : Tensor [B], int64
         ``past``, on the device.
     past : int
-        Positions that the cache already holds.
+        How many positions the cache already holds.
     eps : float
     """
     batch, rows, _ = hidden.shape
-    size = k_cache.shape[3]
+    head_dim = k_cache.shape[3]
     normed = rms_norm(hidden, weights.attn_norm, eps)
-    q = F.linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, size)
-    k = F.linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, size)
-    v = F.linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, size)
+    q = F.linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, head_dim)
+    k = F.linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, head_dim)
+    v = F.linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, head_dim)
     q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
     k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
     q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
@@ -54,7 +54,7 @@ def prefill_layer(
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, past: int) -> Tensor:
     """Causal attention of q [B, N, H, C] over what the cache holds; [B, N, H C].
 
-    The cache is cut at the last valid position: what lies beyond may be NaN, and a mask does not take NaN out of V.
+    It reads the cache up to the last valid position: beyond it there may be NaN, which a mask does not keep out of V.
     """
     rows = q.shape[1]
     keys, values = k_cache[:, :, : past + rows], v_cache[:, :, : past + rows]

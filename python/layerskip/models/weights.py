@@ -1,4 +1,4 @@
-"""What the modules share: weights kept by reference, and inference alone."""
+"""The weights of a layer, kept by reference."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def shared(weight: Tensor) -> nn.Parameter:
 
 
 def reject_gradient(hidden: Tensor) -> None:
-    """The fused ops have no backward, and a silent cut of the graph would train nothing."""
+    """Raise where a gradient is asked for: the fused ops have none, and without an error nothing would be trained."""
     if hidden.requires_grad and torch.is_grad_enabled():
         raise ValueError("this module has no backward; call it under torch.no_grad(), or detach its input")

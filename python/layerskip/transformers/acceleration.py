@@ -1,4 +1,4 @@
-"""The fused modules in a Hugging Face model, in place, and out again."""
+"""Putting the fused modules into a Hugging Face model, in place, and taking them out again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from layerskip_kernels import BackendError, explain
 
-from ..modules.fused import SkinnyLinear, fuse, unfuse
-from .adapters import fusable
+from ..models import architectures
+from .fused import FusedRMSNorm, FusedSwiGLU, SkinnyLinear, fuse, unfuse
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -17,10 +17,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model) -> Model:
     """Run the norms, feed-forwards and linear layers of a Hugging Face model through the fused ops, in place.
 
-    ``model(…)`` and ``model.generate(…)`` stay what they are and give the same up to rounding; steps of up to
-    `layerskip.modules.fused.SKINNY_ROWS` rows take the ops, prompts and whatever needs a gradient take torch. Attention
-    and its cache stay transformers' own. Parameters, the keys of the state dict, hooks, training mode and
-    ``save_pretrained`` do not change; a model that is accelerated already is left alone.
+    ``model(…)`` and ``model.generate(…)`` give the same as before, up to rounding. Steps of up to
+    `layerskip.transformers.fused.SKINNY_ROWS` rows use the ops; prompts and whatever needs a gradient use torch.
+    Attention and its cache stay transformers' own. Parameters, the keys of the state dict, hooks, training mode and
+    ``save_pretrained`` do not change. A model that is accelerated already is left alone.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def accelerate(model: Model) -> Model:
     layerskip_kernels.BackendError
         If only the reference would serve the ops on this machine: the model would become slower.
     """
-    found = fusable(model)
+    found = _fusable(model)
     _check_served(next(module for module, fused in found if fused is SkinnyLinear))
     for module, fused in found:
         fuse(module, fused)
@@ -64,8 +64,22 @@ def restore(model: Model) -> Model:
     return model
 
 
+def _fusable(hf_model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The modules that have a fused form, each with that form; attention is not among them."""
+    architecture = architectures.architecture_of(hf_model)
+    config: Any = hf_model.config
+    architectures.check_feed_forward(config)
+    architectures.checked_parameters(hf_model, architecture)
+    layers = [f"{architectures.LAYERS}.{number}" for number in range(config.num_hidden_layers)]
+    names = sorted({path.rpartition(".")[0] for path in architecture.layer_paths.values()})
+    paths = [*(f"{layer}.{name}" for layer in layers for name in names), "model.norm", "lm_head"]
+    modules = [hf_model.get_submodule(path) for path in paths]
+    fused = [(module, SkinnyLinear if isinstance(module, nn.Linear) else FusedRMSNorm) for module in modules]
+    return [*fused, *((hf_model.get_submodule(f"{layer}.mlp"), FusedSwiGLU) for layer in layers)]
+
+
 def _check_served(linear: Any) -> None:
-    """A backend that is forced is what was asked for; the reference in place of a missing one is not."""
+    """Refuse the reference where it stands in for a missing backend; where a user forces it, it is what he wants."""
     weight: Tensor = linear.weight
     served = explain("linear", weight.new_empty(1, weight.shape[1]), weight)
     if served.backend == "reference" and served.skipped:

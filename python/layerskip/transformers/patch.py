@@ -1,8 +1,8 @@
-"""The streamer and the tokenizer of ``model.generate``, handed on to a ``custom_generate`` that asks for them.
+"""A patch of transformers, so that ``custom_generate`` gets the streamer and the tokenizer of ``model.generate``.
 
-``GenerationMixin.generate`` of transformers 5.0 to 5.24 drops both where ``custom_generate`` is a callable: the
-streamer would be given the prompt and nothing after it, and stop strings would find no tokenizer. So the method that
-drops them is extended, for the one callable that this project gives out; for any other nothing changes.
+``GenerationMixin.generate`` of transformers 5.0 to 5.24 drops both if ``custom_generate`` is a callable: the streamer
+would get the prompt and nothing after it, and stop strings would have no tokenizer. So the method that drops them is
+wrapped. It changes nothing for any other callable than this library's.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .options import check_cache
+from .compatibility import check_cache
 
 _METHOD = "_extract_generation_mode_kwargs"
 
 
-def hand_on_to(function: Callable[..., Any]) -> None:
-    """Let ``custom_generate=function`` have ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus``.
+def patch_generation_mixin(function: Callable[..., Any]) -> None:
+    """Pass ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus`` to ``custom_generate=function``.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def hand_on_to(function: Callable[..., Any]) -> None:
     def extract(
         self: Any, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
     ) -> dict[str, Any]:
-        usual = {
+        dropped = {
             "tokenizer": kwargs.get("tokenizer"),
             "assistant_model": assistant_model,
             "streamer": streamer,
@@ -46,8 +46,8 @@ def hand_on_to(function: Callable[..., Any]) -> None:
         }
         found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         if getattr(custom_generate, "func", custom_generate) is function:  # itself, or a partial of it
-            check_cache(kwargs)  # later on it can't be told from the one that transformers makes
-            found |= {name: value for name, value in usual.items() if value is not None}
+            check_cache(kwargs)  # later it looks like the one that transformers makes
+            found |= {name: value for name, value in dropped.items() if value is not None}
         return found
 
     setattr(GenerationMixin, _METHOD, extract)

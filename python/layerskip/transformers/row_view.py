@@ -1,8 +1,8 @@
-"""A batch of ``generate``, row by row: what its logits processors, stopping criteria and streamer are shown.
+"""A view of a ``generate`` batch row by row, for its logits processors, stopping criteria and streamer.
 
-They know a batch whose rows have the same length, and self-speculation moves the rows on at different speeds. So each
-row is put before them by itself, at each of its positions, with all of its history, padding included; what does not
-treat all rows alike is given the row in every place of a batch, and asked for the row's own.
+They expect rows of the same length, but with self-speculation each row advances at its own speed. So they are called
+for one row at a time, at each of its positions, with its whole history, padding included. A processor that does not
+treat all rows alike gets a batch that has the row in every place, and only the result in the row's own place is used.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from .options import treats_rows_alike
+from .compatibility import treats_rows_alike
 
-Scores = Callable[[int], Tensor]
+ScoresAt = Callable[[int], Tensor]
+"""(number of new tokens before a position) -> its processed scores [V]."""
 
 
-class Row:
-    """One sequence of the batch.
+class BatchRow:
+    """One row of the batch: a prompt, its padding and its place.
 
     Parameters
     ----------
     index, batch : int
-        Its place, and how many there are.
+        Its place, and the number of rows.
     padded : Tensor [N], int64
-        The prompt as ``generate`` has it.
+        The prompt with padding, as ``generate`` has it.
     mask : Tensor [N], bool
-        What of it is not padding.
+        False for padding.
 
     Attributes
     ----------
     prompt : Tensor [n], int64
         The prompt without padding.
     padding : int
-        How many padding tokens are before it; -1 where there are some within.
+        How many padding tokens are before the prompt; -1 if there is padding inside it.
     """
 
     def __init__(self, index: int, batch: int, padded: Tensor, mask: Tensor) -> None:
@@ -51,11 +52,11 @@ class Row:
         return row[None].expand(self.batch, -1)
 
     def history(self, tokens: Tensor) -> Tensor:
-        """All tokens [n] as ``generate`` would have them, of the unpadded ones and what follows."""
+        """The tokens [n] of the row with its padding, from its tokens without."""
         return torch.cat([self.padded, tokens[self.length :].to(self.padded.device)])
 
 
-def rows_of(input_ids: Tensor, mask: Tensor) -> list[Row]:
+def rows_of(input_ids: Tensor, mask: Tensor) -> list[BatchRow]:
     """The rows of prompts [B, N] with the boolean attention mask ``mask`` [B, N].
 
     Raises
@@ -68,36 +69,37 @@ def rows_of(input_ids: Tensor, mask: Tensor) -> list[Row]:
     if not bool(mask[:, -1].all()):
         raise ValueError("attention_mask ends in 0: prompts of different lengths must be padded on the left")
     batch = len(input_ids)
-    return [Row(index, batch, input_ids[index], mask[index]) for index in range(batch)]
+    return [BatchRow(index, batch, input_ids[index], mask[index]) for index in range(batch)]
 
 
-class Kept(NamedTuple):
-    """Raw logits and processed scores of a position, [V]; or of a step, [B, V]."""
+class Scores(NamedTuple):
+    """Raw logits and processed scores: [V] of a position, or [B, V] of a step."""
 
     logits: Tensor
     scores: Tensor
 
 
 class RowProcessor:
-    """The logits processors for one row, as the decoder takes them; with ``keep`` they remember what they saw and gave.
+    """The logits processors of one row, as one function that the decoder calls.
 
     Parameters
     ----------
-    row : Row
+    row : BatchRow
     processors : sequence of callable
         ``(ids [B, n], scores [B, V]) -> scores [B, V]``.
     keep : bool
+        Whether to keep logits and scores.
 
     Attributes
     ----------
-    kept : dict of int to Kept
-        By the number of new tokens before. A position that was drafted and rejected is
-        overwritten by the round that emits it, since verification comes after drafting.
+    kept : dict of int to Scores
+        By the number of new tokens before the position. Those of a draft that was rejected are overwritten when the
+        position is verified.
     """
 
-    def __init__(self, row: Row, processors: Sequence[Callable[..., Tensor]], keep: bool) -> None:
+    def __init__(self, row: BatchRow, processors: Sequence[Callable[..., Tensor]], keep: bool) -> None:
         self._row, self._processors, self._keep = row, processors, keep
-        self.kept: dict[int, Kept] = {}
+        self.kept: dict[int, Scores] = {}
 
     def __call__(self, history: Tensor, logits: Tensor) -> Tensor:
         """Processed logits [V] of the position after ``history`` [n]."""
@@ -109,20 +111,20 @@ class RowProcessor:
             else:
                 scores = processor(row.over_batch(ids).clone(), row.over_batch(scores).clone())[row.index]
         if self._keep:
-            self.kept[len(history) - row.length] = Kept(logits.clone(), scores.clone())
+            self.kept[len(history) - row.length] = Scores(logits.clone(), scores.clone())
         return scores
 
 
-class Endings:
-    """Where the rows of a batch end, as ``generate`` has it.
+class BatchStopping:
+    """Where the rows of a batch end, as in ``generate``.
 
-    A row ends with the first token for which a criterion says so. Where no EOS token is among the criteria, a row that
-    ended goes on all the same until the last one has ended.
+    A row ends with the first token for which a criterion says so. But if no EOS token is among the criteria, a row that
+    has ended goes on until all rows have ended.
 
     Parameters
     ----------
     criteria : StoppingCriteriaList
-        Without those on length and EOS.
+        Without those for length and EOS.
     eos : frozenset of int
     together : bool
         Whether the rows go on until all have ended.
@@ -134,8 +136,8 @@ class Endings:
         self.together = together
         self._ends: list[int | None] = [None] * batch
 
-    def reached(self, row: Row, tokens: list[int], scores: Scores | None = None) -> bool:
-        """Whether ``row`` may stop after the last of its new ``tokens``; ``scores`` gives the processed ones [V]."""
+    def reached(self, row: BatchRow, tokens: list[int], scores: ScoresAt | None = None) -> bool:
+        """Whether ``row`` may stop after its new ``tokens``; ``scores`` gives the processed scores."""
         if self._ends[row.index] is None and self._ends_with(row, tokens, scores):
             self._ends[row.index] = len(tokens)
         ends = [end for end in self._ends if end is not None]
@@ -144,11 +146,11 @@ class Endings:
         return self._ends[row.index] is not None
 
     def steps(self, counts: Sequence[int]) -> int:
-        """How many new tokens the batch has, from how many each row has."""
+        """How many new tokens the batch has, if ``counts`` are those of its rows."""
         ends = [end for end in self._ends if end is not None]
         return max(ends) if self.together and len(ends) == len(self._ends) else max(counts)
 
-    def _ends_with(self, row: Row, tokens: list[int], scores: Scores | None) -> bool:
+    def _ends_with(self, row: BatchRow, tokens: list[int], scores: ScoresAt | None) -> bool:
         if tokens[-1] in self._eos:
             return True
         if not self._criteria:
@@ -159,8 +161,8 @@ class Endings:
         return bool(ended[row.index])
 
 
-class Columns:
-    """The tokens [B] of all rows, step by step, as transformers' streamers take them; padding where a row has ended.
+class ColumnStreamer:
+    """Gives a streamer of transformers the tokens [B] of each step when all rows have them; padding for ended rows.
 
     Parameters
     ----------
@@ -176,7 +178,7 @@ class Columns:
         self._given = 0
 
     def add(self, index: int, token: int, ended: bool) -> None:
-        """A new token of row ``index``, and whether it is the last."""
+        """Add a token to row ``index``; ``ended`` says whether it is the last one."""
         self._rows[index].append(token)
         self._ended[index] = ended
         while self._ready():

@@ -1,4 +1,4 @@
-"""The table of architectures, and the one function that adapts them."""
+"""The supported architectures, and how a Hugging Face model of one becomes an early-exit model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import EarlyExitHead, LayerWeights, PartialDepthDecoder
-from ..modules.fused import FusedRMSNorm, FusedSwiGLU, SkinnyLinear
+from .head import EarlyExitHead
+from .layers import PartialDepthDecoder
 from .model import LayerSkipModel
+from .weights import LayerWeights
 
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "swish")  # two names of one function
-_LAYERS = "model.layers"
-_MLP = "mlp"
+LAYERS = "model.layers"
+ORIGINAL_CLASS = "_layerskip_original_class"
+"""Where a module that `layerskip.accelerate` has changed keeps the class that it had."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Where the weights of a layer are found in it.
+# The paths of a layer's weights within the layer.
 LAYER_PATHS = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -37,7 +39,7 @@ QK_NORM = {f"{name}_norm": f"self_attn.{name}_norm.weight" for name in "qk"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row of the table: what a ``model_type`` of transformers is called, its class, and where its weights are."""
+    """A ``model_type`` of transformers: what people call it, its class, and the paths of a layer's weights."""
 
     title: str
     model_class: str
@@ -53,16 +55,16 @@ ARCHITECTURES = {
 
 
 class UnsupportedModelError(ValueError):
-    """A model, or a feature of it, that the kernels do not compute; the message says which ones they do."""
+    """The kernels do not compute this model, or a feature of it; the message says what they do compute."""
 
 
 def supported_architectures() -> list[str]:
-    """The supported values of ``model_type``, with the names that people call them by."""
-    return [f"{model_type} ({row.title})" for model_type, row in ARCHITECTURES.items()]
+    """The supported values of ``model_type``, each with what people call it."""
+    return [f"{model_type} ({architecture.title})" for model_type, architecture in ARCHITECTURES.items()]
 
 
 def adapt(hf_model: nn.Module) -> LayerSkipModel:
-    """Make an early-exit model of a Hugging Face one; both share every weight, and the given one stays as it is.
+    """Make an early-exit model of a Hugging Face model. The two share every weight; the given one does not change.
 
     Parameters
     ----------
@@ -79,15 +81,14 @@ def adapt(hf_model: nn.Module) -> LayerSkipModel:
         If the architecture, a sliding window, the type of rotary embedding, the activation, a bias, or the kind of a
         weight (quantised, adapted, of mixed dtype or device, strided) is not supported. The message names it.
     """
-    row = _architecture(hf_model)
+    architecture = architecture_of(hf_model)
     config: Any = hf_model.config
     check_config(config)
-    parameters = dict(hf_model.named_parameters(remove_duplicate=False))
-    _check_modules(hf_model)
-    _check_names(parameters, row)
-    _check_tensors(parameters)
+    parameters = checked_parameters(hf_model, architecture)
     layers = [
-        LayerWeights(**{slot: parameters[f"{_LAYERS}.{number}.{path}"] for slot, path in row.layer_paths.items()})
+        LayerWeights(
+            **{name: parameters[f"{LAYERS}.{number}.{path}"] for name, path in architecture.layer_paths.items()}
+        )
         for number in range(config.num_hidden_layers)
     ]
     inv_freq, scaling = _frequencies(hf_model)
@@ -98,49 +99,22 @@ def adapt(hf_model: nn.Module) -> LayerSkipModel:
     return LayerSkipModel(parameters["model.embed_tokens.weight"], decoder, head, config, generation_config)
 
 
-def fusable(hf_model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """The modules of a Hugging Face model that have a fused form, each with that form; attention is not among them.
-
-    Parameters
-    ----------
-    hf_model : transformers.PreTrainedModel
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the architecture, the activation, a bias, or the kind of a weight is not supported.
-    """
-    row = _architecture(hf_model)
-    config: Any = hf_model.config
-    _check_quantisation(config)
-    _check_activation(config)
-    parameters = dict(hf_model.named_parameters(remove_duplicate=False))
-    _check_modules(hf_model)
-    _check_names(parameters, row)
-    _check_tensors(parameters)
-    names = {path.rpartition(".")[0] for path in row.layer_paths.values()}
-    paths = [f"{_LAYERS}.{number}.{name}" for number in range(config.num_hidden_layers) for name in sorted(names)]
-    modules = [hf_model.get_submodule(path) for path in (*paths, "model.norm", "lm_head")]
-    fused = [(module, SkinnyLinear if isinstance(module, nn.Linear) else FusedRMSNorm) for module in modules]
-    gated = [hf_model.get_submodule(f"{_LAYERS}.{number}.{_MLP}") for number in range(config.num_hidden_layers)]
-    return [*fused, *((module, FusedSwiGLU) for module in gated)]
-
-
 def _unsupported(what: str, supported: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{what} is not supported; supported: {supported}")
 
 
-def _architecture(model: nn.Module) -> Architecture:
+def architecture_of(model: nn.Module) -> Architecture:
+    """The architecture of a Hugging Face model, or UnsupportedModelError."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ancestors = [ancestor.__name__ for ancestor in type(model).__mro__]
-    row = ARCHITECTURES.get(str(model_type))
-    if row is None or row.model_class not in ancestors:
-        classes = ", ".join(row.model_class for row in ARCHITECTURES.values())
+    architecture = ARCHITECTURES.get(str(model_type))
+    if architecture is None or architecture.model_class not in ancestors:
+        classes = ", ".join(one.model_class for one in ARCHITECTURES.values())
         raise _unsupported(
             f"model class {type(model).__name__} of model_type {model_type!r}",
             f"{', '.join(supported_architectures())}, as {classes}",
         )
-    return row
+    return architecture
 
 
 def check_model_type(model_type: object) -> None:
@@ -150,7 +124,7 @@ def check_model_type(model_type: object) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Refuse by name what the kernels do not compute, as far as a configuration tells.
+    """Refuse by name what the kernels do not compute, as far as the configuration says it.
 
     Parameters
     ----------
@@ -167,6 +141,21 @@ def check_config(config: Any) -> None:
     _check_activation(config)
 
 
+def check_feed_forward(config: Any) -> None:
+    """The checks of `check_config` that also apply to a model that keeps its own attention."""
+    _check_quantisation(config)
+    _check_activation(config)
+
+
+def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
+    """The parameters of a model by name, tied ones under each of their names; UnsupportedModelError for others."""
+    parameters = dict(hf_model.named_parameters(remove_duplicate=False))
+    _check_modules(hf_model)
+    _check_names(parameters, architecture)
+    _check_tensors(parameters)
+    return parameters
+
+
 def _check_quantisation(config: Any) -> None:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
@@ -180,7 +169,7 @@ def _check_activation(config: Any) -> None:
 
 
 def _check_attention(config: Any) -> None:
-    """Qwen marks the windowed layers in ``layer_types``; Mistral has one window for all."""
+    """Refuse sliding windows: Qwen marks such layers in ``layer_types``, Mistral has one window for all layers."""
     layer_types = getattr(config, "layer_types", None)
     others = sorted(set(layer_types or []) - {"full_attention"})
     window = getattr(config, "sliding_window", None)
@@ -201,30 +190,31 @@ def _check_rope(config: Any) -> None:
 
 
 def _check_modules(model: nn.Module) -> None:
-    """A subclass of Linear or Embedding computes something else than its weight says, but for the fused one."""
+    """Refuse subclasses of Linear and Embedding, which may compute something else; `layerskip.accelerate`'s do not."""
     for name, module in model.named_modules():
         for plain in (nn.Linear, nn.Embedding):
-            if isinstance(module, plain) and type(module) not in (plain, SkinnyLinear):
+            if isinstance(module, plain) and module.__dict__.get(ORIGINAL_CLASS, type(module)) is not plain:
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise _unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
 
 
-def _expected(row: Architecture, layers: int) -> Iterator[str]:
+def _expected_names(architecture: Architecture, num_layers: int) -> Iterator[str]:
     yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    for number in range(layers):
-        yield from (f"{_LAYERS}.{number}.{path}" for path in row.layer_paths.values())
+    for number in range(num_layers):
+        yield from (f"{LAYERS}.{number}.{path}" for path in architecture.layer_paths.values())
 
 
-def _check_names(parameters: dict[str, nn.Parameter], row: Architecture) -> None:
-    """Every weight of the model must be one that is used, and the other way round."""
-    numbers = {int(name.split(".")[2]) for name in parameters if name.startswith(f"{_LAYERS}.")}
-    expected = dict.fromkeys(_expected(row, len(numbers)))  # a set in order
+def _check_names(parameters: dict[str, nn.Parameter], architecture: Architecture) -> None:
+    """The model must have exactly the parameters that are used."""
+    numbers = {int(name.split(".")[2]) for name in parameters if name.startswith(f"{LAYERS}.")}
+    expected = dict.fromkeys(_expected_names(architecture, len(numbers)))  # a set in order
+    title = architecture.model_class
     for name in parameters:
         if name not in expected:
-            raise _unsupported(f"parameter {name}", f"in {row.model_class}: {', '.join(row.layer_paths.values())}")
+            raise _unsupported(f"parameter {name}", f"in {title}: {', '.join(architecture.layer_paths.values())}")
     for name in expected:
         if name not in parameters:
-            raise UnsupportedModelError(f"{row.model_class} has no parameter {name}; quantised weights are unsupported")
+            raise UnsupportedModelError(f"{title} has no parameter {name}; quantised weights are unsupported")
 
 
 def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
@@ -243,9 +233,9 @@ def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
 
 
 def _frequencies(model: Any) -> tuple[Tensor, float]:
-    """Frequencies of the rotary embedding, from the model's own module.
+    """The frequencies of the rotary embedding and their scaling, from the model's own module.
 
-    A conversion such as ``model.to(torch.bfloat16)`` rounds them too; then a fresh module gives the true ones.
+    A conversion such as ``model.to(torch.bfloat16)`` rounds the frequencies, too; then a new module gives exact ones.
     """
     rotary = model.model.rotary_emb
     if rotary.inv_freq.dtype != torch.float32:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 
 class SharedKVCache:
-    """Keys and values of all layers, and one length a sequence.
+    """Keys and values of all layers, and the length of each sequence.
 
-    What lies at or beyond a sequence's length is never read before it is written again, so going back is a write of a
-    length, and shallow layers may run ahead of deep ones within a round.
+    Nothing at or beyond a sequence's length is read before it is written again. So a rollback only sets a length, and
+    within a round the early layers may hold more positions than the later ones.
 
     Parameters
     ----------
@@ -23,7 +22,7 @@ class SharedKVCache:
     ----------
     k, v : Tensor [L, B, G, T, C]
     seq_lens : Tensor [B], int64
-        How many positions of each sequence are valid. Steps read it; whoever decodes advances it.
+        How many positions of each sequence are valid. The layers read it; whoever calls them advances it.
 
     Raises
     ------
@@ -72,7 +71,7 @@ class SharedKVCache:
         return self.k.shape[3]
 
     def slot(self, index: int) -> SharedKVCache:
-        """The cache of one sequence, as a view: what is written to it is written here.
+        """One row of the cache, which holds one sequence, as a view: a write to it is a write to this cache.
 
         Parameters
         ----------
@@ -92,33 +91,5 @@ class SharedKVCache:
         return view
 
     def reset(self) -> None:
-        """Forget every sequence."""
+        """Set all lengths to 0."""
         self.seq_lens.zero_()
-
-    def rollback(self, lengths: Tensor | int) -> None:
-        """Set the lengths; nothing is copied or cleared.
-
-        Parameters
-        ----------
-        lengths : Tensor [B], int64, or int
-            The positions of each sequence that stay valid.
-
-        Raises
-        ------
-        ValueError
-            If the shape is another, or a length is outside [0, capacity]. On a GPU the values of a tensor are not
-            looked at, since that would synchronise with it.
-        TypeError
-            If ``lengths`` is a tensor of another dtype than int64.
-        """
-        if isinstance(lengths, int):
-            lengths = torch.full((self.batch_size,), lengths, dtype=torch.int64)
-        if lengths.dtype != torch.int64:
-            raise TypeError(f"lengths has dtype {str(lengths.dtype).removeprefix('torch.')}, expected int64")
-        if lengths.shape != self.seq_lens.shape:
-            raise ValueError(f"lengths has shape {list(lengths.shape)}, expected [{self.batch_size}]")
-        if lengths.device.type == "cpu":
-            for sequence, length in enumerate(lengths.tolist()):
-                if not 0 <= length <= self.capacity:
-                    raise ValueError(f"length {length} of sequence {sequence} is outside [0, {self.capacity}]")
-        self.seq_lens.copy_(lengths)

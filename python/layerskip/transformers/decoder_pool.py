@@ -1,4 +1,4 @@
-"""The decoders of the models that ``generate`` was called with."""
+"""The decoders that ``generate`` keeps for each model that it was called with."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _pools: WeakKeyDictionary[nn.Module, _Pool] = WeakKeyDictionary()
 
 
 @contextmanager
-def borrowed(model: Any, draft_head: str | DraftHead) -> Iterator[SelfSpeculativeDecoder]:
-    """A decoder of ``model`` that no other call uses meanwhile.
+def borrow_decoder(model: Any, draft_head: str | DraftHead) -> Iterator[SelfSpeculativeDecoder]:
+    """A decoder of ``model`` that no other call uses in the meantime.
 
-    It, its cache and what it learned about speed are kept for the next call, for as long as the model is. Other
-    weights, another device or another draft head make a new one. Weights that change in place are shared, and make a
-    new one only where the draft head is a quantised copy of them.
+    The decoder, its cache and what it learned about speed are kept for the next call, as long as the model lives. A new
+    decoder is made for other weights, another device or another draft head. Changes of the weights in place are shared;
+    they make a new decoder only where the draft head is a quantised copy of the weights.
     """
     pool = _pool(model, draft_head)
     decoder = pool.idle.pop() if pool.idle else SelfSpeculativeDecoder(model, "auto", "auto", draft_head=draft_head)
@@ -48,5 +48,5 @@ def _pool(model: Any, draft_head: str | DraftHead) -> _Pool:
 
 
 def _version(weight: Tensor) -> int:
-    """Counts changes in place; inference tensors don't count theirs."""
+    """How often ``weight`` was changed in place; inference tensors do not count that."""
     return 0 if weight.is_inference() else weight._version

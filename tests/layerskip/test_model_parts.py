@@ -1,4 +1,4 @@
-"""The modules by themselves: cache, decoder, exit head."""
+"""The parts of a model by themselves: cache, layers, exit head."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from helpers import random_tokens, tiny_model
 
 from layerskip import EarlyExitHead, PartialDepthDecoder, SharedKVCache, adapt
-from layerskip.modules import LayerWeights
+from layerskip.models import LayerWeights
 from layerskip_kernels import exit_head, partial_forward
 
 # Largest difference to the expected states, which are of order 1.
@@ -51,31 +51,15 @@ class TestSharedKVCache:
         assert cache.seq_lens.dtype == torch.int64
         assert cache.seq_lens.tolist() == [0, 0]
 
-    def test_rollback_writes_lengths_in_place_and_copies_nothing(self):
+    def test_reset_sets_the_lengths_in_place_and_clears_nothing(self):
         cache = SharedKVCache(1, 2, 1, 9, 8)
         cache.k.fill_(3.0)
         addresses = cache.seq_lens.data_ptr(), cache.k.data_ptr()
-        cache.rollback(torch.tensor([4, 9]))
-        assert cache.seq_lens.tolist() == [4, 9]
-        cache.rollback(2)
-        assert cache.seq_lens.tolist() == [2, 2]
+        cache.seq_lens.fill_(4)
         cache.reset()
         assert cache.seq_lens.tolist() == [0, 0]
         assert (cache.seq_lens.data_ptr(), cache.k.data_ptr()) == addresses
         assert (cache.k == 3).all()
-
-    @pytest.mark.parametrize(
-        ("lengths", "error", "message"),
-        [
-            (torch.tensor([1, 10]), ValueError, "length 10 of sequence 1 is outside"),
-            (-1, ValueError, "length -1 of sequence 0"),
-            (torch.tensor([1]), ValueError, r"shape \[1\], expected \[2\]"),
-            (torch.tensor([1, 2], dtype=torch.int32), TypeError, "int32"),
-        ],
-    )
-    def test_rollback_refuses(self, lengths, error, message):
-        with pytest.raises(error, match=message):
-            SharedKVCache(1, 2, 1, 9, 8).rollback(lengths)
 
     def test_sizes_are_checked(self):
         with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
@@ -96,7 +80,7 @@ class TestDecoder:
     def test_forward_is_the_op_and_leaves_the_lengths(self):
         decoder, hidden = make_decoder(), states(1, 2)
         cache, expected = decoder.new_cache(1, 8), decoder.new_cache(1, 8)
-        cache.rollback(3)
+        cache.seq_lens.fill_(3)
         out = decoder(hidden, cache, 1, 3, seq_lens=torch.tensor([1]))
         want = partial_forward(
             hidden, decoder.layer_weights(1, 3), expected.k, expected.v, decoder._cos, decoder._sin,
@@ -130,10 +114,10 @@ class TestDecoder:
     def test_prefill_refuses_ragged_lengths_and_a_full_cache(self):
         decoder = make_decoder()
         cache = decoder.new_cache(2, 4)
-        cache.rollback(torch.tensor([1, 2]))
+        cache.seq_lens.copy_(torch.tensor([1, 2]))
         with pytest.raises(ValueError, match=r"one length, these have \[1, 2\]"):
             decoder.prefill(states(2, 1), cache)
-        cache.rollback(2)
+        cache.seq_lens.fill_(2)
         with pytest.raises(ValueError, match="3 rows after 2 positions do not fit a cache of capacity 4"):
             decoder.prefill(states(2, 3), cache)
         with pytest.raises((ValueError, RuntimeError), match="4"):
@@ -337,7 +321,7 @@ class TestExitHead:
             EarlyExitHead(torch.ones(5), torch.ones(7, 6), 1e-5)
 
 
-def test_modules_work_in_a_users_own_model():
+def test_parts_work_in_a_users_own_model():
     """Parts taken from an adapted model, put into a plain module, still share the storage."""
 
     class Exit(torch.nn.Module):

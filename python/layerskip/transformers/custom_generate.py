@@ -1,4 +1,4 @@
-"""``layerskip.generate``: the decoding loop that ``model.generate(custom_generate=…)`` calls."""
+"""``layerskip.generate``: what ``model.generate(custom_generate=…)`` calls to decode."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformers.generation import (
 )
 
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
-from . import options
-from .decoders import borrowed
-from .handover import hand_on_to
-from .rows import Columns, Endings, Kept, Row, RowProcessor, rows_of
+from . import compatibility
+from .decoder_pool import borrow_decoder
+from .patch import patch_generation_mixin
+from .row_view import BatchRow, BatchStopping, ColumnStreamer, RowProcessor, Scores, rows_of
 
 
 def generate(
@@ -41,28 +41,28 @@ def generate(
 ) -> Any:
     """Self-speculative decoding as the ``custom_generate`` of ``model.generate``.
 
-    ``model.generate(**inputs, custom_generate=layerskip.generate, exit_layer=6, num_speculations=5)`` takes what
-    ``model.generate`` takes, and gives what it gives: greedily the same tokens (up to rounding), sampling from the same
-    distribution. Logits processors must be functions of history and logits: they are asked about drafts, too, and each
-    row at its own pace. What can't be honoured is refused by name. ``layerskip.generate(model, **inputs, …)`` is the
-    same call.
+    ``model.generate(**inputs, custom_generate=layerskip.generate, exit_layer=6, num_speculations=5)`` takes the
+    arguments of ``model.generate`` and returns the same: greedily the same tokens (up to rounding), or samples of the
+    same distribution. Logits processors must be functions of history and logits, because they are called for drafts,
+    too, and for each row at its own pace. What cannot be honoured is refused by name.
+    ``layerskip.generate(model, **inputs, …)`` is the same call.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Of one of `layerskip.supported_architectures`. A decoder for it is made with the first call and kept.
+        Of one of `layerskip.supported_architectures`. The first call makes a decoder for it, which is kept.
     input_ids : Tensor [B, N], int64
     logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, tokenizer, assistant_model
         As ``model.generate`` takes them.
     exit_layer : int or "auto"
         E: layers [0, E) draft. "auto" picks by measured speed.
     num_speculations : int or "auto"
-        K: tokens drafted a round.
+        K: the tokens that a round drafts.
     draft_head : {"full", "int8"} or DraftHead
     draft_threshold : float
-        As `SelfSpeculativeDecoder` and its ``generate`` take them.
+        As in `SelfSpeculativeDecoder` and its ``generate``.
     **model_kwargs
-        ``attention_mask`` [B, N], and what ``model.generate`` adds. In a direct call all that it takes.
+        ``attention_mask`` [B, N], and what ``model.generate`` adds. In a direct call all arguments of it.
 
     Returns
     -------
@@ -78,8 +78,8 @@ def generate(
     FloatingPointError
         If logits are not finite.
     """
-    own = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft_threshold": draft_threshold}
-    usual = {
+    speculation = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft_threshold": draft_threshold}
+    arguments = {
         "logits_processor": logits_processor,
         "stopping_criteria": stopping_criteria,
         "generation_config": generation_config,
@@ -89,22 +89,22 @@ def generate(
         "assistant_model": assistant_model,
     }
     if not hasattr(generation_config, "_eos_token_tensor"):  # not prepared: a direct call
-        return _prepare(model, input_ids, {**own, "draft_head": draft_head, **usual, **model_kwargs})
+        return _prepare(model, input_ids, {**speculation, "draft_head": draft_head, **arguments, **model_kwargs})
     _refuse("synced_gpus", synced_gpus)
     _refuse("assistant_model", assistant_model)
-    options.check_config(generation_config)
-    options.check_arguments(model_kwargs)
-    options.check_processors(logits_processor)
+    compatibility.check_config(generation_config)
+    compatibility.check_arguments(model_kwargs)
+    compatibility.check_processors(logits_processor)
     assert input_ids is not None  # prepared
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
-    options.check_positions(model_kwargs.get("position_ids"), mask)
+    compatibility.check_positions(model_kwargs.get("position_ids"), mask)
     call = _Call(rows_of(input_ids, mask), logits_processor, stopping_criteria, generation_config)
-    with borrowed(model, draft_head) as decoder:
-        return call.run(decoder, streamer, own)
+    with borrow_decoder(model, draft_head) as decoder:
+        return call.run(decoder, streamer, speculation)
 
 
-hand_on_to(generate)
+patch_generation_mixin(generate)
 
 
 def _prepare(model: Any, input_ids: Tensor | None, arguments: dict[str, Any]) -> Any:
@@ -120,9 +120,9 @@ def _refuse(name: str, value: Any) -> None:
 
 
 class _Call:
-    """One call: its rows, and what is to be done with them."""
+    """One call of `generate`: its rows, how their tokens are chosen, where they end, and what is returned."""
 
-    def __init__(self, rows: list[Row], processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> None:
+    def __init__(self, rows: list[BatchRow], processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> None:
         self._rows, self._config = rows, config
         self._keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
         self._keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
@@ -131,62 +131,62 @@ class _Call:
         self._set_choice(processors)
 
     def _set_ends(self, criteria: Sequence[Any]) -> None:
-        """Where rows end: length and EOS are known, other criteria are asked."""
+        """Set where rows end: at a length and at EOS tokens, which are known, or where other criteria say so."""
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
         self._max_new_tokens = min(lengths, default=self._config.max_length) - len(self._rows[0].padded)
         eos = [one.eos_token_id.reshape(-1).tolist() for one in criteria if type(one) is EosTokenCriteria]
         others = [one for one in criteria if type(one) not in (EosTokenCriteria, MaxLengthCriteria)]
         has_eos = any(hasattr(one, "eos_token_id") for one in criteria)
-        self._endings = Endings(others, frozenset().union(*eos), not has_eos, len(self._rows))
+        self._stopping = BatchStopping(others, frozenset().union(*eos), not has_eos, len(self._rows))
 
     def _set_choice(self, processors: Sequence[Any]) -> None:
-        """How tokens are chosen: by parameters that the kernels know, or by asking the processors."""
+        """Set how tokens are chosen: with sampling parameters where these suffice, else by calling the processors."""
         do_sample, keeps = bool(self._config.do_sample), self._keeps_scores or self._keeps_logits
         padding = [row.padding for row in self._rows]
-        sampling = None if keeps else options.as_sampling(processors, do_sample, padding)
+        sampling = None if keeps else compatibility.as_sampling(processors, do_sample, padding)
         self._processors: list[RowProcessor] | None = None
         if sampling is None:
             sampling = SamplingParams(temperature=float(do_sample))
             self._processors = [RowProcessor(row, processors, keeps) for row in self._rows]
         self._sampling = sampling
 
-    def run(self, decoder: SelfSpeculativeDecoder, streamer: Any, own: dict[str, Any]) -> Any:
-        """Decode, and give what ``model.generate`` gives."""
-        columns = None if streamer is None else Columns(streamer, len(self._rows), self._pad)
+    def run(self, decoder: SelfSpeculativeDecoder, streamer: Any, speculation: dict[str, Any]) -> Any:
+        """Decode, and return what ``model.generate`` returns."""
+        columns = None if streamer is None else ColumnStreamer(streamer, len(self._rows), self._pad)
         out = decoder.generate(
             [row.prompt.to(decoder.model.device) for row in self._rows],
             self._max_new_tokens,
-            eos_token_id=[],  # the rules see to it
+            eos_token_id=[],  # should_stop ends the rows
             sampling=[self._sampling] * len(self._rows),
             logits_processor=self._processors,
             should_stop=[self._rule(row, columns) for row in self._rows],
             pad_token_id=self._pad,
-            **own,
+            **speculation,
         )
         if streamer is not None:
             streamer.end()
         return self._result([stats.new_tokens for stats in out.rows], out.new_tokens)
 
-    def _rule(self, row: Row, columns: Columns | None) -> Callable[[list[int]], bool]:
+    def _rule(self, row: BatchRow, columns: ColumnStreamer | None) -> Callable[[list[int]], bool]:
         scores = (lambda step: self._kept(row, step).scores) if self._keeps_scores else None
 
         def ends(tokens: list[int]) -> bool:
-            ended = self._endings.reached(row, tokens, scores)
+            ended = self._stopping.reached(row, tokens, scores)
             if columns is not None:
                 last = ended or len(tokens) == self._max_new_tokens
-                columns.add(row.index, tokens[-1], last and not self._endings.together)
+                columns.add(row.index, tokens[-1], last and not self._stopping.together)
             return ended
 
         return ends
 
-    def _kept(self, row: Row, step: int) -> Kept:
+    def _kept(self, row: BatchRow, step: int) -> Scores:
         assert self._processors is not None
         return self._processors[row.index].kept[step]
 
     def _result(self, counts: list[int], new_tokens: Tensor) -> Any:
-        """Sequences, as long as the row that ends last needs them; with them scores and logits where asked for."""
+        """The sequences, as long as the longest row, with scores and logits if the caller wants them."""
         prompts = torch.stack([row.padded for row in self._rows])
-        steps = self._endings.steps(counts)
+        steps = self._stopping.steps(counts)
         sequences = torch.cat([prompts, new_tokens[:, :steps].to(prompts)], 1)
         if not self._config.return_dict_in_generate:
             return sequences
@@ -199,12 +199,12 @@ class _Call:
             fields["logits"] = tuple(column.logits for column in columns)
         return GenerateDecoderOnlyOutput(**fields)
 
-    def _column(self, counts: list[int], step: int) -> Kept:
-        """What the rows [B, V] had at a step; one that ended before it surely has the padding token."""
+    def _column(self, counts: list[int], step: int) -> Scores:
+        """The scores [B, V] of a step; a row that has ended has the padding token with probability 1."""
         rows = [self._kept(row, step) if step < counts[row.index] else self._padding() for row in self._rows]
-        return Kept(torch.stack([row.logits for row in rows]), torch.stack([row.scores for row in rows]))
+        return Scores(torch.stack([row.logits for row in rows]), torch.stack([row.scores for row in rows]))
 
-    def _padding(self) -> Kept:
+    def _padding(self) -> Scores:
         sure = torch.full_like(self._kept(self._rows[0], 0).logits, -math.inf)
         sure[self._pad] = 0
-        return Kept(sure, sure)
+        return Scores(sure, sure)

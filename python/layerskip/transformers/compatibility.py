@@ -1,4 +1,4 @@
-"""What of a GenerationConfig and its logits processors is honoured, and how; what is not is refused by name."""
+"""Which options of transformers' ``generate`` are honoured, and how; all others are refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.generation import logits_process as processes
 
 from ..decoding.sampling import SamplingParams
 
-# Options of other ways to decode, with the values that leave them off.
+# Options of other ways to decode, with the values that turn them off.
 _OFF: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
@@ -26,12 +26,12 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (None, "dynamic", "static"),
 }
 _RETURNED = ("output_attentions", "output_hidden_states")
-# Arguments of a model's forward that `generate` makes itself, or that change nothing here.
 _CACHES = ("cache", "past_key_values")
+# Arguments of a model's forward that `generate` adds itself, or that change nothing here.
 _HARMLESS = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", *_CACHES)
-# They keep what they were last called with, and a draft that is rejected can't be taken back from them.
+# These keep the tokens of their last call, and a draft that is rejected cannot be taken back.
 _STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
-# What treats every row of a batch alike, whichever it is.
+# These process a row in the same way whatever its place in the batch.
 _ROWWISE = tuple(
     getattr(processes, name)
     for name in (
@@ -46,7 +46,7 @@ _ROWWISE = tuple(
 
 
 def check_config(config: Any) -> None:
-    """Refuse ways to decode that are not this one, and outputs that it does not have.
+    """Refuse options of other ways to decode, and outputs that this one does not have.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def check_config(config: Any) -> None:
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse arguments for the model's forward, which is not called.
+    """Refuse arguments of the model's forward, which is not called.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def check_cache(arguments: dict[str, Any]) -> None:
-    """Refuse a cache among the arguments that the caller of ``model.generate`` gave.
+    """Refuse a cache in the arguments of ``model.generate``.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def check_cache(arguments: dict[str, Any]) -> None:
 
 
 def check_positions(position_ids: Tensor | None, mask: Tensor) -> None:
-    """Refuse positions [B or 1, N] that are not those of the attention mask [B, N]: they count what is not masked.
+    """Refuse positions [B or 1, N] other than those of the attention mask [B, N], which count the unmasked tokens.
 
     Raises
     ------
@@ -123,14 +123,16 @@ def check_processors(processors: Sequence[Any]) -> None:
 
 
 def treats_rows_alike(processor: Any) -> bool:
-    """Whether a row's result does not depend on which row of the batch it is."""
+    """Whether a row's result does not depend on its place in the batch."""
     if type(processor) is processes.RepetitionPenaltyLogitsProcessor:
         return not isinstance(processor.prompt_ignore_length, Tensor)
     return type(processor) in _ROWWISE
 
 
 def as_sampling(processors: Sequence[Any], do_sample: bool, padding: list[int]) -> SamplingParams | None:
-    """The parameters that do what ``processors`` do, if there are any; then the kernels need not ask the processors.
+    """The sampling parameters that do the same as ``processors``, or None if no parameters do.
+
+    With parameters the processors need not be called.
 
     Parameters
     ----------
@@ -138,13 +140,13 @@ def as_sampling(processors: Sequence[Any], do_sample: bool, padding: list[int]) 
         As ``generate`` prepares it.
     do_sample : bool
     padding : list of int
-        How many padding tokens are before each prompt; -1 where there are some within.
+        How many padding tokens are before each prompt; -1 for a prompt with padding inside.
     """
     found: dict[str, Any] = {}
     for processor in processors:
         name, value = _parameter(processor, padding)
         if name not in _ORDER[_ORDER.index(next(reversed(found))) + 1 if found else 0 :]:
-            return None  # another one, or not in the order in which the parameters are applied
+            return None  # no parameter does it, or the parameters are applied in another order
         found[name] = value
     if not do_sample:
         return SamplingParams(**found) if set(found) <= {"repetition_penalty"} else None
@@ -155,7 +157,7 @@ _ORDER = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 
 
 def _parameter(processor: Any, padding: list[int]) -> tuple[str, Any]:
-    """The parameter of `SamplingParams` that is this processor, if any, and its value."""
+    """The parameter of `SamplingParams` that does the same as this processor, or "", and its value."""
     kind = type(processor)
     if kind is processes.RepetitionPenaltyLogitsProcessor:
         ignored = processor.prompt_ignore_length

@@ -1,8 +1,8 @@
 """Hugging Face's modules with another forward: for the few rows of a decoding step they run this library's ops.
 
-An instance changes its class and nothing else, so its parameters, their names, hooks and training mode stay what they
-are, also in copies and checkpoints. What the ops are not for runs as before: many rows, where torch's matmuls are
-faster; whatever may need a gradient; autocast.
+An instance changes its class and nothing else. So its parameters, their names, hooks and training mode stay the same,
+also in copies and checkpoints. The original forward still runs for many rows, where torch's matmuls are faster, for
+whatever may need a gradient, and under autocast.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from layerskip_kernels import dispatch
 
-SKINNY_ROWS = 16  # one tile of rows; with more of them arithmetic costs more than reading the weights
-_ORIGINAL = "_layerskip_original_class"
+from ..models.architectures import ORIGINAL_CLASS
+
+SKINNY_ROWS = 16  # one tile; for more rows the arithmetic costs more than reading the weights
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _run(op: str, *args: Any) -> Tensor:
-    """Without gradient, straight to the native kernel where it serves: a dispatcher's hop costs what a norm does."""
+    """Call the native kernel directly where it serves: going through the dispatcher costs as much as a norm."""
     kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, args[0])
     return getattr(torch.ops.layerskip, op).default(*args) if kernel is None else kernel(*args)
 
@@ -88,25 +89,25 @@ class FusedSwiGLU(nn.Module):
 
 
 def _is_bare(projection: Any) -> bool:
-    """Whether calling the projection is its product and nothing else: no adapter came around it, no hook onto it."""
+    """Whether a call of the projection is its product and nothing else: it has no adapter and no hook."""
     if type(projection) is not SkinnyLinear or "forward" in projection.__dict__:
         return False
     return not any(getattr(projection, hooks) for hooks in _HOOKS)
 
 
 def _original(module: nn.Module) -> Any:
-    return module.__dict__[_ORIGINAL]
+    return module.__dict__[ORIGINAL_CLASS]
 
 
 def fuse(module: nn.Module, fused: type[nn.Module]) -> None:
-    """Make ``module`` a ``fused`` one, in place; one that already is stays."""
+    """Change the class of ``module`` to ``fused``, unless it has that class."""
     if not isinstance(module, fused):
-        module.__dict__[_ORIGINAL] = type(module)
+        module.__dict__[ORIGINAL_CLASS] = type(module)
         module.__class__ = fused
 
 
 def unfuse(module: nn.Module) -> None:
-    """Make ``module`` what it was before `fuse`; any other stays."""
-    original = module.__dict__.pop(_ORIGINAL, None)
+    """Give ``module`` the class that it had before `fuse`; a module that was not fused does not change."""
+    original = module.__dict__.pop(ORIGINAL_CLASS, None)
     if original is not None:
         module.__class__ = original

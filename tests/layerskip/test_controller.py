@@ -9,8 +9,16 @@ import torch
 from tiny import prompt_of, tiny_model
 
 from layerskip import SelfSpeculativeDecoder
-from layerskip.decoding.adaptive import Acceptance, Choice, Controller, Rate, default_exits, expected_tokens
-from layerskip.decoding.costs import CostModel, Sizes
+from layerskip.decoding.controller import (
+    AcceptanceRates,
+    Choice,
+    Controller,
+    CostModel,
+    Rate,
+    Sizes,
+    default_exits,
+    expected_tokens,
+)
 from layerskip.decoding.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,21 +246,21 @@ class Clock:
 @pytest.mark.parametrize("options", [{"exit_layer": "auto"}, {"num_speculations": "auto"}, {}], ids=str)
 def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
     """A model whose layers after the first add nothing: every draft is accepted, so many drafts at E = 1 are best."""
-    from layerskip.decoding.group import Group
+    from layerskip.decoding.batch import Batch
 
     plan = options or {"exit_layer": "auto", "num_speculations": "auto"}
     decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 2, 3)
     plain = decoder.generate(prompt_of(5), 200, strategy="autoregressive", eos_token_id=[])
     clock, choices = Clock(), []
 
-    def timed(self, steps, draft_head, _run=Group.run):
-        clock.now += seconds(Choice(self.kind.depth * 8, steps))  # as if of 32 layers
-        choices.append(Choice(self.kind.depth, steps))
-        return _run(self, steps, draft_head)
+    def timed(self, num_speculations, _run=Batch.run):
+        clock.now += seconds(Choice(self.kind.exit_layer * 8, num_speculations))  # as if of 32 layers
+        choices.append(Choice(self.kind.exit_layer, num_speculations))
+        return _run(self, num_speculations)
 
-    monkeypatch.setattr(Group, "run", timed)
+    monkeypatch.setattr(Batch, "run", timed)
     cache = decoder.model.decoder.new_cache(1, 256)
-    session = Session(decoder, cache, 240, 12, clock=clock)
+    session = Session(decoder.model, cache, decoder.defaults, 240, 12, clock=clock)
     session.add(prompt_of(5), 200, eos_token_id=[], **plan)
     outputs = []
     while len(session):
@@ -270,10 +278,10 @@ def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
 
 def test_acceptance_is_noted_for_others_too():
     shared: dict[int, Rate] = {}
-    one, other = Acceptance(shared), Acceptance(shared)
+    one, other = AcceptanceRates(shared), AcceptanceRates(shared)
     before = other.at(4).mean
     for _ in range(20):
         one.observe(4, 0, 3)
     assert one.at(4).mean < 0.1
     assert other.at(4).mean == before, "its own trials count, once it has begun"
-    assert Acceptance(shared).at(4).mean < 0.2
+    assert AcceptanceRates(shared).at(4).mean < 0.2

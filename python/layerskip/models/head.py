@@ -1,4 +1,4 @@
-"""The exit head that every early exit and the full model share."""
+"""The head, which every early exit shares with the full model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from layerskip_kernels import ExitOutput, exit_head
 
-from ._weights import reject_gradient, shared
+from .weights import reject_gradient, shared
 
-_QUANTIZE_ROWS = 8192  # rows that are held in fp32 at a time
+_QUANTIZE_ROWS = 8192  # rows that are converted to fp32 at a time
 _INT8_MAX = 127
 
 
 class EarlyExitHead(nn.Module):
     """Final norm, head, arg-max and log-sum-exp for the state after any layer; no logits are written.
 
-    Parameters are kept as they are given, so that a head shares the storage of the model it was made from.
+    It keeps the very tensors that it is given, so it shares the storage of the model that they come from.
 
     Parameters
     ----------
@@ -69,17 +69,18 @@ class EarlyExitHead(nn.Module):
         offset: Tensor | None = None,
         logits: Tensor | None = None,
     ) -> ExitOutput:
-        """What the model would say if it ended here.
+        """The token that the model would give if it ended after this layer.
 
         Parameters
         ----------
         hidden : Tensor [..., D]
             Raw state after a layer, not yet normed.
         temperature : Tensor [R], fp32, optional
-            R is the number of rows, the product of the leading sizes. Draw at this temperature; 0 is greedy. It comes
-            with ``seed`` and ``offset``, both [R] int64, which name the noise.
+            R is the number of rows, the product of the leading sizes. Draw at this temperature; 0 is greedy.
+        seed, offset : Tensor [R], int64
+            Determine the noise; given with a temperature, and only with one.
         logits : Tensor [R, V], fp32, optional
-            Gets the raw logits, which are otherwise never written.
+            The raw logits are written to it; without it they are never written.
 
         Returns
         -------
@@ -89,7 +90,7 @@ class EarlyExitHead(nn.Module):
         Raises
         ------
         ValueError
-            If ``hidden`` asks for a gradient: there is none.
+            If ``hidden`` requires a gradient: the head has no backward.
         """
         reject_gradient(hidden)
         leading = hidden.shape[:-1]
@@ -110,7 +111,7 @@ class EarlyExitHead(nn.Module):
 
     @torch.no_grad()
     def quantize(self, token_ids: Tensor | None = None) -> EarlyExitHead:
-        """An approximate copy for drafting: int8 rows, symmetric, scale = max|w| / 127 a row.
+        """An approximate copy for drafting: symmetric int8, with the scale max|w| / 127 for each row.
 
         Parameters
         ----------
@@ -143,7 +144,7 @@ class EarlyExitHead(nn.Module):
         return EarlyExitHead(self.norm_weight, quantised, self.eps, token_ids, scale)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EarlyExitHead:
-        """Conversions of the module leave the scales in fp32, which is what the op takes."""
+        """Convert the module, but not the scales: the op takes them in fp32."""
         scale = self.scale
         super()._apply(fn, recurse)
         if scale is not None:

@@ -1,0 +1,307 @@
+"""Picking the exit layer and the number of drafts, from measured acceptance and measured costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..models import EarlyExitHead, LayerSkipModel
+
+MAX_SPECULATIONS = 12
+"""The most drafts that a controller picks."""
+EXTRA_ROW_COST = 0.05
+"""r: an extra row costs this share of reading the weights; verifying 6 rows takes 1.2 to 1.3 times as long as one."""
+
+_UNTRIED_RATE = 0.75  # the acceptance that is expected of an exit before it was tried: enough to try it
+_OWN_MEMORY, _SHARED_MEMORY = 96.0, 512.0  # how many of the last trials a mean remembers
+_NEW_SEQUENCE_WEIGHT = 4.0  # what other sequences had counts as so many trials of a new sequence
+_FADE = 0.995  # each round, the weight of what is known of the exits that were not used is multiplied by this
+_EXPLORE_EVERY = 32  # rounds
+_EXPLORE_SPECULATIONS = 3
+
+_COST_MEMORY = 0.98  # each round, the weight of the rounds before it is multiplied by this
+_OUTLIER = 2.0  # a round that takes longer than this multiple of what was expected was interrupted
+_SETTLED = 4  # rounds, after which there is an expectation
+_RENEW_EVERY = 8  # rounds, after which the expectations are computed again
+_FORMULA_WEIGHT = 4.0  # in the mean of measured and fitted seconds, the formula counts as so many rounds
+
+
+def expected_tokens(rates: Sequence[float], most: int) -> list[float]:
+    """Tokens that a round of K drafts emits, for K = 0 … ``most``: 1 + a + … + a^K, summed over the ``rates`` a.
+
+    a is the probability that a draft is accepted if those before it were.
+    """
+    totals = [0.0] * (most + 1)
+    for rate in rates:
+        tokens, power = 0.0, 1.0
+        for num_speculations in range(most + 1):
+            tokens += power
+            power *= rate
+            totals[num_speculations] += tokens
+    return totals
+
+
+class Rate:
+    """A probability, estimated from its last ``memory`` trials.
+
+    Parameters
+    ----------
+    mean, weight : float
+        The estimate before the first trial, and how many trials it counts as.
+    memory : float
+    """
+
+    def __init__(self, mean: float, weight: float, memory: float) -> None:
+        self.mean, self.weight, self._memory = mean, weight, memory
+
+    def observe(self, success: bool) -> None:
+        """Take account of a trial."""
+        self.weight = min(self.weight + 1, self._memory)
+        self.mean += (success - self.mean) / self.weight
+
+    def fade(self) -> None:
+        """Trust the mean a little less."""
+        self.weight *= _FADE
+
+    @property
+    def optimistic(self) -> float:
+        """The mean plus the standard error that a fair coin would have."""
+        return min(1.0, self.mean + 0.5 / (self.weight + 1) ** 0.5)
+
+
+class AcceptanceRates:
+    """How often the drafts of one sequence are accepted, by exit layer.
+
+    Parameters
+    ----------
+    shared : dict of int to Rate
+        The rates of all sequences: a new sequence starts from them, and its trials count in them, too.
+    """
+
+    def __init__(self, shared: dict[int, Rate]) -> None:
+        self._shared, self._own = shared, {}  # type: ignore[var-annotated]
+
+    def at(self, exit_layer: int) -> Rate:
+        """The rate of an exit."""
+        if exit_layer not in self._own:
+            shared = self._shared.setdefault(exit_layer, Rate(_UNTRIED_RATE, 1.0, _SHARED_MEMORY))
+            self._own[exit_layer] = Rate(shared.mean, min(shared.weight, _NEW_SEQUENCE_WEIGHT), _OWN_MEMORY)
+        return self._own[exit_layer]
+
+    def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
+        """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
+        own, shared = self.at(exit_layer), self._shared[exit_layer]
+        for success in [True] * accepted + [False] * (accepted < drafted):
+            own.observe(success)
+            shared.observe(success)
+        for other, rate in self._own.items():
+            if other != exit_layer:
+                rate.fade()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a layer, of the head and of the draft head; and the number of layers."""
+
+    layer: int
+    head: int
+    draft_head: int
+    num_layers: int
+
+    @classmethod
+    def of(cls, model: LayerSkipModel, draft_head: EarlyExitHead) -> Sizes:
+        """Those of a model's weights."""
+        layer = sum(weight.nbytes for weight in model.decoder.layer_weights(0, 1))
+        return cls(layer, model.head.head_weight.nbytes, draft_head.head_weight.nbytes, model.num_layers)
+
+
+class CostModel:
+    """Seconds of a round at exit E with K drafts: a formula over the bytes that it reads, corrected by measurements.
+
+    With l the bytes of a layer, h of the head, d of the draft head, L layers, r = `EXTRA_ROW_COST`,
+
+        seconds(E, K) = c(E, K) · (u · K · (E·l + d)  +  v · (L·l + h + r · K · ((L - E)·l + h))).
+
+    The first term is K drafts. The second is one pass through the whole model: layers [0, E) compute one row, the last
+    draft, and the others K + 1 rows. u and v, in seconds a byte, are fitted to the measured rounds by least squares.
+    While few rounds were measured, u and v are drawn to each other, since memory delivers all bytes at one speed.
+    c(E, K) is the mean ratio of measured to fitted seconds, drawn to 1. Old rounds fade, and a round that took more
+    than twice as long as expected counts as twice as long.
+
+    Parameters
+    ----------
+    sizes : Sizes
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self._model_bytes = sizes.num_layers * sizes.layer + sizes.head
+        self._xx = [0.0, 0.0, 0.0]  # sums of x₁², x₁x₂, x₂² of the two terms
+        self._xy = [0.0, 0.0]
+        self._speeds = (1.0, 1.0)  # u, v
+        self._rounds = 0
+        self._ratios: dict[tuple[int, int], tuple[float, float]] = {}  # mean and weight
+        self._expected: dict[tuple[int, int], float] = {}
+
+    def _terms(self, exit_layer: int, num_speculations: int) -> tuple[float, float]:
+        """The factors of u and v, divided by the bytes of the model."""
+        size = self._sizes
+        verified = (size.num_layers - exit_layer) * size.layer + size.head
+        drafted = exit_layer * size.layer + size.draft_head
+        rows = 1 + EXTRA_ROW_COST * num_speculations * verified / self._model_bytes
+        return num_speculations * drafted / self._model_bytes, rows
+
+    def _fitted(self, exit_layer: int, num_speculations: int) -> float:
+        first, second = self._terms(exit_layer, num_speculations)
+        return self._speeds[0] * first + self._speeds[1] * second
+
+    def seconds(self, exit_layer: int, num_speculations: int) -> float:
+        """The expected seconds; before any round was measured, in units of one pass over the weights."""
+        choice = (exit_layer, num_speculations)
+        if choice not in self._expected:
+            mean, weight = self._ratios.get(choice, (1.0, 0.0))
+            ratio = (mean * weight + _FORMULA_WEIGHT) / (weight + _FORMULA_WEIGHT)
+            self._expected[choice] = ratio * self._fitted(*choice)
+        return self._expected[choice]
+
+    def observe(self, exit_layer: int, num_speculations: int, seconds: float) -> None:
+        """Take account of a round."""
+        if self._rounds >= _SETTLED:
+            seconds = min(seconds, _OUTLIER * self.seconds(exit_layer, num_speculations))
+        self._rounds += 1
+        first, second = self._terms(exit_layer, num_speculations)
+        new = (first * first, first * second, second * second)
+        self._xx = [_COST_MEMORY * old + term for old, term in zip(self._xx, new, strict=True)]
+        self._xy = [_COST_MEMORY * self._xy[0] + first * seconds, _COST_MEMORY * self._xy[1] + second * seconds]
+        self._fit()
+        self._learn_ratio((exit_layer, num_speculations), seconds)
+        if self._rounds < _RENEW_EVERY or self._rounds % _RENEW_EVERY == 0:
+            self._expected.clear()
+
+    def _fit(self) -> None:
+        """Least squares with a penalty on (u - v)²; neither may be less than a tenth of the other."""
+        a, b, d = self._xx[0] + 1, self._xx[1] - 1, self._xx[2] + 1
+        determinant = a * d - b * b
+        u = (d * self._xy[0] - b * self._xy[1]) / determinant
+        v = (a * self._xy[1] - b * self._xy[0]) / determinant
+        floor = max(u, v) / 10
+        self._speeds = (max(u, floor), max(v, floor))
+
+    def _learn_ratio(self, choice: tuple[int, int], seconds: float) -> None:
+        mean, weight = self._ratios.get(choice, (1.0, 0.0))
+        weight = min(weight + 1, 1 / (1 - _COST_MEMORY))
+        self._ratios[choice] = (mean + (seconds / self._fitted(*choice) - mean) / weight, weight)
+
+
+class Choice(NamedTuple):
+    """E and K of a round."""
+
+    exit_layer: int
+    num_speculations: int
+
+
+class Controller:
+    """Picks exit layer and number of drafts for sequences that share their rounds.
+
+    It takes the (E, K) with the most expected tokens a second,
+
+        argmax  Σ_b tokens(a_b(E), K) / seconds(E, K),    tokens(a, K) = 1 + a + … + a^K,
+
+    where a_b(E) is the measured acceptance of sequence b (`AcceptanceRates`), and `CostModel` learns the seconds. K = 0
+    is among the choices: autoregressive decoding. Every sequence has acceptance rates of its own, but all share the
+    choice: a second exit layer in a batch would be a second pass over the weights, which costs more than it can gain.
+
+    Exploration is bounded. At most one round of 32 tries another exit than the best, with at most 3 drafts, and only an
+    exit that would be the best if its acceptance were a standard error above its mean. The weight of what is known of
+    an exit fades while others are used, so an exit that became good is found again.
+
+    What it picks depends on clocks. Greedy tokens do not depend on what it picks. Sampled tokens have the same
+    distribution whatever it picks, but a seed does not repeat them, because another number of drafts uses other noise.
+
+    Parameters
+    ----------
+    sizes : Sizes
+        The model's; costs are estimated from them before they are measured.
+    exits : sequence of int
+        The exit layers to choose among.
+    max_speculations : int
+    """
+
+    def __init__(self, sizes: Sizes, exits: Sequence[int], max_speculations: int = MAX_SPECULATIONS) -> None:
+        self.exits, self.max_speculations = tuple(exits), max_speculations
+        self._sizes = sizes
+        self._shared: dict[int, Rate] = {}
+        self._costs: dict[int, CostModel] = {}
+        self._rounds = 0
+
+    def new_acceptance(self) -> AcceptanceRates:
+        """The acceptance rates of a new sequence."""
+        return AcceptanceRates(self._shared)
+
+    def observe_cost(self, choice: Choice, batch: int, seconds: float) -> None:
+        """Take account of what a round of ``batch`` sequences cost."""
+        self._cost(batch).observe(*choice, seconds)
+
+    def choose(
+        self,
+        acceptances: Sequence[AcceptanceRates],
+        exit_layer: int | None = None,
+        num_speculations: int | None = None,
+    ) -> Choice:
+        """E and K for the next round of some sequences; a value that is given is kept."""
+        exits = self.exits if exit_layer is None else (exit_layer,)
+        counts = range(self.max_speculations + 1) if num_speculations is None else (num_speculations,)
+        speed, best = self._best(acceptances, exits, counts)
+        self._rounds += 1
+        if self._rounds % _EXPLORE_EVERY == 0:
+            return self._explore(acceptances, exits, counts, speed, best)
+        return best
+
+    def _explore(
+        self,
+        acceptances: Sequence[AcceptanceRates],
+        exits: Sequence[int],
+        counts: Sequence[int],
+        speed: float,
+        best: Choice,
+    ) -> Choice:
+        """Another exit, with few drafts, if it may be faster than ``speed``; else the best choice."""
+        # A round without drafts teaches nothing about acceptance, so after it every exit is worth a try.
+        others = [one for one in exits if one != best.exit_layer or best.num_speculations == 0]
+        if not others:
+            return best
+        possible_speed, candidate = self._best(acceptances, others, counts, optimistic=True)
+        if possible_speed <= speed:
+            return best
+        few = [count for count in counts if 1 <= count <= _EXPLORE_SPECULATIONS] or counts
+        return self._best(acceptances, [candidate.exit_layer], few, optimistic=True)[1]
+
+    def _best(
+        self,
+        acceptances: Sequence[AcceptanceRates],
+        exits: Sequence[int],
+        counts: Sequence[int],
+        optimistic: bool = False,
+    ) -> tuple[float, Choice]:
+        """The most tokens a second, and the choice that gives them."""
+        costs, best = self._cost(len(acceptances)), (0.0, Choice(exits[0], counts[0]))
+        for exit_layer in exits:
+            rates = [one.at(exit_layer) for one in acceptances]
+            means = [rate.optimistic if optimistic else rate.mean for rate in rates]
+            tokens = expected_tokens(means, counts[-1])
+            for num_speculations in counts:
+                speed = tokens[num_speculations] / costs.seconds(exit_layer, num_speculations)
+                if speed > best[0]:
+                    best = speed, Choice(exit_layer, num_speculations)
+        return best
+
+    def _cost(self, batch: int) -> CostModel:
+        """The cost model of a batch size, rounded up to a power of two."""
+        return self._costs.setdefault((batch - 1).bit_length(), CostModel(self._sizes))
+
+
+def default_exits(num_layers: int) -> tuple[int, ...]:
+    """An eighth, a quarter, a half and three quarters of the layers."""
+    parts = (round(num_layers * part) for part in (0.125, 0.25, 0.5, 0.75))
+    return tuple(sorted({min(max(1, part), num_layers - 1) for part in parts}))

@@ -1,0 +1,164 @@
+"""One sequence: a prompt and the tokens that are emitted after it, up to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .output import GenerationOutput, Stats
+
+StopRule = Callable[[list[int]], bool]
+"""(the new tokens so far) -> whether the sequence ends with the last of them."""
+
+Clock = Callable[[], float]
+"""() -> seconds."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a sequence: a number of tokens, one of some tokens, or a rule. The sequence includes its last token."""
+
+    max_new_tokens: int
+    eos: frozenset[int] = frozenset()
+    should_stop: StopRule | None = None
+
+
+class TokenSequence:
+    """A prompt and what was emitted after it.
+
+    Parameters
+    ----------
+    prompt : Tensor [1, N], int64
+    ending : Ending
+    clock : callable
+        Gives the time for the statistics.
+
+    Attributes
+    ----------
+    tokens : list of int
+        The new tokens.
+    drafted : list of bool
+        Whether each of them was a draft.
+    reason : str or None
+        Why the sequence ended; None while it goes on.
+    history : History or None
+        The tokens on the device, where logits processors need them; emitted tokens are added to it.
+    """
+
+    def __init__(self, prompt: Tensor, ending: Ending, clock: Clock = time.perf_counter) -> None:
+        self.prompt, self._ending, self._clock = prompt, ending, clock
+        self.tokens: list[int] = []
+        self.drafted: list[bool] = []
+        self.reason: str | None = None
+        self.history: History | None = None
+        self._accepted: list[int] = []
+        self._num_drafted = 0
+        self._started = clock()
+        self._first_token_at = self._started
+
+    @property
+    def remaining(self) -> int:
+        """How many tokens may still be emitted."""
+        return self._ending.max_new_tokens - len(self.tokens)
+
+    @property
+    def position(self) -> int:
+        """The position of the last token. The cache holds all positions before it."""
+        return self.prompt.shape[1] + len(self.tokens) - 1
+
+    def add(self, accepted: list[int], token: int, num_drafted: int, fault: str | None = None) -> None:
+        """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
+
+        The first call emits the token that follows the prompt, which is not counted as a round.
+
+        Parameters
+        ----------
+        accepted : list of int
+        token : int
+        num_drafted : int
+            How many tokens the round drafted.
+        fault : str, optional
+            What is wrong with ``token``.
+
+        Raises
+        ------
+        FloatingPointError
+            With ``fault``, unless the sequence ends before ``token``.
+        """
+        before = len(self.tokens)
+        self._num_drafted += min(num_drafted, self.remaining)  # other sequences of the batch may need more drafts
+        try:
+            self._emit_round(accepted, token, fault)
+        finally:  # a rule may raise in the middle
+            if self.history is not None:
+                self.history.append(self.tokens[before:])
+        if before:
+            self._accepted.append(sum(self.drafted[before:]))
+        else:
+            self._first_token_at = self._clock()
+
+    def _emit_round(self, accepted: list[int], token: int, fault: str | None) -> None:
+        for draft in accepted:
+            self._emit(draft, True)
+            if self.reason is not None:
+                return
+        if fault is not None:
+            raise FloatingPointError(fault)
+        self._emit(token, False)
+
+    def _emit(self, token: int, drafted: bool) -> None:
+        self.tokens.append(token)
+        self.drafted.append(drafted)
+        if token in self._ending.eos:
+            self.reason = "eos"
+        elif self._ending.should_stop is not None and self._ending.should_stop(self.tokens.copy()):
+            self.reason = "stop"
+        elif self.remaining == 0:
+            self.reason = "length"
+
+    def output(self) -> GenerationOutput:
+        """The tokens and statistics so far."""
+        stats = Stats(
+            prompt_tokens=self.prompt.shape[1],
+            new_tokens=len(self.tokens),
+            drafted=self._num_drafted,
+            accepted_per_round=tuple(self._accepted),
+            seconds=self._clock() - self._started,
+            time_to_first_token=self._first_token_at - self._started,
+        )
+        new = torch.tensor([self.tokens], dtype=torch.int64, device=self.prompt.device)
+        drafted = torch.tensor([self.drafted], dtype=torch.bool)
+        return GenerationOutput(torch.cat([self.prompt, new], 1), new, drafted, (stats,), (self.reason or "",))
+
+
+class History:
+    """The tokens of a sequence on the device, for logits processors: prompt, emitted tokens, drafts of this round.
+
+    Parameters
+    ----------
+    prompt : Tensor [1, N], int64
+    room : int
+        How many tokens and drafts may follow.
+    """
+
+    def __init__(self, prompt: Tensor, room: int) -> None:
+        self._tokens = torch.cat([prompt[0], prompt.new_zeros(room)])
+        self._length = prompt.shape[1]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add emitted tokens, in the place of the drafts."""
+        end = self._length + len(tokens)
+        self._tokens[self._length : end] = torch.tensor(tokens, dtype=torch.int64)
+        self._length = end
+
+    def put_draft(self, index: int, token: Tensor) -> None:
+        """Set draft ``index`` of this round. A draft that was not made is stored as token 0; nobody reads past it."""
+        self._tokens[self._length + index] = token.clamp_min(0)
+
+    def before(self, num_drafts: int) -> Tensor:
+        """The tokens before the position that follows the first ``num_drafts`` drafts, a view [n]."""
+        return self._tokens[: self._length + num_drafts]
