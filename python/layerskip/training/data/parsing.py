@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from layerskip_kernels.files import cache_directory
+
 from ..._files import write_atomically
-from ...models.smollm2 import cache_directory
 from . import _home
 from ._example import Example, stable_fraction
 
