@@ -43,15 +43,15 @@ bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 triton-report: setup
-	TRITON_INTERPRET=0 $(BIN)/python -m layerskip_kernels.triton.report --write docs/triton.md
+	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --write docs/triton.md
 	cat docs/triton.md
 
 cuda: setup
 	LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' $(BIN)/python setup.py -q build_ext --inplace
 
 cuda-report: cuda
-	$(BIN)/python -m benchmarks.cuda_report --write docs/cuda.md
-	$(BIN)/python -m benchmarks.roofline --write docs/cuda.md
+	$(BIN)/python -m tools.cuda_report --write docs/cuda.md
+	$(BIN)/python -m tools.roofline --write docs/cuda.md
 
 lint: setup
 	$(BIN)/ruff check .
