@@ -179,6 +179,11 @@ class TestCommands:
         assert main(["correctness", *options, "--prompts", "sums:test", "--skip-transformers"]) == 0
         assert "all tokens are identical" in capsys.readouterr().out
 
+    def test_env_lists_what_is_provided(self, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["env"]) == 0
+        words = capsys.readouterr().out.replace(",", " ").split()
+        assert {"toy", "bare-toy", "sums"} <= set(words)
+
     def test_a_recipe_with_names(self, toy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(

@@ -132,9 +132,9 @@ def required(name: str) -> set[str]:
     found, open_ends = set(), [name]
     while open_ends:
         found.add(one := canonicalize_name(open_ends.pop()))
-        wanted = [Requirement(line) for line in metadata.requires(one) or []]
-        names = {
-            canonicalize_name(each.name) for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})
-        }
-        open_ends += names - found
+        for line in metadata.requires(one) or []:
+            wanted = Requirement(line)
+            name = canonicalize_name(wanted.name)
+            if name not in found and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+                open_ends.append(name)
     return found

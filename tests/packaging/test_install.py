@@ -104,14 +104,14 @@ def test_what_the_wheel_alone_cannot_do_it_says_in_one_line(bare_environment: Pa
     file, backend, messages = use(bare_environment, tmp_path)
     assert Path(file).is_relative_to(tmp_path / "bare")
     assert (backend, messages) == ("cpu", "[]")
-    (tmp_path / "model").mkdir()
     command = str(bare_environment.parent / "layerskip")
     assert "rms_norm" in succeeded(run([command, "env"], tmp_path)).stdout
     example = "comes with the example package: pip install ./examples/smollm2 (in the repository)"
     refused = {
         "demo": f"the demo smollm2 {example}",
-        "generate x": f"the model smollm2 {example}",
-        "generate x --model owner/name": 'loading models needs transformers: pip install "layerskip-kernels[demo]"',
+        "generate x": "No module named 'transformers': pip install \"layerskip-kernels[demo]\"",
+        "bench": f"the model smollm2 {example}",
+        "bench --model owner/name": 'loading models needs transformers: pip install "layerskip-kernels[demo]"',
         "train": "No module named 'transformers': pip install \"layerskip-kernels[train]\"",
         "train recipe.yaml": "No module named 'yaml': pip install \"layerskip-kernels[train]\"",
         "bench --prompts hub:any": "hub:any needs the package datasets: pip install datasets",

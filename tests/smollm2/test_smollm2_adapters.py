@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from layerskip import DraftHead, SelfSpeculativeDecoder
@@ -43,3 +46,10 @@ def test_an_adapter_in_its_task(name):
         assert out.sequences.tolist() == plain.sequences.tolist()
         rounds, tokens = rounds + out.stats.rounds, tokens + out.stats.new_tokens - 1
     assert tokens / rounds >= TOKENS_A_ROUND[name]
+
+
+def test_what_the_readme_shows_runs(capsys):
+    readme = Path(__file__).parents[2] / "examples/smollm2/README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    exec(code, {})
+    assert "[IN:HassTurnOn" in capsys.readouterr().out
