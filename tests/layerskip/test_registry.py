@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,7 +14,7 @@ from helpers import save_tiny
 import layerskip
 from layerskip import DraftHead, SelfSpeculativeDecoder, registry
 from layerskip.cli import main, prompts
-from layerskip.training import data
+from layerskip.training import data, evaluate
 from layerskip.training.run import load_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,6 +26,7 @@ bare-toy = toy_provider
 
 [layerskip.tasks]
 sums = toy_provider
+prose = toy_prose
 
 [layerskip.demos]
 toy = toy_provider:EXHIBITS
@@ -52,6 +54,13 @@ def load(*args):
 def draft_head(name):
     return HERE / "draft_head.safetensors" if name == "toy" else None
 """
+PROSE = """\
+SPLITS = ("train", "test")
+
+
+def documents(split):
+    return [" ".join(f"w{number % 90 + 3}" for number in range(600))]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +71,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "toy-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1\n")
     (folder / "toy-1.dist-info/entry_points.txt").write_text(ENTRY_POINTS)
     (folder / "toy_provider.py").write_text(PROVIDER)
+    (folder / "toy_prose.py").write_text(PROSE)
     (folder / "prompts.txt").write_text("w5 w8\n")
     save_tiny(folder / "model")
     DraftHead(range(0, VOCABULARY, 3), VOCABULARY).save(folder / "draft_head.safetensors")
@@ -183,6 +193,15 @@ class TestCommands:
         assert main(["env"]) == 0
         words = capsys.readouterr().out.replace(",", " ").split()
         assert {"toy", "bare-toy", "sums"} <= set(words)
+
+    def test_evaluate_measures_what_a_task_has(self, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        evaluate.main(["--model", "toy", "--task", "sums", "--exits", "2", "4"])
+        figures = json.loads(capsys.readouterr().out)
+        assert (figures["examples"], figures["agreement"]["4"]) == (1, 1.0)
+        evaluate.main(["--model", "toy", "--task", "prose"])
+        assert json.loads(capsys.readouterr().out)["perplexity"] > 1
+        with pytest.raises(ValueError, match="unknown task 'proze'; did you mean prose"):
+            evaluate.main(["--model", "toy", "--task", "proze"])
 
     def test_a_recipe_with_names(self, toy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         recipe = tmp_path / "recipe.yaml"
