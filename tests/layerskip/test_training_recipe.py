@@ -153,43 +153,6 @@ def test_wsd_warms_up_stays_and_decays_over_the_last_third() -> None:
     )
 
 
-FIRST_RUNS = {"recipe.yaml": "adapter", "coding.yaml": "coding", "summarization.yaml": "summarization"}
-LATER_RUNS = {
-    "finish.yaml": "recipe.yaml",
-    "coding-finish.yaml": "coding.yaml",
-    "summarization-exits.yaml": "summarization.yaml",
-    "summarization-finish.yaml": "summarization-exits.yaml",
-}
-
-
-def smollm2_recipe(name: str) -> Recipe:
-    from layerskip.recipes import smollm2
-
-    return read_recipe(smollm2.ADAPTER.with_name(name))
-
-
-def test_the_recipes_of_smollm2() -> None:
-    for name in (*FIRST_RUNS, *LATER_RUNS):
-        smollm2_recipe(name).check_exits(30)
-    for later, earlier in LATER_RUNS.items():
-        assert smollm2_recipe(later).adapter == f"{smollm2_recipe(earlier).output}/adapter"
-    assert by_layer(smollm2_recipe("recipe.yaml").lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [8] * 24
-
-
-@pytest.mark.parametrize("name", FIRST_RUNS)
-def test_the_adapters_of_smollm2_have_the_ranks_of_their_recipes(name: str) -> None:
-    from safetensors import safe_open
-
-    from layerskip.recipes import smollm2
-
-    ranks = by_layer(smollm2_recipe(name).lora_rank, 30, "lora_rank")
-    adapter = smollm2.ADAPTER.with_name(FIRST_RUNS[name]) / "adapter_model.safetensors"
-    assert adapter.stat().st_size < 20e6
-    with safe_open(adapter, framework="pt") as file:
-        for key in filter(lambda key: "lora_A" in key, file.keys()):
-            assert file.get_slice(key).get_shape()[0] == ranks[int(key.split(".layers.")[1].split(".")[0])]
-
-
 def test_the_docs_name_every_key_of_a_recipe() -> None:
     table = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8").split("## Recipe")[1]
     keys = {

@@ -7,9 +7,9 @@ from tiny import requires_native
 
 import layerskip
 from layerskip.models import load
-from layerskip.models.smollm2 import smollm2_directory
+from tests.example_package import requires_weights
 
-pytestmark = [requires_native, pytest.mark.slow]
+pytestmark = [requires_native, requires_weights, pytest.mark.slow]
 OURS = {"custom_generate": layerskip.generate, "exit_layer": 24, "num_speculations": 2}
 NEW = {"max_new_tokens": 16, "do_sample": False}
 CHAT = [{"role": "user", "content": "Name three colours, one a line. Then say 你好 and 😀."}]
@@ -17,10 +17,7 @@ CHAT = [{"role": "user", "content": "Name three colours, one a line. Then say �
 
 @pytest.fixture(scope="module")
 def smollm2():
-    try:
-        return load(smollm2_directory(progress=False), dtype=torch.float32)
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
+    return load("smollm2", dtype=torch.float32)
 
 
 def test_a_chat_streams_and_an_accelerated_model_says_the_same(smollm2):

@@ -10,9 +10,12 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "layerskip_kernels", "python")
@@ -106,3 +109,32 @@ def environment(tmp_path: Path) -> Callable[[], Path]:
         return python
 
     return make
+
+
+@pytest.fixture
+def bare_environment(wheel: Path, tmp_path: Path) -> Path:
+    """An environment with the wheel and what it requires, no extra among that; gives its Python."""
+    folder = tmp_path / "bare"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    target = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    for name in required("layerskip-kernels") - {"layerskip-kernels"}:
+        distribution = metadata.distribution(name)
+        home = Path(str(distribution.locate_file("")))
+        for top in {path.parts[0] for path in distribution.files or [] if path.parts[0] not in ("..", "__pycache__")}:
+            (target / top).symlink_to(home / top)
+    succeeded(pip("--python", str(python), "install", "--no-deps", str(wheel), where=tmp_path))
+    return python
+
+
+def required(name: str) -> set[str]:
+    """What a distribution requires here, extras left out, and what that requires."""
+    found, open_ends = set(), [name]
+    while open_ends:
+        found.add(one := canonicalize_name(open_ends.pop()))
+        for line in metadata.requires(one) or []:
+            wanted = Requirement(line)
+            name = canonicalize_name(wanted.name)
+            if name not in found and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+                open_ends.append(name)
+    return found

@@ -66,6 +66,13 @@ def test_wheel_has_every_module_and_data_file(wheel: Path, checkout: Path) -> No
     assert packed == wanted
 
 
+def test_wheel_is_small_and_has_no_adapter(wheel: Path) -> None:
+    """What the demo needs is a package of its own, in examples/."""
+    assert wheel.stat().st_size < 5_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".safetensors") or "smollm2" in name] == []
+
+
 @needs_readelf
 def test_library_needs_no_python(wheel: Path, tmp_path: Path) -> None:
     """No libtorch_python, no symbol of CPython, nothing found through a path of the machine that built it."""
@@ -90,6 +97,29 @@ def test_wheel_works_outside_the_checkout(wheel: Path, environment: Callable[[],
     assert (backend, messages) == ("cpu", "[]")
     script = succeeded(run([str(python.parent / "layerskip"), "--help"], tmp_path / "empty"))
     assert "generate" in script.stdout
+
+
+def test_what_the_wheel_alone_cannot_do_it_says_in_one_line(bare_environment: Path, tmp_path: Path) -> None:
+    """And what it can, it does: ops, and what `layerskip env` shows."""
+    file, backend, messages = use(bare_environment, tmp_path)
+    assert Path(file).is_relative_to(tmp_path / "bare")
+    assert (backend, messages) == ("cpu", "[]")
+    command = str(bare_environment.parent / "layerskip")
+    assert "rms_norm" in succeeded(run([command, "env"], tmp_path)).stdout
+    example = "comes with the example package: pip install ./examples/smollm2 (in the repository)"
+    refused = {
+        "demo": f"the demo smollm2 {example}",
+        "generate x": "No module named 'transformers': pip install \"layerskip-kernels[demo]\"",
+        "bench": f"the model smollm2 {example}",
+        "bench --model owner/name": 'loading models needs transformers: pip install "layerskip-kernels[demo]"',
+        "train": "No module named 'transformers': pip install \"layerskip-kernels[train]\"",
+        "train recipe.yaml": "No module named 'yaml': pip install \"layerskip-kernels[train]\"",
+        "bench --prompts hub:any": "hub:any needs the package datasets: pip install datasets",
+    }
+    for arguments, message in refused.items():
+        done = run([command, *arguments.split()], tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr == f"layerskip {arguments.split()[0]}: {message}\n"
 
 
 def test_cuda_wheel(cuda_wheel: Path, wheel: Path) -> None:

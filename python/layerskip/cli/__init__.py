@@ -22,6 +22,11 @@ COMMANDS = {
     "exits": (exits, "show how good every layer's exit is, to choose the exit layer by"),
     "env": (env, "show versions, devices, and which backend serves each op"),
 }
+# The extra that installs what is imported only when a command needs it.
+EXTRAS = {
+    "transformers": "demo", "safetensors": "demo", "matplotlib": "demo",
+    "accelerate": "train", "peft": "train", "yaml": "train",
+}  # fmt: skip
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError)
 
 
@@ -37,6 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _one_line(error: Exception, command: str) -> str:
+    """What went wrong; of a package that is missing, how to get it."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        extra = "train" if command == "train" else EXTRAS[error.name]
+        return f'{message}: pip install "layerskip-kernels[{extra}]"'
+    return message
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all is well, 1 if a check failed, 2 for an error, which is one line on stderr."""
     args = _parser().parse_args(argv)
@@ -46,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if args.traceback:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        errors.print(f"[red]layerskip {args.command}:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+        message = escape(_one_line(error, args.command))
+        errors.print(f"[red]layerskip {args.command}:[/red] {message}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         errors.print("interrupted")

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from .. import recipes
+from .. import registry
 from .._files import write_atomically
 from ..decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder
 from . import options, prompts
@@ -23,49 +23,21 @@ ACCEPTED, VERIFIED = "bold green", "default"
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A model that comes with the package, and how it is shown."""
+class Exhibit:
+    """A model of a demo, by name: what it is shown as, how it drafts, what to know about it, and a file of prompts."""
 
-    name: str
+    model: str
     label: str
     exit_layer: int
     num_speculations: int
     remark: str
-    prompts: str
-
-
-ADAPTERS = (
-    Adapter(
-        recipes.ADAPTED, "for commands", 4, 8,
-        "This is SmolLM2-135M with a LayerSkip adapter that comes with this package: trained on home-automation "
-        "commands with an early-exit loss, so that its first layers can already predict. They draft with an int8 head "
-        "of the 8192 most frequent tokens; the full model verifies all drafts of a round at once.",
-        "commands.jsonl",
-    ),
-    Adapter(
-        f"{recipes.ADAPTED}-summarization", "for summaries", 2, 2,
-        "The same model with an adapter that was trained to summarize abstracts. Prose is harder to guess than "
-        "commands: fewer layers draft, and fewer tokens.",
-        "abstracts.jsonl",
-    ),
-    Adapter(
-        f"{recipes.ADAPTED}-coding", "for Python", 2, 3,
-        "The same model with an adapter whose early exits were trained on what its own full depth writes.",
-        "functions.jsonl",
-    ),
-)  # fmt: skip
-STOCK_EXIT_LAYER, STOCK_SPECULATIONS = 24, 3
-STOCK_MODEL = (
-    "For comparison, stock SmolLM2, which was not trained to exit early, so its early exits are useless: layer 12 of "
-    "30 agrees with the last layer on about 4 % of its tokens, and even layer 24, which drafts here, on about 40 % "
-    "(layerskip exits --model smollm2). Few drafts are accepted, each costs most of a full pass, and the "
-    "self-speculative side is SLOWER. Its tokens are the same even so."
-)
+    prompts: Path
+    draft_head: str = "full"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the demo shows: a model, what to know about it, and prompts that suit it."""
+    """An exhibit that has been loaded."""
 
     name: str
     model: Any
@@ -79,6 +51,7 @@ class Subject:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.add_argument("name", nargs="?", default="smollm2", help="a demo that an installed package provides")
     parser.add_argument(
         "--threads", type=options.positive, help="how many CPU threads to use (default: torch's choice)"
     )
@@ -87,27 +60,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
-    """The models that the demo runs: some trained to exit early, and the one that they were made from."""
+    """The models of the demo that the options name."""
     args.dtype = "bfloat16"
     subjects = []
-    for adapter in ADAPTERS:
-        args.model = adapter.name
+    for exhibit in registry.get(registry.DEMOS, args.name):
+        args.model, args.draft_head = exhibit.model, exhibit.draft_head
         subjects.append(
             Subject(
-                f"LayerSkip {adapter.label}",
+                exhibit.label,
                 *options.load(args, console),
-                adapter.exit_layer,
-                adapter.num_speculations,
-                adapter.remark,
-                prompts.read(str(prompts.FOLDER / adapter.prompts)),
-                DraftHead.load(recipes.ADAPTERS[adapter.name]),
+                exhibit.exit_layer,
+                exhibit.num_speculations,
+                exhibit.remark,
+                prompts.read(str(exhibit.prompts)),
+                options.draft_head(args),
             )
         )
-    args.model = recipes.STOCK
-    of_each_task = {prompt.task: prompt for prompt in reversed(prompts.read("samples"))}
-    some = list(reversed(of_each_task.values()))[1:]  # coding and prose
-    stock = options.load(args, console)
-    return [*subjects, Subject("stock", *stock, STOCK_EXIT_LAYER, STOCK_SPECULATIONS, STOCK_MODEL, some)]
+    return subjects
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:

@@ -14,6 +14,8 @@ from rich.table import Table
 import layerskip_kernels
 from layerskip_kernels import _extension
 
+from .. import registry
+
 PACKAGES = ("layerskip-kernels", "torch", "transformers", "triton", "safetensors", "accelerate", "peft")
 
 
@@ -75,6 +77,8 @@ def _facts() -> Table:
     table.add_row("cuda library", _extension.cuda_reason or "loaded")
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("cuda cards", ", ".join(cards) or "none")
+    for what, group in (("models", registry.MODELS), ("tasks", registry.TASKS)):
+        table.add_row(f"{what} by name", ", ".join(registry.names(group)) or "none")
     return table
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from .. import recipes
+from .. import models
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MODELS = f"a directory, a hub name, {recipes.STOCK}, {', '.join(recipes.ADAPTERS)}"
+MODELS = "a directory, a hub name, or a name that a package provides, such as smollm2"
 
 
 def positive(text: str) -> int:
@@ -81,7 +80,7 @@ def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None =
         torch.set_num_threads(args.threads)
     _quiet_transformers()
     with console.status(f"loading {args.model}"):
-        return recipes.load(args.model, dtype or DTYPES[args.dtype])
+        return models.load(args.model, dtype or DTYPES[args.dtype])
 
 
 def _quiet_transformers() -> None:
@@ -103,7 +102,7 @@ def draft_head(args: argparse.Namespace) -> str | DraftHead:
     """What scores the drafts."""
     if args.draft_head in ("full", "int8"):
         return args.draft_head
-    return DraftHead.load(recipes.ADAPTERS.get(args.draft_head, Path(args.draft_head)))
+    return DraftHead.load(args.draft_head)
 
 
 def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:

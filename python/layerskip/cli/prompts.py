@@ -1,4 +1,4 @@
-"""Prompts from a file, from HumanEval, or the ones that come with the package."""
+"""Prompts of a task, of a dataset, from a file, or the ones that come with the package."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.data import TASKS, hub, load_task
+from ..training.data import hub, load_task
 
-HELP = "samples, humaneval, TASK:SPLIT such as parsing:test, hub:DATASET, a .jsonl file, or a text file"
-FOLDER = Path(__file__).parents[1] / "data"  # beside the samples, prompts in the form that the adapters were trained on
-SAMPLES = FOLDER / "prompts.jsonl"
+HELP = "samples, TASK:SPLIT such as parsing:test, hub:DATASET, a .jsonl file, or a text file"
+SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     Parameters
     ----------
     source : str
-        ``samples``, ``humaneval``, TASK:SPLIT of `layerskip.training.data` such as ``parsing:test``, ``hub:NAME`` as
+        ``samples``, TASK:SPLIT as `layerskip.training.data` has them, such as ``parsing:test``, ``hub:NAME`` as
         `layerskip.training.data.hub` has it, a ``.jsonl`` file of objects with "prompt" and, optionally, "task", or a
         text file with one prompt a line.
     limit : int, optional
@@ -37,17 +36,19 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     Raises
     ------
     ValueError
-        With the file and the line, if a line cannot be used.
+        With the file and the line, if a line cannot be used; for an unknown task or split, or where there is no prompt.
     FileNotFoundError
         If there is no such file.
     """
-    task, colon, split = ("coding:humaneval" if source == "humaneval" else source).partition(":")
+    task, colon, split = source.partition(":")
     if source.startswith(hub.PREFIX):
         prompts = [Prompt(example.prompt) for example in hub.load(source, prompts_only=True)]
-    elif colon and task in TASKS:
-        prompts = [Prompt(example.prompt, task) for example in load_task(task, split)]
+    elif colon and "/" not in source and not Path(source).exists():
+        prompts = [Prompt(example.prompt, task) for example in load_task(task, split) if example.prompt]
     else:
         prompts = _from_file(SAMPLES if source == "samples" else Path(source))
+    if not prompts:
+        raise ValueError(f"{source} has no prompts")
     if limit is None or limit >= len(prompts):
         return prompts
     return [prompts[index * len(prompts) // limit] for index in range(limit)]
@@ -65,8 +66,6 @@ def _from_file(path: Path) -> list[Prompt]:
             raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
         if line:
             prompts.append(_from_json(line, where) if path.suffix == ".jsonl" else Prompt(line))
-    if not prompts:
-        raise ValueError(f"{path} has no prompts")
     return prompts
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import registry
 from .._files import write_atomically
 from ..models import EarlyExitHead, LayerSkipModel
 from . import validation
@@ -88,25 +89,33 @@ class DraftHead:
         return target
 
     @classmethod
-    def load(cls, path: str | Path) -> DraftHead:
-        """Read what `save` wrote, from a file or a directory.
+    def load(cls, source: str | Path) -> DraftHead:
+        """Read what `save` wrote, from a file or a directory, or what a model that a package provides comes with.
+
+        Parameters
+        ----------
+        source : str or Path
+            A path, or the model's name (`layerskip.registry`).
 
         Raises
         ------
-        FileNotFoundError, ValueError
+        FileNotFoundError, ModuleNotFoundError, ValueError
             If there is none, or it is not a draft head.
         """
         from safetensors import SafetensorError, safe_open
 
-        source = _file(path)
-        if not source.exists():
-            raise FileNotFoundError(f"no draft head at {source}")
+        named = isinstance(source, str) and not {"/", "."} & set(source)
+        path = registry.draft_head(str(source)) if named else None
+        path = path or _file(source)
+        if not path.exists():
+            hint = f"; {registry.hint(registry.MODELS, str(source))}" if named else ""
+            raise FileNotFoundError(f"no draft head at {path}{hint}")
         try:
-            with safe_open(source, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 vocab_size = (file.metadata() or {})["vocab_size"]
                 return cls(file.get_tensor("token_ids"), int(vocab_size))
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{source} is not a draft head: {error}") from error
+            raise ValueError(f"{path} is not a draft head: {error}") from error
 
 
 def _file(path: str | Path) -> Path:

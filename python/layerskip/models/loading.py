@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import registry
 from .architectures import check_config, check_model_type
 
 _INDEX = "model.safetensors.index.json"
@@ -28,8 +29,9 @@ def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat1
     Parameters
     ----------
     name_or_dir : str or path
-        A directory as ``save_pretrained`` writes it, or a name on the Hugging Face hub. What exists, is a `Path`, or
-        looks like a path is taken from the disk alone.
+        A name that an installed package provides (`layerskip.registry`), a directory as ``save_pretrained`` writes it,
+        or ``owner/name`` on the Hugging Face hub. What exists, is a `Path`, or looks like a path is taken from the disk
+        alone.
     dtype : torch.dtype
 
     Returns
@@ -39,6 +41,9 @@ def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat1
 
     Raises
     ------
+    ValueError, ModuleNotFoundError
+        For a name that is neither a directory nor on the hub nor provided by a package; the message names those near
+        it, or how to install what would provide it.
     FileNotFoundError
         If the directory or a file that it must hold does not exist.
     ModelFileError
@@ -46,6 +51,19 @@ def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat1
     UnsupportedModelError
         If the architecture is not supported; found before any weight is read.
     """
+    if isinstance(name_or_dir, str):
+        provider = registry.find(registry.MODELS, name_or_dir)
+        if provider is not None:
+            model, tokenizer = provider.load(name_or_dir, dtype)
+            return model, tokenizer
+        # The hub's few models without an owner are of no architecture that is supported.
+        if not _is_local(name_or_dir) and "/" not in name_or_dir:
+            raise registry.unknown(registry.MODELS, name_or_dir)
+    return _read(name_or_dir, dtype)
+
+
+def _read(name_or_dir: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
+    """From a directory or the hub."""
     transformers = _transformers()
     source, options = str(name_or_dir), {}
     if _is_local(name_or_dir):
@@ -82,7 +100,7 @@ def _transformers() -> Any:
 
 
 def _is_local(name: str | os.PathLike[str]) -> bool:
-    """A hub name is ``name`` or ``owner/name``; anything else, and whatever exists, is a path."""
+    """A name is ``name`` or ``owner/name``; anything else, and whatever exists, is a path."""
     if not isinstance(name, str):
         return True
     return Path(name).exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/")

@@ -16,7 +16,6 @@ from .exits import (
     ShallowSteps,
     early_exit_weights,
 )
-from .loss import EarlyExitLoss, ExitLosses
 from .survey import ExitSurvey, survey_exits
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ __all__ = [
     "Collator",
     "Conversion",
     "Curriculum",
-    "EarlyExitLoss",
-    "ExitLosses",
     "ExitSurvey",
     "GradualCurriculum",
     "LayerDropout",

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..recipes import load
-from .data import TASKS, Example, load_task
-from .data.text import load_text
+from .. import registry
+from ..models import load
+from .data import Example, documents, load_task
 from .dataset import Collator, encode
 from .loss import target_rows
 
@@ -148,18 +148,20 @@ def _argmax(model: Any, rows: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the figures of one task and split, or the perplexity, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2-layerskip", help="a directory, a hub name, smollm2[-layerskip]")
-    parser.add_argument("--task", default="parsing", choices=[*TASKS, "text"])
+    parser.add_argument("--model", default="smollm2-layerskip", help="as `layerskip.load` takes it")
+    parser.add_argument("--task", default="parsing", help="of one with long texts, such as text, the perplexity")
     parser.add_argument("--split", default="test")
     parser.add_argument("--exits", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--limit", type=int, help="use this many examples, or windows of text, spread over all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args(arguments)
+    long = hasattr(registry.get(registry.TASKS, options.task), "documents")
+    texts: list[Any] = (documents if long else load_task)(options.task, options.split)
     model, tokenizer = load(options.model, getattr(torch, options.dtype))
-    if options.task == "text":
-        print(json.dumps({"perplexity": perplexity(model, tokenizer, load_text(options.split), limit=options.limit)}))
+    if long:
+        print(json.dumps({"perplexity": perplexity(model, tokenizer, texts, limit=options.limit)}))
         return
-    examples = _spread(load_task(options.task, options.split), options.limit)
+    examples = _spread(texts, options.limit)
     print(json.dumps(vars(evaluate_exits(model, tokenizer, examples, options.exits))))
 
 

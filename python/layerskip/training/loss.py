@@ -1,4 +1,4 @@
-"""The early-exit loss as a module: shifts labels, gathers the rows that have one, calls the fused op."""
+"""The early-exit loss of a model: shifts labels, gathers the rows that have one, calls the fused op."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows, shifted[rows]
 
 
-class EarlyExitLoss(nn.Module):
+class EarlyExitLoss:
     """J = Σ weightₙ · CE(head(norm(x_n)), next token), x_n the state after exit layer n (arXiv 2404.16710, §4.1.2).
 
     Parameters
@@ -40,23 +40,7 @@ class EarlyExitLoss(nn.Module):
     """
 
     def __init__(self, norm: Any, head: Any, eps: float) -> None:
-        super().__init__()
-        self._parts = (norm, head)  # in a tuple, so that they do not become this module's parameters as well
-        self.eps = eps
-
-    def forward(self, states: Sequence[Tensor], labels: Tensor, exit_weights: Tensor) -> ExitLosses:
-        """Loss of the exits whose states are given.
-
-        Parameters
-        ----------
-        states : sequence of N Tensor [B, S, D]
-            Raw states after each exit's layer, before the final norm.
-        labels : Tensor [B, S], int64
-            Not shifted: position s is what state s - 1 should predict; -100 is no label.
-        exit_weights : Tensor [N]
-        """
-        rows, targets = target_rows(labels)
-        return self.on_rows(self.gather(states, rows), targets, exit_weights)
+        self.norm, self.head, self.eps = norm, head, eps
 
     def gather(self, states: Sequence[Tensor], rows: Tensor) -> Tensor:
         """The rows [N, R, D] of the states, in the dtype that matmuls run in."""
@@ -67,8 +51,7 @@ class EarlyExitLoss(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Norm and head weight, read anew: a sharded model swaps them."""
-        norm, head = self._parts
-        return norm.weight.to(dtype), head.weight.to(dtype)
+        return self.norm.weight.to(dtype), self.head.weight.to(dtype)
 
     def on_rows(
         self, hiddens: Tensor, targets: Tensor, exit_weights: Tensor, sample: Tensor | None = None, sampled: int = 0

@@ -38,7 +38,7 @@ class DropoutRecipe:
 
 @dataclass
 class ReplayRecipe:
-    """What the full depth is reminded of in every step: tasks as in `Recipe`, or ``text``, and how many tokens of them.
+    """What the full depth is reminded of in every step: tasks as in `Recipe`, and how many tokens of them.
 
     The loss is on prompts, too.
     """

@@ -14,8 +14,9 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..models import load, smollm2
-from .data import TASKS, hub, load_task, splits, text
+from .. import registry
+from ..models import load
+from .data import hub, load_task, splits
 from .dataset import Collator, encode, read_pairs, token_batches
 from .recipe import Recipe, by_layer
 from .trainer import Batching, LayerSkipTrainer, Plan
@@ -26,22 +27,20 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def load_pairs(tasks: Iterable[str], split: str = "train") -> dict[str, list[Any]]:
-    """The examples of each task of a recipe; files and the hub's datasets are for training. ``text`` is prose."""
+    """The examples of each task of a recipe; files and the hub's datasets are for training."""
     pairs: dict[str, list[Any]] = {}
     for task in tasks:
-        if task == "text":
-            pairs[task] = text.passages(split)
-        elif task in TASKS:
-            if split in splits(task):
-                pairs[task] = load_task(task, split)
-        elif task.startswith(hub.PREFIX):
+        if task.startswith(hub.PREFIX):
             if split == "train":
                 pairs[task] = hub.load(task)
+        elif registry.find(registry.TASKS, task) is not None:
+            if split in splits(task):
+                pairs[task] = load_task(task, split)
         elif Path(task).is_file():
             if split == "train":
                 pairs[task] = read_pairs(Path(task))
         else:
-            raise ValueError(f"task {task!r} is neither one of {', '.join(TASKS)}, text, hub:NAME, nor a file")
+            raise registry.unknown(registry.TASKS, task)
     return pairs
 
 
@@ -61,9 +60,8 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
 
     What is not trained is kept in bf16; what is trained, in fp32, under autocast.
     """
-    source = smollm2.smollm2_directory() if recipe.model == "smollm2" else recipe.model
     frozen_dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    model, tokenizer = load(source, dtype=frozen_dtype)
+    model, tokenizer = load(recipe.model, dtype=frozen_dtype)
     recipe.check_exits(model.config.num_hidden_layers)
     if recipe.method == "lora":
         if recipe.adapter is not None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import layerskip_kernels as lk
-
-sys.path.insert(0, str(Path(__file__).parents[3]))  # benchmarks is no installed package
 from benchmarks import gpu, gpu_model
 
 TINY = gpu_model.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)

@@ -1,28 +1,24 @@
-"""Three tasks whose texts ship in Python packages: semantic parsing, coding, summarization.
+"""Tasks by name: texts to train on and to measure with, from installed packages; `hub` has the Hugging Face hub's.
 
-Every task is a module with ``SPLITS`` and ``load(split)``. A held-out split shares no prompt with training and, but for
-unseen utterances of seen templates (parsing's ``test``), no group.
+`layerskip.registry` says how a package provides a task.
 """
 
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 
+from ... import registry
 from ..._files import write_atomically
-from ._example import Example, stable_fraction
+from ._example import Example
 
 __all__ = [
-    "TASKS",
     "Example",
+    "documents",
     "load_task",
     "splits",
-    "stable_fraction",
     "write_prompts",
 ]
-
-TASKS = ("parsing", "coding", "summarization")
 
 
 def splits(name: str) -> tuple[str, ...]:
@@ -30,12 +26,10 @@ def splits(name: str) -> tuple[str, ...]:
 
     Raises
     ------
-    ValueError
-        For an unknown task.
+    ValueError, ModuleNotFoundError
+        If no installed package provides the task.
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-    return tuple(import_module(f"{__name__}.{name}").SPLITS)
+    return tuple(registry.get(registry.TASKS, name).SPLITS)
 
 
 def load_task(name: str, split: str = "train") -> list[Example]:
@@ -44,7 +38,7 @@ def load_task(name: str, split: str = "train") -> list[Example]:
     Parameters
     ----------
     name : str
-        One of `TASKS`.
+        One of ``registry.names(registry.TASKS)``.
     split : str
         One of `splits(name)`.
 
@@ -55,9 +49,30 @@ def load_task(name: str, split: str = "train") -> list[Example]:
     ModuleNotFoundError
         Where the package that ships the texts is absent.
     """
+    _check_split(name, split)
+    examples: list[Example] = registry.get(registry.TASKS, name).load(split)
+    return examples
+
+
+def documents(name: str, split: str = "test") -> list[str]:
+    """Long texts of one split of one task, to measure perplexity on.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task or split, or a task that has no long texts.
+    """
+    _check_split(name, split)
+    task = registry.get(registry.TASKS, name)
+    if not hasattr(task, "documents"):
+        raise ValueError(f"task {name} has no documents, only prompts and completions")
+    texts: list[str] = task.documents(split)
+    return texts
+
+
+def _check_split(name: str, split: str) -> None:
     if split not in splits(name):
         raise ValueError(f"task {name} has no split {split!r}; it has: {', '.join(splits(name))}")
-    return import_module(f"{__name__}.{name}").load(split)
 
 
 def write_prompts(task: str, split: str, path: str | Path, limit: int | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 
@@ -16,8 +15,3 @@ class Example:
     prompt: str
     completion: str
     group: str
-
-
-def stable_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on ``text`` alone: what deterministic splits compare with a share."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -8,8 +8,8 @@ import pytest
 import torch
 import triton
 
-from layerskip_kernels.triton import report
 from layerskip_kernels.triton._launch import PDL_COMPILES
+from tools import triton_report as report
 
 STREAMING = ("linear_kernel", "qkv_kernel", "swiglu_kernel", "exit_head_kernel")
 TILED = ("early_exit_loss_kernel", "softmax_slope_kernel", "accumulate_kernel")

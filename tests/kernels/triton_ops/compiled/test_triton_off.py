@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import layerskip_kernels as lk
-from layerskip_kernels.triton import report, speculative_round
+from layerskip_kernels.triton import speculative_round
+from tools import triton_report as report
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "triton.md"
 

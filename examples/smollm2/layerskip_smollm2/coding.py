@@ -11,7 +11,9 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._example import Example, stable_fraction
+from layerskip.training.data import Example
+
+from ._splits import stable_fraction
 
 SPLITS = ("train", "test", "humaneval")
 

@@ -1,4 +1,4 @@
-"""What ptxas made of every CUDA kernel, without a card: ``python -m benchmarks.cuda_report``.
+"""What ptxas made of every CUDA kernel, without a card: ``python -m tools.cuda_report``.
 
 The build keeps ptxas's own words beside each object; this reads them.
 """
@@ -103,7 +103,7 @@ def write(file: Path, text: str, markers: tuple[str, str]) -> None:
 
 def main() -> None:
     """Read, show, write; 1 where something spills."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.cuda_report", description=__doc__)
     parser.add_argument("--write", type=Path, help="a file with the markers of this report")
     args = parser.parse_args()
     if not logs():

@@ -1,0 +1,78 @@
+"""Models, tasks and demos by name, from installed packages, which provide them as entry points of three groups.
+
+``layerskip.models``: a module with ``load(name, dtype) -> (model, tokenizer)`` and ``draft_head(name)``, the file of
+the draft head that the model comes with, or None.
+``layerskip.tasks``: a module with ``SPLITS``, of which the first is for training, and ``load(split)``, a list of
+`layerskip.training.data.Example`. With ``documents(split)``, a list of long texts, it serves to measure perplexity.
+``layerskip.demos``: a sequence of `layerskip.cli.demo.Exhibit`.
+
+What is provided is imported when its name is asked for. ``examples/smollm2`` in the repository is such a package.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+MODELS, TASKS, DEMOS = "layerskip.models", "layerskip.tasks", "layerskip.demos"
+
+# Of the example package, so that where it is not installed its names are told from typos.
+EXAMPLE = {
+    MODELS: ("smollm2", "smollm2-layerskip", "smollm2-layerskip-coding", "smollm2-layerskip-summarization"),
+    TASKS: ("coding", "parsing", "summarization", "text"),
+    DEMOS: ("smollm2",),
+}
+OTHERWISE = {MODELS: "; or give a directory or owner/name", TASKS: "; or give hub:NAME or a file", DEMOS: ""}
+
+
+def names(group: str) -> list[str]:
+    """The names of a group that installed packages provide."""
+    return sorted({entry.name for entry in entry_points(group=group)})
+
+
+def find(group: str, name: str) -> Any | None:
+    """What an installed package provides under a name, or None; ValueError where two packages do."""
+    found = list(entry_points(group=group, name=name))
+    if len(found) > 1:
+        raise ValueError(f"{name!r} of {group} is provided twice: {', '.join(entry.value for entry in found)}")
+    return found[0].load() if found else None
+
+
+def get(group: str, name: str) -> Any:
+    """As `find`, but a name that no package provides is an error, see `unknown`."""
+    provided = find(group, name)
+    if provided is None:
+        raise unknown(group, name)
+    return provided
+
+
+def unknown(group: str, name: str) -> Exception:
+    """What to raise, in one line, for a name that no installed package provides."""
+    if name in EXAMPLE[group]:
+        return ModuleNotFoundError(hint(group, name))
+    return ValueError(f"unknown {_kind(group)} {name!r}; {hint(group, name)}{OTHERWISE[group]}")
+
+
+def hint(group: str, name: str) -> str:
+    """What would provide the name, or which names are near."""
+    if name in EXAMPLE[group]:
+        where = "pip install ./examples/smollm2 (in the repository)"
+        return f"the {_kind(group)} {name} comes with the example package: {where}"
+    known = sorted({*names(group), *EXAMPLE[group]})
+    near = difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def _kind(group: str) -> str:
+    return group.removeprefix("layerskip.").removesuffix("s")
+
+
+def draft_head(name: str) -> Path | None:
+    """The file of a model's draft head; None where no package provides the model, ValueError where it has none."""
+    provider = find(MODELS, name)
+    path = provider.draft_head(name) if provider is not None else None
+    if provider is not None and path is None:
+        raise ValueError(f"the model {name} comes without a draft head")
+    return path

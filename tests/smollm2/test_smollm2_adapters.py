@@ -1,0 +1,55 @@
+"""The adapters that come with the package draft well in their own tasks, and change no token."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from layerskip import DraftHead, SelfSpeculativeDecoder
+from layerskip.cli import prompts
+from tests.example_package import PACKAGE, requires_weights
+
+models = pytest.importorskip("layerskip_smollm2.models", reason=f"needs {PACKAGE}")
+demo = pytest.importorskip("layerskip_smollm2.demo")
+
+TOKENS_A_ROUND = {  # at least; the stock model gives 1.0 to 1.1
+    "smollm2-layerskip": 3.0,
+    "smollm2-layerskip-summarization": 1.2,
+    "smollm2-layerskip-coding": 1.2,
+}
+
+pytestmark = [pytest.mark.slow, requires_weights]
+
+
+def test_every_adapter_is_shown_and_tested():
+    shown = {exhibit.model for exhibit in demo.EXHIBITS}
+    assert shown - {models.STOCK} == set(models.ADAPTERS) == set(TOKENS_A_ROUND)
+    assert models.STOCK in shown
+
+
+@pytest.mark.parametrize("name", TOKENS_A_ROUND)
+def test_an_adapter_in_its_task(name):
+    (exhibit,) = (exhibit for exhibit in demo.EXHIBITS if exhibit.model == name)
+    decoder = SelfSpeculativeDecoder.from_pretrained(
+        name,
+        exit_layer=exhibit.exit_layer,
+        num_speculations=exhibit.num_speculations,
+        draft_head=DraftHead.load(exhibit.draft_head),
+    )
+    rounds = tokens = 0
+    for prompt in prompts.read(str(exhibit.prompts)):
+        ids = decoder.tokenizer(prompt.text, return_tensors="pt").input_ids
+        plain = decoder.generate(ids, 48, strategy="autoregressive")
+        out = decoder.generate(ids, 48)
+        assert out.sequences.tolist() == plain.sequences.tolist()
+        rounds, tokens = rounds + out.stats.rounds, tokens + out.stats.new_tokens - 1
+    assert tokens / rounds >= TOKENS_A_ROUND[name]
+
+
+def test_what_the_readme_shows_runs(capsys):
+    readme = Path(__file__).parents[2] / "examples/smollm2/README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    exec(code, {})
+    assert "[IN:HassTurnOn" in capsys.readouterr().out

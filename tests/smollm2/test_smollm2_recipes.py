@@ -1,0 +1,42 @@
+"""The recipes that trained the adapters of the example package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from layerskip.training.recipe import Recipe, by_layer, read_recipe
+
+EXAMPLE = Path(__file__).parents[2] / "examples/smollm2"
+RECIPES, ADAPTERS = EXAMPLE / "recipes", EXAMPLE / "layerskip_smollm2/adapters"
+FIRST_RUNS = ("parsing", "coding", "summarization")
+LATER_RUNS = {
+    "parsing-finish": "parsing",
+    "coding-finish": "coding",
+    "summarization-exits": "summarization",
+    "summarization-finish": "summarization-exits",
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    return read_recipe(RECIPES / f"{name}.yaml")
+
+
+def test_the_recipes_of_smollm2() -> None:
+    for name in (*FIRST_RUNS, *LATER_RUNS):
+        recipe_of(name).check_exits(30)
+    for later, earlier in LATER_RUNS.items():
+        assert recipe_of(later).adapter == f"{recipe_of(earlier).output}/adapter"
+    assert by_layer(recipe_of("parsing").lora_rank, 30, "lora_rank") == [128] * 4 + [64] * 2 + [8] * 24
+
+
+@pytest.mark.parametrize("name", FIRST_RUNS)
+def test_the_adapters_of_smollm2_have_the_ranks_of_their_recipes(name: str) -> None:
+    ranks = by_layer(recipe_of(name).lora_rank, 30, "lora_rank")
+    adapter = ADAPTERS / name / "adapter_model.safetensors"
+    assert adapter.stat().st_size < 20e6
+    with safe_open(adapter, framework="pt") as file:
+        for key in filter(lambda key: "lora_A" in key, file.keys()):
+            assert file.get_slice(key).get_shape()[0] == ranks[int(key.split(".layers.")[1].split(".")[0])]

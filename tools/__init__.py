@@ -1,0 +1,1 @@
+"""What only developers run: ``python -m tools.NAME`` in a checkout, after ``make setup``."""
