@@ -15,7 +15,8 @@ import torch
 from training_run import LAYERS, losses, pairs, trainer, weights
 from transformers import TrainerCallback
 
-from layerskip.training.run import last_checkpoint
+from layerskip.training.output import last_checkpoint
+from layerskip.training.trainer import PARTIAL
 
 SCRIPT = Path(__file__).with_name("training_run.py")
 # Losses of order 5: two ranks sum gradients in another order than one process, and AdamW divides by their size.
@@ -71,7 +72,7 @@ def test_twenty_steps_are_ten_resumed_and_ten(tmp_path: Path, options: dict) -> 
 def test_a_run_killed_in_a_checkpoint_write_goes_on_from_the_last_whole_one(tmp_path: Path) -> None:
     killed = run_script(output=str(tmp_path / "run"), save_steps=5, kill_at=15)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert (tmp_path / "run" / "unfinished" / "checkpoint-15").is_dir()
+    assert (tmp_path / "run" / PARTIAL / "checkpoint-15").is_dir()
     checkpoint = last_checkpoint(tmp_path / "run")
     assert checkpoint == tmp_path / "run" / "checkpoint-10"
     resumed = trainer(tmp_path / "run", save_steps=5)
@@ -80,7 +81,7 @@ def test_a_run_killed_in_a_checkpoint_write_goes_on_from_the_last_whole_one(tmp_
     whole.train()
     assert_same(weights(whole), weights(resumed))
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-20"
-    assert not (tmp_path / "run" / "unfinished").exists()
+    assert not (tmp_path / "run" / PARTIAL).exists()
 
 
 def test_old_checkpoints_are_removed_and_the_newest_stay(tmp_path: Path) -> None:

@@ -49,6 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         errors.print(f"[red]layerskip {args.command}:[/red] {escape(message)}", highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        errors.print("interrupted")
+    except KeyboardInterrupt as stop:  # a command that was stopped says what there is of its work
+        errors.print(escape(str(stop) or "interrupted"), highlight=False, soft_wrap=True)
         return 130

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from .._files import replaced
 from ..models import load, smollm2
 from .data import TASKS, hub, load_task, splits, text
-from .dataset import Collator, encode, read_pairs, token_batches
+from .dataset import Collator, Pool, encode, read_pairs, token_batches
+from .output import RESULTS, digest
 from .recipe import Recipe, by_layer
 from .trainer import Batching, LayerSkipTrainer, Plan
 
@@ -197,41 +198,45 @@ def _steps(recipe: Recipe, pairs: Sequence[dict[str, list[int]]]) -> int:
     return math.ceil(math.ceil(batches / recipe.gradient_accumulation) * recipe.epochs)
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint below ``output``."""
-    found = get_last_checkpoint(str(output)) if output.is_dir() else None
-    return Path(found) if found else None
+def seen_data(trainer: LayerSkipTrainer) -> dict[str, Any]:
+    """What the steps depend on beside the recipe: the examples, as tokens, and among how many they are dealt out."""
+    data: Any = trainer.train_dataset
+    replayed = data.replayed if isinstance(data, Pool) else ()
+    own = data.pairs if isinstance(data, Pool) else data
+    return {
+        "digest of the examples": digest(own),
+        "digest of the examples to replay": digest(replayed),
+        "number of processes": trainer.accelerator.num_processes,
+    }
 
 
 def save_result(trainer: LayerSkipTrainer, recipe: Recipe) -> list[Path]:
     """Write ``model``, a plain Hugging Face directory in bf16, and for LoRA ``adapter``, bf16 too, below the output.
 
-    With ``interpolate`` they are that far from the base model to the trained one (Wortsman et al. 2022).
+    With ``interpolate`` they are that far from the base model to the trained one (Wortsman et al. 2022). Both are
+    written beside their places first; what is in these, see `layerskip._files.publish`.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainer.revert()
-    written = []
-    if recipe.method == "lora":
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                scale = recipe.interpolate if "lora_B" in name else 1
-                parameter.data = (parameter.data * scale).bfloat16()
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = recipe.model  # not the directory that it happened to be read from
-        written.append(_save(model, Path(recipe.output) / "adapter", save_embedding_layers=False))
-        model = model.merge_and_unload()
-    written.append(_save(model.bfloat16(), Path(recipe.output) / "model", trainer.processing_class))
-    return written
+    targets = [Path(recipe.output) / name for name in RESULTS if name == "model" or recipe.method == "lora"]
+    with ExitStack() as places:
+        folders = {target.name: places.enter_context(replaced(target)) for target in targets}
+        if recipe.method == "lora":
+            model = _save_adapter(model, folders["adapter"], recipe)
+        model.bfloat16().save_pretrained(folders["model"])
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(folders["model"])
+    return targets
 
 
-def _save(model: Any, target: Path, tokenizer: Any = None, **options: Any) -> Path:
-    """Save under a temporary name, then rename."""
-    temporary = target.with_name(f".{target.name}")
-    for leftover in (temporary, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(temporary, **options)
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    temporary.rename(target)
-    return target
+def _save_adapter(model: Any, folder: Path, recipe: Recipe) -> Any:
+    """Save what LoRA learned; the model with it merged."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            scale = recipe.interpolate if "lora_B" in name else 1
+            parameter.data = (parameter.data * scale).bfloat16()
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = recipe.model  # not the directory that it happened to be read from
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    return model.merge_and_unload()
