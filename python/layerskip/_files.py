@@ -68,18 +68,26 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replaced(target: Path) -> Iterator[Path]:
-    """A new directory to fill. At the end of the block it is published as ``target``; after an error it is removed."""
-    scratch = target.with_name(f".{target.name}.unfinished")
-    _recover(target, scratch)
-    _discard(scratch, target)
-    scratch.mkdir(parents=True)
+def replaced(*targets: Path) -> Iterator[list[Path]]:
+    """New directories to fill. At the end of the block all are published as ``targets``; after an error they go.
+
+    What `publish` refuses leaves all targets as they are, and the new directories, too.
+    """
+    scratches = [target.with_name(f".{target.name}.unfinished") for target in targets]
+    for scratch, target in zip(scratches, targets, strict=True):
+        _recover(target, scratch)
+        _discard(scratch, target)
+        scratch.mkdir(parents=True)
     try:
-        yield scratch
+        yield scratches
     except BaseException:
-        shutil.rmtree(scratch)
+        for scratch in scratches:
+            shutil.rmtree(scratch)
         raise
-    publish(scratch, target)
+    pairs = list(zip(scratches, targets, strict=True))
+    for step in (_prepare, _put, _discard):  # so that all come into their places within a moment
+        for scratch, target in pairs:
+            step(scratch, target)
 
 
 def publish(scratch: Path, target: Path, checked: bool = True) -> None:
@@ -101,24 +109,9 @@ def publish(scratch: Path, target: Path, checked: bool = True) -> None:
         Where ``target`` is there and is no such directory, or others' files in it are in the way; see `obstacle`.
         ``scratch`` stays then.
     """
-    reason = obstacle(target)
-    if reason is not None:
-        raise FileExistsError(f"{reason}; what was to be there is in {scratch}")
-    files = {name: _digest(scratch / name) if checked else None for name in _files(scratch)}
-    if target.exists():
-        _carry_over(target, scratch, files)
-    (scratch / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-    for name in (*files, MANIFEST):
-        _sync(scratch / name)
-    for folder, _, _ in os.walk(scratch):
-        _sync(Path(folder))
-    if target.exists():
-        _exchange(scratch, target)
-        _sync(target.parent)
-        _discard(scratch, target)
-    else:
-        scratch.rename(target)
-        _sync(target.parent)
+    _prepare(scratch, target, checked)
+    _put(scratch, target)
+    _discard(scratch, target)
 
 
 def obstacle(directory: Path) -> str | None:
@@ -183,6 +176,30 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _prepare(scratch: Path, target: Path, checked: bool = True) -> None:
+    """Give a directory its manifest and what others put into ``target``; all of it reaches the disk."""
+    reason = obstacle(target)
+    if reason is not None:
+        raise FileExistsError(f"{reason}; what was to be there is in {scratch}")
+    files = {name: _digest(scratch / name) if checked else None for name in _files(scratch)}
+    if target.exists():
+        _carry_over(target, scratch, files)
+    (scratch / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    for name in (*files, MANIFEST):
+        _sync(scratch / name)
+    for folder, _, _ in os.walk(scratch):
+        _sync(Path(folder))
+
+
+def _put(scratch: Path, target: Path) -> None:
+    """Put a directory in its place; what was there takes the other's."""
+    if target.exists():
+        _exchange(scratch, target)
+    else:
+        scratch.rename(target)
+    _sync(target.parent)
+
+
 def _carry_over(target: Path, scratch: Path, files: Iterable[str]) -> None:
     """Link the files that others put into ``target`` into ``scratch``, which is to replace it."""
     foreign = set(_files(target)) - (written(target) or {}).keys()
@@ -197,7 +214,7 @@ def _carry_over(target: Path, scratch: Path, files: Iterable[str]) -> None:
 
 
 def _exchange(one: Path, two: Path) -> None:
-    """Swap two directories: in one system call, or, where the file system has none, in three renames; see `_recover`."""
+    """Swap two directories: by one system call or, where the file system has none, by three renames; see `_recover`."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:
         if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) == 0:

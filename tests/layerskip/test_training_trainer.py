@@ -8,14 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from training_run import LAYERS, losses, pairs, trainer, weights
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
-from layerskip.training.output import last_checkpoint
+from layerskip.training import Collator, LengthBuckets, RandomExits
+from layerskip.training.output import checkpoints, last_checkpoint
 from layerskip.training.trainer import PARTIAL
 
 SCRIPT = Path(__file__).with_name("training_run.py")
@@ -187,13 +190,99 @@ def test_batches_that_do_not_fit_the_arguments_are_refused(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
-    trainer(tmp_path, steps=10).train()
-    other = trainer(tmp_path, dropout=0.2)
-    with pytest.raises(ValueError, match="was trained with dropout"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    (tmp_path / "checkpoint-10" / "layerskip.json").unlink()
+    """What a plan is, is written out here; nothing of it may be forgotten."""
+    trainer(tmp_path, steps=10, replay=True, shallow=0.5).train()
+    checkpoint = tmp_path / "checkpoint-10"
+    exits = {"num_layers": 4, "candidates": [1, 2, 3]}
+    rates = [0.0, 0.0779763149684619, 0.1762203155904599, 0.3]  # (2^(l/3) - 1) · 0.3
+    plan = {
+        "exits": {
+            "curriculum": "ShallowSteps", **exits, "share": 0.5, "seed": 5,
+            "inner": {"curriculum": "RandomExits", **exits, "per_step": 2, "seed": 5},
+        },
+        "weights": ["paper", 1.0],
+        "dropout": [rates, 5, 1, "constant"],
+        "head_sample": 8,
+    }  # fmt: skip
+    saved = json.loads((checkpoint / "layerskip.json").read_text())
+    assert saved == {**plan, "dropout": [pytest.approx(rates), *plan["dropout"][1:]]}
+    changes = {
+        "exits": lambda own: replace(own, curriculum=RandomExits(LAYERS, [1, 2, 3], 2, seed=5)),
+        "weights": lambda own: replace(own, weight_scale=0.5),
+        "dropout": lambda own: replace(own, dropout=None),
+        "head_sample": lambda own: replace(own, head_sample=9),
+    }
+    assert changes.keys() == saved.keys()
+    for key, change in changes.items():
+        other = trainer(tmp_path, replay=True, shallow=0.5)
+        other.plan = change(other.plan)
+        with pytest.raises(ValueError, match=f"was trained with {key} "):
+            other.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "layerskip.json").unlink()
     with pytest.raises(ValueError, match=r"no layerskip\.json"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        other.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["whole", "resumed"])
+def test_every_epoch_has_an_order_of_its_own(tmp_path: Path, resumed: bool) -> None:
+    """Over three epochs of 15 steps each batch is the one that the sampler's own order of that epoch names."""
+    steps, first = 40, 20 if resumed else 0
+    if resumed:
+        trainer(tmp_path, steps=steps, save_steps=20).train()
+    run, seen = trainer(tmp_path, steps=steps, save_strategy="no"), []
+    forward = run.model.forward
+
+    def watched(*args, **kwargs):
+        seen.append(kwargs["input_ids"].tolist())
+        return forward(*args, **kwargs)
+
+    run.model.forward = watched
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20") if resumed else None)
+    examples, expected, orders = pairs(), [], []
+    for epoch in range(3):
+        buckets = LengthBuckets([len(pair["input_ids"]) for pair in examples], 4, seed=5)
+        buckets.set_epoch(epoch)
+        orders.append(list(buckets))
+        for begin in range(0, 60, 4):
+            batch = [examples[index] for index in orders[-1][begin : begin + 4]]
+            expected.append(Collator(0)(batch)["input_ids"].tolist())
+    assert len({tuple(order) for order in orders}) == 3
+    assert seen == expected[first:steps]
+
+
+def test_checkpoints_of_others_neither_count_nor_go(tmp_path: Path) -> None:
+    """Nor do files that somebody put into one of the run's own."""
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "mine").write_text("mine")
+
+    class _Notes(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 5:
+                (tmp_path / "checkpoint-5" / "NOTES.md").write_text("mine")
+
+    run = trainer(tmp_path, save_steps=5, save_total_limit=2)
+    run.add_callback(_Notes())
+    run.train()
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-15", tmp_path / "checkpoint-20"]
+    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["mine"]
+    assert [path.name for path in (tmp_path / "checkpoint-5").iterdir()] == ["NOTES.md"]
+    assert not (tmp_path / "checkpoint-10").exists()
+    (tmp_path / "checkpoint-20" / "layerskip-files.json").unlink()
+    again = trainer(tmp_path, save_steps=20)
+    with pytest.raises(FileExistsError, match="checkpoint-20 is there, and was not written by layerskip"):
+        again.train()
+
+
+def test_the_best_checkpoint_is_where_the_trainer_says_and_stays(tmp_path: Path) -> None:
+    """It is saved under another name first."""
+    options = {"metric_for_best_model": "loss", "greater_is_better": True, "save_total_limit": 2}
+    run = trainer(tmp_path, save_steps=5, **options)
+    run.args.eval_strategy, run.args.eval_steps, run.eval_dataset = IntervalStrategy.STEPS, 5, pairs(20)
+    run.train()
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-5", tmp_path / "checkpoint-20"]
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-5"), "the loss falls, and the greatest is best"
+    saved = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(tmp_path / "checkpoint-5")
 
 
 @pytest.mark.slow

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from .._files import MANIFEST, check_folder, obstacle, remove_written, write_atomically
+from .._journal import differences
 from .recipe import Recipe
 
 RECORD = "layerskip-run.json"
 RESULTS = ("adapter", "model")
 HARMLESS = ("output", "log_every", "save_every", "eval_split", "eval_examples")
 """Keys of a recipe that a resumed run may change: they change neither a step nor what is written at the end."""
+
+
+def results(recipe: Recipe) -> list[Path]:
+    """What a recipe's run writes at its end; the model is the last."""
+    return [Path(recipe.output) / name for name in RESULTS if name == "model" or recipe.method == "lora"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -52,12 +58,8 @@ class Output:
 
     def __init__(self, recipe: Recipe) -> None:
         self.folder, self.recipe = Path(recipe.output), recipe
+        self.results = results(recipe)
         self.record = self._read()
-
-    @property
-    def results(self) -> list[Path]:
-        """What the recipe's run writes at its end."""
-        return [self.folder / name for name in RESULTS if name == "model" or self.recipe.method == "lora"]
 
     @property
     def finished(self) -> bool:
@@ -68,10 +70,10 @@ class Output:
         """Raise OSError where a new run would meet an older one, somebody's files, or its own model."""
         check_folder(self.folder)
         self._check_inputs(overwrite)
-        results = [self.folder / name for name in RESULTS if (self.folder / name).exists()]
+        older = [self.folder / name for name in RESULTS if (self.folder / name).exists()]
         if not overwrite:
-            self._check_vacant(results)
-        for path in (*results, *_checkpoint_like(self.folder)):
+            self._check_vacant(older)
+        for path in (*older, *_checkpoint_like(self.folder)):
             reason = obstacle(path)
             if reason is not None:
                 raise FileExistsError(f"{reason}, or give another output")
@@ -107,16 +109,14 @@ class Output:
                 remove_written(self.folder / name)
         self._write({**self.record, "finished": True})
 
-    def _check_vacant(self, results: Sequence[Path]) -> None:
+    def _check_vacant(self, older: Sequence[Path]) -> None:
         go_on = "give another output, or --overwrite to replace what layerskip wrote there"
         if self.record.get("finished"):
             raise FileExistsError(f"{self.folder} holds a finished run; {go_on}")
         if _checkpoint_like(self.folder):
-            raise FileExistsError(
-                f"{self.folder} holds checkpoints of a run; --resume to go on with it, or {go_on}"
-            )
-        if results:
-            raise FileExistsError(f"{results[0]} is there, which this run would write; {go_on}")
+            raise FileExistsError(f"{self.folder} holds checkpoints of a run; --resume to go on with it, or {go_on}")
+        if older:
+            raise FileExistsError(f"{older[0]} is there, which this run would write; {go_on}")
 
     def _check_inputs(self, overwrite: bool) -> None:
         """The model and the adapter that the run starts from are not where it writes to."""
@@ -137,13 +137,10 @@ class Output:
                 )
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        differences = [
-            f"{key} was {before.get(key, 'not there')} and is {now.get(key, 'not there')}"
-            for key in dict.fromkeys((*now, *before))
-            if key not in HARMLESS and before.get(key) != now.get(key)
-        ]
-        if differences:
-            raise ValueError(f"{self.folder} was trained with another recipe: {'; '.join(differences)}")
+        before, now = ({key: value for key, value in one.items() if key not in HARMLESS} for one in (before, now))
+        changed = differences(before, now)
+        if changed:
+            raise ValueError(f"{self.folder} was trained with another recipe: {changed}")
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / RECORD

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from .._files import replaced
 from ..models import load, smollm2
 from .data import TASKS, hub, load_task, splits, text
 from .dataset import Collator, Pool, encode, read_pairs, token_batches
-from .output import RESULTS, digest
+from .output import digest, results
 from .recipe import Recipe, by_layer
 from .trainer import Batching, LayerSkipTrainer, Plan
 
@@ -69,7 +68,8 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.method == "lora":
         if recipe.adapter is not None:
             return _trainable(_adapter(model, Path(recipe.adapter))), tokenizer
-        return _with_lora(model, by_layer(recipe.lora_rank, model.config.num_hidden_layers, "lora_rank")), tokenizer
+        ranks = by_layer(recipe.lora_rank, model.config.num_hidden_layers, "lora_rank")
+        return _with_lora(model, ranks, recipe.seed), tokenizer
     model.float()
     if recipe.freeze_embedding:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -77,10 +77,11 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _with_lora(model: Any, ranks: Sequence[int]) -> Any:
+def _with_lora(model: Any, ranks: Sequence[int], seed: int) -> Any:
     """Adapters of a rank a layer; alpha is the rank, so that all are scaled by 1."""
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)  # what LoRA begins with is drawn; the Trainer seeds later
     usual = max(sorted(set(ranks)), key=ranks.count)
     others = {rf"layers\.{layer}\..*": rank for layer, rank in enumerate(ranks) if rank != usual}
     config = LoraConfig(
@@ -218,14 +219,13 @@ def save_result(trainer: LayerSkipTrainer, recipe: Recipe) -> list[Path]:
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainer.revert()
-    targets = [Path(recipe.output) / name for name in RESULTS if name == "model" or recipe.method == "lora"]
-    with ExitStack() as places:
-        folders = {target.name: places.enter_context(replaced(target)) for target in targets}
+    targets = results(recipe)
+    with replaced(*targets) as folders:
         if recipe.method == "lora":
-            model = _save_adapter(model, folders["adapter"], recipe)
-        model.bfloat16().save_pretrained(folders["model"])
+            model = _save_adapter(model, folders[0], recipe)
+        model.bfloat16().save_pretrained(folders[-1])
         tokenizer: Any = trainer.processing_class
-        tokenizer.save_pretrained(folders["model"])
+        tokenizer.save_pretrained(folders[-1])
     return targets
 
 
