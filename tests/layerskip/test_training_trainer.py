@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_run import LAYERS, losses, pairs, trainer, weights
+from training_run import LAYERS, batches_of, losses, pairs, trainer, watch, weights
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from layerskip.training import Collator, LengthBuckets, RandomExits
+from layerskip.training import RandomExits
 from layerskip.training.output import checkpoints, last_checkpoint
 from layerskip.training.trainer import PARTIAL
 
@@ -229,25 +229,22 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path: Path, resumed: bool) -> N
     steps, first = 40, 20 if resumed else 0
     if resumed:
         trainer(tmp_path, steps=steps, save_steps=20).train()
-    run, seen = trainer(tmp_path, steps=steps, save_strategy="no"), []
-    forward = run.model.forward
-
-    def watched(*args, **kwargs):
-        seen.append(kwargs["input_ids"].tolist())
-        return forward(*args, **kwargs)
-
-    run.model.forward = watched
+    run = trainer(tmp_path, steps=steps, save_strategy="no")
+    seen = watch(run)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20") if resumed else None)
-    examples, expected, orders = pairs(), [], []
-    for epoch in range(3):
-        buckets = LengthBuckets([len(pair["input_ids"]) for pair in examples], 4, seed=5)
-        buckets.set_epoch(epoch)
-        orders.append(list(buckets))
-        for begin in range(0, 60, 4):
-            batch = [examples[index] for index in orders[-1][begin : begin + 4]]
-            expected.append(Collator(0)(batch)["input_ids"].tolist())
-    assert len({tuple(order) for order in orders}) == 3
-    assert seen == expected[first:steps]
+    planned = batches_of(3)
+    assert planned[:15] != planned[15:30] != planned[30:] != planned[:15]
+    assert seen == planned[first:steps]
+
+
+def test_the_sampler_is_told_its_epoch(tmp_path: Path) -> None:
+    """By the trainer itself: where batches are dealt out to ranks nobody else does."""
+    run = trainer(tmp_path)
+    sampler = run._get_train_sampler()
+    for epoch, told in ((None, 0), (0.0, 0), (1.0, 1), (2 - 1e-9, 2), (1.4, 1)):
+        run.state.epoch = epoch
+        run.callback_handler.on_epoch_begin(run.args, run.state, run.control)
+        assert sampler.epoch == told
 
 
 def test_checkpoints_of_others_neither_count_nor_go(tmp_path: Path) -> None:
@@ -348,14 +345,20 @@ def test_ranks_that_drop_different_layers_do_not_hang(tmp_path: Path, sharding: 
     ids=["DDP", "DDP with replay", "FSDP", "FSDP with replay"],
 )
 def test_two_processes_resume_exactly(tmp_path: Path, changes: dict) -> None:
-    options = {"output": str(tmp_path), "steps": 4, "save_steps": 2, **changes}
+    """Into the second epoch: one has eight steps, or, with replay, more."""
+    options = {"output": str(tmp_path), "steps": 11, "save_steps": 9, **changes}
     whole = launch(2, **options)
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = json.loads((tmp_path / "result.json").read_text())
     (tmp_path / "result.json").unlink()
-    resumed = launch(2, resume=str(tmp_path / "checkpoint-2"), **options)
+    resumed = launch(2, resume=str(tmp_path / "checkpoint-9"), **options)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert json.loads((tmp_path / "result.json").read_text()) == expected
+    result = json.loads((tmp_path / "result.json").read_text())
+    seen = expected.pop("seen")
+    assert seen[9 * (2 if "replay" in changes else 1) :] == result.pop("seen")
+    assert result == expected
+    if "replay" not in changes:
+        assert seen == batches_of(2, ranks=2)[:11]
 
 
 def launch(processes: int, **options: object) -> subprocess.CompletedProcess:
