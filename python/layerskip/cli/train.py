@@ -62,8 +62,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return _train(args, console, output)
     checkpoint = output.check_resumed()
     if output.finished:
-        written = ", ".join(map(str, output.results))
-        console.print(f"this run is finished, nothing is left to train; it wrote {written}", soft_wrap=True)
+        if _first_process():
+            written = ", ".join(map(str, output.results))
+            console.print(f"this run is finished, nothing is left to train; it wrote {written}", soft_wrap=True)
         return 0
     return _train(args, console, output, checkpoint)
 
@@ -77,7 +78,7 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = _first_process()
     trainer = runs.make_trainer(output.recipe, callbacks=[Progress(console)] if first else [])
     data = runs.seen_data(trainer)
     if checkpoint is not None:
@@ -100,6 +101,11 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
         raise KeyboardInterrupt(_how_to_go_on(output)) from None
     trainer.accelerator.end_training()  # leaves the process group, without which gloo may abort at exit
     return 0
+
+
+def _first_process() -> bool:
+    """Of those that torchrun has started, the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _how_to_go_on(output: Output) -> str:
