@@ -247,9 +247,9 @@ class TestBench:
         assert "no speedup counts" in capsys.readouterr().out
 
     def test_both_definitions_of_speedup(self):
-        base = [Run(0, 10, 1.0, 0.1, 100e6), Run(1, 10, 2.0, 0.1, 100e6)]  # 10 and 5 tokens/s
-        fast = [Run(0, 10, 0.5, 0.1, 50e6, 8, 6), Run(1, 10, 0.5, 0.1, 50e6, 8, 2)]  # 20 and 20
-        report = Report({}, 2.0, {}, {AUTOREGRESSIVE: base, SELF_SPECULATIVE: fast}, ["a", "b"])
+        base = [Run(0, 10, 1.0, 0.1, 1, 100e6), Run(1, 10, 2.0, 0.1, 1, 100e6)]  # 10 and 5 tokens/s
+        fast = [Run(0, 10, 0.5, 0.1, 1, 50e6, 8, 6), Run(1, 10, 0.5, 0.1, 1, 50e6, 8, 2)]  # 20 and 20
+        report = Report({}, ["a", "b"], {AUTOREGRESSIVE: base, SELF_SPECULATIVE: fast}, bandwidth=2.0)
         row = report.summary(SELF_SPECULATIVE)
         assert row["speedup_of_means"] == 20 / 7.5
         assert row["mean_speedup"] == (2 + 4) / 2

@@ -421,11 +421,11 @@ def test_the_train_command_goes_on_from_an_adapter(
     before, after = (load_file(output / "adapter" / "adapter_model.safetensors") for output in (first, second))
     assert before.keys() == after.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items()), "a rate of nearly 0 changes no bf16"
-    assert main([*go_on, "--set", "learning_rate=1.0e-12", "--set", "interpolate=0.5"]) == 0
+    assert main([*go_on, "--overwrite", "--set", "learning_rate=1.0e-12", "--set", "interpolate=0.5"]) == 0
     shrunk = load_file(second / "adapter" / "adapter_model.safetensors")
     for name, value in shrunk.items():
         assert torch.equal(value, before[name] * (0.5 if "lora_B" in name else 1)), name
-    assert main([*go_on, "--set", "learning_rate=0.01"]) == 0
+    assert main([*go_on, "--overwrite", "--set", "learning_rate=0.01"]) == 0
     after = load_file(second / "adapter" / "adapter_model.safetensors")
     assert not any(torch.equal(value, before[name]) for name, value in after.items() if "lora_B" in name)
     assert main(["train", str(recipe), "--set", f"adapter={tmp_path}"]) == 2

@@ -8,14 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from training_run import LAYERS, losses, pairs, trainer, weights
+from training_run import LAYERS, batches_of, losses, pairs, trainer, watch, weights
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
-from layerskip.training.run import last_checkpoint
+from layerskip.training import RandomExits
+from layerskip.training.output import checkpoints, last_checkpoint
+from layerskip.training.trainer import PARTIAL
 
 SCRIPT = Path(__file__).with_name("training_run.py")
 # Losses of order 5: two ranks sum gradients in another order than one process, and AdamW divides by their size.
@@ -71,7 +75,7 @@ def test_twenty_steps_are_ten_resumed_and_ten(tmp_path: Path, options: dict) -> 
 def test_a_run_killed_in_a_checkpoint_write_goes_on_from_the_last_whole_one(tmp_path: Path) -> None:
     killed = run_script(output=str(tmp_path / "run"), save_steps=5, kill_at=15)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert (tmp_path / "run" / "unfinished" / "checkpoint-15").is_dir()
+    assert (tmp_path / "run" / PARTIAL / "checkpoint-15").is_dir()
     checkpoint = last_checkpoint(tmp_path / "run")
     assert checkpoint == tmp_path / "run" / "checkpoint-10"
     resumed = trainer(tmp_path / "run", save_steps=5)
@@ -80,7 +84,7 @@ def test_a_run_killed_in_a_checkpoint_write_goes_on_from_the_last_whole_one(tmp_
     whole.train()
     assert_same(weights(whole), weights(resumed))
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-20"
-    assert not (tmp_path / "run" / "unfinished").exists()
+    assert not (tmp_path / "run" / PARTIAL).exists()
 
 
 def test_old_checkpoints_are_removed_and_the_newest_stay(tmp_path: Path) -> None:
@@ -186,13 +190,96 @@ def test_batches_that_do_not_fit_the_arguments_are_refused(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
-    trainer(tmp_path, steps=10).train()
-    other = trainer(tmp_path, dropout=0.2)
-    with pytest.raises(ValueError, match="was trained with dropout"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    (tmp_path / "checkpoint-10" / "layerskip.json").unlink()
+    """What a plan is, is written out here; nothing of it may be forgotten."""
+    trainer(tmp_path, steps=10, replay=True, shallow=0.5).train()
+    checkpoint = tmp_path / "checkpoint-10"
+    exits = {"num_layers": 4, "candidates": [1, 2, 3]}
+    rates = [0.0, 0.0779763149684619, 0.1762203155904599, 0.3]  # (2^(l/3) - 1) · 0.3
+    plan = {
+        "exits": {
+            "curriculum": "ShallowSteps", **exits, "share": 0.5, "seed": 5,
+            "inner": {"curriculum": "RandomExits", **exits, "per_step": 2, "seed": 5},
+        },
+        "weights": ["paper", 1.0],
+        "dropout": [rates, 5, 1, "constant"],
+        "head_sample": 8,
+    }  # fmt: skip
+    saved = json.loads((checkpoint / "layerskip.json").read_text())
+    assert saved == {**plan, "dropout": [pytest.approx(rates), *plan["dropout"][1:]]}
+    changes = {
+        "exits": lambda own: replace(own, curriculum=RandomExits(LAYERS, [1, 2, 3], 2, seed=5)),
+        "weights": lambda own: replace(own, weight_scale=0.5),
+        "dropout": lambda own: replace(own, dropout=None),
+        "head_sample": lambda own: replace(own, head_sample=9),
+    }
+    assert changes.keys() == saved.keys()
+    for key, change in changes.items():
+        other = trainer(tmp_path, replay=True, shallow=0.5)
+        other.plan = change(other.plan)
+        with pytest.raises(ValueError, match=f"was trained with {key} "):
+            other.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "layerskip.json").unlink()
     with pytest.raises(ValueError, match=r"no layerskip\.json"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        other.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["whole", "resumed"])
+def test_every_epoch_has_an_order_of_its_own(tmp_path: Path, resumed: bool) -> None:
+    """Over three epochs of 15 steps each batch is the one that the sampler's own order of that epoch names."""
+    steps, first = 40, 20 if resumed else 0
+    if resumed:
+        trainer(tmp_path, steps=steps, save_steps=20).train()
+    run = trainer(tmp_path, steps=steps, save_strategy="no")
+    seen = watch(run)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20") if resumed else None)
+    planned = batches_of(3)
+    assert planned[:15] != planned[15:30] != planned[30:] != planned[:15]
+    assert seen == planned[first:steps]
+
+
+def test_the_sampler_is_told_its_epoch(tmp_path: Path) -> None:
+    """By the trainer itself: where batches are dealt out to ranks nobody else does."""
+    run = trainer(tmp_path)
+    sampler = run._get_train_sampler()
+    for epoch, told in ((None, 0), (0.0, 0), (1.0, 1), (2 - 1e-9, 2), (1.4, 1)):
+        run.state.epoch = epoch
+        run.callback_handler.on_epoch_begin(run.args, run.state, run.control)
+        assert sampler.epoch == told
+
+
+def test_checkpoints_of_others_neither_count_nor_go(tmp_path: Path) -> None:
+    """Nor do files that somebody put into one of the run's own."""
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "mine").write_text("mine")
+
+    class _Notes(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 5:
+                (tmp_path / "checkpoint-5" / "NOTES.md").write_text("mine")
+
+    run = trainer(tmp_path, save_steps=5, save_total_limit=2)
+    run.add_callback(_Notes())
+    run.train()
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-15", tmp_path / "checkpoint-20"]
+    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["mine"]
+    assert [path.name for path in (tmp_path / "checkpoint-5").iterdir()] == ["NOTES.md"]
+    assert not (tmp_path / "checkpoint-10").exists()
+    (tmp_path / "checkpoint-20" / "layerskip-files.json").unlink()
+    again = trainer(tmp_path, save_steps=20)
+    with pytest.raises(FileExistsError, match="checkpoint-20 is there, and was not written by layerskip"):
+        again.train()
+
+
+def test_the_best_checkpoint_is_where_the_trainer_says_and_stays(tmp_path: Path) -> None:
+    """It is saved under another name first."""
+    options = {"metric_for_best_model": "loss", "greater_is_better": True, "save_total_limit": 2}
+    run = trainer(tmp_path, save_steps=5, **options)
+    run.args.eval_strategy, run.args.eval_steps, run.eval_dataset = IntervalStrategy.STEPS, 5, pairs(20)
+    run.train()
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-5", tmp_path / "checkpoint-20"]
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-5"), "the loss falls, and the greatest is best"
+    saved = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(tmp_path / "checkpoint-5")
 
 
 @pytest.mark.slow
@@ -258,14 +345,20 @@ def test_ranks_that_drop_different_layers_do_not_hang(tmp_path: Path, sharding: 
     ids=["DDP", "DDP with replay", "FSDP", "FSDP with replay"],
 )
 def test_two_processes_resume_exactly(tmp_path: Path, changes: dict) -> None:
-    options = {"output": str(tmp_path), "steps": 4, "save_steps": 2, **changes}
+    """Into the second epoch: one has eight steps, or, with replay, more."""
+    options = {"output": str(tmp_path), "steps": 11, "save_steps": 9, **changes}
     whole = launch(2, **options)
     assert whole.returncode == 0, whole.stderr[-3000:]
     expected = json.loads((tmp_path / "result.json").read_text())
     (tmp_path / "result.json").unlink()
-    resumed = launch(2, resume=str(tmp_path / "checkpoint-2"), **options)
+    resumed = launch(2, resume=str(tmp_path / "checkpoint-9"), **options)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert json.loads((tmp_path / "result.json").read_text()) == expected
+    result = json.loads((tmp_path / "result.json").read_text())
+    seen = expected.pop("seen")
+    assert seen[9 * (2 if "replay" in changes else 1) :] == result.pop("seen")
+    assert result == expected
+    if "replay" not in changes:
+        assert seen == batches_of(2, ranks=2)[:11]
 
 
 def launch(processes: int, **options: object) -> subprocess.CompletedProcess:

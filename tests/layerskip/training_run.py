@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import tiny_model
 from transformers import TrainingArguments
 
-from layerskip.training import Collator, LayerDropout, RandomExits, ShallowSteps, layer_dropout_rates
+from layerskip.training import Collator, LayerDropout, LengthBuckets, RandomExits, ShallowSteps, layer_dropout_rates
 from layerskip.training.trainer import Batching, LayerSkipTrainer, Plan
 
 LAYERS = 4
@@ -99,6 +99,32 @@ def losses(run: Any) -> list[float]:
     return [line["loss"] for line in run.state.log_history if "loss" in line]
 
 
+def watch(run: Any) -> list[list[list[int]]]:
+    """The batches that the run's model is given from now on, on this rank."""
+    seen: list[list[list[int]]] = []
+    forward = run.model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].tolist())
+        return forward(*args, **kwargs)
+
+    run.model.forward = watched
+    return seen
+
+
+def batches_of(epochs: int, ranks: int = 1) -> list[list[list[int]]]:
+    """What the first rank is to see, by the orders that `LengthBuckets` gives for each epoch."""
+    examples, batches = pairs(), []
+    for epoch in range(epochs):
+        buckets = LengthBuckets([len(pair["input_ids"]) for pair in examples], 4 * ranks, seed=5)
+        buckets.set_epoch(epoch)
+        order = list(buckets)
+        for begin in range(0, len(order), 4 * ranks):
+            batch = [examples[index] for index in order[begin : begin + 4]]
+            batches.append(Collator(0)(batch)["input_ids"].tolist())
+    return batches
+
+
 def main(options: dict[str, Any]) -> None:
     """Run, and leave ``result.json``; ``kill_at`` ends the process in the middle of writing that step's checkpoint.
 
@@ -119,9 +145,10 @@ def main(options: dict[str, Any]) -> None:
     if differ:
         draw = run.plan.dropout.draw
         run.plan.dropout.draw = lambda step, size, micro, device: draw(step, size, 7 * run.args.process_index, device)
+    seen = watch(run)
     run.train(resume_from_checkpoint=resume)
     if run.args.process_index == 0:
-        result = {"losses": losses(run), "wrapper": type(run.model_wrapped).__name__}
+        result = {"losses": losses(run), "wrapper": type(run.model_wrapped).__name__, "seen": seen}
         (Path(options["output"]) / "result.json").write_text(json.dumps(result))
     run.accelerator.end_training()  # without it gloo's threads may abort the exit
 

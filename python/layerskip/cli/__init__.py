@@ -63,6 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = escape(_one_line(error, args.command))
         errors.print(f"[red]layerskip {args.command}:[/red] {message}", highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        errors.print("interrupted")
+    except KeyboardInterrupt as stop:  # a command that was stopped says what there is of its work
+        errors.print(escape(str(stop) or "interrupted"), highlight=False, soft_wrap=True)
         return 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from .._files import check_output
 from ..bandwidth import ReadBandwidth
-from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats
+from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validation
 from . import options, prompts, sweep, throughput
 from .measure import OpShare, Stopwatch, op_clock
-from .report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
+from .report import Report, Run, Skipped, outputs
 from .traffic import bytes_per_token
+from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 
 Variant = Callable[[Tensor, int, Stopwatch], "GenerationOutput | None"]
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only-ours", action="store_true", help="leave transformers out")
     parser.add_argument("--output", type=Path, default=Path("layerskip-bench"), help="JSON and PNG go to this stem")
+    parser.add_argument("--overwrite", action="store_true", help="replace a JSON and PNG that are there")
 
 
 def _ours(decoder: SelfSpeculativeDecoder, strategy: str) -> Variant:
@@ -88,7 +91,7 @@ def most_drafts(decoder: SelfSpeculativeDecoder) -> int:
 def _measure(name: str, way: Variant, prompt: int, input_ids: Tensor, args: Any, decoder: Any) -> Run:
     watch = Stopwatch()
     out = way(input_ids, args.max_new_tokens, watch)
-    run = Run(prompt, watch.tokens, watch.seconds, watch.time_to_first_token)
+    run = Run(prompt, watch.tokens, watch.seconds, watch.time_to_first_token, watch.first_tokens)
     if out is not None:
         run.bytes_per_token = _bytes_per_token(name, decoder, out.stats)
         run.drafted, run.accepted = out.stats.drafted, out.stats.accepted
@@ -118,39 +121,85 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Measure, print, and write; 1 if the self-speculative tokens differ from the autoregressive ones."""
     if args.max_new_tokens < 2:
         raise ValueError("--max-new-tokens must be at least 2: speed is measured after the first token")
+    for path in outputs(args.output):
+        check_output(path, args.overwrite)
     texts = prompts.read(args.prompts, args.limit)
     model, tokenizer = options.load(args, console)
     decoder = options.decoder(args, model)
     ways = variants(model, decoder, args.only_ours)
-    encoded = [options.encode(tokenizer, prompt.text) for prompt in texts]
-    runs: dict[str, list[Run]] = {name: [] for name in ways}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="transformers")
-        for way in ways.values():  # a warm-up, not measured
-            way(encoded[0], 2 * most_drafts(decoder), Stopwatch())
-        memory = ReadBandwidth()
-        order = [(index, repeat) for repeat in range(args.repeats) for index in range(len(encoded))]
-        for index, _ in track(order, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-            memory.sample()
-            for name, way in ways.items():
-                runs[name].append(_measure(name, way, index, encoded[index], args, decoder))
-    report = Report(
-        settings=_settings(args, decoder),
-        bandwidth=memory.median,
-        outside_ops=outside_ops(decoder, encoded[0], max(args.max_new_tokens, 4 * most_drafts(decoder))),
-        runs=runs,
-        tasks=[prompt.task for prompt in texts],
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="transformers")
-        others = None if args.only_ours else model
-        report.throughput = throughput.measure(decoder, others, encoded, args.batch_sizes, args.max_new_tokens)
-    if args.sweep:
-        report.sweep = sweep.measure(model, args, encoded, report.tasks)
+    report = Report(_settings(args, decoder), [prompt.task for prompt in texts], {name: [] for name in ways})
+    encoded = _encode(args, console, decoder, tokenizer, texts, report)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="transformers")
+            _measure_all(args, decoder, ways, encoded, report)
+            _measure_more(args, model, decoder, encoded, report)
+    except KeyboardInterrupt:
+        done = len(report.runs[AUTOREGRESSIVE])
+        kept = f"; {done} runs a way are in {outputs(args.output)[0]}" if done else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
     report.show(console)
     for path in report.write(args.output):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0 if report.identical else 1
+
+
+def _encode(
+    args: argparse.Namespace, console: Console, decoder: SelfSpeculativeDecoder, tokenizer: Any,
+    texts: Sequence[prompts.Prompt], report: Report,
+) -> dict[int, Tensor]:  # fmt: skip
+    """The prompts [1, N] that can be measured, by their index; what is wrong with the others is printed and noted."""
+    encoded = {}
+    for index, prompt in enumerate(texts):
+        ids = options.encode(tokenizer, prompt.text)
+        try:
+            validation.prompt(ids, decoder.model.vocab_size, decoder.model.device)
+            validation.length(ids.shape[1], args.max_new_tokens, decoder.max_seq_len)
+        except ValueError as error:
+            report.skipped.append(Skipped(index, str(error)))
+            console.print(f"skipped prompt {index}: {error}", style="yellow", highlight=False, soft_wrap=True)
+        else:
+            encoded[index] = ids
+    if not encoded:
+        raise ValueError(f"none of {len(texts)} prompts can be measured; the first: {report.skipped[0].reason}")
+    return encoded
+
+
+def _measure_all(
+    args: argparse.Namespace, decoder: SelfSpeculativeDecoder, ways: dict[str, Variant], encoded: dict[int, Tensor],
+    report: Report,
+) -> None:  # fmt: skip
+    """Run every prompt each way, and write after each."""
+    first = next(iter(encoded.values()))
+    for way in ways.values():  # a warm-up, not measured
+        way(first, min(2 * most_drafts(decoder), decoder.max_seq_len - first.shape[1]), Stopwatch())
+    memory = ReadBandwidth()
+    order = [(index, repeat) for repeat in range(args.repeats) for index in encoded]
+    for index, _ in track(order, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        memory.sample()
+        measured = {name: _measure(name, way, index, encoded[index], args, decoder) for name, way in ways.items()}
+        for name, one in measured.items():
+            report.runs[name].append(one)
+        report.bandwidth = memory.median
+        report.write(args.output, complete=False)
+
+
+def _measure_more(
+    args: argparse.Namespace, model: Any, decoder: SelfSpeculativeDecoder, encoded: dict[int, Tensor], report: Report
+) -> None:
+    """What else the options ask for, written as it comes."""
+    prompts_ids = list(encoded.values())
+    most = decoder.max_seq_len - prompts_ids[0].shape[1]
+    new_tokens = min(max(args.max_new_tokens, 4 * most_drafts(decoder)), most)
+    report.outside_ops = outside_ops(decoder, prompts_ids[0], new_tokens)
+    others = None if args.only_ours else model
+    for batch in throughput.measure(decoder, others, prompts_ids, args.batch_sizes, args.max_new_tokens):
+        report.throughput.append(batch)
+        report.write(args.output, complete=False)
+    if args.sweep:
+        for task in sweep.measure(model, args, prompts_ids, [report.tasks[index] for index in encoded]):
+            report.sweep.append(task)
+            report.write(args.output, complete=False)
 
 
 def _settings(args: argparse.Namespace, decoder: SelfSpeculativeDecoder) -> dict[str, Any]:

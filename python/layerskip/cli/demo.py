@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from .. import registry
-from .._files import write_atomically
+from .._files import check_output, write_atomically
 from ..decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder
 from . import options, prompts
 from .picture import SideBySide, demo_picture
@@ -121,6 +121,7 @@ def _show(console: Console, subject: Subject, shown: SideBySide) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Show; 1 if any token differs."""
+    check_output(args.output, overwrite=True)
     shown: list[SideBySide] = []
     for subject in load_subjects(args, console):
         shown += _decode(args, console, subject)

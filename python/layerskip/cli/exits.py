@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from .._files import write_atomically
+from .._files import check_output, write_atomically
 from ..decoding import SelfSpeculativeDecoder
 from . import options, prompts
 
@@ -34,6 +34,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Let the model write, ask every exit about it, show the answers."""
     from ..training.survey import survey_exits
 
+    path = args.out.with_name(f"{args.out.name}.png")
+    check_output(path, overwrite=True)
     texts = [prompt.text for prompt in prompts.read(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
     decoder = SelfSpeculativeDecoder(model, 1)
@@ -46,7 +48,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with console.status("asking every exit"):
         survey = survey_exits(model, written)
     console.print(table(survey, args.num_speculations, f"{args.model}, {args.prompts}"))
-    path = args.out.with_name(f"{args.out.name}.png")
     write_atomically(path, picture(survey))
     console.print(f"wrote {path}")
     return 0

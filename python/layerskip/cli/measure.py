@@ -39,6 +39,11 @@ class Stopwatch:
         return self.arrivals[0] - self.started
 
     @property
+    def first_tokens(self) -> int:
+        """New tokens of the first group."""
+        return self.counts[0]
+
+    @property
     def tokens(self) -> int:
         """New tokens after the first group, whose time is the prompt's."""
         return sum(self.counts[1:])

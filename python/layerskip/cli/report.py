@@ -19,17 +19,22 @@ from .sweep import Sweep, sweep_table
 from .throughput import Batch, throughput_table
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 
-__all__ = ["AUTOREGRESSIVE", "EARLY_EXIT_ASSISTED", "SELF_SPECULATIVE", "TRANSFORMERS", "Report", "Run"]
+__all__ = ["AUTOREGRESSIVE", "EARLY_EXIT_ASSISTED", "SELF_SPECULATIVE", "TRANSFORMERS", "Report", "Run", "Skipped"]
 
 
 @dataclass
 class Run:
-    """One prompt, one way. ``tokens`` in ``seconds`` leave out the first token, whose time is ``first_token``."""
+    """One prompt, one way.
+
+    ``tokens`` in ``seconds`` leave out the first token, whose time is ``first_token``. Where it does not come alone,
+    they leave out all ``first_tokens`` of its group.
+    """
 
     prompt: int
     tokens: int
     seconds: float
     first_token: float
+    first_tokens: int = 1
     bytes_per_token: float = 0.0
     drafted: int = 0
     accepted: int = 0
@@ -58,19 +63,33 @@ _ROWS: dict[str, Callable[[str, dict[str, float]], str]] = {
 }
 
 
+def outputs(stem: Path) -> list[Path]:
+    """What `Report.write` writes."""
+    return [stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")]
+
+
+@dataclass
+class Skipped:
+    """A prompt that can't be measured, and why."""
+
+    prompt: int
+    reason: str
+
+
 @dataclass
 class Report:
     """All runs, by the way of decoding, with what they are compared to.
 
-    ``bandwidth`` is the memory's read speed in GB/s as measured in the same run; ``throughput`` and ``sweep`` are what
-    the modules of these names measured.
+    ``tasks`` are those of all prompts, ``skipped`` the prompts that were not run. ``bandwidth`` is the memory's read
+    speed in GB/s as measured in the same run; ``throughput`` and ``sweep`` are what modules of these names measured.
     """
 
     settings: dict[str, Any]
-    bandwidth: float
-    outside_ops: dict[str, float]
-    runs: dict[str, list[Run]]
     tasks: list[str]
+    runs: dict[str, list[Run]]
+    skipped: list[Skipped] = field(default_factory=list)
+    bandwidth: float = 0.0
+    outside_ops: dict[str, float] = field(default_factory=dict)
     throughput: list[Batch] = field(default_factory=list)
     sweep: list[Sweep] = field(default_factory=list)
 
@@ -81,8 +100,10 @@ class Report:
         same = all(plain.sequence == speculative.sequence for plain, speculative in pairs)
         return same and all(batch.identical for batch in self.throughput)
 
-    def summary(self, name: str, prompts: set[int] | None = None) -> dict[str, float]:
+    def summary(self, name: str, prompts: set[int] | None = None) -> dict[str, float] | None:
         """Medians of one way, and its speedup over our autoregressive decoding by both common definitions.
+
+        None where no run gave a token after its first ones, so that there is no speed; see `no_speed`.
 
         ``speedup_of_means`` is the ratio of the mean tokens/s; ``mean_speedup`` is the mean, over runs, of the ratio of
         the times per token.
@@ -93,7 +114,7 @@ class Report:
             if (prompts is None or run.prompt in prompts) and run.tokens and base.tokens
         ]
         if not chosen:
-            raise ValueError("every run ended at its first token, so there is no speed to report; take other prompts")
+            return None
         runs, bases = [run for run, _ in chosen], [base for _, base in chosen]
         drafted = sum(run.drafted for run in runs)
         rate, size = median(run.rate for run in runs), median(run.bytes_per_token for run in runs)
@@ -110,7 +131,17 @@ class Report:
             "fraction_of_bandwidth": achieved / self.bandwidth,
         }
 
-    def by_task(self) -> dict[str, dict[str, dict[str, float]]]:
+    def no_speed(self, name: str) -> str:
+        """Why a way has no summary."""
+        at_once = [run.first_tokens for run in self.runs[name] if run.first_tokens > 1]
+        if not at_once:
+            return f"{name}: every run ended at its first token, so there is no speed after it; take other prompts"
+        return (
+            f"{name}: every run gave all its tokens at once (up to {max(at_once)}), so there is no speed after the "
+            "first; take more --max-new-tokens"
+        )
+
+    def by_task(self) -> dict[str, dict[str, dict[str, float] | None]]:
         """Summaries for each kind of prompt."""
         members = {task: {index for index, other in enumerate(self.tasks) if other == task} for task in self.tasks}
         return {task: {name: self.summary(name, chosen) for name in self.runs} for task, chosen in members.items()}
@@ -128,6 +159,11 @@ class Report:
             "the ratio of the mean tokens/s, and the mean ratio of the times per token.",
             style="dim",
         )
+        for name in self.runs:
+            if self.summary(name) is None:
+                console.print(self.no_speed(name), style="yellow", highlight=False)
+        if self.skipped:
+            console.print(f"{len(self.skipped)} of {len(self.tasks)} prompts were skipped", style="yellow")
         outside = self.outside_ops
         console.print(f"this machine reads {self.bandwidth:.1f} GB/s (measured in the same run)", highlight=False)
         console.print(
@@ -148,12 +184,13 @@ class Report:
         table = Table("", *self.runs, title=title, title_justify="left")
         columns = [(name, self.summary(name)) for name in self.runs]
         for label, cell in _ROWS.items():
-            table.add_row(label, *(cell(name, values) for name, values in columns))
+            table.add_row(label, *("" if values is None else cell(name, values) for name, values in columns))
         return table
 
-    def write(self, stem: Path) -> list[Path]:
-        """Write ``<stem>.json`` and ``<stem>.png``."""
+    def write(self, stem: Path, complete: bool = True) -> list[Path]:
+        """Write ``<stem>.json`` and, of a measurement that is ``complete``, ``<stem>.png``, if there is a speed."""
         content = {
+            "complete": complete,
             "settings": self.settings,
             "read_gigabytes_per_second": self.bandwidth,
             "outside_ops_per_round": self.outside_ops,
@@ -162,19 +199,23 @@ class Report:
             "by_task": self.by_task(),
             "throughput": [dataclasses.asdict(batch) for batch in self.throughput],
             "sweep": [dataclasses.asdict(task) for task in self.sweep],
+            "skipped": [dataclasses.asdict(prompt) for prompt in self.skipped],
             "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in self.runs.items()},
         }
-        data, picture = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")
+        data, picture = outputs(stem)
         write_atomically(data, json.dumps(content, indent=1).encode())
-        write_atomically(picture, self._picture())
+        speeds = {name: values for name in self.runs if (values := self.summary(name)) is not None}
+        if not complete or AUTOREGRESSIVE not in speeds:
+            return [data]
+        write_atomically(picture, self._picture(speeds))
         return [data, picture]
 
-    def _picture(self) -> bytes:
+    def _picture(self, speeds: dict[str, dict[str, float]]) -> bytes:
         from matplotlib.figure import Figure
 
-        names = list(self.runs)
-        rates = [self.summary(name)["tokens_per_second"] for name in names]
-        roofline = self.bandwidth * 1e3 / self.summary(AUTOREGRESSIVE)["megabytes_per_token"]
+        names = list(speeds)
+        rates = [values["tokens_per_second"] for values in speeds.values()]
+        roofline = self.bandwidth * 1e3 / speeds[AUTOREGRESSIVE]["megabytes_per_token"]
         figure = Figure(figsize=(8, 1.2 + 0.6 * len(names)), layout="constrained")
         axes = figure.subplots()
         colours = ["#4c78a8", "#54a24b", "#bab0ac", "#9d9590"][: len(names)]

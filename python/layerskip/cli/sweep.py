@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -39,9 +39,11 @@ class Sweep:
         return min(self.fixed.items(), key=lambda item: item[1])
 
 
-def measure(model: Any, args: argparse.Namespace, encoded: Sequence[Tensor], tasks: Sequence[str]) -> list[Sweep]:
-    """Decode the prompts of each task every way, interleaved; "auto" starts each task with nothing learned."""
-    sweeps = []
+def measure(model: Any, args: argparse.Namespace, encoded: Sequence[Tensor], tasks: Sequence[str]) -> Iterator[Sweep]:
+    """Decode the prompts of each task every way, interleaved; "auto" starts each task with nothing learned.
+
+    Each task's result comes as soon as it is there.
+    """
     for task in dict.fromkeys(tasks):
         prompts = [ids for ids, own in zip(encoded, tasks, strict=True) if own == task]
         decoder = SelfSpeculativeDecoder(
@@ -49,8 +51,7 @@ def measure(model: Any, args: argparse.Namespace, encoded: Sequence[Tensor], tas
         )
         speeds = _speeds(decoder, prompts, args)
         auto, plain = speeds.pop("auto"), speeds.pop("autoregressive")
-        sweeps.append(Sweep(task, speeds, auto, plain))
-    return sweeps
+        yield Sweep(task, speeds, auto, plain)
 
 
 def _speeds(decoder: SelfSpeculativeDecoder, prompts: Sequence[Tensor], args: argparse.Namespace) -> dict[str, float]:

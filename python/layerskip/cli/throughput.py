@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,11 @@ class Batch:
 
 def measure(
     decoder: SelfSpeculativeDecoder, model: Any, encoded: Sequence[Tensor], sizes: Sequence[int], new_tokens: int
-) -> list[Batch]:
-    """Decode batches of ``encoded`` prompts [1, N], each row to its end or ``new_tokens``.
+) -> Iterator[Batch]:
+    """Decode batches of ``encoded`` prompts [1, N], each row to its end or ``new_tokens``; each as it is measured.
 
     Only the tokens of the rows themselves count, not what pads them. Without ``model``, ours alone.
     """
-    batches = []
     for size in sizes:
         prompts = [encoded[index % len(encoded)][0] for index in range(size)]
         plain, plain_speed = _timed(_ours, decoder, prompts, new_tokens, "autoregressive")
@@ -39,8 +38,7 @@ def measure(
         speeds = {AUTOREGRESSIVE: plain_speed, SELF_SPECULATIVE: speed}
         if model is not None:
             _, speeds[TRANSFORMERS] = _timed(_theirs, model, prompts, new_tokens)
-        batches.append(Batch(size, speeds, plain == out))
-    return batches
+        yield Batch(size, speeds, plain == out)
 
 
 def _timed(

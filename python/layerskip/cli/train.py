@@ -6,11 +6,14 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..training.output import Output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe, e.g. steps=100"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the output")
+    old = parser.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on with the run of this recipe that is in the output")
+    old.add_argument(
+        "--overwrite", action="store_true", help="replace an older run in the output; files of others stay there"
+    )
     parser.add_argument(
         "--threads", type=options.positive, help="how many CPU threads to use (default: torch's choice)"
     )
@@ -44,28 +51,67 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Train, and write the result."""
+    from ..training import recipe as recipes
+    from ..training.output import Output
+
+    overrides = _overrides(args.set)
+    recipe = recipes.read_recipe(args.recipe, overrides) if args.recipe else recipes.make_recipe(overrides)
+    output = Output(recipe)
+    if not args.resume:
+        output.check_new(args.overwrite)
+        return _train(args, console, output)
+    checkpoint = output.check_resumed()
+    if output.finished:
+        if _first_process():
+            written = ", ".join(map(str, output.results))
+            console.print(f"this run is finished, nothing is left to train; it wrote {written}", soft_wrap=True)
+        return 0
+    return _train(args, console, output, checkpoint)
+
+
+def _train(args: argparse.Namespace, console: Console, output: Output, checkpoint: Path | None = None) -> int:
+    """Train from the start, or from a checkpoint."""
     import torch
 
-    from ..training import recipe as recipes
     from ..training import run as runs
     from ..training.progress import Progress
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    overrides = _overrides(args.set)
-    recipe = recipes.read_recipe(args.recipe, overrides) if args.recipe else recipes.make_recipe(overrides)
-    quiet = int(os.environ.get("RANK", "0")) != 0
-    checkpoint = runs.last_checkpoint(Path(recipe.output)) if args.resume else None
-    if args.resume and checkpoint is None:
-        raise ValueError(f"there is no whole checkpoint in {recipe.output} to resume from")
-    trainer = runs.make_trainer(recipe, callbacks=[] if quiet else [Progress(console)])
+    first = _first_process()
+    trainer = runs.make_trainer(output.recipe, callbacks=[Progress(console)] if first else [])
+    data = runs.seen_data(trainer)
+    if checkpoint is not None:
+        output.check_same_data(data)
+    trainer.accelerator.wait_for_everyone()  # all have looked before one changes what is there
+    if first and checkpoint is None:
+        output.begin(data)
+    trainer.accelerator.wait_for_everyone()
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    if not quiet:
-        paths = runs.save_result(trainer, recipe)
-        written = ", ".join(str(path) for path in paths)
-        console.print(f"trained in {time.perf_counter() - start:.0f} s; wrote {written}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        if first:
+            paths = runs.save_result(trainer, output.recipe)
+            output.finish()
+            written = ", ".join(str(path) for path in paths)
+            console.print(f"trained in {time.perf_counter() - start:.0f} s; wrote {written}", soft_wrap=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(output)) from None
     trainer.accelerator.end_training()  # leaves the process group, without which gloo may abort at exit
     return 0
+
+
+def _first_process() -> bool:
+    """Of those that torchrun has started, the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _how_to_go_on(output: Output) -> str:
+    from ..training.output import last_checkpoint
+
+    checkpoint = last_checkpoint(output.folder)
+    if checkpoint is None:
+        return "interrupted, before the first checkpoint"
+    return f"interrupted; the same command with --resume goes on from {checkpoint}"

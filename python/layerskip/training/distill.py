@@ -6,7 +6,7 @@ A draft is accepted where it is what the full depth says, so what the full depth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ..decoding import SamplingParams, SelfSpeculativeDecoder
@@ -20,6 +20,7 @@ def own_pairs(
     max_new_tokens: int = 96,
     batch_size: int = 16,
     sampling: SamplingParams | None = None,
+    done: Collection[int] = (),
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Let a model continue prompts with all its layers, many at once.
 
@@ -35,6 +36,8 @@ def own_pairs(
         How many are written at once.
     sampling : SamplingParams, optional
         By default greedy. With a seed in it, prompt b has the seed ``seed + b``.
+    done : collection of int
+        Indices of prompts that are left out, since they were continued before.
 
     Yields
     ------
@@ -51,13 +54,15 @@ def own_pairs(
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompt {index} has no token")
-    if not encoded:
+    waiting = sorted(set(range(len(encoded))) - set(done))
+    if not waiting:
         return
     decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=1)
     session = decoder.open_session(batch_size, max_seq_len=max(map(len, encoded)) + max_new_tokens)
+    params = params_of_each(sampling, len(encoded))
     places = {
-        session.add(ids, max_new_tokens, strategy="autoregressive", sampling=params): index
-        for index, (ids, params) in enumerate(zip(encoded, params_of_each(sampling, len(encoded)), strict=True))
+        session.add(encoded[index], max_new_tokens, strategy="autoregressive", sampling=params[index]): index
+        for index in waiting
     }
     while len(session):
         for update in session.step():

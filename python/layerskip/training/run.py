@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import registry
+from .._files import replaced
 from ..models import load
 from .data import hub, load_task, splits
-from .dataset import Collator, encode, read_pairs, token_batches
+from .dataset import Collator, Pool, encode, read_pairs, token_batches
+from .output import digest, results
 from .recipe import Recipe, by_layer
 from .trainer import Batching, LayerSkipTrainer, Plan
 
@@ -66,7 +66,8 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.method == "lora":
         if recipe.adapter is not None:
             return _trainable(_adapter(model, Path(recipe.adapter))), tokenizer
-        return _with_lora(model, by_layer(recipe.lora_rank, model.config.num_hidden_layers, "lora_rank")), tokenizer
+        ranks = by_layer(recipe.lora_rank, model.config.num_hidden_layers, "lora_rank")
+        return _with_lora(model, ranks, recipe.seed), tokenizer
     model.float()
     if recipe.freeze_embedding:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -74,10 +75,11 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _with_lora(model: Any, ranks: Sequence[int]) -> Any:
+def _with_lora(model: Any, ranks: Sequence[int], seed: int) -> Any:
     """Adapters of a rank a layer; alpha is the rank, so that all are scaled by 1."""
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)  # what LoRA begins with is drawn; the Trainer seeds later
     usual = max(sorted(set(ranks)), key=ranks.count)
     others = {rf"layers\.{layer}\..*": rank for layer, rank in enumerate(ranks) if rank != usual}
     config = LoraConfig(
@@ -195,41 +197,44 @@ def _steps(recipe: Recipe, pairs: Sequence[dict[str, list[int]]]) -> int:
     return math.ceil(math.ceil(batches / recipe.gradient_accumulation) * recipe.epochs)
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint below ``output``."""
-    found = get_last_checkpoint(str(output)) if output.is_dir() else None
-    return Path(found) if found else None
+def seen_data(trainer: LayerSkipTrainer) -> dict[str, Any]:
+    """What the steps depend on beside the recipe: the examples, as tokens, and among how many they are dealt out."""
+    data: Any = trainer.train_dataset
+    replayed = data.replayed if isinstance(data, Pool) else ()
+    own = data.pairs if isinstance(data, Pool) else data
+    return {
+        "digest of the examples": digest(own),
+        "digest of the examples to replay": digest(replayed),
+        "number of processes": trainer.accelerator.num_processes,
+    }
 
 
 def save_result(trainer: LayerSkipTrainer, recipe: Recipe) -> list[Path]:
     """Write ``model``, a plain Hugging Face directory in bf16, and for LoRA ``adapter``, bf16 too, below the output.
 
-    With ``interpolate`` they are that far from the base model to the trained one (Wortsman et al. 2022).
+    With ``interpolate`` they are that far from the base model to the trained one (Wortsman et al. 2022). Both are
+    written beside their places first; what is in these, see `layerskip._files.publish`.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainer.revert()
-    written = []
-    if recipe.method == "lora":
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                scale = recipe.interpolate if "lora_B" in name else 1
-                parameter.data = (parameter.data * scale).bfloat16()
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = recipe.model  # not the directory that it happened to be read from
-        written.append(_save(model, Path(recipe.output) / "adapter", save_embedding_layers=False))
-        model = model.merge_and_unload()
-    written.append(_save(model.bfloat16(), Path(recipe.output) / "model", trainer.processing_class))
-    return written
+    targets = results(recipe)
+    with replaced(*targets) as folders:
+        if recipe.method == "lora":
+            model = _save_adapter(model, folders[0], recipe)
+        model.bfloat16().save_pretrained(folders[-1])
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(folders[-1])
+    return targets
 
 
-def _save(model: Any, target: Path, tokenizer: Any = None, **options: Any) -> Path:
-    """Save under a temporary name, then rename."""
-    temporary = target.with_name(f".{target.name}")
-    for leftover in (temporary, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(temporary, **options)
-    (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    temporary.rename(target)
-    return target
+def _save_adapter(model: Any, folder: Path, recipe: Recipe) -> Any:
+    """Save what LoRA learned; the model with it merged."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            scale = recipe.interpolate if "lora_B" in name else 1
+            parameter.data = (parameter.data * scale).bfloat16()
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = recipe.model  # not the directory that it happened to be read from
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    return model.merge_and_unload()

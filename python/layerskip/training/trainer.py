@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .._files import write_atomically
+from .._files import publish, remove_written
 from ._seeds import generator
 from .convert import convert, revert
 from .dataset import IGNORE, LengthBuckets, Pool, TokenBatches
 from .dropout import LayerDropout
 from .exits import AllExits, Curriculum, ShallowSteps, early_exit_weights
 from .meter import ExitMeter
+from .output import checkpoints
 
-PARTIAL = "unfinished"
+PARTIAL = ".unfinished"
 STATE = "layerskip.json"
 
 
@@ -301,7 +302,7 @@ class LayerSkipTrainer(Trainer):
                 raise ValueError(f"{checkpoint} was trained with {key} {saved.get(key)}, this run has {value}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write into a folder of another name, and rename it when it is whole."""
+        """Write into a folder of another name, and put it into its place when it is whole."""
         root = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -314,12 +315,27 @@ class LayerSkipTrainer(Trainer):
             self._saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_atomically(root / PARTIAL / name / STATE, json.dumps(self.plan.describe(), indent=1).encode())
-            shutil.rmtree(root / name, ignore_errors=True)
-            (root / PARTIAL / name).rename(root / name)
+            self._name_best(root, root / PARTIAL / name)
+            (root / PARTIAL / name / STATE).write_text(json.dumps(self.plan.describe(), indent=1))
+            publish(root / PARTIAL / name, root / name, checked=False)
             (root / PARTIAL).rmdir()
-            rotate_checkpoints(output_dir=str(root), save_total_limit=self.args.save_total_limit)
+            self._remove_old_checkpoints(root)
         self.accelerator.wait_for_everyone()
+
+    def _name_best(self, root: Path, folder: Path) -> None:
+        """Where this checkpoint is the best, the Trainer has written down the place that it is in while it is saved."""
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self.state.best_model_checkpoint = str(root / Path(best).name)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _remove_old_checkpoints(self, root: Path) -> None:
+        """Keep as many as the arguments say, the newest and the best among them; others' files stay."""
+        own, best = checkpoints(root), self.state.best_model_checkpoint
+        kept = {own[-1], *([Path(best)] if best else [])}
+        limit = max(self.args.save_total_limit or len(own), len(kept))
+        for checkpoint in [path for path in own if path not in kept][: max(len(own) - limit, 0)]:
+            remove_written(checkpoint)
 
     _saving = False
 
