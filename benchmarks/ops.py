@@ -94,12 +94,13 @@ def partial_forward(repeats: int) -> Iterator[Result]:
     k_cache = torch.randn(layers, 1, groups, capacity, size).to(DTYPE)
     v_cache = torch.randn_like(k_cache)
     cos, sin, lengths = torch.ones(capacity, size // 2), torch.zeros(capacity, size // 2), torch.tensor([past])
+    cache = lk.KVCache(k_cache, v_cache, cos, sin, lengths)
 
     def case(name: str, rows: int, end: int) -> Case:
         hidden, own = torch.randn(1, rows, width).to(DTYPE), weights[: 9 * end]
         return Case(
             name,
-            lambda: lk.partial_forward(hidden, own, k_cache, v_cache, cos, sin, lengths, 0, end, EPS),
+            lambda: lk.partial_forward(hidden, own, cache, 0, end, EPS),
             sum(map(_bytes, own)),
         )
 

@@ -103,7 +103,7 @@ struct AcceptSampled {
   int64_t index(int64_t b, int64_t i) const {
     const int64_t token = draft[b * drafted + i], size = q.tiles.vocabulary;
     const int64_t at = token_map ? std::find(token_map, token_map + size, token) - token_map : token;
-    STD_TORCH_CHECK(at < size, "draft[", b, ", ", i, "] is ", token, ", which is not in token_map");
+    LSK_REQUIRE(at < size, "draft[", b, ", ", i, "] is ", token, ", which is not in token_map");
     return at;
   }
 
@@ -194,20 +194,20 @@ struct AcceptSampled {
 
 // With contiguous rows; `x` itself where it has them.
 Tensor with_rows(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3, "logits have rank ", x.dim(), ", expected 3");
+  LSK_REQUIRE(x.dim() == 3, "logits have rank ", x.dim(), ", expected 3");
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : contiguous(x);
 }
 
 void check_vocabularies(int64_t scored, int64_t vocabulary, bool mapped) {
-  STD_TORCH_CHECK(vocabulary > 0, "target_logits has no tokens");
-  STD_TORCH_CHECK(mapped || scored == vocabulary, "draft_logits has ", scored, " tokens, target_logits ", vocabulary,
-                  ": without a token_map they must agree");
+  LSK_REQUIRE(vocabulary > 0, "target_logits has no tokens");
+  LSK_REQUIRE(mapped || scored == vocabulary, "draft_logits has ", scored, " tokens, target_logits ", vocabulary,
+              ": without a token_map they must agree");
 }
 
 void check_tokens(const int64_t* tokens, int64_t count, const char* name, int64_t least, int64_t vocabulary) {
   for (int64_t i = 0; tokens && i < count; ++i)
-    STD_TORCH_CHECK(least <= tokens[i] && tokens[i] < vocabulary, name, " holds ", tokens[i],
-                    ", the vocabulary of target_logits has ", vocabulary);
+    LSK_REQUIRE(least <= tokens[i] && tokens[i] < vocabulary, name, " holds ", tokens[i],
+                ", the vocabulary of target_logits has ", vocabulary);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
   const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3);
   const int64_t groups = k.size(2), cached = k_cache.size(0), capacity = k_cache.size(2), positions = cos.size(0);
   check_head_size(size);
-  STD_TORCH_CHECK(positions >= capacity, "cos has ", positions, " positions, the cache's capacity is ", capacity);
+  LSK_REQUIRE(positions >= capacity, "cos has ", positions, " positions, the cache's capacity is ", capacity);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
   check_capacity(lengths, batch, rows, capacity);

@@ -15,8 +15,8 @@ namespace {
 template <class T>
 struct Draft {
   const T* embedding;  // [V, D]
-  int64_t vocabulary, batch, width, steps, rows;
-  float min_probability;
+  int64_t vocabulary, batch, width, num_speculations, rows;
+  float draft_threshold;
   int64_t* tokens;      // [B, K]
   T* states;            // [B, rows, D]
   float* probability;   // [B, K]
@@ -33,7 +33,7 @@ struct Draft {
 
   void embed(const int64_t* current, T* hidden) const {
     for (int64_t b = 0; b < batch; ++b) {
-      STD_TORCH_CHECK(current[b] < vocabulary, "token ", current[b], " is outside the vocabulary of ", vocabulary);
+      LSK_REQUIRE(current[b] < vocabulary, "token ", current[b], " is outside the vocabulary of ", vocabulary);
       // A head that named no token said so in its output; its row is void, but must not index.
       const int64_t row = current[b] < 0 ? 0 : current[b];
       std::memcpy(hidden + b * width, embedding + row * width, width * sizeof(T));
@@ -43,9 +43,9 @@ struct Draft {
   // Where nothing is drafted any more, as if nothing had been computed.
   void clear(int64_t first_row) const {
     for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = first_row; i < steps; ++i) {
-        tokens[b * steps + i] = -1;
-        probability[b * steps + i] = 0.0f;
+      for (int64_t i = first_row; i < num_speculations; ++i) {
+        tokens[b * num_speculations + i] = -1;
+        probability[b * num_speculations + i] = 0.0f;
       }
       if (first_row < rows)
         std::memset(states + (b * rows + first_row) * width, 0, (rows - first_row) * width * sizeof(T));
@@ -57,12 +57,12 @@ struct Draft {
     bool any = false;
     for (int64_t b = 0; b < batch; ++b) {
       const float chance = std::exp(logit[b] - logsumexp[b]);
-      probability[b * steps + row] = alive[b] ? chance : 0.0f;
-      if (min_probability > 0) {
-        alive[b] = alive[b] && chance >= min_probability;  // false of NaN, too
+      probability[b * num_speculations + row] = alive[b] ? chance : 0.0f;
+      if (draft_threshold > 0) {
+        alive[b] = alive[b] && chance >= draft_threshold;  // false of NaN, too
         if (!alive[b]) current[b] = -1;
       }
-      tokens[b * steps + row] = current[b];
+      tokens[b * num_speculations + row] = current[b];
       any = any || alive[b];
     }
     return any;
@@ -85,7 +85,7 @@ struct Draft {
           std::memset(to, 0, width * sizeof(T));
         }
       }
-      if (row == steps) return;
+      if (row == num_speculations) return;
       head.run(hidden.data(), batch, {current, scores.data(), scores.data() + batch}, asked_of(row, lengths));
       for (int64_t b = 0; b < batch; ++b) ++lengths[b];
       if (!record(row, current, scores.data(), scores.data() + batch, alive.get())) return clear(row + 1);
@@ -93,16 +93,17 @@ struct Draft {
   }
 };
 
-void check_drafting(int64_t steps, int64_t end, double min_probability) {
-  STD_TORCH_CHECK(steps >= 0 && end >= 1, "steps must not be negative, and end at least 1; got ", steps, ", ", end);
-  STD_TORCH_CHECK(min_probability >= 0 && min_probability <= 1, "min_probability must lie in [0, 1], got ",
-                  min_probability);
+void check_drafting(int64_t num_speculations, int64_t exit_layer, double draft_threshold) {
+  LSK_REQUIRE(num_speculations >= 0, "num_speculations must not be negative, got ", num_speculations);
+  LSK_REQUIRE(exit_layer >= 1, "exit_layer must be at least 1, got ", exit_layer);
+  LSK_REQUIRE(draft_threshold >= 0 && draft_threshold <= 1, "draft_threshold must lie in [0, 1], got ",
+              draft_threshold);
 }
 
 std::vector<int64_t> first_tokens(const Tensor& token, int64_t batch, int64_t vocabulary) {
   const int64_t* first = data<int64_t>(token, "token", {batch});
   for (int64_t b = 0; b < batch; ++b)
-    STD_TORCH_CHECK(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocabulary);
+    LSK_REQUIRE(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocabulary);
   return {first, first + batch};
 }
 
@@ -111,23 +112,24 @@ std::vector<int64_t> first_tokens(const Tensor& token, int64_t batch, int64_t vo
 std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& embedding,
                                          const std::vector<Tensor>& weights, const Tensor& k_cache,
                                          const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
-                                         const Tensor& seq_lens, int64_t end, const Tensor& norm_weight,
-                                         const Tensor& head_weight, double eps, int64_t steps, bool extend,
+                                         const Tensor& seq_lens, int64_t exit_layer, const Tensor& norm_weight,
+                                         const Tensor& head_weight, double eps, int64_t num_speculations, bool extend,
                                          const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
-                                         const std::optional<Tensor>& slots_in, double min_probability,
+                                         const std::optional<Tensor>& slots_in, double draft_threshold,
                                          const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
                                          const std::optional<Tensor>& logits) {
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocabulary = embedding.size(0), width = embedding.size(1);
-  const int64_t rows = steps + (extend ? 1 : 0);
-  check_drafting(steps, end, min_probability);
-  const HeadAsked asked = asked_for(Sampling(temperature, seed, batch), logits, {batch, steps, head_weight.size(0)});
-  Tensor tokens = torch::stable::new_empty(token, {batch, steps});
+  const int64_t rows = num_speculations + (extend ? 1 : 0);
+  check_drafting(num_speculations, exit_layer, draft_threshold);
+  const HeadAsked asked =
+      asked_for(Sampling(temperature, seed, batch), logits, {batch, num_speculations, head_weight.size(0)});
+  Tensor tokens = torch::stable::new_empty(token, {batch, num_speculations});
   Tensor states = torch::stable::new_empty(embedding, {batch, rows, width});
-  Tensor probability = torch::stable::new_empty(token, {batch, steps}, ScalarType::Float);
+  Tensor probability = torch::stable::new_empty(token, {batch, num_speculations}, ScalarType::Float);
   if (batch == 0 || rows == 0) return {tokens, states, probability};
   const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
-  const LayerStack stack{weights, k_cache, v_cache, cos, sin, slots, 0, end, eps};
+  const LayerStack stack{weights, k_cache, v_cache, cos, sin, slots, 0, exit_layer, eps};
   const Shape shape = stack.shape(batch, 1, width);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, shape.capacity);
@@ -137,9 +139,9 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                          vocabulary,
                          batch,
                          width,
-                         steps,
+                         num_speculations,
                          rows,
-                         static_cast<float>(min_probability),
+                         static_cast<float>(draft_threshold),
                          static_cast<int64_t*>(tokens.data_ptr()),
                          static_cast<T*>(states.data_ptr()),
                          static_cast<float*>(probability.data_ptr()),

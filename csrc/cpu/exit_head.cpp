@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tens
   const Tensor hidden = contiguous(hidden_in);
   const int64_t rows = hidden.size(0), width = hidden.size(1);
   const Sampling sampling(temperature, seed, rows);
-  STD_TORCH_CHECK(seed.has_value() == offset.has_value(), "seed and offset come together");
+  LSK_REQUIRE(seed.has_value() == offset.has_value(), "seed and offset come together");
   Tensor token = torch::stable::new_empty(hidden, {rows}, ScalarType::Long);
   Tensor logit = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   Tensor logsumexp = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);

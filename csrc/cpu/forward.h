@@ -169,19 +169,19 @@ struct LayerStack {
   // The sizes for `rows` rows of `width` for each of `batch` sequences, checked.
   Shape shape(int64_t batch, int64_t rows, int64_t width) const {
     const int64_t count = end - start, each = this->each(), size = k_cache.size(4);
-    STD_TORCH_CHECK(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
-                    k_cache.size(0));
-    STD_TORCH_CHECK((each == kRequired || each == kAll) && each * count == static_cast<int64_t>(weights.size()), "got ",
-                    weights.size(), " weights for ", count, " layers");
-    STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
+    LSK_REQUIRE(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
+                k_cache.size(0));
+    LSK_REQUIRE((each == kRequired || each == kAll) && each * count == static_cast<int64_t>(weights.size()), "got ",
+                weights.size(), " weights for ", count, " layers");
+    LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
     check_head_size(size);
     const Shape out{
         batch,           rows,           width, weights[1].size(0) / size, k_cache.size(2), size, weights[6].size(0),
         k_cache.size(1), k_cache.size(3)};
     check_slots(slots, batch, out.cached);
     check_groups(out.heads, out.groups);
-    STD_TORCH_CHECK(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
-                    out.capacity);
+    LSK_REQUIRE(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
+                out.capacity);
     return out;
   }
 

@@ -90,7 +90,7 @@ class ExitHead {
   ExitHead(const Tensor& norm_weight, const Tensor& head_weight, int64_t width, double eps,
            const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale)
       : width_(width), tiles_(checked(head_weight.size(0))), eps_(static_cast<float>(eps)) {
-    STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
+    LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
     const int64_t vocabulary = tiles_.vocabulary;
     norm_ = data<T>(norm_weight, "norm_weight", {width});
     map_ = data<int64_t>(token_map, "token_map", {vocabulary});
@@ -130,7 +130,7 @@ class ExitHead {
 
  private:
   static int64_t checked(int64_t vocabulary) {
-    STD_TORCH_CHECK(vocabulary > 0, "head_weight has no rows");
+    LSK_REQUIRE(vocabulary > 0, "head_weight has no rows");
     return vocabulary;
   }
 

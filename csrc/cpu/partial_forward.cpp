@@ -8,9 +8,9 @@ Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weigh
                        const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens,
                        int64_t start, int64_t end, double eps, const std::optional<Tensor>& slots_in) {
   Tensor hidden = torch::stable::clone(contiguous(hidden_in));
-  STD_TORCH_CHECK(hidden.dim() == 3 && k_cache.dim() == 5, "hidden must have rank 3, the cache 5");
-  STD_TORCH_CHECK(0 <= start && start <= end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
-                  k_cache.size(0));
+  LSK_REQUIRE(hidden.dim() == 3 && k_cache.dim() == 5, "hidden must have rank 3, the cache 5");
+  LSK_REQUIRE(0 <= start && start <= end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
+              k_cache.size(0));
   if (start == end || hidden.numel() == 0) return hidden;
   const int64_t* slots = data<int64_t>(slots_in, "slots", {hidden.size(0)});
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, slots, start, end, eps};

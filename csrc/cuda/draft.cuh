@@ -11,7 +11,7 @@ namespace lsk {
 // Whether sequence b still drafts in `step`; without a threshold every one does.
 template <class T>
 __device__ __forceinline__ bool is_alive(const DraftArgs<T>& a, int64_t b, int64_t step) {
-  return a.min_probability == 0 || step == 0 || a.tokens[b * a.steps + step - 1] >= 0;
+  return a.draft_threshold == 0 || step == 0 || a.tokens[b * a.num_speculations + step - 1] >= 0;
 }
 
 // to = from, or zeros from a null pointer; by a whole block.
@@ -49,13 +49,13 @@ __global__ void __launch_bounds__(kMaxMergeThreads, 1)
   const Choice best = block_choice(merge_strided(a.partial + b * tiles, tiles), shared);
   const float probability = expf(best.value - log_sum_exp(best));
   const bool alive = is_alive(a, b, step);
-  const bool drafted = a.min_probability == 0 || (alive && probability >= a.min_probability);
+  const bool drafted = a.draft_threshold == 0 || (alive && probability >= a.draft_threshold);
   const int64_t token = drafted ? chosen_token(best, token_map) : -1;
   if (!alive) copy_row<T>(a, a.state(step).row(b), nullptr);
   if (step + 1 < a.rows()) embed(a, b, token);
   if (threadIdx.x != 0) return;
-  a.tokens[b * a.steps + step] = token;
-  a.probability[b * a.steps + step] = alive ? probability : 0.0f;
+  a.tokens[b * a.num_speculations + step] = token;
+  a.probability[b * a.num_speculations + step] = alive ? probability : 0.0f;
 }
 
 // One block a sequence: the state past the last step of a sequence that stopped before is zero.
@@ -63,7 +63,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) draft_clear_kernel(DraftArgs<T> a) {
   ptx::dependents_trigger();
   ptx::dependency_wait();
-  if (!is_alive(a, blockIdx.x, a.steps)) copy_row<T>(a, a.state(a.steps).row(blockIdx.x), nullptr);
+  if (!is_alive(a, blockIdx.x, a.num_speculations))
+    copy_row<T>(a, a.state(a.num_speculations).row(blockIdx.x), nullptr);
 }
 
 template <class T, class W>
@@ -77,14 +78,14 @@ cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, 
   for (int64_t row = 0; row < a.rows(); ++row) {
     const Rows<T> state = a.state(row);
     LSK_LAUNCH(layers.run(chain, {a.hidden, a.width}, state, row));
-    if (row == a.steps) break;
+    if (row == a.num_speculations) break;
     sampling.ahead = row;
     const Rows<const T> seen{state.data, state.pitch};
     LSK_LAUNCH(exit_head_tiles(chain, head, seen, a.batch, sampling, logits, a.partial));
     LSK_LAUNCH(launch(chain.next(grid, merge_threads(tiles)), draft_step_kernel<T>, a, row, tiles, head.token_map));
     if (logits.data != nullptr) logits.data += step_pitch;
   }
-  if (!a.extend || a.min_probability == 0) return cudaSuccess;
+  if (!a.extend || a.draft_threshold == 0) return cudaSuccess;
   return launch(chain.next(grid, kThreads), draft_clear_kernel<T>, a);
 }
 

@@ -39,7 +39,7 @@ cudaError_t verify(Chain& chain, const RoundArgs<T, W>& a) {
 template <class T, class W>
 cudaError_t speculative_round(Chain& chain, const RoundArgs<T, W>& a) {
   if (a.draft.batch == 0) return cudaSuccess;
-  const int64_t drafted = a.draft.steps, few = a.draft_head.vocabulary;
+  const int64_t drafted = a.draft.num_speculations, few = a.draft_head.vocabulary;
   HeadLogits logits;
   if (a.sampled.temperature != nullptr) logits = {const_cast<float*>(a.sampled.draft_logits), drafted * few};
   LSK_LAUNCH(clear_tickets(chain, a.shallow.scratch.attention, a.shallow.scratch.attention_memory()));

@@ -80,9 +80,3 @@ def check_temperature(temperature: Tensor | None) -> None:
         for row, value in enumerate(temperature.tolist()):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"temperature[{row}] is {value}, expected a finite number of at least 0")
-
-
-def check_tokens(token: Tensor, vocabulary: int) -> None:
-    """Raise where a token is none; on a card, where that would be a host sync, a negative one counts as 0."""
-    if token.device.type == "cpu" and bool((token < 0).any()):
-        raise ValueError(f"token {int(token.min())} is outside the vocabulary of {vocabulary}")

@@ -2,8 +2,7 @@
 
 Backwards a tile of slopes (softmax - one-hot, scaled) is written in the dtype of the model and multiplied into both
 gradients, whose sums stay in fp32. The slopes are scaled to at most 1 first: 1 / (number of labels) would sink below
-what fp16 holds. Within `skip_gradients_below` a tile of slopes that are all negligible is neither written nor
-multiplied.
+what fp16 holds.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,7 +10,6 @@ multiplied.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import triton as settings
 from ..reference import check_labels, label_counts
 from ._launch import INTERPRETED, launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import dot, row_dot
@@ -83,14 +80,11 @@ def early_exit_loss_finish_kernel(
 
 @triton.jit
 def softmax_slope_kernel(
-    x_ptr, head_ptr, labels_ptr, lse_ptr, scale_ptr, slope_ptr, live_ptr, first_row, stop_row, first_col, stop_col,
-    per_exit, depth, stride, skip_below, SKIPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, head_ptr, labels_ptr, lse_ptr, scale_ptr, slope_ptr, first_row, stop_row, first_col, stop_col,
+    per_exit, depth, stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """scale · (exp(z - lse) - [label]) of the rows and vocabulary [first, stop), into a buffer that starts there.
-
-    SKIPS: whether the tile has a slope of at least ``skip_below`` before it is scaled; only then it is written.
-    """
+    """scale · (exp(z - lse) - [label]) of the rows and vocabulary [first, stop), into a buffer that starts there."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = first_col + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = row < stop_row, col < stop_col
@@ -102,43 +96,25 @@ def softmax_slope_kernel(
     scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
     slope = tl.exp(logits - tl.load(lse_ptr + row, mask=row_ok, other=0.0)[:, None])
     slope -= tl.where(label[:, None] == col[None, :], 1.0, 0.0)
-    ok = row_ok[:, None] & col_ok[None, :]
-    if SKIPS:
-        negligible = (tl.abs(slope) < skip_below) | (scale == 0.0)[:, None]  # false of NaN, which is to be seen
-        matters = tl.where(negligible, 0, ok.to(tl.int32))
-        live = tl.max(tl.max(matters, axis=1), axis=0)
-        tl.store(live_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), live)
-        ok = ok & (tl.zeros((ROWS, BLOCK_N), tl.int32) < live)
     slope *= scale[:, None]
     target = slope_ptr + (row - first_row).to(tl.int64)[:, None] * stride + (col - first_col)[None, :]
-    tl.store(target, slope.to(slope_ptr.dtype.element_ty), mask=ok)
+    tl.store(target, slope.to(slope_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 
 
 @triton.jit
 def accumulate_kernel(
-    a_ptr, b_ptr, total_ptr, live_ptr, count_ptr, rows, columns, depth, a_row, a_column, tiles,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    a_ptr, b_ptr, total_ptr, rows, columns, depth, a_row, a_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """total [rows, columns] += a [rows, depth] b [depth, columns], in fp32; a may be transposed.
-
-    With TILE, the depth goes by those of its tiles alone that are listed for these rows, in their order.
-    """
+    """total [rows, columns] += a [rows, depth] b [depth, columns], in fp32; a may be transposed."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = (row < rows)[:, None], (col < columns)[None, :]
     target = total_ptr + row.to(tl.int64)[:, None] * columns + col[None, :]
     wait_for_inputs(PDL)
     total = tl.load(target, mask=row_ok & col_ok, other=0.0)
-    steps, pieces = tl.cdiv(depth, BLOCK_K), tl.cdiv(TILE, BLOCK_K)
-    if TILE:
-        steps = tl.load(count_ptr + tl.program_id(0)) * pieces
-        live_ptr += tl.program_id(0) * tiles
-    for step in range(0, steps):
-        begin = step * BLOCK_K
-        if TILE:
-            begin = tl.load(live_ptr + step // pieces) * TILE + step % pieces * BLOCK_K
-        k = begin + tl.arange(0, BLOCK_K)
+    for step in range(0, tl.cdiv(depth, BLOCK_K)):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         a_at = row.to(tl.int64)[:, None] * a_row + k.to(tl.int64)[None, :] * a_column
         a = tl.load(a_ptr + a_at, mask=row_ok & (k < depth)[None, :], other=0.0)
         b_at = k.to(tl.int64)[:, None] * columns + col[None, :]
@@ -194,34 +170,12 @@ def _spans(size: int, step: int) -> Iterator[range]:
     return (range(begin, min(begin + step, size)) for begin in range(0, size, step))
 
 
-@dataclass(frozen=True)
-class _Live:
-    """The tiles of slopes that are not negligible: the first ``counts`` of ``order``, for each row of tiles."""
-
-    order: Tensor  # [row tiles, column tiles] int32
-    counts: Tensor  # [row tiles] int32
-    tile: int  # columns of a tile
-
-    @classmethod
-    def of(cls, live: Tensor, tile: int) -> _Live:
-        """Of flags 0 and 1; ascending, so that what is added is added in the order of a full pass."""
-        order = live.sort(dim=1, descending=True, stable=True).indices
-        return cls(order.int().contiguous(), live.sum(1, dtype=torch.int32), tile)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, live: _Live | None) -> None:
-    """Add a @ b to ``total``, fp32; ``b`` and ``total`` are contiguous. ``live``: of the tiles of ``a``."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to ``total``, fp32; ``b`` and ``total`` are contiguous."""
     tile = _tile(b, *total.shape)
     block_m = tile.pop("rows")
-    order = counts = None
-    if live is not None:
-        order, counts = live.order, live.counts
-        tile["num_stages"] = 3  # shared by the list and by what it lists; with more, gfx942 runs out of shared memory
     grid = (triton.cdiv(total.shape[0], block_m), triton.cdiv(total.shape[1], tile["BLOCK_N"]))
-    accumulate_kernel[grid](
-        a, b, total, order, counts, *total.shape, a.shape[1], a.stride(0), a.stride(1),
-        0 if order is None else order.shape[1], TILE=0 if live is None else live.tile, BLOCK_M=block_m, **tile,
-    )  # fmt: skip
+    accumulate_kernel[grid](a, b, total, *total.shape, a.shape[1], a.stride(0), a.stride(1), BLOCK_M=block_m, **tile)
 
 
 def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,20 +198,15 @@ def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 def _slopes(
     normed: Tensor, head: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, buffer: Tensor, rows: range, cols: range
-) -> tuple[Tensor, _Live | None, _Live | None]:
-    """The slopes of some rows and some of the vocabulary, within ``buffer``; which of their tiles, by rows and by
-    columns, are not negligible, or None where all are taken."""
+) -> Tensor:
+    """The slopes of some rows and some of the vocabulary, within ``buffer``."""
     slope, tile = buffer[: len(rows), : len(cols)], _row_tile(normed, len(rows), len(cols))
     grid = (triton.cdiv(len(rows), tile["ROWS"]), triton.cdiv(len(cols), tile["BLOCK_N"]))
-    skip_below = settings.negligible_gradient()
-    live = normed.new_empty(grid, dtype=torch.int32) if skip_below else None
     softmax_slope_kernel[grid](
-        normed, head, labels, lse, scale, slope, live, rows.start, rows.stop, cols.start, cols.stop, labels.shape[0],
-        normed.shape[1], buffer.stride(0), skip_below, SKIPS=live is not None, **tile,
+        normed, head, labels, lse, scale, slope, rows.start, rows.stop, cols.start, cols.stop, labels.shape[0],
+        normed.shape[1], buffer.stride(0), **tile,
     )  # fmt: skip
-    if live is None:
-        return slope, None, None
-    return slope, _Live.of(live, tile["BLOCK_N"]), _Live.of(live.T, tile["ROWS"])
+    return slope
 
 
 def _gradients(
@@ -273,10 +222,10 @@ def _gradients(
         strip = slice(cols.start, cols.stop)
         part = head.new_zeros(len(cols), depth, dtype=torch.float32)
         for some in _spans(rows, ROWS_AT_ONCE):
-            slope, by_row, by_column = _slopes(normed, head, labels, lse, scale, buffer, some, cols)
-            _accumulate(grad[some.start : some.stop], slope, head[strip], by_row)
+            slope = _slopes(normed, head, labels, lse, scale, buffer, some, cols)
+            _accumulate(grad[some.start : some.stop], slope, head[strip])
             if factor is not None:
-                _accumulate(part, slope.T, normed[some.start : some.stop], by_column)
+                _accumulate(part, slope.T, normed[some.start : some.stop])
         if factor is not None:
             grad_head[strip] = part.mul_(factor)
     return grad, grad_head

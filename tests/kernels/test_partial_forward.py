@@ -20,6 +20,7 @@ from .common import (
     assert_threads_agree,
     double,
     rope_tables,
+    run,
 )
 
 EPS = 1e-5
@@ -75,9 +76,9 @@ class Case:
 
     def run(self, start: int, end: int, hidden: Tensor | None = None) -> Tensor:
         slots = len(self.weights) // self.k_cache.shape[0]
-        return lk.partial_forward(
-            self.hidden if hidden is None else hidden, self.weights[start * slots : end * slots], self.k_cache,
-            self.v_cache, self.cos, self.sin, self.seq_lens, start, end, EPS,
+        return run(
+            "partial_forward", self.hidden if hidden is None else hidden, self.weights[start * slots : end * slots],
+            self.k_cache, self.v_cache, self.cos, self.sin, self.seq_lens, start, end, EPS,
         )  # fmt: skip
 
     @property

@@ -8,7 +8,7 @@ namespace {
 Tensor verify_attention_op(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                            const std::optional<Tensor>& slots) {
   const DeviceScope scope(q_in, {&k_cache, &v_cache, &seq_lens, slots ? &*slots : &seq_lens});
-  STD_TORCH_CHECK(q_in.dim() == 4 && k_cache.dim() == 4, "q and the cache must have rank 4");
+  LSK_REQUIRE(q_in.dim() == 4 && k_cache.dim() == 4, "q and the cache must have rank 4");
   const Tensor q = contiguous(q_in);
   const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3), width = heads * size;
   check_head_size(size);

@@ -15,9 +15,9 @@ std::tuple<Tensor, Tensor, Tensor> exit_head_op(const Tensor& hidden_in, const T
                                                 const std::optional<Tensor>& logits) {
   const DeviceScope scope(hidden_in, {&norm_weight, &head_weight});
   check_device(hidden_in, {&token_map, &scale, &temperature, &seed, &offset, &logits});
-  STD_TORCH_CHECK(hidden_in.dim() == 2 && head_weight.dim() == 2, "hidden and head_weight must have rank 2");
-  STD_TORCH_CHECK(!temperature.has_value() || (seed.has_value() && offset.has_value()),
-                  "temperature needs seed and offset");
+  LSK_REQUIRE(hidden_in.dim() == 2 && head_weight.dim() == 2, "hidden and head_weight must have rank 2");
+  LSK_REQUIRE(!temperature.has_value() || (seed.has_value() && offset.has_value()),
+              "temperature needs seed and offset");
   const Tensor hidden = contiguous(hidden_in);
   const int64_t rows = hidden.size(0), width = hidden.size(1), vocabulary = head_weight.size(0);
   check_sizes({rows});

@@ -9,9 +9,9 @@ Tensor partial_forward_op(const Tensor& hidden_in, const std::vector<Tensor>& we
                           const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens,
                           int64_t start, int64_t end, double eps, const std::optional<Tensor>& slots) {
   const DeviceScope scope(hidden_in, {&k_cache, &v_cache, &cos, &sin, &seq_lens, slots ? &*slots : &seq_lens});
-  STD_TORCH_CHECK(hidden_in.dim() == 3 && k_cache.dim() == 5, "hidden must have rank 3, the cache 5");
-  STD_TORCH_CHECK(0 <= start && start <= end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
-                  k_cache.size(0));
+  LSK_REQUIRE(hidden_in.dim() == 3 && k_cache.dim() == 5, "hidden must have rank 3, the cache 5");
+  LSK_REQUIRE(0 <= start && start <= end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
+              k_cache.size(0));
   const Tensor hidden = contiguous(hidden_in);
   if (start == end || hidden.numel() == 0) return torch::stable::clone(hidden);
   Tensor out = torch::stable::empty_like(hidden);

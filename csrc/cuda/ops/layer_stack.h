@@ -47,14 +47,14 @@ struct LayerStack {
 
   // The sizes for `rows` rows of `width` for each of `batch` sequences, checked; start < end.
   ForwardShape shape(int64_t batch, int64_t rows, int64_t width) const {
-    STD_TORCH_CHECK(k_cache.dim() == 5 && cos.dim() == 2, "the cache must have rank 5, cos 2");
+    LSK_REQUIRE(k_cache.dim() == 5 && cos.dim() == 2, "the cache must have rank 5, cos 2");
     const int64_t count = end - start, size = k_cache.size(4);
-    STD_TORCH_CHECK(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
-                    k_cache.size(0));
+    LSK_REQUIRE(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
+                k_cache.size(0));
     const int64_t each = tensors_per_layer();
-    STD_TORCH_CHECK((each == kRequired || each == kAll) && each * count == static_cast<int64_t>(weights.size()), "got ",
-                    weights.size(), " weights for ", count, " layers");
-    STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
+    LSK_REQUIRE((each == kRequired || each == kAll) && each * count == static_cast<int64_t>(weights.size()), "got ",
+                weights.size(), " weights for ", count, " layers");
+    LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
     check_head_size(size);
     const ForwardShape out{
         batch,           rows,           width, weights[1].size(0) / size, k_cache.size(2), size, weights[6].size(0),
@@ -62,11 +62,11 @@ struct LayerStack {
     check_groups(out.heads, out.groups);
     check_planes(batch, out.groups);
     check_sizes({width, out.queries(), out.features, out.capacity, batch, rows});
-    STD_TORCH_CHECK(slots.has_value() || out.slot_count == batch, "the cache has ", out.slot_count, " rows for ", batch,
-                    " sequences, and no slots are given");
-    STD_TORCH_CHECK(rows <= out.capacity, rows, " rows do not fit a cache of capacity ", out.capacity);
-    STD_TORCH_CHECK(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
-                    out.capacity);
+    LSK_REQUIRE(slots.has_value() || out.slot_count == batch, "the cache has ", out.slot_count, " rows for ", batch,
+                " sequences, and no slots are given");
+    LSK_REQUIRE(rows <= out.capacity, rows, " rows do not fit a cache of capacity ", out.capacity);
+    LSK_REQUIRE(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
+                out.capacity);
     return out;
   }
 
@@ -76,8 +76,8 @@ struct LayerStack {
     T* keys = data<T>(k_cache, "k_cache", {depth, s.slot_count, s.groups, s.capacity, s.size});
     T* values = data<T>(v_cache, "v_cache", {depth, s.slot_count, s.groups, s.capacity, s.size});
     for (const Tensor& weight : weights)
-      STD_TORCH_CHECK(weight.is_cuda() && weight.get_device_index() == k_cache.get_device_index(),
-                      "expected all weights on the device of the cache");
+      LSK_REQUIRE(weight.is_cuda() && weight.get_device_index() == k_cache.get_device_index(),
+                  "expected all weights on the device of the cache");
     std::vector<LayerWeights<T>> out;
     for (int64_t l = start; l < end; ++l) {
       const int64_t each = tensors_per_layer();

@@ -9,7 +9,7 @@ Tensor rope_kv_append_op(const Tensor& q_in, const Tensor& k_in, const Tensor& v
                          const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                          const std::optional<Tensor>& slots) {
   const DeviceScope scope(q_in, {&k_in, &v_in, &cos, &sin, &k_cache, &v_cache, &seq_lens, slots ? &*slots : &seq_lens});
-  STD_TORCH_CHECK(q_in.dim() == 4 && k_in.dim() == 4 && k_cache.dim() == 4, "q, k and the cache must have rank 4");
+  LSK_REQUIRE(q_in.dim() == 4 && k_in.dim() == 4 && k_cache.dim() == 4, "q, k and the cache must have rank 4");
   const Tensor q = contiguous(q_in), k = contiguous(k_in), v = contiguous(v_in);
   const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3), groups = k.size(2);
   const int64_t positions = cos.size(0);
@@ -17,9 +17,9 @@ Tensor rope_kv_append_op(const Tensor& q_in, const Tensor& k_in, const Tensor& v
   Tensor out = torch::stable::empty_like(q);
   with_device_type(q.scalar_type(), [&]<class T>(T*) {
     const Cache<T> cache = cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, size);
-    STD_TORCH_CHECK(cache.groups == groups, "k has ", groups, " key/value heads, the cache ", cache.groups);
-    STD_TORCH_CHECK(positions >= cache.capacity, "cos has ", positions, " positions, the cache's capacity is ",
-                    cache.capacity);
+    LSK_REQUIRE(cache.groups == groups, "k has ", groups, " key/value heads, the cache ", cache.groups);
+    LSK_REQUIRE(positions >= cache.capacity, "cos has ", positions, " positions, the cache's capacity is ",
+                cache.capacity);
     RopeArgs<T> args{};
     args.q = {data<T>(q, "q", {batch, rows, heads, size}), heads * size};
     args.k = {data<T>(k, "k", {batch, rows, groups, size}), groups * size};

@@ -25,7 +25,7 @@ struct Logits {
   SampledScratch scratch;
 
   Logits(const Drafting& drafting, const Heads& heads)
-      : draft(room(drafting, drafting.steps, heads.few())),
+      : draft(room(drafting, drafting.num_speculations, heads.few())),
         target(room(drafting, drafting.rows(), heads.many())),
         scratch(drafting.tokens, heads.few(), heads.many(), heads.map.has_value()) {}
 
@@ -91,19 +91,20 @@ void run(const DeviceScope& scope, const Drafting& drafting, const Depths& depth
 std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
     const Tensor& token_in, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& k_cache,
     const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens, int64_t exit_layer,
-    const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t steps,
-    const std::optional<Tensor>& draft_weight, const std::optional<Tensor>& draft_map,
-    const std::optional<Tensor>& draft_scale, const std::optional<Tensor>& slots, double min_probability,
+    const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t num_speculations,
+    const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
+    const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
     const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed) {
   const DeviceScope scope(token_in,
                           {&embedding, &k_cache, &v_cache, &cos, &sin, &seq_lens, &norm_weight, &head_weight});
-  check_device(token_in, {&draft_weight, &draft_map, &draft_scale, &slots, &temperature, &seed});
+  check_device(token_in, {&draft_head_weight, &draft_token_map, &draft_head_scale, &slots, &temperature, &seed});
   const int64_t depth = k_cache.size(0), each = depth > 0 ? static_cast<int64_t>(weights.size()) / depth : 0;
-  STD_TORCH_CHECK(1 <= exit_layer && exit_layer <= depth, "exit_layer ", exit_layer, " of ", depth, " layers");
-  STD_TORCH_CHECK(!temperature.has_value() || seed.has_value(), "temperature needs seed");
+  LSK_REQUIRE(1 <= exit_layer && exit_layer <= depth, "exit_layer ", exit_layer, " of ", depth, " layers");
+  LSK_REQUIRE(!temperature.has_value() || seed.has_value(), "temperature needs seed");
   const Tensor token = contiguous(token_in);
-  const Heads heads{norm_weight, head_weight, draft_weight ? *draft_weight : head_weight, draft_map, draft_scale, eps};
-  const Drafting drafting(token, embedding, steps, true, min_probability);
+  const Heads heads{norm_weight,     head_weight,      draft_head_weight ? *draft_head_weight : head_weight,
+                    draft_token_map, draft_head_scale, eps};
+  const Drafting drafting(token, embedding, num_speculations, true, draft_threshold);
   Verified out(drafting, heads, seq_lens, temperature.has_value());
   if (token.size(0) == 0) return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
   const auto middle = weights.begin() + each * exit_layer;
@@ -113,9 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
   SampledArgs sampled{};
   if (out.logits != nullptr) {
     sampled = out.logits->scratch.args(drafting.tokens, out.logits->draft, out.logits->target, seq_lens, *temperature,
-                                       *seed, draft_map, out.accepted, out.next_token);
+                                       *seed, draft_token_map, out.accepted, out.next_token);
   }
-  with_head_types(embedding.scalar_type(), draft_scale.has_value(),
+  with_head_types(embedding.scalar_type(), draft_head_scale.has_value(),
                   [&]<class T, class W>(T*, W*) { run<T, W>(scope, drafting, depths, heads, out, sampled); });
   return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
 }

@@ -17,8 +17,8 @@ class SampledScratch {
         picks_(scratch_bytes(draft, draft.size(0) * stretches_ * bytes<Pick>())),
         inverse_(scratch_bytes(draft, mapped ? many * bytes<int>() : 0)),
         mapped_(mapped) {
-    STD_TORCH_CHECK(few > 0 && many > 0, "a head has no rows");
-    STD_TORCH_CHECK(mapped || few == many, "a draft's head of ", few, " rows for ", many, " tokens needs a token_map");
+    LSK_REQUIRE(few > 0 && many > 0, "a head has no rows");
+    LSK_REQUIRE(mapped || few == many, "a draft's head of ", few, " rows for ", many, " tokens needs a token_map");
     check_sizes({few, many});
   }
 

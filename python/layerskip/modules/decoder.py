@@ -8,11 +8,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import Draft, Round, draft, partial_forward, speculative_round
+from layerskip_kernels import (
+    Draft,
+    Head,
+    KVCache,
+    LayerWeights,
+    Noise,
+    Round,
+    draft,
+    partial_forward,
+    speculative_round,
+)
+from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 from layerskip_kernels.functional import check_layer_weights
 
 from ._prefill import prefill_layer
-from ._weights import OPTIONAL, REQUIRED, LayerWeights, reject_gradient, shared
+from ._weights import reject_gradient, shared
 from .cache import SharedKVCache
 from .head import EarlyExitHead
 
@@ -66,7 +77,7 @@ class PartialDepthDecoder(nn.Module):
         # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
         self._inv_freq, self._attention_scaling = inv_freq.detach().cpu(), float(attention_scaling)
         self._cos = self._sin = torch.empty(0, self.head_dim // 2)
-        self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL)
+        self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL_WEIGHTS)
         self._collect()
         self.register_load_state_dict_post_hook(lambda module, keys: module._collect())
 
@@ -145,17 +156,7 @@ class PartialDepthDecoder(nn.Module):
         self._check(hidden, cache, start, end)
         with torch.no_grad():
             return partial_forward(
-                hidden,
-                self.layer_weights(start, end),
-                cache.k,
-                cache.v,
-                self._cos,
-                self._sin,
-                cache.seq_lens if seq_lens is None else seq_lens,
-                start,
-                end,
-                self.eps,
-                slots,
+                hidden, self.layer_weights(start, end), self._places(cache, seq_lens, slots), start, end, self.eps
             )
 
     def draft(
@@ -203,12 +204,11 @@ class PartialDepthDecoder(nn.Module):
             If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
         self._check_exit(end, head)
-        lengths = cache.seq_lens if seq_lens is None else seq_lens
         with torch.no_grad():
             return draft(
-                token, embedding, self.layer_weights(0, end), cache.k, cache.v, self._cos, self._sin, lengths, end,
-                head.norm_weight, head.head_weight, self.eps, steps, extend, head.token_map, head.scale, slots, 0.0,
-                temperature, seed,
+                token, embedding, self.layer_weights(0, end), self._places(cache, seq_lens, slots), end,
+                Head(head.norm_weight, head.head_weight, head.token_map, head.scale), steps, extend=extend,
+                eps=self.eps, noise=_noise(temperature, seed),
             )  # fmt: skip
 
     def speculate(
@@ -256,13 +256,19 @@ class PartialDepthDecoder(nn.Module):
             If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
         self._check_exit(exit_layer, draft_head)
-        draft_weight = None if draft_head is head else draft_head.head_weight
+        norm, small = head.norm_weight, None
+        if draft_head is not head:
+            small = Head(norm, draft_head.head_weight, draft_head.token_map, draft_head.scale)
         with torch.no_grad():
             return speculative_round(
-                token, embedding, self._weights, cache.k, cache.v, self._cos, self._sin, seq_lens, exit_layer,
-                head.norm_weight, head.head_weight, self.eps, steps, draft_weight, draft_head.token_map,
-                draft_head.scale, slots, min_probability, temperature, seed,
+                token, embedding, self._weights, self._places(cache, seq_lens, slots), exit_layer,
+                Head(norm, head.head_weight), steps, draft_head=small, draft_threshold=min_probability, eps=self.eps,
+                noise=_noise(temperature, seed),
             )  # fmt: skip
+
+    def _places(self, cache: SharedKVCache, seq_lens: Tensor | None, slots: Tensor | None) -> KVCache:
+        lengths = cache.seq_lens if seq_lens is None else seq_lens
+        return KVCache(cache.k, cache.v, self._cos, self._sin, lengths, slots)
 
     def _check_exit(self, end: int, head: EarlyExitHead) -> None:
         if head.eps != self.eps:
@@ -342,7 +348,7 @@ class PartialDepthDecoder(nn.Module):
         """List the parameters flat, in the op's order; the objects themselves, so that the lists follow them."""
         held = cast("Iterable[nn.ParameterDict]", self.layers)
         self._by_layer = [LayerWeights(**dict(layer.items())) for layer in held]
-        names = REQUIRED + OPTIONAL if self._has_optional else REQUIRED
+        names = LayerWeights._fields if self._has_optional else REQUIRED_WEIGHTS
         first = self._by_layer[0].q
         absent = torch.empty(0, dtype=first.dtype, device=first.device)
         flat = [getattr(layer, name) for layer in self._by_layer for name in names]
@@ -355,6 +361,11 @@ class PartialDepthDecoder(nn.Module):
         self._collect()
         self._cos, self._sin = self._cos.to(self.device), self._sin.to(self.device)
         return self
+
+
+def _noise(temperature: Tensor | None, seed: Tensor | None) -> Noise | None:
+    """Both or none; the op refuses one without the other."""
+    return None if temperature is None and seed is None else Noise(temperature, seed)  # type: ignore[arg-type]
 
 
 def _hold(layer: LayerWeights) -> nn.ParameterDict:

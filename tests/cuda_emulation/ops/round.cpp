@@ -19,7 +19,7 @@ namespace {
 
 // In the order in which runners.py gives them.
 struct Sizes {
-  int64_t batch, width, heads, groups, size, features, capacity, slot_count, steps, extend, embedded, draft_vocabulary,
+  int64_t batch, width, heads, groups, size, features, capacity, slot_count, num_speculations, extend, embedded, draft_vocabulary,
       vocabulary, exit_layer, layers;
 
   ForwardShape shape(int64_t rows) const {
@@ -56,7 +56,7 @@ struct Model {
 struct DraftBuffers {
   const int64_t* token;
   const void* embedding;
-  float min_probability;
+  float draft_threshold;
   int64_t* tokens;
   void* states;
   float* probability;
@@ -69,9 +69,9 @@ struct DraftBuffers {
             s.batch,
             s.embedded,
             s.width,
-            s.steps,
+            s.num_speculations,
             s.extend != 0,
-            min_probability,
+            draft_threshold,
             tokens,
             static_cast<T*>(states),
             probability,
@@ -101,10 +101,10 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, voi
                 const int64_t* token_map, const float* scale, const float* temperature, const int64_t* seed,
                 float* logits, int64_t logits_pitch, int64_t step_pitch, int64_t* tokens, void* states,
                 float* probability, void* hidden, void* partial, void* memory, const Sizes* sizes, float eps,
-                float min_probability, int64_t dtype) {
+                float draft_threshold, int64_t dtype) {
   const Sizes& s = *sizes;
   const Model model{weights, caches, cos, sin, seq_lens, slots, eps};
-  const DraftBuffers buffers{token, embedding, min_probability, tokens, states, probability, hidden, partial};
+  const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
   return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
     const auto layers = model.layers<T>(0, s.exit_layer);
     const Layers<T> shallow = model.run<T>(layers, s.shape(1), memory);
@@ -123,10 +123,10 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
                             float* target_logits, int64_t* tokens, void* states, float* probability, void* hidden,
                             void* partial, void* memory, void* deep_memory, int64_t* target, float* scores,
                             int64_t* accepted, int64_t* next_token, void* rows, void* picks, int* inverse,
-                            const Sizes* sizes, float eps, float min_probability, int64_t dtype) {
+                            const Sizes* sizes, float eps, float draft_threshold, int64_t dtype) {
   const Sizes& s = *sizes;
   const Model model{weights, caches, cos, sin, seq_lens, slots, eps};
-  const DraftBuffers buffers{token, embedding, min_probability, tokens, states, probability, hidden, partial};
+  const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
   const SampledArgs sampled{tokens,
                             draft_logits,
                             target_logits,
@@ -137,7 +137,7 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
                             accepted,
                             next_token,
                             s.batch,
-                            s.steps,
+                            s.num_speculations,
                             s.draft_vocabulary,
                             s.vocabulary,
                             static_cast<Choice*>(rows),
@@ -150,7 +150,7 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
     const RoundArgs<T, W> args{
         buffers.args<T>(s),
         model.run<T>(shallow, s.shape(1), memory),
-        model.run<T>(deep, s.shape(s.steps + 1), deep_memory),
+        model.run<T>(deep, s.shape(s.num_speculations + 1), deep_memory),
         {own_norm, static_cast<const W*>(draft_head), scale, token_map, s.draft_vocabulary, s.width, eps},
         {own_norm, static_cast<const T*>(head), nullptr, nullptr, s.vocabulary, s.width, eps},
         static_cast<Choice*>(partial),

@@ -13,7 +13,7 @@ from torch import Tensor
 import layerskip_kernels as lk
 from layerskip_kernels.reference import exit_head_ref
 
-from ..common import Inputs, assert_as_good_as, assert_same_bits, double
+from ..common import Inputs, assert_as_good_as, assert_same_bits, double, run
 from ..examples import example
 from ..test_exit_head import arguments, eager
 from .test_cuda_round import copied
@@ -69,12 +69,12 @@ def test_a_round_is_captured(options: bool) -> None:
     theirs = copied(args)
     rounds = 2  # of up to K + 1 = 5 positions each, in a cache of 12
     with lk.use_backend("cuda"):
-        expected = [lk.speculative_round(*theirs.values()) for _ in range(rounds)]
+        expected = [run("speculative_round", *theirs.values()) for _ in range(rounds)]
         warm = copied(args)
-        lk.speculative_round(*warm.values())
+        run("speculative_round", *warm.values())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = lk.speculative_round(*args.values())
+            out = run("speculative_round", *args.values())
         for one in expected:
             graph.replay()
             assert_same_bits(tuple(out), tuple(one))
@@ -85,7 +85,7 @@ def test_a_round_is_captured(options: bool) -> None:
 def test_nothing_waits_for_the_host(options: bool) -> None:
     args = on_card(example("speculative_round", torch.bfloat16, options))
     with lk.use_backend("cuda"), without_syncs():
-        lk.speculative_round(*args.values())
+        run("speculative_round", *args.values())
 
 
 def test_samples_of_a_large_vocabulary() -> None:
