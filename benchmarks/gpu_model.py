@@ -11,10 +11,11 @@ from torch import Tensor
 import layerskip_kernels as lk
 from layerskip.models import LayerSkipModel
 from layerskip.modules import EarlyExitHead, LayerWeights, PartialDepthDecoder
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS
 
 EPS = 1e-5
 CACHE_CAPACITY, CACHE_LENGTH = 1024, 512
-SLOTS = len(LayerWeights._fields) - len(LayerWeights._field_defaults)  # tensors of a layer
+PER_LAYER = len(REQUIRED_WEIGHTS)  # tensors of a layer
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Model:
 
     def forward(self, hidden: Tensor, start: int, end: int) -> Tensor:
         """Layers [start, end), as `layerskip_kernels.partial_forward`."""
-        weights = self.weights[start * SLOTS : end * SLOTS]
+        weights = self.weights[start * PER_LAYER : end * PER_LAYER]
         return lk.partial_forward(hidden, weights, self.cache, start, end, EPS)
 
     def step(self, token: Tensor, noise: lk.Noise | None = None) -> Tensor:
@@ -89,13 +90,13 @@ class Model:
 
     def layer_bytes(self, start: int, end: int) -> int:
         """What layers [start, end) must read at least."""
-        weights = self.weights[start * SLOTS : end * SLOTS]
+        weights = self.weights[start * PER_LAYER : end * PER_LAYER]
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
     def decoder_model(self) -> LayerSkipModel:
         """The same weights as a model that `layerskip.SelfSpeculativeDecoder` takes."""
         shape = self.shape
-        layers = [LayerWeights(*self.weights[at : at + SLOTS]) for at in range(0, len(self.weights), SLOTS)]
+        layers = [LayerWeights(*self.weights[at : at + PER_LAYER]) for at in range(0, len(self.weights), PER_LAYER)]
         decoder = PartialDepthDecoder(layers, shape.groups, EPS, self.frequencies.float())
         config = SimpleNamespace(max_position_embeddings=CACHE_CAPACITY)
         return LayerSkipModel(self.head, decoder, EarlyExitHead(self.norm, self.head, EPS), config)

@@ -100,8 +100,8 @@ def partial_forward(a: Any) -> None:
     )
     _head_dim(head_dim)
     _eps(a.eps)
-    cached = batch if a.slots is None else None
-    _shaped("k_cache", a.k_cache, [num_layers, cached, None, None, head_dim], [a.hidden.dtype])
+    cache_rows = batch if a.slots is None else None
+    _shaped("k_cache", a.k_cache, [num_layers, cache_rows, None, None, head_dim], [a.hidden.dtype])
     _shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.hidden.dtype])
     _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     _slots(a.slots, batch, a.k_cache.shape[1])
@@ -258,12 +258,12 @@ def _layer_cache(a: Any) -> None:
     _same_device(a.q, k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens, slots=a.slots)
 
 
-def _slots(slots: Tensor | None, batch: int, cached: int) -> None:
+def _slots(slots: Tensor | None, batch: int, cache_rows: int) -> None:
     """Which of the cache's ``cached`` rows each of ``batch`` sequences uses."""
     if slots is not None:
         _shaped("slots", slots, [batch], [torch.int64])
         _dense(slots=slots)
-        _require(batch <= cached, f"slots has {batch} entries, the cache only {cached} rows")
+        _require(batch <= cache_rows, f"slots has {batch} entries, the cache only {cache_rows} rows")
 
 
 def _rope_tables(cos: Tensor, sin: Tensor, capacity: int, head_dim: int) -> None:

@@ -57,14 +57,14 @@ def _positions(seq_lens: Tensor, rows: int, capacity: int) -> Tensor:
     return positions
 
 
-def _cache_rows(slots: Tensor | None, batch: int, cached: int, device: torch.device) -> Tensor:
+def _cache_rows(slots: Tensor | None, batch: int, cache_rows: int, device: torch.device) -> Tensor:
     """The cache row of each sequence, [B]; raises where slots are not distinct rows of the cache."""
     if slots is None:
         return torch.arange(batch, device=device)
     if slots.device.type == "cpu":  # on a GPU this would be a host sync
         listed = slots.tolist()
-        if any(not 0 <= slot < cached for slot in listed) or len(set(listed)) < len(listed):
-            raise ValueError(f"slots must be distinct and in [0, {cached}), got {listed}")
+        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
+            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
     return slots
 
 

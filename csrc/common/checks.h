@@ -80,13 +80,13 @@ T* data(const std::optional<Tensor>& tensor, const char* name, std::initializer_
   return tensor.has_value() ? data<T>(*tensor, name, shape) : nullptr;
 }
 
-inline void check_head_size(int64_t size) {
+inline void check_head_dim(int64_t size) {
   LSK_REQUIRE(size % 8 == 0 && 8 <= size && size <= 256, "head size must be a multiple of 8 up to 256, got ", size);
 }
 
-inline void check_groups(int64_t heads, int64_t groups) {
-  LSK_REQUIRE(groups > 0 && heads % groups == 0, heads, " query heads are not a multiple of ", groups,
-              " key/value heads");
+inline void check_num_heads(int64_t num_heads, int64_t num_kv_heads) {
+  LSK_REQUIRE(num_kv_heads > 0 && num_heads % num_kv_heads == 0, num_heads, " query heads are not a multiple of ",
+              num_kv_heads, " key/value heads");
 }
 
 // Calls f with a null pointer of the storage type that `dtype` names.

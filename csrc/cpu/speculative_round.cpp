@@ -10,7 +10,7 @@ using torch::stable::narrow;
 using torch::stable::new_empty;
 using torch::stable::reshape;
 
-// The most drafts that a sequence has before the first slot that was not drafted: what verification needs rows for.
+// The most drafts that a sequence has before the first entry that was not drafted: what verification needs rows for.
 int64_t longest(const Tensor& tokens) {
   const int64_t batch = tokens.size(0), num_speculations = tokens.size(1);
   const int64_t* all = data<int64_t>(tokens, "tokens", {batch, num_speculations});
@@ -30,14 +30,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
     const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
     const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
     const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed) {
-  const int64_t depth = k_cache.size(0), batch = token.size(0), vocabulary = head_weight.size(0);
-  LSK_REQUIRE(1 <= exit_layer && exit_layer <= depth, "exit_layer must lie in [1, ", depth, "], got ", exit_layer);
-  LSK_REQUIRE(weights.size() % depth == 0, "got ", weights.size(), " weights for ", depth, " layers");
+  const int64_t num_layers = k_cache.size(0), batch = token.size(0), vocab_size = head_weight.size(0);
+  LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
+              exit_layer);
+  LSK_REQUIRE(weights.size() % num_layers == 0, "got ", weights.size(), " weights for ", num_layers, " layers");
   LSK_REQUIRE(draft_head_weight.has_value() || (!draft_token_map.has_value() && !draft_head_scale.has_value()),
               "draft_map and draft_scale need a draft_weight");
   LSK_REQUIRE(draft_threshold == 0 || !temperature.has_value(), "min_probability is ", draft_threshold,
               " with a temperature: dropping what was drawn because it is improbable would change the distribution");
-  const auto exit = weights.begin() + weights.size() / depth * exit_layer;
+  const auto exit = weights.begin() + weights.size() / num_layers * exit_layer;
   const std::vector<Tensor> shallow(weights.begin(), exit), deep(exit, weights.end());
   const Tensor& small = draft_head_weight.has_value() ? *draft_head_weight : head_weight;
   const bool samples = temperature.has_value();
@@ -49,14 +50,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
             draft_logits);
   const int64_t drafted = longest(tokens), rows = batch * (drafted + 1);
   const Tensor hidden = partial_forward(narrow(states, 1, 0, drafted + 1), deep, k_cache, v_cache, cos, sin, seq_lens,
-                                        exit_layer, depth, eps, slots);
-  if (samples) target_logits = new_empty(token, {rows, vocabulary}, ScalarType::Float);
+                                        exit_layer, num_layers, eps, slots);
+  if (samples) target_logits = new_empty(token, {rows, vocab_size}, ScalarType::Float);
   const Tensor target = std::get<0>(exit_head(reshape(hidden, {rows, hidden.size(2)}), norm_weight, head_weight, eps,
                                               {}, {}, {}, {}, {}, target_logits));
   const Tensor proposed = narrow(tokens, 1, 0, drafted);
   const auto [accepted, next_token] = samples
                                           ? accept_sampled(proposed, narrow(*draft_logits, 1, 0, drafted),
-                                                           reshape(*target_logits, {batch, drafted + 1, vocabulary}),
+                                                           reshape(*target_logits, {batch, drafted + 1, vocab_size}),
                                                            seq_lens, *temperature, *seed, draft_token_map)
                                           : accept_greedy(proposed, reshape(target, {batch, drafted + 1}), seq_lens);
   return {tokens, accepted, next_token, probability};

@@ -10,7 +10,7 @@ template <class T>
 struct DraftArgs {
   const int64_t* token;  // [B]
   const T* embedding;    // [Ve, D]
-  int64_t batch, vocabulary, width, num_speculations;
+  int64_t batch, vocab_size, hidden_size, num_speculations;
   bool extend;
   float draft_threshold;  // a draft less probable ends its sequence's drafts
   int64_t* tokens;        // [B, K]
@@ -20,7 +20,7 @@ struct DraftArgs {
   Choice* partial;        // scratch [B, head_tiles]
 
   __host__ __device__ int64_t rows() const { return num_speculations + (extend ? 1 : 0); }
-  __host__ __device__ Rows<T> state(int64_t row) const { return {states + row * width, rows() * width}; }
+  __host__ __device__ Rows<T> state(int64_t row) const { return {states + row * hidden_size, rows() * hidden_size}; }
 };
 
 // `count` layers, how they run on one row of each sequence (`args` less its in, out and ahead), and their scratch.

@@ -66,12 +66,12 @@ def check_positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
             raise ValueError(f"position {last if last >= capacity else first} is outside the cache's {capacity}")
 
 
-def check_slots(slots: Tensor | None, cached: int) -> None:
+def check_slots(slots: Tensor | None, cache_rows: int) -> None:
     """Raise where sequences do not have rows of the cache of their own; on a card such a row comes out as NaN, too."""
     if slots is not None and slots.device.type == "cpu":
         listed = slots.tolist()
-        if any(not 0 <= slot < cached for slot in listed) or len(set(listed)) < len(listed):
-            raise ValueError(f"slots must be distinct and in [0, {cached}), got {listed}")
+        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
+            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
 
 
 def check_temperature(temperature: Tensor | None) -> None:

@@ -29,7 +29,7 @@ PROGRAMS = 256  # of the norm's backward; each leaves one partial sum of the wei
 
 @triton.jit
 def early_exit_loss_kernel(
-    x_ptr, head_ptr, labels_ptr, peak_ptr, sum_ptr, own_ptr, rows, per_exit, vocabulary, depth,
+    x_ptr, head_ptr, labels_ptr, peak_ptr, sum_ptr, own_ptr, rows, per_exit, vocab_size, hidden_size,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -43,11 +43,11 @@ def early_exit_loss_kernel(
     for tile in range(GROUP):
         col = (tl.program_id(1) * GROUP + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         logits = row_dot(
-            x_ptr, head_ptr, row, col, row_ok, col < vocabulary, depth, 0, depth,
+            x_ptr, head_ptr, row, col, row_ok, col < vocab_size, hidden_size, 0, hidden_size,
             ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED,
         )  # fmt: skip
-        logits = tl.where((col < vocabulary)[None, :], logits, float("-inf"))
-        mine = (label[:, None] == col[None, :]) & (col < vocabulary)[None, :]
+        logits = tl.where((col < vocab_size)[None, :], logits, float("-inf"))
+        mine = (label[:, None] == col[None, :]) & (col < vocab_size)[None, :]
         tl.store(own_ptr + row, tl.sum(tl.where(mine, logits, 0.0), axis=1), mask=row_ok & (tl.max(mine, axis=1) > 0))
         higher = tl.maximum(peak, tl.max(logits, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -81,7 +81,7 @@ def early_exit_loss_finish_kernel(
 @triton.jit
 def softmax_slope_kernel(
     x_ptr, head_ptr, labels_ptr, lse_ptr, scale_ptr, slope_ptr, first_row, stop_row, first_col, stop_col,
-    per_exit, depth, stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    per_exit, hidden_size, stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """scale · (exp(z - lse) - [label]) of the rows and vocabulary [first, stop), into a buffer that starts there."""
@@ -90,7 +90,20 @@ def softmax_slope_kernel(
     row_ok, col_ok = row < stop_row, col < stop_col
     wait_for_inputs(PDL)
     logits = row_dot(
-        x_ptr, head_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED
+        x_ptr,
+        head_ptr,
+        row,
+        col,
+        row_ok,
+        col_ok,
+        hidden_size,
+        0,
+        hidden_size,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN,
+        INTERPRETED,
     )
     label = tl.load(labels_ptr + row % per_exit, mask=row_ok, other=-1)
     scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
@@ -125,25 +138,25 @@ def accumulate_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    grad_ptr, scale_ptr, x_ptr, weight_ptr, grad_x_ptr, part_ptr, rows, width, eps,
+    grad_ptr, scale_ptr, x_ptr, weight_ptr, grad_x_ptr, part_ptr, rows, hidden_size, eps,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """With g = grad · scale, r = 1/sqrt(mean x² + eps), u = g w: dx = r u - r³ x mean(u x); dw = Σ g r x over rows."""
     column = tl.arange(0, BLOCK)
-    ok = column < width
+    ok = column < hidden_size
     wait_for_inputs(PDL)
     weight = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        offset = (tl.zeros((BLOCK,), tl.int64) + row) * width + column
+        offset = (tl.zeros((BLOCK,), tl.int64) + row) * hidden_size + column
         x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offset, mask=ok, other=0.0).to(tl.float32) * tl.load(scale_ptr + row)
-        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / hidden_size + eps)
         scaled = grad * weight
-        shared = inverse * inverse * inverse * (tl.sum(scaled * x, axis=0) / width)
+        shared = inverse * inverse * inverse * (tl.sum(scaled * x, axis=0) / hidden_size)
         tl.store(grad_x_ptr + offset, (inverse * scaled - shared * x).to(grad_x_ptr.dtype.element_ty), mask=ok)
         grad_weight += grad * inverse * x
-    tl.store(part_ptr + tl.program_id(0).to(tl.int64) * width + column, grad_weight, mask=ok)
+    tl.store(part_ptr + tl.program_id(0).to(tl.int64) * hidden_size + column, grad_weight, mask=ok)
 
 
 def _tile(like: Tensor, rows: int, columns: int) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp [N R] of every row, and its label's logit: NaN where the label names no token."""
-    rows, depth = normed.shape
+    rows, hidden_size = normed.shape
     tile = _row_tile(normed, rows, head.shape[0])
     tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // 2)  # the running maxima and sums leave no registers for more
     groups = triton.cdiv(head.shape[0], tile["BLOCK_N"] * GROUP)
@@ -188,7 +201,7 @@ def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     own = normed.new_full((rows,), float("nan"), dtype=torch.float32)
     lse = torch.empty_like(own)
     early_exit_loss_kernel[(triton.cdiv(rows, tile["ROWS"]), groups)](
-        normed, head, labels, peak, mass, own, rows, labels.shape[0], head.shape[0], depth, GROUP=GROUP, **tile
+        normed, head, labels, peak, mass, own, rows, labels.shape[0], head.shape[0], hidden_size, GROUP=GROUP, **tile
     )
     early_exit_loss_finish_kernel[(triton.cdiv(rows, 128),)](
         peak, mass, lse, rows, groups, BLOCK=128, **launch_options(normed)
@@ -213,14 +226,14 @@ def _gradients(
     normed: Tensor, head: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ scale · CE to the normed rows, fp32 [N R, D], and, given a factor for it, to the head [V, D]."""
-    (rows, depth), vocabulary = normed.shape, head.shape[0]
+    (rows, hidden_size), vocab_size = normed.shape, head.shape[0]
     grad = torch.zeros_like(normed, dtype=torch.float32)
     grad_head = head.new_empty(0) if factor is None else torch.empty_like(head)
-    stride = triton.cdiv(min(vocabulary, VOCABULARY_AT_ONCE), 16) * 16
+    stride = triton.cdiv(min(vocab_size, VOCABULARY_AT_ONCE), 16) * 16
     buffer = normed.new_empty(min(rows, ROWS_AT_ONCE), stride)
-    for cols in _spans(vocabulary, VOCABULARY_AT_ONCE):
+    for cols in _spans(vocab_size, VOCABULARY_AT_ONCE):
         strip = slice(cols.start, cols.stop)
-        part = head.new_zeros(len(cols), depth, dtype=torch.float32)
+        part = head.new_zeros(len(cols), hidden_size, dtype=torch.float32)
         for some in _spans(rows, ROWS_AT_ONCE):
             slope = _slopes(normed, head, labels, lse, scale, buffer, some, cols)
             _accumulate(grad[some.start : some.stop], slope, head[strip])
@@ -233,12 +246,12 @@ def _gradients(
 
 def _norm_backward(grad: Tensor, scale: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of the norm's input and weight, for the gradient ``grad · scale`` of its output."""
-    rows, width = x.shape
+    rows, hidden_size = x.shape
     programs = min(rows, PROGRAMS)
-    grad_x, part = torch.empty_like(x), x.new_empty(programs, width, dtype=torch.float32)
+    grad_x, part = torch.empty_like(x), x.new_empty(programs, hidden_size, dtype=torch.float32)
     rms_norm_backward_kernel[(programs,)](
-        grad, scale, x, weight, grad_x, part, rows, width, eps, BLOCK=power_of_two(width),
-        num_warps=min(16, max(4, width // 512)), **launch_options(x),
+        grad, scale, x, weight, grad_x, part, rows, hidden_size, eps, BLOCK=power_of_two(hidden_size),
+        num_warps=min(16, max(4, hidden_size // 512)), **launch_options(x),
     )  # fmt: skip
     return grad_x, part.sum(0).to(weight.dtype)
 
@@ -255,14 +268,14 @@ def early_exit_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.early_exit_loss`. On a card a label that names no token makes the loss NaN."""
     check_labels(labels, head_weight.shape[0], ignore_index)
-    exits, rows, width = hiddens.shape
+    exits, rows, hidden_size = hiddens.shape
     labels = labels.contiguous()
     valid, count = label_counts(labels, ignore_index)
     if not exits * rows:
         exit_losses = hiddens.new_zeros(exits, dtype=torch.float32)
         return exit_losses.sum(), exit_losses, exit_losses.new_empty(exits, rows), torch.empty_like(hiddens)
     with on(hiddens):
-        normed = rms_norm(hiddens.reshape(-1, width), norm_weight, eps)
+        normed = rms_norm(hiddens.reshape(-1, hidden_size), norm_weight, eps)
         lse, own = _softmax(normed, head_weight, labels)
         slope = hiddens.new_empty(0)
         if with_slope:
@@ -286,13 +299,13 @@ def early_exit_loss_backward(
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's backward; ``slope`` spares the pass over the head where the head needs no gradient."""
-    exits, rows, width = hiddens.shape
+    exits, rows, hidden_size = hiddens.shape
     valid, count = label_counts(labels, ignore_index)
     scale = ((grad * exit_weights / count)[:, None] * valid).float().flatten()  # [N R]
     if not exits * rows:
         none = torch.zeros_like(head_weight) if head_grad else head_weight.new_empty(0)
         return torch.zeros_like(hiddens), torch.zeros_like(norm_weight), none
-    x, norm_weight = hiddens.reshape(-1, width).contiguous(), norm_weight.contiguous()
+    x, norm_weight = hiddens.reshape(-1, hidden_size).contiguous(), norm_weight.contiguous()
     grad_head = head_weight.new_empty(0)
     with on(hiddens):
         if head_grad or slope.numel() == 0:
@@ -303,6 +316,6 @@ def early_exit_loss_backward(
             grad_normed, grad_head = _gradients(normed, head_weight, *flat, largest if head_grad else None)
             scale = largest.expand_as(scale).contiguous()
         else:
-            grad_normed = slope.contiguous().view(-1, width)
+            grad_normed = slope.contiguous().view(-1, hidden_size)
         grad_hiddens, grad_norm = _norm_backward(grad_normed, scale, x, norm_weight, eps)
     return grad_hiddens.view(hiddens.shape), grad_norm, grad_head

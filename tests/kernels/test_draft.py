@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip_kernels.rounds import compose_draft
 
 from .common import DTYPES, PATHS, Inputs, assert_same_bits, assert_threads_agree, run, running_on
 from .examples import EPS, SIZES, example
@@ -64,6 +65,18 @@ def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, steps: 
     assert_same_draft(drafted, expected)
     assert_same_bits((args["k_cache"], args["v_cache"]), (other["k_cache"], other["v_cache"]))
     assert torch.equal(args["seq_lens"], example("draft")["seq_lens"]), "lengths are not advanced"
+
+
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_native_op_is_the_composite_in_python(isa: str, dtype: torch.dtype, options: bool) -> None:
+    """`compose_draft` over the native ops, with a threshold that ends some drafts where ``options`` are."""
+    args, other = (example("draft", dtype, options) for _ in range(2))
+    ops = {op: getattr(torch.ops.layerskip_native, op) for op in ("partial_forward", "exit_head")}
+    drafted, expected = run("draft", *args.values()), compose_draft(ops, *other.values())
+    assert_same_draft(drafted, expected)
+    written = ("k_cache", "v_cache", *(("logits",) if options else ()))
+    assert_same_bits([args[name] for name in written], [other[name] for name in written])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

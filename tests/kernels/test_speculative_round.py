@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip_kernels.rounds import compose_round
 
 from .common import (
     DTYPES,
@@ -81,6 +82,18 @@ def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, draft_t
             assert_same_result(path, args[name][:, row, :, :length], other[name][:, row, :, :length])
 
 
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_native_op_is_the_composite_in_python(isa: str, dtype: torch.dtype, options: bool) -> None:
+    """`compose_round` over the native ops: the same results, and the same bits in everything that is written."""
+    args, other = (example("speculative_round", dtype, options) for _ in range(2))
+    names = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
+    ops = {op: getattr(torch.ops.layerskip_native, op) for op in names}
+    out, expected = run("speculative_round", *args.values()), compose_round(ops, *other.values())
+    assert_same_bits(tuple(out), expected)
+    assert_same_bits([args[name] for name in IN_PLACE], [other[name] for name in IN_PLACE])
+
+
 @pytest.mark.parametrize("change", [{"num_speculations": 0}, {"exit_layer": SIZES["L"]}])
 def test_edges(path: str, change: dict[str, int]) -> None:
     """No drafts at all is one step of the whole model; an exit after the last layer leaves no deep ones."""
@@ -132,15 +145,15 @@ def test_a_model_that_is_not_finite_says_so(path: str) -> None:
 
 def tiny_model(batch: int) -> dict[str, Any]:
     """Two layers and eleven tokens, the draft's head knows seven of them; many sequences of one token."""
-    make, size, vocabulary = Inputs(torch.float32, seed=2), 8, 11
+    make, size, vocab_size = Inputs(torch.float32, seed=2), 8, 11
     shapes = [(8,), (8, 8), (8, 8), (8, 8), (8, 8), (8,), (12, 8), (12, 8), (8, 12)]
     weights = [make.norm(8) if len(shape) == 1 else make.weight(*shape) for _ in range(2) for shape in shapes]
     cos, sin = rope_tables(6, size)
     return {
-        "token": torch.full((batch,), 3), "embedding": make.normal(vocabulary, 8), "weights": weights,
+        "token": torch.full((batch,), 3), "embedding": make.normal(vocab_size, 8), "weights": weights,
         "k_cache": torch.zeros(2, batch, 1, 6, size), "v_cache": torch.zeros(2, batch, 1, 6, size), "cos": cos,
         "sin": sin, "seq_lens": torch.zeros(batch, dtype=torch.int64), "exit_layer": 1, "norm_weight": make.norm(8),
-        "head_weight": make.weight(vocabulary, 8), "eps": EPS, "num_speculations": 2,
+        "head_weight": make.weight(vocab_size, 8), "eps": EPS, "num_speculations": 2,
     }  # fmt: skip
 
 

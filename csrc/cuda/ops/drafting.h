@@ -30,20 +30,20 @@ struct Drafting {
 
   // Of the layers that run on one row of each sequence at a time.
   ForwardShape shape(const LayerStack& stack) const {
-    const ForwardShape out = stack.shape(token.size(0), 1, embedding.size(1));
+    const ForwardShape out = forward_shape(stack, token.size(0), 1, embedding.size(1));
     LSK_REQUIRE(rows() <= out.capacity, rows(), " rows do not fit a cache of capacity ", out.capacity);
     return out;
   }
 
   template <class T>
   DraftArgs<T> args(const Tensor& partial) const {
-    const int64_t batch = token.size(0), vocabulary = embedding.size(0), width = embedding.size(1);
-    LSK_REQUIRE(vocabulary > 0, "embedding has no rows");
+    const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = embedding.size(1);
+    LSK_REQUIRE(vocab_size > 0, "embedding has no rows");
     return {data<int64_t>(token, "token", {batch}),
-            data<T>(embedding, "embedding", {vocabulary, width}),
+            data<T>(embedding, "embedding", {vocab_size, hidden_size}),
             batch,
-            vocabulary,
-            width,
+            vocab_size,
+            hidden_size,
             num_speculations,
             extend,
             draft_threshold,
@@ -65,7 +65,7 @@ struct Drafting {
 template <class T>
 Layers<T> layers_of(const LayerStack& stack, const std::vector<LayerWeights<T>>& layers, const ForwardShape& shape,
                     const Tensor& memory) {
-  return {layers.data(), static_cast<int64_t>(layers.size()), stack.args<T>(shape),
+  return {layers.data(), static_cast<int64_t>(layers.size()), forward_args<T>(stack, shape),
           ForwardScratch<T>(shape, memory.data_ptr())};
 }
 

@@ -16,15 +16,15 @@ Tensor partial_forward_op(const Tensor& hidden_in, const std::vector<Tensor>& we
   if (start == end || hidden.numel() == 0) return torch::stable::clone(hidden);
   Tensor out = torch::stable::empty_like(hidden);
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, start, end, eps};
-  const int64_t width = hidden.size(2);
-  const ForwardShape shape = stack.shape(hidden.size(0), hidden.size(1), width);
+  const int64_t hidden_size = hidden.size(2);
+  const ForwardShape shape = forward_shape(stack, hidden.size(0), hidden.size(1), hidden_size);
   with_device_type(hidden.scalar_type(), [&]<class T>(T*) {
     const std::vector<LayerWeights<T>> layers = stack.layers<T>(shape);
     const Tensor memory = scratch_bytes(hidden, ForwardScratch<T>::bytes(shape));
     const ForwardScratch<T> scratch(shape, memory.data_ptr());
-    ForwardArgs<T> args = stack.args<T>(shape);
-    args.in = {static_cast<const T*>(hidden.data_ptr()), width};
-    args.out = {static_cast<T*>(out.data_ptr()), width};
+    ForwardArgs<T> args = forward_args<T>(stack, shape);
+    args.in = {static_cast<const T*>(hidden.data_ptr()), hidden_size};
+    args.out = {static_cast<T*>(out.data_ptr()), hidden_size};
     Chain chain(scope.stream());
     check_launch("partial_forward", clear_tickets(chain, scratch.attention, memory.data_ptr()));
     check_launch("partial_forward", forward<T>(chain, args, layers.data(), end - start, scratch));

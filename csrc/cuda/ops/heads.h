@@ -28,18 +28,18 @@ void with_head_types(ScalarType dtype, bool int8, F f) {
 }
 
 template <class T, class W>
-Head<T, W> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t width, double eps,
+Head<T, W> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hidden_size, double eps,
                    const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale) {
-  const int64_t vocabulary = head_weight.size(0);
-  LSK_REQUIRE(vocabulary > 0, "head_weight has no rows");
+  const int64_t vocab_size = head_weight.size(0);
+  LSK_REQUIRE(vocab_size > 0, "head_weight has no rows");
   LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
-  check_sizes({vocabulary, width});
-  return {data<T>(norm_weight, "norm_weight", {width}),
-          data<W>(head_weight, "head_weight", {vocabulary, width}),
-          data<float>(scale, "scale", {vocabulary}),
-          data<int64_t>(token_map, "token_map", {vocabulary}),
-          vocabulary,
-          width,
+  check_sizes({vocab_size, hidden_size});
+  return {data<T>(norm_weight, "norm_weight", {hidden_size}),
+          data<W>(head_weight, "head_weight", {vocab_size, hidden_size}),
+          data<float>(scale, "scale", {vocab_size}),
+          data<int64_t>(token_map, "token_map", {vocab_size}),
+          vocab_size,
+          hidden_size,
           static_cast<float>(eps)};
 }
 
@@ -60,12 +60,12 @@ inline float* writable_logits(const std::optional<Tensor>& logits, std::initiali
 }
 
 // Room for what the tiles of a head leave of `rows` states.
-inline Tensor partial_choices(const Tensor& like, int64_t rows, int64_t vocabulary) {
-  return scratch_bytes(like, rows * head_tiles(vocabulary) * static_cast<int64_t>(sizeof(Choice)));
+inline Tensor partial_choices(const Tensor& like, int64_t rows, int64_t vocab_size) {
+  return scratch_bytes(like, rows * head_tiles(vocab_size) * static_cast<int64_t>(sizeof(Choice)));
 }
 
-inline void check_head_launch(const char* op, int64_t width, cudaError_t status) {
-  LSK_REQUIRE(status != cudaErrorInvalidConfiguration, op, " cannot hold a state of width ", width,
+inline void check_head_launch(const char* op, int64_t hidden_size, cudaError_t status) {
+  LSK_REQUIRE(status != cudaErrorInvalidConfiguration, op, " cannot hold a state of width ", hidden_size,
               " in this card's shared memory; use the backend \"triton\" or \"reference\"");
   check_launch(op, status);
 }

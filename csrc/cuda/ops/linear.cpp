@@ -31,14 +31,15 @@ Tensor swiglu_op(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
   const DeviceScope scope(x_in, {&gate, &up});
   LSK_REQUIRE(x_in.dim() == 2 && gate.dim() == 2, "x and gate must have rank 2");
   const Tensor x = contiguous(x_in);
-  const int64_t rows = x.size(0), depth = x.size(1), features = gate.size(0);
-  check_sizes({depth, features});
-  Tensor out = new_empty(x, {rows, features});
+  const int64_t rows = x.size(0), depth = x.size(1), intermediate_size = gate.size(0);
+  check_sizes({depth, intermediate_size});
+  Tensor out = new_empty(x, {rows, intermediate_size});
   with_device_type(x.scalar_type(), [&]<class T>(T*) {
     Chain chain(scope.stream());
     check_launch("swiglu", swiglu<T>(chain, {data<T>(x, "x", {rows, depth}), depth}, nullptr, 0.0f,
-                                     data<T>(gate, "gate", {features, depth}), data<T>(up, "up", {features, depth}),
-                                     rows, depth, features, {static_cast<T*>(out.data_ptr()), features}));
+                                     data<T>(gate, "gate", {intermediate_size, depth}),
+                                     data<T>(up, "up", {intermediate_size, depth}), rows, depth, intermediate_size,
+                                     {static_cast<T*>(out.data_ptr()), intermediate_size}));
   });
   return out;
 }

@@ -21,7 +21,7 @@ from .layers import EmulatedLayers
 
 HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
 STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept.h
-LAYER_TENSORS = 14  # the optional ones included
+WEIGHTS_PER_LAYER = 14  # the optional ones included
 
 
 def _void(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
@@ -51,13 +51,13 @@ class Emulated(EmulatedLayers):
         scale: Tensor | None = None, temperature: Tensor | None = None, seed: Tensor | None = None,
         offset: Tensor | None = None, logits: Tensor | None = None,
     ) -> lk.ExitOutput:  # fmt: skip
-        rows, (vocabulary, width) = hidden.shape[0], weight.shape
-        partial = _void(rows, -(-vocabulary // HEAD_TILE), CHOICE_WORDS)
+        rows, (vocab_size, width) = hidden.shape[0], weight.shape
+        partial = _void(rows, -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
         out = (_void(rows, like=torch.int64), _void(rows), _void(rows))
         pitch = 0 if logits is None else logits.stride(0)
         self.call(
             "exit_head", "exit_head", hidden, hidden.stride(0), norm, weight, float(eps), token_map, scale, temperature,
-            seed, offset, logits, pitch, partial, *out, rows, vocabulary, width, hidden.dtype,
+            seed, offset, logits, pitch, partial, *out, rows, vocab_size, width, hidden.dtype,
             writes=[partial, *out] + ([] if logits is None else [logits]),
         )  # fmt: skip
         return lk.ExitOutput(*out)
@@ -144,26 +144,29 @@ class _Model:
         self.embedding, self.layers, self.like = embedding, layers, weights
         self.weights: list[Tensor | None] = []
         for first in range(0, len(weights), each):
-            self.weights += [*optional[first : first + each], *[None] * (LAYER_TENSORS - each)]
+            self.weights += [*optional[first : first + each], *[None] * (WEIGHTS_PER_LAYER - each)]
         self.caches = [cache[layer] for layer in range(layers) for cache in (k_cache, v_cache)]
         self.cached = k_cache.shape
 
-    def sizes(self, batch: int, steps: int, extend: bool, few: int, many: int, exit_layer: int) -> Tensor:
-        _, slots, groups, capacity, size = self.cached
-        vocabulary, width = self.embedding.shape
-        heads, features = len(self.like[1]) // size, len(self.like[6])
+    def sizes(
+        self, batch: int, steps: int, extend: bool, draft_vocab_size: int, vocab_size: int, exit_layer: int
+    ) -> Tensor:
+        """In the order of `Sizes` in tests/cuda_emulation/ops/round.cpp."""
+        _, cache_rows, num_kv_heads, capacity, head_dim = self.cached
+        embedded, hidden_size = self.embedding.shape
+        num_heads, intermediate_size = len(self.like[1]) // head_dim, len(self.like[6])
         return torch.tensor(
-            [batch, width, heads, groups, size, features, capacity, slots, steps, extend, vocabulary, few, many,
-             exit_layer, self.layers]
+            [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows, steps,
+             extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers]
         )  # fmt: skip
 
     def draft_buffers(
-        self, batch: int, steps: int, extend: bool, vocabulary: int
+        self, batch: int, steps: int, extend: bool, vocab_size: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
         """Tokens, states and probability; the scratch of a draft, of K + 1 rows where it is verified."""
         width, dtype = self.embedding.shape[1], self.embedding.dtype
         states = _void(batch, steps + extend, width, like=dtype)
-        partial = _void(batch * (steps + 1), -(-vocabulary // HEAD_TILE), CHOICE_WORDS)
+        partial = _void(batch * (steps + 1), -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
         out = (_void(batch, steps, like=torch.int64), states, _void(batch, steps))
         return out, [_void(batch, width, like=dtype), partial]
 

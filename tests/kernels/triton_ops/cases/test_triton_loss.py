@@ -18,13 +18,13 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LEAVES = ("hiddens", "norm_weight", "head_weight", "exit_weights")
 
 
-def make(exits: int, rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict:
-    labels = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(4))
+def make(exits: int, rows: int, width: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> dict:
+    labels = torch.randint(0, vocab_size, (rows,), generator=torch.Generator().manual_seed(4))
     labels[rows // 2 : rows // 2 + rows // 4] = -100
     return {
         "hiddens": normal(0, exits, rows, width, dtype=dtype, device=device, by=2.0),
         "norm_weight": normal(1, width, dtype=dtype, device=device),
-        "head_weight": normal(2, vocabulary, width, dtype=dtype, device=device, by=width**-0.5),
+        "head_weight": normal(2, vocab_size, width, dtype=dtype, device=device, by=width**-0.5),
         "labels": labels.to(device),
         "exit_weights": torch.linspace(0.2, 1.0, exits, device=device),
     }
