@@ -219,7 +219,7 @@ def decode_cases(model: Model) -> Iterator[Result]:
     token = torch.zeros(1, dtype=torch.int64, device=model.device)
     drafted, name = model.shape.draft, model.shape.name
     for backend in BACKENDS:
-        for how, noise in (("greedy", (None, None)), ("drawn", model.noise())):
+        for how, noise in (("greedy", None), ("drawn", model.noise())):
             try:
                 step = milliseconds(on_backend(backend, lambda noise=noise: model.step(token, noise)))
                 round_ = milliseconds(on_backend(backend, lambda noise=noise: model.round(token, noise)))

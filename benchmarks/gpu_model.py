@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
-from layerskip.models import EarlyExitHead, LayerSkipModel, LayerWeights, PartialDepthDecoder
+from layerskip.models import EarlyExitHead, LayerSkipModel, PartialDepthDecoder
+from layerskip_kernels import LayerWeights
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS
 
 EPS = 1e-5
 CACHE_CAPACITY, CACHE_LENGTH = 1024, 512
-SLOTS = len(LayerWeights._fields) - len(LayerWeights._field_defaults)  # tensors of a layer
-Noise = tuple[Tensor, Tensor] | tuple[None, None]
+PER_LAYER = len(REQUIRED_WEIGHTS)  # tensors of a layer
 
 
 @dataclass(frozen=True)
@@ -61,40 +62,41 @@ class Model:
         """Normal entries of a weight's usual size."""
         return torch.randn(size, device=self.device, dtype=self.dtype) * size[-1] ** -0.5
 
-    def noise(self, rows: int = 1) -> Noise:
+    def noise(self, rows: int = 1) -> lk.Noise:
         """A temperature of 0.8 and a seed for each row."""
         seed = torch.arange(rows, device=self.device)
-        return torch.full((rows,), 0.8, device=self.device), seed
+        return lk.Noise(torch.full((rows,), 0.8, device=self.device), seed)
 
     @property
-    def _cache(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.keys, self.values, self.cos, self.sin
+    def cache(self) -> lk.KVCache:
+        """Keys and values with the lengths, which no call advances."""
+        return lk.KVCache(self.keys, self.values, self.cos, self.sin, self.lengths)
 
     def forward(self, hidden: Tensor, start: int, end: int) -> Tensor:
         """Layers [start, end), as `layerskip_kernels.partial_forward`."""
-        weights = self.weights[start * SLOTS : end * SLOTS]
-        return lk.partial_forward(hidden, weights, *self._cache, self.lengths, start, end, EPS)
+        weights = self.weights[start * PER_LAYER : end * PER_LAYER]
+        return lk.partial_forward(hidden, weights, self.cache, start, end, EPS)
 
-    def step(self, token: Tensor, noise: Noise = (None, None)) -> Tensor:
+    def step(self, token: Tensor, noise: lk.Noise | None = None) -> Tensor:
         """One token through all layers, greedily or drawn; the length stays, so that every replay does the same."""
-        given = (self.weights, *self._cache, self.lengths, self.shape.layers, self.norm, self.head, EPS, 1, False)
-        return lk.draft(token, self.head, *given, None, None, None, 0.0, *noise).tokens[:, 0]
+        given = (self.weights, self.cache, self.shape.layers, lk.Head(self.norm, self.head), 1)
+        return lk.draft(token, self.head, *given, extend=False, eps=EPS, noise=noise).tokens[:, 0]
 
-    def round(self, token: Tensor, noise: Noise = (None, None)) -> lk.Round:
+    def round(self, token: Tensor, noise: lk.Noise | None = None) -> lk.Round:
         """A round of self-speculative decoding; the length stays, and acceptance is timed, not counted."""
-        shape, lengths = self.shape, self.lengths.clone()
-        given = (self.weights, *self._cache, lengths, shape.exit_layer, self.norm, self.head, EPS, shape.draft)
-        return lk.speculative_round(token, self.head, *given, None, None, None, None, 0.0, *noise)
+        shape, cache = self.shape, self.cache._replace(seq_lens=self.lengths.clone())
+        given = (self.weights, cache, shape.exit_layer, lk.Head(self.norm, self.head), shape.draft)
+        return lk.speculative_round(token, self.head, *given, eps=EPS, noise=noise)
 
     def layer_bytes(self, start: int, end: int) -> int:
         """What layers [start, end) must read at least."""
-        weights = self.weights[start * SLOTS : end * SLOTS]
+        weights = self.weights[start * PER_LAYER : end * PER_LAYER]
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
     def decoder_model(self) -> LayerSkipModel:
         """The same weights as a model that `layerskip.SelfSpeculativeDecoder` takes."""
         shape = self.shape
-        layers = [LayerWeights(*self.weights[at : at + SLOTS]) for at in range(0, len(self.weights), SLOTS)]
+        layers = [LayerWeights(*self.weights[at : at + PER_LAYER]) for at in range(0, len(self.weights), PER_LAYER)]
         decoder = PartialDepthDecoder(layers, shape.groups, EPS, self.frequencies.float())
         config = SimpleNamespace(max_position_embeddings=CACHE_CAPACITY)
         return LayerSkipModel(self.head, decoder, EarlyExitHead(self.norm, self.head, EPS), config)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 
-from .gpu_model import EPS, Model, Noise
+from .gpu_model import EPS, Model
 
 ACCEPTANCE, DRAFTED, DRAFT_ROWS = 0.8, 4, 32000
 GOAL_US = 580  # a token of Llama-3.2-1B, E = 4
@@ -39,16 +39,17 @@ def tokens_a_round(acceptance: float, drafted: int) -> float:
     return sum(acceptance**i for i in range(drafted + 1))
 
 
-def round_call(model: Model, drafted: int, noise: Noise = (None, None)) -> Callable[[], lk.Round]:
+def round_call(model: Model, drafted: int, noise: lk.Noise | None = None) -> Callable[[], lk.Round]:
     """A round of ``drafted`` drafts; the length stays, so that every replay does the same."""
-    head, size = DraftHead.of(model.head, DRAFT_ROWS), model.shape
+    small = DraftHead.of(model.head, DRAFT_ROWS)
+    draft_head = lk.Head(model.norm, small.weight, small.token_map, small.scale)
     token = torch.zeros(1, dtype=torch.int64, device=model.device)
-    caches = (model.keys, model.values, model.cos, model.sin)
 
     def call() -> lk.Round:
+        cache = model.cache._replace(seq_lens=model.lengths.clone())
         return lk.speculative_round(
-            token, model.head, model.weights, *caches, model.lengths.clone(), size.exit_layer, model.norm, model.head,
-            EPS, drafted, head.weight, head.token_map, head.scale, None, 0.0, *noise,
+            token, model.head, model.weights, cache, model.shape.exit_layer, lk.Head(model.norm, model.head), drafted,
+            draft_head=draft_head, eps=EPS, noise=noise,
         )  # fmt: skip
 
     return call
@@ -59,7 +60,7 @@ def round_cases(model: Model, time: Callable[[str, str, Callable[[], Any], str],
     expected = tokens_a_round(ACCEPTANCE, DRAFTED)
     goal = f"<= {GOAL_US * expected:.0f} us on an H100, {GOAL_US:.0f} a token" if model.shape.layers == 16 else ""
     for backend in ("cuda", "triton", "reference"):
-        for how, noise in (("greedy", (None, None)), ("drawn", model.noise())):
+        for how, noise in (("greedy", None), ("drawn", model.noise())):
             what = f"{model.shape.name} round, {DRAFT_ROWS} rows of int8 draft K={DRAFTED}, {how}"
             what += f", {expected:.2f} tokens at acceptance {ACCEPTANCE}"
             yield time(what, backend, round_call(model, DRAFTED, noise), goal)

@@ -1,30 +1,30 @@
 """Fused kernels for early exit and self-speculative decoding."""
 
-from . import dispatch, reference
+from . import cpu_loss, dispatch, reference, triton  # these and _extension enter the implementations of the ops
 from ._extension import cpu_isa, set_cpu_isa
-from ._registry import register_all
-from .dispatch import BackendError, Explanation, explain, use_backend
-from .functional import (
+from .bundles import (
     Acceptance,
     Draft,
     EarlyExitLossOutput,
     ExitOutput,
+    Head,
+    KVCache,
+    LayerWeights,
+    Noise,
     Round,
-    accept_greedy,
-    accept_sampled,
-    draft,
+)
+from .dispatch import BackendError, Explanation, explain, use_backend
+from .functional import (
     early_exit_loss,
     exit_head,
     linear,
     partial_forward,
     rms_norm,
     rope_kv_append,
-    speculative_round,
     swiglu,
     verify_attention,
 )
-
-register_all()
+from .rounds import accept_greedy, accept_sampled, draft, speculative_round
 
 __all__ = [
     "Acceptance",
@@ -33,10 +33,15 @@ __all__ = [
     "EarlyExitLossOutput",
     "ExitOutput",
     "Explanation",
+    "Head",
+    "KVCache",
+    "LayerWeights",
+    "Noise",
     "Round",
     "accept_greedy",
     "accept_sampled",
     "cpu_isa",
+    "cpu_loss",
     "dispatch",
     "draft",
     "early_exit_loss",
@@ -50,6 +55,7 @@ __all__ = [
     "set_cpu_isa",
     "speculative_round",
     "swiglu",
+    "triton",
     "use_backend",
     "verify_attention",
 ]

@@ -1,396 +1,365 @@
 """Argument checks, one function per op; the only place where the ops' messages are written.
 
-The public op and its fake both call them, so a wrong call fails with the same words eagerly and under
-``torch.compile``. They look at shapes, dtypes, devices and strides alone, never at values.
+Each takes the bound arguments of its op (`schemas.bind`). The public op and its fake both call them, so a wrong call
+fails with the same words eagerly and under ``torch.compile``. They look at shapes, dtypes, devices and strides alone,
+never at values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import FLOATS, cache_slots, dense, require, same_device, sampling, shaped, written
+from .bundles import OPTIONAL_WEIGHTS, LayerWeights, weights_per_layer
+from .schemas import derive
 
-LAYER_SLOTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
-OPTIONAL_SLOTS = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
-    require(x.dim() >= 1, "x must have at least one dimension")
-    shaped("x", x, [None] * x.dim(), FLOATS)
-    shaped("weight", weight, [x.shape[-1]], [x.dtype])
-    require(eps >= 0, f"eps must not be negative, got {eps}")
-    dense(weight=weight)
-    same_device(x, weight=weight)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
-    shaped("x", x, [None, None], FLOATS)
-    shaped("weight", weight, [None, x.shape[1]], [x.dtype])
-    if bias is not None:
-        shaped("bias", bias, [weight.shape[0]], [x.dtype])
-    if residual is not None:
-        shaped("residual", residual, [x.shape[0], weight.shape[0]], [x.dtype])
-    dense(weight=weight, bias=bias)
-    same_device(x, weight=weight, bias=bias, residual=residual)
+def rms_norm(a: Any) -> None:
+    _require(a.x.dim() >= 1, "x must have at least one dimension")
+    _shaped("x", a.x, [None] * a.x.dim(), FLOATS)
+    _shaped("weight", a.weight, [a.x.shape[-1]], [a.x.dtype])
+    _eps(a.eps)
+    _dense(weight=a.weight)
+    _same_device(a.x, weight=a.weight)
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> None:
-    shaped("x", x, [None, None], FLOATS)
-    shaped("gate", gate, [None, x.shape[1]], [x.dtype])
-    shaped("up", up, list(gate.shape), [x.dtype])
-    dense(gate=gate, up=up)
-    same_device(x, gate=gate, up=up)
+def linear(a: Any) -> None:
+    _shaped("x", a.x, [None, None], FLOATS)
+    _shaped("weight", a.weight, [None, a.x.shape[1]], [a.x.dtype])
+    if a.bias is not None:
+        _shaped("bias", a.bias, [a.weight.shape[0]], [a.x.dtype])
+    if a.residual is not None:
+        _shaped("residual", a.residual, [a.x.shape[0], a.weight.shape[0]], [a.x.dtype])
+    _dense(weight=a.weight, bias=a.bias)
+    _same_device(a.x, weight=a.weight, bias=a.bias, residual=a.residual)
 
 
-def head_size(size: int) -> None:
-    require(size % 8 == 0 and 8 <= size <= 256, f"head size must be a multiple of 8 up to 256, got {size}")
+def swiglu(a: Any) -> None:
+    _shaped("x", a.x, [None, None], FLOATS)
+    _shaped("gate", a.gate, [None, a.x.shape[1]], [a.x.dtype])
+    _shaped("up", a.up, list(a.gate.shape), [a.x.dtype])
+    _dense(gate=a.gate, up=a.up)
+    _same_device(a.x, gate=a.gate, up=a.up)
 
 
-def _cache(
-    like: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    batch: int,
-    rows: int,
-    size: int,
-    slots: Tensor | None,
-) -> None:
-    """The cache of one layer, [B, G, T, C] or, with slots, [S, G, T, C], twice; and the lengths."""
-    shaped("k_cache", k_cache, [batch if slots is None else None, None, None, size], [like.dtype])
-    shaped("v_cache", v_cache, list(k_cache.shape), [like.dtype])
-    shaped("seq_lens", seq_lens, [batch], [torch.int64])
-    cache_slots(slots, batch, k_cache.shape[0])
-    dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
-    capacity = k_cache.shape[2]
-    require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
-    same_device(like, k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens, slots=slots)
+def rope_kv_append(a: Any) -> None:
+    _shaped("q", a.q, [None] * 4, FLOATS)
+    batch, rows, _, head_dim = a.q.shape
+    _head_dim(head_dim)
+    _shaped("k", a.k, [batch, rows, None, head_dim], [a.q.dtype])
+    _shaped("v", a.v, list(a.k.shape), [a.q.dtype])
+    _layer_cache(a)
+    num_kv_heads = a.k.shape[2]
+    _require(
+        a.k_cache.shape[1] == num_kv_heads, f"k has {num_kv_heads} key/value heads, the cache {a.k_cache.shape[1]}"
+    )
+    _rope_tables(a.cos, a.sin, a.k_cache.shape[2], head_dim)
+    _same_device(a.q, k=a.k, v=a.v, cos=a.cos, sin=a.sin)
 
 
-def _rope(cos: Tensor, sin: Tensor, capacity: int, size: int) -> None:
-    shaped("cos", cos, [None, size // 2], [torch.float32])
-    shaped("sin", sin, list(cos.shape), [torch.float32])
-    require(cos.shape[0] >= capacity, f"cos has {cos.shape[0]} positions, the cache's capacity is {capacity}")
-    dense(cos=cos, sin=sin)
-
-
-def rope_kv_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor | None = None,
-) -> None:
-    shaped("q", q, [None] * 4, FLOATS)
-    batch, rows, _, size = q.shape
-    head_size(size)
-    shaped("k", k, [batch, rows, None, size], [q.dtype])
-    shaped("v", v, list(k.shape), [q.dtype])
-    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size, slots)
-    require(k_cache.shape[1] == k.shape[2], f"k has {k.shape[2]} key/value heads, the cache {k_cache.shape[1]}")
-    _rope(cos, sin, k_cache.shape[2], size)
-    same_device(q, k=k, v=v, cos=cos, sin=sin)
-
-
-def verify_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, slots: Tensor | None = None
-) -> None:
-    shaped("q", q, [None] * 4, FLOATS)
-    batch, rows, heads, size = q.shape
-    head_size(size)
-    _cache(q, k_cache, v_cache, seq_lens, batch, rows, size, slots)
-    groups = k_cache.shape[1]
-    require(
-        groups > 0 and heads % groups == 0,
-        f"{heads} query heads are not a multiple of {groups} key/value heads",
+def verify_attention(a: Any) -> None:
+    _shaped("q", a.q, [None] * 4, FLOATS)
+    num_heads, head_dim = a.q.shape[2:]
+    _head_dim(head_dim)
+    _layer_cache(a)
+    num_kv_heads = a.k_cache.shape[1]
+    _require(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads",
     )
 
 
-def exit_head(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    token_map: Tensor | None = None,
-    scale: Tensor | None = None,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-    offset: Tensor | None = None,
-    logits: Tensor | None = None,
+def exit_head(a: Any) -> None:
+    _shaped("hidden", a.hidden, [None, None], FLOATS)
+    rows, hidden_size = a.hidden.shape
+    _shaped("norm_weight", a.norm_weight, [hidden_size], [a.hidden.dtype])
+    _eps(a.eps)
+    _dense(norm_weight=a.norm_weight)
+    _same_device(a.hidden, norm_weight=a.norm_weight)
+    _head(a.hidden, head_weight=a.head_weight, token_map=a.token_map, scale=a.scale)
+    if a.logits is not None:
+        _written("logits", a.logits, [rows, a.head_weight.shape[0]])
+        _same_device(a.hidden, logits=a.logits)
+    if a.temperature is not None or a.seed is not None or a.offset is not None:
+        _sampling(a.hidden, rows, temperature=a.temperature, seed=a.seed, offset=a.offset)
+
+
+def partial_forward(a: Any) -> None:
+    _shaped("hidden", a.hidden, [None] * 3, FLOATS)
+    batch, rows = a.hidden.shape[:2]
+    _shaped("k_cache", a.k_cache, [None] * 5, [a.hidden.dtype])
+    num_layers, _, num_kv_heads, capacity, head_dim = a.k_cache.shape
+    _require(
+        0 <= a.start <= a.end <= num_layers,
+        f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers",
+    )
+    _head_dim(head_dim)
+    _eps(a.eps)
+    cache_rows = batch if a.slots is None else None
+    _shaped("k_cache", a.k_cache, [num_layers, cache_rows, None, None, head_dim], [a.hidden.dtype])
+    _shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.hidden.dtype])
+    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    _slots(a.slots, batch, a.k_cache.shape[1])
+    _require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
+    _rope_tables(a.cos, a.sin, capacity, head_dim)
+    cache = {name: getattr(a, name) for name in ("k_cache", "v_cache", "seq_lens")}
+    _dense(**cache)
+    _same_device(a.hidden, **cache, cos=a.cos, sin=a.sin, slots=a.slots)
+    _layers(a.hidden, a.weights, weights_per_layer(a.weights, a.start, a.end), num_kv_heads, head_dim)
+
+
+def draft(a: Any) -> None:
+    _drafting(a)
+    _require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
+    batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.embedding[0]
+    partial_forward(derive("partial_forward", a, hidden=state.expand(batch, rows, -1), start=0, end=a.exit_layer))
+    head = {"hidden": state.expand(batch * rows, -1), "temperature": None, "seed": None, "logits": None}
+    exit_head(derive("exit_head", a, **head))
+    if a.logits is not None:
+        _written("logits", a.logits, [batch, a.num_speculations, a.head_weight.shape[0]])
+        _same_device(a.embedding, logits=a.logits)
+    if a.temperature is not None or a.seed is not None:
+        _sampling(a.embedding, batch, temperature=a.temperature, seed=a.seed)
+
+
+def accept_greedy(a: Any) -> None:
+    _shaped("draft", a.draft, [None, None], [torch.int64])
+    batch, drafted = a.draft.shape
+    _shaped("target", a.target, [batch, drafted + 1], [torch.int64])
+    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    _dense(seq_lens=a.seq_lens)
+    _same_device(a.draft, target=a.target, seq_lens=a.seq_lens)
+
+
+def accept_sampled(a: Any) -> None:
+    _shaped("draft", a.draft, [None, None], [torch.int64])
+    batch, drafted = a.draft.shape
+    _shaped("draft_logits", a.draft_logits, [batch, drafted, None], [torch.float32])
+    _shaped("target_logits", a.target_logits, [batch, drafted + 1, None], [torch.float32])
+    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    draft_vocab_size, vocab_size = a.draft_logits.shape[2], a.target_logits.shape[2]
+    _require(vocab_size > 0, "target_logits has no tokens")
+    if a.token_map is not None:
+        _shaped("token_map", a.token_map, [draft_vocab_size], [torch.int64])
+    else:
+        _require(
+            draft_vocab_size == vocab_size,
+            f"draft_logits has {draft_vocab_size} tokens, target_logits {vocab_size}: without a token_map they must "
+            "agree",
+        )
+    _dense(seq_lens=a.seq_lens, token_map=a.token_map)
+    others = {name: getattr(a, name) for name in ("draft_logits", "target_logits", "seq_lens", "token_map")}
+    _same_device(a.draft, **others)
+    _sampling(a.draft, batch, temperature=a.temperature, seed=a.seed)
+
+
+def speculative_round(a: Any) -> None:
+    _drafting(a)
+    _shaped("k_cache", a.k_cache, [None] * 5, [a.embedding.dtype])
+    num_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.embedding[0]
+    _require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
+    states = state.expand(batch, a.num_speculations + 1, -1)
+    partial_forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers))
+    exit_head(derive("exit_head", a, hidden=state.expand(batch, -1), temperature=None, seed=None))
+    small = {name: getattr(a, name) for name in ("draft_head_weight", "draft_token_map", "draft_head_scale")}
+    if a.draft_head_weight is None:
+        given = [name for name, arg in small.items() if arg is not None]
+        _require(not given, f"{', '.join(given)} needs a draft_head_weight")
+    else:
+        _head(state[None], **small)
+        rows, vocab_size = a.draft_head_weight.shape[0], a.head_weight.shape[0]
+        _require(
+            a.temperature is None or a.draft_token_map is not None or rows == vocab_size,
+            f"draft_head_weight has {rows} rows, head_weight {vocab_size}: to sample without a draft_token_map they "
+            "must agree",
+        )
+    if a.temperature is not None or a.seed is not None:
+        _sampling(a.embedding, batch, temperature=a.temperature, seed=a.seed)
+        _require(
+            a.draft_threshold == 0,
+            f"draft_threshold is {a.draft_threshold} with a temperature: dropping what was drawn because it is "
+            "improbable would change the distribution",
+        )
+
+
+def early_exit_loss(a: Any) -> None:
+    _shaped("hiddens", a.hiddens, [None] * 3, (*FLOATS, torch.float64))  # float64 is what gradients are checked in
+    exits, rows, hidden_size = a.hiddens.shape
+    _require(exits > 0, "hiddens has no exit, its shape is " + str(list(a.hiddens.shape)))
+    _shaped("norm_weight", a.norm_weight, [hidden_size], [a.hiddens.dtype])
+    _shaped("head_weight", a.head_weight, [None, hidden_size], [a.hiddens.dtype])
+    _require(a.head_weight.shape[0] > 0, "head_weight has no rows")
+    _shaped("labels", a.labels, [rows], [torch.int64])
+    _shaped("exit_weights", a.exit_weights, [exits], [torch.float32, torch.float64])
+    _eps(a.eps)
+    _require(a.ignore_index < 0, f"ignore_index must be negative, as no token is, got {a.ignore_index}")
+    _dense(norm_weight=a.norm_weight, head_weight=a.head_weight)
+    others = {name: getattr(a, name) for name in ("norm_weight", "head_weight", "labels", "exit_weights")}
+    _same_device(a.hiddens, **others)
+
+
+def early_exit_loss_backward(a: Any) -> None:
+    early_exit_loss(derive("early_exit_loss", a))
+    _shaped("grad", a.grad, [], [torch.float32, torch.float64])
+    _shaped("logsumexp", a.logsumexp, list(a.hiddens.shape[:2]), [torch.float32, torch.float64])
+    if a.slope.numel():
+        _shaped("slope", a.slope, list(a.hiddens.shape), [a.hiddens.dtype])
+
+
+def layer_weights(
+    weights: Sequence[Tensor], hidden_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    shaped("hidden", hidden, [None, None], FLOATS)
-    shaped("norm_weight", norm_weight, [hidden.shape[1]], [hidden.dtype])
-    require(eps >= 0, f"eps must not be negative, got {eps}")
-    dense(norm_weight=norm_weight)
-    same_device(hidden, norm_weight=norm_weight)
-    _head(hidden, head_weight=head_weight, token_map=token_map, scale=scale)
-    if logits is not None:
-        written("logits", logits, [hidden.shape[0], head_weight.shape[0]])
-        same_device(hidden, logits=logits)
-    if temperature is not None or seed is not None or offset is not None:
-        sampling(hidden, hidden.shape[0], temperature=temperature, seed=seed, offset=offset)
+    """Check the tensors of one layer, in the order of `LayerWeights`; optional ones without elements are absent."""
+    weights_per_layer(weights, 0, 1)
+    named = dict(zip(LayerWeights._fields, weights, strict=False))
+    queries, keys, intermediate_size = named["q"].shape[0], num_kv_heads * head_dim, named["gate"].shape[0]
+    _require(queries % keys == 0, f"q has {queries} rows, not a multiple of {num_kv_heads} heads of size {head_dim}")
+    up, down = [intermediate_size, hidden_size], [hidden_size, intermediate_size]
+    shapes: dict[str, list[int]] = {
+        "attn_norm": [hidden_size], "q": [queries, hidden_size], "k": [keys, hidden_size], "v": [keys, hidden_size],
+        "o": [hidden_size, queries], "mlp_norm": [hidden_size], "gate": up, "up": up, "down": down,
+        "q_bias": [queries], "k_bias": [keys], "v_bias": [keys], "q_norm": [head_dim], "k_norm": [head_dim],
+    }  # fmt: skip
+    for name, tensor in named.items():
+        if name in OPTIONAL_WEIGHTS and tensor.numel() == 0:
+            continue
+        _shaped(name, tensor, shapes[name], [dtype])
+    _dense(**named)
+
+
+def _layers(hidden: Tensor, weights: Sequence[Tensor], count: int, num_kv_heads: int, head_dim: int) -> None:
+    """The first layer's tensors, ``count`` of them, fit the states and the cache, the others are shaped like it."""
+    like = weights[:count]
+    if weights:
+        layer_weights(like, hidden.shape[2], num_kv_heads, head_dim, hidden.dtype)
+    for index, tensor in enumerate(weights):
+        name, first = LayerWeights._fields[index % count], like[index % count]
+        if name not in OPTIONAL_WEIGHTS or (tensor.numel() and first.numel()):
+            _shaped(name, tensor, list(first.shape), [hidden.dtype])
+        _dense(**{name: tensor})
+        _same_device(hidden, **{name: tensor})
+
+
+def _layer_cache(a: Any) -> None:
+    """The cache of one layer, [B, G, T, C] or, with slots, [S, G, T, C], twice; and the lengths."""
+    batch, rows, _, head_dim = a.q.shape
+    _shaped("k_cache", a.k_cache, [batch if a.slots is None else None, None, None, head_dim], [a.q.dtype])
+    _shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.q.dtype])
+    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    _slots(a.slots, batch, a.k_cache.shape[0])
+    _dense(k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens)
+    capacity = a.k_cache.shape[2]
+    _require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
+    _same_device(a.q, k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens, slots=a.slots)
+
+
+def _slots(slots: Tensor | None, batch: int, cache_rows: int) -> None:
+    """Which of the cache's ``cached`` rows each of ``batch`` sequences uses."""
+    if slots is not None:
+        _shaped("slots", slots, [batch], [torch.int64])
+        _dense(slots=slots)
+        _require(batch <= cache_rows, f"slots has {batch} entries, the cache only {cache_rows} rows")
+
+
+def _rope_tables(cos: Tensor, sin: Tensor, capacity: int, head_dim: int) -> None:
+    _shaped("cos", cos, [None, head_dim // 2], [torch.float32])
+    _shaped("sin", sin, list(cos.shape), [torch.float32])
+    _require(cos.shape[0] >= capacity, f"cos has {cos.shape[0]} positions, the cache's capacity is {capacity}")
+    _dense(cos=cos, sin=sin)
 
 
 def _head(hidden: Tensor, **named: Tensor | None) -> None:
     """The weight of a head for ``hidden``, its token map and its scale, in this order, by their names."""
     (name, weight), (map_name, token_map), (scale_name, scale) = named.items()
     assert weight is not None
-    shaped(name, weight, [None, hidden.shape[1]], [hidden.dtype if scale is None else torch.int8])
-    require(weight.shape[0] > 0, f"{name} has no rows")
+    _shaped(name, weight, [None, hidden.shape[1]], [hidden.dtype if scale is None else torch.int8])
+    _require(weight.shape[0] > 0, f"{name} has no rows")
     if token_map is not None:
-        shaped(map_name, token_map, [weight.shape[0]], [torch.int64])
+        _shaped(map_name, token_map, [weight.shape[0]], [torch.int64])
     if scale is not None:
-        shaped(scale_name, scale, [weight.shape[0]], [torch.float32])
-    dense(**named)
-    same_device(hidden, **named)
+        _shaped(scale_name, scale, [weight.shape[0]], [torch.float32])
+    _dense(**named)
+    _same_device(hidden, **named)
 
 
-def layer_slots(weights: Sequence[Tensor], start: int, end: int) -> int:
-    """How many tensors describe a layer: the nine required ones, or with the five optional ones."""
-    layers = end - start
-    plain, full = len(LAYER_SLOTS), len(LAYER_SLOTS) + len(OPTIONAL_SLOTS)
-    if layers == 0 and not weights:
-        return plain
-    for slots in (plain, full):
-        if len(weights) == layers * slots:
-            return slots
-    raise ValueError(
-        f"layers [{start}, {end}) take {plain} or {full} weights each, got {len(weights)} for {layers} layers"
+def _drafting(a: Any) -> None:
+    _shaped("token", a.token, [None], [torch.int64])
+    _shaped("embedding", a.embedding, [None, None], FLOATS)
+    _require(a.embedding.shape[0] > 0, "embedding has no rows")
+    _require(a.num_speculations >= 0, f"num_speculations must not be negative, got {a.num_speculations}")
+    _require(0 <= a.draft_threshold <= 1, f"draft_threshold must lie in [0, 1], got {a.draft_threshold}")
+    _dense(embedding=a.embedding)
+    _same_device(a.embedding, token=a.token)
+
+
+def _written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
+    """Logits to write: each row is contiguous, the rows may lie apart."""
+    _shaped(name, tensor, shape, [torch.float32])
+    _require(
+        tensor.stride(-1) == 1 or tensor.shape[-1] <= 1,
+        f"the rows of {name} must be contiguous, its strides are {tuple(tensor.stride())}",
     )
 
 
-def partial_forward(
-    hidden: Tensor,
-    weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    start: int,
-    end: int,
-    eps: float,
-    slots: Tensor | None = None,
-) -> None:
-    shaped("hidden", hidden, [None] * 3, FLOATS)
-    batch, rows, _ = hidden.shape
-    shaped("k_cache", k_cache, [None] * 5, [hidden.dtype])
-    depth, size = k_cache.shape[0], k_cache.shape[4]
-    require(0 <= start <= end <= depth, f"layers [{start}, {end}) are not within the cache's {depth} layers")
-    head_size(size)
-    require(eps >= 0, f"eps must not be negative, got {eps}")
-    shaped("k_cache", k_cache, [depth, batch if slots is None else None, None, None, size], [hidden.dtype])
-    shaped("v_cache", v_cache, list(k_cache.shape), [hidden.dtype])
-    shaped("seq_lens", seq_lens, [batch], [torch.int64])
-    cache_slots(slots, batch, k_cache.shape[1])
-    capacity = k_cache.shape[3]
-    require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
-    _rope(cos, sin, capacity, size)
-    dense(k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
-    same_device(hidden, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, seq_lens=seq_lens, slots=slots)
-    _layers(hidden, weights, layer_slots(weights, start, end), k_cache.shape[2], size)
+def _sampling(first: Tensor, rows: int, **given: Tensor | None) -> None:
+    """Temperatures and what names the noise, one a row, all or none."""
+    missing = [name for name, tensor in given.items() if tensor is None]
+    _require(not missing, f"{', '.join(given)} come together, {', '.join(missing)} is missing")
+    for name, tensor in given.items():
+        assert tensor is not None
+        _shaped(name, tensor, [rows], [torch.float32 if name == "temperature" else torch.int64])
+    _dense(**given)
+    _same_device(first, **given)
 
 
-def _layers(hidden: Tensor, weights: Sequence[Tensor], slots: int, groups: int, size: int) -> None:
-    """The first layer's tensors fit the states and the cache, the others are shaped like it."""
-    names, like = LAYER_SLOTS + OPTIONAL_SLOTS, weights[:slots]
-    if weights:
-        layer_weights(like, hidden.shape[2], groups, size, hidden.dtype)
-    for index, tensor in enumerate(weights):
-        name, first = names[index % slots], like[index % slots]
-        if name not in OPTIONAL_SLOTS or (tensor.numel() and first.numel()):
-            shaped(name, tensor, list(first.shape), [hidden.dtype])
-        dense(**{name: tensor})
-        same_device(hidden, **{name: tensor})
+def _eps(eps: float) -> None:
+    _require(eps >= 0, f"eps must not be negative, got {eps}")
 
 
-def draft(
-    token: Tensor,
-    embedding: Tensor,
-    weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    end: int,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    steps: int,
-    extend: bool,
-    token_map: Tensor | None = None,
-    scale: Tensor | None = None,
-    slots: Tensor | None = None,
-    min_probability: float = 0.0,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-    logits: Tensor | None = None,
-) -> None:
-    _drafting(token, embedding, steps, min_probability)
-    require(end >= 1, f"end must be at least 1, got {end}")
-    batch, rows = token.shape[0], steps + extend
-    state = embedding[0]
-    partial_forward(state.expand(batch, rows, -1), weights, k_cache, v_cache, cos, sin, seq_lens, 0, end, eps, slots)
-    exit_head(state.expand(batch * rows, -1), norm_weight, head_weight, eps, token_map, scale)
-    if logits is not None:
-        written("logits", logits, [batch, steps, head_weight.shape[0]])
-        same_device(embedding, logits=logits)
-    if temperature is not None or seed is not None:
-        sampling(embedding, batch, temperature=temperature, seed=seed)
+def _head_dim(size: int) -> None:
+    _require(size % 8 == 0 and 8 <= size <= 256, f"head size must be a multiple of 8 up to 256, got {size}")
 
 
-def _drafting(token: Tensor, embedding: Tensor, steps: int, min_probability: float) -> None:
-    shaped("token", token, [None], [torch.int64])
-    shaped("embedding", embedding, [None, None], FLOATS)
-    require(embedding.shape[0] > 0, "embedding has no rows")
-    require(steps >= 0, f"steps must not be negative, got {steps}")
-    require(0 <= min_probability <= 1, f"min_probability must lie in [0, 1], got {min_probability}")
-    dense(embedding=embedding)
-    same_device(embedding, token=token)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
-def layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
-    """Check one layer's tensors, in the order of LAYER_SLOTS + OPTIONAL_SLOTS (absent: no elements)."""
-    layer_slots(weights, 0, 1)
-    named = dict(zip(LAYER_SLOTS + OPTIONAL_SLOTS, weights, strict=False))
-    queries, features = named["q"].shape[0], named["gate"].shape[0]
-    require(queries % (groups * size) == 0, f"q has {queries} rows, not a multiple of {groups} heads of size {size}")
-    shapes: dict[str, list[int]] = {
-        "attn_norm": [hidden], "q": [queries, hidden], "k": [groups * size, hidden], "v": [groups * size, hidden],
-        "o": [hidden, queries], "mlp_norm": [hidden], "gate": [features, hidden], "up": [features, hidden],
-        "down": [hidden, features], "q_bias": [queries], "k_bias": [groups * size], "v_bias": [groups * size],
-        "q_norm": [size], "k_norm": [size],
-    }  # fmt: skip
-    for name, tensor in named.items():
-        if name in OPTIONAL_SLOTS and tensor.numel() == 0:
-            continue
-        shaped(name, tensor, shapes[name], [dtype])
-    dense(**named)
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for have, want in zip(shape, wanted, strict=True):  # noqa: SIM110  (runs per token; a generator costs twice this)
+        if want is not None and want != have:
+            return False
+    return True
 
 
-def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> None:
-    shaped("draft", draft, [None, None], [torch.int64])
-    batch, drafted = draft.shape
-    shaped("target", target, [batch, drafted + 1], [torch.int64])
-    shaped("seq_lens", seq_lens, [batch], [torch.int64])
-    dense(seq_lens=seq_lens)
-    same_device(draft, target=target, seq_lens=seq_lens)
+def _shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
+    """Check rank, sizes (None admits any) and dtype of one tensor."""
+    if not _fits(tensor.shape, shape):
+        wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {wanted}")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected {names}")
 
 
-def accept_sampled(
-    draft: Tensor,
-    draft_logits: Tensor,
-    target_logits: Tensor,
-    seq_lens: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    token_map: Tensor | None = None,
-) -> None:
-    shaped("draft", draft, [None, None], [torch.int64])
-    batch, drafted = draft.shape
-    shaped("draft_logits", draft_logits, [batch, drafted, None], [torch.float32])
-    shaped("target_logits", target_logits, [batch, drafted + 1, None], [torch.float32])
-    shaped("seq_lens", seq_lens, [batch], [torch.int64])
-    scored, vocabulary = draft_logits.shape[2], target_logits.shape[2]
-    require(vocabulary > 0, "target_logits has no tokens")
-    if token_map is not None:
-        shaped("token_map", token_map, [scored], [torch.int64])
-    else:
-        require(
-            scored == vocabulary,
-            f"draft_logits has {scored} tokens, target_logits {vocabulary}: without a token_map they must agree",
-        )
-    dense(seq_lens=seq_lens, token_map=token_map)
-    same_device(draft, draft_logits=draft_logits, target_logits=target_logits, seq_lens=seq_lens, token_map=token_map)
-    sampling(draft, batch, temperature=temperature, seed=seed)
+def _dense(**tensors: Tensor | None) -> None:
+    """Weights and caches are used where they lie, so they must be contiguous; activations may be strided."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, its strides are {tuple(tensor.stride())} for shape {list(tensor.shape)}"
+            )
 
 
-def speculative_round(
-    token: Tensor,
-    embedding: Tensor,
-    weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    exit_layer: int,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    steps: int,
-    draft_weight: Tensor | None = None,
-    draft_map: Tensor | None = None,
-    draft_scale: Tensor | None = None,
-    slots: Tensor | None = None,
-    min_probability: float = 0.0,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> None:
-    _drafting(token, embedding, steps, min_probability)
-    shaped("k_cache", k_cache, [None] * 5, [embedding.dtype])
-    depth, batch, state = k_cache.shape[0], token.shape[0], embedding[0]
-    require(1 <= exit_layer <= depth, f"exit_layer must lie in [1, {depth}], got {exit_layer}")
-    states = state.expand(batch, steps + 1, -1)
-    partial_forward(states, weights, k_cache, v_cache, cos, sin, seq_lens, 0, depth, eps, slots)
-    exit_head(state.expand(batch, -1), norm_weight, head_weight, eps)
-    if draft_weight is None:
-        given = [name for name, arg in (("draft_map", draft_map), ("draft_scale", draft_scale)) if arg is not None]
-        require(not given, f"{', '.join(given)} needs a draft_weight")
-    else:
-        _head(state[None], draft_weight=draft_weight, draft_map=draft_map, draft_scale=draft_scale)
-        require(
-            temperature is None or draft_map is not None or draft_weight.shape[0] == head_weight.shape[0],
-            f"draft_weight has {draft_weight.shape[0]} rows, head_weight {head_weight.shape[0]}: "
-            "to sample without a draft_map they must agree",
-        )
-    if temperature is not None or seed is not None:
-        sampling(embedding, batch, temperature=temperature, seed=seed)
-        require(
-            min_probability == 0,
-            f"min_probability is {min_probability} with a temperature: dropping what was drawn because it is "
-            "improbable would change the distribution",
-        )
-
-
-def early_exit_loss(
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    eps: float = 1e-5,
-    ignore_index: int = -100,
-    with_slope: bool = False,
-) -> None:
-    shaped("hiddens", hiddens, [None] * 3, (*FLOATS, torch.float64))  # float64 is what gradients are checked in
-    exits, rows, width = hiddens.shape
-    require(exits > 0, "hiddens has no exit, its shape is " + str(list(hiddens.shape)))
-    shaped("norm_weight", norm_weight, [width], [hiddens.dtype])
-    shaped("head_weight", head_weight, [None, width], [hiddens.dtype])
-    require(head_weight.shape[0] > 0, "head_weight has no rows")
-    shaped("labels", labels, [rows], [torch.int64])
-    shaped("exit_weights", exit_weights, [exits], [torch.float32, torch.float64])
-    require(eps >= 0, f"eps must not be negative, got {eps}")
-    require(ignore_index < 0, f"ignore_index must be negative, as no token is, got {ignore_index}")
-    dense(norm_weight=norm_weight, head_weight=head_weight)
-    same_device(hiddens, norm_weight=norm_weight, head_weight=head_weight, labels=labels, exit_weights=exit_weights)
-
-
-def early_exit_loss_backward(
-    grad: Tensor, hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor,
-    logsumexp: Tensor, slope: Tensor, eps: float, ignore_index: int, head_grad: bool,
-) -> None:  # fmt: skip
-    early_exit_loss(hiddens, norm_weight, head_weight, labels, exit_weights, eps, ignore_index)
-    shaped("grad", grad, [], [torch.float32, torch.float64])
-    shaped("logsumexp", logsumexp, list(hiddens.shape[:2]), [torch.float32, torch.float64])
-    if slope.numel():
-        shaped("slope", slope, list(hiddens.shape), [hiddens.dtype])
+def _same_device(first: Tensor, **others: Tensor | None) -> None:
+    device = first.device
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the first argument on {first.device}")

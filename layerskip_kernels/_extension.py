@@ -1,4 +1,4 @@
-"""Loads the compiled libraries once and keeps the reason when one can't be loaded."""
+"""Loads the compiled libraries once, enters what they implement, and keeps the reason when one can't be loaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import _ops  # noqa: F401  (defines what the libraries implement)
+from . import _ops, dispatch
+from .schemas import SCHEMAS
 
 
 def _path(name: str) -> Path:
@@ -95,8 +97,28 @@ def cuda_card_reason(index: int) -> str | None:
     return card_reason(_cuda_build(), torch.cuda.get_device_capability(index), name)
 
 
+def _supports_cuda(*args: Any) -> str | None:
+    """Why the CUDA library cannot serve tensors, or None."""
+    return _on_cuda(*args) or cuda_card_reason(dispatch.device_of(args).index)
+
+
+_on_cuda = dispatch.serves_device("cuda")
+
+
+def _enter(device: str, reason: str | None, **conditions: Any) -> None:
+    """Enter the ops that the library of ``device`` implements, or why it is not there."""
+    if reason is not None:
+        dispatch.absent(device, reason)
+        return
+    for op in SCHEMAS:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"layerskip_native::{op}", device.upper()):
+            dispatch.implements(op, device, **conditions)(_ops.native(op))
+
+
 cpu_reason = _load("_cpu")
 cuda_reason = _load_cuda()
+_enter("cpu", cpu_reason, supports=dispatch.serves_device("cpu"), checks=True)
+_enter("cuda", cuda_reason, supports=_supports_cuda)
 
 if cpu_reason is not None:
     warnings.warn(

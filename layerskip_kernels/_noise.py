@@ -1,7 +1,7 @@
 """The noise of sampling: Philox4x32-10, counted by what a draw is for, so that no generator has a state.
 
 A draw is named by its seed, the position of the row that it decides (``offset``), the token, and what it is for (its
-stream). So it does not depend on the batch, the cache slot or how many tokens are drafted, and every backend makes the
+stream). So it does not depend on the batch, the slot or how many tokens are drafted, and every backend makes the
 same one. Written in int64, which torch has on every device; all words lie in [0, 2^32).
 """
 

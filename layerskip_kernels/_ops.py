@@ -1,6 +1,6 @@
-"""Schemas, fakes and autograd of the ops; nothing else.
+"""Registers the ops with torch: schemas, fakes and autograd; nothing else.
 
-Two namespaces share the schemas: ``layerskip::<op>`` is what users call, its kernel is `dispatch.call`;
+Two namespaces share the schemas: ``layerskip::<op>`` is what users call, its kernel is `dispatch.serve`;
 ``layerskip_native::<op>`` is what the compiled libraries implement.
 """
 
@@ -13,40 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, dispatch, reference
-
-SCHEMAS = {
-    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
-    "linear": "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None) -> Tensor",
-    "swiglu": "(Tensor x, Tensor gate, Tensor up) -> Tensor",
-    "rope_kv_append": "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, Tensor seq_lens, Tensor? slots=None) -> Tensor",
-    "verify_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? slots=None) -> Tensor",
-    "exit_head": "(Tensor hidden, Tensor norm_weight, Tensor head_weight, float eps, Tensor? token_map=None, "
-    "Tensor? scale=None, Tensor? temperature=None, Tensor? seed=None, Tensor? offset=None, Tensor(a!)? logits=None) "
-    "-> (Tensor token, Tensor logit, Tensor logsumexp)",
-    "partial_forward": "(Tensor hidden, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, "
-    "Tensor sin, Tensor seq_lens, int start, int end, float eps, Tensor? slots=None) -> Tensor",
-    "draft": "(Tensor token, Tensor embedding, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor cos, Tensor sin, Tensor seq_lens, int end, Tensor norm_weight, Tensor head_weight, float eps, int steps, "
-    "bool extend, Tensor? token_map=None, Tensor? scale=None, Tensor? slots=None, float min_probability=0.0, "
-    "Tensor? temperature=None, Tensor? seed=None, Tensor(c!)? logits=None) "
-    "-> (Tensor tokens, Tensor states, Tensor probability)",
-    "accept_greedy": "(Tensor draft, Tensor target, Tensor(a!) seq_lens) -> (Tensor accepted, Tensor next_token)",
-    "accept_sampled": "(Tensor draft, Tensor draft_logits, Tensor target_logits, Tensor(a!) seq_lens, "
-    "Tensor temperature, Tensor seed, Tensor? token_map=None) -> (Tensor accepted, Tensor next_token)",
-    "speculative_round": "(Tensor token, Tensor embedding, Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor cos, Tensor sin, Tensor(c!) seq_lens, int exit_layer, Tensor norm_weight, Tensor head_weight, float eps, "
-    "int steps, Tensor? draft_weight=None, Tensor? draft_map=None, Tensor? draft_scale=None, Tensor? slots=None, "
-    "float min_probability=0.0, Tensor? temperature=None, Tensor? seed=None) "
-    "-> (Tensor tokens, Tensor accepted, Tensor next_token, Tensor probability)",
-    "early_exit_loss": "(Tensor hiddens, Tensor norm_weight, Tensor head_weight, Tensor labels, Tensor exit_weights, "
-    "float eps=1e-5, int ignore_index=-100, bool with_slope=False) "
-    "-> (Tensor loss, Tensor exit_losses, Tensor logsumexp, Tensor slope)",
-    "early_exit_loss_backward": "(Tensor grad, Tensor hiddens, Tensor norm_weight, Tensor head_weight, Tensor labels, "
-    "Tensor exit_weights, Tensor logsumexp, Tensor slope, float eps, int ignore_index, bool head_grad) "
-    "-> (Tensor grad_hiddens, Tensor grad_norm, Tensor grad_head)",
-}
+from . import dispatch, reference
+from .schemas import SCHEMAS
 
 _public = torch.library.Library("layerskip", "DEF")
 _native = torch.library.Library("layerskip_native", "DEF")
@@ -64,115 +32,111 @@ def native(op: str) -> Callable[..., Any]:
     return getattr(torch.ops.layerskip_native, op).default
 
 
-def _kernel(op: str, *args: Any) -> Any:
-    getattr(_checks, op)(*args)
-    return dispatch.call(op, *args)
-
-
 for _name, _schema in SCHEMAS.items():
     _public.define(_name + _schema)
     _native.define(_name + _schema)
     for _device in ("CPU", "CUDA"):
-        _public.impl(_name, partial(_kernel, _name), _device)
+        _public.impl(_name, partial(dispatch.serve, _name), _device)
 
 
-def _fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(*args: Any) -> Any:
-            getattr(_checks, op)(*args)
-            return function(*args)
+def _fake(op: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Register a function of the bound arguments as the fake of an op."""
 
-        torch.library.register_fake(f"layerskip::{op}", checked, lib=_public)
-        torch.library.register_fake(f"layerskip_native::{op}", checked, lib=_native)
+    def register(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def fake(*args: Any) -> Any:
+            return function(dispatch.checked(op, *args))
+
+        torch.library.register_fake(f"layerskip::{op}", fake, lib=_public)
+        torch.library.register_fake(f"layerskip_native::{op}", fake, lib=_native)
         return function
 
     return register
 
 
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 @_fake("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(a: Any) -> Tensor:
+    return _contiguous_like(a.x)
 
 
 @_fake("linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(a: Any) -> Tensor:
+    return a.x.new_empty(a.x.shape[0], a.weight.shape[0])
 
 
 @_fake("swiglu")
-def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], gate.shape[0])
+def _(a: Any) -> Tensor:
+    return a.x.new_empty(a.x.shape[0], a.gate.shape[0])
 
 
 @_fake("rope_kv_append")
-def _(q: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(a: Any) -> Tensor:
+    return _contiguous_like(a.q)
 
 
 @_fake("verify_attention")
-def _(q: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(a: Any) -> Tensor:
+    return _contiguous_like(a.q)
 
 
 @_fake("exit_head")
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = hidden.shape[0]
-    logit = hidden.new_empty(rows, dtype=torch.float32)
-    return hidden.new_empty(rows, dtype=torch.int64), logit, torch.empty_like(logit)
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = a.hidden.shape[0]
+    logit = a.hidden.new_empty(rows, dtype=torch.float32)
+    return a.hidden.new_empty(rows, dtype=torch.int64), logit, torch.empty_like(logit)
 
 
 @_fake("partial_forward")
-def _(hidden: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+def _(a: Any) -> Tensor:
+    return _contiguous_like(a.hidden)
 
 
 @_fake("draft")
-def _(token: Tensor, embedding: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    steps, extend = rest[10:12]
-    tokens = token.new_empty(token.shape[0], steps)
-    states = embedding.new_empty(token.shape[0], steps + extend, embedding.shape[1])
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch = a.token.shape[0]
+    tokens = a.token.new_empty(batch, a.num_speculations)
+    states = a.embedding.new_empty(batch, a.num_speculations + a.extend, a.embedding.shape[1])
     return tokens, states, torch.empty_like(tokens, dtype=torch.float32)
 
 
 @_fake("accept_greedy")
-def _(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(seq_lens), torch.empty_like(seq_lens)
+def _(a: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a.seq_lens), torch.empty_like(a.seq_lens)
 
 
 @_fake("accept_sampled")
-def _(draft: Tensor, draft_logits: Tensor, target_logits: Tensor, seq_lens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(seq_lens), torch.empty_like(seq_lens)
+def _(a: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a.seq_lens), torch.empty_like(a.seq_lens)
 
 
 @_fake("speculative_round")
-def _(token: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    seq_lens, steps = rest[6], rest[11]
-    tokens = token.new_empty(token.shape[0], steps)
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = a.token.new_empty(a.token.shape[0], a.num_speculations)
     probability = torch.empty_like(tokens, dtype=torch.float32)
-    return tokens, torch.empty_like(seq_lens), torch.empty_like(seq_lens), probability
+    return tokens, torch.empty_like(a.seq_lens), torch.empty_like(a.seq_lens), probability
 
 
 @_fake("early_exit_loss")
-def _(
-    hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.float64 if hiddens.dtype == torch.float64 else torch.float32
-    exits, rows = hiddens.shape[:2]
-    with_slope = len(rest) > 3 and rest[3]
-    slope = hiddens.new_empty(hiddens.shape if with_slope else 0)
-    exit_losses = hiddens.new_empty(exits, dtype=wide)
-    return hiddens.new_empty((), dtype=wide), exit_losses, hiddens.new_empty(exits, rows, dtype=wide), slope
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if a.hiddens.dtype == torch.float64 else torch.float32
+    exits, rows = a.hiddens.shape[:2]
+    slope = a.hiddens.new_empty(a.hiddens.shape if a.with_slope else 0)
+    exit_losses = a.hiddens.new_empty(exits, dtype=wide)
+    return a.hiddens.new_empty((), dtype=wide), exit_losses, a.hiddens.new_empty(exits, rows, dtype=wide), slope
 
 
 @_fake("early_exit_loss_backward")
-def _(grad: Tensor, hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grad_head = torch.empty_like(head_weight) if rest[-1] else head_weight.new_empty(0)
-    grad_hiddens = torch.empty_like(hiddens, memory_format=torch.contiguous_format)
-    return grad_hiddens, torch.empty_like(norm_weight), grad_head
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_head = torch.empty_like(a.head_weight) if a.head_grad else a.head_weight.new_empty(0)
+    return _contiguous_like(a.hiddens), torch.empty_like(a.norm_weight), grad_head
 
 
 def _autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     torch.library.register_autograd(f"layerskip::{op}", backward, setup_context=setup, lib=_public)
+    dispatch.differentiable(op)
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from .dispatch import implements, serves_device
 from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_ref
 
 # Rows and tokens of a forward tile. Its fp32 logits, 2 MB, stay in the cache, and what it adds to is [rows, D], so many
@@ -153,6 +154,7 @@ def _normed_rows(hiddens: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
+@implements("early_exit_loss", "cpu", serves_device("cpu"))
 def early_exit_loss_cpu(
     hiddens: Tensor,
     norm_weight: Tensor,
@@ -201,6 +203,7 @@ def _slopes(tile: _Tile, logits: Tensor, local: Tensor, logsumexp: Tensor, scale
     return tile.rounded(slopes)
 
 
+@implements("early_exit_loss_backward", "cpu", serves_device("cpu"))
 def early_exit_loss_backward_cpu(
     grad: Tensor,
     hiddens: Tensor,

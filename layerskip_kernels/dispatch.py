@@ -1,7 +1,7 @@
-"""Which implementation serves a call, and why.
+"""Which implementation serves a call, and why; and the one way to call an op.
 
-PyTorch's dispatcher picks the device; the table here picks among the implementations for it. Each candidate says
-through ``supports(*args)`` why it cannot serve a call, or None when it can.
+PyTorch's dispatcher picks the device; the table here picks among the implementations for it. Each of them says through
+``supports(*args)`` why it cannot serve a call, or None when it can.
 """
 
 from __future__ import annotations
@@ -13,18 +13,31 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from . import _checks
+from .schemas import bind
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+REFUSAL = "layerskip: "  # how an error begins that the compiled libraries raise for an argument (common/checks.h)
+
+
+def _serves_all(*args: Any) -> None:
+    """The `supports` of an implementation without conditions."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A function that computes an op, and the question whether it can serve given arguments."""
+    """A function that computes an op, and the question whether it can serve given arguments.
+
+    One that ``checks`` looks at its arguments itself, and `_checks` is only asked for the words when it refuses them.
+    """
 
     function: Callable[..., Any]
-    supports: Callable[..., str | None]
+    supports: Callable[..., str | None] = _serves_all
+    checks: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,45 @@ class BackendError(RuntimeError):
 
 
 _table: dict[str, dict[str, Implementation]] = {}
+_absent: dict[str, str] = {}  # backend: why its library is not there
+_differentiable: set[str] = set()
 
 
-def register(op: str, backend: str, function: Callable[..., Any], supports: Callable[..., str | None]) -> None:
-    """Enter ``function`` as the implementation of ``op`` on ``backend``."""
-    _table.setdefault(op, {})[_known(backend)] = Implementation(function, supports)
+def implements(
+    op: str, backend: str, supports: Callable[..., str | None] = _serves_all, checks: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter the decorated function as the implementation of ``op`` on ``backend``; see `Implementation`."""
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        register(op, backend, Implementation(function, supports, checks))
+        return function
+
+    return enter
+
+
+def register(op: str, backend: str, implementation: Implementation) -> None:
+    """Enter an implementation, in the place of one that may be there."""
+    _table.setdefault(op, {})[_known(backend)] = implementation
+
+
+def absent(backend: str, reason: str) -> None:
+    """Keep why a backend has no implementation of any op but those that are entered."""
+    _absent[_known(backend)] = reason
+
+
+def differentiable(op: str) -> None:
+    """Keep that an op has a backward, so that a call may need a gradient."""
+    _differentiable.add(op)
+
+
+def serves_device(device: str) -> Callable[..., str | None]:
+    """The `supports` of an implementation for tensors on one type of device."""
+
+    def supports(*args: Any) -> str | None:
+        actual = device_of(args).type
+        return None if actual == device else f"the tensors are on {actual}"
+
+    return supports
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:
@@ -93,13 +140,17 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _device(args: tuple[Any, ...]) -> str:
-    return next(arg for arg in args if isinstance(arg, Tensor)).device.type
+def device_of(args: tuple[Any, ...]) -> torch.device:
+    """The device of a call's first tensor."""
+    return next(arg for arg in args if isinstance(arg, Tensor)).device
 
 
 def _reason(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
-    candidate = _table.get(op, {}).get(backend)
-    return f"{op} has no {backend} implementation" if candidate is None else candidate.supports(*args)
+    """Why a backend does not serve a call, or None."""
+    implementation = _table[op].get(backend)
+    if implementation is None:
+        return _absent.get(backend, f"{op} has no {backend} implementation")
+    return implementation.supports(*args)
 
 
 def explain(op: str, *args: Any) -> Explanation:
@@ -126,7 +177,7 @@ def explain(op: str, *args: Any) -> Explanation:
     if op not in _table:
         raise ValueError(f"unknown op {op!r}, expected one of {', '.join(sorted(_table))}")
     forced = _forced.get()
-    candidates = PREFERENCE.get(_device(args), ("reference",)) if forced is None else (forced,)
+    candidates = PREFERENCE.get(device_of(args).type, ("reference",)) if forced is None else (forced,)
     skipped: dict[str, str] = {}
     for backend in candidates:
         reason = _reason(op, backend, args)
@@ -137,20 +188,49 @@ def explain(op: str, *args: Any) -> Explanation:
     raise BackendError(f"no backend serves {op} ({listing})")
 
 
-def direct(op: str, first: Tensor) -> Callable[..., Any] | None:
-    """The native CPU kernel where an eager call on a plain CPU tensor would end there anyway, else None."""
-    if type(first) is not Tensor or not first.is_cpu or _forced.get() not in (None, "cpu"):
-        return None
-    candidate = _table[op].get("cpu")
-    return candidate.function if candidate is not None and candidate.supports(first) is None else None
+def checked(op: str, *args: Any) -> Any:
+    """The arguments of an op, bound; raises, with the words of `_checks`, where they do not fit it."""
+    bound = bind(op, *args)
+    getattr(_checks, op)(bound)
+    return bound
+
+
+def _run(op: str, implementation: Implementation, args: tuple[Any, ...]) -> Any:
+    """Check and compute; what a compiled library refuses is a ValueError, with what `_checks` or else it says."""
+    try:
+        if not implementation.checks:
+            checked(op, *args)
+        return implementation.function(*args)
+    except RuntimeError as error:
+        checked(op, *args)
+        message = str(error).splitlines()[0]
+        if not message.startswith(REFUSAL):  # torch's own: memory that cannot be had, say
+            raise
+        raise ValueError(message.removeprefix(REFUSAL)) from error
+
+
+def serve(op: str, *args: Any) -> Any:
+    """The kernel of ``torch.ops.layerskip.<op>``: run the implementation that `explain` names."""
+    return _run(op, _table[op][explain(op, *args).backend], args)
 
 
 def call(op: str, *args: Any) -> Any:
-    """Run ``op`` on the implementation that `explain` names."""
-    forced = _forced.get()
-    if forced is None:
-        for backend in PREFERENCE.get(_device(args), ("reference",)):
-            candidate = _table[op].get(backend)
-            if candidate is not None and candidate.supports(*args) is None:
-                return candidate.function(*args)
-    return _table[op][explain(op, *args).backend].function(*args)
+    """Run an op; what all public functions and the model library call.
+
+    An eager call on CPU tensors goes straight to the native kernel where that would serve it: in a cold cache the
+    checks and two hops of torch's dispatcher take as long as a small kernel. All other calls go through
+    ``torch.ops.layerskip``.
+    """
+    first, recording = args[0], torch.is_grad_enabled()
+    if recording and first.requires_grad and op not in _differentiable:
+        raise ValueError(f"{op} has no backward; call it under torch.no_grad(), or detach its inputs")
+    if type(first) is Tensor and first.is_cpu and not torch.compiler.is_compiling():
+        native = _table[op].get("cpu")
+        needs_autograd = recording and op in _differentiable and _needs_gradient(args)
+        if native is not None and native.checks and _forced.get() in (None, "cpu") and not needs_autograd:
+            return _run(op, native, args)
+    return getattr(torch.ops.layerskip, op).default(*args)
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)

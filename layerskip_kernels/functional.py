@@ -1,4 +1,4 @@
-"""The documented public ops.
+"""The documented public ops of one step; drafting and rounds are in `rounds`.
 
 Letters: B sequences, M rows per sequence, R = B M rows, D hidden, H query heads, G key/value heads, C head size,
 F feed-forward, V vocabulary, T cache capacity, L layers, K draft tokens.
@@ -12,55 +12,14 @@ offending value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._call import call
-from .rounds import Acceptance, Draft, Round, accept_greedy, accept_sampled, draft, speculative_round
-
-__all__ = [
-    "Acceptance",
-    "Draft",
-    "EarlyExitLossOutput",
-    "ExitOutput",
-    "Round",
-    "accept_greedy",
-    "accept_sampled",
-    "check_layer_weights",
-    "draft",
-    "early_exit_loss",
-    "exit_head",
-    "linear",
-    "partial_forward",
-    "rms_norm",
-    "rope_kv_append",
-    "speculative_round",
-    "swiglu",
-    "verify_attention",
-]
-
-_op = torch.ops.layerskip
-
-
-class ExitOutput(NamedTuple):
-    """What an exit says: ``token`` [R] int64, its ``logit`` [R] fp32, ``logsumexp`` [R] fp32.
-
-    ``exp(logit - logsumexp)`` is the token's probability. A token of -1 marks a row whose logits are not finite.
-    """
-
-    token: Tensor
-    logit: Tensor
-    logsumexp: Tensor
-
-
-class EarlyExitLossOutput(NamedTuple):
-    """What training minimises: ``loss``, a scalar, and ``exit_losses`` [N], each exit's own mean, detached."""
-
-    loss: Tensor
-    exit_losses: Tensor
+from .bundles import EarlyExitLossOutput, ExitOutput, KVCache
+from .dispatch import call
+from .schemas import flatten
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -76,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     -------
     Tensor [..., D]
     """
-    return _op.rms_norm(x, weight, eps)
+    return call("rms_norm", x, weight, eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -93,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     -------
     Tensor [R, D_out]
     """
-    return _op.linear(x, weight, bias, residual)
+    return call("linear", x, weight, bias, residual)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -108,7 +67,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     -------
     Tensor [R, F]
     """
-    return _op.swiglu(x, gate, up)
+    return call("swiglu", x, gate, up)
 
 
 def rope_kv_append(
@@ -217,17 +176,7 @@ def exit_head(
 
 
 def partial_forward(
-    hidden: Tensor,
-    weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    start: int,
-    end: int,
-    eps: float,
-    slots: Tensor | None = None,
+    hidden: Tensor, weights: Sequence[Tensor], cache: KVCache, start: int, end: int, eps: float
 ) -> Tensor:
     """Layers [start, end) of a pre-norm decoder as one call; keys and values are written into the cache in place.
 
@@ -240,35 +189,33 @@ def partial_forward(
     hidden : Tensor [B, M, D]
         State before layer ``start``.
     weights : sequence of Tensor
-        For each of the layers in order: attn_norm [D], q [H C, D], k [G C, D], v [G C, D], o [D, H C], mlp_norm [D],
-        gate [F, D], up [F, D], down [D, F]; or those nine and five more, q_bias [H C], k_bias [G C], v_bias [G C],
-        q_norm [C], k_norm [C], each of them empty where the model has none.
-    k_cache, v_cache : Tensor [L, B, G, T, C]
-        Written in place, at ``seq_lens[b] + m``.
-    cos, sin : Tensor [≥ T, C/2], fp32
-    seq_lens : Tensor [B], int64
+        Of the layers [start, end) in order, for each the tensors of `LayerWeights`: the required ones, or all, where
+        one that the model does not have is a tensor without elements.
+    cache : KVCache
+        Of all L layers; keys and values are written at ``seq_lens[b] + m``. Lengths are not advanced.
     start, end : int
     eps : float
         Of every norm.
-    slots : Tensor [B], int64, optional
-        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
 
     Returns
     -------
     Tensor [B, M, D]
         State after layer ``end - 1``.
     """
-    return call("partial_forward", hidden, weights, k_cache, v_cache, cos, sin, seq_lens, start, end, eps, slots)
+    args = flatten("partial_forward", cache, hidden=hidden, weights=weights, start=start, end=end, eps=eps)
+    return call("partial_forward", *args)
 
 
-def check_layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, size: int, dtype: torch.dtype) -> None:
+def check_layer_weights(
+    weights: Sequence[Tensor], hidden_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
     """Check the tensors of one layer as `partial_forward` takes them.
 
     Parameters
     ----------
     weights : sequence of Tensor
-        Nine or fourteen tensors.
-    hidden, groups, size : int
+        Those of `LayerWeights`, with or without the optional ones; an optional one without elements is absent.
+    hidden_size, num_kv_heads, head_dim : int
         D, G and C.
     dtype : torch.dtype
 
@@ -277,7 +224,7 @@ def check_layer_weights(weights: Sequence[Tensor], hidden: int, groups: int, siz
     ValueError, TypeError
         With the name of the tensor, what it is and what it should be.
     """
-    _checks.layer_weights(weights, hidden, groups, size, dtype)
+    _checks.layer_weights(weights, hidden_size, num_kv_heads, head_dim, dtype)
 
 
 def early_exit_loss(
@@ -318,4 +265,4 @@ def early_exit_loss(
     profits = hiddens.device.type == "cpu" or not head_weight.requires_grad
     with_slope = torch.is_grad_enabled() and hiddens.requires_grad and profits
     args = (hiddens, norm_weight, head_weight, labels, exit_weights, eps, ignore_index, with_slope)
-    return EarlyExitLossOutput(*_op.early_exit_loss(*args)[:2])
+    return EarlyExitLossOutput(*call("early_exit_loss", *args)[:2])

@@ -6,15 +6,17 @@ float64 tensors the same functions compute in float64, which is how they are the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _noise
-from ._loops import draft_loop, round_loop
+from . import _noise
+from .bundles import KVCache, LayerWeights, split_layers
+from .dispatch import implements
+from .rounds import compose_draft, compose_round
+from .schemas import bind, flatten
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -22,12 +24,14 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@implements("rms_norm", "reference")
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _wide(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * _wide(weight)).to(x.dtype)
 
 
+@implements("linear", "reference")
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     out = _wide(x) @ _wide(weight).T
     if bias is not None:
@@ -37,6 +41,7 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: 
     return out.to(x.dtype)
 
 
+@implements("swiglu", "reference")
 def swiglu_ref(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     wide = _wide(x)
     return (F.silu(wide @ _wide(gate).T) * (wide @ _wide(up).T)).to(x.dtype)
@@ -52,14 +57,14 @@ def _positions(seq_lens: Tensor, rows: int, capacity: int) -> Tensor:
     return positions
 
 
-def _cache_rows(slots: Tensor | None, batch: int, cached: int, device: torch.device) -> Tensor:
+def _cache_rows(slots: Tensor | None, batch: int, cache_rows: int, device: torch.device) -> Tensor:
     """The cache row of each sequence, [B]; raises where slots are not distinct rows of the cache."""
     if slots is None:
         return torch.arange(batch, device=device)
     if slots.device.type == "cpu":  # on a GPU this would be a host sync
         listed = slots.tolist()
-        if any(not 0 <= slot < cached for slot in listed) or len(set(listed)) < len(listed):
-            raise ValueError(f"slots must be distinct and in [0, {cached}), got {listed}")
+        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
+            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
     return slots
 
 
@@ -70,6 +75,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+@implements("rope_kv_append", "reference")
 def rope_kv_append_ref(
     q: Tensor,
     k: Tensor,
@@ -90,26 +96,28 @@ def rope_kv_append_ref(
     return _rotate(q, cos, sin)
 
 
+@implements("verify_attention", "reference")
 def verify_attention_ref(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, slots: Tensor | None = None
 ) -> Tensor:
-    batch, rows, heads, size = q.shape
+    batch, rows, num_heads, head_dim = q.shape
     if slots is not None:
         own = _cache_rows(slots, batch, k_cache.shape[0], q.device)
         k_cache, v_cache = k_cache[own], v_cache[own]
-    groups, capacity = k_cache.shape[1:3]
+    num_kv_heads, capacity = k_cache.shape[1:3]
     positions = _positions(seq_lens, rows, capacity)
     seen = torch.arange(capacity, device=q.device) <= positions[:, :, None]  # [B, M, T]
     # Garbage past a sequence's length may be NaN, and 0 * NaN is NaN: it is taken out of V, not only masked.
     written = seen.any(1) if rows else seen.new_zeros(batch, capacity)
     values = torch.where(written[:, None, :, None], _wide(v_cache), 0)  # [B, G, T, C]
-    grouped = _wide(q).view(batch, rows, groups, heads // groups, size)
-    scores = torch.einsum("bmgrc,bgtc->bgrmt", grouped, _wide(k_cache)) * size**-0.5
+    grouped = _wide(q).view(batch, rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = torch.einsum("bmgrc,bgtc->bgrmt", grouped, _wide(k_cache)) * head_dim**-0.5
     weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
     out = torch.einsum("bgrmt,bgtc->bmgrc", weights, values)
-    return out.reshape(batch, rows, heads, size).to(q.dtype)
+    return out.reshape(batch, rows, num_heads, head_dim).to(q.dtype)
 
 
+@implements("exit_head", "reference")
 def exit_head_ref(
     hidden: Tensor,
     norm_weight: Tensor,
@@ -153,65 +161,39 @@ def divisors(temperature: Tensor) -> Tensor:
     return torch.where(temperature > 0, temperature, 1)[:, None]
 
 
-def partial_forward_ref(
-    hidden: Tensor,
-    weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    start: int,
-    end: int,
-    eps: float,
-    slots: Tensor | None = None,
-) -> Tensor:
-    count = _checks.layer_slots(weights, start, end)
-    hidden = hidden.clone()
-    for offset, layer in enumerate(range(start, end)):
-        one = weights[offset * count : (offset + 1) * count]
-        hidden = _layer(hidden, one, k_cache[layer], v_cache[layer], cos, sin, seq_lens, eps, slots)
+@implements("partial_forward", "reference")
+def partial_forward_ref(*args: Any) -> Tensor:
+    a = bind("partial_forward", *args)
+    hidden = a.hidden.clone()
+    for layer, weights in enumerate(split_layers(a.weights, a.start, a.end), a.start):
+        cache = KVCache(a.k_cache[layer], a.v_cache[layer], a.cos, a.sin, a.seq_lens, a.slots)
+        hidden = _layer(hidden, weights, cache, a.eps)
     return hidden
 
 
-def _layer(
-    hidden: Tensor,
-    weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    eps: float,
-    slots: Tensor | None,
-) -> Tensor:
+def _layer(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float) -> Tensor:
     """One decoder layer as the composition of the ops; every product is rounded to the model's dtype."""
-    attn_norm, q_w, k_w, v_w, o_w, mlp_norm, gate, up, down = weights[:9]
-    q_bias, k_bias, v_bias, q_norm, k_norm = (w if w.numel() else None for w in weights[9:] or [hidden[:0]] * 5)
-    batch, rows, width = hidden.shape
-    size = k_cache.shape[3]
-    flat = hidden.reshape(-1, width)
+    batch, rows, hidden_size = hidden.shape
+    head_dim, w = cache.k_cache.shape[3], weights
+    flat = hidden.reshape(-1, hidden_size)
 
-    normed = rms_norm_ref(flat, attn_norm, eps)
-    q = linear_ref(normed, q_w, q_bias).view(batch, rows, q_w.shape[0] // size, size)
-    k = linear_ref(normed, k_w, k_bias).view(batch, rows, k_w.shape[0] // size, size)
-    v = linear_ref(normed, v_w, v_bias).view(batch, rows, v_w.shape[0] // size, size)
-    q = q if q_norm is None else rms_norm_ref(q, q_norm, eps)
-    k = k if k_norm is None else rms_norm_ref(k, k_norm, eps)
-    q = rope_kv_append_ref(q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots)
-    attended = verify_attention_ref(q, k_cache, v_cache, seq_lens, slots).reshape(batch * rows, q_w.shape[0])
-    flat = linear_ref(attended, o_w, residual=flat)
-    activated = swiglu_ref(rms_norm_ref(flat, mlp_norm, eps), gate, up)
-    return linear_ref(activated, down, residual=flat).view(batch, rows, width)
+    normed = rms_norm_ref(flat, w.attn_norm, eps)
+    q = linear_ref(normed, w.q, w.q_bias).view(batch, rows, w.q.shape[0] // head_dim, head_dim)
+    k = linear_ref(normed, w.k, w.k_bias).view(batch, rows, w.k.shape[0] // head_dim, head_dim)
+    v = linear_ref(normed, w.v, w.v_bias).view(batch, rows, w.v.shape[0] // head_dim, head_dim)
+    q = q if w.q_norm is None else rms_norm_ref(q, w.q_norm, eps)
+    k = k if w.k_norm is None else rms_norm_ref(k, w.k_norm, eps)
+    q = rope_kv_append_ref(*flatten("rope_kv_append", cache, q=q, k=k, v=v))
+    attended = verify_attention_ref(q, cache.k_cache, cache.v_cache, cache.seq_lens, cache.slots)
+    flat = linear_ref(attended.reshape(batch * rows, w.q.shape[0]), w.o, residual=flat)
+    activated = swiglu_ref(rms_norm_ref(flat, w.mlp_norm, eps), w.gate, w.up)
+    return linear_ref(activated, w.down, residual=flat).view(batch, rows, hidden_size)
 
 
-def draft_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return draft_loop(partial_forward_ref, exit_head_ref, *args)
-
-
+@implements("accept_greedy", "reference")
 def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     drafted = draft.shape[1]
-    matches = (draft == target[:, :drafted]) & (draft >= 0)  # a negative draft marks a slot that was not drafted
+    matches = (draft == target[:, :drafted]) & (draft >= 0)  # a negative entry was not drafted
     accepted = matches.long().cumprod(1).sum(1)
     next_token = target.gather(1, accepted[:, None])[:, 0]
     seq_lens.add_(accepted + 1)
@@ -224,24 +206,24 @@ def _log_softmax(scaled: Tensor) -> tuple[Tensor, Tensor]:
     return scaled - lse, lse[..., 0].isfinite()
 
 
-def _on_vocabulary(log_q: Tensor, token_map: Tensor | None, vocabulary: int) -> Tensor:
+def _on_vocabulary(log_q: Tensor, token_map: Tensor | None, vocab_size: int) -> Tensor:
     """log q of the draft's tokens, [B, K, V_draft] -> [B, K, V], -inf where it has none."""
     if token_map is None:
         return log_q
-    full = log_q.new_full((*log_q.shape[:2], vocabulary), float("-inf"))
+    full = log_q.new_full((*log_q.shape[:2], vocab_size), float("-inf"))
     return full.index_copy(2, token_map, log_q)
 
 
-def _check_accepted_tokens(draft: Tensor, temperature: Tensor, token_map: Tensor | None, vocabulary: int) -> None:
+def _check_accepted_tokens(draft: Tensor, temperature: Tensor, token_map: Tensor | None, vocab_size: int) -> None:
     """Raise where a draft cannot have been drawn from the draft's own tokens."""
     if draft.device.type != "cpu":  # on a GPU this would be a host sync
         return
     for name, tokens in (("draft", draft), ("token_map", token_map)):
         if tokens is not None and tokens.numel():
             least, most = int(tokens.min()), int(tokens.max())
-            if most >= vocabulary or (least < 0 and name == "token_map"):
-                token = most if most >= vocabulary else least
-                raise ValueError(f"{name} holds {token}, the vocabulary of target_logits has {vocabulary}")
+            if most >= vocab_size or (least < 0 and name == "token_map"):
+                token = most if most >= vocab_size else least
+                raise ValueError(f"{name} holds {token}, the vocabulary of target_logits has {vocab_size}")
     if token_map is not None:
         strange = ~torch.isin(draft, token_map) & (draft >= 0) & (temperature[:, None] > 0)
         if strange.any():
@@ -249,6 +231,7 @@ def _check_accepted_tokens(draft: Tensor, temperature: Tensor, token_map: Tensor
             raise ValueError(f"draft[{b}, {i}] is {int(draft[b, i])}, which is not in token_map")
 
 
+@implements("accept_sampled", "reference")
 def accept_sampled_ref(
     draft: Tensor,
     draft_logits: Tensor,
@@ -259,13 +242,13 @@ def accept_sampled_ref(
     token_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, drafted = draft.shape
-    vocabulary = target_logits.shape[2]
-    _check_accepted_tokens(draft, temperature, token_map, vocabulary)
+    vocab_size = target_logits.shape[2]
+    _check_accepted_tokens(draft, temperature, token_map, vocab_size)
     sampled, by = temperature[:, None] > 0, divisors(temperature)[:, :, None]
     scaled = target_logits / by
     log_p, valid_p = _log_softmax(scaled)
     log_q, valid_q = _log_softmax(draft_logits / by)
-    log_q = _on_vocabulary(log_q, token_map, vocabulary)
+    log_q = _on_vocabulary(log_q, token_map, vocab_size)
     valid = valid_p.clone()
     valid[:, :drafted] &= valid_q | (draft < 0) | ~sampled
     best = scaled.argmax(-1)  # [B, K + 1]; of log_p, rounding might have made it a tie
@@ -286,25 +269,20 @@ def accept_sampled_ref(
         residual = (last(log_p).exp() - last(log_q).exp()).clamp_min(0).log()
         usable = rejected & (residual > float("-inf")).any(-1)  # rounding may leave nothing
         final = torch.where(usable[:, None], residual, final)
-    every = torch.arange(vocabulary, device=draft.device)
+    every = torch.arange(vocab_size, device=draft.device)
     noise = _noise.gumbel(seed[:, None], (seq_lens + accepted)[:, None], every, _noise.RESIDUAL)
     token = torch.where(sampled[:, 0], (final + noise).argmax(-1), last(best))
     seq_lens.add_(accepted + 1)
     return accepted, torch.where(last(valid), token, -1)
 
 
-def speculative_round_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    names = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
-    return round_loop({name: globals()[f"{name}_ref"] for name in names}, *args)
-
-
-def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise ValueError where a label is neither a token nor ``ignore_index``."""
     if labels.device.type == "cpu":  # on a GPU this would be a host sync
-        wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+        wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
         if wrong.any():
             row = int(wrong.nonzero()[0, 0])
-            raise ValueError(f"labels[{row}] is {int(labels[row])}, expected [0, {vocabulary}) or {ignore_index}")
+            raise ValueError(f"labels[{row}] is {int(labels[row])}, expected [0, {vocab_size}) or {ignore_index}")
 
 
 def label_counts(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -323,6 +301,7 @@ def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> t
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
+@implements("early_exit_loss", "reference")
 def early_exit_loss_ref(
     hiddens: Tensor,
     norm_weight: Tensor,
@@ -350,6 +329,7 @@ def _softmax_slopes(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.softmax(-1) - F.one_hot(labels.clamp(0), logits.shape[-1])
 
 
+@implements("early_exit_loss_backward", "reference")
 def early_exit_loss_backward_ref(
     grad: Tensor,
     hiddens: Tensor,
@@ -370,3 +350,21 @@ def early_exit_loss_backward_ref(
     grad_hiddens, grad_norm = rms_norm_gradients(grad_logits @ head, hiddens, norm_weight, eps)
     grad_head = torch.einsum("nrv,nrd->vd", grad_logits, normed) if head_grad else head.new_empty(0)
     return grad_hiddens, grad_norm, grad_head.to(head_weight.dtype)
+
+
+_OPS = {
+    "partial_forward": partial_forward_ref,
+    "exit_head": exit_head_ref,
+    "accept_greedy": accept_greedy_ref,
+    "accept_sampled": accept_sampled_ref,
+}
+
+
+@implements("draft", "reference")
+def draft_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return compose_draft(_OPS, *args)
+
+
+@implements("speculative_round", "reference")
+def speculative_round_ref(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return compose_round({**_OPS, "draft": draft_ref}, *args)

@@ -1,117 +1,84 @@
-"""The documented ops of self-speculative decoding: draft, accept, and a round of both. Letters as in `functional`."""
+"""Self-speculative decoding: the documented ops draft, accept and a round of both, and what they compute.
+
+`compose_draft` and `compose_round` are `draft` and `speculative_round` in Python, out of the other ops of whichever
+backend; the native kernels compute the same bits in one call. Letters as in `functional`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from ._call import call
+from .bundles import Acceptance, Draft, Head, KVCache, Noise, Round, weights_per_layer
+from .dispatch import call
+from .schemas import bind, derive, flatten
 
-
-class Draft(NamedTuple):
-    """What drafting gives.
-
-    ``tokens`` [B, K] int64, ``states`` [B, K or K + 1, D] after the exit layer, and ``probability`` [B, K] fp32, what
-    the exit gave each token.
-    """
-
-    tokens: Tensor
-    states: Tensor
-    probability: Tensor
-
-
-class Acceptance(NamedTuple):
-    """What verification says: ``accepted`` [B] int64 leading draft tokens, ``next_token`` [B] int64."""
-
-    accepted: Tensor
-    next_token: Tensor
-
-
-class Round(NamedTuple):
-    """What a round of self-speculative decoding gives.
-
-    ``tokens`` [B, K] int64 were drafted, ``accepted`` [B] int64 of them hold, ``next_token`` [B] int64 follows those;
-    ``probability`` [B, K] fp32 is what the exit gave each draft.
-    """
-
-    tokens: Tensor
-    accepted: Tensor
-    next_token: Tensor
-    probability: Tensor
+Token = TypeVar("Token")
+Ops = Mapping[str, Callable[..., Any]]  # a backend's ops by name
+Record = Callable[[Tensor, Sequence[Tensor], Tensor, Draft, int, float], Tensor]
 
 
 def draft(
     token: Tensor,
     embedding: Tensor,
     weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    end: int,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    steps: int,
+    cache: KVCache,
+    exit_layer: int,
+    head: Head,
+    num_speculations: int,
+    *,
     extend: bool,
-    token_map: Tensor | None = None,
-    scale: Tensor | None = None,
-    slots: Tensor | None = None,
-    min_probability: float = 0.0,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
+    eps: float,
+    draft_threshold: float = 0.0,
+    noise: Noise | None = None,
     logits: Tensor | None = None,
 ) -> Draft:
-    """Decode ``steps`` tokens with layers [0, end) and an exit head, as one call: embed, partial_forward, exit_head.
+    """Decode ``num_speculations`` tokens with layers [0, E) and an exit head, as one call.
 
-    A sequence stops drafting where a token's probability falls below ``min_probability``: that token and the later ones
-    are -1, ``probability`` keeps the value that stopped it, then 0. The states up to the row that would have given the
-    missing token are there, for verification; the rows after them are 0, and what is in the cache there is void.
+    It is the loop of embedding, `partial_forward` and `exit_head`. A sequence stops drafting where a token's
+    probability falls below ``draft_threshold``: that token and the later ones are -1, ``probability`` keeps the value
+    that stopped it, then 0. The states up to the row that would have given the missing token are there, for
+    verification; the rows after them are 0, and what is in the cache there has no meaning.
 
     Parameters
     ----------
     token : Tensor [B], int64
         The tokens at positions ``seq_lens[b]``, each of them in 0 … V - 1.
     embedding : Tensor [V, D]
-    weights, k_cache, v_cache, cos, sin
-        As `partial_forward` takes them for layers [0, end).
-    seq_lens : Tensor [B], int64
-        Lengths before the first step; they are not advanced.
-    end : int
-        The exit layer; all layers, to decode autoregressively.
-    norm_weight, head_weight, token_map, scale
-        As `exit_head` takes them.
-    eps : float
-        Of every norm.
-    steps : int
+    weights : sequence of Tensor
+        Of the layers [0, E), as `partial_forward` takes them.
+    cache : KVCache
+        Its lengths are those before the first draft; they are not advanced.
+    exit_layer : int
+        E; all layers, to decode autoregressively.
+    head : Head
+    num_speculations : int
         K.
     extend : bool
         Whether the last token, too, goes through the layers: verification needs its key, value and state.
-    slots : Tensor [B], int64, optional
-        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
-    min_probability : float
+    eps : float
+        Of every norm.
+    draft_threshold : float
         In [0, 1].
-    temperature : Tensor [B], fp32, optional
+    noise : Noise, optional
         Samples, as `exit_head` does; token i has the offset ``seq_lens[b] + i``.
-    seed : Tensor [B], int64
-        With a temperature, and only with one.
     logits : Tensor [B, K, V_draft], fp32, optional
-        Is given the exit's logits, as `accept_sampled` takes them. Rows that were not drafted are void.
+        Is given the exit's logits, as `accept_sampled` takes them. Rows that were not drafted have no meaning.
 
     Returns
     -------
     Draft
-        A token of -1 with a NaN for probability marks a head whose logits were not finite; what follows it is void.
+        A token of -1 with a NaN for probability marks a head whose logits were not finite; what follows it has no
+        meaning.
     """
-    return Draft(
-        *call(
-            "draft", token, embedding, weights, k_cache, v_cache, cos, sin, seq_lens, end, norm_weight,
-            head_weight, eps, steps, extend, token_map, scale, slots, min_probability, temperature, seed, logits,
-        )
+    args = flatten(
+        "draft", cache, head, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
+        num_speculations=num_speculations, extend=extend, eps=eps, draft_threshold=draft_threshold, logits=logits,
     )  # fmt: skip
+    return Draft(*call("draft", *args))
 
 
 def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance:
@@ -120,7 +87,7 @@ def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance
     Parameters
     ----------
     draft : Tensor [B, K], int64
-        A negative entry marks a slot that was not drafted; it and what follows it are not accepted.
+        A negative entry was not drafted; it and what follows it are not accepted.
     target : Tensor [B, K + 1], int64
         The full model's choice after each of the K + 1 rows.
     seq_lens : Tensor [B], int64
@@ -153,7 +120,7 @@ def accept_sampled(
     Parameters
     ----------
     draft : Tensor [B, K], int64
-        Drawn from q. A negative entry marks a slot that was not drafted; the token there is drawn from p.
+        Drawn from q. A negative entry was not drafted; the token there is drawn from p.
     draft_logits : Tensor [B, K, V_draft], fp32
         As `draft` writes them. -inf masks a token.
     target_logits : Tensor [B, K + 1, V], fp32
@@ -179,28 +146,20 @@ def speculative_round(
     token: Tensor,
     embedding: Tensor,
     weights: Sequence[Tensor],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
+    cache: KVCache,
     exit_layer: int,
-    norm_weight: Tensor,
-    head_weight: Tensor,
+    head: Head,
+    num_speculations: int,
+    *,
     eps: float,
-    steps: int,
-    draft_weight: Tensor | None = None,
-    draft_map: Tensor | None = None,
-    draft_scale: Tensor | None = None,
-    slots: Tensor | None = None,
-    min_probability: float = 0.0,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
+    draft_head: Head | None = None,
+    draft_threshold: float = 0.0,
+    noise: Noise | None = None,
 ) -> Round:
     """One round of self-speculative decoding (LayerSkip, arXiv 2404.16710, §4.3) as one call.
 
     It is the composition, bit for bit, of `draft` with layers [0, E), `partial_forward` of the drafted rows through
-    layers [E, L), `exit_head` on them, and `accept_greedy` or, with a temperature, `accept_sampled`.
+    layers [E, L), `exit_head` on them, and `accept_greedy` or, with noise, `accept_sampled`.
 
     Parameters
     ----------
@@ -209,35 +168,181 @@ def speculative_round(
     embedding : Tensor [V, D]
     weights : sequence of Tensor
         Of all L layers, as `partial_forward` takes them.
-    k_cache, v_cache : Tensor [L, B, G, T, C]
-        Written in place. They must have room for ``steps + 1`` rows more.
-    cos, sin : Tensor [≥ T, C/2], fp32
-    seq_lens : Tensor [B], int64
-        Advanced in place by accepted + 1.
+    cache : KVCache
+        With room for K + 1 rows more. The lengths are advanced in place by accepted + 1.
     exit_layer : int
         E, in 1 … L.
-    norm_weight, head_weight
-        As `exit_head` takes them, in the dtype of the model: they decide.
+    head : Head
+        What decides: the whole vocabulary, in the dtype of the model.
+    num_speculations : int
+        K.
     eps : float
         Of every norm.
-    steps : int
-        K.
-    draft_weight, draft_map, draft_scale
-        A head for the drafts, as `exit_head` takes it; by default the full one.
-    slots, temperature, seed
-        As `draft` takes them.
-    min_probability : float
-        As `draft` takes it, and without a temperature: to drop what was drawn because it is improbable would change the
+    draft_head : Head, optional
+        What drafts, behind the norm of ``head``; by default ``head``.
+    draft_threshold : float
+        As `draft` takes it, and without noise: to drop what was drawn because it is improbable would change the
         distribution of what is emitted.
+    noise : Noise, optional
+        As `draft` takes it.
 
     Returns
     -------
     Round
     """
-    return Round(
-        *call(
-            "speculative_round", token, embedding, weights, k_cache, v_cache, cos, sin, seq_lens, exit_layer,
-            norm_weight, head_weight, eps, steps, draft_weight, draft_map, draft_scale, slots, min_probability,
-            temperature, seed,
-        )
+    if head.token_map is not None or head.scale is not None:
+        raise ValueError("head has a token_map or a scale: what verifies must be the full head; give it as draft_head")
+    if draft_head is not None and draft_head.norm_weight is not head.norm_weight:
+        raise ValueError("the norm_weight of draft_head is not that of head: a round has one final norm")
+    draft_head_weight, draft_token_map, draft_head_scale = (None, None, None) if draft_head is None else draft_head[1:]
+    args = flatten(
+        "speculative_round", cache, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
+        norm_weight=head.norm_weight, head_weight=head.head_weight, eps=eps, num_speculations=num_speculations,
+        draft_head_weight=draft_head_weight, draft_token_map=draft_token_map, draft_head_scale=draft_head_scale,
+        draft_threshold=draft_threshold,
     )  # fmt: skip
+    return Round(*call("speculative_round", *args))
+
+
+def draft_loop(
+    token: Token,
+    num_speculations: int,
+    extend: bool,
+    forward: Callable[[Token, int], Tensor],
+    choose: Callable[[Tensor, int], Token | None],
+) -> None:
+    """Draft: a token gives a state, a state gives the next token.
+
+    Parameters
+    ----------
+    token
+        The last tokens, in whatever form ``forward`` takes them.
+    num_speculations : int
+        K.
+    extend : bool
+        Whether the last token, too, goes forward.
+    forward : callable
+        ``forward(token, row)`` runs the layers below the exit on the tokens of a row: their states [B, D].
+    choose : callable
+        ``choose(state, row)`` gives the tokens after it, or None where no sequence drafts any further.
+    """
+    for row in range(num_speculations):
+        following = choose(forward(token, row), row)
+        if following is None:
+            return
+        token = following
+    if extend:
+        forward(token, num_speculations)
+
+
+def record_draft(
+    state: Tensor, said: Sequence[Tensor], embedding: Tensor, out: Draft, row: int, draft_threshold: float
+) -> Tensor:
+    """Write a row of a draft, and embed its tokens, [B, D].
+
+    With a threshold a draft ends where its probability is below: that token and those after it are -1, and what comes
+    after it has state 0 and probability 0. Without one, -1 marks logits that are not finite and ends nothing.
+
+    Parameters
+    ----------
+    state : Tensor [B, D]
+    said : (token, logit, logsumexp), each [B]
+        What the exit head says of ``state``.
+    embedding : Tensor [V, D]
+    out : Draft
+        Its row ``row`` is written.
+    row : int
+    draft_threshold : float
+    """
+    token, logit, logsumexp = said
+    chance = (logit - logsumexp).exp()
+    if draft_threshold > 0:
+        if row:
+            ended = out.tokens[:, row - 1] < 0
+            state, chance = torch.where(ended[:, None], 0, state), torch.where(ended, 0, chance)
+        token = torch.where(chance >= draft_threshold, token, -1)  # false of NaN, too
+    out.states[:, row], out.tokens[:, row], out.probability[:, row] = state, token, chance
+    return embedding[token.clamp_min(0)]  # what follows a -1 has no meaning, but an index must be valid
+
+
+def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[Tensor, Tensor, Tensor]:
+    """`draft` out of a backend's partial_forward and exit_head; ``record`` is `record_draft`, or does the same."""
+    a = bind("draft", *args)
+    on_cpu, (batch, steps) = a.token.device.type == "cpu", (a.token.shape[0], a.num_speculations)
+    if on_cpu:  # on a GPU a look at the tokens would be a host sync
+        _check_tokens(a.token, a.embedding.shape[0])
+    tokens = a.token.new_empty(batch, steps)
+    states = a.embedding.new_empty(batch, steps + a.extend, a.embedding.shape[1])
+    out = Draft(tokens, states, torch.empty_like(tokens, dtype=torch.float32))
+    positions = [a.seq_lens + row for row in range(steps + a.extend)]
+
+    def forward(embedded: Tensor, row: int) -> Tensor:
+        hidden = embedded[:, None]
+        layers = derive("partial_forward", a, hidden=hidden, seq_lens=positions[row], start=0, end=a.exit_layer)
+        state = ops["partial_forward"](*layers)[:, 0]
+        if row == steps:
+            ends = steps > 0 and a.draft_threshold > 0
+            states[:, row] = state.masked_fill(tokens[:, -1:] < 0, 0) if ends else state
+        return state
+
+    def choose(state: Tensor, row: int) -> Tensor | None:
+        offset = None if a.temperature is None else positions[row]
+        logits = None if a.logits is None else a.logits[:, row]
+        said = ops["exit_head"](*derive("exit_head", a, hidden=state, offset=offset, logits=logits))
+        following = record(state, said, a.embedding, out, row, a.draft_threshold)
+        if on_cpu and a.draft_threshold > 0 and bool((tokens[:, row] < 0).all()):
+            _clear(out, row + 1)
+            return None
+        return following
+
+    draft_loop(a.embedding[a.token.clamp_min(0)], steps, a.extend, forward, choose)
+    return out
+
+
+def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`speculative_round` out of a backend's draft, partial_forward, exit_head, accept_greedy and accept_sampled."""
+    a = bind("speculative_round", *args)
+    num_layers, batch, device = a.k_cache.shape[0], a.token.shape[0], a.token.device
+    below = weights_per_layer(a.weights, 0, num_layers) * a.exit_layer
+    small, samples = a.head_weight if a.draft_head_weight is None else a.draft_head_weight, a.temperature is not None
+    draft_logits = target_logits = None
+    if samples:
+        draft_logits = torch.empty(batch, a.num_speculations, small.shape[0], dtype=torch.float32, device=device)
+    tokens, states, probability = ops["draft"](*derive(
+        "draft", a, weights=a.weights[:below], head_weight=small, extend=True, token_map=a.draft_token_map,
+        scale=a.draft_head_scale, logits=draft_logits,
+    ))  # fmt: skip
+    drafted = _most_drafts(tokens)
+    above = {"weights": a.weights[below:], "start": a.exit_layer, "end": num_layers}
+    hidden = ops["partial_forward"](*derive("partial_forward", a, hidden=states[:, : drafted + 1], **above)).flatten(
+        0, 1
+    )
+    if samples:
+        target_logits = torch.empty(hidden.shape[0], a.head_weight.shape[0], dtype=torch.float32, device=device)
+    full = {"hidden": hidden, "temperature": None, "seed": None, "logits": target_logits}
+    target = ops["exit_head"](*derive("exit_head", a, **full))[0].view(batch, drafted + 1)
+    if draft_logits is None or target_logits is None:
+        return tokens, *ops["accept_greedy"](tokens[:, :drafted], target, a.seq_lens), probability
+    accepted = ops["accept_sampled"](*derive(
+        "accept_sampled", a, draft=tokens[:, :drafted], draft_logits=draft_logits[:, :drafted],
+        target_logits=target_logits.view(batch, drafted + 1, -1), token_map=a.draft_token_map,
+    ))  # fmt: skip
+    return tokens, *accepted, probability
+
+
+def _most_drafts(tokens: Tensor) -> int:
+    """How many drafts need verification: the most of any sequence. On a GPU all: a look would be a host sync."""
+    if tokens.device.type != "cpu" or not tokens.numel():
+        return tokens.shape[1]
+    return int((tokens >= 0).long().cumprod(1).sum(1).max())
+
+
+def _clear(out: Draft, row: int) -> None:
+    """Of the rows from ``row``, where nothing is drafted any more."""
+    out.tokens[:, row:], out.states[:, row:], out.probability[:, row:] = -1, 0, 0
+
+
+def _check_tokens(token: Tensor, vocab_size: int) -> None:
+    wrong = (token < 0) | (token >= vocab_size)
+    if wrong.any():
+        raise ValueError(f"token {int(token[wrong][0])} is outside the vocabulary of {vocab_size}")

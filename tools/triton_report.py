@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from layerskip_kernels.bundles import KVCache
+from layerskip_kernels.schemas import derive, flatten
 from layerskip_kernels.triton import (
     _config,
     accept,
@@ -31,7 +33,6 @@ from layerskip_kernels.triton import (
     early_exit_loss,
     exit_head,
     partial_forward,
-    skip_gradients_below,
 )
 from layerskip_kernels.triton._launch import PDL_COMPILES
 
@@ -171,9 +172,7 @@ def _loss_launches(hiddens: Tensor, head: Tensor) -> None:
     grad, weights = (torch.empty(size, device="meta") for size in ((), (exits,)))
     inputs = (hiddens, head.new_empty(width), head, labels, weights)
     _, _, lse, slope = early_exit_loss.early_exit_loss(*inputs)
-    for threshold in (0.0, 2.0**-12):
-        with skip_gradients_below(threshold):
-            early_exit_loss.early_exit_loss_backward(grad, *inputs, lse, slope, 1e-5, -100, True)
+    early_exit_loss.early_exit_loss_backward(grad, *inputs, lse, slope, 1e-5, -100, True)
 
 
 def _sampling_launches(hidden: Tensor, norm: Tensor, head: Tensor, extra: tuple[Tensor, ...], vocabulary: int) -> None:
@@ -216,11 +215,15 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
     with recorded() as found:
         hidden, weights = empty(batch, rows, shape.hidden), _layer(shape, dtype, full)
         slots = lengths if full else None
-        k_cache, v_cache, cos, sin = *cache, *angles
-        partial_forward.partial_forward(hidden, weights, k_cache, v_cache, cos, sin, lengths, 0, 1, 1e-5, slots)
+        places = KVCache(cache[0], cache[1], angles[0], angles[1], lengths, slots)
+        layers = flatten("partial_forward", places, hidden=hidden, weights=weights, start=0, end=1, eps=1e-5)
+        partial_forward.partial_forward(*layers)
         hidden, norm = hidden.view(-1, shape.hidden), empty(shape.hidden)
-        embedding, caches = empty(shape.vocabulary, shape.hidden), (k_cache, v_cache, cos, sin, lengths)
-        draft.draft(lengths, embedding, weights, *caches, 1, norm, embedding, 1e-5, 1, False, slots=slots)
+        embedding = empty(shape.vocabulary, shape.hidden)
+        draft.draft(*derive(
+            "draft", layers, token=lengths, embedding=embedding, exit_layer=1, norm_weight=norm, head_weight=embedding,
+            num_speculations=1, extend=False,
+        ))  # fmt: skip
         exit_head.exit_head(hidden, norm, head, 1e-5, *extra)
         _sampling_launches(hidden, norm, head, extra, shape.vocabulary)
         accept.accept_greedy(drafts, target, lengths)

@@ -1,15 +1,16 @@
-// What the launchers need to trust a tensor's memory. Messages for users are written in Python (`_checks.py`); these
-// hold also when an op of `layerskip_native` is called past them.
+// What the launchers need to trust a tensor's memory, and how they refuse an argument. Most messages for users are
+// written in Python (`_checks.py`); these checks hold also when an op of `layerskip_native` is called past them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 #include "common/types.h"
 
@@ -17,6 +18,23 @@ namespace lsk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Raises an error whose message begins with what tells `dispatch.py` that an argument is wrong: a ValueError for the
+// user.
+template <class... Words>
+[[noreturn]] void refuse(const Words&... words) {
+  std::ostringstream message;
+  message << "layerskip: ";
+  (message << ... << words);
+  throw std::runtime_error(message.str());
+}
+
+// Refuses an argument, with these words, where the condition does not hold.
+#define LSK_REQUIRE(condition, ...) \
+  do {                              \
+    if (!(condition)) [[unlikely]]  \
+      lsk::refuse(__VA_ARGS__);     \
+  } while (false)
 
 template <class T>
 constexpr ScalarType scalar_type() = delete;
@@ -44,14 +62,14 @@ constexpr ScalarType scalar_type<int64_t>() {
 // The memory of a contiguous tensor of this dtype and shape.
 template <class T>
 T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type<T>(), name, " has an unexpected dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
-                  shape.size());
+  LSK_REQUIRE(tensor.scalar_type() == scalar_type<T>(), name, " has an unexpected dtype");
+  LSK_REQUIRE(tensor.is_contiguous(), name, " must be contiguous");
+  LSK_REQUIRE(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
+              shape.size());
   const auto sizes = tensor.sizes();
   size_t dim = 0;
   for (int64_t size : shape) {
-    STD_TORCH_CHECK(sizes[dim] == size, name, " has size ", sizes[dim], " in dimension ", dim, ", expected ", size);
+    LSK_REQUIRE(sizes[dim] == size, name, " has size ", sizes[dim], " in dimension ", dim, ", expected ", size);
     ++dim;
   }
   return static_cast<T*>(tensor.data_ptr());
@@ -62,13 +80,13 @@ T* data(const std::optional<Tensor>& tensor, const char* name, std::initializer_
   return tensor.has_value() ? data<T>(*tensor, name, shape) : nullptr;
 }
 
-inline void check_head_size(int64_t size) {
-  STD_TORCH_CHECK(size % 8 == 0 && 8 <= size && size <= 256, "head size must be a multiple of 8 up to 256, got ", size);
+inline void check_head_dim(int64_t size) {
+  LSK_REQUIRE(size % 8 == 0 && 8 <= size && size <= 256, "head size must be a multiple of 8 up to 256, got ", size);
 }
 
-inline void check_groups(int64_t heads, int64_t groups) {
-  STD_TORCH_CHECK(groups > 0 && heads % groups == 0, heads, " query heads are not a multiple of ", groups,
-                  " key/value heads");
+inline void check_num_heads(int64_t num_heads, int64_t num_kv_heads) {
+  LSK_REQUIRE(num_kv_heads > 0 && num_heads % num_kv_heads == 0, num_heads, " query heads are not a multiple of ",
+              num_kv_heads, " key/value heads");
 }
 
 // Calls f with a null pointer of the storage type that `dtype` names.
@@ -80,7 +98,7 @@ auto with_float_type(ScalarType dtype, F f) {
     case ScalarType::BFloat16:
       return f(static_cast<bf16*>(nullptr));
     default:
-      STD_TORCH_CHECK(dtype == ScalarType::Half, "expected float32, bfloat16 or float16");
+      LSK_REQUIRE(dtype == ScalarType::Half, "expected float32, bfloat16 or float16");
       return f(static_cast<f16*>(nullptr));
   }
 }

@@ -64,18 +64,18 @@ struct AcceptSampled {
   int64_t count_q() const { return batch * drafted * q.tiles.count; }
   size_t bytes(int threads) const {
     return Workspace::bytes<HeadPartial>(count_p()) + Workspace::bytes<HeadPartial>(count_q()) +
-           Workspace::bytes<float>(batch * p.tiles.vocabulary) + Workspace::bytes<float>(threads * q.tiles.vocabulary) +
+           Workspace::bytes<float>(batch * p.tiles.vocab_size) + Workspace::bytes<float>(threads * q.tiles.vocab_size) +
            Workspace::bytes<Pick>(batch * p.tiles.count);
   }
   void take(Workspace& workspace, int threads) {
     partial_p = workspace.take<HeadPartial>(count_p());
     partial_q = workspace.take<HeadPartial>(count_q());
-    residual = workspace.take<float>(batch * p.tiles.vocabulary);
-    memory = workspace.take<float>(threads * q.tiles.vocabulary);
+    residual = workspace.take<float>(batch * p.tiles.vocab_size);
+    memory = workspace.take<float>(threads * q.tiles.vocab_size);
     picks = workspace.take<Pick>(batch * p.tiles.count);
   }
 
-  // Drafts of sequence b, up to the first slot that was not drafted.
+  // Drafts of sequence b, up to the first entry that was not drafted.
   int64_t count(int64_t b) const {
     const int64_t* own = draft + b * drafted;
     return std::find_if(own, own + drafted, [](int64_t token) { return token < 0; }) - own;
@@ -101,9 +101,9 @@ struct AcceptSampled {
 
   // The draft's own row for a token.
   int64_t index(int64_t b, int64_t i) const {
-    const int64_t token = draft[b * drafted + i], size = q.tiles.vocabulary;
+    const int64_t token = draft[b * drafted + i], size = q.tiles.vocab_size;
     const int64_t at = token_map ? std::find(token_map, token_map + size, token) - token_map : token;
-    STD_TORCH_CHECK(at < size, "draft[", b, ", ", i, "] is ", token, ", which is not in token_map");
+    LSK_REQUIRE(at < size, "draft[", b, ", ", i, "] is ", token, ", which is not in token_map");
     return at;
   }
 
@@ -135,17 +135,17 @@ struct AcceptSampled {
 
   // q of a rejected draft, over the target's vocabulary; `own` [V_draft].
   void spread(int64_t b, const Verdict& verdict, float* own) const {
-    const int64_t scored = q.tiles.vocabulary, vocabulary = p.tiles.vocabulary;
-    float* out = residual + b * vocabulary;
+    const int64_t scored = q.tiles.vocab_size, vocab_size = p.tiles.vocab_size;
+    float* out = residual + b * vocab_size;
     kernels<float>().softmax(q(b, verdict.accepted), temperature[b], verdict.logsumexp_q, scored,
                              token_map ? own : out);
     if (!token_map) return;
-    std::fill_n(out, vocabulary, 0.0f);
+    std::fill_n(out, vocab_size, 0.0f);
     for (int64_t j = 0; j < scored; ++j) out[token_map[j]] = own[j];
   }
 
   PickArgs pick_args(int64_t b, const Verdict& verdict, bool rejected) const {
-    const float* without = rejected ? residual + b * p.tiles.vocabulary : nullptr;
+    const float* without = rejected ? residual + b * p.tiles.vocab_size : nullptr;
     return {p(b, verdict.accepted), temperature[b], verdict.logsumexp_p, without,
             noise(b, verdict.accepted, kResidual)};
   }
@@ -168,7 +168,7 @@ struct AcceptSampled {
     for (int64_t t = 1; t < p.tiles.count; ++t)
       if (own[t].score > best.score) best = own[t];
     if (std::isinf(best.score))  // rounding left nothing of p - q
-      kernels<float>().pick_part(pick_args(b, verdict, false), 0, p.tiles.vocabulary, &best);
+      kernels<float>().pick_part(pick_args(b, verdict, false), 0, p.tiles.vocab_size, &best);
     return best.row;
   }
 
@@ -180,7 +180,7 @@ struct AcceptSampled {
     run_team(threads, [&](const Member& member) {
       const Range own = member.share(batch);
       for (int64_t b = own.begin; b < own.end; ++b)
-        if (verdicts[b].rejected) spread(b, verdicts[b], memory + member.index * q.tiles.vocabulary);
+        if (verdicts[b].rejected) spread(b, verdicts[b], memory + member.index * q.tiles.vocab_size);
       member.wait();
       pick(member, verdicts);
     });
@@ -194,20 +194,20 @@ struct AcceptSampled {
 
 // With contiguous rows; `x` itself where it has them.
 Tensor with_rows(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3, "logits have rank ", x.dim(), ", expected 3");
+  LSK_REQUIRE(x.dim() == 3, "logits have rank ", x.dim(), ", expected 3");
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : contiguous(x);
 }
 
-void check_vocabularies(int64_t scored, int64_t vocabulary, bool mapped) {
-  STD_TORCH_CHECK(vocabulary > 0, "target_logits has no tokens");
-  STD_TORCH_CHECK(mapped || scored == vocabulary, "draft_logits has ", scored, " tokens, target_logits ", vocabulary,
-                  ": without a token_map they must agree");
+void check_vocabularies(int64_t scored, int64_t vocab_size, bool mapped) {
+  LSK_REQUIRE(vocab_size > 0, "target_logits has no tokens");
+  LSK_REQUIRE(mapped || scored == vocab_size, "draft_logits has ", scored, " tokens, target_logits ", vocab_size,
+              ": without a token_map they must agree");
 }
 
-void check_tokens(const int64_t* tokens, int64_t count, const char* name, int64_t least, int64_t vocabulary) {
+void check_tokens(const int64_t* tokens, int64_t count, const char* name, int64_t least, int64_t vocab_size) {
   for (int64_t i = 0; tokens && i < count; ++i)
-    STD_TORCH_CHECK(least <= tokens[i] && tokens[i] < vocabulary, name, " holds ", tokens[i],
-                    ", the vocabulary of target_logits has ", vocabulary);
+    LSK_REQUIRE(least <= tokens[i] && tokens[i] < vocab_size, name, " holds ", tokens[i],
+                ", the vocabulary of target_logits has ", vocab_size);
 }
 
 }  // namespace
@@ -217,16 +217,16 @@ std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& 
                                           const Tensor& temperature, const Tensor& seed,
                                           const std::optional<Tensor>& token_map) {
   const Tensor draft = contiguous(draft_in), target = with_rows(target_logits), drafts = with_rows(draft_logits);
-  const int64_t batch = draft.size(0), drafted = draft.size(1), scored = drafts.size(2), vocabulary = target.size(2);
-  check_vocabularies(scored, vocabulary, token_map.has_value());
+  const int64_t batch = draft.size(0), drafted = draft.size(1), scored = drafts.size(2), vocab_size = target.size(2);
+  check_vocabularies(scored, vocab_size, token_map.has_value());
   const Sampling sampling(temperature, seed, batch);
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   const int64_t* tokens = data<int64_t>(draft, "draft", {batch, drafted});
   const int64_t* map = data<int64_t>(token_map, "token_map", {scored});
-  check_tokens(tokens, batch * drafted, "draft", INT64_MIN, vocabulary);
-  check_tokens(map, scored, "token_map", 0, vocabulary);
+  check_tokens(tokens, batch * drafted, "draft", INT64_MIN, vocab_size);
+  check_tokens(map, scored, "token_map", 0, vocab_size);
   const Rows p(target, "target_logits", batch, drafted + 1), q(drafts, "draft_logits", batch, drafted);
-  const int threads = batch * (drafted + 1) * vocabulary < (1 << 15) ? 1 : num_threads();
+  const int threads = batch * (drafted + 1) * vocab_size < (1 << 15) ? 1 : num_threads();
   AcceptSampled step{batch, drafted, tokens, lengths, sampling.seed, map, sampling.temperature, p, q};
   Workspace workspace(step.bytes(threads));
   step.take(workspace, threads);

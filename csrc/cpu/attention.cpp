@@ -8,34 +8,35 @@ Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                       const std::optional<Tensor>& slots_in) {
   const Tensor q = contiguous(q_in), k = contiguous(k_in), v = contiguous(v_in);
-  const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3);
-  const int64_t groups = k.size(2), cached = k_cache.size(0), capacity = k_cache.size(2), positions = cos.size(0);
-  check_head_size(size);
-  STD_TORCH_CHECK(positions >= capacity, "cos has ", positions, " positions, the cache's capacity is ", capacity);
+  const int64_t batch = q.size(0), rows = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
+  const int64_t num_kv_heads = k.size(2), cache_rows = k_cache.size(0), capacity = k_cache.size(2),
+                positions = cos.size(0);
+  check_head_dim(head_dim);
+  LSK_REQUIRE(positions >= capacity, "cos has ", positions, " positions, the cache's capacity is ", capacity);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
   check_capacity(lengths, batch, rows, capacity);
-  check_slots(slots, batch, cached);
+  check_slots(slots, batch, cache_rows);
   Tensor out = torch::stable::empty_like(q);
   with_float_type(q.scalar_type(), [&]<class T>(T*) {
-    const RopeStep<T> step{data<T>(q, "q", {batch, rows, heads, size}),
-                           data<T>(k, "k", {batch, rows, groups, size}),
-                           data<T>(v, "v", {batch, rows, groups, size}),
+    const RopeStep<T> step{data<T>(q, "q", {batch, rows, num_heads, head_dim}),
+                           data<T>(k, "k", {batch, rows, num_kv_heads, head_dim}),
+                           data<T>(v, "v", {batch, rows, num_kv_heads, head_dim}),
                            nullptr,
                            nullptr,
-                           data<float>(cos, "cos", {positions, size / 2}),
-                           data<float>(sin, "sin", {positions, size / 2}),
+                           data<float>(cos, "cos", {positions, head_dim / 2}),
+                           data<float>(sin, "sin", {positions, head_dim / 2}),
                            static_cast<T*>(out.data_ptr()),
-                           data<T>(k_cache, "k_cache", {cached, groups, capacity, size}),
-                           data<T>(v_cache, "v_cache", {cached, groups, capacity, size}),
+                           data<T>(k_cache, "k_cache", {cache_rows, num_kv_heads, capacity, head_dim}),
+                           data<T>(v_cache, "v_cache", {cache_rows, num_kv_heads, capacity, head_dim}),
                            lengths,
                            slots,
                            batch,
                            rows,
-                           heads,
-                           groups,
+                           num_heads,
+                           num_kv_heads,
                            capacity,
-                           size,
+                           head_dim,
                            0.0f};
     run_team(1, [&](const Member& member) { step.run(member); });  // too little work for a second thread
   });
@@ -45,27 +46,27 @@ Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
 Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                         const std::optional<Tensor>& slots_in) {
   const Tensor q = contiguous(q_in);
-  const int64_t batch = q.size(0), rows = q.size(1), heads = q.size(2), size = q.size(3);
-  const int64_t cached = k_cache.size(0), groups = k_cache.size(1), capacity = k_cache.size(2);
-  check_head_size(size);
-  check_groups(heads, groups);
+  const int64_t batch = q.size(0), rows = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
+  const int64_t cache_rows = k_cache.size(0), num_kv_heads = k_cache.size(1), capacity = k_cache.size(2);
+  check_head_dim(head_dim);
+  check_num_heads(num_heads, num_kv_heads);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
   check_capacity(lengths, batch, rows, capacity);
-  check_slots(slots, batch, cached);
+  check_slots(slots, batch, cache_rows);
   Tensor out = torch::stable::empty_like(q);
   with_float_type(q.scalar_type(), [&]<class T>(T*) {
-    AttentionStep<T> step{data<T>(q, "q", {batch, rows, heads, size}),
-                          data<T>(k_cache, "k_cache", {cached, groups, capacity, size}),
-                          data<T>(v_cache, "v_cache", {cached, groups, capacity, size}),
+    AttentionStep<T> step{data<T>(q, "q", {batch, rows, num_heads, head_dim}),
+                          data<T>(k_cache, "k_cache", {cache_rows, num_kv_heads, capacity, head_dim}),
+                          data<T>(v_cache, "v_cache", {cache_rows, num_kv_heads, capacity, head_dim}),
                           lengths,
                           slots,
                           batch,
                           rows,
-                          heads,
-                          groups,
+                          num_heads,
+                          num_kv_heads,
                           capacity,
-                          size,
+                          head_dim,
                           AttentionStep<T>::count_splits(lengths, batch, rows),
                           nullptr};
     Workspace workspace(Workspace::bytes<float>(step.partial_size()));
@@ -73,7 +74,7 @@ Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor&
     run_team(num_threads(), [&](const Member& member) {
       step.attend(member);
       member.wait();
-      const Range share = member.share(batch * rows * heads);
+      const Range share = member.share(batch * rows * num_heads);
       step.combine(share.begin, share.end, static_cast<T*>(out.data_ptr()));
     });
   });

@@ -10,7 +10,7 @@ struct AttentionStep {
   const T* q;                       // [B, M, H, C]
   const T *k_cache, *v_cache;       // [S, G, T, C]
   const int64_t *seq_lens, *slots;  // [B], the second or null
-  int64_t batch, rows, heads, groups, capacity, size;
+  int64_t batch, rows, num_heads, num_kv_heads, capacity, head_dim;
   int64_t splits;  // of the longest sequence
   float* partial;  // [splits, B, G, M, H/G, 2 + C]
 
@@ -19,20 +19,22 @@ struct AttentionStep {
     for (int64_t b = 0; b < batch; ++b) longest = seq_lens[b] > longest ? seq_lens[b] : longest;
     return (longest + rows + kSplit - 1) / kSplit;
   }
-  int64_t ratio() const { return heads / groups; }
-  int64_t split_size() const { return batch * groups * rows * ratio() * (2 + size); }
+  int64_t ratio() const { return num_heads / num_kv_heads; }
+  int64_t split_size() const { return batch * num_kv_heads * rows * ratio() * (2 + head_dim); }
   int64_t partial_size() const { return splits * split_size(); }
 
   void attend(const Member& member) const {
     const Kernels<T>& table = kernels<T>();
-    const Range tasks = member.share(batch * groups * splits);
+    const Range tasks = member.share(batch * num_kv_heads * splits);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t split = task % splits, sequence = task / splits / groups, group = task / splits % groups;
+      const int64_t split = task % splits, sequence = task / splits / num_kv_heads,
+                    kv_head = task / splits % num_kv_heads;
       if (split * kSplit >= seq_lens[sequence] + rows) continue;
-      const int64_t at = (cache_row(slots, sequence) * groups + group) * capacity * size;
-      float* out = partial + split * split_size() + (sequence * groups + group) * rows * ratio() * (2 + size);
-      table.attend({q + sequence * rows * heads * size, k_cache + at, v_cache + at, seq_lens[sequence], rows, heads,
-                    size, group, ratio(), out},
+      const int64_t at = (cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
+      float* out =
+          partial + split * split_size() + (sequence * num_kv_heads + kv_head) * rows * ratio() * (2 + head_dim);
+      table.attend({q + sequence * rows * num_heads * head_dim, k_cache + at, v_cache + at, seq_lens[sequence], rows,
+                    num_heads, head_dim, kv_head, ratio(), out},
                    split);
     }
   }
@@ -41,10 +43,11 @@ struct AttentionStep {
   void combine(int64_t begin, int64_t end, T* out) const {
     const Kernels<T>& table = kernels<T>();
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t head = row % heads, m = row / heads % rows, sequence = row / heads / rows;
-      const int64_t group = head / ratio();
-      const float* own = partial + (((sequence * groups + group) * rows + m) * ratio() + head % ratio()) * (2 + size);
-      table.combine(own, split_size(), (seq_lens[sequence] + m) / kSplit + 1, size, out + row * size);
+      const int64_t head = row % num_heads, m = row / num_heads % rows, sequence = row / num_heads / rows;
+      const int64_t kv_head = head / ratio();
+      const float* own =
+          partial + (((sequence * num_kv_heads + kv_head) * rows + m) * ratio() + head % ratio()) * (2 + head_dim);
+      table.combine(own, split_size(), (seq_lens[sequence] + m) / kSplit + 1, head_dim, out + row * head_dim);
     }
   }
 };
@@ -57,29 +60,29 @@ struct RopeStep {
   const float *cos, *sin;    // [T, C/2]
   T *q_out, *k_cache, *v_cache;
   const int64_t *seq_lens, *slots;  // [B], the second or null
-  int64_t batch, rows, heads, groups, capacity, size;
+  int64_t batch, rows, num_heads, num_kv_heads, capacity, head_dim;
   float eps;
 
   void run(const Member& member) const {
     const Kernels<T>& table = kernels<T>();
-    const int64_t vectors = heads + 2 * groups;
+    const int64_t vectors = num_heads + 2 * num_kv_heads;
     const Range tasks = member.share(batch * rows * vectors);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t vector = task % vectors, row = task / vectors, sequence = row / rows;
       const int64_t position = seq_lens[sequence] + row % rows;
-      const RopeArgs<T> args = {vector < heads ? q_norm : k_norm, cos + position * size / 2, sin + position * size / 2,
-                                size, eps};
-      if (vector < heads) {
-        const int64_t at = (row * heads + vector) * size;
+      const RopeArgs<T> args = {vector < num_heads ? q_norm : k_norm, cos + position * head_dim / 2,
+                                sin + position * head_dim / 2, head_dim, eps};
+      if (vector < num_heads) {
+        const int64_t at = (row * num_heads + vector) * head_dim;
         table.rope(args, q + at, q_out + at);
         continue;
       }
-      const int64_t group = (vector - heads) % groups, at = (row * groups + group) * size;
-      const int64_t slot = ((cache_row(slots, sequence) * groups + group) * capacity + position) * size;
-      if (vector < heads + groups) {
-        table.rope(args, k + at, k_cache + slot);
+      const int64_t kv_head = (vector - num_heads) % num_kv_heads, at = (row * num_kv_heads + kv_head) * head_dim;
+      const int64_t place = ((cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity + position) * head_dim;
+      if (vector < num_heads + num_kv_heads) {
+        table.rope(args, k + at, k_cache + place);
       } else {
-        for (int64_t i = 0; i < size; ++i) v_cache[slot + i] = v[at + i];
+        for (int64_t i = 0; i < head_dim; ++i) v_cache[place + i] = v[at + i];
       }
     }
   }

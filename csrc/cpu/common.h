@@ -19,8 +19,8 @@ using torch::stable::contiguous;
 // Every position that a step writes must lie inside the cache.
 inline void check_capacity(const int64_t* seq_lens, int64_t batch, int64_t rows, int64_t capacity) {
   for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(seq_lens[b] >= 0 && seq_lens[b] + rows <= capacity, "sequence ", b, " has length ", seq_lens[b],
-                    ", ", rows, " more rows do not fit the cache's capacity ", capacity);
+    LSK_REQUIRE(seq_lens[b] >= 0 && seq_lens[b] + rows <= capacity, "sequence ", b, " has length ", seq_lens[b], ", ",
+                rows, " more rows do not fit the cache's capacity ", capacity);
   }
 }
 
@@ -30,40 +30,39 @@ struct Sampling {
   const int64_t* seed = nullptr;
 
   Sampling(const std::optional<Tensor>& temperature_in, const std::optional<Tensor>& seed_in, int64_t rows) {
-    STD_TORCH_CHECK(temperature_in.has_value() == seed_in.has_value(), "temperature and seed come together");
+    LSK_REQUIRE(temperature_in.has_value() == seed_in.has_value(), "temperature and seed come together");
     temperature = data<float>(temperature_in, "temperature", {rows});
     seed = data<int64_t>(seed_in, "seed", {rows});
     for (int64_t r = 0; temperature && r < rows; ++r)
-      STD_TORCH_CHECK(temperature[r] >= 0 && std::isfinite(temperature[r]), "temperature[", r, "] is ", temperature[r],
-                      ", expected a finite number of at least 0");
+      LSK_REQUIRE(temperature[r] >= 0 && std::isfinite(temperature[r]), "temperature[", r, "] is ", temperature[r],
+                  ", expected a finite number of at least 0");
   }
 };
 
 // fp32 logits whose last dimension is contiguous, the others strided.
 inline float* logits_data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " has an unexpected dtype");
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
-                  shape.size());
+  LSK_REQUIRE(tensor.scalar_type() == ScalarType::Float, name, " has an unexpected dtype");
+  LSK_REQUIRE(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
+              shape.size());
   int64_t dim = 0;
   for (int64_t size : shape) {
-    STD_TORCH_CHECK(tensor.size(dim) == size, name, " has size ", tensor.size(dim), " in dimension ", dim,
-                    ", expected ", size);
+    LSK_REQUIRE(tensor.size(dim) == size, name, " has size ", tensor.size(dim), " in dimension ", dim, ", expected ",
+                size);
     ++dim;
   }
-  STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, "the rows of ", name,
-                  " must be contiguous");
+  LSK_REQUIRE(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, "the rows of ", name, " must be contiguous");
   return static_cast<float*>(tensor.data_ptr());
 }
 
 // Sequences use distinct rows of the cache: those that `slots` names, or without it the first `batch`, which are all.
-inline void check_slots(const int64_t* slots, int64_t batch, int64_t cached) {
-  STD_TORCH_CHECK(slots || batch == cached, "k_cache has ", cached, " rows, expected ", batch);
+inline void check_slots(const int64_t* slots, int64_t batch, int64_t cache_rows) {
+  LSK_REQUIRE(slots || batch == cache_rows, "k_cache has ", cache_rows, " rows, expected ", batch);
   for (int64_t b = 0; slots && b < batch; ++b) {
-    STD_TORCH_CHECK(0 <= slots[b] && slots[b] < cached, "slots[", b, "] is ", slots[b], ", expected one of [0, ",
-                    cached, ")");
+    LSK_REQUIRE(0 <= slots[b] && slots[b] < cache_rows, "slots[", b, "] is ", slots[b], ", expected one of [0, ",
+                cache_rows, ")");
     for (int64_t other = 0; other < b; ++other)
-      STD_TORCH_CHECK(slots[other] != slots[b], "slots[", other, "] and slots[", b, "] are both ", slots[b],
-                      ", expected distinct rows of the cache");
+      LSK_REQUIRE(slots[other] != slots[b], "slots[", other, "] and slots[", b, "] are both ", slots[b],
+                  ", expected distinct rows of the cache");
   }
 }
 

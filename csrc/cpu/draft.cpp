@@ -1,4 +1,4 @@
-// draft on CPU tensors: the draft loop without a word of Python between its steps.
+// draft on CPU tensors: the loop of rounds.py's compose_draft, without Python between its steps.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,17 +15,17 @@ namespace {
 template <class T>
 struct Draft {
   const T* embedding;  // [V, D]
-  int64_t vocabulary, batch, width, steps, rows;
-  float min_probability;
+  int64_t vocab_size, batch, hidden_size, num_speculations, rows;
+  float draft_threshold;
   int64_t* tokens;      // [B, K]
   T* states;            // [B, rows, D]
   float* probability;   // [B, K]
-  HeadAsked asked;      // temperature and seed [B]; the logits of step 0
-  int64_t next_logits;  // from one step's logits to the next
+  HeadOptions options;  // temperature and seed [B]; the logits of row 0
+  int64_t next_logits;  // from one row's logits to the next
 
-  // Of the head after step `row`, whose tokens sit at `positions`.
-  HeadAsked asked_of(int64_t row, const int64_t* positions) const {
-    HeadAsked own = asked;
+  // The options of the head for `row`, whose tokens are at `positions`.
+  HeadOptions options_of(int64_t row, const int64_t* positions) const {
+    HeadOptions own = options;
     own.offset = positions;
     if (own.logits) own.logits += row * next_logits;
     return own;
@@ -33,44 +33,44 @@ struct Draft {
 
   void embed(const int64_t* current, T* hidden) const {
     for (int64_t b = 0; b < batch; ++b) {
-      STD_TORCH_CHECK(current[b] < vocabulary, "token ", current[b], " is outside the vocabulary of ", vocabulary);
-      // A head that named no token said so in its output; its row is void, but must not index.
+      LSK_REQUIRE(current[b] < vocab_size, "token ", current[b], " is outside the vocabulary of ", vocab_size);
+      // A head that names no token gives -1, which cannot be looked up. What follows it has no meaning: any row serves.
       const int64_t row = current[b] < 0 ? 0 : current[b];
-      std::memcpy(hidden + b * width, embedding + row * width, width * sizeof(T));
+      std::memcpy(hidden + b * hidden_size, embedding + row * hidden_size, hidden_size * sizeof(T));
     }
   }
 
-  // Where nothing is drafted any more, as if nothing had been computed.
+  // Clears the rows from `first_row` on, in which nothing is drafted any more.
   void clear(int64_t first_row) const {
     for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t i = first_row; i < steps; ++i) {
-        tokens[b * steps + i] = -1;
-        probability[b * steps + i] = 0.0f;
+      for (int64_t i = first_row; i < num_speculations; ++i) {
+        tokens[b * num_speculations + i] = -1;
+        probability[b * num_speculations + i] = 0.0f;
       }
       if (first_row < rows)
-        std::memset(states + (b * rows + first_row) * width, 0, (rows - first_row) * width * sizeof(T));
+        std::memset(states + (b * rows + first_row) * hidden_size, 0, (rows - first_row) * hidden_size * sizeof(T));
     }
   }
 
-  // What the head said after step `row`; true while a sequence goes on drafting. The tokens go on to the next step.
+  // Writes what the head says of `row`, and the next tokens to `current`; true while any sequence drafts on.
   bool record(int64_t row, int64_t* current, const float* logit, const float* logsumexp, bool* alive) const {
     bool any = false;
     for (int64_t b = 0; b < batch; ++b) {
       const float chance = std::exp(logit[b] - logsumexp[b]);
-      probability[b * steps + row] = alive[b] ? chance : 0.0f;
-      if (min_probability > 0) {
-        alive[b] = alive[b] && chance >= min_probability;  // false of NaN, too
+      probability[b * num_speculations + row] = alive[b] ? chance : 0.0f;
+      if (draft_threshold > 0) {
+        alive[b] = alive[b] && chance >= draft_threshold;  // false of NaN, too
         if (!alive[b]) current[b] = -1;
       }
-      tokens[b * steps + row] = current[b];
+      tokens[b * num_speculations + row] = current[b];
       any = any || alive[b];
     }
     return any;
   }
 
-  void run(Forward<T>& forward, const std::vector<Layer<T>>& layers, const ExitHead<T>& head, const int64_t* slots,
-           int64_t* current, int64_t* lengths) const {
-    std::vector<T> hidden(batch * width);
+  void run(Forward<T>& forward, const std::vector<LayerWeights<T>>& layers, const ExitHead<T>& head,
+           const int64_t* slots, int64_t* current, int64_t* lengths) const {
+    std::vector<T> hidden(batch * hidden_size);
     std::vector<float> scores(2 * batch);
     const std::unique_ptr<bool[]> alive(new bool[batch]);
     std::fill_n(alive.get(), batch, true);
@@ -78,31 +78,32 @@ struct Draft {
       embed(current, hidden.data());
       forward.run(layers, lengths, slots, hidden.data());
       for (int64_t b = 0; b < batch; ++b) {
-        T* to = states + (b * rows + row) * width;
+        T* to = states + (b * rows + row) * hidden_size;
         if (alive[b]) {
-          std::memcpy(to, hidden.data() + b * width, width * sizeof(T));
+          std::memcpy(to, hidden.data() + b * hidden_size, hidden_size * sizeof(T));
         } else {
-          std::memset(to, 0, width * sizeof(T));
+          std::memset(to, 0, hidden_size * sizeof(T));
         }
       }
-      if (row == steps) return;
-      head.run(hidden.data(), batch, {current, scores.data(), scores.data() + batch}, asked_of(row, lengths));
+      if (row == num_speculations) return;
+      head.run(hidden.data(), batch, {current, scores.data(), scores.data() + batch}, options_of(row, lengths));
       for (int64_t b = 0; b < batch; ++b) ++lengths[b];
       if (!record(row, current, scores.data(), scores.data() + batch, alive.get())) return clear(row + 1);
     }
   }
 };
 
-void check_drafting(int64_t steps, int64_t end, double min_probability) {
-  STD_TORCH_CHECK(steps >= 0 && end >= 1, "steps must not be negative, and end at least 1; got ", steps, ", ", end);
-  STD_TORCH_CHECK(min_probability >= 0 && min_probability <= 1, "min_probability must lie in [0, 1], got ",
-                  min_probability);
+void check_drafting(int64_t num_speculations, int64_t exit_layer, double draft_threshold) {
+  LSK_REQUIRE(num_speculations >= 0, "num_speculations must not be negative, got ", num_speculations);
+  LSK_REQUIRE(exit_layer >= 1, "exit_layer must be at least 1, got ", exit_layer);
+  LSK_REQUIRE(draft_threshold >= 0 && draft_threshold <= 1, "draft_threshold must lie in [0, 1], got ",
+              draft_threshold);
 }
 
-std::vector<int64_t> first_tokens(const Tensor& token, int64_t batch, int64_t vocabulary) {
+std::vector<int64_t> first_tokens(const Tensor& token, int64_t batch, int64_t vocab_size) {
   const int64_t* first = data<int64_t>(token, "token", {batch});
   for (int64_t b = 0; b < batch; ++b)
-    STD_TORCH_CHECK(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocabulary);
+    LSK_REQUIRE(first[b] >= 0, "token ", first[b], " is outside the vocabulary of ", vocab_size);
   return {first, first + batch};
 }
 
@@ -111,43 +112,44 @@ std::vector<int64_t> first_tokens(const Tensor& token, int64_t batch, int64_t vo
 std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& embedding,
                                          const std::vector<Tensor>& weights, const Tensor& k_cache,
                                          const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
-                                         const Tensor& seq_lens, int64_t end, const Tensor& norm_weight,
-                                         const Tensor& head_weight, double eps, int64_t steps, bool extend,
+                                         const Tensor& seq_lens, int64_t exit_layer, const Tensor& norm_weight,
+                                         const Tensor& head_weight, double eps, int64_t num_speculations, bool extend,
                                          const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
-                                         const std::optional<Tensor>& slots_in, double min_probability,
+                                         const std::optional<Tensor>& slots, double draft_threshold,
                                          const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
                                          const std::optional<Tensor>& logits) {
   const Tensor token = contiguous(token_in);
-  const int64_t batch = token.size(0), vocabulary = embedding.size(0), width = embedding.size(1);
-  const int64_t rows = steps + (extend ? 1 : 0);
-  check_drafting(steps, end, min_probability);
-  const HeadAsked asked = asked_for(Sampling(temperature, seed, batch), logits, {batch, steps, head_weight.size(0)});
-  Tensor tokens = torch::stable::new_empty(token, {batch, steps});
-  Tensor states = torch::stable::new_empty(embedding, {batch, rows, width});
-  Tensor probability = torch::stable::new_empty(token, {batch, steps}, ScalarType::Float);
+  const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = embedding.size(1);
+  const int64_t rows = num_speculations + (extend ? 1 : 0);
+  check_drafting(num_speculations, exit_layer, draft_threshold);
+  const HeadOptions options =
+      head_options(Sampling(temperature, seed, batch), logits, {batch, num_speculations, head_weight.size(0)});
+  Tensor tokens = torch::stable::new_empty(token, {batch, num_speculations});
+  Tensor states = torch::stable::new_empty(embedding, {batch, rows, hidden_size});
+  Tensor probability = torch::stable::new_empty(token, {batch, num_speculations}, ScalarType::Float);
   if (batch == 0 || rows == 0) return {tokens, states, probability};
-  const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
-  const LayerStack stack{weights, k_cache, v_cache, cos, sin, slots, 0, end, eps};
-  const Shape shape = stack.shape(batch, 1, width);
+  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps};
+  const Placement place(stack, batch, 1, hidden_size);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
-  check_capacity(lengths, batch, rows, shape.capacity);
-  std::vector<int64_t> current = first_tokens(token, batch, vocabulary), advanced(lengths, lengths + batch);
+  check_capacity(lengths, batch, rows, place.shape.capacity);
+  std::vector<int64_t> current = first_tokens(token, batch, vocab_size), advanced(lengths, lengths + batch);
   with_float_type(embedding.scalar_type(), [&]<class T>(T*) {
-    const Draft<T> draft{data<T>(embedding, "embedding", {vocabulary, width}),
-                         vocabulary,
+    const Draft<T> draft{data<T>(embedding, "embedding", {vocab_size, hidden_size}),
+                         vocab_size,
                          batch,
-                         width,
-                         steps,
+                         hidden_size,
+                         num_speculations,
                          rows,
-                         static_cast<float>(min_probability),
+                         static_cast<float>(draft_threshold),
                          static_cast<int64_t*>(tokens.data_ptr()),
                          static_cast<T*>(states.data_ptr()),
                          static_cast<float*>(probability.data_ptr()),
-                         asked,
+                         options,
                          logits.has_value() ? logits->stride(1) : 0};
-    Forward<T> forward(shape, cos, sin, eps);
-    draft.run(forward, stack.layers<T>(shape), ExitHead<T>(norm_weight, head_weight, width, eps, token_map, scale),
-              slots, current.data(), advanced.data());
+    Forward<T> forward(place.shape, cos, sin, eps);
+    draft.run(forward, stack.layers<T>(place.shape),
+              ExitHead<T>(norm_weight, head_weight, hidden_size, eps, token_map, scale), place.slots, current.data(),
+              advanced.data());
   });
   return {tokens, states, probability};
 }

@@ -25,12 +25,13 @@ void for_each_row(const Tensor& logits, const Tensor& labels, int64_t begin, F f
 // logits -> exp(logits - shift); shift, sum and label_logit are [rows], slope is [rows, D] or nothing.
 void loss_terms(const Tensor& logits, const Tensor& labels, int64_t begin, double slack, const Tensor& shift,
                 const Tensor& sum, const Tensor& label_logit, const std::optional<Tensor>& slope) {
-  const int64_t rows = logits.size(0), width = slope.has_value() ? slope->size(1) : 0;
+  const int64_t rows = logits.size(0), hidden_size = slope.has_value() ? slope->size(1) : 0;
   float *shifts = data<float>(shift, "shift", {rows}), *sums = data<float>(sum, "sum", {rows});
   float* chosen = data<float>(label_logit, "label_logit", {rows});
-  float* slopes = data<float>(slope, "slope", {rows, width});
+  float* slopes = data<float>(slope, "slope", {rows, hidden_size});
   for_each_row(logits, labels, begin, [&](const auto& table, int64_t r, const auto& row) {
-    table.loss_terms(row, static_cast<float>(slack), {shifts + r, sums + r, chosen + r, slopes + r * width, width});
+    table.loss_terms(row, static_cast<float>(slack),
+                     {shifts + r, sums + r, chosen + r, slopes + r * hidden_size, hidden_size});
   });
 }
 

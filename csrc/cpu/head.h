@@ -9,20 +9,20 @@ namespace lsk {
 
 // The vocabulary is cut the same way whatever the team, so that sums keep their order.
 struct HeadTiles {
-  int64_t vocabulary, size, count;
+  int64_t vocab_size, size, count;
 
-  explicit HeadTiles(int64_t vocabulary_) : vocabulary(vocabulary_) {
-    size = ((vocabulary + kHeadTiles - 1) / kHeadTiles + 3) / 4 * 4;
-    count = (vocabulary + size - 1) / size;
+  explicit HeadTiles(int64_t vocabulary_) : vocab_size(vocabulary_) {
+    size = ((vocab_size + kHeadTiles - 1) / kHeadTiles + 3) / 4 * 4;
+    count = (vocab_size + size - 1) / size;
   }
   int64_t begin(int64_t tile) const { return tile * size; }
-  int64_t end(int64_t tile) const { return begin(tile + 1) < vocabulary ? begin(tile + 1) : vocabulary; }
+  int64_t end(int64_t tile) const { return begin(tile + 1) < vocab_size ? begin(tile + 1) : vocab_size; }
 };
 
-// What a call asks of its head; `shape` is that of the logits, whose first dimension the head's rows run along.
-inline HeadAsked asked_for(const Sampling& sampling, const std::optional<Tensor>& logits,
-                           std::initializer_list<int64_t> shape) {
-  HeadAsked out{sampling.temperature, sampling.seed};
+// The options of a head; `shape` is that of the logits, whose first dimension is the head's rows.
+inline HeadOptions head_options(const Sampling& sampling, const std::optional<Tensor>& logits,
+                                std::initializer_list<int64_t> shape) {
+  HeadOptions out{sampling.temperature, sampling.seed};
   if (logits.has_value()) {
     out.logits = logits_data(*logits, "logits", shape);
     out.pitch = logits->stride(0);
@@ -68,17 +68,18 @@ inline const HeadPartial& drawn(const HeadPartial* partials, int64_t tiles, int6
   return partials[best * stride];
 }
 
-inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, const HeadAsked& asked, HeadOutputs out) {
+inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, const HeadOptions& options,
+                    HeadOutputs out) {
   for (int64_t r = 0; r < rows; ++r) {
     const HeadRow own(partials + r, tiles, rows);
     int64_t row = own.row;
     out.logit[r] = own.max;
-    if (own.finite() && asked.temperature && asked.temperature[r] > 0) {
+    if (own.finite() && options.temperature && options.temperature[r] > 0) {
       const HeadPartial& best = drawn(partials + r, tiles, rows);
       row = best.pick.row;
       out.logit[r] = best.logit;
     }
-    out.token[r] = !own.finite() ? -1 : asked.token_map ? asked.token_map[row] : row;
+    out.token[r] = !own.finite() ? -1 : options.token_map ? options.token_map[row] : row;
     out.logsumexp[r] = own.logsumexp;
   }
 }
@@ -87,27 +88,27 @@ inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, co
 template <class T>
 class ExitHead {
  public:
-  ExitHead(const Tensor& norm_weight, const Tensor& head_weight, int64_t width, double eps,
+  ExitHead(const Tensor& norm_weight, const Tensor& head_weight, int64_t hidden_size, double eps,
            const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale)
-      : width_(width), tiles_(checked(head_weight.size(0))), eps_(static_cast<float>(eps)) {
-    STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
-    const int64_t vocabulary = tiles_.vocabulary;
-    norm_ = data<T>(norm_weight, "norm_weight", {width});
-    map_ = data<int64_t>(token_map, "token_map", {vocabulary});
-    scale_ = data<float>(scale, "scale", {vocabulary});
+      : width_(hidden_size), tiles_(checked(head_weight.size(0))), eps_(static_cast<float>(eps)) {
+    LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
+    const int64_t vocab_size = tiles_.vocab_size;
+    norm_ = data<T>(norm_weight, "norm_weight", {hidden_size});
+    map_ = data<int64_t>(token_map, "token_map", {vocab_size});
+    scale_ = data<float>(scale, "scale", {vocab_size});
     if (scale_) {
-      int8_ = data<int8_t>(head_weight, "head_weight", {vocabulary, width});
+      int8_ = data<int8_t>(head_weight, "head_weight", {vocab_size, hidden_size});
     } else {
-      weight_ = data<T>(head_weight, "head_weight", {vocabulary, width});
+      weight_ = data<T>(head_weight, "head_weight", {vocab_size, hidden_size});
     }
   }
 
-  int64_t vocabulary() const { return tiles_.vocabulary; }
+  int64_t vocab_size() const { return tiles_.vocab_size; }
 
-  // `asked` need not hold the token map.
-  void run(const T* hidden, int64_t rows, HeadOutputs out, HeadAsked asked = {}) const {
-    asked.token_map = map_;
-    const HeadAsked* more = asked.temperature || asked.logits ? &asked : nullptr;
+  // The token map of `options` is set here.
+  void run(const T* hidden, int64_t rows, HeadOutputs out, HeadOptions options = {}) const {
+    options.token_map = map_;
+    const HeadOptions* more = options.temperature || options.logits ? &options : nullptr;
     Workspace workspace(Workspace::bytes<float>(packed_size(rows, width_)) +
                         Workspace::bytes<HeadPartial>(tiles_.count * rows));
     float* memory = workspace.take<float>(packed_size(rows, width_));
@@ -125,13 +126,13 @@ class ExitHead {
         }
       }
     });
-    combine(partials, tiles_.count, rows, asked, out);
+    combine(partials, tiles_.count, rows, options, out);
   }
 
  private:
-  static int64_t checked(int64_t vocabulary) {
-    STD_TORCH_CHECK(vocabulary > 0, "head_weight has no rows");
-    return vocabulary;
+  static int64_t checked(int64_t vocab_size) {
+    LSK_REQUIRE(vocab_size > 0, "head_weight has no rows");
+    return vocab_size;
   }
 
   const int64_t width_;

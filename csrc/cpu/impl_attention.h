@@ -27,14 +27,14 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, float*
 // out[h][c..c + 16 COLUMNS) = sum over t of numerators[h][t] * values[t] for ROWS query rows; the last sixteen
 // columns may be fewer. Every sum has a register of its own, enough of them to hide each other's latency.
 template <class T, int ROWS, int COLUMNS>
-inline void weigh_columns(const float* const* numerators, const T* values, int64_t count, int64_t size, int64_t c,
+inline void weigh_columns(const float* const* numerators, const T* values, int64_t count, int64_t head_dim, int64_t c,
                           float* const* out) {
-  const int64_t last = smaller(16, size - c - 16 * (COLUMNS - 1));
+  const int64_t last = smaller(16, head_dim - c - 16 * (COLUMNS - 1));
   F16 sums[ROWS][COLUMNS];
   for (int h = 0; h < ROWS; ++h)
     for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
   for (int64_t t = 0; t < count; ++t) {
-    const T* row = values + t * size + c;
+    const T* row = values + t * head_dim + c;
     F16 lanes[COLUMNS];
     for (int i = 0; i < COLUMNS; ++i)
       lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
@@ -48,32 +48,32 @@ inline void weigh_columns(const float* const* numerators, const T* values, int64
 }
 
 template <class T, int ROWS>
-inline void weigh_values(const float* const* numerators, const T* values, int64_t count, int64_t size,
+inline void weigh_values(const float* const* numerators, const T* values, int64_t count, int64_t head_dim,
                          float* const* out) {
   int64_t c = 0;
 #if LSK_MAX_BLOCK > 2
-  for (; c + 64 <= size; c += 64) weigh_columns<T, ROWS, 4>(numerators, values, count, size, c, out);
+  for (; c + 64 <= head_dim; c += 64) weigh_columns<T, ROWS, 4>(numerators, values, count, head_dim, c, out);
 #endif
-  for (; c < size; c += 16) weigh_columns<T, ROWS, 1>(numerators, values, count, size, c, out);
+  for (; c < head_dim; c += 16) weigh_columns<T, ROWS, 1>(numerators, values, count, head_dim, c, out);
 }
 
 template <class T>
-inline void weigh_block(int rows, const float* const* numerators, const T* values, int64_t count, int64_t size,
+inline void weigh_block(int rows, const float* const* numerators, const T* values, int64_t count, int64_t head_dim,
                         float* const* out) {
   switch (rows) {
     case 1:
-      return weigh_values<T, 1>(numerators, values, count, size, out);
+      return weigh_values<T, 1>(numerators, values, count, head_dim, out);
     case 2:
-      return weigh_values<T, 2>(numerators, values, count, size, out);
+      return weigh_values<T, 2>(numerators, values, count, head_dim, out);
 #if LSK_MAX_BLOCK > 2
     case 3:
-      return weigh_values<T, 3>(numerators, values, count, size, out);
+      return weigh_values<T, 3>(numerators, values, count, head_dim, out);
     case 4:
-      return weigh_values<T, 4>(numerators, values, count, size, out);
+      return weigh_values<T, 4>(numerators, values, count, head_dim, out);
     case 5:
-      return weigh_values<T, 5>(numerators, values, count, size, out);
+      return weigh_values<T, 5>(numerators, values, count, head_dim, out);
     default:
-      return weigh_values<T, 6>(numerators, values, count, size, out);
+      return weigh_values<T, 6>(numerators, values, count, head_dim, out);
 #endif
   }
 }
@@ -83,7 +83,7 @@ template <class T>
 inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first, int64_t rows) {
   using X = typename Dot<T>::X;
   static_assert(kSplit == kTile, "the scores of a split are one tile of dot products");
-  const int64_t start = split * kSplit, stride = padded(a.size);
+  const int64_t start = split * kSplit, stride = padded(a.head_dim);
   const auto visible = [&](int64_t row) {
     const int64_t seen = a.length + row / a.ratio + 1 - start;
     return seen < 0 ? 0 : smaller(seen, kSplit);
@@ -91,13 +91,13 @@ inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first,
   alignas(64) X queries[kMaxRows * 256];
   alignas(64) float scores[kMaxRows * kTile];
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t m = (first + r) / a.ratio, head = a.group * a.ratio + (first + r) % a.ratio;
-    pack_row<T, X>(a.q + (m * a.heads + head) * a.size, nullptr, 0.0f, a.size, queries + r * stride);
+    const int64_t m = (first + r) / a.ratio, head = a.kv_head * a.ratio + (first + r) % a.ratio;
+    pack_row<T, X>(a.q + (m * a.num_heads + head) * a.head_dim, nullptr, 0.0f, a.head_dim, queries + r * stride);
   }
-  const T *keys = a.keys + start * a.size, *values = a.values + start * a.size;
-  dot_tile(keys, a.size, visible(first + rows - 1), queries, stride, rows, a.size, values, scores);
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.size));
-  const int64_t pitch = a.size + 2;
+  const T *keys = a.keys + start * a.head_dim, *values = a.values + start * a.head_dim;
+  dot_tile(keys, a.head_dim, visible(first + rows - 1), queries, stride, rows, a.head_dim, values, scores);
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.head_dim));
+  const int64_t pitch = a.head_dim + 2;
   for (int64_t r = 0; r < rows;) {
     const int64_t count = visible(first + r);
     const float* numerators[LSK_MAX_BLOCK];
@@ -109,7 +109,7 @@ inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first,
       numerators[block] = scores + (r + block) * kTile;
       out[block] = partial + 2;
     }
-    weigh_block(block, numerators, values, count, a.size, out);
+    weigh_block(block, numerators, values, count, a.head_dim, out);
     r += block;
   }
 }
@@ -122,7 +122,7 @@ void attend(const AttentionArgs<T>& a, int64_t split) {
 
 // One query row from its splits, `stride` floats apart: sum_s e^(max_s - max) values_s / sum_s e^(max_s - max) sum_s.
 template <class T>
-void combine(const float* partial, int64_t stride, int64_t splits, int64_t size, T* out) {
+void combine(const float* partial, int64_t stride, int64_t splits, int64_t head_dim, T* out) {
   float maximum = partial[0];
   for (int64_t s = 1; s < splits; ++s) maximum = partial[s * stride] > maximum ? partial[s * stride] : maximum;
   alignas(64) float values[256] = {}, factors[16];
@@ -134,9 +134,9 @@ void combine(const float* partial, int64_t stride, int64_t splits, int64_t size,
     for (int64_t s = 0; s < count; ++s) {
       const float* split = partial + (first + s) * stride;
       sum += factors[s] * split[1];
-      for (int64_t c = 0; c < size; c += 16)
-        store(values + c, fma(load(split + 2 + c, smaller(16, size - c)), splat(factors[s]), load(values + c)), 16);
+      for (int64_t c = 0; c < head_dim; c += 16)
+        store(values + c, fma(load(split + 2 + c, smaller(16, head_dim - c)), splat(factors[s]), load(values + c)), 16);
     }
   }
-  for (int64_t c = 0; c < size; c += 16) store(out + c, load(values + c) / splat(sum), smaller(16, size - c));
+  for (int64_t c = 0; c < head_dim; c += 16) store(out + c, load(values + c) / splat(sum), smaller(16, head_dim - c));
 }

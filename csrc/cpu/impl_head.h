@@ -35,14 +35,15 @@ inline void draw(const float* logits, int64_t count, int64_t row, const int64_t*
 }
 
 // What is asked of one row's logits beyond their maximum and sum: to be written, and to be drawn from.
-inline void fold_asked(const HeadAsked& asked, float* logits, int64_t count, int64_t row, int64_t r,
+inline void fold_asked(const HeadOptions& options, float* logits, int64_t count, int64_t row, int64_t r,
                        HeadPartial& partial) {
-  if (asked.logits) __builtin_memcpy(asked.logits + r * asked.pitch + row, logits, count * sizeof(float));
-  const float temperature = asked.temperature ? asked.temperature[r] : 0.0f;
+  if (options.logits) __builtin_memcpy(options.logits + r * options.pitch + row, logits, count * sizeof(float));
+  const float temperature = options.temperature ? options.temperature[r] : 0.0f;
   if (temperature > 0)
     for (int64_t i = 0; i < count; i += 16) store(logits + i, load(logits + i) / splat(temperature), 16);
   fold_logits(logits, count, row, partial);
-  if (temperature > 0) draw(logits, count, row, asked.token_map, {asked.seed[r], asked.offset[r], kDraw}, partial);
+  if (temperature > 0)
+    draw(logits, count, row, options.token_map, {options.seed[r], options.offset[r], kDraw}, partial);
 }
 
 // partial[r] for the packed row r, over the vocabulary rows [begin, end).
@@ -60,8 +61,8 @@ void head(const HeadArgs<W>& a, int64_t begin, int64_t end, HeadPartial* partial
       float* logits = tile + r * kTile;
       if (a.scale)
         for (int64_t i = 0; i < count; ++i) logits[i] *= a.scale[n + i];
-      if (a.asked) {
-        fold_asked(*a.asked, logits, count, n, m + r, partial[m + r]);
+      if (a.options) {
+        fold_asked(*a.options, logits, count, n, m + r, partial[m + r]);
       } else {
         fold_logits(logits, count, n, partial[m + r]);
       }

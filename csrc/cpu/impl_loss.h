@@ -31,8 +31,8 @@ inline void raise_shift(const LossSums& sums, float top) {
   store(lanes, exp(splat(*sums.shift - top)));
   *sums.shift = top;
   *sums.sum *= lanes[0];
-  for (int64_t i = 0; i < sums.width; i += 16) {
-    const int64_t n = smaller(16, sums.width - i);
+  for (int64_t i = 0; i < sums.hidden_size; i += 16) {
+    const int64_t n = smaller(16, sums.hidden_size - i);
     store(sums.slope + i, load(sums.slope + i, n) * splat(lanes[0]), n);
   }
 }

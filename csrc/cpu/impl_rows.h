@@ -122,10 +122,10 @@ template <class T>
 void rope(const RopeArgs<T>& args, const T* x, T* out) {
   alignas(64) T normed[256];
   if (args.norm) {
-    rms_norm(x, args.norm, args.eps, args.size, normed);
+    rms_norm(x, args.norm, args.eps, args.head_dim, normed);
     x = normed;
   }
-  const int64_t half = args.size / 2;
+  const int64_t half = args.head_dim / 2;
   for (int64_t i = 0; i < half; i += 16) {
     const int64_t n = smaller(16, half - i);
     const F16 a = load(x + i, n), b = load(x + half + i, n);

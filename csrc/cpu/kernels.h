@@ -63,8 +63,8 @@ struct HeadPartial {
   float logit;
 };
 
-// What may be asked of a head beyond the arg-max.
-struct HeadAsked {
+// What a call may want of a head beyond the arg-max.
+struct HeadOptions {
   const float* temperature = nullptr;  // [rows] or null; 0 is greedy
   const int64_t *seed = nullptr, *offset = nullptr;
   const int64_t* token_map = nullptr;  // [V] or null
@@ -82,27 +82,27 @@ struct PickArgs {
 template <class W>
 struct HeadArgs {
   Packed x;
-  const W* weight;         // [V, width]
-  const float* scale;      // [V] or null
-  const HeadAsked* asked;  // or null
+  const W* weight;             // [V, width]
+  const float* scale;          // [V] or null
+  const HeadOptions* options;  // or null
 };
 
 template <class T>
 struct RopeArgs {
   const T* norm;           // [C] or null
   const float *cos, *sin;  // [C/2], of this position
-  int64_t size;            // C
+  int64_t head_dim;        // C
   float eps;
 };
 
 template <class T>
 struct AttentionArgs {
-  const T* q;                 // [M, H, C] of one sequence
-  const T *keys, *values;     // [T, C] of one key/value head
-  int64_t length;             // positions before this step
-  int64_t rows, heads, size;  // M, H, C
-  int64_t group, ratio;       // which key/value head; query heads per key/value head
-  float* partial;             // [M, ratio, 2 + C]: max, sum, weighted values of this split
+  const T* q;                         // [M, H, C] of one sequence
+  const T *keys, *values;             // [T, C] of one key/value head
+  int64_t length;                     // positions before this step
+  int64_t rows, num_heads, head_dim;  // M, H, C
+  int64_t kv_head, ratio;             // which key/value head; query heads per key/value head
+  float* partial;                     // [M, ratio, 2 + C]: max, sum, weighted values of this split
 };
 
 // A row of a tile of logits, and where its label lies among them, if at all.
@@ -112,10 +112,10 @@ struct LossRow {
   int64_t count, label;
 };
 
-// What a row's tiles add up to, see cpu_loss.py; slope has `width` entries, or none.
+// What a row's tiles add up to, see cpu_loss.py; slope has `hidden_size` entries, or none.
 struct LossSums {
   float *shift, *sum, *label_logit, *slope;
-  int64_t width;
+  int64_t hidden_size;
 };
 
 // Everything that is compiled per instruction set, for one storage type.
@@ -131,7 +131,7 @@ struct Kernels {
   void (*head_int8)(const HeadArgs<int8_t>&, int64_t begin, int64_t end, HeadPartial* partial);
   void (*rope)(const RopeArgs<T>&, const T* x, T* out);
   void (*attend)(const AttentionArgs<T>&, int64_t split);
-  void (*combine)(const float* partial, int64_t stride, int64_t splits, int64_t size, T* out);
+  void (*combine)(const float* partial, int64_t stride, int64_t splits, int64_t head_dim, T* out);
   // Of one row of fp32 logits, whatever T is.
   void (*softmax_part)(const float* logits, float divisor, int64_t begin, int64_t end, HeadPartial* out);
   void (*softmax)(const float* logits, float divisor, float logsumexp, int64_t count, float* out);

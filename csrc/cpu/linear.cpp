@@ -8,7 +8,7 @@ using torch::stable::new_empty;
 
 Tensor rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
   const Tensor x = contiguous(x_in);
-  STD_TORCH_CHECK(x.dim() >= 1 && eps >= 0, "x needs a dimension, and eps must not be negative");
+  LSK_REQUIRE(x.dim() >= 1 && eps >= 0, "x needs a dimension, and eps must not be negative");
   const int64_t width = x.size(x.dim() - 1), rows = width == 0 ? 0 : x.numel() / width;
   Tensor out = torch::stable::empty_like(x);
   with_float_type(x.scalar_type(), [&]<class T>(T*) {

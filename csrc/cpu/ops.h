@@ -23,10 +23,10 @@ Tensor partial_forward(const Tensor& hidden, const std::vector<Tensor>& weights,
 std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token, const Tensor& embedding,
                                          const std::vector<Tensor>& weights, const Tensor& k_cache,
                                          const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
-                                         const Tensor& seq_lens, int64_t end, const Tensor& norm_weight,
-                                         const Tensor& head_weight, double eps, int64_t steps, bool extend,
+                                         const Tensor& seq_lens, int64_t exit_layer, const Tensor& norm_weight,
+                                         const Tensor& head_weight, double eps, int64_t num_speculations, bool extend,
                                          const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
-                                         const std::optional<Tensor>& slots, double min_probability,
+                                         const std::optional<Tensor>& slots, double draft_threshold,
                                          const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
                                          const std::optional<Tensor>& logits);
 

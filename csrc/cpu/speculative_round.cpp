@@ -10,14 +10,15 @@ using torch::stable::narrow;
 using torch::stable::new_empty;
 using torch::stable::reshape;
 
-// The most drafts that a sequence has before the first slot that was not drafted: what verification needs rows for.
+// The most drafts that a sequence has before the first entry that was not drafted: what verification needs rows for.
 int64_t longest(const Tensor& tokens) {
-  const int64_t batch = tokens.size(0), steps = tokens.size(1);
-  const int64_t* all = data<int64_t>(tokens, "tokens", {batch, steps});
+  const int64_t batch = tokens.size(0), num_speculations = tokens.size(1);
+  const int64_t* all = data<int64_t>(tokens, "tokens", {batch, num_speculations});
   int64_t out = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t* own = all + b * steps;
-    out = std::max<int64_t>(out, std::find_if(own, own + steps, [](int64_t token) { return token < 0; }) - own);
+    const int64_t* own = all + b * num_speculations;
+    out = std::max<int64_t>(out,
+                            std::find_if(own, own + num_speculations, [](int64_t token) { return token < 0; }) - own);
   }
   return out;
 }
@@ -25,38 +26,39 @@ int64_t longest(const Tensor& tokens) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
     const Tensor& token, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& k_cache,
     const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens, int64_t exit_layer,
-    const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t steps,
-    const std::optional<Tensor>& draft_weight, const std::optional<Tensor>& draft_map,
-    const std::optional<Tensor>& draft_scale, const std::optional<Tensor>& slots, double min_probability,
+    const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t num_speculations,
+    const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
+    const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
     const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed) {
-  const int64_t depth = k_cache.size(0), batch = token.size(0), vocabulary = head_weight.size(0);
-  STD_TORCH_CHECK(1 <= exit_layer && exit_layer <= depth, "exit_layer must lie in [1, ", depth, "], got ", exit_layer);
-  STD_TORCH_CHECK(weights.size() % depth == 0, "got ", weights.size(), " weights for ", depth, " layers");
-  STD_TORCH_CHECK(draft_weight.has_value() || (!draft_map.has_value() && !draft_scale.has_value()),
-                  "draft_map and draft_scale need a draft_weight");
-  STD_TORCH_CHECK(
-      min_probability == 0 || !temperature.has_value(), "min_probability is ", min_probability,
-      " with a temperature: dropping what was drawn because it is improbable would change the distribution");
-  const auto exit = weights.begin() + weights.size() / depth * exit_layer;
+  const int64_t num_layers = k_cache.size(0), batch = token.size(0), vocab_size = head_weight.size(0);
+  LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
+              exit_layer);
+  LSK_REQUIRE(weights.size() % num_layers == 0, "got ", weights.size(), " weights for ", num_layers, " layers");
+  LSK_REQUIRE(draft_head_weight.has_value() || (!draft_token_map.has_value() && !draft_head_scale.has_value()),
+              "draft_map and draft_scale need a draft_weight");
+  LSK_REQUIRE(draft_threshold == 0 || !temperature.has_value(), "min_probability is ", draft_threshold,
+              " with a temperature: dropping what was drawn because it is improbable would change the distribution");
+  const auto exit = weights.begin() + weights.size() / num_layers * exit_layer;
   const std::vector<Tensor> shallow(weights.begin(), exit), deep(exit, weights.end());
-  const Tensor& small = draft_weight.has_value() ? *draft_weight : head_weight;
+  const Tensor& small = draft_head_weight.has_value() ? *draft_head_weight : head_weight;
   const bool samples = temperature.has_value();
   std::optional<Tensor> draft_logits, target_logits;
-  if (samples) draft_logits = new_empty(token, {batch, steps, small.size(0)}, ScalarType::Float);
+  if (samples) draft_logits = new_empty(token, {batch, num_speculations, small.size(0)}, ScalarType::Float);
   auto [tokens, states, probability] =
-      draft(token, embedding, shallow, k_cache, v_cache, cos, sin, seq_lens, exit_layer, norm_weight, small, eps, steps,
-            true, draft_map, draft_scale, slots, min_probability, temperature, seed, draft_logits);
+      draft(token, embedding, shallow, k_cache, v_cache, cos, sin, seq_lens, exit_layer, norm_weight, small, eps,
+            num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
+            draft_logits);
   const int64_t drafted = longest(tokens), rows = batch * (drafted + 1);
   const Tensor hidden = partial_forward(narrow(states, 1, 0, drafted + 1), deep, k_cache, v_cache, cos, sin, seq_lens,
-                                        exit_layer, depth, eps, slots);
-  if (samples) target_logits = new_empty(token, {rows, vocabulary}, ScalarType::Float);
+                                        exit_layer, num_layers, eps, slots);
+  if (samples) target_logits = new_empty(token, {rows, vocab_size}, ScalarType::Float);
   const Tensor target = std::get<0>(exit_head(reshape(hidden, {rows, hidden.size(2)}), norm_weight, head_weight, eps,
                                               {}, {}, {}, {}, {}, target_logits));
   const Tensor proposed = narrow(tokens, 1, 0, drafted);
   const auto [accepted, next_token] = samples
                                           ? accept_sampled(proposed, narrow(*draft_logits, 1, 0, drafted),
-                                                           reshape(*target_logits, {batch, drafted + 1, vocabulary}),
-                                                           seq_lens, *temperature, *seed, draft_map)
+                                                           reshape(*target_logits, {batch, drafted + 1, vocab_size}),
+                                                           seq_lens, *temperature, *seed, draft_token_map)
                                           : accept_greedy(proposed, reshape(target, {batch, drafted + 1}), seq_lens);
   return {tokens, accepted, next_token, probability};
 }

@@ -64,16 +64,16 @@ __device__ __forceinline__ Pick no_pick() { return {{-INFINITY, INT_MAX}, {-INFI
 
 // A row of logits; rows as in `rows`.
 __device__ __forceinline__ const float* logits_of(const SampledArgs& a, int64_t b, int64_t row) {
-  return row <= a.drafted ? a.target_logits + (b * (a.drafted + 1) + row) * a.vocabulary
-                          : a.draft_logits + (b * a.drafted + row - a.drafted - 1) * a.draft_vocabulary;
+  return row <= a.drafted ? a.target_logits + (b * (a.drafted + 1) + row) * a.vocab_size
+                          : a.draft_logits + (b * a.drafted + row - a.drafted - 1) * a.draft_vocab_size;
 }
 
 __device__ __forceinline__ float divisor_of(const SampledArgs& a, int64_t b) {
   return a.temperature[b] > 0 ? a.temperature[b] : 1.0f;
 }
 
-__device__ __forceinline__ int64_t stretch_end(int64_t begin, int64_t vocabulary) {
-  return min(begin + kStretch, vocabulary);
+__device__ __forceinline__ int64_t stretch_end(int64_t begin, int64_t vocab_size) {
+  return min(begin + kStretch, vocab_size);
 }
 
 // Block (stretch, row of a sequence, sequence).
@@ -84,11 +84,11 @@ __global__ void __launch_bounds__(kMaxThreads) accept_rows_kernel(SampledArgs a)
   ptx::dependency_wait();
   const int64_t row = blockIdx.y, b = blockIdx.z, begin = static_cast<int64_t>(blockIdx.x) * kStretch;
   if (a.inverse != nullptr && row == 0 && b == 0)
-    for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, a.vocabulary); v += blockDim.x) a.inverse[v] = -1;
-  const int64_t vocabulary = row <= a.drafted ? a.vocabulary : a.draft_vocabulary;
+    for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, a.vocab_size); v += blockDim.x) a.inverse[v] = -1;
+  const int64_t vocab_size = row <= a.drafted ? a.vocab_size : a.draft_vocab_size;
   const float *logits = logits_of(a, b, row), divisor = divisor_of(a, b);
   Choice own = no_choice();
-  for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, vocabulary); v += blockDim.x)
+  for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, vocab_size); v += blockDim.x)
     merge(own, choice_of(logits[v] / divisor, 0.0f, static_cast<int>(v)));
   own = block_choice(own, shared);
   if (threadIdx.x == 0) a.rows[(b * a.rows_each() + row) * a.stretches + blockIdx.x] = own;
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kMaxThreads) accept_rows_kernel(SampledArgs a)
 
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock)
-    accept_invert_kernel(const int64_t* token_map, int64_t count, int64_t vocabulary, int* inverse) {
+    accept_invert_kernel(const int64_t* token_map, int64_t count, int64_t vocab_size, int* inverse) {
   ptx::dependents_trigger();
   ptx::dependency_wait();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
   if (row >= count) return;
   const int64_t token = token_map[row];
-  if (token >= 0 && token < vocabulary) inverse[token] = static_cast<int>(row);
+  if (token >= 0 && token < vocab_size) inverse[token] = static_cast<int>(row);
 }
 
 // What steps 3 and 4 know of a sequence: its rows' choices, in shared memory, and its parameters.
@@ -125,7 +125,7 @@ struct Sequence {
   // -inf for a token that the draft's head does not have.
   __device__ __forceinline__ float log_q(int64_t row, int64_t token) const {
     const int64_t place = a.inverse != nullptr ? a.inverse[token] : token;
-    return place < 0 || place >= a.draft_vocabulary ? -INFINITY : log_p(a.drafted + 1 + row, place);
+    return place < 0 || place >= a.draft_vocab_size ? -INFINITY : log_p(a.drafted + 1 + row, place);
   }
 
   // Both of the target and, where drafts are sampled from them, of the draft.
@@ -142,7 +142,7 @@ struct Sequence {
     const int64_t draft = a.draft[b * a.drafted + row];
     if (draft < 0 || !usable(row)) return false;
     if (!sampled) return draft == rows[row].row;
-    const int64_t token = min(draft, a.vocabulary - 1);
+    const int64_t token = min(draft, a.vocab_size - 1);
     return logf(noise(row, kAcceptStream).uniform(0)) < log_p(row, token) - log_q(row, token);
   }
 };
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads) accept_decide_kernel(SampledArgs 
   const Noise noise = sequence.noise(count, kTargetStream);
   const float total = log_sum_exp(rows[count]);
   Pick own = no_pick();
-  for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, a.vocabulary); v += blockDim.x) {
+  for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, a.vocab_size); v += blockDim.x) {
     const int token = static_cast<int>(v);
     const float scaled = sequence.scaled(count, v), gumbel = noise.gumbel(static_cast<uint32_t>(v));
     merge(own.plain, {scaled + gumbel, token});
@@ -227,13 +227,13 @@ cudaError_t accept_sampled(Chain& chain, const SampledArgs& a) {
   const unsigned stretches = a.stretches, batch = static_cast<unsigned>(a.batch);
   if (batch == 0) return cudaSuccess;
   const unsigned rows = static_cast<unsigned>(a.rows_each());
-  const int needed = static_cast<int>(divide_up<int64_t>(a.vocabulary, 32)) * 32;
+  const int needed = static_cast<int>(divide_up<int64_t>(a.vocab_size, 32)) * 32;
   const int threads = needed < kMaxThreads ? needed : kMaxThreads;
   LSK_LAUNCH(launch(chain.next(dim3(stretches, rows, batch), threads), accept_rows_kernel<kMaxThreads>, a));
   if (a.token_map != nullptr) {
-    const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(a.draft_vocabulary, kMaxThreads)));
-    LSK_LAUNCH(launch(chain.next(grid, kMaxThreads), accept_invert_kernel<kMaxThreads>, a.token_map, a.draft_vocabulary,
-                      a.vocabulary, a.inverse));
+    const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(a.draft_vocab_size, kMaxThreads)));
+    LSK_LAUNCH(launch(chain.next(grid, kMaxThreads), accept_invert_kernel<kMaxThreads>, a.token_map, a.draft_vocab_size,
+                      a.vocab_size, a.inverse));
   }
   const size_t shared = rows * sizeof(Choice);
   LSK_LAUNCH(launch(chain.next(dim3(stretches, batch), threads, shared), accept_decide_kernel<kMaxThreads>, a));

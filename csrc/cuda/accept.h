@@ -8,8 +8,8 @@ namespace lsk {
 
 constexpr int kStretch = 4096;  // tokens of the vocabulary that one block takes
 
-inline int accept_stretches(int64_t vocabulary, int64_t draft_vocabulary) {
-  return static_cast<int>(divide_up<int64_t>(vocabulary > draft_vocabulary ? vocabulary : draft_vocabulary, kStretch));
+inline int accept_stretches(int64_t vocab_size, int64_t draft_vocab_size) {
+  return static_cast<int>(divide_up<int64_t>(vocab_size > draft_vocab_size ? vocab_size : draft_vocab_size, kStretch));
 }
 
 // The best of a stretch; the lowest token among equals.
@@ -32,7 +32,7 @@ struct SampledArgs {
   const int64_t* seed;         // [B]
   const int64_t* token_map;    // [Vd] or null
   int64_t *accepted, *next_token;
-  int64_t batch, drafted, draft_vocabulary, vocabulary;
+  int64_t batch, drafted, draft_vocab_size, vocab_size;
   Choice* rows;  // scratch [B, 2 K + 1, stretches]: of the target's rows, then of the draft's
   Pick* picks;   // scratch [B, stretches]
   int* inverse;  // scratch [V], with a token map: the row of the draft's head, or -1

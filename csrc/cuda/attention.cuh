@@ -35,7 +35,7 @@ struct PairTile {
   int reach;  // positions that the tile's last row sees
 
   __device__ __forceinline__ PairTile(const AttentionArgs<T>& a, const Cache<T>& cache) {
-    b = blockIdx.y / cache.groups, g = blockIdx.y % cache.groups;
+    b = blockIdx.y / cache.num_kv_heads, g = blockIdx.y % cache.num_kv_heads;
     pairs = a.rows * a.shared, begin = blockIdx.z * kPairs, count = min(kPairs, pairs - begin);
     position = cache.position(b) + a.first, slot = cache.slot(b);
     const int64_t last = position + (begin + count - 1) / a.shared + 1;
@@ -48,8 +48,8 @@ struct PairTile {
     return pair < count && slot >= 0 && at >= 0 && at < cache.capacity ? static_cast<int>(at) + 1 : 0;
   }
 
-  __device__ __forceinline__ int64_t head_offset(const AttentionArgs<T>& a, int pair, int size) const {
-    return static_cast<int64_t>(g * a.shared + (begin + pair) % a.shared) * size;
+  __device__ __forceinline__ int64_t head_offset(const AttentionArgs<T>& a, int pair, int head_dim) const {
+    return static_cast<int64_t>(g * a.shared + (begin + pair) % a.shared) * head_dim;
   }
 
   __device__ __forceinline__ int64_t row(const AttentionArgs<T>& a, const Cache<T>& cache, int pair) const {
@@ -57,7 +57,7 @@ struct PairTile {
   }
 
   __device__ __forceinline__ int64_t cell(const AttentionArgs<T>& a, const Cache<T>& cache, int split, int pair) const {
-    return ((static_cast<int64_t>(b) * cache.groups + g) * a.splits + split) * pairs + begin + pair;
+    return ((static_cast<int64_t>(b) * cache.num_kv_heads + g) * a.splits + split) * pairs + begin + pair;
   }
 };
 
@@ -66,14 +66,14 @@ template <class T>
 __device__ __forceinline__ void join_splits(const AttentionArgs<T>& a, const Cache<T>& cache, const PairTile<T>& tile) {
   const int pair = threadIdx.x / 8, seen = tile.seen(a, cache, pair);
   if (pair >= tile.count) return;
-  T* out = a.out.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.size);
-  for (int c = threadIdx.x % 8 * 4; c < cache.size; c += 32) {
+  T* out = a.out.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.head_dim);
+  for (int c = threadIdx.x % 8 * 4; c < cache.head_dim; c += 32) {
     float peak = -INFINITY, mass = 0.0f, total[4] = {};
 #pragma unroll 4
     for (int split = 0; split * kSplit < seen; ++split) {
       const int64_t cell = tile.cell(a, cache, split, pair);
       const float2 here = a.peaks[cell];
-      const float4 value = *reinterpret_cast<const float4*>(a.values + cell * cache.size + c);
+      const float4 value = *reinterpret_cast<const float4*>(a.values + cell * cache.head_dim + c);
       const float higher = fmaxf(peak, here.x);
       const float kept = weigh<T>(peak - higher, a.factor), added = weigh<T>(here.x - higher, a.factor);
       peak = higher;
@@ -96,15 +96,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) verify_attention_kernel(
   const PairTile<T> tile(a, cache);
   auto& memory = *ptx::dynamic_shared<AttentionMemory<T>>();
   for (int split = blockIdx.x; split * kSplit < tile.reach; split += gridDim.x) {
-    const int64_t plane = cache.plane(tile.slot, tile.g) + static_cast<int64_t>(split) * kSplit * cache.size;
-    SplitWork<T> work{cache.k + plane, cache.v + plane, cache.size, min(kSplit, tile.reach - split * kSplit),
+    const int64_t plane = cache.plane(tile.slot, tile.g) + static_cast<int64_t>(split) * kSplit * cache.head_dim;
+    SplitWork<T> work{cache.k + plane, cache.v + plane, cache.head_dim, min(kSplit, tile.reach - split * kSplit),
                       a.aligned,       a.factor};
     const int64_t cell = tile.cell(a, cache, split, 0);
     attend_split(
         work, tile.count,
-        [&](int pair) { return a.q.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.size); },
+        [&](int pair) { return a.q.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.head_dim); },
         [&](int pair) { return tile.seen(a, cache, pair) - split * kSplit; }, a.peaks + cell,
-        a.values + cell * cache.size, memory);
+        a.values + cell * cache.head_dim, memory);
     __syncthreads();
   }
   __syncthreads();
@@ -138,16 +138,16 @@ cudaError_t verify_attention(Chain& chain, Rows<const T> q, const Cache<T>& cach
   args.tickets = reinterpret_cast<unsigned*>(bytes);
   args.peaks = reinterpret_cast<float2*>(bytes + scratch.ticket_bytes());
   args.values = reinterpret_cast<float*>(bytes + scratch.ticket_bytes() + scratch.peak_bytes());
-  args.factor = weight_factor<T>(cache.size);
+  args.factor = weight_factor<T>(cache.head_dim);
   args.shared = static_cast<int>(scratch.pairs_per_row);
   args.splits = static_cast<int>(scratch.splits);
-  args.aligned = q.aligned() && is_aligned(cache.k, cache.size) && is_aligned(cache.v, cache.size);
+  args.aligned = q.aligned() && is_aligned(cache.k, cache.head_dim) && is_aligned(cache.v, cache.head_dim);
   for (args.first = 0; args.first < cache.rows; args.first += scratch.rows_at_once) {
     args.rows = std::min(scratch.rows_at_once, cache.rows - args.first);
-    const int tiles = divide_up(args.rows * args.shared, kPairs), planes = cache.batch * cache.groups;
+    const int tiles = divide_up(args.rows * args.shared, kPairs), planes = cache.batch * cache.num_kv_heads;
     const int wide = std::max(1, kBlocks / std::max(1, planes * tiles));
     const dim3 grid(std::min(args.splits, wide), planes, tiles);
-    LSK_LAUNCH(launch(chain.next(grid, kAttentionThreads, AttentionMemory<T>::bytes(cache.size)),
+    LSK_LAUNCH(launch(chain.next(grid, kAttentionThreads, AttentionMemory<T>::bytes(cache.head_dim)),
                       verify_attention_kernel<T>, args, cache));
   }
   return cudaSuccess;

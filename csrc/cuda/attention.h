@@ -15,20 +15,20 @@ struct AttentionScratch {
   int rows_at_once;
 
   // Above `limit` bytes, the rows of a sequence are taken in several launches.
-  AttentionScratch(int64_t batch, int64_t rows, int64_t heads, int64_t groups, int64_t capacity, int64_t size,
-                   int64_t limit = kBytes) {
+  AttentionScratch(int64_t batch, int64_t rows, int64_t num_heads, int64_t num_kv_heads, int64_t capacity,
+                   int64_t head_dim, int64_t limit = kBytes) {
     splits = divide_up<int64_t>(capacity, kSplit);
-    const int64_t row_bytes = batch * heads * splits * (size + 2) * static_cast<int64_t>(sizeof(float));
+    const int64_t row_bytes = batch * num_heads * splits * (head_dim + 2) * static_cast<int64_t>(sizeof(float));
     const int64_t fits = limit / (row_bytes > 0 ? row_bytes : 1);
     rows_at_once = static_cast<int>(fits < 1 ? 1 : fits < rows ? fits : rows);
-    pairs_per_row = groups > 0 ? heads / groups : 0;
-    cells = batch * heads * splits * rows_at_once;
-    tickets = batch * groups * divide_up<int64_t>(rows_at_once * pairs_per_row, kPairs);
+    pairs_per_row = num_kv_heads > 0 ? num_heads / num_kv_heads : 0;
+    cells = batch * num_heads * splits * rows_at_once;
+    tickets = batch * num_kv_heads * divide_up<int64_t>(rows_at_once * pairs_per_row, kPairs);
   }
 
   int64_t ticket_bytes() const { return divide_up<int64_t>(tickets * 4, 256) * 256; }
   int64_t peak_bytes() const { return divide_up<int64_t>(cells * 8, 256) * 256; }
-  int64_t bytes(int64_t size) const { return ticket_bytes() + peak_bytes() + cells * size * 4; }
+  int64_t bytes(int64_t head_dim) const { return ticket_bytes() + peak_bytes() + cells * head_dim * 4; }
 };
 
 // Zeroes the tickets at the start of a scratch, once; every attention leaves them so.

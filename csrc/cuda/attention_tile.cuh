@@ -23,8 +23,8 @@ __device__ __forceinline__ float weigh(float difference, float factor) {
 }
 
 template <class T>
-float weight_factor(int size) {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+float weight_factor(int head_dim) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   return std::is_same_v<T, float> ? scale : scale * 1.44269504f;
 }
 
@@ -32,7 +32,7 @@ float weight_factor(int size) {
 template <class T>
 struct SplitWork {
   const T *k, *v;  // [count, C]
-  int size, count;
+  int head_dim, count;
   bool aligned;
   float factor;
 };
@@ -45,8 +45,8 @@ struct AttentionMemory {
 
   // Values [128, C], rows 16 bytes longer than they are: eight rows of a column then lie in different banks.
   __device__ __forceinline__ T* values() { return reinterpret_cast<T*>(this + 1); }
-  __host__ __device__ static int pitch(int size) { return size + 8; }
-  static size_t bytes(int size) { return sizeof(AttentionMemory) + sizeof(T) * kSplit * pitch(size); }
+  __host__ __device__ static int pitch(int head_dim) { return head_dim + 8; }
+  static size_t bytes(int head_dim) { return sizeof(AttentionMemory) + sizeof(T) * kSplit * pitch(head_dim); }
 };
 
 template <>
@@ -67,20 +67,20 @@ __device__ __forceinline__ void score(const SplitWork<T>& w, int pairs, Query qu
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const T* queries[2] = {query(min(g, pairs - 1)), query(min(g + 8, pairs - 1))};
 #pragma unroll 2
-  for (int block = 0; block < w.size; block += kBlock<T>) {
+  for (int block = 0; block < w.head_dim; block += kBlock<T>) {
     const int column = block + t * kChunk<T>;
     uint32_t q[2][4];
     Chunk<T> keys[4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Chunk<T> chunk = load_chunk<Aligned>(queries[half], column, w.size);
+      const Chunk<T> chunk = load_chunk<Aligned>(queries[half], column, w.head_dim);
       memcpy(q[half], &chunk, 16);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int at = begin + 8 * j + g;
-      const T* row = w.k + (at < w.count ? static_cast<int64_t>(at) * w.size : 0);
-      keys[j] = load_chunk<Aligned>(row, column, at < w.count ? w.size : 0);
+      const T* row = w.k + (at < w.count ? static_cast<int64_t>(at) * w.head_dim : 0);
+      keys[j] = load_chunk<Aligned>(row, column, at < w.count ? w.head_dim : 0);
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -135,13 +135,13 @@ __device__ __forceinline__ void soften(const SplitWork<T>& w, Seen seen, int beg
 // The warp's 32 rows of values into its part of the shared memory, asynchronously.
 template <class T>
 __device__ __forceinline__ void stage_values(const SplitWork<T>& w, int begin, T* staged) {
-  const int per_row = w.size / kChunk<T>;
+  const int per_row = w.head_dim / kChunk<T>;
   for (int i = threadIdx.x % 32; i < kWarpSplit * per_row; i += 32) {
     const int at = i / per_row, column = i % per_row * kChunk<T>;
     const bool inside = begin + at < w.count;
-    const T* row = w.v + (inside ? static_cast<int64_t>(begin + at) * w.size : 0);
-    T* place = staged + at * AttentionMemory<T>::pitch(w.size) + column;
-    copy_chunk(reinterpret_cast<Chunk<T>*>(place), row, column, inside ? w.size : 0, w.aligned);
+    const T* row = w.v + (inside ? static_cast<int64_t>(begin + at) * w.head_dim : 0);
+    T* place = staged + at * AttentionMemory<T>::pitch(w.head_dim) + column;
+    copy_chunk(reinterpret_cast<Chunk<T>*>(place), row, column, inside ? w.head_dim : 0, w.aligned);
   }
   ptx::cp_async_commit();
 }
@@ -157,15 +157,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 // The weights times columns [first, first + 64) of the warp's values, into memory.sums: a column of eight at a time,
 // whose 32 rows are the operands of two mma.
 template <class T>
-__device__ __forceinline__ void weigh_values(const float (&weights)[4][4], const T* staged, int size, int first,
+__device__ __forceinline__ void weigh_values(const float (&weights)[4][4], const T* staged, int head_dim, int first,
                                              float* sums) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   constexpr int kPitch = AttentionMemory<T>::kPitch;
 #pragma unroll
   for (int j = 0; j < kColumns / 8; ++j) {
-    if (first + 8 * j >= size) break;
+    if (first + 8 * j >= head_dim) break;
     uint32_t values[4];
-    ptx::ldmatrix_trans(values, staged + lane * AttentionMemory<T>::pitch(size) + first + 8 * j);
+    ptx::ldmatrix_trans(values, staged + lane * AttentionMemory<T>::pitch(head_dim) + first + 8 * j);
     float d[4] = {};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -187,24 +187,24 @@ __device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Q
                                              float* values, AttentionMemory<T>& memory) {
   constexpr int kPitch = AttentionMemory<T>::kPitch;
   const int warp = threadIdx.x / 32, begin = warp * kWarpSplit;
-  T* staged = memory.values() + begin * AttentionMemory<T>::pitch(w.size);
+  T* staged = memory.values() + begin * AttentionMemory<T>::pitch(w.head_dim);
   stage_values(w, begin, staged);
   float scores[4][4] = {};
   w.aligned ? score<true>(w, pairs, query, begin, scores) : score<false>(w, pairs, query, begin, scores);
   soften(w, seen, begin, memory, scores);
   ptx::cp_async_wait<0>();
   __syncwarp();
-  for (int first = 0; first < w.size; first += kColumns) {
-    weigh_values(scores, staged, w.size, first, memory.sums[warp]);
+  for (int first = 0; first < w.head_dim; first += kColumns) {
+    weigh_values(scores, staged, w.head_dim, first, memory.sums[warp]);
     __syncthreads();
-    const int columns = min(kColumns, w.size - first);
+    const int columns = min(kColumns, w.head_dim - first);
     for (int i = threadIdx.x; i < pairs * kColumns; i += kAttentionThreads) {
       const int pair = i / kColumns, c = i % kColumns;
       if (c >= columns) continue;
       float sum = 0.0f;
 #pragma unroll
       for (int v = 0; v < kAttentionWarps; ++v) sum += memory.sums[v][pair * kPitch + c];
-      values[static_cast<int64_t>(pair) * w.size + first + c] = sum;
+      values[static_cast<int64_t>(pair) * w.head_dim + first + c] = sum;
     }
     __syncthreads();
   }
@@ -223,12 +223,12 @@ template <class Query, class Seen>
 __device__ __forceinline__ void score_rows(const SplitWork<float>& w, int pairs, Query query, Seen seen,
                                            AttentionMemory<float>& memory) {
   const int at = threadIdx.x;
-  for (int i = threadIdx.x; i < pairs * w.size; i += kAttentionThreads)
-    memory.queries[i / w.size][i % w.size] = query(i / w.size)[i % w.size];
+  for (int i = threadIdx.x; i < pairs * w.head_dim; i += kAttentionThreads)
+    memory.queries[i / w.head_dim][i % w.head_dim] = query(i / w.head_dim)[i % w.head_dim];
   __syncthreads();
   float sums[kPairs] = {};
-  for (int c = 0; c < w.size && at < w.count; c += 4) {
-    const Chunk<float> key = load_chunk(w.k + static_cast<int64_t>(at) * w.size, c, w.size, w.aligned);
+  for (int c = 0; c < w.head_dim && at < w.count; c += 4) {
+    const Chunk<float> key = load_chunk(w.k + static_cast<int64_t>(at) * w.head_dim, c, w.head_dim, w.aligned);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       if (pair >= pairs) break;
@@ -271,17 +271,17 @@ __device__ __forceinline__ void attend_split(const SplitWork<float>& w, int pair
                                              float2* peaks, float* values, AttentionMemory<float>& memory) {
   score_rows(w, pairs, query, seen, memory);
   soften_rows(w, pairs, peaks, memory);
-  for (int c = threadIdx.x; c < w.size; c += kAttentionThreads) {
+  for (int c = threadIdx.x; c < w.head_dim; c += kAttentionThreads) {
     float sums[kPairs] = {};
     for (int at = 0; at < w.count; ++at) {
-      const float value = w.v[static_cast<int64_t>(at) * w.size + c];
+      const float value = w.v[static_cast<int64_t>(at) * w.head_dim + c];
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair)
         if (pair < pairs) sums[pair] = __fmaf_rn(memory.scores[pair][at], value, sums[pair]);
     }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)
-      if (pair < pairs) values[static_cast<int64_t>(pair) * w.size + c] = sums[pair];
+      if (pair < pairs) values[static_cast<int64_t>(pair) * w.head_dim + c] = sums[pair];
   }
 }
 

@@ -33,8 +33,8 @@ struct Cache {
   const int64_t* slots = nullptr;     // [B], null: sequence b has slot b
   int64_t ahead = 0;                  // positions written since seq_lens was, by earlier steps of a draft
   int batch = 0, rows = 0;            // B, M
-  int groups = 0, capacity = 0, size = 0;
-  int64_t slot_count = 0;  // S
+  int num_kv_heads = 0, capacity = 0, head_dim = 0;
+  int64_t cache_rows = 0;  // S
 
   // Of row 0 of sequence b.
   __device__ int64_t position(int b) const { return seq_lens[b] + ahead; }
@@ -42,11 +42,11 @@ struct Cache {
   // The slot of sequence b; -1 when it has none in the cache.
   __device__ int64_t slot(int b) const {
     const int64_t slot = slots == nullptr ? b : slots[b];
-    return slot >= 0 && slot < slot_count ? slot : -1;
+    return slot >= 0 && slot < cache_rows ? slot : -1;
   }
 
   // Where group g of a slot starts in k and v.
-  __device__ int64_t plane(int64_t slot, int g) const { return (slot * groups + g) * capacity * size; }
+  __device__ int64_t plane(int64_t slot, int g) const { return (slot * num_kv_heads + g) * capacity * head_dim; }
 };
 
 // Launches of one stream, one after the other. All but the first start early (programmatic dependent launch): what came

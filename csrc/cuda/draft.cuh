@@ -11,23 +11,23 @@ namespace lsk {
 // Whether sequence b still drafts in `step`; without a threshold every one does.
 template <class T>
 __device__ __forceinline__ bool is_alive(const DraftArgs<T>& a, int64_t b, int64_t step) {
-  return a.min_probability == 0 || step == 0 || a.tokens[b * a.steps + step - 1] >= 0;
+  return a.draft_threshold == 0 || step == 0 || a.tokens[b * a.num_speculations + step - 1] >= 0;
 }
 
 // to = from, or zeros from a null pointer; by a whole block.
 template <class T>
 __device__ __forceinline__ void copy_row(const DraftArgs<T>& a, T* to, const T* from) {
-  const int width = static_cast<int>(a.width), filled = from == nullptr ? 0 : width;
-  const bool aligned = width * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(a.embedding) % 16 == 0;
-  for (int column = threadIdx.x * kChunk<T>; column < width; column += blockDim.x * kChunk<T>)
-    store_chunk(to, column, width, aligned, load_chunk(from, column, filled, aligned));
+  const int hidden_size = static_cast<int>(a.hidden_size), filled = from == nullptr ? 0 : hidden_size;
+  const bool aligned = hidden_size * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(a.embedding) % 16 == 0;
+  for (int column = threadIdx.x * kChunk<T>; column < hidden_size; column += blockDim.x * kChunk<T>)
+    store_chunk(to, column, hidden_size, aligned, load_chunk(from, column, filled, aligned));
 }
 
-// A token that the embedding does not have, as the -1 of a head that named none, must not index: its row is void.
+// A token that the embedding does not have, such as -1, is embedded as token 0: what follows it has no meaning.
 template <class T>
 __device__ __forceinline__ void embed(const DraftArgs<T>& a, int64_t b, int64_t token) {
-  const int64_t row = token < 0 || token >= a.vocabulary ? 0 : token;
-  copy_row(a, a.hidden + b * a.width, a.embedding + row * a.width);
+  const int64_t row = token < 0 || token >= a.vocab_size ? 0 : token;
+  copy_row(a, a.hidden + b * a.hidden_size, a.embedding + row * a.hidden_size);
 }
 
 // One block a sequence.
@@ -49,13 +49,13 @@ __global__ void __launch_bounds__(kMaxMergeThreads, 1)
   const Choice best = block_choice(merge_strided(a.partial + b * tiles, tiles), shared);
   const float probability = expf(best.value - log_sum_exp(best));
   const bool alive = is_alive(a, b, step);
-  const bool drafted = a.min_probability == 0 || (alive && probability >= a.min_probability);
+  const bool drafted = a.draft_threshold == 0 || (alive && probability >= a.draft_threshold);
   const int64_t token = drafted ? chosen_token(best, token_map) : -1;
   if (!alive) copy_row<T>(a, a.state(step).row(b), nullptr);
   if (step + 1 < a.rows()) embed(a, b, token);
   if (threadIdx.x != 0) return;
-  a.tokens[b * a.steps + step] = token;
-  a.probability[b * a.steps + step] = alive ? probability : 0.0f;
+  a.tokens[b * a.num_speculations + step] = token;
+  a.probability[b * a.num_speculations + step] = alive ? probability : 0.0f;
 }
 
 // One block a sequence: the state past the last step of a sequence that stopped before is zero.
@@ -63,28 +63,29 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) draft_clear_kernel(DraftArgs<T> a) {
   ptx::dependents_trigger();
   ptx::dependency_wait();
-  if (!is_alive(a, blockIdx.x, a.steps)) copy_row<T>(a, a.state(a.steps).row(blockIdx.x), nullptr);
+  if (!is_alive(a, blockIdx.x, a.num_speculations))
+    copy_row<T>(a, a.state(a.num_speculations).row(blockIdx.x), nullptr);
 }
 
 template <class T, class W>
 cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, const Head<T, W>& head,
                   HeadSampling sampling, HeadLogits logits, int64_t step_pitch) {
   const dim3 grid(static_cast<unsigned>(a.batch));
-  const int64_t tiles = head_tiles(head.vocabulary);
+  const int64_t tiles = head_tiles(head.vocab_size);
   if (a.batch == 0 || a.rows() == 0) return cudaSuccess;
   sampling.position = layers.args.seq_lens;
   LSK_LAUNCH(launch(chain.next(grid, kThreads), draft_embed_kernel<T>, a));
   for (int64_t row = 0; row < a.rows(); ++row) {
     const Rows<T> state = a.state(row);
-    LSK_LAUNCH(layers.run(chain, {a.hidden, a.width}, state, row));
-    if (row == a.steps) break;
+    LSK_LAUNCH(layers.run(chain, {a.hidden, a.hidden_size}, state, row));
+    if (row == a.num_speculations) break;
     sampling.ahead = row;
     const Rows<const T> seen{state.data, state.pitch};
     LSK_LAUNCH(exit_head_tiles(chain, head, seen, a.batch, sampling, logits, a.partial));
     LSK_LAUNCH(launch(chain.next(grid, merge_threads(tiles)), draft_step_kernel<T>, a, row, tiles, head.token_map));
     if (logits.data != nullptr) logits.data += step_pitch;
   }
-  if (!a.extend || a.min_probability == 0) return cudaSuccess;
+  if (!a.extend || a.draft_threshold == 0) return cudaSuccess;
   return launch(chain.next(grid, kThreads), draft_clear_kernel<T>, a);
 }
 

@@ -10,17 +10,17 @@ template <class T>
 struct DraftArgs {
   const int64_t* token;  // [B]
   const T* embedding;    // [Ve, D]
-  int64_t batch, vocabulary, width, steps;
+  int64_t batch, vocab_size, hidden_size, num_speculations;
   bool extend;
-  float min_probability;  // a draft less probable ends its sequence's drafts
+  float draft_threshold;  // a draft less probable ends its sequence's drafts
   int64_t* tokens;        // [B, K]
   T* states;              // [B, K + extend, D]
   float* probability;     // [B, K]
   T* hidden;              // scratch [B, D]
   Choice* partial;        // scratch [B, head_tiles]
 
-  __host__ __device__ int64_t rows() const { return steps + (extend ? 1 : 0); }
-  __host__ __device__ Rows<T> state(int64_t row) const { return {states + row * width, rows() * width}; }
+  __host__ __device__ int64_t rows() const { return num_speculations + (extend ? 1 : 0); }
+  __host__ __device__ Rows<T> state(int64_t row) const { return {states + row * hidden_size, rows() * hidden_size}; }
 };
 
 // `count` layers, how they run on one row of each sequence (`args` less its in, out and ahead), and their scratch.

@@ -54,7 +54,7 @@ struct WeightRing {
   static constexpr int kElements = kSegmentBytes / sizeof(W);
 
   const W* weight;
-  int64_t vocabulary, width, tile, step;
+  int64_t vocab_size, hidden_size, tile, step;
   unsigned char* memory;
   int stages;
   bool aligned;
@@ -68,18 +68,18 @@ struct WeightRing {
 
   // Asks for the next segment; past the last one an empty group keeps the count.
   __device__ __forceinline__ void fetch() {
-    if (tile * kHeadTile < vocabulary) {
+    if (tile * kHeadTile < vocab_size) {
       unsigned char* stage = memory + in * kStageBytes;
 #pragma unroll
       for (int j = 0; j < kHeadTile * kPieces / 32; ++j) {
         const int lane = threadIdx.x % 32, row = 2 * j + lane / kPieces, piece = lane % kPieces;
         // Past the last row comes the last row again, whose logits are then left out.
-        const int64_t source = min(tile * kHeadTile + row, vocabulary - 1);
-        copy_chunk(reinterpret_cast<Chunk<W>*>(stage + place(row, piece)), weight + source * width,
-                   static_cast<int>(column) + piece * kChunk<W>, static_cast<int>(width), aligned);
+        const int64_t source = min(tile * kHeadTile + row, vocab_size - 1);
+        copy_chunk(reinterpret_cast<Chunk<W>*>(stage + place(row, piece)), weight + source * hidden_size,
+                   static_cast<int>(column) + piece * kChunk<W>, static_cast<int>(hidden_size), aligned);
       }
       column += kElements;
-      if (column >= width) {
+      if (column >= hidden_size) {
         column = 0;
         tile += step;
       }
@@ -88,7 +88,7 @@ struct WeightRing {
     in = in + 1 == stages ? 0 : in + 1;
   }
 
-  // The oldest segment, complete for the whole warp; the slot read before it is free again.
+  // The oldest segment, complete for the whole warp; the stage read before it is free again.
   __device__ __forceinline__ const unsigned char* next() {
     static_assert(kMinStages == 2 && kMaxStages == 4);
     if (stages == 4) {
@@ -204,10 +204,10 @@ template <class T, class W>
 __device__ __forceinline__ void load_states(const HeadArgs<T, W>& a, int64_t first, int rows, T* states) {
   __shared__ float scratch[kWarps * kTokens];
   __shared__ float inverses[kTokens];
-  const int width = static_cast<int>(a.head.width), chunks = (a.pitch - kPitchPadding<T>) / kChunk<T>;
+  const int hidden_size = static_cast<int>(a.head.hidden_size), chunks = (a.pitch - kPitchPadding<T>) / kChunk<T>;
   const Rows<const T> x{a.hidden.row(first), a.hidden.pitch};
   float inverse[2];
-  inverse_rms(x, rows, width, a.head.eps, a.states_aligned, scratch, inverse);
+  inverse_rms(x, rows, hidden_size, a.head.eps, a.states_aligned, scratch, inverse);
   if (threadIdx.x < 32 && threadIdx.x % 4 == 0) {
     inverses[threadIdx.x / 4] = inverse[0];
     inverses[threadIdx.x / 4 + 8] = inverse[1];
@@ -216,9 +216,9 @@ __device__ __forceinline__ void load_states(const HeadArgs<T, W>& a, int64_t fir
 #pragma unroll 4
   for (int i = threadIdx.x; i < rows * chunks; i += kThreads) {
     const int row = i / chunks, column = i % chunks * kChunk<T>;
-    const Chunk<T> factors = load_chunk(a.head.norm_weight, column, width, a.states_aligned);
+    const Chunk<T> factors = load_chunk(a.head.norm_weight, column, hidden_size, a.states_aligned);
     *reinterpret_cast<Chunk<T>*>(states + row * a.pitch + column) =
-        normed(load_chunk(x.row(row), column, width, a.states_aligned), inverses[row], factors);
+        normed(load_chunk(x.row(row), column, hidden_size, a.states_aligned), inverses[row], factors);
   }
 }
 
@@ -235,7 +235,7 @@ __device__ __forceinline__ void fold_tile(const HeadArgs<T, W>& a, const float (
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = tile * kHeadTile + g + 8 * half;
-      if (row >= a.head.vocabulary || state >= rows) continue;
+      if (row >= a.head.vocab_size || state >= rows) continue;
       float logit = sums[n][part % 2 + 2 * half], noise = 0.0f;
       if (a.head.scale != nullptr) logit *= a.head.scale[row];
       if (a.logits.data != nullptr) a.logits.data[(first + state) * a.logits.pitch + row] = logit;
@@ -262,10 +262,10 @@ __global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T, W> a
   const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(a.pass))), warp = threadIdx.x / 32;
   const int64_t start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;
   WeightRing<W> ring{
-      a.head.weight, a.head.vocabulary, a.head.width, start, step, memory + warp * a.stages * kStageBytes,
+      a.head.weight, a.head.vocab_size, a.head.hidden_size, start, step, memory + warp * a.stages * kStageBytes,
       a.stages,      a.weight_aligned};
   for (int i = 1; i < a.stages; ++i) ring.fetch();
-  for (int k = threadIdx.x * kChunk<T>; k < a.head.width; k += kThreads * kChunk<T>)
+  for (int k = threadIdx.x * kChunk<T>; k < a.head.hidden_size; k += kThreads * kChunk<T>)
     ptx::prefetch_l2(a.head.norm_weight + k);
   ptx::dependency_wait();
   load_states(a, first, rows, states);
@@ -323,11 +323,11 @@ cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> 
   LSK_LAUNCH(cudaGetDevice(&device));
   LSK_LAUNCH(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   LSK_LAUNCH(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  HeadArgs<T, W> a{head, hidden, rows, sampling, logits, partial, head_tiles(head.vocabulary)};
-  a.segments = static_cast<int>(divide_up<int64_t>(head.width, WeightRing<W>::kElements));
+  HeadArgs<T, W> a{head, hidden, rows, sampling, logits, partial, head_tiles(head.vocab_size)};
+  a.segments = static_cast<int>(divide_up<int64_t>(head.hidden_size, WeightRing<W>::kElements));
   a.pitch = a.segments * WeightRing<W>::kElements + kPitchPadding<T>;
-  a.weight_aligned = is_aligned(head.weight, head.width);
-  a.states_aligned = hidden.aligned() && is_aligned(head.norm_weight, head.width);
+  a.weight_aligned = is_aligned(head.weight, head.hidden_size);
+  a.states_aligned = hidden.aligned() && is_aligned(head.norm_weight, head.hidden_size);
   const size_t shared = plan_passes(a, static_cast<size_t>(available) - kOwn);
   if (shared == 0) return cudaErrorInvalidConfiguration;
   const int64_t useful = divide_up<int64_t>(a.tiles, kWarps), fair = processors < a.passes ? 1 : processors / a.passes;
@@ -335,9 +335,9 @@ cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> 
   return launch(chain.next(grid, kThreads, shared), exit_head_kernel<T, W>, a);
 }
 
-cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocabulary,
+cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocab_size,
                             const int64_t* token_map, int64_t* token, float* logit, float* logsumexp) {
-  const int64_t tiles = head_tiles(vocabulary);
+  const int64_t tiles = head_tiles(vocab_size);
   return launch(chain.next(dim3(static_cast<unsigned>(rows)), merge_threads(tiles)),
                 exit_head_merge_kernel<kMaxMergeThreads>, partial, tiles, token_map, token, logit, logsumexp);
 }

@@ -13,7 +13,7 @@ struct Head {
   const W* weight;           // [V, D]
   const float* scale;        // [V], of int8 weights, or null
   const int64_t* token_map;  // [V] or null
-  int64_t vocabulary, width;
+  int64_t vocab_size, hidden_size;
   float eps;
 };
 
@@ -31,7 +31,7 @@ struct HeadLogits {
 
 constexpr int kHeadTile = 16;  // vocabulary rows of a tile: the M of an mma
 
-inline int64_t head_tiles(int64_t vocabulary) { return divide_up<int64_t>(vocabulary, kHeadTile); }
+inline int64_t head_tiles(int64_t vocab_size) { return divide_up<int64_t>(vocab_size, kHeadTile); }
 
 // Threads that merge the tiles of one row: whole warps, as the vocabulary alone says.
 constexpr int kMaxMergeThreads = 512;
@@ -46,7 +46,7 @@ cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> 
                             const HeadSampling& sampling, HeadLogits logits, Choice* partial);
 
 // The tiles merged: the token [R], its logit and the log-sum-exp.
-cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocabulary,
+cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocab_size,
                             const int64_t* token_map, int64_t* token, float* logit, float* logsumexp);
 
 }  // namespace lsk

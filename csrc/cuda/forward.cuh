@@ -27,7 +27,7 @@ struct QkvArgs {
   Projection<T> of_q, of_k, of_v;
   Angles angles;
   Rows<T> q, k;  // [R, H C], [R, G C]
-  int heads;
+  int num_heads;
   bool turn;  // otherwise q and k stay as they are, and k goes to `k`, not into the cache
 
   // By value: an index into the arguments would copy them to local memory.
@@ -45,11 +45,11 @@ struct QkvArgs {
 struct HeadTile {
   int kind, head, pair, half;  // kind 0 q, 1 k, 2 v
 
-  __device__ __forceinline__ HeadTile(int tile, int heads, int groups, int size) : half(size / 2) {
+  __device__ __forceinline__ HeadTile(int tile, int num_heads, int num_kv_heads, int head_dim) : half(head_dim / 2) {
     const int of_head = divide_up(half, 8), all = tile / of_head;
     pair = tile % of_head * 8;
-    kind = all < heads ? 0 : all < heads + groups ? 1 : 2;
-    head = kind == 0 ? all : (all - heads) % groups;
+    kind = all < num_heads ? 0 : all < num_heads + num_kv_heads ? 1 : 2;
+    head = kind == 0 ? all : (all - num_heads) % num_kv_heads;
   }
 
   __device__ __forceinline__ int row(int i, int second) const { return head * 2 * half + pair + i + second * half; }
@@ -60,7 +60,7 @@ template <class T>
 __device__ __forceinline__ void put_pair(const QkvArgs<T>& a, const Cache<T>& cache, const HeadTile& tile, int i,
                                          int64_t r, Pair x) {
   const Place<T> place(cache, r);
-  T* out = tile.kind == 0 ? a.q.row(r) + tile.head * cache.size : a.k.row(r) + tile.head * cache.size;
+  T* out = tile.kind == 0 ? a.q.row(r) + tile.head * cache.head_dim : a.k.row(r) + tile.head * cache.head_dim;
   if (tile.kind == 2 || (tile.kind == 1 && a.turn)) {
     if (!place.inside) return;
     out = (tile.kind == 1 ? cache.k : cache.v) + place.at(cache, tile.head);
@@ -74,7 +74,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) qkv_kernel(Input<T> in, QkvArgs<T> a, Cache<T> cache) {
   auto& memory = *ptx::dynamic_shared<TileMemory<T, 1>>();
   const TileWork work(in.rows);
-  const HeadTile tile(work.tile, a.heads, cache.groups, cache.size);
+  const HeadTile tile(work.tile, a.num_heads, cache.num_kv_heads, cache.head_dim);
   const Projection<T> matrix = a.of(tile.kind);
   ptx::dependents_trigger();
   TileStream<T, 1> stream(in, work.first, work.tokens, memory);
@@ -101,8 +101,8 @@ Cache<T> layer_cache(const ForwardArgs<T>& a, const LayerWeights<T>& w) {
   Cache<T> cache;
   cache.k = w.k_cache, cache.v = w.v_cache, cache.seq_lens = a.seq_lens, cache.slots = a.slots, cache.ahead = a.ahead;
   cache.batch = static_cast<int>(a.shape.batch), cache.rows = static_cast<int>(a.shape.rows);
-  cache.groups = static_cast<int>(a.shape.groups), cache.capacity = static_cast<int>(a.shape.capacity);
-  cache.size = static_cast<int>(a.shape.size), cache.slot_count = a.shape.slot_count;
+  cache.num_kv_heads = static_cast<int>(a.shape.num_kv_heads), cache.capacity = static_cast<int>(a.shape.capacity);
+  cache.head_dim = static_cast<int>(a.shape.head_dim), cache.cache_rows = a.shape.cache_rows;
   return cache;
 }
 
@@ -112,13 +112,14 @@ cudaError_t project(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>
   const ForwardShape& s = a.shape;
   const bool norms = w.q_norm != nullptr || w.k_norm != nullptr;
   const Rows<T> q{scratch.q, s.queries()}, k{scratch.k, s.keys()};
-  const QkvArgs<T> args{{w.q, w.q_bias},           {w.k, w.k_bias}, {w.v, w.v_bias}, a.angles, q, k,
-                        static_cast<int>(s.heads), !norms};
-  const int64_t tiles = (s.heads + 2 * s.groups) * divide_up<int64_t>(s.size / 2, 8);
+  const QkvArgs<T> args{
+      {w.q, w.q_bias}, {w.k, w.k_bias}, {w.v, w.v_bias}, a.angles, q, k, static_cast<int>(s.num_heads), !norms};
+  const int64_t tiles = (s.num_heads + 2 * s.num_kv_heads) * divide_up<int64_t>(s.head_dim / 2, 8);
   LSK_LAUNCH(launch(chain.next(TileWork::grid(s.tokens(), tiles), kThreads, sizeof(TileMemory<T, 1>)), qkv_kernel<T>,
-                    input<T>(x, w.attn_norm, a.eps, s.tokens(), s.width, {w.q, w.k, w.v}), args, cache));
+                    input<T>(x, w.attn_norm, a.eps, s.tokens(), s.hidden_size, {w.q, w.k, w.v}), args, cache));
   if (!norms) return cudaSuccess;
-  const RopeArgs<T> rope{{q.data, q.pitch}, {k.data, k.pitch}, {}, w.q_norm, w.k_norm, a.eps, a.angles, q, args.heads};
+  const RopeArgs<T> rope{{q.data, q.pitch}, {k.data, k.pitch}, {}, w.q_norm, w.k_norm, a.eps, a.angles, q,
+                         args.num_heads};
   return rope_kv_append(chain, rope, cache);
 }
 
@@ -128,15 +129,17 @@ cudaError_t forward_layer(Chain& chain, const ForwardArgs<T>& a, const LayerWeig
   const ForwardShape& s = a.shape;
   const int64_t rows = s.tokens();
   const Cache<T> cache = layer_cache(a, w);
-  const Rows<T> attended{scratch.attended, s.queries()}, middle{scratch.middle, s.width};
-  const Rows<T> activated{scratch.activated, s.features};
+  const Rows<T> attended{scratch.attended, s.queries()}, middle{scratch.middle, s.hidden_size};
+  const Rows<T> activated{scratch.activated, s.intermediate_size};
   const auto read = [](Rows<T> r) { return Rows<const T>{r.data, r.pitch}; };
   LSK_LAUNCH(project(chain, a, w, scratch, cache, x));
   LSK_LAUNCH(verify_attention<T>(chain, {scratch.q, s.queries()}, cache, scratch.attention, scratch.attention_memory(),
                                  attended));
-  LSK_LAUNCH(linear<T>(chain, read(attended), w.o, nullptr, x, rows, s.queries(), s.width, middle));
-  LSK_LAUNCH(swiglu<T>(chain, read(middle), w.mlp_norm, a.eps, w.gate, w.up, rows, s.width, s.features, activated));
-  return linear<T>(chain, read(activated), w.down, nullptr, read(middle), rows, s.features, s.width, a.out);
+  LSK_LAUNCH(linear<T>(chain, read(attended), w.o, nullptr, x, rows, s.queries(), s.hidden_size, middle));
+  LSK_LAUNCH(swiglu<T>(chain, read(middle), w.mlp_norm, a.eps, w.gate, w.up, rows, s.hidden_size, s.intermediate_size,
+                       activated));
+  return linear<T>(chain, read(activated), w.down, nullptr, read(middle), rows, s.intermediate_size, s.hidden_size,
+                   a.out);
 }
 
 template <class T>

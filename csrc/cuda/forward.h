@@ -1,27 +1,11 @@
 // partial_forward: its arguments and what launches it, compiled in forward.cu.
 #pragma once
 
+#include "common/layer_weights.h"
 #include "cuda/attention.h"
 #include "cuda/rope.h"
 
 namespace lsk {
-
-// The weights of one layer and its part of the cache; biases and norms of q and k may be null.
-template <class T>
-struct LayerWeights {
-  const T *attn_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
-  const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
-  T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
-};
-
-// Sizes of a forward; `batch` sequences of `rows` rows each.
-struct ForwardShape {
-  int64_t batch, rows, width, heads, groups, size, features, capacity, slot_count;
-
-  int64_t tokens() const { return batch * rows; }
-  int64_t queries() const { return heads * size; }
-  int64_t keys() const { return groups * size; }
-};
 
 // What a forward writes between its launches, carved from one allocation; its tickets must be zero (clear_tickets).
 template <class T>
@@ -30,13 +14,14 @@ struct ForwardScratch {
   T *q, *k, *attended, *middle, *activated;  // [R, H C], [R, G C], [R, H C], [R, D], [R, F]
 
   ForwardScratch(const ForwardShape& s, void* memory)
-      : attention(s.batch, s.rows, s.heads, s.groups, s.capacity, s.size), memory_(static_cast<char*>(memory)) {
-    used_ = attention.bytes(s.size);
+      : attention(s.batch, s.rows, s.num_heads, s.num_kv_heads, s.capacity, s.head_dim),
+        memory_(static_cast<char*>(memory)) {
+    used_ = attention.bytes(s.head_dim);
     q = take(s.tokens() * s.queries());
     k = take(s.tokens() * s.keys());
     attended = take(s.tokens() * s.queries());
-    middle = take(s.tokens() * s.width);
-    activated = take(s.tokens() * s.features);
+    middle = take(s.tokens() * s.hidden_size);
+    activated = take(s.tokens() * s.intermediate_size);
   }
 
   static int64_t bytes(const ForwardShape& shape) { return ForwardScratch(shape, nullptr).used_; }

@@ -25,9 +25,9 @@ class DeviceScope {
   // All `others` must lie on the device of `first`.
   explicit DeviceScope(const Tensor& first, std::initializer_list<const Tensor*> others = {})
       : index_(first.get_device_index()), guard_(index_) {
-    STD_TORCH_CHECK(first.is_cuda(), "expected tensors on a CUDA device");
+    LSK_REQUIRE(first.is_cuda(), "expected tensors on a CUDA device");
     for (const Tensor* other : others) {
-      STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == index_, "expected all tensors on cuda:", index_);
+      LSK_REQUIRE(other->is_cuda() && other->get_device_index() == index_, "expected all tensors on cuda:", index_);
     }
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == 0, "cuda:", index_,

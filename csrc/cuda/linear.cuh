@@ -41,7 +41,7 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 // out = silu(x gate^T) * (x up^T) of 16 rows of both and up to 16 rows of x.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    swiglu_kernel(Input<T> in, const T* gate, const T* up, int features, Rows<T> out) {
+    swiglu_kernel(Input<T> in, const T* gate, const T* up, int intermediate_size, Rows<T> out) {
   auto& memory = *ptx::dynamic_shared<TileMemory<T, 2>>();
   const TileWork work(in.rows);
   const int begin = work.tile * kTileRows;
@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   TileStream<T, 2> stream(in, work.first, work.tokens, memory);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    stream.weight[half] = weight_row(gate, begin + stream.g + 8 * half, features, in.depth);
-    stream.weight[2 + half] = weight_row(up, begin + stream.g + 8 * half, features, in.depth);
+    stream.weight[half] = weight_row(gate, begin + stream.g + 8 * half, intermediate_size, in.depth);
+    stream.weight[2 + half] = weight_row(up, begin + stream.g + 8 * half, intermediate_size, in.depth);
   }
   stream.prefetch();
   ptx::dependency_wait();
   stream.run();
   const int row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows, n = begin + row;
-  if (token >= work.tokens || n >= features) return;
+  if (token >= work.tokens || n >= intermediate_size) return;
   const float value = silu(memory.total(0, row, token)) * memory.total(1, row, token);
   out.row(work.first + token)[n] = from_float<T>(value);
 }
@@ -72,10 +72,11 @@ cudaError_t linear(Chain& chain, Rows<const T> x, const T* weight, const T* bias
 
 template <class T>
 cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, const T* gate, const T* up, int64_t rows,
-                   int64_t depth, int64_t features, Rows<T> out) {
-  return launch(
-      chain.next(TileWork::grid(rows, divide_up<int64_t>(features, kTileRows)), kThreads, sizeof(TileMemory<T, 2>)),
-      swiglu_kernel<T>, input<T>(x, norm, eps, rows, depth, {gate, up}), gate, up, static_cast<int>(features), out);
+                   int64_t depth, int64_t intermediate_size, Rows<T> out) {
+  return launch(chain.next(TileWork::grid(rows, divide_up<int64_t>(intermediate_size, kTileRows)), kThreads,
+                           sizeof(TileMemory<T, 2>)),
+                swiglu_kernel<T>, input<T>(x, norm, eps, rows, depth, {gate, up}), gate, up,
+                static_cast<int>(intermediate_size), out);
 }
 
 }  // namespace lsk

@@ -13,6 +13,6 @@ cudaError_t linear(Chain& chain, Rows<const T> x, const T* weight, const T* bias
 // out [R, F] = silu(y gate^T) * (y up^T); y is x [R, D], or rms_norm(x) where there is a norm [D].
 template <class T>
 cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, const T* gate, const T* up, int64_t rows,
-                   int64_t depth, int64_t features, Rows<T> out);
+                   int64_t depth, int64_t intermediate_size, Rows<T> out);
 
 }  // namespace lsk

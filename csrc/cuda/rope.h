@@ -18,7 +18,7 @@ struct RopeArgs {
   float eps;
   Angles angles;
   Rows<T> q_out;  // [R, H C], may be q
-  int heads;
+  int num_heads;
 };
 
 // Turns q and k, writes k and v at the rows' places in the cache.

@@ -31,7 +31,7 @@ struct Place {
 
   // Of group g at this position, in k and v.
   __device__ __forceinline__ int64_t at(const Cache<T>& cache, int g) const {
-    return cache.plane(slot, g) + position * cache.size;
+    return cache.plane(slot, g) + position * cache.head_dim;
   }
 
   __device__ __forceinline__ Pair turn(Pair x, const Angles& angles, int half, int i) const {

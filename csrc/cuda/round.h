@@ -25,26 +25,28 @@ struct RoundArgs {
 // The rows of the draft, verified: every row's head. Their states are overwritten.
 template <class T, class W>
 cudaError_t verify(Chain& chain, const RoundArgs<T, W>& a) {
-  const int64_t rows = a.draft.batch * a.draft.rows(), width = a.draft.width;
+  const int64_t rows = a.draft.batch * a.draft.rows(), hidden_size = a.draft.hidden_size;
   const bool sampled = a.sampled.temperature != nullptr;
-  const Rows<T> states{a.draft.states, width};
-  const Rows<const T> seen{states.data, width};
-  const HeadLogits logits{const_cast<float*>(a.sampled.target_logits), a.head.vocabulary};
+  const Rows<T> states{a.draft.states, hidden_size};
+  const Rows<const T> seen{states.data, hidden_size};
+  const HeadLogits logits{const_cast<float*>(a.sampled.target_logits), a.head.vocab_size};
   LSK_LAUNCH(a.deep.run(chain, seen, states, 0));
   LSK_LAUNCH(exit_head_tiles(chain, a.head, seen, rows, {}, sampled ? logits : HeadLogits{}, a.partial));
   if (sampled) return cudaSuccess;
-  return exit_head_merge(chain, a.partial, rows, a.head.vocabulary, nullptr, a.target, a.scores, a.scores + rows);
+  return exit_head_merge(chain, a.partial, rows, a.head.vocab_size, nullptr, a.target, a.scores, a.scores + rows);
 }
 
 template <class T, class W>
 cudaError_t speculative_round(Chain& chain, const RoundArgs<T, W>& a) {
   if (a.draft.batch == 0) return cudaSuccess;
-  const int64_t drafted = a.draft.steps, few = a.draft_head.vocabulary;
+  const int64_t drafted = a.draft.num_speculations, draft_vocab_size = a.draft_head.vocab_size;
   HeadLogits logits;
-  if (a.sampled.temperature != nullptr) logits = {const_cast<float*>(a.sampled.draft_logits), drafted * few};
+  if (a.sampled.temperature != nullptr)
+    logits = {const_cast<float*>(a.sampled.draft_logits), drafted * draft_vocab_size};
   LSK_LAUNCH(clear_tickets(chain, a.shallow.scratch.attention, a.shallow.scratch.attention_memory()));
   LSK_LAUNCH(clear_tickets(chain, a.deep.scratch.attention, a.deep.scratch.attention_memory()));
-  LSK_LAUNCH(draft(chain, a.draft, a.shallow, a.draft_head, {a.sampled.temperature, a.sampled.seed}, logits, few));
+  LSK_LAUNCH(draft(chain, a.draft, a.shallow, a.draft_head, {a.sampled.temperature, a.sampled.seed}, logits,
+                   draft_vocab_size));
   LSK_LAUNCH(verify(chain, a));
   if (a.sampled.temperature != nullptr) return accept_sampled(chain, a.sampled);
   return accept_greedy(chain, a.draft.tokens, a.target, a.seq_lens, a.accepted, a.next_token, a.draft.batch, drafted);

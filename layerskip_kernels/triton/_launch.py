@@ -66,12 +66,12 @@ def check_positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
             raise ValueError(f"position {last if last >= capacity else first} is outside the cache's {capacity}")
 
 
-def check_slots(slots: Tensor | None, cached: int) -> None:
+def check_slots(slots: Tensor | None, cache_rows: int) -> None:
     """Raise where sequences do not have rows of the cache of their own; on a card such a row comes out as NaN, too."""
     if slots is not None and slots.device.type == "cpu":
         listed = slots.tolist()
-        if any(not 0 <= slot < cached for slot in listed) or len(set(listed)) < len(listed):
-            raise ValueError(f"slots must be distinct and in [0, {cached}), got {listed}")
+        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
+            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
 
 
 def check_temperature(temperature: Tensor | None) -> None:
@@ -80,9 +80,3 @@ def check_temperature(temperature: Tensor | None) -> None:
         for row, value in enumerate(temperature.tolist()):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"temperature[{row}] is {value}, expected a finite number of at least 0")
-
-
-def check_tokens(token: Tensor, vocabulary: int) -> None:
-    """Raise where a token is none; on a card, where that would be a host sync, a negative one counts as 0."""
-    if token.device.type == "cpu" and bool((token < 0).any()):
-        raise ValueError(f"token {int(token.min())} is outside the vocabulary of {vocabulary}")

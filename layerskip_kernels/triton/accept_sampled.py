@@ -22,7 +22,7 @@ ROW_BLOCK, TILE, FINISH_BLOCK = 4096, 1024, 1024  # tokens of a step of one row,
 
 @triton.jit
 def row_statistics_kernel(
-    logits_ptr, temperature_ptr, lse_ptr, best_ptr, rows, vocabulary, BLOCK: tl.constexpr, PDL: tl.constexpr
+    logits_ptr, temperature_ptr, lse_ptr, best_ptr, rows, vocab_size, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """log Σ exp(z / T) of one of a sequence's ``rows``, and the lowest argmax of z."""
     wait_for_inputs(PDL)
@@ -31,18 +31,18 @@ def row_statistics_kernel(
     lane = tl.arange(0, BLOCK)
     peaks = tl.full((BLOCK,), float("-inf"), tl.float32)
     places = tl.full((BLOCK,), NO_TOKEN, tl.int32)
-    for start in range(0, vocabulary, BLOCK):
+    for start in range(0, vocab_size, BLOCK):
         col = start + lane
-        z = tl.load(logits_ptr + row * vocabulary + col, mask=col < vocabulary, other=float("-inf"))
+        z = tl.load(logits_ptr + row * vocab_size + col, mask=col < vocab_size, other=float("-inf"))
         places = tl.where(z > peaks, col, places)
         peaks = tl.maximum(peaks, z)
     peak = tl.max(peaks, axis=0)
     best = tl.min(tl.where(peaks == peak, places, NO_TOKEN), axis=0)
     base = tl.div_rn(tl.where(tl.abs(peak) == float("inf"), 0.0, peak), divisor)
     mass = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocabulary, BLOCK):
+    for start in range(0, vocab_size, BLOCK):
         col = start + lane
-        z = tl.load(logits_ptr + row * vocabulary + col, mask=col < vocabulary, other=float("-inf"))
+        z = tl.load(logits_ptr + row * vocab_size + col, mask=col < vocab_size, other=float("-inf"))
         mass += tl.exp(tl.div_rn(z, divisor) - base)
     tl.store(lse_ptr + row, base + tl.log(tl.sum(mass, axis=0)))
     tl.store(best_ptr + row, best)
@@ -51,21 +51,21 @@ def row_statistics_kernel(
 @triton.jit
 def _decide(
     draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, sequence, length, temperature, seed,
-    drafted, scored, vocabulary, HAS_MAP: tl.constexpr, SLOTS: tl.constexpr,
+    drafted, draft_vocab_size, vocab_size, HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """How many drafts are accepted, whether the next one was rejected, and whether the row that follows is finite."""
-    k = tl.arange(0, SLOTS)
+    k = tl.arange(0, ENTRIES)
     ok = k < drafted
     p_row, q_row = sequence * (drafted + 1) + k, sequence * drafted + k
     token = tl.load(draft_ptr + q_row, mask=ok, other=-1)
-    real = ok & (token >= 0) & (token < vocabulary)
+    real = ok & (token >= 0) & (token < vocab_size)
     column = token
     if HAS_MAP:
         column = tl.load(inverse_ptr + token, mask=real, other=-1).to(tl.int64)
     own = real & (column >= 0)
     divisor = warmth(temperature)
-    p = tl.load(p_ptr + p_row * vocabulary + token, mask=real, other=float("-inf"))
-    q = tl.load(q_ptr + q_row * scored + column, mask=own, other=float("-inf"))
+    p = tl.load(p_ptr + p_row * vocab_size + token, mask=real, other=float("-inf"))
+    q = tl.load(q_ptr + q_row * draft_vocab_size + column, mask=own, other=float("-inf"))
     p_lse = tl.load(p_lse_ptr + p_row, mask=k <= drafted, other=float("nan"))
     q_lse = tl.load(q_lse_ptr + q_row, mask=ok, other=0.0)
     gain = (tl.div_rn(p, divisor) - p_lse) - (tl.div_rn(q, divisor) - q_lse)
@@ -74,7 +74,7 @@ def _decide(
     asked = tl.where(temperature > 0, token, -1)  # a greedy row asks nothing of q, nor does one with no draft
     finite = (tl.abs(p_lse) < float("inf")) & ((tl.abs(q_lse) < float("inf")) | (asked < 0))
     agrees = tl.where(temperature > 0, luck < gain, token == best) & real & finite
-    accepted = tl.min(tl.where(agrees, SLOTS, tl.minimum(k, drafted)), axis=0)
+    accepted = tl.min(tl.where(agrees, ENTRIES, tl.minimum(k, drafted)), axis=0)
     rejected = tl.max(tl.where((k == accepted) & ok & (token >= 0), 1, 0), axis=0)
     return accepted, rejected, tl.max(tl.where((k == accepted) & finite, 1, 0), axis=0)
 
@@ -82,8 +82,8 @@ def _decide(
 @triton.jit(do_not_specialize=["drafted"])
 def accept_sampled_kernel(
     draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, seq_lens_ptr, temperature_ptr, seed_ptr,
-    score_ptr, token_ptr, drafted, scored, vocabulary,
-    HAS_MAP: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    score_ptr, token_ptr, drafted, draft_vocab_size, vocab_size,
+    HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One racer: max of log max(p - q, 0) + noise and of log p + noise over BLOCK tokens, and where they are.
 
@@ -95,13 +95,13 @@ def accept_sampled_kernel(
     seed = tl.load(seed_ptr + sequence)
     accepted, rejected, _ = _decide(
         draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, sequence, length, temperature, seed,
-        drafted, scored, vocabulary, HAS_MAP, SLOTS,
+        drafted, draft_vocab_size, vocab_size, HAS_MAP, ENTRIES,
     )  # fmt: skip
     col = tile * BLOCK + tl.arange(0, BLOCK)
-    ok = col < vocabulary
+    ok = col < vocab_size
     divisor = warmth(temperature)
     row = sequence * (drafted + 1) + accepted
-    p = tl.load(p_ptr + row * vocabulary + col, mask=ok, other=float("-inf"))
+    p = tl.load(p_ptr + row * vocab_size + col, mask=ok, other=float("-inf"))
     log_p = tl.div_rn(p, divisor) - tl.load(p_lse_ptr + row)
     noise = gumbel(seed, length + accepted + tl.zeros((BLOCK,), tl.int64), col, RESIDUAL)
     residual = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -111,7 +111,7 @@ def accept_sampled_kernel(
             column = tl.load(inverse_ptr + col, mask=ok, other=-1)
             own = ok & (column >= 0)
         row = sequence * drafted + accepted
-        q = tl.load(q_ptr + row * scored + column, mask=own, other=float("-inf"))
+        q = tl.load(q_ptr + row * draft_vocab_size + column, mask=own, other=float("-inf"))
         left = tl.exp(log_p) - tl.exp(tl.div_rn(q, divisor) - tl.load(q_lse_ptr + row))
         residual = tl.where(left > 0.0, tl.log(left) + noise, float("-inf"))
     for kind in tl.static_range(2):
@@ -140,8 +140,8 @@ def _winner(score_ptr, token_ptr, tiles, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["drafted"])
 def accept_sampled_finish_kernel(
     draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, seq_lens_ptr, temperature_ptr, seed_ptr,
-    score_ptr, token_ptr, accepted_ptr, next_ptr, drafted, scored, vocabulary, tiles,
-    HAS_MAP: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    score_ptr, token_ptr, accepted_ptr, next_ptr, drafted, draft_vocab_size, vocab_size, tiles,
+    HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence: the winner among the tiles, or a greedy row's arg-max; length += accepted + 1."""
     wait_for_inputs(PDL)
@@ -149,7 +149,7 @@ def accept_sampled_finish_kernel(
     length, temperature = tl.load(seq_lens_ptr + sequence), tl.load(temperature_ptr + sequence)
     accepted, _, finite = _decide(
         draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, sequence, length, temperature,
-        tl.load(seed_ptr + sequence), drafted, scored, vocabulary, HAS_MAP, SLOTS,
+        tl.load(seed_ptr + sequence), drafted, draft_vocab_size, vocab_size, HAS_MAP, ENTRIES,
     )  # fmt: skip
     race = sequence * 2 * tiles
     score, token = _winner(score_ptr + race, token_ptr + race, tiles, BLOCK)
@@ -164,12 +164,12 @@ def accept_sampled_finish_kernel(
 
 def _statistics(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp at the sequence's temperature, and arg-max, of every row of [B, K, V]."""
-    batch, rows, vocabulary = logits.shape
+    batch, rows, vocab_size = logits.shape
     lse = logits.new_empty(batch, rows)
     best = lse.new_empty(batch, rows, dtype=torch.int32)
     if batch * rows:
         row_statistics_kernel[(batch * rows,)](
-            logits, temperature, lse, best, rows, vocabulary, BLOCK=min(ROW_BLOCK, power_of_two(vocabulary, 16)),
+            logits, temperature, lse, best, rows, vocab_size, BLOCK=min(ROW_BLOCK, power_of_two(vocab_size, 16)),
             **launch_options(logits), num_warps=8,
         )  # fmt: skip
     return lse, best
@@ -187,27 +187,27 @@ def accept_sampled(
     """See `layerskip_kernels.accept_sampled`."""
     check_temperature(temperature)
     draft, q, p = draft.contiguous(), draft_logits.contiguous(), target_logits.contiguous()
-    (batch, drafted), (scored, vocabulary) = draft.shape, (q.shape[2], p.shape[2])
+    (batch, drafted), (draft_vocab_size, vocab_size) = draft.shape, (q.shape[2], p.shape[2])
     accepted, following = torch.empty_like(seq_lens), torch.empty_like(seq_lens)
     if not batch:
         return accepted, following
     inverse = None
     if token_map is not None:  # the draft's column of each token
-        columns = torch.arange(scored, dtype=torch.int32, device=draft.device)
-        inverse = torch.full((vocabulary,), -1, dtype=torch.int32, device=draft.device).scatter_(0, token_map, columns)
-    tiles = triton.cdiv(vocabulary, TILE)
+        columns = torch.arange(draft_vocab_size, dtype=torch.int32, device=draft.device)
+        inverse = torch.full((vocab_size,), -1, dtype=torch.int32, device=draft.device).scatter_(0, token_map, columns)
+    tiles = triton.cdiv(vocab_size, TILE)
     score = p.new_empty(batch, 2, tiles)
     token = score.new_empty(score.shape, dtype=torch.int32)
-    options = {"HAS_MAP": inverse is not None, "SLOTS": power_of_two(drafted + 1), **launch_options(p)}
+    options = {"HAS_MAP": inverse is not None, "ENTRIES": power_of_two(drafted + 1), **launch_options(p)}
     with on(p):
         q_lse, _ = _statistics(q, temperature)
         p_lse, best = _statistics(p, temperature)
         given = (draft, q, p, inverse, q_lse, p_lse, best, seq_lens, temperature, seed)
         accept_sampled_kernel[(batch, tiles)](
-            *given, score, token, drafted, scored, vocabulary, **options, BLOCK=TILE, num_warps=4
+            *given, score, token, drafted, draft_vocab_size, vocab_size, **options, BLOCK=TILE, num_warps=4
         )
         accept_sampled_finish_kernel[(batch,)](
-            *given, score, token, accepted, following, drafted, scored, vocabulary, tiles, **options,
+            *given, score, token, accepted, following, drafted, draft_vocab_size, vocab_size, tiles, **options,
             BLOCK=FINISH_BLOCK, num_warps=4,
         )  # fmt: skip
     return accepted, following

@@ -28,19 +28,19 @@ def cache_row(slots_ptr, sequence, HAS_SLOTS: tl.constexpr):
 
 @triton.jit
 def _rotate_row(
-    x_ptr, norm_ptr, out_ptr, cos, sin, size, eps,
+    x_ptr, norm_ptr, out_ptr, cos, sin, head_dim, eps,
     HAS_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of one head, after its norm where there is one."""
-    half = size // 2
+    half = head_dim // 2
     column = tl.arange(0, HALF)
     ok = column < half
     a = tl.load(x_ptr + column, mask=ok, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + half + column, mask=ok, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
     if HAS_NORM:
-        inverse = inverse_rms(x_ptr, size, eps, BLOCK, STEPS, UNROLL)
+        inverse = inverse_rms(x_ptr, head_dim, eps, BLOCK, STEPS, UNROLL)
         weight_a = tl.load(norm_ptr + column, mask=ok, other=0.0).to(tl.float32)
         weight_b = tl.load(norm_ptr + half + column, mask=ok, other=0.0).to(tl.float32)
         a = (a * inverse * weight_a).to(dtype).to(tl.float32)
@@ -50,10 +50,10 @@ def _rotate_row(
     tl.store(out_ptr + half + column, tl.fma(b, cos, a * sin).to(dtype), mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows", "cached", "q_stride", "k_stride", "v_stride"])
+@triton.jit(do_not_specialize=["rows", "cache_rows", "q_stride", "k_stride", "v_stride"])
 def rope_kv_append_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, seq_lens_ptr, slots_ptr, out_ptr, q_norm_ptr,
-    k_norm_ptr, rows, cached, heads, groups, size, capacity, q_stride, k_stride, v_stride, eps,
+    k_norm_ptr, rows, cache_rows, num_heads, num_kv_heads, head_dim, capacity, q_stride, k_stride, v_stride, eps,
     HAS_SLOTS: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -63,21 +63,21 @@ def rope_kv_append_kernel(
     sequence = row // rows
     position = tl.load(seq_lens_ptr + sequence) + row % rows
     slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
-    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cached)
+    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cache_rows)
     lane = tl.arange(0, HALF)
     at = position + tl.zeros((HALF,), tl.int64)
-    ok = (lane < size // 2) & (at >= 0) & (at < capacity)
-    cos = tl.load(cos_ptr + at * (size // 2) + lane, mask=ok, other=float("nan"))
-    sin = tl.load(sin_ptr + at * (size // 2) + lane, mask=ok, other=float("nan"))
-    if head < heads:
-        target = out_ptr + (row * heads + head) * size
+    ok = (lane < head_dim // 2) & (at >= 0) & (at < capacity)
+    cos = tl.load(cos_ptr + at * (head_dim // 2) + lane, mask=ok, other=float("nan"))
+    sin = tl.load(sin_ptr + at * (head_dim // 2) + lane, mask=ok, other=float("nan"))
+    if head < num_heads:
+        target = out_ptr + (row * num_heads + head) * head_dim
         _rotate_row(
-            q_ptr + row * q_stride + head * size,
+            q_ptr + row * q_stride + head * head_dim,
             q_norm_ptr,
             target,
             cos,
             sin,
-            size,
+            head_dim,
             eps,
             HAS_Q_NORM,
             HALF,
@@ -86,21 +86,21 @@ def rope_kv_append_kernel(
             UNROLL,
         )
     elif inside:
-        group = (head - heads) % groups
-        place = ((slot * groups + group) * capacity + position) * size
-        if head < heads + groups:
-            source = k_ptr + row * k_stride + group * size
+        kv_head = (head - num_heads) % num_kv_heads
+        place = ((slot * num_kv_heads + kv_head) * capacity + position) * head_dim
+        if head < num_heads + num_kv_heads:
+            source = k_ptr + row * k_stride + kv_head * head_dim
             target = k_cache_ptr + place
-            _rotate_row(source, k_norm_ptr, target, cos, sin, size, eps, HAS_K_NORM, HALF, BLOCK, STEPS, UNROLL)
+            _rotate_row(source, k_norm_ptr, target, cos, sin, head_dim, eps, HAS_K_NORM, HALF, BLOCK, STEPS, UNROLL)
         else:
             column = tl.arange(0, BLOCK)
-            value = tl.load(v_ptr + row * v_stride + group * size + column, mask=column < size)
-            tl.store(v_cache_ptr + place + column, value, mask=column < size)
+            value = tl.load(v_ptr + row * v_stride + kv_head * head_dim + column, mask=column < head_dim)
+            tl.store(v_cache_ptr + place + column, value, mask=column < head_dim)
 
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, position, first, last, size, scale,
+    q, k_ptr, v_ptr, position, first, last, head_dim, scale,
     ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; what lies beyond is not loaded."""
@@ -110,8 +110,8 @@ def _attend(
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for begin in range(first, last, BLOCK_T):
         at = begin + tl.arange(0, BLOCK_T)
-        ok = (at < last)[:, None] & (column < size)
-        cell = at.to(tl.int64)[:, None] * size + column
+        ok = (at < last)[:, None] & (column < head_dim)
+        cell = at.to(tl.int64)[:, None] * head_dim + column
         k = tl.load(k_ptr + cell, mask=ok, other=0.0)
         v = tl.load(v_ptr + cell, mask=ok, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros((ROWS, BLOCK_T), tl.float32), INTERPRETED) * scale
@@ -126,72 +126,72 @@ def _attend(
     return total, mass, peak
 
 
-@triton.jit(do_not_specialize=["rows", "cached", "skipped", "all_rows"])
+@triton.jit(do_not_specialize=["rows", "cache_rows", "skipped", "all_rows"])
 def verify_attention_kernel(
     q_ptr, k_ptr, v_ptr, seq_lens_ptr, slots_ptr, total_ptr, mass_ptr, peak_ptr,
-    rows, cached, skipped, all_rows, groups, size, capacity, scale,
+    rows, cache_rows, skipped, all_rows, num_kv_heads, head_dim, capacity, scale,
     HAS_SLOTS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a piece of SPLIT positions, a key/value head of a sequence and 16 of the (row, query head) pairs."""
     piece, pieces = tl.program_id(0), tl.num_programs(0)
-    sequence, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
+    sequence, kv_head = (tl.program_id(1) // num_kv_heads).to(tl.int64), tl.program_id(1) % num_kv_heads
     pair = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    m, head, ok = pair // SHARED, group * SHARED + pair % SHARED, pair < rows * SHARED
+    m, head, ok = pair // SHARED, kv_head * SHARED + pair % SHARED, pair < rows * SHARED
     wait_for_inputs(PDL)
     position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
     last = tl.minimum(tl.max(tl.where(ok, position, -1), axis=0) + 1, capacity)
     slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
-    last = tl.where((slot >= 0) & (slot < cached), last, 0)
+    last = tl.where((slot >= 0) & (slot < cache_rows), last, 0)
     first = piece * SPLIT
     if first < last:
         last = tl.minimum(last, first + SPLIT)
         column = tl.arange(0, BLOCK_C)[None, :]
-        place = (sequence * all_rows + skipped + m) * (groups * SHARED) + head
-        q_mask = ok[:, None] & (column < size)
-        q = tl.load(q_ptr + place[:, None] * size + column, mask=q_mask, other=0.0)
-        plane = (slot * groups + group) * capacity * size
+        place = (sequence * all_rows + skipped + m) * (num_kv_heads * SHARED) + head
+        q_mask = ok[:, None] & (column < head_dim)
+        q = tl.load(q_ptr + place[:, None] * head_dim + column, mask=q_mask, other=0.0)
+        plane = (slot * num_kv_heads + kv_head) * capacity * head_dim
         total, mass, peak = _attend(
-            q, k_ptr + plane, v_ptr + plane, position, first, last, size, scale, ROWS, BLOCK_T, BLOCK_C, INTERPRETED
+            q, k_ptr + plane, v_ptr + plane, position, first, last, head_dim, scale, ROWS, BLOCK_T, BLOCK_C, INTERPRETED
         )
-        part = ((sequence * rows + m) * (groups * SHARED) + head) * pieces + piece
-        tl.store(total_ptr + part[:, None] * size + column, total, mask=q_mask)
+        part = ((sequence * rows + m) * (num_kv_heads * SHARED) + head) * pieces + piece
+        tl.store(total_ptr + part[:, None] * head_dim + column, total, mask=q_mask)
         tl.store(mass_ptr + part, mass, mask=ok)
         tl.store(peak_ptr + part, peak, mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows", "cached", "skipped", "all_rows"])
+@triton.jit(do_not_specialize=["rows", "cache_rows", "skipped", "all_rows"])
 def verify_attention_finish_kernel(
-    total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, slots_ptr, out_ptr, rows, cached, skipped, all_rows, heads, size,
-    capacity, pieces, HAS_SLOTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, slots_ptr, out_ptr, rows, cache_rows, skipped, all_rows, num_heads,
+    head_dim, capacity, pieces, HAS_SLOTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Joins the pieces of one row and head, in order; a position or slot outside the cache comes out as NaN."""
     wait_for_inputs(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     sequence, m = (row // rows).to(tl.int64), row % rows
     position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
-    part = ((sequence * rows + m) * heads + head) * pieces
+    part = ((sequence * rows + m) * num_heads + head) * pieces
     column = tl.arange(0, BLOCK_C)
     peak, mass = float("-inf"), 0.0
     total = tl.zeros((BLOCK_C,), tl.float32)
     slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
-    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cached)
+    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cache_rows)
     for piece in range(0, tl.where(inside, position // SPLIT + 1, 0)):
         here = tl.load(peak_ptr + part + piece)
         higher = tl.maximum(peak, here)
         kept, added = tl.exp(peak - higher), tl.exp(here - higher)
         mass = tl.fma(mass, kept, tl.load(mass_ptr + part + piece) * added)
-        value = tl.load(total_ptr + (part + piece) * size + column, mask=column < size, other=0.0)
+        value = tl.load(total_ptr + (part + piece) * head_dim + column, mask=column < head_dim, other=0.0)
         total = tl.fma(total, kept, value * added)
         peak = higher
-    place = (sequence * all_rows + skipped + m) * heads + head
-    tl.store(out_ptr + place * size + column, (total / mass).to(out_ptr.dtype.element_ty), mask=column < size)
+    place = (sequence * all_rows + skipped + m) * num_heads + head
+    tl.store(out_ptr + place * head_dim + column, (total / mass).to(out_ptr.dtype.element_ty), mask=column < head_dim)
 
 
 def _rows_of(x: Tensor) -> Tensor:
     """[B, M, heads, C] with the heads of a row side by side and its rows evenly spaced."""
-    batch, rows, _, size = x.shape
-    even = x.stride()[2:] == (size, 1) and (batch == 1 or x.stride(0) == rows * x.stride(1))
+    batch, rows, _, head_dim = x.shape
+    even = x.stride()[2:] == (head_dim, 1) and (batch == 1 or x.stride(0) == rows * x.stride(1))
     return x if even else x.contiguous()
 
 
@@ -210,28 +210,28 @@ def rope_kv_append(
 ) -> Tensor:
     """See `layerskip_kernels.rope_kv_append`; ``norms`` of q and k [C] are applied before, as `rms_norm` would."""
     q, k, v = _rows_of(q), _rows_of(k), _rows_of(v)
-    (batch, rows, heads, size), (cached, groups, capacity) = q.shape, k_cache.shape[:3]
+    (batch, rows, num_heads, head_dim), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
     check_positions(seq_lens, rows, capacity)
-    check_slots(slots, cached)
+    check_slots(slots, cache_rows)
     out = q.new_empty(q.shape)
-    if batch * rows * (heads + groups):
+    if batch * rows * (num_heads + num_kv_heads):
         with on(q):
-            rope_kv_append_kernel[(batch * rows, heads + 2 * groups)](
-                q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, *norms, rows, cached, heads, groups, size,
-                capacity, q.stride(1), k.stride(1), v.stride(1), eps, HAS_SLOTS=slots is not None,
-                HAS_Q_NORM=norms[0] is not None, HAS_K_NORM=norms[1] is not None, HALF=power_of_two(size // 2),
-                **norm_block(size), **launch_options(q), num_warps=1,
+            rope_kv_append_kernel[(batch * rows, num_heads + 2 * num_kv_heads)](
+                q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, *norms, rows, cache_rows, num_heads,
+                num_kv_heads, head_dim, capacity, q.stride(1), k.stride(1), v.stride(1), eps,
+                HAS_SLOTS=slots is not None, HAS_Q_NORM=norms[0] is not None, HAS_K_NORM=norms[1] is not None,
+                HALF=power_of_two(head_dim // 2), **norm_block(head_dim), **launch_options(q), num_warps=1,
             )  # fmt: skip
     return out
 
 
-def attention_tile(size: int, itemsize: int) -> dict[str, int]:
+def attention_tile(head_dim: int, itemsize: int) -> dict[str, int]:
     """Positions of a tile and pipeline stages: two stages of K and V stay within 64 KiB.
 
     Heads whose size is no multiple of 16 are not copied 16 bytes at a time but pass registers, and take smaller tiles.
     """
-    block_c = power_of_two(size, 16)
-    block_t = max(16, min(64 if size % 16 == 0 else 32, 16384 // (block_c * itemsize)))
+    block_c = power_of_two(head_dim, 16)
+    block_t = max(16, min(64 if head_dim % 16 == 0 else 32, 16384 // (block_c * itemsize)))
     return {"BLOCK_C": block_c, "BLOCK_T": block_t, "num_stages": 2, "num_warps": 4}
 
 
@@ -240,24 +240,25 @@ def verify_attention(
 ) -> Tensor:
     """See `layerskip_kernels.verify_attention`."""
     q, has_slots = q.contiguous(), slots is not None
-    (batch, all_rows, heads, size), (cached, groups, capacity) = q.shape, k_cache.shape[:3]
+    (batch, all_rows, num_heads, head_dim), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
     check_positions(seq_lens, all_rows, capacity)
-    check_slots(slots, cached)
+    check_slots(slots, cache_rows)
     out = torch.empty_like(q)
-    pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(size, q.element_size())
+    pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(head_dim, q.element_size())
     for skipped in range(0, all_rows if out.numel() else 0, ROWS_AT_ONCE):
         rows = min(ROWS_AT_ONCE, all_rows - skipped)
-        total = q.new_empty(batch * rows * heads * pieces, size, dtype=torch.float32)
+        total = q.new_empty(batch * rows * num_heads * pieces, head_dim, dtype=torch.float32)
         mass, peak = total.new_empty(total.shape[0]), total.new_empty(total.shape[0])
         with on(q):
-            grid = (pieces, batch * groups, triton.cdiv(rows * (heads // groups), ROWS))
+            grid = (pieces, batch * num_kv_heads, triton.cdiv(rows * (num_heads // num_kv_heads), ROWS))
             verify_attention_kernel[grid](
-                q, k_cache, v_cache, seq_lens, slots, total, mass, peak, rows, cached, skipped, all_rows, groups, size,
-                capacity, size**-0.5, HAS_SLOTS=has_slots, SHARED=heads // groups, ROWS=ROWS, SPLIT=SPLIT,
-                INTERPRETED=INTERPRETED, **tile, **launch_options(q),
+                q, k_cache, v_cache, seq_lens, slots, total, mass, peak, rows, cache_rows, skipped, all_rows,
+                num_kv_heads, head_dim, capacity, head_dim**-0.5, HAS_SLOTS=has_slots, SHARED=num_heads // num_kv_heads,
+                ROWS=ROWS, SPLIT=SPLIT, INTERPRETED=INTERPRETED, **tile, **launch_options(q),
             )  # fmt: skip
-            verify_attention_finish_kernel[(batch * rows, heads)](
-                total, mass, peak, seq_lens, slots, out, rows, cached, skipped, all_rows, heads, size, capacity, pieces,
-                HAS_SLOTS=has_slots, SPLIT=SPLIT, BLOCK_C=tile["BLOCK_C"], **launch_options(q), num_warps=1,
+            verify_attention_finish_kernel[(batch * rows, num_heads)](
+                total, mass, peak, seq_lens, slots, out, rows, cache_rows, skipped, all_rows, num_heads, head_dim,
+                capacity, pieces, HAS_SLOTS=has_slots, SPLIT=SPLIT, BLOCK_C=tile["BLOCK_C"], **launch_options(q),
+                num_warps=1,
             )  # fmt: skip
     return out

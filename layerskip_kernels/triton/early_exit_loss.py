@@ -2,8 +2,7 @@
 
 Backwards a tile of slopes (softmax - one-hot, scaled) is written in the dtype of the model and multiplied into both
 gradients, whose sums stay in fp32. The slopes are scaled to at most 1 first: 1 / (number of labels) would sink below
-what fp16 holds. Within `skip_gradients_below` a tile of slopes that are all negligible is neither written nor
-multiplied.
+what fp16 holds.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,7 +10,6 @@ multiplied.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import triton as settings
 from ..reference import check_labels, label_counts
 from ._launch import INTERPRETED, launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import dot, row_dot
@@ -32,7 +29,7 @@ PROGRAMS = 256  # of the norm's backward; each leaves one partial sum of the wei
 
 @triton.jit
 def early_exit_loss_kernel(
-    x_ptr, head_ptr, labels_ptr, peak_ptr, sum_ptr, own_ptr, rows, per_exit, vocabulary, depth,
+    x_ptr, head_ptr, labels_ptr, peak_ptr, sum_ptr, own_ptr, rows, per_exit, vocab_size, hidden_size,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -46,11 +43,11 @@ def early_exit_loss_kernel(
     for tile in range(GROUP):
         col = (tl.program_id(1) * GROUP + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         logits = row_dot(
-            x_ptr, head_ptr, row, col, row_ok, col < vocabulary, depth, 0, depth,
+            x_ptr, head_ptr, row, col, row_ok, col < vocab_size, hidden_size, 0, hidden_size,
             ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED,
         )  # fmt: skip
-        logits = tl.where((col < vocabulary)[None, :], logits, float("-inf"))
-        mine = (label[:, None] == col[None, :]) & (col < vocabulary)[None, :]
+        logits = tl.where((col < vocab_size)[None, :], logits, float("-inf"))
+        mine = (label[:, None] == col[None, :]) & (col < vocab_size)[None, :]
         tl.store(own_ptr + row, tl.sum(tl.where(mine, logits, 0.0), axis=1), mask=row_ok & (tl.max(mine, axis=1) > 0))
         higher = tl.maximum(peak, tl.max(logits, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -83,62 +80,54 @@ def early_exit_loss_finish_kernel(
 
 @triton.jit
 def softmax_slope_kernel(
-    x_ptr, head_ptr, labels_ptr, lse_ptr, scale_ptr, slope_ptr, live_ptr, first_row, stop_row, first_col, stop_col,
-    per_exit, depth, stride, skip_below, SKIPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, head_ptr, labels_ptr, lse_ptr, scale_ptr, slope_ptr, first_row, stop_row, first_col, stop_col,
+    per_exit, hidden_size, stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """scale · (exp(z - lse) - [label]) of the rows and vocabulary [first, stop), into a buffer that starts there.
-
-    SKIPS: whether the tile has a slope of at least ``skip_below`` before it is scaled; only then it is written.
-    """
+    """scale · (exp(z - lse) - [label]) of the rows and vocabulary [first, stop), into a buffer that starts there."""
     row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = first_col + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = row < stop_row, col < stop_col
     wait_for_inputs(PDL)
     logits = row_dot(
-        x_ptr, head_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED
+        x_ptr,
+        head_ptr,
+        row,
+        col,
+        row_ok,
+        col_ok,
+        hidden_size,
+        0,
+        hidden_size,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN,
+        INTERPRETED,
     )
     label = tl.load(labels_ptr + row % per_exit, mask=row_ok, other=-1)
     scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
     slope = tl.exp(logits - tl.load(lse_ptr + row, mask=row_ok, other=0.0)[:, None])
     slope -= tl.where(label[:, None] == col[None, :], 1.0, 0.0)
-    ok = row_ok[:, None] & col_ok[None, :]
-    if SKIPS:
-        negligible = (tl.abs(slope) < skip_below) | (scale == 0.0)[:, None]  # false of NaN, which is to be seen
-        matters = tl.where(negligible, 0, ok.to(tl.int32))
-        live = tl.max(tl.max(matters, axis=1), axis=0)
-        tl.store(live_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), live)
-        ok = ok & (tl.zeros((ROWS, BLOCK_N), tl.int32) < live)
     slope *= scale[:, None]
     target = slope_ptr + (row - first_row).to(tl.int64)[:, None] * stride + (col - first_col)[None, :]
-    tl.store(target, slope.to(slope_ptr.dtype.element_ty), mask=ok)
+    tl.store(target, slope.to(slope_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 
 
 @triton.jit
 def accumulate_kernel(
-    a_ptr, b_ptr, total_ptr, live_ptr, count_ptr, rows, columns, depth, a_row, a_column, tiles,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    a_ptr, b_ptr, total_ptr, rows, columns, depth, a_row, a_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """total [rows, columns] += a [rows, depth] b [depth, columns], in fp32; a may be transposed.
-
-    With TILE, the depth goes by those of its tiles alone that are listed for these rows, in their order.
-    """
+    """total [rows, columns] += a [rows, depth] b [depth, columns], in fp32; a may be transposed."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = (row < rows)[:, None], (col < columns)[None, :]
     target = total_ptr + row.to(tl.int64)[:, None] * columns + col[None, :]
     wait_for_inputs(PDL)
     total = tl.load(target, mask=row_ok & col_ok, other=0.0)
-    steps, pieces = tl.cdiv(depth, BLOCK_K), tl.cdiv(TILE, BLOCK_K)
-    if TILE:
-        steps = tl.load(count_ptr + tl.program_id(0)) * pieces
-        live_ptr += tl.program_id(0) * tiles
-    for step in range(0, steps):
-        begin = step * BLOCK_K
-        if TILE:
-            begin = tl.load(live_ptr + step // pieces) * TILE + step % pieces * BLOCK_K
-        k = begin + tl.arange(0, BLOCK_K)
+    for step in range(0, tl.cdiv(depth, BLOCK_K)):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         a_at = row.to(tl.int64)[:, None] * a_row + k.to(tl.int64)[None, :] * a_column
         a = tl.load(a_ptr + a_at, mask=row_ok & (k < depth)[None, :], other=0.0)
         b_at = k.to(tl.int64)[:, None] * columns + col[None, :]
@@ -149,25 +138,25 @@ def accumulate_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    grad_ptr, scale_ptr, x_ptr, weight_ptr, grad_x_ptr, part_ptr, rows, width, eps,
+    grad_ptr, scale_ptr, x_ptr, weight_ptr, grad_x_ptr, part_ptr, rows, hidden_size, eps,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """With g = grad · scale, r = 1/sqrt(mean x² + eps), u = g w: dx = r u - r³ x mean(u x); dw = Σ g r x over rows."""
     column = tl.arange(0, BLOCK)
-    ok = column < width
+    ok = column < hidden_size
     wait_for_inputs(PDL)
     weight = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        offset = (tl.zeros((BLOCK,), tl.int64) + row) * width + column
+        offset = (tl.zeros((BLOCK,), tl.int64) + row) * hidden_size + column
         x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offset, mask=ok, other=0.0).to(tl.float32) * tl.load(scale_ptr + row)
-        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / hidden_size + eps)
         scaled = grad * weight
-        shared = inverse * inverse * inverse * (tl.sum(scaled * x, axis=0) / width)
+        shared = inverse * inverse * inverse * (tl.sum(scaled * x, axis=0) / hidden_size)
         tl.store(grad_x_ptr + offset, (inverse * scaled - shared * x).to(grad_x_ptr.dtype.element_ty), mask=ok)
         grad_weight += grad * inverse * x
-    tl.store(part_ptr + tl.program_id(0).to(tl.int64) * width + column, grad_weight, mask=ok)
+    tl.store(part_ptr + tl.program_id(0).to(tl.int64) * hidden_size + column, grad_weight, mask=ok)
 
 
 def _tile(like: Tensor, rows: int, columns: int) -> dict[str, Any]:
@@ -194,39 +183,17 @@ def _spans(size: int, step: int) -> Iterator[range]:
     return (range(begin, min(begin + step, size)) for begin in range(0, size, step))
 
 
-@dataclass(frozen=True)
-class _Live:
-    """The tiles of slopes that are not negligible: the first ``counts`` of ``order``, for each row of tiles."""
-
-    order: Tensor  # [row tiles, column tiles] int32
-    counts: Tensor  # [row tiles] int32
-    tile: int  # columns of a tile
-
-    @classmethod
-    def of(cls, live: Tensor, tile: int) -> _Live:
-        """Of flags 0 and 1; ascending, so that what is added is added in the order of a full pass."""
-        order = live.sort(dim=1, descending=True, stable=True).indices
-        return cls(order.int().contiguous(), live.sum(1, dtype=torch.int32), tile)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, live: _Live | None) -> None:
-    """Add a @ b to ``total``, fp32; ``b`` and ``total`` are contiguous. ``live``: of the tiles of ``a``."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to ``total``, fp32; ``b`` and ``total`` are contiguous."""
     tile = _tile(b, *total.shape)
     block_m = tile.pop("rows")
-    order = counts = None
-    if live is not None:
-        order, counts = live.order, live.counts
-        tile["num_stages"] = 3  # shared by the list and by what it lists; with more, gfx942 runs out of shared memory
     grid = (triton.cdiv(total.shape[0], block_m), triton.cdiv(total.shape[1], tile["BLOCK_N"]))
-    accumulate_kernel[grid](
-        a, b, total, order, counts, *total.shape, a.shape[1], a.stride(0), a.stride(1),
-        0 if order is None else order.shape[1], TILE=0 if live is None else live.tile, BLOCK_M=block_m, **tile,
-    )  # fmt: skip
+    accumulate_kernel[grid](a, b, total, *total.shape, a.shape[1], a.stride(0), a.stride(1), BLOCK_M=block_m, **tile)
 
 
 def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp [N R] of every row, and its label's logit: NaN where the label names no token."""
-    rows, depth = normed.shape
+    rows, hidden_size = normed.shape
     tile = _row_tile(normed, rows, head.shape[0])
     tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // 2)  # the running maxima and sums leave no registers for more
     groups = triton.cdiv(head.shape[0], tile["BLOCK_N"] * GROUP)
@@ -234,7 +201,7 @@ def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     own = normed.new_full((rows,), float("nan"), dtype=torch.float32)
     lse = torch.empty_like(own)
     early_exit_loss_kernel[(triton.cdiv(rows, tile["ROWS"]), groups)](
-        normed, head, labels, peak, mass, own, rows, labels.shape[0], head.shape[0], depth, GROUP=GROUP, **tile
+        normed, head, labels, peak, mass, own, rows, labels.shape[0], head.shape[0], hidden_size, GROUP=GROUP, **tile
     )
     early_exit_loss_finish_kernel[(triton.cdiv(rows, 128),)](
         peak, mass, lse, rows, groups, BLOCK=128, **launch_options(normed)
@@ -244,39 +211,34 @@ def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 def _slopes(
     normed: Tensor, head: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, buffer: Tensor, rows: range, cols: range
-) -> tuple[Tensor, _Live | None, _Live | None]:
-    """The slopes of some rows and some of the vocabulary, within ``buffer``; which of their tiles, by rows and by
-    columns, are not negligible, or None where all are taken."""
+) -> Tensor:
+    """The slopes of some rows and some of the vocabulary, within ``buffer``."""
     slope, tile = buffer[: len(rows), : len(cols)], _row_tile(normed, len(rows), len(cols))
     grid = (triton.cdiv(len(rows), tile["ROWS"]), triton.cdiv(len(cols), tile["BLOCK_N"]))
-    skip_below = settings.negligible_gradient()
-    live = normed.new_empty(grid, dtype=torch.int32) if skip_below else None
     softmax_slope_kernel[grid](
-        normed, head, labels, lse, scale, slope, live, rows.start, rows.stop, cols.start, cols.stop, labels.shape[0],
-        normed.shape[1], buffer.stride(0), skip_below, SKIPS=live is not None, **tile,
+        normed, head, labels, lse, scale, slope, rows.start, rows.stop, cols.start, cols.stop, labels.shape[0],
+        normed.shape[1], buffer.stride(0), **tile,
     )  # fmt: skip
-    if live is None:
-        return slope, None, None
-    return slope, _Live.of(live, tile["BLOCK_N"]), _Live.of(live.T, tile["ROWS"])
+    return slope
 
 
 def _gradients(
     normed: Tensor, head: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ scale · CE to the normed rows, fp32 [N R, D], and, given a factor for it, to the head [V, D]."""
-    (rows, depth), vocabulary = normed.shape, head.shape[0]
+    (rows, hidden_size), vocab_size = normed.shape, head.shape[0]
     grad = torch.zeros_like(normed, dtype=torch.float32)
     grad_head = head.new_empty(0) if factor is None else torch.empty_like(head)
-    stride = triton.cdiv(min(vocabulary, VOCABULARY_AT_ONCE), 16) * 16
+    stride = triton.cdiv(min(vocab_size, VOCABULARY_AT_ONCE), 16) * 16
     buffer = normed.new_empty(min(rows, ROWS_AT_ONCE), stride)
-    for cols in _spans(vocabulary, VOCABULARY_AT_ONCE):
+    for cols in _spans(vocab_size, VOCABULARY_AT_ONCE):
         strip = slice(cols.start, cols.stop)
-        part = head.new_zeros(len(cols), depth, dtype=torch.float32)
+        part = head.new_zeros(len(cols), hidden_size, dtype=torch.float32)
         for some in _spans(rows, ROWS_AT_ONCE):
-            slope, by_row, by_column = _slopes(normed, head, labels, lse, scale, buffer, some, cols)
-            _accumulate(grad[some.start : some.stop], slope, head[strip], by_row)
+            slope = _slopes(normed, head, labels, lse, scale, buffer, some, cols)
+            _accumulate(grad[some.start : some.stop], slope, head[strip])
             if factor is not None:
-                _accumulate(part, slope.T, normed[some.start : some.stop], by_column)
+                _accumulate(part, slope.T, normed[some.start : some.stop])
         if factor is not None:
             grad_head[strip] = part.mul_(factor)
     return grad, grad_head
@@ -284,12 +246,12 @@ def _gradients(
 
 def _norm_backward(grad: Tensor, scale: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of the norm's input and weight, for the gradient ``grad · scale`` of its output."""
-    rows, width = x.shape
+    rows, hidden_size = x.shape
     programs = min(rows, PROGRAMS)
-    grad_x, part = torch.empty_like(x), x.new_empty(programs, width, dtype=torch.float32)
+    grad_x, part = torch.empty_like(x), x.new_empty(programs, hidden_size, dtype=torch.float32)
     rms_norm_backward_kernel[(programs,)](
-        grad, scale, x, weight, grad_x, part, rows, width, eps, BLOCK=power_of_two(width),
-        num_warps=min(16, max(4, width // 512)), **launch_options(x),
+        grad, scale, x, weight, grad_x, part, rows, hidden_size, eps, BLOCK=power_of_two(hidden_size),
+        num_warps=min(16, max(4, hidden_size // 512)), **launch_options(x),
     )  # fmt: skip
     return grad_x, part.sum(0).to(weight.dtype)
 
@@ -306,14 +268,14 @@ def early_exit_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.early_exit_loss`. On a card a label that names no token makes the loss NaN."""
     check_labels(labels, head_weight.shape[0], ignore_index)
-    exits, rows, width = hiddens.shape
+    exits, rows, hidden_size = hiddens.shape
     labels = labels.contiguous()
     valid, count = label_counts(labels, ignore_index)
     if not exits * rows:
         exit_losses = hiddens.new_zeros(exits, dtype=torch.float32)
         return exit_losses.sum(), exit_losses, exit_losses.new_empty(exits, rows), torch.empty_like(hiddens)
     with on(hiddens):
-        normed = rms_norm(hiddens.reshape(-1, width), norm_weight, eps)
+        normed = rms_norm(hiddens.reshape(-1, hidden_size), norm_weight, eps)
         lse, own = _softmax(normed, head_weight, labels)
         slope = hiddens.new_empty(0)
         if with_slope:
@@ -337,13 +299,13 @@ def early_exit_loss_backward(
     head_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op's backward; ``slope`` spares the pass over the head where the head needs no gradient."""
-    exits, rows, width = hiddens.shape
+    exits, rows, hidden_size = hiddens.shape
     valid, count = label_counts(labels, ignore_index)
     scale = ((grad * exit_weights / count)[:, None] * valid).float().flatten()  # [N R]
     if not exits * rows:
         none = torch.zeros_like(head_weight) if head_grad else head_weight.new_empty(0)
         return torch.zeros_like(hiddens), torch.zeros_like(norm_weight), none
-    x, norm_weight = hiddens.reshape(-1, width).contiguous(), norm_weight.contiguous()
+    x, norm_weight = hiddens.reshape(-1, hidden_size).contiguous(), norm_weight.contiguous()
     grad_head = head_weight.new_empty(0)
     with on(hiddens):
         if head_grad or slope.numel() == 0:
@@ -354,6 +316,6 @@ def early_exit_loss_backward(
             grad_normed, grad_head = _gradients(normed, head_weight, *flat, largest if head_grad else None)
             scale = largest.expand_as(scale).contiguous()
         else:
-            grad_normed = slope.contiguous().view(-1, width)
+            grad_normed = slope.contiguous().view(-1, hidden_size)
         grad_hiddens, grad_norm = _norm_backward(grad_normed, scale, x, norm_weight, eps)
     return grad_hiddens.view(hiddens.shape), grad_norm, grad_head

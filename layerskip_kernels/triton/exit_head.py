@@ -31,7 +31,7 @@ def _finite(x):
 @triton.jit(do_not_specialize=["rows"])
 def exit_head_kernel(
     x_ptr, head_ptr, scale_ptr, map_ptr, temperature_ptr, seed_ptr, offset_ptr, logits_ptr, best_ptr, index_ptr,
-    sum_ptr, peak_ptr, value_ptr, rows, vocabulary, depth, logits_stride,
+    sum_ptr, peak_ptr, value_ptr, rows, vocab_size, hidden_size, logits_stride,
     HAS_SCALE: tl.constexpr, HAS_MAP: tl.constexpr, SAMPLES: tl.constexpr, HAS_LOGITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
@@ -44,9 +44,22 @@ def exit_head_kernel(
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     wait_for_inputs(PDL)
-    row_ok, col_ok = row < rows, col < vocabulary
+    row_ok, col_ok = row < rows, col < vocab_size
     logits = row_dot(
-        x_ptr, head_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED
+        x_ptr,
+        head_ptr,
+        row,
+        col,
+        row_ok,
+        col_ok,
+        hidden_size,
+        0,
+        hidden_size,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN,
+        INTERPRETED,
     )
     if HAS_SCALE:
         logits *= tl.load(scale_ptr + col, mask=col_ok, other=0.0)[None, :]
@@ -85,7 +98,7 @@ def _draw(logits, token, temperature_ptr, seed_ptr, offset_ptr, row, row_ok):
 
 @triton.jit
 def exit_head_finish_kernel(
-    best_ptr, index_ptr, sum_ptr, peak_ptr, value_ptr, map_ptr, token_ptr, logit_ptr, lse_ptr, tiles, vocabulary,
+    best_ptr, index_ptr, sum_ptr, peak_ptr, value_ptr, map_ptr, token_ptr, logit_ptr, lse_ptr, tiles, vocab_size,
     HAS_MAP: tl.constexpr, SAMPLES: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row: M = max m, Σ s exp(m - M) over the tiles; the token is -1 where the sum is not finite."""
@@ -112,9 +125,9 @@ def exit_head_finish_kernel(
     index = tl.min(lowest, axis=0)
     token, logit = index.to(tl.int64), best
     if HAS_MAP:
-        token = tl.load(map_ptr + index, mask=index < vocabulary, other=-1)
+        token = tl.load(map_ptr + index, mask=index < vocab_size, other=-1)
     if SAMPLES:
-        logit = tl.load(value_ptr + start_of_row + index // HEIGHT, mask=index < vocabulary, other=float("nan"))
+        logit = tl.load(value_ptr + start_of_row + index // HEIGHT, mask=index < vocab_size, other=float("nan"))
     finite = tl.abs(lse) < float("inf")  # false of NaN, too
     row = tl.program_id(0)
     tl.store(token_ptr + row, tl.where(finite, token, -1))
@@ -136,7 +149,7 @@ def exit_head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.exit_head`. On a card a negative temperature counts as 0."""
     check_temperature(temperature)
-    rows, (vocabulary, depth) = hidden.shape[0], head_weight.shape
+    rows, (vocab_size, hidden_size) = hidden.shape[0], head_weight.shape
     token = hidden.new_empty(rows, dtype=torch.int64)
     logit, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if not rows:
@@ -144,16 +157,17 @@ def exit_head(
     x, samples = rms_norm(hidden, norm_weight, eps), temperature is not None
     draw = (temperature, seed, offset, logits)
     stride = 0 if logits is None else logits.stride(0)
-    pipelined = depth % block_k(x.element_size()) == 0  # whole tiles; others need registers for masks, and get them
+    # Whole tiles; others need registers for masks, and get them.
+    pipelined = hidden_size % block_k(x.element_size()) == 0
     options = SPACIOUS if logits is not None and pipelined and x.element_size() == 2 else {}
 
     def run(config: Config) -> list[Tensor]:
-        tiles = triton.cdiv(vocabulary, config.block_n)
+        tiles = triton.cdiv(vocab_size, config.block_n)
         kinds = (torch.float32, torch.int32, torch.float32, *((torch.float32,) * 2 if samples else ()))
         parts = [x.new_empty(rows, tiles, dtype=kind) for kind in kinds]  # best, index, sum (, peak, value)
         parts += parts[:1] * (5 - len(parts))  # without noise the best is the peak
         exit_head_kernel[(triton.cdiv(rows, ROWS), tiles)](
-            x, head_weight, scale, token_map, *draw, *parts, rows, vocabulary, depth, stride,
+            x, head_weight, scale, token_map, *draw, *parts, rows, vocab_size, hidden_size, stride,
             HAS_SCALE=scale is not None, HAS_MAP=token_map is not None, SAMPLES=samples,
             HAS_LOGITS=logits is not None, **streaming_options(x, config), **options,
         )  # fmt: skip
@@ -163,7 +177,7 @@ def exit_head(
         config = pick("exit_head", head_weight, run)
         parts = run(config)
         exit_head_finish_kernel[(rows,)](
-            *parts, token_map, token, logit, lse, parts[0].shape[1], vocabulary, HAS_MAP=token_map is not None,
+            *parts, token_map, token, logit, lse, parts[0].shape[1], vocab_size, HAS_MAP=token_map is not None,
             SAMPLES=samples, HEIGHT=config.block_n, BLOCK=FINISH_BLOCK, **launch_options(x), num_warps=4,
         )  # fmt: skip
     return token, logit, lse

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip_kernels import _extension
+from layerskip_kernels.schemas import bind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
@@ -58,6 +59,26 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def run(op: str, *args: Any, **named: Any) -> Any:
+    """The public function of an op on the flat arguments of its schema, which it may take in bundles."""
+    a = bind(op, *args, **named)
+    if op not in ("partial_forward", "draft", "speculative_round"):
+        return getattr(lk, op)(*a)
+    cache = lk.KVCache(a.k_cache, a.v_cache, a.cos, a.sin, a.seq_lens, a.slots)
+    if op == "partial_forward":
+        return lk.partial_forward(a.hidden, a.weights, cache, a.start, a.end, a.eps)
+    noise = None if a.temperature is None and a.seed is None else lk.Noise(a.temperature, a.seed)
+    common: dict[str, Any] = {"eps": a.eps, "draft_threshold": a.draft_threshold, "noise": noise}
+    decoder = (a.token, a.embedding, a.weights, cache, a.exit_layer)
+    if op == "draft":
+        head = lk.Head(a.norm_weight, a.head_weight, a.token_map, a.scale)
+        return lk.draft(*decoder, head, a.num_speculations, extend=a.extend, logits=a.logits, **common)
+    small = (a.draft_head_weight, a.draft_token_map, a.draft_head_scale)
+    draft_head = None if all(one is None for one in small) else lk.Head(a.norm_weight, *small)
+    head = lk.Head(a.norm_weight, a.head_weight)
+    return lk.speculative_round(*decoder, head, a.num_speculations, draft_head=draft_head, **common)
 
 
 class Inputs:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels._checks import LAYER_SLOTS
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS
 
 from .common import Inputs, rope_tables
 
@@ -45,7 +45,7 @@ def layer_weights(make: Inputs) -> dict[str, Tensor]:
     D, F, queries, keys = SIZES["D"], SIZES["F"], SIZES["H"] * SIZES["C"], SIZES["G"] * SIZES["C"]
     shapes = {"q": (queries, D), "k": (keys, D), "v": (keys, D), "o": (D, queries), "gate": (F, D), "up": (F, D),
               "down": (D, F)}  # fmt: skip
-    return {name: make.norm(D) if "norm" in name else make.weight(*shapes[name]) for name in LAYER_SLOTS}
+    return {name: make.norm(D) if "norm" in name else make.weight(*shapes[name]) for name in REQUIRED_WEIGHTS}
 
 
 def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
         args[name] = torch.cat([args[name], args[name].narrow(rows, 0, 1)], rows)
     args["slots"] = torch.tensor([2, 0])
     if op == "speculative_round":
-        args.update(min_probability=0.0, **draws)
+        args.update(draft_threshold=0.0, **draws)
     if op == "draft":
-        args.update(min_probability=0.05, **draws, logits=torch.zeros(B, K, V))
+        args.update(draft_threshold=0.05, **draws, logits=torch.zeros(B, K, V))
     return args
 
 
@@ -104,17 +104,18 @@ def _example(op: str, dtype: torch.dtype) -> dict[str, Any]:
                 "seq_lens": step["seq_lens"], "start": 0, "end": L, "eps": EPS}  # fmt: skip
     if op == "draft":
         layers, head = example("partial_forward", dtype), example("exit_head", dtype)
-        shared = {name: layers[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin", "seq_lens", "end")}
-        return {"token": make.integers(0, V, B), "embedding": make.normal(V, D), **shared,
-                "norm_weight": head["norm_weight"], "head_weight": head["head_weight"], "eps": EPS, "steps": K,
-                "extend": True, "token_map": head["token_map"], "scale": head["scale"]}  # fmt: skip
+        shared = {name: layers[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin", "seq_lens")}
+        return {"token": make.integers(0, V, B), "embedding": make.normal(V, D), **shared, "exit_layer": L,
+                "norm_weight": head["norm_weight"], "head_weight": head["head_weight"], "eps": EPS,
+                "num_speculations": K, "extend": True,
+                **{name: head[name] for name in ("token_map", "scale")}}  # fmt: skip
     if op == "speculative_round":
         layers, head = example("partial_forward", dtype), example("exit_head", dtype)
         shared = {name: layers[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin", "seq_lens")}
         return {"token": make.integers(0, V, B), "embedding": make.normal(V, D), **shared, "exit_layer": 1,
-                "norm_weight": head["norm_weight"], "head_weight": make.weight(V, D), "eps": EPS, "steps": K,
-                "draft_weight": head["head_weight"], "draft_map": head["token_map"],
-                "draft_scale": head["scale"]}  # fmt: skip
+                "norm_weight": head["norm_weight"], "head_weight": make.weight(V, D), "eps": EPS, "num_speculations": K,
+                "draft_head_weight": head["head_weight"], "draft_token_map": head["token_map"],
+                "draft_head_scale": head["scale"]}  # fmt: skip
     if op == "accept_sampled":
         wide = Inputs(torch.float32)
         return {"draft": make.integers(0, 3, B, K), "draft_logits": wide.normal(B, K, 3),

@@ -25,15 +25,15 @@ def drawn_from(logits: Tensor, temperature: Tensor, seed: Tensor, seq_lens: Tens
     return tokens[(logits / divisor + noise).argmax(-1)]
 
 
-def inputs(batch: int, drafted: int, vocabulary: int, scored: int | None = None, seed: int = 0) -> dict[str, Any]:
+def inputs(batch: int, drafted: int, vocab_size: int, scored: int | None = None, seed: int = 0) -> dict[str, Any]:
     """Drafts that are sometimes right; every fifth sequence is greedy, every seventh drafts less than it could."""
     make = Inputs(torch.float32, seed=seed)
     token_map = None
     if scored is not None:
-        token_map = torch.randperm(vocabulary, generator=make.generator)[:scored]
-    tokens = torch.arange(vocabulary) if token_map is None else token_map
+        token_map = torch.randperm(vocab_size, generator=make.generator)[:scored]
+    tokens = torch.arange(vocab_size) if token_map is None else token_map
     draft_logits = make.normal(batch, drafted, tokens.numel(), scale=2.0)
-    target_logits = make.normal(batch, drafted + 1, vocabulary)
+    target_logits = make.normal(batch, drafted + 1, vocab_size)
     target_logits[:, :drafted, tokens] += draft_logits
     temperature = 0.3 + 1.5 * torch.rand(batch, generator=make.generator)
     temperature[::5] = 0
@@ -52,8 +52,8 @@ def accept(args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 def by_hand(args: dict[str, Any], b: int) -> tuple[int, int]:
     """One sequence in float64, token by token, as the paper has it."""
     draft, q_logits, p_logits, lengths, temperatures, seeds, token_map = (args[name] for name in NAMES)
-    vocabulary, temperature = p_logits.shape[2], float(temperatures[b])
-    tokens = torch.arange(vocabulary) if token_map is None else token_map
+    vocab_size, temperature = p_logits.shape[2], float(temperatures[b])
+    tokens = torch.arange(vocab_size) if token_map is None else token_map
     for i in range(draft.shape[1] + 1):
         token = int(draft[b, i]) if i < draft.shape[1] else -1
         if temperature == 0:
@@ -65,13 +65,13 @@ def by_hand(args: dict[str, Any], b: int) -> tuple[int, int]:
         at = lengths[b : b + 1] + i
         rest = p
         if token >= 0:
-            q = torch.zeros(vocabulary, dtype=torch.float64)
+            q = torch.zeros(vocab_size, dtype=torch.float64)
             q[tokens] = (q_logits[b, i].double() / temperature).softmax(0)
             u = float(_noise.uniform(seeds[b : b + 1], at, torch.zeros_like(at), _noise.ACCEPT))
             if u < float(p[token] / q[token]):
                 continue
             rest = (p - q).clamp_min(0)
-        noise = _noise.gumbel(seeds[b : b + 1], at, torch.arange(vocabulary), _noise.RESIDUAL)
+        noise = _noise.gumbel(seeds[b : b + 1], at, torch.arange(vocab_size), _noise.RESIDUAL)
         return i, int((rest.log() + noise.double()).argmax())
     raise AssertionError("the last row always gives a token")
 
@@ -80,8 +80,8 @@ def by_hand(args: dict[str, Any], b: int) -> tuple[int, int]:
     ("drafted", "vocabulary", "scored"), [(5, 97, None), (5, 97, 41), (1, 1003, 300), (3, 17, 17), (0, 13, None)]
 )
 @pytest.mark.parametrize("path", PATHS)
-def test_by_hand(path: str, drafted: int, vocabulary: int, scored: int | None) -> None:
-    args = inputs(70, drafted, vocabulary, scored, seed=drafted)
+def test_by_hand(path: str, drafted: int, vocab_size: int, scored: int | None) -> None:
+    args = inputs(70, drafted, vocab_size, scored, seed=drafted)
     with running_on(path):
         accepted, next_token, seq_lens = accept(args)
     expected = [by_hand(args, b) for b in range(70)]
@@ -145,11 +145,11 @@ TEMPERATURE = 0.8
 def many(scored: int | None, drafted: int = 2) -> tuple[dict[str, Any], Tensor]:
     """The same logits for seeds 0, 1, 2 …; and p of each of the rows. q is flat where p is not, and has a mask."""
     make = Inputs(torch.float32, seed=11)
-    vocabulary = 7
+    vocab_size = 7
     token_map = None if scored is None else torch.tensor([4, 1, 6, 0, 3])[:scored]
-    tokens = torch.arange(vocabulary) if token_map is None else token_map
+    tokens = torch.arange(vocab_size) if token_map is None else token_map
     draft_logits = make.normal(drafted, tokens.numel())
-    target_logits = make.normal(drafted + 1, vocabulary, scale=1.2)
+    target_logits = make.normal(drafted + 1, vocab_size, scale=1.2)
     target_logits[0, 1], draft_logits[1, 0] = float("-inf"), float("-inf")
     temperature, seed = torch.full((MANY,), TEMPERATURE), torch.arange(MANY)
     seq_lens = torch.full((MANY,), 5)

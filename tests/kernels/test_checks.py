@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerskip_kernels as lk
-from layerskip_kernels import _checks, functional
+from layerskip_kernels import functional
+from layerskip_kernels.bundles import OPTIONAL_WEIGHTS
 
-from .common import PATHS, Inputs, running_on
+from .common import PATHS, Inputs, run, running_on
 from .examples import CALLS, EPS, SIZES, example, layer_weights
 
 Change = Callable[[Any], Any]
@@ -111,11 +113,12 @@ SHAPES = [
     ("speculative_round", "weights", lambda weights: weights[:9],
      "layers [0, 2) take 9 or 14 weights each, got 9 for 2 layers"),
     ("speculative_round", "head_weight", shape(37, 31), "head_weight has shape [37, 31], expected [*, 32]"),
-    ("speculative_round", "draft_weight", shape(37, 31), "draft_weight has shape [37, 31], expected [*, 32]"),
-    ("speculative_round", "draft_weight", shape(0, 32), "draft_weight has no rows"),
-    ("speculative_round", "draft_weight", value(None), "draft_map, draft_scale needs a draft_weight"),
-    ("speculative_round", "draft_map", shape(36), "draft_map has shape [36], expected [37]"),
-    ("speculative_round", "draft_scale", shape(36), "draft_scale has shape [36], expected [37]"),
+    ("speculative_round", "draft_head_weight", shape(37, 31), "draft_head_weight has shape [37, 31], expected [*, 32]"),
+    ("speculative_round", "draft_head_weight", shape(0, 32), "draft_head_weight has no rows"),
+    ("speculative_round", "draft_head_weight", value(None),
+     "draft_token_map, draft_head_scale needs a draft_head_weight"),
+    ("speculative_round", "draft_token_map", shape(36), "draft_token_map has shape [36], expected [37]"),
+    ("speculative_round", "draft_head_scale", shape(36), "draft_head_scale has shape [36], expected [37]"),
     ("speculative_round", "seq_lens", shape(3), "seq_lens has shape [3], expected [2]"),
 ]  # fmt: skip
 # With slots and sampling.
@@ -139,14 +142,14 @@ OPTIONS = [
     ("exit_head", "logits", strided, ValueError, "the rows of logits must be contiguous, its strides are (74, 2)"),
     ("partial_forward", "slots", shape(1), ValueError, "slots has shape [1], expected [2]"),
     ("draft", "slots", INT, TypeError, "slots has dtype int32, expected int64"),
-    ("draft", "min_probability", value(-0.1), ValueError, "min_probability must lie in [0, 1], got -0.1"),
+    ("draft", "draft_threshold", value(-0.1), ValueError, "draft_threshold must lie in [0, 1], got -0.1"),
     ("draft", "seed", value(None), ValueError, "temperature, seed come together, seed is missing"),
     ("draft", "temperature", value(None), ValueError, "temperature, seed come together, temperature is missing"),
     ("draft", "seed", shape(3), ValueError, "seed has shape [3], expected [2]"),
     ("draft", "logits", shape(2, 4, 36), ValueError, "logits has shape [2, 4, 36], expected [2, 4, 37]"),
     ("draft", "logits", strided, ValueError, "the rows of logits must be contiguous, its strides are (296, 74, 2)"),
-    ("speculative_round", "min_probability", value(1.5), ValueError, "min_probability must lie in [0, 1], got 1.5"),
-    ("speculative_round", "min_probability", value(0.5), ValueError, "min_probability is 0.5 with a temperature"),
+    ("speculative_round", "draft_threshold", value(1.5), ValueError, "draft_threshold must lie in [0, 1], got 1.5"),
+    ("speculative_round", "draft_threshold", value(0.5), ValueError, "draft_threshold is 0.5 with a temperature"),
     ("speculative_round", "temperature", value(None), ValueError, "temperature, seed come together"),
     ("speculative_round", "seed", INT, TypeError, "seed has dtype int32, expected int64"),
     ("speculative_round", "slots", shape(3), ValueError, "slots has shape [3], expected [2]"),
@@ -197,8 +200,8 @@ DTYPES = [
     ("accept_sampled", "seed", INT, "seed has dtype int32, expected int64"),
     ("accept_sampled", "token_map", INT, "token_map has dtype int32, expected int64"),
     ("speculative_round", "k_cache", HALF, "k_cache has dtype float16, expected float32"),
-    ("speculative_round", "draft_scale", value(None), "draft_weight has dtype int8, expected float32"),
-    ("speculative_round", "draft_map", INT, "draft_map has dtype int32, expected int64"),
+    ("speculative_round", "draft_head_scale", value(None), "draft_head_weight has dtype int8, expected float32"),
+    ("speculative_round", "draft_token_map", INT, "draft_token_map has dtype int32, expected int64"),
 ]
 
 RANGES = [
@@ -208,10 +211,10 @@ RANGES = [
     ("partial_forward", "start", value(-1), "layers [-1, 2) are not within the cache's 2 layers"),
     ("partial_forward", "end", value(3), "layers [0, 3) are not within the cache's 2 layers"),
     ("partial_forward", "start", value(3), "layers [3, 2) are not within the cache's 2 layers"),
-    ("draft", "steps", value(-1), "steps must not be negative, got -1"),
-    ("draft", "end", value(0), "end must be at least 1, got 0"),
-    ("speculative_round", "steps", value(-1), "steps must not be negative, got -1"),
-    ("speculative_round", "steps", value(12), "13 rows do not fit a cache of capacity 12"),
+    ("draft", "num_speculations", value(-1), "num_speculations must not be negative, got -1"),
+    ("draft", "exit_layer", value(0), "exit_layer must be at least 1, got 0"),
+    ("speculative_round", "num_speculations", value(-1), "num_speculations must not be negative, got -1"),
+    ("speculative_round", "num_speculations", value(12), "13 rows do not fit a cache of capacity 12"),
     ("speculative_round", "exit_layer", value(0), "exit_layer must lie in [1, 2], got 0"),
     ("speculative_round", "exit_layer", value(3), "exit_layer must lie in [1, 2], got 3"),
 ]
@@ -234,9 +237,9 @@ STRIDES = [
             "v_cache",
             "seq_lens",
             "head_weight",
-            "draft_weight",
-            "draft_map",
-            "draft_scale",
+            "draft_head_weight",
+            "draft_token_map",
+            "draft_head_scale",
         ],
     }.items()
     for name in names
@@ -251,7 +254,7 @@ def changed(op: str, name: str, change: Change, options: bool = False) -> dict[s
 
 def refuse(args: dict[str, Any], op: str, error: type[Exception], message: str) -> None:
     """Both ways in must raise the same: the public function, and its fake, which tracing calls."""
-    for function in (getattr(lk, op), getattr(torch.ops.layerskip, op)):
+    for function in (partial(run, op), getattr(torch.ops.layerskip, op)):
         with pytest.raises(error, match=re.escape(message)):
             function(*args.values())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -279,7 +282,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize(("op", "options"), CALLS)
 def test_the_examples_are_valid(op: str, options: bool) -> None:
-    getattr(lk, op)(*example(op, options=options).values())
+    run(op, *example(op, options=options).values())
 
 
 @pytest.mark.parametrize(("op", "name", "change", "message"), SHAPES)
@@ -311,8 +314,12 @@ def test_more_sequences_than_the_cache_has_rows() -> None:
 
 def test_a_round_that_samples_needs_to_know_the_drafts_tokens() -> None:
     args = example("speculative_round", options=True)
-    args.update(draft_weight=args["draft_weight"][:9], draft_scale=args["draft_scale"][:9], draft_map=None)
-    message = "draft_weight has 9 rows, head_weight 37: to sample without a draft_map they must agree"
+    args.update(
+        draft_head_weight=args["draft_head_weight"][:9],
+        draft_head_scale=args["draft_head_scale"][:9],
+        draft_token_map=None,
+    )
+    message = "draft_head_weight has 9 rows, head_weight 37: to sample without a draft_token_map they must agree"
     refuse(args, "speculative_round", ValueError, message)
 
 
@@ -336,7 +343,7 @@ def test_strides(op: str, name: str) -> None:
 def test_devices(op: str, name: str, options: bool) -> None:
     args = changed(op, name, lambda tensor: tensor.to("meta"), options)
     with pytest.raises(ValueError, match=rf"{name} is on meta, .* on cpu|is on cpu, the first argument on meta"):
-        getattr(lk, op)(*args.values())
+        run(op, *args.values())
 
 
 def test_one_more_row_than_the_cache_holds() -> None:
@@ -366,9 +373,9 @@ def test_inference_ops_have_no_backward(op: str) -> None:
     first = next(iter(args))
     args[first].requires_grad_()
     with pytest.raises(ValueError, match=f"{op} has no backward; call it under torch.no_grad"):
-        getattr(lk, op)(*args.values())
+        run(op, *args.values())
     with torch.no_grad():
-        getattr(lk, op)(*args.values())
+        run(op, *args.values())
 
 
 LAYER = [
@@ -402,7 +409,7 @@ OPTIONAL = {"q_bias": 64, "k_bias": 32, "v_bias": 32, "q_norm": 16, "k_norm": 16
 def test_optional_layer_weights(name: str) -> None:
     plain = list(layer_weights(Inputs(torch.float32)).values())
     sizes = SIZES["D"], SIZES["G"], SIZES["C"], torch.float32
-    assert tuple(OPTIONAL) == _checks.OPTIONAL_SLOTS
+    assert tuple(OPTIONAL) == OPTIONAL_WEIGHTS
     functional.check_layer_weights([*plain, *(torch.zeros(size) for size in OPTIONAL.values())], *sizes)
     functional.check_layer_weights([*plain, *[torch.empty(0)] * 5], *sizes)
     wrong = [torch.zeros(size + 1 if name == other else 0) for other, size in OPTIONAL.items()]
@@ -426,4 +433,4 @@ def test_a_third_dimension_is_refused_by_the_native_head(shape: tuple[int, ...])
 def test_a_third_dimension_is_refused_by_the_native_forward() -> None:
     args = example("partial_forward")
     with pytest.raises(ValueError, match="hidden has shape"):
-        lk.partial_forward(args.pop("hidden")[..., None], *args.values())
+        run("partial_forward", args.pop("hidden")[..., None], *args.values())

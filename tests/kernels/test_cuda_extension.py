@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from layerskip_kernels import _extension, _registry
+from layerskip_kernels import _extension
 from layerskip_kernels._extension import CudaBuild, card_reason, driver_reason
 
 ALL = CudaBuild("80;90a;100a;compute_100", 13000, 13000)
@@ -66,7 +66,7 @@ def test_the_table_asks_for_the_card_of_the_tensors(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index == 0 else (7, 0))
     _extension.cuda_card_reason.cache_clear()
-    supports = _registry._native_supports("cuda", None)
+    supports = _extension._supports_cuda
     with FakeTensorMode():
         new, old = (torch.empty(1, device=f"cuda:{index}") for index in range(2))
     assert supports(new) is None

@@ -12,8 +12,9 @@ import torch
 
 import layerskip_kernels as lk
 from layerskip_kernels import _extension, dispatch, reference
-from layerskip_kernels._ops import SCHEMAS
+from layerskip_kernels.schemas import SCHEMAS
 
+from .common import run
 from .examples import OPS, example
 
 has_native = pytest.mark.skipif(_extension.cpu_reason is not None, reason=f"no native kernels: {_extension.cpu_reason}")
@@ -40,7 +41,7 @@ def test_reference_can_be_forced(op: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(dispatch._table[op], "reference", own)
     args = example(op)
     with lk.use_backend("reference"):
-        dispatch.call(op, *args.values())
+        dispatch.serve(op, *args.values())
         assert len(calls) == 1
         assert lk.explain(op, *args.values()).backend == "reference"
 
@@ -56,8 +57,8 @@ def test_forced_reference_is_what_the_public_function_runs(op: str, monkeypatch:
 
     monkeypatch.setitem(dispatch._table[op], "reference", dispatch.Implementation(reached, lambda *args: None))
     with lk.use_backend("reference"), pytest.raises(Reached):
-        getattr(lk, op)(*example(op).values())
-    getattr(lk, op)(*example(op).values())
+        run(op, *example(op).values())
+    run(op, *example(op).values())
 
 
 def test_forced_backend_does_not_fall_back() -> None:

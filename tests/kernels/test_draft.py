@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip_kernels.rounds import compose_draft
 
-from .common import DTYPES, PATHS, Inputs, assert_same_bits, assert_threads_agree, running_on
+from .common import DTYPES, PATHS, Inputs, assert_same_bits, assert_threads_agree, run, running_on
 from .examples import EPS, SIZES, example
 
 
@@ -28,13 +29,14 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the other ops, one step at a time; the caches of ``args`` are written."""
     token, tokens, states, logits, sums = args["token"], [], [], [], []
     temperature, seed, written = (args.get(name) for name in ("temperature", "seed", "logits"))
-    for row in range(args["steps"] + args["extend"]):
-        hidden = lk.partial_forward(
+    for row in range(args["num_speculations"] + args["extend"]):
+        hidden = run(
+            "partial_forward",
             args["embedding"][token.clamp_min(0)][:, None], args["weights"], args["k_cache"], args["v_cache"],
-            args["cos"], args["sin"], args["seq_lens"] + row, 0, args["end"], EPS, args.get("slots"),
+            args["cos"], args["sin"], args["seq_lens"] + row, 0, args["exit_layer"], EPS, args.get("slots"),
         )  # fmt: skip
         states.append(hidden[:, 0])
-        if row < args["steps"]:
+        if row < args["num_speculations"]:
             head = (args["norm_weight"], args["head_weight"], EPS, args["token_map"], args["scale"])
             draws = (None, None, None) if temperature is None else (temperature, seed, args["seq_lens"] + row)
             out = None if written is None else written[:, row]
@@ -56,23 +58,35 @@ def assert_same_draft(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", PATHS)
 def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, steps: int, extend: bool) -> None:
-    args, other = (args_of(dtype, steps=steps, extend=extend) for _ in range(2))
+    args, other = (args_of(dtype, num_speculations=steps, extend=extend) for _ in range(2))
     with running_on(path):
-        drafted = lk.draft(*args.values())
+        drafted = run("draft", *args.values())
         expected = composed(other)
     assert_same_draft(drafted, expected)
     assert_same_bits((args["k_cache"], args["v_cache"]), (other["k_cache"], other["v_cache"]))
     assert torch.equal(args["seq_lens"], example("draft")["seq_lens"]), "lengths are not advanced"
 
 
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_native_op_is_the_composite_in_python(isa: str, dtype: torch.dtype, options: bool) -> None:
+    """`compose_draft` over the native ops, with a threshold that ends some drafts where ``options`` are."""
+    args, other = (example("draft", dtype, options) for _ in range(2))
+    ops = {op: getattr(torch.ops.layerskip_native, op) for op in ("partial_forward", "exit_head")}
+    drafted, expected = run("draft", *args.values()), compose_draft(ops, *other.values())
+    assert_same_draft(drafted, expected)
+    written = ("k_cache", "v_cache", *(("logits",) if options else ()))
+    assert_same_bits([args[name] for name in written], [other[name] for name in written])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", PATHS)
 def test_slots_samples_and_logits(path: str, dtype: torch.dtype) -> None:
     """One sequence is drawn, one is greedy; the row of the cache between their slots is not touched."""
-    args, other = ({**example("draft", dtype, True), "min_probability": 0.0} for _ in range(2))
+    args, other = ({**example("draft", dtype, True), "draft_threshold": 0.0} for _ in range(2))
     args["logits"] = torch.full((SIZES["B"], 2 * SIZES["K"], SIZES["V"]), float("nan"))[:, ::2]
     with running_on(path):
-        assert_same_draft(lk.draft(*args.values()), composed(other))
+        assert_same_draft(run("draft", *args.values()), composed(other))
     assert_same_bits([args[name] for name in ("k_cache", "v_cache", "logits")],
                      [other[name] for name in ("k_cache", "v_cache", "logits")])  # fmt: skip
 
@@ -82,12 +96,12 @@ def test_slots_samples_and_logits(path: str, dtype: torch.dtype) -> None:
 def test_drafting_stops_below_the_probability(path: str, extend: bool) -> None:
     """Thresholds between all probabilities that occur: of each sequence, all from the first below it are missing."""
     with running_on(path):
-        full = lk.draft(*args_of(torch.bfloat16, extend=extend).values())
+        full = run("draft", *args_of(torch.bfloat16, extend=extend).values())
         levels = [0.0, *full.probability.flatten().sort().values.tolist(), 1.0]
         lengths = set()
         for low, high in pairwise(levels):
             limit = (low + high) / 2
-            tokens, states, probability = lk.draft(**args_of(torch.bfloat16, extend=extend, min_probability=limit))
+            tokens, states, probability = run("draft", **args_of(torch.bfloat16, extend=extend, draft_threshold=limit))
             for b in range(SIZES["B"]):
                 below = (full.probability[b] < limit).nonzero().flatten().tolist()
                 count = below[0] if below else SIZES["K"]
@@ -106,7 +120,7 @@ def test_the_full_head_drafts_too(dtype: torch.dtype) -> None:
     head = Inputs(dtype, seed=1).normal(SIZES["V"], SIZES["D"])
     args, other = (args_of(dtype, head_weight=head, token_map=None, scale=None) for _ in range(2))
     with running_on("portable"):
-        assert_same_draft(lk.draft(*args.values()), composed(other))
+        assert_same_draft(run("draft", *args.values()), composed(other))
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
@@ -114,13 +128,13 @@ def test_sequences_do_not_meet(path: str) -> None:
     """A sequence of a batch has the bits that it has alone, for any number of threads."""
     whole = args_of(torch.bfloat16)
     with running_on(path):
-        assert_threads_agree(lambda: tuple(lk.draft(*args_of(torch.bfloat16).values())))
-        together = lk.draft(*whole.values())
+        assert_threads_agree(lambda: tuple(run("draft", *args_of(torch.bfloat16).values())))
+        together = run("draft", *whole.values())
         for b in range(SIZES["B"]):
             own = args_of(torch.bfloat16)
             caches = {name: own[name][:, b : b + 1].contiguous() for name in ("k_cache", "v_cache")}
             alone = {**own, **caches, "token": own["token"][b : b + 1], "seq_lens": own["seq_lens"][b : b + 1]}
-            assert_same_bits(tuple(lk.draft(*alone.values())), tuple(one[b : b + 1] for one in together))
+            assert_same_bits(tuple(run("draft", *alone.values())), tuple(one[b : b + 1] for one in together))
 
 
 @pytest.mark.parametrize("path", ["reference", "portable"])
@@ -128,7 +142,7 @@ def test_a_head_without_finite_logits_names_no_token(path: str) -> None:
     args = args_of(torch.float32)
     args["norm_weight"] = torch.full_like(args["norm_weight"], float("nan"))
     with running_on(path):
-        tokens, states, probability = lk.draft(*args.values())
+        tokens, states, probability = run("draft", *args.values())
     assert (tokens == -1).all()
     assert probability.isnan().all()
     assert states.isfinite().all()
@@ -137,10 +151,10 @@ def test_a_head_without_finite_logits_names_no_token(path: str) -> None:
 @pytest.mark.parametrize("path", ["reference", "portable"])
 def test_a_sequence_ends_at_a_head_without_finite_logits(path: str) -> None:
     """With a threshold: -1 and NaN, and then nothing; the state of the row that failed is there."""
-    args = args_of(torch.float32, min_probability=0.1)
+    args = args_of(torch.float32, draft_threshold=0.1)
     args["norm_weight"] = torch.full_like(args["norm_weight"], float("nan"))
     with running_on(path):
-        tokens, states, probability = lk.draft(**args)
+        tokens, states, probability = run("draft", **args)
     assert (tokens == -1).all()
     assert probability[:, 0].isnan().all()
     assert (probability[:, 1:] == 0).all()
@@ -152,12 +166,12 @@ def test_a_sequence_ends_at_a_head_without_finite_logits(path: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": -1}, "steps must not be negative, got -1"),
-        ({"end": 0}, "got 0"),
-        ({"steps": 12}, "capacity|outside the cache"),
+        ({"num_speculations": -1}, "num_speculations must not be negative, got -1"),
+        ({"exit_layer": 0}, "got 0"),
+        ({"num_speculations": 12}, "capacity|outside the cache"),
         ({"token": torch.tensor([0, 37])}, "37"),
         ({"token": torch.tensor([0, -1])}, "-1"),
-        ({"min_probability": 1.5}, r"min_probability must lie in \[0, 1\], got 1.5"),
+        ({"draft_threshold": 1.5}, r"draft_threshold must lie in \[0, 1\], got 1.5"),
         (
             {"temperature": torch.tensor([1.0, -1.0]), "seed": torch.tensor([0, 0])},
             r"temperature\[1\] is -1, expected a finite number of at least 0|temperature\[1\] is -1.0, expected",
@@ -166,4 +180,4 @@ def test_a_sequence_ends_at_a_head_without_finite_logits(path: str) -> None:
 )
 def test_bad_arguments(path: str, change: dict[str, Any], message: str) -> None:
     with running_on(path), pytest.raises((ValueError, IndexError), match=message):
-        lk.draft(**args_of(torch.float32, **change))
+        run("draft", **args_of(torch.float32, **change))

@@ -19,18 +19,18 @@ BACKENDS = ("cpu", "reference")
 SHAPES = [(1, 1, 8, 5), (2, 7, 41, 37), (3, 9, 16, 130), (4, 33, 24, 257)]  # N, R, D, V
 
 
-def make(exits: int, rows: int, width: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+def make(exits: int, rows: int, width: int, vocab_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels = torch.randint(0, vocab_size, (rows,), generator=generator)
     labels[rows // 2 : rows // 2 + rows // 4] = -100
     return {
         "hiddens": (2 * normal(exits, rows, width)).to(dtype),
         "norm_weight": (1 + 0.1 * normal(width)).to(dtype),
-        "head_weight": (normal(vocabulary, width) * width**-0.5).to(dtype),
+        "head_weight": (normal(vocab_size, width) * width**-0.5).to(dtype),
         "labels": labels,
         "exit_weights": torch.linspace(0.2, 1.0, exits),
     }

@@ -33,14 +33,14 @@ SHAPES = [(1, 1, 1), (7, 9, 41), (9, 41, 7), (0, 16, 8), (1, 576, 1536), (17, 64
 HEADS = ["full", "subset", "int8", "int8 subset"]
 
 
-def arguments(dtype: torch.dtype, rows: int, width: int, vocabulary: int, head: str) -> list[Tensor | float | None]:
+def arguments(dtype: torch.dtype, rows: int, width: int, vocab_size: int, head: str) -> list[Tensor | float | None]:
     make = Inputs(dtype)
     hidden, norm = make.normal(rows, width, scale=3.0), make.norm(width)
-    token_map = make.integers(0, 2**33, vocabulary) if "subset" in head else None
+    token_map = make.integers(0, 2**33, vocab_size) if "subset" in head else None
     if "int8" not in head:
-        return [hidden, norm, make.weight(vocabulary, width), EPS, token_map, None]
-    scale = (0.5 + torch.rand(vocabulary, generator=make.generator)) * (width**-0.5 / 64)
-    return [hidden, norm, make.integers(-127, 128, vocabulary, width).to(torch.int8), EPS, token_map, scale]
+        return [hidden, norm, make.weight(vocab_size, width), EPS, token_map, None]
+    scale = (0.5 + torch.rand(vocab_size, generator=make.generator)) * (width**-0.5 / 64)
+    return [hidden, norm, make.integers(-127, 128, vocab_size, width).to(torch.int8), EPS, token_map, scale]
 
 
 def logits(args: list[Tensor | float | None], norm: Tensor) -> Tensor:
@@ -96,17 +96,17 @@ def one_hot(dtype: torch.dtype, values: list[list[float]], int8: bool = False) -
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [5, 300, 5003])
-def test_ties_go_to_the_lowest_row(path: str, dtype: torch.dtype, vocabulary: int, int8: bool) -> None:
+def test_ties_go_to_the_lowest_row(path: str, dtype: torch.dtype, vocab_size: int, int8: bool) -> None:
     """Within a vector, across the tiles of a vocabulary, and where all are equal."""
-    values = torch.zeros(5, vocabulary)
-    places = [[1, 3], [0, vocabulary - 1], [vocabulary // 2, vocabulary - 1], [4], []]
+    values = torch.zeros(5, vocab_size)
+    places = [[1, 3], [0, vocab_size - 1], [vocab_size // 2, vocab_size - 1], [4], []]
     for row, tied in enumerate(places):
         values[row, tied] = 3.0
     args = one_hot(dtype, values.tolist(), int8)
     expected = [tied[0] if tied else 0 for tied in places]
     assert lk.exit_head(*args).token.tolist() == expected
-    args[4] = torch.arange(vocabulary).flip(0)  # the lowest row, not the lowest token
-    assert lk.exit_head(*args).token.tolist() == [vocabulary - 1 - row for row in expected]
+    args[4] = torch.arange(vocab_size).flip(0)  # the lowest row, not the lowest token
+    assert lk.exit_head(*args).token.tolist() == [vocab_size - 1 - row for row in expected]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,9 +159,9 @@ def test_tied_weights(path: str, dtype: torch.dtype) -> None:
     embedding, norm = make.normal(300, 64), make.norm(64)
     hidden = embedding[[7, 250, 31]]
     assert lk.exit_head(hidden, norm.abs(), embedding, EPS).token.tolist() == [7, 250, 31]
-    few = lk.exit_head(hidden, norm.abs(), embedding[:100], EPS)
-    assert few.token[[0, 2]].tolist() == [7, 31]
-    assert few.token[1] < 100
+    draft_vocab_size = lk.exit_head(hidden, norm.abs(), embedding[:100], EPS)
+    assert draft_vocab_size.token[[0, 2]].tolist() == [7, 31]
+    assert draft_vocab_size.token[1] < 100
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ from .common import (
     assert_threads_agree,
     double,
     rope_tables,
+    run,
 )
 
 EPS = 1e-5
@@ -29,37 +30,38 @@ EPS = 1e-5
 class Sizes:
     """D, H, G, C, F and L of a small model, and which optional tensors its layers have."""
 
-    hidden: int = 48
-    heads: int = 6
-    groups: int = 2
-    size: int = 16
-    features: int = 70
-    layers: int = 3
+    hidden_size: int = 48
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    intermediate_size: int = 70
+    num_layers: int = 3
     optional: str = ""  # of "bias", "norm"
 
 
 SIZES = [
     Sizes(),
     Sizes(optional="bias"),
-    Sizes(optional="norm", heads=4, groups=4, size=40),
-    Sizes(hidden=41, heads=3, groups=1, size=8, features=9, optional="bias norm"),
-    Sizes(hidden=576, heads=9, groups=3, size=64, features=200, layers=2),
+    Sizes(optional="norm", num_heads=4, num_kv_heads=4, head_dim=40),
+    Sizes(hidden_size=41, num_heads=3, num_kv_heads=1, head_dim=8, intermediate_size=9, optional="bias norm"),
+    Sizes(hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, intermediate_size=200, num_layers=2),
 ]
 
 
 def layer(make: Inputs, sizes: Sizes) -> list[Tensor]:
-    queries, keys = sizes.heads * sizes.size, sizes.groups * sizes.size
+    queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    hidden_size, intermediate_size = sizes.hidden_size, sizes.intermediate_size
     plain = [
-        make.norm(sizes.hidden), make.weight(queries, sizes.hidden), make.weight(keys, sizes.hidden),
-        make.weight(keys, sizes.hidden), make.weight(sizes.hidden, queries), make.norm(sizes.hidden),
-        make.weight(sizes.features, sizes.hidden), make.weight(sizes.features, sizes.hidden),
-        make.weight(sizes.hidden, sizes.features),
+        make.norm(hidden_size), make.weight(queries, hidden_size), make.weight(keys, hidden_size),
+        make.weight(keys, hidden_size), make.weight(hidden_size, queries), make.norm(hidden_size),
+        make.weight(intermediate_size, hidden_size), make.weight(intermediate_size, hidden_size),
+        make.weight(hidden_size, intermediate_size),
     ]  # fmt: skip
     if not sizes.optional:
         return plain
     none = torch.empty(0, dtype=make.dtype)
     biases = [make.normal(count) for count in (queries, keys, keys)] if "bias" in sizes.optional else [none] * 3
-    norms = [make.norm(sizes.size), make.norm(sizes.size)] if "norm" in sizes.optional else [none] * 2
+    norms = [make.norm(sizes.head_dim), make.norm(sizes.head_dim)] if "norm" in sizes.optional else [none] * 2
     return [*plain, *biases, *norms]
 
 
@@ -74,14 +76,14 @@ class Case:
     seq_lens: Tensor
 
     def run(self, start: int, end: int, hidden: Tensor | None = None) -> Tensor:
-        slots = len(self.weights) // self.k_cache.shape[0]
-        return lk.partial_forward(
-            self.hidden if hidden is None else hidden, self.weights[start * slots : end * slots], self.k_cache,
-            self.v_cache, self.cos, self.sin, self.seq_lens, start, end, EPS,
+        each = len(self.weights) // self.k_cache.shape[0]
+        return run(
+            "partial_forward", self.hidden if hidden is None else hidden, self.weights[start * each : end * each],
+            self.k_cache, self.v_cache, self.cos, self.sin, self.seq_lens, start, end, EPS,
         )  # fmt: skip
 
     @property
-    def depth(self) -> int:
+    def num_layers(self) -> int:
         return self.k_cache.shape[0]
 
     def copy(self) -> Case:
@@ -98,25 +100,27 @@ class Case:
 def case(sizes: Sizes, dtype: torch.dtype, lengths: list[int], rows: int, capacity: int = 64) -> Case:
     """Caches hold a past up to each length and NaN beyond."""
     make, batch = Inputs(dtype), len(lengths)
-    caches = [make.normal(sizes.layers, batch, sizes.groups, capacity, sizes.size) for _ in range(2)]
+    caches = [make.normal(sizes.num_layers, batch, sizes.num_kv_heads, capacity, sizes.head_dim) for _ in range(2)]
     for b, length in enumerate(lengths):
         for cache in caches:
             cache[:, b, :, length:] = float("nan")
-    weights = [tensor for _ in range(sizes.layers) for tensor in layer(make, sizes)]
-    hidden = make.normal(batch, rows, sizes.hidden)
-    return Case(hidden, weights, *caches, *rope_tables(capacity, sizes.size), torch.tensor(lengths, dtype=torch.int64))
+    weights = [tensor for _ in range(sizes.num_layers) for tensor in layer(make, sizes)]
+    hidden = make.normal(batch, rows, sizes.hidden_size)
+    return Case(
+        hidden, weights, *caches, *rope_tables(capacity, sizes.head_dim), torch.tensor(lengths, dtype=torch.int64)
+    )
 
 
 def eager(one: Case) -> Tensor:
     """The usual torch code, every step in the dtype of the model."""
-    hidden, slots = one.hidden, len(one.weights) // one.depth
+    hidden, each = one.hidden, len(one.weights) // one.num_layers
     batch, rows, width = hidden.shape
     size = one.k_cache.shape[-1]
     positions = one.seq_lens[:, None] + torch.arange(rows)
     cos, sin = (torch.cat([t, t], -1)[positions][:, :, None].to(hidden.dtype) for t in (one.cos, one.sin))
-    for index in range(one.depth):
-        weights = [w if w.numel() else None for w in one.weights[index * slots : (index + 1) * slots]]
-        an, wq, wk, wv, wo, mn, gate, up, down, bq, bk, bv, nq, nk = [*weights, *[None] * (14 - slots)]
+    for index in range(one.num_layers):
+        weights = [w if w.numel() else None for w in one.weights[index * each : (index + 1) * each]]
+        an, wq, wk, wv, wo, mn, gate, up, down, bq, bk, bv, nq, nk = [*weights, *[None] * (14 - each)]
         normed = F.rms_norm(hidden, (width,), an, EPS)
         q, k, v = (F.linear(normed, w, b).view(batch, rows, -1, size) for w, b in ((wq, bq), (wk, bk), (wv, bv)))
         q = q if nq is None else F.rms_norm(q, (size,), nq, EPS)
@@ -149,9 +153,9 @@ def test_float64(path: str, sizes: Sizes, lengths: list[int], rows: int, dtype: 
     one = case(sizes, dtype, lengths, rows)
     truth = partial_forward_ref(
         double(one.hidden), double(one.weights), double(one.k_cache), double(one.v_cache), one.cos, one.sin,
-        one.seq_lens, 0, one.depth, EPS,
+        one.seq_lens, 0, one.num_layers, EPS,
     )  # fmt: skip
-    out, same = one.run(0, one.depth).double(), eager(one).double()
+    out, same = one.run(0, one.num_layers).double(), eager(one).double()
     # Over several layers the largest error is a matter of luck; the mean square is not, and ours rounds less often.
     found, allowed = (float((x - truth).square().mean().sqrt()) for x in (out, same))
     assert found <= 1.1 * allowed + TOLERANCES[dtype] * float(truth.abs().max()), f"{found:.3e} against {allowed:.3e}"
@@ -160,10 +164,10 @@ def test_float64(path: str, sizes: Sizes, lengths: list[int], rows: int, dtype: 
 def composition(one: Case, start: int, end: int) -> Tensor:
     """The ops that the docstring names, called one by one."""
     batch, rows, width = one.hidden.shape
-    slots, size, flat = len(one.weights) // one.depth, one.k_cache.shape[-1], one.hidden.reshape(-1, width)
+    each, size, flat = len(one.weights) // one.num_layers, one.k_cache.shape[-1], one.hidden.reshape(-1, width)
     for index in range(start, end):
-        weights = [w if w.numel() else None for w in one.weights[index * slots : (index + 1) * slots]]
-        an, wq, wk, wv, wo, mn, gate, up, down, bq, bk, bv, nq, nk = [*weights, *[None] * (14 - slots)]
+        weights = [w if w.numel() else None for w in one.weights[index * each : (index + 1) * each]]
+        an, wq, wk, wv, wo, mn, gate, up, down, bq, bk, bv, nq, nk = [*weights, *[None] * (14 - each)]
         normed = lk.rms_norm(flat, an, EPS)
         q, k, v = (lk.linear(normed, w, b).view(batch, rows, -1, size) for w, b in ((wq, bq), (wk, bk), (wv, bv)))
         q = q if nq is None else lk.rms_norm(q, nq, EPS)
@@ -184,7 +188,7 @@ def test_is_the_composition_of_the_ops(
 ) -> None:
     one = case(sizes, dtype, lengths, rows, capacity=max(lengths) + rows)
     other = one.copy()
-    assert_same_bits(one.run(0, one.depth), composition(other, 0, one.depth))
+    assert_same_bits(one.run(0, one.num_layers), composition(other, 0, one.num_layers))
     assert_same_bits([one.k_cache, one.v_cache], [other.k_cache, other.v_cache])
 
 
@@ -193,12 +197,12 @@ def test_is_the_composition_of_the_ops(
 def test_depth_can_be_cut_anywhere(path: str, sizes: Sizes, dtype: torch.dtype) -> None:
     one = case(sizes, dtype, [5, 0, 57], 7)
     untouched = one.copy()
-    expected = one.run(0, one.depth)
-    for cut in range(one.depth + 1):
+    expected = one.run(0, one.num_layers)
+    for cut in range(one.num_layers + 1):
         other = untouched.copy()
         shallow = other.run(0, cut)
         assert_same_bits(other.k_cache[cut:], untouched.k_cache[cut:], "in layers that did not run")
-        assert_same_bits(other.run(cut, one.depth, shallow), expected, f"cut at {cut}")
+        assert_same_bits(other.run(cut, one.num_layers, shallow), expected, f"cut at {cut}")
         assert_same_bits([other.k_cache, other.v_cache], [one.k_cache, one.v_cache])
 
 
@@ -245,13 +249,13 @@ def test_rows_do_not_depend_on_each_other(isa: str, sizes: Sizes, dtype: torch.d
     """One row after another, each sequence alone: hidden states and cache as from all of them at once."""
     one = case(sizes, dtype, [5, 0, 250], 9, capacity=264)
     untouched = one.copy()
-    whole = one.run(0, one.depth)
+    whole = one.run(0, one.num_layers)
     for b in range(3):
         rows = untouched.part(b, 0, 9)
         for m in range(9):
             single = Case(rows.hidden[:, m : m + 1], one.weights, rows.k_cache, rows.v_cache, one.cos, one.sin,
                           rows.seq_lens + m)  # fmt: skip
-            assert_same_bits(single.run(0, one.depth), whole[b : b + 1, m : m + 1], f"(row {m} of sequence {b})")
+            assert_same_bits(single.run(0, one.num_layers), whole[b : b + 1, m : m + 1], f"(row {m} of sequence {b})")
         assert_same_bits(rows.k_cache, one.k_cache[:, b : b + 1])
         assert_same_bits(rows.v_cache, one.v_cache[:, b : b + 1])
 
@@ -260,7 +264,7 @@ def test_rows_do_not_depend_on_each_other(isa: str, sizes: Sizes, dtype: torch.d
 @pytest.mark.parametrize("sizes", SIZES)
 def test_threads_agree(isa: str, sizes: Sizes, dtype: torch.dtype) -> None:
     one = case(sizes, dtype, [5, 0, 250], 6, capacity=264)
-    assert_threads_agree(lambda: (one.run(0, one.depth), one.k_cache.clone(), one.v_cache.clone()))
+    assert_threads_agree(lambda: (one.run(0, one.num_layers), one.k_cache.clone(), one.v_cache.clone()))
 
 
 @pytest.mark.parametrize("length", [-1, 62])

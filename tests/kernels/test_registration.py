@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import layerskip_kernels as lk
 from layerskip_kernels import _extension
 from layerskip_kernels.functional import exit_head
 
-from .common import DTYPES, assert_same_bits
+from .common import DTYPES, assert_same_bits, run
 from .examples import CALLS, EPS, MUTATES, example
 
 DIFFERENTIABLE = ("rms_norm", "linear", "swiglu")
@@ -55,7 +56,7 @@ def test_opcheck_of_the_native_library(op: str, options: bool) -> None:
 def test_fake_has_the_shape_dtype_and_strides_of_the_result(op: str, options: bool, dtype: torch.dtype) -> None:
     given = example(op, dtype, options)
     args = [_transposed(arg) if name in ("x", "q", "hidden") else arg for name, arg in given.items()]
-    real = getattr(lk, op)(*args)
+    real = run(op, *args)
     fake = getattr(torch.ops.layerskip, op)(*[_meta(arg) for arg in args])
     pairs = [(real, fake)] if isinstance(real, Tensor) else zip(real, fake, strict=True)
     for one, other in pairs:
@@ -74,8 +75,8 @@ def _meta(arg: Any) -> Any:
 
 def compiled_equals_eager(op: str, options: bool, backend: str) -> None:
     eager, traced, before = (example(op, options=options) for _ in range(3))
-    expected = getattr(lk, op)(*eager.values())
-    actual = torch.compile(getattr(lk, op), fullgraph=True, backend=backend)(*traced.values())
+    expected = run(op, *eager.values())
+    actual = torch.compile(partial(run, op), fullgraph=True, backend=backend)(*traced.values())
     assert_same_bits(actual, expected)
     for name in MUTATES.get(op, ()):
         assert_same_bits(traced[name], eager[name])
@@ -93,7 +94,7 @@ def test_compiles_as_one_graph(op: str, options: bool) -> None:
 
 def step(args: dict[str, Any], norm: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """A decoding step as a user would compile it: ops between torch's own, state updated in place."""
-    hidden = lk.partial_forward(*args.values())
+    hidden = run("partial_forward", *args.values())
     out = exit_head(hidden.flatten(0, 1) * 2, norm, head, EPS)
     accepted = lk.accept_greedy(out.token.view(2, 3)[:, :2], out.token.view(2, 3), args["seq_lens"])
     return out.logsumexp + 1, accepted.next_token
@@ -118,8 +119,8 @@ def test_gradients_through_a_compiled_graph(op: str) -> None:
     torch._dynamo.reset()
     args = differentiable(example(op))
     leaves = [arg for arg in args if isinstance(arg, Tensor)]
-    expected = torch.autograd.grad(getattr(lk, op)(*args).square().sum(), leaves)
-    compiled = torch.compile(getattr(lk, op), fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(run(op, *args).square().sum(), leaves)
+    compiled = torch.compile(partial(run, op), fullgraph=True, backend="aot_eager")
     actual = torch.autograd.grad(compiled(*args).square().sum(), leaves)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)

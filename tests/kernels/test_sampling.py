@@ -28,14 +28,14 @@ EPS = 1e-5
 SHAPES = [(1, 1, 1), (7, 9, 41), (9, 41, 7), (0, 16, 8), (5, 64, 2048), (3, 40, 5003)]  # R, D, V
 
 
-def head_of(dtype: torch.dtype, rows: int, width: int, vocabulary: int, kind: str) -> list[Any]:
+def head_of(dtype: torch.dtype, rows: int, width: int, vocab_size: int, kind: str) -> list[Any]:
     """The greedy arguments; an int8 head comes with a token map."""
-    make = Inputs(dtype, seed=vocabulary)
+    make = Inputs(dtype, seed=vocab_size)
     if kind == "full":
-        return [make.normal(rows, width), make.norm(width), make.weight(vocabulary, width), EPS, None, None]
-    scale = torch.full((vocabulary,), width**-0.5 / 64)
-    weight = make.integers(-127, 128, vocabulary, width).to(torch.int8)
-    tokens = torch.randperm(vocabulary, generator=make.generator)
+        return [make.normal(rows, width), make.norm(width), make.weight(vocab_size, width), EPS, None, None]
+    scale = torch.full((vocab_size,), width**-0.5 / 64)
+    weight = make.integers(-127, 128, vocab_size, width).to(torch.int8)
+    tokens = torch.randperm(vocab_size, generator=make.generator)
     return [make.normal(rows, width), make.norm(width), weight, EPS, tokens, scale]
 
 
@@ -55,12 +55,12 @@ def test_it_is_the_gumbel_maximum_of_the_written_logits(
     path: str, shape: tuple[int, int, int], dtype: torch.dtype, kind: str
 ) -> None:
     """Against float64, from the op's own logits: the token up to near-ties, its logit and log-sum-exp of logits / T."""
-    rows, _, vocabulary = shape
+    rows, _, vocab_size = shape
     args, draws = head_of(dtype, *shape, kind), draws_of(rows, cold=True)
-    logits = torch.empty(rows, vocabulary)
+    logits = torch.empty(rows, vocab_size)
     out = lk.exit_head(*args, *draws, logits)
     temperature, seed, offset = draws
-    tokens = torch.arange(vocabulary) if args[4] is None else args[4]
+    tokens = torch.arange(vocab_size) if args[4] is None else args[4]
     noise = _noise.gumbel(seed[:, None], offset[:, None], tokens, _noise.DRAW).double()
     scaled = logits.double() / torch.where(temperature > 0, temperature, 1.0)[:, None].double()
     noisy = torch.where(temperature[:, None] > 0, scaled + noise, scaled)
@@ -139,12 +139,12 @@ def test_the_draw_follows_seed_position_and_token_alone(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_draws_have_the_distribution_of_softmax(path: str, subset: bool) -> None:
     """Seeds 0, 1, 2 …, one row each: chi-square of the tokens; a distribution at another temperature is told apart."""
-    rows, vocabulary, temperature = 100_000, 11, 0.8
+    rows, vocab_size, temperature = 100_000, 11, 0.8
     make = Inputs(torch.float32, seed=5)
-    hidden, head = make.normal(1, 8).expand(rows, 8), make.weight(vocabulary, 8)
-    tokens = torch.arange(vocabulary).flip(0) + 3 if subset else None
+    hidden, head = make.normal(1, 8).expand(rows, 8), make.weight(vocab_size, 8)
+    tokens = torch.arange(vocab_size).flip(0) + 3 if subset else None
     draws = torch.full((rows,), temperature), torch.arange(rows), torch.full((rows,), 12)
-    logits = torch.empty(rows, vocabulary)
+    logits = torch.empty(rows, vocab_size)
     with running_on(path):
         found = lk.exit_head(hidden, torch.ones(8), head, EPS, tokens, None, *draws, logits).token
     if tokens is not None:

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import layerskip_kernels as lk
-
-from .common import DTYPES, assert_same_bits
+from .common import DTYPES, assert_same_bits, run
 from .examples import SIZES, example
 
 OPS = ("rope_kv_append", "verify_attention", "partial_forward", "draft", "speculative_round")
@@ -81,4 +79,4 @@ def test_slots_that_are_no_rows_of_the_cache(path: str, op: str, slots: tuple[in
     moved["slots"] = torch.tensor(slots)
     args = [moved[name] for name in names[: names.index("slots")] if name in moved]
     with pytest.raises(ValueError, match=r"slots"):
-        getattr(lk, op)(*args, slots=moved["slots"])
+        run(op, *args, slots=moved["slots"])

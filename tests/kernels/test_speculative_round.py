@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip_kernels.rounds import compose_round
 
 from .common import (
     DTYPES,
@@ -19,6 +20,7 @@ from .common import (
     assert_threads_agree,
     chi_square_p,
     rope_tables,
+    run,
     running_on,
 )
 from .examples import EPS, SIZES, example
@@ -31,20 +33,21 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, ...]:
     layers = [args[name] for name in ("k_cache", "v_cache", "cos", "sin", "seq_lens")]
     head, depth, each = (args["norm_weight"], args["head_weight"], EPS), SIZES["L"], 9
     shallow, deep = args["weights"][: each * args["exit_layer"]], args["weights"][each * args["exit_layer"] :]
-    slots, temperature, limit = args.get("slots"), args.get("temperature"), args.get("min_probability", 0.0)
+    slots, temperature, limit = args.get("slots"), args.get("temperature"), args.get("draft_threshold", 0.0)
     draws = () if temperature is None else (temperature, args["seed"])
-    batch, steps, scored = len(args["token"]), args["steps"], len(args["draft_weight"])
+    batch, steps, scored = len(args["token"]), args["num_speculations"], len(args["draft_head_weight"])
     draft_logits = torch.empty(batch, steps, scored) if draws else None
-    drafted = lk.draft(
-        args["token"], args["embedding"], shallow, *layers, args["exit_layer"], head[0], args["draft_weight"], EPS,
-        steps, True, args["draft_map"], args["draft_scale"], slots, limit, *(draws or (None, None)), draft_logits,
+    drafted = run(
+        "draft", args["token"], args["embedding"], shallow, *layers, args["exit_layer"], head[0],
+        args["draft_head_weight"], EPS, steps, True, args["draft_token_map"], args["draft_head_scale"], slots, limit,
+        *(draws or (None, None)), draft_logits,
     )  # fmt: skip
-    hidden = lk.partial_forward(drafted.states, deep, *layers, args["exit_layer"], depth, EPS, slots)
+    hidden = run("partial_forward", drafted.states, deep, *layers, args["exit_layer"], depth, EPS, slots)
     logits = torch.empty(batch, steps + 1, SIZES["V"])
     target = lk.exit_head(hidden.flatten(0, 1), *head, logits=logits.view(-1, SIZES["V"])).token.view(batch, steps + 1)
     if draws:
         accepted = lk.accept_sampled(
-            drafted.tokens, draft_logits.nan_to_num(0), logits, args["seq_lens"], *draws, args["draft_map"]
+            drafted.tokens, draft_logits.nan_to_num(0), logits, args["seq_lens"], *draws, args["draft_token_map"]
         )
     else:
         accepted = lk.accept_greedy(drafted.tokens, target, args["seq_lens"])
@@ -60,17 +63,17 @@ def with_nan(args: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", [False, True])
-@pytest.mark.parametrize("min_probability", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("draft_threshold", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", PATHS)
-def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, min_probability: float, options: bool) -> None:
+def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, draft_threshold: float, options: bool) -> None:
     args, other = (with_nan(example("speculative_round", dtype, options)) for _ in range(2))
     for one in (args, other):
-        one["min_probability"] = min_probability
-        if min_probability and options:  # only a greedy draft may end before a token
+        one["draft_threshold"] = draft_threshold
+        if draft_threshold and options:  # only a greedy draft may end before a token
             one.update(temperature=None, seed=None)
     with running_on(path):
-        out, expected = tuple(lk.speculative_round(**args)), composed(other)
+        out, expected = tuple(run("speculative_round", **args)), composed(other)
     assert_same_bits(out, expected)
     assert_same_bits(args["seq_lens"], other["seq_lens"])
     for b, length in enumerate(args["seq_lens"].tolist()):
@@ -79,11 +82,23 @@ def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, min_pro
             assert_same_result(path, args[name][:, row, :, :length], other[name][:, row, :, :length])
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"exit_layer": SIZES["L"]}])
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_native_op_is_the_composite_in_python(isa: str, dtype: torch.dtype, options: bool) -> None:
+    """`compose_round` over the native ops: the same results, and the same bits in everything that is written."""
+    args, other = (example("speculative_round", dtype, options) for _ in range(2))
+    names = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
+    ops = {op: getattr(torch.ops.layerskip_native, op) for op in names}
+    out, expected = run("speculative_round", *args.values()), compose_round(ops, *other.values())
+    assert_same_bits(tuple(out), expected)
+    assert_same_bits([args[name] for name in IN_PLACE], [other[name] for name in IN_PLACE])
+
+
+@pytest.mark.parametrize("change", [{"num_speculations": 0}, {"exit_layer": SIZES["L"]}])
 def test_edges(path: str, change: dict[str, int]) -> None:
     """No drafts at all is one step of the whole model; an exit after the last layer leaves no deep ones."""
     args, other = ({**with_nan(example("speculative_round")), **change} for _ in range(2))
-    assert_same_bits(tuple(lk.speculative_round(**args)), composed(other))
+    assert_same_bits(tuple(run("speculative_round", **args)), composed(other))
 
 
 @pytest.mark.parametrize("full_head", [False, True])
@@ -91,16 +106,16 @@ def test_edges(path: str, change: dict[str, int]) -> None:
 def test_rounds_give_the_tokens_of_autoregressive_decoding(isa: str, dtype: torch.dtype, full_head: bool) -> None:
     """Greedy, to the bit, whatever the draft head."""
     args = with_nan(example("speculative_round", dtype))
-    args.update(steps=2)
+    args.update(num_speculations=2)
     if full_head:
-        args.update(draft_weight=None, draft_map=None, draft_scale=None)
+        args.update(draft_head_weight=None, draft_token_map=None, draft_head_scale=None)
     plain = with_nan(example("speculative_round", dtype))
     layers = [plain[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin", "seq_lens")]
     head = plain["norm_weight"], plain["head_weight"], EPS
-    expected = lk.draft(plain["token"], plain["embedding"], *layers, SIZES["L"], *head, 5, False).tokens
+    expected = run("draft", plain["token"], plain["embedding"], *layers, SIZES["L"], *head, 5, False).tokens
     texts: list[list[int]] = [[], []]
     while min(map(len, texts)) < 4:
-        out = lk.speculative_round(**args)
+        out = run("speculative_round", **args)
         for b, text in enumerate(texts):
             text += [*out.tokens[b, : out.accepted[b]].tolist(), int(out.next_token[b])]
         args["token"] = out.next_token
@@ -110,19 +125,19 @@ def test_rounds_give_the_tokens_of_autoregressive_decoding(isa: str, dtype: torc
 
 def test_sequences_do_not_meet(isa: str) -> None:
     make = lambda: with_nan(example("speculative_round", torch.bfloat16, True))  # noqa: E731
-    assert_threads_agree(lambda: tuple(lk.speculative_round(**make())))
-    together = tuple(lk.speculative_round(**make()))
+    assert_threads_agree(lambda: tuple(run("speculative_round", **make())))
+    together = tuple(run("speculative_round", **make()))
     for b in range(SIZES["B"]):
         own = make()
         for name in ("token", "seq_lens", "slots", "temperature", "seed"):
             own[name] = own[name][b : b + 1].clone()
-        assert_same_bits(tuple(lk.speculative_round(**own)), tuple(one[b : b + 1] for one in together))
+        assert_same_bits(tuple(run("speculative_round", **own)), tuple(one[b : b + 1] for one in together))
 
 
 def test_a_model_that_is_not_finite_says_so(path: str) -> None:
     args = example("speculative_round")
     args["norm_weight"] = torch.full_like(args["norm_weight"], float("nan"))
-    out = lk.speculative_round(**args)
+    out = run("speculative_round", **args)
     assert (out.tokens[:, 0] == -1).all()
     assert out.accepted.tolist() == [0, 0]
     assert out.next_token.tolist() == [-1, -1]
@@ -130,15 +145,15 @@ def test_a_model_that_is_not_finite_says_so(path: str) -> None:
 
 def tiny_model(batch: int) -> dict[str, Any]:
     """Two layers and eleven tokens, the draft's head knows seven of them; many sequences of one token."""
-    make, size, vocabulary = Inputs(torch.float32, seed=2), 8, 11
+    make, size, vocab_size = Inputs(torch.float32, seed=2), 8, 11
     shapes = [(8,), (8, 8), (8, 8), (8, 8), (8, 8), (8,), (12, 8), (12, 8), (8, 12)]
     weights = [make.norm(8) if len(shape) == 1 else make.weight(*shape) for _ in range(2) for shape in shapes]
     cos, sin = rope_tables(6, size)
     return {
-        "token": torch.full((batch,), 3), "embedding": make.normal(vocabulary, 8), "weights": weights,
+        "token": torch.full((batch,), 3), "embedding": make.normal(vocab_size, 8), "weights": weights,
         "k_cache": torch.zeros(2, batch, 1, 6, size), "v_cache": torch.zeros(2, batch, 1, 6, size), "cos": cos,
         "sin": sin, "seq_lens": torch.zeros(batch, dtype=torch.int64), "exit_layer": 1, "norm_weight": make.norm(8),
-        "head_weight": make.weight(vocabulary, 8), "eps": EPS, "steps": 2,
+        "head_weight": make.weight(vocab_size, 8), "eps": EPS, "num_speculations": 2,
     }  # fmt: skip
 
 
@@ -147,7 +162,7 @@ def true_probabilities(model: dict[str, Any], tokens: list[int], temperature: fl
     hidden = model["embedding"][torch.tensor([tokens])]
     caches = [torch.zeros(2, 1, 1, 6, 8) for _ in range(2)]
     start = torch.zeros(1, dtype=torch.int64)
-    hidden = lk.partial_forward(hidden, model["weights"], *caches, model["cos"], model["sin"], start, 0, 2, EPS)
+    hidden = run("partial_forward", hidden, model["weights"], *caches, model["cos"], model["sin"], start, 0, 2, EPS)
     logits = torch.empty(1, 11)
     lk.exit_head(hidden[:, -1], model["norm_weight"], model["head_weight"], EPS, logits=logits)
     return (logits[0].double() / temperature).softmax(0)
@@ -161,10 +176,10 @@ def test_sampled_rounds_have_the_distribution_of_the_whole_model(path: str, head
     model = tiny_model(batch)
     draws = {"temperature": torch.full((batch,), temperature), "seed": torch.arange(batch)}
     if head == "subset":
-        draft_map = torch.tensor([9, 0, 4, 5, 7, 1, 2])
-        draws.update(draft_weight=model["head_weight"][draft_map], draft_map=draft_map)
+        draft_token_map = torch.tensor([9, 0, 4, 5, 7, 1, 2])
+        draws.update(draft_head_weight=model["head_weight"][draft_token_map], draft_token_map=draft_token_map)
     with running_on(path):
-        out = lk.speculative_round(**model, **draws)
+        out = run("speculative_round", **model, **draws)
         first = torch.where(out.accepted > 0, out.tokens[:, 0], out.next_token)
         assert chi_square_p(first, true_probabilities(model, [3], temperature)) > 1e-4
         assert 0.1 < float((out.accepted > 0).float().mean()) < 0.95

@@ -304,9 +304,9 @@ class TestEnv:
         assert torch.__version__ in printed
 
     def test_no_op_is_forgotten(self):
-        from layerskip_kernels import _ops
+        from layerskip_kernels.schemas import SCHEMAS
 
-        assert set(env.example_arguments("cpu")) == {op for op in _ops.SCHEMAS if not op.endswith("_backward")}
+        assert set(env.example_arguments("cpu")) == {op for op in SCHEMAS if not op.endswith("_backward")}
 
     def test_the_examples_can_be_called(self):
         for op, arguments in env.example_arguments("cpu").items():

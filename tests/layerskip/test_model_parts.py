@@ -7,8 +7,7 @@ import torch
 from helpers import random_tokens, tiny_model
 
 from layerskip import EarlyExitHead, PartialDepthDecoder, SharedKVCache, adapt
-from layerskip.models import LayerWeights
-from layerskip_kernels import exit_head, partial_forward
+from layerskip_kernels import KVCache, LayerWeights, exit_head, partial_forward
 
 # Largest difference to the expected states, which are of order 1.
 TOLERANCES = {
@@ -82,10 +81,8 @@ class TestDecoder:
         cache, expected = decoder.new_cache(1, 8), decoder.new_cache(1, 8)
         cache.seq_lens.fill_(3)
         out = decoder(hidden, cache, 1, 3, seq_lens=torch.tensor([1]))
-        want = partial_forward(
-            hidden, decoder.layer_weights(1, 3), expected.k, expected.v, decoder._cos, decoder._sin,
-            torch.tensor([1]), 1, 3, decoder.eps,
-        )  # fmt: skip
+        places = KVCache(expected.k, expected.v, decoder._cos, decoder._sin, torch.tensor([1]))
+        want = partial_forward(hidden, decoder.layer_weights(1, 3), places, 1, 3, decoder.eps)
         assert torch.equal(out, want)
         assert torch.equal(cache.k, expected.k)
         assert cache.seq_lens.tolist() == [3]

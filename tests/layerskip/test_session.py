@@ -174,9 +174,9 @@ def test_finished_rows_cost_nothing(decoder, monkeypatch):
     """They are not among the rows that the kernels are given."""
     sizes = []
 
-    def watched(*args):
+    def watched(*args, **named):
         sizes.append(args[0].shape[0])
-        return layerskip_kernels.speculative_round(*args)
+        return layerskip_kernels.speculative_round(*args, **named)
 
     monkeypatch.setattr(ROUND, watched)
     decoder.generate(
@@ -190,9 +190,9 @@ def test_finished_rows_cost_nothing(decoder, monkeypatch):
 def test_requests_that_share_an_exit_share_their_rounds(decoder, monkeypatch):
     calls = []
 
-    def watched(*args):
-        calls.append((args[8], args[0].shape[0]))
-        return layerskip_kernels.speculative_round(*args)
+    def watched(*args, **named):
+        calls.append((args[4], args[0].shape[0]))
+        return layerskip_kernels.speculative_round(*args, **named)
 
     monkeypatch.setattr(ROUND, watched)
     session = decoder.open_session(4, max_seq_len=40)

@@ -9,7 +9,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> accept_greedy_op(const Tensor& draft_in, const Tensor& target_in, const Tensor& seq_lens) {
   const DeviceScope scope(draft_in, {&target_in, &seq_lens});
-  STD_TORCH_CHECK(draft_in.dim() == 2, "draft must have rank 2");
+  LSK_REQUIRE(draft_in.dim() == 2, "draft must have rank 2");
   const Tensor draft = contiguous(draft_in), target = contiguous(target_in);
   const int64_t batch = draft.size(0), drafted = draft.size(1);
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor> accept_sampled_op(const Tensor& draft_in, const Tenso
                                              const std::optional<Tensor>& token_map) {
   const DeviceScope scope(draft_in, {&draft_logits_in, &target_logits_in, &seq_lens, &temperature, &seed});
   check_device(draft_in, {&token_map});
-  STD_TORCH_CHECK(draft_in.dim() == 2 && draft_logits_in.dim() == 3 && target_logits_in.dim() == 3,
-                  "draft must have rank 2, the logits 3");
+  LSK_REQUIRE(draft_in.dim() == 2 && draft_logits_in.dim() == 3 && target_logits_in.dim() == 3,
+              "draft must have rank 2, the logits 3");
   const Tensor draft = contiguous(draft_in), draft_logits = contiguous(draft_logits_in);
   const Tensor target_logits = contiguous(target_logits_in);
   Tensor accepted = torch::stable::empty_like(seq_lens), next_token = torch::stable::empty_like(seq_lens);

@@ -9,44 +9,44 @@ namespace lsk {
 
 struct Drafting {
   const Tensor &token, &embedding;  // [B], [Ve, D]
-  int64_t steps;
+  int64_t num_speculations;
   bool extend;
-  float min_probability;
+  float draft_threshold;
   Tensor tokens, states, probability, hidden;  // [B, K], [B, K + extend, D], [B, K], [B, D]
 
-  Drafting(const Tensor& token, const Tensor& embedding, int64_t steps, bool extend, double min_probability)
+  Drafting(const Tensor& token, const Tensor& embedding, int64_t num_speculations, bool extend, double draft_threshold)
       : token(token),
         embedding(embedding),
-        steps(checked(token, embedding, steps)),
+        num_speculations(checked(token, embedding, num_speculations)),
         extend(extend),
-        min_probability(static_cast<float>(min_probability)),
-        tokens(torch::stable::new_empty(token, {token.size(0), steps})),
+        draft_threshold(static_cast<float>(draft_threshold)),
+        tokens(torch::stable::new_empty(token, {token.size(0), num_speculations})),
         states(torch::stable::new_empty(embedding, {token.size(0), rows(), embedding.size(1)})),
-        probability(torch::stable::new_empty(token, {token.size(0), steps}, ScalarType::Float)),
+        probability(torch::stable::new_empty(token, {token.size(0), num_speculations}, ScalarType::Float)),
         hidden(torch::stable::new_empty(embedding, {token.size(0), embedding.size(1)})) {}
 
-  int64_t rows() const { return steps + (extend ? 1 : 0); }
+  int64_t rows() const { return num_speculations + (extend ? 1 : 0); }
   bool empty() const { return token.size(0) == 0 || rows() == 0; }
 
   // Of the layers that run on one row of each sequence at a time.
   ForwardShape shape(const LayerStack& stack) const {
-    const ForwardShape out = stack.shape(token.size(0), 1, embedding.size(1));
-    STD_TORCH_CHECK(rows() <= out.capacity, rows(), " rows do not fit a cache of capacity ", out.capacity);
+    const ForwardShape out = forward_shape(stack, token.size(0), 1, embedding.size(1));
+    LSK_REQUIRE(rows() <= out.capacity, rows(), " rows do not fit a cache of capacity ", out.capacity);
     return out;
   }
 
   template <class T>
   DraftArgs<T> args(const Tensor& partial) const {
-    const int64_t batch = token.size(0), vocabulary = embedding.size(0), width = embedding.size(1);
-    STD_TORCH_CHECK(vocabulary > 0, "embedding has no rows");
+    const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = embedding.size(1);
+    LSK_REQUIRE(vocab_size > 0, "embedding has no rows");
     return {data<int64_t>(token, "token", {batch}),
-            data<T>(embedding, "embedding", {vocabulary, width}),
+            data<T>(embedding, "embedding", {vocab_size, hidden_size}),
             batch,
-            vocabulary,
-            width,
-            steps,
+            vocab_size,
+            hidden_size,
+            num_speculations,
             extend,
-            min_probability,
+            draft_threshold,
             static_cast<int64_t*>(tokens.data_ptr()),
             static_cast<T*>(states.data_ptr()),
             static_cast<float*>(probability.data_ptr()),
@@ -55,17 +55,17 @@ struct Drafting {
   }
 
  private:
-  static int64_t checked(const Tensor& token, const Tensor& embedding, int64_t steps) {
-    STD_TORCH_CHECK(token.dim() == 1 && embedding.dim() == 2, "token must have rank 1, embedding 2");
-    STD_TORCH_CHECK(steps >= 0, "steps must not be negative, got ", steps);
-    return steps;
+  static int64_t checked(const Tensor& token, const Tensor& embedding, int64_t num_speculations) {
+    LSK_REQUIRE(token.dim() == 1 && embedding.dim() == 2, "token must have rank 1, embedding 2");
+    LSK_REQUIRE(num_speculations >= 0, "num_speculations must not be negative, got ", num_speculations);
+    return num_speculations;
   }
 };
 
 template <class T>
 Layers<T> layers_of(const LayerStack& stack, const std::vector<LayerWeights<T>>& layers, const ForwardShape& shape,
                     const Tensor& memory) {
-  return {layers.data(), static_cast<int64_t>(layers.size()), stack.args<T>(shape),
+  return {layers.data(), static_cast<int64_t>(layers.size()), forward_args<T>(stack, shape),
           ForwardScratch<T>(shape, memory.data_ptr())};
 }
 

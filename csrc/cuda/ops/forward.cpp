@@ -9,22 +9,22 @@ Tensor partial_forward_op(const Tensor& hidden_in, const std::vector<Tensor>& we
                           const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens,
                           int64_t start, int64_t end, double eps, const std::optional<Tensor>& slots) {
   const DeviceScope scope(hidden_in, {&k_cache, &v_cache, &cos, &sin, &seq_lens, slots ? &*slots : &seq_lens});
-  STD_TORCH_CHECK(hidden_in.dim() == 3 && k_cache.dim() == 5, "hidden must have rank 3, the cache 5");
-  STD_TORCH_CHECK(0 <= start && start <= end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
-                  k_cache.size(0));
+  LSK_REQUIRE(hidden_in.dim() == 3 && k_cache.dim() == 5, "hidden must have rank 3, the cache 5");
+  LSK_REQUIRE(0 <= start && start <= end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
+              k_cache.size(0));
   const Tensor hidden = contiguous(hidden_in);
   if (start == end || hidden.numel() == 0) return torch::stable::clone(hidden);
   Tensor out = torch::stable::empty_like(hidden);
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, start, end, eps};
-  const int64_t width = hidden.size(2);
-  const ForwardShape shape = stack.shape(hidden.size(0), hidden.size(1), width);
+  const int64_t hidden_size = hidden.size(2);
+  const ForwardShape shape = forward_shape(stack, hidden.size(0), hidden.size(1), hidden_size);
   with_device_type(hidden.scalar_type(), [&]<class T>(T*) {
     const std::vector<LayerWeights<T>> layers = stack.layers<T>(shape);
     const Tensor memory = scratch_bytes(hidden, ForwardScratch<T>::bytes(shape));
     const ForwardScratch<T> scratch(shape, memory.data_ptr());
-    ForwardArgs<T> args = stack.args<T>(shape);
-    args.in = {static_cast<const T*>(hidden.data_ptr()), width};
-    args.out = {static_cast<T*>(out.data_ptr()), width};
+    ForwardArgs<T> args = forward_args<T>(stack, shape);
+    args.in = {static_cast<const T*>(hidden.data_ptr()), hidden_size};
+    args.out = {static_cast<T*>(out.data_ptr()), hidden_size};
     Chain chain(scope.stream());
     check_launch("partial_forward", clear_tickets(chain, scratch.attention, memory.data_ptr()));
     check_launch("partial_forward", forward<T>(chain, args, layers.data(), end - start, scratch));

@@ -9,7 +9,7 @@ namespace lsk {
 // Of tensors that may be absent: those that are there must lie on the device of `first`.
 inline void check_device(const Tensor& first, std::initializer_list<const std::optional<Tensor>*> others) {
   for (const std::optional<Tensor>* other : others) {
-    STD_TORCH_CHECK(
+    LSK_REQUIRE(
         !other->has_value() || ((*other)->is_cuda() && (*other)->get_device_index() == first.get_device_index()),
         "expected all tensors on cuda:", first.get_device_index());
   }
@@ -28,45 +28,45 @@ void with_head_types(ScalarType dtype, bool int8, F f) {
 }
 
 template <class T, class W>
-Head<T, W> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t width, double eps,
+Head<T, W> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hidden_size, double eps,
                    const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale) {
-  const int64_t vocabulary = head_weight.size(0);
-  STD_TORCH_CHECK(vocabulary > 0, "head_weight has no rows");
-  STD_TORCH_CHECK(eps >= 0, "eps must not be negative, got ", eps);
-  check_sizes({vocabulary, width});
-  return {data<T>(norm_weight, "norm_weight", {width}),
-          data<W>(head_weight, "head_weight", {vocabulary, width}),
-          data<float>(scale, "scale", {vocabulary}),
-          data<int64_t>(token_map, "token_map", {vocabulary}),
-          vocabulary,
-          width,
+  const int64_t vocab_size = head_weight.size(0);
+  LSK_REQUIRE(vocab_size > 0, "head_weight has no rows");
+  LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
+  check_sizes({vocab_size, hidden_size});
+  return {data<T>(norm_weight, "norm_weight", {hidden_size}),
+          data<W>(head_weight, "head_weight", {vocab_size, hidden_size}),
+          data<float>(scale, "scale", {vocab_size}),
+          data<int64_t>(token_map, "token_map", {vocab_size}),
+          vocab_size,
+          hidden_size,
           static_cast<float>(eps)};
 }
 
 // Where logits are written: their rows are contiguous, but may lie apart.
 inline float* writable_logits(const std::optional<Tensor>& logits, std::initializer_list<int64_t> shape) {
   if (!logits.has_value()) return nullptr;
-  STD_TORCH_CHECK(logits->scalar_type() == ScalarType::Float, "logits has an unexpected dtype");
-  STD_TORCH_CHECK(logits->dim() == static_cast<int64_t>(shape.size()), "logits has rank ", logits->dim(), ", expected ",
-                  shape.size());
+  LSK_REQUIRE(logits->scalar_type() == ScalarType::Float, "logits has an unexpected dtype");
+  LSK_REQUIRE(logits->dim() == static_cast<int64_t>(shape.size()), "logits has rank ", logits->dim(), ", expected ",
+              shape.size());
   int64_t dim = 0;
   for (int64_t size : shape) {
-    STD_TORCH_CHECK(logits->size(dim) == size, "logits has size ", logits->size(dim), " in dimension ", dim,
-                    ", expected ", size);
+    LSK_REQUIRE(logits->size(dim) == size, "logits has size ", logits->size(dim), " in dimension ", dim, ", expected ",
+                size);
     ++dim;
   }
-  STD_TORCH_CHECK(logits->size(dim - 1) <= 1 || logits->stride(dim - 1) == 1, "the rows of logits must be contiguous");
+  LSK_REQUIRE(logits->size(dim - 1) <= 1 || logits->stride(dim - 1) == 1, "the rows of logits must be contiguous");
   return static_cast<float*>(logits->data_ptr());
 }
 
 // Room for what the tiles of a head leave of `rows` states.
-inline Tensor partial_choices(const Tensor& like, int64_t rows, int64_t vocabulary) {
-  return scratch_bytes(like, rows * head_tiles(vocabulary) * static_cast<int64_t>(sizeof(Choice)));
+inline Tensor partial_choices(const Tensor& like, int64_t rows, int64_t vocab_size) {
+  return scratch_bytes(like, rows * head_tiles(vocab_size) * static_cast<int64_t>(sizeof(Choice)));
 }
 
-inline void check_head_launch(const char* op, int64_t width, cudaError_t status) {
-  STD_TORCH_CHECK(status != cudaErrorInvalidConfiguration, op, " cannot hold a state of width ", width,
-                  " in this card's shared memory; use the backend \"triton\" or \"reference\"");
+inline void check_head_launch(const char* op, int64_t hidden_size, cudaError_t status) {
+  LSK_REQUIRE(status != cudaErrorInvalidConfiguration, op, " cannot hold a state of width ", hidden_size,
+              " in this card's shared memory; use the backend \"triton\" or \"reference\"");
   check_launch(op, status);
 }
 

@@ -10,7 +10,7 @@ using torch::stable::new_empty;
 Tensor linear_op(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& residual_in) {
   const DeviceScope scope(x_in, {&weight, bias ? &*bias : &x_in, residual_in ? &*residual_in : &x_in});
-  STD_TORCH_CHECK(x_in.dim() == 2 && weight.dim() == 2, "x and weight must have rank 2");
+  LSK_REQUIRE(x_in.dim() == 2 && weight.dim() == 2, "x and weight must have rank 2");
   const Tensor x = contiguous(x_in);
   const int64_t rows = x.size(0), depth = x.size(1), outputs = weight.size(0);
   check_sizes({depth, outputs});
@@ -29,16 +29,17 @@ Tensor linear_op(const Tensor& x_in, const Tensor& weight, const std::optional<T
 
 Tensor swiglu_op(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
   const DeviceScope scope(x_in, {&gate, &up});
-  STD_TORCH_CHECK(x_in.dim() == 2 && gate.dim() == 2, "x and gate must have rank 2");
+  LSK_REQUIRE(x_in.dim() == 2 && gate.dim() == 2, "x and gate must have rank 2");
   const Tensor x = contiguous(x_in);
-  const int64_t rows = x.size(0), depth = x.size(1), features = gate.size(0);
-  check_sizes({depth, features});
-  Tensor out = new_empty(x, {rows, features});
+  const int64_t rows = x.size(0), depth = x.size(1), intermediate_size = gate.size(0);
+  check_sizes({depth, intermediate_size});
+  Tensor out = new_empty(x, {rows, intermediate_size});
   with_device_type(x.scalar_type(), [&]<class T>(T*) {
     Chain chain(scope.stream());
     check_launch("swiglu", swiglu<T>(chain, {data<T>(x, "x", {rows, depth}), depth}, nullptr, 0.0f,
-                                     data<T>(gate, "gate", {features, depth}), data<T>(up, "up", {features, depth}),
-                                     rows, depth, features, {static_cast<T*>(out.data_ptr()), features}));
+                                     data<T>(gate, "gate", {intermediate_size, depth}),
+                                     data<T>(up, "up", {intermediate_size, depth}), rows, depth, intermediate_size,
+                                     {static_cast<T*>(out.data_ptr()), intermediate_size}));
   });
   return out;
 }

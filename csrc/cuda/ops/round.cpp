@@ -15,8 +15,8 @@ struct Heads {
   const std::optional<Tensor>&map, &scale;  // of `small`
   double eps;
 
-  int64_t few() const { return small.size(0); }
-  int64_t many() const { return full.size(0); }
+  int64_t draft_vocab_size() const { return small.size(0); }
+  int64_t vocab_size() const { return full.size(0); }
 };
 
 // Logits of a round with a temperature, [B, K, Vd] and [B, K + 1, V], and the scratch of their acceptance.
@@ -25,12 +25,12 @@ struct Logits {
   SampledScratch scratch;
 
   Logits(const Drafting& drafting, const Heads& heads)
-      : draft(room(drafting, drafting.steps, heads.few())),
-        target(room(drafting, drafting.rows(), heads.many())),
-        scratch(drafting.tokens, heads.few(), heads.many(), heads.map.has_value()) {}
+      : draft(room(drafting, drafting.num_speculations, heads.draft_vocab_size())),
+        target(room(drafting, drafting.rows(), heads.vocab_size())),
+        scratch(drafting.tokens, heads.draft_vocab_size(), heads.vocab_size(), heads.map.has_value()) {}
 
-  static Tensor room(const Drafting& drafting, int64_t rows, int64_t vocabulary) {
-    return torch::stable::new_empty(drafting.token, {drafting.token.size(0), rows, vocabulary}, ScalarType::Float);
+  static Tensor room(const Drafting& drafting, int64_t rows, int64_t vocab_size) {
+    return torch::stable::new_empty(drafting.token, {drafting.token.size(0), rows, vocab_size}, ScalarType::Float);
   }
 };
 
@@ -40,7 +40,8 @@ struct Verified {
   std::unique_ptr<Logits> logits;  // null: greedy
 
   Verified(const Drafting& drafting, const Heads& heads, const Tensor& seq_lens, bool sampled)
-      : partial(partial_choices(drafting.token, rows(drafting), std::max(heads.few(), heads.many()))),
+      : partial(
+            partial_choices(drafting.token, rows(drafting), std::max(heads.draft_vocab_size(), heads.vocab_size()))),
         target(torch::stable::new_empty(drafting.token, {rows(drafting)})),
         scores(torch::stable::new_empty(drafting.token, {2, rows(drafting)}, ScalarType::Float)),
         accepted(torch::stable::empty_like(seq_lens)),
@@ -59,7 +60,7 @@ struct Depths {
   Depths(const Drafting& drafting, const LayerStack& shallow, const LayerStack& deep)
       : shallow(shallow), deep(deep), one(drafting.shape(shallow)), all(one) {
     all.rows = drafting.rows();
-    if (deep.start < deep.end) all = deep.shape(one.batch, all.rows, one.width);
+    if (deep.start < deep.end) all = forward_shape(deep, one.batch, all.rows, one.hidden_size);
   }
 };
 
@@ -75,8 +76,8 @@ void run(const DeviceScope& scope, const Drafting& drafting, const Depths& depth
       drafting.args<T>(verified.partial),
       layers_of<T>(depths.shallow, below, depths.one, memory),
       layers_of<T>(depths.shallow, above, depths.all, wide_memory),
-      head_of<T, W>(heads.norm_weight, heads.small, depths.one.width, heads.eps, heads.map, heads.scale),
-      head_of<T, T>(heads.norm_weight, heads.full, depths.one.width, heads.eps, {}, {}),
+      head_of<T, W>(heads.norm_weight, heads.small, depths.one.hidden_size, heads.eps, heads.map, heads.scale),
+      head_of<T, T>(heads.norm_weight, heads.full, depths.one.hidden_size, heads.eps, {}, {}),
       static_cast<Choice*>(verified.partial.data_ptr()),
       static_cast<int64_t*>(verified.target.data_ptr()),
       static_cast<float*>(verified.scores.data_ptr()),
@@ -85,37 +86,39 @@ void run(const DeviceScope& scope, const Drafting& drafting, const Depths& depth
       static_cast<int64_t*>(verified.next_token.data_ptr()),
       sampled};
   Chain chain(scope.stream());
-  check_head_launch("speculative_round", depths.one.width, speculative_round(chain, args));
+  check_head_launch("speculative_round", depths.one.hidden_size, speculative_round(chain, args));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
     const Tensor& token_in, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& k_cache,
     const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens, int64_t exit_layer,
-    const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t steps,
-    const std::optional<Tensor>& draft_weight, const std::optional<Tensor>& draft_map,
-    const std::optional<Tensor>& draft_scale, const std::optional<Tensor>& slots, double min_probability,
+    const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t num_speculations,
+    const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
+    const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
     const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed) {
   const DeviceScope scope(token_in,
                           {&embedding, &k_cache, &v_cache, &cos, &sin, &seq_lens, &norm_weight, &head_weight});
-  check_device(token_in, {&draft_weight, &draft_map, &draft_scale, &slots, &temperature, &seed});
-  const int64_t depth = k_cache.size(0), each = depth > 0 ? static_cast<int64_t>(weights.size()) / depth : 0;
-  STD_TORCH_CHECK(1 <= exit_layer && exit_layer <= depth, "exit_layer ", exit_layer, " of ", depth, " layers");
-  STD_TORCH_CHECK(!temperature.has_value() || seed.has_value(), "temperature needs seed");
+  check_device(token_in, {&draft_head_weight, &draft_token_map, &draft_head_scale, &slots, &temperature, &seed});
+  const int64_t num_layers = k_cache.size(0),
+                each = num_layers > 0 ? static_cast<int64_t>(weights.size()) / num_layers : 0;
+  LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer ", exit_layer, " of ", num_layers, " layers");
+  LSK_REQUIRE(!temperature.has_value() || seed.has_value(), "temperature needs seed");
   const Tensor token = contiguous(token_in);
-  const Heads heads{norm_weight, head_weight, draft_weight ? *draft_weight : head_weight, draft_map, draft_scale, eps};
-  const Drafting drafting(token, embedding, steps, true, min_probability);
+  const Heads heads{norm_weight,     head_weight,      draft_head_weight ? *draft_head_weight : head_weight,
+                    draft_token_map, draft_head_scale, eps};
+  const Drafting drafting(token, embedding, num_speculations, true, draft_threshold);
   Verified out(drafting, heads, seq_lens, temperature.has_value());
   if (token.size(0) == 0) return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
   const auto middle = weights.begin() + each * exit_layer;
   const std::vector<Tensor> below(weights.begin(), middle), above(middle, weights.end());
   const Depths depths(drafting, {below, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps},
-                      {above, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, depth, eps});
+                      {above, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, num_layers, eps});
   SampledArgs sampled{};
   if (out.logits != nullptr) {
     sampled = out.logits->scratch.args(drafting.tokens, out.logits->draft, out.logits->target, seq_lens, *temperature,
-                                       *seed, draft_map, out.accepted, out.next_token);
+                                       *seed, draft_token_map, out.accepted, out.next_token);
   }
-  with_head_types(embedding.scalar_type(), draft_scale.has_value(),
+  with_head_types(embedding.scalar_type(), draft_head_scale.has_value(),
                   [&]<class T, class W>(T*, W*) { run<T, W>(scope, drafting, depths, heads, out, sampled); });
   return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
 }

@@ -8,18 +8,19 @@ namespace lsk {
 
 class SampledScratch {
  public:
-  // For drafts [B, K] out of a head of `few` rows, verified by one of `many`.
-  SampledScratch(const Tensor& draft, int64_t few, int64_t many, bool mapped)
-      : few_(few),
-        many_(many),
-        stretches_(accept_stretches(many, few)),
+  // For drafts [B, K] out of a head of `draft_vocab_size` rows, verified by one of `vocab_size`.
+  SampledScratch(const Tensor& draft, int64_t draft_vocab_size, int64_t vocab_size, bool mapped)
+      : draft_vocab_size_(draft_vocab_size),
+        vocab_size_(vocab_size),
+        stretches_(accept_stretches(vocab_size, draft_vocab_size)),
         rows_(scratch_bytes(draft, draft.size(0) * (2 * draft.size(1) + 1) * stretches_ * bytes<Choice>())),
         picks_(scratch_bytes(draft, draft.size(0) * stretches_ * bytes<Pick>())),
-        inverse_(scratch_bytes(draft, mapped ? many * bytes<int>() : 0)),
+        inverse_(scratch_bytes(draft, mapped ? vocab_size * bytes<int>() : 0)),
         mapped_(mapped) {
-    STD_TORCH_CHECK(few > 0 && many > 0, "a head has no rows");
-    STD_TORCH_CHECK(mapped || few == many, "a draft's head of ", few, " rows for ", many, " tokens needs a token_map");
-    check_sizes({few, many});
+    LSK_REQUIRE(draft_vocab_size > 0 && vocab_size > 0, "a head has no rows");
+    LSK_REQUIRE(mapped || draft_vocab_size == vocab_size, "a draft's head of ", draft_vocab_size, " rows for ",
+                vocab_size, " tokens needs a token_map");
+    check_sizes({draft_vocab_size, vocab_size});
   }
 
   SampledArgs args(const Tensor& draft, const Tensor& draft_logits, const Tensor& target_logits, const Tensor& seq_lens,
@@ -27,18 +28,18 @@ class SampledScratch {
                    Tensor& accepted, Tensor& next_token) const {
     const int64_t batch = draft.size(0), drafted = draft.size(1);
     return {data<int64_t>(draft, "draft", {batch, drafted}),
-            data<float>(draft_logits, "draft_logits", {batch, drafted, few_}),
-            data<float>(target_logits, "target_logits", {batch, drafted + 1, many_}),
+            data<float>(draft_logits, "draft_logits", {batch, drafted, draft_vocab_size_}),
+            data<float>(target_logits, "target_logits", {batch, drafted + 1, vocab_size_}),
             data<int64_t>(seq_lens, "seq_lens", {batch}),
             data<float>(temperature, "temperature", {batch}),
             data<int64_t>(seed, "seed", {batch}),
-            data<int64_t>(token_map, "token_map", {few_}),
+            data<int64_t>(token_map, "token_map", {draft_vocab_size_}),
             static_cast<int64_t*>(accepted.data_ptr()),
             static_cast<int64_t*>(next_token.data_ptr()),
             batch,
             drafted,
-            few_,
-            many_,
+            draft_vocab_size_,
+            vocab_size_,
             static_cast<Choice*>(rows_.data_ptr()),
             static_cast<Pick*>(picks_.data_ptr()),
             mapped_ ? static_cast<int*>(inverse_.data_ptr()) : nullptr,
@@ -51,7 +52,7 @@ class SampledScratch {
     return static_cast<int64_t>(sizeof(T));
   }
 
-  int64_t few_, many_;
+  int64_t draft_vocab_size_, vocab_size_;
   int stretches_;
   Tensor rows_, picks_, inverse_;
   bool mapped_;

@@ -38,13 +38,14 @@ auto with_device_type(ScalarType dtype, F f) {
 
 // The kernels count columns, matrix rows and positions with 32 bits.
 inline void check_sizes(std::initializer_list<int64_t> sizes) {
-  for (int64_t size : sizes) STD_TORCH_CHECK(size <= INT_MAX, "a size of ", size, " is above ", INT_MAX);
+  for (int64_t size : sizes) LSK_REQUIRE(size <= INT_MAX, "a size of ", size, " is above ", INT_MAX);
 }
 
 // Attention gives every sequence and key/value head a row of blocks of its own.
-inline void check_planes(int64_t batch, int64_t groups) {
+inline void check_planes(int64_t batch, int64_t num_kv_heads) {
   constexpr int64_t kMost = 65535;
-  STD_TORCH_CHECK(batch * groups <= kMost, batch, " sequences of ", groups, " key/value heads are more than ", kMost);
+  LSK_REQUIRE(batch * num_kv_heads <= kMost, batch, " sequences of ", num_kv_heads, " key/value heads are more than ",
+              kMost);
 }
 
 // Bytes on the device of `like`, uninitialized.
@@ -57,20 +58,20 @@ using torch::stable::contiguous;
 // The cache of one layer, [S, G, T, C] twice, for `rows` rows of each of `batch` sequences.
 template <class T>
 Cache<T> cache_of(const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
-                  const std::optional<Tensor>& slots, int64_t batch, int64_t rows, int64_t size) {
-  const int64_t slot_count = k_cache.size(0), groups = k_cache.size(1), capacity = k_cache.size(2);
-  check_sizes({batch, rows, groups, capacity});
-  STD_TORCH_CHECK(slots.has_value() || slot_count == batch, "the cache has ", slot_count, " rows for ", batch,
-                  " sequences, and no slots are given");
-  STD_TORCH_CHECK(rows <= capacity, rows, " rows do not fit a cache of capacity ", capacity);
+                  const std::optional<Tensor>& slots, int64_t batch, int64_t rows, int64_t head_dim) {
+  const int64_t cache_rows = k_cache.size(0), num_kv_heads = k_cache.size(1), capacity = k_cache.size(2);
+  check_sizes({batch, rows, num_kv_heads, capacity});
+  LSK_REQUIRE(slots.has_value() || cache_rows == batch, "the cache has ", cache_rows, " rows for ", batch,
+              " sequences, and no slots are given");
+  LSK_REQUIRE(rows <= capacity, rows, " rows do not fit a cache of capacity ", capacity);
   Cache<T> cache;
-  cache.k = data<T>(k_cache, "k_cache", {slot_count, groups, capacity, size});
-  cache.v = data<T>(v_cache, "v_cache", {slot_count, groups, capacity, size});
+  cache.k = data<T>(k_cache, "k_cache", {cache_rows, num_kv_heads, capacity, head_dim});
+  cache.v = data<T>(v_cache, "v_cache", {cache_rows, num_kv_heads, capacity, head_dim});
   cache.seq_lens = data<int64_t>(seq_lens, "seq_lens", {batch});
   cache.slots = data<int64_t>(slots, "slots", {batch});
   cache.batch = static_cast<int>(batch), cache.rows = static_cast<int>(rows);
-  cache.groups = static_cast<int>(groups), cache.capacity = static_cast<int>(capacity);
-  cache.size = static_cast<int>(size), cache.slot_count = slot_count;
+  cache.num_kv_heads = static_cast<int>(num_kv_heads), cache.capacity = static_cast<int>(capacity);
+  cache.head_dim = static_cast<int>(head_dim), cache.cache_rows = cache_rows;
   return cache;
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -79,13 +79,14 @@ def op_clock() -> Iterator[OpClock]:
     before = dispatch.implementations()
     for op, backends in before.items():
         for backend, implementation in backends.items():
-            dispatch.register(op, backend, clock.around(implementation.function), implementation.supports)
+            timed = replace(implementation, function=clock.around(implementation.function))
+            dispatch.register(op, backend, timed)
     try:
         yield clock
     finally:
         for op, backends in before.items():
             for backend, implementation in backends.items():
-                dispatch.register(op, backend, implementation.function, implementation.supports)
+                dispatch.register(op, backend, implementation)
 
 
 @dataclass

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerskip_kernels import Noise
+
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 
 NOT_DRAFTED = -2
@@ -46,9 +48,9 @@ class SequenceTensors:
     temperature: Tensor | None = None
 
     @property
-    def noise(self) -> tuple[Tensor, Tensor] | None:
+    def noise(self) -> Noise | None:
         """Temperature and seed as the kernels take them, or None where every sequence is greedy."""
-        return None if self.temperature is None else (self.temperature, self.seed)
+        return None if self.temperature is None else Noise(self.temperature, self.seed)
 
     def clone(self) -> SequenceTensors:
         """The same values in new tensors."""

@@ -6,12 +6,10 @@ from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .loading import ModelFileError, load
 from .model import LayerSkipModel
-from .weights import LayerWeights
 
 __all__ = [
     "EarlyExitHead",
     "LayerSkipModel",
-    "LayerWeights",
     "ModelFileError",
     "PartialDepthDecoder",
     "SharedKVCache",

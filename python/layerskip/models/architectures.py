@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerskip_kernels import LayerWeights
+
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .model import LayerSkipModel
-from .weights import LayerWeights
 
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "swish")  # two names of one function

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import ExitOutput, exit_head
+from layerskip_kernels import ExitOutput, Head, exit_head
 
 from .weights import reject_gradient, shared
 
@@ -60,6 +60,11 @@ class EarlyExitHead(nn.Module):
     def num_rows(self) -> int:
         """How many tokens the head scores."""
         return self.head_weight.shape[0]
+
+    @property
+    def weights(self) -> Head:
+        """The tensors of the head as the ops take them."""
+        return Head(self.norm_weight, self.head_weight, self.token_map, self.scale)
 
     def forward(
         self,

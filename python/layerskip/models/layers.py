@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import partial_forward
+from layerskip_kernels import KVCache, LayerWeights, partial_forward
+from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 from layerskip_kernels.functional import check_layer_weights
 
 from .cache import SharedKVCache
 from .prefill import prefill_layer
-from .weights import OPTIONAL, REQUIRED, LayerWeights, reject_gradient, shared
+from .weights import reject_gradient, shared
 
 
 class PartialDepthDecoder(nn.Module):
@@ -65,7 +66,7 @@ class PartialDepthDecoder(nn.Module):
         # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
         self._inv_freq, self._attention_scaling = inv_freq.detach().cpu(), float(attention_scaling)
         self._cos = self._sin = torch.empty(0, self.head_dim // 2)
-        self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL)
+        self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL_WEIGHTS)
         self._list_weights()
         self.register_load_state_dict_post_hook(lambda module, keys: module._list_weights())
 
@@ -144,18 +145,13 @@ class PartialDepthDecoder(nn.Module):
         self._check(hidden, cache, start, end)
         with torch.no_grad():
             return partial_forward(
-                hidden,
-                self.layer_weights(start, end),
-                cache.k,
-                cache.v,
-                self._cos,
-                self._sin,
-                cache.seq_lens if seq_lens is None else seq_lens,
-                start,
-                end,
-                self.eps,
-                slots,
+                hidden, self.layer_weights(start, end), self.kv_cache(cache, seq_lens, slots), start, end, self.eps
             )
+
+    def kv_cache(self, cache: SharedKVCache, seq_lens: Tensor | None = None, slots: Tensor | None = None) -> KVCache:
+        """The cache and the rotary tables as the ops take them; by default with the cache's own lengths."""
+        lengths = cache.seq_lens if seq_lens is None else seq_lens
+        return KVCache(cache.k, cache.v, self._cos, self._sin, lengths, slots)
 
     def prefill(self, hidden: Tensor, cache: SharedKVCache, start: int = 0, end: int | None = None) -> Tensor:
         """Run layers [start, end) on many rows, with torch's own matmuls and attention.
@@ -229,7 +225,7 @@ class PartialDepthDecoder(nn.Module):
         """List the parameters in the op's order; the lists hold the objects, so they see changes in place."""
         held = cast("Iterable[nn.ParameterDict]", self.layers)
         self._by_layer = [LayerWeights(**dict(layer.items())) for layer in held]
-        names = REQUIRED + OPTIONAL if self._has_optional else REQUIRED
+        names = LayerWeights._fields if self._has_optional else REQUIRED_WEIGHTS
         first = self._by_layer[0].q
         absent = torch.empty(0, dtype=first.dtype, device=first.device)
         flat = [getattr(layer, name) for layer in self._by_layer for name in names]

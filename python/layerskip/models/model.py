@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerskip_kernels import Draft, Round, draft, speculative_round
+from layerskip_kernels import Draft, Noise, Round, draft, speculative_round
 
 from .cache import SharedKVCache
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .weights import shared
-
-Noise = tuple[Tensor, Tensor]
-"""Temperature [B] fp32 and seed [B] int64 of the sequences: tokens are drawn with them."""
 
 
 class LayerSkipModel(nn.Module):
@@ -129,12 +126,10 @@ class LayerSkipModel(nn.Module):
         head = self.head if head is None else head
         self._check_exit(exit_layer, head)
         decoder = self.decoder
-        lengths = cache.seq_lens if seq_lens is None else seq_lens
         with torch.no_grad():
             return draft(
-                token, self.embedding, decoder.layer_weights(0, exit_layer), cache.k, cache.v, *decoder.rope_tables,
-                lengths, exit_layer, head.norm_weight, head.head_weight, head.eps, num_speculations, extend,
-                head.token_map, head.scale, slots, 0.0, *(noise or (None, None)),
+                token, self.embedding, decoder.layer_weights(0, exit_layer), decoder.kv_cache(cache, seq_lens, slots),
+                exit_layer, head.weights, num_speculations, extend=extend, eps=head.eps, noise=noise,
             )  # fmt: skip
 
     def speculate(
@@ -185,14 +180,12 @@ class LayerSkipModel(nn.Module):
         draft_head = self.head if draft_head is None else draft_head
         self._check_exit(exit_layer, draft_head)
         decoder, head = self.decoder, self.head
-        lengths = cache.seq_lens if seq_lens is None else seq_lens
-        draft_weight = None if draft_head is head else draft_head.head_weight
         with torch.no_grad():
             return speculative_round(
-                token, self.embedding, decoder.layer_weights(0, self.num_layers), cache.k, cache.v,
-                *decoder.rope_tables, lengths, exit_layer, head.norm_weight, head.head_weight, head.eps,
-                num_speculations, draft_weight, draft_head.token_map, draft_head.scale, slots, draft_threshold,
-                *(noise or (None, None)),
+                token, self.embedding, decoder.layer_weights(0, self.num_layers),
+                decoder.kv_cache(cache, seq_lens, slots), exit_layer, head.weights, num_speculations,
+                draft_head=None if draft_head is head else draft_head.weights, draft_threshold=draft_threshold,
+                eps=head.eps, noise=noise,
             )  # fmt: skip
 
     def _check_exit(self, exit_layer: int, head: EarlyExitHead) -> None:

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_kernels import rms_norm, rope_kv_append
-
-from .weights import LayerWeights
+from layerskip_kernels import LayerWeights, rms_norm, rope_kv_append
 
 
 def prefill_layer(

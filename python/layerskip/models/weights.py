@@ -2,33 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
-
-
-class LayerWeights(NamedTuple):
-    """The tensors of one layer, in the order in which `layerskip_kernels.partial_forward` takes them."""
-
-    attn_norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    mlp_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    q_bias: Tensor | None = None
-    k_bias: Tensor | None = None
-    v_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-
-OPTIONAL = tuple(LayerWeights._field_defaults)
-REQUIRED = tuple(name for name in LayerWeights._fields if name not in OPTIONAL)
 
 
 def shared(weight: Tensor) -> nn.Parameter:

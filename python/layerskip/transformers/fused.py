@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import dispatch
+from layerskip_kernels import dispatch, linear, rms_norm, swiglu
 
 from ..models.architectures import ORIGINAL_CLASS
 
 SKINNY_ROWS = 16  # one tile; for more rows the arithmetic costs more than reading the weights
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def _run(op: str, *args: Any) -> Tensor:
-    """Call the native kernel directly where it serves: going through the dispatcher costs as much as a norm."""
-    kernel = None if torch.compiler.is_compiling() else dispatch.direct(op, args[0])
-    return getattr(torch.ops.layerskip, op).default(*args) if kernel is None else kernel(*args)
 
 
 def _served(x: Tensor, *weights: Tensor) -> bool:
@@ -50,7 +44,7 @@ class FusedRMSNorm(nn.Module):
         """Norm the last dimension of ``hidden_states`` [..., D]."""
         if not _served(hidden_states, self.weight):
             return _original(self).forward(self, hidden_states)
-        return _run("rms_norm", hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         """Shape and epsilon, as the original prints them."""
@@ -65,7 +59,7 @@ class SkinnyLinear(nn.Linear):
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
         if not (_is_skinny(input) and _served(input, *tensors)):
             return super().forward(input)
-        out = _run("linear", input.reshape(-1, self.in_features), self.weight, self.bias, None)
+        out = linear(input.reshape(-1, self.in_features), self.weight, self.bias)
         return out.view(*input.shape[:-1], self.out_features)
 
 
@@ -84,8 +78,8 @@ class FusedSwiGLU(nn.Module):
         gate, up, down = (projection.weight for projection in projections)
         if not _served(x, gate, up, down):
             return _original(self).forward(self, x)
-        inner = _run("swiglu", x.reshape(-1, x.shape[-1]), gate, up)
-        return _run("linear", inner, down, None, None).view(x.shape)
+        inner = swiglu(x.reshape(-1, x.shape[-1]), gate, up)
+        return linear(inner, down).view(x.shape)
 
 
 def _is_bare(projection: Any) -> bool:

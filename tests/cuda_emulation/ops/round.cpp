@@ -12,6 +12,7 @@
 #include "cuda/round.h"
 
 #include "cuda_emulation/entry.h"
+#include "cuda_emulation/layers.h"
 
 using namespace lsk;
 
@@ -19,31 +20,19 @@ namespace {
 
 // In the order in which runners.py gives them.
 struct Sizes {
-  int64_t batch, width, heads, groups, size, features, capacity, slot_count, steps, extend, embedded, draft_vocabulary,
-      vocabulary, exit_layer, layers;
+  int64_t batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows,
+      num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, layers;
 
   ForwardShape shape(int64_t rows) const {
-    return {batch, rows, width, heads, groups, size, features, capacity, slot_count};
+    return {batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows};
   }
 };
 
-// Of the layers: fourteen weights each, some null; keys and values of each.
+// What all layers share.
 struct Model {
-  void **weights, **caches;
   const float *cos, *sin;
   const int64_t *seq_lens, *slots;
   float eps;
-
-  template <class T>
-  std::vector<LayerWeights<T>> layers(int64_t begin, int64_t end) const {
-    std::vector<LayerWeights<T>> out;
-    for (int64_t l = begin; l < end; ++l) {
-      const auto at = [&](int i) { return static_cast<const T*>(weights[14 * l + i]); };
-      out.push_back({at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12),
-                     at(13), static_cast<T*>(caches[2 * l]), static_cast<T*>(caches[2 * l + 1])});
-    }
-    return out;
-  }
 
   template <class T>
   Layers<T> run(const std::vector<LayerWeights<T>>& layers, const ForwardShape& shape, void* memory) const {
@@ -56,7 +45,7 @@ struct Model {
 struct DraftBuffers {
   const int64_t* token;
   const void* embedding;
-  float min_probability;
+  float draft_threshold;
   int64_t* tokens;
   void* states;
   float* probability;
@@ -68,10 +57,10 @@ struct DraftBuffers {
             static_cast<const T*>(embedding),
             s.batch,
             s.embedded,
-            s.width,
-            s.steps,
+            s.hidden_size,
+            s.num_speculations,
             s.extend != 0,
-            min_probability,
+            draft_threshold,
             tokens,
             static_cast<T*>(states),
             probability,
@@ -101,15 +90,20 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, voi
                 const int64_t* token_map, const float* scale, const float* temperature, const int64_t* seed,
                 float* logits, int64_t logits_pitch, int64_t step_pitch, int64_t* tokens, void* states,
                 float* probability, void* hidden, void* partial, void* memory, const Sizes* sizes, float eps,
-                float min_probability, int64_t dtype) {
+                float draft_threshold, int64_t dtype) {
   const Sizes& s = *sizes;
-  const Model model{weights, caches, cos, sin, seq_lens, slots, eps};
-  const DraftBuffers buffers{token, embedding, min_probability, tokens, states, probability, hidden, partial};
+  const Model model{cos, sin, seq_lens, slots, eps};
+  const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
   return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
-    const auto layers = model.layers<T>(0, s.exit_layer);
+    const auto layers = emu::layers<T>(weights, caches, 0, s.exit_layer, s.shape(1));
     const Layers<T> shallow = model.run<T>(layers, s.shape(1), memory);
-    const Head<T, W> exit{
-        static_cast<const T*>(norm), static_cast<const W*>(head), scale, token_map, s.draft_vocabulary, s.width, eps};
+    const Head<T, W> exit{static_cast<const T*>(norm),
+                          static_cast<const W*>(head),
+                          scale,
+                          token_map,
+                          s.draft_vocab_size,
+                          s.hidden_size,
+                          eps};
     Chain chain(nullptr);
     LSK_LAUNCH(clear_tickets(chain, shallow.scratch.attention, memory));
     return draft(chain, buffers.args<T>(s), shallow, exit, {temperature, seed}, {logits, logits_pitch}, step_pitch);
@@ -123,10 +117,10 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
                             float* target_logits, int64_t* tokens, void* states, float* probability, void* hidden,
                             void* partial, void* memory, void* deep_memory, int64_t* target, float* scores,
                             int64_t* accepted, int64_t* next_token, void* rows, void* picks, int* inverse,
-                            const Sizes* sizes, float eps, float min_probability, int64_t dtype) {
+                            const Sizes* sizes, float eps, float draft_threshold, int64_t dtype) {
   const Sizes& s = *sizes;
-  const Model model{weights, caches, cos, sin, seq_lens, slots, eps};
-  const DraftBuffers buffers{token, embedding, min_probability, tokens, states, probability, hidden, partial};
+  const Model model{cos, sin, seq_lens, slots, eps};
+  const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
   const SampledArgs sampled{tokens,
                             draft_logits,
                             target_logits,
@@ -137,22 +131,23 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
                             accepted,
                             next_token,
                             s.batch,
-                            s.steps,
-                            s.draft_vocabulary,
-                            s.vocabulary,
+                            s.num_speculations,
+                            s.draft_vocab_size,
+                            s.vocab_size,
                             static_cast<Choice*>(rows),
                             static_cast<Pick*>(picks),
                             inverse,
-                            accept_stretches(s.vocabulary, s.draft_vocabulary)};
+                            accept_stretches(s.vocab_size, s.draft_vocab_size)};
   return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
-    const auto shallow = model.layers<T>(0, s.exit_layer), deep = model.layers<T>(s.exit_layer, s.layers);
+    const auto shallow = emu::layers<T>(weights, caches, 0, s.exit_layer, s.shape(1)),
+               deep = emu::layers<T>(weights, caches, s.exit_layer, s.layers, s.shape(1));
     const T* own_norm = static_cast<const T*>(norm);
     const RoundArgs<T, W> args{
         buffers.args<T>(s),
         model.run<T>(shallow, s.shape(1), memory),
-        model.run<T>(deep, s.shape(s.steps + 1), deep_memory),
-        {own_norm, static_cast<const W*>(draft_head), scale, token_map, s.draft_vocabulary, s.width, eps},
-        {own_norm, static_cast<const T*>(head), nullptr, nullptr, s.vocabulary, s.width, eps},
+        model.run<T>(deep, s.shape(s.num_speculations + 1), deep_memory),
+        {own_norm, static_cast<const W*>(draft_head), scale, token_map, s.draft_vocab_size, s.hidden_size, eps},
+        {own_norm, static_cast<const T*>(head), nullptr, nullptr, s.vocab_size, s.hidden_size, eps},
         static_cast<Choice*>(partial),
         target,
         scores,

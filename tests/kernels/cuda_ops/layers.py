@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLOTS = 14  # tensors of a layer, the optional ones included
+WEIGHTS_PER_LAYER = 14  # tensors of a layer, the optional ones included
 
 
 class EmulatedLayers:
@@ -28,8 +28,8 @@ class EmulatedLayers:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        self._layers("rms_norm", x, weight, out, rows, width, eps, x.dtype, writes=(out,))
+        rows, hidden_size = x.numel() // x.shape[-1], x.shape[-1]
+        self._layers("rms_norm", x, weight, out, rows, hidden_size, eps, x.dtype, writes=(out,))
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -55,10 +55,10 @@ class EmulatedLayers:
         slots: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty_like(q)
-        (batch, rows, heads, size), (slot_count, groups, capacity) = q.shape, k_cache.shape[:3]
+        (batch, rows, num_heads, size), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
         self._layers(
-            "rope_kv_append", q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, batch, rows, heads, groups,
-            size, capacity, slot_count, q.dtype, writes=(out, k_cache, v_cache),
+            "rope_kv_append", q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, batch, rows, num_heads,
+            num_kv_heads, size, capacity, cache_rows, q.dtype, writes=(out, k_cache, v_cache),
         )  # fmt: skip
         return out
 
@@ -73,11 +73,11 @@ class EmulatedLayers:
     ) -> Tensor:
         """``limit``: bytes of scratch above which the rows are taken in several launches."""
         out = torch.empty_like(q)
-        (batch, rows, heads, size), (slot_count, groups, capacity) = q.shape, k_cache.shape[:3]
-        memory = self._memory("attention_bytes", batch, rows, heads, groups, size, capacity, limit)
+        (batch, rows, num_heads, size), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
+        memory = self._memory("attention_bytes", batch, rows, num_heads, num_kv_heads, size, capacity, limit)
         self._layers(
-            "verify_attention", q, k_cache, v_cache, seq_lens, slots, out, memory, batch, rows, heads, groups, size,
-            capacity, limit, slot_count, q.dtype, writes=(out, memory),
+            "verify_attention", q, k_cache, v_cache, seq_lens, slots, out, memory, batch, rows, num_heads,
+            num_kv_heads, size, capacity, limit, cache_rows, q.dtype, writes=(out, memory),
         )  # fmt: skip
         return out
 
@@ -101,12 +101,24 @@ class EmulatedLayers:
         tensors: list[Tensor | None] = []
         for layer in range(end - start):
             own = [one if one.numel() else None for one in weights[layer * each : (layer + 1) * each]]
-            tensors += [*own, *[None] * (SLOTS - each)]
+            tensors += [*own, *[None] * (WEIGHTS_PER_LAYER - each)]
         caches = [cache[layer] for layer in range(start, end) for cache in (k_cache, v_cache)]
-        (batch, rows, width), (slot_count, groups, capacity, size) = hidden.shape, k_cache.shape[1:]
-        heads, features = weights[1].shape[0] // size, weights[6].shape[0]
+        (batch, rows, hidden_size), (cache_rows, num_kv_heads, capacity, size) = hidden.shape, k_cache.shape[1:]
+        num_heads, intermediate_size = weights[1].shape[0] // size, weights[6].shape[0]
         sizes = torch.tensor(
-            [batch, rows, width, heads, groups, size, features, capacity, slot_count, end - start], dtype=torch.int64
+            [
+                batch,
+                rows,
+                hidden_size,
+                num_heads,
+                num_kv_heads,
+                size,
+                intermediate_size,
+                capacity,
+                cache_rows,
+                end - start,
+            ],
+            dtype=torch.int64,
         )
         memory = self._memory("forward_bytes", sizes, hidden.dtype)
         self._layers(

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip_kernels.schemas import bind
 from tests.cuda_emulation import library
 
+from ..common import run
 from .layers import EmulatedLayers
 
 HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
 STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept.h
-LAYER_TENSORS = 14  # the optional ones included
+WEIGHTS_PER_LAYER = 14  # the optional ones included
 
 
 def _void(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
@@ -49,13 +51,13 @@ class Emulated(EmulatedLayers):
         scale: Tensor | None = None, temperature: Tensor | None = None, seed: Tensor | None = None,
         offset: Tensor | None = None, logits: Tensor | None = None,
     ) -> lk.ExitOutput:  # fmt: skip
-        rows, (vocabulary, width) = hidden.shape[0], weight.shape
-        partial = _void(rows, -(-vocabulary // HEAD_TILE), CHOICE_WORDS)
+        rows, (vocab_size, width) = hidden.shape[0], weight.shape
+        partial = _void(rows, -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
         out = (_void(rows, like=torch.int64), _void(rows), _void(rows))
         pitch = 0 if logits is None else logits.stride(0)
         self.call(
             "exit_head", "exit_head", hidden, hidden.stride(0), norm, weight, float(eps), token_map, scale, temperature,
-            seed, offset, logits, pitch, partial, *out, rows, vocabulary, width, hidden.dtype,
+            seed, offset, logits, pitch, partial, *out, rows, vocab_size, width, hidden.dtype,
             writes=[partial, *out] + ([] if logits is None else [logits]),
         )  # fmt: skip
         return lk.ExitOutput(*out)
@@ -69,66 +71,59 @@ class Emulated(EmulatedLayers):
         self, draft: Tensor, draft_logits: Tensor, target_logits: Tensor, seq_lens: Tensor, temperature: Tensor,
         seed: Tensor, token_map: Tensor | None = None,
     ) -> lk.Acceptance:  # fmt: skip
-        (batch, drafted), few, many = draft.shape, draft_logits.shape[-1], target_logits.shape[-1]
-        stretches = -(-max(few, many) // STRETCH)
+        batch, drafted = draft.shape
+        draft_vocab_size, vocab_size = draft_logits.shape[-1], target_logits.shape[-1]
+        stretches = -(-max(draft_vocab_size, vocab_size) // STRETCH)
         out = (_void(batch, like=torch.int64), _void(batch, like=torch.int64))
         rows, picks = _void(batch, 2 * drafted + 1, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)
-        inverse = None if token_map is None else _void(many, like=torch.int32)
+        inverse = None if token_map is None else _void(vocab_size, like=torch.int32)
         self.call(
             "accept", "accept_sampled", draft, draft_logits, target_logits, seq_lens, temperature, seed, token_map,
-            *out, rows, picks, inverse, batch, drafted, few, many,
+            *out, rows, picks, inverse, batch, drafted, draft_vocab_size, vocab_size,
             writes=[seq_lens, *out, rows, picks] + ([] if inverse is None else [inverse]),
         )  # fmt: skip
         return lk.Acceptance(*out)
 
-    def draft(
-        self, token: Tensor, embedding: Tensor, weights: Sequence[Tensor], k_cache: Tensor, v_cache: Tensor,
-        cos: Tensor, sin: Tensor, seq_lens: Tensor, end: int, norm: Tensor, head: Tensor, eps: float, steps: int,
-        extend: bool, token_map: Tensor | None = None, scale: Tensor | None = None, slots: Tensor | None = None,
-        min_probability: float = 0.0, temperature: Tensor | None = None, seed: Tensor | None = None,
-        logits: Tensor | None = None,
-    ) -> lk.Draft:  # fmt: skip
-        model = _Model(embedding, weights, k_cache, v_cache, end)
-        sizes = model.sizes(len(token), steps, extend, len(head), len(head), end)
-        out, buffers = model.draft_buffers(len(token), steps, extend, len(head))
-        memory = self._round_scratch(sizes, 1, embedding.dtype)
-        pitches = (0, 0) if logits is None else (logits.stride(0), logits.stride(1))
+    def draft(self, *args: Any) -> lk.Draft:
+        a = bind("draft", *args)
+        batch, steps, scored = len(a.token), a.num_speculations, len(a.head_weight)
+        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.exit_layer)
+        sizes = model.sizes(batch, steps, a.extend, scored, scored, a.exit_layer)
+        out, buffers = model.draft_buffers(batch, steps, a.extend, scored)
+        memory = self._round_scratch(sizes, 1, a.embedding.dtype)
+        pitches = (0, 0) if a.logits is None else (a.logits.stride(0), a.logits.stride(1))
         self.call(
-            "round", "draft", token, embedding, model.weights, model.caches, cos, sin, seq_lens, slots, norm, head,
-            token_map, scale, temperature, seed, logits, *pitches, *out, *buffers, memory, sizes, float(eps),
-            float(min_probability), embedding.dtype,
-            writes=[k_cache, v_cache, *out, *buffers, memory] + ([] if logits is None else [logits]),
+            "round", "draft", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin, a.seq_lens, a.slots,
+            a.norm_weight, a.head_weight, a.token_map, a.scale, a.temperature, a.seed, a.logits, *pitches, *out,
+            *buffers, memory, sizes, float(a.eps), float(a.draft_threshold), a.embedding.dtype,
+            writes=[a.k_cache, a.v_cache, *out, *buffers, memory] + ([] if a.logits is None else [a.logits]),
         )  # fmt: skip
         return lk.Draft(*out)
 
-    def speculative_round(
-        self, token: Tensor, embedding: Tensor, weights: Sequence[Tensor], k_cache: Tensor, v_cache: Tensor,
-        cos: Tensor, sin: Tensor, seq_lens: Tensor, exit_layer: int, norm: Tensor, head: Tensor, eps: float, steps: int,
-        draft_head: Tensor | None = None, token_map: Tensor | None = None, scale: Tensor | None = None,
-        slots: Tensor | None = None, min_probability: float = 0.0, temperature: Tensor | None = None,
-        seed: Tensor | None = None,
-    ) -> lk.Round:  # fmt: skip
-        draft_head = head if draft_head is None else draft_head
-        batch, few, many = len(token), len(draft_head), len(head)
-        model = _Model(embedding, weights, k_cache, v_cache, k_cache.shape[0])
-        sizes = model.sizes(batch, steps, True, few, many, exit_layer)
-        drafted, buffers = model.draft_buffers(batch, steps, True, max(few, many))
-        memory = [self._round_scratch(sizes, rows, embedding.dtype) for rows in (1, steps + 1)]
+    def speculative_round(self, *args: Any) -> lk.Round:
+        a = bind("speculative_round", *args)
+        draft_head = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
+        batch, steps, dtype = len(a.token), a.num_speculations, a.embedding.dtype
+        draft_vocab_size, vocab_size = len(draft_head), len(a.head_weight)
+        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.k_cache.shape[0])
+        sizes = model.sizes(batch, steps, True, draft_vocab_size, vocab_size, a.exit_layer)
+        drafted, buffers = model.draft_buffers(batch, steps, True, max(draft_vocab_size, vocab_size))
+        memory = [self._round_scratch(sizes, rows, dtype) for rows in (1, steps + 1)]
         verified = [_void(batch * (steps + 1), like=torch.int64), _void(2, batch * (steps + 1))]
         out = [_void(batch, like=torch.int64), _void(batch, like=torch.int64)]
         logits: list[Tensor | None] = [None, None]
         scratch: list[Tensor | None] = [None, None, None]
-        if temperature is not None:
-            stretches = -(-max(few, many) // STRETCH)
-            logits = [_void(batch, steps, few), _void(batch, steps + 1, many)]
+        if a.temperature is not None:
+            stretches = -(-max(draft_vocab_size, vocab_size) // STRETCH)
+            logits = [_void(batch, steps, draft_vocab_size), _void(batch, steps + 1, vocab_size)]
             scratch = [_void(batch, 2 * steps + 1, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)]
-            scratch.append(None if token_map is None else _void(many, like=torch.int32))
-        written = [k_cache, v_cache, seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
+            scratch.append(None if a.draft_token_map is None else _void(vocab_size, like=torch.int32))
+        written = [a.k_cache, a.v_cache, a.seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
         self.call(
-            "round", "speculative_round", token, embedding, model.weights, model.caches, cos, sin, seq_lens, slots,
-            norm, head, draft_head, token_map, scale, temperature, seed, *logits, *drafted, *buffers, *memory,
-            *verified, *out, *scratch, sizes, float(eps), float(min_probability), embedding.dtype,
-            writes=[one for one in written if one is not None],
+            "round", "speculative_round", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin, a.seq_lens,
+            a.slots, a.norm_weight, a.head_weight, draft_head, a.draft_token_map, a.draft_head_scale, a.temperature,
+            a.seed, *logits, *drafted, *buffers, *memory, *verified, *out, *scratch, sizes, float(a.eps),
+            float(a.draft_threshold), dtype, writes=[one for one in written if one is not None],
         )  # fmt: skip
         return lk.Round(drafted[0], *out, drafted[2])
 
@@ -149,26 +144,29 @@ class _Model:
         self.embedding, self.layers, self.like = embedding, layers, weights
         self.weights: list[Tensor | None] = []
         for first in range(0, len(weights), each):
-            self.weights += [*optional[first : first + each], *[None] * (LAYER_TENSORS - each)]
+            self.weights += [*optional[first : first + each], *[None] * (WEIGHTS_PER_LAYER - each)]
         self.caches = [cache[layer] for layer in range(layers) for cache in (k_cache, v_cache)]
         self.cached = k_cache.shape
 
-    def sizes(self, batch: int, steps: int, extend: bool, few: int, many: int, exit_layer: int) -> Tensor:
-        _, slots, groups, capacity, size = self.cached
-        vocabulary, width = self.embedding.shape
-        heads, features = len(self.like[1]) // size, len(self.like[6])
+    def sizes(
+        self, batch: int, steps: int, extend: bool, draft_vocab_size: int, vocab_size: int, exit_layer: int
+    ) -> Tensor:
+        """In the order of `Sizes` in tests/cuda_emulation/ops/round.cpp."""
+        _, cache_rows, num_kv_heads, capacity, head_dim = self.cached
+        embedded, hidden_size = self.embedding.shape
+        num_heads, intermediate_size = len(self.like[1]) // head_dim, len(self.like[6])
         return torch.tensor(
-            [batch, width, heads, groups, size, features, capacity, slots, steps, extend, vocabulary, few, many,
-             exit_layer, self.layers]
+            [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows, steps,
+             extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers]
         )  # fmt: skip
 
     def draft_buffers(
-        self, batch: int, steps: int, extend: bool, vocabulary: int
+        self, batch: int, steps: int, extend: bool, vocab_size: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
         """Tokens, states and probability; the scratch of a draft, of K + 1 rows where it is verified."""
         width, dtype = self.embedding.shape[1], self.embedding.dtype
         states = _void(batch, steps + extend, width, like=dtype)
-        partial = _void(batch * (steps + 1), -(-vocabulary // HEAD_TILE), CHOICE_WORDS)
+        partial = _void(batch * (steps + 1), -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
         out = (_void(batch, steps, like=torch.int64), states, _void(batch, steps))
         return out, [_void(batch, width, like=dtype), partial]
 
@@ -188,7 +186,7 @@ class Card:
         def call(*args: Any) -> Any:
             moved = [_on_card(arg) for arg in args]
             with lk.use_backend("cuda"):
-                out = getattr(lk, op)(*moved)
+                out = run(op, *moved)
             for arg, there, known in zip(args, moved, schema.arguments, strict=False):
                 if isinstance(arg, Tensor) and known.alias_info is not None and known.alias_info.is_write:
                     arg.copy_(there)

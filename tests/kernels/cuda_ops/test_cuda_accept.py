@@ -32,12 +32,12 @@ def test_greedy(ops: Ops, batch: int, drafted: int) -> None:
     same(ops, "accept_greedy", accept_greedy_ref, [draft, target, torch.arange(batch)])
 
 
-def problem(batch: int, drafted: int, vocabulary: int, subset: int = 0, seed: int = 0) -> Args:
+def problem(batch: int, drafted: int, vocab_size: int, subset: int = 0, seed: int = 0) -> Args:
     """Drafts that are often, but not always, likely; with a subset, they have tokens of it alone."""
     make = torch.Generator().manual_seed(seed)
-    target = torch.randn(batch, drafted + 1, vocabulary, generator=make) * 2
-    token_map = torch.randperm(vocabulary, generator=make)[:subset] if subset else None
-    own = torch.arange(vocabulary) if token_map is None else token_map
+    target = torch.randn(batch, drafted + 1, vocab_size, generator=make) * 2
+    token_map = torch.randperm(vocab_size, generator=make)[:subset] if subset else None
+    own = torch.arange(vocab_size) if token_map is None else token_map
     draft_logits = target[:, :drafted, own] + torch.randn(batch, drafted, len(own), generator=make)
     draft = own[(draft_logits * 2).softmax(-1).flatten(0, 1).multinomial(1, generator=make)] if drafted else None
     draft = torch.empty(batch, 0, dtype=torch.int64) if draft is None else draft.view(batch, drafted)
@@ -48,10 +48,10 @@ def problem(batch: int, drafted: int, vocabulary: int, subset: int = 0, seed: in
 
 @pytest.mark.parametrize("part", [0, 2])
 @pytest.mark.parametrize(("batch", "drafted", "vocabulary"), [(1, 3, 41), (7, 5, 100), (4, 1, 5003), (2, 0, 77)])
-def test_sampled(ops: Ops, batch: int, drafted: int, vocabulary: int, part: int) -> None:
+def test_sampled(ops: Ops, batch: int, drafted: int, vocab_size: int, part: int) -> None:
     accepted = set()
     for seed in range(4):
-        args = problem(batch, drafted, vocabulary, vocabulary // part if part else 0, seed)
+        args = problem(batch, drafted, vocab_size, vocab_size // part if part else 0, seed)
         accepted |= set(same(ops, "accept_sampled", accept_sampled_ref, args)[0].tolist())
     assert drafted == 0 or len(accepted) > 1  # not all alike, or this would show little
 
@@ -102,8 +102,8 @@ def test_equal_rows_accept_all(ops: Ops) -> None:
 
 def test_the_first_token_has_the_target_as_its_distribution(ops: Ops) -> None:
     """Accepted or drawn from the residual; 24.3 is the 0.999 quantile of chi-square with 7 degrees of freedom."""
-    count, vocabulary = 1000, 8
-    target, draft_logits = torch.linspace(-1, 1, vocabulary), torch.linspace(1, -0.5, vocabulary)
+    count, vocab_size = 1000, 8
+    target, draft_logits = torch.linspace(-1, 1, vocab_size), torch.linspace(1, -0.5, vocab_size)
     make = torch.Generator().manual_seed(2)
     draft = draft_logits.softmax(0).multinomial(count, replacement=True, generator=make)[:, None]
     args = [
@@ -113,7 +113,7 @@ def test_the_first_token_has_the_target_as_its_distribution(ops: Ops) -> None:
     accepted, token = ops.accept_sampled(*args)
     first = torch.where(accepted > 0, draft[:, 0], token)
     expected = target.softmax(0) * count
-    assert ((first.bincount(minlength=vocabulary) - expected) ** 2 / expected).sum() < 24.3
+    assert ((first.bincount(minlength=vocab_size) - expected) ** 2 / expected).sum() < 24.3
     assert 0.3 < (accepted > 0).float().mean() < 0.8
 
 

@@ -19,7 +19,7 @@ TINY = gpu_model.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)
 def test_a_round_is_what_its_op_gives_and_can_be_repeated() -> None:
     torch.manual_seed(0)
     model = gpu_model.Model(TINY, "cpu", torch.float32)
-    for drafted, noise in ((0, (None, None)), (3, (None, None)), (3, model.noise())):
+    for drafted, noise in ((0, None), (3, None), (3, model.noise())):
         call = rounds.round_call(model, drafted, noise)
         with lk.use_backend("reference"):
             first, second = call(), call()

@@ -13,7 +13,7 @@ from torch import Tensor
 import layerskip_kernels as lk
 from layerskip_kernels.reference import exit_head_ref
 
-from ..common import Inputs, assert_as_good_as, assert_same_bits, double
+from ..common import Inputs, assert_as_good_as, assert_same_bits, double, run
 from ..examples import example
 from ..test_exit_head import arguments, eager
 from .test_cuda_round import copied
@@ -44,10 +44,10 @@ def on_card(args: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize("head", ["full", "int8 subset"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("width", "vocabulary"), [(2048, 128256), (4096, 32000)])
-def test_heads_of_models(width: int, vocabulary: int, dtype: torch.dtype, head: str) -> None:
+def test_heads_of_models(width: int, vocab_size: int, dtype: torch.dtype, head: str) -> None:
     """Against float64; then one row, seven, sixteen and a second pass have the same bits."""
     hidden, norm, weight, eps, token_map, scale = (
-        one.cuda() if isinstance(one, Tensor) else one for one in arguments(dtype, 17, width, vocabulary, head)
+        one.cuda() if isinstance(one, Tensor) else one for one in arguments(dtype, 17, width, vocab_size, head)
     )
     rest = (norm, weight, eps, token_map, scale)
     with lk.use_backend("cuda"):
@@ -69,12 +69,12 @@ def test_a_round_is_captured(options: bool) -> None:
     theirs = copied(args)
     rounds = 2  # of up to K + 1 = 5 positions each, in a cache of 12
     with lk.use_backend("cuda"):
-        expected = [lk.speculative_round(*theirs.values()) for _ in range(rounds)]
+        expected = [run("speculative_round", *theirs.values()) for _ in range(rounds)]
         warm = copied(args)
-        lk.speculative_round(*warm.values())
+        run("speculative_round", *warm.values())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = lk.speculative_round(*args.values())
+            out = run("speculative_round", *args.values())
         for one in expected:
             graph.replay()
             assert_same_bits(tuple(out), tuple(one))
@@ -85,16 +85,16 @@ def test_a_round_is_captured(options: bool) -> None:
 def test_nothing_waits_for_the_host(options: bool) -> None:
     args = on_card(example("speculative_round", torch.bfloat16, options))
     with lk.use_backend("cuda"), without_syncs():
-        lk.speculative_round(*args.values())
+        run("speculative_round", *args.values())
 
 
 def test_samples_of_a_large_vocabulary() -> None:
     """Sums of 128256 terms on both sides; the accepted counts and tokens are the reference's."""
     make = Inputs(torch.float32, seed=6)
-    batch, drafted, vocabulary, few = 3, 4, 128256, 32000
-    token_map = torch.randperm(vocabulary, generator=make.generator)[:few]
-    target = make.normal(batch, drafted + 1, vocabulary, scale=3.0)
-    draft_logits = target[:, :drafted, token_map] + make.normal(batch, drafted, few)
+    batch, drafted, vocab_size, draft_vocab_size = 3, 4, 128256, 32000
+    token_map = torch.randperm(vocab_size, generator=make.generator)[:draft_vocab_size]
+    target = make.normal(batch, drafted + 1, vocab_size, scale=3.0)
+    draft_logits = target[:, :drafted, token_map] + make.normal(batch, drafted, draft_vocab_size)
     draft = token_map[draft_logits.argmax(-1)]
     args = [
         draft, draft_logits, target, torch.tensor([5, 0, 9]), torch.tensor([0.8, 0.0, 1.2]), torch.tensor([1, 2, 3]),

@@ -59,17 +59,17 @@ def test_rows_do_not_depend_on_each_other(ops: Ops, dtype: torch.dtype, head: st
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [5, 300])
-def test_ties_go_to_the_lowest_row(ops: Ops, dtype: torch.dtype, vocabulary: int, int8: bool) -> None:
+def test_ties_go_to_the_lowest_row(ops: Ops, dtype: torch.dtype, vocab_size: int, int8: bool) -> None:
     """Within a tile, across tiles, and where all are equal."""
-    values = torch.zeros(5, vocabulary)
-    places = [[1, 3], [0, vocabulary - 1], [vocabulary // 2, vocabulary - 1], [4], []]
+    values = torch.zeros(5, vocab_size)
+    places = [[1, 3], [0, vocab_size - 1], [vocab_size // 2, vocab_size - 1], [4], []]
     for row, tied in enumerate(places):
         values[row, tied] = 3.0
     args = one_hot(dtype, values.tolist(), int8)
     expected = [tied[0] if tied else 0 for tied in places]
     assert ops.exit_head(*args).token.tolist() == expected
-    args[4] = torch.arange(vocabulary).flip(0)  # the lowest row, not the lowest token
-    assert ops.exit_head(*args).token.tolist() == [vocabulary - 1 - row for row in expected]
+    args[4] = torch.arange(vocab_size).flip(0)  # the lowest row, not the lowest token
+    assert ops.exit_head(*args).token.tolist() == [vocab_size - 1 - row for row in expected]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -126,9 +126,9 @@ def sampling(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples_are_the_references(ops: Ops, dtype: torch.dtype, head: str) -> None:
     """The noise is the reference's and the logits nearly so: no row of these is near a tie."""
-    rows, vocabulary = 9, 203
-    args = [*arguments(dtype, rows, 41, vocabulary, head), *sampling(rows)]
-    logits, truth = torch.full((2, rows, vocabulary), float("nan")).unbind()
+    rows, vocab_size = 9, 203
+    args = [*arguments(dtype, rows, 41, vocab_size, head), *sampling(rows)]
+    logits, truth = torch.full((2, rows, vocab_size), float("nan")).unbind()
     out = ops.exit_head(*args, logits)
     expected = exit_head_ref(*args, truth)
     assert out.token.tolist() == expected[0].tolist()

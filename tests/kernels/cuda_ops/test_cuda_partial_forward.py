@@ -17,15 +17,17 @@ from .cases import scattered
 from .runners import Emulated, Ops
 
 SIZES = [
-    Sizes(layers=2),
-    Sizes(layers=2, optional="bias", size=24, groups=3),
-    Sizes(layers=2, optional="norm", heads=4, groups=4, size=40),
-    Sizes(hidden=41, heads=3, groups=1, size=8, features=9, layers=2, optional="bias norm"),
+    Sizes(num_layers=2),
+    Sizes(num_layers=2, optional="bias", head_dim=24, num_kv_heads=3),
+    Sizes(num_layers=2, optional="norm", num_heads=4, num_kv_heads=4, head_dim=40),
+    Sizes(
+        hidden_size=41, num_heads=3, num_kv_heads=1, head_dim=8, intermediate_size=9, num_layers=2, optional="bias norm"
+    ),
 ]
 
 
 def run(ops: Ops, one: Case, start: int, end: int, hidden: Tensor | None = None, *more: Any) -> Tensor:
-    each = len(one.weights) // one.depth
+    each = len(one.weights) // one.num_layers
     return ops.partial_forward(
         (one.hidden if hidden is None else hidden).contiguous(), one.weights[start * each : end * each], one.k_cache,
         one.v_cache, one.cos, one.sin, one.seq_lens, start, end, EPS, *more,
@@ -34,9 +36,9 @@ def run(ops: Ops, one: Case, start: int, end: int, hidden: Tensor | None = None,
 
 def composition(ops: Ops, one: Case) -> Tensor:
     """All layers out of the other ops."""
-    hidden, each, size = one.hidden, len(one.weights) // one.depth, one.k_cache.shape[-1]
+    hidden, each, size = one.hidden, len(one.weights) // one.num_layers, one.k_cache.shape[-1]
     batch, rows, width = hidden.shape
-    for layer in range(one.depth):
+    for layer in range(one.num_layers):
         weights = [w if w.numel() else None for w in one.weights[layer * each : (layer + 1) * each]]
         an, wq, wk, wv, wo, mn, gate, up, down, bq, bk, bv, nq, nk = [*weights, *[None] * (14 - each)]
         flat, caches = hidden.view(-1, width), (one.k_cache[layer], one.v_cache[layer])
@@ -73,7 +75,7 @@ def test_float64(ops: Ops, sizes: Sizes, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [replace(sizes, layers=1) for sizes in SIZES[1:3]])
+@pytest.mark.parametrize("sizes", [replace(sizes, num_layers=1) for sizes in SIZES[1:3]])
 def test_rows_alone_and_later_in_a_draft(emulated: type[Emulated], sizes: Sizes, dtype: torch.dtype) -> None:
     """Row by row, each at its place past the old length, as a draft runs: the bits of all rows at once."""
     ops, whole, drafted = emulated(), case(sizes, dtype, [5, 0], 7), case(sizes, dtype, [5, 0], 7)

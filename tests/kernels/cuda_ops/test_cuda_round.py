@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from layerskip_kernels import _loops, reference
+from layerskip_kernels import reference
+from layerskip_kernels.rounds import compose_draft, compose_round
 
 from ..common import Inputs, assert_same_bits
 from ..examples import SIZES, example
@@ -37,12 +39,18 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+def parts(ops: Ops) -> dict[str, Callable[..., Any]]:
+    """What a draft and a round are made of."""
+    names = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
+    return {name: getattr(ops, name) for name in names}
+
+
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_draft_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, options: bool) -> None:
     args = args_of("draft", dtype, options)
     theirs = copied(args)
-    out, expected = ops.draft(*args.values()), _loops.draft_loop(ops.partial_forward, ops.exit_head, *theirs.values())
+    out, expected = ops.draft(*args.values()), compose_draft(parts(ops), *theirs.values())
     assert_same_bits(tuple(out[:2]), expected[:2])
     torch.testing.assert_close(out.probability, expected[2], rtol=1e-6, atol=0)  # exp's last bits
     if options:
@@ -56,11 +64,10 @@ def test_a_draft_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, opt
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_round_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, options: bool) -> None:
-    names = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
     args = args_of("speculative_round", dtype, options)
     theirs = copied(args)
     out = ops.speculative_round(*args.values())
-    expected = _loops.round_loop({name: getattr(ops, name) for name in names}, *theirs.values())
+    expected = compose_round(parts(ops), *theirs.values())
     assert_same_bits(tuple(out), tuple(expected))
     assert_same_bits(args["seq_lens"], theirs["seq_lens"])
 
@@ -70,9 +77,9 @@ def test_a_round_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, opt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_draft_is_the_references(ops: Ops, dtype: torch.dtype, steps: int, extend: bool, options: bool) -> None:
     """With slots, sampling, logits and a threshold that stops a sequence, and without; the head is int8."""
-    args = args_of("draft", dtype, options, steps=steps, extend=extend)
+    args = args_of("draft", dtype, options, num_speculations=steps, extend=extend)
     if options:
-        args.update(min_probability=0.03, logits=torch.zeros(SIZES["B"], steps, SIZES["V"]))
+        args.update(draft_threshold=0.03, logits=torch.zeros(SIZES["B"], steps, SIZES["V"]))
     theirs = copied(args)
     out, expected = ops.draft(*args.values()), reference.draft_ref(*theirs.values())
     assert out.tokens.tolist() == expected[0].tolist()
@@ -91,7 +98,7 @@ def test_a_threshold_stops_each_sequence_on_its_own(ops: Ops) -> None:
     """The token that falls short and all later ones are -1, and so are the states after it 0."""
     whole = ops.draft(*args_of("draft").values())
     first, second = sorted(whole.probability[:, 0].tolist())
-    out = ops.draft(*args_of("draft", slots=None, min_probability=(first + second) / 2).values())
+    out = ops.draft(*args_of("draft", slots=None, draft_threshold=(first + second) / 2).values())
     stopped = int(whole.probability[:, 0].argmin())
     assert out.tokens[stopped].tolist() == [-1] * SIZES["K"]
     assert out.probability[stopped].tolist() == [whole.probability[stopped, 0].item()] + [0.0] * (SIZES["K"] - 1)
@@ -127,7 +134,7 @@ def test_a_round_is_the_references(ops: Ops, dtype: torch.dtype, options: bool) 
 def agreeing(dtype: torch.dtype) -> dict[str, Any]:
     """A round whose deep layer changes little, so that some drafts hold and some do not."""
     args = args_of("speculative_round", dtype)
-    args.update(draft_weight=None, draft_map=None, draft_scale=None, steps=3)
+    args.update(draft_head_weight=None, draft_token_map=None, draft_head_scale=None, num_speculations=3)
     args["head_weight"] = args["embedding"] = Inputs(dtype, seed=4).normal(SIZES["V"], SIZES["D"])
     each = len(args["weights"]) // SIZES["L"]
     args["weights"] = [w * 0.5 if i == each + 4 or i == each + 8 else w for i, w in enumerate(args["weights"])]
@@ -139,7 +146,7 @@ def decode(ops: Ops, args: dict[str, Any], steps: int, wanted: int) -> tuple[lis
     emitted: list[list[int]] = [[] for _ in range(SIZES["B"])]
     accepts = []
     while min(len(tokens) for tokens in emitted) < wanted:
-        out = ops.speculative_round(*{**args, "steps": steps}.values())
+        out = ops.speculative_round(*{**args, "num_speculations": steps}.values())
         for b, tokens in enumerate(emitted):
             tokens += [*out.tokens[b, : out.accepted[b]].tolist(), int(out.next_token[b])]
         accepts += out.accepted.tolist()

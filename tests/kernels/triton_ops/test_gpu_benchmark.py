@@ -35,7 +35,7 @@ def test_a_round_gives_what_steps_give(drawn: bool) -> None:
     torch.manual_seed(0)
     model, token = gpu_model.Model(TINY, "cpu", torch.float32), torch.tensor([7])
     with lk.use_backend("reference"):
-        out = model.round(token, model.noise() if drawn else (None, None))
+        out = model.round(token, model.noise() if drawn else None)
         assert model.lengths.tolist() == [gpu_model.CACHE_LENGTH]
         expected = []
         for _ in range(TINY.draft + 1):

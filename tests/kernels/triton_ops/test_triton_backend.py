@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import layerskip_kernels as lk
-from layerskip_kernels import _ops, triton
+from layerskip_kernels import triton
+from layerskip_kernels.schemas import SCHEMAS
 
 
 def test_importing_the_library_does_not_import_triton() -> None:
@@ -20,8 +21,8 @@ def test_importing_the_library_does_not_import_triton() -> None:
 
 
 def test_every_entry_names_an_op_and_a_file() -> None:
-    assert set(triton.OPS) <= set(_ops.SCHEMAS)
-    for module in triton.OPS.values():
+    assert {op for ops in triton.FILES.values() for op in ops} <= set(SCHEMAS)
+    for module in triton.FILES:
         assert (Path(triton.__file__).parent / f"{module}.py").exists()
 
 

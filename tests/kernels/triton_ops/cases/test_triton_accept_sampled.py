@@ -25,11 +25,11 @@ class Case(NamedTuple):
     token_map: Tensor | None
 
 
-def make(seed: int, batch: int, drafted: int, vocabulary: int, scored: int | None, device: torch.device) -> Case:
+def make(seed: int, batch: int, drafted: int, vocab_size: int, scored: int | None, device: torch.device) -> Case:
     """Drafts drawn from logits that resemble the target's, of every token or of ``scored``; every fourth is greedy."""
     generator = torch.Generator().manual_seed(seed)
-    target = normal(seed, batch, drafted + 1, vocabulary, device=device, by=2.0)
-    token_map = None if scored is None else torch.randperm(vocabulary, generator=generator)[:scored].to(device)
+    target = normal(seed, batch, drafted + 1, vocab_size, device=device, by=2.0)
+    token_map = None if scored is None else torch.randperm(vocab_size, generator=generator)[:scored].to(device)
     q = target[:, :drafted] if token_map is None else target[:, :drafted, token_map]
     q = q + normal(seed + 1, *q.shape, device=device, by=0.5)
     temperature = torch.tensor([0.5, 1.0, 1.5, 0.0])[torch.arange(batch) % 4].to(device)
@@ -60,8 +60,8 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("tiling")
 @pytest.mark.parametrize(("drafted", "vocabulary", "scored"), [(0, 37, None), (3, 50, None), (2, 75, 21), (1, 1, None)])
-def test_accept_sampled(drafted: int, vocabulary: int, scored: int | None, device: torch.device) -> None:
-    agrees(make(drafted, 12, drafted, vocabulary, scored, device))
+def test_accept_sampled(drafted: int, vocab_size: int, scored: int | None, device: torch.device) -> None:
+    agrees(make(drafted, 12, drafted, vocab_size, scored, device))
 
 
 def test_every_number_of_drafts_is_accepted_at_some_time(device: torch.device) -> None:

@@ -140,7 +140,8 @@ class Model:
     ) -> Tensor:
         weights = self.weights[start * self.slots : end * self.slots]
         cos, sin = angles(self.capacity, self.size, self.device)
-        return lk.partial_forward(hidden, weights, *caches, cos, sin, lengths, start, end, self.eps, slots)
+        cache = lk.KVCache(*caches, cos, sin, lengths, slots)
+        return lk.partial_forward(hidden, weights, cache, start, end, self.eps)
 
     def op_by_op(self, caches: list[Tensor]) -> Tensor:
         hidden = self.hidden

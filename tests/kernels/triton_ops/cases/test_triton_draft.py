@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ from torch import Tensor
 from triton_cases import close, on_backend, same_bits
 
 import layerskip_kernels as lk
-from layerskip_kernels import _loops
+from layerskip_kernels.rounds import compose_round
+from tests.kernels.common import run
 from tests.kernels.examples import example
 
 NAMES = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
 
 
 def arguments(op: str, dtype: torch.dtype, device: torch.device, **given: Any) -> dict[str, Any]:
-    args = {**example(op, dtype), "steps": 2, **given}
+    args = {**example(op, dtype), "num_speculations": 2, **given}
     for name, value in args.items():
         if isinstance(value, Tensor):
             args[name] = value.to(device)
@@ -30,11 +32,11 @@ def draws(device: torch.device) -> dict[str, Tensor]:
 
 def positional(args: dict[str, Any], *rest: str) -> list[Any]:
     """In the op's order; what is not given of ``rest`` is None or 0."""
-    neutral = {"min_probability": 0.0}
+    neutral = {"draft_threshold": 0.0}
     return [args.get(name, neutral.get(name)) for name in (*(name for name in args if name not in rest), *rest)]
 
 
-DRAFT_REST = ("slots", "min_probability", "temperature", "seed", "logits")
+DRAFT_REST = ("slots", "draft_threshold", "temperature", "seed", "logits")
 ROUND_REST = DRAFT_REST[:4]
 
 
@@ -43,13 +45,15 @@ ROUND_REST = DRAFT_REST[:4]
 def test_draft_is_its_steps(sampled: bool, dtype: torch.dtype, device: torch.device) -> None:
     args = arguments("draft", dtype, device, **(draws(device) if sampled else {}))
     args["logits"] = torch.empty(2, 2, args["head_weight"].shape[0], device=device)
-    drafted, written = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
+    drafted, written = on_backend("triton", partial(run, "draft"), *positional(args, *DRAFT_REST))
     token, head = args["token"], [args[name] for name in ("norm_weight", "head_weight", "eps", "token_map", "scale")]
     layers = [args[name] for name in ("weights", "k_cache", "v_cache", "cos", "sin")]
     for row in range(3):
         at = args["seq_lens"] + row
         with lk.use_backend("triton"):
-            hidden = lk.partial_forward(args["embedding"][token][:, None], *layers, at, 0, args["end"], args["eps"])
+            hidden = run(
+                "partial_forward", args["embedding"][token][:, None], *layers, at, 0, args["exit_layer"], args["eps"]
+            )
             same_bits(drafted.states[:, row], hidden[:, 0])
             if row == 2:
                 break
@@ -65,10 +69,10 @@ def test_draft_is_its_steps(sampled: bool, dtype: torch.dtype, device: torch.dev
 def test_a_draft_stops_where_it_is_unsure(device: torch.device) -> None:
     """The token below the threshold and those after it are -1; the states up to it are there."""
     args = arguments("draft", torch.float32, device)
-    free, _ = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
-    args["min_probability"] = float(free.probability[0, 1]) + 1e-6
-    stopped, _ = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
-    truth, _ = on_backend("reference", lk.draft, *positional(args, *DRAFT_REST))
+    free, _ = on_backend("triton", partial(run, "draft"), *positional(args, *DRAFT_REST))
+    args["draft_threshold"] = float(free.probability[0, 1]) + 1e-6
+    stopped, _ = on_backend("triton", partial(run, "draft"), *positional(args, *DRAFT_REST))
+    truth, _ = on_backend("reference", partial(run, "draft"), *positional(args, *DRAFT_REST))
     assert stopped.tokens.tolist() == truth.tokens.tolist()
     assert (stopped.tokens == -1).any()
     for mine, true in zip((stopped.states, stopped.probability), (truth.states, truth.probability), strict=True):
@@ -76,11 +80,11 @@ def test_a_draft_stops_where_it_is_unsure(device: torch.device) -> None:
 
 
 def test_a_head_that_is_not_finite_ends_a_draft_only_with_a_threshold(device: torch.device) -> None:
-    args = arguments("draft", torch.float32, device, min_probability=0.0)
+    args = arguments("draft", torch.float32, device, draft_threshold=0.0)
     args["scale"] = torch.full_like(args["scale"], float("nan"))
-    for args["min_probability"], states in ((0.0, 3), (0.01, 1)):
-        out, _ = on_backend("triton", lk.draft, *positional(args, *DRAFT_REST))
-        truth, _ = on_backend("reference", lk.draft, *positional(args, *DRAFT_REST))
+    for args["draft_threshold"], states in ((0.0, 3), (0.01, 1)):
+        out, _ = on_backend("triton", partial(run, "draft"), *positional(args, *DRAFT_REST))
+        truth, _ = on_backend("reference", partial(run, "draft"), *positional(args, *DRAFT_REST))
         assert (out.tokens == -1).all()
         assert (out.states != 0).any(2).sum(1).tolist() == [states] * 2
         for mine, true in zip((out.states, out.probability), (truth.states, truth.probability), strict=True):
@@ -92,21 +96,21 @@ def test_a_token_that_is_none(device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip("on a card looking would be a host sync")
     with lk.use_backend("triton"), pytest.raises(ValueError, match="token -1 is outside the vocabulary of 37"):
-        lk.draft(*positional(args, *DRAFT_REST))
+        run("draft", *positional(args, *DRAFT_REST))
 
 
-@pytest.mark.parametrize(("min_probability", "sampled"), [(0.0, False), (0.2, False), (0.0, True)])
-def test_speculative_round(min_probability: float, sampled: bool, device: torch.device) -> None:
+@pytest.mark.parametrize(("draft_threshold", "sampled"), [(0.0, False), (0.2, False), (0.0, True)])
+def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.device) -> None:
     """Bit for bit the public ops in a row, in slots of a larger cache; the tokens and lengths are the reference's."""
-    more = {**(draws(device) if sampled else {}), "min_probability": min_probability}
+    more = {**(draws(device) if sampled else {}), "draft_threshold": draft_threshold}
     args = arguments("speculative_round", torch.float32, device, **more)
     args["slots"] = torch.tensor([2, 0], device=device)
     for name in ("k_cache", "v_cache"):
         args[name] = args[name][:, [1, 0, 0]].contiguous()
     given = positional(args, *ROUND_REST)
-    ours, our_args = on_backend("triton", lk.speculative_round, *given)
-    truth, true_args = on_backend("reference", lk.speculative_round, *given)
-    parts, part_args = on_backend("triton", _loops.round_loop, {name: getattr(lk, name) for name in NAMES}, *given)
+    ours, our_args = on_backend("triton", partial(run, "speculative_round"), *given)
+    truth, true_args = on_backend("reference", partial(run, "speculative_round"), *given)
+    parts, part_args = on_backend("triton", compose_round, {name: partial(run, name) for name in NAMES}, *given)
     for mine, part in zip(ours, parts, strict=True):
         same_bits(mine, part)
     assert ours.tokens.tolist() == truth.tokens.tolist()

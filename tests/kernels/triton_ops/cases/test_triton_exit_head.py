@@ -17,9 +17,9 @@ import layerskip_kernels as lk
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 0.05}
 
 
-def arguments(rows: int, depth: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> tuple:
+def arguments(rows: int, depth: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple:
     hidden = normal(0, rows, depth, dtype=dtype, device=device, by=3.0)
-    head = normal(2, vocabulary, depth, dtype=dtype, device=device, by=depth**-0.5)
+    head = normal(2, vocab_size, depth, dtype=dtype, device=device, by=depth**-0.5)
     return hidden, normal(1, depth, dtype=dtype, device=device), head, 1e-5
 
 
@@ -44,8 +44,8 @@ def int8_head(head: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "depth", "vocabulary"), [(1, 41, 1), (7, 256, 1000), (16, 72, 64), (35, 100, 333)])
-def test_exit_head(rows: int, depth: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
-    exit_agrees(*arguments(rows, depth, vocabulary, dtype, device))
+def test_exit_head(rows: int, depth: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    exit_agrees(*arguments(rows, depth, vocab_size, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,8 +143,8 @@ def test_sampling(drafting: bool, dtype: torch.dtype, device: torch.device) -> N
 
 def test_noise_is_the_reference_s(device: torch.device) -> None:
     """Over a head that says nothing the noise decides alone."""
-    rows, vocabulary = 64, 200
-    hidden, norm, head, eps = arguments(rows, 8, vocabulary, torch.float32, device)
+    rows, vocab_size = 64, 200
+    hidden, norm, head, eps = arguments(rows, 8, vocab_size, torch.float32, device)
     generator = torch.Generator().manual_seed(1)
     seed, offset = (torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device) for _ in range(2))
     args = (hidden, norm, head * 0, eps, None, None, torch.ones(rows, device=device), seed, offset.abs())

@@ -42,7 +42,7 @@ def test_a_round_looks_at_no_value(sampled: bool) -> None:
     token, seed = (empty(2, kind=torch.int64) for _ in range(2))
     caches = [empty(layers, 2, shape.groups, 1024, shape.size) for _ in range(2)]
     angles = [empty(1024, shape.size // 2, kind=torch.float32) for _ in range(2)]
-    embedding, norm = empty(shape.vocabulary, shape.hidden), empty(shape.hidden)
+    embedding, norm = empty(shape.vocab_size, shape.hidden), empty(shape.hidden)
     noise = (empty(2, kind=torch.float32), seed) if sampled else (None, None)
     weights = report._layer(shape, torch.bfloat16, False) * layers
     with report.recorded() as found:

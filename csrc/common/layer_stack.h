@@ -1,0 +1,68 @@
+// Everything that layers [start, end) take but the states, as tensors: what partial_forward, draft and
+// speculative_round share.
+#pragma once
+
+#include <vector>
+
+#include "common/checks.h"
+#include "common/layer_weights.h"
+
+namespace lsk {
+
+struct LayerStack {
+  const std::vector<Tensor>& weights;
+  const Tensor &k_cache, &v_cache, &cos, &sin, &seq_lens;
+  const std::optional<Tensor>& slots;
+  int64_t start, end;
+  double eps;
+
+  int64_t weights_per_layer() const { return static_cast<int64_t>(weights.size()) / (end - start); }
+
+  // The sizes for `rows` rows of each of `batch` sequences, checked; start < end.
+  ForwardShape shape(int64_t batch, int64_t rows, int64_t hidden_size) const {
+    LSK_REQUIRE(k_cache.dim() == 5 && cos.dim() == 2, "the cache must have rank 5, cos 2");
+    LSK_REQUIRE(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
+                k_cache.size(0));
+    const int64_t count = end - start, each = weights_per_layer(), head_dim = k_cache.size(4);
+    LSK_REQUIRE(
+        (each == kRequiredWeights || each == kAllWeights) && each * count == static_cast<int64_t>(weights.size()),
+        "got ", weights.size(), " weights for ", count, " layers");
+    LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
+    check_head_dim(head_dim);
+    const ForwardShape out{batch,           rows,     hidden_size,        weights[1].size(0) / head_dim,
+                           k_cache.size(2), head_dim, weights[6].size(0), k_cache.size(3),
+                           k_cache.size(1)};
+    check_num_heads(out.num_heads, out.num_kv_heads);
+    LSK_REQUIRE(slots.has_value() || out.cache_rows == batch, "the cache has ", out.cache_rows, " rows for ", batch,
+                " sequences, and no slots are given");
+    LSK_REQUIRE(rows <= out.capacity, rows, " rows do not fit a cache of capacity ", out.capacity);
+    LSK_REQUIRE(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
+                out.capacity);
+    return out;
+  }
+
+  template <class T>
+  std::vector<LayerWeights<T>> layers(const ForwardShape& s) const {
+    using Sizes = std::initializer_list<int64_t>;
+    const auto take = [](const Tensor& tensor, const char* name, Sizes sizes) -> const T* {
+      return data<T>(tensor, name, sizes);
+    };
+    const auto take_optional = [](const Tensor& tensor, const char* name, Sizes sizes) -> const T* {
+      return tensor.numel() == 0 ? nullptr : data<T>(tensor, name, sizes);
+    };
+    const int64_t num_layers = k_cache.size(0), stride = s.cache_rows * s.num_kv_heads * s.capacity * s.head_dim;
+    T* keys = data<T>(k_cache, "k_cache", {num_layers, s.cache_rows, s.num_kv_heads, s.capacity, s.head_dim});
+    T* values = data<T>(v_cache, "v_cache", {num_layers, s.cache_rows, s.num_kv_heads, s.capacity, s.head_dim});
+    std::vector<LayerWeights<T>> out;
+    out.reserve(end - start);
+    for (int64_t l = start; l < end; ++l) {
+      const int64_t each = weights_per_layer();
+      out.push_back(take_layer<T>(weights.data() + (l - start) * each, each, s, take, take_optional));
+      out.back().k_cache = keys + l * stride;
+      out.back().v_cache = values + l * stride;
+    }
+    return out;
+  }
+};
+
+}  // namespace lsk
