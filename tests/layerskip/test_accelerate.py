@@ -30,13 +30,18 @@ def some_backend():
 def calls(monkeypatch):
     """The ops that fused modules ran, with the rows that they were given."""
     seen = []
-    run = fused._run
 
-    def spy(op, *args):
-        seen.append((op, args[0].numel() // args[0].shape[-1]))
-        return run(op, *args)
+    def spy(name):
+        op = getattr(fused, name)
 
-    monkeypatch.setattr(fused, "_run", spy)
+        def spied(*args):
+            seen.append((name, args[0].numel() // args[0].shape[-1]))
+            return op(*args)
+
+        monkeypatch.setattr(fused, name, spied)
+
+    for name in ("rms_norm", "linear", "swiglu"):
+        spy(name)
     return seen
 
 

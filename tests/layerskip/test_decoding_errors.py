@@ -140,8 +140,8 @@ def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error(monkeypatch):
     seen = set(plain.sequences[0].tolist())
     drafted = set()
 
-    def recorded(*args):
-        done = layerskip_kernels.speculative_round(*args)
+    def recorded(*args, **named):
+        done = layerskip_kernels.speculative_round(*args, **named)
         drafted.update(done.tokens.flatten().tolist())
         return done
 

@@ -16,6 +16,7 @@ from layerskip.models import (
     adapt,
     supported_architectures,
 )
+from layerskip_kernels import Noise
 
 # Logits of the tiny models are of order 1.
 TOLERANCES = {
@@ -110,7 +111,9 @@ class TestDecoding:
             cache.seq_lens += 1
         return torch.stack(tokens, 1), torch.stack(states, 1)
 
-    @pytest.mark.parametrize("noise", [None, (torch.tensor([0.8, 1.3]), torch.tensor([4, 9]))], ids=["greedy", "drawn"])
+    @pytest.mark.parametrize(
+        "noise", [None, Noise(torch.tensor([0.8, 1.3]), torch.tensor([4, 9]))], ids=["greedy", "drawn"]
+    )
     def test_draft(self, model, noise):
         token = torch.tensor([3, 50])
         tokens, states = self.expected(model, token, 2, 4, noise)

@@ -64,11 +64,11 @@ def prompt_of(length: int, seed: int = 0) -> torch.Tensor:
     return random_tokens(1, length, seed)
 
 
-def generous(*args: Any) -> layerskip_kernels.Round:
+def generous(*args: Any, **named: Any) -> layerskip_kernels.Round:
     """``speculative_round``, wrong on purpose: it accepts one draft too many."""
-    done = layerskip_kernels.speculative_round(*args)
+    done = layerskip_kernels.speculative_round(*args, **named)
     more = (done.accepted + 1).clamp(max=done.tokens.shape[1])
-    seq_lens = args[7]
+    seq_lens = args[3].seq_lens
     seq_lens += more - done.accepted
     return done._replace(accepted=more)
 

@@ -110,7 +110,7 @@ class LayerSkipModel(nn.Module):
             Whether the last token, too, goes through the layers, as verification needs it.
         seq_lens, slots : Tensor [B], int64, optional
             As in `PartialDepthDecoder.forward`.
-        noise : Noise, optional
+        noise : layerskip_kernels.Noise, optional
             Draws the tokens, as `layerskip_kernels.draft` does; by default they are the arg-max.
 
         Returns
@@ -125,12 +125,19 @@ class LayerSkipModel(nn.Module):
         """
         head = self.head if head is None else head
         self._check_exit(exit_layer, head)
-        decoder = self.decoder
         with torch.no_grad():
             return draft(
-                token, self.embedding, decoder.layer_weights(0, exit_layer), decoder.kv_cache(cache, seq_lens, slots),
-                exit_layer, head.weights, num_speculations, extend=extend, eps=head.eps, noise=noise,
-            )  # fmt: skip
+                token,
+                self.embedding,
+                self.decoder.layer_weights(0, exit_layer),
+                self.decoder.kv_cache(cache, seq_lens, slots),
+                exit_layer,
+                head.weights,
+                num_speculations,
+                extend=extend,
+                eps=head.eps,
+                noise=noise,
+            )
 
     def speculate(
         self,
@@ -179,14 +186,22 @@ class LayerSkipModel(nn.Module):
         """
         draft_head = self.head if draft_head is None else draft_head
         self._check_exit(exit_layer, draft_head)
-        decoder, head = self.decoder, self.head
+        full = self.head.weights
+        drafting = None if draft_head is self.head else draft_head.weights._replace(norm_weight=full.norm_weight)
         with torch.no_grad():
             return speculative_round(
-                token, self.embedding, decoder.layer_weights(0, self.num_layers),
-                decoder.kv_cache(cache, seq_lens, slots), exit_layer, head.weights, num_speculations,
-                draft_head=None if draft_head is head else draft_head.weights, draft_threshold=draft_threshold,
-                eps=head.eps, noise=noise,
-            )  # fmt: skip
+                token,
+                self.embedding,
+                self.decoder.layer_weights(0, self.num_layers),
+                self.decoder.kv_cache(cache, seq_lens, slots),
+                exit_layer,
+                full,
+                num_speculations,
+                draft_head=drafting,
+                draft_threshold=draft_threshold,
+                eps=self.head.eps,
+                noise=noise,
+            )
 
     def _check_exit(self, exit_layer: int, head: EarlyExitHead) -> None:
         """One eps serves all norms of a call."""
