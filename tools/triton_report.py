@@ -65,7 +65,6 @@ class Launch:
         kind += " transposed" if self.arguments.get("a_row") == 1 else ""
         kind += " sampling" if self.arguments.get("SAMPLES") else ""
         kind += " logits" if self.arguments.get("HAS_LOGITS") else ""
-        kind += " skipping" if self.arguments.get("SKIPS") or self.arguments.get("TILE") else ""
         known = {**self.arguments, **self.options}
         tile = [f"{name.lower()}={known[name]}" for name in TILES if name in known]
         return f"{self.kernel.__name__.removesuffix('_kernel')} ({', '.join([kind, *tile])})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,6 +66,26 @@ def test_forced_backend_does_not_fall_back() -> None:
     args = example("rms_norm").values()
     with lk.use_backend("cuda"), pytest.raises(lk.BackendError, match=r"no backend serves rms_norm .*cuda"):
         lk.rms_norm(*args)
+
+
+@has_native
+@pytest.mark.parametrize("through", ["the public function", "torch's dispatcher"])
+def test_what_the_library_refuses_is_a_value_error_with_its_words(through: str) -> None:
+    args = {**example("draft"), "token": torch.tensor([0, 37])}
+    function = partial(run, "draft") if through == "the public function" else torch.ops.layerskip.draft
+    with pytest.raises(ValueError, match=r"^token 37 is outside the vocabulary of 37$"):
+        function(*args.values())
+
+
+@has_native
+def test_an_error_that_is_not_a_refusal_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("no memory")
+
+    own = dispatch.Implementation(fails, checks=True)
+    monkeypatch.setitem(dispatch._table["rms_norm"], "cpu", own)
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
+        lk.rms_norm(*example("rms_norm").values())
 
 
 def test_forcing_ends_with_the_block() -> None:

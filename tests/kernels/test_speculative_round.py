@@ -10,6 +10,7 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip_kernels.rounds import compose_round
+from layerskip_kernels.schemas import bind
 
 from .common import (
     DTYPES,
@@ -121,6 +122,18 @@ def test_rounds_give_the_tokens_of_autoregressive_decoding(isa: str, dtype: torc
         args["token"] = out.next_token
     for b, text in enumerate(texts):
         assert text[:4] == expected[b, : len(text[:4])].tolist()
+
+
+def test_heads_that_a_round_does_not_take() -> None:
+    a = bind("speculative_round", **example("speculative_round"))
+    cache = lk.KVCache(a.k_cache, a.v_cache, a.cos, a.sin, a.seq_lens)
+    decoder = (a.token, a.embedding, a.weights, cache, a.exit_layer)
+    reduced = lk.Head(a.norm_weight, a.draft_head_weight, a.draft_token_map, a.draft_head_scale)
+    with pytest.raises(ValueError, match="head has a token_map or a scale: what verifies must be the full head"):
+        lk.speculative_round(*decoder, reduced, 2, eps=EPS)
+    other = reduced._replace(norm_weight=a.norm_weight.clone())
+    with pytest.raises(ValueError, match="the norm_weight of draft_head is not that of head"):
+        lk.speculative_round(*decoder, lk.Head(a.norm_weight, a.head_weight), 2, draft_head=other, eps=EPS)
 
 
 def test_sequences_do_not_meet(isa: str) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .._files import write_atomically
 from .sweep import Sweep, sweep_table
-from .throughput import Batch, throughput_table
+from .throughput import BatchSpeed, throughput_table
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 
 __all__ = ["AUTOREGRESSIVE", "EARLY_EXIT_ASSISTED", "SELF_SPECULATIVE", "TRANSFORMERS", "Report", "Run", "Skipped"]
@@ -90,7 +90,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     bandwidth: float = 0.0
     outside_ops: dict[str, float] = field(default_factory=dict)
-    throughput: list[Batch] = field(default_factory=list)
+    throughput: list[BatchSpeed] = field(default_factory=list)
     sweep: list[Sweep] = field(default_factory=list)
 
     @property

@@ -16,7 +16,7 @@ from .ways import AUTOREGRESSIVE, SELF_SPECULATIVE, TRANSFORMERS
 
 
 @dataclass
-class Batch:
+class BatchSpeed:
     """Tokens a second of all sequences of a batch together, by the way of decoding; the prompts' time counts."""
 
     size: int
@@ -26,7 +26,7 @@ class Batch:
 
 def measure(
     decoder: SelfSpeculativeDecoder, model: Any, encoded: Sequence[Tensor], sizes: Sequence[int], new_tokens: int
-) -> Iterator[Batch]:
+) -> Iterator[BatchSpeed]:
     """Decode batches of ``encoded`` prompts [1, N], each row to its end or ``new_tokens``; each as it is measured.
 
     Only the tokens of the rows themselves count, not what pads them. Without ``model``, ours alone.
@@ -38,7 +38,7 @@ def measure(
         speeds = {AUTOREGRESSIVE: plain_speed, SELF_SPECULATIVE: speed}
         if model is not None:
             _, speeds[TRANSFORMERS] = _timed(_theirs, model, prompts, new_tokens)
-        yield Batch(size, speeds, plain == out)
+        yield BatchSpeed(size, speeds, plain == out)
 
 
 def _timed(
@@ -68,7 +68,7 @@ def _theirs(model: Any, prompts: list[Tensor], new_tokens: int) -> list[list[int
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
-def throughput_table(batches: Sequence[Batch]) -> Table:
+def throughput_table(batches: Sequence[BatchSpeed]) -> Table:
     """A line for each size."""
     names = list(batches[0].tokens_per_second)
     table = Table("batch", *names, "speedup", title="tokens/s of a batch, prompts included", title_justify="left")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import layerskip_kernels as lk
-from layerskip_kernels.triton import speculative_round
+from layerskip_kernels.schemas import bind
+from layerskip_kernels.triton import draft
 from tools import triton_report as report
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "triton.md"
@@ -42,13 +43,13 @@ def test_a_round_looks_at_no_value(sampled: bool) -> None:
     token, seed = (empty(2, kind=torch.int64) for _ in range(2))
     caches = [empty(layers, 2, shape.groups, 1024, shape.size) for _ in range(2)]
     angles = [empty(1024, shape.size // 2, kind=torch.float32) for _ in range(2)]
-    embedding, norm = empty(shape.vocab_size, shape.hidden), empty(shape.hidden)
+    embedding, norm = empty(shape.vocabulary, shape.hidden), empty(shape.hidden)
     noise = (empty(2, kind=torch.float32), seed) if sampled else (None, None)
     weights = report._layer(shape, torch.bfloat16, False) * layers
     with report.recorded() as found:
-        speculative_round.speculative_round(
-            token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5, steps, None, None, None,
-            None, 0.0 if sampled else 0.5, *noise,
-        )  # fmt: skip
+        draft.speculative_round(*bind(
+            "speculative_round", token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5, steps,
+            draft_threshold=0.0 if sampled else 0.5, temperature=noise[0], seed=noise[1],
+        ))  # fmt: skip
     drafting, verifying = (steps + 1) * exits * 10 + steps * 4, (layers - exits) * 10 + 3
     assert len(found) == drafting + verifying + (4 if sampled else 1)
