@@ -210,7 +210,7 @@ def draft_loop(
     extend: bool,
     forward: Callable[[Token, int], Tensor],
     choose: Callable[[Tensor, int], Token | None],
-) -> None:
+) -> int:
     """Draft: a token gives a state, a state gives the next token.
 
     Parameters
@@ -225,14 +225,20 @@ def draft_loop(
         ``forward(token, row)`` runs the layers below the exit on the tokens of a row: their states [B, D].
     choose : callable
         ``choose(state, row)`` gives the tokens after it, or None where no sequence drafts any further.
+
+    Returns
+    -------
+    int
+        How many tokens were drafted: K, or fewer where ``choose`` ended it.
     """
     for row in range(num_speculations):
         following = choose(forward(token, row), row)
         if following is None:
-            return
+            return row
         token = following
     if extend:
         forward(token, num_speculations)
+    return num_speculations
 
 
 def record_draft(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import accept_sampled
+from layerskip_kernels.rounds import draft_loop
 
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 from .round import NOT_DRAFTED, SequenceTensors
@@ -230,21 +231,29 @@ class LogitsRound:
         drafts = token.new_empty(batch, num_speculations)
         states = torch.empty(batch, num_speculations + 1, model.decoder.hidden_size, dtype=model.dtype, device=device)
         logits = torch.empty(batch, num_speculations, model.vocab_size, dtype=torch.float32, device=device)
-        states[:, 0] = self._forward(token, sequences, 0, exit_layer)
-        goes_on, made = torch.ones_like(token, dtype=torch.bool), 0
-        # On a GPU a look at goes_on would be a synchronisation, so there all drafts are made.
-        while made < num_speculations and (made == 0 or token.is_cuda or bool(goes_on.any())):
-            logits[:, made] = self._process(self._logits(states[:, made], self._draft_head), made)
-            token = self._choose(logits[:, made], sequences.seed ^ _DRAFT_SEED, sequences.seq_lens + made)
-            goes_on &= logits[:, made].ne(-math.inf).any(-1)  # a reduced head may score no token that is allowed
+        goes_on = torch.ones_like(token, dtype=torch.bool)
+
+        def forward(token: Tensor, index: int) -> Tensor:
+            states[:, index] = self._forward(token.clamp_min(0), sequences, index, exit_layer)
+            return states[:, index]
+
+        def choose(hidden: Tensor, index: int) -> Tensor | None:
+            nonlocal goes_on
+            # On a GPU a look at goes_on would be a synchronisation, so there all drafts are made.
+            if not (index == 0 or hidden.is_cuda or bool(goes_on.any())):
+                return None
+            scores = logits[:, index] = self._process(self._logits(hidden, self._draft_head), index)
+            token = self._choose(scores, sequences.seed ^ _DRAFT_SEED, sequences.seq_lens + index)
+            goes_on = goes_on & scores.ne(-math.inf).any(-1)  # a reduced head may score no token that is allowed
             token = torch.where(goes_on, token, NOT_DRAFTED)
             if draft_threshold:
-                token, goes_on = self._apply_threshold(token, logits[:, made], goes_on, draft_threshold)
-            for index, history in enumerate(self._histories):
-                history.put_draft(made, token[index])
-            drafts[:, made] = token
-            made += 1
-            states[:, made] = self._forward(token.clamp_min(0), sequences, made, exit_layer)
+                token, goes_on = self._apply_threshold(token, scores, goes_on, draft_threshold)
+            for number, history in enumerate(self._histories):
+                history.put_draft(index, token[number])
+            drafts[:, index] = token
+            return token
+
+        made = draft_loop(token, num_speculations, True, forward, choose)
         return drafts[:, :made], states[:, : made + 1], logits[:, :made]
 
     def _apply_threshold(
