@@ -106,7 +106,7 @@ class Noise(NamedTuple):
 
 
 class ExitOutput(NamedTuple):
-    """What an exit says: ``token`` [R] int64, its ``logit`` [R] fp32, ``logsumexp`` [R] fp32.
+    """What an exit head gives: ``token`` [R] int64, its ``logit`` [R] fp32, ``logsumexp`` [R] fp32.
 
     ``exp(logit - logsumexp)`` is the token's probability. A token of -1 marks a row whose logits are not finite.
     """
@@ -129,7 +129,7 @@ class Draft(NamedTuple):
 
 
 class Acceptance(NamedTuple):
-    """What verification says: ``accepted`` [B] int64 leading draft tokens, ``next_token`` [B] int64."""
+    """What verification gives: ``accepted`` [B] int64 leading draft tokens, ``next_token`` [B] int64."""
 
     accepted: Tensor
     next_token: Tensor

@@ -196,7 +196,7 @@ def checked(op: str, *args: Any) -> Any:
 
 
 def _run(op: str, implementation: Implementation, args: tuple[Any, ...]) -> Any:
-    """Check and compute; what a compiled library refuses is a ValueError, with what `_checks` or else it says."""
+    """Check and compute. What a compiled library refuses is a ValueError in the words of `_checks`, or else its own."""
     try:
         if not implementation.checks:
             checked(op, *args)

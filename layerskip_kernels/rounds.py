@@ -242,7 +242,7 @@ def draft_loop(
 
 
 def record_draft(
-    state: Tensor, said: Sequence[Tensor], embedding: Tensor, out: Draft, row: int, draft_threshold: float
+    state: Tensor, head_output: Sequence[Tensor], embedding: Tensor, out: Draft, row: int, draft_threshold: float
 ) -> Tensor:
     """Write a row of a draft, and embed its tokens, [B, D].
 
@@ -252,15 +252,15 @@ def record_draft(
     Parameters
     ----------
     state : Tensor [B, D]
-    said : (token, logit, logsumexp), each [B]
-        What the exit head says of ``state``.
+    head_output : (token, logit, logsumexp), each [B]
+        What the exit head gives for ``state``.
     embedding : Tensor [V, D]
     out : Draft
         Its row ``row`` is written.
     row : int
     draft_threshold : float
     """
-    token, logit, logsumexp = said
+    token, logit, logsumexp = head_output
     chance = (logit - logsumexp).exp()
     if draft_threshold > 0:
         if row:
@@ -294,8 +294,8 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     def choose(state: Tensor, row: int) -> Tensor | None:
         offset = None if a.temperature is None else positions[row]
         logits = None if a.logits is None else a.logits[:, row]
-        said = ops["exit_head"](*derive("exit_head", a, hidden=state, offset=offset, logits=logits))
-        following = record(state, said, a.embedding, out, row, a.draft_threshold)
+        head_output = ops["exit_head"](*derive("exit_head", a, hidden=state, offset=offset, logits=logits))
+        following = record(state, head_output, a.embedding, out, row, a.draft_threshold)
         if on_cpu and a.draft_threshold > 0 and bool((tokens[:, row] < 0).all()):
             _clear(out, row + 1)
             return None
@@ -320,9 +320,8 @@ def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     ))  # fmt: skip
     drafted = _most_drafts(tokens)
     above = {"weights": a.weights[below:], "start": a.exit_layer, "end": num_layers}
-    hidden = ops["partial_forward"](*derive("partial_forward", a, hidden=states[:, : drafted + 1], **above)).flatten(
-        0, 1
-    )
+    layers = derive("partial_forward", a, hidden=states[:, : drafted + 1], **above)
+    hidden = ops["partial_forward"](*layers).flatten(0, 1)
     if samples:
         target_logits = torch.empty(hidden.shape[0], a.head_weight.shape[0], dtype=torch.float32, device=device)
     full = {"hidden": hidden, "temperature": None, "seed": None, "logits": target_logits}

@@ -52,7 +52,7 @@ struct Draft {
     }
   }
 
-  // Writes what the head says of `row`, and the next tokens to `current`; true while any sequence drafts on.
+  // Writes the probability and the token of `row`, and the next tokens to `current`; true while any sequence drafts on.
   bool record(int64_t row, int64_t* current, const float* logit, const float* logsumexp, bool* alive) const {
     bool any = false;
     for (int64_t b = 0; b < batch; ++b) {

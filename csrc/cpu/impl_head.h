@@ -34,7 +34,7 @@ inline void draw(const float* logits, int64_t count, int64_t row, const int64_t*
   if (partial.pick.row != before) partial.logit = logits[partial.pick.row - row];
 }
 
-// What is asked of one row's logits beyond their maximum and sum: to be written, and to be drawn from.
+// The options of one row beyond the maximum and the sum of its logits: where they are written, how one is drawn.
 inline void fold_asked(const HeadOptions& options, float* logits, int64_t count, int64_t row, int64_t r,
                        HeadPartial& partial) {
   if (options.logits) __builtin_memcpy(options.logits + r * options.pitch + row, logits, count * sizeof(float));

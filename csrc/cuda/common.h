@@ -45,7 +45,7 @@ struct Cache {
     return slot >= 0 && slot < cache_rows ? slot : -1;
   }
 
-  // Where group g of a slot starts in k and v.
+  // Where key/value head g of a slot starts in k and v.
   __device__ int64_t plane(int64_t slot, int g) const { return (slot * num_kv_heads + g) * capacity * head_dim; }
 };
 

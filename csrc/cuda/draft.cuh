@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) draft_embed_kernel(DraftArgs<T> a) {
   embed(a, blockIdx.x, a.token[blockIdx.x]);
 }
 
-// One block a sequence: what the head says of `step`, and the embedding of its token for the step after it.
+// One block a sequence: the token of `step`, its probability, and its embedding for the step after it.
 template <class T>
 __global__ void __launch_bounds__(kMaxMergeThreads, 1)
     draft_step_kernel(DraftArgs<T> a, int64_t step, int64_t tiles, const int64_t* token_map) {

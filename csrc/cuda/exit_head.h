@@ -33,7 +33,7 @@ constexpr int kHeadTile = 16;  // vocabulary rows of a tile: the M of an mma
 
 inline int64_t head_tiles(int64_t vocab_size) { return divide_up<int64_t>(vocab_size, kHeadTile); }
 
-// Threads that merge the tiles of one row: whole warps, as the vocabulary alone says.
+// Threads that merge the tiles of one row: whole warps; their number follows from the vocabulary alone.
 constexpr int kMaxMergeThreads = 512;
 inline int merge_threads(int64_t tiles) {
   return tiles < kMaxMergeThreads ? static_cast<int>(divide_up<int64_t>(tiles, 32)) * 32 : kMaxMergeThreads;

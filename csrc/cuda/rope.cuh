@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads) rope_kv_append_kernel(RopeArgs<T> a,
     const int at = head * cache.head_dim;
     rotate_head(a.q.row(r) + at, a.q_norm, a.eps, place, a.angles, cache.head_dim, a.q_out.row(r) + at);
   } else if (place.inside) {
-    const int group = (head - a.num_heads) % cache.num_kv_heads, at = group * cache.head_dim;
-    const int64_t target = place.at(cache, group);
+    const int kv_head = (head - a.num_heads) % cache.num_kv_heads, at = kv_head * cache.head_dim;
+    const int64_t target = place.at(cache, kv_head);
     if (head < a.num_heads + cache.num_kv_heads) {
       rotate_head(a.k.row(r) + at, a.k_norm, a.eps, place, a.angles, cache.head_dim, cache.k + target);
     } else {

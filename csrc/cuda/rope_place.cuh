@@ -15,8 +15,8 @@ __device__ __forceinline__ Pair rotate(Pair x, float cos, float sin) {
   return {__fmaf_rn(x.a, cos, -__fmul_rn(x.b, sin)), __fmaf_rn(x.b, cos, __fmul_rn(x.a, sin))};
 }
 
-// Where row r of a step lies. Outside the cache nothing is written, and queries become NaN: a token that is asked for
-// there is refused, never wrong.
+// Where row r of a step lies. Outside the cache nothing is written, and queries become NaN, so that the head gives
+// token -1 and never a wrong one.
 template <class T>
 struct Place {
   int64_t slot, position;
@@ -29,7 +29,7 @@ struct Place {
     inside = slot >= 0 && position >= 0 && position < cache.capacity;
   }
 
-  // Of group g at this position, in k and v.
+  // Of key/value head g at this position, in k and v.
   __device__ __forceinline__ int64_t at(const Cache<T>& cache, int g) const {
     return cache.plane(slot, g) + position * cache.head_dim;
   }

@@ -15,7 +15,7 @@ struct RoundArgs {
   Head<T, W> draft_head;
   Head<T, T> head;
   Choice* partial;  // scratch [B M, head_tiles]
-  int64_t* target;  // scratch [B M]: what each row's head says
+  int64_t* target;  // scratch [B M]: each row's token
   float* scores;    // scratch [2, B M]
   int64_t* seq_lens;
   int64_t *accepted, *next_token;  // [B]

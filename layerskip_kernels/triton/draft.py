@@ -54,7 +54,7 @@ def draft_step_kernel(
 
 
 def record_draft(
-    state: Tensor, said: Sequence[Tensor], embedding: Tensor, out: Draft, row: int, draft_threshold: float
+    state: Tensor, head_output: Sequence[Tensor], embedding: Tensor, out: Draft, row: int, draft_threshold: float
 ) -> Tensor:
     """See `rounds.record_draft`."""
     following, (batch, hidden_size) = torch.empty_like(state), state.shape
@@ -62,7 +62,7 @@ def record_draft(
         block = min(BLOCK, power_of_two(hidden_size))
         with on(state):
             draft_step_kernel[(batch, triton.cdiv(hidden_size, block))](
-                state, *said, embedding, out.states, out.tokens, out.probability, following, hidden_size, row,
+                state, *head_output, embedding, out.states, out.tokens, out.probability, following, hidden_size, row,
                 out.tokens.shape[1], out.states.shape[1], draft_threshold, BLOCK=block, num_warps=4,
                 **launch_options(state),
             )  # fmt: skip
