@@ -77,7 +77,7 @@ def by_hand(args: dict[str, Any], b: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("drafted", "vocabulary", "scored"), [(5, 97, None), (5, 97, 41), (1, 1003, 300), (3, 17, 17), (0, 13, None)]
+    ("drafted", "vocab_size", "scored"), [(5, 97, None), (5, 97, 41), (1, 1003, 300), (3, 17, 17), (0, 13, None)]
 )
 @pytest.mark.parametrize("path", PATHS)
 def test_by_hand(path: str, drafted: int, vocab_size: int, scored: int | None) -> None:

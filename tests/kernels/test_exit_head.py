@@ -95,7 +95,7 @@ def one_hot(dtype: torch.dtype, values: list[list[float]], int8: bool = False) -
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [5, 300, 5003])
+@pytest.mark.parametrize("vocab_size", [5, 300, 5003])
 def test_ties_go_to_the_lowest_row(path: str, dtype: torch.dtype, vocab_size: int, int8: bool) -> None:
     """Within a vector, across the tiles of a vocabulary, and where all are equal."""
     values = torch.zeros(5, vocab_size)

@@ -47,7 +47,7 @@ def problem(batch: int, drafted: int, vocab_size: int, subset: int = 0, seed: in
 
 
 @pytest.mark.parametrize("part", [0, 2])
-@pytest.mark.parametrize(("batch", "drafted", "vocabulary"), [(1, 3, 41), (7, 5, 100), (4, 1, 5003), (2, 0, 77)])
+@pytest.mark.parametrize(("batch", "drafted", "vocab_size"), [(1, 3, 41), (7, 5, 100), (4, 1, 5003), (2, 0, 77)])
 def test_sampled(ops: Ops, batch: int, drafted: int, vocab_size: int, part: int) -> None:
     accepted = set()
     for seed in range(4):

@@ -43,7 +43,7 @@ def on_card(args: dict[str, object]) -> dict[str, object]:
 
 @pytest.mark.parametrize("head", ["full", "int8 subset"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("width", "vocabulary"), [(2048, 128256), (4096, 32000)])
+@pytest.mark.parametrize(("width", "vocab_size"), [(2048, 128256), (4096, 32000)])
 def test_heads_of_models(width: int, vocab_size: int, dtype: torch.dtype, head: str) -> None:
     """Against float64; then one row, seven, sixteen and a second pass have the same bits."""
     hidden, norm, weight, eps, token_map, scale = (

@@ -58,7 +58,7 @@ def test_rows_do_not_depend_on_each_other(ops: Ops, dtype: torch.dtype, head: st
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [5, 300])
+@pytest.mark.parametrize("vocab_size", [5, 300])
 def test_ties_go_to_the_lowest_row(ops: Ops, dtype: torch.dtype, vocab_size: int, int8: bool) -> None:
     """Within a tile, across tiles, and where all are equal."""
     values = torch.zeros(5, vocab_size)

@@ -59,7 +59,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("tiling")
-@pytest.mark.parametrize(("drafted", "vocabulary", "scored"), [(0, 37, None), (3, 50, None), (2, 75, 21), (1, 1, None)])
+@pytest.mark.parametrize(("drafted", "vocab_size", "scored"), [(0, 37, None), (3, 50, None), (2, 75, 21), (1, 1, None)])
 def test_accept_sampled(drafted: int, vocab_size: int, scored: int | None, device: torch.device) -> None:
     agrees(make(drafted, 12, drafted, vocab_size, scored, device))
 

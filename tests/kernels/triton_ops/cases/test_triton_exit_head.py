@@ -43,7 +43,7 @@ def int8_head(head: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "vocabulary"), [(1, 41, 1), (7, 256, 1000), (16, 72, 64), (35, 100, 333)])
+@pytest.mark.parametrize(("rows", "depth", "vocab_size"), [(1, 41, 1), (7, 256, 1000), (16, 72, 64), (35, 100, 333)])
 def test_exit_head(rows: int, depth: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
     exit_agrees(*arguments(rows, depth, vocab_size, dtype, device))
 
