@@ -104,7 +104,7 @@ class DraftHead:
         """
         from safetensors import SafetensorError, safe_open
 
-        named = isinstance(source, str) and not {"/", "."} & set(source)
+        named = isinstance(source, str) and "/" not in source
         path = registry.draft_head(str(source)) if named else None
         path = path or _file(source)
         if not path.exists():
