@@ -112,7 +112,7 @@ def test_what_the_wheel_alone_cannot_do_it_says_in_one_line(bare_environment: Pa
         "generate x": "No module named 'transformers': pip install \"layerskip-kernels[demo]\"",
         "bench": f"the model smollm2 {example}",
         "bench --model owner/name": 'loading models needs transformers: pip install "layerskip-kernels[demo]"',
-        "train": "No module named 'transformers': pip install \"layerskip-kernels[train]\"",
+        "train": "No module named 'yaml': pip install \"layerskip-kernels[train]\"",
         "bench --prompts hub:any": "hub:any needs the package datasets: pip install datasets",
     }
     for arguments, message in refused.items():
