@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .decoding import (
-    DraftHead,
-    GenerationOutput,
-    SamplingParams,
-    SelfSpeculativeDecoder,
-    Session,
-    Stats,
-    StopStrings,
-    TextStream,
-    Update,
-)
-from .models import (
-    EarlyExitHead,
-    LayerSkipModel,
-    PartialDepthDecoder,
-    SharedKVCache,
-    UnsupportedModelError,
-    adapt,
-    load,
-    supported_architectures,
-)
-from .transformers.acceleration import accelerate, restore
+from ._lazy import exports
 
 if TYPE_CHECKING:
+    from .decoding import (
+        DraftHead,
+        GenerationOutput,
+        SamplingParams,
+        SelfSpeculativeDecoder,
+        Session,
+        Stats,
+        StopStrings,
+        TextStream,
+        Update,
+    )
+    from .models import (
+        EarlyExitHead,
+        LayerSkipModel,
+        PartialDepthDecoder,
+        SharedKVCache,
+        UnsupportedModelError,
+        adapt,
+        load,
+        supported_architectures,
+    )
+    from .transformers.acceleration import accelerate, restore
     from .transformers.custom_generate import generate
 
 __all__ = [
@@ -53,11 +54,18 @@ __all__ = [
     "supported_architectures",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import ``generate`` only when it is used: it needs transformers."""
-    if name == "generate":
-        from .transformers.custom_generate import generate
-
-        return generate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exports(
+    __name__,
+    {
+        ".decoding": (
+            "DraftHead", "GenerationOutput", "SamplingParams", "SelfSpeculativeDecoder", "Session", "Stats",
+            "StopStrings", "TextStream", "Update",
+        ),
+        ".models": (
+            "EarlyExitHead", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache", "UnsupportedModelError",
+            "adapt", "load", "supported_architectures",
+        ),
+        ".transformers.acceleration": ("accelerate", "restore"),
+        ".transformers.custom_generate": ("generate",),
+    },
+)  # fmt: skip

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .convert import Conversion, convert, revert
-from .dataset import Collator, LengthBuckets, encode, read_pairs
-from .dropout import LayerDropout, apply_to_rows, dropout_scale, layer_dropout_rates
-from .exits import (
-    AllExits,
-    Curriculum,
-    GradualCurriculum,
-    RandomExits,
-    RotationalCurriculum,
-    ShallowSteps,
-    early_exit_weights,
-)
-from .survey import ExitSurvey, survey_exits
+from .._lazy import exports
 
 if TYPE_CHECKING:
+    from .conversion import Conversion, convert, revert
+    from .dataset import Collator, LengthBuckets, encode, read_pairs
+    from .dropout import LayerDropout, apply_to_rows, dropout_scale, layer_dropout_rates
+    from .exits import (
+        AllExits,
+        Curriculum,
+        GradualCurriculum,
+        RandomExits,
+        RotationalCurriculum,
+        ShallowSteps,
+        early_exit_weights,
+    )
+    from .survey import ExitSurvey, survey_exits
     from .trainer import Batching, LayerSkipTrainer, Plan
 
 __all__ = [
@@ -47,11 +48,17 @@ __all__ = [
     "survey_exits",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """The Trainer on demand: it imports accelerate and much of transformers, which the parts do without."""
-    if name in ("Batching", "LayerSkipTrainer", "Plan"):
-        from . import trainer
-
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exports(
+    __name__,
+    {
+        ".conversion": ("Conversion", "convert", "revert"),
+        ".dataset": ("Collator", "LengthBuckets", "encode", "read_pairs"),
+        ".dropout": ("LayerDropout", "apply_to_rows", "dropout_scale", "layer_dropout_rates"),
+        ".exits": (
+            "AllExits", "Curriculum", "GradualCurriculum", "RandomExits", "RotationalCurriculum", "ShallowSteps",
+            "early_exit_weights",
+        ),
+        ".survey": ("ExitSurvey", "survey_exits"),
+        ".trainer": ("Batching", "LayerSkipTrainer", "Plan"),
+    },
+)  # fmt: skip

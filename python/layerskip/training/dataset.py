@@ -69,7 +69,7 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
         For a broken line, with its number.
     """
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

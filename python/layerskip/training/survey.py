@@ -11,7 +11,7 @@ from torch import Tensor
 
 import layerskip_kernels
 
-from .convert import convert, revert
+from .conversion import convert, revert
 
 BINS = 10
 

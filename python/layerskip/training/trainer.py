@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .._files import publish, remove_written
 from ._seeds import generator
-from .convert import convert, revert
+from .conversion import convert, revert
 from .dataset import IGNORE, LengthBuckets, Pool, TokenBatches
 from .dropout import LayerDropout
 from .exits import AllExits, Curriculum, ShallowSteps, early_exit_weights
