@@ -44,15 +44,15 @@ bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 triton-report: setup
-	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --write docs/triton.md
+	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --output docs/triton.md
 	cat docs/triton.md
 
 cuda: setup
 	LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' $(BIN)/python setup.py -q build_ext --inplace
 
 cuda-report: cuda
-	$(BIN)/python -m tools.cuda_report --write docs/cuda.md
-	$(BIN)/python -m tools.roofline --write docs/cuda.md
+	$(BIN)/python -m tools.cuda_report --output docs/cuda.md
+	$(BIN)/python -m tools.roofline --output docs/cuda.md
 
 lint: setup
 	$(BIN)/ruff check .
@@ -66,9 +66,11 @@ format: setup
 	$(CLANG_FORMAT) -i
 
 wheel: setup
-	LAYERSKIP_CUDA=0 $(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+	rm -rf build/wheels
+	LAYERSKIP_CUDA=0 $(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/wheels
 	! command -v nvcc >/dev/null || LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' \
-		$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+		$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/wheels
+	$(BIN)/python -m tools.manylinux build/wheels/*.whl --output dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info

@@ -1,6 +1,6 @@
 """Time and peak memory of `early_exit_loss`, forward and backward, against torch's cross-entropy on whole logits.
 
-    python -m benchmarks.early_exit_loss [--quick] [--dtype bfloat16] [--threads 2] [--json FILE]
+    python -m benchmarks.early_exit_loss [--quick] [--dtype bfloat16] [--threads 2] [--output FILE]
 
 All cases take 40 minutes and about 12 GB on two cores, ``--quick`` takes a minute.
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{args.dtype}, {args.threads} threads\n")
@@ -131,9 +131,9 @@ def main() -> None:
             flush=True,
         )
         records.append({**case._asdict(), **result})
-        if args.json:  # after every case: a run cut short leaves what it has
+        if args.output:  # after every case: a run cut short leaves what it has
             report = {"machine": harness.machine(), "dtype": args.dtype, "rounds": args.rounds, "cases": records}
-            write_atomically(args.json, json.dumps(report, indent=1).encode())
+            write_atomically(args.output, json.dumps(report, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -104,15 +104,15 @@ def write(file: Path, text: str, markers: tuple[str, str]) -> None:
 def main() -> None:
     """Read, show, write; 1 where something spills."""
     parser = argparse.ArgumentParser(prog="python -m tools.cuda_report", description=__doc__)
-    parser.add_argument("--write", type=Path, help="a file with the markers of this report")
+    parser.add_argument("--output", type=Path, help="a file with the markers of this report")
     args = parser.parse_args()
     if not logs():
         parser.error("the CUDA library was not built here: LAYERSKIP_CUDA=1 python setup.py build_ext --inplace")
     found = kernels(logs())
     text = markdown(found)
     print(text)
-    if args.write is not None:
-        write(args.write, text, MARKERS)
+    if args.output is not None:
+        write(args.output, text, MARKERS)
     spilled = [kernel for kernel in found if kernel.stack or kernel.spills]
     if spilled:
         raise SystemExit("\n".join(f"spills or has a stack frame: {kernel}" for kernel in spilled))

@@ -182,12 +182,12 @@ def least() -> str:
 def main() -> None:
     """Count, show, write."""
     parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__)
-    parser.add_argument("--write", type=Path, help="a file with the markers of this table")
+    parser.add_argument("--output", type=Path, help="a file with the markers of this table")
     args = parser.parse_args()
     text = f"{counted()}\n\n{least()}"
     print(text)
-    if args.write is not None:
-        write(args.write, text, MARKERS)
+    if args.output is not None:
+        write(args.output, text, MARKERS)
 
 
 if __name__ == "__main__":

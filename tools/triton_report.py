@@ -273,18 +273,18 @@ def main(argv: list[str] | None = None) -> None:
     """Print registers, shared memory and spills of every launch, or renew them in a document."""
     parser = argparse.ArgumentParser(prog="python -m tools.triton_report", description=main.__doc__)
     parser.add_argument("--space", action="store_true", help="every configuration of the tuning space")
-    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help=f"replace what follows {MARKER} in it")
+    parser.add_argument("--output", type=Path, metavar="DOCUMENT", help=f"replace what follows {MARKER} in it")
     args = parser.parse_args(argv)
     text = report(tuned) if args.space else report()
-    if args.write is None:
+    if args.output is None:
         print(text)
         return
-    before, marker, _ = args.write.read_text().partition(MARKER)
+    before, marker, _ = args.output.read_text().partition(MARKER)
     if not marker:
-        parser.error(f"{args.write} has no line {MARKER}")
-    scratch = args.write.with_suffix(".tmp")
+        parser.error(f"{args.output} has no line {MARKER}")
+    scratch = args.output.with_suffix(".tmp")
     scratch.write_text(f"{before}{MARKER}\n\n{text}")
-    scratch.replace(args.write)
+    scratch.replace(args.output)
 
 
 if __name__ == "__main__":
