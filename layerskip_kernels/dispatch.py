@@ -145,7 +145,7 @@ def device_of(args: tuple[Any, ...]) -> torch.device:
     return next(arg for arg in args if isinstance(arg, Tensor)).device
 
 
-def _reason(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+def reason_against(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
     """Why a backend does not serve a call, or None."""
     implementation = _table[op].get(backend)
     if implementation is None:
@@ -180,7 +180,7 @@ def explain(op: str, *args: Any) -> Explanation:
     candidates = PREFERENCE.get(device_of(args).type, ("reference",)) if forced is None else (forced,)
     skipped: dict[str, str] = {}
     for backend in candidates:
-        reason = _reason(op, backend, args)
+        reason = reason_against(op, backend, args)
         if reason is None:
             return Explanation(op, backend, skipped)
         skipped[backend] = reason

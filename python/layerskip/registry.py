@@ -12,13 +12,17 @@ What is provided is imported when its name is asked for. ``examples/smollm2`` in
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 MODELS, TASKS, DEMOS = "layerskip.models", "layerskip.tasks", "layerskip.demos"
 
-# Of the example package, so that where it is not installed its names are told from typos.
+# The example package, and what gets it.
+PACKAGE, WHERE = "layerskip-smollm2", "pip install ./examples/smollm2 (in the repository)"
+# Its names, so that where it is not installed they are told from typos.
 EXAMPLE = {
     MODELS: ("smollm2", "smollm2-layerskip", "smollm2-layerskip-coding", "smollm2-layerskip-summarization"),
     TASKS: ("coding", "parsing", "summarization", "text"),
@@ -48,6 +52,19 @@ def get(group: str, name: str) -> Any:
     return provided
 
 
+def check(group: str, name: str) -> None:
+    """Raise for a name that no package provides, as `get` does, but import nothing."""
+    if name not in names(group):
+        raise unknown(group, name)
+
+
+def is_path(name: str | os.PathLike[str]) -> bool:
+    """A model's name is ``name`` or ``owner/name``; anything else, and whatever exists, is a path."""
+    if not isinstance(name, str):
+        return True
+    return Path(name).exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/")
+
+
 def unknown(group: str, name: str) -> Exception:
     """What to raise, in one line, for a name that no installed package provides."""
     if name in EXAMPLE[group]:
@@ -58,9 +75,13 @@ def unknown(group: str, name: str) -> Exception:
 def hint(group: str, name: str) -> str:
     """What would provide the name, or which names are near."""
     if name in EXAMPLE[group]:
-        where = "pip install ./examples/smollm2 (in the repository)"
-        return f"the {_kind(group)} {name} comes with the example package: {where}"
-    known = sorted({*names(group), *EXAMPLE[group]})
+        return f"the {_kind(group)} {name} comes with the example package: {WHERE}"
+    return nearest(name, sorted({*names(group), *EXAMPLE[group]}))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Which of the known names are near one that is not among them, or else all."""
+    known = list(known)
     near = difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ from rich.console import Console
 from tiny import ROUND, VOCABULARY, generous, requires_native, tiny_model
 
 import layerskip_kernels
-from layerskip import DraftHead
-from layerskip.cli import COMMANDS, demo, env, main, prompts, throughput
+from layerskip import DraftHead, devices
+from layerskip.cli import demo, env, main, measure, prompts, throughput
+from layerskip.cli.arguments import COMMANDS
 from layerskip.cli.correctness import first_difference
 from layerskip.cli.measure import Stopwatch, op_clock
 from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip.models import load
+from layerskip_kernels import dispatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -219,8 +222,10 @@ class TestBench:
         for batch in content["throughput"]:
             assert batch["identical"]
             assert set(batch["tokens_per_second"]) == {AUTOREGRESSIVE, SELF_SPECULATIVE, TRANSFORMERS}
-        assert [task["task"] for task in content["sweep"]] == ["counting", "prose"]
-        assert set(content["sweep"][0]["fixed"]) == {f"E={e}, K={k}" for e in (1, 2, 3) for k in (1, 2, 4, 8)}
+        swept = [(task["task"], task["draft_threshold"]) for task in content["sweep"]]
+        assert swept == [("counting", 0.0), ("counting", 0.5), ("prose", 0.0), ("prose", 0.5)]
+        for task in content["sweep"]:
+            assert set(task["fixed"]) == {f"E={e}, K={k}" for e in (1, 2, 3) for k in (1, 2, 4, 8, 12)}
         assert "tokens/s of a batch" in printed
         assert "auto / best" in printed
 
@@ -286,13 +291,16 @@ class TestBench:
         assert 0 < once < clock.seconds
         assert layerskip_kernels.dispatch._table == table
 
-    def test_the_stopwatch_leaves_out_the_first_group(self):
+    def test_the_stopwatch_leaves_out_the_first_group(self, monkeypatch):
+        """Put at 10, 13, 14 and 18 s: the prompt, two tokens, one, four."""
+        clock = iter((10.0, 13.0, 14.0, 18.0))
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
         watch = Stopwatch()
         for count in (5, 2, 1, 4):
             watch.put(torch.zeros(count))
-        assert watch.tokens == 5
-        assert watch.time_to_first_token > 0
-        assert watch.seconds > 0
+        assert (watch.tokens, watch.first_tokens) == (5, 2)
+        assert watch.time_to_first_token == 3.0
+        assert watch.seconds == 5.0
 
 
 class TestEnv:
@@ -302,6 +310,12 @@ class TestEnv:
         for op in env.example_arguments("cpu"):
             assert op in printed
         assert torch.__version__ in printed
+        facts = [line.split() for line in printed.splitlines()]
+        assert ["--device", "auto", devices.described(devices.find("auto"))] in facts
+        for backend in dispatch.BACKENDS:
+            assert any(line[1:2] == [backend] for line in facts), "each says that it is ready, or why not"
+        assert ["layerskip-kernels", version("layerskip-kernels")] in facts
+        assert any(line[:1] == ["layerskip-smollm2"] for line in facts)
 
     def test_no_op_is_forgotten(self):
         from layerskip_kernels.schemas import SCHEMAS
@@ -311,6 +325,13 @@ class TestEnv:
     def test_the_examples_can_be_called(self):
         for op, arguments in env.example_arguments("cpu").items():
             getattr(torch.ops.layerskip, op)(*arguments)
+
+    def test_why_a_backend_is_not_there(self, capsys, monkeypatch):
+        monkeypatch.setattr(dispatch, "reason_against", lambda op, backend, args: f"no {backend} [today]")
+        assert main(["env"]) == 0
+        printed = capsys.readouterr().out
+        for backend in dispatch.BACKENDS:
+            assert f"no {backend} [today]" in printed
 
     def test_the_reasons_are_shown(self, capsys):
         with layerskip_kernels.use_backend("reference"):

@@ -463,7 +463,16 @@ def test_the_exits_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], o
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("w3 w4\nw5\n")
     model = save_tiny(tmp_path / "base")
-    arguments = ["--prompts", str(prompts), "--max-new-tokens", "8", "--dtype", "float32", "--out", str(tmp_path / "e")]
+    arguments = [
+        "--prompts",
+        str(prompts),
+        "--max-new-tokens",
+        "8",
+        "--dtype",
+        "float32",
+        "--output",
+        str(tmp_path / "e"),
+    ]
     assert main(["exits", "--model", str(model), *arguments]) == 0
     assert "exit layer" in capsys.readouterr().out
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")

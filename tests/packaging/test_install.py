@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import manylinux
+
 from .conftest import ROOT, Run, build_wheel, copy_of_checkout, pip, run, succeeded
 
 needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf to read the library with")
@@ -54,6 +56,34 @@ def test_wheel_serves_every_later_python(wheel: Path) -> None:
     assert (python, abi) == ("cp310", "abi3")
     assert platform.startswith("linux_") or platform.startswith("macosx_")
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_wheel_can_be_told_how_far_it_travels(wheel: Path, tmp_path: Path) -> None:
+    """As `make wheel` writes it: a manylinux tag, and no library of torch's or OpenMP's of its own."""
+    reason = manylinux.obstacle()
+    if reason is not None:
+        pytest.skip(reason)
+    manylinux.main([str(wheel), "--output", str(tmp_path / "dist")])
+    (made,) = (tmp_path / "dist").iterdir()
+    assert re.fullmatch(r"layerskip_kernels-[\d.]+-cp310-abi3-(manylinux_\d+_\d+_\w+\.?)+\.whl", made.name)
+    libraries = [name for name in zipfile.ZipFile(made).namelist() if ".so" in name]
+    assert libraries == ["layerskip_kernels/_cpu.abi3.so"]
+
+
+def test_a_wheel_that_cannot_be_repaired_is_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = [tmp_path / f"one-1-{tag}.whl" for tag in ("py3-none-any", "cp310-abi3-linux_x86_64")]
+    for made in wheels:
+        made.write_text(made.name)
+    monkeypatch.setattr(manylinux, "find_spec", lambda name: None)
+    manylinux.main([*map(str, wheels), "--output", str(tmp_path / "dist")])
+    assert [path.read_text() for path in sorted((tmp_path / "dist").iterdir())] == sorted(made.name for made in wheels)
+    printed = capsys.readouterr().out
+    assert printed.count('as it is: auditwheel is not installed (pip install -e ".[dev]")') == 2
+    monkeypatch.setattr(manylinux, "obstacle", lambda: None)
+    manylinux.main([str(wheels[0]), "--output", str(tmp_path / "dist")])
+    assert "as it is: it has no compiled library" in capsys.readouterr().out
 
 
 def test_wheel_has_every_module_and_data_file(wheel: Path, checkout: Path) -> None:
@@ -107,13 +137,16 @@ def test_what_the_wheel_alone_cannot_do_it_says_in_one_line(bare_environment: Pa
     command = str(bare_environment.parent / "layerskip")
     assert "rms_norm" in succeeded(run([command, "env"], tmp_path)).stdout
     example = "comes with the example package: pip install ./examples/smollm2 (in the repository)"
+    (tmp_path / "recipe.yaml").write_text("model: owner/name\n")
     refused = {
         "demo": f"the demo smollm2 {example}",
-        "generate x": "No module named 'transformers': pip install \"layerskip-kernels[demo]\"",
+        "generate x": f"the model smollm2 {example}",
+        "generate x --model owner/name": "No module named 'transformers': pip install \"layerskip-kernels[demo]\"",
         "bench": f"the model smollm2 {example}",
         "bench --model owner/name": 'loading models needs transformers: pip install "layerskip-kernels[demo]"',
-        "train": "No module named 'yaml': pip install \"layerskip-kernels[train]\"",
-        "bench --prompts hub:any": "hub:any needs the package datasets: pip install datasets",
+        "train": f"the task parsing {example}",
+        "train recipe.yaml": "No module named 'yaml': pip install \"layerskip-kernels[train]\"",
+        "bench --prompts hub:any --model owner/name": "hub:any needs the package datasets: pip install datasets",
     }
     for arguments, message in refused.items():
         done = run([command, *arguments.split()], tmp_path)

@@ -18,7 +18,6 @@ from typing import Any
 
 from layerskip._files import write_atomically
 from layerskip.training.data import Example
-from layerskip_kernels.files import cache_directory
 
 from . import home
 from ._splits import stable_fraction
@@ -37,6 +36,8 @@ def load(split: str) -> list[Example]:
     ``test`` holds unseen utterances of templates that training draws from, ``test_templates`` draws of templates that
     training never sees. ``group`` is the template.
     """
+    from layerskip_kernels.files import cache_directory  # which takes torch; the splits are known without it
+
     path = cache_directory() / "data" / f"parsing-{_fingerprint()}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,68 +1,80 @@
-"""The ``layerskip`` command. A command is a module with ``add_arguments(parser)`` and ``run(args, console) -> int``."""
+"""The ``layerskip`` command.
+
+What a command takes is declared in `arguments`; what it does is ``run(args, console) -> int`` in the module of its
+name, which is imported once the arguments are understood and what they name is there.
+"""
 
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
 from rich.console import Console
 from rich.markup import escape
 
-from layerskip_kernels import BackendError
+from . import arguments, names
 
-from . import bench, correctness, demo, distill, env, exits, generate, train
+__all__ = ["main"]
 
-COMMANDS = {
-    "demo": (demo, "decode a few prompts both ways, side by side"),
-    "generate": (generate, "continue a prompt"),
-    "bench": (bench, "measure decoding against the memory's speed and against transformers"),
-    "correctness": (correctness, "check that self-speculative decoding changes no token"),
-    "train": (train, "train early exits into a model, by a recipe"),
-    "distill": (distill, "let a model write the pairs that its early exits learn from"),
-    "exits": (exits, "show how good every layer's exit is, to choose the exit layer by"),
-    "env": (env, "show versions, devices, and which backend serves each op"),
-}
 # The extra that installs what is imported only when a command needs it.
 EXTRAS = {
     "transformers": "demo", "safetensors": "demo", "matplotlib": "demo",
     "accelerate": "train", "peft": "train", "yaml": "train",
 }  # fmt: skip
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="layerskip", description="Early exit and self-speculative decoding.")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (module, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        module.add_arguments(subparser)
-    return parser
-
-
-def _one_line(error: Exception, command: str) -> str:
-    """What went wrong; of a package that is missing, how to get it."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        extra = "train" if command == "train" else EXTRAS[error.name]
-        return f'{message}: pip install "layerskip-kernels[{extra}]"'
-    return message
+# What was asked for cannot be: another call may. Any other error is a failure of what could be.
+MISUSE = (
+    ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    PermissionError, BlockingIOError,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all is well, 1 if a check failed, 2 for an error, which is one line on stderr."""
-    args = _parser().parse_args(argv)
+    """Run a command; its errors are one line on stderr.
+
+    Returns
+    -------
+    int
+        0 if all is well; 1 if a check or the work failed; 2 if the command was given what cannot be; 130 if it was
+        interrupted.
+    """
+    args = arguments.parse(argv)
     errors = Console(stderr=True)
     try:
-        return COMMANDS[args.command][0].run(args, Console())
-    except USER_ERRORS as error:
-        if args.traceback:
-            raise
-        message = escape(_one_line(error, args.command))
-        errors.print(f"[red]layerskip {args.command}:[/red] {message}", highlight=False, soft_wrap=True)
-        return 2
+        names.check(args)
+        with warnings.catch_warnings():
+            for other in ("accelerate", "peft", "transformers"):  # what they advise would run through the output
+                warnings.filterwarnings("ignore", module=other)
+            code: int = import_module(f".{args.command}", __package__).run(args, Console())
+        return code
     except KeyboardInterrupt as stop:  # a command that was stopped says what there is of its work
         errors.print(escape(str(stop) or "interrupted"), highlight=False, soft_wrap=True)
         return 130
+    except Exception as error:
+        if args.traceback:
+            raise
+        errors.print(
+            f"[red]layerskip {args.command}:[/red] {escape(_one_line(error, args))}", highlight=False, soft_wrap=True
+        )
+        return 2 if _is_misuse(error) else 1
+
+
+def _is_misuse(error: Exception) -> bool:
+    if isinstance(error, MISUSE):
+        return True
+    from layerskip_kernels import BackendError  # which takes torch, so only now
+
+    return isinstance(error, BackendError)
+
+
+def _one_line(error: Exception, args: argparse.Namespace) -> str:
+    """What went wrong; of a package that is missing, how to get it; of what nobody foresaw, how to see more."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        extra = "train" if args.command == "train" else EXTRAS[error.name]
+        return f'{message}: pip install "layerskip-kernels[{extra}]"'
+    name = type(error).__name__
+    if _is_misuse(error) or isinstance(error, (OSError, FloatingPointError)):
+        return message or name
+    return f"{name}: {message} (--traceback shows where)" if message else f"{name} (--traceback shows where)"

@@ -17,16 +17,6 @@ from ..decoding import SelfSpeculativeDecoder
 from . import options, prompts
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    options.add_model(parser)
-    options.add_speculation(parser)
-    parser.add_argument("--prompts", default="samples", help=prompts.HELP)
-    parser.add_argument("--limit", type=options.positive, default=6, help="how many of the prompts")
-    parser.add_argument("--max-new-tokens", type=options.positive, default=48, metavar="N")
-    parser.add_argument("--skip-transformers", action="store_true", help="leave out the comparison in fp32")
-
-
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:
     """Index of the first token that differs (or that one of them lacks); None where there is none."""
     if ours == theirs:
@@ -72,7 +62,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     wrong = 0
     progress = Console(stderr=True)
     for prompt in track(texts, "comparing", console=progress, disable=not sys.stderr.isatty()):
-        input_ids = options.encode(tokenizer, prompt.text)
+        input_ids = options.encode(tokenizer, prompt.text, args.device)
         count, difference, accepted = _compare(decoder, input_ids, args.max_new_tokens)
         verdicts = [difference]
         if reference is not None:

@@ -49,16 +49,6 @@ class Subject:
     draft_head: str | DraftHead = "full"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("name", nargs="?", default="smollm2", help="a demo that an installed package provides")
-    parser.add_argument(
-        "--threads", type=options.positive, help="how many CPU threads to use (default: torch's choice)"
-    )
-    parser.add_argument("--max-new-tokens", type=options.positive, default=48, metavar="N")
-    parser.add_argument("--output", type=Path, default=Path("layerskip-demo.png"), help="the picture")
-
-
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
     """The models of the demo that the options name."""
     args.dtype = "bfloat16"
@@ -141,7 +131,7 @@ def _decode(args: argparse.Namespace, console: Console, subject: Subject) -> lis
     )
     shown = []
     for prompt in subject.prompts:
-        input_ids = options.encode(subject.tokenizer, prompt.text)
+        input_ids = options.encode(subject.tokenizer, prompt.text, decoder.model.device)
         with console.status("decoding"):
             for strategy in ("autoregressive", "self_speculative"):  # a warm-up
                 decoder.generate(input_ids, 12, strategy=strategy)

@@ -22,23 +22,6 @@ from ..decoding.draft_head import FILE_NAME
 from . import options, prompts
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    options.add_model(parser)
-    parser.add_argument("--prompts", default="samples", help=prompts.HELP)
-    parser.add_argument("--limit", type=options.positive, metavar="N", help="use this many prompts, spread over all")
-    parser.add_argument("--max-prompt-tokens", type=options.positive, default=160, metavar="N", help="skip longer ones")
-    parser.add_argument("--max-new-tokens", type=options.positive, default=96, metavar="N", help="tokens a prompt")
-    parser.add_argument("--batch-size", type=options.positive, default=16, metavar="N", help="prompts at once")
-    options.add_sampling(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file, for tasks or replay")
-    parser.add_argument(
-        "--draft-head", type=Path, metavar="FILE", help="also save a draft head of the tokens that are written most"
-    )
-    parser.add_argument("--draft-head-size", type=options.positive, default=8192, metavar="N", help="its tokens")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there, or begin anew")
-
-
 def run(args: argparse.Namespace, console: Console) -> int:
     """Write the pairs, in the prompts' order."""
     outputs = [args.output, *([_draft_head_file(args.draft_head)] if args.draft_head else [])]
@@ -70,7 +53,7 @@ def _work(args: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
     keys = ("model", "dtype", "prompts", "limit", "max_prompt_tokens", "max_new_tokens",
             "temperature", "top_k", "top_p", "min_p", "seed")  # fmt: skip
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    return {**{key: getattr(args, key) for key in keys}, "digest of the prompts": digest}
+    return {**{key: getattr(args, key) for key in keys}, "device": args.device.type, "digest of the prompts": digest}
 
 
 def _write_pairs(

@@ -9,18 +9,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import layerskip_kernels
-from layerskip_kernels import _extension
+from layerskip_kernels import _extension, dispatch
 
-from .. import registry
+from .. import devices, registry
 
-PACKAGES = ("layerskip-kernels", "torch", "transformers", "triton", "safetensors", "accelerate", "peft")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There is nothing to choose."""
+PACKAGES = (
+    "layerskip-kernels",
+    registry.PACKAGE,
+    "torch",
+    "transformers",
+    "triton",
+    "safetensors",
+    "accelerate",
+    "peft",
+)
 
 
 def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
@@ -57,7 +63,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return "not installed" + (f": {registry.WHERE}" if package == registry.PACKAGE else "")
 
 
 def _cpu() -> str:
@@ -77,20 +83,30 @@ def _facts() -> Table:
     table.add_row("cuda library", _extension.cuda_reason or "loaded")
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("cuda cards", ", ".join(cards) or "none")
+    table.add_row("--device auto", devices.described(devices.find("auto")))
     for what, group in (("models", registry.MODELS), ("tasks", registry.TASKS)):
         table.add_row(f"{what} by name", ", ".join(registry.names(group)) or "none")
     return table
 
 
+def _backends(device: str) -> Table:
+    """Which are there; whether one serves an op depends on its arguments, too, see `_ops`."""
+    table = Table("backend", "state", title=f"backends for {device} tensors", title_justify="left")
+    arguments = example_arguments(device)["rms_norm"]
+    for name in dispatch.BACKENDS:
+        table.add_row(name, escape(dispatch.reason_against("rms_norm", name, arguments) or "ready"))
+    return table
+
+
 def _ops(device: str) -> Table:
-    table = Table("op", "served by", "why not the others", title=f"on {device} tensors", title_justify="left")
+    table = Table("op", "served by", "why not the others", title=f"ops on {device} tensors", title_justify="left")
     for op, args in example_arguments(device).items():
         try:
             explanation = layerskip_kernels.explain(op, *args)
             served, skipped = explanation.backend, explanation.skipped
         except layerskip_kernels.BackendError as error:
             served, skipped = "none", {"all": str(error)}
-        table.add_row(op, served, "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+        table.add_row(op, served, escape("; ".join(f"{name}: {reason}" for name, reason in skipped.items())))
     return table
 
 
@@ -98,5 +114,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Print the tables."""
     console.print(_facts())
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        console.print(_backends(device))
         console.print(_ops(device))
     return 0

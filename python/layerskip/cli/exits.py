@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,23 +17,11 @@ if TYPE_CHECKING:
     from ..training.survey import ExitSurvey
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    options.add_model(parser)
-    parser.add_argument("--prompts", default="samples", help=prompts.HELP)
-    parser.add_argument("--limit", type=options.positive, default=16, metavar="N", help="how many prompts")
-    parser.add_argument("--max-new-tokens", type=options.positive, default=64, metavar="N", help="tokens a prompt")
-    parser.add_argument(
-        "--num-speculations", type=options.positive, default=4, metavar="K", help="tokens drafted a round"
-    )
-    parser.add_argument("--out", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.png")
-
-
 def run(args: argparse.Namespace, console: Console) -> int:
     """Let the model write, ask every exit about it, show the answers."""
     from ..training.survey import survey_exits
 
-    path = args.out.with_name(f"{args.out.name}.png")
+    path = args.output.with_name(f"{args.output.name}.png")
     check_output(path, overwrite=True)
     texts = [prompt.text for prompt in prompts.read(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
@@ -42,7 +29,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     written = []
     with console.status("writing continuations"):
         for text in texts:
-            ids = options.encode(tokenizer, text)
+            ids = options.encode(tokenizer, text, args.device)
             out = decoder.generate(ids, max_new_tokens=args.max_new_tokens, strategy="autoregressive")
             written.append((out.sequences[0], ids.shape[1]))
     with console.status("asking every exit"):

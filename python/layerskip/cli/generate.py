@@ -8,19 +8,7 @@ import sys
 from rich.console import Console
 
 from ..decoding import Stats
-from ..decoding.validation import STRATEGIES
 from . import options
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("prompt", nargs="?", help="the text to continue; standard input if left out")
-    options.add_model(parser)
-    options.add_speculation(parser)
-    options.add_sampling(parser)
-    parser.add_argument("--strategy", choices=STRATEGIES, default="self_speculative")
-    parser.add_argument("--max-new-tokens", type=options.positive, default=128, metavar="N")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
 
 
 def summary(stats: Stats) -> str:
@@ -44,7 +32,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     text = sys.stdin.read() if args.prompt is None else args.prompt
     model, tokenizer = options.load(args, errors)
     out = options.decoder(args, model).generate(
-        options.encode(tokenizer, text, args.chat),
+        options.encode(tokenizer, text, args.device, args.chat),
         max_new_tokens=args.max_new_tokens,
         strategy=args.strategy,
         sampling=sampling,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.data import hub, load_task
+from .. import registry
+from ..training.data import hub, load_task, splits
 
 HELP = "samples, TASK:SPLIT such as parsing:test, hub:DATASET, a .jsonl file, or a text file"
 SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
@@ -40,10 +42,11 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     FileNotFoundError
         If there is no such file.
     """
-    task, colon, split = source.partition(":")
+    check(source)
     if source.startswith(hub.PREFIX):
         prompts = [Prompt(example.prompt) for example in hub.load(source, prompts_only=True)]
-    elif colon and "/" not in source and not Path(source).exists():
+    elif _is_task(source):
+        task, _, split = source.partition(":")
         prompts = [Prompt(example.prompt, task) for example in load_task(task, split) if example.prompt]
     else:
         prompts = _from_file(SAMPLES if source == "samples" else Path(source))
@@ -54,11 +57,38 @@ def read(source: str, limit: int | None = None) -> list[Prompt]:
     return [prompts[index * len(prompts) // limit] for index in range(limit)]
 
 
+def check(source: str) -> None:
+    """Raise what `read` raises for a task, a split or a file that does not exist, without reading it."""
+    if source.startswith(hub.PREFIX) or source == "samples":
+        return
+    if _is_task(source):
+        task, _, split = source.partition(":")
+        registry.check(registry.TASKS, task)
+        known = splits(task)
+        if split not in known:
+            raise ValueError(f"task {task} has no split {split!r}; {registry.nearest(split, known)}")
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"no prompts file at {source}{_meant(source)}")
+
+
+def _is_task(source: str) -> bool:
+    """TASK:SPLIT; what has a slash, or exists, is a file."""
+    return ":" in source and "/" not in source and not Path(source).exists()
+
+
+def _meant(source: str) -> str:
+    """What may have been meant by a name that is no file."""
+    if "/" in source or "." in source:
+        return ""
+    tasks = registry.names(registry.TASKS)
+    if source in tasks:
+        return f"; of the task {source}, name a split: {' or '.join(f'{source}:{split}' for split in splits(source))}"
+    return f"; {registry.nearest(source, ['samples', *tasks])}"
+
+
 def _from_file(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts file at {path}")
     prompts = []
-    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, raw in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
             line = raw.decode("utf-8").strip()

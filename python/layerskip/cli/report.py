@@ -68,6 +68,11 @@ def outputs(stem: Path) -> list[Path]:
     return [stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")]
 
 
+def where(settings: dict[str, Any]) -> str:
+    """What computed: the CPU's threads, or a card."""
+    return f"{settings['threads']} threads" if settings["device"] == "cpu" else settings["device"]
+
+
 @dataclass
 class Skipped:
     """A prompt that can't be measured, and why."""
@@ -149,7 +154,7 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the table and what goes with it."""
         setting = self.settings
-        title = f"{setting['model']}, {setting['dtype']}, {setting['threads']} threads, "
+        title = f"{setting['model']}, {setting['dtype']}, {where(setting)}, "
         title += f"E={setting['exit_layer']} of {setting['layers']}, K={setting['num_speculations']}"
         if setting["draft_threshold"]:
             title += f", threshold {setting['draft_threshold']:g}"
@@ -166,11 +171,12 @@ class Report:
             console.print(f"{len(self.skipped)} of {len(self.tasks)} prompts were skipped", style="yellow")
         outside = self.outside_ops
         console.print(f"this machine reads {self.bandwidth:.1f} GB/s (measured in the same run)", highlight=False)
-        console.print(
-            f"Python and dispatch outside the ops: {outside['seconds_per_round'] * 1e6:.0f} µs "
-            f"a self-speculative round, {outside['fraction']:.1%} of it",
-            highlight=False,
-        )
+        if outside:
+            console.print(
+                f"Python and dispatch outside the ops: {outside['seconds_per_round'] * 1e6:.0f} µs "
+                f"a self-speculative round, {outside['fraction']:.1%} of it",
+                highlight=False,
+            )
         if self.throughput:
             console.print(throughput_table(self.throughput))
         if self.sweep:
@@ -225,7 +231,7 @@ class Report:
         axes.set_xlabel("tokens per second, after the first (median)")
         axes.margins(x=0.15)
         axes.legend(loc="lower right")
-        axes.set_title(f"{self.settings['model']}, {self.settings['dtype']}, {self.settings['threads']} threads")
+        axes.set_title(f"{self.settings['model']}, {self.settings['dtype']}, {where(self.settings)}")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
         return buffer.getvalue()

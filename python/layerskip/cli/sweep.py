@@ -1,4 +1,4 @@
-"""How near "auto" comes to the best fixed exit layer and number of drafts, task by task."""
+"""How near "auto" comes to the best fixed exit layer and number of drafts, and what a threshold gives, by task."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from ..decoding import Choice, SelfSpeculativeDecoder
 from . import options
 from .measure import Stopwatch
 
-DRAFTS = (1, 2, 4, 8)
+DRAFTS = (1, 2, 4, 8, 12)
+THRESHOLD = 0.5  # what is compared with none, unless --draft-threshold says another
 
 
 @dataclass
 class Sweep:
-    """Tokens a second after the first token, of one task: of every fixed (E, K), of "auto", of the full model."""
+    """Tokens a second after the first token, of one task: of every fixed (E, K), of "auto", of the full model.
+
+    All drafts end at tokens less probable than ``draft_threshold``.
+    """
 
     task: str
+    draft_threshold: float
     fixed: dict[str, float]
     auto: float
     autoregressive: float
@@ -40,39 +45,48 @@ class Sweep:
 
 
 def measure(model: Any, args: argparse.Namespace, encoded: Sequence[Tensor], tasks: Sequence[str]) -> Iterator[Sweep]:
-    """Decode the prompts of each task every way, interleaved; "auto" starts each task with nothing learned.
+    """Decode the prompts of each task every way, without a draft threshold and with one, all interleaved.
 
-    Each task's result comes as soon as it is there.
+    "auto" starts each task and threshold with nothing learned. A task's two results come as soon as they are there.
     """
+    thresholds = (0.0, args.draft_threshold or THRESHOLD)
     for task in dict.fromkeys(tasks):
         prompts = [ids for ids, own in zip(encoded, tasks, strict=True) if own == task]
-        decoder = SelfSpeculativeDecoder(
-            model, "auto", "auto", draft_head=options.draft_head(args), draft_threshold=args.draft_threshold
-        )
-        speeds = _speeds(decoder, prompts, args)
-        auto, plain = speeds.pop("auto"), speeds.pop("autoregressive")
-        yield Sweep(task, speeds, auto, plain)
+        decoders = [
+            SelfSpeculativeDecoder(
+                model, "auto", "auto", draft_head=options.draft_head(args), draft_threshold=threshold
+            )
+            for threshold in thresholds
+        ]
+        for decoder, speeds in zip(decoders, _speeds(decoders, prompts, args), strict=True):
+            auto, plain = speeds.pop("auto"), speeds.pop("autoregressive")
+            yield Sweep(task, decoder.draft_threshold, speeds, auto, plain)
 
 
-def _speeds(decoder: SelfSpeculativeDecoder, prompts: Sequence[Tensor], args: argparse.Namespace) -> dict[str, float]:
-    choices = [Choice(exit_layer, count) for exit_layer in decoder.controller.exits for count in DRAFTS]
+def _speeds(
+    decoders: Sequence[SelfSpeculativeDecoder], prompts: Sequence[Tensor], args: argparse.Namespace
+) -> list[dict[str, float]]:
+    """For each decoder the mean tokens a second of each way."""
+    choices = [Choice(exit_layer, count) for exit_layer in decoders[0].controller.exits for count in DRAFTS]
     ways: dict[str, dict[str, Any]] = {"auto": {}, "autoregressive": {"strategy": "autoregressive"}}
     ways |= {f"E={one.exit_layer}, K={one.num_speculations}": one._asdict() for one in choices}
-    rates = defaultdict(list)
+    rates: list[dict[str, list[float]]] = [defaultdict(list) for _ in decoders]
     for ids in list(prompts) * args.repeats:
         for name, way in ways.items():
-            watch = Stopwatch()
-            decoder.generate(ids, args.max_new_tokens, streamer=watch, eos_token_id=[], **way)
-            rates[name].append(watch.tokens / watch.seconds)
-    return {name: mean(values) for name, values in rates.items()}
+            for decoder, own in zip(decoders, rates, strict=True):
+                watch = Stopwatch()
+                decoder.generate(ids, args.max_new_tokens, streamer=watch, eos_token_id=[], **way)
+                own[name].append(watch.tokens / watch.seconds)
+    return [{name: mean(values) for name, values in own.items()} for own in rates]
 
 
 def sweep_table(sweeps: Sequence[Sweep]) -> Table:
-    """A line for each task."""
-    columns = ("task", "autoregressive", "auto", "best fixed", "auto / best", "worst fixed")
-    table = Table(*columns, title="tokens/s of auto and of fixed choices", title_justify="left")
+    """A line for each task and threshold."""
+    table = Table(title="tokens/s of auto and of fixed choices, by draft threshold", title_justify="left")
+    for column in ("task", "threshold", "autoregressive", "auto", "best fixed", "auto / best", "worst fixed"):
+        table.add_column(column, no_wrap=column in ("task", "auto / best"))
     for one in sweeps:
         (best, speed), (worst, slow) = one.best, one.worst
         cells = (f"{one.autoregressive:.1f}", f"{one.auto:.1f}", f"{speed:.1f} ({best})", f"{one.auto / speed:.2f}")
-        table.add_row(one.task, *cells, f"{slow:.1f} ({worst})")
+        table.add_row(one.task, f"{one.draft_threshold:g}", *cells, f"{slow:.1f} ({worst})")
     return table

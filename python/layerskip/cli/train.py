@@ -10,32 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from . import options
+from . import names, options
 
 if TYPE_CHECKING:
     from ..training.output import Output
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file; without one every key has its default")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe, e.g. steps=100"
-    )
-    old = parser.add_mutually_exclusive_group()
-    old.add_argument("--resume", action="store_true", help="go on with the run of this recipe that is in the output")
-    old.add_argument(
-        "--overwrite", action="store_true", help="replace an older run in the output; files of others stay there"
-    )
-    parser.add_argument(
-        "--threads", type=options.positive, help="how many CPU threads to use (default: torch's choice)"
-    )
-
-
 def _overrides(pairs: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if not pairs:
+        return values
     import yaml
 
-    values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
@@ -56,6 +42,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     overrides = _overrides(args.set)
     recipe = recipes.read_recipe(args.recipe, overrides) if args.recipe else recipes.make_recipe(overrides)
+    names.tasks((*recipe.tasks, *recipe.replay.tasks))
+    names.model(recipe.model)
     output = Output(recipe)
     if not args.resume:
         output.check_new(args.overwrite)
@@ -71,15 +59,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _train(args: argparse.Namespace, console: Console, output: Output, checkpoint: Path | None = None) -> int:
     """Train from the start, or from a checkpoint."""
-    import torch
-
+    if ":" in args.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {args.device} is one card, under torchrun every process has its own; leave it out")
+    options.settle(args)
+    options.quiet_transformers()
     from ..training import run as runs
     from ..training.progress import Progress
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     first = _first_process()
-    trainer = runs.make_trainer(output.recipe, callbacks=[Progress(console)] if first else [])
+    trainer = runs.make_trainer(output.recipe, args.device, callbacks=[Progress(console)] if first else [])
     data = runs.seen_data(trainer)
     if checkpoint is not None:
         output.check_same_data(data)

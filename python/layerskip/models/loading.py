@@ -57,7 +57,7 @@ def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat1
             model, tokenizer = provider.load(name_or_dir, dtype)
             return model, tokenizer
         # The hub's few models without an owner are of no architecture that is supported.
-        if not _is_local(name_or_dir) and "/" not in name_or_dir:
+        if not registry.is_path(name_or_dir) and "/" not in name_or_dir:
             raise registry.unknown(registry.MODELS, name_or_dir)
     return _read(name_or_dir, dtype)
 
@@ -66,7 +66,7 @@ def _read(name_or_dir: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any,
     """From a directory or the hub."""
     transformers = _transformers()
     source, options = str(name_or_dir), {}
-    if _is_local(name_or_dir):
+    if registry.is_path(name_or_dir):
         source, options = str(Path(name_or_dir).expanduser()), {"local_files_only": True}
         _check_directory(Path(source))
     with _reading("configuration", source):
@@ -97,13 +97,6 @@ def _transformers() -> Any:
     except ImportError as error:
         raise ImportError('loading models needs transformers: pip install "layerskip-kernels[demo]"') from error
     return transformers
-
-
-def _is_local(name: str | os.PathLike[str]) -> bool:
-    """A name is ``name`` or ``owner/name``; anything else, and whatever exists, is a path."""
-    if not isinstance(name, str):
-        return True
-    return Path(name).exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/")
 
 
 def _check_directory(directory: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import registry
+from .. import devices, registry
 from ..models import load
 from .data import Example, documents, load_task
 from .dataset import Collator, encode
@@ -154,10 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--exits", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--limit", type=int, help="use this many examples, or windows of text, spread over all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto, a card where torch sees one")
     options = parser.parse_args(arguments)
     long = hasattr(registry.get(registry.TASKS, options.task), "documents")
     texts: list[Any] = (documents if long else load_task)(options.task, options.split)
+    device = devices.find(options.device)
     model, tokenizer = load(options.model, getattr(torch, options.dtype))
+    model.to(device)
     if long:
         print(json.dumps({"perplexity": perplexity(model, tokenizer, texts, limit=options.limit)}))
         return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
-from .. import registry
+from .. import devices, registry
 from .._files import replaced
 from ..models import load
 from .data import hub, load_task, splits
@@ -113,10 +113,25 @@ def schedule(recipe: Recipe, steps: int) -> dict[str, Any]:
     return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
 
 
-def training_arguments(recipe: Recipe, steps: int, **kwargs: Any) -> TrainingArguments:
-    """The Trainer's arguments for a recipe that takes ``steps``."""
+class OneDevice(TrainingArguments):
+    """A process has one device, the current card or the CPU, where transformers would take all cards that it sees."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Of this process."""
+        return min(super().n_gpu, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        device: torch.device = super().device
+        return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def training_arguments(recipe: Recipe, steps: int, device: torch.device, **kwargs: Any) -> TrainingArguments:
+    """The Trainer's arguments for a recipe that takes ``steps``; under torchrun a card is each process's own."""
     rates = recipe.learning_rate
-    return TrainingArguments(
+    arguments = OneDevice(
         output_dir=recipe.output,
         per_device_train_batch_size=1 if recipe.batch_tokens else recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
@@ -129,7 +144,7 @@ def training_arguments(recipe: Recipe, steps: int, **kwargs: Any) -> TrainingArg
         max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs,
         bf16=recipe.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,  # a dropped layer still gives its parameters zero gradients
         logging_steps=recipe.log_every,
         save_steps=recipe.save_every,
@@ -140,10 +155,14 @@ def training_arguments(recipe: Recipe, steps: int, **kwargs: Any) -> TrainingArg
         **schedule(recipe, steps),
         **kwargs,
     )
+    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.cuda.set_device(device)  # only now: to make the arguments sets the first
+    return arguments
 
 
-def make_trainer(recipe: Recipe, **kwargs: Any) -> LayerSkipTrainer:
-    """Everything that a recipe names, ready to train."""
+def make_trainer(recipe: Recipe, device: torch.device | None = None, **kwargs: Any) -> LayerSkipTrainer:
+    """Everything that a recipe names, ready to train; by default on a card where torch sees one."""
+    device = devices.find("auto") if device is None else device
     pairs = load_pairs(recipe.tasks)
     model, tokenizer = prepare_model(recipe)
     encoded = {task: encode(tokenizer, part, recipe.max_length) for task, part in pairs.items()}
@@ -154,7 +173,7 @@ def make_trainer(recipe: Recipe, **kwargs: Any) -> LayerSkipTrainer:
         examples = list(chain.from_iterable(load_pairs(recipe.tasks, recipe.eval_split).values()))
         held_out = encode(tokenizer, examples[: recipe.eval_examples], recipe.max_length)
     longest = max(len(pair["input_ids"]) for pair in (*train, *(batching.replayed if batching else ())))
-    if not torch.cuda.is_available() and longest <= SHORT:
+    if device.type == "cpu" and longest <= SHORT:
         model.set_attn_implementation("eager")
     steps = recipe.steps or _steps(recipe, train)
     layers = model.config.num_hidden_layers
@@ -167,7 +186,7 @@ def make_trainer(recipe: Recipe, **kwargs: Any) -> LayerSkipTrainer:
     )
     rates = by_layer(recipe.learning_rate, layers, "learning_rate") if isinstance(recipe.learning_rate, dict) else None
     trainer = LayerSkipTrainer(
-        model, training_arguments(recipe, steps), plan, train_dataset=train, eval_dataset=held_out,
+        model, training_arguments(recipe, steps, device), plan, train_dataset=train, eval_dataset=held_out,
         data_collator=Collator(tokenizer.pad_token_id or tokenizer.eos_token_id), processing_class=tokenizer,
         batching=batching, layer_rates=rates, **kwargs,
     )  # fmt: skip

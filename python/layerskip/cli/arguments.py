@@ -1,0 +1,318 @@
+"""What the commands take. Nothing that is slow to import is imported here, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..registry import nearest
+from . import prompts
+
+DTYPES = ("bfloat16", "float16", "float32")
+STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a default once, at the end of an option's help, and an error in one line."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """As argparse has it. A default that the help does not tell in words is added to it."""
+        default, text = settings.get("default"), settings.get("help", "")
+        if default and default != argparse.SUPPRESS and "default" not in text:
+            settings["help"] = f"{text} (default: %(default)s)"
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with the name of the command in ``command``; SystemExit where there is nothing to run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="layerskip", description="Early exit and self-speculative decoding.")
+    version = f"layerskip-kernels {importlib.metadata.version('layerskip-kernels')}"
+    parser.add_argument("--version", action="version", version=version, help="show it and exit")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        parser.error(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = {}
+    for name, (declare, summary, description) in COMMANDS.items():
+        commands[name] = subparsers.add_parser(name, help=summary, description=description)
+        declare(commands[name])
+        commands[name].add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
+        )
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        _refuse(commands[args.command], rest[0])
+    return args
+
+
+def _refuse(parser: Parser, word: str) -> NoReturn:
+    """What no option or argument takes."""
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        parser.error(f"unexpected argument {word!r}")
+    options = dict.fromkeys(re.findall(r"(?<!\w)--?[a-z][a-z-]*", parser.format_help()))
+    parser.error(f"unknown option {name}; {nearest(name, options)}")
+
+
+def positive(text: str) -> int:
+    """An argparse type: an int from 1 up."""
+    value = whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive_or_auto(text: str) -> int | str:
+    """An argparse type: "auto", or an int from 1 up."""
+    return text if text == "auto" else positive(text)
+
+
+def whole(text: str) -> int:
+    """An argparse type: an int."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """An argparse type: a float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of some names; for another one the nearest are told."""
+
+    def parse_name(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"unknown {what} {text!r}; {nearest(text, names)}")
+        return text
+
+    return parse_name
+
+
+def device(text: str) -> str:
+    """An argparse type: what looks like a device; whether it is there, torch will know."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}, expected auto, cpu, cuda or cuda:N")
+    return text
+
+
+def add_device(parser: Parser) -> None:
+    """Where to compute."""
+    parser.add_argument(
+        "--device", type=device, default="auto", metavar="DEVICE",
+        help="cpu, cuda, cuda:N, or auto, a card where torch sees one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="how many CPU threads to use (default: torch's choice)"
+    )
+
+
+def add_model(parser: Parser) -> None:
+    """Which model, in which dtype, and where."""
+    parser.add_argument(
+        "--model", default="smollm2", metavar="MODEL",
+        help="a directory, a hub name, or a name that a package provides, such as smollm2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", type=one_of("dtype", DTYPES), default="bfloat16", metavar=f"{{{','.join(DTYPES)}}}",
+        help="of the weights",
+    )  # fmt: skip
+    add_device(parser)
+
+
+def add_speculation(parser: Parser) -> None:
+    """How to draft."""
+    parser.add_argument(
+        "--exit-layer", type=positive_or_auto, metavar="E", help="layers that draft, or auto (default: a quarter)"
+    )
+    parser.add_argument(
+        "--num-speculations", type=positive_or_auto, default=4, metavar="K", help="tokens drafted a round, or auto"
+    )
+    parser.add_argument(
+        "--draft-threshold", type=number, default=0.0, metavar="P",
+        help="end a draft at a token less probable than P, in 0 … 1 (default: 0, never)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft-head", default="full", metavar="HEAD",
+        help="full, int8, a file or directory with a saved draft head, or the name of a model that comes with one",
+    )  # fmt: skip
+
+
+def add_sampling(parser: Parser) -> None:
+    """How tokens are chosen; ranges are checked by `SamplingParams`."""
+    parser.add_argument("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=whole, default=0, metavar="N", help="draw from the N largest (default: all)")
+    parser.add_argument(
+        "--top-p", type=number, default=1.0, metavar="P", help="draw from the most probable, of P in all"
+    )
+    parser.add_argument(
+        "--min-p", type=number, default=0.0, metavar="P", help="draw from those of P times the largest (default: all)"
+    )
+    parser.add_argument("--seed", type=whole, metavar="N", help="the same tokens every time (default: others)")
+
+
+def add_prompts(parser: Parser, limit: int | None) -> None:
+    """Which prompts, and how many of them."""
+    parser.add_argument("--prompts", default="samples", metavar="PROMPTS", help=prompts.HELP)
+    text = (
+        "use this many prompts, spread over all" if limit else "use this many prompts, spread over all (default: all)"
+    )
+    parser.add_argument("--limit", type=positive, default=limit, metavar="N", help=text)
+
+
+def add_length(parser: Parser, default: int) -> None:
+    """How long a continuation is."""
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=default, metavar="N", help="tokens after a prompt, at most"
+    )
+
+
+def _demo(parser: Parser) -> None:
+    parser.add_argument("name", nargs="?", default="smollm2", help="a demo that an installed package provides")
+    add_device(parser)
+    add_length(parser, 48)
+    parser.add_argument(
+        "--output", type=Path, default=Path("layerskip-demo.png"), metavar="FILE", help="the picture, written anew"
+    )
+
+
+def _generate(parser: Parser) -> None:
+    parser.add_argument("prompt", nargs="?", help="the text to continue; standard input if left out")
+    add_model(parser)
+    add_speculation(parser)
+    add_sampling(parser)
+    parser.add_argument(
+        "--strategy", type=one_of("strategy", STRATEGIES), default=STRATEGIES[0],
+        metavar=f"{{{','.join(STRATEGIES)}}}", help="early_exit: the first layers alone, which is not lossless",
+    )  # fmt: skip
+    add_length(parser, 128)
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+
+
+def _bench(parser: Parser) -> None:
+    add_model(parser)
+    add_speculation(parser)
+    add_prompts(parser, 6)
+    add_length(parser, 64)
+    parser.add_argument(
+        "--repeats", type=positive, default=1, metavar="N", help="how often to run each prompt each way"
+    )
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[], metavar="B", help="measure batches, too: 1 2 4 8"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true",
+        help="compare auto with every exit layer and number of drafts, each without a draft threshold and with one, "
+        "by task",
+    )  # fmt: skip
+    parser.add_argument("--only-ours", action="store_true", help="leave transformers out")
+    parser.add_argument(
+        "--output", type=Path, default=Path("layerskip-bench"), metavar="STEM", help="writes STEM.json and STEM.png"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a JSON and PNG that are there")
+
+
+def _correctness(parser: Parser) -> None:
+    add_model(parser)
+    add_speculation(parser)
+    add_prompts(parser, 6)
+    add_length(parser, 48)
+    parser.add_argument("--skip-transformers", action="store_true", help="leave out the comparison in fp32")
+
+
+def _train(parser: Parser) -> None:
+    parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file; without one every key has its default")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe, e.g. steps=100"
+    )
+    old = parser.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on with the run of this recipe that is in the output")
+    old.add_argument(
+        "--overwrite", action="store_true", help="replace an older run in the output; files of others stay there"
+    )
+    add_device(parser)
+
+
+def _distill(parser: Parser) -> None:
+    add_model(parser)
+    add_prompts(parser, None)
+    parser.add_argument("--max-prompt-tokens", type=positive, default=160, metavar="N", help="skip longer prompts")
+    add_length(parser, 96)
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="prompts at once")
+    add_sampling(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file, for tasks or replay")
+    parser.add_argument(
+        "--draft-head", type=Path, metavar="FILE", help="also save a draft head of the tokens that are written most"
+    )
+    parser.add_argument("--draft-head-size", type=positive, default=8192, metavar="N", help="its tokens")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there, or begin anew")
+
+
+def _exits(parser: Parser) -> None:
+    add_model(parser)
+    add_prompts(parser, 16)
+    add_length(parser, 64)
+    parser.add_argument("--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round")
+    parser.add_argument("--output", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.png, anew")
+
+
+def _env(parser: Parser) -> None:
+    """There is nothing to choose."""
+
+
+# Name -> what declares its options, a line about it, and its description.
+COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
+    "demo": (
+        _demo, "decode a few prompts both ways, side by side",
+        "Decode a few prompts autoregressively and self-speculatively, side by side; check that the tokens are the "
+        "same.",
+    ),
+    "generate": (
+        _generate, "continue a prompt",
+        "Continue a prompt, streaming the text to standard output and the statistics to standard error.",
+    ),
+    "bench": (
+        _bench, "measure decoding against the memory's speed and against transformers",
+        "Measure greedy decoding four ways, interleaved: our autoregressive and self-speculative, and transformers' "
+        "own.",
+    ),
+    "correctness": (
+        _correctness, "check that self-speculative decoding changes no token",
+        "Check that self-speculative decoding gives the autoregressive tokens, and that those are transformers' in "
+        "fp32.",
+    ),
+    "train": (
+        _train, "train early exits into a model, by a recipe",
+        "Train early exits: a recipe in YAML, single keys of it set on the command line.",
+    ),
+    "distill": (
+        _distill, "let a model write the pairs that its early exits learn from",
+        "Let a model continue prompts with all its layers, as pairs to train its early exits on: self-distillation. "
+        "Every pair is kept as it is written, in FILE.partial: started again, the same command goes on where it was "
+        "stopped.",
+    ),
+    "exits": (
+        _exits, "show how good every layer's exit is, to choose the exit layer by",
+        "Show how good every layer's exit is on a model's own text: agreement with the full depth, and calibration.",
+    ),
+    "env": (
+        _env, "show versions, devices, and which backend serves each op",
+        "Show versions, devices, and which backend serves each op and why the others do not.",
+    ),
+}  # fmt: skip
