@@ -69,3 +69,8 @@ __getattr__ = exports(
         ".transformers.custom_generate": ("generate",),
     },
 )  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """What is exported, imported or not."""
+    return __all__

@@ -244,6 +244,7 @@ def test_what_a_package_exports_can_be_had(package) -> None:
     """Each on its own, and none is hidden by a module of its name."""
     modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert not modules & set(package.__all__)
+    assert dir(package) == sorted(package.__all__)
     for name in package.__all__:
         assert getattr(importlib.import_module(package.__name__), name) is not None
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nonsense'"):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import save_tiny, tiny_model, tiny_tokenizer
+from transformers.utils import logging
 
 from layerskip import DraftHead, SamplingParams
 from layerskip.cli import main
@@ -442,8 +443,11 @@ def test_the_train_command_with_replay_and_a_sampled_head(
         f"model: {model}\ntasks: [{own}]\nreplay: {{tasks: [{other}], tokens: 20}}\nbatch_tokens: 40\nhead_sample: 4\n"
         f"exit_layers: [2, 3]\nshallow_steps: 0.5\nlog_every: 1\noutput: {output}\n"
     )
+    logging.enable_progress_bar()  # as in a new process
+    capsys.readouterr()
     assert main(["train", str(recipe)]) == 0
-    printed = capsys.readouterr().out
+    printed, advice = capsys.readouterr()
+    assert advice == "", "no bars, no warnings"
     assert printed.count("replayed") == 6
     assert "step 6/6" in printed  # 28 pairs have 5 tokens, the others up to 8
 

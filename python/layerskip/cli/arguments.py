@@ -15,6 +15,9 @@ from . import prompts
 
 DTYPES = ("bfloat16", "float16", "float32")
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
+CODES = (
+    "Exit codes: 0 all is well, 1 a check or the work failed, 2 it cannot be done as it was asked for, 130 interrupted."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, with the name of the command in ``command``; SystemExit where there is nothing to run."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="layerskip", description="Early exit and self-speculative decoding.")
+    parser = Parser(prog="layerskip", description="Early exit and self-speculative decoding.", epilog=CODES)
     version = f"layerskip-kernels {importlib.metadata.version('layerskip-kernels')}"
     parser.add_argument("--version", action="version", version=version, help="show it and exit")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -61,7 +64,8 @@ def _refuse(parser: Parser, word: str) -> NoReturn:
     name = word.partition("=")[0]
     if not name.startswith("-"):
         parser.error(f"unexpected argument {word!r}")
-    options = dict.fromkeys(re.findall(r"(?<!\w)--?[a-z][a-z-]*", parser.format_help()))
+    text = re.sub(r"\x1b\[[\d;]*m", "", parser.format_help())  # later versions of argparse colour it
+    options = dict.fromkeys(re.findall(r"(?<!\w)--?[a-z][a-z-]*", text))
     parser.error(f"unknown option {name}; {nearest(name, options)}")
 
 

@@ -62,3 +62,8 @@ __getattr__ = exports(
         ".trainer": ("Batching", "LayerSkipTrainer", "Plan"),
     },
 )  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """What is exported, imported or not."""
+    return __all__
