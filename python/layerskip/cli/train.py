@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from . import names, options
+from . import names
 
 if TYPE_CHECKING:
     from ..training.output import Output
@@ -61,6 +61,8 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
     """Train from the start, or from a checkpoint."""
     if ":" in args.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"--device {args.device} is one card, under torchrun every process has its own; leave it out")
+    from . import options
+
     options.settle(args)
     options.quiet_transformers()
     from ..training import run as runs

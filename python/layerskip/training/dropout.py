@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ._seeds import generator
-
-SHAPES = ("exponential", "linear", "uniform", "step")
-SCALES = ("constant", "exponential")
+from .kinds import SCALES, SHAPES
 
 
 def layer_dropout_rates(num_layers: int, maximum: float, kind: str | Sequence[float] = "exponential") -> list[float]:

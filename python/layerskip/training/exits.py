@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from ._seeds import generator
-
-WEIGHTS = ("paper", "uniform", "linear", "sqrt", "inverse")
-CURRICULA = ("all", "random", "rotational", "gradual")
+from .kinds import WEIGHTS
 
 
 def _check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:

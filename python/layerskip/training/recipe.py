@@ -6,19 +6,13 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .dropout import SCALES, LayerDropout, layer_dropout_rates
-from .exits import (
-    CURRICULA,
-    WEIGHTS,
-    AllExits,
-    GradualCurriculum,
-    RandomExits,
-    RotationalCurriculum,
-    ShallowSteps,
-    early_exit_weights,
-)
+from .kinds import CURRICULA, SCALES, WEIGHTS
+
+if TYPE_CHECKING:
+    from .dropout import LayerDropout
+    from .exits import AllExits
 
 Number = TypeVar("Number", int, float)
 
@@ -148,10 +142,14 @@ class Recipe:
 
     def make_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
         """The curriculum for a model of ``num_layers``."""
+        from .exits import ShallowSteps
+
         curriculum = self._full_curriculum(num_layers, total_steps)
         return ShallowSteps(curriculum, self.shallow_steps, self.seed) if self.shallow_steps else curriculum
 
     def _full_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
+        from .exits import AllExits, GradualCurriculum, RandomExits, RotationalCurriculum
+
         if self.curriculum == "rotational":
             return RotationalCurriculum(num_layers, self.rotate_every, self.exit_layers)
         if self.curriculum == "gradual":
@@ -162,6 +160,8 @@ class Recipe:
 
     def make_dropout(self, num_layers: int, total_steps: int) -> LayerDropout | None:
         """The layer dropout, or None where no layer is ever dropped."""
+        from .dropout import LayerDropout, layer_dropout_rates
+
         rates = layer_dropout_rates(num_layers, self.layer_dropout.max, self.layer_dropout.kind)
         if not any(rates):
             return None
@@ -169,6 +169,8 @@ class Recipe:
 
     def check_exits(self, num_layers: int) -> None:
         """Raise ValueError where the exits do not fit a model of ``num_layers``."""
+        from .exits import early_exit_weights
+
         candidates = self.make_curriculum(num_layers, 1).candidates
         early_exit_weights((*candidates, num_layers), num_layers, self.exit_weights, self.exit_weight_scale)
         if self.shallow_steps:  # a step may have no other exit than the first
