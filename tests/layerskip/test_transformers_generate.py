@@ -18,7 +18,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStr
 from transformers.generation.streamers import BaseStreamer
 
 import layerskip
-from layerskip.transformers.decoder_pool import borrow_decoder
+from layerskip.transformers.kept_decoders import decoder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 20
@@ -456,21 +456,20 @@ def test_a_chat(model, tokenizer):
 # The decoder that is kept
 
 
-def kept(model, draft_head="full"):
-    with borrow_decoder(model, draft_head) as decoder:
-        return decoder
-
-
 def test_a_model_keeps_its_decoder_and_lets_it_go():
     model = tiny_model(upper="weak")
-    decoder = kept(model)
-    assert kept(model) is decoder
-    quantised = kept(model, "int8")
+    decoder = decoder_of(model, "full")
+    assert decoder_of(model, "full") is decoder
+    quantised = decoder_of(model, "int8")
     assert quantised is not decoder
-    assert kept(model, "int8") is quantised
+    assert decoder_of(model, "int8") is quantised
+    head = quantised.draft_head
+    quantised.generate(prompts([5])["input_ids"], 2)
+    assert quantised.draft_head is head
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    assert kept(model, "int8") is not quantised
+    quantised.generate(prompts([5])["input_ids"], 2)
+    assert quantised.draft_head is not head
     reference = weakref.ref(model)
     del model
     gc.collect()

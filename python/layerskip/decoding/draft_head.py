@@ -132,3 +132,11 @@ def head_of(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead
     if draft_head == "full":
         return model.head
     raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
+
+
+def state_of(draft_head: str | DraftHead, model: LayerSkipModel) -> tuple[int, int] | None:
+    """What a copy that `head_of` makes is a copy of: it changes with the weights, also in place. None for no copy."""
+    weight = model.head.head_weight
+    if draft_head == "full":
+        return None
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version  # inference tensors do not count it
