@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from layerskip_kernels import __version__
+
+from ._extras import need
 from .decoding import (
     DraftHead,
     GenerationOutput,
@@ -45,6 +48,7 @@ __all__ = [
     "TextStream",
     "UnsupportedModelError",
     "Update",
+    "__version__",
     "accelerate",
     "adapt",
     "generate",
@@ -57,6 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import ``generate`` only when it is used: it needs transformers."""
     if name == "generate":
+        need("transformers", "layerskip.generate")
         from .transformers.custom_generate import generate
 
         return generate

@@ -155,7 +155,9 @@ def test_hooks_are_refused_by_name(kind):
             lambda: decoder.open_session(1, max_seq_len=30),
             lambda: model.generate(prompt_of(5), max_new_tokens=NEW, **own),
         ):
-            with pytest.raises(UnsupportedModelError, match=rf"test_model_changes\.double, .*{message}.* not be called"):
+            with pytest.raises(
+                UnsupportedModelError, match=rf"test_model_changes\.double, .*{message}.* not be called"
+            ):
                 call()
     finally:
         handle.remove()

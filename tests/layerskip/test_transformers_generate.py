@@ -90,6 +90,26 @@ def test_a_left_padded_batch(model, seed):
         assert torch.equal(ours, plain)
 
 
+def test_a_cache_that_is_empty(model):
+    inputs, cache = prompts([4, 7]), transformers.DynamicCache(config=model.config)
+    plain, _ = both(model, inputs)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, "past_key_values": cache}
+    assert torch.equal(model.generate(**inputs, **options, **OURS), plain)
+    assert torch.equal(layerskip.generate(model, **inputs, **options, exit_layer=2), plain)
+
+
+def test_what_a_hole_hides_is_in_the_history_and_not_in_the_prompt(model):
+    """Padding on the left is in no history that counts; so a hole must not be taken for it."""
+    inputs = prompts([9])
+    inputs["attention_mask"][0, 4] = 0
+    plain, _ = both(model, inputs)
+    inputs["input_ids"][0, 4] = plain[0, 9]  # the token that is emitted first, where it is hidden
+    assert torch.equal(both(model, inputs)[0][:, 9:], plain[:, 9:])
+    penalised, ours = both(model, inputs, repetition_penalty=8.0)
+    assert penalised[0, 9] != plain[0, 9]
+    assert torch.equal(ours, penalised)
+
+
 def test_a_mask_with_holes(model):
     inputs = prompts([9, 9])
     inputs["attention_mask"][1, 4:6] = 0
@@ -541,7 +561,7 @@ def test_other_things_that_cannot_be_honoured(model):
     inputs = prompts([4])
     with pytest.raises(ValueError, match="assistant_model"):
         model.generate(**inputs, max_new_tokens=4, assistant_model=tiny_model(), **OURS)
-    cache = transformers.DynamicCache(config=model.config)
+    cache = model(inputs["input_ids"], use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"honoured: layerskip\.generate has a cache"):
         model.generate(**inputs, max_new_tokens=4, past_key_values=cache, **OURS)
     embeds = model.model.embed_tokens(inputs["input_ids"])

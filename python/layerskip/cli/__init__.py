@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from layerskip_kernels import BackendError
 
+from .._extras import EXTRAS
 from . import bench, correctness, demo, distill, env, exits, generate, train
 
 COMMANDS = {
@@ -22,11 +23,6 @@ COMMANDS = {
     "exits": (exits, "show how good every layer's exit is, to choose the exit layer by"),
     "env": (env, "show versions, devices, and which backend serves each op"),
 }
-# The extra that installs what is imported only when a command needs it.
-EXTRAS = {
-    "transformers": "demo", "safetensors": "demo", "matplotlib": "demo",
-    "accelerate": "train", "peft": "train", "yaml": "train",
-}  # fmt: skip
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layerskip_kernels import LayerWeights
 
+from .._extras import check_transformers
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .model import LayerSkipModel
@@ -80,6 +81,7 @@ def adapt(hf_model: Any) -> LayerSkipModel:
         weight (quantised, adapted, of mixed dtype or device, strided) is not supported, or a module has a hook or a
         forward of its own, which would not be called. The message names it.
     """
+    check_transformers()
     hf_model = unwrapped(hf_model)
     architecture = architecture_of(hf_model)
     check_hooks(hf_model)

@@ -91,7 +91,9 @@ def check_hooks(model: nn.Module) -> None:
     """
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         for hook in hooks.values():
-            raise UnsupportedModelError(f"{_called(hook)}, a forward hook of all modules, would not be called; remove it")
+            raise UnsupportedModelError(
+                f"{_called(hook)}, a forward hook of all modules, would not be called; remove it"
+            )
     for name, module in model.named_modules():
         where = name or "the model"
         for hook in _values(_hooks_of(module)):

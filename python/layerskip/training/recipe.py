@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .._extras import need
 from .dropout import SCALES, LayerDropout, layer_dropout_rates
 from .exits import (
     CURRICULA,
@@ -262,8 +263,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     ValueError
         For a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
     """
-    import yaml
-
+    yaml = need("yaml", "reading a recipe")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layerskip_kernels import BackendError, explain
 
+from .._extras import check_transformers
 from ..models import architectures
 from ..models.watch import unwrapped
 from .fused import FusedRMSNorm, FusedSwiGLU, SkinnyLinear, fuse, unfuse
@@ -42,6 +43,7 @@ def accelerate(model: Model) -> Model:
     layerskip_kernels.BackendError
         If only the reference would serve the ops on this machine: the model would become slower.
     """
+    check_transformers()
     found = _fusable(unwrapped(model))
     _check_served(next(module for module, fused in found if fused is SkinnyLinear))
     for module, fused in found:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerskip_kernels import dispatch, linear, rms_norm, swiglu
 
 from ..models.architectures import FLOATS
-from ..models.watch import ORIGINAL_CLASS, class_of
+from ..models.watch import ORIGINAL_CLASS
 
 SKINNY_ROWS = 16  # one tile; for more rows the arithmetic costs more than reading the weights
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -91,7 +91,7 @@ def _is_bare(projection: Any) -> bool:
 
 
 def _original(module: nn.Module) -> Any:
-    return class_of(module)
+    return module.__dict__[ORIGINAL_CLASS]
 
 
 def fuse(module: nn.Module, fused: type[nn.Module]) -> None:
