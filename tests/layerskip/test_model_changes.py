@@ -99,7 +99,8 @@ def test_nothing_is_made_anew_for_nothing():
     decoder.generate(prompt_of(5), NEW)
     model.train().eval().requires_grad_(False)
     decoder.generate(prompt_of(5), NEW)
-    assert all(now is then for now, then in zip((decoder.model, decoder.draft_head, decoder.controller), parts))
+    now = (decoder.model, decoder.draft_head, decoder.controller)
+    assert all(one is other for one, other in zip(now, parts, strict=True))
 
 
 def test_a_decoder_outlives_the_model():
@@ -132,7 +133,7 @@ def double(module, args, output=None):
 
 HOOKS = {
     "a layer's": (lambda model: model.model.layers[2].register_forward_hook(double), r"model\.layers\.2,"),
-    "before a layer": (lambda model: model.model.layers[1].mlp.register_forward_pre_hook(double), r"model\.layers\.1\.mlp"),
+    "before a layer": (lambda model: model.model.layers[1].mlp.register_forward_pre_hook(double), r"layers\.1\.mlp,"),
     "the model's": (lambda model: model.register_forward_hook(double), "hook of the model"),
     "partial": (lambda model: model.lm_head.register_forward_hook(functools.partial(double)), "of lm_head"),
     "all modules'": (lambda model: register_module_forward_hook(double), "of all modules"),

@@ -144,7 +144,7 @@ def test_the_controller_learns_from_all(model):
 @pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_what_cannot_be_copied_says_what_to_do(model, how):
     decoder = SelfSpeculativeDecoder(model, 1)
-    with pytest.raises(TypeError, match="SelfSpeculativeDecoder can't be pickled or copied; .* the model"):
+    with pytest.raises(TypeError, match=r"SelfSpeculativeDecoder can't be pickled or copied; .* the model"):
         how(decoder)
     with pytest.raises(TypeError, match="Session can't be pickled or copied"):
         how(decoder.open_session(1, max_seq_len=16))

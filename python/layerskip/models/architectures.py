@@ -203,7 +203,7 @@ def _check_rope(config: Any) -> None:
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
-    """As transformers 5 has them; 4.57 has ``rope_scaling``, which is None for the default, with an older name in it."""
+    """As transformers 5 has them. 4.57 has ``rope_scaling``: None for the default, and maybe ``type`` in it."""
     if hasattr(config, "rope_parameters"):
         return config.rope_parameters or {}
     scaling = getattr(config, "rope_scaling", None) or {"rope_type": "default"}

@@ -89,18 +89,15 @@ def check_hooks(model: nn.Module) -> None:
     UnsupportedModelError
         With the module and the hook.
     """
-    for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
-        for hook in hooks.values():
-            raise UnsupportedModelError(
-                f"{_called(hook)}, a forward hook of all modules, would not be called; remove it"
-            )
+    for hook in _values((torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)):
+        raise UnsupportedModelError(f"{_called(hook)}, a forward hook of all modules, would not be called; remove it")
     for name, module in model.named_modules():
         where = name or "the model"
         for hook in _values(_hooks_of(module)):
             if not _module_of(hook).startswith("transformers."):
                 raise UnsupportedModelError(
-                    f"{_called(hook)}, a forward hook of {where}, would not be called, and the text could be another than "
-                    "the model's; remove it with the handle that registering it returned"
+                    f"{_called(hook)}, a forward hook of {where}, would not be called, and the text could be another "
+                    "than the model's; remove it with the handle that registering it returned"
                 )
         own = module.__dict__.get("forward")
         if own is not None and getattr(own, "__func__", None) is not class_of(module).forward:
