@@ -139,7 +139,10 @@ def _check_safetensors(path: Path) -> None:
 
 def _check_keys(source: str, info: dict[str, Any]) -> None:
     """Transformers fills what a checkpoint lacks with random numbers, and ignores what it has too many of."""
-    for name, found, expected in info["mismatched_keys"]:
+    for entry in info["mismatched_keys"]:
+        if isinstance(entry, str):  # transformers 4.57 gives no shapes
+            raise ModelFileError(f"{source} has {entry} of another shape than its config.json asks for")
+        name, found, expected = entry
         raise ModelFileError(f"{source} has {name} of shape {list(found)}, its config.json asks for {list(expected)}")
     missing = sorted(info["missing_keys"])
     if missing:
