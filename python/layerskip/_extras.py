@@ -19,7 +19,7 @@ EXTRAS = {
 OLDEST_TRANSFORMERS = (4, 57)
 
 
-def need(module: str, purpose: str) -> Any:
+def need(module: str, purpose: str, extra: str | None = None) -> Any:
     """The module of this name.
 
     Parameters
@@ -28,6 +28,8 @@ def need(module: str, purpose: str) -> Any:
         One of `EXTRAS`, or a module in one of them.
     purpose : str
         What it is needed for; begins the message.
+    extra : str, optional
+        What installs all that the purpose needs; by default the one in `EXTRAS`.
 
     Raises
     ------
@@ -42,7 +44,8 @@ def need(module: str, purpose: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ModuleNotFoundError(f'{purpose} needs {name}: pip install "layerskip-kernels[{EXTRAS[name]}]"') from error
+        extra = extra or EXTRAS[name]
+        raise ModuleNotFoundError(f'{purpose} needs {name}: pip install "layerskip-kernels[{extra}]"') from error
     check_transformers()
     return import_module(module)
 

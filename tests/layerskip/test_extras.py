@@ -10,6 +10,7 @@ import pytest
 from tiny import tiny_model
 
 import layerskip
+import layerskip.training
 import layerskip_kernels
 from layerskip import DraftHead
 from layerskip._extras import EXTRAS, need
@@ -33,6 +34,7 @@ def test_what_is_missing_within_a_package_is_its_own_affair(monkeypatch):
 USES = {
     "transformers": (lambda path: layerskip.load(path), "loading models needs"),
     "safetensors": (lambda path: DraftHead([1], 5).save(path), "saving a draft head needs"),
+    "accelerate": (lambda path: layerskip.training.LayerSkipTrainer, "training needs"),
     "yaml": (lambda path: read_recipe(path), "reading a recipe needs"),
 }
 

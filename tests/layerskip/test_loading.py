@@ -136,9 +136,7 @@ class TestLoad:
 
     def test_transformers_4_does_not_tell_the_shapes(self):
         info = {"mismatched_keys": ["lm_head.weight"], "missing_keys": [], "unexpected_keys": []}
-        with pytest.raises(
-            ModelFileError, match=r"m has lm_head\.weight of another shape than its config\.json"
-        ):
+        with pytest.raises(ModelFileError, match=r"m has lm_head\.weight of another shape than its config\.json"):
             _check_keys("m", info)
 
     def test_an_index_without_a_map(self, directory):

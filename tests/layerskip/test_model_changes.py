@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import layerskip
 from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, adapt
 from layerskip.models.watch import ModelWatch
+from layerskip.training import LayerDropout, convert, revert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 12
@@ -196,6 +197,22 @@ def test_a_forward_that_was_put_back_is_none():
     model.model.layers[1].forward = model.model.layers[1].forward
     assert torch.equal(decoder.generate(prompt_of(5), NEW).sequences, expected)
     assert torch.equal(fresh(layerskip.accelerate(model)), expected)
+
+
+def test_a_model_in_training_is_decoded():
+    """What `convert` puts into it decodes as before; what it was put around is looked at."""
+    model, expected = tiny_model(), fresh(tiny_model())
+    decoder = SelfSpeculativeDecoder(model, 1)
+    convert(model, LayerDropout([0.0, 0.5, 0.5, 0.5], seed=1))
+    model.train()
+    assert torch.equal(decoder.generate(prompt_of(5), NEW).sequences, expected)
+    assert torch.equal(fresh(model), expected)
+    revert(model)
+    model.model.layers[1].forward = lambda hidden, *args, **kwargs: hidden
+    convert(model, None)
+    for call in (lambda: decoder.generate(prompt_of(5), NEW), lambda: adapt(model)):
+        with pytest.raises(UnsupportedModelError, match=r"layers\.1 has a forward of its own"):
+            call()
 
 
 # Adapters and compilation

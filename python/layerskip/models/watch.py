@@ -16,6 +16,8 @@ from .unsupported import UnsupportedModelError
 
 ORIGINAL_CLASS = "_layerskip_original_class"
 """Where a module that `layerskip.accelerate` has changed keeps the class that it had."""
+ORIGINAL_FORWARD = "_layerskip_original_forward"
+"""Where a forward that does the same as another, but in training, keeps that one."""
 _DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 
 
@@ -100,6 +102,7 @@ def check_hooks(model: nn.Module) -> None:
                     "than the model's; remove it with the handle that registering it returned"
                 )
         own = module.__dict__.get("forward")
+        own = getattr(own, ORIGINAL_FORWARD, own)
         if own is not None and getattr(own, "__func__", None) is not class_of(module).forward:
             raise UnsupportedModelError(
                 f"{where} has a forward of its own, {_called(own)}, which would not be called; delete that attribute "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .._extras import need
 from .convert import Conversion, convert, revert
 from .dataset import Collator, LengthBuckets, encode, read_pairs
 from .dropout import LayerDropout, apply_to_rows, dropout_scale, layer_dropout_rates
@@ -51,6 +52,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The Trainer on demand: it imports accelerate and much of transformers, which the parts do without."""
     if name in ("Batching", "LayerSkipTrainer", "Plan"):
+        need("transformers", "training", "train")
+        need("accelerate", "training", "train")
         from . import trainer
 
         return getattr(trainer, name)
