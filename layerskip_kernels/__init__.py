@@ -26,6 +26,8 @@ from .functional import (
 )
 from .rounds import accept_greedy, accept_sampled, draft, speculative_round
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Acceptance",
     "BackendError",
@@ -38,6 +40,7 @@ __all__ = [
     "LayerWeights",
     "Noise",
     "Round",
+    "__version__",
     "accept_greedy",
     "accept_sampled",
     "cpu_isa",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -127,6 +128,10 @@ if cpu_reason is not None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+if hasattr(os, "register_at_fork"):
+    # The threads of OpenMP do not survive a fork: a child that computes with more than its own waits for them for ever.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def _isa_op(name: str) -> str:

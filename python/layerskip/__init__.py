@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from ._lazy import exports
 
 if TYPE_CHECKING:
+    from layerskip_kernels import __version__
+
     from .decoding import (
         DraftHead,
         GenerationOutput,
@@ -46,6 +48,7 @@ __all__ = [
     "TextStream",
     "UnsupportedModelError",
     "Update",
+    "__version__",
     "accelerate",
     "adapt",
     "generate",
@@ -67,7 +70,9 @@ __getattr__ = exports(
         ),
         ".transformers.acceleration": ("accelerate", "restore"),
         ".transformers.custom_generate": ("generate",),
+        "layerskip_kernels": ("__version__",),
     },
+    needs={".transformers.custom_generate": [("transformers", "layerskip.generate")]},
 )  # fmt: skip
 
 

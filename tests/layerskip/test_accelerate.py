@@ -195,6 +195,15 @@ def test_conversions_and_new_weights_are_followed():
     assert logits(model.to(torch.float16), tokens).dtype == torch.float16
 
 
+@pytest.mark.parametrize("architecture", ["llama2", "qwen3"])
+def test_a_dtype_that_the_ops_do_not_have_is_torchs(architecture, calls):
+    model, tokens = accelerate(tiny_model(architecture)), random_tokens(1, 6)
+    plain = tiny_model(architecture).double()
+    assert torch.equal(logits(model.double(), tokens), logits(plain, tokens))
+    assert generate(model, tokens) == generate(plain, tokens)
+    assert calls == []
+
+
 def test_hooks_run(calls):
     model, tokens = accelerate(tiny_model("llama2")), random_tokens(1, 4)
     seen = []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, prompt_of, requires_native, tiny_model
 
-from layerskip import DraftHead, SelfSpeculativeDecoder
+from layerskip import DraftHead, SelfSpeculativeDecoder, SharedKVCache
 from layerskip.decoding.batch import Batch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,10 +17,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def last_cache(decoder: SelfSpeculativeDecoder) -> SharedKVCache:
+    """What the last call decoded with."""
+    return decoder._caches.idle[-1].cache
+
+
 def cached(decoder: SelfSpeculativeDecoder, out) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the last call's sequence, which the states of all its positions went into."""
     end = out.sequences.shape[1] - 1  # the last token was not put in
-    return decoder._cache.k[:, 0, :, :end].clone(), decoder._cache.v[:, 0, :, :end].clone()
+    cache = last_cache(decoder)
+    return cache.k[:, 0, :, :end].clone(), cache.v[:, 0, :, :end].clone()
 
 
 def same_bits(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tensor, torch.Tensor]) -> bool:
@@ -206,17 +212,17 @@ def test_early_exit_is_the_shallow_model_alone():
 def test_garbage_past_the_lengths_is_not_read(decoder):
     for strategy in ("autoregressive", "self_speculative", "early_exit"):
         clean = decoder.generate(prompt_of(9), 30, strategy=strategy)
-        decoder._cache.k.fill_(float("nan"))
-        decoder._cache.v.fill_(float("nan"))
+        last_cache(decoder).k.fill_(float("nan"))
+        last_cache(decoder).v.fill_(float("nan"))
         assert torch.equal(decoder.generate(prompt_of(9), 30, strategy=strategy).sequences, clean.sequences)
 
 
 def test_the_cache_is_reused_and_grows(decoder):
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, max_seq_len=190)
     fresh = decoder.generate(prompt_of(150), 20)
-    cache = decoder._cache
+    cache = last_cache(decoder)
     short = decoder.generate(prompt_of(3), 20)
-    assert decoder._cache is cache
+    assert last_cache(decoder) is cache
     again = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1)
     assert torch.equal(again.generate(prompt_of(3), 20).sequences, short.sequences)
     assert torch.equal(again.generate(prompt_of(150), 20).sequences, fresh.sequences)

@@ -10,6 +10,7 @@ import transformers
 from helpers import save_tiny, tiny_model
 
 from layerskip.models import ModelFileError, UnsupportedModelError, adapt, load
+from layerskip.models.loading import _check_keys
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,11 @@ class TestLoad:
         edit(directory / "config.json", **changes)
         with pytest.raises(error, match=message):
             load(directory)
+
+    def test_transformers_4_does_not_tell_the_shapes(self):
+        info = {"mismatched_keys": ["lm_head.weight"], "missing_keys": [], "unexpected_keys": []}
+        with pytest.raises(ModelFileError, match=r"m has lm_head\.weight of another shape than its config\.json"):
+            _check_keys("m", info)
 
     def test_an_index_without_a_map(self, directory):
         (directory / "model.safetensors.index.json").write_text("{}")

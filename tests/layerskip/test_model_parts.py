@@ -81,7 +81,7 @@ class TestDecoder:
         cache, expected = decoder.new_cache(1, 8), decoder.new_cache(1, 8)
         cache.seq_lens.fill_(3)
         out = decoder(hidden, cache, 1, 3, seq_lens=torch.tensor([1]))
-        places = KVCache(expected.k, expected.v, decoder._cos, decoder._sin, torch.tensor([1]))
+        places = KVCache(expected.k, expected.v, *decoder.rope_tables, torch.tensor([1]))
         want = partial_forward(hidden, decoder.layer_weights(1, 3), places, 1, 3, decoder.eps)
         assert torch.equal(out, want)
         assert torch.equal(cache.k, expected.k)
@@ -169,8 +169,8 @@ class TestDecoder:
         assert all(weight.dtype == torch.bfloat16 for weight in decoder.layer_weights(0, 3))
         hidden = states(1, 4).bfloat16()
         assert torch.equal(decoder(hidden, decoder.new_cache(1, 8)), expected(hidden, expected.new_cache(1, 8)))
-        assert torch.equal(decoder._cos, expected._cos)
-        assert decoder._cos.dtype == torch.float32
+        assert torch.equal(decoder.rope_tables[0], expected.rope_tables[0])
+        assert decoder.rope_tables[0].dtype == torch.float32
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_weight_list_follows_conversions(self, overwrite):
@@ -196,7 +196,8 @@ class TestDecoder:
         decoder = make_decoder()
         for capacity, rows in ((4, 4), (9, 9), (5, 9)):
             decoder.new_cache(1, capacity)
-            assert decoder._cos.shape == decoder._sin.shape == (rows, SIZE // 2)
+            cos, sin = decoder.rope_tables
+            assert cos.shape == sin.shape == (rows, SIZE // 2)
 
 
 class TestSlots:

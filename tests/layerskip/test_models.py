@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from layerskip.models import (
     adapt,
     supported_architectures,
 )
+from layerskip.models.architectures import check_config
 from layerskip_kernels import Noise
 
 # Logits of the tiny models are of order 1.
@@ -243,8 +245,8 @@ class TestStorage:
         model, expected = adapt(hf), adapt(tiny_model("llama3"))
         for one in (model, expected):
             one.decoder.new_cache(1, 200)
-        assert torch.equal(model.decoder._cos, expected.decoder._cos)
-        assert torch.equal(model.decoder._sin, expected.decoder._sin)
+        for ours, exact in zip(model.decoder.rope_tables, expected.decoder.rope_tables, strict=True):
+            assert torch.equal(ours, exact)
 
     def test_describes_itself(self):
         model = adapt(tiny_model("llama3"))
@@ -295,6 +297,27 @@ def strided():
     hf = tiny_model("llama2")
     weight = hf.model.layers[0].self_attn.o_proj.weight
     weight.data = weight.data.T.contiguous().T
+    return hf
+
+
+class TorchaoTensor(torch.Tensor):
+    """Like those of torchao: a weight that says it is of a float dtype, and holds something else."""
+
+    @staticmethod
+    def __new__(cls, plain):
+        return torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0])
+        raise NotImplementedError(f"{func} of {cls.__name__}")
+
+
+def with_torchao_weight():
+    hf = tiny_model("llama2")
+    projection = hf.model.layers[2].mlp.up_proj
+    projection.weight = nn.Parameter(TorchaoTensor(projection.weight.data), requires_grad=False)
     return hf
 
 
@@ -362,13 +385,14 @@ REFUSED = {
         "quantised with gptq",
     ),
     "int8 weight": (with_int8_weight, r"layers\.1\.self_attn\.k_proj\.weight of dtype torch\.int8"),
+    "a tensor of torchao": (with_torchao_weight, r"layers\.2\.mlp\.up_proj\.weight of type .*TorchaoTensor .*plain"),
     "Linear subclass": (with_linear_subclass, r"layers\.2\.mlp\.up_proj of type .*Linear8bit"),
     "packed weight": (without_weight, r"no parameter model\.layers\.0\.self_attn\.q_proj\.weight"),
     "mixed dtypes": (mixed, r"mixed dtypes .*torch\.float32, lm_head\.weight torch\.float16"),
     "float64": (lambda: tiny_model("llama2", torch.float64), r"dtype torch\.float64.*fp32, bf16 and fp16"),
     "strided weight": (strided, r"layers\.0\.self_attn\.o_proj\.weight with strides"),
     "meta device": (on_meta, "meta device"),
-    "LoRA that is not merged": (with_lora, r"q_proj\.base_layer\.weight|lora_A"),
+    "LoRA that is not merged": (with_lora, r"attn\.q_proj is a Linear of PEFT: an adapter .* merge_and_unload\(\)"),
 }  # fmt: skip
 
 
@@ -394,6 +418,33 @@ class TestRefused:
     def test_a_window_that_no_layer_uses_is_fine(self):
         hf = tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=99)
         assert adapt(hf).num_layers == 4
+
+    @pytest.mark.parametrize("make", [dict, lambda **named: SimpleNamespace(**named)])
+    def test_a_model_of_a_gguf_with_plain_weights_is_fine(self, make):
+        """Transformers leaves in the configuration where they came from."""
+        hf = config_then("llama2", quantization_config=make(quant_method="gguf"))
+        assert adapt(hf).num_layers == 4
+        hf.model.layers[2].mlp.up_proj.__class__ = Linear8bit
+        with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp\.up_proj of type .*Linear8bit"):
+            adapt(hf)
+
+    @pytest.mark.parametrize(
+        ("scaling", "refused"),
+        [
+            (None, None),
+            ({"rope_type": "llama3", "factor": 8.0}, None),
+            ({"type": "default"}, None),
+            ({"type": "linear", "factor": 2.0}, "'linear'"),
+            ({"rope_type": "yarn", "type": "default"}, "'yarn'"),
+        ],
+    )
+    def test_the_rope_of_a_configuration_of_transformers_4(self, scaling, refused):
+        config = SimpleNamespace(model_type="llama", hidden_act="silu", rope_theta=1e4, rope_scaling=scaling)
+        if refused is None:
+            check_config(config)
+        else:
+            with pytest.raises(UnsupportedModelError, match=f"RoPE type {refused} is not supported"):
+                check_config(config)
 
     def test_list_of_the_supported(self):
         text = ", ".join(supported_architectures())

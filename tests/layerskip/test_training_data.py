@@ -55,5 +55,5 @@ def test_a_dataset_of_the_hub_on_wrong_input(hub_dataset, monkeypatch):
 
 def test_a_dataset_of_the_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="hub:any needs the package datasets: pip install datasets"):
+    with pytest.raises(ModuleNotFoundError, match=r"hub:any needs datasets: pip install \"layerskip-kernels\[hub\]\""):
         hub.load("hub:any")

@@ -18,7 +18,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStr
 from transformers.generation.streamers import BaseStreamer
 
 import layerskip
-from layerskip.transformers.decoder_pool import borrow_decoder
+from layerskip.transformers.kept_decoders import decoder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 20
@@ -88,6 +88,26 @@ def test_a_left_padded_batch(model, seed):
     for at in (2, 9):
         plain, ours = both(model, inputs, eos_token_id=some_eos(model, inputs, at)[:2])
         assert torch.equal(ours, plain)
+
+
+def test_a_cache_that_is_empty(model):
+    inputs, cache = prompts([4, 7]), transformers.DynamicCache(config=model.config)
+    plain, _ = both(model, inputs)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, "past_key_values": cache}
+    assert torch.equal(model.generate(**inputs, **options, **OURS), plain)
+    assert torch.equal(layerskip.generate(model, **inputs, **options, exit_layer=2), plain)
+
+
+def test_what_a_hole_hides_is_in_the_history_and_not_in_the_prompt(model):
+    """Padding on the left is in no history that counts; so a hole must not be taken for it."""
+    inputs = prompts([9])
+    inputs["attention_mask"][0, 4] = 0
+    plain, _ = both(model, inputs)
+    inputs["input_ids"][0, 4] = plain[0, 9]  # the token that is emitted first, where it is hidden
+    assert torch.equal(both(model, inputs)[0][:, 9:], plain[:, 9:])
+    penalised, ours = both(model, inputs, repetition_penalty=8.0)
+    assert penalised[0, 9] != plain[0, 9]
+    assert torch.equal(ours, penalised)
 
 
 def test_a_mask_with_holes(model):
@@ -456,21 +476,20 @@ def test_a_chat(model, tokenizer):
 # The decoder that is kept
 
 
-def kept(model, draft_head="full"):
-    with borrow_decoder(model, draft_head) as decoder:
-        return decoder
-
-
 def test_a_model_keeps_its_decoder_and_lets_it_go():
     model = tiny_model(upper="weak")
-    decoder = kept(model)
-    assert kept(model) is decoder
-    quantised = kept(model, "int8")
+    decoder = decoder_of(model, "full")
+    assert decoder_of(model, "full") is decoder
+    quantised = decoder_of(model, "int8")
     assert quantised is not decoder
-    assert kept(model, "int8") is quantised
+    assert decoder_of(model, "int8") is quantised
+    head = quantised.draft_head
+    quantised.generate(prompts([5])["input_ids"], 2)
+    assert quantised.draft_head is head
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    assert kept(model, "int8") is not quantised
+    quantised.generate(prompts([5])["input_ids"], 2)
+    assert quantised.draft_head is not head
     reference = weakref.ref(model)
     del model
     gc.collect()
@@ -542,7 +561,7 @@ def test_other_things_that_cannot_be_honoured(model):
     inputs = prompts([4])
     with pytest.raises(ValueError, match="assistant_model"):
         model.generate(**inputs, max_new_tokens=4, assistant_model=tiny_model(), **OURS)
-    cache = transformers.DynamicCache(config=model.config)
+    cache = model(inputs["input_ids"], use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"honoured: layerskip\.generate has a cache"):
         model.generate(**inputs, max_new_tokens=4, past_key_values=cache, **OURS)
     embeds = model.model.embed_tokens(inputs["input_ids"])

@@ -145,8 +145,8 @@ def test_what_the_wheel_alone_cannot_do_it_says_in_one_line(bare_environment: Pa
         "bench": f"the model smollm2 {example}",
         "bench --model owner/name": 'loading models needs transformers: pip install "layerskip-kernels[demo]"',
         "train": f"the task parsing {example}",
-        "train recipe.yaml": "No module named 'yaml': pip install \"layerskip-kernels[train]\"",
-        "bench --prompts hub:any --model owner/name": "hub:any needs the package datasets: pip install datasets",
+        "train recipe.yaml": 'reading a recipe needs yaml: pip install "layerskip-kernels[train]"',
+        "bench --prompts hub:any --model owner/name": 'hub:any needs datasets: pip install "layerskip-kernels[hub]"',
     }
     for arguments, message in refused.items():
         done = run([command, *arguments.split()], tmp_path)

@@ -14,15 +14,11 @@ from importlib import import_module
 from rich.console import Console
 from rich.markup import escape
 
+from .._extras import EXTRAS
 from . import arguments, names
 
 __all__ = ["main"]
 
-# The extra that installs what is imported only when a command needs it.
-EXTRAS = {
-    "transformers": "demo", "safetensors": "demo", "matplotlib": "demo",
-    "accelerate": "train", "peft": "train", "yaml": "train",
-}  # fmt: skip
 # What was asked for cannot be: another call may. Any other error is a failure of what could be.
 MISUSE = (
     ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,

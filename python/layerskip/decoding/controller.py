@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple
 
 from ..models import EarlyExitHead, LayerSkipModel
@@ -234,6 +235,7 @@ class Controller:
         self._shared: dict[int, Rate] = {}
         self._costs: dict[int, CostModel] = {}
         self._rounds = 0
+        self._lock = Lock()  # sessions of several threads learn together
 
     def new_acceptance(self) -> AcceptanceRates:
         """The acceptance rates of a new sequence."""
@@ -241,7 +243,8 @@ class Controller:
 
     def observe_cost(self, choice: Choice, batch: int, seconds: float) -> None:
         """Take account of what a round of ``batch`` sequences cost."""
-        self._cost(batch).observe(*choice, seconds)
+        with self._lock:
+            self._cost(batch).observe(*choice, seconds)
 
     def choose(
         self,
@@ -252,11 +255,12 @@ class Controller:
         """E and K for the next round of some sequences; a value that is given is kept."""
         exits = self.exits if exit_layer is None else (exit_layer,)
         counts = range(self.max_speculations + 1) if num_speculations is None else (num_speculations,)
-        speed, best = self._best(acceptances, exits, counts)
-        self._rounds += 1
-        if self._rounds % _EXPLORE_EVERY == 0:
-            return self._explore(acceptances, exits, counts, speed, best)
-        return best
+        with self._lock:
+            speed, best = self._best(acceptances, exits, counts)
+            self._rounds += 1
+            if self._rounds % _EXPLORE_EVERY == 0:
+                return self._explore(acceptances, exits, counts, speed, best)
+            return best
 
     def _explore(
         self,

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import models
-from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
+from ..models import EarlyExitHead, LayerSkipModel
+from ..models.watch import ModelWatch, unwrapped
 from . import graph, validation
+from .cache_pool import CachePool
 from .controller import Controller, Sizes, default_exits
-from .draft_head import DraftHead, head_of
-from .graph import Graphs
+from .draft_head import DraftHead, head_of, state_of
 from .logits import LogitsProcessor
 from .output import GenerationOutput, Streamer
+from .prompts import prompts_of, text_ids
+from .run import outputs_of, pieces_of
 from .sampling import SamplingParams, params_of_each
 from .sequence import StopRule
 from .session import Defaults, Session
 from .text import SequenceText, stop_rules
 
-CACHE_GRANULARITY = 256
-
 
 class SelfSpeculativeDecoder:
     """Decoding in which a model's early layers draft and its remaining layers verify (LayerSkip).
 
-    Greedy tokens are, bit for bit, those of the full model alone; sampled ones have exactly its distribution.
+    Greedy tokens are, bit for bit, those of the full model alone; sampled ones have exactly its distribution. Several
+    threads may call one decoder at the same time: each call has a cache of its own.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or LayerSkipModel
-        Its weights are shared, not copied.
+        Its weights are shared, not copied. Each call sees what has become of it: a Hugging Face model with other
+        parameters or modules, or of another dtype or device, is adapted anew.
     exit_layer : int or "auto"
         E: layers [0, E) draft. From 1 to L - 1; "auto" picks by measured speed, see `Controller`.
     num_speculations : int or "auto"
@@ -68,25 +72,56 @@ class SelfSpeculativeDecoder:
         exit_choices: Sequence[int] | None = None,
         draft_threshold: float = 0.0,
     ) -> None:
-        self.model: LayerSkipModel = model if isinstance(model, LayerSkipModel) else models.adapt(model)
-        layers = self.model.num_layers
-        validation.exit_layer_or_auto(exit_layer, layers)
+        model = unwrapped(model)
+        self._watch = None if isinstance(model, LayerSkipModel) else ModelWatch(model)
+        self._following = Lock()
         self.exit_layer, self.num_speculations = exit_layer, num_speculations
+        self._draft_head_choice, self._exit_choices = draft_head, exit_choices
+        self._adopt(models.adapt(model) if self._watch else model)
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
         validation.num_speculations_or_auto(num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.draft_threshold = validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
         self.tokenizer: Any = None
-        self.draft_head: EarlyExitHead = head_of(draft_head, self.model)
         self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
         self._pad_token_id = _of_config(model, "pad_token_id")
-        exits = default_exits(layers) if exit_choices is None else exit_choices
+
+    def _adopt(self, model: LayerSkipModel) -> None:
+        """Decode with this model from now on; what was kept for another one is dropped."""
+        layers = model.num_layers
+        validation.exit_layer_or_auto(self.exit_layer, layers)
+        exits = default_exits(layers) if self._exit_choices is None else self._exit_choices
         exits = [validation.exit_layer(choice, layers) for choice in exits]
         if not exits:
-            raise ValueError(f"exit_choices must hold at least one layer, got {exit_choices!r}")
-        self.controller = Controller(Sizes.of(self.model, self.draft_head), exits)
-        self._cache: SharedKVCache | None = None
-        self._graphs: Graphs | None = None
+            raise ValueError(f"exit_choices must hold at least one layer, got {self._exit_choices!r}")
+        self.model: LayerSkipModel = model
+        self._head_state = state_of(self._draft_head_choice, model)
+        self.draft_head: EarlyExitHead = head_of(self._draft_head_choice, model)
+        self.controller = Controller(Sizes.of(model, self.draft_head), exits)
+        self._caches = CachePool(model)
+
+    def _follow(self) -> None:
+        """Adapt the model anew if it has changed since, and copy the draft head anew if its weights have.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it has become a model that cannot be adapted, or has hooks, which would not be called.
+        """
+        with self._following:
+            changed = None if self._watch is None else self._watch.changed()
+            if changed is not None:
+                self._adopt(models.adapt(changed))
+                self._watch = ModelWatch(changed)
+            elif state_of(self._draft_head_choice, self.model) != self._head_state:
+                self._head_state = state_of(self._draft_head_choice, self.model)
+                self.draft_head = head_of(self._draft_head_choice, self.model)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SelfSpeculativeDecoder can't be pickled or copied; pickle the model, and make a decoder of it where it "
+            "is unpickled"
+        )
 
     @classmethod
     def from_pretrained(
@@ -127,7 +162,7 @@ class SelfSpeculativeDecoder:
         num_speculations: int | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Session:
-        """Open a session with a cache of its own, for requests that come and go.
+        """Open a session with a cache of its own, for requests that come and go. It is for one thread at a time.
 
         Parameters
         ----------
@@ -145,6 +180,7 @@ class SelfSpeculativeDecoder:
         ValueError, TypeError
             With the offending value.
         """
+        self._follow()
         validation.at_least_one("max_batch", max_batch)
         length = self.max_seq_len
         if max_seq_len is not None:
@@ -157,7 +193,7 @@ class SelfSpeculativeDecoder:
 
     def generate(
         self,
-        input_ids: Tensor | Sequence[Tensor | Sequence[int]],
+        input_ids: str | Tensor | Sequence[int] | Sequence[str | Tensor | Sequence[int]],
         max_new_tokens: int = 128,
         strategy: str = "self_speculative",
         exit_layer: int | str | None = None,
@@ -165,6 +201,8 @@ class SelfSpeculativeDecoder:
         eos_token_id: int | Sequence[int] | None = None,
         streamer: Streamer | None = None,
         *,
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
+        tokenizer: Any = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         generator: torch.Generator | None = None,
         draft_threshold: float | None = None,
@@ -177,9 +215,9 @@ class SelfSpeculativeDecoder:
 
         Parameters
         ----------
-        input_ids : Tensor [B, N], int64, or sequence of prompts
-            Each row of a tensor is a prompt. Prompts of different lengths are given as a list of tensors [N] or lists
-            of int.
+        input_ids : Tensor [B, N] or [N], int64, str, or sequence of prompts
+            Each row of a tensor is a prompt. Prompts of different lengths are given as a list of tensors [N], of lists
+            of int, or of strings.
         max_new_tokens : int
             For each prompt.
         strategy, exit_layer, num_speculations, draft_threshold
@@ -189,6 +227,10 @@ class SelfSpeculativeDecoder:
         streamer : Streamer, optional
             As in transformers: ``put`` is called with the prompt, then with each group of new tokens, and ``end``
             after them. For one prompt only.
+        attention_mask : Tensor [B, N], optional
+            0 for padding, which is on the left or on the right of a prompt and not part of it; 1 for the prompt.
+        tokenizer : transformers.PreTrainedTokenizerBase, optional
+            Reads prompts that are strings, and stop strings; by default the decoder's own.
         sampling : SamplingParams, or one for each prompt
             By default greedy. If all prompts share one that has a seed, prompt b gets the seed ``seed + b``.
         generator : torch.Generator, optional
@@ -196,7 +238,7 @@ class SelfSpeculativeDecoder:
         logits_processor, should_stop : callable, or one (or None) for each prompt
             As in `Session.add`.
         stop_strings : str or sequence of str, optional
-            A sequence ends with the token that completes one of them in its new text; needs ``decoder.tokenizer``.
+            A sequence ends with the token that completes one of them in its new text; needs a tokenizer.
         pad_token_id : int, optional
             What pads the rows of the result; by default the model's padding token, else its first EOS token, else 0.
 
@@ -208,36 +250,42 @@ class SelfSpeculativeDecoder:
         ------
         ValueError, TypeError
             With the offending value.
+        UnsupportedModelError
+            If the model has become one that cannot be adapted.
         FloatingPointError
             If logits are not finite; it names the layer and the position.
         """
-        prompts = validation.prompts(input_ids)
+        self._follow()
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        prompts = prompts_of(input_ids, attention_mask, tokenizer)
         batch = len(prompts)
         if streamer is not None and batch > 1:
             raise ValueError(f"a streamer takes one prompt, got a batch of {batch}")
         pad = self._pad(pad_token_id, eos_token_id)
-        session = self._session_for_call(prompts, max_new_tokens, num_speculations, generator)
         rules = validation.one_each("should_stop", should_stop, batch)
         if stop_strings is not None:
-            rules = stop_rules(self.tokenizer, stop_strings, prompts, rules)
+            rules = stop_rules(tokenizer, stop_strings, prompts, rules)
         processors = validation.one_each("logits_processor", logits_processor, batch)
-        each = zip(prompts, params_of_each(sampling, batch), processors, rules, strict=True)
-        for prompt, params, processor, rule in each:
-            session.add(
-                prompt,
-                max_new_tokens,
-                strategy=strategy,
-                exit_layer=exit_layer,
-                num_speculations=num_speculations,
-                draft_threshold=draft_threshold,
-                sampling=params,
-                eos_token_id=eos_token_id,
-                logits_processor=processor,
-                should_stop=rule,
-            )
-        if streamer is not None:
-            streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
-        return GenerationOutput.of_batch(_run(session, batch, streamer), pad)
+        total, most = self._longest(prompts, max_new_tokens), self._max_speculations(num_speculations)
+        with self._caches.borrow(batch, total + most + 1) as lent:
+            session = Session(self.model, lent.cache, self.defaults, total, most, generator, graphs=lent.graphs)
+            each = zip(prompts, params_of_each(sampling, batch), processors, rules, strict=True)
+            for prompt, params, processor, rule in each:
+                session.add(
+                    prompt,
+                    max_new_tokens,
+                    strategy=strategy,
+                    exit_layer=exit_layer,
+                    num_speculations=num_speculations,
+                    draft_threshold=draft_threshold,
+                    sampling=params,
+                    eos_token_id=eos_token_id,
+                    logits_processor=processor,
+                    should_stop=rule,
+                )
+            if streamer is not None:
+                streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
+            return GenerationOutput.of_batch(outputs_of(session, batch, streamer), pad)
 
     def stream(
         self,
@@ -283,12 +331,13 @@ class SelfSpeculativeDecoder:
         FloatingPointError
             If logits are not finite.
         """
+        self._follow()
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise ValueError("tokenizer must be given for a decoder that was not made with from_pretrained")
         text = SequenceText(tokenizer, stop_strings, skip_special_tokens, include_stop_string)
         if isinstance(prompt, str):
-            prompt = tokenizer(prompt).input_ids
+            prompt = text_ids(prompt, tokenizer)
         ids = validation.prompt(prompt, self.model.vocab_size, self.model.device)[0].tolist()
         text.start_after(ids)
         ready: list[str] = []
@@ -302,22 +351,13 @@ class SelfSpeculativeDecoder:
         most = options.get("num_speculations")
         session = self.open_session(1, max_seq_len=length, num_speculations=most, generator=generator)
         session.add(ids, max_new_tokens, should_stop=ends, **options)
-        return _pieces(session, text, ready)
+        return pieces_of(session, text, ready)
 
-    def _session_for_call(
-        self,
-        prompts: Sequence[Any],
-        max_new_tokens: int,
-        num_speculations: int | str | None,
-        generator: torch.Generator | None,
-    ) -> Session:
-        """A session of one call of `generate`, over the cache that all calls share."""
-        most = self._max_speculations(num_speculations)
+    def _longest(self, prompts: Sequence[Any], max_new_tokens: int) -> int:
+        """The length of the longest of these sequences with its continuation."""
         longest = max(len(one) if isinstance(one, (list, tuple)) else one.numel() for one in prompts)
         validation.at_least_one("max_new_tokens", max_new_tokens)
-        total = validation.length(longest, max_new_tokens, self.max_seq_len)
-        cache = self._shared_cache(len(prompts), total + most + 1)
-        return Session(self.model, cache, self.defaults, total, most, generator, graphs=self._shared_graphs())
+        return validation.length(longest, max_new_tokens, self.max_seq_len)
 
     def _max_speculations(self, num_speculations: int | str | None) -> int:
         """The most drafts of a round. The cache needs room for them."""
@@ -332,56 +372,6 @@ class SelfSpeculativeDecoder:
             return self._pad_token_id
         stops = self.eos_token_id if eos_token_id is None else eos_token_id
         return min(validation.stop_tokens(stops, self.model.vocab_size), default=0)
-
-    def _shared_graphs(self) -> Graphs | None:
-        """The recorded rounds over the shared cache, if the model is on a card."""
-        graphs = graph.for_device(self.model.device)
-        if graphs is not None and self._graphs is None:
-            self._graphs = graphs
-        return None if graphs is None else self._graphs
-
-    @torch.inference_mode(False)
-    def _shared_cache(self, batch: int, length: int) -> SharedKVCache:
-        """A cache with room for so many sequences and positions: the last call's, if that is big enough.
-
-        Its content lies beyond the lengths of the new sequences, so nobody reads it.
-        """
-        like, old = (self.model.dtype, self.model.device), self._cache
-        if old is None or old.batch_size < batch or old.capacity < length or (old.k.dtype, old.k.device) != like:
-            capacity = -(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY
-            self._cache = self.model.decoder.new_cache(batch, capacity)
-        assert self._cache is not None
-        return self._cache
-
-
-def _run(session: Session, batch: int, streamer: Streamer | None) -> list[GenerationOutput]:
-    """Run the ``batch`` requests of a session to their ends, and return their outputs."""
-    outputs: dict[int, GenerationOutput] = {}
-    while len(session):
-        for update in session.step():
-            if update.error is not None:
-                raise update.error
-            if streamer is not None:
-                streamer.put(torch.tensor(update.tokens))
-            if update.output is not None:
-                outputs[update.request_id] = update.output
-    if streamer is not None:
-        streamer.end()
-    return [outputs[index] for index in range(batch)]
-
-
-def _pieces(session: Session, text: SequenceText, ready: list[str]) -> Iterator[str]:
-    """Run a session's only request; ``ready`` holds the pieces that its stop rule got from ``text``."""
-    while len(session):
-        for update in session.step():
-            if update.error is not None:
-                raise update.error
-            if update.reason == "eos":  # the one token that no rule is asked about
-                ready.append(text.push(update.tokens[-1]))
-            if update.finished:
-                ready.append(text.finish())
-            yield from filter(None, ready)
-            ready.clear()
 
 
 def _of_config(model: Any, name: str) -> Any:

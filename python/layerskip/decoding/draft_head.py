@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from .._extras import need
 from .._files import write_atomically
 from ..models import EarlyExitHead, LayerSkipModel
 from . import validation
@@ -81,10 +82,10 @@ class DraftHead:
 
     def save(self, path: str | Path) -> Path:
         """Write a file, or ``draft_head.safetensors`` in a directory; whole or not at all."""
-        from safetensors.torch import save
-
         target = _file(path)
-        data = save({"token_ids": self.token_ids.cpu()}, metadata={"vocab_size": str(self.vocab_size)})
+        data = need("safetensors.torch", "saving a draft head").save(
+            {"token_ids": self.token_ids.cpu()}, metadata={"vocab_size": str(self.vocab_size)}
+        )
         write_atomically(target, data)
         return target
 
@@ -102,8 +103,7 @@ class DraftHead:
         FileNotFoundError, ModuleNotFoundError, ValueError
             If there is none, or it is not a draft head.
         """
-        from safetensors import SafetensorError, safe_open
-
+        safetensors = need("safetensors", "reading a draft head")
         named = isinstance(source, str) and "/" not in source
         path = registry.draft_head(str(source)) if named else None
         path = path or _file(source)
@@ -111,10 +111,10 @@ class DraftHead:
             hint = f"; {registry.hint(registry.MODELS, str(source))}" if named else ""
             raise FileNotFoundError(f"no draft head at {path}{hint}")
         try:
-            with safe_open(path, framework="pt") as file:
+            with safetensors.safe_open(path, framework="pt") as file:
                 vocab_size = (file.metadata() or {})["vocab_size"]
                 return cls(file.get_tensor("token_ids"), int(vocab_size))
-        except (SafetensorError, KeyError) as error:
+        except (safetensors.SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is not a draft head: {error}") from error
 
 
@@ -132,3 +132,11 @@ def head_of(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead
     if draft_head == "full":
         return model.head
     raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
+
+
+def state_of(draft_head: str | DraftHead, model: LayerSkipModel) -> tuple[int, int] | None:
+    """What a copy that `head_of` makes is a copy of: it changes with the weights, also in place. None for no copy."""
+    weight = model.head.head_weight
+    if draft_head == "full":
+        return None
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version  # inference tensors do not count it

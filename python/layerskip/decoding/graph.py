@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from .round import SequenceTensors
 
 MAX_GRAPHS = 32  # over a cache: one for each exit, number of drafts and power of two of sequences
+
+_capturing = Lock()  # the warm-up of one thread's round would wait for the card within the recording of another's
 
 RoundFunction = Callable[[SequenceTensors], Tensor]
 
@@ -38,7 +41,7 @@ class CudaCapture:
 
     def __call__(self, function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], object]]:
         """See `Capture`. A call before the capture compiles and tunes kernels, which is not allowed within it."""
-        with torch.cuda.device(device):
+        with _capturing, torch.cuda.device(device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -92,6 +93,9 @@ class Session:
         self._updates: list[Update] = []  # that no `step` has returned yet
         self._free_slots = list(range(cache.batch_size))[::-1]
         self._batches: list[Batch] | None = None  # of the running requests, until one of them changes
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Session can't be pickled or copied: it is requests in progress, on a cache")
 
     def __len__(self) -> int:
         """How many requests have not had their last update."""

@@ -1,11 +1,12 @@
 """Early-exit models: their parts, how they are made of Hugging Face models, and loading from disk."""
 
-from .architectures import UnsupportedModelError, adapt, supported_architectures
+from .architectures import adapt, supported_architectures
 from .cache import SharedKVCache
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .loading import ModelFileError, load
 from .model import LayerSkipModel
+from .unsupported import UnsupportedModelError
 
 __all__ = [
     "EarlyExitHead",

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from layerskip_kernels import LayerWeights
 
+from .._extras import check_transformers
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .model import LayerSkipModel
+from .unsupported import UnsupportedModelError, unsupported
+from .watch import check_hooks, class_of, unwrapped
 
 ROPE_TYPES = ("default", "llama3")
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 LAYERS = "model.layers"
-ORIGINAL_CLASS = "_layerskip_original_class"
-"""Where a module that `layerskip.accelerate` has changed keeps the class that it had."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # The paths of a layer's weights within the layer.
 LAYER_PATHS = {
@@ -55,22 +56,19 @@ ARCHITECTURES = {
 }
 
 
-class UnsupportedModelError(ValueError):
-    """The kernels do not compute this model, or a feature of it; the message says what they do compute."""
-
-
 def supported_architectures() -> list[str]:
     """The supported values of ``model_type``, each with what people call it."""
     return [f"{model_type} ({architecture.title})" for model_type, architecture in ARCHITECTURES.items()]
 
 
-def adapt(hf_model: nn.Module) -> LayerSkipModel:
+def adapt(hf_model: Any) -> LayerSkipModel:
     """Make an early-exit model of a Hugging Face model. The two share every weight; the given one does not change.
 
     Parameters
     ----------
     hf_model : transformers.PreTrainedModel
-        A causal language model of one of `supported_architectures`, in fp32, bf16 or fp16, on one device.
+        A causal language model of one of `supported_architectures`, in fp32, bf16 or fp16, on one device; or what
+        ``torch.compile`` made of it.
 
     Returns
     -------
@@ -80,9 +78,13 @@ def adapt(hf_model: nn.Module) -> LayerSkipModel:
     ------
     UnsupportedModelError
         If the architecture, a sliding window, the type of rotary embedding, the activation, a bias, or the kind of a
-        weight (quantised, adapted, of mixed dtype or device, strided) is not supported. The message names it.
+        weight (quantised, adapted, of mixed dtype or device, strided) is not supported, or a module has a hook or a
+        forward of its own, which would not be called. The message names it.
     """
+    check_transformers()
+    hf_model = unwrapped(hf_model)
     architecture = architecture_of(hf_model)
+    check_hooks(hf_model)
     config: Any = hf_model.config
     check_config(config)
     parameters = checked_parameters(hf_model, architecture)
@@ -100,28 +102,35 @@ def adapt(hf_model: nn.Module) -> LayerSkipModel:
     return LayerSkipModel(parameters["model.embed_tokens.weight"], decoder, head, config, generation_config)
 
 
-def _unsupported(what: str, supported: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{what} is not supported; supported: {supported}")
-
-
 def architecture_of(model: nn.Module) -> Architecture:
     """The architecture of a Hugging Face model, or UnsupportedModelError."""
+    _check_adapters(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ancestors = [ancestor.__name__ for ancestor in type(model).__mro__]
     architecture = ARCHITECTURES.get(str(model_type))
     if architecture is None or architecture.model_class not in ancestors:
         classes = ", ".join(one.model_class for one in ARCHITECTURES.values())
-        raise _unsupported(
+        raise unsupported(
             f"model class {type(model).__name__} of model_type {model_type!r}",
             f"{', '.join(supported_architectures())}, as {classes}",
         )
     return architecture
 
 
+def _check_adapters(model: nn.Module) -> None:
+    """Refuse what PEFT has put into a model, or around it."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if type(module).__module__.startswith("peft."):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is a {type(module).__name__} of PEFT: an adapter that is not merged is not "
+                "supported; use what merge_and_unload() of the PeftModel returns"
+            )
+
+
 def check_model_type(model_type: object) -> None:
     """Raise UnsupportedModelError for a ``model_type`` that is not in the table."""
     if model_type not in ARCHITECTURES:
-        raise _unsupported(f"model_type {model_type!r}", ", ".join(supported_architectures()))
+        raise unsupported(f"model_type {model_type!r}", ", ".join(supported_architectures()))
 
 
 def check_config(config: Any) -> None:
@@ -159,14 +168,17 @@ def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[
 
 def _check_quantisation(config: Any) -> None:
     quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        raise _unsupported(f"a model quantised with {getattr(method, 'value', method)}", "fp32, bf16 and fp16 weights")
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    method = getattr(method, "value", method)
+    if method != "gguf":  # whose weights may have been made plain while they were read; they are checked
+        raise unsupported(f"a model quantised with {method}", "fp32, bf16 and fp16 weights")
 
 
 def _check_activation(config: Any) -> None:
     if config.hidden_act not in ACTIVATIONS:
-        raise _unsupported(f"hidden_act {config.hidden_act!r}", ", ".join(ACTIVATIONS))
+        raise unsupported(f"hidden_act {config.hidden_act!r}", ", ".join(ACTIVATIONS))
 
 
 def _check_attention(config: Any) -> None:
@@ -175,28 +187,36 @@ def _check_attention(config: Any) -> None:
     others = sorted(set(layer_types or []) - {"full_attention"})
     window = getattr(config, "sliding_window", None)
     if others:
-        raise _unsupported(f"layer type {others[0]!r} (sliding_window {window})", "full_attention in every layer")
+        raise unsupported(f"layer type {others[0]!r} (sliding_window {window})", "full_attention in every layer")
     if window is not None and layer_types is None:
-        raise _unsupported(f"an active sliding window (sliding_window {window})", "sliding_window null")
+        raise unsupported(f"an active sliding window (sliding_window {window})", "sliding_window null")
 
 
 def _check_rope(config: Any) -> None:
-    parameters = config.rope_parameters or {}
+    parameters = _rope_parameters(config)
     rope_type = parameters.get("rope_type")
     if rope_type not in ROPE_TYPES:
-        raise _unsupported(f"RoPE type {rope_type!r}", ", ".join(ROPE_TYPES))
+        raise unsupported(f"RoPE type {rope_type!r}", ", ".join(ROPE_TYPES))
     for factor in (parameters.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None)):
         if factor not in (None, 1):
-            raise _unsupported(f"partial rotary embedding (partial_rotary_factor {factor})", "partial_rotary_factor 1")
+            raise unsupported(f"partial rotary embedding (partial_rotary_factor {factor})", "partial_rotary_factor 1")
+
+
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    """As transformers 5 has them. 4.57 has ``rope_scaling``: None for the default, and maybe ``type`` in it."""
+    if hasattr(config, "rope_parameters"):
+        return config.rope_parameters or {}
+    scaling = getattr(config, "rope_scaling", None) or {"rope_type": "default"}
+    return {"rope_type": scaling.get("type"), **scaling}
 
 
 def _check_modules(model: nn.Module) -> None:
     """Refuse subclasses of Linear and Embedding, which may compute something else; `layerskip.accelerate`'s do not."""
     for name, module in model.named_modules():
         for plain in (nn.Linear, nn.Embedding):
-            if isinstance(module, plain) and module.__dict__.get(ORIGINAL_CLASS, type(module)) is not plain:
+            if isinstance(module, plain) and class_of(module) is not plain:
                 kind = f"{type(module).__module__}.{type(module).__name__}"
-                raise _unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
+                raise unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
 
 
 def _expected_names(architecture: Architecture, num_layers: int) -> Iterator[str]:
@@ -212,7 +232,7 @@ def _check_names(parameters: dict[str, nn.Parameter], architecture: Architecture
     title = architecture.model_class
     for name in parameters:
         if name not in expected:
-            raise _unsupported(f"parameter {name}", f"in {title}: {', '.join(architecture.layer_paths.values())}")
+            raise unsupported(f"parameter {name}", f"in {title}: {', '.join(architecture.layer_paths.values())}")
     for name in expected:
         if name not in parameters:
             raise UnsupportedModelError(f"{title} has no parameter {name}; quantised weights are unsupported")
@@ -221,16 +241,19 @@ def _check_names(parameters: dict[str, nn.Parameter], architecture: Architecture
 def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
     first_name, first = next(iter(parameters.items()))
     for name, tensor in parameters.items():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
+            raise unsupported(f"{name} of type {kind}", "plain tensors, neither quantised nor distributed")
         if tensor.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device: the model's weights are not loaded")
-        if tensor.dtype not in _FLOATS:
-            raise _unsupported(f"{name} of dtype {tensor.dtype}", "fp32, bf16 and fp16")
+        if tensor.dtype not in FLOATS:
+            raise unsupported(f"{name} of dtype {tensor.dtype}", "fp32, bf16 and fp16")
         if tensor.dtype != first.dtype:
-            raise _unsupported(f"mixed dtypes ({first_name} {first.dtype}, {name} {tensor.dtype})", "one dtype")
+            raise unsupported(f"mixed dtypes ({first_name} {first.dtype}, {name} {tensor.dtype})", "one dtype")
         if tensor.device != first.device:
-            raise _unsupported(f"several devices ({first_name} on {first.device}, {name} on {tensor.device})", "one")
+            raise unsupported(f"several devices ({first_name} on {first.device}, {name} on {tensor.device})", "one")
         if not tensor.is_contiguous():
-            raise _unsupported(f"{name} with strides {tuple(tensor.stride())}", "contiguous weights")
+            raise unsupported(f"{name} with strides {tuple(tensor.stride())}", "contiguous weights")
 
 
 def _frequencies(model: Any) -> tuple[Tensor, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from layerskip_kernels.functional import check_layer_weights
 from .cache import SharedKVCache
 from .prefill import prefill_layer
 from .weights import reject_gradient, shared
+
+_growing = Lock()  # of tables, which several threads may find too short; a decoder that held it could not be copied
 
 
 class PartialDepthDecoder(nn.Module):
@@ -65,7 +68,7 @@ class PartialDepthDecoder(nn.Module):
         self.layers = nn.ModuleList(_parameters(layer) for layer in layers)
         # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
         self._inv_freq, self._attention_scaling = inv_freq.detach().cpu(), float(attention_scaling)
-        self._cos = self._sin = torch.empty(0, self.head_dim // 2)
+        self._tables = (torch.empty(0, self.head_dim // 2),) * 2
         self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL_WEIGHTS)
         self._list_weights()
         self.register_load_state_dict_post_hook(lambda module, keys: module._list_weights())
@@ -91,14 +94,16 @@ class PartialDepthDecoder(nn.Module):
         cache = SharedKVCache(
             self.num_layers, batch_size, self.num_kv_heads, capacity, self.head_dim, self.dtype, self.device
         )
-        if self._cos.shape[0] < capacity or self._cos.device != self.device:
-            self._fill_tables(max(capacity, self._cos.shape[0]))
+        with _growing:
+            held = self._tables[0]
+            if held.shape[0] < capacity or held.device != self.device:
+                self._tables = self._filled_tables(max(capacity, held.shape[0]))
         return cache
 
     @property
     def rope_tables(self) -> tuple[Tensor, Tensor]:
         """Cos and sin of the rotary embedding, [≥ T, C/2]; `new_cache` may put longer ones in their place."""
-        return self._cos, self._sin
+        return self._tables
 
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
         """The weights of layers [start, end) as `layerskip_kernels.partial_forward` takes them."""
@@ -151,7 +156,7 @@ class PartialDepthDecoder(nn.Module):
     def kv_cache(self, cache: SharedKVCache, seq_lens: Tensor | None = None, slots: Tensor | None = None) -> KVCache:
         """The cache and the rotary tables as the ops take them; by default with the cache's own lengths."""
         lengths = cache.seq_lens if seq_lens is None else seq_lens
-        return KVCache(cache.k, cache.v, self._cos, self._sin, lengths, slots)
+        return KVCache(cache.k, cache.v, *self._tables, lengths, slots)
 
     def prefill(self, hidden: Tensor, cache: SharedKVCache, start: int = 0, end: int | None = None) -> Tensor:
         """Run layers [start, end) on many rows, with torch's own matmuls and attention.
@@ -185,6 +190,7 @@ class PartialDepthDecoder(nn.Module):
         if rows == 0:
             return hidden.clone()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            cos, sin = self._tables
             for layer in range(start, end):
                 weights = self._by_layer[layer]
                 hidden = prefill_layer(
@@ -192,8 +198,8 @@ class PartialDepthDecoder(nn.Module):
                     weights,
                     cache.k[layer],
                     cache.v[layer],
-                    self._cos,
-                    self._sin,
+                    cos,
+                    sin,
                     cache.seq_lens,
                     past,
                     self.eps,
@@ -215,11 +221,11 @@ class PartialDepthDecoder(nn.Module):
                 f"the decoder {self.num_kv_heads} of size {self.head_dim}"
             )
 
-    def _fill_tables(self, positions: int) -> None:
-        """Compute cos and sin of position times frequency, in fp32, [positions, C/2]."""
+    def _filled_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin of position times frequency, in fp32, [positions, C/2]."""
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._inv_freq
-        self._cos = (angles.cos() * self._attention_scaling).to(self.device)
-        self._sin = (angles.sin() * self._attention_scaling).to(self.device)
+        cos, sin = angles.cos() * self._attention_scaling, angles.sin() * self._attention_scaling
+        return cos.to(self.device), sin.to(self.device)
 
     def _list_weights(self) -> None:
         """List the parameters in the op's order; the lists hold the objects, so they see changes in place."""
@@ -236,7 +242,8 @@ class PartialDepthDecoder(nn.Module):
         """Convert the module, and list its weights again: a conversion may replace parameters."""
         super()._apply(fn, recurse)
         self._list_weights()
-        self._cos, self._sin = self._cos.to(self.device), self._sin.to(self.device)
+        cos, sin = self._tables
+        self._tables = cos.to(self.device), sin.to(self.device)
         return self
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import registry
+from .._extras import need
 from .architectures import check_config, check_model_type
 
 _INDEX = "model.safetensors.index.json"
@@ -64,7 +65,7 @@ def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat1
 
 def _read(name_or_dir: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
     """From a directory or the hub."""
-    transformers = _transformers()
+    transformers = need("transformers", "loading models")
     source, options = str(name_or_dir), {}
     if registry.is_path(name_or_dir):
         source, options = str(Path(name_or_dir).expanduser()), {"local_files_only": True}
@@ -89,14 +90,6 @@ def _reading(what: str, source: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ModelFileError(f"cannot read the {what} of {source}: {error}") from error
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError('loading models needs transformers: pip install "layerskip-kernels[demo]"') from error
-    return transformers
 
 
 def _check_directory(directory: Path) -> None:
@@ -127,20 +120,22 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_safetensors(path: Path) -> None:
     """Opening compares the header with the length of the file."""
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = need("safetensors", "reading weights")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        with safe_open(str(path), framework="pt"):
+        with safetensors.safe_open(str(path), framework="pt"):
             pass
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ModelFileError(f"{path} is truncated or corrupt ({path.stat().st_size} bytes): {error}") from error
 
 
 def _check_keys(source: str, info: dict[str, Any]) -> None:
     """Transformers fills what a checkpoint lacks with random numbers, and ignores what it has too many of."""
-    for name, found, expected in info["mismatched_keys"]:
+    for entry in info["mismatched_keys"]:
+        if isinstance(entry, str):  # transformers 4.57 gives no shapes
+            raise ModelFileError(f"{source} has {entry} of another shape than its config.json asks for")
+        name, found, expected = entry
         raise ModelFileError(f"{source} has {name} of shape {list(found)}, its config.json asks for {list(expected)}")
     missing = sorted(info["missing_keys"])
     if missing:

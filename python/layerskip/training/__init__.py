@@ -61,6 +61,7 @@ __getattr__ = exports(
         ".survey": ("ExitSurvey", "survey_exits"),
         ".trainer": ("Batching", "LayerSkipTrainer", "Plan"),
     },
+    needs={".trainer": [("transformers", "training", "train"), ("accelerate", "training", "train")]},
 )  # fmt: skip
 
 

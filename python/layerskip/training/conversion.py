@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.architectures import check_config
+from ..models.watch import ORIGINAL_FORWARD
 from .dropout import LayerDropout, apply_to_rows
 from .loss import EarlyExitLoss, target_rows
 
@@ -47,6 +48,7 @@ class Conversion:
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._replaced.append((module, module.__dict__.get("forward")))
+        setattr(forward, ORIGINAL_FORWARD, module.forward)
         module.forward = forward
 
     def undo(self) -> None:

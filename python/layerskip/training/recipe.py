@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .._extras import need
 from .kinds import CURRICULA, SCALES, WEIGHTS
 
 if TYPE_CHECKING:
@@ -264,8 +265,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     ValueError
         For a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
     """
-    import yaml
-
+    yaml = need("yaml", "reading a recipe")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

@@ -13,6 +13,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from .. import devices, registry
+from .._extras import need
 from .._files import replaced
 from ..models import load
 from .data import hub, load_task, splits
@@ -77,25 +78,23 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
 
 def _with_lora(model: Any, ranks: Sequence[int], seed: int) -> Any:
     """Adapters of a rank a layer; alpha is the rank, so that all are scaled by 1."""
-    from peft import LoraConfig, get_peft_model
-
+    peft = need("peft", "training an adapter")
     torch.manual_seed(seed)  # what LoRA begins with is drawn; the Trainer seeds later
     usual = max(sorted(set(ranks)), key=ranks.count)
     others = {rf"layers\.{layer}\..*": rank for layer, rank in enumerate(ranks) if rank != usual}
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others), target_modules=list(PROJECTIONS),
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    return _trainable(get_peft_model(model, config))
+    return _trainable(peft.get_peft_model(model, config))
 
 
 def _adapter(model: Any, folder: Path) -> Any:
     """The model with an adapter that was trained before, to be trained further."""
-    from peft import PeftModel
-
+    peft = need("peft", "going on with an adapter")
     if not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"adapter: {folder} has no adapter_config.json, so it is no LoRA adapter")
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
 def _trainable(adapted: Any) -> Any:

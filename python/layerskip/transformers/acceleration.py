@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from layerskip_kernels import BackendError, explain
 
+from .._extras import check_transformers
 from ..models import architectures
+from ..models.watch import unwrapped
 from .fused import FusedRMSNorm, FusedSwiGLU, SkinnyLinear, fuse, unfuse
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,7 +20,8 @@ def accelerate(model: Model) -> Model:
     """Run the norms, feed-forwards and linear layers of a Hugging Face model through the fused ops, in place.
 
     ``model(…)`` and ``model.generate(…)`` give the same as before, up to rounding. Steps of up to
-    `layerskip.transformers.fused.SKINNY_ROWS` rows use the ops; prompts and whatever needs a gradient use torch.
+    `layerskip.transformers.fused.SKINNY_ROWS` rows use the ops; prompts, whatever needs a gradient, and dtypes that the
+    ops do not have (after ``model.double()``) use torch.
     Attention and its cache stay transformers' own. Parameters, the keys of the state dict, hooks, training mode and
     ``save_pretrained`` do not change. A model that is accelerated already is left alone.
 
@@ -40,7 +43,8 @@ def accelerate(model: Model) -> Model:
     layerskip_kernels.BackendError
         If only the reference would serve the ops on this machine: the model would become slower.
     """
-    found = _fusable(model)
+    check_transformers()
+    found = _fusable(unwrapped(model))
     _check_served(next(module for module, fused in found if fused is SkinnyLinear))
     for module, fused in found:
         fuse(module, fused)

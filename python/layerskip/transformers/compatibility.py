@@ -79,7 +79,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def check_cache(arguments: dict[str, Any]) -> None:
-    """Refuse a cache in the arguments of ``model.generate``.
+    """Refuse a cache in the arguments of ``model.generate``, unless it is empty; it stays so.
 
     Raises
     ------
@@ -87,7 +87,8 @@ def check_cache(arguments: dict[str, Any]) -> None:
         With the argument.
     """
     for name in _CACHES:
-        if arguments.get(name) is not None:
+        cache = arguments.get(name)
+        if cache is not None and not (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
             raise ValueError(f"{name} can't be honoured: layerskip.generate has a cache of its own, empty at the start")
 
 

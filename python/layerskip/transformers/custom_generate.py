@@ -16,8 +16,9 @@ from transformers.generation import (
 )
 
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
+from ..models.watch import unwrapped
 from . import compatibility
-from .decoder_pool import borrow_decoder
+from .kept_decoders import decoder_of
 from .patch import patch_generation_mixin
 from .row_view import BatchRow, BatchStopping, ColumnStreamer, RowProcessor, Scores, rows_of
 
@@ -100,14 +101,14 @@ def generate(
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
     compatibility.check_positions(model_kwargs.get("position_ids"), mask)
     call = _Call(rows_of(input_ids, mask), logits_processor, stopping_criteria, generation_config)
-    with borrow_decoder(model, draft_head) as decoder:
-        return call.run(decoder, streamer, speculation)
+    return call.run(decoder_of(model, draft_head), streamer, speculation)
 
 
 patch_generation_mixin(generate)
 
 
 def _prepare(model: Any, input_ids: Tensor | None, arguments: dict[str, Any]) -> Any:
+    model = unwrapped(model)
     if not isinstance(model, GenerationMixin):
         raise TypeError(f"model must be a transformers model with generate, got {type(model).__name__}")
     given = {name: value for name, value in {**arguments, "input_ids": input_ids}.items() if value is not None}

@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from layerskip_kernels import dispatch, linear, rms_norm, swiglu
 
-from ..models.architectures import ORIGINAL_CLASS
+from ..models.architectures import FLOATS
+from ..models.watch import ORIGINAL_CLASS
 
 SKINNY_ROWS = 16  # one tile; for more rows the arithmetic costs more than reading the weights
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _served(x: Tensor, *weights: Tensor) -> bool:
-    """Whether an op may take ``x``: no gradient, no conversion on the way, and a device that has kernels."""
+    """Whether an op may take ``x``: no gradient, no conversion on the way, and a dtype and device that have kernels."""
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return False
     kind = x.device.type
     if kind not in dispatch.PREFERENCE or torch.is_autocast_enabled(kind):
         return False
-    return x.numel() > 0 and all(weight.dtype == x.dtype for weight in weights)
+    return x.numel() > 0 and x.dtype in FLOATS and all(weight.dtype == x.dtype for weight in weights)
 
 
 def _is_skinny(x: Tensor) -> bool:

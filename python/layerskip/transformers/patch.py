@@ -1,6 +1,6 @@
 """A patch of transformers, so that ``custom_generate`` gets the streamer and the tokenizer of ``model.generate``.
 
-``GenerationMixin.generate`` of transformers 5.0 to 5.24 drops both if ``custom_generate`` is a callable: the streamer
+``GenerationMixin.generate`` of transformers 4.57 to 5.24 drops both if ``custom_generate`` is a callable: the streamer
 would get the prompt and nothing after it, and stop strings would have no tokenizer. So the method that drops them is
 wrapped. It changes nothing for any other callable than this library's.
 """
@@ -31,7 +31,7 @@ def patch_generation_mixin(function: Callable[..., Any]) -> None:
     if original is None:
         raise ImportError(
             f"transformers {transformers.__version__} has no GenerationMixin.{_METHOD}, through which "
-            "layerskip.generate is given the streamer and the tokenizer; 5.0 to 5.24 have it"
+            "layerskip.generate is given the streamer and the tokenizer; 4.57 to 5.24 have it"
         )
 
     @functools.wraps(original)

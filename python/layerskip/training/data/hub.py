@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from urllib.parse import parse_qsl
 
+from ..._extras import need
 from ._example import Example
 
 PREFIX = "hub:"
@@ -34,11 +35,9 @@ def load(source: str, prompts_only: bool = False) -> list[Example]:
         Where the package ``datasets`` is absent. What its loader raises, no network among it, is passed on.
     """
     name, options = _parse(source)
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{source} needs the package datasets: pip install datasets") from error
-    rows = load_dataset(name, options["config"], split=options["split"], revision=options["revision"])
+    rows = need("datasets", source).load_dataset(
+        name, options["config"], split=options["split"], revision=options["revision"]
+    )
     if not len(rows):
         raise ValueError(f"{source} has no rows")
     columns = [options["prompt"]] + ([] if prompts_only else [options["completion"]])

@@ -1,0 +1,58 @@
+"""Packages that only some uses need: what installs them, and which transformers it has to be."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+EXTRAS = {
+    "transformers": "demo",
+    "safetensors": "demo",
+    "matplotlib": "demo",
+    "accelerate": "train",
+    "peft": "train",
+    "yaml": "train",
+    "datasets": "hub",
+}
+"""The extra that installs a module's package."""
+OLDEST_TRANSFORMERS = (4, 57)
+
+
+def need(module: str, purpose: str, extra: str | None = None) -> Any:
+    """The module of this name.
+
+    Parameters
+    ----------
+    module : str
+        One of `EXTRAS`, or a module in one of them.
+    purpose : str
+        What it is needed for; begins the message.
+    extra : str, optional
+        What installs all that the purpose needs; by default the one in `EXTRAS`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If its package is not installed; it says how to install it.
+    ImportError
+        As `check_transformers`.
+    """
+    name = module.partition(".")[0]
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        extra = extra or EXTRAS[name]
+        raise ModuleNotFoundError(f'{purpose} needs {name}: pip install "layerskip-kernels[{extra}]"') from error
+    check_transformers()
+    return import_module(module)
+
+
+def check_transformers() -> None:
+    """Raise ImportError if the transformers that was imported, if any, is older than what is supported."""
+    found = str(getattr(sys.modules.get("transformers"), "__version__", ""))
+    if found and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+        raise ImportError(f"transformers {found} is too old, {oldest} to 5 are supported: pip install -U transformers")

@@ -1,0 +1,78 @@
+"""The prompts of a call, from whatever a caller has them in."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import validation
+
+
+def prompts_of(input_ids: Any, attention_mask: Any = None, tokenizer: Any = None) -> list[Any]:
+    """The prompts of ``SelfSpeculativeDecoder.generate``, without padding.
+
+    Parameters
+    ----------
+    input_ids : Tensor [B, N] or [N], str, or sequence of str, of prompts, or of int
+    attention_mask : Tensor or nested sequence, optional
+        Of the shape of ``input_ids``, 0 for padding, on the left or on the right of each prompt.
+    tokenizer : callable, optional
+        Reads strings.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the offending value.
+    """
+    if isinstance(input_ids, str):
+        input_ids = [input_ids]
+    if isinstance(input_ids, (list, tuple)) and any(isinstance(one, str) for one in input_ids):
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with token ids; the prompts are strings")
+        return [text_ids(one, tokenizer) for one in input_ids]
+    if _is_one(input_ids):
+        input_ids, attention_mask = [input_ids], None if attention_mask is None else [attention_mask]
+    rows = validation.prompts(input_ids)
+    return rows if attention_mask is None else _without_padding(rows, attention_mask)
+
+
+def text_ids(text: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"prompts are all strings or all token ids, got a string and {text!r}")
+    if tokenizer is None:
+        raise ValueError("a prompt that is a string needs a tokenizer: give tokenizer=, or set decoder.tokenizer")
+    return tokenizer(text).input_ids
+
+
+def _is_one(input_ids: Any) -> bool:
+    """Whether this is one prompt and not a batch."""
+    if isinstance(input_ids, Tensor):
+        return input_ids.dim() == 1
+    return isinstance(input_ids, (list, tuple)) and bool(input_ids) and isinstance(input_ids[0], Integral)
+
+
+def _without_padding(rows: list[Any], attention_mask: Any) -> list[Any]:
+    if len(attention_mask) != len(rows):
+        raise ValueError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
+    return [_unmasked(number, *both) for number, both in enumerate(zip(rows, attention_mask, strict=True))]
+
+
+def _unmasked(number: int, row: Any, mask: Any) -> Any:
+    """The part of a prompt that its mask leaves."""
+    mask = torch.as_tensor(mask)
+    if mask.dim() != 1 or len(mask) != len(row):
+        raise ValueError(f"attention_mask has shape {list(mask.shape)} for prompt {number}, of {len(row)} tokens")
+    kept = mask.ne(0).nonzero().flatten().tolist()
+    if not kept:
+        raise ValueError(f"attention_mask hides all of prompt {number}")
+    if kept[-1] - kept[0] + 1 != len(kept):
+        hole = next(place for place in range(kept[0], kept[-1]) if not mask[place])
+        raise ValueError(
+            f"attention_mask has a hole at position {hole} of prompt {number}; it may hide padding before or after a "
+            "prompt, but nothing inside it"
+        )
+    return row[kept[0] : kept[-1] + 1]

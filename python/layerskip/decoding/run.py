@@ -1,0 +1,41 @@
+"""Running a session to the end of its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .output import GenerationOutput, Streamer
+from .session import Session
+from .text import SequenceText
+
+
+def outputs_of(session: Session, batch: int, streamer: Streamer | None) -> list[GenerationOutput]:
+    """Run the ``batch`` requests of a session to their ends, and return their outputs."""
+    outputs: dict[int, GenerationOutput] = {}
+    while len(session):
+        for update in session.step():
+            if update.error is not None:
+                raise update.error
+            if streamer is not None:
+                streamer.put(torch.tensor(update.tokens))
+            if update.output is not None:
+                outputs[update.request_id] = update.output
+    if streamer is not None:
+        streamer.end()
+    return [outputs[index] for index in range(batch)]
+
+
+def pieces_of(session: Session, text: SequenceText, ready: list[str]) -> Iterator[str]:
+    """Run a session's only request; ``ready`` holds the pieces that its stop rule got from ``text``."""
+    while len(session):
+        for update in session.step():
+            if update.error is not None:
+                raise update.error
+            if update.reason == "eos":  # the one token that no rule is asked about
+                ready.append(text.push(update.tokens[-1]))
+            if update.finished:
+                ready.append(text.finish())
+            yield from filter(None, ready)
+            ready.clear()

@@ -1,0 +1,144 @@
+"""Whether a Hugging Face model still computes what was adapted from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
+from typing import Any
+from weakref import ref
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from .unsupported import UnsupportedModelError
+
+ORIGINAL_CLASS = "_layerskip_original_class"
+"""Where a module that `layerskip.accelerate` has changed keeps the class that it had."""
+ORIGINAL_FORWARD = "_layerskip_original_forward"
+"""Where a forward that does the same as another, but in training, keeps that one."""
+_DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+
+
+class ModelWatch:
+    """What a Hugging Face model consists of at one time, to be compared with what it consists of later.
+
+    It compares identities, so it costs about as little as a loop over the modules can (see `changed`). It keeps the
+    model's parts alive, but not the model.
+
+    Parameters
+    ----------
+    hf_model : torch.nn.Module
+
+    Raises
+    ------
+    UnsupportedModelError
+        As `check_hooks`.
+    """
+
+    def __init__(self, hf_model: nn.Module) -> None:
+        check_hooks(hf_model)
+        self._model = ref(hf_model)
+        modules = list(hf_model.modules())
+        # Those that hold nothing come to hold something that is called only with another forward, or as a new module.
+        self._module_dicts = [module._modules for module in modules if module._modules]
+        self._parameter_dicts = [module._parameters for module in modules if module._parameters]
+        self._attributes = [module.__dict__ for module in modules[1:]]
+        self._hook_dicts = [hooks for module in modules for hooks in _hooks_of(module)]
+        self._hook_dicts += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        self._hooks = _values(self._hook_dicts)
+        self._modules, self._parameters = _values(self._module_dicts), _values(self._parameter_dicts)
+        self._weights = [weight for weight in self._parameters if weight is not None]
+        # Conversions keep a parameter and change what it holds, where it stays on the CPU or torch is told so.
+        self._dtypes, self._on_cpu = list(map(_DTYPE, self._weights)), list(map(_ON_CPU, self._weights))
+
+    def changed(self) -> nn.Module | None:
+        """The model, if other modules or parameters are in it, or parameters of another dtype or device; else None.
+
+        A change of values in place is none: they are shared. A model that nobody else holds cannot have changed.
+
+        Raises
+        ------
+        UnsupportedModelError
+            As `check_hooks`.
+        """
+        model = self._model()
+        if model is None:
+            return None
+        overridden = "forward" in model.__dict__ or any(map(contains, self._attributes, repeat("forward")))
+        if overridden or (any(self._hook_dicts) and not _same(_values(self._hook_dicts), self._hooks)):
+            check_hooks(model)
+            self._hooks = _values(self._hook_dicts)
+        return None if self._is_as_it_was() else model
+
+    def _is_as_it_was(self) -> bool:
+        return (
+            _same(_values(self._module_dicts), self._modules)
+            and _same(_values(self._parameter_dicts), self._parameters)
+            and list(map(_DTYPE, self._weights)) == self._dtypes
+            and list(map(_ON_CPU, self._weights)) == self._on_cpu
+        )
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuse what is called besides the modules' own forwards: hooks, and forwards of one instance.
+
+    Hooks of transformers itself are no hindrance. They look at outputs, or change them in training only.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the module and the hook.
+    """
+    for hook in _values((torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)):
+        raise UnsupportedModelError(f"{_called(hook)}, a forward hook of all modules, would not be called; remove it")
+    for name, module in model.named_modules():
+        where = name or "the model"
+        for hook in _values(_hooks_of(module)):
+            if not _module_of(hook).startswith("transformers."):
+                raise UnsupportedModelError(
+                    f"{_called(hook)}, a forward hook of {where}, would not be called, and the text could be another "
+                    "than the model's; remove it with the handle that registering it returned"
+                )
+        own = module.__dict__.get("forward")
+        own = getattr(own, ORIGINAL_FORWARD, own)
+        if own is not None and getattr(own, "__func__", None) is not class_of(module).forward:
+            raise UnsupportedModelError(
+                f"{where} has a forward of its own, {_called(own)}, which would not be called; delete that attribute "
+                "(accelerate's remove_hook_from_module and unwrap_model do, where it is theirs)"
+            )
+
+
+def class_of(module: nn.Module) -> Any:
+    """The class of a module, or what it was before `layerskip.accelerate`."""
+    return module.__dict__.get(ORIGINAL_CLASS, type(module))
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what ``torch.compile`` made of it, or the given model itself."""
+    dynamo = sys.modules.get("torch._dynamo")  # without it nothing was compiled
+    compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+    return model._orig_mod if compiled else model
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _values(dicts: Iterable[dict[Any, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+def _same(now: list[Any], then: list[Any]) -> bool:
+    """Whether both hold the same objects; parameters cannot be compared by ``==``."""
+    return len(now) == len(then) and all(map(is_, now, then))
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
+
+
+def _called(hook: Any) -> str:
+    function = getattr(hook, "func", hook)
+    return f"{_module_of(hook)}.{getattr(function, '__qualname__', type(function).__qualname__)}"

@@ -1,0 +1,34 @@
+"""The decoder that ``generate`` keeps for each model that it was called with."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..decoding import DraftHead, SelfSpeculativeDecoder
+
+
+class _Kept(NamedTuple):
+    draft_head: str | DraftHead
+    decoder: SelfSpeculativeDecoder
+
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_lock = Lock()
+
+
+def decoder_of(model: Any, draft_head: str | DraftHead) -> SelfSpeculativeDecoder:
+    """The decoder of ``model``, with its caches and what it learned about speed; a new one for another draft head.
+
+    It is kept as long as the model lives, and follows what becomes of it. Several calls may use it at the same time.
+    """
+    with _lock:
+        kept = _kept.get(model)
+        if kept is None or kept.draft_head != draft_head:
+            kept = _kept[model] = _Kept(
+                draft_head, SelfSpeculativeDecoder(model, "auto", "auto", draft_head=draft_head)
+            )
+        return kept.decoder
