@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .decoding import (
+    Conversation,
     DraftHead,
     GenerationOutput,
     SamplingParams,
     SelfSpeculativeDecoder,
     Session,
+    SessionFullError,
     Stats,
     StopStrings,
     TextStream,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from .transformers.custom_generate import generate
 
 __all__ = [
+    "Conversation",
     "DraftHead",
     "EarlyExitHead",
     "GenerationOutput",
@@ -39,6 +42,7 @@ __all__ = [
     "SamplingParams",
     "SelfSpeculativeDecoder",
     "Session",
+    "SessionFullError",
     "SharedKVCache",
     "Stats",
     "StopStrings",
