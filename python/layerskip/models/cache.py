@@ -11,8 +11,8 @@ class SharedKVCache:
     """Keys and values of all layers, and the length of each sequence.
 
     Nothing at or beyond a sequence's length is read before it is written again. So a rollback only sets a length, and
-    within a round the early layers may hold more positions than the later ones. And so a new cache is not filled: on the
-    CPU its memory is taken page by page as sequences grow.
+    within a round the early layers may hold more positions than the later ones. And so a new cache is not filled: on
+    the CPU its memory is taken page by page as sequences grow.
 
     Parameters
     ----------
@@ -118,9 +118,9 @@ def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device 
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:  # of torch's allocators; on a card it is OutOfMemoryError, which is one
-        gigabytes = 2 * math.prod(shape) * dtype.itemsize / 1e9
+        size = f"{2 * math.prod(shape) * dtype.itemsize / 1e9:.1f} GB"
         _, batch, _, capacity, _ = shape
         raise MemoryError(
-            f"keys and values of {batch} sequences of {capacity} positions take {gigabytes:.1f} GB, which cannot be had "
-            f"on {device}; give a smaller max_seq_len or fewer sequences ({error})"
+            f"keys and values of {batch} sequences of {capacity} positions take {size}, which {device} does not have; "
+            f"give a smaller max_seq_len or fewer sequences ({error})"
         ) from error
