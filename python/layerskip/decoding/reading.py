@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,22 +82,22 @@ class PromptReader:
         """How many of ``length`` tokens that were read as part of one prompt can stand for those of another."""
         return length if self.fused else length // TORCH_ROWS * TORCH_ROWS
 
-    def read(self, readings: Sequence[Reading], most: int | None = None) -> int:
+    def read(self, readings: Sequence[Reading], most: int = sys.maxsize) -> int:
         """Run one pass over the next tokens of some prompts; return how many tokens it read.
 
         Parameters
         ----------
         readings : sequence of Reading
             Of one depth, each with tokens left, and only one where torch's matmuls read.
-        most : int, optional
+        most : int
             The most tokens to read. At least one token of each prompt is read, or up to the next cut.
         """
         with torch.inference_mode():
             return self._read_fused(readings, most) if self.fused else self._read_with_torch(readings[0])
 
-    def _read_fused(self, readings: Sequence[Reading], most: int | None) -> int:
+    def _read_fused(self, readings: Sequence[Reading], most: int) -> int:
         model, longest = self._model, max(reading.prompt.shape[1] for reading in readings)
-        most = min(FUSED_ROWS if most is None else most, FUSED_ROWS, FUSED_WORK // longest)
+        most = min(most, FUSED_ROWS, FUSED_WORK // longest)
         rows = min(max(1, most // len(readings)), *(reading.left for reading in readings))
         tokens = torch.cat([reading.prompt[:, reading.done : reading.done + rows] for reading in readings])
         places = [[reading.done for reading in readings], [reading.slot for reading in readings]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Sequence
 
@@ -71,7 +72,7 @@ class Session:
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
         self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
-        self._prompt_tokens_per_step = prompt_tokens_per_step
+        self._prompt_tokens_per_step = sys.maxsize if prompt_tokens_per_step is None else prompt_tokens_per_step
         self._reader = PromptReader(model, cache)
         self._slots = Slots(cache, self._reader)
         self._line = PromptLine(self._slots, self._reader, max_waiting)
@@ -247,18 +248,26 @@ class Session:
     def _read_prompts(self) -> None:
         """Read prompts, as many tokens as a step may, and emit the tokens that follow them."""
         left = self._prompt_tokens_per_step
-        while readings := self._line.admit(self._running.values()):
-            bounded = left is not None and bool(self._running)
+        while readings := self._next_prompts():
+            bounded = bool(self._running)
             if bounded and left <= 0:
                 return
-            read = self._read_pass(readings, left if bounded else None)
-            left = left - read if bounded else left
+            read = self._read_pass(readings, left if bounded else sys.maxsize)
+            left -= read if bounded else 0
             for request in [one for one in readings if one.reading.left == 0]:
                 self._begin(request)
         if self._line and not self._running:  # a caller would wait for ever
             raise RuntimeError(f"{len(self._line)} requests wait, and no slot is free or in use")
 
-    def _read_pass(self, requests: Sequence[Request], most: int | None) -> int:
+    def _next_prompts(self) -> Sequence[Request]:
+        """The requests whose prompts are read next, in their slots."""
+        free = len(self._slots.free)
+        requests = self._line.admit(self._running.values())
+        if len(self._slots.free) < free:
+            self._batches = None  # they may pad with the slot that is no longer free
+        return requests
+
+    def _read_pass(self, requests: Sequence[Request], most: int) -> int:
         """Read the next tokens of some prompts; one that cannot be read ends its own request only."""
         unread = [request for request in requests if request.reading.left]  # not so after an interrupt
         if not unread:
@@ -289,10 +298,12 @@ class Session:
     @torch.inference_mode()
     def _first_token(self, request: Request, position: int) -> tuple[int, dict[int, Exception]]:
         """The token that follows a request's prompt, and what its logits processor raised."""
+        state = request.reading.state
+        assert state is not None
         round_ = round_of(self._model, self._cache, self._defaults.draft_head, [request])
         temperature, device = request.sampling.temperature, self._model.device
         sequences = SequenceTensors.of([0], [position], [request.slot], [request.seed], [temperature], device)
-        return int(round_.first(request.reading.state, sequences)), round_.failures
+        return int(round_.first(state, sequences)), round_.failures
 
     def _current_batches(self) -> list[Batch]:
         """The running requests by the kind of their next round."""
