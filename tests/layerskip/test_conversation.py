@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import prompt_of, requires_native, tiny_model
 
 from layerskip import Conversation, SamplingParams, SelfSpeculativeDecoder
@@ -159,3 +163,42 @@ def test_matmuls_of_torch_take_over_whole_parts_between_cuts(decoder, monkeypatc
         out = chat.generate(prompt_of(5, 1), 10, eos_token_id=[])
         assert out.stats.reused == 32
         assert out.new_tokens[0].tolist() == scratch(decoder, whole, 10, eos_token_id=[])
+
+
+@requires_native
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**16), slots=st.integers(1, 4), budget=st.sampled_from((1, 5, 64, None)))
+def test_whatever_comes_and_goes_every_request_gets_its_own_tokens(decoder, seed, slots, budget):
+    """Prompts with common beginnings, kept and continued requests, cancels at any moment."""
+    chance, system = random.Random(seed), prompt_of(40, 1)[0].tolist()
+    session = decoder.open_session(slots, max_seq_len=150, prompt_tokens_per_step=budget)
+    wholes, options, done = {}, {}, {}
+    for _ in range(400):
+        if len(options) < 10 and chance.random() < 0.5:
+            kept = chance.choice([None, *(one for one in session.kept if one in done)])
+            before = system[: chance.randint(0, 40)] if kept is None else done[kept].sequences[0].tolist()
+            new = prompt_of(chance.randint(1, 15), chance.randint(0, 3))[0].tolist()
+            if len(before) + len(new) > 130:
+                continue
+            given = {"strategy": chance.choice(("self_speculative", "autoregressive")), "eos_token_id": 35}
+            given["sampling"] = chance.choice((None, SamplingParams(0.7, seed=3)))
+            sent = new if kept is not None else before + new
+            one = session.add(sent, 12, keep=chance.random() < 0.7, continue_from=kept, **given)
+            wholes[one], options[one] = before + new, given
+        for update in session.step():
+            assert update.error is None
+            if update.finished:
+                done[update.request_id] = update.output
+        going = [one for one in options if one not in done]
+        if going and chance.random() < 0.05:
+            session.cancel(chance.choice(going))
+        if session.kept and chance.random() < 0.05:
+            session.release(chance.choice(session.kept))
+        if len(options) == 10 and not len(session):
+            break
+    assert len(done) == 10
+    assert len(session._slots.free) + len(session.kept) == slots
+    for one, output in done.items():
+        expected = scratch(decoder, wholes[one], 12, **options[one])
+        got = output.new_tokens[0].tolist()
+        assert got == (expected[: len(got)] if output.reasons == ("cancelled",) else expected)
