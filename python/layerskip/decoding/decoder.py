@@ -157,10 +157,6 @@ class SelfSpeculativeDecoder:
             If the cache does not fit.
         """
         validation.at_least_one("max_batch", max_batch)
-        if prompt_tokens_per_step is not None:
-            validation.at_least_one("prompt_tokens_per_step", prompt_tokens_per_step)
-        if max_waiting is not None:
-            validation.integer_in("max_waiting", max_waiting, 0)
         length = self.max_seq_len
         if max_seq_len is not None:
             length = validation.integer_in("max_seq_len", max_seq_len, 1, self.max_seq_len)

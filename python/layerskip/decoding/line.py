@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 
+from . import validation
 from .reading import FUSED_ROWS, PromptReader
 from .request import Request
 from .slots import Slots
@@ -26,7 +27,8 @@ class PromptLine:
     """
 
     def __init__(self, slots: Slots, reader: PromptReader, max_waiting: int | None) -> None:
-        self._slots, self._reader, self._max_waiting = slots, reader, max_waiting
+        self._slots, self._reader = slots, reader
+        self._max_waiting = None if max_waiting is None else validation.integer_in("max_waiting", max_waiting, 0)
         self._waiting: deque[Request] = deque()
         self.reading: list[Request] = []
 

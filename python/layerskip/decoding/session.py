@@ -72,7 +72,8 @@ class Session:
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
         self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
-        self._prompt_tokens_per_step = sys.maxsize if prompt_tokens_per_step is None else prompt_tokens_per_step
+        most = sys.maxsize if prompt_tokens_per_step is None else prompt_tokens_per_step
+        self._prompt_tokens_per_step = validation.at_least_one("prompt_tokens_per_step", most)
         self._reader = PromptReader(model, cache)
         self._slots = Slots(cache, self._reader)
         self._line = PromptLine(self._slots, self._reader, max_waiting)
