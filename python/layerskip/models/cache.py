@@ -24,6 +24,7 @@ class SharedKVCache:
     Attributes
     ----------
     k, v : Tensor [L, B, G, T, C]
+        Of any content where nothing was written.
     seq_lens : Tensor [B], int64
         How many positions of each sequence are valid. The layers read it; whoever calls them advances it.
 
