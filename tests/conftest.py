@@ -1,10 +1,14 @@
-"""Set-up of every test: Triton's interpreter where there is no card, one thread a worker under xdist."""
+"""Set-up of every test: Triton's interpreter where there is no card, one thread a worker under xdist, a time limit."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
+
+from .time_limit import SECONDS, SLOW_SECONDS, time_limit
 
 if not torch.cuda.is_available():
     # Read by triton when it is first imported, so it must be set before any test module is.
@@ -13,3 +17,10 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already share the cores; a second thread each would spin at barriers for a core it does not have.
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Bound the time of a test; a slot that is lost, say, would otherwise hang the suite."""
+    with time_limit(SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS):
+        return (yield)

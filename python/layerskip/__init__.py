@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from layerskip_kernels import __version__
 
     from .decoding import (
+        Conversation,
         DraftHead,
         GenerationOutput,
         SamplingParams,
         SelfSpeculativeDecoder,
         Session,
+        SessionFullError,
         Stats,
         StopStrings,
         TextStream,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .transformers.custom_generate import generate
 
 __all__ = [
+    "Conversation",
     "DraftHead",
     "EarlyExitHead",
     "GenerationOutput",
@@ -42,6 +45,7 @@ __all__ = [
     "SamplingParams",
     "SelfSpeculativeDecoder",
     "Session",
+    "SessionFullError",
     "SharedKVCache",
     "Stats",
     "StopStrings",
@@ -61,8 +65,8 @@ __getattr__ = exports(
     __name__,
     {
         ".decoding": (
-            "DraftHead", "GenerationOutput", "SamplingParams", "SelfSpeculativeDecoder", "Session", "Stats",
-            "StopStrings", "TextStream", "Update",
+            "Conversation", "DraftHead", "GenerationOutput", "SamplingParams", "SelfSpeculativeDecoder", "Session",
+            "SessionFullError", "Stats", "StopStrings", "TextStream", "Update",
         ),
         ".models": (
             "EarlyExitHead", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache", "UnsupportedModelError",

@@ -70,6 +70,13 @@ def random_tokens(batch: int, length: int, seed: int = 0, vocabulary: int = VOCA
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def zeroed(cache: Any) -> Any:
+    """The cache, filled with zeros: what a new one holds before it is written is anything."""
+    cache.k.zero_()
+    cache.v.zero_()
+    return cache
+
+
 def tiny_tokenizer(word: str = "w{}") -> Any:
     """Words ``w0`` to ``w100``; w0 is the unknown one, w1 ends a text.
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, prompt_of, requires_native, tiny_model
+from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, native_missing, prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SelfSpeculativeDecoder, SharedKVCache
 from layerskip.decoding.batch import Batch
+from layerskip_kernels import use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -189,14 +190,30 @@ def test_a_prompt_of_one_token(decoder):
 def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 2)
     sizes = []
+    forward = decoder.model.decoder.forward
+    monkeypatch.setattr(
+        decoder.model.decoder, "forward", lambda hidden, *args: sizes.append(hidden.shape[1]) or forward(hidden, *args)
+    )
+    monkeypatch.setattr("layerskip.decoding.reading.FUSED_ROWS", 32)
+    plain = decoder.generate(prompt_of(101), 20, strategy="autoregressive")
+    assert torch.equal(decoder.generate(prompt_of(101), 20).sequences, plain.sequences)
+    assert sizes == [32, 32, 32, 5] * 2
+
+
+def test_torch_reads_a_long_prompt_in_chunks(monkeypatch):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 2)
+    sizes = []
     prefill = decoder.model.decoder.prefill
     monkeypatch.setattr(
         decoder.model.decoder, "prefill", lambda hidden, *args: sizes.append(hidden.shape[1]) or prefill(hidden, *args)
     )
-    monkeypatch.setattr("layerskip.decoding.round.PREFILL_CHUNK", 32)
-    plain = decoder.generate(prompt_of(101), 20, strategy="autoregressive")
-    assert torch.equal(decoder.generate(prompt_of(101), 20).sequences, plain.sequences)
-    assert sizes == [32, 32, 32, 5] * 2
+    monkeypatch.setattr("layerskip.decoding.reading.TORCH_ROWS", 32)
+    fused = decoder.generate(prompt_of(101), 20, strategy="autoregressive")
+    with use_backend("reference"):
+        plain = decoder.generate(prompt_of(101), 20, strategy="autoregressive")
+    assert torch.equal(fused.sequences, plain.sequences)
+    if native_missing() is None:
+        assert sizes == [32, 32, 32, 5]
 
 
 def test_early_exit_is_the_shallow_model_alone():

@@ -94,6 +94,29 @@ def test_the_same_tokens(slots, strategy, kind):
 
 
 @requires_native
+def test_padding_leaves_a_prompt_alone_that_is_being_read(monkeypatch):
+    """Padding writes into free slots, and a slot whose prompt is half read is none."""
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    monkeypatch.setattr(graph, "for_device", lambda device: Graphs(Recorder()))
+    session = decoder.open_session(4, max_seq_len=64, prompt_tokens_per_step=2)
+    monkeypatch.undo()
+    prompts = [prompt_of(length, length) for length in (5, 6, 7, 12)]
+    emitted: dict[int, list[int]] = {}
+    for prompt in prompts:
+        emitted[session.add(prompt, 40 if len(prompt[0]) < 12 else 20, eos_token_id=[])] = []
+        while len(prompt[0]) < 12 and len(session._running) < len(emitted):
+            for update in session.step():
+                emitted[update.request_id] += update.tokens
+    for _ in range(60):
+        for update in session.step():
+            emitted[update.request_id] += update.tokens
+    assert len(session) == 0
+    for prompt, tokens in zip(prompts, emitted.values(), strict=True):
+        plain = decoder.generate(prompt, len(tokens), strategy="autoregressive", eos_token_id=[])
+        assert tokens == plain.new_tokens[0].tolist()
+
+
+@requires_native
 def test_every_round_of_a_graph_has_the_same_addresses(monkeypatch):
     decoder = SelfSpeculativeDecoder(tiny_model(), exit_layer=1, num_speculations=3)
     seen: dict[int, set] = {}

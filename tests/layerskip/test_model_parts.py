@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_model
+from helpers import random_tokens, tiny_model, zeroed
 
 from layerskip import EarlyExitHead, PartialDepthDecoder, SharedKVCache, adapt
 from layerskip_kernels import KVCache, LayerWeights, exit_head, partial_forward
@@ -69,7 +69,7 @@ class TestDecoder:
     @pytest.mark.parametrize("split", [0, 1, 2, 3])
     def test_splitting_the_layers_changes_no_bit(self, split):
         decoder, hidden = make_decoder(), states(2, 3)
-        whole_cache, split_cache = decoder.new_cache(2, 8), decoder.new_cache(2, 8)
+        whole_cache, split_cache = (zeroed(decoder.new_cache(2, 8)) for _ in range(2))
         whole = decoder(hidden, whole_cache)
         deep = decoder(decoder(hidden, split_cache, 0, split), split_cache, split, 3)
         assert torch.equal(whole, deep)
@@ -78,7 +78,7 @@ class TestDecoder:
 
     def test_forward_is_the_op_and_leaves_the_lengths(self):
         decoder, hidden = make_decoder(), states(1, 2)
-        cache, expected = decoder.new_cache(1, 8), decoder.new_cache(1, 8)
+        cache, expected = (zeroed(decoder.new_cache(1, 8)) for _ in range(2))
         cache.seq_lens.fill_(3)
         out = decoder(hidden, cache, 1, 3, seq_lens=torch.tensor([1]))
         places = KVCache(expected.k, expected.v, *decoder.rope_tables, torch.tensor([1]))
@@ -202,7 +202,7 @@ class TestDecoder:
 
 class TestSlots:
     def test_a_slot_is_a_view(self):
-        cache = SharedKVCache(2, 3, 2, 5, 8)
+        cache = zeroed(SharedKVCache(2, 3, 2, 5, 8))
         own = cache.slot(1)
         own.k.fill_(1)
         own.seq_lens.fill_(4)
@@ -217,7 +217,7 @@ class TestSlots:
     def test_rows_go_to_the_slots_that_they_name(self):
         decoder = make_decoder()
         hidden, lengths = states(2, 3), torch.tensor([2, 0])
-        plain, many = decoder.new_cache(2, 8), decoder.new_cache(4, 8)
+        plain, many = zeroed(decoder.new_cache(2, 8)), zeroed(decoder.new_cache(4, 8))
         expected = decoder(hidden, plain, seq_lens=lengths)
         out = decoder(hidden, many, seq_lens=lengths, slots=torch.tensor([3, 1]))
         assert torch.equal(out, expected)

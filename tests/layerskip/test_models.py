@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import ARCHITECTURES, random_tokens, tiny_config, tiny_model
+from helpers import ARCHITECTURES, random_tokens, tiny_config, tiny_model, zeroed
 from torch import nn
 
 from layerskip.models import (
@@ -129,7 +129,7 @@ class TestDecoding:
     def test_a_draft_in_some_slots_and_with_another_head(self, model):
         token, lengths, slots = torch.tensor([3, 50]), torch.tensor([0, 0]), torch.tensor([3, 1])
         head = model.head.quantize()
-        cache = model.decoder.new_cache(4, 16)
+        cache = zeroed(model.decoder.new_cache(4, 16))
         out = model.draft(token, cache, 2, 3, head=head, seq_lens=lengths, slots=slots)
         plain = model.draft(token, model.decoder.new_cache(2, 16), 2, 3, head=head)
         assert torch.equal(out.tokens, plain.tokens)

@@ -14,7 +14,8 @@ from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_mo
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import logits as logits_module
 from layerskip.decoding.logits import LogitsPipeline, LogitsRound
-from layerskip.decoding.round import NOT_DRAFTED, FusedRound, SequenceTensors, read_prompt
+from layerskip.decoding.reading import read_prompt
+from layerskip.decoding.round import NOT_DRAFTED, FusedRound, SequenceTensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -64,14 +64,14 @@ def test_a_prompt_that_cannot_be_read_ends_its_own_request(decoder, monkeypatch)
     given = session.step()[0].tokens
     session.add(prompt_of(5), 20)
     third = session.add(prompt_of(6), 20)
-    read, second = session._read_prompt, 1
+    read, second = session._reader.read, 1
 
-    def failing(request):
-        if request.id == second:
+    def failing(readings, most):
+        if any(reading.prompt.shape[1] == 5 for reading in readings):
             raise RuntimeError("no memory")
-        return read(request)
+        return read(readings, most)
 
-    monkeypatch.setattr(session, "_read_prompt", failing)
+    monkeypatch.setattr(session._reader, "read", failing)
     last = {}
     while len(session):
         for update in session.step():

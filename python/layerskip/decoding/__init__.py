@@ -1,8 +1,10 @@
 """Self-speculative decoding: a model's early layers draft, its remaining layers verify."""
 
 from .controller import Choice, Controller
+from .conversation import Conversation
 from .decoder import SelfSpeculativeDecoder
 from .draft_head import DraftHead
+from .line import SessionFullError
 from .output import GenerationOutput, Stats, Streamer, Update
 from .sampling import SamplingParams
 from .session import Session
@@ -11,11 +13,13 @@ from .text import StopStrings, TextStream
 __all__ = [
     "Choice",
     "Controller",
+    "Conversation",
     "DraftHead",
     "GenerationOutput",
     "SamplingParams",
     "SelfSpeculativeDecoder",
     "Session",
+    "SessionFullError",
     "Stats",
     "StopStrings",
     "Streamer",

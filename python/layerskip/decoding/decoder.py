@@ -20,10 +20,12 @@ from .draft_head import DraftHead, head_of, state_of
 from .logits import LogitsProcessor
 from .output import GenerationOutput, Streamer
 from .prompts import prompts_of, text_ids
+from .reading import PROMPT_TOKENS_PER_STEP
+from .request import Defaults
 from .run import outputs_of, pieces_of
 from .sampling import SamplingParams, params_of_each
 from .sequence import StopRule
-from .session import Defaults, Session
+from .session import Session
 from .text import SequenceText, stop_rules
 
 
@@ -161,6 +163,8 @@ class SelfSpeculativeDecoder:
         max_seq_len: int | None = None,
         num_speculations: int | str | None = None,
         generator: torch.Generator | None = None,
+        prompt_tokens_per_step: int | None = PROMPT_TOKENS_PER_STEP,
+        max_waiting: int | None = None,
     ) -> Session:
         """Open a session with a cache of its own, for requests that come and go. It is for one thread at a time.
 
@@ -169,16 +173,23 @@ class SelfSpeculativeDecoder:
         max_batch : int
             How many requests run at once; the others wait.
         max_seq_len : int, optional
-            The longest prompt and continuation of a request; by default the decoder's, which may need much memory.
+            The longest prompt and continuation of a request; by default the decoder's. On the CPU memory is taken as
+            sequences grow; on a card all of it at once.
         num_speculations : int or "auto", optional
             The largest that a request may ask for; by default the decoder's.
         generator : torch.Generator, optional
             Draws the seeds of requests that have none; by default torch's own generator.
+        prompt_tokens_per_step : int, optional
+            How many tokens of prompts a step reads while requests run. None: all, for the most tokens a second.
+        max_waiting : int, optional
+            How many requests may wait beyond those for which there are slots; by default any number.
 
         Raises
         ------
         ValueError, TypeError
             With the offending value.
+        MemoryError
+            If the cache does not fit.
         """
         self._follow()
         validation.at_least_one("max_batch", max_batch)
@@ -189,7 +200,17 @@ class SelfSpeculativeDecoder:
         with torch.inference_mode(False):
             cache = self.model.decoder.new_cache(max_batch, length + most + 1)
         graphs = graph.for_device(self.model.device)
-        return Session(self.model, cache, self.defaults, length, most, generator, graphs=graphs)
+        return Session(
+            self.model,
+            cache,
+            self.defaults,
+            length,
+            most,
+            generator,
+            graphs=graphs,
+            prompt_tokens_per_step=prompt_tokens_per_step,
+            max_waiting=max_waiting,
+        )
 
     def generate(
         self,

@@ -37,6 +37,8 @@ class Stats:
         Seconds until the prompt was read and the first token known; of a batch, until every sequence had its first.
     sequences : int
         How many sequences the counts are sums of.
+    reused : int
+        Tokens of the prompt that were not read, because the cache held their keys and values.
     """
 
     prompt_tokens: int
@@ -46,6 +48,7 @@ class Stats:
     seconds: float
     time_to_first_token: float
     sequences: int = 1
+    reused: int = 0
 
     @classmethod
     def of_batch(cls, rows: Sequence[Stats]) -> Stats:
@@ -58,6 +61,7 @@ class Stats:
             seconds=max(row.seconds for row in rows),
             time_to_first_token=max(row.time_to_first_token for row in rows),
             sequences=len(rows),
+            reused=sum(row.reused for row in rows),
         )
 
     @property

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .controller import AcceptanceRates
+from ..models import EarlyExitHead
+from . import validation
+from .controller import AcceptanceRates, Controller
 from .logits import LogitsProcessor
+from .reading import Reading
 from .sampling import SamplingParams
 from .sequence import TokenSequence
 
@@ -24,6 +28,57 @@ class Method:
     def adaptive(self) -> bool:
         """Whether the controller has anything to pick."""
         return self.strategy == "self_speculative" and None in (self.exit_layer, self.num_speculations)
+
+    def depth(self, num_layers: int) -> int:
+        """The number of layers that emitted tokens come from."""
+        return self.exit_layer if self.strategy == "early_exit" and self.exit_layer is not None else num_layers
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a session decodes requests that do not say otherwise.
+
+    Attributes
+    ----------
+    exit_layer, num_speculations : int or "auto"
+    draft_threshold : float
+    eos_token_id : int, sequence of int or None
+        What ends a sequence.
+    draft_head : EarlyExitHead
+        What chooses the drafts of all requests.
+    controller : Controller
+        What picks in the place of "auto".
+    """
+
+    exit_layer: int | str
+    num_speculations: int | str
+    draft_threshold: float
+    eos_token_id: int | Sequence[int] | None
+    draft_head: EarlyExitHead
+    controller: Controller
+
+    def method(
+        self,
+        strategy: str,
+        exit_layer: int | str | None,
+        num_speculations: int | str | None,
+        draft_threshold: float | None,
+        num_layers: int,
+        max_speculations: int,
+    ) -> Method:
+        """What a request asks for, checked, with these defaults in the place of None."""
+        exit_layer = self.exit_layer if exit_layer is None else exit_layer
+        num_speculations = self.num_speculations if num_speculations is None else num_speculations
+        draft_threshold = self.draft_threshold if draft_threshold is None else draft_threshold
+        method = Method(
+            validation.strategy(strategy),
+            validation.exit_layer_or_auto(exit_layer, num_layers),
+            validation.num_speculations_or_auto(num_speculations, max_speculations),
+            validation.real("draft_threshold", draft_threshold, 0.0, 1.0),
+        )
+        if strategy == "early_exit" and method.exit_layer is None:
+            raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {exit_layer!r}")
+        return method if strategy == "self_speculative" else replace(method, draft_threshold=0.0)
 
 
 class RoundKind(NamedTuple):
@@ -45,19 +100,34 @@ class RoundKind(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A request and its state; ``exit_layer`` and ``num_speculations`` are those of its next round."""
+    """A request and its state; ``exit_layer`` and ``num_speculations`` are those of its next round.
+
+    ``tokens`` are its prompt's. It may ``keep`` its row of the cache when it ends, and continues the one of the request
+    ``continues``. ``reported`` of its tokens were in updates.
+    """
 
     id: int
     method: Method
     sampling: SamplingParams
     seed: int
     sequence: TokenSequence
+    reading: Reading
     logits_processor: LogitsProcessor | None
     acceptance: AcceptanceRates
     exit_layer: int
     num_speculations: int
-    slot: int = -1  # while it waits
-    reported: int = 0  # how many of its tokens were in updates
+    keep: bool = False
+    continues: int | None = None
+    reported: int = 0
+    tokens: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.sequence.prompt[0].tolist()
+
+    @property
+    def slot(self) -> int:
+        """Its row of the cache; -1 while it waits."""
+        return self.reading.slot
 
     @property
     def processed(self) -> bool:
@@ -71,13 +141,18 @@ class Request:
         """How many drafts of its next round it can emit: a round emits its drafts and one token more."""
         return min(self.num_speculations, self.sequence.remaining - 1)
 
-    def last_layer(self, num_layers: int) -> int:
-        """The number of layers that its emitted tokens come from."""
-        return self.exit_layer if self.method.strategy == "early_exit" else num_layers
-
-    def kind(self, num_layers: int) -> RoundKind:
+    def kind(self) -> RoundKind:
         """The kind of its next round."""
         if self.method.strategy != "self_speculative":
-            return RoundKind(False, self.last_layer(num_layers), 0, 0.0, self.processed)
+            return RoundKind(False, self.reading.depth, 0, 0.0, self.processed)
         num_speculations = 0 if self.sampling.greedy else self.num_speculations
         return RoundKind(True, self.exit_layer, num_speculations, self.method.draft_threshold, self.processed)
+
+    def fault(self, token: int, what: str, layer: int, position: int) -> str | None:
+        """The message for a token of -1, by which a head says that its logits are not finite; else None."""
+        if token != -1:
+            return None
+        causes = "the weights or the states hold NaN or infinity"
+        if self.processed:
+            causes += ", or bias and processors forbid every token"
+        return f"{what} after layer {layer} gave logits that are not finite at position {position}; {causes}"

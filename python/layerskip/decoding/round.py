@@ -18,7 +18,6 @@ from layerskip_kernels import Noise
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 
 NOT_DRAFTED = -2
-PREFILL_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,6 @@ class SequenceTensors:
         token, lengths, cache_rows, seed = torch.tensor([tokens, seq_lens, slots, seeds], device=device).unbind()
         temperature = torch.tensor(temperatures, dtype=torch.float32, device=device) if any(temperatures) else None
         return cls(token, lengths, cache_rows, seed, temperature)
-
-
-def read_prompt(model: LayerSkipModel, cache: SharedKVCache, slot: int, prompt: Tensor, exit_layer: int) -> Tensor:
-    """Run ``prompt`` [1, N] through layers [0, exit_layer) into one row of the cache, and return its last state [1, D].
-
-    Each prompt is read alone, so the result does not depend on other prompts.
-    """
-    own = cache.slot(slot)
-    own.reset()
-    for chunk in prompt.split(PREFILL_CHUNK, dim=1):
-        hidden = model.decoder.prefill(model.embed(chunk), own, 0, exit_layer)
-        own.seq_lens.add_(chunk.shape[1])
-    return hidden[:, -1]
 
 
 class FusedRound:

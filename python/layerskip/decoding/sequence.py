@@ -47,6 +47,8 @@ class TokenSequence:
         Why the sequence ended; None while it goes on.
     history : History or None
         The tokens on the device, where logits processors need them; emitted tokens are added to it.
+    reused : int
+        How many tokens of the prompt were in the cache before.
     """
 
     def __init__(self, prompt: Tensor, ending: Ending, clock: Clock = time.perf_counter) -> None:
@@ -55,6 +57,7 @@ class TokenSequence:
         self.drafted: list[bool] = []
         self.reason: str | None = None
         self.history: History | None = None
+        self.reused = 0
         self._accepted: list[int] = []
         self._num_drafted = 0
         self._started = clock()
@@ -69,6 +72,11 @@ class TokenSequence:
     def position(self) -> int:
         """The position of the last token. The cache holds all positions before it."""
         return self.prompt.shape[1] + len(self.tokens) - 1
+
+    @property
+    def all_tokens(self) -> Tensor:
+        """Prompt and new tokens, [1, N + new]."""
+        return torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], 1)
 
     def add(self, accepted: list[int], token: int, num_drafted: int, fault: str | None = None) -> None:
         """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
@@ -129,10 +137,11 @@ class TokenSequence:
             accepted_per_round=tuple(self._accepted),
             seconds=self._clock() - self._started,
             time_to_first_token=self._first_token_at - self._started,
+            reused=self.reused,
         )
-        new = torch.tensor([self.tokens], dtype=torch.int64, device=self.prompt.device)
+        new = self.prompt.new_tensor([self.tokens])
         drafted = torch.tensor([self.drafted], dtype=torch.bool)
-        return GenerationOutput(torch.cat([self.prompt, new], 1), new, drafted, (stats,), (self.reason or "",))
+        return GenerationOutput(self.all_tokens, new, drafted, (stats,), (self.reason or "",))
 
 
 class History:

@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
+from ..models import LayerSkipModel, SharedKVCache
 from . import validation
 from .batch import Batch, round_of
-from .controller import Choice, Controller
+from .controller import Choice
 from .graph import Graphs
+from .line import PromptLine
 from .logits import LogitsProcessor
 from .output import Update
-from .request import Method, Request, RoundKind
-from .round import NOT_DRAFTED, SequenceTensors, read_prompt
+from .reading import PromptReader, Reading
+from .request import Defaults, Request, RoundKind
+from .round import NOT_DRAFTED, SequenceTensors
 from .sampling import SamplingParams, params_of
 from .sequence import Clock, Ending, History, StopRule, TokenSequence
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """How a session decodes requests that do not say otherwise.
-
-    Attributes
-    ----------
-    exit_layer, num_speculations : int or "auto"
-    draft_threshold : float
-    eos_token_id : int, sequence of int or None
-        What ends a sequence.
-    draft_head : EarlyExitHead
-        What chooses the drafts of all requests.
-    controller : Controller
-        What picks in the place of "auto".
-    """
-
-    exit_layer: int | str
-    num_speculations: int | str
-    draft_threshold: float
-    eos_token_id: int | Sequence[int] | None
-    draft_head: EarlyExitHead
-    controller: Controller
+from .slots import Slots
 
 
 class Session:
     """Requests that share a cache, as `SelfSpeculativeDecoder.open_session` makes it.
 
     A request gets, bit for bit, the tokens that it would get alone. Each running request has a slot, which is a row of
-    the cache. The others wait for one, first come first served.
+    the cache. The others wait for one, first come first served. A prompt is read in pieces between the rounds of the
+    others, and what of its beginning a slot already holds is copied, not read.
 
     Parameters
     ----------
@@ -71,6 +50,10 @@ class Session:
         Gives the time, in seconds, for the controller and the statistics.
     graphs : Graphs, optional
         Records the rounds over ``cache`` and replays them; without it they are called.
+    prompt_tokens_per_step : int, optional
+        How many tokens of prompts a step reads while requests run; by default all.
+    max_waiting : int, optional
+        How many requests may wait beyond those for which there are slots; by default any number.
     """
 
     def __init__(
@@ -83,15 +66,20 @@ class Session:
         generator: torch.Generator | None = None,
         clock: Clock = time.perf_counter,
         graphs: Graphs | None = None,
+        prompt_tokens_per_step: int | None = None,
+        max_waiting: int | None = None,
     ) -> None:
         self._model, self._cache, self._defaults = model, cache, defaults
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
         self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
-        self._waiting: deque[Request] = deque()
+        most = sys.maxsize if prompt_tokens_per_step is None else prompt_tokens_per_step
+        self._prompt_tokens_per_step = validation.at_least_one("prompt_tokens_per_step", most)
+        self._reader = PromptReader(model, cache)
+        self._slots = Slots(cache, self._reader)
+        self._line = PromptLine(self._slots, self._reader, max_waiting)
         self._running: dict[int, Request] = {}
         self._updates: list[Update] = []  # that no `step` has returned yet
-        self._free_slots = list(range(cache.batch_size))[::-1]
         self._batches: list[Batch] | None = None  # of the running requests, until one of them changes
 
     def __reduce__(self) -> NoReturn:
@@ -100,7 +88,7 @@ class Session:
     def __len__(self) -> int:
         """How many requests have not had their last update."""
         ended = sum(update.finished for update in self._updates)
-        return len(self._waiting) + len(self._running) + ended
+        return len(self._line) + len(self._running) + ended
 
     def add(
         self,
@@ -115,12 +103,15 @@ class Session:
         eos_token_id: int | Sequence[int] | None = None,
         logits_processor: LogitsProcessor | None = None,
         should_stop: StopRule | None = None,
+        keep: bool = False,
+        continue_from: int | None = None,
     ) -> int:
         """Add a request, which waits until a slot is free.
 
         Parameters
         ----------
         prompt : Tensor [N] or [1, N], or sequence of int
+            With ``continue_from``, what follows that request's prompt and new tokens.
         max_new_tokens : int
         strategy : {"self_speculative", "autoregressive", "early_exit"}
             The first two give the same greedy tokens. The third decodes at layer E alone, with no verification.
@@ -139,6 +130,12 @@ class Session:
             repetition penalty and before the temperature.
         should_stop : callable, optional
             ``(new tokens so far) -> bool``, called for every token that is emitted. Neither hook may call the session.
+        keep : bool
+            Keep keys and values when the request has ended, unless in an error, for requests that begin with the same
+            tokens, or continue it. They go with `release`, with a request that continues them, or when a request needs
+            a slot and no other is free; then those go that were used least recently.
+        continue_from : int, optional
+            The id of a request that is kept. It is not kept any longer once this one is read.
 
         Returns
         -------
@@ -149,51 +146,39 @@ class Session:
         ------
         ValueError, TypeError
             With the offending value.
+        SessionFullError
+            If ``max_waiting`` requests wait.
         """
         model, defaults = self._model, self._defaults
-        method = self._method(strategy, exit_layer, num_speculations, draft_threshold)
+        given = (strategy, exit_layer, num_speculations, draft_threshold)
+        method = defaults.method(*given, model.num_layers, self.max_speculations)
         ids = validation.prompt(prompt, model.vocab_size, model.device)
+        if continue_from is not None:
+            ids = torch.cat([self._kept(continue_from).sequence.all_tokens, ids], 1)
         validation.at_least_one("max_new_tokens", max_new_tokens)
         validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
         params = params_of(sampling, model.vocab_size)
         stops = defaults.eos_token_id if eos_token_id is None else eos_token_id
         ending = Ending(max_new_tokens, validation.stop_tokens(stops, model.vocab_size), should_stop)
+        self._line.check_room()
         request = Request(
             next(self._ids),
             method,
             params,
             self._seed(params),
             TokenSequence(ids, ending, self._clock),
+            Reading(ids, method.depth(model.num_layers)),
             logits_processor,
             defaults.controller.new_acceptance(),
             method.exit_layer or 0,
             method.num_speculations or 0,
+            keep,
+            continue_from,
         )
         if request.processed:
             request.sequence.history = History(ids, max_new_tokens + self.max_speculations + 1)
-        self._waiting.append(request)
+        self._line.add(request)
         return request.id
-
-    def _method(
-        self,
-        strategy: str,
-        exit_layer: int | str | None,
-        num_speculations: int | str | None,
-        draft_threshold: float | None,
-    ) -> Method:
-        defaults = self._defaults
-        exit_layer = defaults.exit_layer if exit_layer is None else exit_layer
-        num_speculations = defaults.num_speculations if num_speculations is None else num_speculations
-        draft_threshold = defaults.draft_threshold if draft_threshold is None else draft_threshold
-        method = Method(
-            validation.strategy(strategy),
-            validation.exit_layer_or_auto(exit_layer, self._model.num_layers),
-            validation.num_speculations_or_auto(num_speculations, self.max_speculations),
-            validation.real("draft_threshold", draft_threshold, 0.0, 1.0),
-        )
-        if strategy == "early_exit" and method.exit_layer is None:
-            raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {exit_layer!r}")
-        return method if strategy == "self_speculative" else replace(method, draft_threshold=0.0)
 
     def _seed(self, params: SamplingParams) -> int:
         if params.greedy:
@@ -204,7 +189,9 @@ class Session:
         return int(torch.randint(2**63 - 1, (), generator=self._generator, device=device))
 
     def step(self) -> list[Update]:
-        """Run one round of every running request, then read the prompts of waiting requests into free slots.
+        """Run one round of every running request, then read prompts of waiting requests into free slots.
+
+        While requests run, ``prompt_tokens_per_step`` bounds what is read, but for the end of a pass.
 
         If an exception (an interrupt, say) leaves a step, nothing is lost: the next step goes on from there, and
         returns the updates of this one, too.
@@ -217,8 +204,7 @@ class Session:
         try:
             for batch in self._current_batches():
                 self._run_round(batch)
-            while self._free_slots and self._waiting:
-                self._admit(self._waiting[0])
+            self._read_prompts()
         except BaseException:
             self._batches = None  # their tensors may be ahead of the requests' tokens
             raise
@@ -227,7 +213,7 @@ class Session:
 
     def cancel(self, request_id: int) -> None:
         """End a request. The next step's update of it has the reason "cancelled" and the output so far."""
-        request = self._take(request_id)
+        request = self._take(request_id, keep=True)
         request.sequence.reason = "cancelled"
         self._report(request)
 
@@ -235,48 +221,94 @@ class Session:
         """Drop a request at once, without an update."""
         self._take(request_id)
 
-    def _take(self, request_id: int) -> Request:
+    def release(self, request_id: int) -> None:
+        """Forget the keys and values of a request that was kept."""
+        self._slots.release(self._kept(request_id).id)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The ids of the requests whose keys and values are kept, the least recently used first."""
+        return tuple(self._slots.kept)
+
+    def _kept(self, request_id: int) -> Request:
+        if request_id not in self._slots.kept:
+            raise ValueError(f"request {request_id!r} is not kept, these are: {list(self.kept)}")
+        return self._slots.kept[request_id]
+
+    def _take(self, request_id: int, keep: bool = False) -> Request:
         """Take a request out of its slot, or out of those that wait."""
-        running = self._running.get(request_id)
-        if running is not None:
-            self._release(running)
-            return running
-        for request in self._waiting:
-            if request.id == request_id:
-                self._waiting.remove(request)
-                return request
-        raise ValueError(f"request_id must be that of a request that has not ended, got {request_id!r}")
+        request = self._line.take(request_id)
+        if request is None and request_id in self._running:
+            request = self._running[request_id]
+            self._leave_slot(request, keep and request.keep)
+        if request is None:
+            raise ValueError(f"request_id must be that of a request that has not ended, got {request_id!r}")
+        return request
 
-    def _release(self, request: Request) -> None:
+    def _leave_slot(self, request: Request, keep: bool = False) -> None:
         del self._running[request.id]
-        self._free_slots.append(request.slot)
+        self._slots.give_back(request, keep)
         self._batches = None
 
-    def _admit(self, request: Request) -> None:
-        """Read a prompt into a free slot, and emit the token that follows it."""
-        request.slot = self._free_slots[-1]
+    def _read_prompts(self) -> None:
+        """Read prompts, as many tokens as a step may, and emit the tokens that follow them."""
+        left = self._prompt_tokens_per_step
+        while readings := self._next_prompts():
+            bounded = bool(self._running)
+            if bounded and left <= 0:
+                return
+            read = self._read_pass(readings, left if bounded else sys.maxsize)
+            left -= read if bounded else 0
+            for request in [one for one in readings if one.reading.left == 0]:
+                self._begin(request)
+        if self._line and not self._running:  # a caller would wait for ever
+            raise RuntimeError(f"{len(self._line)} requests wait, and no slot is free or in use")
+
+    def _next_prompts(self) -> Sequence[Request]:
+        """The requests whose prompts are read next, in their slots."""
+        free = len(self._slots.free)
+        requests = self._line.admit(self._running.values())
+        if len(self._slots.free) < free:
+            self._batches = None  # they may pad with the slot that is no longer free
+        return requests
+
+    def _read_pass(self, requests: Sequence[Request], most: int) -> int:
+        """Read the next tokens of some prompts; one that cannot be read ends its own request only."""
+        unread = [request for request in requests if request.reading.left]  # not so after an interrupt
+        if not unread:
+            return 0
         try:
-            token, failures = self._read_prompt(request)
+            return self._reader.read([request.reading for request in unread], most)
+        except Exception as error:
+            if len(unread) > 1:
+                return self._read_pass(unread[:1], most)
+            self._line.fail(unread[0])
+            unread[0].sequence.reason = "error"
+            self._report(unread[0], error)
+            return 0
+
+    def _begin(self, request: Request) -> None:
+        """Emit the token that follows a prompt."""
+        position = request.sequence.position
+        try:
+            token, failures = self._first_token(request, position)
         except Exception as error:  # of this request: the others go on
-            self._waiting.popleft()
-            request.sequence.reason = "error"
-            self._report(request, error)
-            return
-        self._running[self._waiting.popleft().id] = request  # not before: reading may have failed
-        self._free_slots.pop()
+            token, failures = 0, {0: error}
+        self._line.leave(request)
+        self._running[request.id] = request
         self._batches = None
-        layer, position = request.last_layer(self._model.num_layers), request.sequence.prompt.shape[1] - 1
-        self._emit(request, [], token, 0, _fault(request, token, "the head", layer, position), failures.get(0))
+        fault = request.fault(token, "the head", request.reading.depth, position)
+        self._emit(request, [], token, 0, fault, failures.get(0))
 
     @torch.inference_mode()
-    def _read_prompt(self, request: Request) -> tuple[int, dict[int, Exception]]:
+    def _first_token(self, request: Request, position: int) -> tuple[int, dict[int, Exception]]:
         """The token that follows a request's prompt, and what its logits processor raised."""
-        model, prompt = self._model, request.sequence.prompt
-        hidden = read_prompt(model, self._cache, request.slot, prompt, request.last_layer(model.num_layers))
-        round_ = round_of(model, self._cache, self._defaults.draft_head, [request])
-        temperature, position = request.sampling.temperature, prompt.shape[1] - 1
-        sequences = SequenceTensors.of([0], [position], [request.slot], [request.seed], [temperature], model.device)
-        return int(round_.first(hidden, sequences)), round_.failures
+        state = request.reading.state
+        assert state is not None
+        round_ = round_of(self._model, self._cache, self._defaults.draft_head, [request])
+        temperature, device = request.sampling.temperature, self._model.device
+        sequences = SequenceTensors.of([0], [position], [request.slot], [request.seed], [temperature], device)
+        return int(round_.first(state, sequences)), round_.failures
 
     def _current_batches(self) -> list[Batch]:
         """The running requests by the kind of their next round."""
@@ -284,10 +316,10 @@ class Session:
         if self._batches is None:
             kinds: dict[RoundKind, list[Request]] = {}
             for request in self._running.values():
-                kinds.setdefault(request.kind(self._model.num_layers), []).append(request)
+                kinds.setdefault(request.kind(), []).append(request)
             shared = (self._model, self._cache, self._defaults.draft_head)
             self._batches = [
-                Batch(*shared, kind, requests, self._graphs, self._free_slots) for kind, requests in kinds.items()
+                Batch(*shared, kind, requests, self._graphs, self._slots.free) for kind, requests in kinds.items()
             ]
         return self._batches
 
@@ -319,10 +351,10 @@ class Session:
         """Emit what a round gave a request."""
         accepted, token, *drafts = result
         last = request.sequence.position + accepted
-        fault = _fault(request, token, "the head", request.last_layer(self._model.num_layers), last)
+        fault = request.fault(token, "the head", request.reading.depth, last)
         # The draft after the accepted ones was made from tokens that hold; those after it were not, so they may be -1.
         for draft in drafts[accepted : accepted + 1]:
-            fault = fault or _fault(request, draft, "the draft head", kind.exit_layer, last)
+            fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
         if request.method.adaptive:
             request.acceptance.observe(kind.exit_layer, accepted, num_drafted)
@@ -347,7 +379,7 @@ class Session:
         if error is not None:
             sequence.reason = "error"
         if sequence.reason is not None:
-            self._release(request)
+            self._leave_slot(request, request.keep and error is None)
         self._report(request, error)
 
     def _report(self, request: Request, error: Exception | None = None) -> None:
@@ -357,13 +389,3 @@ class Session:
         tokens, drafted = sequence.tokens[new], sequence.drafted[new]
         self._updates.append(Update(request.id, tokens, drafted, sequence.reason, output, error))
         request.reported = len(sequence.tokens)
-
-
-def _fault(request: Request, token: int, what: str, layer: int, position: int) -> str | None:
-    """The message for a token of -1, by which a head says that its logits are not finite; else None."""
-    if token != -1:
-        return None
-    causes = "the weights or the states hold NaN or infinity"
-    if request.processed:
-        causes += ", or bias and processors forbid every token"
-    return f"{what} after layer {layer} gave logits that are not finite at position {position}; {causes}"

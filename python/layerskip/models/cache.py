@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -9,7 +11,8 @@ class SharedKVCache:
     """Keys and values of all layers, and the length of each sequence.
 
     Nothing at or beyond a sequence's length is read before it is written again. So a rollback only sets a length, and
-    within a round the early layers may hold more positions than the later ones.
+    within a round the early layers may hold more positions than the later ones. And so a new cache is not filled: on
+    the CPU its memory is taken page by page as sequences grow.
 
     Parameters
     ----------
@@ -21,6 +24,7 @@ class SharedKVCache:
     Attributes
     ----------
     k, v : Tensor [L, B, G, T, C]
+        Of any content where nothing was written.
     seq_lens : Tensor [B], int64
         How many positions of each sequence are valid. The layers read it; whoever calls them advances it.
 
@@ -28,6 +32,8 @@ class SharedKVCache:
     ------
     ValueError
         If a size is not positive.
+    MemoryError
+        If there is not enough memory; it says how much was asked for.
     """
 
     def __init__(
@@ -51,8 +57,7 @@ class SharedKVCache:
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         shape = (num_layers, batch_size, num_kv_heads, capacity, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = (_untouched(shape, dtype, device) for _ in range(2))
         self.seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
@@ -93,3 +98,30 @@ class SharedKVCache:
     def reset(self) -> None:
         """Set all lengths to 0."""
         self.seq_lens.zero_()
+
+    def copy_prefix(self, source: int, target: int, length: int, num_layers: int) -> None:
+        """Copy the keys and values of the first positions of one row to another, in layers [0, num_layers).
+
+        Parameters
+        ----------
+        source, target : int
+            Rows of the cache.
+        length : int
+            How many positions.
+        num_layers : int
+        """
+        for half in (self.k, self.v):
+            half[:num_layers, target, :, :length] = half[:num_layers, source, :, :length]
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """A tensor of any content; memory that cannot be had is an error that says what would help."""
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # of torch's allocators; on a card it is OutOfMemoryError, which is one
+        size = f"{2 * math.prod(shape) * dtype.itemsize / 1e9:.1f} GB"
+        _, batch, _, capacity, _ = shape
+        raise MemoryError(
+            f"keys and values of {batch} sequences of {capacity} positions take {size}, which {device} does not have; "
+            f"give a smaller max_seq_len or fewer sequences ({error})"
+        ) from error

@@ -58,7 +58,8 @@ def own_pairs(
     if not waiting:
         return
     decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=1)
-    session = decoder.open_session(batch_size, max_seq_len=max(map(len, encoded)) + max_new_tokens)
+    length = max(map(len, encoded)) + max_new_tokens
+    session = decoder.open_session(batch_size, max_seq_len=length, prompt_tokens_per_step=None)
     params = params_of_each(sampling, len(encoded))
     places = {
         session.add(encoded[index], max_new_tokens, strategy="autoregressive", sampling=params[index]): index

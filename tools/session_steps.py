@@ -1,0 +1,75 @@
+"""How long the steps of a session take while prompts of others are read: `python -m tools.session_steps`.
+
+One request runs, or several; after a few steps, four prompts arrive together. Longest step with them against the median
+without, for each bound on the tokens of prompts that a step reads. `--cpu-time` with `--threads 1` counts what this
+process used, so a busy machine gives the figures of an idle one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from layerskip import SelfSpeculativeDecoder, Session
+
+STEPS = 12
+
+
+def measure(
+    decoder: SelfSpeculativeDecoder, running: int, length: int, budget: int | None, clock: Callable[[], float]
+) -> tuple[float, float, float]:
+    """Seconds of the median step without prompts, of the longest with four, and until all of them have a token."""
+    session = decoder.open_session(running + 4, max_seq_len=length + 512, prompt_tokens_per_step=budget)
+    generator = torch.Generator().manual_seed(0)
+
+    def add(tokens: int, count: int) -> int:
+        ids = torch.randint(decoder.model.vocab_size, (tokens,), generator=generator)
+        return session.add(ids, count, eos_token_id=[])
+
+    for _ in range(running):
+        add(16, 480)
+    session.step()
+    quiet = [_seconds(session, clock)[0] for _ in range(STEPS)]
+    missing, busy, started = {add(length, 2) for _ in range(4)}, [], clock()
+    while missing:
+        seconds, begun = _seconds(session, clock)
+        busy.append(seconds)
+        missing -= begun
+    return statistics.median(quiet), max(busy), clock() - started
+
+
+def _seconds(session: Session, clock: Callable[[], float]) -> tuple[float, set[int]]:
+    start = clock()
+    updates = session.step()
+    return clock() - start, {update.request_id for update in updates if update.tokens}
+
+
+def main() -> None:
+    """Print one line for each bound."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-layerskip")
+    parser.add_argument("--running", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--prompt-tokens", type=int, default=600)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 0], help="0: no bound")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    decoder = SelfSpeculativeDecoder.from_pretrained(args.model, exit_layer=4, num_speculations=8)
+    for running in args.running:
+        for budget in args.budgets:
+            quiet, longest, last = measure(decoder, running, args.prompt_tokens, budget or None, clock)
+            print(
+                f"{running} running, {budget or 'all'} tokens a step: a step takes {quiet * 1e3:.0f} ms, "
+                f"with four prompts at most {longest * 1e3:.0f} ms, {longest / quiet:.1f}×; all read in {last:.1f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
