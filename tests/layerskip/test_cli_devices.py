@@ -172,7 +172,6 @@ class TestCard:
         assert main(["bench", *common, *options]) == 0
         content = json.loads((tmp_path / "bench.json").read_text())
         assert content["settings"]["device"] == "cuda:0"
-        assert content["outside_ops_per_round"] == {}
 
     def test_correctness(self, common: list[str]) -> None:
         assert main(["correctness", *common]) == 0

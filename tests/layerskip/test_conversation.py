@@ -133,7 +133,7 @@ def test_a_shared_beginning_is_read_once(decoder, donor):
 @requires_native
 def test_the_same_prompt_again_reads_its_last_token_only(decoder):
     out = decoder.generate([prompt_of(80)[0]] * 3, 10, eos_token_id=[])
-    assert [row.reused for row in out.rows] == [0, 79, 79]
+    assert [row.reused for row in out.per_sequence] == [0, 79, 79]
     assert out.stats.reused == 158
     assert out.new_tokens.unique(dim=0).shape[0] == 1
     assert out.new_tokens[0].tolist() == scratch(decoder, prompt_of(80)[0].tolist(), 10, eos_token_id=[])

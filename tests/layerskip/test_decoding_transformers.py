@@ -84,7 +84,7 @@ def test_smollm2_in_a_batch(smollm2, params):
         own = params if params.seed is None else dataclasses.replace(params, seed=params.seed + row)
         alone = decoder.generate(ids, 16, sampling=own)
         count = alone.stats.new_tokens
-        assert out.rows[row].new_tokens == count
+        assert out.per_sequence[row].new_tokens == count
         assert out.new_tokens[row, :count].tolist() == alone.new_tokens[0].tolist()
         if params.greedy:
             assert alone.new_tokens.tolist() == greedy(model, ids, 16)

@@ -309,7 +309,7 @@ def test_a_batch_draws_what_each_would_alone(decoder, strategy, threshold):
     for row, prompt in enumerate(prompts):
         alone = decoder.generate(prompt[None], 15, sampling=params[row], **options)
         count = alone.stats.new_tokens
-        assert out.rows[row].new_tokens == count
+        assert out.per_sequence[row].new_tokens == count
         assert out.new_tokens[row, :count].tolist() == alone.new_tokens[0].tolist()
 
 

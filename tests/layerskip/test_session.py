@@ -103,7 +103,7 @@ def test_a_batch_is_padded_on_the_right(decoder):
     out = decoder.generate(prompts, 20, eos_token_id=35, pad_token_id=77)
     for row, (prompt, single) in enumerate(zip(prompts, singles, strict=True)):
         count = single.stats.new_tokens
-        assert out.rows[row].new_tokens == count
+        assert out.per_sequence[row].new_tokens == count
         assert out.sequences[row].tolist()[: len(prompt) + count] == single.sequences[0].tolist()
         assert set(out.sequences[row].tolist()[len(prompt) + count :]) <= {77}
         assert out.new_tokens[row].tolist() == single.new_tokens[0].tolist() + [77] * (out.new_tokens.shape[1] - count)
@@ -111,8 +111,8 @@ def test_a_batch_is_padded_on_the_right(decoder):
     assert out.reasons == tuple(single.reasons[0] for single in singles)
     assert out.stats.new_tokens == sum(single.stats.new_tokens for single in singles)
     assert out.stats.sequences == 3
-    assert out.stats.rounds == sum(row.rounds for row in out.rows)
-    assert out.stats.seconds == max(row.seconds for row in out.rows)
+    assert out.stats.rounds == sum(row.rounds for row in out.per_sequence)
+    assert out.stats.seconds == max(row.seconds for row in out.per_sequence)
     assert out.sequences.shape[1] > out.new_tokens.shape[1]
     assert (out.sequences == 77).any()
     lists = decoder.generate([prompt.tolist() for prompt in prompts], 20, eos_token_id=35)

@@ -96,7 +96,7 @@ def test_a_reduced_head_that_scores_no_allowed_token_drafts_nothing(threshold, t
     params = SamplingParams(temperature, seed=3, logit_bias={0: 0.5})
     prompts, hooks = [prompt_of(5), prompt_of(6, 1)], [only_high, None]
     out = decoder.generate(prompts, 12, sampling=params, logits_processor=hooks, draft_threshold=threshold)
-    assert out.rows[0].drafted == 0
+    assert out.per_sequence[0].drafted == 0
     assert int(out.new_tokens[0].min()) >= 50
     if temperature == 0:
         for prompt, hook, row in zip(prompts, hooks, out.new_tokens.tolist(), strict=True):

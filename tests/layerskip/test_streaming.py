@@ -146,7 +146,7 @@ def test_stop_strings_of_a_batch(tokenizer, decoder, monkeypatch):
     plain = [decoder.generate([prompt], NEW, eos_token_id=[]).new_tokens[0].tolist() for prompt in prompts]
     stops = [text_of(tokenizer, tokens)[8:10] for tokens in plain]
     out = decoder.generate(prompts, NEW, eos_token_id=[], stop_strings=stops)
-    for tokens, row in zip(out.new_tokens.tolist(), out.rows, strict=True):
+    for tokens, row in zip(out.new_tokens.tolist(), out.per_sequence, strict=True):
         text = text_of(tokenizer, tokens[: row.new_tokens])
         assert any(stop in text for stop in stops)
         assert not any(stop in text_of(tokenizer, tokens[: row.new_tokens - 1]) for stop in stops)

@@ -14,7 +14,7 @@ from layerskip.training import (
     RandomExits,
     RotationalCurriculum,
     ShallowSteps,
-    apply_to_rows,
+    apply_to_samples,
     dropout_scale,
     early_exit_weights,
     layer_dropout_rates,
@@ -140,11 +140,11 @@ def test_rows_of_the_kept_run_as_if_alone_and_the_rest_pass() -> None:
         return hidden * mask.sum((1, 2))[:, :1, None] + embeddings[0]
 
     arguments = {"embeddings": (cos, hidden), "positions": torch.arange(4)}
-    out = apply_to_rows(layer, rows, hidden, mask, **arguments)
+    out = apply_to_samples(layer, rows, hidden, mask, **arguments)
     alone = layer(hidden[rows], mask[rows], embeddings=(cos, hidden[rows]), positions=torch.arange(4))
     assert torch.equal(out[rows], alone)
     assert torch.equal(out[1:3], hidden[1:3])
-    apply_to_rows(layer, rows, hidden, mask, **arguments)
+    apply_to_samples(layer, rows, hidden, mask, **arguments)
     assert torch.equal(seen["mask"], mask[rows])
     assert torch.equal(seen["embeddings"][1], hidden[rows])
     assert torch.equal(seen["embeddings"][0], cos)  # broadcast over samples, so not per sample
@@ -154,7 +154,7 @@ def test_rows_of_the_kept_run_as_if_alone_and_the_rest_pass() -> None:
 def test_a_layer_that_all_samples_skip_still_gives_its_parameters_a_gradient() -> None:
     layer = torch.nn.Linear(4, 4)
     hidden = torch.randn(3, 4, requires_grad=True)
-    out = apply_to_rows(layer, torch.tensor([], dtype=torch.long), hidden)
+    out = apply_to_samples(layer, torch.tensor([], dtype=torch.long), hidden)
     assert torch.equal(out, hidden)
     out.sum().backward()
     assert torch.equal(layer.weight.grad, torch.zeros(4, 4))
@@ -192,14 +192,14 @@ def test_wrong_input(case: str) -> None:
 def test_a_batch_that_nothing_was_drawn_for() -> None:
     dropout = LayerDropout([0.5])
     with pytest.raises(RuntimeError, match="nothing was drawn"):
-        dropout.rows(0, 3)
+        dropout.samples(0, 3)
     dropout.draw(0, 4)
     with pytest.raises(RuntimeError, match="meets 3 samples but 4 were drawn for"):
-        dropout.rows(0, 3)
+        dropout.samples(0, 3)
 
 
 def test_a_cache_cannot_lose_samples() -> None:
     from transformers import DynamicCache
 
     with pytest.raises(ValueError, match="DynamicCache"):
-        apply_to_rows(lambda hidden, cache: hidden, torch.tensor([0]), torch.zeros(2, 1), cache=DynamicCache())
+        apply_to_samples(lambda hidden, cache: hidden, torch.tensor([0]), torch.zeros(2, 1), cache=DynamicCache())

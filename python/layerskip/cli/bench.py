@@ -16,7 +16,7 @@ from .._files import check_output
 from ..bandwidth import ReadBandwidth
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validation
 from . import options, prompts, sweep, throughput
-from .measure import OpShare, Stopwatch, op_clock
+from .measure import Stopwatch
 from .report import Report, Run, Skipped, outputs
 from .traffic import bytes_per_token
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
@@ -85,15 +85,6 @@ def _bytes_per_token(name: str, decoder: SelfSpeculativeDecoder, stats: Stats) -
     if isinstance(decoder.exit_layer, str):
         return 0.0
     return bytes_per_token(decoder.model, stats, decoder.exit_layer, decoder.draft_head)
-
-
-def outside_ops(decoder: SelfSpeculativeDecoder, input_ids: Tensor, new_tokens: int) -> dict[str, float]:
-    """Time that a self-speculative round spends outside the ops: Python, checks, dispatch, small torch calls."""
-    with op_clock() as clock:
-        watch = OpShare(clock=clock)
-        out = decoder.generate(input_ids, new_tokens, streamer=watch, eos_token_id=[])
-    outside = watch.seconds - watch.op_seconds
-    return {"seconds_per_round": outside / out.stats.rounds, "fraction": outside / watch.seconds}
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -166,10 +157,6 @@ def _measure_more(
 ) -> None:
     """What else the options ask for, written as it comes."""
     prompts_ids = list(encoded.values())
-    most = decoder.max_seq_len - prompts_ids[0].shape[1]
-    new_tokens = min(max(args.max_new_tokens, 4 * most_drafts(decoder)), most)
-    if args.device.type == "cpu":  # a card runs behind the calls, so that these tell nothing of its time
-        report.outside_ops = outside_ops(decoder, prompts_ids[0], new_tokens)
     others = None if args.only_ours else model
     for batch in throughput.measure(decoder, others, prompts_ids, args.batch_sizes, args.max_new_tokens):
         report.throughput.append(batch)

@@ -94,7 +94,6 @@ class Report:
     runs: dict[str, list[Run]]
     skipped: list[Skipped] = field(default_factory=list)
     bandwidth: float = 0.0
-    outside_ops: dict[str, float] = field(default_factory=dict)
     throughput: list[BatchSpeed] = field(default_factory=list)
     sweep: list[Sweep] = field(default_factory=list)
 
@@ -169,14 +168,7 @@ class Report:
                 console.print(self.no_speed(name), style="yellow", highlight=False)
         if self.skipped:
             console.print(f"{len(self.skipped)} of {len(self.tasks)} prompts were skipped", style="yellow")
-        outside = self.outside_ops
         console.print(f"this machine reads {self.bandwidth:.1f} GB/s (measured in the same run)", highlight=False)
-        if outside:
-            console.print(
-                f"Python and dispatch outside the ops: {outside['seconds_per_round'] * 1e6:.0f} µs "
-                f"a self-speculative round, {outside['fraction']:.1%} of it",
-                highlight=False,
-            )
         if self.throughput:
             console.print(throughput_table(self.throughput))
         if self.sweep:
@@ -199,7 +191,6 @@ class Report:
             "complete": complete,
             "settings": self.settings,
             "read_gigabytes_per_second": self.bandwidth,
-            "outside_ops_per_round": self.outside_ops,
             "identical": self.identical,
             "summary": {name: self.summary(name) for name in self.runs},
             "by_task": self.by_task(),

@@ -53,7 +53,7 @@ def _timed(
 
 def _ours(decoder: SelfSpeculativeDecoder, prompts: list[Tensor], new_tokens: int, strategy: str) -> list[list[int]]:
     out = decoder.generate(prompts, new_tokens, strategy=strategy)
-    return [row[: stats.new_tokens].tolist() for row, stats in zip(out.new_tokens, out.rows, strict=True)]
+    return [row[: stats.new_tokens].tolist() for row, stats in zip(out.new_tokens, out.per_sequence, strict=True)]
 
 
 def _theirs(model: Any, prompts: list[Tensor], new_tokens: int) -> list[list[int]]:

@@ -28,10 +28,10 @@ def bytes_per_token(
     decoder = model.decoder
     context = stats.prompt_tokens + stats.new_tokens / 2
     kv_layer = 2 * decoder.num_kv_heads * decoder.head_dim * model.embedding.element_size() * context
-    depth, split = model.num_layers, exit_layer or 0
-    deep = layer_bytes(model, split, depth) + kv_layer * (depth - split) + head_bytes(model.head)
-    total = stats.rounds * deep
+    num_layers, below = model.num_layers, exit_layer or 0
+    upper = layer_bytes(model, below, num_layers) + kv_layer * (num_layers - below) + head_bytes(model.head)
+    total = stats.rounds * upper
     if draft_head is not None:
-        shallow = layer_bytes(model, 0, split) + kv_layer * split
-        total += (stats.drafted + stats.rounds) * shallow + stats.drafted * head_bytes(draft_head)
+        lower = layer_bytes(model, 0, below) + kv_layer * below
+        total += (stats.drafted + stats.rounds) * lower + stats.drafted * head_bytes(draft_head)
     return total / max(1, stats.new_tokens - 1)

@@ -103,7 +103,7 @@ class GenerationOutput:
         The new tokens alone, padded on the right.
     drafted : Tensor [B, max(new)], bool
         Whether a new token was drafted by the early layers (and verified), or chosen by the full model itself.
-    rows : tuple of Stats
+    per_sequence : tuple of Stats
         Of each sequence.
     reasons : tuple of str
         Why each sequence ended: "eos", "stop", "length", "cancelled" or "error".
@@ -112,13 +112,13 @@ class GenerationOutput:
     sequences: Tensor
     new_tokens: Tensor
     drafted: Tensor
-    rows: tuple[Stats, ...]
+    per_sequence: tuple[Stats, ...]
     reasons: tuple[str, ...]
 
     @property
     def stats(self) -> Stats:
         """The statistics of the call: those of its sequence, or the sums of a batch."""
-        return self.rows[0] if len(self.rows) == 1 else Stats.of_batch(self.rows)
+        return self.per_sequence[0] if len(self.per_sequence) == 1 else Stats.of_batch(self.per_sequence)
 
     @classmethod
     def of_batch(cls, outputs: Sequence[GenerationOutput], pad: int) -> GenerationOutput:
@@ -129,7 +129,7 @@ class GenerationOutput:
             _padded([out.sequences[0] for out in outputs], pad),
             _padded([out.new_tokens[0] for out in outputs], pad),
             _padded([out.drafted[0] for out in outputs], False),
-            tuple(row for out in outputs for row in out.rows),
+            tuple(row for out in outputs for row in out.per_sequence),
             tuple(reason for out in outputs for reason in out.reasons),
         )
 

@@ -9,7 +9,7 @@ from .._lazy import exports
 if TYPE_CHECKING:
     from .conversion import Conversion, convert, revert
     from .dataset import Collator, LengthBuckets, encode, read_pairs
-    from .dropout import LayerDropout, apply_to_rows, dropout_scale, layer_dropout_rates
+    from .dropout import LayerDropout, apply_to_samples, dropout_scale, layer_dropout_rates
     from .exits import (
         AllExits,
         Curriculum,
@@ -37,7 +37,7 @@ __all__ = [
     "RandomExits",
     "RotationalCurriculum",
     "ShallowSteps",
-    "apply_to_rows",
+    "apply_to_samples",
     "convert",
     "dropout_scale",
     "early_exit_weights",
@@ -53,7 +53,7 @@ __getattr__ = exports(
     {
         ".conversion": ("Conversion", "convert", "revert"),
         ".dataset": ("Collator", "LengthBuckets", "encode", "read_pairs"),
-        ".dropout": ("LayerDropout", "apply_to_rows", "dropout_scale", "layer_dropout_rates"),
+        ".dropout": ("LayerDropout", "apply_to_samples", "dropout_scale", "layer_dropout_rates"),
         ".exits": (
             "AllExits", "Curriculum", "GradualCurriculum", "RandomExits", "RotationalCurriculum", "ShallowSteps",
             "early_exit_weights",

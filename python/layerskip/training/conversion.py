@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..models.architectures import check_config
 from ..models.watch import ORIGINAL_FORWARD
-from .dropout import LayerDropout, apply_to_rows
-from .loss import EarlyExitLoss, target_rows
+from .dropout import LayerDropout, apply_to_samples
+from .loss import ExitHeadLoss, target_rows
 
 _KEY = "_layerskip_conversion"
 REPORTED_ROWS = 256  # enough for a rate to within 3 % at two standard deviations
@@ -37,7 +37,7 @@ class Conversion:
         if dropout is not None and len(dropout.rates) != len(self.layers):
             raise ValueError(f"{len(dropout.rates)} dropout rates were given for {len(self.layers)} layers")
         self.vocabulary = int(head.weight.shape[0])
-        self.loss = EarlyExitLoss(norm, head, norm.variance_epsilon)
+        self.loss = ExitHeadLoss(norm, head, norm.variance_epsilon)
         self._wanted: frozenset[int] = frozenset()
         self._dropping = False  # stays set after a forward: activation checkpointing runs layers again in the backward
         self._states: dict[int, Tensor] = {}
@@ -64,8 +64,8 @@ class Conversion:
             if self._wanted and index >= max(self._wanted):
                 return hidden_states  # no exit of this forward is above
             if self.dropout is not None and layer.training and self._dropping:
-                rows = self.dropout.rows(index, hidden_states.shape[0])
-                out = apply_to_rows(original, rows, hidden_states, *args, **kwargs)
+                samples = self.dropout.samples(index, hidden_states.shape[0])
+                out = apply_to_samples(original, samples, hidden_states, *args, **kwargs)
             else:
                 out = original(hidden_states, *args, **kwargs)
             if index + 1 in self._wanted:

@@ -94,32 +94,34 @@ class LayerDropout:
         self.seed, self.total_steps, self.scale = seed, total_steps, scale
         dropout_scale(0, total_steps, scale)
         self._batch_size: int | None = None
-        self._rows: tuple[Tensor, ...] = ()
+        self._samples: tuple[Tensor, ...] = ()
 
     def draw(self, step: int, batch_size: int, micro_batch: int = 0, device: str | torch.device = "cpu") -> Tensor:
-        """Draw what `rows` then answers; returns it as a mask [L, B] on the CPU, True where a sample runs a layer."""
+        """Draw what `samples` then answers; returns it as a mask [L, B] on the CPU, True where a sample runs a layer."""
         rates = torch.tensor(self.rates) * dropout_scale(step, self.total_steps, self.scale)
         source = generator("layer dropout", self.seed, step, micro_batch)
         kept = torch.rand(len(rates), batch_size, generator=source) >= rates[:, None]
-        rows = kept.nonzero()[:, 1]
+        samples = kept.nonzero()[:, 1]
         if torch.device(device).type == "cuda":  # one asynchronous copy for all layers
-            rows = rows.pin_memory()
-        self._rows = rows.to(device, non_blocking=True).split(kept.sum(1).tolist())
+            samples = samples.pin_memory()
+        self._samples = samples.to(device, non_blocking=True).split(kept.sum(1).tolist())
         self._batch_size = batch_size
         return kept
 
-    def rows(self, layer: int, batch_size: int) -> Tensor:
+    def samples(self, layer: int, batch_size: int) -> Tensor:
         """Indices of the samples that run ``layer``."""
         if self._batch_size != batch_size:
             drawn = "nothing was drawn" if self._batch_size is None else f"{self._batch_size} were drawn for"
             raise RuntimeError(
                 f"layer dropout meets {batch_size} samples but {drawn}; call draw(step, batch_size) first"
             )
-        return self._rows[layer]
+        return self._samples[layer]
 
 
-def apply_to_rows(layer: Callable[..., Tensor], rows: Tensor, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Run ``layer`` on the samples ``rows`` of ``hidden`` [B, ...] and pass the others through.
+def apply_to_samples(
+    layer: Callable[..., Tensor], samples: Tensor, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Run ``layer`` on ``samples`` of ``hidden`` [B, ...] and pass the others through.
 
     Every other argument that holds one entry a sample, itself or within tuples, lists and dicts, is sliced alike: a
     tensor of two or more dimensions whose first has size B. Where no sample is left the layer runs on one whose outcome
@@ -131,9 +133,9 @@ def apply_to_rows(layer: Callable[..., Tensor], rows: Tensor, hidden: Tensor, *a
         Where a cache object is passed: it would keep no entry for the samples that skip the layer.
     """
     batch = hidden.shape[0]
-    if rows.shape[0] == batch:
+    if samples.shape[0] == batch:
         return layer(hidden, *args, **kwargs)
-    run = rows if rows.shape[0] else rows.new_zeros(1)
+    run = samples if samples.shape[0] else samples.new_zeros(1)
 
     def sliced(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -147,4 +149,4 @@ def apply_to_rows(layer: Callable[..., Tensor], rows: Tensor, hidden: Tensor, *a
         return value
 
     out = layer(hidden.index_select(0, run), *sliced(args), **sliced(kwargs))
-    return hidden.index_copy(0, rows, out[: rows.shape[0]])
+    return hidden.index_copy(0, samples, out[: samples.shape[0]])

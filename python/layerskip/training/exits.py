@@ -134,9 +134,9 @@ class GradualCurriculum(AllExits):
 
     def enabled(self, step: int) -> tuple[int, ...]:
         """See `Curriculum`."""
-        depth = len(self.candidates)
-        opened = min(2 * (depth + 1) * step // self.total_steps, depth)
-        return *self.candidates[depth - opened :], self.num_layers
+        count = len(self.candidates)
+        opened = min(2 * (count + 1) * step // self.total_steps, count)
+        return *self.candidates[count - opened :], self.num_layers
 
 
 class ShallowSteps(AllExits):

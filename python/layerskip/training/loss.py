@@ -28,7 +28,7 @@ def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows, shifted[rows]
 
 
-class EarlyExitLoss:
+class ExitHeadLoss:
     """J = Σ weightₙ · CE(head(norm(x_n)), next token), x_n the state after exit layer n (arXiv 2404.16710, §4.1.2).
 
     Parameters

@@ -166,7 +166,7 @@ class _Call:
         )
         if streamer is not None:
             streamer.end()
-        return self._result([stats.new_tokens for stats in out.rows], out.new_tokens)
+        return self._result([stats.new_tokens for stats in out.per_sequence], out.new_tokens)
 
     def _rule(self, row: BatchRow, columns: ColumnStreamer | None) -> Callable[[list[int]], bool]:
         scores = (lambda step: self._kept(row, step).scores) if self._keeps_scores else None
