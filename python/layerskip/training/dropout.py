@@ -97,7 +97,7 @@ class LayerDropout:
         self._samples: tuple[Tensor, ...] = ()
 
     def draw(self, step: int, batch_size: int, micro_batch: int = 0, device: str | torch.device = "cpu") -> Tensor:
-        """Draw what `samples` then answers; returns it as a mask [L, B] on the CPU, True where a sample runs a layer."""
+        """Draw what `samples` then gives; returns a mask [L, B] on the CPU, True where a sample runs a layer."""
         rates = torch.tensor(self.rates) * dropout_scale(step, self.total_steps, self.scale)
         source = generator("layer dropout", self.seed, step, micro_batch)
         kept = torch.rand(len(rates), batch_size, generator=source) >= rates[:, None]
