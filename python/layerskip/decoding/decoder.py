@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
@@ -173,8 +174,7 @@ class SelfSpeculativeDecoder:
         max_batch : int
             How many requests run at once; the others wait.
         max_seq_len : int, optional
-            The longest prompt and continuation of a request; by default the decoder's. On the CPU memory is taken as
-            sequences grow; on a card all of it at once.
+            The longest prompt and continuation of a request; by default the decoder's.
         num_speculations : int or "auto", optional
             The largest that a request may ask for; by default the decoder's.
         generator : torch.Generator, optional
@@ -199,18 +199,8 @@ class SelfSpeculativeDecoder:
         most = self._max_speculations(num_speculations)
         with torch.inference_mode(False):
             cache = self.model.decoder.new_cache(max_batch, length + most + 1)
-        graphs = graph.for_device(self.model.device)
-        return Session(
-            self.model,
-            cache,
-            self.defaults,
-            length,
-            most,
-            generator,
-            graphs=graphs,
-            prompt_tokens_per_step=prompt_tokens_per_step,
-            max_waiting=max_waiting,
-        )
+        graphs, bounds = graph.for_device(self.model.device), (prompt_tokens_per_step, max_waiting)
+        return Session(self.model, cache, self.defaults, length, most, generator, time.perf_counter, graphs, *bounds)
 
     def generate(
         self,
