@@ -14,7 +14,15 @@ from .runners import Emulated, Ops
 
 # R, D, V: one of everything; unaligned rows; a tail of everything; two passes; segments of 256 bytes filled exactly;
 # many passes
-SHAPES = [(1, 1, 1), (7, 41, 203), (9, 72, 530), (17, 40, 100), (2, 256, 64), (0, 16, 8), *((rows, 9, 21) for rows in MANY_ROWS)]
+SHAPES = [
+    (1, 1, 1),
+    (7, 41, 203),
+    (9, 72, 530),
+    (17, 40, 100),
+    (2, 256, 64),
+    (0, 16, 8),
+    *((rows, 9, 21) for rows in MANY_ROWS),
+]
 
 
 @pytest.mark.parametrize("head", HEADS)

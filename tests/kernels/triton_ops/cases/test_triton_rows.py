@@ -26,7 +26,9 @@ def test_rms_norm_of_a_strided_tensor(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "outputs"), [(1, 41, 23), (7, 256, 100), (16, 136, 16), (33, 100, 65), *MANY])
+@pytest.mark.parametrize(
+    ("rows", "depth", "outputs"), [(1, 41, 23), (7, 256, 100), (16, 136, 16), (33, 100, 65), *MANY]
+)
 @pytest.mark.parametrize(("bias", "residual"), list(itertools.product([False, True], repeat=2)))
 def test_linear(
     rows: int, depth: int, outputs: int, bias: bool, residual: bool, dtype: torch.dtype, device: torch.device
