@@ -124,7 +124,9 @@ def _sampling(chance: random.Random) -> SamplingParams:
     penalty = chance.choice((1.0,) * 5 + (1.3,))
     if chance.random() < 0.6:
         return SamplingParams(repetition_penalty=penalty)
-    cuts = chance.choice(({}, {}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.05}))
+    cuts: dict[str, Any] = chance.choice(
+        ({}, {}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.05})
+    )
     seed = chance.randrange(2**40)
     return SamplingParams(chance.choice((0.7, 1.0, 1.5)), seed=seed, repetition_penalty=penalty, **cuts)
 
@@ -234,7 +236,7 @@ class Soak:
         """Keep a few requests waiting."""
         while len(self._running) < SLOTS + WAITING and self.reached.requests < requests:
             case = case_of(self.seed, self.reached.requests)
-            hooks = {"should_stop": case.rule(True), "logits_processor": case.processor(True)}
+            hooks: dict[str, Any] = {"should_stop": case.rule(True), "logits_processor": case.processor(True)}
             self._running[self._session.add(case.prompt, **case.options, **hooks)] = _Running(case)
             self.reached.requests += 1
 
@@ -302,7 +304,7 @@ class Soak:
             for name in ("exit_layer", "num_speculations", "draft_threshold"):
                 del options[name]
             options["strategy"] = "autoregressive"
-        hooks = {"should_stop": case.rule(False), "logits_processor": case.processor(False)}
+        hooks: dict[str, Any] = {"should_stop": case.rule(False), "logits_processor": case.processor(False)}
         return self._decoder.generate([case.prompt], **options, **hooks)
 
     def _check_slots(self) -> None:

@@ -16,8 +16,8 @@ from layerskip_kernels import BackendError, use_backend
 # Largest difference of logits, which are of order 1.
 TOLERANCES = {
     "fp32": 2e-5,
-    # In units of transformers' own error to the fp32 truth of the same bf16 weights, the root of the mean square over 96
-    # rows. The fused modules round no more often, so only chance makes it larger: about 1/sqrt(2 · 96) = 7 %.
+    # In units of transformers' own error to the fp32 truth of the same bf16 weights, the root of the mean square over
+    # 96 rows. The fused modules round no more often, so only chance makes it larger: about 1/sqrt(2 · 96) = 7 %.
     "bf16 rms": 1.1,
 }
 EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
