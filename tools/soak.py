@@ -203,6 +203,7 @@ class Soak:
         self._session = self._decoder.open_session(SLOTS, max_seq_len=LONGEST, num_speculations=MOST_DRAFTS)
         self._running: dict[int, _Running] = {}
         self._chance, self._idle = random.Random(seed), 0  # steps without an update
+        self._interrupted = False  # the last step
 
     def run(self, minutes: float, requests: int, show: Callable[[Reached, float], None] = lambda *_: None) -> Reached:
         """Run until either is reached, let what runs come to its end, and check that nothing is left behind.
@@ -247,21 +248,26 @@ class Soak:
         victim = self._chance.choice(list(self._running))
         if self._running[victim].cancelled:
             return
-        if self._chance.random() < 0.5:
-            self._session.remove(victim)
+        removes = self._chance.random() < 0.5
+        try:
+            (self._session.remove if removes else self._session.cancel)(victim)
+        except ValueError:
+            if not self._interrupted:
+                raise
+            return  # it ended in the step that was interrupted, and its last update is on the way
+        self._running[victim].cancelled = True
+        if removes:
             del self._running[victim]
             self.reached.removed += 1
-        else:
-            self._session.cancel(victim)
-            self._running[victim].cancelled = True
 
     def _step(self) -> None:
+        self._interrupted = False
         try:
             with interrupting(self._chance):
                 updates = self._session.step()
         except Interrupted:
+            self._interrupted, updates = True, []
             self.reached.interrupts += 1
-            updates = []
         self._idle = 0 if updates else self._idle + 1
         if self._idle > PATIENCE:
             raise Mismatch(f"{len(self._running)} requests have had no update for {PATIENCE} steps")

@@ -59,6 +59,23 @@ def test_a_session_goes_on_after_an_interrupt(decoder, moment, penalty):
         assert last[index].output.new_tokens[0].tolist() == expected
 
 
+def test_a_removed_request_has_no_update_of_an_interrupted_step_either(decoder):
+    session, interrupts = decoder.open_session(2, max_seq_len=64), [9]
+
+    def interrupted(tokens):
+        if len(tokens) in interrupts:
+            interrupts.clear()
+            raise KeyboardInterrupt
+        return False
+
+    ids = [session.add(prompt_of(4), 20), session.add(prompt_of(4), 20, should_stop=interrupted)]
+    with suppress(KeyboardInterrupt):
+        while interrupts:
+            session.step()
+    session.remove(ids[0])
+    assert {update.request_id for update in session.step()} == {ids[1]}
+
+
 def test_an_interrupted_round_is_gone_on_with(decoder):
     """Not repeated from where it was: another round would draw with other noise."""
     params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]

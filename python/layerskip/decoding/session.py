@@ -222,6 +222,7 @@ class Session:
     def remove(self, request_id: int) -> None:
         """Drop a request at once, without an update."""
         self._take(request_id)
+        self._updates = [update for update in self._updates if update.request_id != request_id]  # of interrupted steps
 
     def release(self, request_id: int) -> None:
         """Forget the keys and values of a request that was kept."""
