@@ -17,13 +17,14 @@ SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench triton-report cuda cuda-report wheel clean
+.PHONY: help setup demo test soak lint format bench triton-report cuda cuda-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make setup   the virtual environment, the dependencies and the native kernels (the others do this by themselves)'
 	@echo 'make demo    decode a few prompts, autoregressively and self-speculatively, side by side'
 	@echo 'make test    run all tests'
+	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make triton-report   what the compiler makes of the Triton kernels; needs triton, no GPU'
@@ -39,6 +40,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+SOAK_MINUTES ?= 15
+soak: setup
+	$(BIN)/python -m tools.soak --minutes $(SOAK_MINUTES) $(SOAK_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -24,6 +24,8 @@ PATHS = ("reference", *ISAS)
 # eight spacings (2^-23), about what re-ordering a sum of 2048 products moves it by.
 TOLERANCES = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-10, torch.float16: 2.0**-13}
 
+MANY_ROWS = (49, 64, 100)  # more than any kernel takes at a time: 48 on the CPU, 16 on cards
+
 
 @contextmanager
 def running_on(name: str) -> Iterator[None]:
@@ -106,6 +108,23 @@ def rope_tables(positions: int, size: int) -> tuple[Tensor, Tensor]:
     """cos and sin [positions, C/2] in fp32, base 10000."""
     angles = torch.outer(torch.arange(positions).double(), 10000.0 ** (-torch.arange(0, size, 2).double() / size))
     return angles.cos().float(), angles.sin().float()
+
+
+def needles(dtype: torch.dtype, split: int) -> tuple[list[Tensor], Tensor]:
+    """Queries [1, 3, 2, 8] that each look for one position, as `verify_attention` takes them; and the answer.
+
+    Sought are the first position, the last that all rows see, and both sides of the ends of one and of 32 splits. A key
+    that is sought is 16 times a unit vector of its own and so is its query, a score of 90; all others are 0, so that
+    together they weigh less than 1e-30. The answer is a small integer that is not 0.
+    """
+    capacity = 32 * split + 40
+    wanted = [0, split - 1, split, 32 * split - 1, 32 * split, capacity - 3]
+    units = 16 * torch.eye(6, 8, dtype=dtype)
+    keys = torch.zeros(capacity, 8, dtype=dtype)
+    keys[wanted] = units
+    values = Inputs(dtype).integers(1, 101, capacity, 8).to(dtype)
+    caches = [one.view(1, 1, capacity, 8) for one in (keys, values)]
+    return [units.view(1, 3, 2, 8), *caches, torch.tensor([capacity - 3])], values[wanted].view(1, 3, 2, 8)
 
 
 def double(value: Any) -> Any:

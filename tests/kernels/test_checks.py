@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerskip_kernels as lk
 from layerskip_kernels import functional
-from layerskip_kernels.bundles import OPTIONAL_WEIGHTS
+from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 
 from .common import PATHS, Inputs, run, running_on
 from .examples import CALLS, EPS, SIZES, example, layer_weights
@@ -328,6 +328,18 @@ def test_strides(op: str, name: str) -> None:
     args = changed(op, name, strided)
     assert not args[name].is_contiguous()
     message = f"{name} must be contiguous, its strides are {tuple(args[name].stride())}"
+    refuse(args, op, ValueError, message)
+
+
+@pytest.mark.parametrize("layer", range(SIZES["L"]))
+@pytest.mark.parametrize("place", [place for place, name in enumerate(REQUIRED_WEIGHTS) if "norm" not in name])
+@pytest.mark.parametrize("op", ["partial_forward", "draft", "speculative_round"])
+def test_strides_of_layers(op: str, place: int, layer: int) -> None:
+    """Of every layer, not only of the first, whose shapes the others are compared with."""
+    args = example(op)
+    at = layer * len(REQUIRED_WEIGHTS) + place
+    args["weights"][at] = strided(args["weights"][at])
+    message = f"{REQUIRED_WEIGHTS[place]} must be contiguous, its strides are {tuple(args['weights'][at].stride())}"
     refuse(args, op, ValueError, message)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerskip_kernels as lk
 from layerskip_kernels import _extension, dispatch, reference
@@ -60,6 +61,28 @@ def test_forced_reference_is_what_the_public_function_runs(op: str, monkeypatch:
     with lk.use_backend("reference"), pytest.raises(Reached):
         run(op, *example(op).values())
     run(op, *example(op).values())
+
+
+CUDA_ORDER, CPU_ORDER = ["cuda", "triton", "reference"], ["cpu", "reference"]
+
+
+@pytest.mark.parametrize(("device", "order"), [("cuda", CUDA_ORDER), ("cpu", CPU_ORDER), ("meta", ["reference"])])
+def test_the_first_that_can_serves(device: str, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By device; each stand-in refuses in its turn, and those before the one that serves are listed in order."""
+    refusing: set[str] = set()
+    for backend in dispatch.BACKENDS:
+        reason = lambda *args, own=backend: f"{own} is busy" if own in refusing else None  # noqa: E731
+        stand_in = dispatch.Implementation(lambda *args: None, reason)
+        monkeypatch.setitem(dispatch._table["rms_norm"], backend, stand_in)
+    with FakeTensorMode():
+        args = torch.empty(2, 4, device=device), torch.empty(4, device=device), 1e-5
+    for place, backend in enumerate(order):
+        explanation = lk.explain("rms_norm", *args)
+        assert explanation.backend == backend
+        assert list(explanation.skipped.items()) == [(one, f"{one} is busy") for one in order[:place]]
+        refusing.add(backend)
+    with pytest.raises(lk.BackendError, match="no backend serves rms_norm"):
+        lk.explain("rms_norm", *args)
 
 
 def test_forced_backend_does_not_fall_back() -> None:

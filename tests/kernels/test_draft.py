@@ -115,6 +115,31 @@ def test_drafting_stops_below_the_probability(path: str, extend: bool) -> None:
     assert len(lengths) > 2, "the case tests nothing"
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_probability_that_is_the_threshold_is_enough(path: str) -> None:
+    """The least of all probabilities as the threshold ends nothing, the next larger number ends that draft there."""
+    with running_on(path):
+        full = run("draft", *args_of(torch.float32).values())
+        least = full.probability.min()
+        equal = run("draft", **args_of(torch.float32, draft_threshold=float(least)))
+        assert_same_bits(tuple(equal), tuple(full))
+        above = float(torch.nextafter(least, torch.tensor(1.0)))
+        ended = run("draft", **args_of(torch.float32, draft_threshold=above)).tokens < 0
+    b, row = divmod(int(full.probability.argmin()), SIZES["K"])
+    assert ended[b].tolist() == [False] * row + [True] * (SIZES["K"] - row)
+    assert not ended[1 - b].any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_certain_token_is_drafted_at_a_threshold_of_1(path: str) -> None:
+    """A head of one token gives it the probability exp(0)."""
+    head = {"head_weight": Inputs(torch.float32).normal(1, SIZES["D"]), "token_map": torch.tensor([5]), "scale": None}
+    with running_on(path):
+        out = run("draft", **args_of(torch.float32, draft_threshold=1.0, **head))
+    assert out.tokens.tolist() == [[5] * SIZES["K"]] * SIZES["B"]
+    assert out.probability.tolist() == [[1.0] * SIZES["K"]] * SIZES["B"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_full_head_drafts_too(dtype: torch.dtype) -> None:
     head = Inputs(dtype, seed=1).normal(SIZES["V"], SIZES["D"])

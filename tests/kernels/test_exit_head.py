@@ -16,6 +16,7 @@ from layerskip_kernels.reference import exit_head_ref
 
 from .common import (
     DTYPES,
+    MANY_ROWS,
     PATHS,
     Inputs,
     assert_as_good_as,
@@ -82,6 +83,20 @@ def test_row_counts(path: str, dtype: torch.dtype) -> None:
         out = lk.exit_head(*args)
         assert_as_good_as(out.logit, eager(args)[0], logit, dtype)
         assert_as_good_as(out.logsumexp, eager(args)[1], logsumexp, dtype)
+
+
+@pytest.mark.parametrize("head", ["full", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", MANY_ROWS)
+def test_many_rows(path: str, rows: int, dtype: torch.dtype, head: str) -> None:
+    """Right to the last, and with the bits that it has alone."""
+    args = arguments(dtype, rows, 97, 203, head)
+    _, logit, logsumexp = exit_head_ref(*double(args))
+    out = lk.exit_head(*args)
+    assert_as_good_as(out.logit, eager(args)[0], logit, dtype)
+    assert_as_good_as(out.logsumexp, eager(args)[1], logsumexp, dtype)
+    if path != "reference":
+        assert_same_bits(lk.exit_head(args[0][-1:], *args[1:]), [one[-1:] for one in out])
 
 
 def one_hot(dtype: torch.dtype, values: list[list[float]], int8: bool = False) -> list[Tensor | float | None]:

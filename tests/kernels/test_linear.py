@@ -12,6 +12,7 @@ from layerskip_kernels.reference import linear_ref
 
 from .common import (
     DTYPES,
+    MANY_ROWS,
     Inputs,
     assert_as_good_as,
     assert_rows_alone,
@@ -58,6 +59,18 @@ def test_row_counts(path: str, dtype: torch.dtype, width: int) -> None:
     for rows in ROWS:
         args = arguments(dtype, rows, width, 23, "bias and residual")
         assert_as_good_as(lk.linear(*args), eager(*args), linear_ref(*double(args)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", MANY_ROWS)
+def test_many_rows(path: str, rows: int, dtype: torch.dtype) -> None:
+    """Right to the last, and with the bits that it has alone."""
+    args = arguments(dtype, rows, 97, 23, "bias and residual")
+    out = lk.linear(*args)
+    assert_as_good_as(out, eager(*args), linear_ref(*double(args)), dtype)
+    if path != "reference":
+        x, weight, bias, residual = args
+        assert_same_bits(lk.linear(x[-1:], weight, bias, residual[-1:]), out[-1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

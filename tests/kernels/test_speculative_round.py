@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS
 from layerskip_kernels.rounds import compose_round
 from layerskip_kernels.schemas import bind
 
@@ -36,15 +38,16 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, ...]:
     shallow, deep = args["weights"][: each * args["exit_layer"]], args["weights"][each * args["exit_layer"] :]
     slots, temperature, limit = args.get("slots"), args.get("temperature"), args.get("draft_threshold", 0.0)
     draws = () if temperature is None else (temperature, args["seed"])
+    device = args["token"].device
     batch, steps, scored = len(args["token"]), args["num_speculations"], len(args["draft_head_weight"])
-    draft_logits = torch.empty(batch, steps, scored) if draws else None
+    draft_logits = torch.empty(batch, steps, scored, device=device) if draws else None
     drafted = run(
         "draft", args["token"], args["embedding"], shallow, *layers, args["exit_layer"], head[0],
         args["draft_head_weight"], EPS, steps, True, args["draft_token_map"], args["draft_head_scale"], slots, limit,
         *(draws or (None, None)), draft_logits,
     )  # fmt: skip
     hidden = run("partial_forward", drafted.states, deep, *layers, args["exit_layer"], depth, EPS, slots)
-    logits = torch.empty(batch, steps + 1, SIZES["V"])
+    logits = torch.empty(batch, steps + 1, SIZES["V"], device=device)
     target = lk.exit_head(hidden.flatten(0, 1), *head, logits=logits.view(-1, SIZES["V"])).token.view(batch, steps + 1)
     if draws:
         accepted = lk.accept_sampled(
@@ -122,6 +125,36 @@ def test_rounds_give_the_tokens_of_autoregressive_decoding(isa: str, dtype: torc
         args["token"] = out.next_token
     for b, text in enumerate(texts):
         assert text[:4] == expected[b, : len(text[:4])].tolist()
+
+
+def starts(tokens: list[int]) -> dict[str, Any]:
+    """A sequence for each token, without a past; the deep layer adds nothing, so that every draft is accepted."""
+    args, batch = example("speculative_round"), len(tokens)
+    args.update(draft_head_weight=None, draft_token_map=None, draft_head_scale=None)
+    args.update(token=torch.tensor(tokens), seq_lens=torch.zeros(batch, dtype=torch.int64))
+    for name in ("k_cache", "v_cache"):
+        args[name] = torch.zeros(SIZES["L"], batch, *args[name].shape[2:])
+    each = len(args["weights"]) // SIZES["L"]
+    for place, name in enumerate(REQUIRED_WEIGHTS, each):
+        if name in ("o", "down"):
+            args["weights"][place] = torch.zeros_like(args["weights"][place])
+    return args
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_as_many_rows_are_verified_as_the_longest_draft_has(path: str, order: tuple[int, ...]) -> None:
+    """A threshold leaves three sequences four drafts, some and none, in every order; each is accepted whole."""
+    free = run("speculative_round", **starts(list(range(SIZES["V"]))))
+    assert (free.accepted == SIZES["K"]).all()
+    threshold = float(free.probability[:, 0].median()) - 1e-4
+    counts = (free.probability >= threshold).long().cumprod(1).sum(1)
+    chosen = [int((counts == count).nonzero()[0]) for count in (SIZES["K"], int(counts[counts > 0].min()), 0)]
+    chosen = [chosen[place] for place in order]
+    out = run("speculative_round", **starts(chosen), draft_threshold=threshold)
+    assert len({*counts[chosen].tolist()}) == 3
+    assert out.accepted.tolist() == counts[chosen].tolist()
+    following = torch.cat([free.tokens, free.next_token[:, None]], 1)  # [V, K + 1]
+    assert out.next_token.tolist() == following[chosen, counts[chosen]].tolist()
 
 
 def test_heads_that_a_round_does_not_take() -> None:

@@ -12,6 +12,7 @@ from layerskip_kernels.reference import swiglu_ref
 
 from .common import (
     DTYPES,
+    MANY_ROWS,
     Inputs,
     assert_as_good_as,
     assert_rows_alone,
@@ -46,6 +47,17 @@ def test_row_counts(path: str, dtype: torch.dtype) -> None:
     for rows in range(1, 18):
         args = arguments(dtype, rows, 97, 23)
         assert_as_good_as(lk.swiglu(*args), eager(*args), swiglu_ref(*double(args)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", MANY_ROWS)
+def test_many_rows(path: str, rows: int, dtype: torch.dtype) -> None:
+    """Right to the last, and with the bits that it has alone."""
+    args = arguments(dtype, rows, 97, 23)
+    out = lk.swiglu(*args)
+    assert_as_good_as(out, eager(*args), swiglu_ref(*double(args)), dtype)
+    if path != "reference":
+        assert_same_bits(lk.swiglu(args[0][-1:], *args[1:]), out[-1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,6 +18,7 @@ from .common import (
     assert_same_result,
     assert_threads_agree,
     double,
+    needles,
     strided,
 )
 
@@ -60,10 +61,18 @@ def test_float64(path: str, heads: tuple[int, int], size: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[700], [1500], [3, 1500, 255, 256, 0]])
+@pytest.mark.parametrize("lengths", [[700], [1500], [3, 1500, 255, 256, 0], [2080, 4200]])
 def test_long_contexts(path: str, lengths: list[int], dtype: torch.dtype) -> None:
     """Across the splits of a context, and sequences of very different lengths beside each other."""
-    check(arguments(dtype, lengths, 6, 6, 2, 64, capacity=1510), dtype)
+    check(arguments(dtype, lengths, 6, 6, 2, 64, capacity=max(lengths) + 10), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split", [64, 256, 512])
+def test_every_split_is_seen(path: str, split: int, dtype: torch.dtype) -> None:
+    """The value of one position of very many, whatever the size of a split."""
+    args, expected = needles(dtype, split)
+    assert_same_bits(lk.verify_attention(*args), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,12 @@ from layerskip.transformers import acceleration, fused
 from layerskip_kernels import BackendError, use_backend
 
 # Largest difference of logits, which are of order 1.
-TOLERANCES = {"fp32": 2e-5, "bf16 excess": 2.0}  # the latter in units of transformers' own error in bf16; 1.2 seen
+TOLERANCES = {
+    "fp32": 2e-5,
+    # In units of transformers' own error to the fp32 truth of the same bf16 weights, the root of the mean square over
+    # 96 rows. The fused modules round no more often, so only chance makes it larger: about 1/sqrt(2 · 96) = 7 %.
+    "bf16 rms": 1.1,
+}
 EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,12 +86,18 @@ def test_logits(architecture, rows):
 
 @EVERY
 def test_bf16_is_as_close_to_the_truth_as_transformers(architecture):
-    tokens = random_tokens(1, 8)
-    truth = logits(tiny_model(architecture), tokens)
-    model = tiny_model(architecture, torch.bfloat16)
-    own = (logits(model, tokens).float() - truth).abs().max()
-    ours = (logits(accelerate(model), tokens).float() - truth).abs().max()
-    assert ours <= TOLERANCES["bf16 excess"] * own
+    model, truth_model = tiny_model(architecture, torch.bfloat16), tiny_model(architecture)
+    truth_model.load_state_dict(model.state_dict())
+    prompts = [random_tokens(1, 8, seed) for seed in range(12)]  # short, so that the fused kernels take them
+    truth = torch.cat([logits(truth_model, tokens) for tokens in prompts])
+
+    def error():
+        found = torch.cat([logits(model, tokens) for tokens in prompts]).float()
+        return (found - truth).square().mean().sqrt()
+
+    own = error()
+    accelerate(model)
+    assert error() <= TOLERANCES["bf16 rms"] * own
 
 
 def test_prompts_and_large_batches_take_torchs_matmuls(calls):

@@ -23,7 +23,10 @@ from layerskip_kernels import Noise
 # Logits of the tiny models are of order 1.
 TOLERANCES = {
     "fp32": 2e-5,  # the same sums in another order, through 4 layers; 7e-6 seen
-    "bf16 excess": 2.0,  # the largest error to fp32 truth, in units of transformers' own in bf16; 0.7 to 1.2 seen
+    # The error to fp32 truth in units of transformers' own in bf16, which rounds at least as often: only chance makes
+    # ours larger, the mean square over 96 positions by about 1/sqrt(2 · 96) = 7 %; 0.75 to 1.01 seen over six seeds.
+    "bf16 rms": 1.1,
+    "bf16 largest": 1.3,  # of 9696; 0.7 to 1.2 seen
 }
 EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
@@ -179,9 +182,10 @@ def test_bf16_is_as_exact_as_transformers(architecture):
     truth_model, tokens = tiny_model(architecture), random_tokens(4, 24)
     truth_model.load_state_dict(hf.state_dict())  # the same values, computed with in fp32
     truth = hf_logits(truth_model, tokens)
-    theirs = (hf_logits(hf, tokens).float() - truth).abs().max()
-    ours = (logits_of(hf, run(adapt(hf), tokens, 16, 2)).float() - truth).abs().max()
-    assert ours <= TOLERANCES["bf16 excess"] * theirs
+    theirs = hf_logits(hf, tokens).float() - truth
+    ours = logits_of(hf, run(adapt(hf), tokens, 16, 2)).float() - truth
+    assert ours.square().mean().sqrt() <= TOLERANCES["bf16 rms"] * theirs.square().mean().sqrt()
+    assert ours.abs().max() <= TOLERANCES["bf16 largest"] * theirs.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ PARAMS = [
     SamplingParams(1.0, repetition_penalty=1.4),
     SamplingParams(0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=0.8, logit_bias={3: 4.0, 9: -math.inf}),
     SamplingParams(1.0, top_k=500, top_p=1e-6),
+    SamplingParams(1.0, top_k=5, top_p=0.9),
     SamplingParams(0.0, repetition_penalty=1.3, logit_bias={5: 2.0}, top_k=1),
 ]
 
@@ -101,6 +102,12 @@ class TestLogitsPipeline:
         ours = LogitsPipeline([params] * 9, [None] * 9, VOCABULARY, CPU)(logits, histories)
         theirs = warpers(params)(torch.stack(histories), logits.clone())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+    def test_top_p_is_a_share_of_what_top_k_leaves(self):
+        """Of 0.4, 0.3, 0.2, 0.1 the two largest are 4/7 and 3/7; 4/7 is more than 0.55, while 0.4 is not."""
+        logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+        kept = LogitsPipeline([SamplingParams(1.0, top_k=2, top_p=0.55)], [None], 4, CPU)(logits, [torch.tensor([0])])
+        assert kept.isfinite().tolist() == [[False, True, False, False]]
 
     def test_each_sequence_has_its_own(self):
         logits, histories = self.logits(len(PARAMS)), [prompt_of(12, seed)[0] for seed in range(len(PARAMS))]
@@ -341,6 +348,22 @@ def test_no_token_comes_twice_under_a_strict_penalty(decoder):
     for strategy in ("autoregressive", "self_speculative"):
         out = decoder.generate(prompt_of(5), 40, strategy=strategy, logits_processor=once)
         assert out.sequences[0].unique().numel() == prompt_of(5).unique().numel() + 40
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("threshold", [0.5, 0.5000001])
+def test_a_probability_that_is_the_threshold_is_enough(temperature, threshold):
+    """Two tokens are left, each of probability 0.5: a greedy draft goes on at 0.5, and above it there is none; one that
+    is drawn ends above it after its first token."""
+
+    def halves(history, logits):
+        return torch.full_like(logits, -math.inf).index_fill(0, torch.tensor([7, 9]), 0.0)
+
+    decoder = SelfSpeculativeDecoder(tiny_model(), 1, 4)
+    options = {"draft_threshold": threshold, "logits_processor": halves, "eos_token_id": []}
+    out = decoder.generate(prompt_of(5), 11, sampling=SamplingParams(temperature, seed=1), **options)
+    assert out.stats.accepted_per_round[0] == {0.5: 4}.get(threshold, int(temperature))
+    assert set(out.new_tokens[0].tolist()) <= {7, 9}
 
 
 def threshold_excess(model) -> float:

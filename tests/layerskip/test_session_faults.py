@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def alone(decoder, prompt, new_tokens=20, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("moment", [1, 4, 9])
+@pytest.mark.parametrize("moment", [1, 4, 9, 20])
 def test_a_session_goes_on_after_an_interrupt(decoder, moment, penalty):
     """In the middle of a round: nothing is lost or wrong, whoever was or was not written down before it."""
     calls = 0
@@ -56,6 +57,64 @@ def test_a_session_goes_on_after_an_interrupt(decoder, moment, penalty):
         expected = alone(decoder, prompt_of(4, index), sampling=params)
         assert tokens[index] == expected
         assert last[index].output.new_tokens[0].tolist() == expected
+
+
+def test_a_removed_request_has_no_update_of_an_interrupted_step_either(decoder):
+    session, interrupts = decoder.open_session(2, max_seq_len=64), [9]
+
+    def interrupted(tokens):
+        if len(tokens) in interrupts:
+            interrupts.clear()
+            raise KeyboardInterrupt
+        return False
+
+    ids = [session.add(prompt_of(4), 20), session.add(prompt_of(4), 20, should_stop=interrupted)]
+    with suppress(KeyboardInterrupt):
+        while interrupts:
+            session.step()
+    session.remove(ids[0])
+    assert {update.request_id for update in session.step()} == {ids[1]}
+
+
+def test_an_interrupted_round_is_gone_on_with(decoder):
+    """Not repeated from where it was: another round would draw with other noise."""
+    params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]
+
+    def interrupted(tokens):
+        if len(tokens) in interrupts:
+            interrupts.remove(len(tokens))
+            raise KeyboardInterrupt
+        return False
+
+    session = decoder.open_session(2, max_seq_len=64)
+    session.add(prompt_of(4), 20, should_stop=interrupted, sampling=params)
+    updates = []
+    while len(session):
+        with suppress(KeyboardInterrupt):
+            updates += session.step()
+    assert not interrupts
+    expected = decoder.generate(prompt_of(4).view(1, -1), 20, sampling=params)
+    assert updates[-1].output.new_tokens.equal(expected.new_tokens)
+    assert updates[-1].output.stats.accepted_per_round == expected.stats.accepted_per_round
+
+
+def test_a_rule_that_was_interrupted_is_asked_again(decoder):
+    """For the same token, whose answer is not lost."""
+    asked, session = [], decoder.open_session(1, max_seq_len=64)
+
+    def interrupted_where_it_ends(tokens):
+        asked.append(len(tokens))
+        if asked.count(5) == 1 and len(tokens) == 5:
+            raise KeyboardInterrupt
+        return len(tokens) == 5
+
+    session.add(prompt_of(4), 20, should_stop=interrupted_where_it_ends)
+    updates = []
+    while len(session):
+        with suppress(KeyboardInterrupt):
+            updates += session.step()
+    assert asked == [1, 2, 3, 4, 5, 5]
+    assert (updates[-1].reason, updates[-1].output.new_tokens[0].tolist()) == ("stop", alone(decoder, prompt_of(4))[:5])
 
 
 def test_a_prompt_that_cannot_be_read_ends_its_own_request(decoder, monkeypatch):

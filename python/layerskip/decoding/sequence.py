@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,9 @@ class TokenSequence:
         self.reason: str | None = None
         self.history: History | None = None
         self.reused = 0
+        self._rest: deque[tuple[int, bool]] = deque()  # tokens of a round not emitted yet; whether they were drafts
+        self._fault: str | None = None
+        self._round_start = 0
         self._accepted: list[int] = []
         self._num_drafted = 0
         self._started = clock()
@@ -97,33 +101,48 @@ class TokenSequence:
         FloatingPointError
             With ``fault``, unless the sequence ends before ``token``.
         """
-        before = len(self.tokens)
         self._num_drafted += min(num_drafted, self.remaining)  # other sequences of the batch may need more drafts
+        self._round_start, self._fault = len(self.tokens), fault
+        self._rest = deque([*((draft, True) for draft in accepted), (token, False)])
+        self.resume()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an interrupt kept tokens of the last round from being emitted."""
+        return bool(self._rest)
+
+    def resume(self) -> None:
+        """Emit what is left of a round; raises as `add` does."""
+        before = len(self.tokens)
         try:
-            self._emit_round(accepted, token, fault)
+            self._emit_rest()
         finally:  # a rule may raise in the middle
             if self.history is not None:
                 self.history.append(self.tokens[before:])
-        if before:
-            self._accepted.append(sum(self.drafted[before:]))
+        if self._round_start:
+            self._accepted.append(sum(self.drafted[self._round_start :]))
         else:
             self._first_token_at = self._clock()
 
-    def _emit_round(self, accepted: list[int], token: int, fault: str | None) -> None:
-        for draft in accepted:
-            self._emit(draft, True)
+    def _emit_rest(self) -> None:
+        while self._rest:
+            token, drafted = self._rest[0]
+            if not drafted and self._fault is not None:
+                raise FloatingPointError(self._fault)
+            self._emit(token, drafted)
+            self._rest.popleft()
             if self.reason is not None:
-                return
-        if fault is not None:
-            raise FloatingPointError(fault)
-        self._emit(token, False)
+                self._rest.clear()
 
     def _emit(self, token: int, drafted: bool) -> None:
+        rule, ends = self._ending.should_stop, token in self._ending.eos
+        # Asked before the token counts: where an interrupt leaves the rule without an answer, it is asked again.
+        stops = not ends and rule is not None and rule([*self.tokens, token])
         self.tokens.append(token)
         self.drafted.append(drafted)
-        if token in self._ending.eos:
+        if ends:
             self.reason = "eos"
-        elif self._ending.should_stop is not None and self._ending.should_stop(self.tokens.copy()):
+        elif stops:
             self.reason = "stop"
         elif self.remaining == 0:
             self.reason = "length"

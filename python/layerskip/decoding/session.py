@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -202,6 +202,8 @@ class Session:
             At most one for each request.
         """
         try:
+            for request in [one for one in self._running.values() if one.sequence.interrupted]:
+                self._emit(request, request.sequence.resume)
             for batch in self._current_batches():
                 self._run_round(batch)
             self._read_prompts()
@@ -220,6 +222,7 @@ class Session:
     def remove(self, request_id: int) -> None:
         """Drop a request at once, without an update."""
         self._take(request_id)
+        self._updates = [update for update in self._updates if update.request_id != request_id]  # of interrupted steps
 
     def release(self, request_id: int) -> None:
         """Forget the keys and values of a request that was kept."""
@@ -298,7 +301,7 @@ class Session:
         self._running[request.id] = request
         self._batches = None
         fault = request.fault(token, "the head", request.reading.depth, position)
-        self._emit(request, [], token, 0, fault, failures.get(0))
+        self._emit(request, lambda: request.sequence.add([], token, 0, fault), failures.get(0))
 
     @torch.inference_mode()
     def _first_token(self, request: Request, position: int) -> tuple[int, dict[int, Exception]]:
@@ -358,22 +361,14 @@ class Session:
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
         if request.method.adaptive:
             request.acceptance.observe(kind.exit_layer, accepted, num_drafted)
-        self._emit(request, drafts[:accepted], token, num_drafted, fault, failure)
+        self._emit(request, lambda: request.sequence.add(drafts[:accepted], token, num_drafted, fault), failure)
 
-    def _emit(
-        self,
-        request: Request,
-        accepted: list[int],
-        token: int,
-        num_drafted: int,
-        fault: str | None,
-        failure: Exception | None,
-    ) -> None:
-        """Add tokens to a request's sequence; end the request where they or an exception end it."""
+    def _emit(self, request: Request, emit: Callable[[], None], failure: Exception | None = None) -> None:
+        """Let tokens be added to a request's sequence; end the request where they or an exception end it."""
         sequence, error = request.sequence, failure
         try:
             if error is None:
-                sequence.add(accepted, token, num_drafted, fault)
+                emit()
         except Exception as raised:  # by the request's own rule, or for the fault: the other requests go on
             error = raised
         if error is not None:

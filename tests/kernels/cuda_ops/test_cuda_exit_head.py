@@ -8,12 +8,21 @@ from torch import Tensor
 
 from layerskip_kernels.reference import exit_head_ref
 
-from ..common import DTYPES, Inputs, assert_as_good_as, assert_same_bits, double
+from ..common import DTYPES, MANY_ROWS, Inputs, assert_as_good_as, assert_same_bits, double
 from ..test_exit_head import HEADS, arguments, eager, one_hot
 from .runners import Emulated, Ops
 
-# R, D, V: one of everything; unaligned rows; a tail of everything; two passes; segments of 256 bytes filled exactly
-SHAPES = [(1, 1, 1), (7, 41, 203), (9, 72, 530), (17, 40, 100), (2, 256, 64), (0, 16, 8)]
+# R, D, V: one of everything; unaligned rows; a tail of everything; two passes; segments of 256 bytes filled exactly;
+# many passes
+SHAPES = [
+    (1, 1, 1),
+    (7, 41, 203),
+    (9, 72, 530),
+    (17, 40, 100),
+    (2, 256, 64),
+    (0, 16, 8),
+    *((rows, 9, 21) for rows in MANY_ROWS),
+]
 
 
 @pytest.mark.parametrize("head", HEADS)

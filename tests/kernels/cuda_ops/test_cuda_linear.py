@@ -9,12 +9,13 @@ from torch import Tensor
 
 from layerskip_kernels.reference import linear_ref, swiglu_ref
 
-from ..common import DTYPES, Inputs, assert_as_good_as, assert_rows_alone, assert_same_bits, double
+from ..common import DTYPES, MANY_ROWS, Inputs, assert_as_good_as, assert_rows_alone, assert_same_bits, double
 from .cases import misaligned
 from .runners import Emulated, Ops
 
-# R, D_in, D_out: below a tile and a chunk; odd; one past tiles; deeper than the ring of weights in shared memory.
-SHAPES = [(1, 3, 1), (5, 41, 21), (9, 104, 33), (17, 72, 16), (2, 2200, 18)]
+# R, D_in, D_out: below a tile and a chunk; odd; one past tiles; deeper than the ring of weights in shared memory;
+# many passes.
+SHAPES = [(1, 3, 1), (5, 41, 21), (9, 104, 33), (17, 72, 16), (2, 2200, 18), *((rows, 9, 5) for rows in MANY_ROWS)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

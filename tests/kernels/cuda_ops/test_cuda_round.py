@@ -108,6 +108,17 @@ def test_a_threshold_stops_each_sequence_on_its_own(ops: Ops) -> None:
     assert out.states[1 - stopped, 1].any()
 
 
+def test_a_probability_that_is_the_threshold_is_enough(ops: Ops) -> None:
+    """And the next larger number is not."""
+    whole = ops.draft(*args_of("draft").values())
+    least = whole.probability.min()
+    equal = ops.draft(*args_of("draft", slots=None, draft_threshold=float(least)).values())
+    assert_same_bits(tuple(equal), tuple(whole))
+    above = float(torch.nextafter(least, torch.tensor(1.0)))
+    tokens = ops.draft(*args_of("draft", slots=None, draft_threshold=above).values()).tokens
+    assert (tokens.flatten()[whole.probability.argmin()]) == -1
+
+
 def test_a_head_without_finite_logits_names_no_token(ops: Ops) -> None:
     """And the draft goes on from row 0 of the embedding, without reading outside it."""
     args = args_of("draft")

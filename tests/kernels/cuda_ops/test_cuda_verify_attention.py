@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerskip_kernels.reference import verify_attention_ref
 
-from ..common import DTYPES, assert_as_good_as, assert_same_bits, double
+from ..common import DTYPES, assert_as_good_as, assert_same_bits, double, needles
 from ..test_verify_attention import arguments, eager
 from .cases import misaligned, scattered
 from .runners import Emulated, Ops
@@ -35,6 +35,12 @@ def test_float64(ops: Ops, heads: int, groups: int, size: int, dtype: torch.dtyp
 def test_across_splits(ops: Ops, dtype: torch.dtype) -> None:
     """Lengths on both sides of a split's end, which the rows of one step straddle."""
     check(ops, arguments(dtype, [3, 125, 128, 255, 390], 5, 6, 2, 16, capacity=400), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_split_is_seen(ops: Ops, dtype: torch.dtype) -> None:
+    args, expected = needles(dtype, 128)
+    assert_same_bits(ops.verify_attention(*args), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton_cases import ATTENTION_TOLERANCES, DTYPES, agrees, close, normal, on_backend, same_bits
 
 import layerskip_kernels as lk
+from tests.kernels.common import needles
 
 NAN = float("nan")
 SPLIT = 512  # layerskip_kernels.triton.attention.SPLIT, which cannot be imported where triton is absent
@@ -78,6 +79,12 @@ def test_verify_attention(
     caches = filled_cache([length + rows for length in lengths], groups, capacity, size, dtype, device)
     out = agrees(lk.verify_attention, q, *caches, torch.tensor(lengths, device=device), tolerances=ATTENTION_TOLERANCES)
     assert out.isfinite().all()
+
+
+def test_every_split_is_seen(device: torch.device) -> None:
+    args, expected = needles(torch.float32, SPLIT)
+    with lk.use_backend("triton"):
+        same_bits(lk.verify_attention(*(arg.to(device) for arg in args)).cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

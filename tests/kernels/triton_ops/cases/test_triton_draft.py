@@ -11,11 +11,9 @@ from torch import Tensor
 from triton_cases import close, on_backend, same_bits
 
 import layerskip_kernels as lk
-from layerskip_kernels.rounds import compose_round
 from tests.kernels.common import run
 from tests.kernels.examples import example
-
-NAMES = ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
+from tests.kernels.test_speculative_round import composed
 
 
 def arguments(op: str, dtype: torch.dtype, device: torch.device, **given: Any) -> dict[str, Any]:
@@ -79,6 +77,17 @@ def test_a_draft_stops_where_it_is_unsure(device: torch.device) -> None:
         close(mine, true, 1e-5)
 
 
+def test_a_probability_that_is_the_threshold_is_enough(device: torch.device) -> None:
+    """And the next larger number is not."""
+    args = arguments("draft", torch.float32, device)
+    free, _ = on_backend("triton", partial(run, "draft"), *positional(args, *DRAFT_REST))
+    least = free.probability.min()
+    for limit, ends in ((least, False), (torch.nextafter(least, torch.ones_like(least)), True)):
+        args["draft_threshold"] = float(limit)
+        out, _ = on_backend("triton", partial(run, "draft"), *positional(args, *DRAFT_REST))
+        assert bool(out.tokens.flatten()[free.probability.argmin()] < 0) == ends
+
+
 def test_a_head_that_is_not_finite_ends_a_draft_only_with_a_threshold(device: torch.device) -> None:
     args = arguments("draft", torch.float32, device, draft_threshold=0.0)
     args["scale"] = torch.full_like(args["scale"], float("nan"))
@@ -101,7 +110,7 @@ def test_a_token_that_is_none(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("draft_threshold", "sampled"), [(0.0, False), (0.2, False), (0.0, True)])
 def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.device) -> None:
-    """Bit for bit the public ops in a row, in slots of a larger cache; the tokens and lengths are the reference's."""
+    """Bit for bit the ops in a row, in slots of a larger cache; the tokens and lengths are the reference's."""
     more = {**(draws(device) if sampled else {}), "draft_threshold": draft_threshold}
     args = arguments("speculative_round", torch.float32, device, **more)
     args["slots"] = torch.tensor([2, 0], device=device)
@@ -110,11 +119,12 @@ def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.
     given = positional(args, *ROUND_REST)
     ours, our_args = on_backend("triton", partial(run, "speculative_round"), *given)
     truth, true_args = on_backend("reference", partial(run, "speculative_round"), *given)
-    parts, part_args = on_backend("triton", compose_round, {name: partial(run, name) for name in NAMES}, *given)
-    for mine, part in zip(ours, parts, strict=True):
-        same_bits(mine, part)
+    apart = {name: value.clone() if isinstance(value, Tensor) else value for name, value in args.items()}
+    with lk.use_backend("triton"):
+        for mine, part in zip(ours, composed(apart), strict=True):
+            same_bits(mine, part)
     assert ours.tokens.tolist() == truth.tokens.tolist()
     assert ours.accepted.tolist() == truth.accepted.tolist()
     assert ours.next_token.tolist() == truth.next_token.tolist()
     lengths = list(args).index("seq_lens")
-    assert our_args[lengths].tolist() == true_args[lengths].tolist() == part_args[1 + lengths].tolist()
+    assert our_args[lengths].tolist() == true_args[lengths].tolist() == apart["seq_lens"].tolist()

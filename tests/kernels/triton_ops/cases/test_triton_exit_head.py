@@ -11,6 +11,7 @@ from torch import Tensor
 from triton_cases import DTYPES, agrees, close, normal, on_backend, same_bits
 
 import layerskip_kernels as lk
+from tests.kernels.common import MANY_ROWS
 
 # The reference rounds the normed row like the kernel, so only sums in fp32 differ. In the interpreter a bf16 rounding
 # may fall on the neighbour, and a logit is a sum of D such products: 2^-8 · sqrt(D) · |logit| / sqrt(D), with room.
@@ -43,7 +44,10 @@ def int8_head(head: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "vocab_size"), [(1, 41, 1), (7, 256, 1000), (16, 72, 64), (35, 100, 333)])
+@pytest.mark.parametrize(
+    ("rows", "depth", "vocab_size"),
+    [(1, 41, 1), (7, 256, 1000), (16, 72, 64), (35, 100, 333), *((rows, 40, 70) for rows in MANY_ROWS)],
+)
 def test_exit_head(rows: int, depth: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
     exit_agrees(*arguments(rows, depth, vocab_size, dtype, device))
 

@@ -9,6 +9,9 @@ import torch
 from triton_cases import DTYPES, agrees, normal, on_backend, same_bits
 
 import layerskip_kernels as lk
+from tests.kernels.common import MANY_ROWS
+
+MANY = [(rows, 40, 21) for rows in MANY_ROWS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -23,7 +26,9 @@ def test_rms_norm_of_a_strided_tensor(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "outputs"), [(1, 41, 23), (7, 256, 100), (16, 136, 16), (33, 100, 65)])
+@pytest.mark.parametrize(
+    ("rows", "depth", "outputs"), [(1, 41, 23), (7, 256, 100), (16, 136, 16), (33, 100, 65), *MANY]
+)
 @pytest.mark.parametrize(("bias", "residual"), list(itertools.product([False, True], repeat=2)))
 def test_linear(
     rows: int, depth: int, outputs: int, bias: bool, residual: bool, dtype: torch.dtype, device: torch.device
@@ -56,7 +61,7 @@ def test_linear_of_strided_rows(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "features"), [(1, 41, 23), (7, 256, 100), (33, 100, 65), (0, 8, 4)])
+@pytest.mark.parametrize(("rows", "depth", "features"), [(1, 41, 23), (7, 256, 100), (33, 100, 65), (0, 8, 4), *MANY])
 def test_swiglu(rows: int, depth: int, features: int, dtype: torch.dtype, device: torch.device) -> None:
     x = normal(0, rows, depth, dtype=dtype, device=device)
     gate, up = (normal(s, features, depth, dtype=dtype, device=device, by=depth**-0.5) for s in (1, 2))
