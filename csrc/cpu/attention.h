@@ -12,7 +12,7 @@ struct AttentionStep {
   const int64_t *seq_lens, *slots;  // [B], the second or null
   int64_t batch, rows, heads, groups, capacity, size;
   int64_t splits;  // of the longest sequence
-  float* partial;  // [splits, B, G, M, H/G, 2 + C]
+  float* partial;  // [splits, B, G, M, H/G, kPartialHead + C]
 
   static int64_t count_splits(const int64_t* seq_lens, int64_t batch, int64_t rows) {
     int64_t longest = 0;
@@ -20,21 +20,41 @@ struct AttentionStep {
     return (longest + rows + kSplit - 1) / kSplit;
   }
   int64_t ratio() const { return heads / groups; }
-  int64_t split_size() const { return batch * groups * rows * ratio() * (2 + size); }
+  int64_t split_size() const { return batch * groups * rows * ratio() * (kPartialHead + size); }
   int64_t partial_size() const { return splits * split_size(); }
 
+  int64_t positions(int64_t sequence) const { return seq_lens[sequence] + rows; }
+  int64_t cache_at(int64_t sequence, int64_t group) const {
+    return (cache_row(slots, sequence) * groups + group) * capacity * size;
+  }
+
+  // Splits differ in length, so members share positions: each takes the splits that start within its share.
   void attend(const Member& member) const {
-    const Kernels<T>& table = kernels<T>();
-    const Range tasks = member.share(batch * groups * splits);
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t split = task % splits, sequence = task / splits / groups, group = task / splits % groups;
-      if (split * kSplit >= seq_lens[sequence] + rows) continue;
-      const int64_t at = (cache_row(slots, sequence) * groups + group) * capacity * size;
-      float* out = partial + split * split_size() + (sequence * groups + group) * rows * ratio() * (2 + size);
-      table.attend({q + sequence * rows * heads * size, k_cache + at, v_cache + at, seq_lens[sequence], rows, heads,
-                    size, group, ratio(), out},
-                   split);
+    int64_t total = 0, at = 0;
+    for (int64_t sequence = 0; sequence < batch; ++sequence) total += groups * positions(sequence);
+    const Range own = member.share(total);
+    for (int64_t sequence = 0; sequence < batch; ++sequence) {
+      const int64_t count = positions(sequence);
+      for (int64_t task = 0; task < groups * splits; ++task) {
+        const int64_t group = task / splits, split = task % splits, start = group * count + split * kSplit;
+        if (split * kSplit < count && own.begin <= at + start && at + start < own.end) attend(sequence, group, split);
+      }
+      at += groups * count;
     }
+  }
+
+  void attend(int64_t sequence, int64_t group, int64_t split) const {
+    // Where the next split starts: the same head's, or another head's first.
+    int64_t next = cache_at(sequence, group) + (split + 1) * kSplit * size;
+    if ((split + 1) * kSplit >= positions(sequence)) {
+      const bool more = group + 1 < groups;
+      next = cache_at(more || sequence + 1 == batch ? sequence : sequence + 1, more ? group + 1 : 0);
+    }
+    const int64_t at = cache_at(sequence, group);
+    float* out = partial + split * split_size() + (sequence * groups + group) * rows * ratio() * (kPartialHead + size);
+    kernels<T>().attend({q + sequence * rows * heads * size, k_cache + at, v_cache + at, k_cache + next,
+                         seq_lens[sequence], rows, heads, size, group, ratio(), out},
+                        split);
   }
 
   // Rows [begin, end) of the B * M * H query rows, to out [B, M, H, C].
@@ -43,7 +63,8 @@ struct AttentionStep {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t head = row % heads, m = row / heads % rows, sequence = row / heads / rows;
       const int64_t group = head / ratio();
-      const float* own = partial + (((sequence * groups + group) * rows + m) * ratio() + head % ratio()) * (2 + size);
+      const float* own =
+          partial + (((sequence * groups + group) * rows + m) * ratio() + head % ratio()) * (kPartialHead + size);
       table.combine(own, split_size(), (seq_lens[sequence] + m) / kSplit + 1, size, out + row * size);
     }
   }

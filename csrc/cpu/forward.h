@@ -75,7 +75,7 @@ class Forward {
     const int threads = num_threads();
     const int64_t tokens = s_.tokens();
     const int64_t splits = AttentionStep<T>::count_splits(seq_lens_, s_.batch, s_.rows);
-    const int64_t partial = splits * tokens * s_.heads * (2 + s_.size);
+    const int64_t partial = splits * tokens * s_.heads * (kPartialHead + s_.size);
     const int64_t packed = threads * packed_size(tokens, s_.widest());
     const auto size = [](int64_t count) { return Workspace::bytes<T>(count); };
     Workspace workspace(2 * size(tokens * s_.queries()) + 2 * size(tokens * s_.keys()) + size(tokens * s_.width) +
