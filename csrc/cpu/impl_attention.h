@@ -59,27 +59,44 @@ inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words,
   for (int i = 0; i < 16; ++i) store(words + i * kTile, rows[i]);
 }
 
-// scores[h * kTile + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on.
+// One number, or as many as a word holds, in all sixteen lanes.
+template <class X>
+inline F16 splat_word(const X* from) {
+  float word;
+  __builtin_memcpy(&word, from, sizeof(word));
+  return splat(word);
+}
+
+// scores[h * kTile + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on. Sums of fp32
+// products are taken in short pieces, which rounds less.
 template <class T, int ROWS, int COLUMNS>
-inline void score_columns(const float* queries, int64_t stride, const float* words, int64_t count, int64_t t,
+inline void score_columns(const typename Dot<T>::X* const* queries, const float* words, int64_t width, int64_t t,
                           Ahead& own_values, float* scores) {
   using D = Dot<T>;
+  constexpr int64_t kWord = D::kStep / 16;
+  constexpr int64_t kPiece = D::kStep == 16 ? 8 : kMaxHead;
   Ahead ahead = own_values;  // in registers
-  F16 sums[ROWS][COLUMNS];
-  for (int h = 0; h < ROWS; ++h)
-    for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
-  for (int64_t c = 0; c < count; ++c) {
-    ahead.fetch(kFetched);
-    typename D::Lanes keys[COLUMNS];
-    for (int i = 0; i < COLUMNS; ++i) keys[i] = D::lanes(load(words + c * kTile + t + 16 * i));
+  for (int64_t begin = 0; begin < width; begin += kPiece) {
+    F16 sums[ROWS][COLUMNS];
+    for (int h = 0; h < ROWS; ++h)
+      for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
+    for (int64_t c = begin; c < smaller(begin + kPiece, width); ++c) {
+      ahead.fetch(kFetched);
+      typename D::Lanes keys[COLUMNS];
+      for (int i = 0; i < COLUMNS; ++i) keys[i] = D::lanes(load(words + c * kTile + t + 16 * i));
+      for (int h = 0; h < ROWS; ++h) {
+        const auto query = D::lanes(splat_word(queries[h] + c * kWord));
+        for (int i = 0; i < COLUMNS; ++i) sums[h][i] = D::accumulate(sums[h][i], keys[i], query);
+      }
+    }
     for (int h = 0; h < ROWS; ++h) {
-      const auto query = D::lanes(splat(queries[h * stride + c]));
-      for (int i = 0; i < COLUMNS; ++i) sums[h][i] = D::accumulate(sums[h][i], keys[i], query);
+      for (int i = 0; i < COLUMNS; ++i) {
+        float* out = scores + h * kTile + t + 16 * i;
+        store(out, begin == 0 ? sums[h][i] : load(out) + sums[h][i]);
+      }
     }
   }
   own_values = ahead;
-  for (int h = 0; h < ROWS; ++h)
-    for (int i = 0; i < COLUMNS; ++i) store(scores + h * kTile + t + 16 * i, sums[h][i]);
 }
 
 // What query rows have seen of a split so far: each a row of AttentionArgs' `partial`.
@@ -127,7 +144,7 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, const 
   for (int h = 0; h < ROWS; ++h) store(seen.sums(h), sums[h]);
 }
 
-// Columns [c, c + 16 COLUMNS) of one position's values, or of the C that they add up to; the last may be fewer.
+// Sixteen COLUMNS values of one position; of the last sixteen, `last` exist.
 template <class T, int COLUMNS>
 inline void load_values(const T* row, int64_t last, F16* lanes) {
   if constexpr (kUnzips<T> && COLUMNS > 1) {
@@ -142,15 +159,11 @@ inline void load_values(const T* row, int64_t last, F16* lanes) {
 template <class T, int ROWS, int COLUMNS>
 inline void weigh_columns(const float* numerators, const T* values, int64_t count, int64_t head_dim, int64_t c,
                           const Seen& seen, const F16* shrink, Ahead& next_keys) {
-  constexpr bool unzips = kUnzips<T> && COLUMNS > 1;
   Ahead ahead = next_keys;  // in registers
   const int64_t last = smaller(16, head_dim - c - 16 * (COLUMNS - 1));
   F16 sums[ROWS][COLUMNS];
-  for (int h = 0; h < ROWS; ++h) {
-    load_values<float, COLUMNS>(seen.values(h) + c, last, sums[h]);
-    for (int i = 0; i < COLUMNS; ++i) sums[h][i] = seen.first ? splat(0) : sums[h][i] * shrink[h];
-    for (int i = 0; unzips && i < COLUMNS; i += 2) unzip(&sums[h][i], &sums[h][i + 1]);
-  }
+  for (int h = 0; h < ROWS; ++h)
+    for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
   for (int64_t t = 0; t < count; ++t) {
     ahead.fetch(kFetched);
     F16 lanes[COLUMNS];
@@ -162,14 +175,19 @@ inline void weigh_columns(const float* numerators, const T* values, int64_t coun
   }
   next_keys = ahead;
   for (int h = 0; h < ROWS; ++h) {
-    for (int i = 0; unzips && i < COLUMNS; i += 2) zip(&sums[h][i], &sums[h][i + 1]);
-    for (int i = 0; i < COLUMNS; ++i) store(seen.values(h) + c + 16 * i, sums[h][i], i < COLUMNS - 1 ? 16 : last);
+    for (int i = 0; kUnzips<T> && i + 1 < COLUMNS; i += 2) zip(&sums[h][i], &sums[h][i + 1]);
+    for (int i = 0; i < COLUMNS; ++i) {
+      float* out = seen.values(h) + c + 16 * i;
+      const int64_t n = i < COLUMNS - 1 ? 16 : last;
+      store(out, seen.first ? sums[h][i] : fma(load(out, n), shrink[h], sums[h][i]), n);
+    }
   }
 }
 
 // One tile of keys and values.
 template <class T>
 struct Tile {
+  using X = typename Dot<T>::X;
   const float* words;  // the keys, transposed
   const T* values;     // [kTile, C]
   int64_t head_dim;
@@ -177,13 +195,13 @@ struct Tile {
 
   // For ROWS query rows, which all see `count` positions of it.
   template <int ROWS>
-  void attend(const float* queries, int64_t stride, int64_t count, const Seen& seen) const {
+  void attend(const X* const* queries, int64_t count, const Seen& seen) const {
     alignas(64) float scores[ROWS * kTile];
     const int64_t width = head_dim * 16 / Dot<T>::kStep;
     int64_t t = 0, c = 0;
     for (; t + 16 * kColumns <= count; t += 16 * kColumns)
-      score_columns<T, ROWS, kColumns>(queries, stride, words, width, t, own_values, scores);
-    for (; t < count; t += 16) score_columns<T, ROWS, 1>(queries, stride, words, width, t, own_values, scores);
+      score_columns<T, ROWS, kColumns>(queries, words, width, t, own_values, scores);
+    for (; t < count; t += 16) score_columns<T, ROWS, 1>(queries, words, width, t, own_values, scores);
     F16 shrink[ROWS];
     softmax_numerators<ROWS>(scores, count, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim)), seen, shrink);
     for (; c + 16 * kColumns <= head_dim; c += 16 * kColumns)
@@ -192,21 +210,21 @@ struct Tile {
       weigh_columns<T, ROWS, 1>(scores, values, count, head_dim, c, seen, shrink, next_keys);
   }
 
-  void attend(int rows, const float* queries, int64_t stride, int64_t count, const Seen& seen) const {
+  void attend(int rows, const X* const* queries, int64_t count, const Seen& seen) const {
     switch (rows) {
       case 1:
-        return attend<1>(queries, stride, count, seen);
+        return attend<1>(queries, count, seen);
       case 2:
-        return attend<2>(queries, stride, count, seen);
+        return attend<2>(queries, count, seen);
 #if LSK_MAX_BLOCK > 2
       case 3:
-        return attend<3>(queries, stride, count, seen);
+        return attend<3>(queries, count, seen);
       case 4:
-        return attend<4>(queries, stride, count, seen);
+        return attend<4>(queries, count, seen);
       case 5:
-        return attend<5>(queries, stride, count, seen);
+        return attend<5>(queries, count, seen);
       default:
-        return attend<6>(queries, stride, count, seen);
+        return attend<6>(queries, count, seen);
 #endif
     }
   }
@@ -222,9 +240,9 @@ inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, co
     return seen < 0 ? 0 : smaller(seen, kTile);
   };
   alignas(64) float words[kMaxHead * kTile];
-  alignas(64) X queries[LSK_MAX_BLOCK * kMaxHead];
-  const int64_t rows = a.rows * a.ratio, stride = padded(a.size), last = visible(rows - 1);
-  const int64_t pitch = kPartialHead + a.size;
+  alignas(64) X packed[LSK_MAX_BLOCK * kMaxHead];  // where T is not what is multiplied
+  const X* queries[LSK_MAX_BLOCK];
+  const int64_t rows = a.rows * a.ratio, pitch = kPartialHead + a.size, last = visible(rows - 1);
   Ahead own_values(a.values + start * a.size, last * a.size), next_keys(next, kTile * a.size);
   for (int64_t t = 0; t < last; t += 16) {
     const T* keys[16];  // the last one again where they are fewer
@@ -237,11 +255,17 @@ inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, co
     int block = 0;
     for (; block < LSK_MAX_BLOCK && r + block < rows && visible(r + block) == count; ++block) {
       const int64_t row = r + block, m = row / a.ratio, head = a.group * a.ratio + row % a.ratio;
-      pack_row<T, X>(a.q + (m * a.heads + head) * a.size, nullptr, 0.0f, a.size, queries + block * stride);
+      const T* query = a.q + (m * a.heads + head) * a.size;
+      if constexpr (sizeof(T) == sizeof(X)) {
+        queries[block] = query;
+      } else {
+        X* own = packed + block * kMaxHead;
+        pack_row<T, X>(query, nullptr, 0.0f, a.size, own);
+        queries[block] = own;
+      }
     }
     const Seen seen = {a.partial + r * pitch, pitch, first};
-    if (count > 0)
-      tile.attend(block, reinterpret_cast<const float*>(queries), stride * int64_t{sizeof(X)} / 4, count, seen);
+    if (count > 0) tile.attend(block, queries, count, seen);
     r += block;
   }
 }

@@ -91,19 +91,13 @@ inline F16 load(const int8_t* p) {
   return {int8_half(bytes), int8_half(_mm_srli_si128(bytes, 8))};
 }
 
-// Thirty-two as the even and the odd ones, which takes half the work of two loads.
+// Thirty-two as the even and the odd ones, which takes half the work of two loads; `zip` puts them in order.
 inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
   const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
   const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
   *even = {_mm256_castsi256_ps(_mm256_slli_epi32(first, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(second, 16))};
   *odd = {_mm256_castsi256_ps(_mm256_and_si256(first, high)), _mm256_castsi256_ps(_mm256_and_si256(second, high))};
-}
-inline __m256 in_order(__m256 a) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8)); }
-inline void unzip(F16* a, F16* b) {
-  const F16 even = {in_order(_mm256_shuffle_ps(a->lo, a->hi, 0x88)), in_order(_mm256_shuffle_ps(b->lo, b->hi, 0x88))};
-  *b = {in_order(_mm256_shuffle_ps(a->lo, a->hi, 0xdd)), in_order(_mm256_shuffle_ps(b->lo, b->hi, 0xdd))};
-  *a = even;
 }
 inline F16 zip_half(__m256 even, __m256 odd) {
   const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);

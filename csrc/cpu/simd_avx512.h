@@ -68,17 +68,11 @@ inline F16 load(const int8_t* p, int64_t n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
 }
 
-// Thirty-two as the even and the odd ones, which takes half the work of two loads.
+// Thirty-two as the even and the odd ones, which takes half the work of two loads; `zip` puts them in order.
 inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
   const __m512i both = _mm512_loadu_si512(p);
   *even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
   *odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
-}
-inline void unzip(F16* a, F16* b) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512 odd = _mm512_permutex2var_ps(a->v, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b->v);
-  a->v = _mm512_permutex2var_ps(a->v, even, b->v);
-  b->v = odd;
 }
 inline void zip(F16* even, F16* odd) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

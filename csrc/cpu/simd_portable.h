@@ -180,14 +180,11 @@ inline void transpose(F16* rows) {
   }
 }
 
-// Thirty-two as the even and the odd ones.
-inline void unzip(F16* a, F16* b) {
-  const F16 first = *a, second = *b;
-  for (int i = 0; i < 8; ++i) {
-    a->v[i] = first.v[2 * i];
-    a->v[i + 8] = second.v[2 * i];
-    b->v[i] = first.v[2 * i + 1];
-    b->v[i + 8] = second.v[2 * i + 1];
+// Thirty-two as the even and the odd ones; `zip` puts them in order.
+inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
+  for (int i = 0; i < 16; ++i) {
+    even->v[i] = to_float(p[2 * i]);
+    odd->v[i] = to_float(p[2 * i + 1]);
   }
 }
 inline void zip(F16* even, F16* odd) {
@@ -198,9 +195,4 @@ inline void zip(F16* even, F16* odd) {
     odd->v[2 * i] = first.v[i + 8];
     odd->v[2 * i + 1] = second.v[i + 8];
   }
-}
-inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
-  *even = load(p);
-  *odd = load(p + 16);
-  unzip(even, odd);
 }

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_kernels import rms_norm, rope_kv_append
+from layerskip_kernels import rms_norm, rope_kv_append, verify_attention
 
 from ._weights import LayerWeights
+
+ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
 
 def prefill_layer(
@@ -46,17 +48,21 @@ def prefill_layer(
     q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
     k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
     q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
-    hidden = hidden + F.linear(_attend(q, k_cache, v_cache, past), weights.o)
+    hidden = hidden + F.linear(_attend(q, k_cache, v_cache, seq_lens, past), weights.o)
     normed = rms_norm(hidden, weights.mlp_norm, eps)
     return hidden + F.linear(F.silu(F.linear(normed, weights.gate)) * F.linear(normed, weights.up), weights.down)
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, past: int) -> Tensor:
-    """Causal attention of q [B, N, H, C] over what the cache holds; [B, N, H C].
-
-    The cache is cut at the last valid position: what lies beyond may be NaN, and a mask does not take NaN out of V.
-    """
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, past: int) -> Tensor:
+    """Causal attention of q [B, N, H, C] over what the cache holds; [B, N, H C]."""
+    if q.device.type == "cpu":  # torch's own is slower there, since a mask keeps it from skipping what is not seen
+        pieces = q.split(ATTENTION_ROWS, dim=1)
+        attended = [
+            verify_attention(piece, k_cache, v_cache, seq_lens + i * ATTENTION_ROWS) for i, piece in enumerate(pieces)
+        ]
+        return torch.cat(attended, dim=1).flatten(2)
     rows = q.shape[1]
+    # Cut at the last valid position: what lies beyond may be NaN, and a mask does not take NaN out of V.
     keys, values = k_cache[:, :, : past + rows], v_cache[:, :, : past + rows]
     mask = None
     if past:  # `is_causal` would align the first row with position 0
