@@ -12,7 +12,7 @@ struct AttentionStep {
   const int64_t *seq_lens, *slots;  // [B], the second or null
   int64_t batch, rows, num_heads, num_kv_heads, capacity, head_dim;
   int64_t splits;  // of the longest sequence
-  float* partial;  // [splits, B, G, M, H/G, 2 + C]
+  float* partial;  // [splits, B, G, M, H/G, kPartialHead + C]
 
   static int64_t count_splits(const int64_t* seq_lens, int64_t batch, int64_t rows) {
     int64_t longest = 0;
@@ -20,23 +20,42 @@ struct AttentionStep {
     return (longest + rows + kSplit - 1) / kSplit;
   }
   int64_t ratio() const { return num_heads / num_kv_heads; }
-  int64_t split_size() const { return batch * num_kv_heads * rows * ratio() * (2 + head_dim); }
+  int64_t split_size() const { return batch * num_kv_heads * rows * ratio() * (kPartialHead + head_dim); }
   int64_t partial_size() const { return splits * split_size(); }
 
+  int64_t positions(int64_t sequence) const { return seq_lens[sequence] + rows; }
+  int64_t cache_at(int64_t sequence, int64_t kv_head) const {
+    return (cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
+  }
+
+  // Splits differ in length, so members share positions: each takes the splits that start within its share.
   void attend(const Member& member) const {
-    const Kernels<T>& table = kernels<T>();
-    const Range tasks = member.share(batch * num_kv_heads * splits);
-    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-      const int64_t split = task % splits, sequence = task / splits / num_kv_heads,
-                    kv_head = task / splits % num_kv_heads;
-      if (split * kSplit >= seq_lens[sequence] + rows) continue;
-      const int64_t at = (cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
-      float* out =
-          partial + split * split_size() + (sequence * num_kv_heads + kv_head) * rows * ratio() * (2 + head_dim);
-      table.attend({q + sequence * rows * num_heads * head_dim, k_cache + at, v_cache + at, seq_lens[sequence], rows,
-                    num_heads, head_dim, kv_head, ratio(), out},
-                   split);
+    int64_t total = 0, at = 0;
+    for (int64_t sequence = 0; sequence < batch; ++sequence) total += num_kv_heads * positions(sequence);
+    const Range own = member.share(total);
+    for (int64_t sequence = 0; sequence < batch; ++sequence) {
+      const int64_t count = positions(sequence);
+      for (int64_t task = 0; task < num_kv_heads * splits; ++task) {
+        const int64_t kv_head = task / splits, split = task % splits, start = kv_head * count + split * kSplit;
+        if (split * kSplit < count && own.begin <= at + start && at + start < own.end) attend(sequence, kv_head, split);
+      }
+      at += num_kv_heads * count;
     }
+  }
+
+  void attend(int64_t sequence, int64_t kv_head, int64_t split) const {
+    // Where the next split starts: the same head's, or another head's first.
+    int64_t next = cache_at(sequence, kv_head) + (split + 1) * kSplit * head_dim;
+    if ((split + 1) * kSplit >= positions(sequence)) {
+      const bool more = kv_head + 1 < num_kv_heads;
+      next = cache_at(more || sequence + 1 == batch ? sequence : sequence + 1, more ? kv_head + 1 : 0);
+    }
+    const int64_t at = cache_at(sequence, kv_head);
+    float* out = partial + split * split_size() +
+                 (sequence * num_kv_heads + kv_head) * rows * ratio() * (kPartialHead + head_dim);
+    kernels<T>().attend({q + sequence * rows * num_heads * head_dim, k_cache + at, v_cache + at, k_cache + next,
+                         seq_lens[sequence], rows, num_heads, head_dim, kv_head, ratio(), out},
+                        split);
   }
 
   // Rows [begin, end) of the B * M * H query rows, to out [B, M, H, C].
@@ -45,8 +64,8 @@ struct AttentionStep {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t head = row % num_heads, m = row / num_heads % rows, sequence = row / num_heads / rows;
       const int64_t kv_head = head / ratio();
-      const float* own =
-          partial + (((sequence * num_kv_heads + kv_head) * rows + m) * ratio() + head % ratio()) * (2 + head_dim);
+      const float* own = partial + (((sequence * num_kv_heads + kv_head) * rows + m) * ratio() + head % ratio()) *
+                                       (kPartialHead + head_dim);
       table.combine(own, split_size(), (seq_lens[sequence] + m) / kSplit + 1, head_dim, out + row * head_dim);
     }
   }
@@ -78,11 +97,11 @@ struct RopeStep {
         continue;
       }
       const int64_t kv_head = (vector - num_heads) % num_kv_heads, at = (row * num_kv_heads + kv_head) * head_dim;
-      const int64_t place = ((cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity + position) * head_dim;
+      const int64_t slot = ((cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity + position) * head_dim;
       if (vector < num_heads + num_kv_heads) {
-        table.rope(args, k + at, k_cache + place);
+        table.rope(args, k + at, k_cache + slot);
       } else {
-        for (int64_t i = 0; i < head_dim; ++i) v_cache[place + i] = v[at + i];
+        for (int64_t i = 0; i < head_dim; ++i) v_cache[slot + i] = v[at + i];
       }
     }
   }

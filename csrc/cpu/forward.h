@@ -34,7 +34,7 @@ class Forward {
     const int threads = num_threads();
     const int64_t tokens = s_.tokens();
     const int64_t splits = AttentionStep<T>::count_splits(seq_lens_, s_.batch, s_.rows);
-    const int64_t partial = splits * tokens * s_.num_heads * (2 + s_.head_dim);
+    const int64_t partial = splits * tokens * s_.num_heads * (kPartialHead + s_.head_dim);
     const int64_t widest = std::max({s_.hidden_size, s_.queries(), s_.intermediate_size});
     const int64_t packed = threads * packed_size(tokens, widest);
     const auto bytes = [](int64_t count) { return Workspace::bytes<T>(count); };

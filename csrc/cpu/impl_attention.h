@@ -1,123 +1,280 @@
 // Attention of the query heads that share one key/value head, over one split of the positions, and the ordered
 // combination of splits. Included inside the namespace of the instruction set.
 
-// Softmax numerators of `count` scores, in place, their maximum and their sum.
-inline void softmax_numerators(float* scores, int64_t count, float scale, float* max_out, float* sum_out) {
-  F16 best = splat(-__builtin_inff());
-  for (int64_t t = 0; t < count; t += 16) {
-    const int64_t n = smaller(16, count - t);
-    for (int64_t i = n; i < 16; ++i) scores[t + i] = -__builtin_inff();
-    const F16 scaled = load(scores + t) * splat(scale);
-    store(scores + t, scaled, 16);
-    best = max(best, scaled);
+// A split is read tile by tile. A tile's keys are transposed once, for all query rows, so that both products, of
+// queries and keys and of weights and values, are sums of vectors times a number: no sum across the lanes of a
+// register. Each sum runs in one register over the columns of a head or the positions, whatever the blocking around it.
+
+#if LSK_MAX_BLOCK > 2
+constexpr int kColumns = 4;  // registers side by side; with six rows, they are enough to hide each other's latency
+#else
+constexpr int kColumns = 2;
+#endif
+constexpr int64_t kMaxHead = 256;
+constexpr int64_t kLine = 64;    // bytes
+constexpr int64_t kFetched = 2;  // lines that are fetched ahead beside a few products
+
+// Whether T is read thirty-two at a time, the even ones and the odd ones.
+template <class T>
+constexpr bool kUnzips = false;
+template <>
+constexpr bool kUnzips<bf16> = true;
+
+// What is read next, fetched in order and spread over the work before it, into the second-level cache: the first level
+// has no room for it, and a burst of requests, or two streams in turn, come slower than a processor's own prefetcher.
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const T* from, int64_t count)
+      : at_(reinterpret_cast<const char*>(from)), end_(reinterpret_cast<const char*>(from + count)) {}
+
+  void fetch(int64_t lines) {
+    if (at_ >= end_) return;
+    for (int64_t i = 0; i < lines; ++i, at_ += kLine) __builtin_prefetch(at_, 0, 2);
   }
-  const float maximum = lane_max(best);
-  F16 sum = splat(0);
-  for (int64_t t = 0; t < count; t += 16) {
-    const int64_t n = smaller(16, count - t);
-    F16 numerators = exp(load(scores + t) - splat(maximum));
-    store(scores + t, numerators, 16);
-    if (n < 16) numerators = load(scores + t, n);  // exp of what pads the end is tiny, not zero
-    sum = sum + numerators;
+
+ private:
+  const char *at_, *end_;
+};
+
+// Sixteen keys -> words [padded C / columns a word][kTile], sixteen of each row.
+template <class T>
+inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words, Ahead& own_values) {
+  using D = Dot<T>;
+  int64_t c = 0;
+  F16 rows[16];
+  for (; c + D::kStep <= head_dim; c += D::kStep, words += 16 * kTile) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) rows[i] = D::words(D::weights(keys[i] + c));
+    own_values.fetch(4 * kFetched);
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) store(words + i * kTile, rows[i]);
   }
-  *max_out = maximum;
-  *sum_out = total(sum);
+  if (c == head_dim) return;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = D::words(D::weights(keys[i] + c, head_dim - c));
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) store(words + i * kTile, rows[i]);
 }
 
-// out[h][c..c + 16 COLUMNS) = sum over t of numerators[h][t] * values[t] for ROWS query rows; the last sixteen
-// columns may be fewer. Every sum has a register of its own, enough of them to hide each other's latency.
+// One number, or as many as a word holds, in all sixteen lanes.
+template <class X>
+inline F16 splat_word(const X* from) {
+  float word;
+  __builtin_memcpy(&word, from, sizeof(word));
+  return splat(word);
+}
+
+// scores[h * kTile + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on. Sums of fp32
+// products are taken in short pieces, which rounds less.
 template <class T, int ROWS, int COLUMNS>
-inline void weigh_columns(const float* const* numerators, const T* values, int64_t count, int64_t head_dim, int64_t c,
-                          float* const* out) {
+inline void score_columns(const typename Dot<T>::X* const* queries, const float* words, int64_t width, int64_t t,
+                          Ahead& own_values, float* scores) {
+  using D = Dot<T>;
+  constexpr int64_t kWord = D::kStep / 16;
+  constexpr int64_t kPiece = D::kStep == 16 ? 8 : kMaxHead;
+  Ahead ahead = own_values;  // in registers
+  for (int64_t begin = 0; begin < width; begin += kPiece) {
+    F16 sums[ROWS][COLUMNS];
+    for (int h = 0; h < ROWS; ++h)
+      for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
+    for (int64_t c = begin; c < smaller(begin + kPiece, width); ++c) {
+      ahead.fetch(kFetched);
+      typename D::Lanes keys[COLUMNS];
+      for (int i = 0; i < COLUMNS; ++i) keys[i] = D::lanes(load(words + c * kTile + t + 16 * i));
+      for (int h = 0; h < ROWS; ++h) {
+        const auto query = D::lanes(splat_word(queries[h] + c * kWord));
+        for (int i = 0; i < COLUMNS; ++i) sums[h][i] = D::accumulate(sums[h][i], keys[i], query);
+      }
+    }
+    for (int h = 0; h < ROWS; ++h) {
+      for (int i = 0; i < COLUMNS; ++i) {
+        float* out = scores + h * kTile + t + 16 * i;
+        store(out, begin == 0 ? sums[h][i] : load(out) + sums[h][i]);
+      }
+    }
+  }
+  own_values = ahead;
+}
+
+// What query rows have seen of a split so far: each a row of AttentionArgs' `partial`.
+struct Seen {
+  float* rows;
+  int64_t pitch;
+  bool first;  // nothing yet
+
+  float* max(int h) const { return rows + h * pitch; }
+  float* sums(int h) const { return rows + h * pitch + 16; }
+  float* values(int h) const { return rows + h * pitch + kPartialHead; }
+};
+
+// Scores of `count` keys -> softmax numerators, in place; maxima and sums go on. `shrink` is what the weighted values
+// must be multiplied by before these are added. Step by step for all rows, so that they hide each other's latency.
+template <int ROWS>
+inline void softmax_numerators(float* scores, int64_t count, float scale, const Seen& seen, F16* shrink) {
+  F16 best[ROWS], sums[ROWS];
+  for (int h = 0; h < ROWS; ++h) {
+    float* row = scores + h * kTile;
+    for (int64_t i = count; i % 16; ++i) row[i] = -__builtin_inff();
+    best[h] = splat(-__builtin_inff());
+    for (int64_t t = 0; t < count; t += 16) best[h] = max(best[h], load(row + t));
+  }
+  for (int h = 0; h < ROWS; ++h) {
+    const float before = seen.first ? -__builtin_inff() : *seen.max(h), own = lane_max(best[h]) * scale;
+    best[h] = splat(own > before ? own : before);
+    shrink[h] = splat(before) - best[h];
+    *seen.max(h) = own > before ? own : before;
+  }
+  for (int h = 0; h < ROWS; ++h) {
+    shrink[h] = exp(shrink[h]);
+    sums[h] = seen.first ? splat(0) : load(seen.sums(h)) * shrink[h];
+  }
+  for (int64_t t = 0; t < count; t += 16) {
+    const int64_t n = smaller(16, count - t);
+    for (int h = 0; h < ROWS; ++h) {
+      float* row = scores + h * kTile + t;
+      F16 numerators = exp(fma(load(row), splat(scale), splat(0) - best[h]));
+      store(row, numerators);
+      if (n < 16) numerators = load(row, n);  // exp of what pads the end is tiny, not zero
+      sums[h] = sums[h] + numerators;
+    }
+  }
+  for (int h = 0; h < ROWS; ++h) store(seen.sums(h), sums[h]);
+}
+
+// Sixteen COLUMNS values of one position; of the last sixteen, `last` exist.
+template <class T, int COLUMNS>
+inline void load_values(const T* row, int64_t last, F16* lanes) {
+  if constexpr (kUnzips<T> && COLUMNS > 1) {
+    for (int i = 0; i < COLUMNS; i += 2) load_unzipped(row + 16 * i, &lanes[i], &lanes[i + 1]);
+  } else {
+    for (int i = 0; i < COLUMNS; ++i)
+      lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
+  }
+}
+
+// values[c..c + 16 COLUMNS) of ROWS query rows, shrunk, += the sum over t of numerators[h * kTile + t] * values[t].
+template <class T, int ROWS, int COLUMNS>
+inline void weigh_columns(const float* numerators, const T* values, int64_t count, int64_t head_dim, int64_t c,
+                          const Seen& seen, const F16* shrink, Ahead& next_keys) {
+  Ahead ahead = next_keys;  // in registers
   const int64_t last = smaller(16, head_dim - c - 16 * (COLUMNS - 1));
   F16 sums[ROWS][COLUMNS];
   for (int h = 0; h < ROWS; ++h)
     for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
   for (int64_t t = 0; t < count; ++t) {
-    const T* row = values + t * head_dim + c;
+    ahead.fetch(kFetched);
     F16 lanes[COLUMNS];
-    for (int i = 0; i < COLUMNS; ++i)
-      lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
+    load_values<T, COLUMNS>(values + t * head_dim + c, last, lanes);
     for (int h = 0; h < ROWS; ++h) {
-      const F16 weight = splat(numerators[h][t]);
+      const F16 weight = splat(numerators[h * kTile + t]);
       for (int i = 0; i < COLUMNS; ++i) sums[h][i] = fma(lanes[i], weight, sums[h][i]);
     }
   }
-  for (int h = 0; h < ROWS; ++h)
-    for (int i = 0; i < COLUMNS; ++i) store(out[h] + c + 16 * i, sums[h][i], i < COLUMNS - 1 ? 16 : last);
-}
-
-template <class T, int ROWS>
-inline void weigh_values(const float* const* numerators, const T* values, int64_t count, int64_t head_dim,
-                         float* const* out) {
-  int64_t c = 0;
-#if LSK_MAX_BLOCK > 2
-  for (; c + 64 <= head_dim; c += 64) weigh_columns<T, ROWS, 4>(numerators, values, count, head_dim, c, out);
-#endif
-  for (; c < head_dim; c += 16) weigh_columns<T, ROWS, 1>(numerators, values, count, head_dim, c, out);
-}
-
-template <class T>
-inline void weigh_block(int rows, const float* const* numerators, const T* values, int64_t count, int64_t head_dim,
-                        float* const* out) {
-  switch (rows) {
-    case 1:
-      return weigh_values<T, 1>(numerators, values, count, head_dim, out);
-    case 2:
-      return weigh_values<T, 2>(numerators, values, count, head_dim, out);
-#if LSK_MAX_BLOCK > 2
-    case 3:
-      return weigh_values<T, 3>(numerators, values, count, head_dim, out);
-    case 4:
-      return weigh_values<T, 4>(numerators, values, count, head_dim, out);
-    case 5:
-      return weigh_values<T, 5>(numerators, values, count, head_dim, out);
-    default:
-      return weigh_values<T, 6>(numerators, values, count, head_dim, out);
-#endif
+  next_keys = ahead;
+  for (int h = 0; h < ROWS; ++h) {
+    for (int i = 0; kUnzips<T> && i + 1 < COLUMNS; i += 2) zip(&sums[h][i], &sums[h][i + 1]);
+    for (int i = 0; i < COLUMNS; ++i) {
+      float* out = seen.values(h) + c + 16 * i;
+      const int64_t n = i < COLUMNS - 1 ? 16 : last;
+      store(out, seen.first ? sums[h][i] : fma(load(out, n), shrink[h], sums[h][i]), n);
+    }
   }
 }
 
-// One split for up to kMaxRows query rows; `first` counts them from (m = 0, head 0), row = m * ratio + head.
+// One tile of keys and values.
 template <class T>
-inline void attend_rows(const AttentionArgs<T>& a, int64_t split, int64_t first, int64_t rows) {
+struct Tile {
   using X = typename Dot<T>::X;
-  static_assert(kSplit == kTile, "the scores of a split are one tile of dot products");
-  const int64_t start = split * kSplit, stride = padded(a.head_dim);
+  const float* words;  // the keys, transposed
+  const T* values;     // [kTile, C]
+  int64_t head_dim;
+  Ahead &own_values, &next_keys;
+
+  // For ROWS query rows, which all see `count` positions of it.
+  template <int ROWS>
+  void attend(const X* const* queries, int64_t count, const Seen& seen) const {
+    alignas(64) float scores[ROWS * kTile];
+    const int64_t width = head_dim * 16 / Dot<T>::kStep;
+    int64_t t = 0, c = 0;
+    for (; t + 16 * kColumns <= count; t += 16 * kColumns)
+      score_columns<T, ROWS, kColumns>(queries, words, width, t, own_values, scores);
+    for (; t < count; t += 16) score_columns<T, ROWS, 1>(queries, words, width, t, own_values, scores);
+    F16 shrink[ROWS];
+    softmax_numerators<ROWS>(scores, count, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim)), seen, shrink);
+    for (; c + 16 * kColumns <= head_dim; c += 16 * kColumns)
+      weigh_columns<T, ROWS, kColumns>(scores, values, count, head_dim, c, seen, shrink, next_keys);
+    for (; c < head_dim; c += 16)
+      weigh_columns<T, ROWS, 1>(scores, values, count, head_dim, c, seen, shrink, next_keys);
+  }
+
+  void attend(int rows, const X* const* queries, int64_t count, const Seen& seen) const {
+    switch (rows) {
+      case 1:
+        return attend<1>(queries, count, seen);
+      case 2:
+        return attend<2>(queries, count, seen);
+#if LSK_MAX_BLOCK > 2
+      case 3:
+        return attend<3>(queries, count, seen);
+      case 4:
+        return attend<4>(queries, count, seen);
+      case 5:
+        return attend<5>(queries, count, seen);
+      default:
+        return attend<6>(queries, count, seen);
+#endif
+    }
+  }
+};
+
+// The tile that starts at `start`, the first of its split or not, for all query rows, counted from (m = 0, head 0):
+// row = m * ratio + head. Rows that see equally far form a block, so that it is loaded once for all of them.
+template <class T>
+inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, const T* next) {
+  using X = typename Dot<T>::X;
   const auto visible = [&](int64_t row) {
     const int64_t seen = a.length + row / a.ratio + 1 - start;
-    return seen < 0 ? 0 : smaller(seen, kSplit);
+    return seen < 0 ? 0 : smaller(seen, kTile);
   };
-  alignas(64) X queries[kMaxRows * 256];
-  alignas(64) float scores[kMaxRows * kTile];
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t m = (first + r) / a.ratio, head = a.kv_head * a.ratio + (first + r) % a.ratio;
-    pack_row<T, X>(a.q + (m * a.num_heads + head) * a.head_dim, nullptr, 0.0f, a.head_dim, queries + r * stride);
+  alignas(64) float words[kMaxHead * kTile];
+  alignas(64) X packed[LSK_MAX_BLOCK * kMaxHead];  // where T is not what is multiplied
+  const X* queries[LSK_MAX_BLOCK];
+  const int64_t rows = a.rows * a.ratio, pitch = kPartialHead + a.head_dim, last = visible(rows - 1);
+  Ahead own_values(a.values + start * a.head_dim, last * a.head_dim), next_keys(next, kTile * a.head_dim);
+  for (int64_t t = 0; t < last; t += 16) {
+    const T* keys[16];  // the last one again where they are fewer
+    for (int64_t i = 0; i < 16; ++i) keys[i] = a.keys + (start + smaller(t + i, last - 1)) * a.head_dim;
+    transpose_keys(keys, a.head_dim, words + t, own_values);
   }
-  const T *keys = a.keys + start * a.head_dim, *values = a.values + start * a.head_dim;
-  dot_tile(keys, a.head_dim, visible(first + rows - 1), queries, stride, rows, a.head_dim, values, scores);
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.head_dim));
-  const int64_t pitch = a.head_dim + 2;
+  const Tile<T> tile = {words, a.values + start * a.head_dim, a.head_dim, own_values, next_keys};
   for (int64_t r = 0; r < rows;) {
-    const int64_t count = visible(first + r);
-    const float* numerators[LSK_MAX_BLOCK];
-    float* out[LSK_MAX_BLOCK];
-    int block = 0;  // rows that see equally far, so that each value is loaded once for all of them
-    for (; block < LSK_MAX_BLOCK && r + block < rows && visible(first + r + block) == count; ++block) {
-      float* partial = a.partial + (first + r + block) * pitch;
-      softmax_numerators(scores + (r + block) * kTile, count, scale, partial, partial + 1);
-      numerators[block] = scores + (r + block) * kTile;
-      out[block] = partial + 2;
+    const int64_t count = visible(r);
+    int block = 0;
+    for (; block < LSK_MAX_BLOCK && r + block < rows && visible(r + block) == count; ++block) {
+      const int64_t row = r + block, m = row / a.ratio, head = a.kv_head * a.ratio + row % a.ratio;
+      const T* query = a.q + (m * a.num_heads + head) * a.head_dim;
+      if constexpr (sizeof(T) == sizeof(X)) {
+        queries[block] = query;
+      } else {
+        X* own = packed + block * kMaxHead;
+        pack_row<T, X>(query, nullptr, 0.0f, a.head_dim, own);
+        queries[block] = own;
+      }
     }
-    weigh_block(block, numerators, values, count, a.head_dim, out);
+    const Seen seen = {a.partial + r * pitch, pitch, first};
+    if (count > 0) tile.attend(block, queries, count, seen);
     r += block;
   }
 }
 
 template <class T>
 void attend(const AttentionArgs<T>& a, int64_t split) {
-  for (int64_t first = 0; first < a.rows * a.ratio; first += kMaxRows)
-    attend_rows(a, split, first, smaller(kMaxRows, a.rows * a.ratio - first));
+  const int64_t begin = split * kSplit, end = smaller(begin + kSplit, a.length + a.rows);
+  for (int64_t start = begin; start < end; start += kTile)
+    attend_tile(a, start, start == begin, start + kTile < end ? a.keys + (start + kTile) * a.head_dim : a.next_keys);
 }
 
 // One query row from its splits, `stride` floats apart: sum_s e^(max_s - max) values_s / sum_s e^(max_s - max) sum_s.
@@ -126,17 +283,19 @@ void combine(const float* partial, int64_t stride, int64_t splits, int64_t head_
   float maximum = partial[0];
   for (int64_t s = 1; s < splits; ++s) maximum = partial[s * stride] > maximum ? partial[s * stride] : maximum;
   alignas(64) float values[256] = {}, factors[16];
-  float sum = 0;
+  F16 sums = splat(0);
   for (int64_t first = 0; first < splits; first += 16) {
     const int64_t count = smaller(16, splits - first);
     for (int64_t s = 0; s < count; ++s) factors[s] = partial[(first + s) * stride];
     store(factors, exp(load(factors, count) - splat(maximum)), 16);
     for (int64_t s = 0; s < count; ++s) {
       const float* split = partial + (first + s) * stride;
-      sum += factors[s] * split[1];
+      sums = fma(load(split + 16), splat(factors[s]), sums);
       for (int64_t c = 0; c < head_dim; c += 16)
-        store(values + c, fma(load(split + 2 + c, smaller(16, head_dim - c)), splat(factors[s]), load(values + c)), 16);
+        store(values + c,
+              fma(load(split + kPartialHead + c, smaller(16, head_dim - c)), splat(factors[s]), load(values + c)), 16);
     }
   }
-  for (int64_t c = 0; c < head_dim; c += 16) store(out + c, load(values + c) / splat(sum), smaller(16, head_dim - c));
+  for (int64_t c = 0; c < head_dim; c += 16)
+    store(out + c, load(values + c) / splat(total(sums)), smaller(16, head_dim - c));
 }

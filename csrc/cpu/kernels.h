@@ -8,8 +8,11 @@
 namespace lsk {
 
 constexpr int64_t kPad = 32;         // rows of packed activations are zero-padded to a multiple of this
-constexpr int64_t kSplit = 64;       // positions of one attention split; fixed, so that a row's bits don't depend on M
+constexpr int64_t kSplit = 256;      // positions of one attention split; fixed, so that a row's bits don't depend on M
 constexpr int64_t kHeadTiles = 128;  // parts of a vocabulary; fixed, so that a sum's order doesn't depend on the team
+
+// What stands before a split's C weighted values: their maximum at 0, the sum of their numerators in 16 parts at 16.
+constexpr int64_t kPartialHead = 32;
 
 inline int64_t padded(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
 
@@ -99,10 +102,11 @@ template <class T>
 struct AttentionArgs {
   const T* q;                         // [M, H, C] of one sequence
   const T *keys, *values;             // [T, C] of one key/value head
+  const T* next_keys;                 // what is read after this split
   int64_t length;                     // positions before this step
   int64_t rows, num_heads, head_dim;  // M, H, C
   int64_t kv_head, ratio;             // which key/value head; query heads per key/value head
-  float* partial;                     // [M, ratio, 2 + C]: max, sum, weighted values of this split
+  float* partial;                     // [M, ratio, kPartialHead + C], of this split
 };
 
 // A row of a tile of logits, and where its label lies among them, if at all.

@@ -91,6 +91,24 @@ inline F16 load(const int8_t* p) {
   return {int8_half(bytes), int8_half(_mm_srli_si128(bytes, 8))};
 }
 
+// Thirty-two as the even and the odd ones, which takes half the work of two loads; `zip` puts them in order.
+inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  *even = {_mm256_castsi256_ps(_mm256_slli_epi32(first, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(second, 16))};
+  *odd = {_mm256_castsi256_ps(_mm256_and_si256(first, high)), _mm256_castsi256_ps(_mm256_and_si256(second, high))};
+}
+inline F16 zip_half(__m256 even, __m256 odd) {
+  const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+inline void zip(F16* even, F16* odd) {
+  const F16 first = zip_half(even->lo, odd->lo);
+  *odd = zip_half(even->hi, odd->hi);
+  *even = first;
+}
+
 inline void store(float* p, F16 a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
@@ -132,4 +150,40 @@ inline float lane_max(F16 a) {
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+// Eight registers as a matrix, transposed.
+inline void transpose8(const __m256* rows, __m256* out) {
+  __m256 pairs[8], quads[8];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+// Sixteen registers as a matrix, transposed in place.
+inline void transpose(F16* rows) {
+  __m256 quarter[8], out[2][2][8];
+#pragma GCC unroll 16
+  for (int down = 0; down < 2; ++down)
+#pragma GCC unroll 16
+    for (int right = 0; right < 2; ++right) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 8; ++i) quarter[i] = right ? rows[8 * down + i].hi : rows[8 * down + i].lo;
+      transpose8(quarter, out[right][down]);
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = {out[i / 8][0][i % 8], out[i / 8][1][i % 8]};
 }

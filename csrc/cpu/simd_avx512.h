@@ -68,6 +68,19 @@ inline F16 load(const int8_t* p, int64_t n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
 }
 
+// Thirty-two as the even and the odd ones, which takes half the work of two loads; `zip` puts them in order.
+inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  *even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+  *odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+inline void zip(F16* even, F16* odd) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512 high = _mm512_permutex2var_ps(even->v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd->v);
+  even->v = _mm512_permutex2var_ps(even->v, low, odd->v);
+  odd->v = high;
+}
+
 inline void store(float* p, F16 a, int64_t n = 16) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 inline void store(bf16* p, F16 a, int64_t n = 16) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(a)); }
 inline void store(f16* p, F16 a, int64_t n = 16) {
@@ -84,3 +97,30 @@ inline void sum4(F16 a, F16 b, F16 c, F16 d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 inline float lane_max(F16 a) { return _mm512_reduce_max_ps(a.v); }
+
+// Sixteen registers as a matrix, transposed in place.
+inline void transpose(F16* rows) {
+  __m512 pairs[16], quads[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // the four 128-bit lanes of quads[i + 4 j] are columns i, i + 4, i + 8, i + 12
+    const __m512 a = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+    rows[i] = {_mm512_shuffle_f32x4(a, c, 0x88)};
+    rows[i + 4] = {_mm512_shuffle_f32x4(b, d, 0x88)};
+    rows[i + 8] = {_mm512_shuffle_f32x4(a, c, 0xdd)};
+    rows[i + 12] = {_mm512_shuffle_f32x4(b, d, 0xdd)};
+  }
+}

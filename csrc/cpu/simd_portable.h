@@ -168,3 +168,31 @@ inline float lane_max(const F16& a) {
   for (int i = 1; i < 16; ++i) out = a.v[i] > out ? a.v[i] : out;
   return out;
 }
+
+// Sixteen registers as a matrix, transposed in place.
+inline void transpose(F16* rows) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float kept = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = kept;
+    }
+  }
+}
+
+// Thirty-two as the even and the odd ones; `zip` puts them in order.
+inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
+  for (int i = 0; i < 16; ++i) {
+    even->v[i] = to_float(p[2 * i]);
+    odd->v[i] = to_float(p[2 * i + 1]);
+  }
+}
+inline void zip(F16* even, F16* odd) {
+  const F16 first = *even, second = *odd;
+  for (int i = 0; i < 8; ++i) {
+    even->v[2 * i] = first.v[i];
+    even->v[2 * i + 1] = second.v[i];
+    odd->v[2 * i] = first.v[i + 8];
+    odd->v[2 * i + 1] = second.v[i + 8];
+  }
+}

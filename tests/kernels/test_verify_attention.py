@@ -76,6 +76,18 @@ def test_every_split_is_seen(path: str, split: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_more_splits_than_are_combined_at_once(path: str, dtype: torch.dtype) -> None:
+    """Thirty-three splits of 256 positions, seventeen, and one short of it."""
+    check(arguments(dtype, [8460, 4350, 4095], 2, 2, 1, 8, capacity=8462), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [62, 63, 64, 255, 256, 257, 511])
+def test_edges_of_tiles_and_splits(path: str, length: int, dtype: torch.dtype) -> None:
+    check(arguments(dtype, [length], 4, 6, 2, 40, capacity=515), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_row_counts(path: str, dtype: torch.dtype) -> None:
     for rows in range(1, 18):
         check(arguments(dtype, [250, 0], rows, 3, 1, 40, capacity=270), dtype)
@@ -139,9 +151,9 @@ def test_positions_outside_the_cache(path: str, length: int) -> None:
 @pytest.mark.parametrize(("heads", "size"), [((6, 2), 64), ((8, 1), 40), ((3, 3), 128)])
 def test_rows_do_not_depend_on_each_other(isa: str, heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
     """A row alone, whose sequence then is as long as the row's position, and a sequence without the others."""
-    q, k_cache, v_cache, seq_lens = arguments(dtype, [0, 509, 250, 31], 9, *heads, size, capacity=520)
+    q, k_cache, v_cache, seq_lens = arguments(dtype, [0, 509, 250, 31, 60], 9, *heads, size, capacity=520)
     whole = lk.verify_attention(q, k_cache, v_cache, seq_lens)
-    for b in range(4):
+    for b in range(5):
         one = [tensor[b : b + 1] for tensor in (k_cache, v_cache, seq_lens)]
         assert_same_bits(lk.verify_attention(q[b : b + 1], *one), whole[b : b + 1], f"(sequence {b})")
         for m in range(9):

@@ -7,11 +7,13 @@ import torch
 from helpers import random_tokens, tiny_model, zeroed
 
 from layerskip import EarlyExitHead, PartialDepthDecoder, SharedKVCache, adapt
+from layerskip.models.prefill import attend_in_pieces, attend_masked
 from layerskip_kernels import KVCache, LayerWeights, exit_head, partial_forward
 
 # Largest difference to the expected states, which are of order 1.
 TOLERANCES = {
     "prefill against forward, fp32": 1e-5,  # the same sums in another order; 2e-6 seen
+    "attention of prompts": 4,  # spacings of the largest value; torch's masked attention comes to 2
     "int8 rows": 0.5 / 127,  # half a step, in units of a row's largest weight
 }
 HEADS, GROUPS, SIZE, WIDTH, FEATURES = 4, 2, 8, 24, 40
@@ -103,6 +105,27 @@ class TestDecoder:
         torch.testing.assert_close(cache.k[:, :, :, :11], step_cache.k[:, :, :, :11], atol=tolerance, rtol=0)
         torch.testing.assert_close(cache.v[:, :, :, :11], step_cache.v[:, :, :, :11], atol=tolerance, rtol=0)
         assert cache.k[:, :, :, 11:].isnan().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("chunks", [[200], [64, 136], [1, 199], [65, 65, 70]])
+    def test_attention_of_prompts(self, chunks, dtype):
+        """Both ways, against float64, in chunks of more and fewer rows than one call takes; NaN behind the prompt."""
+        generator = torch.Generator().manual_seed(3)
+        q, k, v = (torch.randn(2, 200, heads, 16, generator=generator).to(dtype) for heads in (6, 2, 2))
+        keys, values = (
+            torch.cat([x.transpose(1, 2), x.new_full((2, 2, 9, 16), torch.nan)], 2).contiguous() for x in (k, v)
+        )
+        heads = (q.double(), k.double().repeat_interleave(3, 2), v.double().repeat_interleave(3, 2))
+        truth = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads), is_causal=True)
+        truth = truth.transpose(1, 2).flatten(2)
+        past, ours, masked = 0, [], []
+        for part in q.split(chunks, dim=1):
+            ours.append(attend_in_pieces(part, keys, values, torch.full((2,), past)))
+            masked.append(attend_masked(part, keys, values, past))
+            past += part.shape[1]
+        allowed = TOLERANCES["attention of prompts"] * torch.finfo(dtype).eps * truth.abs().max()
+        for attended in (ours, masked):
+            assert (torch.cat(attended, 1) - truth).abs().max() <= allowed
 
     def test_prefill_of_nothing_is_nothing(self):
         decoder = make_decoder()
