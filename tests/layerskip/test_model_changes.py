@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from types import MethodType
 
 import pytest
 import torch
@@ -197,6 +198,20 @@ def test_a_forward_that_was_put_back_is_none():
     model.model.layers[1].forward = model.model.layers[1].forward
     assert torch.equal(decoder.generate(prompt_of(5), NEW).sequences, expected)
     assert torch.equal(fresh(layerskip.accelerate(model)), expected)
+
+
+def test_mixed_precision_of_accelerate_is_refused_until_it_is_unwrapped():
+    """As `Accelerator.prepare` and `unwrap_model` do it, without their state, of which a process has one."""
+    utils = pytest.importorskip("accelerate.utils", reason="it wraps forwards")
+    model = tiny_model()
+    model._original_forward = model.forward
+    in_bf16 = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model.forward = MethodType(utils.convert_outputs_to_fp32(in_bf16), model)
+    with pytest.raises(UnsupportedModelError, match="the model has a forward of its own"):
+        fresh(model)
+    plain = utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert "forward" in plain.__dict__
+    assert torch.equal(fresh(plain), fresh(tiny_model()))
 
 
 def test_a_model_in_training_is_decoded():

@@ -102,12 +102,21 @@ def check_hooks(model: nn.Module) -> None:
                     "than the model's; remove it with the handle that registering it returned"
                 )
         own = module.__dict__.get("forward")
-        own = getattr(own, ORIGINAL_FORWARD, own)
-        if own is not None and getattr(own, "__func__", None) is not class_of(module).forward:
+        if own is not None and not _is_of_class(module, getattr(own, ORIGINAL_FORWARD, own)):
             raise UnsupportedModelError(
                 f"{where} has a forward of its own, {_called(own)}, which would not be called; delete that attribute "
                 "(accelerate's remove_hook_from_module and unwrap_model do, where it is theirs)"
             )
+
+
+def _is_of_class(module: nn.Module, forward: Any) -> bool:
+    """Whether this is the forward of the module's class, with or without its decorators: what is often put back."""
+    while hasattr(forward, "__func__"):  # accelerate makes a method of a method
+        forward = forward.__func__
+    candidate = class_of(module).forward
+    while candidate is not None and candidate is not forward:
+        candidate = getattr(candidate, "__wrapped__", None)
+    return candidate is not None
 
 
 def class_of(module: nn.Module) -> Any:
