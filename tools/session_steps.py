@@ -8,6 +8,7 @@ process used, so a busy machine gives the figures of an idle one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,12 @@ STEPS = 12
 
 
 def measure(
-    decoder: SelfSpeculativeDecoder, running: int, length: int, budget: int | None, clock: Callable[[], float]
+    decoder: SelfSpeculativeDecoder,
+    strategy: str,
+    running: int,
+    length: int,
+    budget: int | str | None,
+    clock: Callable[[], float],
 ) -> tuple[float, float, float]:
     """Seconds of the median step without prompts, of the longest with four, and until all of them have a token."""
     session = decoder.open_session(running + 4, max_seq_len=length + 512, prompt_tokens_per_step=budget)
@@ -28,7 +34,7 @@ def measure(
 
     def add(tokens: int, count: int) -> int:
         ids = torch.randint(decoder.model.vocab_size, (tokens,), generator=generator)
-        return session.add(ids, count, eos_token_id=[])
+        return session.add(ids, count, strategy=strategy, eos_token_id=[])
 
     for _ in range(running):
         add(16, 480)
@@ -54,21 +60,24 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-layerskip")
     parser.add_argument("--running", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--prompt-tokens", type=int, default=600)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 0], help="0: no bound")
+    parser.add_argument("--strategies", nargs="+", default=["self_speculative", "autoregressive"])
+    parser.add_argument(
+        "--budgets", type=lambda text: text if text == "auto" else int(text), nargs="+", default=["auto", 64, 0],
+        help="tokens, auto, or 0: no bound",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
     decoder = SelfSpeculativeDecoder.from_pretrained(args.model, exit_layer=4, num_speculations=8)
-    for running in args.running:
-        for budget in args.budgets:
-            quiet, longest, last = measure(decoder, running, args.prompt_tokens, budget or None, clock)
-            print(
-                f"{running} running, {budget or 'all'} tokens a step: a step takes {quiet * 1e3:.0f} ms, "
-                f"with four prompts at most {longest * 1e3:.0f} ms, {longest / quiet:.1f}×; all read in {last:.1f} s",
-                flush=True,
-            )
+    for strategy, running, budget in itertools.product(args.strategies, args.running, args.budgets):
+        quiet, longest, last = measure(decoder, strategy, running, args.prompt_tokens, budget or None, clock)
+        print(
+            f"{strategy}, {running} running, {budget or 'all'} tokens a step: a step takes {quiet * 1e3:.0f} ms, "
+            f"with four prompts at most {longest * 1e3:.0f} ms, {longest / quiet:.1f}×; all read in {last:.1f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from tiny import LAYERS, prompt_of, requires_native, tiny_model
 
 from layerskip import SelfSpeculativeDecoder, SessionFullError
+from layerskip.decoding.budget import PromptBudget
 from layerskip_kernels import use_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,3 +220,33 @@ def test_an_interrupt_while_a_prompt_is_read_loses_nothing(decoder, monkeypatch)
     assert len(session) == 0
     assert len(calls) == 4
     assert tokens[second] == alone(decoder, prompt_of(50, 1), 8, eos_token_id=[])
+
+
+def test_an_automatic_bound_follows_the_time_of_the_rounds():
+    budget = PromptBudget("auto")
+    budget.begin_step(1.0)
+    first = budget.left
+    assert 0 < first <= 64  # nothing is known yet
+    budget.spend(10, 1.0)
+    assert budget.left == first - 10
+    budget.begin_step(2.0)
+    assert budget.left == 30  # 1.5 times 2 s, at 0.1 s a token
+    budget.spend(100, 5.0, bounded=False)  # while nothing ran: noted, not taken off
+    assert budget.left == 30
+    budget.begin_step(0.001)
+    assert budget.left == 1  # prompts go on, however short the rounds are
+
+
+def test_a_bound_in_tokens_does_not_look_at_the_time():
+    for given, most in ((7, 7), (None, sys.maxsize)):
+        budget = PromptBudget(given)
+        budget.spend(5, 1.0, bounded=False)
+        budget.begin_step(1e-9)
+        assert budget.left == most
+
+
+def test_a_bound_that_is_none_is_refused():
+    decoder = SelfSpeculativeDecoder(tiny_model(), exit_layer=1)
+    for wrong in (0, "often"):
+        with pytest.raises((ValueError, TypeError), match=f"prompt_tokens_per_step.*{wrong}"):
+            decoder.open_session(1, max_seq_len=16, prompt_tokens_per_step=wrong)

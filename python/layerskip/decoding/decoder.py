@@ -21,7 +21,6 @@ from .draft_head import DraftHead, head_of, state_of
 from .logits import LogitsProcessor
 from .output import GenerationOutput, Streamer
 from .prompts import prompts_of, text_ids
-from .reading import PROMPT_TOKENS_PER_STEP
 from .request import Defaults
 from .run import outputs_of, pieces_of
 from .sampling import SamplingParams, params_of_each
@@ -164,7 +163,7 @@ class SelfSpeculativeDecoder:
         max_seq_len: int | None = None,
         num_speculations: int | str | None = None,
         generator: torch.Generator | None = None,
-        prompt_tokens_per_step: int | None = PROMPT_TOKENS_PER_STEP,
+        prompt_tokens_per_step: int | str | None = "auto",
         max_waiting: int | None = None,
     ) -> Session:
         """Open a session with a cache of its own, for requests that come and go. It is for one thread at a time.
@@ -179,8 +178,9 @@ class SelfSpeculativeDecoder:
             The largest that a request may ask for; by default the decoder's.
         generator : torch.Generator, optional
             Draws the seeds of requests that have none; by default torch's own generator.
-        prompt_tokens_per_step : int, optional
-            How many tokens of prompts a step reads while requests run. None: all, for the most tokens a second.
+        prompt_tokens_per_step : int, "auto" or None
+            How many tokens of prompts a step reads while requests run. "auto": so many that reading takes at most one
+            and a half times as long as the step's rounds. None: all, for the most tokens a second.
         max_waiting : int, optional
             How many requests may wait beyond those for which there are slots; by default any number.
 

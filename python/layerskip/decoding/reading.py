@@ -13,8 +13,6 @@ from layerskip_kernels import explain
 
 from ..models import LayerSkipModel, SharedKVCache
 
-PROMPT_TOKENS_PER_STEP = 64
-"""By default, how many tokens of prompts a session's step reads while requests run."""
 FUSED_ROWS = 64
 """The most rows of a pass through the fused layers. More gain little: SmolLM2 in bf16 on one core reads a token in
 1.88 ms with 32 rows, 1.66 with 64, 1.61 with 128 and 1.56 with 256."""

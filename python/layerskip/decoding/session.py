@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models import LayerSkipModel, SharedKVCache
 from . import validation
 from .batch import Batch, round_of
+from .budget import PromptBudget
 from .controller import Choice
 from .graph import Graphs
 from .line import PromptLine
@@ -50,8 +51,8 @@ class Session:
         Gives the time, in seconds, for the controller and the statistics.
     graphs : Graphs, optional
         Records the rounds over ``cache`` and replays them; without it they are called.
-    prompt_tokens_per_step : int, optional
-        How many tokens of prompts a step reads while requests run; by default all.
+    prompt_tokens_per_step : int, "auto" or None
+        How many tokens of prompts a step reads while requests run, as `PromptBudget` takes it; by default all.
     max_waiting : int, optional
         How many requests may wait beyond those for which there are slots; by default any number.
     """
@@ -66,15 +67,14 @@ class Session:
         generator: torch.Generator | None = None,
         clock: Clock = time.perf_counter,
         graphs: Graphs | None = None,
-        prompt_tokens_per_step: int | None = None,
+        prompt_tokens_per_step: int | str | None = None,
         max_waiting: int | None = None,
     ) -> None:
         self._model, self._cache, self._defaults = model, cache, defaults
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
         self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
-        most = sys.maxsize if prompt_tokens_per_step is None else prompt_tokens_per_step
-        self._prompt_tokens_per_step = validation.at_least_one("prompt_tokens_per_step", most)
+        self._budget = PromptBudget(prompt_tokens_per_step)
         self._reader = PromptReader(model, cache)
         self._slots = Slots(cache, self._reader)
         self._line = PromptLine(self._slots, self._reader, max_waiting)
@@ -201,11 +201,13 @@ class Session:
         list of Update
             At most one for each request.
         """
+        started = self._clock()
         try:
             for request in [one for one in self._running.values() if one.sequence.interrupted]:
                 self._emit(request, request.sequence.resume)
             for batch in self._current_batches():
                 self._run_round(batch)
+            self._budget.begin_step(self._clock() - started)
             self._read_prompts()
         except BaseException:
             self._batches = None  # their tensors may be ahead of the requests' tokens
@@ -255,13 +257,13 @@ class Session:
 
     def _read_prompts(self) -> None:
         """Read prompts, as many tokens as a step may, and emit the tokens that follow them."""
-        left = self._prompt_tokens_per_step
         while readings := self._next_prompts():
             bounded = bool(self._running)
-            if bounded and left <= 0:
+            if bounded and self._budget.left <= 0:
                 return
-            read = self._read_pass(readings, left if bounded else sys.maxsize)
-            left -= read if bounded else 0
+            started = self._clock()
+            read = self._read_pass(readings, self._budget.left if bounded else sys.maxsize)
+            self._budget.spend(read, self._clock() - started, bounded)
             for request in [one for one in readings if one.reading.left == 0]:
                 self._begin(request)
         if self._line and not self._running:  # a caller would wait for ever
