@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
     # Read by triton when it is first imported, so it must be set before any test module is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests that compare numbers of threads get these, however busy the machine is; read when the library is first used.
+os.environ.setdefault("LAYERSKIP_FIXED_TEAM", "1")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already share the cores; a second thread each would spin at barriers for a core it does not have.
     torch.set_num_threads(1)

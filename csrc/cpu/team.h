@@ -10,8 +10,12 @@
 #include <chrono>
 #include <climits>
 #include <cstdint>
+#include <cstdlib>
 
 namespace lsk {
+
+using Clock = std::chrono::steady_clock;
+using Microseconds = std::chrono::microseconds;
 
 // Steps are microseconds apart, so a member that waits spins. Where it waits for long, another process has the core of
 // the one it waits for. Then it sleeps: the operating system moves that one onto the core that became free. It does not
@@ -26,18 +30,24 @@ class Barrier {
       if (state_.exchange(phase + kPhase, std::memory_order_acq_rel) & kSleepers) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
       return;
     }
-    if (!spin(phase)) sleep(phase);
+    if (spin(phase)) return;
+    const auto start = Clock::now();
+    sleep(phase);
+    slept_ += std::chrono::duration_cast<Microseconds>(Clock::now() - start).count();
   }
+
+  // How long members have slept, added up.
+  Microseconds slept() const { return Microseconds(slept_.load()); }
 
  private:
   static constexpr uint32_t kSleepers = 1, kPhase = 2;  // of the state: somebody sleeps; one phase more
-  static constexpr std::chrono::microseconds kPatience{100};
+  static constexpr Microseconds kPatience{100};
 
   bool passed(uint32_t phase) const { return (state_.load(std::memory_order_acquire) & ~kSleepers) != phase; }
 
   // Whether the phase passed in time.
   bool spin(uint32_t phase) const {
-    const auto end = std::chrono::steady_clock::now() + kPatience;
+    const auto end = Clock::now() + kPatience;
     do {
       for (int i = 0; i < 64; ++i) {
         if (passed(phase)) return true;
@@ -45,7 +55,7 @@ class Barrier {
         __builtin_ia32_pause();
 #endif
       }
-    } while (std::chrono::steady_clock::now() < end);
+    } while (Clock::now() < end);
     return false;
   }
 
@@ -64,6 +74,7 @@ class Barrier {
 
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> state_{0};
+  std::atomic<int64_t> slept_{0};
 };
 
 struct Range {
@@ -84,16 +95,57 @@ struct Member {
   }
 };
 
+// How many threads a team gets. All that are asked for, as long as they run side by side. Where other processes have
+// some of the cores, each step takes as long as the member that was interrupted, and fewer threads are faster; so a
+// team that slept for a third of its time is followed by smaller ones for a while, then all are tried again. No result
+// depends on it.
+class Crowd {
+ public:
+  static Crowd& here() {
+    static Crowd crowd;
+    return crowd;
+  }
+
+  int members(int threads) const {
+    if (fixed_ || Clock::now().time_since_epoch().count() >= until_) return threads;
+    return threads < most_ ? threads : most_.load();
+  }
+
+  void judge(int asked, int members, Microseconds slept, Clock::duration elapsed) {
+    if (members == 1 || fixed_ || elapsed < Microseconds(500)) return;  // too short to tell
+    const bool crowded = 3 * slept > (members - 1) * elapsed;
+    if (crowded) {
+      most_ = members - 1 - members / 8;
+      until_ = (Clock::now() + Microseconds(pause_)).time_since_epoch().count();
+    } else if (members < asked) {
+      return;  // which says nothing of the cores that are left out
+    }
+    const int64_t pause = crowded ? pause_ * 2 : pause_ / 2;
+    pause_ = pause < kShortest ? kShortest : pause > kLongest ? kLongest : pause;
+  }
+
+ private:
+  static constexpr int64_t kShortest = 10000, kLongest = 1000000;  // microseconds
+  const bool fixed_ = std::getenv("LAYERSKIP_FIXED_TEAM") != nullptr;
+  std::atomic<int> most_{1};
+  std::atomic<int64_t> until_{0}, pause_{kShortest};
+};
+
 // Runs f(member) on up to `threads` threads. Kernels do not throw.
 template <class F>
 void run_team(int threads, F f) {
+  const auto start = Clock::now();
+  const int wanted = threads > 1 ? Crowd::here().members(threads) : 1;
+  int members = 1;
   Barrier barrier;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(wanted)
   {
     const Member member{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+    if (member.index == 0) members = member.size;
     f(member);
     member.wait();  // OpenMP's own barrier at the end spins for milliseconds
   }
+  Crowd::here().judge(threads, members, barrier.slept(), Clock::now() - start);
 }
 
 }  // namespace lsk

@@ -1,8 +1,10 @@
-// Drives csrc/cpu/team.h for test_team.py: prints nothing and exits with 0 where every step saw all of the step before.
+// Drives csrc/cpu/team.h for test_team.py: prints what is wrong and exits with 1, or nothing and exits with 0.
+//   team waits   members wait for each other, asleep where that takes long; wants LAYERSKIP_FIXED_TEAM
+//   team shrinks a team that slept is followed by a smaller one, for a while
 #include "cpu/team.h"
 
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <vector>
 
@@ -40,9 +42,7 @@ double waiting(int threads, bool first, double seconds) {
   return used() - before;
 }
 
-}  // namespace
-
-int main() {
+int waits() {
   int wrong = 0;
   for (int threads : {1, 2, 3, 5})
     for (int stalled = 0; stalled < threads; ++stalled) wrong += steps(threads, 200, stalled);
@@ -52,5 +52,33 @@ int main() {
     const double used = waiting(2, first, 0.5);
     if (used > 0.1) std::printf("waiting half a second took %.3f s of processor time\n", used), ++wrong;
   }
-  return wrong != 0;
+  return wrong;
 }
+
+int size_of(int threads) {
+  int size = 0;
+  lsk::run_team(threads, [&](const lsk::Member& member) {
+    if (member.index == 0) size = member.size;
+  });
+  return size;
+}
+
+int shrinks() {
+  int wrong = 0;
+  for (int threads : {2, 4, 9}) {
+    const int fewer = threads - 1 - threads / 8;
+    bool shrank = false;  // in one of some tries: this process may itself be stopped for longer than a team is smaller
+    for (int round = 0; round < 20 && !shrank; ++round) {
+      waiting(threads, round % 2, 0.02);
+      shrank = size_of(threads) == fewer && size_of(1) == 1;
+      usleep(1200000);  // the longest that a team stays smaller
+      if (size_of(threads) != threads) std::printf("%d threads did not come back\n", threads), ++wrong;
+    }
+    if (!shrank) std::printf("%d threads were not followed by %d\n", threads, fewer), ++wrong;
+  }
+  return wrong;
+}
+
+}  // namespace
+
+int main(int, char** arguments) { return (std::strcmp(arguments[1], "waits") ? shrinks() : waits()) != 0; }

@@ -14,11 +14,24 @@ HERE = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build team.cpp with")
-def test_waits(tmp_path: Path) -> None:
-    assert COMPILER is not None
-    program = tmp_path / "team"
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler to build team.cpp with")
+    built = tmp_path_factory.mktemp("team") / "team"
     flags = ["-std=c++20", "-O2", "-fopenmp", f"-I{HERE.parents[1] / 'csrc'}"]
-    subprocess.run([*shlex.split(COMPILER), *flags, str(HERE / "team.cpp"), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    subprocess.run([*shlex.split(COMPILER), *flags, str(HERE / "team.cpp"), "-o", str(built)], check=True)
+    return built
+
+
+def run(program: Path, what: str, environment: dict[str, str]) -> None:
+    done = subprocess.run([str(program), what], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout
+
+
+def test_members_wait_for_each_other_and_sleep(program: Path) -> None:
+    run(program, "waits", {**os.environ, "LAYERSKIP_FIXED_TEAM": "1"})
+
+
+def test_a_team_that_slept_is_followed_by_a_smaller_one(program: Path) -> None:
+    run(program, "shrinks", {name: value for name, value in os.environ.items() if name != "LAYERSKIP_FIXED_TEAM"})
