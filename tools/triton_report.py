@@ -27,7 +27,7 @@ from layerskip_kernels.bundles import KVCache
 from layerskip_kernels.schemas import derive, flatten
 from layerskip_kernels.triton import (
     _config,
-    accept,
+    accept_greedy,
     accept_sampled,
     draft,
     early_exit_loss,
@@ -225,7 +225,7 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
         ))  # fmt: skip
         exit_head.exit_head(hidden, norm, head, 1e-5, *extra)
         _sampling_launches(hidden, norm, head, extra, shape.vocabulary)
-        accept.accept_greedy(drafts, target, lengths)
+        accept_greedy.accept_greedy(drafts, target, lengths)
         _loss_launches(empty(3, 2048, shape.hidden), empty(shape.vocabulary, shape.hidden))
     return list({launch.name: launch for launch in found}.values())
 

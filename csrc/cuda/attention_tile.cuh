@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "cuda/common.cuh"
-#include "cuda/attention.h"
+#include "cuda/verify_attention.h"
 
 namespace lsk {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/exit_head.h"
-#include "cuda/forward.h"
+#include "cuda/partial_forward.h"
 
 namespace lsk {
 

@@ -20,7 +20,7 @@
 #include "cuda/exit_head.h"
 #include "cuda/exit_head_numbers.cuh"
 #include "cuda/noise.cuh"
-#include "cuda/norm.cuh"
+#include "cuda/rms_norm.cuh"
 
 namespace lsk {
 

@@ -14,7 +14,7 @@
 // a token's sums are the same in both, and wherever it stands.
 #pragma once
 
-#include "cuda/norm.cuh"
+#include "cuda/rms_norm.cuh"
 
 namespace lsk {
 

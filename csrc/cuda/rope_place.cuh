@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
-#include "cuda/rope.h"
+#include "cuda/rope_kv_append.h"
 
 namespace lsk {
 

@@ -17,14 +17,16 @@ from torch import Tensor
 from ..dispatch import implements
 
 FILES = {  # the ops of each file
-    "norm": ["rms_norm"],
+    "rms_norm": ["rms_norm"],
     "linear": ["linear", "swiglu"],
-    "attention": ["rope_kv_append", "verify_attention"],
+    "rope_kv_append": ["rope_kv_append"],
+    "verify_attention": ["verify_attention"],
     "exit_head": ["exit_head"],
     "partial_forward": ["partial_forward"],
-    "draft": ["draft", "speculative_round"],
-    "accept": ["accept_greedy"],
+    "draft": ["draft"],
+    "accept_greedy": ["accept_greedy"],
     "accept_sampled": ["accept_sampled"],
+    "speculative_round": ["speculative_round"],
     "early_exit_loss": ["early_exit_loss", "early_exit_loss_backward"],
 }
 OLDEST = (3, 4)

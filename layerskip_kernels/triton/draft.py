@@ -1,4 +1,4 @@
-"""draft and speculative_round: their ops' launches, and one that records a draft and fetches the next embedding."""
+"""draft: its ops' launches, and one that records a row and fetches the next embedding."""
 
 # mypy: disable-error-code="no-untyped-def"
 # (a kernel's arguments are typed by their launch)
@@ -13,10 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bundles import Draft
-from ..rounds import compose_draft, compose_round
+from ..rounds import compose_draft
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
-from .accept import accept_greedy
-from .accept_sampled import accept_sampled
 from .exit_head import exit_head
 from .partial_forward import partial_forward
 
@@ -69,19 +67,9 @@ def record_draft(
     return following
 
 
-_OPS: dict[str, Callable[..., Any]] = {
-    "partial_forward": partial_forward,
-    "exit_head": exit_head,
-    "accept_greedy": accept_greedy,
-    "accept_sampled": accept_sampled,
-}
+_OPS: dict[str, Callable[..., Any]] = {"partial_forward": partial_forward, "exit_head": exit_head}
 
 
 def draft(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.draft`. On a card a draft that has ended goes on without effect: no host sync."""
     return compose_draft(_OPS, *args, record=record_draft)
-
-
-def speculative_round(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `layerskip_kernels.speculative_round`. Nothing waits for the host between its launches."""
-    return compose_round({**_OPS, "draft": draft}, *args)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..reference import check_labels, label_counts
 from ._launch import INTERPRETED, launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import dot, row_dot
-from .norm import rms_norm
+from .rms_norm import rms_norm
 
 GROUP = 16  # vocabulary tiles that one program of the forward pass takes
 ROWS_AT_ONCE, VOCABULARY_AT_ONCE = 4096, 4096  # of the slopes, 32 MiB in 16 bits

@@ -13,7 +13,7 @@ from ._config import Config, block_k, pick, streaming_options
 from ._launch import ROWS, check_temperature, launch_options, on, wait_for_inputs
 from ._noise import DRAW, gumbel, warmth
 from ._tiles import row_dot
-from .norm import rms_norm
+from .rms_norm import rms_norm
 
 NO_ROW = tl.constexpr(2147483647)
 FINISH_BLOCK = 1024  # tiles that the second stage takes at a time

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..bundles import KVCache, LayerWeights, split_layers
 from ..schemas import bind
-from .attention import rope_kv_append, verify_attention
 from .linear import linear, qkv, swiglu
-from .norm import rms_norm
+from .rms_norm import rms_norm
+from .rope_kv_append import rope_kv_append
+from .verify_attention import verify_attention
 
 
 def _layer(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float) -> Tensor:

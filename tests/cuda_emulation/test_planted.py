@@ -26,9 +26,9 @@ def test_a_missing_barrier_in_exit_head(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_write_out_of_bounds_in_accept_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    wild = planted(
-        "accept", "wild", CUDA / "accept.cuh", ("next_token[b] = wanted[count]", "next_token[b + 1] = wanted[count]")
-    )
+    inside, outside = "next_token[b] = wanted[count]", "next_token[b + 1] = wanted[count]"
+    wild = planted("accept_greedy", "wild", CUDA / "accept_greedy.cuh", (inside, outside))
     monkeypatch.setattr(runners, "library", lambda name: wild)
-    with pytest.raises(EmulationError, match=r"accept_greedy_kernel.*touches byte 24 of argument 4.*accept.cuh:\d+"):
+    pattern = r"accept_greedy_kernel.*touches byte 24 of argument 4.*accept_greedy.cuh:\d+"
+    with pytest.raises(EmulationError, match=pattern):
         runners.Emulated().accept_greedy(torch.ones(3, 2).long(), torch.ones(3, 3).long(), torch.arange(3))

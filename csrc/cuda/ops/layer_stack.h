@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/layer_stack.h"
-#include "cuda/forward.h"
+#include "cuda/partial_forward.h"
 #include "cuda/ops/tensors.h"
 
 namespace lsk {

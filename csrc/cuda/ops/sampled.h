@@ -1,7 +1,7 @@
 // accept_sampled's arguments out of tensors, and its scratch: for the op and for speculative_round.
 #pragma once
 
-#include "cuda/accept.h"
+#include "cuda/accept_sampled.h"
 #include "cuda/ops/tensors.h"
 
 namespace lsk {

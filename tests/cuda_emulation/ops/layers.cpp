@@ -1,11 +1,11 @@
 // The ops of a decoder layer; the host side is what csrc/cuda/ops does with tensors.
 #include <vector>
 
-#include "cuda/attention.cuh"
-#include "cuda/forward.cuh"
+#include "cuda/verify_attention.cuh"
+#include "cuda/partial_forward.cuh"
 #include "cuda/linear.cuh"
-#include "cuda/norm.cuh"
-#include "cuda/rope.cuh"
+#include "cuda/rms_norm.cuh"
+#include "cuda/rope_kv_append.cuh"
 
 #include "cuda_emulation/entry.h"
 #include "cuda_emulation/layers.h"

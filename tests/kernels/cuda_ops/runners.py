@@ -20,7 +20,7 @@ from ..common import run
 from .layers import EmulatedLayers
 
 HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
-STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept.h
+STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept_sampled.h
 WEIGHTS_PER_LAYER = 14  # the optional ones included
 
 
@@ -64,7 +64,9 @@ class Emulated(EmulatedLayers):
 
     def accept_greedy(self, draft: Tensor, target: Tensor, seq_lens: Tensor) -> lk.Acceptance:
         out = (_void(len(draft), like=torch.int64), _void(len(draft), like=torch.int64))
-        self.call("accept", "accept_greedy", draft, target, seq_lens, *out, *draft.shape, writes=[seq_lens, *out])
+        self.call(
+            "accept_greedy", "accept_greedy", draft, target, seq_lens, *out, *draft.shape, writes=[seq_lens, *out]
+        )
         return lk.Acceptance(*out)
 
     def accept_sampled(
@@ -78,8 +80,8 @@ class Emulated(EmulatedLayers):
         rows, picks = _void(batch, 2 * drafted + 1, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)
         inverse = None if token_map is None else _void(vocab_size, like=torch.int32)
         self.call(
-            "accept", "accept_sampled", draft, draft_logits, target_logits, seq_lens, temperature, seed, token_map,
-            *out, rows, picks, inverse, batch, drafted, draft_vocab_size, vocab_size,
+            "accept_sampled", "accept_sampled", draft, draft_logits, target_logits, seq_lens, temperature, seed,
+            token_map, *out, rows, picks, inverse, batch, drafted, draft_vocab_size, vocab_size,
             writes=[seq_lens, *out, rows, picks] + ([] if inverse is None else [inverse]),
         )  # fmt: skip
         return lk.Acceptance(*out)
@@ -93,9 +95,9 @@ class Emulated(EmulatedLayers):
         memory = self._round_scratch(sizes, 1, a.embedding.dtype)
         pitches = (0, 0) if a.logits is None else (a.logits.stride(0), a.logits.stride(1))
         self.call(
-            "round", "draft", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin, a.seq_lens, a.slots,
-            a.norm_weight, a.head_weight, a.token_map, a.scale, a.temperature, a.seed, a.logits, *pitches, *out,
-            *buffers, memory, sizes, float(a.eps), float(a.draft_threshold), a.embedding.dtype,
+            "speculative_round", "draft", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin, a.seq_lens,
+            a.slots, a.norm_weight, a.head_weight, a.token_map, a.scale, a.temperature, a.seed, a.logits, *pitches,
+            *out, *buffers, memory, sizes, float(a.eps), float(a.draft_threshold), a.embedding.dtype,
             writes=[a.k_cache, a.v_cache, *out, *buffers, memory] + ([] if a.logits is None else [a.logits]),
         )  # fmt: skip
         return lk.Draft(*out)
@@ -120,16 +122,16 @@ class Emulated(EmulatedLayers):
             scratch.append(None if a.draft_token_map is None else _void(vocab_size, like=torch.int32))
         written = [a.k_cache, a.v_cache, a.seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
         self.call(
-            "round", "speculative_round", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin, a.seq_lens,
-            a.slots, a.norm_weight, a.head_weight, draft_head, a.draft_token_map, a.draft_head_scale, a.temperature,
-            a.seed, *logits, *drafted, *buffers, *memory, *verified, *out, *scratch, sizes, float(a.eps),
+            "speculative_round", "speculative_round", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin,
+            a.seq_lens, a.slots, a.norm_weight, a.head_weight, draft_head, a.draft_token_map, a.draft_head_scale,
+            a.temperature, a.seed, *logits, *drafted, *buffers, *memory, *verified, *out, *scratch, sizes, float(a.eps),
             float(a.draft_threshold), dtype, writes=[one for one in written if one is not None],
         )  # fmt: skip
         return lk.Round(drafted[0], *out, drafted[2])
 
     def _round_scratch(self, sizes: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         bytes_ = torch.zeros(1, dtype=torch.int64)
-        self.call("round", "forward_bytes", bytes_, sizes, rows, dtype, writes=[bytes_])
+        self.call("speculative_round", "forward_bytes", bytes_, sizes, rows, dtype, writes=[bytes_])
         return _void(int(bytes_), like=torch.uint8)
 
 
@@ -151,7 +153,7 @@ class _Model:
     def sizes(
         self, batch: int, steps: int, extend: bool, draft_vocab_size: int, vocab_size: int, exit_layer: int
     ) -> Tensor:
-        """In the order of `Sizes` in tests/cuda_emulation/ops/round.cpp."""
+        """In the order of `Sizes` in tests/cuda_emulation/ops/speculative_round.cpp."""
         _, cache_rows, num_kv_heads, capacity, head_dim = self.cached
         embedded, hidden_size = self.embedding.shape
         num_heads, intermediate_size = len(self.like[1]) // head_dim, len(self.like[6])

@@ -9,7 +9,7 @@ import torch
 
 import layerskip_kernels as lk
 from layerskip_kernels.schemas import bind
-from layerskip_kernels.triton import draft
+from layerskip_kernels.triton import speculative_round
 from tools import triton_report as report
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "triton.md"
@@ -47,7 +47,7 @@ def test_a_round_looks_at_no_value(sampled: bool) -> None:
     noise = (empty(2, kind=torch.float32), seed) if sampled else (None, None)
     weights = report._layer(shape, torch.bfloat16, False) * layers
     with report.recorded() as found:
-        draft.speculative_round(*bind(
+        speculative_round.speculative_round(*bind(
             "speculative_round", token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5, steps,
             draft_threshold=0.0 if sampled else 0.5, temperature=noise[0], seed=noise[1],
         ))  # fmt: skip

@@ -1,9 +1,9 @@
-// partial_forward: its arguments and what launches it, compiled in forward.cu.
+// partial_forward: its arguments and what launches it, compiled in partial_forward.cu.
 #pragma once
 
 #include "common/layer_weights.h"
-#include "cuda/attention.h"
-#include "cuda/rope.h"
+#include "cuda/verify_attention.h"
+#include "cuda/rope_kv_append.h"
 
 namespace lsk {
 

@@ -1,5 +1,5 @@
 // The kernels of verify_attention, for every dtype.
-#include "cuda/attention.cuh"
+#include "cuda/verify_attention.cuh"
 
 namespace lsk {
 

@@ -1,4 +1,4 @@
-// rms_norm: what launches it, compiled in norm.cu.
+// rms_norm: what launches it, compiled in rms_norm.cu.
 #pragma once
 
 #include "cuda/common.h"

@@ -5,7 +5,7 @@
 
 #include "cuda/ops/drafting.h"
 #include "cuda/ops/sampled.h"
-#include "cuda/round.h"
+#include "cuda/speculative_round.h"
 
 namespace lsk {
 namespace {

@@ -1,5 +1,5 @@
 // partial_forward on CUDA tensors.
-#include "cuda/forward.h"
+#include "cuda/partial_forward.h"
 #include "cuda/ops/layer_stack.h"
 
 namespace lsk {

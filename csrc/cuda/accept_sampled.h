@@ -1,4 +1,4 @@
-// accept_greedy and accept_sampled: their arguments and what launches them, compiled in accept.cu.
+// accept_sampled: its arguments and what launches it, compiled in accept_sampled.cu.
 #pragma once
 
 #include "cuda/choice.h"
@@ -40,10 +40,6 @@ struct SampledArgs {
 
   __host__ __device__ int64_t rows_each() const { return 2 * drafted + 1; }
 };
-
-// All [B] but draft [B, K] and target [B, K + 1].
-cudaError_t accept_greedy(Chain& chain, const int64_t* draft, const int64_t* target, int64_t* seq_lens,
-                          int64_t* accepted, int64_t* next_token, int64_t batch, int64_t drafted);
 
 cudaError_t accept_sampled(Chain& chain, const SampledArgs& args);
 

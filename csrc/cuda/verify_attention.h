@@ -1,4 +1,4 @@
-// verify_attention: its scratch, and what launches it, compiled in attention.cu.
+// verify_attention: its scratch, and what launches it, compiled in verify_attention.cu.
 #pragma once
 
 #include "cuda/common.h"

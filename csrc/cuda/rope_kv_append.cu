@@ -1,5 +1,5 @@
 // The kernels of rope_kv_append, for every dtype.
-#include "cuda/rope.cuh"
+#include "cuda/rope_kv_append.cuh"
 
 namespace lsk {
 

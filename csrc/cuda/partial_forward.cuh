@@ -10,7 +10,7 @@
 // of one: there qkv writes the projections and a sixth launch turns them.
 #pragma once
 
-#include "cuda/forward.h"
+#include "cuda/partial_forward.h"
 #include "cuda/linear.h"
 #include "cuda/linear_tile.cuh"
 #include "cuda/rope_place.cuh"

@@ -1,4 +1,4 @@
-// rope_kv_append: what launches it, compiled in rope.cu.
+// rope_kv_append: what launches it, compiled in rope_kv_append.cu.
 #pragma once
 
 #include "cuda/common.h"

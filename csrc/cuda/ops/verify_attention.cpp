@@ -1,5 +1,5 @@
 // verify_attention on CUDA tensors.
-#include "cuda/attention.h"
+#include "cuda/verify_attention.h"
 #include "cuda/ops/tensors.h"
 
 namespace lsk {

@@ -1,5 +1,5 @@
 // rope_kv_append on CUDA tensors.
-#include "cuda/rope.h"
+#include "cuda/rope_kv_append.h"
 #include "cuda/ops/tensors.h"
 
 namespace lsk {

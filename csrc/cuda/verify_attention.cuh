@@ -7,7 +7,7 @@
 // captured graph serves every length; blocks beyond a length end at once.
 #pragma once
 
-#include "cuda/attention.h"
+#include "cuda/verify_attention.h"
 #include "cuda/attention_tile.cuh"
 
 namespace lsk {

@@ -1,15 +1,16 @@
 // draft and speculative_round, with the layers that they run.
 #include <vector>
 
-#include "cuda/accept.cuh"
-#include "cuda/attention.cuh"
+#include "cuda/accept_greedy.cuh"
+#include "cuda/accept_sampled.cuh"
+#include "cuda/verify_attention.cuh"
 #include "cuda/draft.cuh"
 #include "cuda/exit_head.cuh"
-#include "cuda/forward.cuh"
+#include "cuda/partial_forward.cuh"
 #include "cuda/linear.cuh"
-#include "cuda/norm.cuh"
-#include "cuda/rope.cuh"
-#include "cuda/round.h"
+#include "cuda/rms_norm.cuh"
+#include "cuda/rope_kv_append.cuh"
+#include "cuda/speculative_round.h"
 
 #include "cuda_emulation/entry.h"
 #include "cuda_emulation/layers.h"

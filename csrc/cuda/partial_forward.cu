@@ -1,5 +1,5 @@
 // The kernels of partial_forward, for every dtype.
-#include "cuda/forward.cuh"
+#include "cuda/partial_forward.cuh"
 
 namespace lsk {
 

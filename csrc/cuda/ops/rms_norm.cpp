@@ -1,5 +1,5 @@
 // rms_norm on CUDA tensors.
-#include "cuda/norm.h"
+#include "cuda/rms_norm.h"
 #include "cuda/ops/tensors.h"
 
 namespace lsk {

@@ -1,5 +1,5 @@
 // The kernels of rms_norm, for every dtype.
-#include "cuda/norm.cuh"
+#include "cuda/rms_norm.cuh"
 
 namespace lsk {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
-#include "cuda/norm.h"
+#include "cuda/rms_norm.h"
 
 namespace lsk {
 

@@ -1,8 +1,8 @@
 // rope_kv_append: RoPE on halves, (a, b) -> (a cos - b sin, b cos + a sin), and the new rows' place in the cache.
 #pragma once
 
-#include "cuda/norm.cuh"
-#include "cuda/rope.h"
+#include "cuda/rms_norm.cuh"
+#include "cuda/rope_kv_append.h"
 #include "cuda/rope_place.cuh"
 
 namespace lsk {

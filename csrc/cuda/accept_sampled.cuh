@@ -1,6 +1,6 @@
-// accept_greedy, and accept_sampled: speculative rejection sampling (Leviathan et al. 2023).
+// accept_sampled: speculative rejection sampling (Leviathan et al. 2023).
 //
-// accept_sampled takes the vocabulary in stretches of 4096, many blocks at once, and reads each row of logits once, the
+// It takes the vocabulary in stretches of 4096, many blocks at once, and reads each row of logits once, the
 // row that decides twice:
 //   1. rows:    the arg-max and log-sum-exp of each stretch of every row of logits;
 //   2. invert:  with a token map, where in the draft's logits a token is;
@@ -9,7 +9,7 @@
 // A sum or a maximum has one order, which depends on V alone.
 #pragma once
 
-#include "cuda/accept.h"
+#include "cuda/accept_sampled.h"
 #include "cuda/choice.cuh"
 #include "cuda/noise.cuh"
 #include "cuda/ptx.cuh"
@@ -17,31 +17,6 @@
 namespace lsk {
 
 constexpr int64_t kUndecided = -2;  // next_token until step 4, where it is sampled
-
-// One thread a sequence.
-template <int kBlock>
-__global__ void __launch_bounds__(kBlock)
-    accept_greedy_kernel(const int64_t* draft, const int64_t* target, int64_t* seq_lens, int64_t* accepted,
-                         int64_t* next_token, int64_t batch, int64_t drafted) {
-  ptx::dependents_trigger();
-  ptx::dependency_wait();
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
-  if (b >= batch) return;
-  const int64_t *own = draft + b * drafted, *wanted = target + b * (drafted + 1);
-  int64_t count = 0;
-  while (count < drafted && own[count] >= 0 && own[count] == wanted[count]) ++count;
-  accepted[b] = count;
-  next_token[b] = wanted[count];
-  seq_lens[b] += count + 1;
-}
-
-cudaError_t accept_greedy(Chain& chain, const int64_t* draft, const int64_t* target, int64_t* seq_lens,
-                          int64_t* accepted, int64_t* next_token, int64_t batch, int64_t drafted) {
-  constexpr int kBlock = 128;
-  const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(batch, kBlock)));
-  return launch(chain.next(grid, kBlock), accept_greedy_kernel<kBlock>, draft, target, seq_lens, accepted, next_token,
-                batch, drafted);
-}
 
 __device__ __forceinline__ void merge(Best& best, Best other) {
   if (other.key > best.key || (other.key == best.key && other.token < best.token)) best = other;

@@ -1,7 +1,8 @@
 // speculative_round: a draft, its verification and the acceptance as one chain of launches; nothing waits for the host.
 #pragma once
 
-#include "cuda/accept.h"
+#include "cuda/accept_greedy.h"
+#include "cuda/accept_sampled.h"
 #include "cuda/draft.h"
 
 namespace lsk {

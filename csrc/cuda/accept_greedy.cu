@@ -1,0 +1,2 @@
+// The kernels of accept_greedy.
+#include "cuda/accept_greedy.cuh"

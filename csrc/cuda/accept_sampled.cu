@@ -1,0 +1,2 @@
+// The kernels of accept_sampled.
+#include "cuda/accept_sampled.cuh"

@@ -1,0 +1,28 @@
+"""speculative_round: the launches of its ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..rounds import compose_round
+from .accept_greedy import accept_greedy
+from .accept_sampled import accept_sampled
+from .draft import draft
+from .exit_head import exit_head
+from .partial_forward import partial_forward
+
+_OPS: dict[str, Callable[..., Any]] = {
+    "draft": draft,
+    "partial_forward": partial_forward,
+    "exit_head": exit_head,
+    "accept_greedy": accept_greedy,
+    "accept_sampled": accept_sampled,
+}
+
+
+def speculative_round(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `layerskip_kernels.speculative_round`. Nothing waits for the host between its launches."""
+    return compose_round(_OPS, *args)
