@@ -18,7 +18,7 @@ from .schemas import bind, derive, flatten
 
 Token = TypeVar("Token")
 Ops = Mapping[str, Callable[..., Any]]  # a backend's ops by name
-Record = Callable[[Tensor, Sequence[Tensor], Tensor, Draft, int, float], Tensor]
+Record = Callable[[Tensor, Sequence[Tensor] | None, Tensor, Draft, int, float], Tensor | None]
 
 
 def draft(
@@ -222,7 +222,7 @@ def draft_loop(
     extend : bool
         Whether the last token, too, goes forward.
     forward : callable
-        ``forward(token, row)`` runs the layers below the exit on the tokens of a row: their states [B, D].
+        ``forward(token, row)`` runs the layers up to the exit on the tokens of a row: their states [B, D].
     choose : callable
         ``choose(state, row)`` gives the tokens after it, or None where no sequence drafts any further.
 
@@ -242,8 +242,13 @@ def draft_loop(
 
 
 def record_draft(
-    state: Tensor, head_output: Sequence[Tensor], embedding: Tensor, out: Draft, row: int, draft_threshold: float
-) -> Tensor:
+    state: Tensor,
+    head_output: Sequence[Tensor] | None,
+    embedding: Tensor,
+    out: Draft,
+    row: int,
+    draft_threshold: float,
+) -> Tensor | None:
     """Write a row of a draft, and embed its tokens, [B, D].
 
     With a threshold a draft ends where its probability is below: that token and those after it are -1, and what comes
@@ -252,43 +257,49 @@ def record_draft(
     Parameters
     ----------
     state : Tensor [B, D]
-    head_output : (token, logit, logsumexp), each [B]
-        What the exit head gives for ``state``.
+    head_output : (token, logit, logsumexp), each [B], or None
+        What the exit head gives for ``state``; None for row K, which has a state alone.
     embedding : Tensor [V, D]
     out : Draft
         Its row ``row`` is written.
     row : int
     draft_threshold : float
     """
+    ended = _ended(out, row, draft_threshold)
+    out.states[:, row] = state if ended is None else torch.where(ended[:, None], 0, state)
+    if head_output is None:
+        return None
     token, logit, logsumexp = head_output
     chance = (logit - logsumexp).exp()
+    chance = chance if ended is None else torch.where(ended, 0, chance)
     if draft_threshold > 0:
-        if row:
-            ended = out.tokens[:, row - 1] < 0
-            state, chance = torch.where(ended[:, None], 0, state), torch.where(ended, 0, chance)
         token = torch.where(chance >= draft_threshold, token, -1)  # false of NaN, too
-    out.states[:, row], out.tokens[:, row], out.probability[:, row] = state, token, chance
+    out.tokens[:, row], out.probability[:, row] = token, chance
     return embedding[token.clamp_min(0)]  # what follows a -1 has no meaning, but an index must be valid
+
+
+def _ended(out: Draft, row: int, draft_threshold: float) -> Tensor | None:
+    """Which drafts have ended before ``row``, [B]; None where none can have."""
+    return out.tokens[:, row - 1] < 0 if row > 0 and draft_threshold > 0 else None
 
 
 def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[Tensor, Tensor, Tensor]:
     """`draft` out of a backend's partial_forward and exit_head; ``record`` is `record_draft`, or does the same."""
     a = bind("draft", *args)
-    on_cpu, (batch, steps) = a.token.device.type == "cpu", (a.token.shape[0], a.num_speculations)
+    on_cpu, batch, num_speculations = a.token.device.type == "cpu", a.token.shape[0], a.num_speculations
     if on_cpu:  # on a GPU a look at the tokens would be a host sync
         _check_tokens(a.token, a.embedding.shape[0])
-    tokens = a.token.new_empty(batch, steps)
-    states = a.embedding.new_empty(batch, steps + a.extend, a.embedding.shape[1])
+    rows, tokens = num_speculations + a.extend, a.token.new_empty(batch, num_speculations)
+    states = a.embedding.new_empty(batch, rows, a.embedding.shape[1])
     out = Draft(tokens, states, torch.empty_like(tokens, dtype=torch.float32))
-    positions = [a.seq_lens + row for row in range(steps + a.extend)]
+    positions = [a.seq_lens + row for row in range(rows)]
 
     def forward(embedded: Tensor, row: int) -> Tensor:
         hidden = embedded[:, None]
         layers = derive("partial_forward", a, hidden=hidden, seq_lens=positions[row], start=0, end=a.exit_layer)
         state = ops["partial_forward"](*layers)[:, 0]
-        if row == steps:
-            ends = steps > 0 and a.draft_threshold > 0
-            states[:, row] = state.masked_fill(tokens[:, -1:] < 0, 0) if ends else state
+        if row == num_speculations:
+            record(state, None, a.embedding, out, row, a.draft_threshold)
         return state
 
     def choose(state: Tensor, row: int) -> Tensor | None:
@@ -296,12 +307,14 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
         logits = None if a.logits is None else a.logits[:, row]
         head_output = ops["exit_head"](*derive("exit_head", a, hidden=state, offset=offset, logits=logits))
         following = record(state, head_output, a.embedding, out, row, a.draft_threshold)
-        if on_cpu and a.draft_threshold > 0 and bool((tokens[:, row] < 0).all()):
-            _clear(out, row + 1)
-            return None
-        return following
+        ended = _ended(out, row + 1, a.draft_threshold)
+        if not on_cpu or ended is None or not bool(ended.all()):
+            return following
+        for rest in range(row + 1, rows):  # all drafts have ended, so that this clears the rows that are left
+            record(state, head_output if rest < num_speculations else None, a.embedding, out, rest, a.draft_threshold)
+        return None
 
-    draft_loop(a.embedding[a.token.clamp_min(0)], steps, a.extend, forward, choose)
+    draft_loop(a.embedding[a.token.clamp_min(0)], num_speculations, a.extend, forward, choose)
     return out
 
 
@@ -309,18 +322,19 @@ def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """`speculative_round` out of a backend's draft, partial_forward, exit_head, accept_greedy and accept_sampled."""
     a = bind("speculative_round", *args)
     num_layers, batch, device = a.k_cache.shape[0], a.token.shape[0], a.token.device
-    below = weights_per_layer(a.weights, 0, num_layers) * a.exit_layer
-    small, samples = a.head_weight if a.draft_head_weight is None else a.draft_head_weight, a.temperature is not None
+    split, samples = weights_per_layer(a.weights, 0, num_layers) * a.exit_layer, a.temperature is not None
+    draft_head_weight = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
     draft_logits = target_logits = None
     if samples:
-        draft_logits = torch.empty(batch, a.num_speculations, small.shape[0], dtype=torch.float32, device=device)
+        size = (batch, a.num_speculations, draft_head_weight.shape[0])
+        draft_logits = torch.empty(size, dtype=torch.float32, device=device)
     tokens, states, probability = ops["draft"](*derive(
-        "draft", a, weights=a.weights[:below], head_weight=small, extend=True, token_map=a.draft_token_map,
-        scale=a.draft_head_scale, logits=draft_logits,
+        "draft", a, weights=a.weights[:split], head_weight=draft_head_weight, extend=True,
+        token_map=a.draft_token_map, scale=a.draft_head_scale, logits=draft_logits,
     ))  # fmt: skip
     drafted = _most_drafts(tokens)
-    above = {"weights": a.weights[below:], "start": a.exit_layer, "end": num_layers}
-    layers = derive("partial_forward", a, hidden=states[:, : drafted + 1], **above)
+    deep = {"weights": a.weights[split:], "start": a.exit_layer, "end": num_layers}
+    layers = derive("partial_forward", a, hidden=states[:, : drafted + 1], **deep)
     hidden = ops["partial_forward"](*layers).flatten(0, 1)
     if samples:
         target_logits = torch.empty(hidden.shape[0], a.head_weight.shape[0], dtype=torch.float32, device=device)
@@ -340,11 +354,6 @@ def _most_drafts(tokens: Tensor) -> int:
     if tokens.device.type != "cpu" or not tokens.numel():
         return tokens.shape[1]
     return int((tokens >= 0).long().cumprod(1).sum(1).max())
-
-
-def _clear(out: Draft, row: int) -> None:
-    """Of the rows from ``row``, where nothing is drafted any more."""
-    out.tokens[:, row:], out.states[:, row:], out.probability[:, row:] = -1, 0, 0
 
 
 def _check_tokens(token: Tensor, vocab_size: int) -> None:

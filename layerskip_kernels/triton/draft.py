@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import rounds
 from ..bundles import Draft
-from ..rounds import compose_draft
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from .exit_head import exit_head
 from .partial_forward import partial_forward
@@ -52,9 +52,16 @@ def draft_step_kernel(
 
 
 def record_draft(
-    state: Tensor, head_output: Sequence[Tensor], embedding: Tensor, out: Draft, row: int, draft_threshold: float
-) -> Tensor:
+    state: Tensor,
+    head_output: Sequence[Tensor] | None,
+    embedding: Tensor,
+    out: Draft,
+    row: int,
+    draft_threshold: float,
+) -> Tensor | None:
     """See `rounds.record_draft`."""
+    if head_output is None:
+        return rounds.record_draft(state, None, embedding, out, row, draft_threshold)
     following, (batch, hidden_size) = torch.empty_like(state), state.shape
     if batch:
         block = min(BLOCK, power_of_two(hidden_size))
@@ -72,4 +79,4 @@ _OPS: dict[str, Callable[..., Any]] = {"partial_forward": partial_forward, "exit
 
 def draft(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.draft`. On a card a draft that has ended goes on without effect: no host sync."""
-    return compose_draft(_OPS, *args, record=record_draft)
+    return rounds.compose_draft(_OPS, *args, record=record_draft)
