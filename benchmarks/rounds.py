@@ -41,8 +41,8 @@ def tokens_a_round(acceptance: float, drafted: int) -> float:
 
 def round_call(model: Model, drafted: int, noise: lk.Noise | None = None) -> Callable[[], lk.Round]:
     """A round of ``drafted`` drafts; the length stays, so that every replay does the same."""
-    small = DraftHead.of(model.head, DRAFT_ROWS)
-    draft_head = lk.Head(model.norm, small.weight, small.token_map, small.scale)
+    rounded = DraftHead.of(model.head, DRAFT_ROWS)
+    draft_head = lk.Head(model.norm, rounded.weight, rounded.token_map, rounded.scale)
     token = torch.zeros(1, dtype=torch.int64, device=model.device)
 
     def call() -> lk.Round:

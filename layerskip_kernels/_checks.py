@@ -166,12 +166,12 @@ def speculative_round(a: Any) -> None:
     states = state.expand(batch, a.num_speculations + 1, -1)
     partial_forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers))
     exit_head(derive("exit_head", a, hidden=state.expand(batch, -1), temperature=None, seed=None))
-    small = {name: getattr(a, name) for name in ("draft_head_weight", "draft_token_map", "draft_head_scale")}
+    draft_head = {name: getattr(a, name) for name in ("draft_head_weight", "draft_token_map", "draft_head_scale")}
     if a.draft_head_weight is None:
-        given = [name for name, arg in small.items() if arg is not None]
+        given = [name for name, arg in draft_head.items() if arg is not None]
         _require(not given, f"{', '.join(given)} needs a draft_head_weight")
     else:
-        _head(state[None], **small)
+        _head(state[None], **draft_head)
         rows, vocab_size = a.draft_head_weight.shape[0], a.head_weight.shape[0]
         _require(
             a.temperature is None or a.draft_token_map is not None or rows == vocab_size,

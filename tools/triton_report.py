@@ -207,9 +207,9 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
     lengths = empty(batch, kind=torch.int64)
     cache = [empty(1, batch + full, shape.groups, capacity, shape.size) for _ in range(2)]
     angles = [empty(capacity, shape.size // 2, kind=torch.float32) for _ in range(2)]
-    scored = shape.vocabulary // 2 if full else shape.vocabulary
-    head = empty(scored, shape.hidden, kind=torch.int8 if full else dtype)
-    extra = (empty(scored, kind=torch.int64), empty(scored, kind=torch.float32)) if full else ()
+    draft_vocab_size = shape.vocabulary // 2 if full else shape.vocabulary
+    head = empty(draft_vocab_size, shape.hidden, kind=torch.int8 if full else dtype)
+    extra = (empty(draft_vocab_size, kind=torch.int64), empty(draft_vocab_size, kind=torch.float32)) if full else ()
     drafts, target = empty(batch, rows - 1, kind=torch.int64), empty(batch, rows, kind=torch.int64)
     with recorded() as found:
         hidden, weights = empty(batch, rows, shape.hidden), _layer(shape, dtype, full)

@@ -114,13 +114,13 @@ struct AcceptSampled {
 
   // q of a rejected draft, over the target's vocabulary; `own` [V_draft].
   void spread(int64_t b, const Verdict& verdict, float* own) const {
-    const int64_t scored = q.tiles.vocab_size, vocab_size = p.tiles.vocab_size;
+    const int64_t draft_vocab_size = q.tiles.vocab_size, vocab_size = p.tiles.vocab_size;
     float* out = residual + b * vocab_size;
-    kernels<float>().softmax(q(b, verdict.accepted), temperature[b], verdict.logsumexp_q, scored,
+    kernels<float>().softmax(q(b, verdict.accepted), temperature[b], verdict.logsumexp_q, draft_vocab_size,
                              token_map ? own : out);
     if (!token_map) return;
     std::fill_n(out, vocab_size, 0.0f);
-    for (int64_t j = 0; j < scored; ++j) out[token_map[j]] = own[j];
+    for (int64_t j = 0; j < draft_vocab_size; ++j) out[token_map[j]] = own[j];
   }
 
   PickArgs pick_args(int64_t b, const Verdict& verdict, bool rejected) const {
@@ -177,10 +177,10 @@ Tensor with_rows(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : contiguous(x);
 }
 
-void check_vocabularies(int64_t scored, int64_t vocab_size, bool mapped) {
+void check_vocabularies(int64_t draft_vocab_size, int64_t vocab_size, bool mapped) {
   LSK_REQUIRE(vocab_size > 0, "target_logits has no tokens");
-  LSK_REQUIRE(mapped || scored == vocab_size, "draft_logits has ", scored, " tokens, target_logits ", vocab_size,
-              ": without a token_map they must agree");
+  LSK_REQUIRE(mapped || draft_vocab_size == vocab_size, "draft_logits has ", draft_vocab_size,
+              " tokens, target_logits ", vocab_size, ": without a token_map they must agree");
 }
 
 void check_tokens(const int64_t* tokens, int64_t count, const char* name, int64_t least, int64_t vocab_size) {
@@ -196,14 +196,15 @@ std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& 
                                           const Tensor& temperature, const Tensor& seed,
                                           const std::optional<Tensor>& token_map) {
   const Tensor draft = contiguous(draft_in), target = with_rows(target_logits), drafts = with_rows(draft_logits);
-  const int64_t batch = draft.size(0), drafted = draft.size(1), scored = drafts.size(2), vocab_size = target.size(2);
-  check_vocabularies(scored, vocab_size, token_map.has_value());
+  const int64_t batch = draft.size(0), drafted = draft.size(1), draft_vocab_size = drafts.size(2),
+                vocab_size = target.size(2);
+  check_vocabularies(draft_vocab_size, vocab_size, token_map.has_value());
   const Sampling sampling(temperature, seed, batch);
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   const int64_t* tokens = data<int64_t>(draft, "draft", {batch, drafted});
-  const int64_t* map = data<int64_t>(token_map, "token_map", {scored});
+  const int64_t* map = data<int64_t>(token_map, "token_map", {draft_vocab_size});
   check_tokens(tokens, batch * drafted, "draft", INT64_MIN, vocab_size);
-  check_tokens(map, scored, "token_map", 0, vocab_size);
+  check_tokens(map, draft_vocab_size, "token_map", 0, vocab_size);
   const Rows p(target, "target_logits", batch, drafted + 1), q(drafts, "draft_logits", batch, drafted);
   const int threads = batch * (drafted + 1) * vocab_size < (1 << 15) ? 1 : num_threads();
   AcceptSampled step{batch, drafted, tokens, lengths, sampling.seed, map, sampling.temperature, p, q};

@@ -35,17 +35,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
               exit_layer);
   LSK_REQUIRE(weights.size() % num_layers == 0, "got ", weights.size(), " weights for ", num_layers, " layers");
   LSK_REQUIRE(draft_head_weight.has_value() || (!draft_token_map.has_value() && !draft_head_scale.has_value()),
-              "draft_map and draft_scale need a draft_weight");
-  LSK_REQUIRE(draft_threshold == 0 || !temperature.has_value(), "min_probability is ", draft_threshold,
+              "draft_token_map and draft_head_scale need a draft_head_weight");
+  LSK_REQUIRE(draft_threshold == 0 || !temperature.has_value(), "draft_threshold is ", draft_threshold,
               " with a temperature: dropping what was drawn because it is improbable would change the distribution");
   const auto exit = weights.begin() + weights.size() / num_layers * exit_layer;
   const std::vector<Tensor> shallow(weights.begin(), exit), deep(exit, weights.end());
-  const Tensor& small = draft_head_weight.has_value() ? *draft_head_weight : head_weight;
+  const Tensor& draft_head = draft_head_weight.has_value() ? *draft_head_weight : head_weight;
   const bool samples = temperature.has_value();
   std::optional<Tensor> draft_logits, target_logits;
-  if (samples) draft_logits = new_empty(token, {batch, num_speculations, small.size(0)}, ScalarType::Float);
+  if (samples) draft_logits = new_empty(token, {batch, num_speculations, draft_head.size(0)}, ScalarType::Float);
   auto [tokens, states, probability] =
-      draft(token, embedding, shallow, k_cache, v_cache, cos, sin, seq_lens, exit_layer, norm_weight, small, eps,
+      draft(token, embedding, shallow, k_cache, v_cache, cos, sin, seq_lens, exit_layer, norm_weight, draft_head, eps,
             num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
             draft_logits);
   const int64_t drafted = longest(tokens), rows = batch * (drafted + 1);

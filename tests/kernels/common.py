@@ -77,8 +77,8 @@ def run(op: str, *args: Any, **named: Any) -> Any:
     if op == "draft":
         head = lk.Head(a.norm_weight, a.head_weight, a.token_map, a.scale)
         return lk.draft(*decoder, head, a.num_speculations, extend=a.extend, logits=a.logits, **common)
-    small = (a.draft_head_weight, a.draft_token_map, a.draft_head_scale)
-    draft_head = None if all(one is None for one in small) else lk.Head(a.norm_weight, *small)
+    given = (a.draft_head_weight, a.draft_token_map, a.draft_head_scale)
+    draft_head = None if all(one is None for one in given) else lk.Head(a.norm_weight, *given)
     head = lk.Head(a.norm_weight, a.head_weight)
     return lk.speculative_round(*decoder, head, a.num_speculations, draft_head=draft_head, **common)
 

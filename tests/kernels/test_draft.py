@@ -54,11 +54,11 @@ def assert_same_draft(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("extend", [True, False])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("num_speculations", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", PATHS)
-def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, steps: int, extend: bool) -> None:
-    args, other = (args_of(dtype, num_speculations=steps, extend=extend) for _ in range(2))
+def test_it_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, num_speculations: int, extend: bool) -> None:
+    args, other = (args_of(dtype, num_speculations=num_speculations, extend=extend) for _ in range(2))
     with running_on(path):
         drafted = run("draft", *args.values())
         expected = composed(other)

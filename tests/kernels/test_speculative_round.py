@@ -38,17 +38,17 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, ...]:
     shallow, deep = args["weights"][: each * args["exit_layer"]], args["weights"][each * args["exit_layer"] :]
     slots, temperature, limit = args.get("slots"), args.get("temperature"), args.get("draft_threshold", 0.0)
     draws = () if temperature is None else (temperature, args["seed"])
-    device = args["token"].device
-    batch, steps, scored = len(args["token"]), args["num_speculations"], len(args["draft_head_weight"])
-    draft_logits = torch.empty(batch, steps, scored, device=device) if draws else None
+    batch, num_speculations, device = len(args["token"]), args["num_speculations"], args["token"].device
+    draft_vocab_size = len(args["draft_head_weight"])
+    draft_logits = torch.empty(batch, num_speculations, draft_vocab_size, device=device) if draws else None
     drafted = run(
         "draft", args["token"], args["embedding"], shallow, *layers, args["exit_layer"], head[0],
-        args["draft_head_weight"], EPS, steps, True, args["draft_token_map"], args["draft_head_scale"], slots, limit,
-        *(draws or (None, None)), draft_logits,
+        args["draft_head_weight"], EPS, num_speculations, True, args["draft_token_map"], args["draft_head_scale"],
+        slots, limit, *(draws or (None, None)), draft_logits,
     )  # fmt: skip
     hidden = run("partial_forward", drafted.states, deep, *layers, args["exit_layer"], depth, EPS, slots)
-    logits = torch.empty(batch, steps + 1, SIZES["V"], device=device)
-    target = lk.exit_head(hidden.flatten(0, 1), *head, logits=logits.view(-1, SIZES["V"])).token.view(batch, steps + 1)
+    logits = torch.empty(batch, num_speculations + 1, SIZES["V"], device=device)
+    target = lk.exit_head(hidden.flatten(0, 1), *head, logits=logits.view(-1, SIZES["V"])).token.view(logits.shape[:2])
     if draws:
         accepted = lk.accept_sampled(
             drafted.tokens, draft_logits.nan_to_num(0), logits, args["seq_lens"], *draws, args["draft_token_map"]

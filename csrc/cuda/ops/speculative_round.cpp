@@ -11,12 +11,12 @@ namespace lsk {
 namespace {
 
 struct Heads {
-  const Tensor &norm_weight, &full, &small;
-  const std::optional<Tensor>&map, &scale;  // of `small`
+  const Tensor &norm_weight, &head_weight, &draft_head_weight;
+  const std::optional<Tensor>&token_map, &scale;  // of the draft's head
   double eps;
 
-  int64_t draft_vocab_size() const { return small.size(0); }
-  int64_t vocab_size() const { return full.size(0); }
+  int64_t draft_vocab_size() const { return draft_head_weight.size(0); }
+  int64_t vocab_size() const { return head_weight.size(0); }
 };
 
 // Logits of a round with a temperature, [B, K, Vd] and [B, K + 1, V], and the scratch of their acceptance.
@@ -27,7 +27,7 @@ struct Logits {
   Logits(const Drafting& drafting, const Heads& heads)
       : draft(room(drafting, drafting.num_speculations, heads.draft_vocab_size())),
         target(room(drafting, drafting.rows(), heads.vocab_size())),
-        scratch(drafting.tokens, heads.draft_vocab_size(), heads.vocab_size(), heads.map.has_value()) {}
+        scratch(drafting.tokens, heads.draft_vocab_size(), heads.vocab_size(), heads.token_map.has_value()) {}
 
   static Tensor room(const Drafting& drafting, int64_t rows, int64_t vocab_size) {
     return torch::stable::new_empty(drafting.token, {drafting.token.size(0), rows, vocab_size}, ScalarType::Float);
@@ -53,40 +53,42 @@ struct Verified {
 };
 
 // Layers [0, E) and [E, L), which may be none, on the rows that each of them takes.
-struct Depths {
+struct RoundLayers {
   LayerStack shallow, deep;
-  ForwardShape one, all;
+  ForwardShape draft_shape, verify_shape;
 
-  Depths(const Drafting& drafting, const LayerStack& shallow, const LayerStack& deep)
-      : shallow(shallow), deep(deep), one(drafting.shape(shallow)), all(one) {
-    all.rows = drafting.rows();
-    if (deep.start < deep.end) all = forward_shape(deep, one.batch, all.rows, one.hidden_size);
+  RoundLayers(const Drafting& drafting, const LayerStack& shallow, const LayerStack& deep)
+      : shallow(shallow), deep(deep), draft_shape(drafting.shape(shallow)), verify_shape(draft_shape) {
+    verify_shape.rows = drafting.rows();
+    if (deep.start < deep.end)
+      verify_shape = forward_shape(deep, draft_shape.batch, verify_shape.rows, draft_shape.hidden_size);
   }
 };
 
 template <class T, class W>
-void run(const DeviceScope& scope, const Drafting& drafting, const Depths& depths, const Heads& heads,
+void run(const DeviceScope& scope, const Drafting& drafting, const RoundLayers& layers, const Heads& heads,
          const Verified& verified, const SampledArgs& sampled) {
-  const auto below = depths.shallow.layers<T>(depths.one);
-  std::vector<LayerWeights<T>> above;
-  if (depths.deep.start < depths.deep.end) above = depths.deep.layers<T>(depths.all);
-  const Tensor memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(depths.one));
-  const Tensor wide_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(depths.all));
+  const auto shallow = layers.shallow.layers<T>(layers.draft_shape);
+  std::vector<LayerWeights<T>> deep;
+  if (layers.deep.start < layers.deep.end) deep = layers.deep.layers<T>(layers.verify_shape);
+  const Tensor draft_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.draft_shape));
+  const Tensor verify_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.verify_shape));
   const RoundArgs<T, W> args{
       drafting.args<T>(verified.partial),
-      layers_of<T>(depths.shallow, below, depths.one, memory),
-      layers_of<T>(depths.shallow, above, depths.all, wide_memory),
-      head_of<T, W>(heads.norm_weight, heads.small, depths.one.hidden_size, heads.eps, heads.map, heads.scale),
-      head_of<T, T>(heads.norm_weight, heads.full, depths.one.hidden_size, heads.eps, {}, {}),
+      layers_of<T>(layers.shallow, shallow, layers.draft_shape, draft_memory),
+      layers_of<T>(layers.shallow, deep, layers.verify_shape, verify_memory),
+      head_of<T, W>(heads.norm_weight, heads.draft_head_weight, layers.draft_shape.hidden_size, heads.eps,
+                    heads.token_map, heads.scale),
+      head_of<T, T>(heads.norm_weight, heads.head_weight, layers.draft_shape.hidden_size, heads.eps, {}, {}),
       static_cast<Choice*>(verified.partial.data_ptr()),
       static_cast<int64_t*>(verified.target.data_ptr()),
       static_cast<float*>(verified.scores.data_ptr()),
-      data<int64_t>(depths.shallow.seq_lens, "seq_lens", {depths.one.batch}),
+      data<int64_t>(layers.shallow.seq_lens, "seq_lens", {layers.draft_shape.batch}),
       static_cast<int64_t*>(verified.accepted.data_ptr()),
       static_cast<int64_t*>(verified.next_token.data_ptr()),
       sampled};
   Chain chain(scope.stream());
-  check_head_launch("speculative_round", depths.one.hidden_size, speculative_round(chain, args));
+  check_head_launch("speculative_round", layers.draft_shape.hidden_size, speculative_round(chain, args));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
@@ -110,16 +112,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
   Verified out(drafting, heads, seq_lens, temperature.has_value());
   if (token.size(0) == 0) return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
   const auto middle = weights.begin() + each * exit_layer;
-  const std::vector<Tensor> below(weights.begin(), middle), above(middle, weights.end());
-  const Depths depths(drafting, {below, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps},
-                      {above, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, num_layers, eps});
+  const std::vector<Tensor> shallow(weights.begin(), middle), deep(middle, weights.end());
+  const RoundLayers layers(drafting, {shallow, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps},
+                           {deep, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, num_layers, eps});
   SampledArgs sampled{};
   if (out.logits != nullptr) {
     sampled = out.logits->scratch.args(drafting.tokens, out.logits->draft, out.logits->target, seq_lens, *temperature,
                                        *seed, draft_token_map, out.accepted, out.next_token);
   }
   with_head_types(embedding.scalar_type(), draft_head_scale.has_value(),
-                  [&]<class T, class W>(T*, W*) { run<T, W>(scope, drafting, depths, heads, out, sampled); });
+                  [&]<class T, class W>(T*, W*) { run<T, W>(scope, drafting, layers, heads, out, sampled); });
   return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
 }
 

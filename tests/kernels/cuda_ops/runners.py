@@ -88,10 +88,10 @@ class Emulated(EmulatedLayers):
 
     def draft(self, *args: Any) -> lk.Draft:
         a = bind("draft", *args)
-        batch, steps, scored = len(a.token), a.num_speculations, len(a.head_weight)
+        batch, num_speculations, draft_vocab_size = len(a.token), a.num_speculations, len(a.head_weight)
         model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.exit_layer)
-        sizes = model.sizes(batch, steps, a.extend, scored, scored, a.exit_layer)
-        out, buffers = model.draft_buffers(batch, steps, a.extend, scored)
+        sizes = model.sizes(batch, num_speculations, a.extend, draft_vocab_size, draft_vocab_size, a.exit_layer)
+        out, buffers = model.draft_buffers(batch, num_speculations, a.extend, draft_vocab_size)
         memory = self._round_scratch(sizes, 1, a.embedding.dtype)
         pitches = (0, 0) if a.logits is None else (a.logits.stride(0), a.logits.stride(1))
         self.call(
@@ -105,20 +105,21 @@ class Emulated(EmulatedLayers):
     def speculative_round(self, *args: Any) -> lk.Round:
         a = bind("speculative_round", *args)
         draft_head = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
-        batch, steps, dtype = len(a.token), a.num_speculations, a.embedding.dtype
+        batch, num_speculations, dtype = len(a.token), a.num_speculations, a.embedding.dtype
         draft_vocab_size, vocab_size = len(draft_head), len(a.head_weight)
         model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.k_cache.shape[0])
-        sizes = model.sizes(batch, steps, True, draft_vocab_size, vocab_size, a.exit_layer)
-        drafted, buffers = model.draft_buffers(batch, steps, True, max(draft_vocab_size, vocab_size))
-        memory = [self._round_scratch(sizes, rows, dtype) for rows in (1, steps + 1)]
-        verified = [_void(batch * (steps + 1), like=torch.int64), _void(2, batch * (steps + 1))]
+        sizes = model.sizes(batch, num_speculations, True, draft_vocab_size, vocab_size, a.exit_layer)
+        drafted, buffers = model.draft_buffers(batch, num_speculations, True, max(draft_vocab_size, vocab_size))
+        memory = [self._round_scratch(sizes, rows, dtype) for rows in (1, num_speculations + 1)]
+        verified = [_void(batch * (num_speculations + 1), like=torch.int64), _void(2, batch * (num_speculations + 1))]
         out = [_void(batch, like=torch.int64), _void(batch, like=torch.int64)]
         logits: list[Tensor | None] = [None, None]
         scratch: list[Tensor | None] = [None, None, None]
         if a.temperature is not None:
             stretches = -(-max(draft_vocab_size, vocab_size) // STRETCH)
-            logits = [_void(batch, steps, draft_vocab_size), _void(batch, steps + 1, vocab_size)]
-            scratch = [_void(batch, 2 * steps + 1, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)]
+            logits = [_void(batch, num_speculations, draft_vocab_size), _void(batch, num_speculations + 1, vocab_size)]
+            rows = 2 * num_speculations + 1
+            scratch = [_void(batch, rows, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)]
             scratch.append(None if a.draft_token_map is None else _void(vocab_size, like=torch.int32))
         written = [a.k_cache, a.v_cache, a.seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
         self.call(
@@ -151,25 +152,25 @@ class _Model:
         self.cached = k_cache.shape
 
     def sizes(
-        self, batch: int, steps: int, extend: bool, draft_vocab_size: int, vocab_size: int, exit_layer: int
+        self, batch: int, num_speculations: int, extend: bool, draft_vocab_size: int, vocab_size: int, exit_layer: int
     ) -> Tensor:
         """In the order of `Sizes` in tests/cuda_emulation/ops/speculative_round.cpp."""
         _, cache_rows, num_kv_heads, capacity, head_dim = self.cached
         embedded, hidden_size = self.embedding.shape
         num_heads, intermediate_size = len(self.like[1]) // head_dim, len(self.like[6])
         return torch.tensor(
-            [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows, steps,
-             extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers]
+            [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows,
+             num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers]
         )  # fmt: skip
 
     def draft_buffers(
-        self, batch: int, steps: int, extend: bool, vocab_size: int
+        self, batch: int, num_speculations: int, extend: bool, vocab_size: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
         """Tokens, states and probability; the scratch of a draft, of K + 1 rows where it is verified."""
         width, dtype = self.embedding.shape[1], self.embedding.dtype
-        states = _void(batch, steps + extend, width, like=dtype)
-        partial = _void(batch * (steps + 1), -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
-        out = (_void(batch, steps, like=torch.int64), states, _void(batch, steps))
+        states = _void(batch, num_speculations + extend, width, like=dtype)
+        partial = _void(batch * (num_speculations + 1), -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
+        out = (_void(batch, num_speculations, like=torch.int64), states, _void(batch, num_speculations))
         return out, [_void(batch, width, like=dtype), partial]
 
 

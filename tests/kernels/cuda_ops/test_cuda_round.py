@@ -73,13 +73,15 @@ def test_a_round_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, opt
 
 
 @pytest.mark.parametrize("options", [False, True])
-@pytest.mark.parametrize(("steps", "extend"), [(4, True), (1, False), (0, True), (0, False)])
+@pytest.mark.parametrize(("num_speculations", "extend"), [(4, True), (1, False), (0, True), (0, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_draft_is_the_references(ops: Ops, dtype: torch.dtype, steps: int, extend: bool, options: bool) -> None:
+def test_a_draft_is_the_references(
+    ops: Ops, dtype: torch.dtype, num_speculations: int, extend: bool, options: bool
+) -> None:
     """With slots, sampling, logits and a threshold that stops a sequence, and without; the head is int8."""
-    args = args_of("draft", dtype, options, num_speculations=steps, extend=extend)
+    args = args_of("draft", dtype, options, num_speculations=num_speculations, extend=extend)
     if options:
-        args.update(draft_threshold=0.03, logits=torch.zeros(SIZES["B"], steps, SIZES["V"]))
+        args.update(draft_threshold=0.03, logits=torch.zeros(SIZES["B"], num_speculations, SIZES["V"]))
     theirs = copied(args)
     out, expected = ops.draft(*args.values()), reference.draft_ref(*theirs.values())
     assert out.tokens.tolist() == expected[0].tolist()
@@ -152,12 +154,12 @@ def agreeing(dtype: torch.dtype) -> dict[str, Any]:
     return args
 
 
-def decode(ops: Ops, args: dict[str, Any], steps: int, wanted: int) -> tuple[list[list[int]], list[int]]:
+def decode(ops: Ops, args: dict[str, Any], num_speculations: int, wanted: int) -> tuple[list[list[int]], list[int]]:
     """Each sequence's first ``wanted`` tokens, and what its rounds accepted."""
     emitted: list[list[int]] = [[] for _ in range(SIZES["B"])]
     accepts = []
     while min(len(tokens) for tokens in emitted) < wanted:
-        out = ops.speculative_round(*{**args, "num_speculations": steps}.values())
+        out = ops.speculative_round(*{**args, "num_speculations": num_speculations}.values())
         for b, tokens in enumerate(emitted):
             tokens += [*out.tokens[b, : out.accepted[b]].tolist(), int(out.next_token[b])]
         accepts += out.accepted.tolist()

@@ -35,7 +35,7 @@ def test_a_round_looks_at_no_value(sampled: bool) -> None:
     A layer takes 10 here: its down projection is split. A head takes 3, the end of a draft's step 1, accept_greedy 1,
     accept_sampled 4.
     """
-    shape, layers, exits, steps = report.LLAMA_1B, 16, 4, 6
+    shape, layers, exits, num_speculations = report.LLAMA_1B, 16, 4, 6
 
     def empty(*sizes: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(sizes, dtype=kind, device="meta")
@@ -48,8 +48,8 @@ def test_a_round_looks_at_no_value(sampled: bool) -> None:
     weights = report._layer(shape, torch.bfloat16, False) * layers
     with report.recorded() as found:
         speculative_round.speculative_round(*bind(
-            "speculative_round", token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5, steps,
-            draft_threshold=0.0 if sampled else 0.5, temperature=noise[0], seed=noise[1],
+            "speculative_round", token, embedding, weights, *caches, *angles, seed, exits, norm, embedding, 1e-5,
+            num_speculations, draft_threshold=0.0 if sampled else 0.5, temperature=noise[0], seed=noise[1],
         ))  # fmt: skip
-    drafting, verifying = (steps + 1) * exits * 10 + steps * 4, (layers - exits) * 10 + 3
+    drafting, verifying = (num_speculations + 1) * exits * 10 + num_speculations * 4, (layers - exits) * 10 + 3
     assert len(found) == drafting + verifying + (4 if sampled else 1)
