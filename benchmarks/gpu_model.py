@@ -11,7 +11,7 @@ from torch import Tensor
 import layerskip_kernels as lk
 from layerskip.models import EarlyExitHead, LayerSkipModel, PartialDepthDecoder
 from layerskip_kernels import LayerWeights
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 
 EPS = 1e-5
 CACHE_CAPACITY, CACHE_LENGTH = 1024, 512
@@ -43,14 +43,9 @@ class Model:
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
-        queries, keys = shape.heads * shape.size, shape.groups * shape.size
-        width, features = shape.hidden, shape.features
-        sizes = [
-            (width,), (queries, width), (keys, width), (keys, width), (width, queries), (width,), (features, width),
-            (features, width), (width, features),
-        ]  # fmt: skip
-        self.weights = [self.random(*size) for _ in range(shape.layers) for size in sizes]
-        self.norm, self.head = self.random(width), self.random(shape.vocabulary, width)
+        shapes = layer_shapes(shape.hidden, shape.heads, shape.groups, shape.size, shape.features)
+        self.weights = [self.random(*shapes[name]) for _ in range(shape.layers) for name in REQUIRED_WEIGHTS]
+        self.norm, self.head = self.random(shape.hidden), self.random(shape.vocabulary, shape.hidden)
         cache = (shape.layers, 1, shape.groups, CACHE_CAPACITY, shape.size)
         self.keys, self.values = self.random(*cache), self.random(*cache)
         self.frequencies = 10000.0 ** (-torch.arange(0, shape.size, 2) / shape.size)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import layerskip_kernels as lk
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 
 from .harness import Case, Result, interleave
 
@@ -83,26 +84,20 @@ def linear(repeats: int) -> Iterator[Result]:
 
 def partial_forward(repeats: int) -> Iterator[Result]:
     """All layers of SmolLM2-135M's shape: one row, seven rows, and the first four layers alone."""
-    layers, width, intermediate_size, num_heads, num_kv_heads, size, capacity, past = 30, 576, 1536, 9, 3, 64, 512, 200
-    shapes = [
-        (num_heads * size, width),
-        (num_kv_heads * size, width),
-        (num_kv_heads * size, width),
-        (width, num_heads * size),
-    ]
-    shapes += [(intermediate_size, width), (intermediate_size, width), (width, intermediate_size)]
+    layers, width, num_kv_heads, head_dim, capacity, past = 30, 576, 3, 64, 512, 200
+    shapes = layer_shapes(width, 9, num_kv_heads, head_dim, 1536)
     norm = torch.ones(width, dtype=DTYPE)
     weights = []
     for _ in range(layers):
-        matrices = [(torch.randn(shape) / shape[1] ** 0.5).to(DTYPE) for shape in shapes]
-        weights += [norm, *matrices[:4], norm, *matrices[4:]]
-    k_cache = torch.randn(layers, 1, num_kv_heads, capacity, size).to(DTYPE)
+        for shape in (shapes[name] for name in REQUIRED_WEIGHTS):
+            weights.append(norm if len(shape) == 1 else (torch.randn(shape) / shape[1] ** 0.5).to(DTYPE))
+    k_cache = torch.randn(layers, 1, num_kv_heads, capacity, head_dim).to(DTYPE)
     v_cache = torch.randn_like(k_cache)
-    cos, sin, lengths = torch.ones(capacity, size // 2), torch.zeros(capacity, size // 2), torch.tensor([past])
+    cos, sin, lengths = torch.ones(capacity, head_dim // 2), torch.zeros(capacity, head_dim // 2), torch.tensor([past])
     cache = lk.KVCache(k_cache, v_cache, cos, sin, lengths)
 
     def case(name: str, rows: int, end: int) -> Case:
-        hidden, own = torch.randn(1, rows, width).to(DTYPE), weights[: 9 * end]
+        hidden, own = torch.randn(1, rows, width).to(DTYPE), weights[: len(REQUIRED_WEIGHTS) * end]
         return Case(
             name,
             lambda: lk.partial_forward(hidden, own, cache, 0, end, EPS),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bundles import OPTIONAL_WEIGHTS, LayerWeights, weights_per_layer
+from .bundles import OPTIONAL_WEIGHTS, LayerWeights, layer_shapes, weights_per_layer
 from .schemas import derive
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,12 +219,7 @@ def layer_weights(
     named = dict(zip(LayerWeights._fields, weights, strict=False))
     queries, keys, intermediate_size = named["q"].shape[0], num_kv_heads * head_dim, named["gate"].shape[0]
     _require(queries % keys == 0, f"q has {queries} rows, not a multiple of {num_kv_heads} heads of size {head_dim}")
-    up, down = [intermediate_size, hidden_size], [hidden_size, intermediate_size]
-    shapes: dict[str, list[int]] = {
-        "attn_norm": [hidden_size], "q": [queries, hidden_size], "k": [keys, hidden_size], "v": [keys, hidden_size],
-        "o": [hidden_size, queries], "mlp_norm": [hidden_size], "gate": up, "up": up, "down": down,
-        "q_bias": [queries], "k_bias": [keys], "v_bias": [keys], "q_norm": [head_dim], "k_norm": [head_dim],
-    }  # fmt: skip
+    shapes = layer_shapes(hidden_size, queries // head_dim, num_kv_heads, head_dim, intermediate_size)
     for name, tensor in named.items():
         if name in OPTIONAL_WEIGHTS and tensor.numel() == 0:
             continue

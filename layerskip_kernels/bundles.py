@@ -39,6 +39,29 @@ OPTIONAL_WEIGHTS = tuple(LayerWeights._field_defaults)
 REQUIRED_WEIGHTS = tuple(name for name in LayerWeights._fields if name not in OPTIONAL_WEIGHTS)
 
 
+def layer_shapes(
+    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a layer, by its name and in the order of `LayerWeights`."""
+    queries, keys = num_heads * head_dim, num_kv_heads * head_dim
+    return {
+        "attn_norm": (hidden_size,),
+        "q": (queries, hidden_size),
+        "k": (keys, hidden_size),
+        "v": (keys, hidden_size),
+        "o": (hidden_size, queries),
+        "mlp_norm": (hidden_size,),
+        "gate": (intermediate_size, hidden_size),
+        "up": (intermediate_size, hidden_size),
+        "down": (hidden_size, intermediate_size),
+        "q_bias": (queries,),
+        "k_bias": (keys,),
+        "v_bias": (keys,),
+        "q_norm": (head_dim,),
+        "k_norm": (head_dim,),
+    }
+
+
 def weights_per_layer(weights: Sequence[Tensor], start: int, end: int) -> int:
     """How many tensors of the flat list ``weights`` describe each of the layers [start, end).
 

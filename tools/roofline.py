@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 from tests.cuda_emulation import Traffic, library
 from tests.kernels.cuda_ops.runners import Emulated
 
@@ -48,11 +49,8 @@ class Shape:
 
     def layer(self) -> list[Tensor]:
         """The nine tensors of one layer."""
-        queries, keys = self.heads * self.size, self.groups * self.size
-        shapes = [(queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries)]
-        mlp = [(self.features, self.hidden), (self.features, self.hidden), (self.hidden, self.features)]
-        norms = [self.tensor(self.hidden) for _ in range(2)]
-        return [norms[0], *(self.tensor(*one) for one in shapes), norms[1], *(self.tensor(*one) for one in mlp)]
+        shapes = layer_shapes(self.hidden, self.heads, self.groups, self.size, self.features)
+        return [self.tensor(*shapes[name]) for name in REQUIRED_WEIGHTS]
 
 
 COUNTED = Shape(512, 2048, 8, 2, 64, 8192, 700)

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from layerskip_kernels.bundles import KVCache
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS, KVCache, LayerWeights, layer_shapes
 from layerskip_kernels.schemas import derive, flatten
 from layerskip_kernels.triton import (
     _config,
@@ -156,13 +156,9 @@ ODD = Shape(328, 904, 6, 2, 40, 1009)  # nothing is a power of two
 
 
 def _layer(shape: Shape, dtype: torch.dtype, full: bool) -> list[Tensor]:
-    hidden, features, size = shape.hidden, shape.features, shape.size
-    queries, keys = shape.heads * size, shape.groups * size
-    sizes: list[tuple[int, ...]] = [
-        (hidden,), (queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), (hidden,), (features, hidden),
-        (features, hidden), (hidden, features), *([(queries,), (keys,), (keys,), (size,), (size,)] if full else []),
-    ]  # fmt: skip
-    return [torch.empty(one, dtype=dtype, device="meta") for one in sizes]
+    shapes = layer_shapes(shape.hidden, shape.heads, shape.groups, shape.size, shape.features)
+    names = LayerWeights._fields if full else REQUIRED_WEIGHTS
+    return [torch.empty(shapes[name], dtype=dtype, device="meta") for name in names]
 
 
 def _loss_launches(hiddens: Tensor, head: Tensor) -> None:

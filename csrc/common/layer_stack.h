@@ -29,8 +29,14 @@ struct LayerStack {
         "got ", weights.size(), " weights for ", count, " layers");
     LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
     check_head_dim(head_dim);
-    const ForwardShape out{batch,           rows,     hidden_size,        weights[1].size(0) / head_dim,
-                           k_cache.size(2), head_dim, weights[6].size(0), k_cache.size(3),
+    const ForwardShape out{batch,
+                           rows,
+                           hidden_size,
+                           weights[layer_weight::kQ].size(0) / head_dim,
+                           k_cache.size(2),
+                           head_dim,
+                           weights[layer_weight::kGate].size(0),
+                           k_cache.size(3),
                            k_cache.size(1)};
     check_num_heads(out.num_heads, out.num_kv_heads);
     LSK_REQUIRE(slots.has_value() || out.cache_rows == batch, "the cache has ", out.cache_rows, " rows for ", batch,

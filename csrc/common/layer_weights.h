@@ -6,7 +6,12 @@
 
 namespace lsk {
 
-constexpr int64_t kRequiredWeights = 9, kAllWeights = 14;  // of a layer, without and with the optional ones
+// The order of a layer's weights: that of LayerWeights in bundles.py.
+namespace layer_weight {
+enum : int64_t { kAttnNorm, kQ, kK, kV, kO, kMlpNorm, kGate, kUp, kDown, kQBias, kKBias, kVBias, kQNorm, kKNorm };
+}
+
+constexpr int64_t kRequiredWeights = layer_weight::kQBias, kAllWeights = layer_weight::kKNorm + 1;
 
 // Sizes of a forward: `batch` sequences of `rows` rows each, in a cache of `cache_rows` rows.
 struct ForwardShape {
@@ -25,27 +30,28 @@ struct LayerWeights {
   T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
 };
 
-// Takes the `count` weights of a layer from `sources`, in the order of the schema. `take(source, name, shape)` gives
-// the memory of one; `take_optional` does, too, and null where the model does not have it.
+// Takes the `count` weights of a layer from `sources`, in the order of `layer_weight`. `take(source, name, shape)`
+// gives the memory of one; `take_optional` does, too, and null where the model does not have it.
 template <class T, class Source, class Take, class TakeOptional>
 LayerWeights<T> take_layer(const Source* sources, int64_t count, const ForwardShape& s, Take take,
                            TakeOptional take_optional) {
+  using namespace layer_weight;
   LayerWeights<T> out;
-  out.attn_norm = take(sources[0], "attn_norm", {s.hidden_size});
-  out.q = take(sources[1], "q", {s.queries(), s.hidden_size});
-  out.k = take(sources[2], "k", {s.keys(), s.hidden_size});
-  out.v = take(sources[3], "v", {s.keys(), s.hidden_size});
-  out.o = take(sources[4], "o", {s.hidden_size, s.queries()});
-  out.mlp_norm = take(sources[5], "mlp_norm", {s.hidden_size});
-  out.gate = take(sources[6], "gate", {s.intermediate_size, s.hidden_size});
-  out.up = take(sources[7], "up", {s.intermediate_size, s.hidden_size});
-  out.down = take(sources[8], "down", {s.hidden_size, s.intermediate_size});
+  out.attn_norm = take(sources[kAttnNorm], "attn_norm", {s.hidden_size});
+  out.q = take(sources[kQ], "q", {s.queries(), s.hidden_size});
+  out.k = take(sources[kK], "k", {s.keys(), s.hidden_size});
+  out.v = take(sources[kV], "v", {s.keys(), s.hidden_size});
+  out.o = take(sources[kO], "o", {s.hidden_size, s.queries()});
+  out.mlp_norm = take(sources[kMlpNorm], "mlp_norm", {s.hidden_size});
+  out.gate = take(sources[kGate], "gate", {s.intermediate_size, s.hidden_size});
+  out.up = take(sources[kUp], "up", {s.intermediate_size, s.hidden_size});
+  out.down = take(sources[kDown], "down", {s.hidden_size, s.intermediate_size});
   if (count == kRequiredWeights) return out;
-  out.q_bias = take_optional(sources[9], "q_bias", {s.queries()});
-  out.k_bias = take_optional(sources[10], "k_bias", {s.keys()});
-  out.v_bias = take_optional(sources[11], "v_bias", {s.keys()});
-  out.q_norm = take_optional(sources[12], "q_norm", {s.head_dim});
-  out.k_norm = take_optional(sources[13], "k_norm", {s.head_dim});
+  out.q_bias = take_optional(sources[kQBias], "q_bias", {s.queries()});
+  out.k_bias = take_optional(sources[kKBias], "k_bias", {s.keys()});
+  out.v_bias = take_optional(sources[kVBias], "v_bias", {s.keys()});
+  out.q_norm = take_optional(sources[kQNorm], "q_norm", {s.head_dim});
+  out.k_norm = take_optional(sources[kKNorm], "k_norm", {s.head_dim});
   return out;
 }
 

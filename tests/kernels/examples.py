@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 
 from .common import Inputs, rope_tables
 
@@ -42,10 +42,8 @@ MUTATES = {
 
 def layer_weights(make: Inputs) -> dict[str, Tensor]:
     """The nine tensors of a layer, by name."""
-    D, F, queries, keys = SIZES["D"], SIZES["F"], SIZES["H"] * SIZES["C"], SIZES["G"] * SIZES["C"]
-    shapes = {"q": (queries, D), "k": (keys, D), "v": (keys, D), "o": (D, queries), "gate": (F, D), "up": (F, D),
-              "down": (D, F)}  # fmt: skip
-    return {name: make.norm(D) if "norm" in name else make.weight(*shapes[name]) for name in REQUIRED_WEIGHTS}
+    shapes = layer_shapes(*(SIZES[letter] for letter in "DHGCF"))
+    return {name: (make.norm if "norm" in name else make.weight)(*shapes[name]) for name in REQUIRED_WEIGHTS}
 
 
 def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:

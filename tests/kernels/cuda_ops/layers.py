@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WEIGHTS_PER_LAYER = 14  # tensors of a layer, the optional ones included
+from layerskip_kernels import LayerWeights
+
+WEIGHTS_PER_LAYER = len(LayerWeights._fields)
 
 
 class EmulatedLayers:
@@ -104,7 +106,8 @@ class EmulatedLayers:
             tensors += [*own, *[None] * (WEIGHTS_PER_LAYER - each)]
         caches = [cache[layer] for layer in range(start, end) for cache in (k_cache, v_cache)]
         (batch, rows, hidden_size), (cache_rows, num_kv_heads, capacity, size) = hidden.shape, k_cache.shape[1:]
-        num_heads, intermediate_size = weights[1].shape[0] // size, weights[6].shape[0]
+        first = dict(zip(LayerWeights._fields, weights[:each], strict=False))
+        num_heads, intermediate_size = len(first["q"]) // size, len(first["gate"])
         sizes = torch.tensor(
             [
                 batch,

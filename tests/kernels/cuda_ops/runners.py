@@ -17,11 +17,10 @@ from layerskip_kernels.schemas import bind
 from tests.cuda_emulation import library
 
 from ..common import run
-from .layers import EmulatedLayers
+from .layers import WEIGHTS_PER_LAYER, EmulatedLayers
 
 HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
 STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept_sampled.h
-WEIGHTS_PER_LAYER = 14  # the optional ones included
 
 
 def _void(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
@@ -144,7 +143,8 @@ class _Model:
     ) -> None:
         each = len(weights) // layers
         optional = [one if one.numel() else None for one in weights]
-        self.embedding, self.layers, self.like = embedding, layers, weights
+        self.embedding, self.layers = embedding, layers
+        self.first = dict(zip(lk.LayerWeights._fields, weights[:each], strict=False))
         self.weights: list[Tensor | None] = []
         for first in range(0, len(weights), each):
             self.weights += [*optional[first : first + each], *[None] * (WEIGHTS_PER_LAYER - each)]
@@ -157,7 +157,7 @@ class _Model:
         """In the order of `Sizes` in tests/cuda_emulation/ops/speculative_round.cpp."""
         _, cache_rows, num_kv_heads, capacity, head_dim = self.cached
         embedded, hidden_size = self.embedding.shape
-        num_heads, intermediate_size = len(self.like[1]) // head_dim, len(self.like[6])
+        num_heads, intermediate_size = len(self.first["q"]) // head_dim, len(self.first["gate"])
         return torch.tensor(
             [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows,
              num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers]
