@@ -1,8 +1,9 @@
 """Argument checks, one function per op; the only place where the ops' messages are written.
 
 Each takes the bound arguments of its op (`schemas.bind`). The public op and its fake both call them, so a wrong call
-fails with the same words eagerly and under ``torch.compile``. They look at shapes, dtypes, devices and strides alone,
-never at values.
+fails with the same words eagerly and under ``torch.compile``. They look at shapes, dtypes, devices and strides alone.
+Only `positions`, `distinct_slots` and `temperatures`, which the reference and the Triton launchers call, look at values,
+and on the CPU alone: on a GPU that would be a host sync inside a round.
 """
 
 from __future__ import annotations
@@ -225,6 +226,30 @@ def layer_weights(
             continue
         _shaped(name, tensor, shapes[name], [dtype])
     _dense(**named)
+
+
+def positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
+    """Check that every row falls inside the cache; on a GPU one outside comes out as NaN, and nothing is written."""
+    if seq_lens.device.type == "cpu" and seq_lens.numel() and rows:
+        first, last = int(seq_lens.min()), int(seq_lens.max()) + rows - 1
+        if first < 0 or last >= capacity:
+            raise ValueError(f"position {last if last >= capacity else first} is outside the cache's {capacity}")
+
+
+def distinct_slots(slots: Tensor | None, cache_rows: int) -> None:
+    """Check that sequences have rows of the cache of their own; on a GPU a row outside it comes out as NaN."""
+    if slots is not None and slots.device.type == "cpu":
+        listed = slots.tolist()
+        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
+            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
+
+
+def temperatures(temperature: Tensor | None) -> None:
+    """Check that each is one; on a GPU a negative one counts as 0."""
+    if temperature is not None and temperature.device.type == "cpu":
+        for row, value in enumerate(temperature.tolist()):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"temperature[{row}] is {value}, expected a finite number of at least 0")
 
 
 def _layers(hidden: Tensor, weights: Sequence[Tensor], count: int, num_kv_heads: int, head_dim: int) -> None:

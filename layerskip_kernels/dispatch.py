@@ -21,7 +21,9 @@ from .schemas import bind
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-REFUSAL = "layerskip: "  # how an error begins that the compiled libraries raise for an argument (common/checks.h)
+# How an error begins that the compiled libraries raise for an argument (common/checks.h). A prefix, because the stable
+# ABI makes every C++ exception the same RuntimeError.
+REFUSAL = "layerskip: "
 
 
 def _serves_all(*args: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _noise
+from . import _checks, _noise
 from .bundles import KVCache, LayerWeights, split_layers
 from .dispatch import implements
 from .rounds import compose_draft, compose_round
@@ -49,23 +49,14 @@ def swiglu_ref(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 def _positions(seq_lens: Tensor, rows: int, capacity: int) -> Tensor:
     """Positions [B, M] of a step's rows; raises where one falls outside the cache."""
-    positions = seq_lens[:, None] + torch.arange(rows, device=seq_lens.device)
-    if seq_lens.device.type == "cpu" and positions.numel():  # on a GPU this would be a host sync
-        first, last = int(positions.min()), int(positions.max())
-        if first < 0 or last >= capacity:
-            raise ValueError(f"position {last if last >= capacity else first} is outside the cache's {capacity}")
-    return positions
+    _checks.positions(seq_lens, rows, capacity)
+    return seq_lens[:, None] + torch.arange(rows, device=seq_lens.device)
 
 
 def _cache_rows(slots: Tensor | None, batch: int, cache_rows: int, device: torch.device) -> Tensor:
     """The cache row of each sequence, [B]; raises where slots are not distinct rows of the cache."""
-    if slots is None:
-        return torch.arange(batch, device=device)
-    if slots.device.type == "cpu":  # on a GPU this would be a host sync
-        listed = slots.tolist()
-        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
-            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
-    return slots
+    _checks.distinct_slots(slots, cache_rows)
+    return torch.arange(batch, device=device) if slots is None else slots
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,11 +144,7 @@ def exit_head_ref(
 
 def divisors(temperature: Tensor) -> Tensor:
     """What logits are divided by, [B, 1]: the temperature, 1 where it is 0; raises where it is no temperature."""
-    if temperature.device.type == "cpu":  # on a GPU this would be a host sync
-        wrong = ~((temperature >= 0) & temperature.isfinite())
-        if wrong.any():
-            row = int(wrong.nonzero()[0, 0])
-            raise ValueError(f"temperature[{row}] is {float(temperature[row])}, expected a finite number of at least 0")
+    _checks.temperatures(temperature)
     return torch.where(temperature > 0, temperature, 1)[:, None]
 
 

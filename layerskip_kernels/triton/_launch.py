@@ -52,31 +52,3 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
 def power_of_two(size: int, least: int = 1) -> int:
     """The block that covers ``size``."""
     return max(least, triton.next_power_of_2(size))
-
-
-def check_positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
-    """Raise where a row falls outside the cache.
-
-    On a card this would be a host sync inside a round: there such a row comes out as NaN, which `exit_head` turns into
-    token -1, and nothing is written.
-    """
-    if seq_lens.device.type == "cpu" and seq_lens.numel() and rows:
-        first, last = int(seq_lens.min()), int(seq_lens.max()) + rows - 1
-        if first < 0 or last >= capacity:
-            raise ValueError(f"position {last if last >= capacity else first} is outside the cache's {capacity}")
-
-
-def check_slots(slots: Tensor | None, cache_rows: int) -> None:
-    """Raise where sequences do not have rows of the cache of their own; on a card such a row comes out as NaN, too."""
-    if slots is not None and slots.device.type == "cpu":
-        listed = slots.tolist()
-        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
-            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
-
-
-def check_temperature(temperature: Tensor | None) -> None:
-    """Raise where a temperature is not one; on a card, where that would be a host sync, a negative one counts as 0."""
-    if temperature is not None and temperature.device.type == "cpu":
-        for row, value in enumerate(temperature.tolist()):
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"temperature[{row}] is {value}, expected a finite number of at least 0")

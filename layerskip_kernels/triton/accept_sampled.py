@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_temperature, launch_options, on, power_of_two, wait_for_inputs
+from .. import _checks
+from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from ._noise import ACCEPT, RESIDUAL, gumbel, uniform, warmth
 
 NO_TOKEN = tl.constexpr(2147483647)
@@ -185,7 +186,7 @@ def accept_sampled(
     token_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `layerskip_kernels.accept_sampled`."""
-    check_temperature(temperature)
+    _checks.temperatures(temperature)
     draft, q, p = draft.contiguous(), draft_logits.contiguous(), target_logits.contiguous()
     (batch, drafted), (draft_vocab_size, vocab_size) = draft.shape, (q.shape[2], p.shape[2])
     accepted, following = torch.empty_like(seq_lens), torch.empty_like(seq_lens)

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _checks
 from ._config import Config, block_k, pick, streaming_options
-from ._launch import ROWS, check_temperature, launch_options, on, wait_for_inputs
+from ._launch import ROWS, launch_options, on, wait_for_inputs
 from ._noise import DRAW, gumbel, warmth
 from ._tiles import row_dot
 from .rms_norm import rms_norm
@@ -148,7 +149,7 @@ def exit_head(
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.exit_head`. On a card a negative temperature counts as 0."""
-    check_temperature(temperature)
+    _checks.temperatures(temperature)
     rows, (vocab_size, hidden_size) = hidden.shape[0], head_weight.shape
     token = hidden.new_empty(rows, dtype=torch.int64)
     logit, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_positions, check_slots, launch_options, on, power_of_two, wait_for_inputs
+from .. import _checks
+from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import inverse_rms
 from .rms_norm import norm_block
 
@@ -117,8 +118,8 @@ def rope_kv_append(
     """See `layerskip_kernels.rope_kv_append`; ``norms`` of q and k [C] are applied before, as `rms_norm` would."""
     q, k, v = _rows_of(q), _rows_of(k), _rows_of(v)
     (batch, rows, num_heads, head_dim), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
-    check_positions(seq_lens, rows, capacity)
-    check_slots(slots, cache_rows)
+    _checks.positions(seq_lens, rows, capacity)
+    _checks.distinct_slots(slots, cache_rows)
     out = q.new_empty(q.shape)
     if batch * rows * (num_heads + num_kv_heads):
         with on(q):

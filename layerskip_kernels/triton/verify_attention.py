@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, ROWS, check_positions, check_slots, launch_options, on, power_of_two, wait_for_inputs
+from .. import _checks
+from ._launch import INTERPRETED, ROWS, launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import dot
 from .rope_kv_append import cache_row
 
@@ -123,8 +124,8 @@ def verify_attention(
     """See `layerskip_kernels.verify_attention`."""
     q, has_slots = q.contiguous(), slots is not None
     (batch, all_rows, num_heads, head_dim), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
-    check_positions(seq_lens, all_rows, capacity)
-    check_slots(slots, cache_rows)
+    _checks.positions(seq_lens, all_rows, capacity)
+    _checks.distinct_slots(slots, cache_rows)
     out = torch.empty_like(q)
     pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(head_dim, q.element_size())
     for skipped in range(0, all_rows if out.numel() else 0, ROWS_AT_ONCE):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,11 @@ def test_an_error_that_is_not_a_refusal_stays_what_it_is(monkeypatch: pytest.Mon
     monkeypatch.setitem(dispatch._table["rms_norm"], "cpu", own)
     with pytest.raises(RuntimeError, match=r"^no memory$"):
         lk.rms_norm(*example("rms_norm").values())
+
+
+def test_refusals_begin_as_the_header_of_both_libraries_has_it() -> None:
+    header = Path(__file__).parents[2] / "csrc" / "common" / "checks.h"
+    assert f'message << "{dispatch.REFUSAL}";' in header.read_text()
 
 
 def test_forcing_ends_with_the_block() -> None:
