@@ -2,8 +2,8 @@
 
 Each takes the bound arguments of its op (`schemas.bind`). The public op and its fake both call them, so a wrong call
 fails with the same words eagerly and under ``torch.compile``. They look at shapes, dtypes, devices and strides alone.
-Only `positions`, `distinct_slots` and `temperatures`, which the reference and the Triton launchers call, look at values,
-and on the CPU alone: on a GPU that would be a host sync inside a round.
+Only `positions`, `distinct_slots` and `temperatures`, which the reference and the Triton launchers call, look at
+values, and on the CPU alone: on a GPU that would be a host sync inside a round.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def _layer_cache(a: Any) -> None:
 
 
 def _slots(slots: Tensor | None, batch: int, cache_rows: int) -> None:
-    """Which of the cache's ``cached`` rows each of ``batch`` sequences uses."""
+    """Which of the cache's ``cache_rows`` rows each of ``batch`` sequences uses."""
     if slots is not None:
         _shaped("slots", slots, [batch], [torch.int64])
         _dense(slots=slots)

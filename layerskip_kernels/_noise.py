@@ -1,8 +1,9 @@
-"""The noise of sampling: Philox4x32-10, counted by what a draw is for, so that no generator has a state.
+"""Counter-based noise (Philox4x32-10).
 
-A draw is named by its seed, the position of the row that it decides (``offset``), the token, and what it is for (its
-stream). So it does not depend on the batch, the slot or how many tokens are drafted, and every backend makes the
-same one. Written in int64, which torch has on every device; all words lie in [0, 2^32).
+Seed, position, token and purpose determine each number; no generator state. So a draw does not depend on the batch,
+the slot or how many tokens are drafted, and every backend makes the same one. The ``offset`` is the position of the row
+that the draw decides, the ``stream`` its purpose. Written in int64, which torch has on every device; all words lie in
+[0, 2^32).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What travels together: the arguments that several ops share, and what the ops give.
+"""Named tuples for arguments that several ops share, and for what ops return.
 
 The fields of `KVCache`, `Head` and `Noise` have the names of the schemas' arguments (`schemas.py`), so that a bundle
 can be flattened by name. Letters as in `functional`.

@@ -41,8 +41,9 @@ def _spans(size: int, step: int) -> Iterator[slice]:
 
 
 class _Tile:
-    """One tile's buffers, and the products that fill them; ``narrow`` is in the input's dtype, ``wide`` in which torch
-    computes where it goes over the tile.
+    """The buffers that all tiles use in turn, and the products that fill them.
+
+    ``narrow`` has the input's dtype; ``wide``, fp32 or float64, is what torch computes in without the native library.
     """
 
     def __init__(self, normed: Tensor, head: Tensor, shape: tuple[int, int]) -> None:

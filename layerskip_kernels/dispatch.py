@@ -34,7 +34,7 @@ def _serves_all(*args: Any) -> None:
 class Implementation:
     """A function that computes an op, and the question whether it can serve given arguments.
 
-    One that ``checks`` looks at its arguments itself, and `_checks` is only asked for the words when it refuses them.
+    With ``checks`` the function checks its arguments itself; `_checks` runs only after it has raised, for the message.
     """
 
     function: Callable[..., Any]
@@ -67,7 +67,7 @@ _differentiable: set[str] = set()
 def implements(
     op: str, backend: str, supports: Callable[..., str | None] = _serves_all, checks: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter the decorated function as the implementation of ``op`` on ``backend``; see `Implementation`."""
+    """Register the decorated function as the implementation of ``op`` on ``backend``; see `Implementation`."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         register(op, backend, Implementation(function, supports, checks))
@@ -77,17 +77,17 @@ def implements(
 
 
 def register(op: str, backend: str, implementation: Implementation) -> None:
-    """Enter an implementation, in the place of one that may be there."""
+    """Register an implementation; it replaces an earlier one."""
     _table.setdefault(op, {})[_known(backend)] = implementation
 
 
 def absent(backend: str, reason: str) -> None:
-    """Keep why a backend has no implementation of any op but those that are entered."""
+    """Record why a backend is missing: the reason why it serves none of the ops that it does not implement."""
     _absent[_known(backend)] = reason
 
 
 def differentiable(op: str) -> None:
-    """Keep that an op has a backward, so that a call may need a gradient."""
+    """Record that an op has a backward; `call` refuses a first argument that needs a gradient for all others."""
     _differentiable.add(op)
 
 

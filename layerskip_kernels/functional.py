@@ -161,7 +161,7 @@ def exit_head(
     seed, offset : Tensor [R], int64
         What names a row's noise; ``offset`` is the row's position. With a temperature, and only with one.
     logits : Tensor [R, V], fp32, optional
-        Is given the logits, not divided by the temperature. Its rows are contiguous, but may lie apart.
+        Output buffer for the raw logits, before the temperature. Its rows are contiguous, but may lie apart.
 
     Returns
     -------

@@ -202,7 +202,7 @@ def _on_vocabulary(log_q: Tensor, token_map: Tensor | None, vocab_size: int) -> 
 
 
 def _check_accepted_tokens(draft: Tensor, temperature: Tensor, token_map: Tensor | None, vocab_size: int) -> None:
-    """Raise where a draft cannot have been drawn from the draft's own tokens."""
+    """Raise for a token outside the vocabulary, and for a sampled draft that is not in ``token_map``."""
     if draft.device.type != "cpu":  # on a GPU this would be a host sync
         return
     for name, tokens in (("draft", draft), ("token_map", token_map)):

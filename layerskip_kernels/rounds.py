@@ -66,7 +66,8 @@ def draft(
     noise : Noise, optional
         Samples, as `exit_head` does; token i has the offset ``seq_lens[b] + i``.
     logits : Tensor [B, K, V_draft], fp32, optional
-        Is given the exit's logits, as `accept_sampled` takes them. Rows that were not drafted have no meaning.
+        Output buffer for the raw logits, before the temperature, as `accept_sampled` takes them. Rows that were not
+        drafted have no meaning.
 
     Returns
     -------

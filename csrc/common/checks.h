@@ -19,8 +19,7 @@ namespace lsk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises an error whose message begins with what tells `dispatch.py` that an argument is wrong: a ValueError for the
-// user.
+// Raises an error with the prefix by which dispatch.py makes it a ValueError.
 template <class... Words>
 [[noreturn]] void refuse(const Words&... words) {
   std::ostringstream message;

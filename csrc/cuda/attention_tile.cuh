@@ -218,7 +218,7 @@ __device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Q
   peaks[threadIdx.x] = make_float2(peak, mass);
 }
 
-// fp32: a thread scores one position for all pairs,
+// fp32, 1: each thread scores one position for all pairs.
 template <class Query, class Seen>
 __device__ __forceinline__ void score_rows(const SplitWork<float>& w, int pairs, Query query, Seen seen,
                                            AttentionMemory<float>& memory) {
@@ -242,9 +242,9 @@ __device__ __forceinline__ void score_rows(const SplitWork<float>& w, int pairs,
   __syncthreads();
 }
 
-// a warp softens every fourth pair,
-__device__ __forceinline__ void soften_rows(const SplitWork<float>& w, int pairs, float2* peaks,
-                                            AttentionMemory<float>& memory) {
+// 2: each warp takes the softmax of every fourth pair.
+__device__ __forceinline__ void softmax_rows(const SplitWork<float>& w, int pairs, float2* peaks,
+                                             AttentionMemory<float>& memory) {
   const int lane = threadIdx.x % 32;
   for (int pair = threadIdx.x / 32; pair < pairs; pair += kAttentionWarps) {
     float* scores = memory.scores[pair];
@@ -265,12 +265,12 @@ __device__ __forceinline__ void soften_rows(const SplitWork<float>& w, int pairs
   __syncthreads();
 }
 
-// and a thread sums one column of the values for all pairs.
+// 3: each thread sums one value column for all pairs.
 template <class Query, class Seen>
 __device__ __forceinline__ void attend_split(const SplitWork<float>& w, int pairs, Query query, Seen seen,
                                              float2* peaks, float* values, AttentionMemory<float>& memory) {
   score_rows(w, pairs, query, seen, memory);
-  soften_rows(w, pairs, peaks, memory);
+  softmax_rows(w, pairs, peaks, memory);
   for (int c = threadIdx.x; c < w.head_dim; c += kAttentionThreads) {
     float sums[kPairs] = {};
     for (int at = 0; at < w.count; ++at) {

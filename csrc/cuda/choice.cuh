@@ -1,4 +1,4 @@
-// Choices: of a logit, merged, and what they say in the end.
+// A Choice is a running arg-max with its log-sum-exp; how to make, merge and read it.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -54,8 +54,9 @@ __device__ __forceinline__ int own_column(int i, int warp, int t) {
   return (i * kWarps + warp) * kBlock<T> + t * kChunk<T>;
 }
 
-// Elements of `row` from `column` on, zero from `width` on. Aligned: row and width are multiples of 16 bytes; otherwise
-// a loop takes an element at a time and shifts down what is there, short, as such rows are rare.
+// The chunk of `row` that begins at `column`, with zeros from `width` on. Aligned: row and width are multiples of 16
+// bytes, and one load suffices. Otherwise a loop shifts in one element at a time: slow, but little code, as such rows
+// are rare.
 template <bool Aligned, class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int width) {
   Chunk<T> chunk{};
@@ -92,7 +93,7 @@ __device__ __forceinline__ void copy_chunk(Chunk<T>* shared, const T* row, int c
   }
 }
 
-// Where the branch costs nothing. Inside a loop it would keep loads from being under way together.
+// Chooses at run time. Not for a loop of loads: the branch would keep them from overlapping.
 template <class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int width, bool aligned) {
   return aligned ? load_chunk<true>(row, column, width) : load_chunk<false>(row, column, width);

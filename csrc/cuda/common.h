@@ -1,5 +1,5 @@
 // What kernels and the host functions that launch them share: rows, where they lie in the cache, chains of launches.
-// Host compilers take it, too.
+// Also compiles with a host compiler.
 #pragma once
 
 #include <cstdint>
@@ -49,8 +49,8 @@ struct Cache {
   __device__ int64_t plane(int64_t slot, int g) const { return (slot * num_kv_heads + g) * capacity * head_dim; }
 };
 
-// Launches of one stream, one after the other. All but the first start early (programmatic dependent launch): what came
-// before the chain, weights that were just written among it, is complete when its first kernel runs.
+// Launches on one stream, one after the other. All launches but the first use programmatic dependent launch. The first
+// waits for all earlier work on the stream, such as weight updates.
 class Chain {
  public:
   explicit Chain(cudaStream_t stream) : stream_(stream) {}

@@ -39,13 +39,13 @@ inline int merge_threads(int64_t tiles) {
   return tiles < kMaxMergeThreads ? static_cast<int>(divide_up<int64_t>(tiles, 32)) * 32 : kMaxMergeThreads;
 }
 
-// What every tile of the vocabulary leaves of rows of states [R, D]: partial [R, tiles].
+// Launch 1: reduces each vocabulary tile to a Choice, partial [R, tiles].
 // cudaErrorInvalidConfiguration where one state of this width does not fit into shared memory.
 template <class T, class W>
 cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> hidden, int64_t rows,
                             const HeadSampling& sampling, HeadLogits logits, Choice* partial);
 
-// The tiles merged: the token [R], its logit and the log-sum-exp.
+// Launch 2: merges the tiles into token, logit and log-sum-exp, [R] each.
 cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocab_size,
                             const int64_t* token_map, int64_t* token, float* logit, float* logsumexp);
 

@@ -1,4 +1,4 @@
-// What the launchers in .cu files share: the tensors' device, its current stream, and errors. Compiles against any
+// What the files in ops/ share: the tensors' device, its current stream, and errors. Compiles against any
 // torch, CUDA build or not; the one symbol of libtorch_cuda that is needed is declared here and found when the library
 // is loaded.
 #pragma once
@@ -18,8 +18,9 @@ namespace lsk {
 
 // Makes the device of a tensor current for a scope and knows torch's current stream on it:
 //
-//   const DeviceScope scope{hidden, {&weight, &out}};
-//   check_launch("exit_head", exit_head(data<T>(hidden, "hidden", {rows, width}), ..., scope.stream()));
+//   const DeviceScope scope(x, {&weight});
+//   Chain chain(scope.stream());
+//   check_launch("rms_norm", rms_norm<T>(chain, ..., rows, width, ...));
 class DeviceScope {
  public:
   // All `others` must lie on the device of `first`.

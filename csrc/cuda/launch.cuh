@@ -1,13 +1,13 @@
 // How a kernel is launched, from host code that knows pointers and sizes only. A `.cu` file and tests/cuda_emulation
-// call the same functions:
+// compile the same functions:
 //
-//   // exit_head.cuh: __global__ kernels, and the host function that launches them
-//   cudaError_t exit_head(const T* hidden, ..., int64_t rows, cudaStream_t stream) {
-//     const Launch first{.grid = dim3(tiles), .block = dim3(128), .shared = bytes, .stream = stream};
-//     LSK_LAUNCH(launch(first, partial_kernel<T>, hidden, ..., rows));
-//     const Launch second{.grid = dim3(rows), .block = dim3(32), .stream = stream, .dependent = true};
-//     return launch(second, reduce_kernel<T>, ...);
+//   // sample.cuh: a __global__ kernel, and the host function that launches it
+//   cudaError_t row_sum(const T* x, float* out, int64_t rows, int64_t width, cudaStream_t stream) {
+//     const Launch where{.grid = dim3(rows), .block = dim3(128), .stream = stream};
+//     return launch(where, row_sum_kernel<T>, x, out, width);
 //   }
+//
+// The ops take a Chain (common.h) instead of a stream; it fills in `stream` and `dependent` of each launch.
 //
 // `dependent`: programmatic dependent launch. On sm_90 and newer the kernel may start before the one ahead of it in the
 // stream has ended, so it must call ptx::dependency_wait() before it touches what an earlier kernel wrote, or writes

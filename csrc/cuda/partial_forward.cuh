@@ -6,8 +6,8 @@
 //   swiglu      rms_norm, gate and up
 //   linear      down + residual
 //
-// A model whose q and k have a norm of their own needs a whole head for it, a tile of 16 weight rows holds eight pairs
-// of one: there qkv writes the projections and a sixth launch turns them.
+// q_norm and k_norm need a whole head, but a tile holds eight of its pairs. For such models qkv writes the projections,
+// and a sixth launch applies norm and RoPE.
 #pragma once
 
 #include "cuda/partial_forward.h"

@@ -10,7 +10,7 @@ struct Angles {
   const float *cos, *sin;
 };
 
-// Heads of q, k and v side by side in rows; a null norm is none; v null: already in the cache.
+// A row of q, k or v holds its heads side by side. A null norm is left out. A null v is already in the cache.
 template <class T>
 struct RopeArgs {
   Rows<const T> q, k, v;     // [R, H C], [R, G C] twice
@@ -21,7 +21,7 @@ struct RopeArgs {
   int num_heads;
 };
 
-// Turns q and k, writes k and v at the rows' places in the cache.
+// Rotates q and k, and writes k and v to their places in the cache.
 template <class T>
 cudaError_t rope_kv_append(Chain& chain, const RopeArgs<T>& args, const Cache<T>& cache);
 

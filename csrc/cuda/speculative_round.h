@@ -23,7 +23,7 @@ struct RoundArgs {
   SampledArgs sampled;             // with a temperature; its logits are scratch, too
 };
 
-// The rows of the draft, verified: every row's head. Their states are overwritten.
+// Verifies all rows: layers [E, L), then the full head. Overwrites draft.states.
 template <class T, class W>
 cudaError_t verify(Chain& chain, const RoundArgs<T, W>& a) {
   const int64_t rows = a.draft.batch * a.draft.rows(), hidden_size = a.draft.hidden_size;

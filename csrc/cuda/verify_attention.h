@@ -31,7 +31,7 @@ struct AttentionScratch {
   int64_t bytes(int64_t head_dim) const { return ticket_bytes() + peak_bytes() + cells * head_dim * 4; }
 };
 
-// Zeroes the tickets at the start of a scratch, once; every attention leaves them so.
+// Zeroes the tickets once; each attention leaves them zero.
 cudaError_t clear_tickets(Chain& chain, const AttentionScratch& scratch, void* memory);
 
 // Attention of q [R, H C] over the cache, to out [R, H C]; `memory`: scratch.bytes(C), 256 bytes aligned, its tickets

@@ -1,4 +1,4 @@
-"""accept_sampled: log-sum-exps, then a race of the vocabulary's tiles for the token after the accepted ones.
+"""accept_sampled: log-sum-exps, then Gumbel-max over vocabulary tiles for the token after the accepted ones.
 
 Three launches, so that no program has more than a tile or a row of logits to read. Whether a draft is accepted is
 decided anew by every program that has to know: it takes a handful of loads.
@@ -18,7 +18,7 @@ from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from ._noise import ACCEPT, RESIDUAL, gumbel, uniform, warmth
 
 NO_TOKEN = tl.constexpr(2147483647)
-ROW_BLOCK, TILE, FINISH_BLOCK = 4096, 1024, 1024  # tokens of a step of one row, of one racer; racers of a step
+ROW_BLOCK, TILE, FINISH_BLOCK = 4096, 1024, 1024  # tokens of a step of one row, of a tile; tiles of a step
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def accept_sampled_kernel(
     score_ptr, token_ptr, drafted, draft_vocab_size, vocab_size,
     HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One racer: max of log max(p - q, 0) + noise and of log p + noise over BLOCK tokens, and where they are.
+    """One tile program: max of log max(p - q, 0) + noise and of log p + noise over BLOCK tokens, and where they are.
 
     p and q belong to the row after the accepted drafts; where its draft was not rejected, only the second counts.
     """
@@ -124,8 +124,8 @@ def accept_sampled_kernel(
 
 
 @triton.jit
-def _winner(score_ptr, token_ptr, tiles, BLOCK: tl.constexpr):
-    """The best score of a race, and the lowest token that has it."""
+def _best_of_tiles(score_ptr, token_ptr, tiles, BLOCK: tl.constexpr):
+    """The best score of the tiles, and the lowest token that has it."""
     best, token = float("-inf"), NO_TOKEN
     for start in range(0, tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)
@@ -144,7 +144,7 @@ def accept_sampled_finish_kernel(
     score_ptr, token_ptr, accepted_ptr, next_ptr, drafted, draft_vocab_size, vocab_size, tiles,
     HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence: the winner among the tiles, or a greedy row's arg-max; length += accepted + 1."""
+    """One program a sequence: the best of the tiles, or a greedy row's arg-max; length += accepted + 1."""
     wait_for_inputs(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     length, temperature = tl.load(seq_lens_ptr + sequence), tl.load(temperature_ptr + sequence)
@@ -152,9 +152,9 @@ def accept_sampled_finish_kernel(
         draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, sequence, length, temperature,
         tl.load(seed_ptr + sequence), drafted, draft_vocab_size, vocab_size, HAS_MAP, ENTRIES,
     )  # fmt: skip
-    race = sequence * 2 * tiles
-    score, token = _winner(score_ptr + race, token_ptr + race, tiles, BLOCK)
-    _, full = _winner(score_ptr + race + tiles, token_ptr + race + tiles, tiles, BLOCK)
+    first = sequence * 2 * tiles
+    score, token = _best_of_tiles(score_ptr + first, token_ptr + first, tiles, BLOCK)
+    _, full = _best_of_tiles(score_ptr + first + tiles, token_ptr + first + tiles, tiles, BLOCK)
     token = tl.where(score > float("-inf"), token, full)  # rounding may leave nothing of p - q
     greedy = tl.load(best_ptr + sequence * (drafted + 1) + accepted)
     token = tl.where(temperature > 0, token, greedy)
