@@ -101,8 +101,8 @@ def partial_forward(a: Any) -> None:
     )
     _head_dim(head_dim)
     _eps(a.eps)
-    cache_rows = batch if a.slots is None else None
-    _shaped("k_cache", a.k_cache, [num_layers, cache_rows, None, None, head_dim], [a.hidden.dtype])
+    num_slots = batch if a.slots is None else None
+    _shaped("k_cache", a.k_cache, [num_layers, num_slots, None, None, head_dim], [a.hidden.dtype])
     _shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.hidden.dtype])
     _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     _slots(a.slots, batch, a.k_cache.shape[1])
@@ -236,12 +236,12 @@ def positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
             raise ValueError(f"position {last if last >= capacity else first} is outside the cache's {capacity}")
 
 
-def distinct_slots(slots: Tensor | None, cache_rows: int) -> None:
+def distinct_slots(slots: Tensor | None, num_slots: int) -> None:
     """Check that sequences have rows of the cache of their own; on a GPU a row outside it comes out as NaN."""
     if slots is not None and slots.device.type == "cpu":
         listed = slots.tolist()
-        if any(not 0 <= slot < cache_rows for slot in listed) or len(set(listed)) < len(listed):
-            raise ValueError(f"slots must be distinct and in [0, {cache_rows}), got {listed}")
+        if any(not 0 <= slot < num_slots for slot in listed) or len(set(listed)) < len(listed):
+            raise ValueError(f"slots must be distinct and in [0, {num_slots}), got {listed}")
 
 
 def temperatures(temperature: Tensor | None) -> None:
@@ -278,12 +278,12 @@ def _layer_cache(a: Any) -> None:
     _same_device(a.q, k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens, slots=a.slots)
 
 
-def _slots(slots: Tensor | None, batch: int, cache_rows: int) -> None:
-    """Which of the cache's ``cache_rows`` rows each of ``batch`` sequences uses."""
+def _slots(slots: Tensor | None, batch: int, num_slots: int) -> None:
+    """Which of the cache's ``num_slots`` rows each of ``batch`` sequences uses."""
     if slots is not None:
         _shaped("slots", slots, [batch], [torch.int64])
         _dense(slots=slots)
-        _require(batch <= cache_rows, f"slots has {batch} entries, the cache only {cache_rows} rows")
+        _require(batch <= num_slots, f"slots has {batch} entries, the cache only {num_slots} rows")
 
 
 def _rope_tables(cos: Tensor, sin: Tensor, capacity: int, head_dim: int) -> None:
@@ -342,7 +342,7 @@ def _eps(eps: float) -> None:
 
 
 def _head_dim(size: int) -> None:
-    _require(size % 8 == 0 and 8 <= size <= 256, f"head size must be a multiple of 8 up to 256, got {size}")
+    _require(size % 8 == 0 and 8 <= size <= 256, f"head_dim must be a multiple of 8 up to 256, got {size}")
 
 
 def _require(condition: bool, message: str) -> None:

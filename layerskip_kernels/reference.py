@@ -53,9 +53,9 @@ def _positions(seq_lens: Tensor, rows: int, capacity: int) -> Tensor:
     return seq_lens[:, None] + torch.arange(rows, device=seq_lens.device)
 
 
-def _cache_rows(slots: Tensor | None, batch: int, cache_rows: int, device: torch.device) -> Tensor:
-    """The cache row of each sequence, [B]; raises where slots are not distinct rows of the cache."""
-    _checks.distinct_slots(slots, cache_rows)
+def _slots(slots: Tensor | None, batch: int, num_slots: int, device: torch.device) -> Tensor:
+    """The slot of each sequence, [B]; raises where slots are not distinct, or not in the cache."""
+    _checks.distinct_slots(slots, num_slots)
     return torch.arange(batch, device=device) if slots is None else slots
 
 
@@ -81,7 +81,7 @@ def rope_kv_append_ref(
     batch, rows = q.shape[:2]
     positions = _positions(seq_lens, rows, k_cache.shape[2])
     cos, sin = cos[positions], sin[positions]
-    row = _cache_rows(slots, batch, k_cache.shape[0], q.device)[:, None]
+    row = _slots(slots, batch, k_cache.shape[0], q.device)[:, None]
     k_cache[row, :, positions] = _rotate(k, cos, sin)
     v_cache[row, :, positions] = v
     return _rotate(q, cos, sin)
@@ -93,7 +93,7 @@ def verify_attention_ref(
 ) -> Tensor:
     batch, rows, num_heads, head_dim = q.shape
     if slots is not None:
-        own = _cache_rows(slots, batch, k_cache.shape[0], q.device)
+        own = _slots(slots, batch, k_cache.shape[0], q.device)
         k_cache, v_cache = k_cache[own], v_cache[own]
     num_kv_heads, capacity = k_cache.shape[1:3]
     positions = _positions(seq_lens, rows, capacity)

@@ -80,7 +80,7 @@ T* data(const std::optional<Tensor>& tensor, const char* name, std::initializer_
 }
 
 inline void check_head_dim(int64_t size) {
-  LSK_REQUIRE(size % 8 == 0 && 8 <= size && size <= 256, "head size must be a multiple of 8 up to 256, got ", size);
+  LSK_REQUIRE(size % 8 == 0 && 8 <= size && size <= 256, "head_dim must be a multiple of 8 up to 256, got ", size);
 }
 
 inline void check_num_heads(int64_t num_heads, int64_t num_kv_heads) {

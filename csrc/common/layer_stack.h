@@ -39,7 +39,7 @@ struct LayerStack {
                            k_cache.size(3),
                            k_cache.size(1)};
     check_num_heads(out.num_heads, out.num_kv_heads);
-    LSK_REQUIRE(slots.has_value() || out.cache_rows == batch, "the cache has ", out.cache_rows, " rows for ", batch,
+    LSK_REQUIRE(slots.has_value() || out.num_slots == batch, "the cache has ", out.num_slots, " rows for ", batch,
                 " sequences, and no slots are given");
     LSK_REQUIRE(rows <= out.capacity, rows, " rows do not fit a cache of capacity ", out.capacity);
     LSK_REQUIRE(cos.size(0) >= out.capacity, "cos has ", cos.size(0), " positions, the cache's capacity is ",
@@ -56,9 +56,9 @@ struct LayerStack {
     const auto take_optional = [](const Tensor& tensor, const char* name, Sizes sizes) -> const T* {
       return tensor.numel() == 0 ? nullptr : data<T>(tensor, name, sizes);
     };
-    const int64_t num_layers = k_cache.size(0), stride = s.cache_rows * s.num_kv_heads * s.capacity * s.head_dim;
-    T* keys = data<T>(k_cache, "k_cache", {num_layers, s.cache_rows, s.num_kv_heads, s.capacity, s.head_dim});
-    T* values = data<T>(v_cache, "v_cache", {num_layers, s.cache_rows, s.num_kv_heads, s.capacity, s.head_dim});
+    const int64_t num_layers = k_cache.size(0), stride = s.num_slots * s.num_kv_heads * s.capacity * s.head_dim;
+    T* keys = data<T>(k_cache, "k_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
+    T* values = data<T>(v_cache, "v_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
     std::vector<LayerWeights<T>> out;
     out.reserve(end - start);
     for (int64_t l = start; l < end; ++l) {

@@ -13,9 +13,9 @@ enum : int64_t { kAttnNorm, kQ, kK, kV, kO, kMlpNorm, kGate, kUp, kDown, kQBias,
 
 constexpr int64_t kRequiredWeights = layer_weight::kQBias, kAllWeights = layer_weight::kKNorm + 1;
 
-// Sizes of a forward: `batch` sequences of `rows` rows each, in a cache of `cache_rows` rows.
+// Sizes of a forward: `batch` sequences of `rows` rows each, in a cache of `num_slots` slots.
 struct ForwardShape {
-  int64_t batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows;
+  int64_t batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots;
 
   int64_t tokens() const { return batch * rows; }
   int64_t queries() const { return num_heads * head_dim; }

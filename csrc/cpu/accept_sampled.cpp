@@ -60,7 +60,7 @@ struct AcceptSampled {
     return std::find_if(own, own + drafted, [](int64_t token) { return token < 0; }) - own;
   }
   float divisor(int64_t b) const { return temperature[b] > 0 ? temperature[b] : 1.0f; }
-  Noise noise(int64_t b, int64_t row, uint32_t stream) const { return {seed[b], lengths[b] + row, stream}; }
+  NoiseKey noise(int64_t b, int64_t row, uint32_t stream) const { return {seed[b], lengths[b] + row, stream}; }
 
   void sum_rows(const Member& member, const Rows& logits, int64_t rows, bool of_draft, HeadPartial* partials) const {
     const int64_t tiles = logits.tiles.count;

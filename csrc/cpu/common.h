@@ -55,11 +55,11 @@ inline float* logits_data(const Tensor& tensor, const char* name, std::initializ
 }
 
 // Sequences use distinct rows of the cache: those that `slots` names, or without it the first `batch`, which are all.
-inline void check_slots(const int64_t* slots, int64_t batch, int64_t cache_rows) {
-  LSK_REQUIRE(slots || batch == cache_rows, "k_cache has ", cache_rows, " rows, expected ", batch);
+inline void check_slots(const int64_t* slots, int64_t batch, int64_t num_slots) {
+  LSK_REQUIRE(slots || batch == num_slots, "k_cache has ", num_slots, " rows, expected ", batch);
   for (int64_t b = 0; slots && b < batch; ++b) {
-    LSK_REQUIRE(0 <= slots[b] && slots[b] < cache_rows, "slots[", b, "] is ", slots[b], ", expected one of [0, ",
-                cache_rows, ")");
+    LSK_REQUIRE(0 <= slots[b] && slots[b] < num_slots, "slots[", b, "] is ", slots[b], ", expected one of [0, ",
+                num_slots, ")");
     for (int64_t other = 0; other < b; ++other)
       LSK_REQUIRE(slots[other] != slots[b], "slots[", other, "] and slots[", b, "] are both ", slots[b],
                   ", expected distinct rows of the cache");

@@ -65,12 +65,12 @@ class Forward {
   }
 
   // Where this member's share of a matrix starts: what the step before it fetches ahead.
-  static const T* first(const Member& member, const T* weight, int64_t N, int64_t hidden_size) {
-    return weight + member.share(N, kUnit).begin * hidden_size;
+  static const T* first(const Member& member, const T* weight, int64_t d_out, int64_t hidden_size) {
+    return weight + member.share(d_out, kUnit).begin * hidden_size;
   }
 
   static void linear(const Member& member, const LinearArgs<T>& args) {
-    const Range share = member.share(args.N, kUnit);
+    const Range share = member.share(args.d_out, kUnit);
     kernels<T>().linear(args, share.begin, share.end);
   }
 
@@ -128,7 +128,7 @@ struct Placement {
 
   Placement(const LayerStack& stack, int64_t batch, int64_t rows, int64_t hidden_size)
       : shape(stack.shape(batch, rows, hidden_size)), slots(data<int64_t>(stack.slots, "slots", {batch})) {
-    check_slots(slots, batch, shape.cache_rows);
+    check_slots(slots, batch, shape.num_slots);
   }
 };
 

@@ -24,7 +24,7 @@ inline void fold_logits(float* logits, int64_t count, int64_t row, HeadPartial& 
 }
 
 // Draws among `count` logits of one row, whose first vocabulary row is `row`.
-inline void draw(const float* logits, int64_t count, int64_t row, const int64_t* token_map, const Noise& noise,
+inline void draw(const float* logits, int64_t count, int64_t row, const int64_t* token_map, const NoiseKey& noise,
                  HeadPartial& partial) {
   const int64_t before = partial.pick.row;
   for (int64_t i = 0; i < count; i += 16) {

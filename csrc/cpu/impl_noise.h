@@ -39,14 +39,14 @@ inline F16 uniform(U16 token, int64_t seed, int64_t offset, uint32_t stream) {
 }
 
 // -log E with E = -log(1 - u); below 2^-10 log(1 - u) loses digits, and u + u^2/2 is exact to fp32.
-inline F16 gumbel(U16 token, const Noise& noise) {
+inline F16 gumbel(U16 token, const NoiseKey& noise) {
   const F16 u = uniform(token, noise.seed, noise.offset, noise.stream);
   const F16 small = fma(u * splat(0.5f), u, u);
   const F16 large = splat(0) - log(max(splat(1) - u, splat(0x1p-24f)));  // u may round to 1
   return splat(0) - log(less(u, splat(0x1p-10f), small, large));
 }
 
-inline float uniform_of(const Noise& noise) {
+inline float uniform_of(const NoiseKey& noise) {
   alignas(64) float out[16];
   store(out, uniform(words(0), noise.seed, noise.offset, noise.stream), 16);
   return out[0];

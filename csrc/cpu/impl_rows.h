@@ -85,7 +85,7 @@ void linear(const LinearArgs<T>& a, int64_t begin, int64_t end) {
     const T* weight = a.weight + n * width;
     dot_tile(weight, width, count, x, stride, rows, width, n + count < end ? weight + count * width : a.next, tile);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = (m + r) * a.N + n;
+      const int64_t at = (m + r) * a.d_out + n;
       for (int64_t i = 0; i < count; i += 16) {
         const int64_t lanes = smaller(16, count - i);
         F16 sum = load(tile + r * kTile + i);
@@ -111,7 +111,7 @@ void swiglu(const SwigluArgs<T>& a, int64_t begin, int64_t end) {
         const F16 g = load(gate + r * kTile + i), u = load(up + r * kTile + i);
         // exp overflows past 88; below -87 silu is 0 anyway
         const F16 silu = g / (splat(1) + exp(splat(0) - max(splat(-87.0f), g)));
-        store(a.out + (m + r) * a.N + n + i, silu * u, smaller(16, count - i));
+        store(a.out + (m + r) * a.d_out + n + i, silu * u, smaller(16, count - i));
       }
     }
   });

@@ -25,20 +25,20 @@ struct Packed {
 template <class T>
 struct LinearArgs {
   Packed x;
-  const T* weight;    // [N, width]
-  const T* bias;      // [N] or null
-  const T* residual;  // [rows, N] or null
-  T* out;             // [rows, N]
-  int64_t N;
+  const T* weight;    // [d_out, d_in]
+  const T* bias;      // [d_out] or null
+  const T* residual;  // [rows, d_out] or null
+  T* out;             // [rows, d_out]
+  int64_t d_out;
   const void* next;  // what this thread reads afterwards, or null
 };
 
 template <class T>
 struct SwigluArgs {
   Packed x;
-  const T *gate, *up;  // [N, width]
-  T* out;              // [rows, N]
-  int64_t N;
+  const T *gate, *up;  // [d_out, d_in]
+  T* out;              // [rows, d_out]
+  int64_t d_out;
   const void* next;  // what this thread reads afterwards, or null
 };
 
@@ -46,7 +46,7 @@ struct SwigluArgs {
 constexpr uint32_t kDraw = 0, kAccept = 1, kResidual = 2;
 
 // What names a row's noise; see layerskip_kernels/_noise.py.
-struct Noise {
+struct NoiseKey {
   int64_t seed, offset;
   uint32_t stream;
 };
@@ -79,7 +79,7 @@ struct PickArgs {
   const float* logits;  // [V]
   float temperature, logsumexp;
   const float* q;  // [V] or null
-  Noise noise;
+  NoiseKey noise;
 };
 
 template <class W>
@@ -140,7 +140,7 @@ struct Kernels {
   void (*softmax_part)(const float* logits, float divisor, int64_t begin, int64_t end, HeadPartial* out);
   void (*softmax)(const float* logits, float divisor, float logsumexp, int64_t count, float* out);
   void (*pick_part)(const PickArgs&, int64_t begin, int64_t end, Pick* out);
-  float (*uniform)(const Noise&);  // of token 0
+  float (*uniform)(const NoiseKey&);  // of token 0
   void (*loss_terms)(const LossRow<T>&, float slack, const LossSums&);
   void (*loss_slopes)(const LossRow<T>&, float logsumexp, float scale);
 };

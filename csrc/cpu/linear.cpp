@@ -6,35 +6,35 @@ namespace {
 
 using torch::stable::new_empty;
 
-// Packs x once per team and shares [0, N) among its members.
+// Packs x once per team and shares [0, d_out) among its members.
 template <class T, class F>
-void share_rows(const T* x, int64_t rows, int64_t width, int64_t N, F step) {
+void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, F step) {
   const int threads = num_threads();
-  Workspace workspace(Workspace::bytes<float>(packed_size(rows, width)));
-  float* memory = workspace.take<float>(packed_size(rows, width));
-  kernels<T>().pack(x, nullptr, 0.0f, rows, width, memory);
+  Workspace workspace(Workspace::bytes<float>(packed_size(rows, d_in)));
+  float* memory = workspace.take<float>(packed_size(rows, d_in));
+  kernels<T>().pack(x, nullptr, 0.0f, rows, d_in, memory);
   run_team(threads, [&](const Member& member) {
-    const Range share = member.share(N, kUnit);
-    step(Packed{memory, rows, width}, share.begin, share.end);
+    const Range share = member.share(d_out, kUnit);
+    step(Packed{memory, rows, d_in}, share.begin, share.end);
   });
 }
 
 Tensor linear(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& residual_in) {
   const Tensor x = contiguous(x_in);
-  const int64_t rows = x.size(0), width = x.size(1), N = weight.size(0);
-  Tensor out = new_empty(x, {rows, N});
+  const int64_t rows = x.size(0), d_in = x.size(1), d_out = weight.size(0);
+  Tensor out = new_empty(x, {rows, d_out});
   std::optional<Tensor> residual;
   if (residual_in.has_value()) residual = contiguous(*residual_in);
   with_float_type(x.scalar_type(), [&]<class T>(T*) {
     LinearArgs<T> args{{},
-                       data<T>(weight, "weight", {N, width}),
-                       data<T>(bias, "bias", {N}),
-                       data<T>(residual, "residual", {rows, N}),
+                       data<T>(weight, "weight", {d_out, d_in}),
+                       data<T>(bias, "bias", {d_out}),
+                       data<T>(residual, "residual", {rows, d_out}),
                        static_cast<T*>(out.data_ptr()),
-                       N,
+                       d_out,
                        nullptr};
-    share_rows(data<T>(x, "x", {rows, width}), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
+    share_rows(data<T>(x, "x", {rows, d_in}), rows, d_in, d_out, [&](Packed packed, int64_t begin, int64_t end) {
       LinearArgs<T> own = args;
       own.x = packed;
       kernels<T>().linear(own, begin, end);
@@ -45,14 +45,14 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const std::optional<Tens
 
 Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
   const Tensor x = contiguous(x_in);
-  const int64_t rows = x.size(0), width = x.size(1), N = gate.size(0);
-  Tensor out = new_empty(x, {rows, N});
+  const int64_t rows = x.size(0), d_in = x.size(1), d_out = gate.size(0);
+  Tensor out = new_empty(x, {rows, d_out});
   with_float_type(x.scalar_type(), [&]<class T>(T*) {
-    const T* gates = data<T>(gate, "gate", {N, width});
-    const T* ups = data<T>(up, "up", {N, width});
+    const T* gates = data<T>(gate, "gate", {d_out, d_in});
+    const T* ups = data<T>(up, "up", {d_out, d_in});
     T* to = static_cast<T*>(out.data_ptr());
-    share_rows(data<T>(x, "x", {rows, width}), rows, width, N, [&](Packed packed, int64_t begin, int64_t end) {
-      kernels<T>().swiglu({packed, gates, ups, to, N, nullptr}, begin, end);
+    share_rows(data<T>(x, "x", {rows, d_in}), rows, d_in, d_out, [&](Packed packed, int64_t begin, int64_t end) {
+      kernels<T>().swiglu({packed, gates, ups, to, d_out, nullptr}, begin, end);
     });
   });
   return out;

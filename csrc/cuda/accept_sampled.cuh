@@ -109,7 +109,7 @@ struct Sequence {
     return valid(row) && (!needs_draft || valid(a.drafted + 1 + row));
   }
 
-  __device__ __forceinline__ Noise noise(int64_t row, NoiseStream stream) const {
+  __device__ __forceinline__ NoiseKey noise(int64_t row, NoiseStream stream) const {
     return {static_cast<uint64_t>(a.seed[b]), static_cast<uint64_t>(a.seq_lens[b] + row), stream};
   }
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kMaxThreads) accept_decide_kernel(SampledArgs 
   }
   if (!sampled) return;
   const bool rejected = count < a.drafted && a.draft[b * a.drafted + count] >= 0;
-  const Noise noise = sequence.noise(count, kTargetStream);
+  const NoiseKey noise = sequence.noise(count, kTargetStream);
   const float total = log_sum_exp(rows[count]);
   Pick own = no_pick();
   for (int64_t v = begin + threadIdx.x; v < stretch_end(begin, a.vocab_size); v += blockDim.x) {

@@ -34,7 +34,7 @@ struct Cache {
   int64_t ahead = 0;                  // positions written since seq_lens was, by earlier steps of a draft
   int batch = 0, rows = 0;            // B, M
   int num_kv_heads = 0, capacity = 0, head_dim = 0;
-  int64_t cache_rows = 0;  // S
+  int64_t num_slots = 0;  // S
 
   // Of row 0 of sequence b.
   __device__ int64_t position(int b) const { return seq_lens[b] + ahead; }
@@ -42,7 +42,7 @@ struct Cache {
   // The slot of sequence b; -1 when it has none in the cache.
   __device__ int64_t slot(int b) const {
     const int64_t slot = slots == nullptr ? b : slots[b];
-    return slot >= 0 && slot < cache_rows ? slot : -1;
+    return slot >= 0 && slot < num_slots ? slot : -1;
   }
 
   // Where key/value head g of a slot starts in k and v.

@@ -185,7 +185,7 @@ struct Products<float, W> {
 // How the states of a pass are drawn; temperature 0 is greedy.
 struct PassSampling {
   float temperature[kTokens];
-  Noise noise[kTokens];
+  NoiseKey noise[kTokens];
 };
 
 __device__ __forceinline__ void load_sampling(const HeadSampling& from, int64_t first, int rows, PassSampling* to) {

@@ -89,21 +89,21 @@ struct Sums<float> {
 // What a block's rows of x are multiplied with: x, or rms_norm(x) where there is a norm.
 template <class T>
 struct Input {
-  Rows<const T> x;          // [R, depth]
-  const T* norm = nullptr;  // [depth]
+  Rows<const T> x;          // [R, d_in]
+  const T* norm = nullptr;  // [d_in]
   float eps = 0;
   int64_t rows = 0;
-  int depth = 0;
+  int d_in = 0;
   bool aligned = false;  // x, norm and the weights can be read 16 bytes at a time
 };
 
-// x [R, depth] as the products take it, rms_norm(x) where there is a norm; all weights that go with it.
+// x [R, d_in] as the products take it, rms_norm(x) where there is a norm; all weights that go with it.
 template <class T>
-Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t depth,
+Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t d_in,
                std::initializer_list<const T*> weights) {
-  bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, depth));
-  for (const T* weight : weights) aligned = aligned && is_aligned(weight, depth);
-  return {x, norm, eps, rows, static_cast<int>(depth), aligned};
+  bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, d_in));
+  for (const T* weight : weights) aligned = aligned && is_aligned(weight, d_in);
+  return {x, norm, eps, rows, static_cast<int>(d_in), aligned};
 }
 
 // The rows of x that a block takes, and its tile: groups of rows are neighbours, so that they share a tile in L2.
@@ -125,8 +125,8 @@ struct TileWork {
 
 // Row n of a matrix; past its end the last one again, whose sums are then left out.
 template <class T>
-__device__ __forceinline__ const T* weight_row(const T* weight, int n, int outputs, int depth) {
-  return weight + static_cast<int64_t>(min(n, outputs - 1)) * depth;
+__device__ __forceinline__ const T* weight_row(const T* weight, int n, int d_out, int d_in) {
+  return weight + static_cast<int64_t>(min(n, d_out - 1)) * d_in;
 }
 
 // Shared memory of a block that streams TILES tiles at once.
@@ -177,14 +177,14 @@ struct TileStream {
         warp(threadIdx.x / 32),
         g(lane / 4),
         t(lane % 4),
-        own(own_blocks<T>(input.depth, warp)) {}
+        own(own_blocks<T>(input.d_in, warp)) {}
 
   __device__ __forceinline__ void prefetch() { in.aligned ? prefetch_as<true>() : prefetch_as<false>(); }
 
   // Ends with a __syncthreads().
   __device__ __forceinline__ void run() {
     float inverse[2];
-    if (in.norm) inverse_rms(x, tokens, in.depth, in.eps, in.aligned, memory.scratch, inverse);
+    if (in.norm) inverse_rms(x, tokens, in.d_in, in.eps, in.aligned, memory.scratch, inverse);
     Sums<T> sums[TILES];
     in.aligned ? multiply<true>(inverse, sums) : multiply<false>(inverse, sums);
     __syncwarp();  // the sums take the place of the warp's ring
@@ -202,8 +202,8 @@ struct TileStream {
       const int column = own_column<T>(i, warp, t), stage = i % kStages;
 #pragma unroll
       for (int r = 0; r < 2 * TILES; ++r)
-        copy_chunk<Aligned>(&memory.warps[warp].ring[stage][r][lane], weight[r], column, in.depth);
-      if (in.norm && g == 0) copy_chunk<Aligned>(&memory.norm[warp][stage][t], in.norm, column, in.depth);
+        copy_chunk<Aligned>(&memory.warps[warp].ring[stage][r][lane], weight[r], column, in.d_in);
+      if (in.norm && g == 0) copy_chunk<Aligned>(&memory.norm[warp][stage][t], in.norm, column, in.d_in);
     }
     ptx::cp_async_commit();
   }
@@ -220,7 +220,7 @@ struct TileStream {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool inside = i < own && g + 8 * half < tokens;
-      chunks[half] = load_chunk<Aligned>(x.row(g + 8 * half), own_column<T>(i, warp, t), inside ? in.depth : 0);
+      chunks[half] = load_chunk<Aligned>(x.row(g + 8 * half), own_column<T>(i, warp, t), inside ? in.d_in : 0);
     }
   }
 

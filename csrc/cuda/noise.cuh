@@ -11,7 +11,7 @@ namespace lsk {
 
 enum NoiseStream : uint32_t { kDraftStream = 0, kAcceptStream = 1, kTargetStream = 2 };
 
-struct Noise {
+struct NoiseKey {
   uint64_t seed, position;
   uint32_t stream;
 

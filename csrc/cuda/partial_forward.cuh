@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) qkv_kernel(Input<T> in
 #pragma unroll
   for (int second = 0; second < 2; ++second) {
     const int i = min(stream.g, tile.half - 1 - tile.pair);  // past the last pair comes the last one again, unused
-    stream.weight[second] = matrix.weight + static_cast<int64_t>(tile.row(i, second)) * in.depth;
+    stream.weight[second] = matrix.weight + static_cast<int64_t>(tile.row(i, second)) * in.d_in;
   }
   stream.prefetch();
   const int i = threadIdx.x % 8, token = threadIdx.x / 8;
@@ -102,7 +102,7 @@ Cache<T> layer_cache(const ForwardArgs<T>& a, const LayerWeights<T>& w) {
   cache.k = w.k_cache, cache.v = w.v_cache, cache.seq_lens = a.seq_lens, cache.slots = a.slots, cache.ahead = a.ahead;
   cache.batch = static_cast<int>(a.shape.batch), cache.rows = static_cast<int>(a.shape.rows);
   cache.num_kv_heads = static_cast<int>(a.shape.num_kv_heads), cache.capacity = static_cast<int>(a.shape.capacity);
-  cache.head_dim = static_cast<int>(a.shape.head_dim), cache.cache_rows = a.shape.cache_rows;
+  cache.head_dim = static_cast<int>(a.shape.head_dim), cache.num_slots = a.shape.num_slots;
   return cache;
 }
 

@@ -15,8 +15,8 @@ from .rms_norm import norm_block
 
 
 @triton.jit
-def cache_row(slots_ptr, sequence, HAS_SLOTS: tl.constexpr):
-    """The row of the cache that a sequence uses."""
+def slot_of(slots_ptr, sequence, HAS_SLOTS: tl.constexpr):
+    """The slot, a row of the cache, that a sequence uses."""
     row = sequence
     if HAS_SLOTS:
         row = tl.load(slots_ptr + sequence)
@@ -47,10 +47,10 @@ def _rotate_row(
     tl.store(out_ptr + half + column, tl.fma(b, cos, a * sin).to(dtype), mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows", "cache_rows", "q_stride", "k_stride", "v_stride"])
+@triton.jit(do_not_specialize=["rows", "num_slots", "q_stride", "k_stride", "v_stride"])
 def rope_kv_append_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, seq_lens_ptr, slots_ptr, out_ptr, q_norm_ptr,
-    k_norm_ptr, rows, cache_rows, num_heads, num_kv_heads, head_dim, capacity, q_stride, k_stride, v_stride, eps,
+    k_norm_ptr, rows, num_slots, num_heads, num_kv_heads, head_dim, capacity, q_stride, k_stride, v_stride, eps,
     HAS_SLOTS: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -59,8 +59,8 @@ def rope_kv_append_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence = row // rows
     position = tl.load(seq_lens_ptr + sequence) + row % rows
-    slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
-    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cache_rows)
+    slot = slot_of(slots_ptr, sequence, HAS_SLOTS)
+    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < num_slots)
     lane = tl.arange(0, HALF)
     at = position + tl.zeros((HALF,), tl.int64)
     ok = (lane < head_dim // 2) & (at >= 0) & (at < capacity)
@@ -117,14 +117,14 @@ def rope_kv_append(
 ) -> Tensor:
     """See `layerskip_kernels.rope_kv_append`; ``norms`` of q and k [C] are applied before, as `rms_norm` would."""
     q, k, v = _rows_of(q), _rows_of(k), _rows_of(v)
-    (batch, rows, num_heads, head_dim), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
+    (batch, rows, num_heads, head_dim), (num_slots, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
     _checks.positions(seq_lens, rows, capacity)
-    _checks.distinct_slots(slots, cache_rows)
+    _checks.distinct_slots(slots, num_slots)
     out = q.new_empty(q.shape)
     if batch * rows * (num_heads + num_kv_heads):
         with on(q):
             rope_kv_append_kernel[(batch * rows, num_heads + 2 * num_kv_heads)](
-                q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, *norms, rows, cache_rows, num_heads,
+                q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, *norms, rows, num_slots, num_heads,
                 num_kv_heads, head_dim, capacity, q.stride(1), k.stride(1), v.stride(1), eps,
                 HAS_SLOTS=slots is not None, HAS_Q_NORM=norms[0] is not None, HAS_K_NORM=norms[1] is not None,
                 HALF=power_of_two(head_dim // 2), **norm_block(head_dim), **launch_options(q), num_warps=1,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ._launch import INTERPRETED, ROWS, launch_options, on, power_of_two, wait_for_inputs
 from ._tiles import dot
-from .rope_kv_append import cache_row
+from .rope_kv_append import slot_of
 
 SPLIT = 512  # positions of one program; fixed, so that the order of additions never depends on the lengths
 ROWS_AT_ONCE = 64  # rows a sequence in one launch: bounds the partial results of a long prompt
@@ -46,10 +46,10 @@ def _attend(
     return total, mass, peak
 
 
-@triton.jit(do_not_specialize=["rows", "cache_rows", "skipped", "all_rows"])
+@triton.jit(do_not_specialize=["rows", "num_slots", "skipped", "all_rows"])
 def verify_attention_kernel(
     q_ptr, k_ptr, v_ptr, seq_lens_ptr, slots_ptr, total_ptr, mass_ptr, peak_ptr,
-    rows, cache_rows, skipped, all_rows, num_kv_heads, head_dim, capacity, scale,
+    rows, num_slots, skipped, all_rows, num_kv_heads, head_dim, capacity, scale,
     HAS_SLOTS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +61,8 @@ def verify_attention_kernel(
     wait_for_inputs(PDL)
     position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
     last = tl.minimum(tl.max(tl.where(ok, position, -1), axis=0) + 1, capacity)
-    slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
-    last = tl.where((slot >= 0) & (slot < cache_rows), last, 0)
+    slot = slot_of(slots_ptr, sequence, HAS_SLOTS)
+    last = tl.where((slot >= 0) & (slot < num_slots), last, 0)
     first = piece * SPLIT
     if first < last:
         last = tl.minimum(last, first + SPLIT)
@@ -80,9 +80,9 @@ def verify_attention_kernel(
         tl.store(peak_ptr + part, peak, mask=ok)
 
 
-@triton.jit(do_not_specialize=["rows", "cache_rows", "skipped", "all_rows"])
+@triton.jit(do_not_specialize=["rows", "num_slots", "skipped", "all_rows"])
 def verify_attention_finish_kernel(
-    total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, slots_ptr, out_ptr, rows, cache_rows, skipped, all_rows, num_heads,
+    total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, slots_ptr, out_ptr, rows, num_slots, skipped, all_rows, num_heads,
     head_dim, capacity, pieces, HAS_SLOTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Joins the pieces of one row and head, in order; a position or slot outside the cache comes out as NaN."""
@@ -94,8 +94,8 @@ def verify_attention_finish_kernel(
     column = tl.arange(0, BLOCK_C)
     peak, mass = float("-inf"), 0.0
     total = tl.zeros((BLOCK_C,), tl.float32)
-    slot = cache_row(slots_ptr, sequence, HAS_SLOTS)
-    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < cache_rows)
+    slot = slot_of(slots_ptr, sequence, HAS_SLOTS)
+    inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < num_slots)
     for piece in range(0, tl.where(inside, position // SPLIT + 1, 0)):
         here = tl.load(peak_ptr + part + piece)
         higher = tl.maximum(peak, here)
@@ -123,9 +123,9 @@ def verify_attention(
 ) -> Tensor:
     """See `layerskip_kernels.verify_attention`."""
     q, has_slots = q.contiguous(), slots is not None
-    (batch, all_rows, num_heads, head_dim), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
+    (batch, all_rows, num_heads, head_dim), (num_slots, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
     _checks.positions(seq_lens, all_rows, capacity)
-    _checks.distinct_slots(slots, cache_rows)
+    _checks.distinct_slots(slots, num_slots)
     out = torch.empty_like(q)
     pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(head_dim, q.element_size())
     for skipped in range(0, all_rows if out.numel() else 0, ROWS_AT_ONCE):
@@ -135,12 +135,12 @@ def verify_attention(
         with on(q):
             grid = (pieces, batch * num_kv_heads, triton.cdiv(rows * (num_heads // num_kv_heads), ROWS))
             verify_attention_kernel[grid](
-                q, k_cache, v_cache, seq_lens, slots, total, mass, peak, rows, cache_rows, skipped, all_rows,
+                q, k_cache, v_cache, seq_lens, slots, total, mass, peak, rows, num_slots, skipped, all_rows,
                 num_kv_heads, head_dim, capacity, head_dim**-0.5, HAS_SLOTS=has_slots, SHARED=num_heads // num_kv_heads,
                 ROWS=ROWS, SPLIT=SPLIT, INTERPRETED=INTERPRETED, **tile, **launch_options(q),
             )  # fmt: skip
             verify_attention_finish_kernel[(batch * rows, num_heads)](
-                total, mass, peak, seq_lens, slots, out, rows, cache_rows, skipped, all_rows, num_heads, head_dim,
+                total, mass, peak, seq_lens, slots, out, rows, num_slots, skipped, all_rows, num_heads, head_dim,
                 capacity, pieces, HAS_SLOTS=has_slots, SPLIT=SPLIT, BLOCK_C=tile["BLOCK_C"], **launch_options(q),
                 num_warps=1,
             )  # fmt: skip

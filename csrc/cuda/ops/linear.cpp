@@ -12,17 +12,17 @@ Tensor linear_op(const Tensor& x_in, const Tensor& weight, const std::optional<T
   const DeviceScope scope(x_in, {&weight, bias ? &*bias : &x_in, residual_in ? &*residual_in : &x_in});
   LSK_REQUIRE(x_in.dim() == 2 && weight.dim() == 2, "x and weight must have rank 2");
   const Tensor x = contiguous(x_in);
-  const int64_t rows = x.size(0), depth = x.size(1), outputs = weight.size(0);
-  check_sizes({depth, outputs});
-  Tensor out = new_empty(x, {rows, outputs});
+  const int64_t rows = x.size(0), d_in = x.size(1), d_out = weight.size(0);
+  check_sizes({d_in, d_out});
+  Tensor out = new_empty(x, {rows, d_out});
   std::optional<Tensor> residual;
   if (residual_in.has_value()) residual = contiguous(*residual_in);
   with_device_type(x.scalar_type(), [&]<class T>(T*) {
     Chain chain(scope.stream());
     check_launch("linear",
-                 linear<T>(chain, {data<T>(x, "x", {rows, depth}), depth}, data<T>(weight, "weight", {outputs, depth}),
-                           data<T>(bias, "bias", {outputs}), {data<T>(residual, "residual", {rows, outputs}), outputs},
-                           rows, depth, outputs, {static_cast<T*>(out.data_ptr()), outputs}));
+                 linear<T>(chain, {data<T>(x, "x", {rows, d_in}), d_in}, data<T>(weight, "weight", {d_out, d_in}),
+                           data<T>(bias, "bias", {d_out}), {data<T>(residual, "residual", {rows, d_out}), d_out}, rows,
+                           d_in, d_out, {static_cast<T*>(out.data_ptr()), d_out}));
   });
   return out;
 }
@@ -31,14 +31,14 @@ Tensor swiglu_op(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
   const DeviceScope scope(x_in, {&gate, &up});
   LSK_REQUIRE(x_in.dim() == 2 && gate.dim() == 2, "x and gate must have rank 2");
   const Tensor x = contiguous(x_in);
-  const int64_t rows = x.size(0), depth = x.size(1), intermediate_size = gate.size(0);
-  check_sizes({depth, intermediate_size});
+  const int64_t rows = x.size(0), d_in = x.size(1), intermediate_size = gate.size(0);
+  check_sizes({d_in, intermediate_size});
   Tensor out = new_empty(x, {rows, intermediate_size});
   with_device_type(x.scalar_type(), [&]<class T>(T*) {
     Chain chain(scope.stream());
-    check_launch("swiglu", swiglu<T>(chain, {data<T>(x, "x", {rows, depth}), depth}, nullptr, 0.0f,
-                                     data<T>(gate, "gate", {intermediate_size, depth}),
-                                     data<T>(up, "up", {intermediate_size, depth}), rows, depth, intermediate_size,
+    check_launch("swiglu", swiglu<T>(chain, {data<T>(x, "x", {rows, d_in}), d_in}, nullptr, 0.0f,
+                                     data<T>(gate, "gate", {intermediate_size, d_in}),
+                                     data<T>(up, "up", {intermediate_size, d_in}), rows, d_in, intermediate_size,
                                      {static_cast<T*>(out.data_ptr()), intermediate_size}));
   });
   return out;

@@ -59,19 +59,19 @@ using torch::stable::contiguous;
 template <class T>
 Cache<T> cache_of(const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
                   const std::optional<Tensor>& slots, int64_t batch, int64_t rows, int64_t head_dim) {
-  const int64_t cache_rows = k_cache.size(0), num_kv_heads = k_cache.size(1), capacity = k_cache.size(2);
+  const int64_t num_slots = k_cache.size(0), num_kv_heads = k_cache.size(1), capacity = k_cache.size(2);
   check_sizes({batch, rows, num_kv_heads, capacity});
-  LSK_REQUIRE(slots.has_value() || cache_rows == batch, "the cache has ", cache_rows, " rows for ", batch,
+  LSK_REQUIRE(slots.has_value() || num_slots == batch, "the cache has ", num_slots, " rows for ", batch,
               " sequences, and no slots are given");
   LSK_REQUIRE(rows <= capacity, rows, " rows do not fit a cache of capacity ", capacity);
   Cache<T> cache;
-  cache.k = data<T>(k_cache, "k_cache", {cache_rows, num_kv_heads, capacity, head_dim});
-  cache.v = data<T>(v_cache, "v_cache", {cache_rows, num_kv_heads, capacity, head_dim});
+  cache.k = data<T>(k_cache, "k_cache", {num_slots, num_kv_heads, capacity, head_dim});
+  cache.v = data<T>(v_cache, "v_cache", {num_slots, num_kv_heads, capacity, head_dim});
   cache.seq_lens = data<int64_t>(seq_lens, "seq_lens", {batch});
   cache.slots = data<int64_t>(slots, "slots", {batch});
   cache.batch = static_cast<int>(batch), cache.rows = static_cast<int>(rows);
   cache.num_kv_heads = static_cast<int>(num_kv_heads), cache.capacity = static_cast<int>(capacity);
-  cache.head_dim = static_cast<int>(head_dim), cache.cache_rows = cache_rows;
+  cache.head_dim = static_cast<int>(head_dim), cache.num_slots = num_slots;
   return cache;
 }
 

@@ -16,13 +16,12 @@ namespace {
 
 template <class T>
 Cache<T> cache_of(void* k, void* v, const int64_t* seq_lens, const int64_t* slots, int64_t batch, int64_t rows,
-                  int64_t num_kv_heads, int64_t head_dim, int64_t capacity, int64_t cache_rows) {
+                  int64_t num_kv_heads, int64_t head_dim, int64_t capacity, int64_t num_slots) {
   Cache<T> cache;
   cache.k = static_cast<T*>(k), cache.v = static_cast<T*>(v), cache.seq_lens = seq_lens, cache.slots = slots;
   cache.batch = static_cast<int>(batch), cache.rows = static_cast<int>(rows),
   cache.num_kv_heads = static_cast<int>(num_kv_heads);
-  cache.capacity = static_cast<int>(capacity), cache.head_dim = static_cast<int>(head_dim),
-  cache.cache_rows = cache_rows;
+  cache.capacity = static_cast<int>(capacity), cache.head_dim = static_cast<int>(head_dim), cache.num_slots = num_slots;
   return cache;
 }
 
@@ -38,21 +37,21 @@ EMULATED(rms_norm)(const void* x, const void* weight, void* out, int64_t rows, i
 }
 
 EMULATED(linear)(const void* x, const void* weight, const void* bias, const void* residual, void* out, int64_t rows,
-                 int64_t depth, int64_t outputs, int64_t dtype) {
+                 int64_t d_in, int64_t d_out, int64_t dtype) {
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     Chain chain(nullptr);
-    return linear<T>(chain, {static_cast<const T*>(x), depth}, static_cast<const T*>(weight),
-                     static_cast<const T*>(bias), {static_cast<const T*>(residual), outputs}, rows, depth, outputs,
-                     {static_cast<T*>(out), outputs});
+    return linear<T>(chain, {static_cast<const T*>(x), d_in}, static_cast<const T*>(weight),
+                     static_cast<const T*>(bias), {static_cast<const T*>(residual), d_out}, rows, d_in, d_out,
+                     {static_cast<T*>(out), d_out});
   });
 }
 
-EMULATED(swiglu)(const void* x, const void* gate, const void* up, void* out, int64_t rows, int64_t depth,
+EMULATED(swiglu)(const void* x, const void* gate, const void* up, void* out, int64_t rows, int64_t d_in,
                  int64_t intermediate_size, int64_t dtype) {
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     Chain chain(nullptr);
-    return swiglu<T>(chain, {static_cast<const T*>(x), depth}, nullptr, 0.0f, static_cast<const T*>(gate),
-                     static_cast<const T*>(up), rows, depth, intermediate_size,
+    return swiglu<T>(chain, {static_cast<const T*>(x), d_in}, nullptr, 0.0f, static_cast<const T*>(gate),
+                     static_cast<const T*>(up), rows, d_in, intermediate_size,
                      {static_cast<T*>(out), intermediate_size});
   });
 }
@@ -60,7 +59,7 @@ EMULATED(swiglu)(const void* x, const void* gate, const void* up, void* out, int
 EMULATED(rope_kv_append)(const void* q, const void* k, const void* v, const float* cos, const float* sin, void* k_cache,
                          void* v_cache, const int64_t* seq_lens, const int64_t* slots, void* out, int64_t batch,
                          int64_t rows, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t capacity,
-                         int64_t cache_rows, int64_t dtype) {
+                         int64_t num_slots, int64_t dtype) {
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     RopeArgs<T> args{};
     args.q = {static_cast<const T*>(q), num_heads * head_dim};
@@ -72,7 +71,7 @@ EMULATED(rope_kv_append)(const void* q, const void* k, const void* v, const floa
     Chain chain(nullptr);
     return rope_kv_append<T>(
         chain, args,
-        cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, num_kv_heads, head_dim, capacity, cache_rows));
+        cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, num_kv_heads, head_dim, capacity, num_slots));
   });
 }
 
@@ -85,7 +84,7 @@ EMULATED(attention_bytes)(int64_t* bytes, int64_t batch, int64_t rows, int64_t n
 
 EMULATED(verify_attention)(const void* q, void* k_cache, void* v_cache, const int64_t* seq_lens, const int64_t* slots,
                            void* out, void* memory, int64_t batch, int64_t rows, int64_t num_heads,
-                           int64_t num_kv_heads, int64_t head_dim, int64_t capacity, int64_t limit, int64_t cache_rows,
+                           int64_t num_kv_heads, int64_t head_dim, int64_t capacity, int64_t limit, int64_t num_slots,
                            int64_t dtype) {
   const AttentionScratch scratch(batch, rows, num_heads, num_kv_heads, capacity, head_dim, limit);
   return emu::with_float_type(dtype, [&]<class T>(T*) {
@@ -93,7 +92,7 @@ EMULATED(verify_attention)(const void* q, void* k_cache, void* v_cache, const in
     LSK_LAUNCH(clear_tickets(chain, scratch, memory));
     return verify_attention<T>(
         chain, {static_cast<const T*>(q), num_heads * head_dim},
-        cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, num_kv_heads, head_dim, capacity, cache_rows),
+        cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, num_kv_heads, head_dim, capacity, num_slots),
         scratch, memory, {static_cast<T*>(out), num_heads * head_dim});
   });
 }

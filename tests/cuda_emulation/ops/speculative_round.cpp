@@ -21,11 +21,11 @@ namespace {
 
 // In the order in which runners.py gives them.
 struct Sizes {
-  int64_t batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows,
+  int64_t batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
       num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, layers;
 
   ForwardShape shape(int64_t rows) const {
-    return {batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows};
+    return {batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots};
   }
 };
 

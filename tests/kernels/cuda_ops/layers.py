@@ -57,10 +57,10 @@ class EmulatedLayers:
         slots: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty_like(q)
-        (batch, rows, num_heads, size), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
+        (batch, rows, num_heads, size), (num_slots, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
         self._layers(
             "rope_kv_append", q, k, v, cos, sin, k_cache, v_cache, seq_lens, slots, out, batch, rows, num_heads,
-            num_kv_heads, size, capacity, cache_rows, q.dtype, writes=(out, k_cache, v_cache),
+            num_kv_heads, size, capacity, num_slots, q.dtype, writes=(out, k_cache, v_cache),
         )  # fmt: skip
         return out
 
@@ -75,11 +75,11 @@ class EmulatedLayers:
     ) -> Tensor:
         """``limit``: bytes of scratch above which the rows are taken in several launches."""
         out = torch.empty_like(q)
-        (batch, rows, num_heads, size), (cache_rows, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
+        (batch, rows, num_heads, size), (num_slots, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
         memory = self._memory("attention_bytes", batch, rows, num_heads, num_kv_heads, size, capacity, limit)
         self._layers(
             "verify_attention", q, k_cache, v_cache, seq_lens, slots, out, memory, batch, rows, num_heads,
-            num_kv_heads, size, capacity, limit, cache_rows, q.dtype, writes=(out, memory),
+            num_kv_heads, size, capacity, limit, num_slots, q.dtype, writes=(out, memory),
         )  # fmt: skip
         return out
 
@@ -105,7 +105,7 @@ class EmulatedLayers:
             own = [one if one.numel() else None for one in weights[layer * each : (layer + 1) * each]]
             tensors += [*own, *[None] * (WEIGHTS_PER_LAYER - each)]
         caches = [cache[layer] for layer in range(start, end) for cache in (k_cache, v_cache)]
-        (batch, rows, hidden_size), (cache_rows, num_kv_heads, capacity, size) = hidden.shape, k_cache.shape[1:]
+        (batch, rows, hidden_size), (num_slots, num_kv_heads, capacity, size) = hidden.shape, k_cache.shape[1:]
         first = dict(zip(LayerWeights._fields, weights[:each], strict=False))
         num_heads, intermediate_size = len(first["q"]) // size, len(first["gate"])
         sizes = torch.tensor(
@@ -118,7 +118,7 @@ class EmulatedLayers:
                 size,
                 intermediate_size,
                 capacity,
-                cache_rows,
+                num_slots,
                 end - start,
             ],
             dtype=torch.int64,

@@ -155,11 +155,11 @@ class _Model:
         self, batch: int, num_speculations: int, extend: bool, draft_vocab_size: int, vocab_size: int, exit_layer: int
     ) -> Tensor:
         """In the order of `Sizes` in tests/cuda_emulation/ops/speculative_round.cpp."""
-        _, cache_rows, num_kv_heads, capacity, head_dim = self.cached
+        _, num_slots, num_kv_heads, capacity, head_dim = self.cached
         embedded, hidden_size = self.embedding.shape
         num_heads, intermediate_size = len(self.first["q"]) // head_dim, len(self.first["gate"])
         return torch.tensor(
-            [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, cache_rows,
+            [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
              num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers]
         )  # fmt: skip
 
