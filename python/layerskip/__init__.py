@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .decoding import (
-    DraftHead,
-    GenerationOutput,
-    SamplingParams,
-    SelfSpeculativeDecoder,
-    Session,
-    Stats,
-    StopStrings,
-    TextStream,
-    Update,
-)
-from .models import (
-    EarlyExitHead,
-    LayerSkipModel,
-    PartialDepthDecoder,
-    SharedKVCache,
-    UnsupportedModelError,
-    adapt,
-    load,
-    supported_architectures,
-)
-from .transformers.acceleration import accelerate, restore
-
 if TYPE_CHECKING:
+    from .decoding import (
+        DraftHead,
+        GenerationOutput,
+        SamplingParams,
+        SelfSpeculativeDecoder,
+        Session,
+        Stats,
+        StopStrings,
+        TextStream,
+        Update,
+    )
+    from .models import (
+        EarlyExitHead,
+        LayerSkipModel,
+        PartialDepthDecoder,
+        SharedKVCache,
+        UnsupportedModelError,
+        adapt,
+        load,
+        supported_architectures,
+    )
+    from .transformers.acceleration import accelerate, restore
     from .transformers.custom_generate import generate
+
+_HOMES = {
+    "DraftHead": "decoding",
+    "EarlyExitHead": "models",
+    "GenerationOutput": "decoding",
+    "LayerSkipModel": "models",
+    "PartialDepthDecoder": "models",
+    "SamplingParams": "decoding",
+    "SelfSpeculativeDecoder": "decoding",
+    "Session": "decoding",
+    "SharedKVCache": "models",
+    "Stats": "decoding",
+    "StopStrings": "decoding",
+    "TextStream": "decoding",
+    "UnsupportedModelError": "models",
+    "Update": "decoding",
+    "accelerate": "transformers.acceleration",
+    "adapt": "models",
+    "generate": "transformers.custom_generate",
+    "load": "models",
+    "restore": "transformers.acceleration",
+    "supported_architectures": "models",
+}
 
 __all__ = [
     "DraftHead",
@@ -55,9 +78,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``generate`` only when it is used: it needs transformers."""
-    if name == "generate":
-        from .transformers.custom_generate import generate
+    """Import a name only when it is used: vLLM imports this package in every process, for its plugin alone."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
-        return generate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from layerskip_kernels import BackendError
 
-from . import bench, correctness, demo, distill, env, exits, generate, train
+from . import bench, correctness, demo, distill, env, exits, export, generate, train
 
 COMMANDS = {
     "demo": (demo, "decode a few prompts both ways, side by side"),
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": (train, "train early exits into a model, by a recipe"),
     "distill": (distill, "let a model write the pairs that its early exits learn from"),
     "exits": (exits, "show how good every layer's exit is, to choose the exit layer by"),
+    "export": (export, "write the first layers as a draft model for other engines, or a model for vLLM's plugin"),
     "env": (env, "show versions, devices, and which backend serves each op"),
 }
 # The extra that installs what is imported only when a command needs it.
