@@ -25,7 +25,7 @@ struct AttentionStep {
 
   int64_t positions(int64_t sequence) const { return seq_lens[sequence] + rows; }
   int64_t cache_at(int64_t sequence, int64_t kv_head) const {
-    return (cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
+    return (slot_of(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
   }
 
   // Splits differ in length, so members share positions: each takes the splits that start within its share.
@@ -97,7 +97,7 @@ struct RopeStep {
         continue;
       }
       const int64_t kv_head = (vector - num_heads) % num_kv_heads, at = (row * num_kv_heads + kv_head) * head_dim;
-      const int64_t slot = ((cache_row(slots, sequence) * num_kv_heads + kv_head) * capacity + position) * head_dim;
+      const int64_t slot = ((slot_of(slots, sequence) * num_kv_heads + kv_head) * capacity + position) * head_dim;
       if (vector < num_heads + num_kv_heads) {
         table.rope(args, k + at, k_cache + slot);
       } else {

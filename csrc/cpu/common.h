@@ -66,7 +66,7 @@ inline void check_slots(const int64_t* slots, int64_t batch, int64_t num_slots) 
   }
 }
 
-inline int64_t cache_row(const int64_t* slots, int64_t sequence) { return slots ? slots[sequence] : sequence; }
+inline int64_t slot_of(const int64_t* slots, int64_t sequence) { return slots ? slots[sequence] : sequence; }
 
 // Packs x [rows, width] into this member's own memory; each member needs all of it, and a copy is cheaper than a wait.
 template <class T>

@@ -61,7 +61,7 @@ class PartialDepthDecoder(nn.Module):
         self.num_layers, self.num_kv_heads, self.eps = len(layers), num_kv_heads, float(eps)
         self.head_dim = 2 * inv_freq.numel()
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
-            raise ValueError(f"head size must be a multiple of 8 up to 256, got {self.head_dim}")
+            raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
         self.hidden_size = layers[0].attn_norm.numel()
         self.num_heads = layers[0].q.shape[0] // self.head_dim
         _check_layers(layers, self.hidden_size, num_kv_heads, self.head_dim)
