@@ -1,0 +1,162 @@
+"""The draft model: the target's first layers, norm and head; no weights and no KV cache of its own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from . import sampling
+from .head import make_head
+from .rows import LastRows
+from .settings import Settings
+
+logger = init_logger("vllm.layerskip")
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class FirstLayers(nn.Module):
+    """Layers [0, E) of a target; the part that vLLM compiles. Its modules are the target's own.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+        Its hash must tell exits apart, see `_compiled_as`.
+    target : nn.Module
+    exit_layer : int
+    norm : bool
+        Whether the final norm belongs to it, or the head does its own.
+    """
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", target: nn.Module, exit_layer: int, norm: bool
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = target.model.embed_tokens
+        self.layers = nn.ModuleList(target.model.layers[:exit_layer])
+        self.norm = target.model.norm if norm else None
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """States [R, D] after the last of the layers."""
+        hidden, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        if self.norm is None:
+            return hidden + residual
+        hidden, _ = self.norm(hidden, residual)
+        return hidden
+
+
+class LayerSkipDraft(nn.Module):
+    """What vLLM's draft model proposer runs, one token a call and sequence.
+
+    The keys and values that it writes are the target's own: the same layers, in the same cache, for the same tokens.
+    Verification writes them once more.
+
+    Parameters
+    ----------
+    target : nn.Module
+        The model as vLLM loaded it.
+    vllm_config : VllmConfig
+        Of the draft model.
+    prefix : str
+    settings : Settings
+    """
+
+    def __init__(self, target: nn.Module, vllm_config: VllmConfig, prefix: str, settings: Settings) -> None:
+        super().__init__()
+        self.config = target.config
+        self._target = (target,)  # in a tuple it is no submodule: whoever walks parameters counts them once
+        layers = target.model.layers[: settings.exit_layer]
+        attentions = [module for layer in layers for module in layer.modules() if isinstance(module, Attention)]
+        self._names = [attention.layer_name for attention in attentions]
+        self._placeholder = _stand_in(attentions[0], vllm_config, prefix)
+        self._head = make_head(target, settings.draft_head)
+        config = _compiled_as(vllm_config, settings.exit_layer)
+        with set_current_vllm_config(config):
+            self.inner = FirstLayers(
+                vllm_config=config,
+                prefix=prefix,
+                target=target,
+                exit_layer=settings.exit_layer,
+                norm=self._head is None,
+            )
+        # The runner of version 2 does not mark the slots of rejected rows, by which the last valid one is found.
+        self._last_rows = None if vllm_config.use_v2_model_runner else LastRows(vllm_config, self._names)
+        if settings.mend_cpu_sampling:
+            sampling.mend()
+        logger.info(
+            "LayerSkip: layers 0 to %d of %d draft, %d tokens a round; head: %s",
+            settings.exit_layer - 1,
+            len(target.model.layers),
+            settings.num_speculations,
+            settings.draft_head,
+        )
+
+    def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        """States [R, D] after the exit layer, normed where vLLM's own head takes them."""
+        context = get_forward_context()
+        if not context.attn_metadata:  # a run that measures memory or warms up
+            return self.inner(input_ids, positions)
+        metadata, slots = context.attn_metadata[self._placeholder], context.slot_mapping[self._placeholder]
+        if self._last_rows is None or not self._last_rows.worth_it(metadata):
+            return self._run(input_ids, positions, metadata, slots)
+        rows, metadata, slots = self._last_rows.of(metadata, slots, positions)
+        hidden = self._run(input_ids[rows], positions[rows], metadata, slots)
+        whole = hidden.new_zeros(input_ids.shape[0], hidden.shape[1])
+        whole[rows] = hidden
+        return whole
+
+    def _run(self, input_ids: Tensor, positions: Tensor, metadata: Any, slots: Tensor) -> Tensor:
+        """The layers, whose attention looks its metadata up by the names that it has in the target."""
+        context = dataclasses.replace(
+            get_forward_context(),
+            attn_metadata=dict.fromkeys(self._names, metadata),
+            slot_mapping=dict.fromkeys(self._names, slots),
+        )
+        with override_forward_context(context):
+            return self.inner(input_ids, positions)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits [R, V] of the target's own head, for drafts that are sampled."""
+        (target,) = self._target
+        return target.compute_logits(hidden if self._head is None else target.model.norm(hidden))
+
+    def get_top_tokens(self, hidden: Tensor) -> Tensor:
+        """Tokens [R]: what vLLM asks for instead of logits under ``use_local_argmax_reduction``."""
+        (target,) = self._target
+        return target.get_top_tokens(hidden) if self._head is None else self._head(hidden)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [R, D]."""
+        return self._target[0].model.embed_input_ids(input_ids)
+
+
+def _stand_in(attention: Attention, vllm_config: VllmConfig, prefix: str) -> str:
+    """The name of an attention layer that stands for all that the drafter has, and is never run.
+
+    vLLM finds a drafter's cache group by the attention layers that loading it adds. This one shares the cache of the
+    target's first layer, so it belongs to that group and allocates nothing.
+    """
+    name = f"{prefix or 'draft_model'}.layers.0.self_attn.attn"
+    stand_in = copy.copy(attention)
+    stand_in.layer_name, stand_in.kv_sharing_target_layer_name = name, attention.layer_name
+    vllm_config.compilation_config.static_forward_context[name] = stand_in
+    return name
+
+
+def _compiled_as(vllm_config: VllmConfig, exit_layer: int) -> VllmConfig:
+    """The configuration with the exit layer in its hash, by which vLLM keeps compiled graphs on the disk.
+
+    Without it the graph of one exit would be found, and run, for another.
+    """
+    config = copy.copy(vllm_config)
+    config.additional_config = {**dict(vllm_config.additional_config or {}), "layerskip_exit_layer": exit_layer}
+    return config

@@ -1,0 +1,40 @@
+"""The load format: loads the target as vLLM ever does, and hands out a drafter made of the target's own parts."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from .settings import Settings, split
+
+_targets: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+"""By the id of the dict of attention layers that the configurations of a target and of its drafter have in common."""
+
+
+class LayerSkipLoader(DefaultModelLoader):
+    """vLLM's default loader; the draft model that it is asked for afterwards reads nothing and owns nothing."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        self._options = load_config.model_loader_extra_config
+        inner = copy.copy(load_config)
+        inner.load_format, inner.model_loader_extra_config = "auto", split(self._options)[1]
+        super().__init__(inner)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """The target, or the drafter over it."""
+        if vllm_config.speculative_config is None:
+            raise RuntimeError("the layerskip load format is without its draft model: build the engine from EngineArgs")
+        shared = id(vllm_config.compilation_config.static_forward_context)
+        if model_config.runner_type != "draft":
+            target = super().load_model(vllm_config, model_config, prefix)
+            _targets[shared] = target
+            return target
+        from .draft import LayerSkipDraft  # compiled parts, which only workers need
+
+        settings = Settings.of(self._options, model_config.hf_config, model_config.model)
+        return LayerSkipDraft(_targets[shared], vllm_config, prefix, settings).eval()
