@@ -40,7 +40,7 @@ def write_model(directory: Path, architecture: str = "Llama", upper: float = 0.1
 
     Its tokens vary, and its logits are no closer to each other than those of a trained model.
     """
-    config = getattr(transformers, f"{architecture}Config")(**{**_SIZES, **ARCHITECTURES[architecture], **changes})
+    config = getattr(transformers, f"{architecture}Config")(**{**_SIZES, **ARCHITECTURES.get(architecture, {}), **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

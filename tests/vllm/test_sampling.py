@@ -43,8 +43,7 @@ def test_vllm_has_the_defect_that_the_refusal_names():
     temperature, running = torch.tensor([0.5, 0.0, 0.25]), torch.tensor([2, 3, 6])
     expected = torch.tensor([0.5, 0.5, 1.0, 0.25, 0.25, 0.25])
     assert torch.equal(_expand(temperature, running, 6, 0, 1), expected)
-    if getattr(expand_batch_to_tokens, "__module__", "").startswith("vllm"):
-        assert not torch.equal(expand_batch_to_tokens(temperature, running, 6, 0, 1), expected)
+    assert not torch.equal(expand_batch_to_tokens(temperature, running, 6, 0, 1), expected)
 
 
 @torch.inference_mode()
@@ -65,12 +64,12 @@ def exact(model, prompt):
 
 @pytest.fixture
 def vllms_own_sampler():
-    """Put vLLM's function back afterwards: the engines of the other tests live in this process, too."""
+    """Put vLLM's functions back afterwards: the engines of the other tests live in this process, too."""
     from vllm.v1.sample import rejection_sampler
 
-    before = rejection_sampler.expand_batch_to_tokens
+    before = rejection_sampler.expand_batch_to_tokens, rejection_sampler.apply_sampling_constraints
     yield
-    rejection_sampler.expand_batch_to_tokens = before
+    rejection_sampler.expand_batch_to_tokens, rejection_sampler.apply_sampling_constraints = before
 
 
 @pytest.mark.usefixtures("vllms_own_sampler")

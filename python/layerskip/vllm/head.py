@@ -64,8 +64,8 @@ class VocabularyShard(nn.Module):
             token = token.clamp_min(0)  # a state that is not finite has no token, and any draft will do
         if self._ranks == 1:
             return token
-        # In one tensor of doubles, which hold every token id exactly.
-        best = torch.stack([logit.double(), (token + self._first).double()], -1)  # [R, 2]
+        # In one fp32 tensor, which holds token ids below 2²⁴ exactly; vLLM gathers no doubles on CPUs.
+        best = torch.stack([logit, (token + self._first).float()], -1)  # [R, 2]
         best = tensor_model_parallel_all_gather(best, dim=-1).view(-1, self._ranks, 2)
         winner = best[..., 0].argmax(-1, keepdim=True)
         return best[..., 1].gather(-1, winner).squeeze(-1).long()

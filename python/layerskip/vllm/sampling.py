@@ -2,7 +2,8 @@
 
 ``vllm.utils.cpu_triton_utils._expand_kernel_impl`` writes into an int64 copy of its output, which nobody copies back. The
 output stays as ``torch.empty`` left it, with any draft model, and a sampled text is garbage. So sampling is refused there,
-unless the function that asks for it is replaced. On GPUs a kernel does the work, and does it rightly.
+unless the function that asks for it is replaced. On GPUs a kernel does the work, and does it rightly. A second defect stops
+the engine: in a step whose drafts were all cut, top-k looks for the largest of no numbers.
 """
 
 from __future__ import annotations
@@ -45,10 +46,19 @@ def refuse() -> None:
 
 
 def mend() -> None:
-    """Let the rejection sampler of this process expand by torch."""
+    """Let the rejection sampler of this process expand by torch, and leave a step without drafts alone."""
     from vllm.v1.sample import rejection_sampler
 
+    if rejection_sampler.expand_batch_to_tokens is _expand:
+        return
+    plain = rejection_sampler.apply_sampling_constraints
+
+    @functools.wraps(plain)
+    def constrain(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return plain(logits, *args, **kwargs) if logits.shape[0] else logits
+
     rejection_sampler.expand_batch_to_tokens = _expand
+    rejection_sampler.apply_sampling_constraints = constrain
 
 
 def _expand(

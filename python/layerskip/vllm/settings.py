@@ -75,7 +75,8 @@ class Settings:
             raise ValueError(f"num_speculations must be at least 1, got {self.num_speculations!r}")
         if not isinstance(self.mend_cpu_sampling, bool):
             raise ValueError(f"mend_cpu_sampling must be true or false, got {self.mend_cpu_sampling!r}")
-        if self.draft_head not in ("full", "int8", "vllm") and not Path(self.draft_head).exists():
+        known = self.draft_head in ("full", "int8", "vllm")
+        if not known and not (isinstance(self.draft_head, str) and Path(self.draft_head).exists()):
             raise ValueError(
                 f"draft_head must be full, int8, vllm, or the path of a saved draft head, got {self.draft_head!r}"
             )
