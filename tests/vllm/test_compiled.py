@@ -1,0 +1,34 @@
+"""Compiled, as vLLM runs unless it is told otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+from .engines import engine, generate
+from .models import prompts
+
+LENGTHS = (3, 17, 40)
+
+
+def run(model, **options):
+    """Tokens, and how many drafts were accepted."""
+    with engine(model, load_format="layerskip", model_loader_extra_config={"exit_layer": 2}, **options) as llm:
+        return generate(llm, prompts(*LENGTHS)), llm.drafts
+
+
+@pytest.mark.slow
+def test_compiled_drafts_what_eager_drafts(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    assert run(model, enforce_eager=False) == run(model)
+
+
+def test_the_graph_of_one_exit_is_not_taken_for_another(model):
+    """vLLM finds compiled graphs on the disk by the hash of the configuration, which knows nothing of exits by itself."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from layerskip.vllm.draft import _compiled_as
+
+    config = EngineArgs(model=str(model), additional_config={"mine": 1}).create_engine_config()
+    hashes = {_compiled_as(config, exit_layer).compute_hash() for exit_layer in (1, 2, 3)}
+    assert len(hashes | {config.compute_hash()}) == 4
+    assert config.additional_config == {"mine": 1}
