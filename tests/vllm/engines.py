@@ -82,9 +82,7 @@ def _watch(scheduler: Any) -> Drafts:
     def count(*args: Any, num_draft_tokens: int, num_accepted_tokens: int, **kwargs: Any) -> Any:
         seen.drafted += num_draft_tokens
         seen.accepted += num_accepted_tokens
-        return plain(
-            *args, num_draft_tokens=num_draft_tokens, num_accepted_tokens=num_accepted_tokens, **kwargs
-        )
+        return plain(*args, num_draft_tokens=num_draft_tokens, num_accepted_tokens=num_accepted_tokens, **kwargs)
 
     scheduler.make_spec_decoding_stats = count
     return seen

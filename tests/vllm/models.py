@@ -38,9 +38,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def write_model(directory: Path, architecture: str = "Llama", upper: float = 0.15, **changes: Any) -> Path:
     """A model in fp32 whose layers after the first add ``upper`` of what they would, so that some drafts are accepted.
 
-    Its tokens vary, and its logits are no closer to each other than those of a trained model.
+    Its tokens vary.
     """
-    config = getattr(transformers, f"{architecture}Config")(**{**_SIZES, **ARCHITECTURES.get(architecture, {}), **changes})
+    config = getattr(transformers, f"{architecture}Config")(
+        **{**_SIZES, **ARCHITECTURES.get(architecture, {}), **changes}
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -23,7 +23,7 @@ def test_compiled_drafts_what_eager_drafts(model, tmp_path, monkeypatch):
 
 
 def test_the_graph_of_one_exit_is_not_taken_for_another(model):
-    """vLLM finds compiled graphs on the disk by the hash of the configuration, which knows nothing of exits by itself."""
+    """vLLM finds compiled graphs on the disk by the hash of the configuration, which knows no exits by itself."""
     from vllm.engine.arg_utils import EngineArgs
 
     from layerskip.vllm.draft import _compiled_as

@@ -75,9 +75,8 @@ def test_the_padding_of_the_vocabulary_is_never_drafted(tmp_path):
 
 def test_a_head_of_another_vocabulary_is_refused(model, tmp_path):
     DraftHead([1, 2], 7).save(tmp_path)
-    with pytest.raises(ValueError, match=r"is for a vocabulary of 7, the model has 300"), engine(
-        model, **options(str(tmp_path))
+    with (
+        pytest.raises(ValueError, match=r"is for a vocabulary of 7, the model has 300"),
+        engine(model, **options(str(tmp_path))),
     ):
         pass
-
-

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from .engines import blocks, core, engine, generate, runner, vllm
@@ -63,7 +61,7 @@ def test_chunked_prefill_and_prefix_caching(model):
 
 
 def test_full_cache(model):
-    """Room for about three of the eight sequences, so some are thrown out and read again; and up to the last position."""
+    """Room for three of the eight sequences, so some are thrown out and read again; and up to the last position."""
     options = {"block_size": 32, "num_gpu_blocks_override": 12, "max_model_len": 128, "enable_prefix_caching": False}
     texts = prompts(60, 10, 33, 90, 31, 32, 1, 64)
     with engine(model, **options) as llm:

@@ -37,7 +37,9 @@ def test_what_the_user_says_goes_first(model):
     given = speculation(model, speculative_config={"num_speculative_tokens": 2, "use-local-argmax-reduction": False})
     assert given.num_speculative_tokens == 2
     assert not given.use_local_argmax_reduction
-    assert not speculation(model, speculative_config={"draft_sample_method": "probabilistic"}).use_local_argmax_reduction
+    assert not speculation(
+        model, speculative_config={"draft_sample_method": "probabilistic"}
+    ).use_local_argmax_reduction
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,10 @@ def test_what_the_user_says_goes_first(model):
         ({OUR_OPTIONS: {"num_speculations": 2}, "spec_tokens": 3}, r"name the same thing; give one"),
         ({"spec_method": "ngram"}, r"not by 'ngram': vLLM takes one method"),
         ({"speculative_config": {"model": "elsewhere"}}, r"itself, not with elsewhere"),
-        ({"speculative_config": {"kv_cache_dtype": "fp8", "quantization": "fp8"}}, r"hold kv_cache_dtype, quantization"),
+        (
+            {"speculative_config": {"kv_cache_dtype": "fp8", "quantization": "fp8"}},
+            r"hold kv_cache_dtype, quantization",
+        ),
         ({"enable_lora": True}, r"does not support LoRA at run time; merge the adapter"),
         ({"pipeline_parallel_size": 2}, r"does not support pipeline parallelism"),
         ({"kv_sharing_fast_prefill": True}, r"does not support --kv-sharing-fast-prefill"),
@@ -59,8 +64,9 @@ def test_refused_by_name(options, message, model):
 
 
 def test_an_unknown_option_is_vllms_to_refuse(model):
-    with pytest.raises(ValueError, match="exit_block"), engine(
-        model, load_format="layerskip", **{OUR_OPTIONS: {"exit_block": "dir"}}
+    with (
+        pytest.raises(ValueError, match="exit_block"),
+        engine(model, load_format="layerskip", **{OUR_OPTIONS: {"exit_block": "dir"}}),
     ):
         pass
 
@@ -100,8 +106,19 @@ for load_format in ("auto", "layerskip"):
     assert "NotImplementedError: --load-format layerskip knows the internals of vLLM >=0.32,<0.33" in done.stderr
 
 
+def test_the_plugin_costs_other_processes_nothing(model):
+    """vLLM calls `register` in each of its processes: nothing of the library may be imported there but the plugin."""
+    code = f"""
+import sys
+from vllm.engine.arg_utils import EngineArgs
+EngineArgs(model={str(model)!r}).create_engine_config()
+print(sorted(name for name in sys.modules if name.startswith("layerskip")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = ["layerskip", "layerskip.vllm", "layerskip.vllm.engine", "layerskip.vllm.loader"]
+    assert done.stdout.splitlines()[-1] == str(modules)
+
+
 def test_importing_the_library_imports_no_vllm():
     code = "import sys, layerskip, layerskip.vllm, layerskip.vllm.settings; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-

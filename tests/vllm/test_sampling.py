@@ -57,9 +57,15 @@ def exact(model, prompt):
         for (text, probability), row in zip(texts.items(), logits, strict=True):
             best = row.topk(TOP_K)
             for token, share in zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True):
-                longer[*text, token] = probability * share
+                longer[(*text, token)] = probability * share
         texts = longer
     return texts
+
+
+def chi_square(drawn, expected):
+    """How far counts are from what the probabilities promise of `SAMPLES`."""
+    assert min(expected.values()) * SAMPLES > 5  # the approximation's rule of thumb
+    return sum((drawn[text] - SAMPLES * share) ** 2 / (SAMPLES * share) for text, share in expected.items())
 
 
 @pytest.fixture
@@ -82,11 +88,7 @@ def test_mended_sampling_has_the_models_distribution(model):
         drawn = Counter(map(tuple, generate(llm, texts, tokens=TOKENS, temperature=TEMPERATURE, top_k=TOP_K)))
         assert llm.drafts.accepted > SAMPLES / 10
     assert set(drawn) <= set(expected)
-    chi_square = sum(
-        (drawn[text] - SAMPLES * share) ** 2 / (SAMPLES * share) for text, share in expected.items()
-    )
-    assert min(expected.values()) * SAMPLES > 5  # the approximation's rule of thumb
-    assert chi_square < LIMIT
+    assert chi_square(drawn, expected) < LIMIT
 
 
 def test_the_limit_is_of_as_many_texts():

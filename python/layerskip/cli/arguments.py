@@ -276,6 +276,19 @@ def _exits(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.png, anew")
 
 
+def _export(parser: Parser) -> None:
+    add_model(parser)
+    parser.add_argument("--exit-layer", type=positive, required=True, metavar="E", help="how many of the layers draft")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
+    parser.add_argument(
+        "--whole", action="store_true",
+        help="write all layers, with E and K in config.json, and the draft head, if there is one, beside them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round; only with --whole"
+    )
+
+
 def _env(parser: Parser) -> None:
     """There is nothing to choose."""
 
@@ -314,6 +327,10 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
     "exits": (
         _exits, "show how good every layer's exit is, to choose the exit layer by",
         "Show how good every layer's exit is on a model's own text: agreement with the full depth, and calibration.",
+    ),
+    "export": (
+        _export, "write the first layers as a draft model for other engines, or a whole model for vLLM's plugin",
+        "Write a model for other engines: its first layers as an ordinary draft model, or all of it for vLLM's plugin.",
     ),
     "env": (
         _env, "show versions, devices, and which backend serves each op",

@@ -1,7 +1,7 @@
 """LayerSkip in vLLM: ``--load-format layerskip`` lets a model's first layers draft, on its own weights and KV cache.
 
-vLLM finds `register` by the entry point ``layerskip`` of the group ``vllm.general_plugins`` and calls it in every process,
-whether or not the process serves a model with LayerSkip. So this package imports vLLM only where it is asked to.
+vLLM finds `register` by the entry point ``layerskip`` of the group ``vllm.general_plugins`` and calls it in every
+process, whether or not a model is served with LayerSkip. So nothing is imported before it is needed.
 """
 
 from __future__ import annotations

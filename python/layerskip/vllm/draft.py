@@ -35,9 +35,7 @@ class FirstLayers(nn.Module):
         Whether the final norm belongs to it, or the head does its own.
     """
 
-    def __init__(
-        self, *, vllm_config: VllmConfig, prefix: str = "", target: nn.Module, exit_layer: int, norm: bool
-    ) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", target: Any, exit_layer: int, norm: bool) -> None:
         super().__init__()
         self.embed_tokens = target.model.embed_tokens
         self.layers = nn.ModuleList(target.model.layers[:exit_layer])
@@ -70,7 +68,7 @@ class LayerSkipDraft(nn.Module):
     settings : Settings
     """
 
-    def __init__(self, target: nn.Module, vllm_config: VllmConfig, prefix: str, settings: Settings) -> None:
+    def __init__(self, target: Any, vllm_config: VllmConfig, prefix: str, settings: Settings) -> None:
         super().__init__()
         self.config = target.config
         self._target = (target,)  # in a tuple it is no submodule: whoever walks parameters counts them once

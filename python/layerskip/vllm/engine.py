@@ -6,8 +6,7 @@ import functools
 import sys
 from typing import Any
 
-from . import LOAD_FORMAT, sampling
-from .settings import Settings
+from . import LOAD_FORMAT
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ALLOWED = (
@@ -39,17 +38,19 @@ def install() -> None:
         if self.load_format == LOAD_FORMAT:
             _check(self, target_model_config, target_parallel_config)
             self.speculative_config = _speculation(self, target_model_config)
-            if _on_cpu():
-                sampling.refuse()
+            _refuse_sampling_on_cpus()
         return plain(self, target_model_config, target_parallel_config)
 
     arguments.EngineArgs.create_speculative_config = create
 
 
-def _on_cpu() -> bool:
+def _refuse_sampling_on_cpus() -> None:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cpu()
+    if current_platform.is_cpu():
+        from .sampling import refuse
+
+        refuse()
 
 
 def _check(args: Any, model_config: Any, parallel_config: Any) -> None:
@@ -76,6 +77,8 @@ def _speculation(args: Any, model_config: Any) -> dict[str, Any]:
 
     An option of `EngineArgs` of its own (--spec-tokens) excludes the key that it stands for.
     """
+    from .settings import Settings
+
     given = {name.replace("-", "_"): value for name, value in (args.speculative_config or {}).items()}
     flags = {"method": args.spec_method, "model": args.spec_model, "num_speculative_tokens": args.spec_tokens}
     said = {**given, **{name: value for name, value in flags.items() if value is not None}}

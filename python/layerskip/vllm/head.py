@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather
@@ -11,14 +13,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from .. import DraftHead, EarlyExitHead
 
 
-def make_head(target: nn.Module, draft_head: str) -> VocabularyShard | None:
+def make_head(target: Any, draft_head: str) -> VocabularyShard | None:
     """What ``draft_head`` of `Settings` names; None where vLLM computes the drafts' logits itself."""
     if draft_head == "vllm":
         return None
     lm_head = target.lm_head
     if not isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
         raise NotImplementedError(
-            f'the head is quantised ({type(lm_head.quant_method).__name__}); only "draft_head": "vllm" reads such a head'
+            f"the head is quantised ({type(lm_head.quant_method).__name__}), which vLLM alone reads: "
+            """give --model-loader-extra-config '{"draft_head": "vllm"}'"""
         )
     return VocabularyShard(target, draft_head)
 
@@ -33,11 +36,12 @@ class VocabularyShard(nn.Module):
         ``full``, ``int8``, or where a saved draft head is.
     """
 
-    def __init__(self, target: nn.Module, draft_head: str) -> None:
+    def __init__(self, target: Any, draft_head: str) -> None:
         super().__init__()
         lm_head, norm = target.lm_head, target.model.norm
         shard = lm_head.shard_indices
-        self._ranks, self._first = lm_head.tp_size, shard.org_vocab_start_index
+        self._ranks: int = lm_head.tp_size
+        self._first: int = shard.org_vocab_start_index
         # vLLM pads the vocabulary; the logit 0 of a padded row would beat those of a row with negative ones only.
         rows = lm_head.weight.detach()[: shard.num_org_elements]
         self._head: EarlyExitHead | None = EarlyExitHead(norm.weight.detach(), rows, norm.variance_epsilon)

@@ -1,16 +1,19 @@
-"""The load format: loads the target as vLLM ever does, and hands out a drafter made of the target's own parts."""
+"""The load format: loads the target as vLLM ever does, and hands out a drafter made of the target's own parts.
+
+It is imported in every process of every vLLM, so what only its users need is imported inside.
+"""
 
 from __future__ import annotations
 
 import copy
 import weakref
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-from .settings import Settings, split
 
 _targets: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 """By the id of the dict of attention layers that the configurations of a target and of its drafter have in common."""
@@ -20,6 +23,8 @@ class LayerSkipLoader(DefaultModelLoader):
     """vLLM's default loader; the draft model that it is asked for afterwards reads nothing and owns nothing."""
 
     def __init__(self, load_config: LoadConfig) -> None:
+        from .settings import split
+
         self._options = load_config.model_loader_extra_config
         inner = copy.copy(load_config)
         inner.load_format, inner.model_loader_extra_config = "auto", split(self._options)[1]
@@ -34,7 +39,15 @@ class LayerSkipLoader(DefaultModelLoader):
             target = super().load_model(vllm_config, model_config, prefix)
             _targets[shared] = target
             return target
-        from .draft import LayerSkipDraft  # compiled parts, which only workers need
+        from .draft import LayerSkipDraft
+        from .settings import Settings
 
         settings = Settings.of(self._options, model_config.hf_config, model_config.model)
         return LayerSkipDraft(_targets[shared], vllm_config, prefix, settings).eval()
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool, str]:
+        """vLLM's files of weights without the draft head: it takes all that end in .safetensors."""
+        from ..decoding.draft_head import FILE_NAME
+
+        folder, files, *rest = super()._prepare_weights(*args, **kwargs)
+        return folder, [file for file in files if Path(file).name != FILE_NAME], *rest

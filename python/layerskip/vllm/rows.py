@@ -17,8 +17,8 @@ _ROWS_A_REQUEST = 16
 class LastRows:
     """One row a sequence: the token that the target has not seen.
 
-    vLLM gives a drafter all tokens that the target has just run, for a cache of its own. The target's cache has the keys
-    and values of all but the last already, so of a prompt one row is enough.
+    vLLM gives a drafter all tokens that the target has just run, for a cache of its own. The target's cache has the
+    keys and values of all but the last already, so of a prompt one row is enough.
 
     Parameters
     ----------
@@ -77,7 +77,5 @@ class LastRows:
         if self._builder is None:  # the layers' cache is known only after loading
             attention = self._vllm_config.compilation_config.static_forward_context[self._names[0]]
             make = attention.get_attn_backend().get_builder_cls()
-            self._builder = make(
-                attention.get_kv_cache_spec(self._vllm_config), self._names, self._vllm_config, device
-            )
+            self._builder = make(attention.get_kv_cache_spec(self._vllm_config), self._names, self._vllm_config, device)
         return self._builder

@@ -1,9 +1,9 @@
 """Sampling with speculation on CPUs, where vLLM 0.32 loses the temperatures, top-k and top-p of speculative rows.
 
-``vllm.utils.cpu_triton_utils._expand_kernel_impl`` writes into an int64 copy of its output, which nobody copies back. The
-output stays as ``torch.empty`` left it, with any draft model, and a sampled text is garbage. So sampling is refused there,
-unless the function that asks for it is replaced. On GPUs a kernel does the work, and does it rightly. A second defect stops
-the engine: in a step whose drafts were all cut, top-k looks for the largest of no numbers.
+``vllm.utils.cpu_triton_utils._expand_kernel_impl`` writes into an int64 copy of its output, which nobody copies back.
+The output stays as ``torch.empty`` left it, with any draft model, and a sampled text is garbage. So sampling is refused
+there, unless the function that asks for it is replaced. On GPUs a kernel does the work, and does it rightly. A second
+defect stops the engine: in a step whose drafts were all cut, top-k looks for the largest of no numbers.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ def mend() -> None:
 def _expand(
     x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0
 ) -> Tensor:
-    """One value a request [B] to one a token [R]; ``cu_num_tokens`` [B] are running sums of the tokens a request has."""
+    """One value a request [B] to one a token [R]; ``cu_num_tokens`` [B] are running sums of the requests' tokens."""
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
     return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)

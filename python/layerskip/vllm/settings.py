@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..decoding.draft_head import FILE_NAME
-
 CONFIG_KEY = "layerskip"
 """The entry of config.json with the model's own ``exit_layer`` and ``num_speculations``."""
 DEFAULT_SPECULATIONS = 4
@@ -53,6 +51,8 @@ class Settings:
         ValueError
             If a value does not fit the model.
         """
+        from ..decoding.draft_head import FILE_NAME  # not before it is needed: see the package's docstring
+
         own = getattr(config, CONFIG_KEY, None) or {}
         if not isinstance(own, Mapping):
             raise ValueError(f"{CONFIG_KEY!r} in the config.json of {model} must be an object, got {own!r}")

@@ -1,0 +1,95 @@
+"""Write a model for other engines: its first layers as an ordinary draft model, or all of it for vLLM's plugin."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .. import registry
+from .._files import check_folder, obstacle, replaced
+from ..decoding.draft_head import FILE_NAME
+from ..vllm.settings import CONFIG_KEY
+from . import options
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Write the directory, whole or not at all."""
+    check_folder(args.output.parent)
+    reason = obstacle(args.output)
+    if reason is not None:
+        raise FileExistsError(reason)
+    model, tokenizer = options.load(args, Console(stderr=True))
+    layers = model.config.num_hidden_layers
+    if args.exit_layer >= layers:
+        raise ValueError(f"--exit-layer must be in 1 … {layers - 1}, got {args.exit_layer}")
+    if args.whole:
+        setattr(model.config, CONFIG_KEY, {"exit_layer": args.exit_layer, "num_speculations": args.num_speculations})
+    written = model if args.whole else first_layers(model, args.exit_layer)
+    head = _draft_head(args.model) if args.whole else None
+    with replaced(args.output) as (directory,):
+        written.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        if head is not None:
+            shutil.copyfile(head, directory / FILE_NAME)
+            _write_index(directory)
+    size = sum(path.stat().st_size for path in args.output.iterdir())
+    console.print(
+        f"wrote {written.config.num_hidden_layers} of {layers} layers to {args.output}, {size / 1e6:.0f} MB"
+        + (f", with {FILE_NAME}" if head is not None else ""),
+        soft_wrap=True,
+    )
+    return 0
+
+
+def first_layers(model: Any, exit_layer: int) -> Any:
+    """A model of the same kind of layers [0, exit_layer), the final norm and the head; it shares the weights.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    exit_layer : int
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+    """
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = exit_layer
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:exit_layer]
+    with torch.device("meta"):
+        shallow = type(model)(config)
+    weights = model.state_dict()
+    shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()}, assign=True)
+    shallow.tie_weights()
+    shallow.model.rotary_emb = model.model.rotary_emb  # its buffers are in no state dict
+    shallow.generation_config = copy.deepcopy(model.generation_config)
+    return shallow.eval()
+
+
+def _write_index(directory: Path) -> None:
+    """Say which files hold the weights: without an index some readers, vLLM among them, take the draft head for one."""
+    from safetensors import safe_open
+
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():  # transformers writes one where there are several files
+        with safe_open(directory / "model.safetensors", framework="pt") as file:
+            content = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), "model.safetensors")}
+        index.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _draft_head(model: str) -> Path | None:
+    """The draft head that comes with a model: of the package that provides it, or beside it in its directory."""
+    provider = registry.find(registry.MODELS, model)
+    if provider is not None:
+        head: Path | None = provider.draft_head(model)
+        return head
+    beside = Path(model).expanduser() / FILE_NAME
+    return beside if beside.is_file() else None

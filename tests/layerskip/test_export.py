@@ -1,0 +1,91 @@
+"""``layerskip export``: the first layers as a model of their own, and a whole model for vLLM's plugin."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, VOCABULARY, random_tokens, save_tiny, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import layerskip
+from layerskip import DraftHead
+from layerskip.cli import main
+from layerskip.cli.export import first_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROMPT = random_tokens(1, 7)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+def export(directory, output, *options):
+    arguments = ["--model", str(directory), "--dtype", "float32", "--exit-layer", "2", "--output", str(output)]
+    return main(["export", *arguments, *options])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_first_layers_say_what_the_model_says_after_them(architecture):
+    model = tiny_model(architecture)
+    state = model(PROMPT, output_hidden_states=True).hidden_states[3]
+    expected = model.lm_head(model.model.norm(state))
+    shallow = first_layers(model, 3)
+    assert torch.equal(shallow(PROMPT).logits, expected)
+    assert shallow.config.num_hidden_layers == 3
+    assert model.config.num_hidden_layers == 4
+    theirs = {weight.data_ptr() for weight in model.parameters()}
+    assert all(weight.data_ptr() in theirs for weight in shallow.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama2", "qwen3"])
+def test_transformers_drafts_with_it(architecture, tmp_path):
+    save_tiny(tmp_path / "model", architecture)
+    assert export(tmp_path / "model", tmp_path / "draft") == 0
+    model, draft = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "draft"))
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(PROMPT, **options)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(model.generate(PROMPT, assistant_model=draft, **options), expected)
+    assert len(passes) <= 20
+
+
+def test_what_is_written_loads(directory, tmp_path, capsys):
+    assert export(directory, tmp_path / "draft") == 0
+    assert f"wrote 2 of 4 layers to {tmp_path / 'draft'}" in capsys.readouterr().out
+    model, tokenizer = layerskip.load(tmp_path / "draft", torch.float32)
+    assert len(model.model.layers) == 2
+    assert tokenizer("w5").input_ids == AutoTokenizer.from_pretrained(directory)("w5").input_ids
+    assert "layerskip" not in json.loads((tmp_path / "draft" / "config.json").read_text())
+
+
+def test_a_whole_model_says_how_it_drafts(directory, tmp_path, capsys):
+    DraftHead([3, 5], VOCABULARY).save(directory)
+    assert export(directory, tmp_path / "whole", "--whole", "--num-speculations", "6") == 0
+    assert "with draft_head.safetensors" in capsys.readouterr().out
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["layerskip"] == {"exit_layer": 2, "num_speculations": 6}
+    assert DraftHead.load(tmp_path / "whole").token_ids.tolist() == [3, 5]
+    before, after = (layerskip.load(path, torch.float32)[0].state_dict() for path in (directory, tmp_path / "whole"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert export(tmp_path / "whole", tmp_path / "again") == 0  # of one that was written
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--exit-layer", "4"], "--exit-layer must be in 1 … 3, got 4"),
+        (["--output", "TAKEN"], "was not written by layerskip; move it away"),
+    ],
+)
+def test_errors_leave_nothing(directory, tmp_path, capsys, options, message):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    assert export(directory, tmp_path / "new", *[str(tmp_path / "taken") if o == "TAKEN" else o for o in options]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
