@@ -1,0 +1,259 @@
+"""Serving with vLLM, with and without LayerSkip: throughput and latency against clients and against request rate.
+
+    .venv-vllm/bin/python -m benchmarks.serving --model DIR --prompts FILE [--clients 1 4 8] [--rates 0.5 1 2 4]
+
+Two OpenAI servers of one model are up at the same time, and the measurements of one point follow each other, so both
+see the same machine. With ``--clients`` so many clients ask one request after the other; with ``--rates`` requests come
+at random (Poisson) times whether or not the earlier ones are answered. Texts are compared: greedy ones must be equal in
+fp32, and are counted in bf16, where vLLM itself rounds differently for every batch. DIR is what ``layerskip export
+--whole`` writes; FILE has one JSON object with "prompt" a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerskip._files import write_atomically
+from layerskip.cli.prompts import read
+
+WAYS = {"vLLM": [], "vLLM + LayerSkip": ["--load-format", "layerskip"]}
+COUNTERS = ("num_draft_tokens_total", "num_accepted_tokens_total")
+COLUMNS = (
+    "way",
+    "load",
+    "tokens/s",
+    "requests/s",
+    "first token p50",
+    "whole answer p50",
+    "whole answer p99",
+    "accepted",
+)
+
+
+@dataclass
+class Answer:
+    """One request: its text and number of tokens, and seconds to the first token and to the last."""
+
+    text: str
+    tokens: int
+    first: float
+    whole: float
+
+
+@contextmanager
+def serve(model: str, options: Sequence[str], log: Path) -> Iterator[tuple[str, int]]:
+    """The address of a server and its process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "--served-model-name", "served", *options], stdout=file, stderr=file)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while not _answers(address):
+            if process.poll() is not None:
+                raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(1)
+        yield address, process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def metrics(address: str) -> dict[str, float]:
+    """Sums of the server's counters of speculation, and its cache blocks."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    found = dict.fromkeys(COUNTERS, 0.0)
+    for line in lines:
+        for name in COUNTERS:
+            if line.startswith(f"vllm:spec_decode_{name}{{"):
+                found[name] += float(line.split()[-1])
+        if line.startswith("vllm:cache_config_info{"):
+            found["cache_blocks"] = float(line.split('num_gpu_blocks="')[1].split('"')[0])
+    return found
+
+
+def memory(pid: int) -> float:
+    """MiB of a server and its children; pages that processes share count once."""
+    import psutil
+
+    process = psutil.Process(pid)
+    return sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True))) / 2**20
+
+
+async def ask(session: Any, address: str, prompt: str, tokens: int) -> Answer:
+    body = {"model": "served", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    start, first, text, count = time.perf_counter(), 0.0, "", 0
+    async with session.post(f"{address}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event.get("error"):
+                raise RuntimeError(event["error"])
+            first = first or time.perf_counter() - start
+            text += "".join(choice["text"] for choice in event["choices"])
+            count = (event.get("usage") or {}).get("completion_tokens", count)
+    return Answer(text, count, first, time.perf_counter() - start)
+
+
+async def closed(session: Any, address: str, prompts: Sequence[str], tokens: int, clients: int) -> list[Answer]:
+    """Answers in the prompts' order, from clients that ask one after the other."""
+    waiting, answers = list(enumerate(prompts))[::-1], {}
+
+    async def client() -> None:
+        while waiting:
+            index, prompt = waiting.pop()
+            answers[index] = await ask(session, address, prompt, tokens)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return [answers[index] for index in range(len(prompts))]
+
+
+async def opened(session: Any, address: str, prompts: Sequence[str], tokens: int, rate: float) -> list[Answer]:
+    """Answers in the prompts' order, which come at a rate a second; the same times for every server."""
+    generator, moment, tasks = random.Random(0), 0.0, []
+    start = time.perf_counter()
+    for prompt in prompts:
+        await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
+        tasks.append(asyncio.create_task(ask(session, address, prompt, tokens)))
+        moment += generator.expovariate(rate)
+    return list(await asyncio.gather(*tasks))
+
+
+def summary(answers: Sequence[Answer], seconds: float, before: dict[str, float], after: dict[str, float]) -> dict:
+    drafted, accepted = (after[name] - before[name] for name in COUNTERS)
+    wholes = sorted(answer.whole for answer in answers)
+    return {
+        "tokens/s": sum(answer.tokens for answer in answers) / seconds,
+        "requests/s": len(answers) / seconds,
+        "first token p50": statistics.median(answer.first for answer in answers),
+        "whole answer p50": statistics.median(wholes),
+        "whole answer p99": wholes[min(len(wholes) - 1, int(0.99 * len(wholes)))],
+        "accepted": accepted / drafted if drafted else None,
+        "answers": [asdict(answer) for answer in answers],
+    }
+
+
+async def run(args: argparse.Namespace, addresses: dict[str, str], prompts: Sequence[str]) -> list[dict]:
+    """A line a way and load, the ways of one load after each other."""
+    import aiohttp
+
+    lines: list[dict] = []
+    loads = [("clients", count, closed) for count in args.clients] + [("rate", rate, opened) for rate in args.rates]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+        for address in addresses.values():
+            await closed(session, address, prompts[:8], args.max_tokens, 8)  # the first rounds compile and allocate
+        for kind, size, drive in loads:
+            for way, address in addresses.items():
+                before, start = metrics(address), time.perf_counter()
+                answers = await drive(session, address, prompts, args.max_tokens, size)
+                seconds = time.perf_counter() - start
+                line = summary(answers, seconds, before, metrics(address))
+                lines.append({"way": way, "kind": kind, "size": size, "load": f"{size} {kind}", **line})
+                print(row(lines[-1]), flush=True)
+    return lines
+
+
+def row(line: dict) -> str:
+    cells = [line[name] for name in COLUMNS]
+    texts = ["-" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+    return f"| {' | '.join(texts)} |"
+
+
+def picture(lines: Sequence[dict], path: Path) -> None:
+    """Throughput over clients, and the latency of whole answers over the request rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [("clients", "tokens/s"), ("rate", "whole answer p50"), ("rate", "whole answer p99")]
+    panels = [panel for panel in panels if any(line["kind"] == panel[0] for line in lines)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False)
+    for axis, (kind, value) in zip(axes[0], panels, strict=True):
+        for way in WAYS:
+            points = [(line["size"], line[value]) for line in lines if line["kind"] == kind and line["way"] == way]
+            axis.plot(*zip(*points, strict=True), marker="o", label=way)
+        axis.set_xlabel("clients" if kind == "clients" else "requests/s")
+        axis.set_ylabel(value if kind == "clients" else f"{value}, s")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def different(lines: Sequence[dict]) -> dict[str, int]:
+    """By load, how many texts are not those of vLLM alone."""
+    loads: dict[str, list[list[str]]] = {}
+    for line in lines:
+        loads.setdefault(line["load"], []).append([answer["text"] for answer in line["answers"]])
+    return {load: sum(one != other for one, other in zip(*texts, strict=True)) for load, texts in loads.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", default="samples")
+    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 8])
+    parser.add_argument("--rates", type=float, nargs="*", default=[])
+    parser.add_argument("--server-options", default="", help="for both servers, as one string")
+    parser.add_argument("--layerskip-options", default="", help="for the server with LayerSkip, as one string")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/serving"), help="without .json and .png"
+    )
+    args = parser.parse_args(arguments)
+    prompts = [prompt.text for prompt in read(args.prompts, args.limit)]
+    common = args.server_options.split()
+    ways = {way: [*options, *common] for way, options in WAYS.items()}
+    ways["vLLM + LayerSkip"] += args.layerskip_options.split()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve(args.model, ways["vLLM"], Path(folder, "plain")) as (plain, plain_id),
+        serve(args.model, ways["vLLM + LayerSkip"], Path(folder, "layerskip")) as (ours, our_id),
+    ):
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+        lines = asyncio.run(run(args, {"vLLM": plain, "vLLM + LayerSkip": ours}, prompts))
+        space = {"vLLM": memory(plain_id), "vLLM + LayerSkip": memory(our_id)}
+        blocks = {way: metrics(address)["cache_blocks"] for way, address in zip(WAYS, (plain, ours), strict=True)}
+    texts = different(lines)
+    print(f"MiB: {space}; cache blocks: {blocks}; texts that differ: {texts}")
+    result = {"command": sys.argv[1:], "cores": os.cpu_count(), "memory_mib": space, "cache_blocks": blocks}
+    result |= {"texts_that_differ": texts, "lines": lines}
+    write_atomically(args.output.with_suffix(".json"), json.dumps(result, indent=1).encode())
+    picture(lines, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
