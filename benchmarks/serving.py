@@ -2,8 +2,7 @@
 
     .venv-vllm/bin/python -m benchmarks.serving --model DIR --prompts FILE [--clients 1 4 8] [--rates 0.5 1 2 4]
 
-Two OpenAI servers of one model are up at the same time, and the measurements of one point follow each other, so both
-see the same machine. With ``--clients`` so many clients ask one request after the other; with ``--rates`` requests come
+Two OpenAI servers of one model are up at the same time, and take turns at each point, so both see the same machine. With ``--clients`` so many clients ask one request after the other; with ``--rates`` requests come
 at random (Poisson) times whether or not the earlier ones are answered. Texts are compared: greedy ones must be equal in
 fp32, and are counted in bf16, where vLLM itself rounds differently for every batch. DIR is what ``layerskip export
 --whole`` writes; FILE has one JSON object with "prompt" a line.
@@ -16,6 +15,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -56,22 +56,33 @@ class Answer:
     whole: float
 
 
+@dataclass
+class Server:
+    """A server that was started, and where it will answer."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+    def wait(self) -> None:
+        """Return once it answers."""
+        while not _answers(self.address):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+            time.sleep(1)
+
+
 @contextmanager
-def serve(model: str, options: Sequence[str], log: Path) -> Iterator[tuple[str, int]]:
-    """The address of a server and its process id."""
+def serve(model: str, options: Sequence[str], log: Path) -> Iterator[Server]:
+    """A server, which is stopped at the end of the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen([*command, "--served-model-name", "served", *options], stdout=file, stderr=file)
-    address = f"http://127.0.0.1:{port}"
     try:
-        while not _answers(address):
-            if process.poll() is not None:
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(1)
-        yield address, process.pid
+        yield Server(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
         process.wait()
@@ -164,7 +175,7 @@ def summary(answers: Sequence[Answer], seconds: float, before: dict[str, float],
 
 
 async def run(args: argparse.Namespace, addresses: dict[str, str], prompts: Sequence[str]) -> list[dict]:
-    """A line a way and load, the ways of one load after each other."""
+    """A line a way and load; the ways of one load take turns."""
     import aiohttp
 
     lines: list[dict] = []
@@ -173,12 +184,15 @@ async def run(args: argparse.Namespace, addresses: dict[str, str], prompts: Sequ
         for address in addresses.values():
             await closed(session, address, prompts[:8], args.max_tokens, 8)  # the first rounds compile and allocate
         for kind, size, drive in loads:
-            for way, address in addresses.items():
-                before, start = metrics(address), time.perf_counter()
-                answers = await drive(session, address, prompts, args.max_tokens, size)
-                seconds = time.perf_counter() - start
-                line = summary(answers, seconds, before, metrics(address))
-                lines.append({"way": way, "kind": kind, "size": size, "load": f"{size} {kind}", **line})
+            tried: dict[str, list[dict]] = {way: [] for way in addresses}
+            for _ in range(args.repeat):
+                for way, address in addresses.items():
+                    before, start = metrics(address), time.perf_counter()
+                    answers = await drive(session, address, prompts, args.max_tokens, size)
+                    tried[way].append(summary(answers, time.perf_counter() - start, before, metrics(address)))
+            for way, of_way in tried.items():
+                middle = sorted(of_way, key=lambda line: line["whole answer p50"])[len(of_way) // 2]
+                lines.append({"way": way, "kind": kind, "size": size, "load": f"{size:g} {kind}", **middle})
                 print(row(lines[-1]), flush=True)
     return lines
 
@@ -228,25 +242,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 8])
     parser.add_argument("--rates", type=float, nargs="*", default=[])
+    parser.add_argument("--repeat", type=int, default=3, help="the run with the middle latency counts")
     parser.add_argument("--server-options", default="", help="for both servers, as one string")
     parser.add_argument("--layerskip-options", default="", help="for the server with LayerSkip, as one string")
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks/results/serving"), help="without .json and .png"
     )
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the servers end, too
     prompts = [prompt.text for prompt in read(args.prompts, args.limit)]
     common = args.server_options.split()
     ways = {way: [*options, *common] for way, options in WAYS.items()}
     ways["vLLM + LayerSkip"] += args.layerskip_options.split()
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve(args.model, ways["vLLM"], Path(folder, "plain")) as (plain, plain_id),
-        serve(args.model, ways["vLLM + LayerSkip"], Path(folder, "layerskip")) as (ours, our_id),
+        serve(args.model, ways["vLLM"], Path(folder, "plain")) as plain,
+        serve(args.model, ways["vLLM + LayerSkip"], Path(folder, "layerskip")) as ours,
     ):
+        servers = dict(zip(WAYS, (plain, ours), strict=True))
+        for server in servers.values():
+            server.wait()
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-        lines = asyncio.run(run(args, {"vLLM": plain, "vLLM + LayerSkip": ours}, prompts))
-        space = {"vLLM": memory(plain_id), "vLLM + LayerSkip": memory(our_id)}
-        blocks = {way: metrics(address)["cache_blocks"] for way, address in zip(WAYS, (plain, ours), strict=True)}
+        lines = asyncio.run(run(args, {way: server.address for way, server in servers.items()}, prompts))
+        space = {way: memory(server.process.pid) for way, server in servers.items()}
+        blocks = {way: metrics(server.address)["cache_blocks"] for way, server in servers.items()}
     texts = different(lines)
     print(f"MiB: {space}; cache blocks: {blocks}; texts that differ: {texts}")
     result = {"command": sys.argv[1:], "cores": os.cpu_count(), "memory_mib": space, "cache_blocks": blocks}
