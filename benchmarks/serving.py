@@ -2,10 +2,11 @@
 
     .venv-vllm/bin/python -m benchmarks.serving --model DIR --prompts FILE [--clients 1 4 8] [--rates 0.5 1 2 4]
 
-Two OpenAI servers of one model are up at the same time, and take turns at each point, so both see the same machine. With ``--clients`` so many clients ask one request after the other; with ``--rates`` requests come
-at random (Poisson) times whether or not the earlier ones are answered. Texts are compared: greedy ones must be equal in
-fp32, and are counted in bf16, where vLLM itself rounds differently for every batch. DIR is what ``layerskip export
---whole`` writes; FILE has one JSON object with "prompt" a line.
+Two OpenAI servers of one model are up at the same time, and take turns at each point, so both see the same machine.
+With ``--clients`` so many clients ask one request after the other; with ``--rates`` requests come at random (Poisson)
+times, whether or not the earlier ones are answered. Texts are compared: greedy ones must be equal in fp32, and are
+counted in bf16, where vLLM itself rounds differently for every batch. DIR is what ``layerskip export --whole`` writes;
+FILE has one JSON object with "prompt" a line.
 """
 
 from __future__ import annotations
@@ -34,16 +35,8 @@ from layerskip.cli.prompts import read
 
 WAYS = {"vLLM": [], "vLLM + LayerSkip": ["--load-format", "layerskip"]}
 COUNTERS = ("num_draft_tokens_total", "num_accepted_tokens_total")
-COLUMNS = (
-    "way",
-    "load",
-    "tokens/s",
-    "requests/s",
-    "first token p50",
-    "whole answer p50",
-    "whole answer p99",
-    "accepted",
-)
+COLUMNS = ("way", "load", "tokens/s", "requests/s", "first token p50", "whole answer p50", "whole answer p99",
+           "accepted")  # fmt: skip
 
 
 @dataclass
@@ -269,6 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = different(lines)
     print(f"MiB: {space}; cache blocks: {blocks}; texts that differ: {texts}")
     result = {"command": sys.argv[1:], "cores": os.cpu_count(), "memory_mib": space, "cache_blocks": blocks}
+    for line in lines:  # their texts are long, and were compared
+        line["seconds"] = [answer["whole"] for answer in line.pop("answers")]
     result |= {"texts_that_differ": texts, "lines": lines}
     write_atomically(args.output.with_suffix(".json"), json.dumps(result, indent=1).encode())
     picture(lines, args.output.with_suffix(".png"))

@@ -282,7 +282,7 @@ def _export(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
     parser.add_argument(
         "--whole", action="store_true",
-        help="write all layers, with E and K in config.json and the draft head, if there is one, beside them",
+        help="write all layers, with E and K in config.json, and the draft head, if there is one, beside them",
     )  # fmt: skip
     parser.add_argument(
         "--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round; only with --whole"
@@ -329,7 +329,7 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
         "Show how good every layer's exit is on a model's own text: agreement with the full depth, and calibration.",
     ),
     "export": (
-        _export, "write the first layers as a draft model for other engines, or a model for vLLM's plugin",
+        _export, "write the first layers as a draft model for other engines, or a whole model for vLLM's plugin",
         "Write a model for other engines: its first layers as an ordinary draft model, or all of it for vLLM's plugin.",
     ),
     "env": (
