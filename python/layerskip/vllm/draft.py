@@ -94,7 +94,7 @@ class LayerSkipDraft(nn.Module):
             "LayerSkip: layers 0 to %d of %d draft, %d tokens a round; head: %s",
             settings.exit_layer - 1,
             len(target.model.layers),
-            settings.num_speculations,
+            vllm_config.speculative_config.num_speculative_tokens,
             settings.draft_head,
         )
 
