@@ -42,6 +42,7 @@ USES = {
 @pytest.mark.parametrize("name", USES)
 def test_who_needs_it_says_so(monkeypatch, tmp_path, name):
     use, message = USES[name]
+    monkeypatch.delitem(vars(layerskip.training), "LayerSkipTrainer", raising=False)  # kept from another test
     for loaded in [one for one in sys.modules if one.partition(".")[0] == name]:
         monkeypatch.setitem(sys.modules, loaded, None)
     monkeypatch.setitem(sys.modules, name, None)
@@ -50,6 +51,7 @@ def test_who_needs_it_says_so(monkeypatch, tmp_path, name):
 
 
 def test_the_drop_in_needs_transformers(monkeypatch):
+    monkeypatch.delitem(vars(layerskip), "generate", raising=False)  # kept from another test
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(layerskip.__dict__, "generate", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"^layerskip\.generate needs transformers: pip install"):
