@@ -51,7 +51,6 @@ def test_who_needs_it_says_so(monkeypatch, tmp_path, name):
 
 
 def test_the_drop_in_needs_transformers(monkeypatch):
-    monkeypatch.delitem(vars(layerskip), "generate", raising=False)  # kept from another test
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(layerskip.__dict__, "generate", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"^layerskip\.generate needs transformers: pip install"):
