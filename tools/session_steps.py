@@ -29,7 +29,7 @@ def measure(
     clock: Callable[[], float],
 ) -> tuple[float, float, float]:
     """Seconds of the median step without prompts, of the longest with four, and until all of them have a token."""
-    session = decoder.open_session(running + 4, max_seq_len=length + 512, prompt_tokens_per_step=budget)
+    session = decoder.open_session(running + 4, max_seq_len=length + 1600, prompt_tokens_per_step=budget)
     generator = torch.Generator().manual_seed(0)
 
     def add(tokens: int, count: int) -> int:
@@ -37,7 +37,7 @@ def measure(
         return session.add(ids, count, strategy=strategy, eos_token_id=[])
 
     for _ in range(running):
-        add(16, 480)
+        add(16, 1500)
     session.step()
     quiet = [_seconds(session, clock)[0] for _ in range(STEPS)]
     missing, busy, started = {add(length, 2) for _ in range(4)}, [], clock()

@@ -6,9 +6,9 @@ import sys
 
 from . import validation
 
-READING_SHARE = 1.5
-"""A step with prompts to read takes as long as its rounds, and at most so many times that for reading."""
-_FIRST = 16  # tokens, before it is known how long one takes
+READING_SHARE = 1.0
+"""A step with prompts to read takes as long as its rounds, and about so many times that for reading."""
+_FIRST = 8  # tokens, before it is known how long one takes
 _WEIGHT = 0.25  # of a new measure of that
 
 
