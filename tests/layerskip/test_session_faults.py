@@ -220,3 +220,32 @@ def test_defaults_of_torch_do_not_matter(decoder):
 def test_more_drafts_than_a_round_takes(decoder):
     with pytest.raises(ValueError, match=r"num_speculations must be in 1 … 1024, got 1000000"):
         decoder.generate(prompt_of(4).view(1, -1), 3, num_speculations=10**6)
+
+
+def test_a_step_after_an_interrupted_one_has_one_update_of_a_request(decoder):
+    """The rest of the interrupted round and the next round come together, and nothing is lost."""
+    interrupts = [3, 6]
+
+    def interrupted(tokens):
+        if len(tokens) in interrupts:
+            interrupts.remove(len(tokens))
+            raise KeyboardInterrupt
+        return False
+
+    session = decoder.open_session(2, max_seq_len=64)
+    ids = [session.add(prompt_of(4), 20), session.add(prompt_of(5), 20, should_stop=interrupted)]
+    told = {request: [] for request in ids}
+    outputs = {}
+    while len(session):
+        try:
+            updates = session.step()
+        except KeyboardInterrupt:
+            continue
+        assert len({update.request_id for update in updates}) == len(updates)
+        for update in updates:
+            told[update.request_id] += update.tokens
+            outputs[update.request_id] = update.output
+    assert interrupts == []
+    for request in ids:
+        assert told[request] == outputs[request].new_tokens[0].tolist()
+        assert len(told[request]) == 20

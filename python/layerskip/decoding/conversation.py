@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import validation
 from .decoder import SelfSpeculativeDecoder
 from .output import GenerationOutput, Streamer
+from .run import outputs_of
 
 
 class Conversation:
@@ -78,23 +78,10 @@ class Conversation:
         if streamer is not None:
             streamer.put(ids.cpu())
         try:
-            output = self._run(streamer)
+            (output,) = outputs_of(self._session, [request], streamer)
         except BaseException:
             if len(self._session):
                 self._session.remove(request)
             raise
         self.tokens = output.sequences[0].tolist()
         return output
-
-    def _run(self, streamer: Streamer | None) -> GenerationOutput:
-        """Run the turn to its end."""
-        while True:
-            for update in self._session.step():
-                if update.error is not None:
-                    raise update.error
-                if streamer is not None:
-                    streamer.put(torch.tensor(update.tokens))
-                if update.output is not None:
-                    if streamer is not None:
-                        streamer.end()
-                    return update.output

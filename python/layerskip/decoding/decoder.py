@@ -281,7 +281,7 @@ class SelfSpeculativeDecoder:
         with self._caches.borrow(batch, total + most + 1) as lent:
             session = Session(self.model, lent.cache, self.defaults, total, most, generator, graphs=lent.graphs)
             each = zip(prompts, params_of_each(sampling, batch), processors, rules, strict=True)
-            for prompt, params, processor, rule in each:
+            requests = [
                 session.add(
                     prompt,
                     max_new_tokens,
@@ -294,9 +294,11 @@ class SelfSpeculativeDecoder:
                     logits_processor=processor,
                     should_stop=rule,
                 )
+                for prompt, params, processor, rule in each
+            ]
             if streamer is not None:
                 streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
-            return GenerationOutput.of_batch(outputs_of(session, batch, streamer), pad)
+            return GenerationOutput.of_batch(outputs_of(session, requests, streamer), pad)
 
     def stream(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,8 +11,8 @@ from .session import Session
 from .text import SequenceText
 
 
-def outputs_of(session: Session, batch: int, streamer: Streamer | None) -> list[GenerationOutput]:
-    """Run the ``batch`` requests of a session to their ends, and return their outputs."""
+def outputs_of(session: Session, request_ids: Sequence[int], streamer: Streamer | None) -> list[GenerationOutput]:
+    """Run a session until its requests have ended, and return the outputs of these."""
     outputs: dict[int, GenerationOutput] = {}
     while len(session):
         for update in session.step():
@@ -24,7 +24,7 @@ def outputs_of(session: Session, batch: int, streamer: Streamer | None) -> list[
                 outputs[update.request_id] = update.output
     if streamer is not None:
         streamer.end()
-    return [outputs[index] for index in range(batch)]
+    return [outputs[request_id] for request_id in request_ids]
 
 
 def pieces_of(session: Session, text: SequenceText, ready: list[str]) -> Iterator[str]:

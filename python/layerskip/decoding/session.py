@@ -79,7 +79,7 @@ class Session:
         self._slots = Slots(cache, self._reader)
         self._line = PromptLine(self._slots, self._reader, max_waiting)
         self._running: dict[int, Request] = {}
-        self._updates: list[Update] = []  # that no `step` has returned yet
+        self._updates: dict[int, Update] = {}  # by request: what no `step` has returned yet
         self._batches: list[Batch] | None = None  # of the running requests, until one of them changes
 
     def __reduce__(self) -> NoReturn:
@@ -87,7 +87,7 @@ class Session:
 
     def __len__(self) -> int:
         """How many requests have not had their last update."""
-        ended = sum(update.finished for update in self._updates)
+        ended = sum(update.finished for update in self._updates.values())
         return len(self._line) + len(self._running) + ended
 
     def add(
@@ -212,8 +212,8 @@ class Session:
         except BaseException:
             self._batches = None  # their tensors may be ahead of the requests' tokens
             raise
-        updates, self._updates = self._updates, []
-        return updates
+        updates, self._updates = self._updates, {}
+        return list(updates.values())
 
     def cancel(self, request_id: int) -> None:
         """End a request. The next step's update of it has the reason "cancelled" and the output so far."""
@@ -224,7 +224,7 @@ class Session:
     def remove(self, request_id: int) -> None:
         """Drop a request at once, without an update."""
         self._take(request_id)
-        self._updates = [update for update in self._updates if update.request_id != request_id]  # of interrupted steps
+        self._updates.pop(request_id, None)  # of an interrupted step
 
     def release(self, request_id: int) -> None:
         """Forget the keys and values of a request that was kept."""
@@ -380,9 +380,11 @@ class Session:
         self._report(request, error)
 
     def _report(self, request: Request, error: Exception | None = None) -> None:
-        """Make an update of what is new of a request."""
+        """Make an update of what is new of a request, after what an interrupted step has left to tell."""
         sequence, new = request.sequence, slice(request.reported, None)
         output = None if sequence.reason is None else sequence.output()
         tokens, drafted = sequence.tokens[new], sequence.drafted[new]
-        self._updates.append(Update(request.id, tokens, drafted, sequence.reason, output, error))
+        if (before := self._updates.get(request.id)) is not None:
+            tokens, drafted = before.tokens + tokens, before.drafted + drafted
+        self._updates[request.id] = Update(request.id, tokens, drafted, sequence.reason, output, error)
         request.reported = len(sequence.tokens)
