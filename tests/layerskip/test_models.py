@@ -160,6 +160,12 @@ class TestDecoding:
         assert (done.tokens < 0).all()
         assert cache.seq_lens.tolist() == [1]
 
+    def test_a_draft_head_with_a_norm_of_its_own_is_refused(self, model):
+        head = EarlyExitHead(model.head.norm_weight.detach().clone(), model.head.head_weight, model.head.eps)
+        cache = zeroed(model.decoder.new_cache(1, 16))
+        with pytest.raises(ValueError, match="the draft head has a norm of its own"):
+            model.speculate(torch.tensor([3]), cache, 2, 3, draft_head=head)
+
     def test_errors(self, model):
         token, cache = torch.tensor([3]), model.decoder.new_cache(1, 16)
         for exit_layer in (0, 5):
