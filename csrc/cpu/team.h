@@ -1,10 +1,15 @@
 // A team of threads that lives through one op: OpenMP starts it, a barrier joins its steps.
 #pragma once
 
-#include <linux/futex.h>
 #include <omp.h>
+
+// Linux's own call: std::atomic yields before it waits, which is what must not happen (see Barrier).
+#if defined(__linux__) && !defined(LSK_PORTABLE_WAIT)
+#define LSK_FUTEX
+#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -27,7 +32,7 @@ class Barrier {
     const uint32_t phase = state_.load(std::memory_order_acquire) & ~kSleepers;
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
       arrived_.store(0, std::memory_order_relaxed);
-      if (state_.exchange(phase + kPhase, std::memory_order_acq_rel) & kSleepers) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
+      if (state_.exchange(phase + kPhase, std::memory_order_acq_rel) & kSleepers) wake_all();
       return;
     }
     if (spin(phase)) return;
@@ -63,14 +68,19 @@ class Barrier {
     while (!passed(phase)) {
       uint32_t awake = phase;
       state_.compare_exchange_strong(awake, phase | kSleepers, std::memory_order_acq_rel);
-      futex(FUTEX_WAIT_PRIVATE, phase | kSleepers);  // returns at once where the state is another by now
+      sleep_while(phase | kSleepers);  // returns at once where the state is another by now
     }
   }
 
-  void futex(int operation, uint32_t value) {
-    static_assert(sizeof(state_) == sizeof(uint32_t), "the kernel looks at the number itself");
-    syscall(SYS_futex, &state_, operation, value, nullptr, nullptr, 0);
-  }
+#if defined(LSK_FUTEX)
+  static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t), "the operating system looks at the number itself");
+
+  void sleep_while(uint32_t state) { syscall(SYS_futex, &state_, FUTEX_WAIT_PRIVATE, state, nullptr, nullptr, 0); }
+  void wake_all() { syscall(SYS_futex, &state_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+#else
+  void sleep_while(uint32_t state) { state_.wait(state, std::memory_order_acquire); }
+  void wake_all() { state_.notify_all(); }
+#endif
 
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> state_{0};

@@ -14,12 +14,12 @@ HERE = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[(), ("-DLSK_PORTABLE_WAIT",)], ids=["here", "portable"])
+def program(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     if COMPILER is None:
         pytest.skip("no C++ compiler to build team.cpp with")
     built = tmp_path_factory.mktemp("team") / "team"
-    flags = ["-std=c++20", "-O2", "-fopenmp", f"-I{HERE.parents[1] / 'csrc'}"]
+    flags = ["-std=c++20", "-O2", "-fopenmp", *request.param, f"-I{HERE.parents[1] / 'csrc'}"]
     subprocess.run([*shlex.split(COMPILER), *flags, str(HERE / "team.cpp"), "-o", str(built)], check=True)
     return built
 
