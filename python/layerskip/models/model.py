@@ -188,9 +188,7 @@ class LayerSkipModel(nn.Module):
         self._check_exit(exit_layer, draft_head)
         full = self.head.weights
         if draft_head.norm_weight.data_ptr() != full.norm_weight.data_ptr():
-            raise ValueError(
-                "the draft head has a norm of its own, a round has one; use model.head.quantize()"
-            )
+            raise ValueError("the draft head has a norm of its own, a round has one; use model.head.quantize()")
         drafting = None if draft_head is self.head else draft_head.weights._replace(norm_weight=full.norm_weight)
         with torch.no_grad():
             return speculative_round(
