@@ -142,6 +142,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend that is forced now, or None."""
+    return _forced.get()
+
+
 def device_of(args: tuple[Any, ...]) -> torch.device:
     """The device of a call's first tensor."""
     return next(arg for arg in args if isinstance(arg, Tensor)).device

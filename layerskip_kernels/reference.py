@@ -98,13 +98,16 @@ def verify_attention_ref(
     num_kv_heads, capacity = k_cache.shape[1:3]
     positions = _positions(seq_lens, rows, capacity)
     seen = torch.arange(capacity, device=q.device) <= positions[:, :, None]  # [B, M, T]
-    # Garbage past a sequence's length may be NaN, and 0 * NaN is NaN: it is taken out of V, not only masked.
-    written = seen.any(1) if rows else seen.new_zeros(batch, capacity)
-    values = torch.where(written[:, None, :, None], _wide(v_cache), 0)  # [B, G, T, C]
+    # What a row must not see may be NaN or infinite, and 0 times that is NaN: V is weighted without it, and the rows
+    # that see it become NaN.
+    broken = ~v_cache.isfinite()  # [B, G, T, C]
+    values = _wide(v_cache).masked_fill(broken, 0)
     grouped = _wide(q).view(batch, rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = torch.einsum("bmgrc,bgtc->bgrmt", grouped, _wide(k_cache)) * head_dim**-0.5
     weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
     out = torch.einsum("bgrmt,bgtc->bmgrc", weights, values)
+    spoilt = torch.einsum("bmt,bgtc->bmgc", seen.to(values.dtype), broken.to(values.dtype)) > 0
+    out = out.masked_fill(spoilt[:, :, :, None], float("nan"))
     return out.reshape(batch, rows, num_heads, head_dim).to(q.dtype)
 
 

@@ -135,13 +135,16 @@ __device__ __forceinline__ void soften(const SplitWork<T>& w, Seen seen, int beg
 // The warp's 32 rows of values into its part of the shared memory, asynchronously.
 template <class T>
 __device__ __forceinline__ void stage_values(const SplitWork<T>& w, int begin, T* staged) {
-  const int per_row = w.head_dim / kChunk<T>;
-  for (int i = threadIdx.x % 32; i < kWarpSplit * per_row; i += 32) {
-    const int at = i / per_row, column = i % per_row * kChunk<T>;
+  const int per_row = w.head_dim / kChunk<T>, rows = 32 / per_row, rest = 32 % per_row;  // of one step of the warp
+  int at = threadIdx.x % 32 / per_row, chunk = threadIdx.x % 32 % per_row;
+  while (at < kWarpSplit) {
+    const int column = chunk * kChunk<T>;
     const bool inside = begin + at < w.count;
     const T* row = w.v + (inside ? static_cast<int64_t>(begin + at) * w.head_dim : 0);
     T* place = staged + at * AttentionMemory<T>::pitch(w.head_dim) + column;
     copy_chunk(reinterpret_cast<Chunk<T>*>(place), row, column, inside ? w.head_dim : 0, w.aligned);
+    at += rows, chunk += rest;
+    if (chunk >= per_row) chunk -= per_row, ++at;
   }
   ptx::cp_async_commit();
 }
@@ -152,6 +155,38 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t bits;
   memcpy(&bits, two, 4);
   return bits;
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// A position that not every pair sees may hold a rejected draft whose values are not finite, and 0 * inf is NaN. So the
+// warp's values at [from, count) that are not finite become 0; whether there were any.
+template <class T>
+__device__ __forceinline__ bool hide_broken(const SplitWork<T>& w, int begin, int from, T* staged) {
+  bool any = false;
+  for (int at = max(from, begin); at < min(w.count, begin + kWarpSplit); ++at) {
+    T* row = staged + (at - begin) * AttentionMemory<T>::pitch(w.head_dim);
+    for (int c = threadIdx.x % 32; c < w.head_dim; c += 32) {
+      if (is_finite(to_float(row[c]))) continue;
+      row[c] = from_float<T>(0.0f);
+      any = true;
+    }
+  }
+  __syncwarp();
+  return __any_sync(~0u, any);
+}
+
+// Adds what `hide_broken` has hidden to the sums of the pairs that see it: any order will do, no result is finite.
+template <class T, class Seen>
+__device__ __forceinline__ void add_broken(const SplitWork<T>& w, int pairs, Seen seen, int begin, int from, int first,
+                                           float* sums) {
+  __syncwarp();
+  for (int c = threadIdx.x % 32; c < min(kColumns, w.head_dim - first); c += 32)
+    for (int at = max(from, begin); at < min(w.count, begin + kWarpSplit); ++at) {
+      const float value = to_float(w.v[static_cast<int64_t>(at) * w.head_dim + first + c]);
+      for (int pair = 0; pair < pairs && !is_finite(value); ++pair)
+        if (at < seen(pair)) sums[pair * AttentionMemory<T>::kPitch + c] += value;
+    }
 }
 
 // The weights times columns [first, first + 64) of the warp's values, into memory.sums: a column of eight at a time,
@@ -194,8 +229,11 @@ __device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Q
   soften(w, seen, begin, memory, scores);
   ptx::cp_async_wait<0>();
   __syncwarp();
+  const int common = max(0, seen(0));  // positions that every pair sees: a tile's rows follow each other
+  const bool broken = common < min(w.count, begin + kWarpSplit) && hide_broken(w, begin, common, staged);
   for (int first = 0; first < w.head_dim; first += kColumns) {
     weigh_values(scores, staged, w.head_dim, first, memory.sums[warp]);
+    if (broken) add_broken(w, pairs, seen, begin, common, first, memory.sums[warp]);
     __syncthreads();
     const int columns = min(kColumns, w.head_dim - first);
     for (int i = threadIdx.x; i < pairs * kColumns; i += kAttentionThreads) {
@@ -233,7 +271,7 @@ __device__ __forceinline__ void score_rows(const SplitWork<float>& w, int pairs,
     for (int pair = 0; pair < kPairs; ++pair) {
       if (pair >= pairs) break;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[pair] = __fmaf_rn(key.at[e], memory.queries[pair][c + e], sums[pair]);
+      for (int e = 0; e < 4; ++e) sums[pair] = __fmaf_rn(key.at(e), memory.queries[pair][c + e], sums[pair]);
     }
   }
 #pragma unroll
@@ -273,11 +311,17 @@ __device__ __forceinline__ void attend_split(const SplitWork<float>& w, int pair
   softmax_rows(w, pairs, peaks, memory);
   for (int c = threadIdx.x; c < w.head_dim; c += kAttentionThreads) {
     float sums[kPairs] = {};
-    for (int at = 0; at < w.count; ++at) {
+    const int common = max(0, min(seen(0), w.count));  // positions that every pair sees
+    for (int at = 0; at < common; ++at) {
       const float value = w.v[static_cast<int64_t>(at) * w.head_dim + c];
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair)
         if (pair < pairs) sums[pair] = __fmaf_rn(memory.scores[pair][at], value, sums[pair]);
+    }
+    for (int at = common; at < w.count; ++at) {  // a value that a pair does not see may be infinite, and 0 * inf is NaN
+      const float value = w.v[static_cast<int64_t>(at) * w.head_dim + c];
+      for (int pair = 0; pair < pairs; ++pair)
+        if (at < seen(pair)) sums[pair] = __fmaf_rn(memory.scores[pair][at], value, sums[pair]);
     }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair)

@@ -44,10 +44,19 @@ __device__ __forceinline__ void merge_lane(Choice& own, int mask) {
   merge(own, other);
 }
 
-// This thread's part of the merge of `count` choices: every blockDim.x-th.
+// This thread's part of the merge of `count` choices: every blockDim.x-th. Four are on their way together; in the place
+// of those past the end comes the last one again, which is not merged.
 __device__ __forceinline__ Choice merge_strided(const Choice* choices, int64_t count) {
+  constexpr int kBatch = 4;
   Choice own = no_choice();
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) merge(own, choices[i]);
+  for (int64_t begin = threadIdx.x; begin < count; begin += kBatch * blockDim.x) {
+    Choice batch[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) batch[k] = choices[min(begin + k * blockDim.x, count - 1)];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+      if (begin + k * blockDim.x < count) merge(own, batch[k]);
+  }
   return own;
 }
 

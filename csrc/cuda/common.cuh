@@ -37,9 +37,23 @@ constexpr int kChunk = 16 / sizeof(T);
 template <class T>
 constexpr int kBlock = 4 * kChunk<T>;
 
+// Words, not numbers: the compiler would take an array of 16-bit numbers apart right after its load, and so wait for
+// it.
 template <class T>
 struct alignas(16) Chunk {
-  T at[kChunk<T>];
+  uint32_t words[4];
+
+  __device__ __forceinline__ T at(int e) const {
+    T number;
+    if constexpr (sizeof(T) == 4) {
+      memcpy(&number, &words[e], 4);
+    } else {
+      static_assert(sizeof(T) == 2);
+      const uint16_t half = static_cast<uint16_t>(words[e / 2] >> e % 2 * 16);
+      memcpy(&number, &half, 2);
+    }
+    return number;
+  }
 };
 
 // How many blocks of a row this warp takes: the i-th is block i * kWarps + warp.
@@ -63,7 +77,7 @@ __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int wid
   if constexpr (Aligned) {
     if (column < width) chunk = *reinterpret_cast<const Chunk<T>*>(row + column);
   } else {
-    uint32_t words[4] = {};
+    uint32_t (&words)[4] = chunk.words;
 #pragma unroll 1
     for (int e = 0; e < kChunk<T>; ++e) {
       const T element = column + e < width ? row[column + e] : T{};
@@ -77,7 +91,6 @@ __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int wid
         words[2] = __funnelshift_r(words[2], words[3], kBits), words[3] = __funnelshift_r(words[3], next, kBits);
       }
     }
-    memcpy(&chunk, words, sizeof chunk);
   }
   return chunk;
 }
@@ -111,7 +124,7 @@ __device__ __forceinline__ void store_chunk(T* row, int column, int width, bool 
   } else {
 #pragma unroll
     for (int e = 0; e < kChunk<T>; ++e)
-      if (column + e < width) row[column + e] = chunk.at[e];
+      if (column + e < width) row[column + e] = chunk.at(e);
   }
 }
 

@@ -19,6 +19,13 @@
 
 #include <cstddef>
 
+// Returns from the calling function with the error, if there is one.
+#define LSK_LAUNCH(call)                              \
+  do {                                                \
+    const cudaError_t lsk_status = (call);            \
+    if (lsk_status != cudaSuccess) return lsk_status; \
+  } while (0)
+
 namespace lsk {
 
 struct Launch {
@@ -41,24 +48,27 @@ inline bool has_dependent_launch() {
   return known[device] == 2;
 }
 
-// Launches `kernel`; an empty grid is no launch and no error. More than 48 KB of dynamic shared memory is asked for
-// here.
-template <class... Params, class... Args>
-cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args) {
-  if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
+// Asks for as much shared memory as `kernel` needs, and for the same split between shared memory and L1 whatever the
+// kernel: an SM changes its split only when it is idle, so that a change between two launches keeps them apart.
+inline cudaError_t set_memory(const void* kernel, size_t shared) {
   constexpr size_t kDefaultShared = 48 * 1024;
-  if (where.shared > kDefaultShared) {
+  if (shared > kDefaultShared) {
     // One limit for all calls: what another thread or a graph launches of this kernel may need more than this call.
     constexpr int kStatic = 2048;  // no kernel has more static shared memory
     int device = 0, most = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (status != cudaSuccess) return status;
-    const int wanted = static_cast<int>(where.shared), limit = wanted > most - kStatic ? wanted : most - kStatic;
-    status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-    if (status != cudaSuccess) return status;
+    LSK_LAUNCH(cudaGetDevice(&device));
+    LSK_LAUNCH(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const int wanted = static_cast<int>(shared), limit = wanted > most - kStatic ? wanted : most - kStatic;
+    LSK_LAUNCH(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   }
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
+// Launches `kernel`; an empty grid is no launch and no error.
+template <class... Params, class... Args>
+cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args) {
+  if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
+  LSK_LAUNCH(set_memory(reinterpret_cast<const void*>(kernel), where.shared));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -73,10 +83,3 @@ cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args)
 }
 
 }  // namespace lsk
-
-// Returns from the calling function with the error, if there is one.
-#define LSK_LAUNCH(call)                              \
-  do {                                                \
-    const cudaError_t lsk_status = (call);            \
-    if (lsk_status != cudaSuccess) return lsk_status; \
-  } while (0)

@@ -68,9 +68,9 @@ struct Sums<float> {
       if (token >= tokens) break;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float value = __shfl_sync(~0u, x[token / 8].at[e], token % 8 * 4 + t);
-        d[0][token] = __fmaf_rn(low.at[e], value, d[0][token]);
-        d[1][token] = __fmaf_rn(high.at[e], value, d[1][token]);
+        const float value = __shfl_sync(~0u, x[token / 8].at(e), token % 8 * 4 + t);
+        d[0][token] = __fmaf_rn(low.at(e), value, d[0][token]);
+        d[1][token] = __fmaf_rn(high.at(e), value, d[1][token]);
       }
     }
   }

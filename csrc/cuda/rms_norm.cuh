@@ -14,7 +14,7 @@ template <class T>
 __device__ __forceinline__ float add_squares(const Chunk<T>& chunk, float sum) {
 #pragma unroll
   for (int e = 0; e < kChunk<T>; ++e) {
-    const float x = to_float(chunk.at[e]);
+    const float x = to_float(chunk.at(e));
     sum = __fmaf_rn(x, x, sum);
   }
   return sum;
@@ -101,11 +101,13 @@ __device__ __forceinline__ float normed(float x, float inverse, float weight) {
 
 template <class T>
 __device__ __forceinline__ Chunk<T> normed(const Chunk<T>& x, float inverse, const Chunk<T>& weight) {
-  Chunk<T> out;
+  T out[kChunk<T>];
 #pragma unroll
   for (int e = 0; e < kChunk<T>; ++e)
-    out.at[e] = from_float<T>(normed(to_float(x.at[e]), inverse, to_float(weight.at[e])));
-  return out;
+    out[e] = from_float<T>(normed(to_float(x.at(e)), inverse, to_float(weight.at(e))));
+  Chunk<T> chunk;
+  memcpy(&chunk, out, sizeof chunk);
+  return chunk;
 }
 
 template <class T>

@@ -61,30 +61,56 @@ struct PairTile {
   }
 };
 
-// Joins the splits of a tile's rows in order: eight threads a pair, four columns each at a time.
+// Joins the splits of a tile's rows in order: a thread takes four columns of a pair. Eight splits are on their way
+// together; in the place of those past the end comes the last one again, which is not added.
 template <class T>
 __device__ __forceinline__ void join_splits(const AttentionArgs<T>& a, const Cache<T>& cache, const PairTile<T>& tile) {
-  const int pair = threadIdx.x / 8, seen = tile.seen(a, cache, pair);
-  if (pair >= tile.count) return;
-  T* out = a.out.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.head_dim);
-  for (int c = threadIdx.x % 8 * 4; c < cache.head_dim; c += 32) {
+  constexpr int kBatch = 8;
+  const int quads = cache.head_dim / 4;
+  for (int i = threadIdx.x; i < tile.count * quads; i += kAttentionThreads) {
+    const int pair = i / quads, c = i % quads * 4, seen = tile.seen(a, cache, pair), splits = divide_up(seen, kSplit);
     float peak = -INFINITY, mass = 0.0f, total[4] = {};
-#pragma unroll 4
-    for (int split = 0; split * kSplit < seen; ++split) {
-      const int64_t cell = tile.cell(a, cache, split, pair);
-      const float2 here = a.peaks[cell];
-      const float4 value = *reinterpret_cast<const float4*>(a.values + cell * cache.head_dim + c);
-      const float higher = fmaxf(peak, here.x);
-      const float kept = weigh<T>(peak - higher, a.factor), added = weigh<T>(here.x - higher, a.factor);
-      peak = higher;
-      mass = __fmaf_rn(mass, kept, here.y * added);
-      total[0] = __fmaf_rn(total[0], kept, value.x * added);
-      total[1] = __fmaf_rn(total[1], kept, value.y * added);
-      total[2] = __fmaf_rn(total[2], kept, value.z * added);
-      total[3] = __fmaf_rn(total[3], kept, value.w * added);
-    }
+    for (int begin = 0; begin < splits; begin += kBatch) {
+      float2 peaks[kBatch];
+      float4 values[kBatch];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[c + i] = from_float<T>(seen ? total[i] / mass : nanf(""));
+      for (int k = 0; k < kBatch; ++k) {
+        const int64_t cell = tile.cell(a, cache, min(begin + k, splits - 1), pair);
+        peaks[k] = a.peaks[cell];
+        values[k] = *reinterpret_cast<const float4*>(a.values + cell * cache.head_dim + c);
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const bool inside = begin + k < splits;  // a choice, not a branch, which would keep the loads apart
+        const float higher = fmaxf(peak, peaks[k].x);
+        const float kept = weigh<T>(peak - higher, a.factor), added = weigh<T>(peaks[k].x - higher, a.factor);
+        const float parts[4] = {values[k].x, values[k].y, values[k].z, values[k].w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[e] = inside ? __fmaf_rn(total[e], kept, parts[e] * added) : total[e];
+        mass = inside ? __fmaf_rn(mass, kept, peaks[k].y * added) : mass;
+        peak = inside ? higher : peak;
+      }
+    }
+    T* out = a.out.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.head_dim);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[c + e] = from_float<T>(seen ? total[e] / mass : nanf(""));
+  }
+}
+
+// Has the keys and values that earlier rounds wrote brought into L2, for this block's splits. This may be before the
+// launches ahead have ended: of a chain only the last one, which accepts, changes lengths, and the steps of a round
+// write at or past them.
+template <class T>
+__device__ __forceinline__ void fetch_old(const AttentionArgs<T>& a, const Cache<T>& cache, const PairTile<T>& tile) {
+  constexpr int kLine = 128 / sizeof(T);
+  const int64_t old = min(cache.seq_lens[tile.b], static_cast<int64_t>(tile.reach));
+  for (int64_t split = blockIdx.x; split * kSplit < old; split += gridDim.x) {
+    const int64_t plane = cache.plane(tile.slot, tile.g) + split * kSplit * cache.head_dim;
+    const int64_t count = min(static_cast<int64_t>(kSplit), old - split * kSplit) * cache.head_dim;
+    for (int64_t i = threadIdx.x * kLine; i < count; i += kAttentionThreads * kLine) {
+      ptx::prefetch_l2(cache.k + plane + i);
+      ptx::prefetch_l2(cache.v + plane + i);
+    }
   }
 }
 
@@ -92,8 +118,9 @@ template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 1) verify_attention_kernel(AttentionArgs<T> a, Cache<T> cache) {
   __shared__ bool last;
   ptx::dependents_trigger();
-  ptx::dependency_wait();
   const PairTile<T> tile(a, cache);
+  fetch_old(a, cache, tile);
+  ptx::dependency_wait();
   auto& memory = *ptx::dynamic_shared<AttentionMemory<T>>();
   for (int split = blockIdx.x; split * kSplit < tile.reach; split += gridDim.x) {
     const int64_t plane = cache.plane(tile.slot, tile.g) + static_cast<int64_t>(split) * kSplit * cache.head_dim;
@@ -132,7 +159,8 @@ cudaError_t clear_tickets(Chain& chain, const AttentionScratch& scratch, void* m
 template <class T>
 cudaError_t verify_attention(Chain& chain, Rows<const T> q, const Cache<T>& cache, const AttentionScratch& scratch,
                              void* memory, Rows<T> out) {
-  constexpr int kBlocks = 2048;  // more than a card holds; with longer caches a block takes several splits
+  constexpr int kBlocks =
+      512;  // four an SM, whose splits in flight fill its share of the bandwidth; the rest is a loop
   char* bytes = static_cast<char*>(memory);
   AttentionArgs<T> args{q, out};
   args.tickets = reinterpret_cast<unsigned*>(bytes);

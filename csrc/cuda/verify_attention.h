@@ -10,13 +10,25 @@ constexpr int kPairs = 16;   // (row, query head) pairs of a block
 
 // The scratch of attention: what a call with these sizes needs at most.
 struct AttentionScratch {
-  static constexpr int64_t kBytes = 64 << 20;
   int64_t pairs_per_row, splits, cells, tickets;
   int rows_at_once;
 
+  // 64 MB, or half as much as a layer's cache has in 16 bit: a cache of long sequences would otherwise leave room for
+  // one row a launch, and each launch reads all keys and values.
+  static int64_t usual_limit(int64_t batch, int64_t num_kv_heads, int64_t capacity, int64_t head_dim) {
+    constexpr int64_t kLeast = 64 << 20;
+    const int64_t half = batch * num_kv_heads * capacity * head_dim * 2;
+    return half > kLeast ? half : kLeast;
+  }
+
+  AttentionScratch(int64_t batch, int64_t rows, int64_t num_heads, int64_t num_kv_heads, int64_t capacity,
+                   int64_t head_dim)
+      : AttentionScratch(batch, rows, num_heads, num_kv_heads, capacity, head_dim,
+                         usual_limit(batch, num_kv_heads, capacity, head_dim)) {}
+
   // Above `limit` bytes, the rows of a sequence are taken in several launches.
   AttentionScratch(int64_t batch, int64_t rows, int64_t num_heads, int64_t num_kv_heads, int64_t capacity,
-                   int64_t head_dim, int64_t limit = kBytes) {
+                   int64_t head_dim, int64_t limit) {
     splits = divide_up<int64_t>(capacity, kSplit);
     const int64_t row_bytes = batch * num_heads * splits * (head_dim + 2) * static_cast<int64_t>(sizeof(float));
     const int64_t fits = limit / (row_bytes > 0 ? row_bytes : 1);

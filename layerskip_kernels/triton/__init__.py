@@ -5,6 +5,7 @@ This module imports without triton; the kernels are loaded by the first call tha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import implements
+from ..dispatch import device_of, forced, implements
 
 FILES = {  # the ops of each file
     "rms_norm": ["rms_norm"],
@@ -70,10 +71,24 @@ def supports(*args: Any) -> str | None:
     return _device(device.type, device.index)
 
 
+@cache
+def _warn_unproven() -> None:
+    """Warn once that a card is served by what was chosen for want of the CUDA library."""
+    warnings.warn(
+        "Triton kernels serve this card, and they have not run on one yet: they were tested in triton's interpreter "
+        "and compiled. `python -m benchmarks.gpu` tests them here; LAYERSKIP_BACKEND=triton says that they are wanted, "
+        "LAYERSKIP_BACKEND=reference does without them. layerskip_kernels.explain says why no CUDA kernel serves.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def _lazy(file: str, op: str) -> Callable[..., Any]:
     """The launcher of ``op``; its kernels are imported when it is first called."""
 
     def call(*args: Any) -> Any:
+        if device_of(args).type == "cuda" and forced() is None:
+            _warn_unproven()
         return getattr(import_module(f".{file}", __name__), op)(*args)
 
     call.__name__ = call.__qualname__ = f"{op}_triton"

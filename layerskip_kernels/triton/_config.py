@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,33 @@ def splits(depth: int) -> int:
     return max(1, depth // DEEPEST)
 
 
+def shared_bytes(op: str, config: Config) -> int:
+    """Shared memory of a launch: the tiles of x and of the weights, for each stage that is under way."""
+    weights = 2 if op == "swiglu" else 1
+    return (ROWS + weights * config.block_n) * 256 * max(1, config.num_stages - 1)
+
+
+@cache
+def shared_limit(index: int) -> int:
+    """Shared memory that a block of a card may have, in bytes."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def fitting(op: str, config: Config, limit: int) -> Config:
+    """The configuration, with so many stages fewer that it fits."""
+    while config.num_stages > 1 and shared_bytes(op, config) > limit:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
 def default(op: str, weight: Tensor) -> Config:
     """A configuration for ``weight`` [outputs, depth], chosen so that some 100 programs or more exist."""
+    config = _roomy(op, weight)
+    return fitting(op, config, shared_limit(weight.device.index)) if weight.is_cuda else config
+
+
+def _roomy(op: str, weight: Tensor) -> Config:
+    """That of a card with enough shared memory."""
     outputs = weight.shape[0]
     if weight.stride(0) % 16:  # triton then copies single elements, through registers
         return Config(16, 4, 2)
@@ -70,8 +95,8 @@ def default(op: str, weight: Tensor) -> Config:
 
 
 def cache_file(card: str) -> Path:
-    """Where the tuned configurations of a card are kept."""
-    return cache_directory() / f"triton-{card.replace(' ', '-').replace('/', '-')}.json"
+    """Where the configurations are kept that this version of triton was tuned to on a card."""
+    return cache_directory() / f"triton-{triton.__version__}-{card.replace(' ', '-').replace('/', '-')}.json"
 
 
 @cache
@@ -92,18 +117,25 @@ def _keep(card: str, key: str, config: Config) -> None:
     scratch.replace(path)
 
 
-def _fastest(run: Callable[[Config], object]) -> Config:
-    return min(SPACE, key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
+def _fastest(op: str, run: Callable[[Config], object], limit: int) -> Config:
+    """Of those that fit ``limit`` bytes of shared memory."""
+    space = [config for config in SPACE if shared_bytes(op, config) <= limit]
+    return min(space, key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
 
 
-def pick(op: str, weight: Tensor, run: Callable[[Config], object]) -> Config:
+def pick(op: str, weight: Tensor, rows: int, run: Callable[[Config], object]) -> Config:
     """The configuration for ``weight``: the tuned one, the default, or with LAYERSKIP_AUTOTUNE=1 the fastest, kept.
+
+    Only a call with the rows of one tile is timed, as decoding has them: a prompt that happened to come first would fix
+    what is best for prompts.
 
     Parameters
     ----------
     op : str
     weight : Tensor [outputs, depth]
         Its shape, dtype and card are the key; the number of rows is not, so that it cannot change a row's bits.
+    rows : int
+        Of this call.
     run : callable
         Launches the kernel with a configuration. Never called while a CUDA graph is captured.
     """
@@ -114,8 +146,9 @@ def pick(op: str, weight: Tensor, run: Callable[[Config], object]) -> Config:
     key = f"{op} {str(weight.dtype).removeprefix('torch.')} {outputs}x{depth}"
     if key in _tuned(card):
         return _tuned(card)[key]
-    if os.environ.get("LAYERSKIP_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
+    wanted = os.environ.get("LAYERSKIP_AUTOTUNE") == "1" and rows <= ROWS
+    if not wanted or torch.cuda.is_current_stream_capturing():
         return default(op, weight)
-    config = _fastest(run)
+    config = _fastest(op, run, shared_limit(weight.device.index))
     _keep(card, key, config)
     return config

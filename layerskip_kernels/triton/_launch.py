@@ -30,6 +30,21 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl_cuda.gdc_wait()
 
 
+@triton.jit
+def fetch_weights(w_ptr, col, col_ok, depth, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    """Ask for the first KiB of some rows of a weight [*, depth] in L2: what may be done before `wait_for_inputs`.
+
+    No kernel ahead writes weights, so programmatic dependent launch hides their way from memory, too.
+    """
+    if PDL:
+        size: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+        column = tl.arange(0, 8)[None, :] * (128 // size)
+        line = w_ptr + tl.where(col_ok, col, 0).to(tl.int64)[:, None] * depth + tl.minimum(column, depth - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
+
+
 @cache
 def _pdl(index: int) -> bool:
     if torch.version.hip is not None or not PDL_COMPILES or os.environ.get("LAYERSKIP_PDL") == "0":

@@ -39,20 +39,22 @@ def early_exit_loss_kernel(
     wait_for_inputs(PDL)
     label = tl.load(labels_ptr + row % per_exit, mask=row_ok, other=-1)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
+    mass, own = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    first_col = tl.program_id(1) * GROUP * BLOCK_N
     for tile in range(GROUP):
-        col = (tl.program_id(1) * GROUP + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        col = first_col + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         logits = row_dot(
             x_ptr, head_ptr, row, col, row_ok, col < vocab_size, hidden_size, 0, hidden_size,
             ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED,
         )  # fmt: skip
         logits = tl.where((col < vocab_size)[None, :], logits, float("-inf"))
-        mine = (label[:, None] == col[None, :]) & (col < vocab_size)[None, :]
-        tl.store(own_ptr + row, tl.sum(tl.where(mine, logits, 0.0), axis=1), mask=row_ok & (tl.max(mine, axis=1) > 0))
+        own += tl.sum(tl.where(label[:, None] == col[None, :], logits, 0.0), axis=1)
         higher = tl.maximum(peak, tl.max(logits, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp(peak - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
         peak = higher
+    last_col = tl.minimum(first_col + GROUP * BLOCK_N, vocab_size)
+    tl.store(own_ptr + row, own, mask=row_ok & (label >= first_col) & (label < last_col))
     target = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(peak_ptr + target, peak, mask=row_ok)
     tl.store(sum_ptr + target, mass, mask=row_ok)
@@ -195,7 +197,6 @@ def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """Log-sum-exp [N R] of every row, and its label's logit: NaN where the label names no token."""
     rows, hidden_size = normed.shape
     tile = _row_tile(normed, rows, head.shape[0])
-    tile["BLOCK_N"] = max(16, tile["BLOCK_N"] // 2)  # the running maxima and sums leave no registers for more
     groups = triton.cdiv(head.shape[0], tile["BLOCK_N"] * GROUP)
     peak, mass = (normed.new_empty(rows, groups, dtype=torch.float32) for _ in range(2))
     own = normed.new_full((rows,), float("nan"), dtype=torch.float32)

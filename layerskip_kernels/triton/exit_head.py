@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._config import Config, block_k, pick, streaming_options
-from ._launch import ROWS, launch_options, on, wait_for_inputs
+from ._launch import ROWS, fetch_weights, launch_options, on, wait_for_inputs
 from ._noise import DRAW, gumbel, warmth
 from ._tiles import row_dot
 from .rms_norm import rms_norm
@@ -44,8 +44,9 @@ def exit_head_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    wait_for_inputs(PDL)
     row_ok, col_ok = row < rows, col < vocab_size
+    fetch_weights(head_ptr, col, col_ok, hidden_size, BLOCK_N, PDL)
+    wait_for_inputs(PDL)
     logits = row_dot(
         x_ptr,
         head_ptr,
@@ -175,7 +176,7 @@ def exit_head(
         return parts
 
     with on(x):
-        config = pick("exit_head", head_weight, run)
+        config = pick("exit_head", head_weight, rows, run)
         parts = run(config)
         exit_head_finish_kernel[(rows,)](
             *parts, token_map, token, logit, lse, parts[0].shape[1], vocab_size, HAS_MAP=token_map is not None,

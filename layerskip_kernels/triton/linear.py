@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import Config, pick, splits, streaming_options
-from ._launch import ROWS, launch_options, on, wait_for_inputs
+from ._launch import ROWS, fetch_weights, launch_options, on, wait_for_inputs
 from ._tiles import dot, inside, row_dot
 
 FINISH_BLOCK = 256
@@ -42,6 +42,7 @@ def linear_kernel(
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = row < rows, col < outputs
     ok = row_ok[:, None] & col_ok[None, :]
+    fetch_weights(weight_ptr, col, col_ok, depth, BLOCK_N, PDL)
     wait_for_inputs(PDL)
     if SPLITS == 1:
         total = row_dot(
@@ -95,6 +96,7 @@ def qkv_kernel(
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = row < rows, col < outputs
     ok = row_ok[:, None] & col_ok[None, :]
+    fetch_weights(w_ptr, col, col_ok, depth, BLOCK_N, PDL)
     wait_for_inputs(PDL)
     total = row_dot(x_ptr, w_ptr, row, col, row_ok, col_ok, depth, 0, depth, ROWS, BLOCK_N, BLOCK_K, EVEN, INTERPRETED)
     stride = queries + 2 * keys
@@ -111,6 +113,8 @@ def swiglu_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row, w_row = row.to(tl.int64)[:, None] * depth, col.to(tl.int64)[:, None] * depth
+    fetch_weights(gate_ptr, col, col < features, depth, BLOCK_N, PDL)
+    fetch_weights(up_ptr, col, col < features, depth, BLOCK_N, PDL)
     wait_for_inputs(PDL)
     a, b = tl.zeros((ROWS, BLOCK_N), tl.float32), tl.zeros((ROWS, BLOCK_N), tl.float32)
     for begin in range(0, depth, BLOCK_K):
@@ -142,7 +146,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         )
 
     with on(x):
-        run(pick("linear", weight, run))
+        run(pick("linear", weight, rows, run))
         if pieces > 1:
             linear_finish_kernel[(rows, triton.cdiv(outputs, FINISH_BLOCK))](
                 first, bias, residual, out, rows, outputs, **has, SPLITS=pieces, BLOCK=FINISH_BLOCK, **launch_options(x)
@@ -180,7 +184,7 @@ def qkv(
         )
 
     with on(x):
-        run(pick("qkv", q, run))
+        run(pick("qkv", q, rows, run))
     return out[:, :queries], out[:, queries : queries + keys], out[:, queries + keys :]
 
 
@@ -196,5 +200,5 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
     if out.numel():
         with on(x):
-            run(pick("swiglu", gate, run))
+            run(pick("swiglu", gate, rows, run))
     return out

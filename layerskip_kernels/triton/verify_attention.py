@@ -14,20 +14,22 @@ from ._launch import INTERPRETED, ROWS, launch_options, on, power_of_two, wait_f
 from ._tiles import dot
 from .rope_kv_append import slot_of
 
-SPLIT = 512  # positions of one program; fixed, so that the order of additions never depends on the lengths
+SPLIT = 128  # positions of one program; fixed, so that the order of additions never depends on the lengths
 ROWS_AT_ONCE = 64  # rows a sequence in one launch: bounds the partial results of a long prompt
+LEAST_SCRATCH = 64 << 20  # bytes that the partial results may take, however small the cache
 
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, position, first, last, head_dim, scale,
-    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr,
+    total, mass, peak, q, k_ptr, v_ptr, position, first, last, head_dim, scale,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, COMMON: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; what lies beyond is not loaded."""
+    """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; what lies beyond is not loaded.
+
+    COMMON: every row sees all of them. Otherwise a row may not see a value that is not finite, and 0 · inf is NaN: such a
+    value is weighted as 0, and the rows that see it become NaN.
+    """
     column = tl.arange(0, BLOCK_C)[None, :]
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for begin in range(first, last, BLOCK_T):
         at = begin + tl.arange(0, BLOCK_T)
         ok = (at < last)[:, None] & (column < head_dim)
@@ -35,12 +37,19 @@ def _attend(
         k = tl.load(k_ptr + cell, mask=ok, other=0.0)
         v = tl.load(v_ptr + cell, mask=ok, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros((ROWS, BLOCK_T), tl.float32), INTERPRETED) * scale
-        scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+        seen = at[None, :] <= position[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing here: exp(-inf - 0) = 0
         weight = tl.exp(scores - base[:, None])
         kept = tl.exp(peak - base)
         mass = mass * kept + tl.sum(weight, axis=1)
+        if not COMMON:
+            wide = v.to(tl.float32)
+            broken = wide - wide != 0.0
+            touched = dot(seen.to(v.dtype), broken.to(v.dtype), tl.zeros((ROWS, BLOCK_C), tl.float32), INTERPRETED)
+            total = tl.where(touched > 0, float("nan"), total)
+            v = tl.where(broken, 0.0, v)
         total = dot(weight.to(v.dtype), v, total * kept[:, None], INTERPRETED)
         peak = higher
     return total, mass, peak
@@ -71,9 +80,18 @@ def verify_attention_kernel(
         q_mask = ok[:, None] & (column < head_dim)
         q = tl.load(q_ptr + place[:, None] * head_dim + column, mask=q_mask, other=0.0)
         plane = (slot * num_kv_heads + kv_head) * capacity * head_dim
+        total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        mass, peak = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), float("-inf"), tl.float32)
+        shortest = tl.min(tl.where(ok, position, last - 1), axis=0) + 1  # positions that every row sees
+        common = first + tl.maximum(tl.minimum(shortest, last) - first, 0) // BLOCK_T * BLOCK_T
         total, mass, peak = _attend(
-            q, k_ptr + plane, v_ptr + plane, position, first, last, head_dim, scale, ROWS, BLOCK_T, BLOCK_C, INTERPRETED
-        )
+            total, mass, peak, q, k_ptr + plane, v_ptr + plane, position, first, common, head_dim, scale,
+            ROWS, BLOCK_T, BLOCK_C, True, INTERPRETED,
+        )  # fmt: skip
+        total, mass, peak = _attend(
+            total, mass, peak, q, k_ptr + plane, v_ptr + plane, position, common, last, head_dim, scale,
+            ROWS, BLOCK_T, BLOCK_C, False, INTERPRETED,
+        )  # fmt: skip
         part = ((sequence * rows + m) * (num_kv_heads * SHARED) + head) * pieces + piece
         tl.store(total_ptr + part[:, None] * head_dim + column, total, mask=q_mask)
         tl.store(mass_ptr + part, mass, mask=ok)
@@ -109,13 +127,19 @@ def verify_attention_finish_kernel(
 
 
 def attention_tile(head_dim: int, itemsize: int) -> dict[str, int]:
-    """Positions of a tile and pipeline stages: two stages of K and V stay within 64 KiB.
+    """Positions of a tile and pipeline stages: the two buffers of three stages of K and V stay within 64 KiB.
 
     Heads whose size is no multiple of 16 are not copied 16 bytes at a time but pass registers, and take smaller tiles.
     """
     block_c = power_of_two(head_dim, 16)
     block_t = max(16, min(64 if head_dim % 16 == 0 else 32, 16384 // (block_c * itemsize)))
-    return {"BLOCK_C": block_c, "BLOCK_T": block_t, "num_stages": 2, "num_warps": 4}
+    return {"BLOCK_C": block_c, "BLOCK_T": block_t, "num_stages": 3, "num_warps": 4}
+
+
+def rows_at_once(batch: int, num_heads: int, pieces: int, head_dim: int, cache_bytes: int) -> int:
+    """Rows of a sequence in one launch, so that partial results take at most half of a layer's cache, or 64 MiB."""
+    row_bytes = batch * num_heads * pieces * (head_dim + 2) * 4
+    return max(1, min(ROWS_AT_ONCE, max(LEAST_SCRATCH, cache_bytes // 2) // max(1, row_bytes)))
 
 
 def verify_attention(
@@ -128,8 +152,9 @@ def verify_attention(
     _checks.distinct_slots(slots, num_slots)
     out = torch.empty_like(q)
     pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(head_dim, q.element_size())
-    for skipped in range(0, all_rows if out.numel() else 0, ROWS_AT_ONCE):
-        rows = min(ROWS_AT_ONCE, all_rows - skipped)
+    most = rows_at_once(batch, num_heads, pieces, head_dim, k_cache.nbytes + v_cache.nbytes)
+    for skipped in range(0, all_rows if out.numel() else 0, most):
+        rows = min(most, all_rows - skipped)
         total = q.new_empty(batch * rows * num_heads * pieces, head_dim, dtype=torch.float32)
         mass, peak = total.new_empty(total.shape[0]), total.new_empty(total.shape[0])
         with on(q):

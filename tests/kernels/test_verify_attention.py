@@ -125,6 +125,23 @@ def test_garbage_past_the_length_changes_nothing(path: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_harms_no_earlier_one(path: str, value: float, dtype: torch.dtype) -> None:
+    """A draft that overflowed is rejected; the rows before it must be as if it were not there."""
+    q, k_cache, v_cache, seq_lens = arguments(dtype, [0, 61, 126, 253, 300], 6, 6, 2, 40, capacity=310)
+    expected = lk.verify_attention(q, k_cache, v_cache, seq_lens)
+    for first in (1, 4, 5):
+        broken = [cache.clone() for cache in (k_cache, v_cache)]
+        for b, length in enumerate(seq_lens.tolist()):
+            for cache in broken:
+                cache[b, :, length + first : length + 6] = value
+        for caches in ((k_cache, broken[1]), broken):
+            out = lk.verify_attention(q, *caches, seq_lens)
+            assert_same_bits(out[:, :first], expected[:, :first], f"from row {first} on {value}")
+            assert not out[:, first:].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_queries(path: str, dtype: torch.dtype) -> None:
     q, *rest = arguments(dtype, [2, 9], 3, 6, 2, 40, capacity=16)
     expected = lk.verify_attention(q, *rest)

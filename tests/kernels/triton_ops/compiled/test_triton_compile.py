@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 
+from layerskip_kernels.triton import _config
 from layerskip_kernels.triton._launch import PDL_COMPILES
 from tools import triton_report as report
 
@@ -39,6 +40,17 @@ def flaws(launch: report.Launch, name: str) -> list[str]:
     found = []
     if used.shared > report.SHARED_LIMIT[target.arch]:
         found.append(f"{used.shared} bytes of shared memory")
+    if kernel in STREAMING:
+        config = _config.Config(launch.arguments["BLOCK_N"], launch.options["num_warps"], launch.options["num_stages"])
+        counted = _config.shared_bytes(kernel.removesuffix("_kernel"), config)
+        if used.shared > counted:
+            found.append(f"{used.shared} bytes of shared memory, tuning counts on {counted}")
+        if PDL_COMPILES and target.arch >= 90:
+            fetch, wait = ptx.find("prefetch.global.L2"), ptx.find("griddepcontrol.wait")
+            if not 0 <= fetch < wait:
+                found.append(f"no weights are fetched before the wait: {fetch}, {wait}")
+        elif "prefetch.global" in ptx:
+            found.append("prefetches weights, with no wait to do it before")
     if used.spilled:
         found.append(f"{used.spilled} bytes spilled")
     dependent = [f"griddepcontrol.{word}" in ptx for word in ("launch_dependents", "wait")]
