@@ -26,8 +26,8 @@ def _attend(
 ):  # fmt: skip
     """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; what lies beyond is not loaded.
 
-    COMMON: every row sees all of them. Otherwise a row may not see a value that is not finite, and 0 · inf is NaN: such a
-    value is weighted as 0, and the rows that see it become NaN.
+    COMMON: every row sees all of them. Otherwise a row may not see a value that is not finite, and 0 · inf is NaN:
+    such a value is weighted as 0, and the rows that see it become NaN.
     """
     column = tl.arange(0, BLOCK_C)[None, :]
     for begin in range(first, last, BLOCK_T):
