@@ -1,0 +1,102 @@
+"""What a compiler may undo and no result shows: loads ahead of their use, loads in flight together, registers."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tools import sass
+from tools.cuda_report import parse
+
+ARCHITECTURE, TOOLKIT = "sm_90a", "13.0"  # the bounds below are for what this nvcc makes
+REGISTERS, THREADS = 65536, 256  # of an SM, and of a block that streams weights
+WORDS = """
+.text._kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/                   IADD3 R20, R1, 0x1, RZ ;
+        /*0040*/                   HMMA.16816.F32 R24, R6, R8, R24 ;
+        /*0050*/                   STG.E desc[UR4][R2.64], R7 ;
+        /*0060*/                   LDG.E R9, desc[UR4][R2.64] ;
+"""
+
+
+def test_reads_machine_code() -> None:
+    code = sass.instructions(WORDS)
+    assert [one.name.partition(".")[0] for one in code] == ["LDC", "LDG", "LDG", "IADD3", "HMMA", "STG", "LDG"]
+    assert (code[1].target, code[4].sources, code[5].sources) == (range(4, 8), {6, 7, 8, 9, 24, 25}, {2, 7})
+    assert sass.use_distances(code, "LDG.E.128") == [2, 1]
+    assert sass.batches(code, "LDG") == [2, 1]
+
+
+def missing() -> str | None:
+    if sass.toolkit() != TOOLKIT:
+        return f"nvcc {TOOLKIT} is needed, there is {sass.toolkit() or 'none'}"
+    return None if sass.tool("nvdisasm") else "no nvdisasm, neither on the path nor in triton's wheel"
+
+
+@cache
+def kernels(file: str, folder: Path) -> tuple[dict[str, list[sass.Instruction]], dict[str, int]]:
+    """The code and the registers of each kernel of a file."""
+    cubin, words = sass.compile_kernels(file, ARCHITECTURE, folder)
+    return dict(sass.functions(cubin)), {one.name: one.registers for one in parse(words)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+def only(found: dict[str, object], part: str) -> object:
+    (name,) = [name for name in found if part in name]
+    return found[name]
+
+
+needs_compiler = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+BF16 = "I13__nv_bfloat16"
+
+
+@pytest.mark.xdist_group("sass")
+class TestCompiled:
+    pytestmark = needs_compiler
+
+    @pytest.mark.parametrize(
+        ("file", "kernel"),
+        [("linear", "linear_kernel"), ("linear", "swiglu_kernel"), ("partial_forward", "qkv_kernel")],
+    )
+    def test_x_is_on_its_way_a_step_ahead(self, folder: Path, file: str, kernel: str) -> None:
+        """Of the loop's eight loads of x at least six: numbers of 16 bit were taken apart right after each load."""
+        code = only(kernels(file, folder)[0], kernel + BF16)
+        of_the_loop = sass.use_distances(code, "LDG.E.128")[16:]  # after the norm's two batches of eight
+        assert len(of_the_loop) == 8
+        assert sum(distance >= 32 for distance in of_the_loop) >= 6, of_the_loop
+
+    @pytest.mark.parametrize(
+        ("file", "kernel", "blocks"),
+        [
+            ("linear", "linear_kernel" + BF16, 3),
+            ("linear", "swiglu_kernel" + BF16, 2),
+            ("partial_forward", "qkv_kernel" + BF16, 3),
+            ("exit_head", f"exit_head_kernel{BF16}S1", 3),
+        ],
+    )
+    def test_so_many_blocks_share_a_multiprocessor(self, folder: Path, file: str, kernel: str, blocks: int) -> None:
+        registers = only(kernels(file, folder)[1], kernel)
+        assert REGISTERS // (THREADS * -(-registers // 8) * 8) >= blocks, registers  # given in units of eight
+
+    @pytest.mark.parametrize(
+        ("file", "kernel", "together"),
+        [("verify_attention", "verify_attention_kernel" + BF16, 16), ("exit_head", "exit_head_merge_kernel", 16)],
+    )
+    def test_partial_results_are_read_together(self, folder: Path, file: str, kernel: str, together: int) -> None:
+        """Eight splits, a peak and four sums each; four choices of five numbers."""
+        code = only(kernels(file, folder)[0], kernel)
+        assert max(sass.batches(code, "LDG")) >= together
+
+    @pytest.mark.parametrize("file", ["linear", "partial_forward", "exit_head", "verify_attention"])
+    def test_nothing_lies_in_local_memory(self, folder: Path, file: str) -> None:
+        for name, code in kernels(file, folder)[0].items():
+            assert [one for one in code if one.name.startswith(("LDL", "STL"))] == [], name
