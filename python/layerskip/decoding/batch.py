@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 from .graph import Graphs
 from .logits import LogitsPipeline, LogitsRound
+from .mixed import MixedRound
 from .request import Request, RoundKind
-from .round import FusedRound, SequenceTensors
+from .round import FusedRound, LookedUp, SequenceTensors
 
 
 class Batch:
@@ -26,7 +28,8 @@ class Batch:
     requests : list of Request
         Each with its first token.
     graphs : Graphs, optional
-        Records and replays the rounds; without it they are called. Rounds of processed logits are always called.
+        Records and replays the rounds; without it they are called. Rounds of processed logits are always called, and
+        so are those whose drafts have more than one source.
     free_slots : sequence of int
         The cache rows that no request uses.
     """
@@ -44,7 +47,9 @@ class Batch:
         self._model, self._cache, self._draft_head = model, cache, draft_head
         self.kind, self.requests = kind, requests
         self._graphs = None if kind.processed else graphs
-        self._round = round_of(model, cache, draft_head, requests)
+        self._round = self._round_of(requests)
+        self._mixed: MixedRound | None = None
+        self._looking_up: list[int] = []  # the requests that do in the mixed round
         padding: Sequence[int] = ()
         if self._graphs is not None:
             padding = free_slots[: self._graphs.padding(len(requests), len(free_slots))]
@@ -58,16 +63,30 @@ class Batch:
             model.device,
         )
 
+    def _round_of(self, requests: Sequence[Request]) -> FusedRound | LogitsRound:
+        return round_of(self._model, self._cache, self._draft_head, requests)
+
     @property
     def num_speculations(self) -> int:
-        """How many tokens the next round drafts: as many as any of the sequences can emit.
+        """How many tokens an exit drafts in the next round: as many as any of its sequences can emit.
 
         With graphs it is what was asked for, so that fewer rounds are recorded; drafts beyond a sequence's end change
-        nothing.
+        nothing. Where all drafts were looked up it is the number of the longest.
         """
+        drafting = [request for request in self.requests if request.looked_up is None]
+        if not drafting:
+            return max(len(request.looked_up or ()) for request in self.requests)
         if self._graphs is not None:
-            return self.kind.num_speculations or max(request.num_speculations for request in self.requests)
-        return self.kind.num_speculations or max(request.useful_drafts for request in self.requests)
+            return self.kind.num_speculations or max(request.num_speculations for request in drafting)
+        return self.kind.num_speculations or max(request.useful_drafts for request in drafting)
+
+    @property
+    def exit_layer(self) -> int | None:
+        """The layer that drafts in the next round: 0 where all drafts were looked up, None where only some were."""
+        looked_up = [request.looked_up is not None for request in self.requests]
+        if any(looked_up):
+            return 0 if all(looked_up) else None
+        return self.kind.exit_layer
 
     @property
     def recorded(self) -> bool:
@@ -77,27 +96,47 @@ class Batch:
     @property
     def failures(self) -> dict[int, Exception]:
         """What the requests' own logits processors raised, by index."""
-        return self._round.failures
+        return self._round.failures if self._mixed is None else self._round.failures | self._mixed.failures
 
     @torch.inference_mode()
     def run(self, num_speculations: int) -> list[list[int]]:
         """One round; for each request what `round` describes. Reading it is the round's only synchronisation."""
-        if self._graphs is None:
-            return self._run(self._sequences, num_speculations).tolist()
+        exit_layer, sequences = self.exit_layer, self._sequences
+        if not exit_layer:
+            drafts = [request.looked_up or () for request in self.requests]
+            drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
+            looked_up = LookedUp.of(drafts, self._model.vocab_size, self._model.device)
+            sequences = replace(sequences, looked_up=looked_up)
+        if self._graphs is None or exit_layer is None:
+            return self._run(sequences, exit_layer, num_speculations).tolist()[: len(self.requests)]
         result = self._graphs.run(
-            (self.kind, num_speculations),
-            lambda sequences: self._run(sequences, num_speculations),
-            self._sequences,
+            (self.kind, exit_layer, num_speculations),
+            lambda recorded: self._run(recorded, exit_layer, num_speculations),
+            sequences,
             len(self.requests),
             self._tensors_at_fixed_addresses(),
         )
         return result[: len(self.requests)].tolist()
 
-    def _run(self, sequences: SequenceTensors, num_speculations: int) -> Tensor:
+    def _mix(self) -> MixedRound:
+        """The round of this mixture of sources; that of the last round, if it was the same."""
+        looking_up = [number for number, request in enumerate(self.requests) if request.looked_up is not None]
+        if self._mixed is None or looking_up != self._looking_up:
+            drafting = [number for number in range(len(self.requests)) if number not in looking_up]
+            drafts, looks_up = (
+                (self._round_of([self.requests[row] for row in rows]), rows) for rows in (drafting, looking_up)
+            )
+            self._mixed, self._looking_up = MixedRound(self._model, self._cache, drafts, looks_up), looking_up
+        return self._mixed
+
+    def _run(self, sequences: SequenceTensors, exit_layer: int | None, num_speculations: int) -> Tensor:
         kind = self.kind
-        if kind.speculative:
-            return self._round.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold)
-        return self._round.advance(sequences, kind.exit_layer)
+        if not kind.speculative:
+            return self._round.advance(sequences, kind.exit_layer)
+        if exit_layer == 0:
+            return self._round.verify(sequences)
+        round_ = self._round if exit_layer is not None else self._mix()
+        return round_.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold)
 
     def _tensors_at_fixed_addresses(self) -> list[Tensor]:
         """What a recorded round reads and writes, besides the sequences: weights, tables and cache."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -15,11 +15,13 @@ EXTRA_ROW_COST = 0.05
 """r: an extra row costs this share of reading the weights; verifying 6 rows takes 1.2 to 1.3 times as long as one."""
 
 _UNTRIED_RATE = 0.75  # the acceptance that is expected of an exit before it was tried: enough to try it
+_UNTRIED_PROPOSAL = 0.5  # the same of proposals of a kind that was never seen; all of them are learned from
 _OWN_MEMORY, _SHARED_MEMORY = 96.0, 512.0  # how many of the last trials a mean remembers
 _NEW_SEQUENCE_WEIGHT = 4.0  # what other sequences had counts as so many trials of a new sequence
 _FADE = 0.995  # each round, the weight of what is known of the exits that were not used is multiplied by this
 _EXPLORE_EVERY = 32  # rounds
 _EXPLORE_SPECULATIONS = 3
+_EXPLORE_SHARE = 0.01  # of the time, which all exploration may cost
 
 _COST_MEMORY = 0.98  # each round, the weight of the rounds before it is multiplied by this
 _OUTLIER = 2.0  # a round that takes longer than this multiple of what was expected was interrupted
@@ -72,33 +74,43 @@ class Rate:
 
 
 class AcceptanceRates:
-    """How often the drafts of one sequence are accepted, by exit layer.
+    """How often the drafts of one sequence are accepted, by exit layer, and by the kind of what was looked up.
 
     Parameters
     ----------
-    shared : dict of int to Rate
+    shared : dict of int or other key to Rate
         The rates of all sequences: a new sequence starts from them, and its trials count in them, too.
     """
 
-    def __init__(self, shared: dict[int, Rate]) -> None:
-        self._shared, self._own = shared, {}  # type: ignore[var-annotated]
+    def __init__(self, shared: dict[Hashable, Rate]) -> None:
+        self._shared = shared
+        self._own: dict[Hashable, Rate] = {}
 
-    def at(self, exit_layer: int) -> Rate:
-        """The rate of an exit."""
-        if exit_layer not in self._own:
-            shared = self._shared.setdefault(exit_layer, Rate(_UNTRIED_RATE, 1.0, _SHARED_MEMORY))
-            self._own[exit_layer] = Rate(shared.mean, min(shared.weight, _NEW_SEQUENCE_WEIGHT), _OWN_MEMORY)
-        return self._own[exit_layer]
+    def at(self, kind: Hashable) -> Rate:
+        """The rate of an exit layer, or of a kind of proposals."""
+        if kind not in self._own:
+            untried = _UNTRIED_RATE if isinstance(kind, int) else _UNTRIED_PROPOSAL
+            shared = self._shared.setdefault(kind, Rate(untried, 1.0, _SHARED_MEMORY))
+            self._own[kind] = Rate(shared.mean, min(shared.weight, _NEW_SEQUENCE_WEIGHT), _OWN_MEMORY)
+        return self._own[kind]
 
     def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
         """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
-        own, shared = self.at(exit_layer), self._shared[exit_layer]
-        for success in [True] * accepted + [False] * (accepted < drafted):
+        self._observe(exit_layer, [True] * accepted + [False] * (accepted < drafted))
+        for other, rate in self._own.items():
+            if other != exit_layer and isinstance(other, int):
+                rate.fade()
+
+    def observe_proposal(self, kind: Hashable, proposal: Sequence[int], emitted: Sequence[int]) -> None:
+        """Take account of what was ``proposed``, drafted or not, where these tokens were emitted."""
+        right = [token == other for token, other in zip(proposal, emitted, strict=False)]
+        self._observe(kind, right[: right.index(False) + 1] if False in right else right)
+
+    def _observe(self, kind: Hashable, trials: Sequence[bool]) -> None:
+        own, shared = self.at(kind), self._shared[kind]
+        for success in trials:
             own.observe(success)
             shared.observe(success)
-        for other, rate in self._own.items():
-            if other != exit_layer:
-                rate.fade()
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ class CostModel:
 
         seconds(E, K) = c(E, K) · (u · K · (E·l + d)  +  v · (L·l + h + r · K · ((L - E)·l + h))).
 
-    The first term is K drafts. The second is one pass through the whole model: layers [0, E) compute one row, the last
+    Drafts that were looked up have E = 0 and cost nothing but their verification. The first term is K drafts. The second is one pass through the whole model: layers [0, E) compute one row, the last
     draft, and the others K + 1 rows. u and v, in seconds a byte, are fitted to the measured rounds by least squares.
     While few rounds were measured, u and v are drawn to each other, since memory delivers all bytes at one speed.
     c(E, K) is the mean ratio of measured to fitted seconds, drawn to 1. Old rounds fade, and a round that took more
@@ -149,7 +161,7 @@ class CostModel:
         """The factors of u and v, divided by the bytes of the model."""
         size = self._sizes
         verified = (size.num_layers - exit_layer) * size.layer + size.head
-        drafted = exit_layer * size.layer + size.draft_head
+        drafted = exit_layer * size.layer + size.draft_head if exit_layer else 0
         rows = 1 + EXTRA_ROW_COST * num_speculations * verified / self._model_bytes
         return num_speculations * drafted / self._model_bytes, rows
 
@@ -165,6 +177,10 @@ class CostModel:
             ratio = (mean * weight + _FORMULA_WEIGHT) / (weight + _FORMULA_WEIGHT)
             self._expected[choice] = ratio * self._fitted(*choice)
         return self._expected[choice]
+
+    def seconds_of_layers(self, count: int) -> float:
+        """The expected seconds of a pass through so many layers, as a part of verification."""
+        return self._speeds[1] * count * self._sizes.layer / self._model_bytes
 
     def observe(self, exit_layer: int, num_speculations: int, seconds: float) -> None:
         """Take account of a round."""
@@ -196,10 +212,24 @@ class CostModel:
 
 
 class Choice(NamedTuple):
-    """E and K of a round."""
+    """E and K of a round; E is 0 where the drafts were looked up, and are verified from layer 0."""
 
     exit_layer: int
     num_speculations: int
+
+
+class Offer(NamedTuple):
+    """What was looked up for a sequence: how many tokens, and what it has in common with what proved right or not."""
+
+    count: int
+    kind: Hashable
+
+
+class Plan(NamedTuple):
+    """A round: E and K, and for each sequence how many looked-up tokens it drafts, or None where the exit does."""
+
+    choice: Choice
+    looked_up: list[int | None]
 
 
 class Controller:
@@ -232,7 +262,8 @@ class Controller:
     def __init__(self, sizes: Sizes, exits: Sequence[int], max_speculations: int = MAX_SPECULATIONS) -> None:
         self.exits, self.max_speculations = tuple(exits), max_speculations
         self._sizes = sizes
-        self._shared: dict[int, Rate] = {}
+        self._shared: dict[Hashable, Rate] = {}
+        self._spare = 0.0  # seconds that exploration may cost
         self._costs: dict[int, CostModel] = {}
         self._rounds = 0
         self._lock = Lock()  # sessions of several threads learn together
@@ -257,10 +288,70 @@ class Controller:
         counts = range(self.max_speculations + 1) if num_speculations is None else (num_speculations,)
         with self._lock:
             speed, best = self._best(acceptances, exits, counts)
-            self._rounds += 1
-            if self._rounds % _EXPLORE_EVERY == 0:
-                return self._explore(acceptances, exits, counts, speed, best)
+            return self._explored(acceptances, exits, counts, speed, best)
+
+    def plan(
+        self,
+        acceptances: Sequence[AcceptanceRates],
+        offers: Sequence[Offer],
+        exit_layer: int | None = None,
+        num_speculations: int | None = None,
+        exits: bool = True,
+    ) -> Plan:
+        """The next round of some sequences for each of which something was looked up, if only no tokens.
+
+        Parameters
+        ----------
+        acceptances, offers : sequence
+            One for each sequence.
+        exit_layer, num_speculations : int, optional
+            What is given for the drafts of exits.
+        exits : bool
+            Whether an exit may draft.
+        """
+        layers = self.exits if exit_layer is None else (exit_layer,)
+        counts = range(1, self.max_speculations + 1) if num_speculations is None else (num_speculations,)
+        most = max(offer.count for offer in offers)
+        with self._lock:
+            promised = [_promised(one, offer, most) for one, offer in zip(acceptances, offers, strict=True)]
+            cost = self._cost(len(offers))
+            speeds = [sum(row[count] for row in promised) / cost.seconds(0, count) for count in range(most + 1)]
+            best, speed = Choice(0, speeds.index(max(speeds))), max(speeds)
+            if exits:
+                exit_speed, exit_choice = self._best(acceptances, layers, counts, promised=promised)
+                best, speed = (exit_choice, exit_speed) if exit_speed > speed else (best, speed)
+                best = self._explored(acceptances, layers, counts, speed, best)
+            if best.exit_layer == 0:
+                return Plan(best, [min(offer.count, best.num_speculations) for offer in offers])
+            own = [expected_tokens([one.at(best.exit_layer).mean], best.num_speculations)[-1] for one in acceptances]
+            looked_up = [_at(row, best.num_speculations) > tokens for row, tokens in zip(promised, own, strict=True)]
+            if all(looked_up):  # it explores
+                looked_up = [False] * len(offers)
+            shares = zip(looked_up, offers, strict=True)
+            return Plan(best, [min(offer.count, best.num_speculations) if uses else None for uses, offer in shares])
+
+    def _explored(
+        self,
+        acceptances: Sequence[AcceptanceRates],
+        exits: Sequence[int],
+        counts: Sequence[int],
+        speed: float,
+        best: Choice,
+    ) -> Choice:
+        """The best choice, or now and then one that is tried in its place."""
+        cost = self._cost(len(acceptances))
+        self._rounds += 1
+        self._spare += _EXPLORE_SHARE * cost.seconds(*best)
+        if self._rounds % _EXPLORE_EVERY:
             return best
+        tried = self._explore(acceptances, exits, counts, speed, best)
+        if tried != best:
+            tokens = expected_tokens([one.at(tried.exit_layer).mean for one in acceptances], tried.num_speculations)[-1]
+            loss = cost.seconds(*tried) - tokens / speed
+            if loss > self._spare:
+                return best
+            self._spare -= max(loss, 0.0)
+        return tried
 
     def _explore(
         self,
@@ -287,22 +378,57 @@ class Controller:
         exits: Sequence[int],
         counts: Sequence[int],
         optimistic: bool = False,
+        promised: Sequence[Sequence[float]] = (),
     ) -> tuple[float, Choice]:
-        """The most tokens a second, and the choice that gives them."""
+        """The most tokens a second, and the choice that gives them.
+
+        ``promised`` are the tokens that each sequence expects of 0, 1, … looked-up drafts. Those that expect more of
+        them than of the exit draft them, and run layers [0, E) in a pass of their own.
+        """
         costs, best = self._cost(len(acceptances)), (0.0, Choice(exits[0], counts[0]))
         for exit_layer in exits:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
             tokens = expected_tokens(means, counts[-1])
             for num_speculations in counts:
-                speed = tokens[num_speculations] / costs.seconds(exit_layer, num_speculations)
+                seconds = costs.seconds(exit_layer, num_speculations)
+                speed = tokens[num_speculations] / seconds
                 if speed > best[0]:
                     best = speed, Choice(exit_layer, num_speculations)
+            if len(promised) > 1:
+                best = max(best, self._best_mixed(exit_layer, means, counts, promised), key=lambda one: one[0])
+        return best
+
+    def _best_mixed(
+        self, exit_layer: int, rates: Sequence[float], counts: Sequence[int], promised: Sequence[Sequence[float]]
+    ) -> tuple[float, Choice]:
+        """As `_best`, of rounds in which an exit drafts for some of the sequences."""
+        costs, best = self._cost(len(rates)), (0.0, Choice(exit_layer, counts[0]))
+        drafted = [expected_tokens([rate], counts[-1]) for rate in rates]
+        for count in counts:
+            pairs = [(own[count], _at(row, count)) for own, row in zip(drafted, promised, strict=True)]
+            if not any(own < other for own, other in pairs) or all(own < other for own, other in pairs):
+                continue
+            seconds = costs.seconds(exit_layer, count) + costs.seconds_of_layers(exit_layer)
+            speed = sum(max(pair) for pair in pairs) / seconds
+            if speed > best[0]:
+                best = speed, Choice(exit_layer, count)
         return best
 
     def _cost(self, batch: int) -> CostModel:
         """The cost model of a batch size, rounded up to a power of two."""
         return self._costs.setdefault((batch - 1).bit_length(), CostModel(self._sizes))
+
+
+def _promised(acceptance: AcceptanceRates, offer: Offer, most: int) -> list[float]:
+    """The tokens that a sequence expects of a round of 0 … ``most`` drafts, of those that were looked up for it."""
+    tokens = expected_tokens([acceptance.at(offer.kind).mean], offer.count)
+    return tokens + tokens[-1:] * (most - offer.count)
+
+
+def _at(promised: Sequence[float], count: int) -> float:
+    """The tokens that are promised of so many drafts, or of all that there are."""
+    return promised[min(count, len(promised) - 1)]
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:

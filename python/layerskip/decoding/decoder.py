@@ -26,6 +26,7 @@ from .run import outputs_of, pieces_of
 from .sampling import SamplingParams, params_of_each
 from .sequence import StopRule
 from .session import Session
+from .source import EXIT, DraftSource, max_drafts, source_of
 from .text import SequenceText, stop_rules
 
 
@@ -52,6 +53,9 @@ class SelfSpeculativeDecoder:
         What "auto" picks the exit layer from; by default an eighth, a quarter, a half and three quarters of the layers.
     draft_threshold : float
         In [0, 1]. A draft ends early where the exit is not sure of its tokens, see `Session.add`.
+    draft_source : {"exit", "ngram", "auto"} or DraftSource
+        Where drafts come from: layers [0, E); text that occurred before (`NgramSource`), which needs no exit; whichever
+        of both is faster, or none, round by round; or a source of one's own.
 
     Attributes
     ----------
@@ -67,12 +71,13 @@ class SelfSpeculativeDecoder:
     def __init__(
         self,
         model: Any,
-        exit_layer: int | str,
+        exit_layer: int | str = "auto",
         num_speculations: int | str = 4,
         max_seq_len: int | None = None,
         draft_head: str | DraftHead = "full",
         exit_choices: Sequence[int] | None = None,
         draft_threshold: float = 0.0,
+        draft_source: str | DraftSource = EXIT,
     ) -> None:
         model = unwrapped(model)
         self._watch = None if isinstance(model, LayerSkipModel) else ModelWatch(model)
@@ -84,6 +89,7 @@ class SelfSpeculativeDecoder:
         self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
         validation.num_speculations_or_auto(num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.draft_threshold = validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
+        self.draft_source = source_of(draft_source)
         self.tokenizer: Any = None
         self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
         self._pad_token_id = _of_config(model, "pad_token_id")
@@ -130,17 +136,19 @@ class SelfSpeculativeDecoder:
         cls,
         name_or_dir: str | Path,
         *,
-        exit_layer: int | str,
+        exit_layer: int | str = "auto",
         num_speculations: int | str = 4,
         max_seq_len: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         draft_head: str | DraftHead = "full",
         exit_choices: Sequence[int] | None = None,
         draft_threshold: float = 0.0,
+        draft_source: str | DraftSource = EXIT,
     ) -> SelfSpeculativeDecoder:
         """Load a model by directory or hub name; its tokenizer becomes ``decoder.tokenizer``."""
         model, tokenizer = models.load(name_or_dir, dtype=dtype)
-        decoder = cls(model, exit_layer, num_speculations, max_seq_len, draft_head, exit_choices, draft_threshold)
+        shared = (max_seq_len, draft_head, exit_choices, draft_threshold, draft_source)
+        decoder = cls(model, exit_layer, num_speculations, *shared)
         decoder.tokenizer = tokenizer
         return decoder
 
@@ -154,6 +162,7 @@ class SelfSpeculativeDecoder:
             self.eos_token_id,
             self.draft_head,
             self.controller,
+            self.draft_source,
         )
 
     def open_session(
@@ -175,7 +184,7 @@ class SelfSpeculativeDecoder:
         max_seq_len : int, optional
             The longest prompt and continuation of a request; by default the decoder's.
         num_speculations : int or "auto", optional
-            The largest that a request may ask for; by default the decoder's.
+            The largest that a request may ask for; by default the decoder's, and what its draft source proposes.
         generator : torch.Generator, optional
             Draws the seeds of requests that have none; by default torch's own generator.
         prompt_tokens_per_step : int, "auto" or None
@@ -217,6 +226,7 @@ class SelfSpeculativeDecoder:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         generator: torch.Generator | None = None,
         draft_threshold: float | None = None,
+        draft_source: str | DraftSource | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor | None] | None = None,
         should_stop: StopRule | Sequence[StopRule | None] | None = None,
         stop_strings: str | Sequence[str] | None = None,
@@ -231,7 +241,7 @@ class SelfSpeculativeDecoder:
             of int, or of strings.
         max_new_tokens : int
             For each prompt.
-        strategy, exit_layer, num_speculations, draft_threshold
+        strategy, exit_layer, num_speculations, draft_threshold, draft_source
             As in `Session.add`.
         eos_token_id : int or sequence of int, optional
             What ends a sequence; by default what the model's generation config says. With an empty list nothing does.
@@ -277,7 +287,7 @@ class SelfSpeculativeDecoder:
         if stop_strings is not None:
             rules = stop_rules(tokenizer, stop_strings, prompts, rules)
         processors = validation.one_each("logits_processor", logits_processor, batch)
-        total, most = self._longest(prompts, max_new_tokens), self._max_speculations(num_speculations)
+        total, most = self._longest(prompts, max_new_tokens), self._max_speculations(num_speculations, draft_source)
         with self._caches.borrow(batch, total + most + 1) as lent:
             session = Session(self.model, lent.cache, self.defaults, total, most, generator, graphs=lent.graphs)
             each = zip(prompts, params_of_each(sampling, batch), processors, rules, strict=True)
@@ -289,6 +299,7 @@ class SelfSpeculativeDecoder:
                     exit_layer=exit_layer,
                     num_speculations=num_speculations,
                     draft_threshold=draft_threshold,
+                    draft_source=draft_source,
                     sampling=params,
                     eos_token_id=eos_token_id,
                     logits_processor=processor,
@@ -361,7 +372,7 @@ class SelfSpeculativeDecoder:
 
         validation.at_least_one("max_new_tokens", max_new_tokens)
         length = validation.length(len(ids), max_new_tokens, self.max_seq_len)
-        most = options.get("num_speculations")
+        most = self._max_speculations(options.get("num_speculations"), options.get("draft_source"))
         session = self.open_session(1, max_seq_len=length, num_speculations=most, generator=generator)
         session.add(ids, max_new_tokens, should_stop=ends, **options)
         return pieces_of(session, text, ready)
@@ -372,11 +383,14 @@ class SelfSpeculativeDecoder:
         validation.at_least_one("max_new_tokens", max_new_tokens)
         return validation.length(longest, max_new_tokens, self.max_seq_len)
 
-    def _max_speculations(self, num_speculations: int | str | None) -> int:
+    def _max_speculations(
+        self, num_speculations: int | str | None, draft_source: str | DraftSource | None = None
+    ) -> int:
         """The most drafts of a round. The cache needs room for them."""
         value = self.num_speculations if num_speculations is None else num_speculations
         most = validation.num_speculations_or_auto(value, validation.MAX_NUM_SPECULATIONS)
-        return self.controller.max_speculations if most is None else most
+        most = self.controller.max_speculations if most is None else most
+        return max(most, max_drafts(self.draft_source if draft_source is None else source_of(draft_source)))
 
     def _pad(self, pad_token_id: int | None, eos_token_id: int | Sequence[int] | None) -> int:
         if pad_token_id is not None:

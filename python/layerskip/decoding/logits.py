@@ -17,7 +17,7 @@ from layerskip_kernels import accept_sampled
 from layerskip_kernels.rounds import draft_loop
 
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
-from .round import NOT_DRAFTED, SequenceTensors
+from .round import NOT_DRAFTED, Drafted, SequenceTensors, looked_up_states
 from .sampling import SamplingParams
 from .sequence import History
 
@@ -206,23 +206,42 @@ class LogitsRound:
         self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
     ) -> Tensor:
         """As `FusedRound.speculate`."""
-        drafts, states, draft_logits = self._draft(sequences, exit_layer, num_speculations, draft_threshold)
+        drafted = self.draft(sequences, exit_layer, num_speculations, draft_threshold)
         hidden = self._model.decoder.forward(
-            states, self._cache, exit_layer, self._model.num_layers, sequences.seq_lens, sequences.slots
+            drafted.states, self._cache, exit_layer, self._model.num_layers, sequences.seq_lens, sequences.slots
         )
+        return self.accept(drafted, hidden, sequences)
+
+    def verify(self, sequences: SequenceTensors) -> Tensor:
+        """As `FusedRound.verify`."""
+        drafted = self.look_up(sequences)
+        return self.accept(drafted, drafted.states, sequences)
+
+    def look_up(self, sequences: SequenceTensors, end: int | None = None) -> Drafted:
+        """As `FusedRound.look_up`."""
+        drafted = looked_up_states(self._model, self._cache, sequences, end)
+        for index in range(drafted.tokens.shape[1]):
+            for number, history in enumerate(self._histories):
+                history.put_draft(index, drafted.tokens[number, index])
+        return drafted
+
+    def accept(self, drafted: Drafted, hidden: Tensor, sequences: SequenceTensors) -> Tensor:
+        """As `FusedRound.accept`."""
+        assert drafted.logits is not None
         target_logits = self._logits(hidden)
         for index in range(hidden.shape[1]):
             target_logits[:, index] = self._process(target_logits[:, index], index)
         accepted, token = accept_sampled(
-            drafts, draft_logits, target_logits, sequences.seq_lens, self._pipeline.temperature, sequences.seed
-        )
+            drafted.tokens, drafted.logits, target_logits, sequences.seq_lens, self._pipeline.temperature,
+            sequences.seed, drafted.token_map,
+        )  # fmt: skip
         sequences.token.copy_(token)
-        return torch.cat([accepted[:, None], token[:, None], drafts], 1)
+        return torch.cat([accepted[:, None], token[:, None], drafted.tokens], 1)
 
-    def _draft(
-        self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Drafts [B, K], states after layer E [B, K + 1, D], processed logits [B, K, V].
+    def draft(
+        self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
+    ) -> Drafted:
+        """As `FusedRound.draft`, with processed logits over the vocabulary.
 
         K is ``num_speculations``, or fewer where no sequence has a use for more drafts.
         """
@@ -254,7 +273,7 @@ class LogitsRound:
             return token
 
         made = draft_loop(token, num_speculations, True, forward, choose)
-        return drafts[:, :made], states[:, : made + 1], logits[:, :made]
+        return Drafted(drafts[:, :made], states[:, : made + 1], logits[:, :made], None)
 
     def _apply_threshold(
         self, token: Tensor, logits: Tensor, goes_on: Tensor, draft_threshold: float

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ class Streamer(Protocol):
 
     def end(self) -> None:
         """Take note that no more tokens follow."""
+
+
+class DraftCount(NamedTuple):
+    """How many tokens a source drafted, and how many of them were emitted."""
+
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Stats:
         How many sequences the counts are sums of.
     reused : int
         Tokens of the prompt that were not read, because the cache held their keys and values.
+    by_source : mapping of str to DraftCount
+        The drafts by what made them: "exit", "ngram", or the name of a `DraftSource`.
     """
 
     prompt_tokens: int
@@ -49,6 +58,7 @@ class Stats:
     time_to_first_token: float
     sequences: int = 1
     reused: int = 0
+    by_source: Mapping[str, DraftCount] = field(default_factory=dict)
 
     @classmethod
     def of_batch(cls, rows: Sequence[Stats]) -> Stats:
@@ -62,6 +72,7 @@ class Stats:
             time_to_first_token=max(row.time_to_first_token for row in rows),
             sequences=len(rows),
             reused=sum(row.reused for row in rows),
+            by_source=_total([row.by_source for row in rows]),
         )
 
     @property
@@ -165,6 +176,13 @@ class Update:
     def finished(self) -> bool:
         """Whether this is the request's last update."""
         return self.reason is not None
+
+
+def _total(rows: Sequence[Mapping[str, DraftCount]]) -> dict[str, DraftCount]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: DraftCount(*map(sum, zip(*(row[name] for row in rows if name in row), strict=True))) for name in names
+    }
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:

@@ -13,6 +13,7 @@ from .logits import LogitsProcessor
 from .reading import Reading
 from .sampling import SamplingParams
 from .sequence import TokenSequence
+from .source import AUTO, EXIT, DraftSource, Lookup, NgramSource, source_of
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,26 @@ class Method:
     exit_layer: int | None
     num_speculations: int | None
     draft_threshold: float = 0.0
+    draft_source: str | DraftSource = EXIT
 
     @property
     def adaptive(self) -> bool:
         """Whether the controller has anything to pick."""
-        return self.strategy == "self_speculative" and None in (self.exit_layer, self.num_speculations)
+        if self.strategy != "self_speculative" or self.draft_source == AUTO:
+            return self.strategy == "self_speculative"
+        return self.num_speculations is None or (self.exits and self.exit_layer is None)
+
+    @property
+    def exits(self) -> bool:
+        """Whether an exit may draft."""
+        return self.draft_source in (EXIT, AUTO)
+
+    def lookup(self, prompt: list[int], vocab_size: int) -> Lookup | None:
+        """What looks up the drafts of a new sequence, if its source does."""
+        if self.strategy != "self_speculative" or self.draft_source == EXIT:
+            return None
+        source = self.draft_source if isinstance(self.draft_source, DraftSource) else NgramSource()
+        return Lookup(source.new(), prompt, vocab_size)
 
     def depth(self, num_layers: int) -> int:
         """The number of layers that emitted tokens come from."""
@@ -48,6 +64,8 @@ class Defaults:
         What chooses the drafts of all requests.
     controller : Controller
         What picks in the place of "auto".
+    draft_source : str or DraftSource
+        Where drafts come from.
     """
 
     exit_layer: int | str
@@ -56,6 +74,7 @@ class Defaults:
     eos_token_id: int | Sequence[int] | None
     draft_head: EarlyExitHead
     controller: Controller
+    draft_source: str | DraftSource = EXIT
 
     def method(
         self,
@@ -63,6 +82,7 @@ class Defaults:
         exit_layer: int | str | None,
         num_speculations: int | str | None,
         draft_threshold: float | None,
+        draft_source: str | DraftSource | None,
         num_layers: int,
         max_speculations: int,
     ) -> Method:
@@ -75,16 +95,18 @@ class Defaults:
             validation.exit_layer_or_auto(exit_layer, num_layers),
             validation.num_speculations_or_auto(num_speculations, max_speculations),
             validation.real("draft_threshold", draft_threshold, 0.0, 1.0),
+            source_of(self.draft_source if draft_source is None else draft_source),
         )
         if strategy == "early_exit" and method.exit_layer is None:
             raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {exit_layer!r}")
-        return method if strategy == "self_speculative" else replace(method, draft_threshold=0.0)
+        return method if strategy == "self_speculative" and method.exits else replace(method, draft_threshold=0.0)
 
 
 class RoundKind(NamedTuple):
     """What sequences must have in common to share a round.
 
-    ``exit_layer`` is the layer that drafts or, without speculation, the layer whose tokens are emitted.
+    ``exit_layer`` is the layer that drafts or, without speculation, the layer whose tokens are emitted. It is 0 where
+    all drafts are looked up; such sequences may join any round in which others speculate.
 
     Greedy sequences share rounds whatever number of drafts each asks for, because more drafts change no greedy token.
     Their ``num_speculations`` is 0 here, and the round drafts the most that any of them needs. For sequences that draw,
@@ -103,7 +125,8 @@ class Request:
     """A request and its state; ``exit_layer`` and ``num_speculations`` are those of its next round.
 
     ``tokens`` are its prompt's. It may ``keep`` its row of the cache when it ends, and continues the one of the request
-    ``continues``. ``reported`` of its tokens were in updates.
+    ``continues``. ``reported`` of its tokens were in updates. ``looked_up`` are the drafts of its next round, or None
+    where an exit makes them.
     """
 
     id: int
@@ -119,6 +142,8 @@ class Request:
     keep: bool = False
     continues: int | None = None
     reported: int = 0
+    lookup: Lookup | None = None
+    looked_up: list[int] | None = None
     tokens: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,10 +166,23 @@ class Request:
         """How many drafts of its next round it can emit: a round emits its drafts and one token more."""
         return min(self.num_speculations, self.sequence.remaining - 1)
 
+    @property
+    def source(self) -> str:
+        """What drafts its next round."""
+        return EXIT if self.lookup is None or self.looked_up is None else self.lookup.name
+
+    def look_up(self, most: int) -> None:
+        """Ask its source for drafts of its next round, at most so many."""
+        if self.lookup is not None:
+            self.lookup.propose(self.sequence.tokens, min(most, self.sequence.remaining - 1))
+            self.looked_up = self.lookup.proposal
+
     def kind(self) -> RoundKind:
         """The kind of its next round."""
         if self.method.strategy != "self_speculative":
             return RoundKind(False, self.reading.depth, 0, 0.0, self.processed)
+        if not self.method.exits:
+            return RoundKind(True, 0, 0, 0.0, self.processed)
         num_speculations = 0 if self.sampling.greedy else self.num_speculations
         return RoundKind(True, self.exit_layer, num_speculations, self.method.draft_threshold, self.processed)
 

@@ -7,17 +7,62 @@ none was made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerskip_kernels import Noise
+from layerskip_kernels import Noise, accept_greedy, accept_sampled
 
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 
 NOT_DRAFTED = -2
+
+
+class Drafted(NamedTuple):
+    """Drafts, whoever made them, as verification takes them.
+
+    ``tokens`` [B, K] are `NOT_DRAFTED` from where a sequence has none. ``states`` [B, K + 1, D] are those of the last
+    token and the drafts after the layer from which they are verified. Where tokens are drawn, the drafts are drawn from
+    ``logits`` [B, K, S] over the tokens ``token_map`` [S], or over the vocabulary.
+    """
+
+    tokens: Tensor
+    states: Tensor
+    logits: Tensor | None
+    token_map: Tensor | None
+
+
+class LookedUp(NamedTuple):
+    """Drafts that were looked up: ``tokens`` [B, K], and all of them in ``token_map`` [S], which holds each once."""
+
+    tokens: Tensor
+    token_map: Tensor
+
+    @classmethod
+    def of(cls, drafts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> LookedUp:
+        """The tensors of what the host knows; their sizes depend only on B and the longest draft.
+
+        They go to the device in one copy, for which the host does not wait.
+        """
+        longest = max(map(len, drafts))
+        rows = [[*draft, *[NOT_DRAFTED] * (longest - len(draft))] for draft in drafts]
+        known = {token for draft in drafts for token in draft}
+        size = min(max(1, len(drafts) * longest), vocab_size)
+        others = (token for token in range(vocab_size) if token not in known)
+        tokens = [*known, *(next(others) for _ in range(size - len(known)))]
+        flat = torch.tensor([token for row in rows for token in row] + tokens)
+        if device.type == "cuda":
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        return cls(flat[: len(drafts) * longest].view(len(drafts), longest), flat[len(drafts) * longest :])
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, K, S]: each draft was certain to be what it is."""
+        certain = (self.tokens[:, :, None] == self.token_map) | (self.tokens < 0)[:, :, None]
+        return torch.where(certain, 0.0, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -38,6 +83,8 @@ class SequenceTensors:
         Seed and position determine the noise that a token is drawn with.
     temperature : Tensor [B], fp32, or None
         None where every sequence is greedy.
+    looked_up : LookedUp or None
+        The drafts of the next round, where no exit makes them.
     """
 
     token: Tensor
@@ -45,6 +92,7 @@ class SequenceTensors:
     slots: Tensor
     seed: Tensor
     temperature: Tensor | None = None
+    looked_up: LookedUp | None = None
 
     @property
     def noise(self) -> Noise | None:
@@ -53,14 +101,24 @@ class SequenceTensors:
 
     def clone(self) -> SequenceTensors:
         """The same values in new tensors."""
-        temperature = None if self.temperature is None else self.temperature.clone()
-        return SequenceTensors(
-            self.token.clone(), self.seq_lens.clone(), self.slots.clone(), self.seed.clone(), temperature
-        )
+        return self._each(Tensor.clone)
+
+    def rows(self, index: Tensor) -> SequenceTensors:
+        """Some of the sequences, in new tensors."""
+        looked_up = self.looked_up
+        if looked_up is not None:
+            looked_up = looked_up._replace(tokens=looked_up.tokens[index])
+        return replace(replace(self, looked_up=None)._each(lambda tensor: tensor[index]), looked_up=looked_up)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SequenceTensors:
+        temperature = None if self.temperature is None else change(self.temperature)
+        looked_up = None if self.looked_up is None else LookedUp(*map(change, self.looked_up))
+        state = (change(tensor) for tensor in (self.token, self.seq_lens, self.slots, self.seed))
+        return SequenceTensors(*state, temperature, looked_up)
 
     def copy_(self, other: SequenceTensors) -> None:
         """Take the values of ``other``, which has the same shapes."""
-        mine, theirs = ([one.token, one.seq_lens, one.slots, one.seed] for one in (self, other))
+        mine, theirs = ([one.token, one.seq_lens, one.slots, one.seed, *(one.looked_up or ())] for one in (self, other))
         torch._foreach_copy_(mine, theirs)  # one launch
         if self.temperature is not None:
             assert other.temperature is not None
@@ -173,7 +231,86 @@ class FusedRound:
             noise=sequences.noise,
         )
         sequences.token.copy_(done.next_token)
-        drafts = done.tokens
-        if draft_threshold:  # a draft that was not made has a probability; one of logits that are not finite has NaN
-            drafts = torch.where((drafts < 0) & ~done.probability.isnan(), NOT_DRAFTED, drafts)
+        drafts = _made(done.tokens, done.probability, draft_threshold)
         return torch.cat([done.accepted[:, None], done.next_token[:, None], drafts], 1)
+
+    def verify(self, sequences: SequenceTensors) -> Tensor:
+        """Verify what was looked up, through all layers in one pass, and accept.
+
+        A looked-up draft is drawn from a distribution of one token. So where tokens are drawn, it is accepted with the
+        probability p that the model gives it, and else a token is drawn from p without it (Leviathan et al. 2023).
+
+        Parameters
+        ----------
+        sequences : SequenceTensors
+            With `LookedUp` drafts. Advanced to the last token of what was accepted.
+
+        Returns
+        -------
+        Tensor [B, 2 + K], int64
+        """
+        assert sequences.looked_up is not None
+        if sequences.temperature is None and sequences.looked_up.tokens.shape[1] == 0:
+            return self.advance(sequences, self._model.num_layers)
+        drafted = self.look_up(sequences)
+        return self.accept(drafted, drafted.states, sequences)
+
+    def draft(
+        self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
+    ) -> Drafted:
+        """The first half of `speculate`: drafts, and states after layer E."""
+        head, logits = self._draft_head, None
+        if sequences.noise is not None:
+            size = (sequences.token.shape[0], num_speculations, head.num_rows)
+            logits = torch.empty(size, dtype=torch.float32, device=sequences.token.device)
+        made = self._model.draft(
+            sequences.token,
+            self._cache,
+            exit_layer,
+            num_speculations,
+            head=head,
+            draft_threshold=draft_threshold,
+            seq_lens=sequences.seq_lens,
+            slots=sequences.slots,
+            noise=sequences.noise,
+            logits=logits,
+        )
+        return Drafted(_made(made.tokens, made.probability, draft_threshold), made.states, logits, head.token_map)
+
+    def look_up(self, sequences: SequenceTensors, end: int | None = None) -> Drafted:
+        """The looked-up drafts, and their states after layers [0, end)."""
+        return looked_up_states(self._model, self._cache, sequences, end)
+
+    def accept(self, drafted: Drafted, hidden: Tensor, sequences: SequenceTensors) -> Tensor:
+        """Accept drafts by the states ``hidden`` [B, K + 1, D] after the last layer; the result is a round's."""
+        model, noise = self._model, sequences.noise
+        if noise is None:
+            accepted, token = accept_greedy(drafted.tokens, model.head(hidden).token, sequences.seq_lens)
+        else:
+            assert drafted.logits is not None
+            logits = hidden.new_empty((*hidden.shape[:2], model.vocab_size), dtype=torch.float32)
+            model.head(hidden, logits=logits.view(-1, model.vocab_size))
+            accepted, token = accept_sampled(
+                drafted.tokens, drafted.logits, logits, sequences.seq_lens, *noise, drafted.token_map
+            )
+        sequences.token.copy_(token)
+        return torch.cat([accepted[:, None], token[:, None], drafted.tokens], 1)
+
+
+def _made(tokens: Tensor, probability: Tensor, draft_threshold: float) -> Tensor:
+    """The drafts of an op, which gives -1 for those that were not made: they have a probability.
+
+    One of logits that are not finite has NaN, and stays -1.
+    """
+    return torch.where((tokens < 0) & ~probability.isnan(), NOT_DRAFTED, tokens) if draft_threshold else tokens
+
+
+def looked_up_states(
+    model: LayerSkipModel, cache: SharedKVCache, sequences: SequenceTensors, end: int | None
+) -> Drafted:
+    """The looked-up drafts of some sequences, and their states after layers [0, end), or all layers."""
+    assert sequences.looked_up is not None
+    tokens, token_map = sequences.looked_up
+    rows = torch.cat([sequences.token[:, None], tokens.clamp_min(0)], 1)
+    states = model.verify(rows, cache, end=end, seq_lens=sequences.seq_lens, slots=sequences.slots)
+    return Drafted(tokens, states, sequences.looked_up.logits, token_map)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .output import GenerationOutput, Stats
+from .output import DraftCount, GenerationOutput, Stats
+from .source import EXIT
 
 StopRule = Callable[[list[int]], bool]
 """(the new tokens so far) -> whether the sequence ends with the last of them."""
@@ -63,7 +64,8 @@ class TokenSequence:
         self._fault: str | None = None
         self._round_start = 0
         self._accepted: list[int] = []
-        self._num_drafted = 0
+        self._by_source: dict[str, DraftCount] = {}
+        self._source = EXIT
         self._started = clock()
         self._first_token_at = self._started
 
@@ -82,7 +84,9 @@ class TokenSequence:
         """Prompt and new tokens, [1, N + new]."""
         return torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], 1)
 
-    def add(self, accepted: list[int], token: int, num_drafted: int, fault: str | None = None) -> None:
+    def add(
+        self, accepted: list[int], token: int, num_drafted: int, fault: str | None = None, source: str = EXIT
+    ) -> None:
         """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
 
         The first call emits the token that follows the prompt, which is not counted as a round.
@@ -95,13 +99,16 @@ class TokenSequence:
             How many tokens the round drafted.
         fault : str, optional
             What is wrong with ``token``.
+        source : str
+            What drafted.
 
         Raises
         ------
         FloatingPointError
             With ``fault``, unless the sequence ends before ``token``.
         """
-        self._num_drafted += min(num_drafted, self.remaining)  # other sequences of the batch may need more drafts
+        self._source = source
+        self._count(min(num_drafted, self.remaining), 0)  # other sequences of the batch may need more drafts
         self._round_start, self._fault = len(self.tokens), fault
         self._rest = deque([*((draft, True) for draft in accepted), (token, False)])
         self.resume()
@@ -120,9 +127,16 @@ class TokenSequence:
             if self.history is not None:
                 self.history.append(self.tokens[before:])
         if self._round_start:
-            self._accepted.append(sum(self.drafted[self._round_start :]))
+            accepted = sum(self.drafted[self._round_start :])
+            self._accepted.append(accepted)
+            self._count(0, accepted)
         else:
             self._first_token_at = self._clock()
+
+    def _count(self, drafted: int, accepted: int) -> None:
+        before = self._by_source.get(self._source, DraftCount(0, 0))
+        if drafted or accepted:
+            self._by_source[self._source] = DraftCount(before.drafted + drafted, before.accepted + accepted)
 
     def _emit_rest(self) -> None:
         while self._rest:
@@ -152,11 +166,12 @@ class TokenSequence:
         stats = Stats(
             prompt_tokens=self.prompt.shape[1],
             new_tokens=len(self.tokens),
-            drafted=self._num_drafted,
+            drafted=sum(count.drafted for count in self._by_source.values()),
             accepted_per_round=tuple(self._accepted),
             seconds=self._clock() - self._started,
             time_to_first_token=self._first_token_at - self._started,
             reused=self.reused,
+            by_source=dict(self._by_source),
         )
         new = self.prompt.new_tensor([self.tokens])
         drafted = torch.tensor([self.drafted], dtype=torch.bool)

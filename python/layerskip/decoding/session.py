@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -15,7 +15,7 @@ from ..models import LayerSkipModel, SharedKVCache
 from . import validation
 from .batch import Batch, round_of
 from .budget import PromptBudget
-from .controller import Choice
+from .controller import Choice, Plan
 from .graph import Graphs
 from .line import PromptLine
 from .logits import LogitsProcessor
@@ -26,6 +26,7 @@ from .round import NOT_DRAFTED, SequenceTensors
 from .sampling import SamplingParams, params_of
 from .sequence import Clock, Ending, History, StopRule, TokenSequence
 from .slots import Slots
+from .source import DraftSource
 
 
 class Session:
@@ -99,6 +100,7 @@ class Session:
         exit_layer: int | str | None = None,
         num_speculations: int | str | None = None,
         draft_threshold: float | None = None,
+        draft_source: str | DraftSource | None = None,
         sampling: SamplingParams | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         logits_processor: LogitsProcessor | None = None,
@@ -120,6 +122,9 @@ class Session:
         draft_threshold : float, optional
             In [0, 1]; by default the decoder's. A greedy draft ends before the first token to which the exit gives a
             smaller probability; a draft that is drawn ends after it, which keeps the distribution.
+        draft_source : {"exit", "ngram", "auto"} or DraftSource, optional
+            Where drafts come from; by default the decoder's. "exit": layers [0, E). "ngram": text that occurred before,
+            see `NgramSource`. "auto": a `Controller` picks the faster one, or none, round by round.
         sampling : SamplingParams, optional
             By default greedy.
         eos_token_id : int or sequence of int, optional
@@ -150,7 +155,7 @@ class Session:
             If ``max_waiting`` requests wait.
         """
         model, defaults = self._model, self._defaults
-        given = (strategy, exit_layer, num_speculations, draft_threshold)
+        given = (strategy, exit_layer, num_speculations, draft_threshold, draft_source)
         method = defaults.method(*given, model.num_layers, self.max_speculations)
         ids = validation.prompt(prompt, model.vocab_size, model.device)
         if continue_from is not None:
@@ -174,6 +179,7 @@ class Session:
             method.num_speculations or 0,
             keep,
             continue_from,
+            lookup=method.lookup(ids[0].tolist(), model.vocab_size),
         )
         if request.processed:
             request.sequence.history = History(ids, max_new_tokens + self.max_speculations + 1)
@@ -205,6 +211,7 @@ class Session:
         try:
             for request in [one for one in self._running.values() if one.sequence.interrupted]:
                 self._emit(request, request.sequence.resume)
+            self._look_up()
             for batch in self._current_batches():
                 self._run_round(batch)
             self._budget.begin_step(self._clock() - started)
@@ -320,33 +327,56 @@ class Session:
         self._choose()
         if self._batches is None:
             kinds: dict[RoundKind, list[Request]] = {}
-            for request in self._running.values():
-                kinds.setdefault(request.kind(), []).append(request)
+            for request in sorted(self._running.values(), key=lambda one: not one.kind().exit_layer):
+                kind = request.kind()
+                kinds.setdefault(kind if kind.exit_layer else _shared_kind(kind, kinds), []).append(request)
             shared = (self._model, self._cache, self._defaults.draft_head)
             self._batches = [
                 Batch(*shared, kind, requests, self._graphs, self._slots.free) for kind, requests in kinds.items()
             ]
         return self._batches
 
+    def _look_up(self) -> None:
+        """Ask the requests' sources for drafts; a source that fails ends its own request only."""
+        for request in list(self._running.values()):
+            try:
+                request.look_up(self.max_speculations)
+            except Exception as error:
+                self._emit(request, lambda: None, error)
+
     def _choose(self) -> None:
         """Let the controller pick for the requests that want it, together for those that leave the same open."""
-        open_choices: dict[tuple[int | None, int | None], list[Request]] = {}
+        open_choices: dict[Hashable, list[Request]] = {}
         for request in self._running.values():
-            if request.method.adaptive:
-                given = (request.method.exit_layer, request.method.num_speculations)
+            method = request.method
+            if method.adaptive:
+                given = (method.exit_layer, method.num_speculations, method.exits, request.lookup is not None)
                 open_choices.setdefault(given, []).append(request)
-        for given, requests in open_choices.items():
-            choice = self._defaults.controller.choose([request.acceptance for request in requests], *given)
-            for request in requests:
-                if choice != (request.exit_layer, request.num_speculations):
-                    request.exit_layer, request.num_speculations = choice
-                    self._batches = None
+        for requests in open_choices.values():
+            self._choose_together(requests)
+
+    def _choose_together(self, requests: Sequence[Request]) -> None:
+        method, controller = requests[0].method, self._defaults.controller
+        acceptances = [request.acceptance for request in requests]
+        given = (method.exit_layer, method.num_speculations)
+        lookups = [request.lookup for request in requests if request.lookup is not None]
+        if lookups:
+            plan = controller.plan(acceptances, [one.offer for one in lookups], *given, exits=method.exits)
+        else:
+            plan = Plan(controller.choose(acceptances, *given), [None] * len(requests))
+        for request, count in zip(requests, plan.looked_up, strict=True):
+            if request.lookup is not None:
+                request.looked_up = None if count is None else request.lookup.proposal[:count]
+            if plan.choice.exit_layer and plan.choice != (request.exit_layer, request.num_speculations):
+                request.exit_layer, request.num_speculations = plan.choice
+                self._batches = None
 
     def _run_round(self, batch: Batch) -> None:
-        started, num_speculations = self._clock(), batch.num_speculations
+        started, exit_layer, num_speculations = self._clock(), batch.exit_layer, batch.num_speculations
         results = batch.run(num_speculations)
-        if any(request.method.adaptive for request in batch.requests) and not batch.recorded:
-            choice = Choice(batch.kind.exit_layer, num_speculations)
+        adaptive = any(request.method.adaptive for request in batch.requests)
+        if adaptive and exit_layer is not None and not batch.recorded:
+            choice = Choice(exit_layer, num_speculations)
             self._defaults.controller.observe_cost(choice, len(batch.requests), self._clock() - started)
         failures = batch.failures
         for index, (request, result) in enumerate(zip(batch.requests, results, strict=True)):
@@ -362,8 +392,17 @@ class Session:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
         if request.method.adaptive:
-            request.acceptance.observe(kind.exit_layer, accepted, num_drafted)
-        self._emit(request, lambda: request.sequence.add(drafts[:accepted], token, num_drafted, fault), failure)
+            self._learn(kind, request, [*drafts[:accepted], token], num_drafted)
+        source = request.source
+        self._emit(request, lambda: request.sequence.add(drafts[:accepted], token, num_drafted, fault, source), failure)
+
+    @staticmethod
+    def _learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: int) -> None:
+        """Note what was accepted, and what would have been of a proposal that was not drafted."""
+        if request.looked_up is None:
+            request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted)
+        if request.lookup is not None:
+            request.acceptance.observe_proposal(request.lookup.offer.kind, request.lookup.proposal, emitted)
 
     def _emit(self, request: Request, emit: Callable[[], None], failure: Exception | None = None) -> None:
         """Let tokens be added to a request's sequence; end the request where they or an exception end it."""
@@ -388,3 +427,8 @@ class Session:
             tokens, drafted = before.tokens + tokens, before.drafted + drafted
         self._updates[request.id] = Update(request.id, tokens, drafted, sequence.reason, output, error)
         request.reported = len(sequence.tokens)
+
+
+def _shared_kind(kind: RoundKind, others: Iterable[RoundKind]) -> RoundKind:
+    """The kind of round for sequences whose drafts are looked up: one in which others speculate, if there is one."""
+    return next((one for one in others if one.speculative and one.processed == kind.processed), kind)

@@ -89,9 +89,11 @@ class LayerSkipModel(nn.Module):
         *,
         head: EarlyExitHead | None = None,
         extend: bool = True,
+        draft_threshold: float = 0.0,
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
         noise: Noise | None = None,
+        logits: Tensor | None = None,
     ) -> Draft:
         """Decode some tokens with layers [0, exit_layer) and a head, as one fused call. Lengths are not advanced.
 
@@ -108,10 +110,14 @@ class LayerSkipModel(nn.Module):
             What chooses the tokens; by default the model's own head.
         extend : bool
             Whether the last token, too, goes through the layers, as verification needs it.
+        draft_threshold : float
+            As in `layerskip_kernels.draft`.
         seq_lens, slots : Tensor [B], int64, optional
             As in `PartialDepthDecoder.forward`.
         noise : layerskip_kernels.Noise, optional
             Draws the tokens, as `layerskip_kernels.draft` does; by default they are the arg-max.
+        logits : Tensor [B, K, V_draft], fp32, optional
+            The raw logits are written to it.
 
         Returns
         -------
@@ -136,8 +142,38 @@ class LayerSkipModel(nn.Module):
                 num_speculations,
                 extend=extend,
                 eps=head.eps,
+                draft_threshold=draft_threshold,
                 noise=noise,
+                logits=logits,
             )
+
+    def verify(
+        self,
+        tokens: Tensor,
+        cache: SharedKVCache,
+        *,
+        end: int | None = None,
+        seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Run the last tokens and drafts that were looked up through the layers, from layer 0. Lengths stay.
+
+        Parameters
+        ----------
+        tokens : Tensor [B, K + 1], int64
+            Row 0 holds the last tokens, at positions ``seq_lens``.
+        cache : SharedKVCache
+        end : int, optional
+            Only layers [0, end): for sequences that are verified together with others, whose drafts an exit makes.
+        seq_lens, slots : Tensor [B], int64, optional
+            As in `PartialDepthDecoder.forward`.
+
+        Returns
+        -------
+        Tensor [B, K + 1, D]
+            The states after these layers, bit for bit those that the tokens would have one by one.
+        """
+        return self.decoder.forward(self.embed(tokens), cache, 0, end, seq_lens, slots)
 
     def speculate(
         self,
