@@ -136,11 +136,11 @@ class CostModel:
 
         seconds(E, K) = c(E, K) · (u · K · (E·l + d)  +  v · (L·l + h + r · K · ((L - E)·l + h))).
 
-    Drafts that were looked up have E = 0 and cost nothing but their verification. The first term is K drafts. The second is one pass through the whole model: layers [0, E) compute one row, the last
-    draft, and the others K + 1 rows. u and v, in seconds a byte, are fitted to the measured rounds by least squares.
-    While few rounds were measured, u and v are drawn to each other, since memory delivers all bytes at one speed.
-    c(E, K) is the mean ratio of measured to fitted seconds, drawn to 1. Old rounds fade, and a round that took more
-    than twice as long as expected counts as twice as long.
+    The first term is K drafts. The second is one pass through the whole model: layers [0, E) compute one row, the last
+    draft, and the others K + 1 rows. Drafts that were looked up have E = 0 and d = 0. u and v, in seconds a byte, are
+    fitted to the measured rounds by least squares. While few rounds were measured, u and v are drawn to each other,
+    since memory delivers all bytes at one speed. c(E, K) is the mean ratio of measured to fitted seconds, drawn to 1.
+    Old rounds fade, and a round that took more than twice as long as expected counts as twice as long.
 
     Parameters
     ----------

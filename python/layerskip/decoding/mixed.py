@@ -1,4 +1,4 @@
-"""A round whose drafts come from different sources: an exit drafts for some sequences, for others they were looked up."""
+"""A round with drafts from two sources: an exit makes those of some sequences, those of others were looked up."""
 
 from __future__ import annotations
 
