@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from .decoding import (
         Conversation,
         DraftHead,
+        DraftSource,
         GenerationOutput,
+        NgramSource,
         SamplingParams,
         SelfSpeculativeDecoder,
         Session,
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Conversation",
     "DraftHead",
+    "DraftSource",
     "EarlyExitHead",
     "GenerationOutput",
     "LayerSkipModel",
+    "NgramSource",
     "PartialDepthDecoder",
     "SamplingParams",
     "SelfSpeculativeDecoder",
@@ -65,8 +69,8 @@ __getattr__ = exports(
     __name__,
     {
         ".decoding": (
-            "Conversation", "DraftHead", "GenerationOutput", "SamplingParams", "SelfSpeculativeDecoder", "Session",
-            "SessionFullError", "Stats", "StopStrings", "TextStream", "Update",
+            "Conversation", "DraftHead", "DraftSource", "GenerationOutput", "NgramSource", "SamplingParams",
+            "SelfSpeculativeDecoder", "Session", "SessionFullError", "Stats", "StopStrings", "TextStream", "Update",
         ),
         ".models": (
             "EarlyExitHead", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache", "UnsupportedModelError",

@@ -128,7 +128,7 @@ class TestTraining:
 
 def test_a_report_of_a_card_names_it() -> None:
     settings = {"model": "m", "dtype": "bfloat16", "device": "cuda:1", "threads": 2, "layers": 4, "exit_layer": 1,
-                "num_speculations": 4, "draft_threshold": 0.0}  # fmt: skip
+                "num_speculations": 4, "draft_threshold": 0.0, "draft_source": "exit"}  # fmt: skip
     runs = [Run(0, 10, 1.0, 0.1)]
     console = Console(file=io.StringIO(), width=200)
     Report(settings, ["a"], {AUTOREGRESSIVE: runs, SELF_SPECULATIVE: runs}, bandwidth=2000.0).show(console)

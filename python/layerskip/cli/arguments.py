@@ -15,6 +15,7 @@ from . import prompts
 
 DTYPES = ("bfloat16", "float16", "float32")
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
+SOURCES = ("exit", "ngram", "auto")  # as `layerskip.decoding.source` has them
 CODES = (
     "Exit codes: 0 all is well, 1 a check or the work failed, 2 it cannot be done as it was asked for, 130 interrupted."
 )
@@ -155,6 +156,12 @@ def add_speculation(parser: Parser) -> None:
     parser.add_argument(
         "--draft-head", default="full", metavar="HEAD",
         help="full, int8, a file or directory with a saved draft head, or the name of a model that comes with one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft-source", type=one_of("draft source", SOURCES), default=SOURCES[0],
+        metavar=f"{{{','.join(SOURCES)}}}",
+        help="exit: the first layers draft; ngram: what followed the last tokens where they occurred before; auto: "
+        "whichever is faster, round by round",
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._files import check_output
 from ..bandwidth import ReadBandwidth
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validation
+from ..decoding.source import AUTO, NGRAM, max_drafts
 from . import options, prompts, sweep, throughput
 from .measure import Stopwatch
 from .report import Report, Run, Skipped, outputs
@@ -64,7 +65,8 @@ def variants(model: Any, decoder: SelfSpeculativeDecoder, only_ours: bool) -> di
 def most_drafts(decoder: SelfSpeculativeDecoder) -> int:
     """The most tokens that a round drafts."""
     count = decoder.num_speculations
-    return count if isinstance(count, int) else decoder.controller.max_speculations
+    most = count if isinstance(count, int) else decoder.controller.max_speculations
+    return max(most, max_drafts(decoder.draft_source))
 
 
 def _measure(name: str, way: Variant, prompt: int, input_ids: Tensor, args: Any, decoder: Any) -> Run:
@@ -74,15 +76,16 @@ def _measure(name: str, way: Variant, prompt: int, input_ids: Tensor, args: Any,
     if out is not None:
         run.bytes_per_token = _bytes_per_token(name, decoder, out.stats)
         run.drafted, run.accepted = out.stats.drafted, out.stats.accepted
+        run.by_source = {name: list(count) for name, count in out.stats.by_source.items()}
         run.sequence = out.new_tokens[0].tolist()
     return run
 
 
 def _bytes_per_token(name: str, decoder: SelfSpeculativeDecoder, stats: Stats) -> float:
-    """0, for not known, where the exit layer changes from round to round."""
-    if name != SELF_SPECULATIVE:
+    """0, for not known, where the exit layer or the source of drafts changes from round to round."""
+    if name != SELF_SPECULATIVE or decoder.draft_source == NGRAM:  # every round reads the model once
         return bytes_per_token(decoder.model, stats)
-    if isinstance(decoder.exit_layer, str):
+    if isinstance(decoder.exit_layer, str) or decoder.draft_source == AUTO:
         return 0.0
     return bytes_per_token(decoder.model, stats, decoder.exit_layer, decoder.draft_head)
 
@@ -178,6 +181,7 @@ def _settings(args: argparse.Namespace, decoder: SelfSpeculativeDecoder) -> dict
         "num_speculations": decoder.num_speculations,
         "draft_threshold": decoder.draft_threshold,
         "draft_head": args.draft_head,
+        "draft_source": args.draft_source,
         "prompts": args.prompts,
         "max_new_tokens": args.max_new_tokens,
         "repeats": args.repeats,

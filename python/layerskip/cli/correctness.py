@@ -53,7 +53,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         exact = SelfSpeculativeDecoder(reference, decoder.exit_layer, decoder.num_speculations)
     table = Table(
         "prompt",
-        title=f"the tokens of {args.model} (E={decoder.exit_layer}, K={decoder.num_speculations}) are the same",
+        title=f"the tokens of {args.model} (E={decoder.exit_layer}, K={decoder.num_speculations}, drafts from "
+        f"{decoder.draft_source}) are the same",
     )
     for column in ("tokens", "accepted", f"self-speculative\n({args.dtype})"):
         table.add_column(column)

@@ -20,6 +20,8 @@ def summary(stats: Stats) -> str:
     if stats.drafted:
         line += f"; {stats.rounds} rounds, {stats.accepted} of {stats.drafted} drafts accepted"
         line += f" ({stats.acceptance_rate:.0%})"
+    if len(stats.by_source) > 1:
+        line += ": " + ", ".join(f"{name} {one.accepted} of {one.drafted}" for name, one in stats.by_source.items())
     return line
 
 

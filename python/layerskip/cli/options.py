@@ -68,6 +68,7 @@ def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
         args.num_speculations,
         draft_head=draft_head(args),
         draft_threshold=args.draft_threshold,
+        draft_source=args.draft_source,
     )
 
 

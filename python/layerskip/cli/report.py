@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_atomically
+from ..decoding.source import EXIT
 from .sweep import Sweep, sweep_table
 from .throughput import BatchSpeed, throughput_table
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
@@ -27,7 +28,7 @@ class Run:
     """One prompt, one way.
 
     ``tokens`` in ``seconds`` leave out the first token, whose time is ``first_token``. Where it does not come alone,
-    they leave out all ``first_tokens`` of its group.
+    they leave out all ``first_tokens`` of its group. ``by_source``: the drafted and the accepted tokens of each source.
     """
 
     prompt: int
@@ -38,6 +39,7 @@ class Run:
     bytes_per_token: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    by_source: dict[str, list[int]] = field(default_factory=dict)
     sequence: list[int] = field(default_factory=list)
 
     @property
@@ -155,9 +157,13 @@ class Report:
         setting = self.settings
         title = f"{setting['model']}, {setting['dtype']}, {where(setting)}, "
         title += f"E={setting['exit_layer']} of {setting['layers']}, K={setting['num_speculations']}"
+        if setting["draft_source"] != EXIT:
+            title += f", drafts from {setting['draft_source']}"
         if setting["draft_threshold"]:
             title += f", threshold {setting['draft_threshold']:g}"
         console.print(self._table(title))
+        if setting["draft_source"] != EXIT:
+            console.print(self._sources(), highlight=False)
         console.print(
             "Medians, after the first token. Speedups are over our autoregressive decoding: "
             "the ratio of the mean tokens/s, and the mean ratio of the times per token.",
@@ -184,6 +190,15 @@ class Report:
         for label, cell in _ROWS.items():
             table.add_row(label, *("" if values is None else cell(name, values) for name, values in columns))
         return table
+
+    def _sources(self) -> str:
+        """How many drafts of each source were accepted."""
+        total: dict[str, list[int]] = {}
+        for run in self.runs[SELF_SPECULATIVE]:
+            for name, counts in run.by_source.items():
+                total[name] = [sum(pair) for pair in zip(total.get(name, [0, 0]), counts, strict=True)]
+        told = [f"{name} {accepted} of {drafted}" for name, (drafted, accepted) in total.items()]
+        return "drafts accepted, by source: " + (", ".join(told) or "nothing was drafted")
 
     def write(self, stem: Path, complete: bool = True) -> list[Path]:
         """Write ``<stem>.json`` and, of a measurement that is ``complete``, ``<stem>.png``, if there is a speed."""

@@ -8,6 +8,7 @@ from .line import SessionFullError
 from .output import GenerationOutput, Stats, Streamer, Update
 from .sampling import SamplingParams
 from .session import Session
+from .source import DraftSource, NgramSource
 from .text import StopStrings, TextStream
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Controller",
     "Conversation",
     "DraftHead",
+    "DraftSource",
     "GenerationOutput",
+    "NgramSource",
     "SamplingParams",
     "SelfSpeculativeDecoder",
     "Session",

@@ -94,7 +94,7 @@ class NgramSource(DraftSource):
         self._grades = sorted(grades.items(), reverse=True)
         self.max_drafts = max(grades.values())
         self._texts, self._own = self._table(), self._table()
-        self._texts.extend([token for text in texts for token in (*map(token_id, text), _BORDER)])
+        self._texts.extend([token for text in texts for token in (*map(_text_token, text), _BORDER)])
 
     def _table(self) -> _Table:
         return _Table([length for length, _ in self._grades])
@@ -110,6 +110,8 @@ class NgramSource(DraftSource):
         """See `DraftSource.propose`."""
         self._own.extend(history)
         for length, count in self._grades:
+            if length > len(history):
+                continue
             gram = tuple(history[-length:])
             place = self._own.places.get(gram)
             if place is not None:
@@ -160,11 +162,8 @@ def _repeated(tokens: Sequence[int], count: int) -> Sequence[int]:
     return tokens if len(tokens) == count else [tokens[index % len(tokens)] for index in range(count)]
 
 
-def token_id(value: Any) -> int:
-    """An int, as a source must give it."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"a draft source gives token ids, got {value!r}")
-    return int(value)
+def _text_token(value: Any) -> int:
+    return validation.integer_in("a token of texts", value, 0)
 
 
 def source_of(value: Any) -> str | DraftSource:
@@ -230,11 +229,10 @@ class Lookup:
         self._history.extend(tokens[len(self._history) - self._prompt_tokens :])
         if most <= 0:
             return
-        proposed = self._source.propose(self._history)
-        try:
-            found = [token_id(token) for token in proposed[:most]]
-        except TypeError as error:
-            raise TypeError(f"the draft source {self.name}: {error}") from error
+        found = self._source.propose(self._history)
+        if isinstance(found, str) or not isinstance(found, Sequence):
+            raise TypeError(f"the draft source {self.name} must give a sequence of token ids, got {found!r}")
+        found = [self._token(token) for token in found[:most]]
         for token in found:
             if not 0 <= token < self._vocab_size:
                 raise ValueError(
@@ -242,3 +240,8 @@ class Lookup:
                     f"{self._vocab_size}"
                 )
         self.proposal = found
+
+    def _token(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"the draft source {self.name} must give token ids, got {value!r}")
+        return int(value)

@@ -15,7 +15,7 @@ from transformers.generation import (
     MaxLengthCriteria,
 )
 
-from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
+from ..decoding import DraftHead, DraftSource, SamplingParams, SelfSpeculativeDecoder
 from ..models.watch import unwrapped
 from . import compatibility
 from .kept_decoders import decoder_of
@@ -36,6 +36,7 @@ def generate(
     num_speculations: int | str = "auto",
     draft_head: str | DraftHead = "full",
     draft_threshold: float = 0.0,
+    draft_source: str | DraftSource = "exit",
     tokenizer: Any = None,
     assistant_model: Any = None,
     **model_kwargs: Any,
@@ -61,6 +62,7 @@ def generate(
         K: the tokens that a round drafts.
     draft_head : {"full", "int8"} or DraftHead
     draft_threshold : float
+    draft_source : {"exit", "ngram", "auto"} or DraftSource
         As in `SelfSpeculativeDecoder` and its ``generate``.
     **model_kwargs
         ``attention_mask`` [B, N], and what ``model.generate`` adds. In a direct call all arguments of it.
@@ -79,7 +81,12 @@ def generate(
     FloatingPointError
         If logits are not finite.
     """
-    speculation = {"exit_layer": exit_layer, "num_speculations": num_speculations, "draft_threshold": draft_threshold}
+    speculation = {
+        "exit_layer": exit_layer,
+        "num_speculations": num_speculations,
+        "draft_threshold": draft_threshold,
+        "draft_source": draft_source,
+    }
     arguments = {
         "logits_processor": logits_processor,
         "stopping_criteria": stopping_criteria,
