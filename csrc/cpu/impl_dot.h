@@ -99,6 +99,10 @@ inline void dot_rows(int count, const W* const rows[kQuad], const typename Dot<W
   }
 }
 
+#ifdef LSK_WIDENS
+#include "cpu/impl_widened.h"
+#endif
+
 // tile[m * kTile + n] = weight[n] · x[m] for up to kTile weight rows, `pitch` apart, and up to kMaxRows of x. What is
 // read after this tile starts at `next`: near the tile's end that is what is fetched ahead.
 template <class W>
@@ -114,6 +118,12 @@ inline void dot_tile(const W* weight, int64_t pitch, int64_t count, const typena
     const int64_t at = n / kQuad * quad_bytes + ahead;
     const char* lines =
         at < bytes ? reinterpret_cast<const char*>(weight) + at : static_cast<const char*>(next) + at - bytes;
+#ifdef LSK_WIDENS
+    if (blocks > 1) {
+      dot_widened(quad, x, stride, rows, width, lines, tile + n);
+      continue;
+    }
+#endif
     for (int64_t block = 0, m = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
       dot_rows<W>(static_cast<int>(end - m), quad, x + m * stride, stride, width, lines, tile + m * kTile + n);

@@ -14,6 +14,7 @@ from layerskip.decoding.controller import (
     Choice,
     Controller,
     CostModel,
+    Offer,
     Rate,
     Sizes,
     default_exits,
@@ -290,3 +291,116 @@ def test_acceptance_is_noted_for_others_too():
     assert one.at(4).mean < 0.1
     assert other.at(4).mean == before, "its own trials count, once it has begun"
     assert AcceptanceRates(shared).at(4).mean < 0.2
+
+
+class LookedUpModel:
+    """A sequence in which text is found now and then: of each round's proposal, coins say how much is right."""
+
+    def __init__(self, exits: dict[int, float], found: dict[int, tuple[float, float]], seed: int = 0) -> None:
+        """``found``: by the length of the match, how often there is one, and how probable its tokens are."""
+        self._exits, self._found, self._random = exits, found, random.Random(seed)
+
+    def propose(self) -> Offer:
+        """What is found for the next round."""
+        luck = self._random.random()
+        for match, (share, _) in self._found.items():
+            luck -= share
+            if luck < 0:
+                return Offer(12, ("ngram", match))
+        return Offer(0, ("ngram", 0))
+
+    def rate(self, choice: Choice, offer: Offer) -> float:
+        """Of the drafts that this choice makes."""
+        return self._exits[choice.exit_layer] if choice.exit_layer else self._found.get(offer.kind[1], (0, 0))[1]
+
+    def right(self, offer: Offer) -> list[int]:
+        """The tokens that the model writes, where the source proposes 0, 0, 0, …"""
+        rate, count = self._found.get(offer.kind[1], (0, 0))[1], 0
+        while count < offer.count and self._random.random() < rate:
+            count += 1
+        return [0] * count + [1]
+
+
+def cost(choice: Choice) -> float:
+    if choice.exit_layer:
+        return seconds(choice)
+    return 1e-6 * (LAYERS * 100 + 800) * (1 + 0.08 * choice.num_speculations)
+
+
+def decode(model: LookedUpModel, sources: set[str], rounds: int = 4000) -> tuple[float, list[Choice]]:
+    """Tokens a second of rounds with some sources, and the choices."""
+    controller, tokens, clock, choices = Controller(SIZES, EXITS), 0.0, 0.0, []
+    acceptance = controller.new_acceptance()
+    for number in range(rounds):
+        offer = model.propose() if "ngram" in sources else Offer(0, ("ngram", 0))
+        if sources == {"exit"}:
+            choice = controller.choose([acceptance])
+        else:
+            choice = controller.plan([acceptance], [offer], exits="exit" in sources).choice
+        controller.observe_cost(choice, 1, cost(choice))
+        written = model.right(offer)
+        emitted = written[: choice.num_speculations + 1]
+        if choice.exit_layer:
+            accepted = SyntheticModel({choice.exit_layer: model.rate(choice, offer)}, number).round(choice)
+            acceptance.observe(choice.exit_layer, accepted, choice.num_speculations)
+            emitted = [1] * (accepted + 1) if written == [1] else written[: accepted + 1]
+        acceptance.observe_proposal(offer.kind, [0] * offer.count, emitted)
+        if number > rounds // 8:
+            tokens += tokens_of_round(model.rate(choice, offer), choice.num_speculations)
+            clock += cost(choice)
+        choices.append(choice)
+    return tokens / clock, choices
+
+
+USELESS = dict.fromkeys(EXITS, 0.02)
+GOOD = TASKS["trained to exit early"]
+NOTHING: dict[int, tuple[float, float]] = {}
+RARE = {1: (0.3, 0.05), 3: (0.02, 0.3)}
+OFTEN = {1: (0.2, 0.2), 2: (0.1, 0.5), 3: (0.2, 0.7), 8: (0.3, 0.95)}
+
+
+@pytest.mark.parametrize("found", [NOTHING, RARE, OFTEN], ids=["nothing", "rare", "often"])
+@pytest.mark.parametrize("exits", [USELESS, GOOD, TASKS["hardly useful"]], ids=["useless", "good", "hardly useful"])
+def test_both_sources_together_lose_at_most_3_percent(exits, found):
+    """Against the better one alone."""
+    both, _ = decode(LookedUpModel(exits, found), {"exit", "ngram"})
+    alone = [decode(LookedUpModel(exits, found), {source})[0] for source in ("exit", "ngram")]
+    assert both > 0.97 * max(alone)
+
+
+def test_where_exits_are_useless_it_ends_with_lookup_or_nothing():
+    _, choices = decode(LookedUpModel(USELESS, OFTEN), {"exit", "ngram"})
+    late = choices[500:]
+    assert sum(choice.exit_layer == 0 for choice in late) > 0.98 * len(late)
+
+
+def test_the_number_of_drafts_follows_the_match():
+    controller = Controller(SIZES, EXITS)
+    acceptance = controller.new_acceptance()
+    rates = random.Random(1)
+    for _ in range(300):
+        for match, rate in ((1, 0.1), (2, 0.5), (8, 0.95)):
+            right = 0
+            while right < 12 and rates.random() < rate:
+                right += 1
+            acceptance.observe_proposal(("ngram", match), [0] * 12, [0] * right + [1])
+    counts = [
+        controller.plan([acceptance], [Offer(12, ("ngram", match))], exits=False).choice.num_speculations
+        for match in (1, 2, 8)
+    ]
+    assert counts[0] <= counts[1] < counts[2] == 12
+
+
+def test_a_batch_mixes_sources():
+    """The exit is good for one sequence, for the other what was found is."""
+    controller = Controller(SIZES, EXITS)
+    one, other = controller.new_acceptance(), controller.new_acceptance()
+    for _ in range(100):
+        one.observe(EXITS[0], 8, 8)
+        other.observe(EXITS[0], 0, 8)
+        one.observe_proposal("found", [0] * 8, [1])
+        other.observe_proposal("found", [0] * 8, [0] * 9)
+    plan = controller.plan([one, other], [Offer(8, "found")] * 2, EXITS[0])
+    assert plan.choice.exit_layer == EXITS[0]
+    assert plan.looked_up[0] is None
+    assert plan.looked_up[1] == min(8, plan.choice.num_speculations) > 0

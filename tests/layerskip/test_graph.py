@@ -7,6 +7,7 @@ recorded with; everything around it is what runs on a card.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import layerskip_kernels
 from layerskip import SamplingParams, SelfSpeculativeDecoder, models
 from layerskip.decoding import graph
 from layerskip.decoding.graph import Graphs
-from layerskip.decoding.round import FusedRound, SequenceTensors
+from layerskip.decoding.round import FusedRound, LookedUp, SequenceTensors
 from layerskip.decoding.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +92,20 @@ def test_the_same_tokens(slots, strategy, kind):
     assert tokens_of(decoder, slots, graphs, **given) == tokens_of(decoder, slots, None, **given)
     assert recorder.captures == len(graphs)
     assert recorder.replays > 2 * recorder.captures
+
+
+@requires_native
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("source", ["ngram", "auto"])
+@pytest.mark.parametrize("slots", [2, 5])
+def test_the_same_tokens_where_drafts_are_looked_up(slots, source, kind):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    graphs = Graphs(Recorder())
+    given = {"draft_source": source, "sampling": SAMPLING[kind]}
+    if source == "auto":  # what it picks depends on clocks, and so do the draws
+        given["sampling"] = SAMPLING["greedy"]
+    assert tokens_of(decoder, slots, graphs, **given) == tokens_of(decoder, slots, None, **given)
+    assert len(graphs) > 1
 
 
 @requires_native
@@ -212,6 +227,8 @@ def test_a_round_has_no_values_to_look_at(temperature):
         round_ = FusedRound(model, cache, model.head)
         assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
         assert round_.advance(sequences, model.num_layers).shape == (2, 2)
+        looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, torch.device("meta"))
+        assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
 
 
 def test_where_there_is_no_card_rounds_are_called(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import helpers
 import pytest
@@ -15,7 +16,7 @@ from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import logits as logits_module
 from layerskip.decoding.logits import LogitsPipeline, LogitsRound
 from layerskip.decoding.reading import read_prompt
-from layerskip.decoding.round import NOT_DRAFTED, FusedRound, SequenceTensors
+from layerskip.decoding.round import NOT_DRAFTED, FusedRound, LookedUp, SequenceTensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -174,7 +175,12 @@ def exact(model, params: SamplingParams) -> torch.Tensor:
     return joint.flatten()
 
 
-def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: int) -> torch.Tensor:
+def guesses(token: torch.Tensor) -> LookedUp:
+    """Drafts that need no model: after every token the same two; after one of the six, only one."""
+    return LookedUp.of([[(last + 1) % SMALL, 2][: 1 + (last != 3)] for last in token.tolist()], SMALL, CPU)
+
+
+def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: int, looks_up: bool) -> torch.Tensor:
     """Continuations [BATCH, 3] of the prompt, all drawn in the same rounds, each from a seed of its own."""
     model, length = decoder.model, PROMPT.shape[1]
     cache = model.decoder.new_cache(BATCH, length + DEPTH + DRAFTS + 1)
@@ -193,7 +199,10 @@ def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: 
     drawn = torch.full((BATCH, DEPTH + DRAFTS), -1)
     drawn[:, 0], counts = sequences.token, torch.ones_like(seeds)
     while int(counts.min()) < DEPTH:
-        packed = round_.speculate(sequences, EXIT, DRAFTS)
+        if looks_up:
+            packed = round_.verify(replace(sequences, looked_up=guesses(sequences.token)))
+        else:
+            packed = round_.speculate(sequences, EXIT, DRAFTS)
         accepted, token, drafts = packed[:, 0], packed[:, 1], packed[:, 2:]
         for index in range(DRAFTS + 1):
             value = token if index == DRAFTS else torch.where(accepted > index, drafts[:, index], token)
@@ -222,10 +231,10 @@ def chi_square_excess(drawn: torch.Tensor, probabilities: torch.Tensor) -> float
     return ((statistic / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
 
 
-def excess(model, params: SamplingParams, draft_head: str | DraftHead = "full") -> float:
+def excess(model, params: SamplingParams, draft_head: str | DraftHead = "full", looks_up: bool = False) -> float:
     decoder = SelfSpeculativeDecoder(model, EXIT, DRAFTS, draft_head=draft_head)
     with torch.inference_mode():
-        drawn = torch.cat([sample(decoder, params, first) for first in range(0, SAMPLES, BATCH)])
+        drawn = torch.cat([sample(decoder, params, first, looks_up) for first in range(0, SAMPLES, BATCH)])
     return chi_square_excess(drawn, exact(model, params))
 
 
@@ -246,6 +255,19 @@ DRAWN = {
 )
 def test_100k_continuations_have_the_models_distribution(small, params, head):
     assert excess(small, DRAWN[params], HEADS[head]) < LIMIT
+
+
+@many
+@pytest.mark.parametrize("params", DRAWN)
+def test_100k_continuations_of_looked_up_drafts_have_it_too(small, params):
+    assert excess(small, DRAWN[params], looks_up=True) < LIMIT
+
+
+@many
+@pytest.mark.parametrize("params", ["temperature", "top-k"])
+def test_a_looked_up_draft_that_counts_as_drawn_from_all_tokens_is_noticed(small, params, monkeypatch):
+    monkeypatch.setattr(LookedUp, "logits", property(lambda one: torch.zeros(*one.tokens.shape, len(one.token_map))))
+    assert excess(small, DRAWN[params], looks_up=True) > 3 * LIMIT
 
 
 @many

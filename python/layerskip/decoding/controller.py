@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -21,6 +22,7 @@ _NEW_SEQUENCE_WEIGHT = 4.0  # what other sequences had counts as so many trials 
 _FADE = 0.995  # each round, the weight of what is known of the exits that were not used is multiplied by this
 _EXPLORE_EVERY = 32  # rounds
 _EXPLORE_SPECULATIONS = 3
+_RECENT = 0.95  # each round, the weight of the rounds before it in a sequence's speed is multiplied by this
 _EXPLORE_SHARE = 0.01  # of the time, which all exploration may cost
 
 _COST_MEMORY = 0.98  # each round, the weight of the rounds before it is multiplied by this
@@ -85,6 +87,7 @@ class AcceptanceRates:
     def __init__(self, shared: dict[Hashable, Rate]) -> None:
         self._shared = shared
         self._own: dict[Hashable, Rate] = {}
+        self._recent = (0.0, 0.0)  # tokens and seconds of the last rounds, as they were expected
 
     def at(self, kind: Hashable) -> Rate:
         """The rate of an exit layer, or of a kind of proposals."""
@@ -100,6 +103,17 @@ class AcceptanceRates:
         for other, rate in self._own.items():
             if other != exit_layer and isinstance(other, int):
                 rate.fade()
+
+    @property
+    def speed(self) -> float:
+        """The tokens a second that were expected of the last rounds; 0 before the first one."""
+        tokens, seconds = self._recent
+        return tokens / seconds if seconds else 0.0
+
+    def expect(self, tokens: float, seconds: float) -> None:
+        """Take account of a round that was chosen."""
+        before = self._recent
+        self._recent = (_RECENT * before[0] + tokens, _RECENT * before[1] + seconds)
 
     def observe_proposal(self, kind: Hashable, proposal: Sequence[int], emitted: Sequence[int]) -> None:
         """Take account of what was ``proposed``, drafted or not, where these tokens were emitted."""
@@ -300,6 +314,14 @@ class Controller:
     ) -> Plan:
         """The next round of some sequences for each of which something was looked up, if only no tokens.
 
+        What was looked up comes and goes, and with it the best choice; to rounds that are chosen one by one for their
+        own tokens a second, a good match that is near is worth nothing. So the choice is, with the sequences' recent
+        speed in tokens a second,
+
+            argmax  tokens - speed · seconds:
+
+        the seconds of a round are worth the tokens that the sequences emit in as many seconds on average.
+
         Parameters
         ----------
         acceptances, offers : sequence
@@ -313,22 +335,35 @@ class Controller:
         counts = range(1, self.max_speculations + 1) if num_speculations is None else (num_speculations,)
         most = max(offer.count for offer in offers)
         with self._lock:
-            promised = [_promised(one, offer, most) for one, offer in zip(acceptances, offers, strict=True)]
-            cost = self._cost(len(offers))
-            speeds = [sum(row[count] for row in promised) / cost.seconds(0, count) for count in range(most + 1)]
-            best, speed = Choice(0, speeds.index(max(speeds))), max(speeds)
+            pairs = list(zip(acceptances, offers, strict=True))
+            promised = [_promised(one.at(offer.kind).mean, offer.count, most) for one, offer in pairs]
+            cost, usual = self._cost(len(offers)), sum(one.speed for one in acceptances)
+            values = [
+                _value(sum(row[count] for row in promised), cost.seconds(0, count), usual) for count in range(most + 1)
+            ]
+            best = Choice(0, values.index(max(values)))
             if exits:
-                exit_speed, exit_choice = self._best(acceptances, layers, counts, promised=promised)
-                best, speed = (exit_choice, exit_speed) if exit_speed > speed else (best, speed)
-                best = self._explored(acceptances, layers, counts, speed, best)
-            if best.exit_layer == 0:
-                return Plan(best, [min(offer.count, best.num_speculations) for offer in offers])
-            own = [expected_tokens([one.at(best.exit_layer).mean], best.num_speculations)[-1] for one in acceptances]
-            looked_up = [_at(row, best.num_speculations) > tokens for row, tokens in zip(promised, own, strict=True)]
-            if all(looked_up):  # it explores
-                looked_up = [False] * len(offers)
-            shares = zip(looked_up, offers, strict=True)
-            return Plan(best, [min(offer.count, best.num_speculations) if uses else None for uses, offer in shares])
+                value, choice = self._best(acceptances, layers, counts, promised=promised, usual=usual)
+                best = choice if value > max(values) else best
+                best = self._explored(acceptances, layers, counts, usual, best) if usual else best
+            return self._planned(best, pairs, promised)
+
+    def _planned(
+        self, choice: Choice, pairs: Sequence[tuple[AcceptanceRates, Offer]], promised: Sequence[Sequence[float]]
+    ) -> Plan:
+        """Who drafts what, now that E and K are known."""
+        exit_layer, count = choice
+        found = [_at(row, count) for row in promised]
+        drafted = [_promised(one.at(exit_layer).mean, count, count)[-1] if exit_layer else 0.0 for one, _ in pairs]
+        looks_up = [other > own for own, other in zip(drafted, found, strict=True)]
+        if exit_layer and all(looks_up):  # the exit is tried
+            looks_up = [False] * len(pairs)
+        seconds = self._cost(len(pairs)).seconds(*choice)
+        for (acceptance, _), *tokens, uses in zip(pairs, drafted, found, looks_up, strict=True):
+            acceptance.expect(tokens[uses], seconds)
+        return Plan(
+            choice, [min(one.count, count) if uses else None for (_, one), uses in zip(pairs, looks_up, strict=True)]
+        )
 
     def _explored(
         self,
@@ -379,40 +414,45 @@ class Controller:
         counts: Sequence[int],
         optimistic: bool = False,
         promised: Sequence[Sequence[float]] = (),
+        usual: float = 0.0,
     ) -> tuple[float, Choice]:
-        """The most tokens a second, and the choice that gives them.
+        """The most tokens a second, or beyond those of the ``usual`` speed, and the choice that gives them.
 
         ``promised`` are the tokens that each sequence expects of 0, 1, … looked-up drafts. Those that expect more of
         them than of the exit draft them, and run layers [0, E) in a pass of their own.
         """
-        costs, best = self._cost(len(acceptances)), (0.0, Choice(exits[0], counts[0]))
+        costs, best = self._cost(len(acceptances)), (-math.inf, Choice(exits[0], counts[0]))
         for exit_layer in exits:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
             tokens = expected_tokens(means, counts[-1])
             for num_speculations in counts:
-                seconds = costs.seconds(exit_layer, num_speculations)
-                speed = tokens[num_speculations] / seconds
-                if speed > best[0]:
-                    best = speed, Choice(exit_layer, num_speculations)
+                value = _value(tokens[num_speculations], costs.seconds(exit_layer, num_speculations), usual)
+                if value > best[0]:
+                    best = value, Choice(exit_layer, num_speculations)
             if len(promised) > 1:
-                best = max(best, self._best_mixed(exit_layer, means, counts, promised), key=lambda one: one[0])
+                best = max(best, self._best_mixed(exit_layer, means, counts, promised, usual), key=lambda one: one[0])
         return best
 
     def _best_mixed(
-        self, exit_layer: int, rates: Sequence[float], counts: Sequence[int], promised: Sequence[Sequence[float]]
+        self,
+        exit_layer: int,
+        rates: Sequence[float],
+        counts: Sequence[int],
+        promised: Sequence[Sequence[float]],
+        usual: float,
     ) -> tuple[float, Choice]:
         """As `_best`, of rounds in which an exit drafts for some of the sequences."""
-        costs, best = self._cost(len(rates)), (0.0, Choice(exit_layer, counts[0]))
+        costs, best = self._cost(len(rates)), (-math.inf, Choice(exit_layer, counts[0]))
         drafted = [expected_tokens([rate], counts[-1]) for rate in rates]
         for count in counts:
             pairs = [(own[count], _at(row, count)) for own, row in zip(drafted, promised, strict=True)]
             if not any(own < other for own, other in pairs) or all(own < other for own, other in pairs):
                 continue
             seconds = costs.seconds(exit_layer, count) + costs.seconds_of_layers(exit_layer)
-            speed = sum(max(pair) for pair in pairs) / seconds
-            if speed > best[0]:
-                best = speed, Choice(exit_layer, count)
+            value = _value(sum(max(pair) for pair in pairs), seconds, usual)
+            if value > best[0]:
+                best = value, Choice(exit_layer, count)
         return best
 
     def _cost(self, batch: int) -> CostModel:
@@ -420,10 +460,15 @@ class Controller:
         return self._costs.setdefault((batch - 1).bit_length(), CostModel(self._sizes))
 
 
-def _promised(acceptance: AcceptanceRates, offer: Offer, most: int) -> list[float]:
-    """The tokens that a sequence expects of a round of 0 … ``most`` drafts, of those that were looked up for it."""
-    tokens = expected_tokens([acceptance.at(offer.kind).mean], offer.count)
-    return tokens + tokens[-1:] * (most - offer.count)
+def _promised(rate: float, count: int, most: int) -> list[float]:
+    """The tokens that a sequence expects of a round of 0 … ``most`` drafts, of which there are ``count``."""
+    tokens = expected_tokens([rate], count)
+    return tokens + tokens[-1:] * (most - count)
+
+
+def _value(tokens: float, seconds: float, usual: float) -> float:
+    """Tokens a second, or, where a usual speed is known, the tokens beyond those that it gives in these seconds."""
+    return tokens - usual * seconds if usual else tokens / seconds
 
 
 def _at(promised: Sequence[float], count: int) -> float:

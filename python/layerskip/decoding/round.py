@@ -55,7 +55,8 @@ class LookedUp(NamedTuple):
         tokens = [*known, *(next(others) for _ in range(size - len(known)))]
         flat = torch.tensor([token for row in rows for token in row] + tokens)
         if device.type == "cuda":
-            flat = flat.pin_memory().to(device, non_blocking=True)
+            flat = flat.pin_memory()
+        flat = flat.to(device, non_blocking=True)
         return cls(flat[: len(drafts) * longest].view(len(drafts), longest), flat[len(drafts) * longest :])
 
     @property
