@@ -24,7 +24,7 @@ from .prompts import prompts_of, text_ids
 from .request import Defaults
 from .run import outputs_of, pieces_of
 from .sampling import SamplingParams, params_of_each
-from .sequence import StopRule
+from .sequence import Clock, StopRule
 from .session import Session
 from .source import EXIT, DraftSource, max_drafts, source_of
 from .text import SequenceText, stop_rules
@@ -61,6 +61,9 @@ class SelfSpeculativeDecoder:
     ----------
     controller : Controller
         Picks in the place of "auto". It learns from every call and session.
+    clock : callable
+        Gives the time, in seconds, for statistics and the controller; `time.perf_counter`. A benchmark on a machine
+        that others use may set `time.process_time`.
 
     Raises
     ------
@@ -90,6 +93,7 @@ class SelfSpeculativeDecoder:
         validation.num_speculations_or_auto(num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.draft_threshold = validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
         self.draft_source = source_of(draft_source)
+        self.clock: Clock = time.perf_counter
         self.tokenizer: Any = None
         self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
         self._pad_token_id = _of_config(model, "pad_token_id")
@@ -209,7 +213,7 @@ class SelfSpeculativeDecoder:
         with torch.inference_mode(False):
             cache = self.model.decoder.new_cache(max_batch, length + most + 1)
         graphs, bounds = graph.for_device(self.model.device), (prompt_tokens_per_step, max_waiting)
-        return Session(self.model, cache, self.defaults, length, most, generator, time.perf_counter, graphs, *bounds)
+        return Session(self.model, cache, self.defaults, length, most, generator, self.clock, graphs, *bounds)
 
     def generate(
         self,
@@ -289,7 +293,7 @@ class SelfSpeculativeDecoder:
         processors = validation.one_each("logits_processor", logits_processor, batch)
         total, most = self._longest(prompts, max_new_tokens), self._max_speculations(num_speculations, draft_source)
         with self._caches.borrow(batch, total + most + 1) as lent:
-            session = Session(self.model, lent.cache, self.defaults, total, most, generator, graphs=lent.graphs)
+            session = Session(self.model, lent.cache, self.defaults, total, most, generator, self.clock, lent.graphs)
             each = zip(prompts, params_of_each(sampling, batch), processors, rules, strict=True)
             requests = [
                 session.add(
