@@ -4,8 +4,8 @@
 
 Every prompt goes through the model's chat template, and is decoded in every way in turn, so that whatever else runs on
 the machine disturbs all of them alike. A way's speed is that after the first token. Its speedup is the ratio of all
-tokens over all seconds; beside it stands the median of the prompts' ratios. Greedy tokens must be identical. On a machine
-that others use, ``--cpu-time --threads 1`` counts the seconds that the process computed, not those that it waited.
+tokens over all seconds; beside it stands the median of the prompts' ratios. Greedy tokens must be identical. On a
+machine that others use, ``--cpu-time --threads 1`` counts the seconds that the process computed, not those it waited.
 """
 
 from __future__ import annotations

@@ -152,6 +152,16 @@ class TestGenerate:
         assert "drafts accepted" in printed[0].err
         assert "drafts accepted" not in printed[1].err, "no exit of this model is ever sure"
 
+    @pytest.mark.parametrize("source", ["ngram", "auto"])
+    def test_the_source_of_drafts_changes_no_token(self, directory, capsys, source):
+        printed = []
+        for options in (["--strategy", "autoregressive"], ["--draft-source", source]):
+            arguments = ["--max-new-tokens", "40", *options]
+            assert main(["generate", "w5 w8 w5 w8", "--model", directory, *arguments]) == 0
+            printed.append(capsys.readouterr())
+        assert printed[0].out == printed[1].out
+        assert "drafts accepted" in printed[1].err
+
     def test_the_prompt_may_come_from_stdin(self, directory, capsys, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.StringIO("w5 w8"))
         assert main(["generate", "--model", directory, "--max-new-tokens", "3"]) == 0
@@ -208,6 +218,20 @@ class TestBench:
         assert (tmp_path / "result.png").read_bytes().startswith(PNG)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "result.json", "result.png"]
         assert "✓ self-speculative and autoregressive tokens are identical" in printed
+
+    @pytest.mark.parametrize("source", ["ngram", "auto"])
+    def test_it_tells_the_drafts_of_each_source(self, directory, texts, tmp_path, capsys, source):
+        options = ["--max-new-tokens", "30", "--only-ours", "--draft-source", source, "--output", str(tmp_path / "out")]
+        assert main(["bench", "--model", directory, "--prompts", texts, *options]) == 0
+        content = json.loads((tmp_path / "out.json").read_text())
+        counts = content["runs"][SELF_SPECULATIVE][0]["by_source"]
+        assert content["settings"]["draft_source"] == source
+        assert counts["ngram"][0] >= counts["ngram"][1]
+        known = content["summary"][SELF_SPECULATIVE]["megabytes_per_token"]
+        assert (known > 0) == (source == "ngram"), "with auto nobody knows what a round read"
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "drafts accepted, by source: " in printed
+        assert f"drafts from {source}" in printed
 
     def test_batches_and_auto_against_a_sweep(self, directory, texts, tmp_path, capsys):
         options = ["--max-new-tokens", "8", "--batch-sizes", "1", "3", "--sweep", "--exit-layer", "auto"]

@@ -19,7 +19,7 @@ import pytest
 import layerskip
 from layerskip import registry, training
 from layerskip.cli import main, prompts
-from layerskip.cli.arguments import COMMANDS, DTYPES, STRATEGIES, parse
+from layerskip.cli.arguments import COMMANDS, DTYPES, SOURCES, STRATEGIES, parse
 from layerskip.training import read_pairs
 
 MISTYPED = [
@@ -116,8 +116,9 @@ print(sorted({"torch", "transformers", "numpy", "matplotlib"} & sys.modules.keys
     def test_they_are_those_of_the_library(self) -> None:
         import torch
 
-        from layerskip.decoding import validation
+        from layerskip.decoding import source, validation
 
+        assert SOURCES == source.SOURCES
         assert STRATEGIES == validation.STRATEGIES
         assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
 

@@ -49,6 +49,12 @@ def prompts(lengths, seed=0):
     return {"input_ids": ids, "attention_mask": (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()}
 
 
+def from_the_text(model, inputs, source, **options):
+    """What ours gives with drafts from another source."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **options, "draft_source": source}
+    return model.generate(**inputs, **options, **OURS)
+
+
 def both(model, inputs, **options):
     """What transformers alone gives, and with ours inside."""
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **options}
@@ -59,6 +65,14 @@ def some_eos(model, inputs, at):
     """The token that each row of greedy text first has at step ``at``, so that it ends there or before."""
     plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=PAD)
     return plain[:, inputs["input_ids"].shape[1] + at].unique().tolist()
+
+
+@pytest.mark.parametrize("source", ["ngram", "auto", layerskip.NgramSource([[5, 6, 7, 8]])], ids=str)
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}], ids=str)
+def test_drafts_from_the_text(model, source, options):
+    inputs = prompts([3, 17, 9])
+    plain, _ = both(model, inputs, **options)
+    assert torch.equal(from_the_text(model, inputs, source, **options), plain)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
