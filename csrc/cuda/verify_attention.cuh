@@ -132,9 +132,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) verify_attention_kernel(
         [&](int pair) { return a.q.row(tile.row(a, cache, pair)) + tile.head_offset(a, pair, cache.head_dim); },
         [&](int pair) { return tile.seen(a, cache, pair) - split * kSplit; }, a.peaks + cell,
         a.values + cell * cache.head_dim, memory);
-    __syncthreads();
+    __syncthreads();  // before the memory is taken again, and before the ticket passes on what was written
   }
-  __syncthreads();
   if (threadIdx.x == 0) {
     unsigned* ticket = a.tickets + blockIdx.y * gridDim.z + blockIdx.z;
     last = ptx::ticket(ticket) == gridDim.x - 1;

@@ -6,11 +6,12 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from .build import FOLDER, ROOT, build
 
 __all__ = ["EmulationError", "Library", "Traffic", "library", "planted", "unavailable"]
 
+# A buffer of so many bytes is memory in name only: all but its last MiB is not copied, and reads as 0. So a test can
+# have indices that 32 bits do not hold.
+VAST = 1 << 30
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
@@ -55,8 +59,13 @@ def library(name: str) -> Library:
     return Library(build(name))
 
 
-def planted(name: str, variant: str, header: Path, *changes: tuple[str, str]) -> Library:
-    """The library compiled from a copy of ``header`` in which some text was replaced: to see a mistake being caught.
+Change = tuple[str, str]  # an old text and the new one
+
+
+def planted(
+    name: str, variant: str, header: Path, *changes: Change, more: Mapping[str, Change] = MappingProxyType({})
+) -> Library:
+    """The library compiled from copies of headers in which some text was replaced: to see a mistake being caught.
 
     Parameters
     ----------
@@ -68,19 +77,28 @@ def planted(name: str, variant: str, header: Path, *changes: tuple[str, str]) ->
         Under ``csrc`` or ``tests``, as ``cuda/exit_head.cuh`` is.
     *changes : (old, new)
         Each old text must be there.
+    more : mapping of str to (old, new)
+        A change of another header beside it, by its name.
     """
+    overlay = FOLDER / f"{name}-{variant}"
+    _replace(header, overlay, changes)
+    for other, change in more.items():
+        _replace(header.parent / other, overlay, [change])
+    return Library(build(name, f"-{variant}", overlay))
+
+
+def _replace(header: Path, overlay: Path, changes: Sequence[Change]) -> None:
+    """Write a changed copy of a header into ``overlay``, unless it is there."""
     text = header.read_text()
     for old, new in changes:
         if old not in text:
             raise ValueError(f"{header} has no {old!r}")
         text = text.replace(old, new)
     root = next(root for root in (ROOT / "csrc", ROOT / "tests") if header.is_relative_to(root))
-    overlay = FOLDER / f"{name}-{variant}"
     copy = overlay / header.relative_to(root)
     copy.parent.mkdir(parents=True, exist_ok=True)
     if not copy.exists() or copy.read_text() != text:
         copy.write_text(text)
-    return Library(build(name, f"-{variant}", overlay))
 
 
 class _Arguments:
@@ -110,7 +128,7 @@ class _Arguments:
             address = self.lib.emu_allocate(label.encode(), storage.nbytes())
             if address is None:
                 raise MemoryError(f"no emulated device memory for {label}")
-            ctypes.memmove(address, storage.data_ptr(), storage.nbytes())
+            self._move(address, storage.data_ptr(), storage.nbytes())
             if storage.data_ptr() not in self.writes:
                 self.lib.emu_protect(address)
             self.copies[storage.data_ptr()] = (storage, address)
@@ -119,7 +137,13 @@ class _Arguments:
     def copy_back(self) -> None:
         for pointer, (storage, address) in self.copies.items():
             if pointer in self.writes:
-                ctypes.memmove(pointer, address, storage.nbytes())
+                self._move(pointer, address, storage.nbytes())
+
+    @staticmethod
+    def _move(to: int, source: int, size: int) -> None:
+        """Copy a buffer; of a vast one the last MiB."""
+        skipped = size - (1 << 20) if size >= VAST else 0
+        ctypes.memmove(to + skipped, source + skipped, size - skipped)
 
 
 class Library:
@@ -128,7 +152,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lib = ctypes.CDLL(str(path))
-        self.lib.emu_begin.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
+        self.lib.emu_begin.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int)
         self.lib.emu_allocate.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
         self.lib.emu_allocate.restype = ctypes.c_void_p
         self.lib.emu_protect.argtypes = (ctypes.c_void_p,)
@@ -136,7 +160,14 @@ class Library:
             getattr(self.lib, name).restype = ctypes.c_char_p
 
     def call(
-        self, entry: str, *args: Any, writes: Sequence[Tensor] = (), seed: int = 0, arch: int = 90, count: bool = False
+        self,
+        entry: str,
+        *args: Any,
+        writes: Sequence[Tensor] = (),
+        seed: int = 0,
+        arch: int = 90,
+        count: bool = False,
+        last_block: bool = False,
     ) -> list[Traffic]:
         """Run an entry to its end.
 
@@ -155,6 +186,8 @@ class Library:
             Whether the device has programmatic dependent launch and 227 KB of shared memory, or not.
         count : bool
             Whether to count what is read and written.
+        last_block : bool
+            Whether to run the last block of each launch alone: of launches that would take hours.
 
         Returns
         -------
@@ -167,7 +200,7 @@ class Library:
             With the kernel, the block, the thread and the line.
         """
         function = getattr(self.lib, f"emulated_{entry}")
-        with self._running(seed, arch, count) as arguments:
+        with self._running(seed, arch, count, last_block) as arguments:
             arguments.writes |= {tensor.untyped_storage().data_ptr() for tensor in writes}
             status = function(*[arguments.value(f"argument {i}", arg) for i, arg in enumerate(args)])
             message = self.lib.emu_end().decode()
@@ -180,8 +213,8 @@ class Library:
         return traffic
 
     @contextmanager
-    def _running(self, seed: int, arch: int, count: bool) -> Iterator[_Arguments]:
-        self.lib.emu_begin(seed, arch // 10, int(count))
+    def _running(self, seed: int, arch: int, count: bool, last_block: bool) -> Iterator[_Arguments]:
+        self.lib.emu_begin(seed, arch // 10, int(count), int(last_block))
         try:
             yield _Arguments(self.lib, ())
         except BaseException:

@@ -20,7 +20,7 @@ COMMON = [
 # The hooks that these call are in runtime/hooks.h; no sanitizer's library is linked.
 DEVICE = [
     "-DLSK_CUDA_EMULATION", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
-    "-fsanitize=bounds,alignment,shift,integer-divide-by-zero", "-fno-sanitize-recover=all",
+    "-fsanitize=bounds,alignment,shift,integer-divide-by-zero,signed-integer-overflow", "-fno-sanitize-recover=all",
     "-Wno-unknown-pragmas", "-Wno-attributes", "-isystem", str(HERE / "include"),
 ]  # fmt: skip
 

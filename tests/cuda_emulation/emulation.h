@@ -37,7 +37,8 @@ int compute_major();
 // A collective of the lanes in `mask`: when the last of them is there, it runs complete(requests, mask), where
 // requests[l] is what lane l passed, null if it has exited.
 using Complete = void (*)(void* const* requests, unsigned mask);
-void collective(unsigned mask, const char* what, Complete complete, void* request);
+// `line`, unless 0, is that of the kernel's source: all lanes must come from the same one.
+void collective(unsigned mask, const char* what, Complete complete, void* request, unsigned line = 0);
 void warp_barrier(unsigned mask);
 void block_barrier(int id, int threads);  // id 0: all threads of the block
 int block_vote(int value, int what);      // 0 count, 1 and, 2 or
@@ -46,6 +47,7 @@ unsigned active_mask();  // lanes of the warp that have not exited
 
 enum class Access { read, write, atomic };
 void access(const void* pointer, size_t bytes, Access kind, const void* where);
+void ticket(const void* counter);  // taken just now: acquire and release at device scope
 bool is_shared(const void* pointer);
 bool is_global(const void* pointer);
 

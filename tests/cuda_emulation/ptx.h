@@ -46,24 +46,24 @@ EMU_PLAIN void complete_ldmatrix(void* const* requests, unsigned mask) {
 }
 
 template <bool Transposed, int Count>
-EMU_PLAIN void load_matrices(uint32_t (&r)[Count], const void* row) {
+EMU_PLAIN void load_matrices(uint32_t (&r)[Count], const void* row, unsigned line) {
   if (emu::lane() < 8 * Count) {  // the other lanes' addresses are not used
     if (!emu::is_shared(row)) emu::fail("ldmatrix from %p, which is not shared memory", row);
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emu::fail("ldmatrix from %p, misaligned", row);
     emu::access(row, 16, emu::Access::read, __builtin_return_address(0));
   }
   MatrixRows request{r, static_cast<const uint16_t*>(row)};
-  emu::collective(0xffffffffu, "ldmatrix", complete_ldmatrix<Count, Transposed>, &request);
+  emu::collective(0xffffffffu, "ldmatrix", complete_ldmatrix<Count, Transposed>, &request, line);
 }
 
 template <int Count>
-void ldmatrix(uint32_t (&r)[Count], const void* row) {
-  load_matrices<false>(r, row);
+void ldmatrix(uint32_t (&r)[Count], const void* row, unsigned line = __builtin_LINE()) {
+  load_matrices<false>(r, row, line);
 }
 
 template <int Count>
-void ldmatrix_trans(uint32_t (&r)[Count], const void* row) {
-  load_matrices<true>(r, row);
+void ldmatrix_trans(uint32_t (&r)[Count], const void* row, unsigned line = __builtin_LINE()) {
+  load_matrices<true>(r, row, line);
 }
 
 struct Fragments {
@@ -104,17 +104,19 @@ EMU_PLAIN void complete_mma(void* const* requests, unsigned mask) {
 }
 
 template <class T>
-void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], unsigned line = __builtin_LINE()) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   Fragments request{d, a, b};
-  emu::collective(0xffffffffu, "mma", complete_mma<T>, &request);
+  emu::collective(0xffffffffu, "mma", complete_mma<T>, &request, line);
 }
 
 inline void dependents_trigger() { emu::dependents_trigger(); }
 inline void dependency_wait() { emu::dependency_wait(); }
 inline void barrier_sync(int id, int threads) { emu::block_barrier(id, threads); }
 inline unsigned ticket(unsigned* counter) {
-  return emu::update(counter, [](unsigned old) { return old + 1; });
+  const unsigned before = emu::update(counter, [](unsigned old) { return old + 1; });
+  emu::ticket(counter);
+  return before;
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
+from torch import Tensor
 
+from layerskip_kernels.reference import linear_ref, verify_attention_ref
+from tests.kernels.common import double
 from tests.kernels.cuda_ops import runners
+from tests.kernels.cuda_ops.test_cuda_partial_forward import DEEP, run
+from tests.kernels.test_partial_forward import Sizes, case
+from tests.kernels.test_verify_attention import arguments
 
-from . import EmulationError, planted, unavailable
+from . import EmulationError, Library, library, planted, unavailable
 from .build import ROOT
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -32,3 +40,120 @@ def test_a_write_out_of_bounds_in_accept_greedy(monkeypatch: pytest.MonkeyPatch)
     pattern = r"accept_greedy_kernel.*touches byte 24 of argument 4.*accept_greedy.cuh:\d+"
     with pytest.raises(EmulationError, match=pattern):
         runners.Emulated().accept_greedy(torch.ones(3, 2).long(), torch.ones(3, 3).long(), torch.arange(3))
+
+
+@cache
+def careless() -> Library:
+    """A residual that is read before the wait, writes that no barrier brings before the ticket, products in 32 bits."""
+    read = "  const bool adds = inside && end.residual.data;\n  const float residual = adds"
+    return planted(
+        "layers",
+        "careless",
+        CUDA / "linear.cuh",
+        ("  ptx::dependency_wait();\n" + read, read),
+        ("  stream.run();\n  if (inside) end", "  ptx::dependency_wait();\n  stream.run();\n  if (inside) end"),
+        more={
+            "verify_attention.cuh": (WRITTEN, WRITTEN.partition("  __")[0] + "  }\n"),
+            "linear_tile.cuh": ("static_cast<int64_t>(min(n, d_out - 1))", "min(n, d_out - 1)"),
+            "common.h": ("return (slot * num_kv_heads + g)", "return (static_cast<int>(slot) * num_kv_heads + g)"),
+        },
+    )
+
+
+WRITTEN = """a.values + cell * cache.head_dim, memory);
+    __syncthreads();  // before the memory is taken again, and before the ticket passes on what was written
+  }
+"""
+
+
+@cache
+def divided() -> Library:
+    """A warp that multiplies in two halves, and a norm's chunks that are overwritten while the warp reads them."""
+    once = "      ptx::mma<T>(d, a, b);\n    }\n#pragma unroll\n    for (int i = 0; i < 4; ++i) sums"
+    twice = once.replace(
+        "ptx::mma<T>(d, a, b);", "if (lane < 16)\n ptx::mma<T>(d, a, b);\n else\n ptx::mma<T>(d, a, b);"
+    )
+    return planted(
+        "layers",
+        "divided",
+        CUDA / "attention_tile.cuh",
+        (once, twice),
+        more={"linear_tile.cuh": ("    if (in.norm) __syncwarp();\n    fetch", "    fetch")},
+    )
+
+
+def emulated(monkeypatch: pytest.MonkeyPatch, lib: Library, seed: int = 0) -> runners.Emulated:
+    monkeypatch.setattr(runners, "library", lambda name: lib)
+    return runners.Emulated(seed)
+
+
+def test_a_residual_read_before_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states that a launch two or more before it writes."""
+    one, told = case(Sizes(num_layers=2), torch.bfloat16, [5], 2), []
+    for seed in range(4):  # which block begins early is drawn, and it must be one that adds a residual
+        try:
+            run(emulated(monkeypatch, careless(), seed), one, 0, 2)
+        except EmulationError as error:
+            told.append(str(error))
+    assert len(told) >= 2
+    assert all("writes what a launch after it has read before its dependency_wait()" in one for one in told)
+
+
+def test_a_ticket_with_no_barrier_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(torch.bfloat16, [300], 2, 4, 2, 16, capacity=310)
+    with pytest.raises(EmulationError, match=r"verify_attention_kernel.* no barrier and no ticket between"):
+        emulated(monkeypatch, careless()).verify_attention(*args)
+
+
+def vast_weight() -> tuple[Tensor, Tensor]:
+    """A row of x, and a weight whose last rows lie beyond 2^31 elements."""
+    weight = torch.empty(70001, 32768, dtype=torch.bfloat16)
+    weight[-16:] = torch.randn(16, 32768) / 64
+    return torch.randn(1, 32768).bfloat16(), weight
+
+
+def vast_caches() -> tuple[list[Tensor], Tensor]:
+    """Keys and values of one sequence, whose slot lies beyond 2^31 elements."""
+    q, *caches, seq_lens = arguments(torch.bfloat16, [20], 2, 4, 2, 64, capacity=64)
+    slots = torch.tensor([2**31 // (2 * 64 * 64) + 1])
+    vast = [torch.empty(int(slots) + 1, 2, 64, 64, dtype=torch.bfloat16) for _ in caches]
+    for one, cache_ in zip(vast, caches, strict=True):
+        one[-1] = cache_[0]
+    return [q, *vast, seq_lens], slots
+
+
+def multiply_last_rows(lib: Library) -> Tensor:
+    x, weight = vast_weight()
+    out = x.new_empty(1, len(weight))
+    sizes = (1, x.shape[1], len(weight), x.dtype)
+    lib.call("linear", x, weight, None, None, out, *sizes, writes=(out,), last_block=True)
+    torch.testing.assert_close(out[:, -1:].double(), linear_ref(*double([x, weight[-1:]])), rtol=1e-2, atol=1e-2)
+    return out
+
+
+def test_weights_beyond_what_32_bits_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply_last_rows(library("layers"))
+    with pytest.raises(EmulationError, match="a product that overflows"):
+        multiply_last_rows(careless())
+
+
+def test_caches_beyond_what_32_bits_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, slots = vast_caches()
+    expected = verify_attention_ref(*double([args[0], *(cache_[-1:] for cache_ in args[1:3]), args[3]]))
+    actual = emulated(monkeypatch, library("layers")).verify_attention(*args, slots)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
+    with pytest.raises(EmulationError, match="a product that overflows"):
+        emulated(monkeypatch, careless()).verify_attention(*args, slots)
+
+
+def test_a_product_by_two_halves_of_a_warp(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(torch.bfloat16, [30], 2, 4, 2, 16, capacity=40)
+    with pytest.raises(EmulationError, match=r"verify_attention_kernel.*mma by lanes of one warp at different lines"):
+        emulated(monkeypatch, divided()).verify_attention(*args)
+
+
+def test_a_norm_that_is_overwritten_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a ring that is filled again shows it: deeper than 2048 numbers of 16 bits."""
+    one = case(DEEP, torch.bfloat16, [5], 1)
+    with pytest.raises(EmulationError, match=r"qkv_kernel.*shared memory that thread"):
+        run(emulated(monkeypatch, divided()), one, 0, 1)

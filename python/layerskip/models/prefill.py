@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from layerskip_kernels import LayerWeights, rms_norm, rope_kv_append, verify_attention
 
@@ -75,10 +76,8 @@ def attend_masked(q: Tensor, k_cache: Tensor, v_cache: Tensor, past: int) -> Ten
     """
     rows = q.shape[1]
     keys, values = k_cache[:, :, : past + rows], v_cache[:, :, : past + rows]
-    mask = None
-    if past:  # `is_causal` would align the first row with position 0
-        mask = torch.ones(rows, past + rows, dtype=torch.bool, device=q.device).tril(past)
+    # No tensor for a mask: that would rule out flash attention on a card.
     attended = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        q.transpose(1, 2), keys, values, attn_mask=causal_lower_right(rows, past + rows), enable_gqa=True
     )
     return attended.transpose(1, 2).flatten(2)

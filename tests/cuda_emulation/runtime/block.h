@@ -6,6 +6,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "cuda_emulation/emulation.h"
@@ -31,6 +32,7 @@ struct Fiber {
   int barrier = 0, barrier_threads = 0, vote = 0;  // while it waits at one
   unsigned mask = 0;                               // while it waits in a collective
   const char* what = nullptr;
+  unsigned line = 0;
   Complete complete = nullptr;
   void* request = nullptr;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
@@ -59,7 +61,7 @@ class Block {
   unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
 
   // What device code asks for, in the running fiber.
-  void collective(unsigned mask, const char* what, Complete complete, void* request);
+  void collective(unsigned mask, const char* what, Complete complete, void* request, unsigned line = 0);
   void barrier(int id, int threads);
   int vote(int value, int what);
   void exit_thread();
@@ -68,7 +70,16 @@ class Block {
   void cp_async_commit();
   void cp_async_wait(int newest);
   void touch(const char* pointer, size_t bytes, Access kind, const void* where);
+  void ticket(const void* counter);
 
+  // Whether the running thread is ordered after a write to global memory, in this launch.
+  bool ordered(const Write& write) const;
+  Write stamp(uint32_t launch) const;
+
+  // What an early block reads: the launches ahead must not write it.
+  bool early() const { return early_; }
+  std::unordered_set<uintptr_t>& early_reads() { return early_reads_; }
+  const Grid& grid() const { return grid_; }
   unsigned current() const { return current_; }
   unsigned active(unsigned warp) const;
   char* dynamic() const { return dynamic_; }
@@ -90,7 +101,9 @@ class Block {
 
   const Grid& grid_;
   uint3 index_;
+  uint32_t serial_;
   bool early_, waited_ = false;
+  std::unordered_set<uintptr_t> early_reads_;  // granules
   unsigned live_, current_ = 0;
   std::vector<Fiber> fibers_;
   std::vector<unsigned> ready_;

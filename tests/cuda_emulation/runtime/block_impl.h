@@ -34,7 +34,7 @@ inline Block::Block(const Grid& grid, uint3 index, bool early) : grid_(grid), in
   dynamic_shadow_ = std::make_unique<Shadow>(bytes);
   static_shadow_ = std::make_unique<Shadow>(machine.static_bytes);
   static_image_.assign(machine.static_bytes, kPoison);
-  ++machine.block_serial;
+  serial_ = ++machine.block_serial;
 }
 
 inline Block::~Block() {
@@ -111,11 +111,11 @@ inline unsigned Block::active(unsigned warp) const {
   return mask;
 }
 
-inline void Block::collective(unsigned mask, const char* what, Complete complete, void* request) {
+inline void Block::collective(unsigned mask, const char* what, Complete complete, void* request, unsigned line) {
   if (!(mask >> (current_ % kWarp) & 1)) fail("%s with mask 0x%08x, which leaves the caller out", what, mask);
   Fiber& self = fibers_[current_];
   self.state = State::collective;
-  self.mask = mask, self.what = what, self.complete = complete, self.request = request;
+  self.mask = mask, self.what = what, self.complete = complete, self.request = request, self.line = line;
   try_complete(current_);
   yield();
 }
@@ -129,6 +129,8 @@ inline bool Block::try_complete(unsigned thread) {
     if (!(lanes >> l & 1)) continue;
     const Fiber& other = fibers_[first + l];
     if (other.state != State::collective || other.complete != complete || other.mask != mask) return false;
+    if (other.line != fibers_[thread].line)  // one instruction for the whole warp, not two that look alike
+      fail("%s by lanes of one warp at different lines, %u and %u", other.what, other.line, fibers_[thread].line);
     requests[l] = other.request;
   }
   complete(requests, lanes);
@@ -223,6 +225,20 @@ inline void Block::touch(const char* pointer, size_t bytes, Access kind, const v
                                   : shadow->write(at + i, thread, clocks_, kind == Access::atomic, &other);
     if (conflict != Conflict::none) report(conflict, pointer, other, where);
   }
+}
+
+inline void Block::ticket(const void* counter) {
+  clocks_.ticket(serial_, static_cast<uint16_t>(current_), machine.tickets[counter]);
+}
+
+inline bool Block::ordered(const Write& write) const {
+  const unsigned warp = current_ / kWarp;
+  if (write.block != serial_) return clocks_.ordered(write.block, write.thread, write.interval, warp);
+  return write.thread == current_ || clocks_.ordered(write.thread / kWarp, write.interval, warp);
+}
+
+inline Write Block::stamp(uint32_t launch) const {
+  return {launch, serial_, clocks_.now(current_ / kWarp), static_cast<uint16_t>(current_)};
 }
 
 inline void Block::report(Conflict conflict, const char* pointer, unsigned other, const void* where) {

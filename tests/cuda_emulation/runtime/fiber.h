@@ -13,7 +13,7 @@
 
 namespace emu {
 
-constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kStacks = 2 * 1024;
+constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kStacks = 5 * 1024;
 
 #if defined(__x86_64__)
 
@@ -74,7 +74,7 @@ class Stacks {
  public:
   char* take() {
     if (base_ == nullptr) reserve();
-    if (free_.empty()) std::abort();  // not reached: two blocks of 1024 threads at most are alive
+    if (free_.empty()) std::abort();  // not reached: a block that runs, three early ones and a new one are alive
     char* stack = free_.back();
     free_.pop_back();
     return stack;

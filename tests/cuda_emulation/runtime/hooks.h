@@ -41,4 +41,8 @@ EMU_REPORT(out_of_bounds, "an index outside its array")
 EMU_REPORT(type_mismatch_v1, "a misaligned access")
 EMU_REPORT(shift_out_of_bounds, "a shift by more bits than the type has")
 EMU_REPORT(divrem_overflow, "a division that overflows")
+EMU_REPORT(add_overflow, "an addition that overflows")
+EMU_REPORT(sub_overflow, "a subtraction that overflows")
+EMU_REPORT(mul_overflow, "a product that overflows")
+EMU_REPORT(negate_overflow, "a negation that overflows")
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <csetjmp>
+#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -13,12 +14,19 @@
 
 namespace emu {
 
+// A launch that has not run: it runs when too many wait, or at a synchronisation.
+struct Launch {
+  std::unique_ptr<Grid> grid;
+  std::unique_ptr<Block> early;  // a block of it that ran ahead of the launches before
+  unsigned early_index = 0;
+};
+
 struct Machine {
   Stacks stacks;
   Memory memory;
   std::mt19937_64 random;
   int major = 9;
-  bool counting = false;
+  bool counting = false, last_block = false;  // what a call wants
   std::string error;
   const void* error_at = nullptr;
 
@@ -26,8 +34,8 @@ struct Machine {
   const Grid* running_grid = nullptr;
   sigjmp_buf failed;
 
-  std::unique_ptr<Grid> pending;  // the last launch: it runs when the next one is known, or at a synchronisation
-  std::unique_ptr<Block> early;   // a block of it that ran ahead of the launch before
+  std::deque<Launch> pending;
+  std::map<const void*, std::map<uint32_t, Passed>> tickets;  // of the launch that runs: by counter, what it passes on
 
   std::map<const void*, size_t> shared_limit;
   std::map<const void*, unsigned> launches;
@@ -43,7 +51,6 @@ struct Machine {
 extern Machine machine;
 
 void set_error(std::string message, const void* where);
-void run_pending();
 std::string describe_address(const void* pointer);
 
 }  // namespace emu

@@ -14,12 +14,20 @@
 namespace emu {
 
 constexpr size_t kAreaBytes = size_t{1} << 36, kGuardBytes = size_t{1} << 20, kSectorBytes = 32;
-constexpr unsigned char kPoison = 0xFF;  // NaN in every floating type, -1 in every integer
+constexpr size_t kVast = size_t{1} << 30;  // bytes of a buffer that is never touched as a whole
+constexpr size_t kGranule = 4;             // bytes whose last write is known
+constexpr unsigned char kPoison = 0xFF;    // NaN in every floating type, -1 in every integer
 
 // What one kernel moved, by buffer. `by_block` counts each 32-byte sector once a block that touches it, `distinct` once
 // a launch: what must come out of L2, and out of memory.
 struct Traffic {
   uint64_t requested = 0, by_block = 0, distinct = 0, written = 0;
+};
+
+// Who wrote four bytes of a buffer last, in which launch and when.
+struct Write {
+  uint32_t launch = 0, block = 0, interval = 0;
+  uint16_t thread = 0;
 };
 
 struct Buffer {
@@ -30,6 +38,8 @@ struct Buffer {
   size_t mapped;
   bool writable = true;
   std::vector<uint32_t> block_stamp, launch_stamp;  // one a sector, while counting
+  std::vector<Write> written;                       // one a granule, once a launch has written to the buffer
+  uint32_t written_in = 0;                          // the last launch that has
 };
 
 // One reserved range of addresses; what is not a buffer in it faults.
@@ -41,9 +51,9 @@ class Memory {
     char* mapping = next_;
     next_ += round_up(mapped + kGuardBytes, 4096);
     if (next_ > area_ + kAreaBytes || mprotect(mapping, mapped, PROT_READ | PROT_WRITE) != 0) return nullptr;
-    std::memset(mapping, kPoison, mapped);
+    if (bytes < kVast) std::memset(mapping, kPoison, mapped);
     char* begin = mapping + mapped - padded;
-    buffers_.emplace(begin, Buffer{name, begin, bytes, mapping, mapped, true, {}, {}});
+    buffers_.emplace(begin, Buffer{name, begin, bytes, mapping, mapped, true, {}, {}, {}, 0});
     return begin;
   }
 
@@ -58,8 +68,9 @@ class Memory {
     std::string damaged;
     const auto untouched = [](char value) { return static_cast<unsigned char>(value) == kPoison; };
     for (auto& [begin, buffer] : buffers_) {
-      const bool clean = std::all_of(buffer.mapping, begin, untouched) &&
-                         std::all_of(begin + buffer.bytes, buffer.mapping + buffer.mapped, untouched);
+      const bool clean =
+          buffer.bytes >= kVast || (std::all_of(buffer.mapping, begin, untouched) &&
+                                    std::all_of(begin + buffer.bytes, buffer.mapping + buffer.mapped, untouched));
       if (!clean) damaged = buffer.name;
       madvise(buffer.mapping, buffer.mapped, MADV_DONTNEED);
       mprotect(buffer.mapping, buffer.mapped, PROT_NONE);

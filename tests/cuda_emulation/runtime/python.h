@@ -3,12 +3,12 @@
 
 #define EMU_PYTHON extern "C" [[gnu::visibility("default")]]
 
-EMU_PYTHON void emu_begin(uint64_t seed, int major, int counting) {
+EMU_PYTHON void emu_begin(uint64_t seed, int major, int counting, int last_block) {
   using namespace emu;
   static_shared_marker = 0;
   dl_iterate_phdr(find_static_shared, nullptr);
   machine.random.seed(seed);
-  machine.major = major, machine.counting = counting != 0;
+  machine.major = major, machine.counting = counting != 0, machine.last_block = last_block != 0;
   machine.error.clear(), machine.error_at = nullptr;
   machine.traffic.clear(), machine.launches.clear(), machine.shared_limit.clear();
   catch_signals();
@@ -22,7 +22,7 @@ EMU_PYTHON void emu_protect(void* pointer) { emu::machine.memory.protect(pointer
 EMU_PYTHON const char* emu_end() {
   using namespace emu;
   synchronize();
-  machine.pending.reset(), machine.early.reset();
+  machine.pending.clear();
   release_signals();
   return machine.error.c_str();
 }

@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;  // cudaError_t
 constexpr size_t kDefaultShared = 48 * 1024;
+// A dependent launch may begin while the one ahead waits for the one before it, and so on.
+constexpr size_t kMostPending = 3;
 
 thread_local volatile char static_shared_marker;  // written to, so that the storage exists
 
@@ -110,6 +112,7 @@ void run_grid(const Grid& grid, std::unique_ptr<Block> early, unsigned early_ind
   const dim3& size = grid.config.grid;
   std::vector<unsigned> order(static_cast<size_t>(size.x) * size.y * size.z);
   std::iota(order.begin(), order.end(), 0u);
+  if (machine.last_block) order = {order.back()};
   std::shuffle(order.begin(), order.end(), machine.random);
   ++machine.launches[grid.kernel];
   for (unsigned i : order) {
@@ -123,13 +126,46 @@ void run_grid(const Grid& grid, std::unique_ptr<Block> early, unsigned early_ind
   }
 }
 
-unsigned early_index = 0;
+// What the block that runs does to global memory, seen with what the blocks beside it and the launches after it did.
+const char* check_order(Buffer& buffer, const char* p, size_t bytes, Access kind) {
+  Block& block = *machine.running;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(p) / kGranule;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(p) + bytes - 1) / kGranule;
+  if (block.early()) {
+    if (kind != Access::read) return "before dependency_wait(), writes ";
+    for (uintptr_t granule = first; granule <= last; ++granule) block.early_reads().insert(granule);
+    return nullptr;
+  }
+  if (kind != Access::read)
+    for (const Launch& later : machine.pending)
+      for (uintptr_t granule = first; granule <= last; ++granule)
+        if (later.early != nullptr && later.early->early_reads().count(granule) != 0)
+          return "writes what a launch after it has read before its dependency_wait(): ";
+  if (kind == Access::atomic) return nullptr;
+  const uintptr_t base = reinterpret_cast<uintptr_t>(buffer.begin) / kGranule;
+  if (buffer.written_in == machine.launch_serial)
+    for (uintptr_t granule = first; granule <= last; ++granule) {
+      const Write& write = buffer.written[granule - base];
+      if (write.launch != machine.launch_serial || block.ordered(write)) continue;
+      return kind == Access::read ? "reads what another thread wrote, with no barrier and no ticket between: "
+                                  : "writes what another thread wrote, with no barrier and no ticket between: ";
+    }
+  if (kind == Access::read || buffer.bytes >= kVast) return nullptr;
+  if (buffer.written.empty()) buffer.written.resize(buffer.bytes / kGranule + 1);
+  buffer.written_in = machine.launch_serial;
+  const bool whole = bytes >= kGranule;  // neighbours of 16 bit may have two writers
+  for (uintptr_t granule = first; granule <= last && whole; ++granule)
+    buffer.written[granule - base] = block.stamp(machine.launch_serial);
+  return nullptr;
+}
 
 const char* check_global(const char* p, size_t bytes, Access kind, std::string* text) {
   Buffer* buffer = machine.memory.nearest(p);
   const bool inside = buffer != nullptr && p >= buffer->begin && p + bytes <= buffer->begin + buffer->bytes;
   if (!inside) return *text = describe_address(p), "touches ";
   if (kind != Access::read && !buffer->writable) return *text = describe_address(p), "writes an input: ";
+  if (machine.running != nullptr)
+    if (const char* problem = check_order(*buffer, p, bytes, kind)) return *text = describe_address(p), problem;
   if (!machine.counting) return nullptr;
   Traffic& traffic = machine.traffic[{machine.running_grid->kernel, buffer->name}];
   (kind == Access::read ? traffic.requested : traffic.written) += bytes;
@@ -190,11 +226,15 @@ std::string describe_address(const void* pointer) {
   return text.str();
 }
 
-void run_pending() {
-  if (machine.pending == nullptr || !machine.error.empty()) return;
-  const std::unique_ptr<Grid> grid = std::move(machine.pending);
-  ++machine.launch_serial;
-  run_grid(*grid, std::move(machine.early), early_index);
+// Runs the oldest launches until at most so many wait.
+void run_pending(size_t waiting) {
+  while (machine.pending.size() > waiting && machine.error.empty()) {
+    Launch first = std::move(machine.pending.front());
+    machine.pending.pop_front();
+    machine.tickets.clear();
+    ++machine.launch_serial;
+    run_grid(*first.grid, std::move(first.early), first.early_index);
+  }
 }
 
 int launch(const LaunchConfig& config, const void* kernel, std::function<void()> body) {
@@ -205,22 +245,20 @@ int launch(const LaunchConfig& config, const void* kernel, std::function<void()>
     return kInvalidConfiguration;
   const auto limit = machine.shared_limit.find(kernel);
   if (config.shared > (limit == machine.shared_limit.end() ? kDefaultShared : limit->second)) return kInvalidValue;
-  auto next = std::make_unique<Grid>(Grid{config, kernel, std::move(body)});
-  std::unique_ptr<Block> early;
-  unsigned index = 0;
-  if (config.dependent && machine.pending != nullptr && machine.error.empty()) {
-    index = machine.draw(static_cast<size_t>(grid.x) * grid.y * grid.z);
-    early = std::make_unique<Block>(*next, unflatten(index, grid), true);
-    early->run();
+  Launch next{std::make_unique<Grid>(Grid{config, kernel, std::move(body)}), nullptr};
+  if (!config.dependent) run_pending(0);
+  if (!machine.pending.empty() && machine.error.empty()) {
+    next.early_index = machine.draw(static_cast<size_t>(grid.x) * grid.y * grid.z);
+    next.early = std::make_unique<Block>(*next.grid, unflatten(next.early_index, grid), true);
+    next.early->run();
   }
-  run_pending();
-  if (!machine.error.empty()) return kLaunchFailure;
-  machine.pending = std::move(next), machine.early = std::move(early), early_index = index;
-  return 0;
+  machine.pending.push_back(std::move(next));
+  run_pending(1 + machine.draw(kMostPending));
+  return machine.error.empty() ? 0 : kLaunchFailure;
 }
 
 int synchronize() {
-  run_pending();
+  run_pending(0);
   return machine.error.empty() ? 0 : kLaunchFailure;
 }
 
@@ -256,9 +294,11 @@ int memcpy_async(void* to, const void* from, size_t bytes) {
   return 0;
 }
 
-void collective(unsigned mask, const char* what, Complete complete, void* request) {
-  machine.running->collective(mask, what, complete, request);
+void collective(unsigned mask, const char* what, Complete complete, void* request, unsigned line) {
+  machine.running->collective(mask, what, complete, request, line);
 }
+
+void ticket(const void* counter) { machine.running->ticket(counter); }
 
 void warp_barrier(unsigned mask) {
   const Complete join = [](void* const*, unsigned) {

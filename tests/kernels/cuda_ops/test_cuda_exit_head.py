@@ -47,6 +47,17 @@ def test_float64(ops: Ops, shape: tuple[int, int, int], dtype: torch.dtype, head
     assert_same_bits(out.logit, logits.amax(-1))
 
 
+def test_more_tiles_than_the_merge_takes_at_once(ops: Ops) -> None:
+    """Four for each of 512 threads, as real vocabularies have; each of the five parts has a largest logit."""
+    vocab_size, part = 16 * 2048 + 40, 16 * 512
+    hidden, norm, weight, eps, *_ = arguments(torch.float32, 5, 8, vocab_size, "full")
+    wanted = [row * part + 17 for row in range(5)]
+    weight[wanted] = 9 * torch.nn.functional.rms_norm(hidden, (8,), norm, eps)
+    out, truth = ops.exit_head(hidden, norm, weight, eps), exit_head_ref(*double([hidden, norm, weight, eps]))
+    assert out.token.tolist() == truth[0].tolist() == wanted
+    torch.testing.assert_close(out.logsumexp.double(), truth[2], rtol=1e-5, atol=1e-5)
+
+
 def eager_logits(args: list[Tensor | float | None]) -> Tensor:
     hidden, norm, weight, eps, _, scale = args
     normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], norm, eps)

@@ -25,6 +25,9 @@ SIZES = [
     ),
 ]
 
+# Deeper than the ring of weights in shared memory, in every dtype, so that the norm's part of it is filled again.
+DEEP = Sizes(hidden_size=2304, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=40, num_layers=1)
+
 
 def run(ops: Ops, one: Case, start: int, end: int, hidden: Tensor | None = None, *more: Any) -> Tensor:
     each = len(one.weights) // one.num_layers
@@ -61,6 +64,13 @@ def test_is_the_composition_of_the_ops(ops: Ops, sizes: Sizes, dtype: torch.dtyp
     other = one.copy()
     assert_same_bits(run(ops, one, 0, 2), composition(ops, other))
     assert_same_bits((one.k_cache, one.v_cache), (other.k_cache, other.v_cache))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_deep_norm_is_that_of_the_op(ops: Ops, dtype: torch.dtype) -> None:
+    one = case(DEEP, dtype, [5], 2)
+    other = one.copy()
+    assert_same_bits(run(ops, one, 0, 1), composition(ops, other))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
