@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .models import (
         EarlyExitHead,
+        Exit,
         LayerSkipModel,
         PartialDepthDecoder,
         SharedKVCache,
@@ -42,6 +43,7 @@ __all__ = [
     "DraftHead",
     "DraftSource",
     "EarlyExitHead",
+    "Exit",
     "GenerationOutput",
     "LayerSkipModel",
     "NgramSource",
@@ -73,8 +75,8 @@ __getattr__ = exports(
             "SelfSpeculativeDecoder", "Session", "SessionFullError", "Stats", "StopStrings", "TextStream", "Update",
         ),
         ".models": (
-            "EarlyExitHead", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache", "UnsupportedModelError",
-            "adapt", "load", "supported_architectures",
+            "EarlyExitHead", "Exit", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache",
+            "UnsupportedModelError", "adapt", "load", "supported_architectures",
         ),
         ".transformers.acceleration": ("accelerate", "restore"),
         ".transformers.custom_generate": ("generate",),
