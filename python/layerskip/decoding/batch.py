@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
+from ..models import LayerSkipModel, SharedKVCache
 from .graph import Graphs
 from .logits import LogitsPipeline, LogitsRound
 from .mixed import MixedRound
@@ -23,7 +23,6 @@ class Batch:
     ----------
     model : LayerSkipModel
     cache : SharedKVCache
-    draft_head : EarlyExitHead
     kind : RoundKind
     requests : list of Request
         Each with its first token.
@@ -38,13 +37,12 @@ class Batch:
         self,
         model: LayerSkipModel,
         cache: SharedKVCache,
-        draft_head: EarlyExitHead,
         kind: RoundKind,
         requests: list[Request],
         graphs: Graphs | None = None,
         free_slots: Sequence[int] = (),
     ) -> None:
-        self._model, self._cache, self._draft_head = model, cache, draft_head
+        self._model, self._cache = model, cache
         self.kind, self.requests = kind, requests
         self._graphs = None if kind.processed else graphs
         self._round = self._round_of(requests)
@@ -64,7 +62,7 @@ class Batch:
         )
 
     def _round_of(self, requests: Sequence[Request]) -> FusedRound | LogitsRound:
-        return round_of(self._model, self._cache, self._draft_head, requests)
+        return round_of(self._model, self._cache, requests)
 
     @property
     def num_speculations(self) -> int:
@@ -134,25 +132,23 @@ class Batch:
         if not kind.speculative:
             return self._round.advance(sequences, kind.exit_layer)
         if exit_layer == 0:
-            return self._round.verify(sequences)
+            return self._round.verify(sequences, blocks=kind.exit_layer > 0)
         round_ = self._round if exit_layer is not None else self._mix()
         return round_.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold)
 
     def _tensors_at_fixed_addresses(self) -> list[Tensor]:
         """What a recorded round reads and writes, besides the sequences: weights, tables and cache."""
         model, cache = self._model, self._cache
-        heads = [(one.norm_weight, one.head_weight, one.token_map, one.scale) for one in (model.head, self._draft_head)]
-        weights = model.decoder.layer_weights(0, model.num_layers)
+        heads = [(one.norm_weight, one.head_weight, one.token_map, one.scale) for one in (model.head, model.draft_head)]
+        weights = model.decoder.layer_weights(0, model.num_layers + model.decoder.num_blocks)
         shared = (*weights, *model.decoder.rope_tables, model.embedding, cache.k, cache.v)
         return [*shared, *(tensor for head in heads for tensor in head if tensor is not None)]
 
 
-def round_of(
-    model: LayerSkipModel, cache: SharedKVCache, draft_head: EarlyExitHead, requests: Sequence[Request]
-) -> FusedRound | LogitsRound:
+def round_of(model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request]) -> FusedRound | LogitsRound:
     """The round of some requests of one kind: fused, unless their logits are processed."""
     if not requests[0].processed:
-        return FusedRound(model, cache, draft_head)
+        return FusedRound(model, cache)
     pipeline = LogitsPipeline(
         [request.sampling for request in requests],
         [request.logits_processor for request in requests],
@@ -160,4 +156,4 @@ def round_of(
         model.device,
     )
     histories = [request.sequence.history for request in requests] if pipeline.needs_history else []
-    return LogitsRound(model, cache, draft_head, pipeline, [history for history in histories if history is not None])
+    return LogitsRound(model, cache, pipeline, [history for history in histories if history is not None])

@@ -32,12 +32,13 @@ class CachePool:
 
     Attributes
     ----------
+    model : LayerSkipModel
     idle : list of LentCache
         The last of them goes to the next call, and comes back as the last.
     """
 
     def __init__(self, model: LayerSkipModel) -> None:
-        self._model = model
+        self.model = model
         self._lock = Lock()
         self.idle: list[LentCache] = []
 
@@ -59,13 +60,13 @@ class CachePool:
     @torch.inference_mode(False)
     def _with_room(self, lent: LentCache | None, batch: int, length: int) -> LentCache:
         """The given cache if it is big enough and of the model's dtype and device, else a new one in its place."""
-        graphs = graph.for_device(self._model.device)
+        graphs = graph.for_device(self.model.device)
         if lent is None or not self._serves(lent.cache, batch, length):
             capacity = -(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY
-            return LentCache(self._model.decoder.new_cache(batch, capacity), graphs)
+            return LentCache(self.model.decoder.new_cache(batch, capacity), graphs)
         recorded = graphs is not None and lent.graphs is not None
         return lent if recorded else LentCache(lent.cache, graphs)
 
     def _serves(self, cache: SharedKVCache, batch: int, length: int) -> bool:
-        like = (self._model.dtype, self._model.device)
+        like = (self.model.dtype, self.model.device)
         return cache.batch_size >= batch and cache.capacity >= length and (cache.k.dtype, cache.k.device) == like

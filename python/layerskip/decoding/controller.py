@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
 
-from ..models import EarlyExitHead, LayerSkipModel
+from ..models import LayerSkipModel
 
 MAX_SPECULATIONS = 12
 """The most drafts that a controller picks."""
@@ -129,7 +129,7 @@ class AcceptanceRates:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a layer, of the head and of the draft head; and the number of layers."""
+    """Bytes of a layer, of the head, and of what a draft reads after its layers; and the number of layers."""
 
     layer: int
     head: int
@@ -137,10 +137,11 @@ class Sizes:
     num_layers: int
 
     @classmethod
-    def of(cls, model: LayerSkipModel, draft_head: EarlyExitHead) -> Sizes:
-        """Those of a model's weights."""
+    def of(cls, model: LayerSkipModel) -> Sizes:
+        """Those of a model's weights; blocks count as part of the draft head."""
         layer = sum(weight.nbytes for weight in model.decoder.layer_weights(0, 1))
-        return cls(layer, model.head.head_weight.nbytes, draft_head.head_weight.nbytes, model.num_layers)
+        draft_head = model.draft_head.head_weight.nbytes + model.decoder.num_blocks * layer
+        return cls(layer, model.head.head_weight.nbytes, draft_head, model.num_layers)
 
 
 class CostModel:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..models import EarlyExitHead, LayerSkipModel
+from ..models import EarlyExitHead, Exit, LayerSkipModel
 from ..models.watch import ModelWatch, unwrapped
 from . import graph, validation
 from .cache_pool import CachePool
 from .controller import Controller, Sizes, default_exits
-from .draft_head import DraftHead, head_of, state_of
+from .draft_head import DraftHead
+from .drafting import Drafting
 from .logits import LogitsProcessor
 from .output import GenerationOutput, Streamer
 from .prompts import prompts_of, text_ids
@@ -41,14 +42,16 @@ class SelfSpeculativeDecoder:
     model : transformers.PreTrainedModel or LayerSkipModel
         Its weights are shared, not copied. Each call sees what has become of it: a Hugging Face model with other
         parameters or modules, or of another dtype or device, is adapted anew.
-    exit_layer : int or "auto"
-        E: layers [0, E) draft. From 1 to L - 1; "auto" picks by measured speed, see `Controller`.
+    exit_layer : int or "auto", optional
+        E: layers [0, E) draft. From 1 to L - 1; "auto" picks by measured speed, see `Controller`. By default that of
+        ``exit``, or "auto".
     num_speculations : int or "auto"
         K: the tokens that a round drafts.
     max_seq_len : int, optional
         The longest prompt and continuation; by default what the model was made for.
-    draft_head : {"full", "int8"} or DraftHead
-        What chooses the drafts: the model's head, an int8 copy of it, or int8 rows of a part of the vocabulary.
+    draft_head : {"full", "int8"} or DraftHead, optional
+        What chooses the drafts: the model's head, an int8 copy of it, or int8 rows of a part of the vocabulary. By
+        default what ``exit`` says, or the model's head.
     exit_choices : sequence of int, optional
         What "auto" picks the exit layer from; by default an eighth, a quarter, a half and three quarters of the layers.
     draft_threshold : float
@@ -56,6 +59,8 @@ class SelfSpeculativeDecoder:
     draft_source : {"exit", "ngram", "auto"} or DraftSource
         Where drafts come from: layers [0, E); text that occurred before (`NgramSource`), which needs no exit; whichever
         of both is faster, or none, round by round; or a source of one's own.
+    exit : Exit, str or Path, optional
+        Drafts with layers [0, E) and blocks, a norm and a head of its own: an `Exit`, or where to `Exit.load` it from.
 
     Attributes
     ----------
@@ -74,19 +79,23 @@ class SelfSpeculativeDecoder:
     def __init__(
         self,
         model: Any,
-        exit_layer: int | str = "auto",
+        exit_layer: int | str | None = None,
         num_speculations: int | str = 4,
         max_seq_len: int | None = None,
-        draft_head: str | DraftHead = "full",
+        draft_head: str | DraftHead | None = None,
         exit_choices: Sequence[int] | None = None,
         draft_threshold: float = 0.0,
         draft_source: str | DraftSource = EXIT,
+        exit: Exit | str | Path | None = None,
     ) -> None:
         model = unwrapped(model)
         self._watch = None if isinstance(model, LayerSkipModel) else ModelWatch(model)
         self._following = Lock()
-        self.exit_layer, self.num_speculations = exit_layer, num_speculations
-        self._draft_head_choice, self._exit_choices = draft_head, exit_choices
+        self._drafting, self._exit_choices = Drafting.of(exit, draft_head), exit_choices
+        if self._drafting.exit is not None:
+            exit_layer = validation.exit_layer_of_exit(exit_layer, self._drafting.exit.exit_layer)
+        self.exit_layer = "auto" if exit_layer is None else exit_layer
+        self.num_speculations = num_speculations
         self._adopt(models.adapt(model) if self._watch else model)
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
@@ -106,14 +115,24 @@ class SelfSpeculativeDecoder:
         exits = [validation.exit_layer(choice, layers) for choice in exits]
         if not exits:
             raise ValueError(f"exit_choices must hold at least one layer, got {self._exit_choices!r}")
-        self.model: LayerSkipModel = model
-        self._head_state = state_of(self._draft_head_choice, model)
-        self.draft_head: EarlyExitHead = head_of(self._draft_head_choice, model)
-        self.controller = Controller(Sizes.of(model, self.draft_head), exits)
-        self._caches = CachePool(model)
+        self._bind(model)
+        exits = exits if self.model.exit_layer is None else [self.model.exit_layer]
+        self.controller = Controller(Sizes.of(self.model), exits)
 
-    def _follow(self) -> None:
-        """Adapt the model anew if it has changed since, and copy the draft head anew if its weights have.
+    def _bind(self, model: LayerSkipModel) -> None:
+        """Let this model draft as it was asked for."""
+        self._without_exit = model
+        self._bound = self._drafting.state(model)
+        self.model: LayerSkipModel = self._drafting.on(model)
+        self._caches = CachePool(self.model)
+
+    def _follow(self) -> CachePool:
+        """Adapt the model anew if it has changed since, and what drafts if the weights that it copies have.
+
+        Returns
+        -------
+        CachePool
+            The caches of the model as it is now, and this model.
 
         Raises
         ------
@@ -125,9 +144,14 @@ class SelfSpeculativeDecoder:
             if changed is not None:
                 self._adopt(models.adapt(changed))
                 self._watch = ModelWatch(changed)
-            elif state_of(self._draft_head_choice, self.model) != self._head_state:
-                self._head_state = state_of(self._draft_head_choice, self.model)
-                self.draft_head = head_of(self._draft_head_choice, self.model)
+            elif self._drafting.state(self._without_exit) != self._bound:
+                self._bind(self._without_exit)
+            return self._caches
+
+    @property
+    def draft_head(self) -> EarlyExitHead:
+        """What chooses the drafts."""
+        return self.model.draft_head
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -140,19 +164,20 @@ class SelfSpeculativeDecoder:
         cls,
         name_or_dir: str | Path,
         *,
-        exit_layer: int | str = "auto",
-        num_speculations: int | str = 4,
-        max_seq_len: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        draft_head: str | DraftHead = "full",
-        exit_choices: Sequence[int] | None = None,
-        draft_threshold: float = 0.0,
-        draft_source: str | DraftSource = EXIT,
+        **options: Any,
     ) -> SelfSpeculativeDecoder:
-        """Load a model by directory or hub name; its tokenizer becomes ``decoder.tokenizer``."""
+        """Load a model by directory or hub name; its tokenizer becomes ``decoder.tokenizer``.
+
+        Parameters
+        ----------
+        name_or_dir : str or Path
+        dtype : torch.dtype
+        **options
+            As the class takes them: ``exit_layer``, ``exit``, …
+        """
         model, tokenizer = models.load(name_or_dir, dtype=dtype)
-        shared = (max_seq_len, draft_head, exit_choices, draft_threshold, draft_source)
-        decoder = cls(model, exit_layer, num_speculations, *shared)
+        decoder = cls(model, **options)
         decoder.tokenizer = tokenizer
         return decoder
 
@@ -164,7 +189,6 @@ class SelfSpeculativeDecoder:
             self.num_speculations,
             self.draft_threshold,
             self.eos_token_id,
-            self.draft_head,
             self.controller,
             self.draft_source,
         )
@@ -204,16 +228,16 @@ class SelfSpeculativeDecoder:
         MemoryError
             If the cache does not fit.
         """
-        self._follow()
+        model = self._follow().model
         validation.at_least_one("max_batch", max_batch)
         length = self.max_seq_len
         if max_seq_len is not None:
             length = validation.integer_in("max_seq_len", max_seq_len, 1, self.max_seq_len)
         most = self._max_speculations(num_speculations)
         with torch.inference_mode(False):
-            cache = self.model.decoder.new_cache(max_batch, length + most + 1)
-        graphs, bounds = graph.for_device(self.model.device), (prompt_tokens_per_step, max_waiting)
-        return Session(self.model, cache, self.defaults, length, most, generator, self.clock, graphs, *bounds)
+            cache = model.decoder.new_cache(max_batch, length + most + 1)
+        graphs, bounds = graph.for_device(model.device), (prompt_tokens_per_step, max_waiting)
+        return Session(model, cache, self.defaults, length, most, generator, self.clock, graphs, *bounds)
 
     def generate(
         self,
@@ -280,7 +304,7 @@ class SelfSpeculativeDecoder:
         FloatingPointError
             If logits are not finite; it names the layer and the position.
         """
-        self._follow()
+        caches = self._follow()
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         prompts = prompts_of(input_ids, attention_mask, tokenizer)
         batch = len(prompts)
@@ -292,8 +316,8 @@ class SelfSpeculativeDecoder:
             rules = stop_rules(tokenizer, stop_strings, prompts, rules)
         processors = validation.one_each("logits_processor", logits_processor, batch)
         total, most = self._longest(prompts, max_new_tokens), self._max_speculations(num_speculations, draft_source)
-        with self._caches.borrow(batch, total + most + 1) as lent:
-            session = Session(self.model, lent.cache, self.defaults, total, most, generator, self.clock, lent.graphs)
+        with caches.borrow(batch, total + most + 1) as lent:
+            session = Session(caches.model, lent.cache, self.defaults, total, most, generator, self.clock, lent.graphs)
             each = zip(prompts, params_of_each(sampling, batch), processors, rules, strict=True)
             requests = [
                 session.add(

@@ -74,11 +74,15 @@ class DraftHead:
 
     def of(self, model: LayerSkipModel) -> EarlyExitHead:
         """The rows of ``model``'s head for these tokens, in int8 with one scale a row."""
+        return model.head.quantize(self.rows(model))
+
+    def rows(self, model: LayerSkipModel) -> Tensor:
+        """The rows of a model's head that it takes, on the model's device; ValueError for another vocabulary."""
         if model.vocab_size != self.vocab_size:
             raise ValueError(
                 f"the draft head is for a vocabulary of {self.vocab_size}, the model has {model.vocab_size}"
             )
-        return model.head.quantize(self.token_ids.to(model.device))
+        return self.token_ids.to(model.device)
 
     def save(self, path: str | Path) -> Path:
         """Write a file, or ``draft_head.safetensors`` in a directory; whole or not at all."""
@@ -121,22 +125,3 @@ class DraftHead:
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path / FILE_NAME if path.is_dir() else path
-
-
-def head_of(draft_head: str | DraftHead, model: LayerSkipModel) -> EarlyExitHead:
-    """The head that chooses a model's drafts: "full", "int8", or of a `DraftHead`."""
-    if isinstance(draft_head, DraftHead):
-        return draft_head.of(model)
-    if draft_head == "int8":
-        return model.head.quantize()
-    if draft_head == "full":
-        return model.head
-    raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
-
-
-def state_of(draft_head: str | DraftHead, model: LayerSkipModel) -> tuple[int, int] | None:
-    """What a copy that `head_of` makes is a copy of: it changes with the weights, also in place. None for no copy."""
-    weight = model.head.head_weight
-    if draft_head == "full":
-        return None
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version  # inference tensors do not count it

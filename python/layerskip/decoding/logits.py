@@ -168,7 +168,6 @@ class LogitsRound:
     ----------
     model : LayerSkipModel
     cache : SharedKVCache
-    draft_head : EarlyExitHead
     pipeline : LogitsPipeline
     histories : sequence of History
         One for each sequence, up to and including its last token; none where ``pipeline`` needs no history.
@@ -178,11 +177,10 @@ class LogitsRound:
         self,
         model: LayerSkipModel,
         cache: SharedKVCache,
-        draft_head: EarlyExitHead,
         pipeline: LogitsPipeline,
         histories: Sequence[History],
     ) -> None:
-        self._model, self._cache, self._draft_head = model, cache, draft_head
+        self._model, self._cache = model, cache
         self._pipeline, self._histories = pipeline, histories
 
     @property
@@ -212,14 +210,14 @@ class LogitsRound:
         )
         return self.accept(drafted, hidden, sequences)
 
-    def verify(self, sequences: SequenceTensors) -> Tensor:
+    def verify(self, sequences: SequenceTensors, blocks: bool = False) -> Tensor:
         """As `FusedRound.verify`."""
-        drafted = self.look_up(sequences)
+        drafted = self.look_up(sequences, blocks=blocks)
         return self.accept(drafted, drafted.states, sequences)
 
-    def look_up(self, sequences: SequenceTensors, end: int | None = None) -> Drafted:
+    def look_up(self, sequences: SequenceTensors, end: int | None = None, blocks: bool = True) -> Drafted:
         """As `FusedRound.look_up`."""
-        drafted = looked_up_states(self._model, self._cache, sequences, end)
+        drafted = looked_up_states(self._model, self._cache, sequences, end, blocks)
         for index in range(drafted.tokens.shape[1]):
             for number, history in enumerate(self._histories):
                 history.put_draft(index, drafted.tokens[number, index])
@@ -254,14 +252,14 @@ class LogitsRound:
 
         def forward(token: Tensor, index: int) -> Tensor:
             states[:, index] = self._forward(token.clamp_min(0), sequences, index, exit_layer)
-            return states[:, index]
+            return self._blocks(states[:, index], sequences, index)
 
         def choose(hidden: Tensor, index: int) -> Tensor | None:
             nonlocal goes_on
             # On a GPU a look at goes_on would be a synchronisation, so there all drafts are made.
             if not (index == 0 or hidden.is_cuda or bool(goes_on.any())):
                 return None
-            scores = logits[:, index] = self._process(self._logits(hidden, self._draft_head), index)
+            scores = logits[:, index] = self._process(self._logits(hidden, model.draft_head), index)
             token = self._choose(scores, sequences.seed ^ _DRAFT_SEED, sequences.seq_lens + index)
             goes_on = goes_on & scores.ne(-math.inf).any(-1)  # a reduced head may score no token that is allowed
             token = torch.where(goes_on, token, NOT_DRAFTED)
@@ -292,6 +290,14 @@ class LogitsRound:
         """The states [B, D] after layers [0, exit_layer) of tokens [B], ``offset`` positions after the last ones."""
         hidden, lengths = self._model.embed(token[:, None]), sequences.seq_lens + offset
         return self._model.decoder.forward(hidden, self._cache, 0, exit_layer, lengths, sequences.slots)[:, 0]
+
+    def _blocks(self, hidden: Tensor, sequences: SequenceTensors, offset: int) -> Tensor:
+        """The states [B, D] after the exit's blocks."""
+        decoder, lengths = self._model.decoder, sequences.seq_lens + offset
+        if not decoder.num_blocks:
+            return hidden
+        layers = decoder.num_layers, decoder.num_layers + decoder.num_blocks
+        return decoder.forward(hidden[:, None], self._cache, *layers, lengths, sequences.slots)[:, 0]
 
     def _logits(self, hidden: Tensor, head: EarlyExitHead | None = None) -> Tensor:
         """Raw logits [..., V] of states [..., D]; -inf for tokens that a reduced draft head leaves out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Reading:
     ----------
     prompt : Tensor [1, N], int64
     depth : int
-        It is read with layers [0, depth).
+        It is read with layers [0, depth), of which those from L on are the exit's blocks.
     slot : int
         The row of the cache.
     done : int
@@ -76,6 +77,11 @@ class PromptReader:
         """Whether the fused layers read prompts."""
         return explain("partial_forward", self._model.embedding).backend == "cpu"
 
+    def _depth(self, reading: Reading) -> dict[str, Any]:
+        """Which layers read a prompt, as `LayerSkipModel.read` takes it."""
+        layers = self._model.num_layers
+        return {"end": min(reading.depth, layers), "blocks": reading.depth > layers}
+
     def reusable(self, length: int) -> int:
         """How many of ``length`` tokens that were read as part of one prompt can stand for those of another."""
         return length if self.fused else length // TORCH_ROWS * TORCH_ROWS
@@ -100,7 +106,7 @@ class PromptReader:
         tokens = torch.cat([reading.prompt[:, reading.done : reading.done + rows] for reading in readings])
         places = [[reading.done for reading in readings], [reading.slot for reading in readings]]
         seq_lens, slots = torch.tensor(places, device=model.device).unbind()
-        hidden = model.decoder.forward(model.embed(tokens), self._cache, 0, readings[0].depth, seq_lens, slots)
+        hidden = model.read(tokens, self._cache, **self._depth(readings[0]), seq_lens=seq_lens, slots=slots)
         for index, reading in enumerate(readings):
             _advance(reading, rows, hidden[index : index + 1])
         return tokens.numel()
@@ -110,7 +116,7 @@ class PromptReader:
         end = (reading.done // TORCH_ROWS + 1) * TORCH_ROWS
         tokens = reading.prompt[:, reading.done : end]
         row.seq_lens.fill_(reading.done)
-        hidden = model.decoder.prefill(model.embed(tokens), row, 0, reading.depth)
+        hidden = model.prefill(tokens, row, **self._depth(reading))
         _advance(reading, tokens.shape[1], hidden)
         return tokens.numel()
 

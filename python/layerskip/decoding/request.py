@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..models import EarlyExitHead
+from ..models import LayerSkipModel
 from . import validation
 from .controller import AcceptanceRates, Controller
 from .logits import LogitsProcessor
@@ -45,9 +45,12 @@ class Method:
         source = self.draft_source if isinstance(self.draft_source, DraftSource) else NgramSource()
         return Lookup(source.new(), prompt, vocab_size)
 
-    def depth(self, num_layers: int) -> int:
-        """The number of layers that emitted tokens come from."""
-        return self.exit_layer if self.strategy == "early_exit" and self.exit_layer is not None else num_layers
+    def depth(self, model: LayerSkipModel) -> int:
+        """Prompts are read with layers [0, depth): those that emitted tokens come from, and the exit's blocks."""
+        if self.strategy == "early_exit" and self.exit_layer is not None:
+            return self.exit_layer
+        drafts = self.strategy == "self_speculative" and self.exits
+        return model.num_layers + (model.decoder.num_blocks if drafts else 0)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,6 @@ class Defaults:
     draft_threshold : float
     eos_token_id : int, sequence of int or None
         What ends a sequence.
-    draft_head : EarlyExitHead
-        What chooses the drafts of all requests.
     controller : Controller
         What picks in the place of "auto".
     draft_source : str or DraftSource
@@ -72,7 +73,6 @@ class Defaults:
     num_speculations: int | str
     draft_threshold: float
     eos_token_id: int | Sequence[int] | None
-    draft_head: EarlyExitHead
     controller: Controller
     draft_source: str | DraftSource = EXIT
 
@@ -83,7 +83,7 @@ class Defaults:
         num_speculations: int | str | None,
         draft_threshold: float | None,
         draft_source: str | DraftSource | None,
-        num_layers: int,
+        model: LayerSkipModel,
         max_speculations: int,
     ) -> Method:
         """What a request asks for, checked, with these defaults in the place of None."""
@@ -92,13 +92,15 @@ class Defaults:
         draft_threshold = self.draft_threshold if draft_threshold is None else draft_threshold
         method = Method(
             validation.strategy(strategy),
-            validation.exit_layer_or_auto(exit_layer, num_layers),
+            validation.exit_layer_or_auto(exit_layer, model.num_layers),
             validation.num_speculations_or_auto(num_speculations, max_speculations),
             validation.real("draft_threshold", draft_threshold, 0.0, 1.0),
             source_of(self.draft_source if draft_source is None else draft_source),
         )
         if strategy == "early_exit" and method.exit_layer is None:
             raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {exit_layer!r}")
+        if strategy == "self_speculative" and method.exits and model.exit_layer is not None:
+            validation.exit_layer_of_exit(method.exit_layer, model.exit_layer)
         return method if strategy == "self_speculative" and method.exits else replace(method, draft_threshold=0.0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerskip_kernels import Noise, accept_greedy, accept_sampled
 
-from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
+from ..models import LayerSkipModel, SharedKVCache
 
 NOT_DRAFTED = -2
 
@@ -151,12 +151,10 @@ class FusedRound:
     model : LayerSkipModel
     cache : SharedKVCache
         With room for K + 1 more positions of every sequence.
-    draft_head : EarlyExitHead
-        May be approximate, since verification corrects it.
     """
 
-    def __init__(self, model: LayerSkipModel, cache: SharedKVCache, draft_head: EarlyExitHead) -> None:
-        self._model, self._cache, self._draft_head = model, cache, draft_head
+    def __init__(self, model: LayerSkipModel, cache: SharedKVCache) -> None:
+        self._model, self._cache = model, cache
 
     @property
     def failures(self) -> dict[int, Exception]:
@@ -185,24 +183,22 @@ class FusedRound:
         -------
         Tensor [B, 2], int64
         """
-        token = self._model.draft(
+        token = self._model.decode(
             sequences.token,
             self._cache,
             exit_layer,
-            1,
-            extend=False,
             seq_lens=sequences.seq_lens,
             slots=sequences.slots,
             noise=sequences.noise,
-        ).tokens  # [B, 1]
-        sequences.token.copy_(token[:, 0])
+        )
+        sequences.token.copy_(token)
         sequences.seq_lens.add_(1)
-        return torch.cat([torch.zeros_like(token), token], 1)
+        return torch.stack([torch.zeros_like(token), token], 1)
 
     def speculate(
         self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
     ) -> Tensor:
-        """Draft with layers [0, E), verify with layers [E, L), accept (Elhoushi et al. 2024, section 4.3).
+        """Draft with layers [0, E) and blocks, verify with layers [E, L), accept (Elhoushi et al. 2024, section 4.3).
 
         Drafting and verification share the weights, the cache and the states after layer E, so nothing that a draft
         computed is computed again.
@@ -225,7 +221,6 @@ class FusedRound:
             self._cache,
             exit_layer,
             num_speculations,
-            draft_head=self._draft_head,
             draft_threshold=draft_threshold,
             seq_lens=sequences.seq_lens,
             slots=sequences.slots,
@@ -235,7 +230,7 @@ class FusedRound:
         drafts = _made(done.tokens, done.probability, draft_threshold)
         return torch.cat([done.accepted[:, None], done.next_token[:, None], drafts], 1)
 
-    def verify(self, sequences: SequenceTensors) -> Tensor:
+    def verify(self, sequences: SequenceTensors, blocks: bool = False) -> Tensor:
         """Verify what was looked up, through all layers in one pass, and accept.
 
         A looked-up draft is drawn from a distribution of one token. So where tokens are drawn, it is accepted with the
@@ -245,22 +240,25 @@ class FusedRound:
         ----------
         sequences : SequenceTensors
             With `LookedUp` drafts. Advanced to the last token of what was accepted.
+        blocks : bool
+            Whether an exit may draft in later rounds, see `LayerSkipModel.read`.
 
         Returns
         -------
         Tensor [B, 2 + K], int64
         """
         assert sequences.looked_up is not None
-        if sequences.temperature is None and sequences.looked_up.tokens.shape[1] == 0:
+        blocks = blocks and self._model.decoder.num_blocks > 0
+        if not blocks and sequences.temperature is None and sequences.looked_up.tokens.shape[1] == 0:
             return self.advance(sequences, self._model.num_layers)
-        drafted = self.look_up(sequences)
+        drafted = self.look_up(sequences, blocks=blocks)
         return self.accept(drafted, drafted.states, sequences)
 
     def draft(
         self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
     ) -> Drafted:
         """The first half of `speculate`: drafts, and states after layer E."""
-        head, logits = self._draft_head, None
+        head, logits = self._model.draft_head, None
         if sequences.noise is not None:
             size = (sequences.token.shape[0], num_speculations, head.num_rows)
             logits = torch.empty(size, dtype=torch.float32, device=sequences.token.device)
@@ -269,7 +267,6 @@ class FusedRound:
             self._cache,
             exit_layer,
             num_speculations,
-            head=head,
             draft_threshold=draft_threshold,
             seq_lens=sequences.seq_lens,
             slots=sequences.slots,
@@ -278,9 +275,9 @@ class FusedRound:
         )
         return Drafted(_made(made.tokens, made.probability, draft_threshold), made.states, logits, head.token_map)
 
-    def look_up(self, sequences: SequenceTensors, end: int | None = None) -> Drafted:
+    def look_up(self, sequences: SequenceTensors, end: int | None = None, blocks: bool = True) -> Drafted:
         """The looked-up drafts, and their states after layers [0, end)."""
-        return looked_up_states(self._model, self._cache, sequences, end)
+        return looked_up_states(self._model, self._cache, sequences, end, blocks)
 
     def accept(self, drafted: Drafted, hidden: Tensor, sequences: SequenceTensors) -> Tensor:
         """Accept drafts by the states ``hidden`` [B, K + 1, D] after the last layer; the result is a round's."""
@@ -307,11 +304,11 @@ def _made(tokens: Tensor, probability: Tensor, draft_threshold: float) -> Tensor
 
 
 def looked_up_states(
-    model: LayerSkipModel, cache: SharedKVCache, sequences: SequenceTensors, end: int | None
+    model: LayerSkipModel, cache: SharedKVCache, sequences: SequenceTensors, end: int | None, blocks: bool
 ) -> Drafted:
     """The looked-up drafts of some sequences, and their states after layers [0, end), or all layers."""
     assert sequences.looked_up is not None
     tokens, token_map = sequences.looked_up
     rows = torch.cat([sequences.token[:, None], tokens.clamp_min(0)], 1)
-    states = model.verify(rows, cache, end=end, seq_lens=sequences.seq_lens, slots=sequences.slots)
+    states = model.read(rows, cache, end, blocks=blocks, seq_lens=sequences.seq_lens, slots=sequences.slots)
     return Drafted(tokens, states, sequences.looked_up.logits, token_map)

@@ -156,7 +156,7 @@ class Session:
         """
         model, defaults = self._model, self._defaults
         given = (strategy, exit_layer, num_speculations, draft_threshold, draft_source)
-        method = defaults.method(*given, model.num_layers, self.max_speculations)
+        method = defaults.method(*given, model, self.max_speculations)
         ids = validation.prompt(prompt, model.vocab_size, model.device)
         if continue_from is not None:
             ids = torch.cat([self._kept(continue_from).sequence.all_tokens, ids], 1)
@@ -172,7 +172,7 @@ class Session:
             params,
             self._seed(params),
             TokenSequence(ids, ending, self._clock),
-            Reading(ids, method.depth(model.num_layers)),
+            Reading(ids, method.depth(model)),
             logits_processor,
             defaults.controller.new_acceptance(),
             method.exit_layer or 0,
@@ -309,7 +309,7 @@ class Session:
         self._line.leave(request)
         self._running[request.id] = request
         self._batches = None
-        fault = request.fault(token, "the head", request.reading.depth, position)
+        fault = request.fault(token, "the head", self._last_layer(request), position)
         self._emit(request, lambda: request.sequence.add([], token, 0, fault), failures.get(0))
 
     @torch.inference_mode()
@@ -317,7 +317,7 @@ class Session:
         """The token that follows a request's prompt, and what its logits processor raised."""
         state = request.reading.state
         assert state is not None
-        round_ = round_of(self._model, self._cache, self._defaults.draft_head, [request])
+        round_ = round_of(self._model, self._cache, [request])
         temperature, device = request.sampling.temperature, self._model.device
         sequences = SequenceTensors.of([0], [position], [request.slot], [request.seed], [temperature], device)
         return int(round_.first(state, sequences)), round_.failures
@@ -330,9 +330,9 @@ class Session:
             for request in sorted(self._running.values(), key=lambda one: not one.kind().exit_layer):
                 kind = request.kind()
                 kinds.setdefault(kind if kind.exit_layer else _shared_kind(kind, kinds), []).append(request)
-            shared = (self._model, self._cache, self._defaults.draft_head)
             self._batches = [
-                Batch(*shared, kind, requests, self._graphs, self._slots.free) for kind, requests in kinds.items()
+                Batch(self._model, self._cache, kind, requests, self._graphs, self._slots.free)
+                for kind, requests in kinds.items()
             ]
         return self._batches
 
@@ -386,7 +386,7 @@ class Session:
         """Emit what a round gave a request."""
         accepted, token, *drafts = result
         last = request.sequence.position + accepted
-        fault = request.fault(token, "the head", request.reading.depth, last)
+        fault = request.fault(token, "the head", self._last_layer(request), last)
         # The draft after the accepted ones was made from tokens that hold; those after it were not, so they may be -1.
         for draft in drafts[accepted : accepted + 1]:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
@@ -403,6 +403,10 @@ class Session:
             request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted)
         if request.lookup is not None:
             request.acceptance.observe_proposal(request.lookup.offer.kind, request.lookup.proposal, emitted)
+
+    def _last_layer(self, request: Request) -> int:
+        """The layer that a request's tokens come from: what was read after it are blocks, which only draft."""
+        return min(request.reading.depth, self._model.num_layers)
 
     def _emit(self, request: Request, emit: Callable[[], None], failure: Exception | None = None) -> None:
         """Let tokens be added to a request's sequence; end the request where they or an exception end it."""

@@ -47,6 +47,13 @@ def exit_layer(value: Any, num_layers: int) -> int:
     return int(value)
 
 
+def exit_layer_of_exit(value: Any, exit_layer: int) -> int:
+    """The layer after which an exit drafts: its own, which may be given, as a number or "auto"."""
+    if value not in (None, "auto", exit_layer):
+        raise ValueError(f"exit_layer is {value!r}, but the exit that is given is after {exit_layer} layers")
+    return exit_layer
+
+
 def at_least_one(name: str, value: Any) -> int:
     """A count, such as of speculations or new tokens."""
     if _integer(name, value) < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,14 +26,14 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)")
 
 
 class BoundExit(NamedTuple):
-    """An exit in the dtype and on the device of a model, as drafting takes it.
+    """What drafts, in the dtype and on the device of a model: ``head`` has its norm, ``blocks`` run before it.
 
-    ``head`` has the exit's norm, ``blocks`` run after layer ``exit_layer`` - 1.
+    ``exit_layer`` is the layer after which they do; None for a head alone, which may follow any layer.
     """
 
-    exit_layer: int
+    exit_layer: int | None
     head: EarlyExitHead
-    blocks: tuple[LayerWeights, ...]
+    blocks: tuple[LayerWeights, ...] = ()
 
 
 class Exit:
@@ -112,9 +112,7 @@ class Exit:
         def cast(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device=like.device, dtype=like.dtype)
 
-        blocks = tuple(
-            LayerWeights(*(None if weight is None else cast(weight) for weight in block)) for block in self.blocks
-        )
+        blocks = tuple(LayerWeights(**{name: cast(weight) for name, weight in _given(block)}) for block in self.blocks)
         low_rank = None
         if self.head_down is not None and self.head_up is not None:
             low_rank = self.head_down.detach().to(like.device), self.head_up.detach().to(like.device)
@@ -134,11 +132,10 @@ class Exit:
                 raise ValueError(f"the exit is for a model of {mine} {what}, this one has {theirs}")
         for number, block in enumerate(self.blocks):
             for name, weight, other in zip(LayerWeights._fields, block, first, strict=True):
-                mine, theirs = (None if one is None else list(one.shape) for one in (weight, other))
-                if mine != theirs:
+                own, expected = ("none" if one is None else list(one.shape) for one in (weight, other))
+                if own != expected:
                     raise ValueError(
-                        f"block {number} of the exit has {name} {mine or 'absent'}, "
-                        f"the model's layers have {theirs or 'none'}"
+                        f"block {number} of the exit: {name} has shape {own}, that of the model's layers {expected}"
                     )
 
     def save(self, path: str | Path) -> Path:
@@ -147,7 +144,7 @@ class Exit:
         tensors = {"norm_weight": self.norm_weight, "token_ids": self.token_ids}
         tensors |= {"head_down": self.head_down, "head_up": self.head_up}
         for number, block in enumerate(self.blocks):
-            tensors |= {f"blocks.{number}.{name}": weight for name, weight in block._asdict().items()}
+            tensors |= {f"blocks.{number}.{name}": weight for name, weight in _given(block)}
         metadata = {"format": FORMAT, "exit_layer": self.exit_layer, "num_blocks": self.num_blocks}
         metadata |= {"num_layers": self.num_layers, "vocab_size": self.vocab_size}
         data = need("safetensors.torch", "saving an exit").save(
@@ -179,6 +176,11 @@ class Exit:
             raise ValueError(f"{path} is not an exit: it has no {error}") from error
         except (safetensors.SafetensorError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is not an exit: {error}") from error
+
+
+def _given(block: LayerWeights) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a block has, by name."""
+    return ((name, weight) for name, weight in block._asdict().items() if weight is not None)
 
 
 def _file(path: str | Path) -> Path:

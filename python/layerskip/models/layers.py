@@ -38,6 +38,8 @@ class PartialDepthDecoder(nn.Module):
         Frequencies of the rotary embedding; twice their number is the head size C.
     attention_scaling : float
         Factor of cos and sin.
+    blocks : sequence of LayerWeights
+        Of an exit: they count as the layers from L on, and only who asks for these runs them.
 
     Raises
     ------
@@ -52,18 +54,21 @@ class PartialDepthDecoder(nn.Module):
         eps: float,
         inv_freq: Tensor,
         attention_scaling: float = 1.0,
+        blocks: Sequence[LayerWeights] = (),
     ) -> None:
         super().__init__()
         if not layers:
             raise ValueError("a decoder needs at least one layer")
         if inv_freq.dtype != torch.float32 or inv_freq.dim() != 1:
             raise ValueError(f"inv_freq must be an fp32 vector, got {inv_freq.dtype} {list(inv_freq.shape)}")
-        self.num_layers, self.num_kv_heads, self.eps = len(layers), num_kv_heads, float(eps)
+        self.num_layers, self.num_blocks = len(layers), len(blocks)
+        self.num_kv_heads, self.eps = num_kv_heads, float(eps)
         self.head_dim = 2 * inv_freq.numel()
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
             raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
         self.hidden_size = layers[0].attn_norm.numel()
         self.num_heads = layers[0].q.shape[0] // self.head_dim
+        layers = [*layers, *blocks]
         _check_layers(layers, self.hidden_size, num_kv_heads, self.head_dim)
         self.layers = nn.ModuleList(_parameters(layer) for layer in layers)
         # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
@@ -83,17 +88,21 @@ class PartialDepthDecoder(nn.Module):
         """Device of the weights."""
         return self._weights[0].device
 
+    def with_blocks(self, blocks: Sequence[LayerWeights]) -> PartialDepthDecoder:
+        """A decoder of the same layers, on the same storage, with the blocks of an exit."""
+        layers = self._by_layer[: self.num_layers]
+        return PartialDepthDecoder(layers, self.num_kv_heads, self.eps, self._inv_freq, self._attention_scaling, blocks)
+
     def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
-        """An empty cache for this decoder; the tables of the rotary embedding grow to ``capacity``.
+        """An empty cache for layers and blocks; the tables of the rotary embedding grow to ``capacity``.
 
         Parameters
         ----------
         batch_size, capacity : int
             B and T.
         """
-        cache = SharedKVCache(
-            self.num_layers, batch_size, self.num_kv_heads, capacity, self.head_dim, self.dtype, self.device
-        )
+        layers = self.num_layers + self.num_blocks
+        cache = SharedKVCache(layers, batch_size, self.num_kv_heads, capacity, self.head_dim, self.dtype, self.device)
         with _growing:
             held = self._tables[0]
             if held.shape[0] < capacity or held.device != self.device:
@@ -112,6 +121,11 @@ class PartialDepthDecoder(nn.Module):
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
         """The weights of layers [start, end) as `layerskip_kernels.partial_forward` takes them."""
         return self._weights[start * self._per_layer : end * self._per_layer]
+
+    @property
+    def block_weights(self) -> list[Tensor]:
+        """Those of the blocks."""
+        return self.layer_weights(self.num_layers, self.num_layers + self.num_blocks)
 
     def forward(
         self,
@@ -133,7 +147,7 @@ class PartialDepthDecoder(nn.Module):
         cache : SharedKVCache
             Of `new_cache`.
         start, end : int
-            By default all layers.
+            By default all layers; from L on they are blocks.
         seq_lens : Tensor [B], int64, optional
             By default the cache's.
         slots : Tensor [B], int64, optional
@@ -213,8 +227,9 @@ class PartialDepthDecoder(nn.Module):
     def _check(self, hidden: Tensor, cache: SharedKVCache, start: int, end: int) -> None:
         """Check what the op cannot. It runs for every drafted token, so it is short."""
         reject_gradient(hidden)
-        if not 0 <= start <= end <= self.num_layers:
-            raise ValueError(f"layers [{start}, {end}) are not within the decoder's {self.num_layers}")
+        if not 0 <= start <= end <= len(self._by_layer):
+            blocks = f" and {self.num_blocks} blocks" if self.num_blocks else ""
+            raise ValueError(f"layers [{start}, {end}) are not within the decoder's {self.num_layers}{blocks}")
         if hidden.dim() != 3 or hidden.shape[2] != self.hidden_size:
             raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [*, *, {self.hidden_size}]")
         if hidden.dtype != self.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from layerskip_kernels import Draft, Noise, Round, draft, speculative_round
 
 from .cache import SharedKVCache
+from .exit import BoundExit
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .weights import shared
@@ -28,6 +30,13 @@ class LayerSkipModel(nn.Module):
         Configuration of the model that it was made from.
     generation_config : object, optional
         Generation configuration of that model: among others, which tokens end a sequence.
+    exit : BoundExit, optional
+        What drafts after an early layer; by default ``head``.
+
+    Attributes
+    ----------
+    exit_layer : int or None
+        E of ``exit``; None where drafts may be made after any layer.
     """
 
     def __init__(
@@ -37,11 +46,14 @@ class LayerSkipModel(nn.Module):
         head: EarlyExitHead,
         config: Any,
         generation_config: Any = None,
+        exit: BoundExit | None = None,
     ) -> None:
         super().__init__()
+        exit = BoundExit(None, head) if exit is None else exit
         self.embedding = shared(embedding)
-        self.decoder = decoder
-        self.head = head
+        self.decoder = decoder.with_blocks(exit.blocks) if exit.blocks else decoder
+        self.head, self.exit_layer = head, exit.exit_layer
+        self._own_draft_head = None if exit.head is head else exit.head  # else it were in the state dict twice
         self.config = config
         self.generation_config = generation_config
 
@@ -49,6 +61,17 @@ class LayerSkipModel(nn.Module):
     def num_layers(self) -> int:
         """L."""
         return self.decoder.num_layers
+
+    @property
+    def draft_head(self) -> EarlyExitHead:
+        """What chooses the drafts: it may be approximate, since ``head`` verifies them."""
+        return self.head if self._own_draft_head is None else self._own_draft_head
+
+    def with_exit(self, exit: BoundExit) -> LayerSkipModel:
+        """A model with the same weights, on the same storage, that drafts with an exit."""
+        if self.decoder.num_blocks:
+            raise ValueError("the model has an exit with blocks already; give the exit to the model without it")
+        return LayerSkipModel(self.embedding, self.decoder, self.head, self.config, self.generation_config, exit)
 
     @property
     def vocab_size(self) -> int:
@@ -80,6 +103,102 @@ class LayerSkipModel(nn.Module):
         with torch.no_grad():
             return F.embedding(token_ids, self.embedding)
 
+    def read(
+        self,
+        tokens: Tensor,
+        cache: SharedKVCache,
+        end: int | None = None,
+        *,
+        blocks: bool = False,
+        seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Run tokens that are known through layers [0, end), fused: of a prompt, or drafts that were looked up.
+
+        Parameters
+        ----------
+        tokens : Tensor [B, M], int64
+            Row m of sequence b is at position ``seq_lens[b] + m``. Lengths are not advanced.
+        cache : SharedKVCache
+        end : int, optional
+            By default all layers.
+        blocks : bool
+            Whether the exit is to draft later: then its blocks, if it has any, must have read all tokens.
+        seq_lens, slots : Tensor [B], int64, optional
+            As in `PartialDepthDecoder.forward`.
+
+        Returns
+        -------
+        Tensor [B, M, D]
+            The states after these layers, bit for bit those that the tokens would have one by one. Blocks do not change
+            them.
+        """
+        run = self.decoder.forward
+        return self._read(tokens, end, blocks, lambda state, *layers: run(state, cache, *layers, seq_lens, slots))
+
+    def prefill(self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, blocks: bool = False) -> Tensor:
+        """As `read`, with torch's matmuls, see `PartialDepthDecoder.prefill`; at the lengths of the cache."""
+        run = self.decoder.prefill
+        return self._read(tokens, end, blocks, lambda state, *layers: run(state, cache, *layers))
+
+    def _read(self, tokens: Tensor, end: int | None, blocks: bool, run: Callable[..., Tensor]) -> Tensor:
+        decoder, exit_layer = self.decoder, self.exit_layer
+        hidden, end = self.embed(tokens), decoder.num_layers if end is None else end
+        if not (blocks and decoder.num_blocks):
+            return run(hidden, 0, end)
+        assert exit_layer is not None  # a model with blocks has one
+        hidden = run(hidden, 0, exit_layer)
+        run(hidden, decoder.num_layers, decoder.num_layers + decoder.num_blocks)
+        return run(hidden, exit_layer, end) if end > exit_layer else hidden
+
+    def decode(
+        self,
+        token: Tensor,
+        cache: SharedKVCache,
+        depth: int,
+        *,
+        seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """The next token by layers [0, depth) and the model's own head, as one fused call. Lengths are not advanced.
+
+        Parameters
+        ----------
+        token : Tensor [B], int64
+            The last tokens, at positions ``seq_lens``.
+        cache : SharedKVCache
+        depth : int
+            All layers, or fewer for an early exit that nothing verifies.
+        seq_lens, slots : Tensor [B], int64, optional
+            As in `PartialDepthDecoder.forward`.
+        noise : layerskip_kernels.Noise, optional
+            Draws the tokens, as `layerskip_kernels.draft` does; by default they are the arg-max.
+
+        Returns
+        -------
+        Tensor [B], int64
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `draft`.
+        """
+        self._check_depth(depth)
+        with torch.no_grad():
+            return draft(
+                token,
+                self.embedding,
+                self.decoder.layer_weights(0, depth),
+                self.decoder.kv_cache(cache, seq_lens, slots),
+                depth,
+                self.head.weights,
+                1,
+                extend=False,
+                eps=self.decoder.eps,
+                noise=noise,
+            ).tokens[:, 0]
+
     def draft(
         self,
         token: Tensor,
@@ -87,15 +206,15 @@ class LayerSkipModel(nn.Module):
         exit_layer: int,
         num_speculations: int,
         *,
-        head: EarlyExitHead | None = None,
-        extend: bool = True,
         draft_threshold: float = 0.0,
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
         noise: Noise | None = None,
         logits: Tensor | None = None,
     ) -> Draft:
-        """Decode some tokens with layers [0, exit_layer) and a head, as one fused call. Lengths are not advanced.
+        """Draft tokens with layers [0, exit_layer), blocks and draft head, as one fused call. Lengths are not advanced.
+
+        The last draft, too, goes through layers and blocks, as verification and the next draft need it.
 
         Parameters
         ----------
@@ -103,77 +222,44 @@ class LayerSkipModel(nn.Module):
             The last tokens, at positions ``seq_lens``.
         cache : SharedKVCache
         exit_layer : int
-            E; all layers, to decode with the whole model.
+            E.
         num_speculations : int
-            K, the number of tokens to decode.
-        head : EarlyExitHead, optional
-            What chooses the tokens; by default the model's own head.
-        extend : bool
-            Whether the last token, too, goes through the layers, as verification needs it.
+            K, the number of tokens to draft.
         draft_threshold : float
             As in `layerskip_kernels.draft`.
-        seq_lens, slots : Tensor [B], int64, optional
-            As in `PartialDepthDecoder.forward`.
-        noise : layerskip_kernels.Noise, optional
-            Draws the tokens, as `layerskip_kernels.draft` does; by default they are the arg-max.
+        seq_lens, slots, noise
+            As in `decode`.
         logits : Tensor [B, K, V_draft], fp32, optional
-            The raw logits are written to it.
+            The draft head's raw logits are written to it.
 
         Returns
         -------
         Draft
-            Tokens [B, K], states [B, K + extend, D], and the tokens' probabilities [B, K].
+            Tokens [B, K], states after layer E [B, K + 1, D], and the tokens' probabilities [B, K].
 
         Raises
         ------
         ValueError, TypeError
             If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
-        head = self.head if head is None else head
-        self._check_exit(exit_layer, head)
+        self._check_exit(exit_layer)
+        decoder = self.decoder
         with torch.no_grad():
             return draft(
                 token,
                 self.embedding,
-                self.decoder.layer_weights(0, exit_layer),
-                self.decoder.kv_cache(cache, seq_lens, slots),
+                [*decoder.layer_weights(0, exit_layer), *decoder.block_weights],
+                decoder.kv_cache(cache, seq_lens, slots),
                 exit_layer,
-                head.weights,
+                self.draft_head.weights,
                 num_speculations,
-                extend=extend,
-                eps=head.eps,
+                extend=True,
+                eps=decoder.eps,
                 draft_threshold=draft_threshold,
                 noise=noise,
                 logits=logits,
+                num_blocks=decoder.num_blocks,
             )
-
-    def verify(
-        self,
-        tokens: Tensor,
-        cache: SharedKVCache,
-        *,
-        end: int | None = None,
-        seq_lens: Tensor | None = None,
-        slots: Tensor | None = None,
-    ) -> Tensor:
-        """Run the last tokens and drafts that were looked up through the layers, from layer 0. Lengths stay.
-
-        Parameters
-        ----------
-        tokens : Tensor [B, K + 1], int64
-            Row 0 holds the last tokens, at positions ``seq_lens``.
-        cache : SharedKVCache
-        end : int, optional
-            Only layers [0, end): for sequences that are verified together with others, whose drafts an exit makes.
-        seq_lens, slots : Tensor [B], int64, optional
-            As in `PartialDepthDecoder.forward`.
-
-        Returns
-        -------
-        Tensor [B, K + 1, D]
-            The states after these layers, bit for bit those that the tokens would have one by one.
-        """
-        return self.decoder.forward(self.embed(tokens), cache, 0, end, seq_lens, slots)
 
     def speculate(
         self,
@@ -182,13 +268,12 @@ class LayerSkipModel(nn.Module):
         exit_layer: int,
         num_speculations: int,
         *,
-        draft_head: EarlyExitHead | None = None,
         draft_threshold: float = 0.0,
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
         noise: Noise | None = None,
     ) -> Round:
-        """One round as one fused call: layers [0, E) draft, layers [E, L) verify, accepting advances the lengths.
+        """One round as one fused call: `draft`, layers [E, L) verify, accepting advances the lengths.
 
         Parameters
         ----------
@@ -200,15 +285,12 @@ class LayerSkipModel(nn.Module):
             E.
         num_speculations : int
             K.
-        draft_head : EarlyExitHead, optional
-            What chooses the drafts. It may be approximate, since the model's own head verifies them; by default it is
-            that head.
         draft_threshold : float
             As in `layerskip_kernels.speculative_round`, which takes it without noise only.
         seq_lens : Tensor [B], int64, optional
             Advanced in place; by default the cache's.
         slots, noise
-            As in `draft`.
+            As in `decode`.
 
         Returns
         -------
@@ -220,32 +302,35 @@ class LayerSkipModel(nn.Module):
         ValueError, TypeError
             If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
-        draft_head = self.head if draft_head is None else draft_head
-        self._check_exit(exit_layer, draft_head)
-        full = self.head.weights
-        if draft_head.norm_weight.data_ptr() != full.norm_weight.data_ptr():
-            raise ValueError("the draft head has a norm of its own, a round has one; use model.head.quantize()")
-        drafting = None if draft_head is self.head else draft_head.weights._replace(norm_weight=full.norm_weight)
+        self._check_exit(exit_layer)
+        decoder = self.decoder
         with torch.no_grad():
             return speculative_round(
                 token,
                 self.embedding,
-                self.decoder.layer_weights(0, self.num_layers),
-                self.decoder.kv_cache(cache, seq_lens, slots),
+                decoder.layer_weights(0, decoder.num_layers + decoder.num_blocks),
+                decoder.kv_cache(cache, seq_lens, slots),
                 exit_layer,
-                full,
+                self.head.weights,
                 num_speculations,
-                draft_head=drafting,
+                draft_head=None if self.draft_head is self.head else self.draft_head.weights,
                 draft_threshold=draft_threshold,
-                eps=self.head.eps,
+                eps=decoder.eps,
                 noise=noise,
+                num_blocks=decoder.num_blocks,
             )
 
-    def _check_exit(self, exit_layer: int, head: EarlyExitHead) -> None:
+    def _check_exit(self, exit_layer: int) -> None:
+        self._check_depth(exit_layer)
+        if self.exit_layer not in (None, exit_layer):
+            raise ValueError(f"exit_layer is {exit_layer}, but the model's exit is after {self.exit_layer} layers")
+
+    def _check_depth(self, depth: int) -> None:
         """One eps serves all norms of a call."""
-        if head.eps != self.decoder.eps:
-            raise ValueError(
-                f"the head's eps is {head.eps}, the decoder's {self.decoder.eps}; a draft takes one for both"
-            )
-        if not 1 <= exit_layer <= self.num_layers:
-            raise ValueError(f"layers [0, {exit_layer}) are not within the decoder's {self.num_layers}")
+        for head in (self.head, self.draft_head):
+            if head.eps != self.decoder.eps:
+                raise ValueError(
+                    f"the head's eps is {head.eps}, the decoder's {self.decoder.eps}; a draft takes one for both"
+                )
+        if not 1 <= depth <= self.num_layers:
+            raise ValueError(f"layers [0, {depth}) are not within the decoder's {self.num_layers}")
