@@ -91,6 +91,11 @@ def exit_head(a: Any) -> None:
 
 
 def partial_forward(a: Any) -> None:
+    _forward(a, num_blocks=0)
+
+
+def _forward(a: Any, num_blocks: int) -> None:
+    """As `partial_forward`, whose weights are also those of exit blocks, in the last layers of the cache."""
     _shaped("hidden", a.hidden, [None] * 3, FLOATS)
     batch, rows = a.hidden.shape[:2]
     _shaped("k_cache", a.k_cache, [None] * 5, [a.hidden.dtype])
@@ -98,6 +103,11 @@ def partial_forward(a: Any) -> None:
     _require(
         0 <= a.start <= a.end <= num_layers,
         f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers",
+    )
+    _require(
+        0 <= num_blocks <= num_layers - a.end,
+        f"num_blocks must lie in [0, {num_layers - a.end}], got {num_blocks}: the cache has {num_layers} layers, "
+        f"and layers [{a.start}, {a.end}) are the model's",
     )
     _head_dim(head_dim)
     _eps(a.eps)
@@ -111,14 +121,16 @@ def partial_forward(a: Any) -> None:
     cache = {name: getattr(a, name) for name in ("k_cache", "v_cache", "seq_lens")}
     _dense(**cache)
     _same_device(a.hidden, **cache, cos=a.cos, sin=a.sin, slots=a.slots)
-    _layers(a.hidden, a.weights, weights_per_layer(a.weights, a.start, a.end), num_kv_heads, head_dim)
+    count = weights_per_layer(a.weights, a.start, a.end, num_blocks)
+    _layers(a.hidden, a.weights, count, num_kv_heads, head_dim)
 
 
 def draft(a: Any) -> None:
     _drafting(a)
     _require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
     batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.embedding[0]
-    partial_forward(derive("partial_forward", a, hidden=state.expand(batch, rows, -1), start=0, end=a.exit_layer))
+    layers = derive("partial_forward", a, hidden=state.expand(batch, rows, -1), start=0, end=a.exit_layer)
+    _forward(layers, a.num_blocks)
     head = {"hidden": state.expand(batch * rows, -1), "temperature": None, "seed": None, "logits": None}
     exit_head(derive("exit_head", a, **head))
     if a.logits is not None:
@@ -162,11 +174,21 @@ def accept_sampled(a: Any) -> None:
 def speculative_round(a: Any) -> None:
     _drafting(a)
     _shaped("k_cache", a.k_cache, [None] * 5, [a.embedding.dtype])
-    num_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.embedding[0]
+    cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.embedding[0]
+    _require(
+        0 <= a.num_blocks < max(cache_layers, 1),
+        f"num_blocks must lie in [0, {cache_layers - 1}], got {a.num_blocks}: the cache has {cache_layers} layers, "
+        "those of the model and one for each block",
+    )
+    num_layers = cache_layers - a.num_blocks
     _require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
     states = state.expand(batch, a.num_speculations + 1, -1)
-    partial_forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers))
+    _forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers), a.num_blocks)
     exit_head(derive("exit_head", a, hidden=state.expand(batch, -1), temperature=None, seed=None))
+    if a.draft_norm_weight is not None:
+        _shaped("draft_norm_weight", a.draft_norm_weight, [state.shape[0]], [state.dtype])
+        _dense(draft_norm_weight=a.draft_norm_weight)
+        _same_device(state, draft_norm_weight=a.draft_norm_weight)
     draft_head = {name: getattr(a, name) for name in ("draft_head_weight", "draft_token_map", "draft_head_scale")}
     if a.draft_head_weight is None:
         given = [name for name, arg in draft_head.items() if arg is not None]

@@ -35,10 +35,13 @@ def draft(
     draft_threshold: float = 0.0,
     noise: Noise | None = None,
     logits: Tensor | None = None,
+    num_blocks: int = 0,
 ) -> Draft:
     """Decode ``num_speculations`` tokens with layers [0, E) and an exit head, as one call.
 
-    It is the loop of embedding, `partial_forward` and `exit_head`. A sequence stops drafting where a token's
+    It is the loop of embedding, `partial_forward` and `exit_head`. Exit blocks are n further layers between the state
+    after layer E and the exit head, which only the draft uses; their keys and values are the last n layers of the
+    cache. A sequence stops drafting where a token's
     probability falls below ``draft_threshold``: that token and the later ones are -1, ``probability`` keeps the value
     that stopped it, then 0. The states up to the row that would have given the missing token are there, for
     verification; the rows after them are 0, and what is in the cache there has no meaning.
@@ -49,7 +52,7 @@ def draft(
         The tokens at positions ``seq_lens[b]``, each of them in 0 … V - 1.
     embedding : Tensor [V, D]
     weights : sequence of Tensor
-        Of the layers [0, E), as `partial_forward` takes them.
+        Of the layers [0, E), then of the exit blocks, as `partial_forward` takes them.
     cache : KVCache
         Its lengths are those before the first draft; they are not advanced.
     exit_layer : int
@@ -58,7 +61,8 @@ def draft(
     num_speculations : int
         K.
     extend : bool
-        Whether the last token, too, goes through the layers: verification needs its key, value and state.
+        Whether the last token, too, goes through the layers: verification needs its key, value and state. So do the
+        exit blocks of the next draft.
     eps : float
         Of every norm.
     draft_threshold : float
@@ -68,16 +72,19 @@ def draft(
     logits : Tensor [B, K, V_draft], fp32, optional
         Output buffer for the raw logits, before the temperature, as `accept_sampled` takes them. Rows that were not
         drafted have no meaning.
+    num_blocks : int
+        n.
 
     Returns
     -------
     Draft
-        A token of -1 with a NaN for probability marks a head whose logits were not finite; what follows it has no
-        meaning.
+        Its states are those before the exit blocks. A token of -1 with a NaN for probability marks a head whose logits
+        were not finite; what follows it has no meaning.
     """
     args = flatten(
         "draft", cache, head, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
         num_speculations=num_speculations, extend=extend, eps=eps, draft_threshold=draft_threshold, logits=logits,
+        num_blocks=num_blocks,
     )  # fmt: skip
     return Draft(*call("draft", *args))
 
@@ -156,11 +163,12 @@ def speculative_round(
     draft_head: Head | None = None,
     draft_threshold: float = 0.0,
     noise: Noise | None = None,
+    num_blocks: int = 0,
 ) -> Round:
     """One round of self-speculative decoding (LayerSkip, arXiv 2404.16710, §4.3) as one call.
 
-    It is the composition, bit for bit, of `draft` with layers [0, E), `partial_forward` of the drafted rows through
-    layers [E, L), `exit_head` on them, and `accept_greedy` or, with noise, `accept_sampled`.
+    It is the composition, bit for bit, of `draft` with layers [0, E) and the exit blocks, `partial_forward` of the
+    drafted rows through layers [E, L), `exit_head` on them, and `accept_greedy` or, with noise, `accept_sampled`.
 
     Parameters
     ----------
@@ -168,9 +176,9 @@ def speculative_round(
         The last tokens, at positions ``seq_lens[b]``.
     embedding : Tensor [V, D]
     weights : sequence of Tensor
-        Of all L layers, as `partial_forward` takes them.
+        Of all L layers, then of the exit blocks, as `partial_forward` takes them.
     cache : KVCache
-        With room for K + 1 rows more. The lengths are advanced in place by accepted + 1.
+        Of L + n layers, with room for K + 1 rows more. The lengths are advanced in place by accepted + 1.
     exit_layer : int
         E, in 1 … L.
     head : Head
@@ -180,12 +188,14 @@ def speculative_round(
     eps : float
         Of every norm.
     draft_head : Head, optional
-        What drafts, behind the norm of ``head``; by default ``head``.
+        What drafts; by default ``head``.
     draft_threshold : float
         As `draft` takes it, and without noise: to drop what was drawn because it is improbable would change the
         distribution of what is emitted.
     noise : Noise, optional
         As `draft` takes it.
+    num_blocks : int
+        n. Exit blocks change the drafts, and so how many are accepted, but not what is emitted.
 
     Returns
     -------
@@ -193,14 +203,13 @@ def speculative_round(
     """
     if head.token_map is not None or head.scale is not None:
         raise ValueError("head has a token_map or a scale: what verifies must be the full head; give it as draft_head")
-    if draft_head is not None and draft_head.norm_weight is not head.norm_weight:
-        raise ValueError("the norm_weight of draft_head is not that of head: a round has one final norm")
-    draft_head_weight, draft_token_map, draft_head_scale = (None, None, None) if draft_head is None else draft_head[1:]
+    drafting = (None, None, None, None) if draft_head is None else draft_head
+    draft_norm_weight, draft_head_weight, draft_token_map, draft_head_scale = drafting
     args = flatten(
         "speculative_round", cache, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
         norm_weight=head.norm_weight, head_weight=head.head_weight, eps=eps, num_speculations=num_speculations,
-        draft_head_weight=draft_head_weight, draft_token_map=draft_token_map, draft_head_scale=draft_head_scale,
-        draft_threshold=draft_threshold,
+        draft_norm_weight=draft_norm_weight, draft_head_weight=draft_head_weight, draft_token_map=draft_token_map,
+        draft_head_scale=draft_head_scale, draft_threshold=draft_threshold, num_blocks=num_blocks,
     )  # fmt: skip
     return Round(*call("speculative_round", *args))
 
@@ -294,19 +303,20 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     states = a.embedding.new_empty(batch, rows, a.embedding.shape[1])
     out = Draft(tokens, states, torch.empty_like(tokens, dtype=torch.float32))
     positions = [a.seq_lens + row for row in range(rows)]
+    shallow, blocks = _shallow_and_blocks(ops, a)
 
     def forward(embedded: Tensor, row: int) -> Tensor:
-        hidden = embedded[:, None]
-        layers = derive("partial_forward", a, hidden=hidden, seq_lens=positions[row], start=0, end=a.exit_layer)
-        state = ops["partial_forward"](*layers)[:, 0]
+        state = shallow(embedded, positions[row])
         if row == num_speculations:
             record(state, None, a.embedding, out, row, a.draft_threshold)
+            blocks(state, positions[row])  # for their keys and values
         return state
 
     def choose(state: Tensor, row: int) -> Tensor | None:
         offset = None if a.temperature is None else positions[row]
         logits = None if a.logits is None else a.logits[:, row]
-        head_output = ops["exit_head"](*derive("exit_head", a, hidden=state, offset=offset, logits=logits))
+        hidden = blocks(state, positions[row])
+        head_output = ops["exit_head"](*derive("exit_head", a, hidden=hidden, offset=offset, logits=logits))
         following = record(state, head_output, a.embedding, out, row, a.draft_threshold)
         ended = _ended(out, row + 1, a.draft_threshold)
         if not on_cpu or ended is None or not bool(ended.all()):
@@ -319,22 +329,42 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     return out
 
 
+def _shallow_and_blocks(ops: Ops, a: Any) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
+    """Layers [0, E) of a draft's arguments, and its exit blocks: (states [B, D], positions [B]) -> states."""
+
+    def layers(weights: Sequence[Tensor], start: int, end: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def forward(state: Tensor, seq_lens: Tensor) -> Tensor:
+            if start == end:
+                return state
+            given = {"hidden": state[:, None], "weights": weights, "seq_lens": seq_lens, "start": start, "end": end}
+            return ops["partial_forward"](*derive("partial_forward", a, **given))[:, 0]
+
+        return forward
+
+    split = weights_per_layer(a.weights, 0, a.exit_layer, a.num_blocks) * a.exit_layer
+    num_layers = a.k_cache.shape[0]
+    return layers(a.weights[:split], 0, a.exit_layer), layers(a.weights[split:], num_layers - a.num_blocks, num_layers)
+
+
 def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`speculative_round` out of a backend's draft, partial_forward, exit_head, accept_greedy and accept_sampled."""
     a = bind("speculative_round", *args)
-    num_layers, batch, device = a.k_cache.shape[0], a.token.shape[0], a.token.device
-    split, samples = weights_per_layer(a.weights, 0, num_layers) * a.exit_layer, a.temperature is not None
+    num_layers, batch, device = a.k_cache.shape[0] - a.num_blocks, a.token.shape[0], a.token.device
+    each, samples = weights_per_layer(a.weights, 0, num_layers, a.num_blocks), a.temperature is not None
+    exit_at, blocks_at = each * a.exit_layer, each * num_layers
+    draft_norm_weight = a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight
     draft_head_weight = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
     draft_logits = target_logits = None
     if samples:
         size = (batch, a.num_speculations, draft_head_weight.shape[0])
         draft_logits = torch.empty(size, dtype=torch.float32, device=device)
     tokens, states, probability = ops["draft"](*derive(
-        "draft", a, weights=a.weights[:split], head_weight=draft_head_weight, extend=True,
-        token_map=a.draft_token_map, scale=a.draft_head_scale, logits=draft_logits,
+        "draft", a, weights=[*a.weights[:exit_at], *a.weights[blocks_at:]], norm_weight=draft_norm_weight,
+        head_weight=draft_head_weight, extend=True, token_map=a.draft_token_map, scale=a.draft_head_scale,
+        logits=draft_logits,
     ))  # fmt: skip
     drafted = _most_drafts(tokens)
-    deep = {"weights": a.weights[split:], "start": a.exit_layer, "end": num_layers}
+    deep = {"weights": a.weights[exit_at:blocks_at], "start": a.exit_layer, "end": num_layers}
     layers = derive("partial_forward", a, hidden=states[:, : drafted + 1], **deep)
     hidden = ops["partial_forward"](*layers).flatten(0, 1)
     if samples:

@@ -1,5 +1,5 @@
-// Everything that layers [start, end) take but the states, as tensors: what partial_forward, draft and
-// speculative_round share.
+// Everything that layers [start, end), and exit blocks behind them, take but the states, as tensors: what
+// partial_forward, draft and speculative_round share.
 #pragma once
 
 #include <vector>
@@ -15,18 +15,25 @@ struct LayerStack {
   const std::optional<Tensor>& slots;
   int64_t start, end;
   double eps;
+  int64_t num_blocks = 0;  // their weights come last, their keys and values are the last layers of the cache
 
-  int64_t weights_per_layer() const { return static_cast<int64_t>(weights.size()) / (end - start); }
+  int64_t count() const { return end - start + num_blocks; }
+  int64_t weights_per_layer() const { return static_cast<int64_t>(weights.size()) / count(); }
+
+  // Which layer of the cache the i-th layer or block uses.
+  int64_t cache_layer(int64_t i) const { return i < end - start ? start + i : k_cache.size(0) - count() + i; }
 
   // The sizes for `rows` rows of each of `batch` sequences, checked; start < end.
   ForwardShape shape(int64_t batch, int64_t rows, int64_t hidden_size) const {
     LSK_REQUIRE(k_cache.dim() == 5 && cos.dim() == 2, "the cache must have rank 5, cos 2");
     LSK_REQUIRE(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
                 k_cache.size(0));
-    const int64_t count = end - start, each = weights_per_layer(), head_dim = k_cache.size(4);
+    LSK_REQUIRE(0 <= num_blocks && num_blocks <= k_cache.size(0) - end, "num_blocks must lie in [0, ",
+                k_cache.size(0) - end, "], got ", num_blocks);
+    const int64_t each = weights_per_layer(), head_dim = k_cache.size(4);
     LSK_REQUIRE(
-        (each == kRequiredWeights || each == kAllWeights) && each * count == static_cast<int64_t>(weights.size()),
-        "got ", weights.size(), " weights for ", count, " layers");
+        (each == kRequiredWeights || each == kAllWeights) && each * count() == static_cast<int64_t>(weights.size()),
+        "got ", weights.size(), " weights for ", count(), " layers");
     LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
     check_head_dim(head_dim);
     const ForwardShape out{batch,
@@ -60,12 +67,12 @@ struct LayerStack {
     T* keys = data<T>(k_cache, "k_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
     T* values = data<T>(v_cache, "v_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
     std::vector<LayerWeights<T>> out;
-    out.reserve(end - start);
-    for (int64_t l = start; l < end; ++l) {
+    out.reserve(count());
+    for (int64_t i = 0; i < count(); ++i) {
       const int64_t each = weights_per_layer();
-      out.push_back(take_layer<T>(weights.data() + (l - start) * each, each, s, take, take_optional));
-      out.back().k_cache = keys + l * stride;
-      out.back().v_cache = values + l * stride;
+      out.push_back(take_layer<T>(weights.data() + i * each, each, s, take, take_optional));
+      out.back().k_cache = keys + cache_layer(i) * stride;
+      out.back().v_cache = values + cache_layer(i) * stride;
     }
     return out;
   }

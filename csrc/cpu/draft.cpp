@@ -15,7 +15,7 @@ namespace {
 template <class T>
 struct Draft {
   const T* embedding;  // [V, D]
-  int64_t vocab_size, batch, hidden_size, num_speculations, rows;
+  int64_t vocab_size, batch, hidden_size, num_speculations, rows, num_blocks;
   float draft_threshold;
   int64_t* tokens;      // [B, K]
   T* states;            // [B, rows, D]
@@ -70,17 +70,18 @@ struct Draft {
 
   void run(Forward<T>& forward, const std::vector<LayerWeights<T>>& layers, const ExitHead<T>& head,
            const int64_t* slots, int64_t* current, int64_t* lengths) const {
-    std::vector<T> hidden(batch * hidden_size);
+    std::vector<T> hidden(batch * hidden_size), kept(num_blocks > 0 ? hidden.size() : 0);
+    const T* state = num_blocks > 0 ? kept.data() : hidden.data();
     std::vector<float> scores(2 * batch);
     const std::unique_ptr<bool[]> alive(new bool[batch]);
     std::fill_n(alive.get(), batch, true);
     for (int64_t row = 0; row < rows; ++row) {
       embed(current, hidden.data());
-      forward.run(layers, lengths, slots, hidden.data());
+      forward.run(layers, lengths, slots, hidden.data(), num_blocks, kept.data());
       for (int64_t b = 0; b < batch; ++b) {
         T* to = states + (b * rows + row) * hidden_size;
         if (alive[b]) {
-          std::memcpy(to, hidden.data() + b * hidden_size, hidden_size * sizeof(T));
+          std::memcpy(to, state + b * hidden_size, hidden_size * sizeof(T));
         } else {
           std::memset(to, 0, hidden_size * sizeof(T));
         }
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                                          const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
                                          const std::optional<Tensor>& slots, double draft_threshold,
                                          const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
-                                         const std::optional<Tensor>& logits) {
+                                         const std::optional<Tensor>& logits, int64_t num_blocks) {
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = embedding.size(1);
   const int64_t rows = num_speculations + (extend ? 1 : 0);
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   Tensor states = torch::stable::new_empty(embedding, {batch, rows, hidden_size});
   Tensor probability = torch::stable::new_empty(token, {batch, num_speculations}, ScalarType::Float);
   if (batch == 0 || rows == 0) return {tokens, states, probability};
-  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps};
+  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
   const Placement place(stack, batch, 1, hidden_size);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, place.shape.capacity);
@@ -140,6 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                          hidden_size,
                          num_speculations,
                          rows,
+                         num_blocks,
                          static_cast<float>(draft_threshold),
                          static_cast<int64_t*>(tokens.data_ptr()),
                          static_cast<T*>(states.data_ptr()),

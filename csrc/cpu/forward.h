@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/layer_stack.h"
@@ -26,8 +27,10 @@ class Forward {
         sin_(data<float>(sin, "sin", {cos.size(0), shape.head_dim / 2})),
         eps_(static_cast<float>(eps)) {}
 
-  // Rewrites `hidden` [B, M, D], whose rows start at position `seq_lens[b]` of the cache's row `slots[b]`.
-  void run(const std::vector<LayerWeights<T>>& layers, const int64_t* seq_lens, const int64_t* slots, T* hidden) {
+  // Rewrites `hidden` [B, M, D], whose rows start at position `seq_lens[b]` of the cache's row `slots[b]`. What it is
+  // before the last `num_blocks` layers goes to `before_blocks`, where there are any.
+  void run(const std::vector<LayerWeights<T>>& layers, const int64_t* seq_lens, const int64_t* slots, T* hidden,
+           int64_t num_blocks = 0, T* before_blocks = nullptr) {
     check_capacity(seq_lens, s_.batch, s_.rows, s_.capacity);
     seq_lens_ = seq_lens;
     slots_ = slots;
@@ -53,6 +56,9 @@ class Forward {
     b_.partial = workspace.take<float>(partial);
     run_team(threads, [&](const Member& member) {
       for (const LayerWeights<T>& layer : layers) {
+        // Nobody writes `hidden` before all have waited for the end of this layer's attention.
+        if (num_blocks > 0 && member.index == 0 && &layer == &*(layers.end() - num_blocks))
+          std::memcpy(before_blocks, hidden, tokens * s_.hidden_size * sizeof(T));
         attention(member, layer, splits);
         mlp(member, layer, &layer == &layers.back() ? nullptr : &layer + 1);
       }

@@ -29,25 +29,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
     const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t num_speculations,
     const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
     const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
-    const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed) {
-  const int64_t num_layers = k_cache.size(0), batch = token.size(0), vocab_size = head_weight.size(0);
+    const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& draft_norm_weight, int64_t num_blocks) {
+  const int64_t num_layers = k_cache.size(0) - num_blocks, batch = token.size(0), vocab_size = head_weight.size(0);
+  LSK_REQUIRE(0 <= num_blocks && num_blocks < k_cache.size(0), "num_blocks must lie in [0, ", k_cache.size(0) - 1,
+              "], got ", num_blocks);
   LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
               exit_layer);
-  LSK_REQUIRE(weights.size() % num_layers == 0, "got ", weights.size(), " weights for ", num_layers, " layers");
+  LSK_REQUIRE(weights.size() % k_cache.size(0) == 0, "got ", weights.size(), " weights for ", k_cache.size(0),
+              " layers");
   LSK_REQUIRE(draft_head_weight.has_value() || (!draft_token_map.has_value() && !draft_head_scale.has_value()),
               "draft_token_map and draft_head_scale need a draft_head_weight");
   LSK_REQUIRE(draft_threshold == 0 || !temperature.has_value(), "draft_threshold is ", draft_threshold,
               " with a temperature: dropping what was drawn because it is improbable would change the distribution");
-  const auto exit = weights.begin() + weights.size() / num_layers * exit_layer;
-  const std::vector<Tensor> shallow(weights.begin(), exit), deep(exit, weights.end());
+  const int64_t each = weights.size() / k_cache.size(0);
+  const auto exit = weights.begin() + each * exit_layer, blocks = weights.begin() + each * num_layers;
+  const std::vector<Tensor> deep(exit, blocks);
+  std::vector<Tensor> drafting(weights.begin(), exit);
+  drafting.insert(drafting.end(), blocks, weights.end());
+  const Tensor& draft_norm = draft_norm_weight.has_value() ? *draft_norm_weight : norm_weight;
   const Tensor& draft_head = draft_head_weight.has_value() ? *draft_head_weight : head_weight;
   const bool samples = temperature.has_value();
   std::optional<Tensor> draft_logits, target_logits;
   if (samples) draft_logits = new_empty(token, {batch, num_speculations, draft_head.size(0)}, ScalarType::Float);
   auto [tokens, states, probability] =
-      draft(token, embedding, shallow, k_cache, v_cache, cos, sin, seq_lens, exit_layer, norm_weight, draft_head, eps,
+      draft(token, embedding, drafting, k_cache, v_cache, cos, sin, seq_lens, exit_layer, draft_norm, draft_head, eps,
             num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
-            draft_logits);
+            draft_logits, num_blocks);
   const int64_t drafted = longest(tokens), rows = batch * (drafted + 1);
   const Tensor hidden = partial_forward(narrow(states, 1, 0, drafted + 1), deep, k_cache, v_cache, cos, sin, seq_lens,
                                         exit_layer, num_layers, eps, slots);

@@ -73,12 +73,13 @@ def run(op: str, *args: Any, **named: Any) -> Any:
         return lk.partial_forward(a.hidden, a.weights, cache, a.start, a.end, a.eps)
     noise = None if a.temperature is None and a.seed is None else lk.Noise(a.temperature, a.seed)
     common: dict[str, Any] = {"eps": a.eps, "draft_threshold": a.draft_threshold, "noise": noise}
+    common["num_blocks"] = a.num_blocks
     decoder = (a.token, a.embedding, a.weights, cache, a.exit_layer)
     if op == "draft":
         head = lk.Head(a.norm_weight, a.head_weight, a.token_map, a.scale)
         return lk.draft(*decoder, head, a.num_speculations, extend=a.extend, logits=a.logits, **common)
-    given = (a.draft_head_weight, a.draft_token_map, a.draft_head_scale)
-    draft_head = None if all(one is None for one in given) else lk.Head(a.norm_weight, *given)
+    given = (a.draft_norm_weight, a.draft_head_weight, a.draft_token_map, a.draft_head_scale)
+    draft_head = None if all(one is None for one in given) else lk.Head(*given)
     head = lk.Head(a.norm_weight, a.head_weight)
     return lk.speculative_round(*decoder, head, a.num_speculations, draft_head=draft_head, **common)
 

@@ -46,8 +46,21 @@ def layer_weights(make: Inputs) -> dict[str, Tensor]:
     return {name: (make.norm if "norm" in name else make.weight)(*shapes[name]) for name in REQUIRED_WEIGHTS}
 
 
+def with_blocks(args: dict[str, Any], num_blocks: int = 1, *, spare_layers: int = 0) -> dict[str, Any]:
+    """``args`` of a draft or a round, and exit blocks, which use the last layers of the cache, after ``spare_layers``.
+
+    ``num_blocks`` comes last in the schemas, too.
+    """
+    make = Inputs(args["embedding"].dtype, seed=7)
+    blocks = [weight for _ in range(num_blocks) for weight in layer_weights(make).values()]
+    caches = {name: args[name] for name in ("k_cache", "v_cache")}
+    for name, cache in caches.items():
+        caches[name] = torch.cat([cache, make.normal(spare_layers + num_blocks, *cache.shape[1:])])
+    return {**args, "weights": args["weights"] + blocks, **caches, "num_blocks": num_blocks}
+
+
 def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
-    """``args`` of `example`, and slots in a cache of three rows, sampling, and logits to write."""
+    """``args`` of `example`, and slots in a cache of three rows, sampling, logits to write, and an exit block."""
     B, K, V = SIZES["B"], SIZES["K"], SIZES["V"]
     draws = {"temperature": torch.tensor([0.7, 0.0]), "seed": torch.tensor([3, -(2**40)])}
     if op == "exit_head":
@@ -58,9 +71,11 @@ def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
         args[name] = torch.cat([args[name], args[name].narrow(rows, 0, 1)], rows)
     args["slots"] = torch.tensor([2, 0])
     if op == "speculative_round":
-        args.update(draft_threshold=0.0, **draws)
+        own_norm = Inputs(args["norm_weight"].dtype, seed=6).norm(SIZES["D"])
+        args = with_blocks({**args, "draft_threshold": 0.0, **draws, "draft_norm_weight": own_norm})
     if op == "draft":
         args.update(draft_threshold=0.05, **draws, logits=torch.zeros(B, K, V))
+        args = with_blocks(args, spare_layers=1)
     return args
 
 

@@ -29,13 +29,16 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the other ops, one step at a time; the caches of ``args`` are written."""
     token, tokens, states, logits, sums = args["token"], [], [], [], []
     temperature, seed, written = (args.get(name) for name in ("temperature", "seed", "logits"))
+    depth, layers, split = args["exit_layer"], len(args["k_cache"]), 9 * args["exit_layer"]
+
+    def forward(hidden: Tensor, weights: list[Tensor], row: int, start: int, end: int) -> Tensor:
+        places = (args["k_cache"], args["v_cache"], args["cos"], args["sin"], args["seq_lens"] + row)
+        return run("partial_forward", hidden, weights, *places, start, end, EPS, args.get("slots"))
+
     for row in range(args["num_speculations"] + args["extend"]):
-        hidden = run(
-            "partial_forward",
-            args["embedding"][token.clamp_min(0)][:, None], args["weights"], args["k_cache"], args["v_cache"],
-            args["cos"], args["sin"], args["seq_lens"] + row, 0, args["exit_layer"], EPS, args.get("slots"),
-        )  # fmt: skip
+        hidden = forward(args["embedding"][token.clamp_min(0)][:, None], args["weights"][:split], row, 0, depth)
         states.append(hidden[:, 0])
+        hidden = forward(hidden, args["weights"][split:], row, layers - args.get("num_blocks", 0), layers)
         if row < args["num_speculations"]:
             head = (args["norm_weight"], args["head_weight"], EPS, args["token_map"], args["scale"])
             draws = (None, None, None) if temperature is None else (temperature, seed, args["seq_lens"] + row)

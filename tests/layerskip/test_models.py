@@ -160,11 +160,16 @@ class TestDecoding:
         assert (done.tokens < 0).all()
         assert cache.seq_lens.tolist() == [1]
 
-    def test_a_draft_head_with_a_norm_of_its_own_is_refused(self, model):
-        head = EarlyExitHead(model.head.norm_weight.detach().clone(), model.head.head_weight, model.head.eps)
-        cache = zeroed(model.decoder.new_cache(1, 16))
-        with pytest.raises(ValueError, match="the draft head has a norm of its own"):
-            model.speculate(torch.tensor([3]), cache, 2, 3, draft_head=head)
+    def test_a_draft_head_with_a_norm_of_its_own_drafts_with_it(self, model):
+        own_norm = model.head.norm_weight.detach() * torch.linspace(-2, 2, len(model.head.norm_weight))
+        head = EarlyExitHead(own_norm, model.head.head_weight, model.head.eps)
+        token, caches = torch.tensor([3]), [zeroed(model.decoder.new_cache(1, 16)) for _ in range(3)]
+        with_own, with_models = (
+            model.speculate(token, cache, 2, 3, draft_head=own)
+            for cache, own in zip(caches[:2], (head, None), strict=True)
+        )
+        drafted = model.draft(token, caches[2], 2, 3, head=head)
+        assert with_own.tokens.tolist() == drafted.tokens.tolist() != with_models.tokens.tolist()
 
     def test_errors(self, model):
         token, cache = torch.tensor([3]), model.decoder.new_cache(1, 16)
