@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 
 from layerskip import Exit, LayerSkipModel
+from layerskip.models.architectures import ARCHITECTURES
 from layerskip_kernels import LayerWeights
 
 
@@ -32,3 +36,50 @@ def random_exit(
         up = torch.randn(model.vocab_size, rank, generator=generator) * rank**-0.5
     chosen = None if token_ids is None else torch.tensor(token_ids)
     return Exit(exit_layer, norm, model.num_layers, model.vocab_size, blocks, chosen, down, up)
+
+
+def copied_exit(model: LayerSkipModel, exit_layer: int = 2, num_blocks: int = 1) -> Exit:
+    """An exit whose blocks are the layers that follow it: with all of them every draft is right."""
+    blocks = [model.decoder.layer(exit_layer + number) for number in range(num_blocks)]
+    return Exit(exit_layer, model.head.norm_weight, model.num_layers, model.vocab_size, blocks)
+
+
+class SlowExit:
+    """An exit as transformers computes it, over the whole sequence at once and with no cache.
+
+    Parameters
+    ----------
+    hf_model : transformers.PreTrainedModel
+        In fp32.
+    exit_ : Exit
+        With blocks.
+    """
+
+    def __init__(self, hf_model: Any, exit_: Exit) -> None:
+        self._model, self._exit_layer = hf_model, exit_.exit_layer
+        config = copy.deepcopy(hf_model.config)
+        config.num_hidden_layers, config.tie_word_embeddings = exit_.num_blocks, False
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: exit_.num_blocks]
+        self._blocks = type(hf_model)(config).eval()
+        paths = ARCHITECTURES[config.model_type].layer_paths
+        weights = {
+            f"model.layers.{number}.{paths[name]}": weight
+            for number, block in enumerate(exit_.blocks)
+            for name, weight in block._asdict().items()
+            if weight is not None
+        }
+        head = hf_model.lm_head.weight.detach()
+        if exit_.head_down is not None:
+            head = head + exit_.head_up @ exit_.head_down
+        weights |= {"model.norm.weight": exit_.norm_weight, "lm_head.weight": head}
+        missing = self._blocks.load_state_dict(weights, strict=False)
+        assert missing.missing_keys == ["model.embed_tokens.weight"] and not missing.unexpected_keys
+
+    @torch.no_grad()
+    def choices(self, tokens: list[int], last: int) -> list[int]:
+        """The exit's token after each of the ``last`` tokens."""
+        ids = torch.tensor([tokens])
+        states = self._model(ids, output_hidden_states=True, use_cache=False).hidden_states[self._exit_layer]
+        logits = self._blocks(inputs_embeds=states, use_cache=False).logits[0, -last:]
+        return logits.argmax(-1).tolist()

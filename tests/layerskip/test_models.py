@@ -11,6 +11,7 @@ from helpers import ARCHITECTURES, random_tokens, tiny_config, tiny_model, zeroe
 from torch import nn
 
 from layerskip.models import (
+    BoundExit,
     EarlyExitHead,
     LayerSkipModel,
     UnsupportedModelError,
@@ -127,14 +128,22 @@ class TestDecoding:
         assert torch.equal(out.tokens, tokens[:, :3])
         torch.testing.assert_close(out.states, states, atol=TOLERANCES["fp32"], rtol=0)
         assert cache.seq_lens.tolist() == [0, 0]
-        assert model.draft(token, cache, 2, 3, extend=False).states.shape[1] == 3
+
+    @pytest.mark.parametrize("depth", [2, 4])
+    def test_decode(self, model, depth):
+        token, noise = torch.tensor([3, 50]), Noise(torch.tensor([0.8, 1.3]), torch.tensor([4, 9]))
+        for given in (None, noise):
+            tokens, _ = self.expected(model, token, depth, 1, given)
+            cache = model.decoder.new_cache(2, 16)
+            assert torch.equal(model.decode(token, cache, depth, noise=given), tokens[:, 0])
+            assert cache.seq_lens.tolist() == [0, 0]
 
     def test_a_draft_in_some_slots_and_with_another_head(self, model):
         token, lengths, slots = torch.tensor([3, 50]), torch.tensor([0, 0]), torch.tensor([3, 1])
-        head = model.head.quantize()
+        model = model.with_exit(BoundExit(None, model.head.quantize()))
         cache = zeroed(model.decoder.new_cache(4, 16))
-        out = model.draft(token, cache, 2, 3, head=head, seq_lens=lengths, slots=slots)
-        plain = model.draft(token, model.decoder.new_cache(2, 16), 2, 3, head=head)
+        out = model.draft(token, cache, 2, 3, seq_lens=lengths, slots=slots)
+        plain = model.draft(token, model.decoder.new_cache(2, 16), 2, 3)
         assert torch.equal(out.tokens, plain.tokens)
         assert cache.k[:2, [3, 1], :, :4].ne(0).any(-1).all()
         assert cache.k[:, [0, 2]].eq(0).all()
@@ -143,10 +152,11 @@ class TestDecoding:
     def test_rounds_of_speculation_give_the_full_models_tokens(self, model, head):
         token = torch.tensor([3, 50])
         expected, _ = self.expected(model, token, model.num_layers, 8)
-        draft_head = None if head == "full" else model.head.quantize()
+        if head == "int8":
+            model = model.with_exit(BoundExit(None, model.head.quantize()))
         cache, emitted = model.decoder.new_cache(2, 24), [[], []]
         while min(map(len, emitted)) < 8:
-            done = model.speculate(token, cache, 1, 3, draft_head=draft_head)
+            done = model.speculate(token, cache, 1, 3)
             for row, accepted, drafts, last in zip(emitted, done.accepted, done.tokens, done.next_token, strict=True):
                 row += [*drafts[:accepted].tolist(), int(last)]
             token = done.next_token
@@ -163,12 +173,10 @@ class TestDecoding:
     def test_a_draft_head_with_a_norm_of_its_own_drafts_with_it(self, model):
         own_norm = model.head.norm_weight.detach() * torch.linspace(-2, 2, len(model.head.norm_weight))
         head = EarlyExitHead(own_norm, model.head.head_weight, model.head.eps)
-        token, caches = torch.tensor([3]), [zeroed(model.decoder.new_cache(1, 16)) for _ in range(3)]
-        with_own, with_models = (
-            model.speculate(token, cache, 2, 3, draft_head=own)
-            for cache, own in zip(caches[:2], (head, None), strict=True)
-        )
-        drafted = model.draft(token, caches[2], 2, 3, head=head)
+        own, token = model.with_exit(BoundExit(None, head)), torch.tensor([3])
+        caches = [zeroed(model.decoder.new_cache(1, 16)) for _ in range(3)]
+        with_own, with_models = own.speculate(token, caches[0], 2, 3), model.speculate(token, caches[1], 2, 3)
+        drafted = own.draft(token, caches[2], 2, 3)
         assert with_own.tokens.tolist() == drafted.tokens.tolist() != with_models.tokens.tolist()
 
     def test_errors(self, model):
@@ -179,12 +187,8 @@ class TestDecoding:
             with pytest.raises(ValueError, match=rf"layers \[0, {exit_layer}\) are not within the decoder's 4"):
                 model.speculate(token, cache, exit_layer, 2)
         head = EarlyExitHead(model.head.norm_weight, model.head.head_weight, 0.25)
-        with pytest.raises(
-            ValueError, match=r"the head's eps is 0\.25, the decoder's 1e-06; a draft takes one for both"
-        ):
-            model.draft(token, cache, 1, 2, head=head)
-        with pytest.raises(ValueError, match=r"the head's eps is 0\.25"):
-            model.speculate(token, cache, 1, 2, draft_head=head)
+        with pytest.raises(ValueError, match=r"the head's eps is 0\.25, the decoder's 1e-06; an op takes one for both"):
+            model.with_exit(BoundExit(None, head))
 
 
 @EVERY

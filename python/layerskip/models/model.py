@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ class LayerSkipModel(nn.Module):
     ) -> None:
         super().__init__()
         exit = BoundExit(None, head) if exit is None else exit
+        for one in (head, exit.head):
+            if one.eps != decoder.eps:
+                raise ValueError(f"the head's eps is {one.eps}, the decoder's {decoder.eps}; an op takes one for both")
         self.embedding = shared(embedding)
         self.decoder = decoder.with_blocks(exit.blocks) if exit.blocks else decoder
         self.head, self.exit_layer = head, exit.exit_layer
@@ -133,23 +137,22 @@ class LayerSkipModel(nn.Module):
             The states after these layers, bit for bit those that the tokens would have one by one. Blocks do not change
             them.
         """
-        run = self.decoder.forward
-        return self._read(tokens, end, blocks, lambda state, *layers: run(state, cache, *layers, seq_lens, slots))
+        run = partial(self.decoder.forward, cache=cache, seq_lens=seq_lens, slots=slots)
+        return self._read(tokens, end, blocks, run)
 
     def prefill(self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, blocks: bool = False) -> Tensor:
         """As `read`, with torch's matmuls, see `PartialDepthDecoder.prefill`; at the lengths of the cache."""
-        run = self.decoder.prefill
-        return self._read(tokens, end, blocks, lambda state, *layers: run(state, cache, *layers))
+        return self._read(tokens, end, blocks, partial(self.decoder.prefill, cache=cache))
 
     def _read(self, tokens: Tensor, end: int | None, blocks: bool, run: Callable[..., Tensor]) -> Tensor:
         decoder, exit_layer = self.decoder, self.exit_layer
         hidden, end = self.embed(tokens), decoder.num_layers if end is None else end
         if not (blocks and decoder.num_blocks):
-            return run(hidden, 0, end)
+            return run(hidden, start=0, end=end)
         assert exit_layer is not None  # a model with blocks has one
-        hidden = run(hidden, 0, exit_layer)
-        run(hidden, decoder.num_layers, decoder.num_layers + decoder.num_blocks)
-        return run(hidden, exit_layer, end) if end > exit_layer else hidden
+        hidden = run(hidden, start=0, end=exit_layer)
+        run(hidden, start=decoder.num_layers, end=decoder.num_layers + decoder.num_blocks)
+        return run(hidden, start=exit_layer, end=end) if end > exit_layer else hidden
 
     def decode(
         self,
@@ -326,11 +329,5 @@ class LayerSkipModel(nn.Module):
             raise ValueError(f"exit_layer is {exit_layer}, but the model's exit is after {self.exit_layer} layers")
 
     def _check_depth(self, depth: int) -> None:
-        """One eps serves all norms of a call."""
-        for head in (self.head, self.draft_head):
-            if head.eps != self.decoder.eps:
-                raise ValueError(
-                    f"the head's eps is {head.eps}, the decoder's {self.decoder.eps}; a draft takes one for both"
-                )
         if not 1 <= depth <= self.num_layers:
             raise ValueError(f"layers [0, {depth}) are not within the decoder's {self.num_layers}")
