@@ -1,7 +1,7 @@
 """Models, tasks and demos by name, from installed packages, which provide them as entry points of three groups.
 
 ``layerskip.models``: a module with ``load(name, dtype) -> (model, tokenizer)`` and ``draft_head(name)``, the file of
-the draft head that the model comes with, or None.
+the draft head that the model comes with, or None; and ``exit(name)``, the same of an exit, if any model has one.
 ``layerskip.tasks``: a module with ``SPLITS``, of which the first is for training, and ``load(split)``, a list of
 `layerskip.training.data.Example`. With ``documents(split)``, a list of long texts, it serves to measure perplexity.
 ``layerskip.demos``: a sequence of `layerskip.cli.demo.Exhibit`.
@@ -92,8 +92,19 @@ def _kind(group: str) -> str:
 
 def draft_head(name: str) -> Path | None:
     """The file of a model's draft head; None where no package provides the model, ValueError where it has none."""
+    return _part(name, "draft_head", "a draft head")
+
+
+def exit(name: str) -> Path | None:
+    """As `draft_head`, the file of the exit that a model comes with."""
+    return _part(name, "exit", "an exit")
+
+
+def _part(name: str, function: str, title: str) -> Path | None:
     provider = find(MODELS, name)
-    path = provider.draft_head(name) if provider is not None else None
-    if provider is not None and path is None:
-        raise ValueError(f"the model {name} comes without a draft head")
+    if provider is None:
+        return None
+    path: Path | None = getattr(provider, function, lambda name: None)(name)
+    if path is None:
+        raise ValueError(f"the model {name} comes without {title}")
     return path

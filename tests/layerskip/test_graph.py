@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exits_of import copied_exit, random_exit
 from tiny import ROUND, prompt_of, requires_native, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,10 +83,13 @@ SAMPLING = {"greedy": [None] * 3, "drawn": [SamplingParams(temperature=0.7 * row
 
 @requires_native
 @pytest.mark.parametrize("kind", SAMPLING)
-@pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive", "early_exit"])
+@pytest.mark.parametrize("strategy", ["self_speculative", "with blocks", "autoregressive", "early_exit"])
 @pytest.mark.parametrize("slots", [2, 5])
 def test_the_same_tokens(slots, strategy, kind):
-    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    model, exit_ = tiny_model(upper="weak"), None
+    if strategy == "with blocks":
+        strategy, exit_ = "self_speculative", copied_exit(models.adapt(model), 1, 2)
+    decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=3, exit=exit_)
     recorder = Recorder()
     graphs = Graphs(recorder)
     given = {"strategy": strategy, "sampling": SAMPLING[kind]}
@@ -217,14 +221,16 @@ def test_a_look_is_seen():
         graphs.run("kind", lambda sequences: sequences.token * int(sequences.token[0]), sequences_of(1), 1, [])
 
 
+@pytest.mark.parametrize("num_blocks", [0, 2])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_round_has_no_values_to_look_at(temperature):
+def test_a_round_has_no_values_to_look_at(temperature, num_blocks):
     """On the device "meta" there are none, and no branch for the CPU is taken."""
-    model = models.adapt(tiny_model()).to("meta")
+    model = models.adapt(tiny_model())
+    model = model.with_exit(random_exit(model, 1, num_blocks).of(model)).to("meta")
     with torch.inference_mode():
         cache = model.decoder.new_cache(4, 64)
         sequences = SequenceTensors.of([0, 0], [5, 9], [3, 1], [1, 2], [temperature] * 2, torch.device("meta"))
-        round_ = FusedRound(model, cache, model.head)
+        round_ = FusedRound(model, cache)
         assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
         assert round_.advance(sequences, model.num_layers).shape == (2, 2)
         looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, torch.device("meta"))

@@ -8,6 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
+from exits_of import random_exit
 from tiny import prompt_of, tiny_model
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -78,6 +79,41 @@ def test_what_changes_is_decoded(change, draft_head):
     session.add(prompt_of(5), NEW)
     updates = [update for _ in range(40) if len(session) for update in session.step()]
     assert torch.equal(updates[-1].output.sequences, after)
+
+
+@pytest.mark.parametrize("change", [replaced, assigned, new_head, converted, converted_by_replacing, in_place])
+@pytest.mark.parametrize("draft_head", [None, "int8"])
+def test_an_exit_is_bound_to_what_has_become_of_the_model(change, draft_head):
+    model = tiny_model()
+    exit_ = random_exit(adapt(tiny_model()), rank=4)
+    decoder = SelfSpeculativeDecoder(model, exit=exit_, draft_head=draft_head)
+    decoder.generate(prompt_of(5), NEW)
+    change(model)
+    after = decoder.generate(prompt_of(5), NEW)
+    assert torch.equal(after.sequences, fresh(model))
+    anew = SelfSpeculativeDecoder(model, exit=exit_, draft_head=draft_head)
+    assert torch.equal(decoder.draft_head.head_weight, anew.draft_head.head_weight)
+    assert after.stats.accepted_per_round == anew.generate(prompt_of(5), NEW).stats.accepted_per_round
+    assert decoder.model.decoder.num_blocks == 1
+    assert {weight.dtype for weight in decoder.model.decoder.block_weights} == {model.dtype}
+
+
+def test_an_exit_that_no_longer_fits_is_named():
+    model = tiny_model()
+    decoder = SelfSpeculativeDecoder(model, exit=random_exit(adapt(model)))
+    fewer_layers(model)
+    for _ in range(2):  # also when asked again
+        with pytest.raises(ValueError, match="the exit is for a model of 4 layers, this one has 3"):
+            decoder.generate(prompt_of(5), NEW)
+
+
+def test_a_model_of_ours_that_is_converted():
+    model = adapt(tiny_model())
+    decoder = SelfSpeculativeDecoder(model, exit=random_exit(model))
+    model.to(torch.bfloat16)
+    out = decoder.generate(prompt_of(5), NEW)
+    assert torch.equal(out.sequences, fresh(tiny_model(dtype=torch.bfloat16)))
+    assert {weight.dtype for weight in decoder.model.decoder.block_weights} == {torch.bfloat16}
 
 
 def test_a_stream_decodes_what_has_changed():

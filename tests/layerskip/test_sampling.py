@@ -10,6 +10,7 @@ import helpers
 import pytest
 import torch
 import transformers
+from exits_of import random_exit
 from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
@@ -17,6 +18,7 @@ from layerskip.decoding import logits as logits_module
 from layerskip.decoding.logits import LogitsPipeline, LogitsRound
 from layerskip.decoding.reading import read_prompt
 from layerskip.decoding.round import NOT_DRAFTED, FusedRound, LookedUp, SequenceTensors
+from layerskip.models import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -184,16 +186,16 @@ def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: 
     """Continuations [BATCH, 3] of the prompt, all drawn in the same rounds, each from a seed of its own."""
     model, length = decoder.model, PROMPT.shape[1]
     cache = model.decoder.new_cache(BATCH, length + DEPTH + DRAFTS + 1)
-    hidden = read_prompt(model, cache, 0, PROMPT, model.num_layers).expand(BATCH, -1)
+    hidden = read_prompt(model, cache, 0, PROMPT, cache.num_layers).expand(BATCH, -1)
     for half in (cache.k, cache.v):
         half[:, 1:] = half[:, :1]
     lengths, seeds = torch.full((BATCH,), length - 1), torch.arange(first_seed, first_seed + BATCH)
     temperatures = torch.full((BATCH,), params.temperature)
     sequences = SequenceTensors(torch.zeros_like(seeds), lengths, torch.arange(BATCH), seeds, temperatures)
-    round_ = FusedRound(model, cache, decoder.draft_head)
+    round_ = FusedRound(model, cache)
     if params.processes:
         pipeline = LogitsPipeline([params] * BATCH, [None] * BATCH, SMALL, CPU)
-        round_ = LogitsRound(model, cache, decoder.draft_head, pipeline, [])
+        round_ = LogitsRound(model, cache, pipeline, [])
     sequences.token.copy_(round_.first(hidden, sequences))
     lengths += 1
     drawn = torch.full((BATCH, DEPTH + DRAFTS), -1)
@@ -231,8 +233,9 @@ def chi_square_excess(drawn: torch.Tensor, probabilities: torch.Tensor) -> float
     return ((statistic / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
 
 
-def excess(model, params: SamplingParams, draft_head: str | DraftHead = "full", looks_up: bool = False) -> float:
-    decoder = SelfSpeculativeDecoder(model, EXIT, DRAFTS, draft_head=draft_head)
+def excess(model, params: SamplingParams, head: str = "full", looks_up: bool = False) -> float:
+    exit_ = random_exit(adapt(model), EXIT) if head == "exit" else None
+    decoder = SelfSpeculativeDecoder(model, EXIT, DRAFTS, draft_head=HEADS.get(head), exit=exit_)
     with torch.inference_mode():
         drawn = torch.cat([sample(decoder, params, first, looks_up) for first in range(0, SAMPLES, BATCH)])
     return chi_square_excess(drawn, exact(model, params))
@@ -241,6 +244,7 @@ def excess(model, params: SamplingParams, draft_head: str | DraftHead = "full", 
 LIMIT = 3.0
 """Standard deviations; a right sampler is above it once in 700 times, and the seeds are fixed."""
 HEADS = {"full": "full", "reduced": DraftHead([0, 2, 3], SMALL)}
+NOT_FULL = ("reduced", "exit")
 DRAWN = {
     "temperature": SamplingParams(1.2),
     "top-k": SamplingParams(1.5, top_k=3),
@@ -251,10 +255,11 @@ DRAWN = {
 
 @many
 @pytest.mark.parametrize(
-    ("params", "head"), [*((name, "full") for name in DRAWN), ("temperature", "reduced"), ("top-p", "reduced")]
+    ("params", "head"),
+    [*((name, "full") for name in DRAWN), *((name, head) for name in ("temperature", "top-p") for head in NOT_FULL)],
 )
 def test_100k_continuations_have_the_models_distribution(small, params, head):
-    assert excess(small, DRAWN[params], HEADS[head]) < LIMIT
+    assert excess(small, DRAWN[params], head) < LIMIT
 
 
 @many

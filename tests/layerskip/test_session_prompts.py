@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny import LAYERS, prompt_of, requires_native, tiny_model
+from tiny import prompt_of, requires_native, tiny_model
 
 from layerskip import SelfSpeculativeDecoder, SessionFullError
 from layerskip.decoding.budget import PromptBudget
@@ -23,19 +23,18 @@ def decoder():
 @pytest.fixture
 def passes(decoder, monkeypatch):
     """What was read: for each pass the number of prompts and of tokens of each."""
-    sizes, forward, prefill = [], decoder.model.decoder.forward, decoder.model.decoder.prefill
+    sizes = []
 
-    def watched(hidden, cache, start, end, *rest):
-        if end == LAYERS and start == 0:
-            sizes.append(tuple(hidden.shape[:2]))
-        return forward(hidden, cache, start, end, *rest)
+    def watch(name):
+        read = getattr(decoder.model, name)
+        monkeypatch.setattr(
+            decoder.model,
+            name,
+            lambda tokens, *rest, **named: sizes.append(tuple(tokens.shape)) or read(tokens, *rest, **named),
+        )
 
-    monkeypatch.setattr(decoder.model.decoder, "forward", watched)
-    monkeypatch.setattr(
-        decoder.model.decoder,
-        "prefill",
-        lambda hidden, *rest: sizes.append((1, hidden.shape[1])) or prefill(hidden, *rest),
-    )
+    watch("read")
+    watch("prefill")
     return sizes
 
 

@@ -144,7 +144,10 @@ def add_model(parser: Parser) -> None:
 def add_speculation(parser: Parser) -> None:
     """How to draft."""
     parser.add_argument(
-        "--exit-layer", type=positive_or_auto, metavar="E", help="layers that draft, or auto (default: a quarter)"
+        "--exit-layer",
+        type=positive_or_auto,
+        metavar="E",
+        help="layers that draft, or auto (default: the exit's, or a quarter)",
     )
     parser.add_argument(
         "--num-speculations", type=positive_or_auto, default=4, metavar="K", help="tokens drafted a round, or auto"
@@ -154,8 +157,19 @@ def add_speculation(parser: Parser) -> None:
         help="end a draft at a token less probable than P, in 0 … 1 (default: 0, never)",
     )  # fmt: skip
     parser.add_argument(
-        "--draft-head", default="full", metavar="HEAD",
-        help="full, int8, a file or directory with a saved draft head, or the name of a model that comes with one",
+        "--draft-head", metavar="HEAD",
+        help="full, int8, a file or directory with a saved draft head, or the name of a model that comes with one "
+        "(default: the exit's own, or full)",
+    )  # fmt: skip
+    add_exit(parser)
+
+
+def add_exit(parser: Parser) -> None:
+    """What was trained to draft."""
+    parser.add_argument(
+        "--exit", metavar="EXIT",
+        help="draft with a trained exit: its directory or file, or the name of a model that comes with one "
+        "(default: the model's own layers)",
     )  # fmt: skip
     parser.add_argument(
         "--draft-source", type=one_of("draft source", SOURCES), default=SOURCES[0],
@@ -277,6 +291,7 @@ def _distill(parser: Parser) -> None:
 
 def _exits(parser: Parser) -> None:
     add_model(parser)
+    add_exit(parser)
     add_prompts(parser, 16)
     add_length(parser, 64)
     parser.add_argument("--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round")

@@ -87,7 +87,7 @@ def _bytes_per_token(name: str, decoder: SelfSpeculativeDecoder, stats: Stats) -
         return bytes_per_token(decoder.model, stats)
     if isinstance(decoder.exit_layer, str) or decoder.draft_source == AUTO:
         return 0.0
-    return bytes_per_token(decoder.model, stats, decoder.exit_layer, decoder.draft_head)
+    return bytes_per_token(decoder.model, stats, decoder.exit_layer)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -182,6 +182,7 @@ def _settings(args: argparse.Namespace, decoder: SelfSpeculativeDecoder) -> dict
         "draft_threshold": decoder.draft_threshold,
         "draft_head": args.draft_head,
         "draft_source": args.draft_source,
+        "exit": args.exit,
         "prompts": args.prompts,
         "max_new_tokens": args.max_new_tokens,
         "repeats": args.repeats,

@@ -46,7 +46,7 @@ class Subject:
     num_speculations: int
     remark: str
     prompts: list[Prompt]
-    draft_head: str | DraftHead = "full"
+    draft_head: str | DraftHead | None = None
 
 
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from .._files import check_output, write_atomically
 from ..decoding import SelfSpeculativeDecoder
+from ..models import Exit, LayerSkipModel
 from . import options, prompts
 
 if TYPE_CHECKING:
     from ..training.survey import ExitSurvey
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """One exit: what it is, what it and the full depth choose, and how much speed it could give."""
+
+    label: str
+    agreement: float
+    confidence: float
+    error: float
+    tokens_per_round: float
+    bound: float
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -23,9 +39,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     path = args.output.with_name(f"{args.output.name}.png")
     check_output(path, overwrite=True)
+    trained = None if args.exit is None else Exit.load(args.exit)
     texts = [prompt.text for prompt in prompts.read(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
-    decoder = SelfSpeculativeDecoder(model, 1)
+    decoder = SelfSpeculativeDecoder(model, exit=trained)
     written = []
     with console.status("writing continuations"):
         for text in texts:
@@ -34,17 +51,51 @@ def run(args: argparse.Namespace, console: Console) -> int:
             written.append((out.sequences[0], ids.shape[1]))
     with console.status("asking every exit"):
         survey = survey_exits(model, written)
-    console.print(table(survey, args.num_speculations, f"{args.model}, {args.prompts}"))
+        rows = of_layers(survey, args.num_speculations)
+        if trained is not None:
+            rows.append(of_trained(decoder.model, written, args.num_speculations))
+    console.print(table(rows, args.num_speculations, f"{args.model}, {args.prompts}: {survey.tokens.shape[1]} tokens"))
     write_atomically(path, picture(survey))
     console.print(f"wrote {path}")
     return 0
 
 
-def table(survey: ExitSurvey, drafts: int, title: str) -> Table:
-    """One line a layer; the best bound on the speedup is marked."""
-    bounds = [survey.speedup_bound(exit_layer, drafts) for exit_layer in range(1, survey.tokens.shape[0])]
-    best = max(range(len(bounds)), key=bounds.__getitem__) + 1
-    shown = Table(title=f"{title}: {survey.tokens.shape[1]} tokens", title_justify="left")
+def of_layers(survey: ExitSurvey, drafts: int) -> list[Surveyed]:
+    """The model's own exits, but for the full depth, which is no draft."""
+    rows = zip(survey.agreement(), survey.mean_confidence(), strict=True)
+    return [
+        Surveyed(
+            f"{exit_layer}",
+            *row,
+            survey.calibration_error(exit_layer),
+            survey.tokens_per_round(exit_layer, drafts),
+            survey.speedup_bound(exit_layer, drafts),
+        )
+        for exit_layer, row in enumerate(list(rows)[:-1], start=1)
+    ]
+
+
+def of_trained(model: LayerSkipModel, written: Sequence[tuple[Tensor, int]], drafts: int) -> Surveyed:
+    """The exit with which a model drafts."""
+    from ..training.survey import speedup_bound, survey_trained_exit
+
+    survey, blocks, exit_layer = survey_trained_exit(model, written), model.decoder.num_blocks, model.exit_layer
+    assert exit_layer is not None  # else there were no survey
+    emitted = survey.tokens_per_round(1, drafts)
+    return Surveyed(
+        f"{exit_layer} + {blocks} block{'' if blocks == 1 else 's'}",
+        survey.agreement()[0],
+        survey.mean_confidence()[0],
+        survey.calibration_error(1),
+        emitted,
+        speedup_bound(emitted, exit_layer, blocks, model.num_layers, drafts),
+    )
+
+
+def table(rows: Sequence[Surveyed], drafts: int, title: str) -> Table:
+    """One line an exit; the best bound on the speedup is marked."""
+    best = max(rows, key=lambda row: row.bound)
+    shown = Table(title=title, title_justify="left")
     columns = (
         "exit layer",
         "agreement",
@@ -55,18 +106,16 @@ def table(survey: ExitSurvey, drafts: int, title: str) -> Table:
     )
     for column in columns:
         shown.add_column(column, justify="right")
-    rows = zip(survey.agreement(), survey.mean_confidence(), bounds, strict=False)  # the full depth is no draft
-    for exit_layer, (agreement, confidence, bound) in enumerate(rows, start=1):
-        error, emitted = survey.calibration_error(exit_layer), survey.tokens_per_round(exit_layer, drafts)
+    for row in rows:
         cells = (
-            f"{exit_layer}",
-            f"{agreement:.1%}",
-            f"{confidence:.1%}",
-            f"{error:.3f}",
-            f"{emitted:.2f}",
-            f"{bound:.2f}×",
+            row.label,
+            f"{row.agreement:.1%}",
+            f"{row.confidence:.1%}",
+            f"{row.error:.3f}",
+            f"{row.tokens_per_round:.2f}",
+            f"{row.bound:.2f}×",
         )
-        shown.add_row(*cells, style="bold" if exit_layer == best else None)
+        shown.add_row(*cells, style="bold" if row is best else None)
     return shown
 
 

@@ -24,6 +24,8 @@ def check(args: argparse.Namespace) -> None:
         model(args.model)
     if isinstance(getattr(args, "draft_head", None), str):
         draft_head(args.draft_head)
+    if getattr(args, "exit", None) is not None:
+        _part(args.exit, "exit", [])
 
 
 def model(name: str) -> None:
@@ -52,13 +54,17 @@ def recipe(path: Path) -> None:
 
 def draft_head(name: str) -> None:
     """Raise for a draft head that is no way of scoring, no model's, and on no disk."""
-    known = ["full", "int8", *registry.names(registry.MODELS)]
-    if name in known or Path(name).exists():
+    _part(name, "draft head", ["full", "int8"])
+
+
+def _part(name: str, what: str, ways: list[str]) -> None:
+    known = [*ways, *registry.names(registry.MODELS)]
+    if name in known or Path(name).expanduser().exists():
         return
     if name in registry.EXAMPLE[registry.MODELS]:
         raise registry.unknown(registry.MODELS, name)
     hint = _beside(Path(name)) or ("" if "/" in name else f"; {registry.nearest(name, known)}")
-    raise FileNotFoundError(f"no draft head at {name}{hint}")
+    raise FileNotFoundError(f"no {what} at {name}{hint}")
 
 
 def _beside(path: Path) -> str:

@@ -48,14 +48,14 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def exit_layer(args: argparse.Namespace, model: Any) -> int | str:
-    """What the options say, or a quarter of the layers."""
-    return args.exit_layer or max(1, model.config.num_hidden_layers // 4)
+def exit_layer(args: argparse.Namespace, model: Any) -> int | str | None:
+    """What the options say, or that of the exit that they name, or a quarter of the layers."""
+    return args.exit_layer or (None if args.exit else max(1, model.config.num_hidden_layers // 4))
 
 
-def draft_head(args: argparse.Namespace) -> str | DraftHead:
+def draft_head(args: argparse.Namespace) -> str | DraftHead | None:
     """What scores the drafts."""
-    if args.draft_head in ("full", "int8"):
+    if args.draft_head in (None, "full", "int8"):
         return args.draft_head
     return DraftHead.load(args.draft_head)
 
@@ -69,6 +69,7 @@ def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
         draft_head=draft_head(args),
         draft_threshold=args.draft_threshold,
         draft_source=args.draft_source,
+        exit=args.exit,
     )
 
 

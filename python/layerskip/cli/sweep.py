@@ -54,7 +54,7 @@ def measure(model: Any, args: argparse.Namespace, encoded: Sequence[Tensor], tas
         prompts = [ids for ids, own in zip(encoded, tasks, strict=True) if own == task]
         decoders = [
             SelfSpeculativeDecoder(
-                model, "auto", "auto", draft_head=options.draft_head(args), draft_threshold=threshold
+                model, "auto", "auto", draft_head=options.draft_head(args), draft_threshold=threshold, exit=args.exit
             )
             for threshold in thresholds
         ]

@@ -121,9 +121,8 @@ class SelfSpeculativeDecoder:
 
     def _bind(self, model: LayerSkipModel) -> None:
         """Let this model draft as it was asked for."""
-        self._without_exit = model
-        self._bound = self._drafting.state(model)
         self.model: LayerSkipModel = self._drafting.on(model)
+        self._without_exit, self._bound = model, self._drafting.state(model)
         self._caches = CachePool(self.model)
 
     def _follow(self) -> CachePool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerskip_kernels import LayerWeights
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS
 
+from .. import registry
 from .._extras import need
 from .._files import write_atomically
 from .head import EarlyExitHead, check_token_ids
@@ -157,17 +158,24 @@ class Exit:
 
     @classmethod
     def load(cls, source: str | Path) -> Exit:
-        """Read what `save` wrote, from a file or a directory.
+        """Read what `save` wrote, from a file or a directory, or what a model that a package provides comes with.
+
+        Parameters
+        ----------
+        source : str or Path
+            A path, or the model's name (`layerskip.registry`).
 
         Raises
         ------
-        FileNotFoundError, ValueError
+        FileNotFoundError, ModuleNotFoundError, ValueError
             If there is none, or it is not an exit; the message names the file.
         """
         safetensors = need("safetensors", "reading an exit")
-        path = _file(source)
+        named = isinstance(source, str) and "/" not in source
+        path = (registry.exit(str(source)) if named else None) or _file(source)
         if not path.is_file():
-            raise FileNotFoundError(f"no exit at {path}")
+            hint = f"; {registry.hint(registry.MODELS, str(source))}" if named else ""
+            raise FileNotFoundError(f"no exit at {path}{hint}")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import layerskip_kernels
 
+from ..models import LayerSkipModel
 from .conversion import convert, revert
 
 BINS = 10
@@ -72,13 +73,17 @@ class ExitSurvey:
         return emitted / rounds
 
     def speedup_bound(self, exit_layer: int, drafts: int) -> float:
-        """Tokens a round, per cost of it in full passes: (K + 1) · E / L for the drafts, (L - E) / L to verify.
+        """See `speedup_bound`, of a round with as many tokens as here."""
+        return speedup_bound(self.tokens_per_round(exit_layer, drafts), exit_layer, 0, self.tokens.shape[0], drafts)
 
-        Heads, and that several rows cost more than one, are left out, so no decoder gets more.
-        """
-        layers = self.tokens.shape[0]
-        cost = ((drafts + 1) * exit_layer + layers - exit_layer) / layers
-        return self.tokens_per_round(exit_layer, drafts) / cost
+
+def speedup_bound(tokens_per_round: float, exit_layer: int, num_blocks: int, num_layers: int, drafts: int) -> float:
+    """Tokens a round, per cost of it in full passes: (K + 1) · (E + n) / L for the drafts, (L - E) / L to verify.
+
+    Heads, and that several rows cost more than one, are left out, so no decoder gets more.
+    """
+    cost = ((drafts + 1) * (exit_layer + num_blocks) + num_layers - exit_layer) / num_layers
+    return tokens_per_round / cost
 
 
 @torch.no_grad()
@@ -112,6 +117,43 @@ def survey_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitSurvey:
             confidence.append((out.logit - out.logsumexp).exp().view(len(exits), -1))
     finally:
         revert(model)
+    return _survey_of(tokens, confidence)
+
+
+@torch.no_grad()
+def survey_trained_exit(model: LayerSkipModel, texts: Iterable[tuple[Tensor, int]]) -> ExitSurvey:
+    """Ask what drafts for a model at every position of the continuations.
+
+    Parameters
+    ----------
+    model : LayerSkipModel
+        With an exit after one of its layers.
+    texts : iterable of (Tensor [S], int)
+        As `survey_exits` takes them.
+
+    Returns
+    -------
+    ExitSurvey
+        Of two rows: the exit, and the full depth.
+    """
+    decoder, exit_layer, layers = model.decoder, model.exit_layer, model.num_layers
+    if exit_layer is None:
+        raise ValueError("the model has no exit of its own; survey_exits asks all of its layers")
+    tokens, confidence = [], []
+    for ids, prompt in texts:
+        if len(ids) <= prompt:
+            continue
+        cache = decoder.new_cache(1, len(ids))
+        state = decoder.prefill(model.embed(ids[None, :-1].to(model.device)), cache, 0, exit_layer)
+        last = decoder.prefill(state, cache, exit_layer, layers)
+        drafting = decoder.prefill(state, cache, layers, layers + decoder.num_blocks)
+        out = [model.draft_head(drafting[0, prompt - 1 :]), model.head(last[0, prompt - 1 :])]
+        tokens.append(torch.stack([one.token for one in out]))
+        confidence.append(torch.stack([(one.logit - one.logsumexp).exp() for one in out]))
+    return _survey_of(tokens, confidence)
+
+
+def _survey_of(tokens: list[Tensor], confidence: list[Tensor]) -> ExitSurvey:
     if not tokens:
         raise ValueError("there is no continuation to look at")
     return ExitSurvey(torch.cat(tokens, 1), torch.cat(confidence, 1), tuple(part.shape[1] for part in tokens))

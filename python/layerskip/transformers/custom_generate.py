@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.generation import (
 )
 
 from ..decoding import DraftHead, DraftSource, SamplingParams, SelfSpeculativeDecoder
+from ..models import Exit
 from ..models.watch import unwrapped
 from . import compatibility
 from .kept_decoders import decoder_of
@@ -34,9 +36,10 @@ def generate(
     *,
     exit_layer: int | str = "auto",
     num_speculations: int | str = "auto",
-    draft_head: str | DraftHead = "full",
+    draft_head: str | DraftHead | None = None,
     draft_threshold: float = 0.0,
     draft_source: str | DraftSource = "exit",
+    exit: Exit | str | Path | None = None,
     tokenizer: Any = None,
     assistant_model: Any = None,
     **model_kwargs: Any,
@@ -60,9 +63,10 @@ def generate(
         E: layers [0, E) draft. "auto" picks by measured speed.
     num_speculations : int or "auto"
         K: the tokens that a round drafts.
-    draft_head : {"full", "int8"} or DraftHead
+    draft_head : {"full", "int8"} or DraftHead, optional
     draft_threshold : float
     draft_source : {"exit", "ngram", "auto"} or DraftSource
+    exit : Exit, str or Path, optional
         As in `SelfSpeculativeDecoder` and its ``generate``.
     **model_kwargs
         ``attention_mask`` [B, N], and what ``model.generate`` adds. In a direct call all arguments of it.
@@ -97,7 +101,9 @@ def generate(
         "assistant_model": assistant_model,
     }
     if not hasattr(generation_config, "_eos_token_tensor"):  # not prepared: a direct call
-        return _prepare(model, input_ids, {**speculation, "draft_head": draft_head, **arguments, **model_kwargs})
+        return _prepare(
+            model, input_ids, {**speculation, "draft_head": draft_head, "exit": exit, **arguments, **model_kwargs}
+        )
     _refuse("synced_gpus", synced_gpus)
     _refuse("assistant_model", assistant_model)
     compatibility.check_config(generation_config)
@@ -108,7 +114,7 @@ def generate(
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
     compatibility.check_positions(model_kwargs.get("position_ids"), mask)
     call = _Call(rows_of(input_ids, mask), logits_processor, stopping_criteria, generation_config)
-    return call.run(decoder_of(model, draft_head), streamer, speculation)
+    return call.run(decoder_of(model, draft_head, exit), streamer, speculation)
 
 
 patch_generation_mixin(generate)

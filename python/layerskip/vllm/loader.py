@@ -46,8 +46,10 @@ class LayerSkipLoader(DefaultModelLoader):
         return LayerSkipDraft(_targets[shared], vllm_config, prefix, settings).eval()
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool, str]:
-        """vLLM's files of weights without the draft head: it takes all that end in .safetensors."""
-        from ..decoding.draft_head import FILE_NAME
+        """vLLM's files of weights without draft head and exit: it takes all that end in .safetensors."""
+        from ..decoding import draft_head
+        from ..models import exit
 
         folder, files, *rest = super()._prepare_weights(*args, **kwargs)
-        return folder, [file for file in files if Path(file).name != FILE_NAME], *rest
+        others = (draft_head.FILE_NAME, exit.FILE_NAME)
+        return folder, [file for file in files if Path(file).name not in others], *rest
