@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def last_cache(decoder: SelfSpeculativeDecoder) -> SharedKVCache:
     """What the last call decoded with."""
-    return decoder._caches.idle[-1].cache
+    return decoder._drafting.caches.idle[-1].cache
 
 
 def cached(decoder: SelfSpeculativeDecoder, out) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any, NoReturn
 
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from .. import models
 from ..models import EarlyExitHead, Exit, LayerSkipModel
-from ..models.watch import ModelWatch, unwrapped
+from ..models.watch import unwrapped
 from . import graph, validation
-from .cache_pool import CachePool
-from .controller import Controller, Sizes, default_exits
+from .controller import Controller
 from .draft_head import DraftHead
-from .drafting import Drafting
+from .drafting import Drafting, DraftingModel
 from .logits import LogitsProcessor
 from .output import GenerationOutput, Streamer
 from .prompts import prompts_of, text_ids
@@ -29,6 +27,7 @@ from .sequence import Clock, StopRule
 from .session import Session
 from .source import EXIT, DraftSource, max_drafts, source_of
 from .text import SequenceText, stop_rules
+from .tuning import tuned
 
 
 class SelfSpeculativeDecoder:
@@ -64,8 +63,6 @@ class SelfSpeculativeDecoder:
 
     Attributes
     ----------
-    controller : Controller
-        Picks in the place of "auto". It learns from every call and session.
     clock : callable
         Gives the time, in seconds, for statistics and the controller; `time.perf_counter`. A benchmark on a machine
         that others use may set `time.process_time`.
@@ -88,15 +85,12 @@ class SelfSpeculativeDecoder:
         draft_source: str | DraftSource = EXIT,
         exit: Exit | str | Path | None = None,
     ) -> None:
-        model = unwrapped(model)
-        self._watch = None if isinstance(model, LayerSkipModel) else ModelWatch(model)
-        self._following = Lock()
-        self._drafting, self._exit_choices = Drafting.of(exit, draft_head), exit_choices
-        if self._drafting.exit is not None:
-            exit_layer = validation.exit_layer_of_exit(exit_layer, self._drafting.exit.exit_layer)
+        model, drafting = unwrapped(model), Drafting.of(exit, draft_head)
+        if drafting.exit is not None:
+            exit_layer = validation.exit_layer_of_exit(exit_layer, drafting.exit.exit_layer)
         self.exit_layer = "auto" if exit_layer is None else exit_layer
         self.num_speculations = num_speculations
-        self._adopt(models.adapt(model) if self._watch else model)
+        self._drafting = DraftingModel(model, drafting, self.exit_layer, exit_choices)
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
         validation.num_speculations_or_auto(num_speculations, validation.MAX_NUM_SPECULATIONS)
@@ -107,45 +101,15 @@ class SelfSpeculativeDecoder:
         self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
         self._pad_token_id = _of_config(model, "pad_token_id")
 
-    def _adopt(self, model: LayerSkipModel) -> None:
-        """Decode with this model from now on; what was kept for another one is dropped."""
-        layers = model.num_layers
-        validation.exit_layer_or_auto(self.exit_layer, layers)
-        exits = default_exits(layers) if self._exit_choices is None else self._exit_choices
-        exits = [validation.exit_layer(choice, layers) for choice in exits]
-        if not exits:
-            raise ValueError(f"exit_choices must hold at least one layer, got {self._exit_choices!r}")
-        self._bind(model)
-        exits = exits if self.model.exit_layer is None else [self.model.exit_layer]
-        self.controller = Controller(Sizes.of(self.model), exits)
+    @property
+    def model(self) -> LayerSkipModel:
+        """The model, and what drafts for it, as of the last call."""
+        return self._drafting.model
 
-    def _bind(self, model: LayerSkipModel) -> None:
-        """Let this model draft as it was asked for."""
-        self.model: LayerSkipModel = self._drafting.on(model)
-        self._without_exit, self._bound = model, self._drafting.state(model)
-        self._caches = CachePool(self.model)
-
-    def _follow(self) -> CachePool:
-        """Adapt the model anew if it has changed since, and what drafts if the weights that it copies have.
-
-        Returns
-        -------
-        CachePool
-            The caches of the model as it is now, and this model.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If it has become a model that cannot be adapted, or has hooks, which would not be called.
-        """
-        with self._following:
-            changed = None if self._watch is None else self._watch.changed()
-            if changed is not None:
-                self._adopt(models.adapt(changed))
-                self._watch = ModelWatch(changed)
-            elif self._drafting.state(self._without_exit) != self._bound:
-                self._bind(self._without_exit)
-            return self._caches
+    @property
+    def controller(self) -> Controller:
+        """What picks in the place of "auto". It learns from every call and session."""
+        return self._drafting.controller
 
     @property
     def draft_head(self) -> EarlyExitHead:
@@ -164,19 +128,24 @@ class SelfSpeculativeDecoder:
         name_or_dir: str | Path,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        tuning: str | Path | None = None,
         **options: Any,
     ) -> SelfSpeculativeDecoder:
-        """Load a model by directory or hub name; its tokenizer becomes ``decoder.tokenizer``.
+        """Load a model; its tokenizer becomes ``decoder.tokenizer``.
 
         Parameters
         ----------
         name_or_dir : str or Path
+            As `layerskip.load` takes it.
         dtype : torch.dtype
+        tuning : str or Path, optional
+            What ``layerskip tune`` has written; by default what lies beside the model, if neither ``exit_layer`` nor
+            ``exit`` is given. Options go before it.
         **options
             As the class takes them: ``exit_layer``, ``exit``, …
         """
         model, tokenizer = models.load(name_or_dir, dtype=dtype)
-        decoder = cls(model, **options)
+        decoder = cls(model, **tuned(name_or_dir, model.config, tuning, options))
         decoder.tokenizer = tokenizer
         return decoder
 
@@ -227,7 +196,7 @@ class SelfSpeculativeDecoder:
         MemoryError
             If the cache does not fit.
         """
-        model = self._follow().model
+        model = self._drafting.follow().model
         validation.at_least_one("max_batch", max_batch)
         length = self.max_seq_len
         if max_seq_len is not None:
@@ -303,7 +272,7 @@ class SelfSpeculativeDecoder:
         FloatingPointError
             If logits are not finite; it names the layer and the position.
         """
-        caches = self._follow()
+        caches = self._drafting.follow()
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         prompts = prompts_of(input_ids, attention_mask, tokenizer)
         batch = len(prompts)
@@ -382,7 +351,7 @@ class SelfSpeculativeDecoder:
         FloatingPointError
             If logits are not finite.
         """
-        self._follow()
+        self._drafting.follow()
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise ValueError("tokenizer must be given for a decoder that was not made with from_pretrained")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
 
+from .. import models
 from ..models import BoundExit, Exit, LayerSkipModel
+from ..models.watch import ModelWatch
+from . import validation
+from .cache_pool import CachePool
+from .controller import Controller, Sizes, default_exits
 from .draft_head import DraftHead
 
 
@@ -67,3 +74,76 @@ class Drafting:
             return True
         reduced = self.exit is not None and self.exit.token_ids is not None
         return reduced if self.draft_head is None else self.draft_head != "full"
+
+
+class DraftingModel:
+    """A model with what drafts for it, which follows what becomes of the model that it was made from.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or LayerSkipModel
+    drafting : Drafting
+    exit_layer : int or "auto"
+    exit_choices : sequence of int, optional
+        What "auto" picks from, where ``drafting`` has no exit.
+
+    Attributes
+    ----------
+    model : LayerSkipModel
+    controller : Controller
+    caches : CachePool
+        Of ``model``.
+
+    Raises
+    ------
+    ValueError
+        If the exit, or a layer, is not one of the model's.
+    """
+
+    def __init__(
+        self, model: Any, drafting: Drafting, exit_layer: int | str, exit_choices: Sequence[int] | None
+    ) -> None:
+        self._watch = None if isinstance(model, LayerSkipModel) else ModelWatch(model)
+        self._drafting, self._exit_layer, self._exit_choices = drafting, exit_layer, exit_choices
+        self._following = Lock()
+        self._adopt(models.adapt(model) if self._watch else model)
+
+    def _adopt(self, model: LayerSkipModel) -> None:
+        """Decode with this model from now on; what was kept for another one is dropped."""
+        layers = model.num_layers
+        validation.exit_layer_or_auto(self._exit_layer, layers)
+        exits = default_exits(layers) if self._exit_choices is None else self._exit_choices
+        exits = [validation.exit_layer(choice, layers) for choice in exits]
+        if not exits:
+            raise ValueError(f"exit_choices must hold at least one layer, got {self._exit_choices!r}")
+        self._bind(model)
+        exits = exits if self.model.exit_layer is None else [self.model.exit_layer]
+        self.controller = Controller(Sizes.of(self.model), exits)
+
+    def _bind(self, model: LayerSkipModel) -> None:
+        """Let this model draft as it was asked for."""
+        self.model = self._drafting.on(model)
+        self._without_exit, self._bound = model, self._drafting.state(model)
+        self.caches = CachePool(self.model)
+
+    def follow(self) -> CachePool:
+        """Adapt the model anew if it has changed since, and what drafts if the weights that it copies have.
+
+        Returns
+        -------
+        CachePool
+            The caches of the model as it is now, and this model.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it has become a model that cannot be adapted, or has hooks, which would not be called.
+        """
+        with self._following:
+            changed = None if self._watch is None else self._watch.changed()
+            if changed is not None:
+                self._adopt(models.adapt(changed))
+                self._watch = ModelWatch(changed)
+            elif self._drafting.state(self._without_exit) != self._bound:
+                self._bind(self._without_exit)
+            return self.caches

@@ -44,7 +44,8 @@ class Settings:
             Of ``--model-loader-extra-config``; names that are not fields of this class are vLLM's own.
         config : transformers.PretrainedConfig
         model : str
-            A directory or a name on the Hugging Face hub. A draft head that lies in the directory is taken.
+            A directory or a name on the Hugging Face hub. A draft head that lies in the directory is taken, and what
+            ``layerskip tune`` has written there, unless it is about an exit with blocks, which vLLM can't run.
 
         Raises
         ------
@@ -62,6 +63,7 @@ class Settings:
             "num_speculations": DEFAULT_SPECULATIONS,
             "draft_head": str(beside) if beside.is_file() else "full",
             **{name: own[name] for name in ("exit_layer", "num_speculations") if name in own},
+            **_tuned(Path(model)),
             **split(options)[0],
         }
         settings = cls(**values)
@@ -80,6 +82,20 @@ class Settings:
             raise ValueError(
                 f"draft_head must be full, int8, vllm, or the path of a saved draft head, got {self.draft_head!r}"
             )
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    """What ``layerskip tune`` found best, as far as vLLM can do the same."""
+    from ..decoding.tuning import FILE_NAME, Tuning
+
+    if not (folder / FILE_NAME).is_file():
+        return {}
+    tuning = Tuning.load(folder)
+    if tuning.exit is not None:
+        return {}
+    counts = {"exit_layer": tuning.exit_layer, "num_speculations": tuning.num_speculations}
+    values = {name: value for name, value in counts.items() if value != "auto"}
+    return values if tuning.draft_head is None else {**values, "draft_head": tuning.draft_head}
 
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

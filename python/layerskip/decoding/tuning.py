@@ -1,0 +1,135 @@
+"""How to draft for a model, as ``layerskip tune`` has measured it and keeps it in a file beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._files import write_atomically
+from . import draft_head as draft_heads
+from .draft_head import DraftHead
+
+FILE_NAME = "layerskip.json"
+CONFIG_KEY = "layerskip"
+"""The entry of a config.json that says the same, of a model that ``layerskip export`` has written."""
+_MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The options of `SelfSpeculativeDecoder` that depend on a model, a machine and what is asked of them.
+
+    Parameters
+    ----------
+    exit_layer, num_speculations : int or "auto"
+    draft_head : str, optional
+        "full", "int8", or the file of a `DraftHead`.
+    draft_source : str
+        "exit", "ngram" or "auto".
+    exit : str, optional
+        Where an `Exit` is.
+    """
+
+    exit_layer: int | str = "auto"
+    num_speculations: int | str = "auto"
+    draft_head: str | None = None
+    draft_source: str = "exit"
+    exit: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As the decoder takes them; a draft head is read."""
+        given = dataclasses.asdict(self)
+        if self.draft_head not in (None, "full", "int8"):
+            given["draft_head"] = DraftHead.load(Path(self.draft_head))
+        return given
+
+    def save(self, path: Path, measured: Mapping[str, Any]) -> None:
+        """Write a file, whole or not at all; ``measured`` is what speaks for it, and is not read again."""
+        content = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        for name in ("draft_head", "exit"):
+            if name in content:
+                content[name] = _relative(content[name], path.parent)
+        write_atomically(path, json.dumps({**content, _MEASURED: measured}, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tuning:
+        """Read what `save` wrote; paths in it are relative to its folder.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is no such file, or it is not one; the message names it.
+        """
+        path = Path(path).expanduser()
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no {FILE_NAME} at {path}; layerskip tune writes one") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        return cls._of(content, str(path), path.parent)
+
+    @classmethod
+    def beside(cls, name_or_dir: str | Path, config: Any) -> Tuning | None:
+        """What is known about a model: from its directory, else from its configuration, else nothing."""
+        folder = Path(name_or_dir).expanduser()
+        if (folder / FILE_NAME).is_file():
+            return cls.load(folder)
+        entry = getattr(config, CONFIG_KEY, None)
+        if entry is None:
+            return None
+        head = folder / draft_heads.FILE_NAME
+        heads = {"draft_head": str(head)} if head.is_file() else {}
+        return cls._of(
+            {**heads, **_mapping(entry, str(folder))}, f"{CONFIG_KEY!r} in the config.json of {folder}", folder
+        )
+
+    @classmethod
+    def _of(cls, content: Any, where: str, folder: Path) -> Tuning:
+        given = {name: value for name, value in _mapping(content, where).items() if name != _MEASURED}
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{where} has {name!r}, expected only {', '.join(known)}")
+        for name in ("draft_head", "exit"):
+            if isinstance(given.get(name), str) and (folder / given[name]).exists():
+                given[name] = str(folder / given[name])
+        return cls(**given)
+
+
+def tuned(
+    name_or_dir: str | Path, config: Any, tuning: str | Path | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a decoder for a model: those given, and what `Tuning` says of the others.
+
+    Without ``tuning`` that is what lies beside the model, and nothing where an exit or its layer is given.
+    """
+    known = None
+    if tuning is not None:
+        known = Tuning.load(tuning)
+    elif options.get("exit_layer") is None and options.get("exit") is None:
+        known = Tuning.beside(name_or_dir, config)
+    return {**({} if known is None else known.options), **options}
+
+
+def _mapping(content: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must be an object, got {content!r}")
+    return content
+
+
+def _relative(value: str, folder: Path) -> str:
+    """A path below ``folder`` relative to it, another one absolute, a name as it is."""
+    path = Path(value).expanduser()
+    if not path.exists():
+        return value
+    absolute = path.resolve()
+    below = absolute.is_relative_to(folder.resolve())
+    return os.path.relpath(absolute, folder.resolve()) if below else str(absolute)
