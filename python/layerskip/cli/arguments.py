@@ -128,12 +128,13 @@ def add_device(parser: Parser) -> None:
     )
 
 
-def add_model(parser: Parser) -> None:
+def add_model(parser: Parser, positional: bool = False) -> None:
     """Which model, in which dtype, and where."""
-    parser.add_argument(
-        "--model", default="smollm2", metavar="MODEL",
-        help="a directory, a hub name, or a name that a package provides, such as smollm2",
-    )  # fmt: skip
+    text = "a directory, a hub name, or a name that a package provides, such as smollm2"
+    if positional:
+        parser.add_argument("model", metavar="MODEL", help=text)
+    else:
+        parser.add_argument("--model", default="smollm2", metavar="MODEL", help=text)
     parser.add_argument(
         "--dtype", type=one_of("dtype", DTYPES), default="bfloat16", metavar=f"{{{','.join(DTYPES)}}}",
         help="of the weights",
@@ -298,6 +299,18 @@ def _exits(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.png, anew")
 
 
+def _tune(parser: Parser) -> None:
+    add_model(parser, positional=True)
+    add_exit(parser)
+    add_prompts(parser, 16)
+    add_length(parser, 96)
+    parser.add_argument("--chat", action="store_true", help="put the prompts into the model's chat template")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="what to write (default: layerskip.json beside the model)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there, or begin anew")
+
+
 def _export(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--exit-layer", type=positive, required=True, metavar="E", help="how many of the layers draft")
@@ -349,6 +362,12 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
     "exits": (
         _exits, "show how good every layer's exit is, to choose the exit layer by",
         "Show how good every layer's exit is on a model's own text: agreement with the full depth, and calibration.",
+    ),
+    "tune": (
+        _tune, "measure which drafts are fastest on your prompts, and keep it beside the model",
+        "Measure exit layers, numbers of drafts, heads and sources on prompts, half as many ways with twice as many "
+        "prompts each time, and write the fastest to layerskip.json, which from_pretrained reads. Every measurement is "
+        "kept in layerskip.json.partial: started again, the same command goes on where it was stopped.",
     ),
     "export": (
         _export, "write the first layers as a draft model for other engines, or a whole model for vLLM's plugin",
