@@ -74,7 +74,8 @@ class SlowExit:
             head = head + exit_.head_up @ exit_.head_down
         weights |= {"model.norm.weight": exit_.norm_weight, "lm_head.weight": head}
         missing = self._blocks.load_state_dict(weights, strict=False)
-        assert missing.missing_keys == ["model.embed_tokens.weight"] and not missing.unexpected_keys
+        assert missing.missing_keys == ["model.embed_tokens.weight"]
+        assert not missing.unexpected_keys
 
     @torch.no_grad()
     def choices(self, tokens: list[int], last: int) -> list[int]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from exits_of import copied_exit, random_exit
 from helpers import save_tiny, tiny_tokenizer
 from rich.console import Console
 from tiny import ROUND, VOCABULARY, generous, requires_native, tiny_model
@@ -21,7 +22,7 @@ from layerskip.cli.correctness import first_difference
 from layerskip.cli.measure import Stopwatch
 from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from layerskip.decoding import SelfSpeculativeDecoder
-from layerskip.models import load
+from layerskip.models import adapt, load
 from layerskip_kernels import dispatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +49,8 @@ class TestErrors:
             (["generate", "x", "--model", "/nowhere"], "/nowhere"),
             (["generate", "x", "--model", "MODEL", "--exit-layer", "4"], "exit_layer must be in 1 … 3"),
             (["generate", "x", "--model", "MODEL", "--draft-head", "/nowhere"], "no draft head at /nowhere"),
+            (["generate", "x", "--model", "MODEL", "--exit", "/nowhere"], "no exit at /nowhere"),
+            (["generate", "x", "--model", "MODEL", "--exit", "MODEL"], "no exit at"),
             (["generate", "", "--model", "MODEL"], "the prompt is empty"),
             (["generate", "w1", "--model", "MODEL", "--max-new-tokens", "256"], "more than max_seq_len=256"),
             (["generate", "w1", "--model", "MODEL", "--chat"], "no chat template"),
@@ -302,7 +305,35 @@ class TestBench:
         head = model.head.norm_weight.nbytes + model.head.head_weight.nbytes
         context = per_position / 4 * (4 + 9 / 2)
         expected = (8 * (layer + context) + 6 * head + 2 * (3 * (layer + context) + head)) / 8
-        assert bytes_per_token(model, out, 1, decoder.draft_head) == pytest.approx(expected)
+        assert bytes_per_token(model, out, 1) == pytest.approx(expected)
+
+    def test_bytes_per_token_of_an_exit(self):
+        from layerskip.cli.traffic import bytes_per_token
+
+        stock = adapt(tiny_model())
+        decoder = SelfSpeculativeDecoder(stock, 1, 3, exit=random_exit(stock, 1, 2))
+        keys_and_values = 2 * (2 * 4 * 8 * 4) * (4 + 9 / 2)  # of 2 blocks, 4 heads of 8 in fp32
+        blocks = sum(weight.nbytes for weight in decoder.model.decoder.block_weights) + keys_and_values
+        stats = decoder.generate(torch.ones(1, 4, dtype=torch.int64), 9).stats
+        plain, more = (bytes_per_token(model, stats, 1) for model in (stock, decoder.model))
+        assert more - plain == pytest.approx((stats.drafted + stats.rounds) * blocks / 8)
+
+    def test_an_exit_with_blocks(self, directory, texts, tmp_path, capsys):
+        copied_exit(adapt(load(directory, torch.float32)[0]), 2, 2).save(tmp_path)
+        options = ["--max-new-tokens", "8", "--dtype", "float32", "--exit", str(tmp_path), "--only-ours", "--sweep"]
+        assert main(["bench", "--model", directory, "--prompts", texts, "--output", str(tmp_path / "b"), *options]) == 0
+        printed = capsys.readouterr().out
+        assert "E=2 of 4" in printed
+        content = json.loads((tmp_path / "b.json").read_text())
+        assert content["settings"]["exit"] == str(tmp_path)
+        assert content["summary"][SELF_SPECULATIVE]["acceptance_rate"] == 1.0
+        assert set(content["sweep"][0]["fixed"]) == {f"E=2, K={k}" for k in (1, 2, 4, 8, 12)}
+        arguments = ["--model", directory, "--prompts", texts, *options[:6]]
+        assert main(["correctness", *arguments]) == 0
+        assert "all tokens are identical" in capsys.readouterr().out
+        assert main(["exits", *arguments, "--output", str(tmp_path / "e")]) == 0
+        (row,) = (line for line in capsys.readouterr().out.splitlines() if "2 + 2 blocks" in line)
+        assert "100.0%" in row
 
     def test_the_stopwatch_leaves_out_the_first_group(self, monkeypatch):
         """Put at 10, 13, 14 and 18 s: the prompt, two tokens, one, four."""

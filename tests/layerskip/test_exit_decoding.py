@@ -215,6 +215,7 @@ def test_a_number_of_drafts_that_is_picked(near):
     hf_model, decoder, watched = near
     out = decoder.generate(prompt_of(5), 60, num_speculations="auto")
     assert out.new_tokens[0].tolist() == expected(hf_model, prompt_of(5), 60)
+    assert watched.drafts >= out.stats.drafted
 
 
 def test_logits_that_are_processed(near):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from exits_of import copied_exit
 from helpers import save_tiny
 
 import layerskip
-from layerskip import DraftHead, SelfSpeculativeDecoder, registry
+from layerskip import DraftHead, Exit, SelfSpeculativeDecoder, registry
 from layerskip.cli import main, prompts
 from layerskip.training import data, evaluate
 from layerskip.training.run import load_pairs
@@ -53,6 +54,10 @@ def load(*args):
 
 def draft_head(name):
     return HERE / "draft_head.safetensors" if name == "toy" else None
+
+
+def exit(name):
+    return HERE / "exit.safetensors" if name == "toy" else None
 """
 PROSE = """\
 SPLITS = ("train", "test")
@@ -75,6 +80,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text("w5 w8\n")
     save_tiny(folder / "model")
     DraftHead(range(0, VOCABULARY, 3), VOCABULARY).save(folder / "draft_head.safetensors")
+    copied_exit(layerskip.adapt(layerskip.load(folder / "model", torch.float32)[0]), 2).save(folder)
     return folder
 
 
@@ -111,6 +117,17 @@ class TestModels:
         )
         with pytest.raises(ValueError, match="the model bare-toy comes without a draft head"):
             DraftHead.load("bare-toy")
+
+    def test_a_decoder_and_its_exit(self, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert Exit.load("toy").num_blocks == 1
+        decoder = SelfSpeculativeDecoder.from_pretrained("toy", exit="toy")
+        assert (decoder.exit_layer, decoder.model.decoder.num_blocks) == (2, 1)
+        with pytest.raises(ValueError, match="the model bare-toy comes without an exit"):
+            Exit.load("bare-toy")
+        with pytest.raises(FileNotFoundError, match=r"no exit at ty/exit\.safetensors; did you mean toy"):
+            Exit.load("ty")
+        assert main(["generate", "w5 w8", "--model", "toy", "--exit", "toy", "--max-new-tokens", "6"]) == 0
+        assert "drafts accepted" in capsys.readouterr().err
 
     def test_a_name_goes_before_a_directory_of_that_name(
         self, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

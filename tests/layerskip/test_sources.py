@@ -104,7 +104,7 @@ def test_the_cache_holds_the_same_bits(dtype):
 
     def decoded(**options):
         out = decoder.generate(prompt_of(7), NEW, **options)
-        cache, end = decoder._caches.idle[-1].cache, out.sequences.shape[1] - 1
+        cache, end = decoder._drafting.caches.idle[-1].cache, out.sequences.shape[1] - 1
         return out.sequences[0].tolist(), cache.k[:, 0, :, :end].clone(), cache.v[:, 0, :, :end].clone()
 
     text, keys, values = decoded(strategy="autoregressive")

@@ -9,6 +9,7 @@ from threading import Thread
 import pytest
 import torch
 import transformers
+from exits_of import copied_exit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model
@@ -18,6 +19,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStr
 from transformers.generation.streamers import BaseStreamer
 
 import layerskip
+from layerskip import Exit, adapt
 from layerskip.transformers.kept_decoders import decoder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -448,7 +450,14 @@ def test_auto(model):
     inputs = prompts([5, 3])
     plain, _ = both(model, inputs)
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
-    for changes in ({}, {"draft_head": "int8"}, {"draft_threshold": 0.3, "exit_layer": 1, "num_speculations": 6}):
+    exit_ = copied_exit(adapt(model), 2)
+    for changes in (
+        {},
+        {"draft_head": "int8"},
+        {"draft_threshold": 0.3, "exit_layer": 1, "num_speculations": 6},
+        {"exit": exit_},
+        {"exit": exit_, "exit_layer": 2, "draft_head": "int8", "num_speculations": 3},
+    ):
         ours = model.generate(**inputs, **options, custom_generate=layerskip.generate, **changes)
         assert torch.equal(ours, plain)
 
@@ -504,8 +513,12 @@ def test_a_model_keeps_its_decoder_and_lets_it_go():
         model.lm_head.weight.mul_(1.5)
     quantised.generate(prompts([5])["input_ids"], 2)
     assert quantised.draft_head is not head
+    exit_ = copied_exit(adapt(model), 2)
+    with_exit = decoder_of(model, None, exit_)
+    assert with_exit.exit_layer == 2
+    assert decoder_of(model, None, exit_) is with_exit is not decoder_of(model, None)
     reference = weakref.ref(model)
-    del model
+    del model, exit_, with_exit
     gc.collect()
     assert reference() is None
 
@@ -559,6 +572,8 @@ def test_new_weights_are_followed(model):
         ({"exit_layer": 4}, r"exit_layer must be .*1 … 3.*4"),
         ({"num_speculations": 0}, "num_speculations"),
         ({"draft_head": "int4"}, "draft_head.*'int4'"),
+        ({"exit": Exit(2, torch.ones(32), 9, VOCABULARY)}, "the exit is for a model of 9 layers, this one has 4"),
+        ({"exit": Exit(2, torch.ones(32), 4, VOCABULARY), "exit_layer": 3}, "exit_layer is 3, but the exit .* after 2"),
         ({"draft_threshold": 2.0}, "draft_threshold.*2.0"),
         ({"max_new_tokens": 1000}, "max_new_tokens=1000 .*max_seq_len=256"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "padded on the left"),

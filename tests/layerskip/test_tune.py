@@ -191,7 +191,7 @@ def test_a_broken_file_is_named(directory, content, message):
 
 
 def test_what_cannot_be(directory, texts, tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="no layerskip.json at .*nowhere; layerskip tune writes one"):
+    with pytest.raises(FileNotFoundError, match=r"no layerskip\.json at .*nowhere; layerskip tune"):
         SelfSpeculativeDecoder.from_pretrained(directory, tuning=tmp_path / "nowhere")
     assert main(["tune", str(directory), "--prompts", texts, "--max-new-tokens", "256"]) == 2
     assert "none of 5 prompts fits with 256 new tokens" in capsys.readouterr().err

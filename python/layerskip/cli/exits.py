@@ -105,7 +105,7 @@ def table(rows: Sequence[Surveyed], drafts: int, title: str) -> Table:
         "speedup at most",
     )
     for column in columns:
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=column == "exit layer")
     for row in rows:
         cells = (
             row.label,

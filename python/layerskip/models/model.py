@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -137,22 +136,30 @@ class LayerSkipModel(nn.Module):
             The states after these layers, bit for bit those that the tokens would have one by one. Blocks do not change
             them.
         """
-        run = partial(self.decoder.forward, cache=cache, seq_lens=seq_lens, slots=slots)
-        return self._read(tokens, end, blocks, run)
+        return self._read(tokens, cache, end, blocks, self.decoder.forward, seq_lens, slots)
 
     def prefill(self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, blocks: bool = False) -> Tensor:
         """As `read`, with torch's matmuls, see `PartialDepthDecoder.prefill`; at the lengths of the cache."""
-        return self._read(tokens, end, blocks, partial(self.decoder.prefill, cache=cache))
+        return self._read(tokens, cache, end, blocks, self.decoder.prefill)
 
-    def _read(self, tokens: Tensor, end: int | None, blocks: bool, run: Callable[..., Tensor]) -> Tensor:
+    def _read(
+        self,
+        tokens: Tensor,
+        cache: SharedKVCache,
+        end: int | None,
+        blocks: bool,
+        run: Callable[..., Tensor],
+        *places: Tensor | None,
+    ) -> Tensor:
         decoder, exit_layer = self.decoder, self.exit_layer
-        hidden, end = self.embed(tokens), decoder.num_layers if end is None else end
+        layers, hidden = decoder.num_layers, self.embed(tokens)
+        end = layers if end is None else end
         if not (blocks and decoder.num_blocks):
-            return run(hidden, start=0, end=end)
+            return run(hidden, cache, 0, end, *places)
         assert exit_layer is not None  # a model with blocks has one
-        hidden = run(hidden, start=0, end=exit_layer)
-        run(hidden, start=decoder.num_layers, end=decoder.num_layers + decoder.num_blocks)
-        return run(hidden, start=exit_layer, end=end) if end > exit_layer else hidden
+        hidden = run(hidden, cache, 0, exit_layer, *places)
+        run(hidden, cache, layers, layers + decoder.num_blocks, *places)
+        return run(hidden, cache, exit_layer, end, *places) if end > exit_layer else hidden
 
     def decode(
         self,

@@ -23,7 +23,7 @@ _lock = Lock()
 
 
 def decoder_of(
-    model: Any, draft_head: str | DraftHead | None, exit: Exit | str | Path | None
+    model: Any, draft_head: str | DraftHead | None, exit: Exit | str | Path | None = None
 ) -> SelfSpeculativeDecoder:
     """The decoder of ``model``, with its caches and what it learned about speed; a new one for another head or exit.
 
