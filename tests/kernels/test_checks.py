@@ -153,6 +153,24 @@ OPTIONS = [
     ("speculative_round", "temperature", value(None), ValueError, "temperature, seed come together"),
     ("speculative_round", "seed", INT, TypeError, "seed has dtype int32, expected int64"),
     ("speculative_round", "slots", shape(3), ValueError, "slots has shape [3], expected [2]"),
+    ("draft", "num_blocks", value(-1), ValueError,
+     "num_blocks must lie in [0, 2], got -1: the cache has 4 layers, and layers [0, 2) are the model's"),
+    ("draft", "num_blocks", value(3), ValueError, "num_blocks must lie in [0, 2], got 3"),
+    ("draft", "num_blocks", value(2), ValueError,
+     "layers [0, 2) and 2 exit blocks take 9 or 14 weights each, got 27 for 4 layers"),
+    ("draft", "weights", lambda weights: weights[:-1], ValueError,
+     "layers [0, 2) and 1 exit blocks take 9 or 14 weights each, got 26 for 3 layers"),
+    ("speculative_round", "num_blocks", value(-1), ValueError,
+     "num_blocks must lie in [0, 2], got -1: the cache has 3 layers, those of the model and one for each block"),
+    ("speculative_round", "num_blocks", value(3), ValueError, "num_blocks must lie in [0, 2], got 3"),
+    ("speculative_round", "weights", lambda weights: weights[:-9], ValueError,
+     "layers [0, 2) and 1 exit blocks take 9 or 14 weights each, got 18 for 3 layers"),
+    ("speculative_round", "draft_norm_weight", shape(31), ValueError,
+     "draft_norm_weight has shape [31], expected [32]"),
+    ("speculative_round", "draft_norm_weight", HALF, TypeError,
+     "draft_norm_weight has dtype float16, expected float32"),
+    ("speculative_round", "draft_norm_weight", strided, ValueError,
+     "draft_norm_weight must be contiguous, its strides are (2,)"),
 ]  # fmt: skip
 
 DTYPES = [
@@ -310,6 +328,14 @@ def test_more_sequences_than_the_cache_has_rows() -> None:
     for name in ("k_cache", "v_cache"):
         args[name] = args[name][:1]
     refuse(args, "verify_attention", ValueError, "slots has 2 entries, the cache only 1 rows")
+
+
+def test_a_cache_without_the_blocks_layers() -> None:
+    args = example("speculative_round", options=True)
+    for name in ("k_cache", "v_cache"):
+        args[name] = args[name][:2]
+    message = "layers [0, 1) and 1 exit blocks take 9 or 14 weights each, got 27 for 2 layers"
+    refuse(args, "speculative_round", ValueError, message)
 
 
 def test_a_round_that_samples_needs_to_know_the_drafts_tokens() -> None:

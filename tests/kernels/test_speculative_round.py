@@ -213,7 +213,7 @@ def true_probabilities(model: dict[str, Any], tokens: list[int], temperature: fl
     return (logits[0].double() / temperature).softmax(0)
 
 
-@pytest.mark.parametrize("head", ["full", "subset"])
+@pytest.mark.parametrize("head", ["full", "subset", "behind a block"])
 @pytest.mark.parametrize("path", ["reference", "avx2"])
 def test_sampled_rounds_have_the_distribution_of_the_whole_model(path: str, head: str) -> None:
     """The first token, and the second given the first, over many seeds."""
@@ -223,8 +223,12 @@ def test_sampled_rounds_have_the_distribution_of_the_whole_model(path: str, head
     if head == "subset":
         draft_token_map = torch.tensor([9, 0, 4, 5, 7, 1, 2])
         draws.update(draft_head_weight=model["head_weight"][draft_token_map], draft_token_map=draft_token_map)
+    if head == "behind a block":  # the second layer, more or less: some drafts hold
+        block = [weight * 0.7 for weight in model["weights"][9:]]
+        draws.update(weights=model["weights"] + block, num_blocks=1, draft_norm_weight=model["norm_weight"].flip(0))
+        draws.update({name: torch.zeros(3, *model[name].shape[1:]) for name in ("k_cache", "v_cache")})
     with running_on(path):
-        out = run("speculative_round", **model, **draws)
+        out = run("speculative_round", **{**model, **draws})
         first = torch.where(out.accepted > 0, out.tokens[:, 0], out.next_token)
         assert chi_square_p(first, true_probabilities(model, [3], temperature)) > 1e-4
         assert 0.1 < float((out.accepted > 0).float().mean()) < 0.95
