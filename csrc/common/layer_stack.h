@@ -78,4 +78,26 @@ struct LayerStack {
   }
 };
 
+// The weights of a round, of L layers and then of exit blocks: what drafts, layers [0, E) and the blocks, and what
+// verifies, layers [E, L).
+struct RoundWeights {
+  std::vector<Tensor> drafting, deep;
+  int64_t num_layers;  // L
+
+  RoundWeights(const std::vector<Tensor>& weights, const Tensor& k_cache, int64_t exit_layer, int64_t num_blocks) {
+    LSK_REQUIRE(k_cache.dim() == 5, "the cache must have rank 5");
+    const int64_t count = k_cache.size(0), each = count > 0 ? static_cast<int64_t>(weights.size()) / count : 0;
+    LSK_REQUIRE(0 <= num_blocks && num_blocks < count, "num_blocks must lie in [0, ", count - 1, "], got ", num_blocks);
+    num_layers = count - num_blocks;
+    LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
+                exit_layer);
+    LSK_REQUIRE(each * count == static_cast<int64_t>(weights.size()), "got ", weights.size(), " weights for ", count,
+                " layers");
+    const auto exit = weights.begin() + each * exit_layer, blocks = weights.begin() + each * num_layers;
+    drafting.assign(weights.begin(), exit);
+    drafting.insert(drafting.end(), blocks, weights.end());
+    deep.assign(exit, blocks);
+  }
+};
+
 }  // namespace lsk

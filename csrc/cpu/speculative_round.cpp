@@ -1,6 +1,7 @@
 // speculative_round on CPU tensors: its ops, one after the other.
 #include <algorithm>
 
+#include "common/layer_stack.h"
 #include "cpu/ops.h"
 
 namespace lsk {
@@ -31,34 +32,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
     const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
     const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
     const std::optional<Tensor>& draft_norm_weight, int64_t num_blocks) {
-  const int64_t num_layers = k_cache.size(0) - num_blocks, batch = token.size(0), vocab_size = head_weight.size(0);
-  LSK_REQUIRE(0 <= num_blocks && num_blocks < k_cache.size(0), "num_blocks must lie in [0, ", k_cache.size(0) - 1,
-              "], got ", num_blocks);
-  LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
-              exit_layer);
-  LSK_REQUIRE(weights.size() % k_cache.size(0) == 0, "got ", weights.size(), " weights for ", k_cache.size(0),
-              " layers");
+  const int64_t batch = token.size(0), vocab_size = head_weight.size(0);
+  const RoundWeights parts(weights, k_cache, exit_layer, num_blocks);
   LSK_REQUIRE(draft_head_weight.has_value() || (!draft_token_map.has_value() && !draft_head_scale.has_value()),
               "draft_token_map and draft_head_scale need a draft_head_weight");
   LSK_REQUIRE(draft_threshold == 0 || !temperature.has_value(), "draft_threshold is ", draft_threshold,
               " with a temperature: dropping what was drawn because it is improbable would change the distribution");
-  const int64_t each = weights.size() / k_cache.size(0);
-  const auto exit = weights.begin() + each * exit_layer, blocks = weights.begin() + each * num_layers;
-  const std::vector<Tensor> deep(exit, blocks);
-  std::vector<Tensor> drafting(weights.begin(), exit);
-  drafting.insert(drafting.end(), blocks, weights.end());
   const Tensor& draft_norm = draft_norm_weight.has_value() ? *draft_norm_weight : norm_weight;
   const Tensor& draft_head = draft_head_weight.has_value() ? *draft_head_weight : head_weight;
   const bool samples = temperature.has_value();
   std::optional<Tensor> draft_logits, target_logits;
   if (samples) draft_logits = new_empty(token, {batch, num_speculations, draft_head.size(0)}, ScalarType::Float);
   auto [tokens, states, probability] =
-      draft(token, embedding, drafting, k_cache, v_cache, cos, sin, seq_lens, exit_layer, draft_norm, draft_head, eps,
-            num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
+      draft(token, embedding, parts.drafting, k_cache, v_cache, cos, sin, seq_lens, exit_layer, draft_norm, draft_head,
+            eps, num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
             draft_logits, num_blocks);
   const int64_t drafted = longest(tokens), rows = batch * (drafted + 1);
-  const Tensor hidden = partial_forward(narrow(states, 1, 0, drafted + 1), deep, k_cache, v_cache, cos, sin, seq_lens,
-                                        exit_layer, num_layers, eps, slots);
+  const Tensor hidden = partial_forward(narrow(states, 1, 0, drafted + 1), parts.deep, k_cache, v_cache, cos, sin,
+                                        seq_lens, exit_layer, parts.num_layers, eps, slots);
   if (samples) target_logits = new_empty(token, {rows, vocab_size}, ScalarType::Float);
   const Tensor target = std::get<0>(exit_head(reshape(hidden, {rows, hidden.size(2)}), norm_weight, head_weight, eps,
                                               {}, {}, {}, {}, {}, target_logits));

@@ -1,5 +1,6 @@
-// draft: embed, layers [0, E), exit head, K times over, and once more without the head where the last draft's keys and
-// values are wanted. Tokens never leave the device: the kernel that merges the head's tiles also embeds the next token.
+// draft: embed, layers [0, E), exit blocks, exit head, K times over, and once more without the head where the last
+// draft's keys and values are wanted. Tokens never leave the device: the kernel that merges the head's tiles also
+// embeds the next token.
 #pragma once
 
 #include "cuda/choice.cuh"
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) draft_clear_kernel(DraftArgs<T> a) {
 }
 
 template <class T, class W>
-cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, const Head<T, W>& head,
-                  HeadSampling sampling, HeadLogits logits, int64_t step_pitch) {
+cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, const Layers<T>& blocks,
+                  const Head<T, W>& head, HeadSampling sampling, HeadLogits logits, int64_t step_pitch) {
   const dim3 grid(static_cast<unsigned>(a.batch));
   const int64_t tiles = head_tiles(head.vocab_size);
   if (a.batch == 0 || a.rows() == 0) return cudaSuccess;
@@ -78,9 +79,13 @@ cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, 
   for (int64_t row = 0; row < a.rows(); ++row) {
     const Rows<T> state = a.state(row);
     LSK_LAUNCH(layers.run(chain, {a.hidden, a.hidden_size}, state, row));
+    Rows<const T> seen{state.data, state.pitch};
+    if (blocks.count > 0) {
+      LSK_LAUNCH(blocks.run(chain, seen, {a.hidden, a.hidden_size}, row));
+      seen = {a.hidden, a.hidden_size};
+    }
     if (row == a.num_speculations) break;
     sampling.ahead = row;
-    const Rows<const T> seen{state.data, state.pitch};
     LSK_LAUNCH(exit_head_tiles(chain, head, seen, a.batch, sampling, logits, a.partial));
     LSK_LAUNCH(launch(chain.next(grid, merge_threads(tiles)), draft_step_kernel<T>, a, row, tiles, head.token_map));
     if (logits.data != nullptr) logits.data += step_pitch;

@@ -16,7 +16,7 @@ struct DraftArgs {
   int64_t* tokens;        // [B, K]
   T* states;              // [B, K + extend, D]
   float* probability;     // [B, K]
-  T* hidden;              // scratch [B, D]
+  T* hidden;              // scratch [B, D]: a token's embedding, then what the exit blocks make of its state
   Choice* partial;        // scratch [B, head_tiles]
 
   __host__ __device__ int64_t rows() const { return num_speculations + (extend ? 1 : 0); }
@@ -38,10 +38,11 @@ struct Layers {
   }
 };
 
-// `sampling` is given positions by the layers' seq_lens. The logits of step i, where they are wanted, are `logits`
-// moved on by i * step_pitch.
+// `blocks`, which may be none, run on one row, too, and may share the scratch of `layers`. `sampling` is given
+// positions by the layers' seq_lens. The logits of step i, where they are wanted, are `logits` moved on by i *
+// step_pitch.
 template <class T, class W>
-cudaError_t draft(Chain& chain, const DraftArgs<T>& args, const Layers<T>& layers, const Head<T, W>& head,
-                  HeadSampling sampling, HeadLogits logits, int64_t step_pitch);
+cudaError_t draft(Chain& chain, const DraftArgs<T>& args, const Layers<T>& layers, const Layers<T>& blocks,
+                  const Head<T, W>& head, HeadSampling sampling, HeadLogits logits, int64_t step_pitch);
 
 }  // namespace lsk

@@ -12,6 +12,7 @@ template <class T, class W>
 struct RoundArgs {
   DraftArgs<T> draft;  // `extend` is true
   Layers<T> shallow;   // [0, E), for one row
+  Layers<T> blocks;    // of the exit, for one row, on the scratch of `shallow`
   Layers<T> deep;      // [E, L), for M rows
   Head<T, W> draft_head;
   Head<T, T> head;
@@ -46,7 +47,7 @@ cudaError_t speculative_round(Chain& chain, const RoundArgs<T, W>& a) {
     logits = {const_cast<float*>(a.sampled.draft_logits), drafted * draft_vocab_size};
   LSK_LAUNCH(clear_tickets(chain, a.shallow.scratch.attention, a.shallow.scratch.attention_memory()));
   LSK_LAUNCH(clear_tickets(chain, a.deep.scratch.attention, a.deep.scratch.attention_memory()));
-  LSK_LAUNCH(draft(chain, a.draft, a.shallow, a.draft_head, {a.sampled.temperature, a.sampled.seed}, logits,
+  LSK_LAUNCH(draft(chain, a.draft, a.shallow, a.blocks, a.draft_head, {a.sampled.temperature, a.sampled.seed}, logits,
                    draft_vocab_size));
   LSK_LAUNCH(verify(chain, a));
   if (a.sampled.temperature != nullptr) return accept_sampled(chain, a.sampled);

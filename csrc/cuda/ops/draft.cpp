@@ -6,15 +6,13 @@
 namespace lsk {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> draft_op(const Tensor& token_in, const Tensor& embedding,
-                                            const std::vector<Tensor>& weights, const Tensor& k_cache,
-                                            const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
-                                            const Tensor& seq_lens, int64_t exit_layer, const Tensor& norm_weight,
-                                            const Tensor& head_weight, double eps, int64_t num_speculations,
-                                            bool extend, const std::optional<Tensor>& token_map,
-                                            const std::optional<Tensor>& scale, const std::optional<Tensor>& slots,
-                                            double draft_threshold, const std::optional<Tensor>& temperature,
-                                            const std::optional<Tensor>& seed, const std::optional<Tensor>& logits) {
+std::tuple<Tensor, Tensor, Tensor> draft_op(
+    const Tensor& token_in, const Tensor& embedding, const std::vector<Tensor>& weights, const Tensor& k_cache,
+    const Tensor& v_cache, const Tensor& cos, const Tensor& sin, const Tensor& seq_lens, int64_t exit_layer,
+    const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t num_speculations, bool extend,
+    const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale, const std::optional<Tensor>& slots,
+    double draft_threshold, const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& logits, int64_t num_blocks) {
   const DeviceScope scope(token_in,
                           {&embedding, &k_cache, &v_cache, &cos, &sin, &seq_lens, &norm_weight, &head_weight});
   check_device(token_in, {&token_map, &scale, &slots, &temperature, &seed, &logits});
@@ -22,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(const Tensor& token_in, const Tensor
   const int64_t batch = token.size(0), vocab_size = head_weight.size(0);
   const Drafting drafting(token, embedding, num_speculations, extend, draft_threshold);
   if (drafting.empty()) return {drafting.tokens, drafting.states, drafting.probability};
-  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps};
+  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
   const ForwardShape shape = drafting.shape(stack);
   const Tensor partial = partial_choices(token, batch, vocab_size);
   const HeadSampling sampling{data<float>(temperature, "temperature", {batch}), data<int64_t>(seed, "seed", {batch})};
@@ -33,11 +31,11 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(const Tensor& token_in, const Tensor
     const Head<T, W> head = head_of<T, W>(norm_weight, head_weight, shape.hidden_size, eps, token_map, scale);
     const auto layers = stack.layers<T>(shape);
     const Tensor memory = scratch_bytes(token, ForwardScratch<T>::bytes(shape));
-    const Layers<T> shallow = layers_of<T>(stack, layers, shape, memory);
+    const auto [shallow, blocks] = layers_and_blocks<T>(stack, layers, shape, memory);
     Chain chain(scope.stream());
     check_launch("draft", clear_tickets(chain, shallow.scratch.attention, memory.data_ptr()));
     check_head_launch("draft", shape.hidden_size,
-                      draft(chain, drafting.args<T>(partial), shallow, head, sampling, written,
+                      draft(chain, drafting.args<T>(partial), shallow, blocks, head, sampling, written,
                             logits.has_value() ? logits->stride(1) : 0));
   });
   return {drafting.tokens, drafting.states, drafting.probability};

@@ -1,6 +1,9 @@
 // A draft's outputs and scratch as tensors: for the op and for speculative_round.
 #pragma once
 
+#include <utility>
+#include <vector>
+
 #include "cuda/draft.h"
 #include "cuda/ops/heads.h"
 #include "cuda/ops/layer_stack.h"
@@ -62,11 +65,17 @@ struct Drafting {
   }
 };
 
+// The layers of a stack, then its exit blocks, on the same scratch; `weights` are those of both.
 template <class T>
-Layers<T> layers_of(const LayerStack& stack, const std::vector<LayerWeights<T>>& layers, const ForwardShape& shape,
-                    const Tensor& memory) {
-  return {layers.data(), static_cast<int64_t>(layers.size()), forward_args<T>(stack, shape),
-          ForwardScratch<T>(shape, memory.data_ptr())};
+std::pair<Layers<T>, Layers<T>> layers_and_blocks(const LayerStack& stack, const std::vector<LayerWeights<T>>& weights,
+                                                  const ForwardShape& shape, const Tensor& memory) {
+  const int64_t count = static_cast<int64_t>(weights.size()) - stack.num_blocks;
+  const Layers<T> layers{weights.data(), count, forward_args<T>(stack, shape),
+                         ForwardScratch<T>(shape, memory.data_ptr())};
+  Layers<T> blocks = layers;
+  blocks.weights += count;
+  blocks.count = stack.num_blocks;
+  return {layers, blocks};
 }
 
 }  // namespace lsk

@@ -11,7 +11,7 @@ namespace lsk {
 namespace {
 
 struct Heads {
-  const Tensor &norm_weight, &head_weight, &draft_head_weight;
+  const Tensor &norm_weight, &head_weight, &draft_norm_weight, &draft_head_weight;
   const std::optional<Tensor>&token_map, &scale;  // of the draft's head
   double eps;
 
@@ -52,7 +52,7 @@ struct Verified {
   static int64_t rows(const Drafting& drafting) { return drafting.token.size(0) * drafting.rows(); }
 };
 
-// Layers [0, E) and [E, L), which may be none, on the rows that each of them takes.
+// Layers [0, E) with the exit blocks, and [E, L), which may be none, on the rows that each of them takes.
 struct RoundLayers {
   LayerStack shallow, deep;
   ForwardShape draft_shape, verify_shape;
@@ -73,11 +73,13 @@ void run(const DeviceScope& scope, const Drafting& drafting, const RoundLayers& 
   if (layers.deep.start < layers.deep.end) deep = layers.deep.layers<T>(layers.verify_shape);
   const Tensor draft_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.draft_shape));
   const Tensor verify_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.verify_shape));
+  const auto [first, blocks] = layers_and_blocks<T>(layers.shallow, shallow, layers.draft_shape, draft_memory);
   const RoundArgs<T, W> args{
       drafting.args<T>(verified.partial),
-      layers_of<T>(layers.shallow, shallow, layers.draft_shape, draft_memory),
-      layers_of<T>(layers.shallow, deep, layers.verify_shape, verify_memory),
-      head_of<T, W>(heads.norm_weight, heads.draft_head_weight, layers.draft_shape.hidden_size, heads.eps,
+      first,
+      blocks,
+      layers_and_blocks<T>(layers.deep, deep, layers.verify_shape, verify_memory).first,
+      head_of<T, W>(heads.draft_norm_weight, heads.draft_head_weight, layers.draft_shape.hidden_size, heads.eps,
                     heads.token_map, heads.scale),
       head_of<T, T>(heads.norm_weight, heads.head_weight, layers.draft_shape.hidden_size, heads.eps, {}, {}),
       static_cast<Choice*>(verified.partial.data_ptr()),
@@ -97,24 +99,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
     const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t num_speculations,
     const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
     const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
-    const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed) {
+    const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& draft_norm_weight, int64_t num_blocks) {
   const DeviceScope scope(token_in,
                           {&embedding, &k_cache, &v_cache, &cos, &sin, &seq_lens, &norm_weight, &head_weight});
-  check_device(token_in, {&draft_head_weight, &draft_token_map, &draft_head_scale, &slots, &temperature, &seed});
-  const int64_t num_layers = k_cache.size(0),
-                each = num_layers > 0 ? static_cast<int64_t>(weights.size()) / num_layers : 0;
-  LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer ", exit_layer, " of ", num_layers, " layers");
+  check_device(token_in, {&draft_head_weight, &draft_token_map, &draft_head_scale, &slots, &temperature, &seed,
+                          &draft_norm_weight});
+  const RoundWeights parts(weights, k_cache, exit_layer, num_blocks);
   LSK_REQUIRE(!temperature.has_value() || seed.has_value(), "temperature needs seed");
   const Tensor token = contiguous(token_in);
-  const Heads heads{norm_weight,     head_weight,      draft_head_weight ? *draft_head_weight : head_weight,
-                    draft_token_map, draft_head_scale, eps};
+  const Heads heads{norm_weight,
+                    head_weight,
+                    draft_norm_weight ? *draft_norm_weight : norm_weight,
+                    draft_head_weight ? *draft_head_weight : head_weight,
+                    draft_token_map,
+                    draft_head_scale,
+                    eps};
   const Drafting drafting(token, embedding, num_speculations, true, draft_threshold);
   Verified out(drafting, heads, seq_lens, temperature.has_value());
   if (token.size(0) == 0) return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
-  const auto middle = weights.begin() + each * exit_layer;
-  const std::vector<Tensor> shallow(weights.begin(), middle), deep(middle, weights.end());
-  const RoundLayers layers(drafting, {shallow, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps},
-                           {deep, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, num_layers, eps});
+  const RoundLayers layers(
+      drafting, {parts.drafting, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks},
+      {parts.deep, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, parts.num_layers, eps});
   SampledArgs sampled{};
   if (out.logits != nullptr) {
     sampled = out.logits->scratch.args(drafting.tokens, out.logits->draft, out.logits->target, seq_lens, *temperature,

@@ -22,7 +22,8 @@ namespace {
 // In the order in which runners.py gives them.
 struct Sizes {
   int64_t batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
-      num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, layers;
+      num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, layers,
+      num_blocks;  // `layers`: without the blocks
 
   ForwardShape shape(int64_t rows) const {
     return {batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots};
@@ -96,7 +97,8 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, voi
   const Model model{cos, sin, seq_lens, slots, eps};
   const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
   return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
-    const auto layers = emu::layers<T>(weights, caches, 0, s.exit_layer, s.shape(1));
+    const auto layers = emu::layers<T>(weights, caches, 0, s.exit_layer, s.shape(1)),
+               blocks = emu::layers<T>(weights, caches, s.exit_layer, s.exit_layer + s.num_blocks, s.shape(1));
     const Layers<T> shallow = model.run<T>(layers, s.shape(1), memory);
     const Head<T, W> exit{static_cast<const T*>(norm),
                           static_cast<const W*>(head),
@@ -107,18 +109,20 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, voi
                           eps};
     Chain chain(nullptr);
     LSK_LAUNCH(clear_tickets(chain, shallow.scratch.attention, memory));
-    return draft(chain, buffers.args<T>(s), shallow, exit, {temperature, seed}, {logits, logits_pitch}, step_pitch);
+    return draft(chain, buffers.args<T>(s), shallow, model.run<T>(blocks, s.shape(1), memory), exit,
+                 {temperature, seed}, {logits, logits_pitch}, step_pitch);
   });
 }
 
 EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** weights, void** caches,
                             const float* cos, const float* sin, int64_t* seq_lens, const int64_t* slots,
-                            const void* norm, const void* head, const void* draft_head, const int64_t* token_map,
-                            const float* scale, const float* temperature, const int64_t* seed, float* draft_logits,
-                            float* target_logits, int64_t* tokens, void* states, float* probability, void* hidden,
-                            void* partial, void* memory, void* deep_memory, int64_t* target, float* scores,
-                            int64_t* accepted, int64_t* next_token, void* rows, void* picks, int* inverse,
-                            const Sizes* sizes, float eps, float draft_threshold, int64_t dtype) {
+                            const void* norm, const void* head, const void* draft_norm, const void* draft_head,
+                            const int64_t* token_map, const float* scale, const float* temperature, const int64_t* seed,
+                            float* draft_logits, float* target_logits, int64_t* tokens, void* states,
+                            float* probability, void* hidden, void* partial, void* memory, void* deep_memory,
+                            int64_t* target, float* scores, int64_t* accepted, int64_t* next_token, void* rows,
+                            void* picks, int* inverse, const Sizes* sizes, float eps, float draft_threshold,
+                            int64_t dtype) {
   const Sizes& s = *sizes;
   const Model model{cos, sin, seq_lens, slots, eps};
   const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
@@ -141,14 +145,16 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
                             accept_stretches(s.vocab_size, s.draft_vocab_size)};
   return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
     const auto shallow = emu::layers<T>(weights, caches, 0, s.exit_layer, s.shape(1)),
-               deep = emu::layers<T>(weights, caches, s.exit_layer, s.layers, s.shape(1));
-    const T* own_norm = static_cast<const T*>(norm);
+               deep = emu::layers<T>(weights, caches, s.exit_layer, s.layers, s.shape(1)),
+               blocks = emu::layers<T>(weights, caches, s.layers, s.layers + s.num_blocks, s.shape(1));
+    const T *full_norm = static_cast<const T*>(norm), *exit_norm = static_cast<const T*>(draft_norm);
     const RoundArgs<T, W> args{
         buffers.args<T>(s),
         model.run<T>(shallow, s.shape(1), memory),
+        model.run<T>(blocks, s.shape(1), memory),
         model.run<T>(deep, s.shape(s.num_speculations + 1), deep_memory),
-        {own_norm, static_cast<const W*>(draft_head), scale, token_map, s.draft_vocab_size, s.hidden_size, eps},
-        {own_norm, static_cast<const T*>(head), nullptr, nullptr, s.vocab_size, s.hidden_size, eps},
+        {exit_norm, static_cast<const W*>(draft_head), scale, token_map, s.draft_vocab_size, s.hidden_size, eps},
+        {full_norm, static_cast<const T*>(head), nullptr, nullptr, s.vocab_size, s.hidden_size, eps},
         static_cast<Choice*>(partial),
         target,
         scores,

@@ -88,7 +88,7 @@ class Emulated(EmulatedLayers):
     def draft(self, *args: Any) -> lk.Draft:
         a = bind("draft", *args)
         batch, num_speculations, draft_vocab_size = len(a.token), a.num_speculations, len(a.head_weight)
-        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.exit_layer)
+        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.exit_layer, a.num_blocks)
         sizes = model.sizes(batch, num_speculations, a.extend, draft_vocab_size, draft_vocab_size, a.exit_layer)
         out, buffers = model.draft_buffers(batch, num_speculations, a.extend, draft_vocab_size)
         memory = self._round_scratch(sizes, 1, a.embedding.dtype)
@@ -103,10 +103,12 @@ class Emulated(EmulatedLayers):
 
     def speculative_round(self, *args: Any) -> lk.Round:
         a = bind("speculative_round", *args)
+        draft_norm = a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight
         draft_head = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
         batch, num_speculations, dtype = len(a.token), a.num_speculations, a.embedding.dtype
         draft_vocab_size, vocab_size = len(draft_head), len(a.head_weight)
-        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.k_cache.shape[0])
+        num_layers = a.k_cache.shape[0] - a.num_blocks
+        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, num_layers, a.num_blocks)
         sizes = model.sizes(batch, num_speculations, True, draft_vocab_size, vocab_size, a.exit_layer)
         drafted, buffers = model.draft_buffers(batch, num_speculations, True, max(draft_vocab_size, vocab_size))
         memory = [self._round_scratch(sizes, rows, dtype) for rows in (1, num_speculations + 1)]
@@ -123,9 +125,9 @@ class Emulated(EmulatedLayers):
         written = [a.k_cache, a.v_cache, a.seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
         self.call(
             "speculative_round", "speculative_round", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin,
-            a.seq_lens, a.slots, a.norm_weight, a.head_weight, draft_head, a.draft_token_map, a.draft_head_scale,
-            a.temperature, a.seed, *logits, *drafted, *buffers, *memory, *verified, *out, *scratch, sizes, float(a.eps),
-            float(a.draft_threshold), dtype, writes=[one for one in written if one is not None],
+            a.seq_lens, a.slots, a.norm_weight, a.head_weight, draft_norm, draft_head, a.draft_token_map,
+            a.draft_head_scale, a.temperature, a.seed, *logits, *drafted, *buffers, *memory, *verified, *out, *scratch,
+            sizes, float(a.eps), float(a.draft_threshold), dtype, writes=[one for one in written if one is not None],
         )  # fmt: skip
         return lk.Round(drafted[0], *out, drafted[2])
 
@@ -136,19 +138,26 @@ class Emulated(EmulatedLayers):
 
 
 class _Model:
-    """Layers [0, ``layers``) as the entries take them."""
+    """Layers [0, ``layers``) and the exit blocks as the entries take them."""
 
     def __init__(
-        self, embedding: Tensor, weights: Sequence[Tensor], k_cache: Tensor, v_cache: Tensor, layers: int
+        self,
+        embedding: Tensor,
+        weights: Sequence[Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        layers: int,
+        num_blocks: int,
     ) -> None:
-        each = len(weights) // layers
+        each = len(weights) // (layers + num_blocks)
         optional = [one if one.numel() else None for one in weights]
-        self.embedding, self.layers = embedding, layers
+        self.embedding, self.layers, self.num_blocks = embedding, layers, num_blocks
         self.first = dict(zip(lk.LayerWeights._fields, weights[:each], strict=False))
         self.weights: list[Tensor | None] = []
         for first in range(0, len(weights), each):
             self.weights += [*optional[first : first + each], *[None] * (WEIGHTS_PER_LAYER - each)]
-        self.caches = [cache[layer] for layer in range(layers) for cache in (k_cache, v_cache)]
+        cached = [*range(layers), *range(len(k_cache) - num_blocks, len(k_cache))]
+        self.caches = [cache[layer] for layer in cached for cache in (k_cache, v_cache)]
         self.cached = k_cache.shape
 
     def sizes(
@@ -160,7 +169,7 @@ class _Model:
         num_heads, intermediate_size = len(self.first["q"]) // head_dim, len(self.first["gate"])
         return torch.tensor(
             [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
-             num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers]
+             num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers, self.num_blocks]
         )  # fmt: skip
 
     def draft_buffers(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from layerskip_kernels import reference
 from layerskip_kernels.rounds import compose_draft, compose_round
+from layerskip_kernels.schemas import bind
 
 from ..common import Inputs, assert_same_bits
-from ..examples import SIZES, example
+from ..examples import SIZES, example, with_blocks
 from .runners import Emulated, Ops
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,6 +60,26 @@ def test_a_draft_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, opt
         assert not stopped  # one of the two drafts to the end
     else:
         assert_same_bits((args["k_cache"], args["v_cache"]), (theirs["k_cache"], theirs["v_cache"]))
+
+
+@pytest.mark.parametrize("extend", [False, True])
+@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_draft_with_blocks(ops: Ops, dtype: torch.dtype, num_blocks: int, extend: bool) -> None:
+    """The composition, also in what is written; a layer of the cache lies between those of the draft."""
+    args = with_blocks(args_of("draft", dtype, extend=extend), num_blocks, spare_layers=1)
+    theirs, before, exit_layer = copied(args), copied(args), args["exit_layer"]
+    out, expected = ops.draft(*bind("draft", **args)), compose_draft(parts(ops), *bind("draft", **theirs))
+    assert_same_bits(tuple(out[:2]), expected[:2])
+    torch.testing.assert_close(out.probability, expected[2], rtol=1e-6, atol=0)  # exp's last bits
+    for name in ("k_cache", "v_cache"):
+        assert_same_bits(args[name], theirs[name])
+        assert_same_bits(args[name][exit_layer], before[name][exit_layer])
+        assert not torch.equal(args[name][-num_blocks], before[name][-num_blocks])
+    true = reference.draft_ref(*bind("draft", **before))
+    assert out.tokens.tolist() == true[0].tolist()
+    close(out.states, true[1], dtype)
+    close(out.probability, true[2], dtype)
 
 
 @pytest.mark.parametrize("options", [False, True])
@@ -159,7 +180,7 @@ def decode(ops: Ops, args: dict[str, Any], num_speculations: int, wanted: int) -
     emitted: list[list[int]] = [[] for _ in range(SIZES["B"])]
     accepts = []
     while min(len(tokens) for tokens in emitted) < wanted:
-        out = ops.speculative_round(*{**args, "num_speculations": num_speculations}.values())
+        out = ops.speculative_round(*bind("speculative_round", **{**args, "num_speculations": num_speculations}))
         for b, tokens in enumerate(emitted):
             tokens += [*out.tokens[b, : out.accepted[b]].tolist(), int(out.next_token[b])]
         accepts += out.accepted.tolist()
@@ -167,10 +188,14 @@ def decode(ops: Ops, args: dict[str, Any], num_speculations: int, wanted: int) -
     return [tokens[:wanted] for tokens in emitted], accepts
 
 
+@pytest.mark.parametrize("num_blocks", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype) -> None:
+def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype, num_blocks: int) -> None:
     """Without drafts and with three a round: the same tokens, and the same bits in the cache of all layers."""
     alone, drafted = agreeing(dtype), agreeing(dtype)
+    if num_blocks:
+        drafted = with_blocks(drafted, num_blocks)
+        drafted["weights"] = [w * 0.3 if i in (22, 26) else w for i, w in enumerate(drafted["weights"])]  # o and down
     wanted = 4
     first, _ = decode(ops, alone, 0, wanted)
     second, accepts = decode(ops, drafted, 3, wanted)
@@ -179,7 +204,7 @@ def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype) -> None:
     for b, start in enumerate(example("speculative_round")["seq_lens"].tolist()):
         for name in ("k_cache", "v_cache"):
             written = slice(start, start + wanted)
-            assert_same_bits(alone[name][:, b, :, written], drafted[name][:, b, :, written])
+            assert_same_bits(alone[name][:, b, :, written], drafted[name][: SIZES["L"], b, :, written])
 
 
 def test_schedules_and_cards_agree(emulated: type[Emulated]) -> None:

@@ -11,13 +11,17 @@ from torch import Tensor
 from triton_cases import close, on_backend, same_bits
 
 import layerskip_kernels as lk
+from tests.kernels import test_draft
 from tests.kernels.common import run
-from tests.kernels.examples import example
+from tests.kernels.examples import example, with_blocks
 from tests.kernels.test_speculative_round import composed
 
 
-def arguments(op: str, dtype: torch.dtype, device: torch.device, **given: Any) -> dict[str, Any]:
+def arguments(
+    op: str, dtype: torch.dtype, device: torch.device, *, num_blocks: int = 0, **given: Any
+) -> dict[str, Any]:
     args = {**example(op, dtype), "num_speculations": 2, **given}
+    args = with_blocks(args, num_blocks, spare_layers=int(op == "draft")) if num_blocks else args
     for name, value in args.items():
         if isinstance(value, Tensor):
             args[name] = value.to(device)
@@ -128,3 +132,42 @@ def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.
     assert ours.next_token.tolist() == truth.next_token.tolist()
     lengths = list(args).index("seq_lens")
     assert our_args[lengths].tolist() == true_args[lengths].tolist() == apart["seq_lens"].tolist()
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_draft_with_blocks(num_blocks: int, device: torch.device) -> None:
+    """Bit for bit the ops in a row, also in what is written to the cache; a layer of it belongs to nobody here."""
+    args = arguments("draft", torch.float32, device, num_blocks=num_blocks)
+    apart, before = copied(args), copied(args)
+    with lk.use_backend("triton"):
+        drafted, expected = run("draft", **args), test_draft.composed(apart)
+    for mine, part in zip(drafted[:2], expected[:2], strict=True):
+        same_bits(mine, part)
+    close(drafted.probability, expected[2], 1e-6)  # exp is another one
+    for name in ("k_cache", "v_cache"):
+        same_bits(args[name], apart[name])
+        same_bits(args[name][args["exit_layer"]], before[name][args["exit_layer"]])
+    with lk.use_backend("reference"):
+        truth = run("draft", **before)
+    assert drafted.tokens.tolist() == truth.tokens.tolist()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_round_with_a_block_and_a_norm_of_its_own(sampled: bool, device: torch.device) -> None:
+    given = {**(draws(device) if sampled else {}), "num_blocks": 1}
+    args = arguments("speculative_round", torch.float32, device, **given)
+    args["draft_norm_weight"] = args["norm_weight"].flip(0).contiguous()
+    apart, theirs = copied(args), copied(args)
+    with lk.use_backend("triton"):
+        ours, expected = run("speculative_round", **args), composed(apart)
+    with lk.use_backend("reference"):
+        truth = run("speculative_round", **theirs)
+    for mine, part in zip(ours, expected, strict=True):
+        same_bits(mine, part)
+    for mine, true in zip(ours[:3], truth[:3], strict=True):
+        assert mine.tolist() == true.tolist()
+    assert args["seq_lens"].tolist() == theirs["seq_lens"].tolist() == apart["seq_lens"].tolist()
+
+
+def copied(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in args.items()}
