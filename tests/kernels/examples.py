@@ -46,17 +46,19 @@ def layer_weights(make: Inputs) -> dict[str, Tensor]:
     return {name: (make.norm if "norm" in name else make.weight)(*shapes[name]) for name in REQUIRED_WEIGHTS}
 
 
-def with_blocks(args: dict[str, Any], num_blocks: int = 1, *, spare_layers: int = 0) -> dict[str, Any]:
-    """``args`` of a draft or a round, and exit blocks, which use the last layers of the cache, after ``spare_layers``.
+def with_blocks(args: dict[str, Any], num_blocks: int = 1) -> dict[str, Any]:
+    """``args`` of a draft or a round, and exit blocks after the first layer; the count comes last in the schemas, too.
 
-    ``num_blocks`` comes last in the schemas, too.
+    A draft does without the second layer, whose place in the cache stays.
     """
     make = Inputs(args["embedding"].dtype, seed=7)
+    if "extend" in args:
+        args = {**args, "weights": args["weights"][: len(REQUIRED_WEIGHTS)]}
     blocks = [weight for _ in range(num_blocks) for weight in layer_weights(make).values()]
     caches = {name: args[name] for name in ("k_cache", "v_cache")}
     for name, cache in caches.items():
-        caches[name] = torch.cat([cache, make.normal(spare_layers + num_blocks, *cache.shape[1:])])
-    return {**args, "weights": args["weights"] + blocks, **caches, "num_blocks": num_blocks}
+        caches[name] = torch.cat([cache, make.normal(num_blocks, *cache.shape[1:])])
+    return {**args, "weights": args["weights"] + blocks, **caches, "exit_layer": 1, "num_blocks": num_blocks}
 
 
 def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
         args = with_blocks({**args, "draft_threshold": 0.0, **draws, "draft_norm_weight": own_norm})
     if op == "draft":
         args.update(draft_threshold=0.05, **draws, logits=torch.zeros(B, K, V))
-        args = with_blocks(args, spare_layers=1)
+        args = with_blocks(args)
     return args
 
 

@@ -21,7 +21,7 @@ def arguments(
     op: str, dtype: torch.dtype, device: torch.device, *, num_blocks: int = 0, **given: Any
 ) -> dict[str, Any]:
     args = {**example(op, dtype), "num_speculations": 2, **given}
-    args = with_blocks(args, num_blocks, spare_layers=int(op == "draft")) if num_blocks else args
+    args = with_blocks(args, num_blocks) if num_blocks else args
     for name, value in args.items():
         if isinstance(value, Tensor):
             args[name] = value.to(device)
