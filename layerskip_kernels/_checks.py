@@ -104,11 +104,7 @@ def _forward(a: Any, num_blocks: int) -> None:
         0 <= a.start <= a.end <= num_layers,
         f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers",
     )
-    _require(
-        0 <= num_blocks <= num_layers - a.end,
-        f"num_blocks must lie in [0, {num_layers - a.end}], got {num_blocks}: the cache has {num_layers} layers, "
-        f"and layers [{a.start}, {a.end}) are the model's",
-    )
+    _blocks(num_blocks, num_layers - a.end, num_layers)
     _head_dim(head_dim)
     _eps(a.eps)
     num_slots = batch if a.slots is None else None
@@ -121,16 +117,16 @@ def _forward(a: Any, num_blocks: int) -> None:
     cache = {name: getattr(a, name) for name in ("k_cache", "v_cache", "seq_lens")}
     _dense(**cache)
     _same_device(a.hidden, **cache, cos=a.cos, sin=a.sin, slots=a.slots)
-    count = weights_per_layer(a.weights, a.start, a.end, num_blocks)
-    _layers(a.hidden, a.weights, count, num_kv_heads, head_dim)
+    _layers(a.hidden, a.weights, weights_per_layer(a.weights, a.start, a.end, num_blocks), num_kv_heads, head_dim)
 
 
 def draft(a: Any) -> None:
     _drafting(a)
     _require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
     batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.embedding[0]
-    layers = derive("partial_forward", a, hidden=state.expand(batch, rows, -1), start=0, end=a.exit_layer)
-    _forward(layers, a.num_blocks)
+    _forward(
+        derive("partial_forward", a, hidden=state.expand(batch, rows, -1), start=0, end=a.exit_layer), a.num_blocks
+    )
     head = {"hidden": state.expand(batch * rows, -1), "temperature": None, "seed": None, "logits": None}
     exit_head(derive("exit_head", a, **head))
     if a.logits is not None:
@@ -175,11 +171,7 @@ def speculative_round(a: Any) -> None:
     _drafting(a)
     _shaped("k_cache", a.k_cache, [None] * 5, [a.embedding.dtype])
     cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.embedding[0]
-    _require(
-        0 <= a.num_blocks < max(cache_layers, 1),
-        f"num_blocks must lie in [0, {cache_layers - 1}], got {a.num_blocks}: the cache has {cache_layers} layers, "
-        "those of the model and one for each block",
-    )
+    _blocks(a.num_blocks, max(cache_layers - 1, 0), cache_layers)
     num_layers = cache_layers - a.num_blocks
     _require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
     states = state.expand(batch, a.num_speculations + 1, -1)
@@ -337,6 +329,10 @@ def _drafting(a: Any) -> None:
     _require(0 <= a.draft_threshold <= 1, f"draft_threshold must lie in [0, 1], got {a.draft_threshold}")
     _dense(embedding=a.embedding)
     _same_device(a.embedding, token=a.token)
+
+
+def _blocks(count: int, most: int, layers: int) -> None:
+    _require(0 <= count <= most, f"num_blocks must lie in [0, {most}], got {count}, with a cache of {layers} layers")
 
 
 def _written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
