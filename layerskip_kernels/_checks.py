@@ -100,10 +100,8 @@ def _forward(a: Any, num_blocks: int) -> None:
     batch, rows = a.hidden.shape[:2]
     _shaped("k_cache", a.k_cache, [None] * 5, [a.hidden.dtype])
     num_layers, _, num_kv_heads, capacity, head_dim = a.k_cache.shape
-    _require(
-        0 <= a.start <= a.end <= num_layers,
-        f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers",
-    )
+    within = 0 <= a.start <= a.end <= num_layers
+    _require(within, f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers")
     _blocks(num_blocks, num_layers - a.end, num_layers)
     _head_dim(head_dim)
     _eps(a.eps)
@@ -124,9 +122,8 @@ def draft(a: Any) -> None:
     _drafting(a)
     _require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
     batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.embedding[0]
-    _forward(
-        derive("partial_forward", a, hidden=state.expand(batch, rows, -1), start=0, end=a.exit_layer), a.num_blocks
-    )
+    states = state.expand(batch, rows, -1)
+    _forward(derive("partial_forward", a, hidden=states, start=0, end=a.exit_layer), a.num_blocks)
     head = {"hidden": state.expand(batch * rows, -1), "temperature": None, "seed": None, "logits": None}
     exit_head(derive("exit_head", a, **head))
     if a.logits is not None:
