@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+import layerskip
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding.output import GenerationOutput, Update
 from layerskip.models import model as model_module
@@ -152,7 +153,10 @@ def tiny_decoder(seed: int) -> SelfSpeculativeDecoder:
     for layer in model.model.layers[1:]:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.data *= 0.15
-    return SelfSpeculativeDecoder(model.to(chance.choice((torch.float32, torch.bfloat16))), 1, 4, draft_head=head)
+    model = layerskip.adapt(model.to(chance.choice((torch.float32, torch.bfloat16))))
+    blocks = [model.decoder.layer(1 + number) for number in range(chance.choice((0, 0, 1, 2)))]
+    own = layerskip.Exit(1, model.head.norm_weight, LAYERS, VOCABULARY, blocks) if blocks else None
+    return SelfSpeculativeDecoder(model, 1, 4, draft_head=head, exit=own)
 
 
 @dataclass

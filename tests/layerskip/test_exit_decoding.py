@@ -7,13 +7,15 @@ in whatever pieces, after drafts that were looked up.
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from exits_of import SlowExit, copied_exit, random_exit
+from helpers import tiny_tokenizer
 from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
 
-from layerskip import SelfSpeculativeDecoder
+from layerskip import Conversation, DraftHead, SelfSpeculativeDecoder
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.controller import Choice, Controller, Plan
 from layerskip.decoding.reading import PromptReader
@@ -283,3 +285,63 @@ def test_an_interrupt(near, monkeypatch):
     assert interrupts == 3
     assert [tokens[one] for one in ids] == [expected(hf_model, prompt_of(5, seed), 40) for seed in range(2)]
     assert watched.accepted > 5
+
+
+def test_a_stream_and_a_conversation(near):
+    hf_model, decoder, watched = near
+    tokenizer = tiny_tokenizer("w{:03}")
+    text = "".join(decoder.stream(prompt_of(5), 40, tokenizer=tokenizer))
+    assert text == "".join(SelfSpeculativeDecoder(hf_model, 1).stream(prompt_of(5), 40, tokenizer=tokenizer))
+    conversation, whole = Conversation(decoder), torch.empty(1, 0, dtype=torch.int64)
+    for turn in range(3):
+        whole = torch.cat([whole, prompt_of(6, turn)], 1)
+        out = conversation.generate(prompt_of(6, turn), 15)
+        whole = torch.cat([whole, torch.tensor([expected(hf_model, whole, 15)])], 1)
+        assert torch.equal(out.sequences, whole)
+    assert watched.accepted > 10
+
+
+def test_several_threads_at_once(near):
+    hf_model, decoder, _ = near
+    prompts = [prompt_of(5 + seed, seed) for seed in range(6)]
+    wanted = [expected(hf_model, prompt, 20) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        outputs = list(pool.map(lambda prompt: decoder.generate(prompt, 20), prompts))
+    assert [out.new_tokens[0].tolist() for out in outputs] == wanted
+
+
+def test_what_does_not_go_together():
+    model = tiny_model()
+    exit_ = random_exit(adapt(model))
+    with pytest.raises(ValueError, match="exit_layer is 3, but the exit that is given is after 2 layers"):
+        SelfSpeculativeDecoder(model, 3, exit=exit_)
+    with pytest.raises(ValueError, match=r"exit_choices is \[1\], but the exit that is given is after 2 layers"):
+        SelfSpeculativeDecoder(model, exit=exit_, exit_choices=[1])
+    with pytest.raises(ValueError, match="draft_head must be 'full', 'int8' or a DraftHead, got 'int4'"):
+        SelfSpeculativeDecoder(model, exit=exit_, draft_head="int4")
+    with pytest.raises(ValueError, match="the draft head is for a vocabulary of 64, the model has 101"):
+        SelfSpeculativeDecoder(model, exit=exit_, draft_head=DraftHead([1], 64))
+    with pytest.raises(FileNotFoundError, match=r"no exit at nowhere/exit\.safetensors"):
+        SelfSpeculativeDecoder(model, exit="nowhere")
+    decoder = SelfSpeculativeDecoder(model, "auto", exit=exit_)
+    assert decoder.exit_layer == 2
+    with pytest.raises(ValueError, match="exit_layer is 1, but the exit that is given is after 2 layers"):
+        decoder.generate(prompt_of(3), 5, exit_layer=1)
+    assert decoder.generate(prompt_of(3), 5, exit_layer=1, strategy="early_exit").stats.new_tokens == 5
+    assert decoder.generate(prompt_of(3), 5, exit_layer="auto").stats.new_tokens == 5
+    bound = decoder.model
+    for call in (bound.draft, bound.speculate):
+        with pytest.raises(ValueError, match="exit_layer is 1, but the model's exit is after 2 layers"):
+            call(torch.tensor([3]), bound.decoder.new_cache(1, 8), 1, 2)
+    with pytest.raises(ValueError, match="has an exit with blocks already"):
+        bound.with_exit(exit_.of(bound))
+
+
+def test_another_head_for_the_same_exit():
+    model = tiny_model()
+    exit_ = random_exit(adapt(model), token_ids=[3, 5, 70])
+    assert SelfSpeculativeDecoder(model, exit=exit_).draft_head.num_rows == 3
+    assert SelfSpeculativeDecoder(model, exit=exit_, draft_head="full").draft_head.num_rows == 101
+    other = SelfSpeculativeDecoder(model, exit=exit_, draft_head=DraftHead([1, 2], 101)).draft_head
+    assert other.token_map.tolist() == [1, 2]
+    assert torch.equal(other.norm_weight, exit_.norm_weight)

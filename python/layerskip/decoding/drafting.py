@@ -110,15 +110,25 @@ class DraftingModel:
 
     def _adopt(self, model: LayerSkipModel) -> None:
         """Decode with this model from now on; what was kept for another one is dropped."""
-        layers = model.num_layers
-        validation.exit_layer_or_auto(self._exit_layer, layers)
-        exits = default_exits(layers) if self._exit_choices is None else self._exit_choices
-        exits = [validation.exit_layer(choice, layers) for choice in exits]
-        if not exits:
-            raise ValueError(f"exit_choices must hold at least one layer, got {self._exit_choices!r}")
+        validation.exit_layer_or_auto(self._exit_layer, model.num_layers)
+        exits = self._exits(model)
         self._bind(model)
-        exits = exits if self.model.exit_layer is None else [self.model.exit_layer]
         self.controller = Controller(Sizes.of(self.model), exits)
+
+    def _exits(self, model: LayerSkipModel) -> Sequence[int]:
+        """The layers that the controller picks from."""
+        own, choices = self._drafting.exit, self._exit_choices
+        if own is not None and choices is not None:
+            raise ValueError(
+                f"exit_choices is {choices!r}, but the exit that is given is after {own.exit_layer} layers"
+            )
+        if own is not None:
+            return (own.exit_layer,)
+        if choices is None:
+            return default_exits(model.num_layers)
+        if not choices:
+            raise ValueError(f"exit_choices must hold at least one layer, got {choices!r}")
+        return [validation.exit_layer(choice, model.num_layers) for choice in choices]
 
     def _bind(self, model: LayerSkipModel) -> None:
         """Let this model draft as it was asked for."""
