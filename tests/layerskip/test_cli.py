@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 from importlib.metadata import version
@@ -403,6 +404,22 @@ class TestDemo:
         assert "A tiny model." in printed
         assert str(tmp_path / "demo.png") in printed
         assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
+
+    @pytest.mark.parametrize(
+        ("source", "title"),
+        [
+            ("exit", "E=1 of 4 layers and 2 trained for it draft, 4 layers verify"),
+            ("ngram", "text that occurred before drafts, 4 layers verify"),
+            ("auto", "or text that occurred before, draft, 4 layers verify"),
+        ],
+    )
+    def test_it_says_what_drafts(self, subject, tmp_path, monkeypatch, source, title):
+        copied_exit(adapt(subject.model), 1, 2).save(tmp_path)
+        shown = dataclasses.replace(subject, exit=str(tmp_path), draft_source=source)
+        monkeypatch.setattr(demo, "load_subjects", lambda args, console: [shown])
+        code, printed = self.run(tmp_path)
+        assert code == 0
+        assert title in printed
 
     def test_different_tokens_are_not_passed_over(self, subject, tmp_path, monkeypatch):
         monkeypatch.setattr(ROUND, generous)

@@ -15,6 +15,7 @@ from rich.text import Text
 from .. import registry
 from .._files import check_output, write_atomically
 from ..decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder
+from ..decoding.source import AUTO, EXIT, NGRAM
 from . import options, prompts
 from .picture import SideBySide, demo_picture
 from .prompts import Prompt
@@ -28,11 +29,13 @@ class Exhibit:
 
     model: str
     label: str
-    exit_layer: int
-    num_speculations: int
+    exit_layer: int | str | None
+    num_speculations: int | str
     remark: str
     prompts: Path
-    draft_head: str = "full"
+    draft_head: str | None = None
+    exit: str | None = None
+    draft_source: str = "exit"
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class Subject:
     name: str
     model: Any
     tokenizer: Any
-    exit_layer: int
-    num_speculations: int
+    exit_layer: int | str | None
+    num_speculations: int | str
     remark: str
     prompts: list[Prompt]
     draft_head: str | DraftHead | None = None
+    exit: str | None = None
+    draft_source: str = "exit"
 
 
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
@@ -64,6 +69,8 @@ def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
                 exhibit.remark,
                 prompts.read(str(exhibit.prompts)),
                 options.draft_head(args),
+                exhibit.exit,
+                exhibit.draft_source,
             )
         )
     return subjects
@@ -120,15 +127,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _decode(args: argparse.Namespace, console: Console, subject: Subject) -> list[SideBySide]:
     decoder = SelfSpeculativeDecoder(
-        subject.model, subject.exit_layer, subject.num_speculations, draft_head=subject.draft_head
-    )
-    layers = decoder.model.num_layers
-    console.print(Panel(subject.remark, title=f"E={decoder.exit_layer} of {layers} layers draft, {layers} verify"))
-    console.print(
-        Text.assemble(
-            "drafted by the early layers and accepted: ", ("green", ACCEPTED), "; given by the full model: plain"
-        )
-    )
+        subject.model, subject.exit_layer, subject.num_speculations, draft_head=subject.draft_head,
+        exit=subject.exit, draft_source=subject.draft_source,
+    )  # fmt: skip
+    console.print(Panel(subject.remark, title=_title(decoder)))
+    console.print(Text.assemble("drafted and accepted: ", ("green", ACCEPTED), "; given by the full model: plain"))
     shown = []
     for prompt in subject.prompts:
         input_ids = options.encode(subject.tokenizer, prompt.text, decoder.model.device)
@@ -140,6 +143,15 @@ def _decode(args: argparse.Namespace, console: Console, subject: Subject) -> lis
         shown.append(SideBySide(prompt, subject.name, plain, speculative))
         _show(console, subject, shown[-1])
     return shown
+
+
+def _title(decoder: SelfSpeculativeDecoder) -> str:
+    """What drafts and what verifies, in words."""
+    layers, blocks = decoder.model.num_layers, decoder.model.decoder.num_blocks
+    exit_ = f"E={decoder.exit_layer} of {layers} layers" + (f" and {blocks} trained for it" if blocks else "")
+    earlier = "text that occurred before"
+    drafts = {EXIT: exit_, NGRAM: earlier, AUTO: f"{exit_}, or {earlier},"}[str(decoder.draft_source)]
+    return f"{drafts} draft{'s' if drafts == earlier else ''}, {layers} layers verify"
 
 
 def _finish(args: argparse.Namespace, console: Console, shown: list[SideBySide]) -> int:
