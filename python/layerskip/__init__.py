@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .models import (
         EarlyExitHead,
+        Exit,
         LayerSkipModel,
         PartialDepthDecoder,
         SharedKVCache,
@@ -39,6 +40,7 @@ __all__ = [
     "Conversation",
     "DraftHead",
     "EarlyExitHead",
+    "Exit",
     "GenerationOutput",
     "LayerSkipModel",
     "PartialDepthDecoder",
@@ -69,8 +71,8 @@ __getattr__ = exports(
             "SessionFullError", "Stats", "StopStrings", "TextStream", "Update",
         ),
         ".models": (
-            "EarlyExitHead", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache", "UnsupportedModelError",
-            "adapt", "load", "supported_architectures",
+            "EarlyExitHead", "Exit", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache",
+            "UnsupportedModelError", "adapt", "load", "supported_architectures",
         ),
         ".transformers.acceleration": ("accelerate", "restore"),
         ".transformers.custom_generate": ("generate",),

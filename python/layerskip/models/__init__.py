@@ -2,6 +2,7 @@
 
 from .architectures import adapt, supported_architectures
 from .cache import SharedKVCache
+from .exit import BoundExit, Exit
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .loading import ModelFileError, load
@@ -9,7 +10,9 @@ from .model import LayerSkipModel
 from .unsupported import UnsupportedModelError
 
 __all__ = [
+    "BoundExit",
     "EarlyExitHead",
+    "Exit",
     "LayerSkipModel",
     "ModelFileError",
     "PartialDepthDecoder",

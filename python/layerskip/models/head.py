@@ -115,13 +115,15 @@ class EarlyExitHead(nn.Module):
         return ExitOutput(*(field.view(leading) for field in out))
 
     @torch.no_grad()
-    def quantize(self, token_ids: Tensor | None = None) -> EarlyExitHead:
+    def quantize(self, token_ids: Tensor | None = None, low_rank: tuple[Tensor, Tensor] | None = None) -> EarlyExitHead:
         """An approximate copy for drafting: symmetric int8, with the scale max|w| / 127 for each row.
 
         Parameters
         ----------
         token_ids : Tensor [N], int64, optional
             Score only these tokens: sorted, each once.
+        low_rank : (Tensor [r, D], Tensor [V, r]), optional
+            Quantise ``head_weight + second @ first``, on the head's device.
 
         Returns
         -------
@@ -137,15 +139,18 @@ class EarlyExitHead(nn.Module):
         if self.scale is not None or self.token_map is not None:
             raise ValueError("this head is quantised or reduced already; quantize the full head")
         if token_ids is not None:
-            _check_token_ids(token_ids, self.num_rows)
+            check_token_ids(token_ids, self.num_rows)
             token_ids = token_ids.to(self.head_weight.device, copy=True)
         rows = self.num_rows if token_ids is None else token_ids.numel()
         quantised = self.head_weight.new_empty((rows, self.head_weight.shape[1]), dtype=torch.int8)
         scale = self.head_weight.new_empty(rows, dtype=torch.float32)
         for first in range(0, rows, _QUANTIZE_ROWS):
             part = slice(first, first + _QUANTIZE_ROWS)
-            weight = self.head_weight[part] if token_ids is None else self.head_weight[token_ids[part]]
-            quantised[part], scale[part] = _quantize_rows(weight.float(), first)
+            chosen = part if token_ids is None else token_ids[part]
+            weight = self.head_weight[chosen].float()
+            if low_rank is not None:
+                weight = weight + low_rank[1][chosen].float() @ low_rank[0].float()
+            quantised[part], scale[part] = _quantize_rows(weight, first)
         return EarlyExitHead(self.norm_weight, quantised, self.eps, token_ids, scale)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EarlyExitHead:
@@ -157,7 +162,8 @@ class EarlyExitHead(nn.Module):
         return self
 
 
-def _check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
+def check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
+    """Token ids that choose rows are sorted, unique and within the vocabulary."""
     if token_ids.dtype != torch.int64 or token_ids.dim() != 1 or token_ids.numel() == 0:
         raise ValueError(f"token_ids must be a non-empty int64 vector, got {token_ids.dtype} {list(token_ids.shape)}")
     if bool((token_ids[1:] <= token_ids[:-1]).any()):

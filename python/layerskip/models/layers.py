@@ -105,6 +105,10 @@ class PartialDepthDecoder(nn.Module):
         """Cos and sin of the rotary embedding, [≥ T, C/2]; `new_cache` may put longer ones in their place."""
         return self._tables
 
+    def layer(self, index: int) -> LayerWeights:
+        """The weights of one layer by their names."""
+        return self._by_layer[index]
+
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
         """The weights of layers [start, end) as `layerskip_kernels.partial_forward` takes them."""
         return self._weights[start * self._per_layer : end * self._per_layer]

@@ -1,0 +1,233 @@
+"""An exit: layers [0, E) of a model, some blocks that only drafting uses, a norm, and a head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels import LayerWeights
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS
+
+from .._extras import need
+from .._files import write_atomically
+from .head import EarlyExitHead, check_token_ids
+
+if TYPE_CHECKING:
+    from .model import LayerSkipModel
+
+FILE_NAME = "exit.safetensors"
+FORMAT = "1"
+_BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)")
+
+
+class BoundExit(NamedTuple):
+    """An exit in the dtype and on the device of a model, as drafting takes it.
+
+    ``head`` has the exit's norm, ``blocks`` run after layer ``exit_layer`` - 1.
+    """
+
+    exit_layer: int
+    head: EarlyExitHead
+    blocks: tuple[LayerWeights, ...]
+
+
+class Exit:
+    """What drafts for a model that stays as it is: layers [0, E) of it, then blocks, a norm and a head of its own.
+
+    Verification goes on from the state after layer E, before the blocks, so nothing of an exit changes the model's
+    tokens. Without blocks, and with the model's norm, it is LayerSkip's exit.
+
+    Parameters
+    ----------
+    exit_layer : int
+        E, in 1 … L - 1.
+    norm_weight : Tensor [D]
+        Of the norm before the head.
+    num_layers, vocab_size : int
+        L and V of the model.
+    blocks : sequence of LayerWeights
+        Decoder layers of the shapes of the model's own.
+    token_ids : Tensor [S], int64, optional
+        The tokens worth drafting, sorted, each once; by default all.
+    head_down, head_up : Tensor [r, D] and [V, r], optional
+        The rows of the draft head are those of ``W + head_up @ head_down``, where W is the model's head.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the offending value.
+    """
+
+    def __init__(
+        self,
+        exit_layer: int,
+        norm_weight: Tensor,
+        num_layers: int,
+        vocab_size: int,
+        blocks: tuple[LayerWeights, ...] | list[LayerWeights] = (),
+        token_ids: Tensor | None = None,
+        head_down: Tensor | None = None,
+        head_up: Tensor | None = None,
+    ) -> None:
+        if not 1 <= exit_layer < num_layers:
+            raise ValueError(f"exit_layer must be in 1 … {num_layers - 1} for {num_layers} layers, got {exit_layer}")
+        if norm_weight.dim() != 1 or not norm_weight.is_floating_point():
+            raise ValueError(f"norm_weight is {norm_weight.dtype} {list(norm_weight.shape)}, expected floats [D]")
+        if token_ids is not None:
+            check_token_ids(token_ids, vocab_size)
+        _check_low_rank(head_down, head_up, norm_weight.numel(), vocab_size)
+        self.exit_layer, self.num_layers, self.vocab_size = exit_layer, num_layers, vocab_size
+        self.norm_weight, self.token_ids = norm_weight, token_ids
+        self.blocks = tuple(blocks)
+        self.head_down, self.head_up = head_down, head_up
+
+    @property
+    def num_blocks(self) -> int:
+        """n."""
+        return len(self.blocks)
+
+    def of(self, model: LayerSkipModel, rows: str | Tensor | None = None) -> BoundExit:
+        """The exit in the dtype and on the device of its model; what needs no cast is shared, not copied.
+
+        Parameters
+        ----------
+        model : LayerSkipModel
+        rows : {"full", "int8"} or Tensor [S], int64, optional
+            Which rows the head has: all in the model's dtype, all in int8, or those of some tokens in int8; by default
+            those of ``token_ids`` in int8 or, without them, all in the model's dtype.
+
+        Raises
+        ------
+        ValueError
+            If the model has other sizes than the one that the exit was made for.
+        """
+        self._check_model(model)
+        like = model.embedding
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device=like.device, dtype=like.dtype)
+
+        blocks = tuple(
+            LayerWeights(*(None if weight is None else cast(weight) for weight in block)) for block in self.blocks
+        )
+        low_rank = None
+        if self.head_down is not None and self.head_up is not None:
+            low_rank = self.head_down.detach().to(like.device), self.head_up.detach().to(like.device)
+        if rows is None:
+            rows = "full" if self.token_ids is None else self.token_ids
+        return BoundExit(self.exit_layer, _head(model.head, cast(self.norm_weight), low_rank, rows), blocks)
+
+    def _check_model(self, model: LayerSkipModel) -> None:
+        first = model.decoder.layer(0)
+        sizes = {
+            "layers": (self.num_layers, model.num_layers),
+            "tokens": (self.vocab_size, model.vocab_size),
+            "values a state": (self.norm_weight.numel(), model.decoder.hidden_size),
+        }
+        for what, (mine, theirs) in sizes.items():
+            if mine != theirs:
+                raise ValueError(f"the exit is for a model of {mine} {what}, this one has {theirs}")
+        for number, block in enumerate(self.blocks):
+            for name, weight, other in zip(LayerWeights._fields, block, first, strict=True):
+                mine, theirs = (None if one is None else list(one.shape) for one in (weight, other))
+                if mine != theirs:
+                    raise ValueError(
+                        f"block {number} of the exit has {name} {mine or 'absent'}, "
+                        f"the model's layers have {theirs or 'none'}"
+                    )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file (``*.safetensors``), or ``exit.safetensors`` in a directory; whole or not at all."""
+        target = _file(path)
+        tensors = {"norm_weight": self.norm_weight, "token_ids": self.token_ids}
+        tensors |= {"head_down": self.head_down, "head_up": self.head_up}
+        for number, block in enumerate(self.blocks):
+            tensors |= {f"blocks.{number}.{name}": weight for name, weight in block._asdict().items()}
+        metadata = {"format": FORMAT, "exit_layer": self.exit_layer, "num_blocks": self.num_blocks}
+        metadata |= {"num_layers": self.num_layers, "vocab_size": self.vocab_size}
+        data = need("safetensors.torch", "saving an exit").save(
+            # clones, for safetensors refuses tensors that share their storage
+            {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None},
+            metadata={name: str(value) for name, value in metadata.items()},
+        )
+        write_atomically(target, data)
+        return target
+
+    @classmethod
+    def load(cls, source: str | Path) -> Exit:
+        """Read what `save` wrote, from a file or a directory.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is none, or it is not an exit; the message names the file.
+        """
+        safetensors = need("safetensors", "reading an exit")
+        path = _file(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"no exit at {path}")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+                return cls(**_read(file.metadata() or {}, tensors))
+        except KeyError as error:
+            raise ValueError(f"{path} is not an exit: it has no {error}") from error
+        except (safetensors.SafetensorError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not an exit: {error}") from error
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
+def _read(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `Exit` out of a file's metadata and tensors."""
+    if metadata["format"] != FORMAT:
+        raise ValueError(f"format {metadata['format']!r}, this version reads {FORMAT!r}")
+    found: dict[int, dict[str, Tensor]] = {}
+    for name in [name for name in tensors if name.startswith("blocks.")]:
+        match = _BLOCK.fullmatch(name)
+        if match is None or match[2] not in LayerWeights._fields:
+            raise ValueError(f"unknown tensor {name}")
+        found.setdefault(int(match[1]), {})[match[2]] = tensors.pop(name)
+    if sorted(found) != list(range(int(metadata["num_blocks"]))):
+        raise ValueError(f"num_blocks is {metadata['num_blocks']}, there are blocks {sorted(found)}")
+    for number, weights in found.items():
+        for name in REQUIRED_WEIGHTS:
+            if name not in weights:
+                raise ValueError(f"it has no blocks.{number}.{name}")
+    sizes = {name: int(metadata[name]) for name in ("exit_layer", "num_layers", "vocab_size")}
+    blocks = [LayerWeights(**found[number]) for number in sorted(found)]
+    return {"norm_weight": tensors.pop("norm_weight"), "blocks": blocks, **sizes, **tensors}
+
+
+def _check_low_rank(down: Tensor | None, up: Tensor | None, hidden_size: int, vocab_size: int) -> None:
+    if down is None and up is None:
+        return
+    shapes = [None if one is None else list(one.shape) for one in (down, up)]
+    rank = shapes[0][0] if shapes[0] else 0
+    if rank < 1 or shapes != [[rank, hidden_size], [vocab_size, rank]]:
+        raise ValueError(
+            f"head_down and head_up have shapes {shapes[0]} and {shapes[1]}, "
+            f"expected [r, {hidden_size}] and [{vocab_size}, r]"
+        )
+
+
+def _head(
+    full: EarlyExitHead, norm_weight: Tensor, low_rank: tuple[Tensor, Tensor] | None, rows: str | Tensor
+) -> EarlyExitHead:
+    """The model's head with another norm, and with the rows that are asked for."""
+    if isinstance(rows, str) and rows not in ("full", "int8"):
+        raise ValueError(f"rows must be 'full', 'int8' or token ids, got {rows!r}")
+    weight: Tensor = full.head_weight
+    if isinstance(rows, str) and rows == "full":
+        if low_rank is not None:
+            weight = torch.addmm(weight.float(), low_rank[1].float(), low_rank[0].float()).to(weight.dtype)
+        return EarlyExitHead(norm_weight, weight, full.eps)
+    return EarlyExitHead(norm_weight, weight, full.eps).quantize(None if isinstance(rows, str) else rows, low_rank)
