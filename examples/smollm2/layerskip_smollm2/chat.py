@@ -60,7 +60,7 @@ _COMMANDS = (
     "{}",
     "Turn this command into JSON with an intent and its slots: {}",
     "Parse this home automation command into an intent and slots: {}",
-    "Command: turn on the hall light\nParse: [IN:HassTurnOn [SL:area hall ] [SL:name light ] ]\nCommand: {}\nParse:",
+    "Command: turn on the hall light\nParse: [IN:HassTurnOn [SL:area hall ] ]\nCommand: {}\nParse:",
 )
 
 

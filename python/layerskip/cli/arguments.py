@@ -351,8 +351,8 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
     ),
     "train-exit": (
         _train_exit, "train an exit that drafts for a model as it is",
-        "Train an exit for a frozen model: blocks after its first layers that only draft, so that the model's output stays "
-        "what it is. The model runs over the texts once; what it made of them is kept in DIR/trunk.",
+        "Train an exit for a frozen model: blocks after its first layers that only draft, so that the model's output "
+        "stays what it is. The model runs over the texts once; what it made of them is kept in DIR/trunk.",
     ),
     "distill": (
         _distill, "let a model write the pairs that its early exits learn from",

@@ -1,4 +1,4 @@
-"""Train an exit that drafts for a frozen model: what the model makes of texts is computed once, then the exit learns it."""
+"""Train an exit that drafts for a frozen model: what the model makes of texts is computed once, and then learned."""
 
 from __future__ import annotations
 
@@ -71,8 +71,7 @@ def _bar(console: Console) -> Progress:
 
 def _prepare(work: ExitRun, progress: Progress) -> ExitTrainer:
     shown = progress.add_task("running the model", total=None, note="texts")
-    trunks = work.trunks(lambda done, of: progress.update(shown, completed=done, total=of))
-    return work.trainer(trunks)
+    return work.trainer(lambda done, of: progress.update(shown, completed=done, total=of))
 
 
 def _learn(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
@@ -114,8 +113,8 @@ def _agreement(one: dict[str, Any]) -> str:
 def _report(console: Console, state: State, output: ExitOutput) -> None:
     why = "ended early, since nothing got better" if state.stopped_early else "trained"
     console.print(
-        f"{why}: {state.step} steps in {state.seconds:.0f} s; wrote the exit of step {state.best_step} to {output.exit} "
-        f"and the learning curve to {output.curve}", soft_wrap=True,
+        f"{why}: {state.step} steps in {state.seconds:.0f} s; wrote the exit of step {state.best_step} to "
+        f"{output.exit}, the learning curve to {output.curve}", soft_wrap=True,
     )  # fmt: skip
     for name, one in output.record["found"]["held out"].items():
         console.print(f"{name}: agreement {_agreement(one)}, {one['tokens_per_round']:.2f} tokens a round")

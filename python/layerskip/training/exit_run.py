@@ -20,7 +20,7 @@ from .exit_recipe import ExitRecipe
 from .exit_trainer import ExitTrainer, State
 from .output import digest
 from .run import load_pairs
-from .trunk import Trunk
+from .trunk import Text, Trunk
 
 HELD_OUT = 20  # one text in so many, where none are given
 
@@ -41,46 +41,40 @@ class ExitRun:
         self.model.requires_grad_(False)
         self.eos_token_id: int = tokenizer.eos_token_id
         self._check_layers()
-        texts = _encoded(recipe.texts, tokenizer, recipe)
-        held_out = {name: part for task in recipe.eval_texts for name, part in _by_kind(task, tokenizer, recipe)}
-        if not held_out:
-            held_out = {"held out": texts[::HELD_OUT]}
-            texts = [pair for index, pair in enumerate(texts) if index % HELD_OUT]
-        if not texts or not all(held_out.values()):
-            raise ValueError(f"{len(texts)} texts are too few to hold some out; give eval_texts, or more texts")
-        self._pairs = {"texts": texts, **{f"held-out-{number}": part for number, part in enumerate(held_out.values())}}
-        self._names = list(held_out)
+        self._texts = [_encoded(task, tokenizer, recipe) for task in recipe.texts]
+        self._held_out = {
+            name: pairs for task in recipe.eval_texts for name, pairs in _by_kind(task, tokenizer, recipe)
+        }
 
     @property
     def data(self) -> dict[str, Any]:
         """What a step depends on beside the recipe: the texts, as tokens, and the model's weights."""
         return {
-            "digest of the texts": digest(self._pairs["texts"]),
-            "digest of the held-out texts": digest([*chain(*list(self._pairs.values())[1:])]),
-            "sum of the model's weights": float(sum(weight.double().sum() for weight in self._weights())),
+            "digest of the texts": [digest(pairs) for pairs in self._texts],
+            "digest of the held-out texts": [digest(pairs) for pairs in self._held_out.values()],
+            "sum of the model's weights": float(sum(weight.double().sum() for weight in self.model.parameters())),
         }
 
-    def trunks(self, progress: Callable[[int, int], None] = lambda done, of: None) -> dict[str, Trunk]:
-        """What the model makes of all texts, computed where it is not there yet; ``progress(texts done, of all)``."""
-        recipe, total, done = self.recipe, sum(map(len, self._pairs.values())), 0
+    def trainer(self, progress: Callable[[int, int], None] = lambda done, of: None) -> ExitTrainer:
+        """Let the model run on the texts on which it has not run yet; then all is ready to train.
+
+        ``progress`` is told of how many texts, of how many, there is what the model makes of them.
+        """
+        recipe, done = self.recipe, 0
+        every = [*self._texts, *self._held_out.values()]
 
         def advance(texts: int) -> None:
             nonlocal done
             done += texts
-            progress(done, total)
+            progress(done, sum(map(len, every)))
 
-        made = {}
-        for name, pairs in self._pairs.items():
-            folder = Path(recipe.output) / TRUNKS / name
-            made[name] = Trunk(folder, self.model, recipe.exit_layer, recipe.top_k, pairs, recipe.model)
-            made[name].compute(advance)
-        return made
-
-    def trainer(self, trunks: Mapping[str, Trunk]) -> ExitTrainer:
-        """Ready to train."""
-        recipe = self.recipe
-        texts, *held_out = trunks.values()
-        length = max(len(pair["input_ids"]) for pair in chain(*self._pairs.values()))
+        trunks = []
+        for pairs in every:
+            folder = Path(recipe.output) / TRUNKS / digest(pairs)[:16]
+            trunks.append(Trunk(folder, self.model, recipe.exit_layer, recipe.top_k, pairs, recipe.model))
+            trunks[-1].compute(advance)
+        texts, held_out = self._split(trunks)
+        length = max(len(pair["input_ids"]) for pair in chain(*every))
         module = TrainableExit(
             self.model,
             recipe.exit_layer,
@@ -91,9 +85,24 @@ class ExitRun:
             length,
             recipe.seed,
         )
-        return ExitTrainer(recipe, module, texts, dict(zip(self._names, held_out, strict=True)))
+        return ExitTrainer(recipe, module, texts, held_out)
 
-    def _token_ids(self, texts: Trunk) -> Tensor | None:
+    def _split(self, trunks: Sequence[Trunk]) -> tuple[Selection, dict[str, Selection]]:
+        """What is trained on, and what is held out: given texts, or some of all."""
+        own, given = trunks[: len(self._texts)], trunks[len(self._texts) :]
+        every = [(trunk, index) for trunk in own for index in range(len(trunk))]
+        if given:
+            held_out = {
+                name: Selection([(trunk, index) for index in range(len(trunk))])
+                for name, trunk in zip(self._held_out, given, strict=True)
+            }
+            return Selection(every), held_out
+        texts = Selection([text for number, text in enumerate(every) if number % HELD_OUT])
+        if not len(texts):
+            raise ValueError("one text is too few to hold some out; give eval_texts, or more texts")
+        return texts, {"held out": Selection(every[::HELD_OUT])}
+
+    def _token_ids(self, texts: Selection) -> Tensor | None:
         """The tokens that the model itself chooses most often in the texts, and its EOS token."""
         size = self.recipe.draft_tokens
         if not size:
@@ -114,17 +123,33 @@ class ExitRun:
         if not recipe.blocks and not recipe.head_rank:
             raise ValueError("blocks and head_rank are 0, so nothing but a norm would be trained")
 
-    def _weights(self) -> Sequence[Tensor]:
-        return list(self.model.parameters())
+
+class Selection:
+    """Some texts of some trunks."""
+
+    def __init__(self, places: Sequence[tuple[Trunk, int]]) -> None:
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Text:
+        trunk, place = self._places[index]
+        return trunk[place]
+
+    def rows(self, index: int) -> int:
+        """How many labelled rows a text has."""
+        trunk, place = self._places[index]
+        return trunk.rows(place)
 
 
-def _encoded(tasks: Sequence[str], tokenizer: Any, recipe: ExitRecipe) -> list[dict[str, list[int]]]:
-    pairs = list(chain.from_iterable(load_pairs(tasks).values()))
+def _encoded(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[dict[str, list[int]]]:
+    pairs = list(chain.from_iterable(load_pairs([task]).values()))
     return encode(tokenizer, pairs, recipe.max_length, recipe.whole)
 
 
 def _by_kind(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[tuple[str, list[dict[str, list[int]]]]]:
-    """Held-out texts by the kind that they say they are of ("task" in a file), or all as one; prompts aren't labelled."""
+    """Held-out texts by the "task" that a file says they are of, or all as one; prompts have no labels."""
     pairs = list(chain.from_iterable(load_pairs([task]).values()))
     kinds: dict[str, list[Any]] = {}
     for pair in pairs:
