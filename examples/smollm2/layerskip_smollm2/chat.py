@@ -60,15 +60,15 @@ _COMMANDS = (
     "{}",
     "Turn this command into JSON with an intent and its slots: {}",
     "Parse this home automation command into an intent and slots: {}",
-    "Command: turn on the hall light\nParse: [IN:HassTurnOn [SL:area hall ] ]\nCommand: {}\nParse:",
+    "Command: turn on the hall fan\nParse: [IN:HassTurnOn [SL:area hall ] ]\nCommand: {}\nParse:",
 )
 
 
 def load(split: str) -> list[Example]:
     """Conversations of ``split``, without completions, in an order in which all kinds are mixed.
 
-    ``group`` is the kind: ``code``, ``rewriting``, ``summaries``, ``commands`` or ``questions``. The code of ``test`` is
-    HumanEval's; no text of ``test`` is in ``train``.
+    ``group`` is the kind: ``code``, ``rewriting``, ``summaries``, ``commands`` or ``questions``. The code of ``test``
+    is HumanEval's; no text of ``test`` is in ``train``.
     """
     made = [
         Example(template(message), "", kind)

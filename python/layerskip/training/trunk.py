@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,24 +103,26 @@ class Trunk:
         self.folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(self.folder / JOURNAL, self._work)
         try:
-            done = [record["text"] for record in journal.records]
+            done = {record["text"] for record in journal.records}
             progress(len(done))
             with _Files(self.folder, self._bytes_of(done)) as files:
-                left = sorted(set(range(len(self))) - set(done))
-                lengths = [len(self._pairs[index]["input_ids"]) for index in left]
-                for batch in token_batches(lengths, PASS_TOKENS, range(len(left))):
-                    indices = [left[place] for place in batch]
-                    for index, text in zip(indices, self._run(indices), strict=True):
-                        files.append(index, text)
+                lengths = [len(pair["input_ids"]) for pair in self._pairs]
+                for batch in token_batches(lengths, PASS_TOKENS, range(len(self))):  # the same after a stop
+                    missing = [index for index in batch if index not in done]
+                    if not missing:
+                        continue
+                    for index, text in zip(batch, self._run(batch), strict=True):
+                        if index in missing:
+                            files.append(text)
                     files.sync()  # before the journal says that they are there
-                    for index in indices:
+                    for index in missing:
                         journal.append({"text": index})
-                    progress(len(indices))
+                    progress(len(missing))
             self._map([record["text"] for record in journal.records])
         finally:
             journal.close()
 
-    def _bytes_of(self, done: Sequence[int]) -> tuple[int, int, int]:
+    def _bytes_of(self, done: Collection[int]) -> tuple[int, int, int]:
         states = sum(len(self._pairs[index]["input_ids"]) - 1 for index in done)
         rows = sum(self.rows(index) for index in done)
         return states * self._width * self._dtype.itemsize, rows * self.top_k * 4, rows * self.top_k * 2
@@ -175,10 +177,6 @@ class Trunk:
         states = self._states[state_row : state_row + len(self._pairs[index]["input_ids"]) - 1]
         return Text(states, self._firsts[index], Labels(self._ids[labelled], self._probabilities[labelled]))
 
-    def counts(self, vocab_size: int) -> Tensor:
-        """How often each token is the model's own next one, [V] int64; after `compute`."""
-        return self._ids[:, 0].long().bincount(minlength=vocab_size)
-
 
 class _Files:
     """The three files, open for more; what an earlier run had not finished is cut off."""
@@ -204,7 +202,7 @@ class _Files:
         for file in self._files:
             file.close()
 
-    def append(self, index: int, text: Text) -> None:
+    def append(self, text: Text) -> None:
         for file, tensor in zip(self._files, (text.states, *text.labels), strict=True):
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
