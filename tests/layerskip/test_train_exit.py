@@ -316,7 +316,7 @@ def test_an_exit_that_was_changed_is_not_overwritten(
 
 BAD: dict[str, tuple[list[str], str]] = {
     "no texts": (["--texts", "nowhere.jsonl"], "nowhere.jsonl"),
-    "exit layer": (["--exit-layer", "9"], "exit_layer must be in 1 … 2 for 3 layers, got 9"),
+    "exit layer": (["--exit-layer", "9"], "exit_layer must be in 1 … 3 for 4 layers, got 9"),
     "draft tokens": (["--draft-tokens", "1000"], "draft_tokens is 1000, the vocabulary has"),
     "minutes": (["--minutes", "0"], "minutes must be above 0, got 0.0"),
     "nothing to train": (["--blocks", "0"], "blocks and head_rank are 0"),

@@ -131,7 +131,7 @@ class ExitTrainer:
         state, recipe = self.state, self.recipe
         if state.decay_from is None and state.seconds >= 60 * recipe.minutes * (1 - recipe.decay):
             state.decay_from = state.step
-            state.end = state.step + math.ceil(state.step * recipe.decay / (1 - recipe.decay))
+            state.end = state.step + round(state.step * recipe.decay / (1 - recipe.decay))
 
     def _rate(self) -> float:
         """The learning rate of the step that comes."""
