@@ -13,7 +13,7 @@ from layerskip.training.data import Example
 
 from . import coding, parsing, summarization, text
 from ._splits import stable_fraction
-from .topics import GENERAL, PLACES, QUESTIONS, TASKS, TOPICS
+from .topics import ASKED, GENERAL, PLACES, QUESTIONS, TASKS, TOPICS
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1  # of the topics, places and programming tasks
@@ -60,8 +60,11 @@ _COMMANDS = (
     "{}",
     "Turn this command into JSON with an intent and its slots: {}",
     "Parse this home automation command into an intent and slots: {}",
-    "Command: turn on the hall fan\nParse: [IN:HassTurnOn [SL:area hall ] ]\nCommand: {}\nParse:",
+    "Parse the last command as the others are parsed.\n\n{examples}\nCommand: {}\nParse:",
+    "{examples}\nCommand: {}\nParse:",
+    "These are commands and their parses. What is the parse of the last one?\n{examples}\nCommand: {}\nParse:",
 )
+SHOWN = 4  # examples, in those that have some
 
 
 def load(split: str) -> list[Example]:
@@ -89,9 +92,9 @@ def template(message: str) -> str:
     return f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _one_way(ways: Sequence[str], content: str) -> str:
+def _one_way(ways: Sequence[str], content: str, **others: str) -> str:
     """The content in one of the ways to ask, drawn by the content."""
-    return ways[int(stable_fraction(f"way {content}") * len(ways))].format(content)
+    return ways[int(stable_fraction(f"way {content}") * len(ways))].format(content, **others)
 
 
 def _kept(name: str, split: str) -> bool:
@@ -120,9 +123,13 @@ def _summaries(split: str) -> Iterator[str]:
 
 
 def _commands(split: str) -> Iterator[str]:
+    known = parsing.load("train")
     for command in parsing.load(split):
         if split == "test" or stable_fraction(f"kept {command.prompt}") < COMMANDS:
-            yield _one_way(_COMMANDS, command.prompt.removeprefix("Command: ").removesuffix("\nParse:"))
+            text = command.prompt.removeprefix("Command: ").removesuffix("\nParse:")
+            first = int(stable_fraction(f"shown {text}") * (len(known) - SHOWN * 997))
+            shown = known[first : first + SHOWN * 997 : 997]  # far apart, so of different templates
+            yield _one_way(_COMMANDS, text, examples="\n".join(one.prompt + one.completion for one in shown))
 
 
 def _questions(split: str) -> Iterator[str]:
@@ -130,3 +137,4 @@ def _questions(split: str) -> Iterator[str]:
         for subject in subjects:
             if _kept(subject, split):
                 yield from (question.format(subject) for question in questions)
+    yield from (question for question in ASKED if _kept(question, split))

@@ -16,7 +16,7 @@ from .exit_recipe import ExitRecipe
 
 RECORD = "layerskip-exit.json"
 CHECKPOINT, CURVE, TRUNKS = "checkpoint.pt", "curve.png", "trunk"
-HARMLESS = ("output", "model", "texts", "eval_texts")
+HARMLESS = ("output", "trunk", "model", "texts", "eval_texts")
 """Keys that a resumed run may change: what they stand for is compared itself."""
 
 

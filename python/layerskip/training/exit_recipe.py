@@ -21,7 +21,8 @@ class ExitRecipe:
     the exit may draft, the most frequent; 0: all. ``init_layer`` is the layer that the blocks begin as; by default the
     last. The run ends after ``steps``, or else after ``minutes`` of training; over the last ``decay`` of either the
     rate falls to 0. It also ends after ``patience`` evaluations without a better one. ``dtype`` is the model's;
-    ``precision`` that of the training's matmuls, whose parameters are fp32.
+    ``precision`` that of the training's matmuls, whose parameters are fp32. ``trunk`` is where what the model makes of
+    the texts is kept, for other runs, too; by default in ``output``.
     """
 
     model: str = "smollm2"
@@ -50,6 +51,7 @@ class ExitRecipe:
     eval_every: int = 100
     patience: int = 20
     seed: int = 0
+    trunk: str | None = None
     output: str = "layerskip-exit"
 
     def __post_init__(self) -> None:

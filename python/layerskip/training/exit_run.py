@@ -70,7 +70,7 @@ class ExitRun:
 
         trunks = []
         for pairs in every:
-            folder = Path(recipe.output) / TRUNKS / digest(pairs)[:16]
+            folder = Path(recipe.trunk or Path(recipe.output) / TRUNKS) / digest(pairs)[:16]
             trunks.append(Trunk(folder, self.model, recipe.exit_layer, recipe.top_k, pairs, recipe.model))
             trunks[-1].compute(advance)
         texts, held_out = self._split(trunks)
