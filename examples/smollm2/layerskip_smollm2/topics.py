@@ -130,7 +130,7 @@ ASKED = (
     "Plan a menu for a dinner with friends.", "Plan a day in Vienna.", "Plan a week of healthy lunches.",
     "Give me tips against stage fright.", "Give me ideas for a rainy afternoon with children.",
     "Give me five synonyms of 'happy'.", "Give me a recipe for pancakes.", "Give me a recipe for lentil soup.",
-    "Suggest names for a small black cat.", "Suggest a title for a blog about cycling.", "Suggest a hobby for an adult.",
+    "Suggest names for a small black cat.", "Suggest a title for a cycling blog.", "Suggest a hobby for an adult.",
     "List five famous bridges.", "List the months and how many days each has.", "List ten animals that lay eggs.",
     "Explain compound words to a child.", "Explain how a bill becomes a law.", "Explain supply and demand.",
     "Explain what an operating system does.", "Explain why the dinosaurs died out.", "Explain how to play checkers.",

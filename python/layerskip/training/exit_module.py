@@ -56,6 +56,11 @@ class Block(nn.Module):
         """The parameters, by reference."""
         return LayerWeights(*(getattr(self, name) for name in LayerWeights._fields))
 
+    def copies(self, dtype: torch.dtype) -> LayerWeights:
+        """Copies of the parameters, on the CPU."""
+        named = {name: weight for name, weight in self.weights()._asdict().items() if weight is not None}
+        return LayerWeights(**{name: _copy(weight, dtype) for name, weight in named.items()})
+
     def forward(self, packed: Packed, geometry: Geometry, labelled_only: bool) -> Tensor:
         """The states after the block.
 
@@ -79,17 +84,22 @@ class Block(nn.Module):
         positions = torch.cat([torch.arange(length) for length in packed.lengths]).to(device)
         cos, sin = geometry.cos[positions, None], geometry.sin[positions, None]
 
-        normed = F.rms_norm(packed.states, packed.states.shape[1:], self.attn_norm, eps)
-        q = F.linear(normed[rows], self.q, self.q_bias).unflatten(1, (-1, head_dim))
-        k = F.linear(normed, self.k, self.k_bias).unflatten(1, (-1, head_dim))
-        v = F.linear(normed, self.v, self.v_bias).unflatten(1, (-1, head_dim))
-        if self.q_norm is not None:
-            q, k = F.rms_norm(q, (head_dim,), self.q_norm, eps), F.rms_norm(k, (head_dim,), self.k_norm, eps)
+        w = self.weights()
+        normed = F.rms_norm(packed.states, packed.states.shape[1:], w.attn_norm, eps)
+        q = F.linear(normed[rows], w.q, w.q_bias).unflatten(1, (-1, head_dim))
+        k = F.linear(normed, w.k, w.k_bias).unflatten(1, (-1, head_dim))
+        v = F.linear(normed, w.v, w.v_bias).unflatten(1, (-1, head_dim))
+        if w.q_norm is not None and w.k_norm is not None:
+            q, k = F.rms_norm(q, (head_dim,), w.q_norm, eps), F.rms_norm(k, (head_dim,), w.k_norm, eps)
         q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
         attended = _attend(q, k, v.to(k.dtype), begins, firsts)
-        hidden = packed.states[rows] + F.linear(attended.flatten(1), self.o)
-        normed = F.rms_norm(hidden, hidden.shape[1:], self.mlp_norm, eps)
-        return hidden + F.linear(F.silu(F.linear(normed, self.gate)) * F.linear(normed, self.up), self.down)
+        hidden = packed.states[rows] + F.linear(attended.flatten(1), w.o)
+        normed = F.rms_norm(hidden, hidden.shape[1:], w.mlp_norm, eps)
+        return hidden + F.linear(F.silu(F.linear(normed, w.gate)) * F.linear(normed, w.up), w.down)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype, copy=True)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -190,18 +200,12 @@ class TrainableExit(nn.Module):
     def exit(self, dtype: torch.dtype = torch.bfloat16) -> Exit:
         """A copy as it is used, in ``dtype``."""
 
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.detach().to("cpu", dtype, copy=True)
-
-        blocks = [
-            LayerWeights(*(None if weight is None else cast(weight) for weight in block.weights()))
-            for block in self.blocks
-        ]
+        blocks = [block.copies(dtype) for block in self.blocks if isinstance(block, Block)]
         down = up = None
         if self.head_down is not None and self.head_up is not None:
-            down, up = cast(self.head_down), cast(self.head_up)
+            down, up = _copy(self.head_down, dtype), _copy(self.head_up, dtype)
             if self.token_ids is not None:
                 up = up.new_zeros(self.vocab_size, up.shape[1]).index_copy_(0, self.token_ids.cpu(), up)
         ids = None if self.token_ids is None else self.token_ids.cpu()
-        norm = cast(self.norm_weight)
+        norm = _copy(self.norm_weight, dtype)
         return Exit(self.exit_layer, norm, self.num_layers, self.vocab_size, blocks, ids, down, up)

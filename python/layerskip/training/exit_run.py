@@ -79,7 +79,7 @@ class ExitRun:
             self.model,
             recipe.exit_layer,
             recipe.blocks,
-            self.model.num_layers - 1 if recipe.init_layer is None else recipe.init_layer,
+            recipe.exit_layer if recipe.init_layer is None else recipe.init_layer,
             self._token_ids(texts),
             recipe.head_rank,
             length,
@@ -107,7 +107,7 @@ class ExitRun:
         size = self.recipe.draft_tokens
         if not size:
             return None
-        chosen = (texts[index].labels.ids[:, 0] for index in range(len(texts)))
+        chosen = (texts[index].labels.ids[:, 0].tolist() for index in range(len(texts)))
         return DraftHead.from_tokens(chosen, self.model.vocab_size, self.eos_token_id, size).token_ids
 
     def _check_layers(self) -> None:
