@@ -19,10 +19,10 @@ class ExitRecipe:
     ``eval_texts`` are held out; without them one text in 20 is. ``top_k`` tokens are kept of the full model's
     distributions, of which ``soft`` is the weight in the loss, see `row_losses`. ``draft_tokens`` are how many tokens
     the exit may draft, the most frequent; 0: all. ``init_layer`` is the layer that the blocks begin as; by default
-    layer E, which follows. The run ends after ``steps``, or else after ``minutes`` of training; over the last ``decay`` of either the
-    rate falls to 0. It also ends after ``patience`` evaluations without a better one. ``dtype`` is the model's;
-    ``precision`` that of the training's matmuls, whose parameters are fp32. ``trunk`` is where what the model makes of
-    the texts is kept, for other runs, too; by default in ``output``.
+    layer E, which follows. The run ends after ``steps``, or else after ``minutes`` of training; over the last ``decay``
+    of either the rate falls to 0. It also ends after ``patience`` evaluations without a better one. ``dtype`` is the
+    model's; ``precision`` that of the training's matmuls, whose parameters are fp32. ``trunk`` is where what the model
+    makes of the texts is kept, for other runs, too; by default in ``output``.
     """
 
     model: str = "smollm2"
