@@ -46,7 +46,7 @@ def model() -> Any:
 @pytest.fixture
 def computed(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trunk:
     monkeypatch.setattr(trunk, "PASS_TOKENS", 15)  # two texts a pass, at most
-    made = Trunk(tmp_path / "trunk", layerskip.models.adapt(model), 2, 5, pairs_of(), "tiny")
+    made = Trunk(tmp_path / "trunk", layerskip.models.adapt(model), 2, 5, pairs_of())
     made.compute()
     return made
 
@@ -66,7 +66,7 @@ def test_trunk_holds_what_the_model_computes(model: Any, computed: Trunk) -> Non
 def test_trunk_goes_on_behind_what_is_there(
     model: Any, computed: Trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = Trunk(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs_of(), "tiny")
+    again = Trunk(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs_of())
     done: list[int] = []
 
     def stop(texts: int) -> None:
@@ -89,8 +89,14 @@ def test_trunk_goes_on_behind_what_is_there(
 
 
 def test_trunk_refuses_what_is_of_other_texts(model: Any, computed: Trunk) -> None:
-    other = Trunk(computed.folder, layerskip.models.adapt(model), 2, 5, pairs_of(seed=1), "tiny")
+    other = Trunk(computed.folder, layerskip.models.adapt(model), 2, 5, pairs_of(seed=1))
     with pytest.raises(ValueError, match="digest of the texts was"):
+        other.compute()
+
+
+def test_trunk_refuses_what_is_of_another_model(computed: Trunk) -> None:
+    other = Trunk(computed.folder, layerskip.models.adapt(tiny_model(seed=1)), 2, 5, pairs_of())
+    with pytest.raises(ValueError, match="digest of the model was"):
         other.compute()
 
 
@@ -103,7 +109,7 @@ def test_trunk_refuses_files_that_lack_bytes(model: Any, computed: Trunk) -> Non
 def test_trunk_names_a_text_without_labels(model: Any, tmp_path: Path) -> None:
     pairs = [*pairs_of(), {"input_ids": [5, 6], "labels": [-100, -100]}]
     with pytest.raises(ValueError, match="text 4 has no labelled token"):
-        Trunk(tmp_path, layerskip.models.adapt(model), 2, 5, pairs, "tiny")
+        Trunk(tmp_path, layerskip.models.adapt(model), 2, 5, pairs)
 
 
 @pytest.mark.parametrize("architecture", ["llama2", "llama3", "qwen2", "qwen3", "smollm2"])
@@ -340,7 +346,7 @@ def test_an_unknown_key_is_named_with_the_nearest(saved: Path, tmp_path: Path, c
 
 @pytest.fixture
 def seconds() -> Iterator[float]:
-    """A clock by which every step takes 6 seconds."""
+    """Of a clock by which every step takes 6 seconds."""
     return iter(range(0, 10**6, 6))
 
 

@@ -87,7 +87,7 @@ def _learn(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None
 
         if best:
             output.save_exit(trainer.module.exit())
-        trainer.save(output.checkpoint, output.record["data"])
+        trainer.save(output.checkpoint)
         write_atomically(output.curve, curve(trainer.state.history))
         progress.console.print(_line(trainer.state.history[-1], best), highlight=False, soft_wrap=True)
 

@@ -20,7 +20,7 @@ from .exit_recipe import ExitRecipe
 from .exit_trainer import ExitTrainer, State
 from .output import digest
 from .run import load_pairs
-from .trunk import Text, Trunk
+from .trunk import Text, Trunk, model_digest
 
 HELD_OUT = 20  # one text in so many, where none are given
 
@@ -52,7 +52,7 @@ class ExitRun:
         return {
             "digest of the texts": [digest(pairs) for pairs in self._texts],
             "digest of the held-out texts": [digest(pairs) for pairs in self._held_out.values()],
-            "sum of the model's weights": float(sum(weight.double().sum() for weight in self.model.parameters())),
+            "digest of the model": model_digest(self.model),
         }
 
     def trainer(self, progress: Callable[[int, int], None] = lambda done, of: None) -> ExitTrainer:
@@ -71,7 +71,7 @@ class ExitRun:
         trunks = []
         for pairs in every:
             folder = Path(recipe.trunk or Path(recipe.output) / TRUNKS) / digest(pairs)[:16]
-            trunks.append(Trunk(folder, self.model, recipe.exit_layer, recipe.top_k, pairs, recipe.model))
+            trunks.append(Trunk(folder, self.model, recipe.exit_layer, recipe.top_k, pairs))
             trunks[-1].compute(advance)
         texts, held_out = self._split(trunks)
         length = max(len(pair["input_ids"]) for pair in chain(*every))

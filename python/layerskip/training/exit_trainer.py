@@ -219,13 +219,11 @@ class ExitTrainer:
             flags.append((drafts == self._targets([texts[index]]).token).tolist())
         return rounds(flags)
 
-    def save(self, path: Path, run: Mapping[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all; ``run`` is what it is of."""
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
         buffer = io.BytesIO()
-        torch.save(
-            {"run": dict(run), "state": asdict(self.state), "module": self.module.state_dict(),
-             "optimizer": self._optimizer.state_dict()}, buffer
-        )  # fmt: skip
+        parts = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save({"state": asdict(self.state), **parts}, buffer)
         write_atomically(path, buffer.getvalue())
 
     def load(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from .output import digest
 
 PASS_TOKENS = 4096  # of the texts that go through the model together
 LOGIT_ROWS = 64  # whose logits are in memory at a time
+DIGESTED = 4096  # values of a weight, to know a model again
 JOURNAL = "texts.jsonl"
 
 
@@ -58,8 +60,6 @@ class Trunk:
     pairs : sequence of mapping
         Texts with ``input_ids`` and ``labels`` as `layerskip.training.encode` makes them. A row whose next token is
         labelled gets the model's own label; the rows of a text that have one are its last.
-    model_name : str
-        Whose states these are.
 
     Raises
     ------
@@ -74,7 +74,6 @@ class Trunk:
         exit_layer: int,
         top_k: int,
         pairs: Sequence[Mapping[str, list[int]]],
-        model_name: str,
     ) -> None:
         if not 1 <= exit_layer < model.num_layers:
             raise ValueError(f"exit_layer must be in 1 … {model.num_layers - 1}, got {exit_layer}")
@@ -86,8 +85,8 @@ class Trunk:
         self._width = model.embedding.shape[1]
         self._dtype = model.dtype
         self._work = {
-            "model": model_name, "exit_layer": exit_layer, "top_k": top_k, "dtype": str(model.dtype),
-            "hidden size": self._width, "digest of the texts": digest(pairs),
+            "digest of the model": model_digest(model), "dtype": str(model.dtype), "hidden size": self._width,
+            "exit_layer": exit_layer, "top_k": top_k, "digest of the texts": digest(pairs),
         }  # fmt: skip
         self._places: dict[int, tuple[int, int]] = {}
 
@@ -176,6 +175,14 @@ class Trunk:
         labelled = slice(label_row, label_row + self.rows(index))
         states = self._states[state_row : state_row + len(self._pairs[index]["input_ids"]) - 1]
         return Text(states, self._firsts[index], Labels(self._ids[labelled], self._probabilities[labelled]))
+
+
+def model_digest(model: LayerSkipModel) -> str:
+    """Of the first values of every weight: enough to tell models apart, and quick."""
+    made = hashlib.sha256()
+    for weight in model.parameters():
+        made.update(weight.detach().flatten()[:DIGESTED].float().cpu().numpy().tobytes())
+    return made.hexdigest()
 
 
 class _Files:
