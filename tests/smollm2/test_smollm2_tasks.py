@@ -227,7 +227,7 @@ def test_parsing_says_which_packages_it_needs(monkeypatch):
 
 
 def test_unknown_tasks_and_splits_are_named():
-    with pytest.raises(ValueError, match="unknown task 'poetry'; known: coding, parsing, summarization, text"):
+    with pytest.raises(ValueError, match="unknown task 'poetry'; known: chat, coding, parsing, summarization, text"):
         data.load_task("poetry")
     with pytest.raises(ValueError, match="coding has no split 'dev'; it has: train, test, humaneval"):
         data.load_task("coding", "dev")
