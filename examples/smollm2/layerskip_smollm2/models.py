@@ -55,3 +55,8 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
 def draft_head(name: str) -> Path | None:
     """The file of the model's draft head; the stock model has none."""
     return None if name == STOCK else ADAPTERS[name] / "draft_head.safetensors"
+
+
+def exit(name: str) -> Path | None:
+    """The file of the exit that drafts for the stock model; the others draft without one."""
+    return Path(__file__).parent / "exits" / "smollm2.safetensors" if name == STOCK else None

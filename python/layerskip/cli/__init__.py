@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             for other in ("accelerate", "peft", "transformers"):  # what they advise would run through the output
                 warnings.filterwarnings("ignore", module=other)
-            code: int = import_module(f".{args.command}", __package__).run(args, Console())
+            module = import_module(f".{args.command.replace('-', '_')}", __package__)
+            code: int = module.run(args, Console())
         return code
     except KeyboardInterrupt as stop:  # a command that was stopped says what there is of its work
         errors.print(escape(str(stop) or "interrupted"), highlight=False, soft_wrap=True)
@@ -68,7 +69,7 @@ def _one_line(error: Exception, args: argparse.Namespace) -> str:
     """What went wrong; of a package that is missing, how to get it; of what nobody foresaw, how to see more."""
     message = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        extra = "train" if args.command == "train" else EXTRAS[error.name]
+        extra = "train" if args.command.startswith("train") else EXTRAS[error.name]
         return f'{message}: pip install "layerskip-kernels[{extra}]"'
     name = type(error).__name__
     if _is_misuse(error) or isinstance(error, (OSError, FloatingPointError)):

@@ -275,6 +275,37 @@ def _train(parser: Parser) -> None:
     add_device(parser)
 
 
+def _train_exit(parser: Parser) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", type=Path, help="a YAML file of the keys below, with _ for -, and of rarer ones"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="whose drafts they are; it stays as it is (default: smollm2)")
+    parser.add_argument(
+        "--texts", nargs="+", metavar="TEXTS", help="what the model wrote: files of layerskip distill, or tasks"
+    )
+    parser.add_argument(
+        "--eval-texts", nargs="+", metavar="TEXTS", help="held out, told apart by their task (default: 1 text in 20)"
+    )
+    parser.add_argument("--exit-layer", type=positive, metavar="E", help="layers before the exit (default: 2)")
+    parser.add_argument("--blocks", type=whole, metavar="N", help="decoder layers of the exit's own (default: 1)")
+    parser.add_argument("--head-rank", type=whole, metavar="R", help="of a correction of the head (default: 0, none)")
+    parser.add_argument(
+        "--draft-tokens",
+        type=whole,
+        metavar="N",
+        help="how many tokens it may draft, the most frequent (default: 8192)",
+    )
+    parser.add_argument("--minutes", type=number, metavar="M", help="how long it trains (default: 30)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="train so many steps, however long they take")
+    parser.add_argument("--learning-rate", type=number, metavar="RATE", help="its peak (default: 0.001)")
+    parser.add_argument("--seed", type=whole, metavar="N", help="of the texts' order (default: 0)")
+    parser.add_argument("--output", metavar="DIR", help="for exit.safetensors (default: layerskip-exit)")
+    old = parser.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on with the run that is in the output")
+    old.add_argument("--overwrite", action="store_true", help="replace an older run in the output")
+    add_device(parser)
+
+
 def _distill(parser: Parser) -> None:
     add_model(parser)
     add_prompts(parser, None)
@@ -352,6 +383,11 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
     "train": (
         _train, "train early exits into a model, by a recipe",
         "Train early exits: a recipe in YAML, single keys of it set on the command line.",
+    ),
+    "train-exit": (
+        _train_exit, "train an exit that drafts for a model as it is",
+        "Train an exit for a frozen model: blocks after its first layers that only draft, so that the model's output "
+        "stays what it is. The model runs over the texts once; what it made of them is kept in DIR/trunk.",
     ),
     "distill": (
         _distill, "let a model write the pairs that its early exits learn from",

@@ -16,11 +16,11 @@ def check(args: argparse.Namespace) -> None:
     """Raise where a command's arguments name what does not exist."""
     if args.command == "demo":
         registry.check(registry.DEMOS, args.name)
-    if args.command == "train" and args.recipe is not None:
+    if args.command in ("train", "train-exit") and args.recipe is not None:
         recipe(args.recipe)
     if "prompts" in args:
         prompts.check(args.prompts)
-    if "model" in args:
+    if getattr(args, "model", None) is not None:
         model(args.model)
     if isinstance(getattr(args, "draft_head", None), str):
         draft_head(args.draft_head)

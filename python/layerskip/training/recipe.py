@@ -111,7 +111,7 @@ class Recipe:
             "rotate_every", "log_every", "save_every", "eval_examples",
         )  # fmt: skip
         for key in positive:
-            _check_positive(key, getattr(self, key))
+            check_positive(key, getattr(self, key))
         if not 0 < self.beta2 < 1:
             raise ValueError(f"beta2 must be in (0, 1), got {self.beta2}")
         if self.head_sample < 0:
@@ -128,18 +128,18 @@ class Recipe:
         if not self.tasks:
             raise ValueError("tasks is empty, nothing to train on")
         if isinstance(self.tasks, dict):
-            _check_positive("tasks", self.tasks)
+            check_positive("tasks", self.tasks)
 
     def _check_batches(self) -> None:
         if self.batch_tokens is not None:
-            _check_positive("batch_tokens", self.batch_tokens)
+            check_positive("batch_tokens", self.batch_tokens)
         if not self.replay.tasks:
             return
         if self.batch_tokens is None:
             raise ValueError("replay needs batch_tokens, the size of the batches that it goes between")
-        _check_positive("replay.tokens", self.replay.tokens)
+        check_positive("replay.tokens", self.replay.tokens)
         if isinstance(self.replay.tasks, dict):
-            _check_positive("replay.tasks", self.replay.tasks)
+            check_positive("replay.tasks", self.replay.tasks)
 
     def make_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
         """The curriculum for a model of ``num_layers``."""
@@ -178,7 +178,8 @@ class Recipe:
             early_exit_weights(candidates[:1], num_layers, self.exit_weights, self.exit_weight_scale)
 
 
-def _check_positive(key: str, value: Any) -> None:
+def check_positive(key: str, value: Any) -> None:
+    """Raise ValueError for a number, or one of a mapping, that is not above 0."""
     for name, number in value.items() if isinstance(value, dict) else [("", value)]:
         if not number > 0:
             raise ValueError(f"{key}{name and f': {name}'} must be above 0, got {number}")
@@ -220,7 +221,7 @@ def by_layer(value: Number | Mapping[str, Number], num_layers: int, key: str) ->
     return [found[layer] for layer in range(num_layers)]
 
 
-def _construct(kind: type, values: Any, where: str) -> Any:
+def construct(kind: type, values: Any, where: str) -> Any:
     """Make ``kind`` of a mapping; an unknown key is named together with the nearest known one."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping of keys to values, got {values!r}")
@@ -239,7 +240,7 @@ NESTED = {"DropoutRecipe": DropoutRecipe, "ReplayRecipe": ReplayRecipe}
 def _typed(value: Any, kind: str, where: str) -> Any:
     """A YAML value as the field's annotation, a string, wants it."""
     if kind in NESTED:
-        return _construct(NESTED[kind], value, where)
+        return construct(NESTED[kind], value, where)
     accepted: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
     for option in kind.split(" | "):
         if option.startswith("dict["):
@@ -257,6 +258,18 @@ def _typed(value: Any, kind: str, where: str) -> Any:
     raise ValueError(f"{where} is {value!r}, expected {kind.replace('None', 'nothing')}")
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file."""
+    yaml = need("yaml", "reading a recipe")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values, got {values!r}")
+    return values
+
+
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe; ``overrides`` win over what the file says.
 
@@ -265,17 +278,10 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     ValueError
         For a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
     """
-    yaml = need("yaml", "reading a recipe")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys and values, got {values!r}")
-    return make_recipe({**values, **(overrides or {})}, str(path))
+    return make_recipe({**read_values(path), **(overrides or {})}, str(path))
 
 
 def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe of keys and values; see `read_recipe`."""
-    recipe: Recipe = _construct(Recipe, values, where)
+    recipe: Recipe = construct(Recipe, values, where)
     return recipe

@@ -1,0 +1,126 @@
+"""Train an exit that drafts for a frozen model: what the model makes of texts is computed once, and then learned."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from .._files import write_atomically
+from . import names
+
+if TYPE_CHECKING:
+    from ..training.exit_output import ExitOutput
+    from ..training.exit_run import ExitRun
+    from ..training.exit_trainer import ExitTrainer, State
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Train, keeping the best."""
+    from ..training import exit_recipe
+    from ..training.exit_output import ExitOutput
+
+    given = {key: getattr(args, key) for key in exit_recipe.KEYS if getattr(args, key, None) is not None}
+    recipe = exit_recipe.exit_recipe(args.recipe, given)
+    names.tasks((*recipe.texts, *recipe.eval_texts))
+    names.model(recipe.model)
+    output = ExitOutput(recipe)
+    if args.resume:
+        output.check_resumed()
+        if output.finished:
+            console.print(f"this run is finished, nothing is left to train; it wrote {output.exit}", soft_wrap=True)
+            return 0
+    else:
+        output.check_new(args.overwrite)
+    try:
+        trained = _train(args, console, output)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(output)) from None
+    _report(console, trained.state, output)
+    return 0
+
+
+def _train(args: argparse.Namespace, console: Console, output: ExitOutput) -> ExitTrainer:
+    from . import options
+
+    options.settle(args)
+    options.quiet_transformers()
+    from ..training.exit_run import ExitRun
+
+    with Console(stderr=True).status(f"loading {output.recipe.model}"):
+        work = ExitRun(output.recipe, args.device)
+        data = work.data
+    if args.resume:
+        output.check_same_data(data)
+    else:
+        output.begin(data)
+    with _bar(console) as progress:
+        trainer = _prepare(work, progress)
+        if args.resume and output.checkpoint.exists():
+            trainer.load(output.checkpoint)
+        _learn(trainer, output, progress)
+    return trainer
+
+
+def _bar(console: Console) -> Progress:
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, console=console)
+
+
+def _prepare(work: ExitRun, progress: Progress) -> ExitTrainer:
+    shown = progress.add_task("running the model", total=None, note="texts")
+    return work.trainer(lambda done, of: progress.update(shown, completed=done, total=of))
+
+
+def _learn(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
+    recipe, state = output.recipe, trainer.state
+    shown = progress.add_task("training the exit", total=1, note="")
+
+    def stepped(state: State, loss: float) -> None:
+        part = state.step / recipe.steps if recipe.steps else min(1.0, state.seconds / (60 * recipe.minutes))
+        progress.update(shown, completed=part, note=f"step {state.step}, loss {loss:.3f}")
+
+    def evaluated(best: bool) -> None:
+        from ..training.exit_run import curve
+
+        if best:
+            output.save_exit(trainer.module.exit())
+        trainer.save(output.checkpoint)
+        write_atomically(output.curve, curve(trainer.state.history))
+        progress.console.print(_line(trainer.state.history[-1], best), highlight=False, soft_wrap=True)
+
+    if state.step:
+        progress.console.print(f"going on from step {state.step}")
+    trainer.train(stepped, evaluated)
+    from ..training.exit_run import found
+
+    output.finish(found(trainer.state))
+
+
+def _line(entry: dict[str, Any], best: bool) -> str:
+    """An evaluation: agreement of all rows, and of each draft of a round where those before it agreed."""
+    parts = [f"{name} {_agreement(one)}" for name, one in entry["held out"].items()]
+    mark = ", the best" if best else ""
+    return f"step {entry['step']}  loss {entry['loss']:.4f}  {'  '.join(parts)}{mark}"
+
+
+def _agreement(one: dict[str, Any]) -> str:
+    return f"{one['all']:.1%} ({'/'.join(f'{position:.0%}' for position in one['positions'])})"
+
+
+def _report(console: Console, state: State, output: ExitOutput) -> None:
+    why = "ended early, since nothing got better" if state.stopped_early else "trained"
+    console.print(
+        f"{why}: {state.step} steps in {state.seconds:.0f} s; wrote the exit of step {state.best_step} to "
+        f"{output.exit}, the learning curve to {output.curve}", soft_wrap=True,
+    )  # fmt: skip
+    for name, one in output.record["found"]["held out"].items():
+        console.print(f"{name}: agreement {_agreement(one)}, {one['tokens_per_round']:.2f} tokens a round")
+
+
+def _how_to_go_on(output: ExitOutput) -> str:
+    if not output.record:
+        return "interrupted, before anything was written"
+    return f"interrupted; the same command with --resume goes on from what is in {output.folder}"

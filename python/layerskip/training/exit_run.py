@@ -1,0 +1,183 @@
+"""An exit's recipe carried out: model, texts, what the model makes of them, trainer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..decoding import DraftHead
+from ..models import LayerSkipModel, adapt, load
+from .dataset import encode
+from .exit_module import TrainableExit
+from .exit_output import TRUNKS
+from .exit_recipe import ExitRecipe
+from .exit_trainer import ExitTrainer, State
+from .output import digest
+from .run import load_pairs
+from .trunk import Text, Trunk, model_digest
+
+HELD_OUT = 20  # one text in so many, where none are given
+
+
+class ExitRun:
+    """All that a recipe names. Making it reads the model and the texts, and computes nothing.
+
+    Parameters
+    ----------
+    recipe : ExitRecipe
+    device : torch.device
+    """
+
+    def __init__(self, recipe: ExitRecipe, device: torch.device) -> None:
+        self.recipe = recipe
+        hf_model, tokenizer = load(recipe.model, getattr(torch, recipe.dtype))
+        self.model: LayerSkipModel = adapt(hf_model.to(device))
+        self.model.requires_grad_(False)
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self._check_layers()
+        self._texts = [_encoded(task, tokenizer, recipe) for task in recipe.texts]
+        self._held_out = {
+            name: pairs for task in recipe.eval_texts for name, pairs in _by_kind(task, tokenizer, recipe)
+        }
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a step depends on beside the recipe: the texts, as tokens, and the model's weights."""
+        return {
+            "digest of the texts": [digest(pairs) for pairs in self._texts],
+            "digest of the held-out texts": [digest(pairs) for pairs in self._held_out.values()],
+            "digest of the model": model_digest(self.model),
+        }
+
+    def trainer(self, progress: Callable[[int, int], None] = lambda done, of: None) -> ExitTrainer:
+        """Let the model run on the texts on which it has not run yet; then all is ready to train.
+
+        ``progress`` is told of how many texts, of how many, there is what the model makes of them.
+        """
+        recipe, done = self.recipe, 0
+        every = [*self._texts, *self._held_out.values()]
+
+        def advance(texts: int) -> None:
+            nonlocal done
+            done += texts
+            progress(done, sum(map(len, every)))
+
+        trunks = []
+        for pairs in every:
+            folder = Path(recipe.trunk or Path(recipe.output) / TRUNKS) / digest(pairs)[:16]
+            trunks.append(Trunk(folder, self.model, recipe.exit_layer, recipe.top_k, pairs))
+            trunks[-1].compute(advance)
+        texts, held_out = self._split(trunks)
+        length = max(len(pair["input_ids"]) for pair in chain(*every))
+        module = TrainableExit(
+            self.model,
+            recipe.exit_layer,
+            recipe.blocks,
+            recipe.exit_layer if recipe.init_layer is None else recipe.init_layer,
+            self._token_ids(texts),
+            recipe.head_rank,
+            length,
+            recipe.seed,
+        )
+        return ExitTrainer(recipe, module, texts, held_out)
+
+    def _split(self, trunks: Sequence[Trunk]) -> tuple[Selection, dict[str, Selection]]:
+        """What is trained on, and what is held out: given texts, or some of all."""
+        own, given = trunks[: len(self._texts)], trunks[len(self._texts) :]
+        every = [(trunk, index) for trunk in own for index in range(len(trunk))]
+        if given:
+            held_out = {
+                name: Selection([(trunk, index) for index in range(len(trunk))])
+                for name, trunk in zip(self._held_out, given, strict=True)
+            }
+            return Selection(every), held_out
+        texts = Selection([text for number, text in enumerate(every) if number % HELD_OUT])
+        if not len(texts):
+            raise ValueError("one text is too few to hold some out; give eval_texts, or more texts")
+        return texts, {"held out": Selection(every[::HELD_OUT])}
+
+    def _token_ids(self, texts: Selection) -> Tensor | None:
+        """The tokens that the model itself chooses most often in the texts, and its EOS token."""
+        size = self.recipe.draft_tokens
+        if not size:
+            return None
+        chosen = (texts[index].labels.ids[:, 0].tolist() for index in range(len(texts)))
+        return DraftHead.from_tokens(chosen, self.model.vocab_size, self.eos_token_id, size).token_ids
+
+    def _check_layers(self) -> None:
+        recipe, layers = self.recipe, self.model.num_layers
+        if recipe.exit_layer >= layers:
+            raise ValueError(f"exit_layer must be in 1 … {layers - 1} for {layers} layers, got {recipe.exit_layer}")
+        if recipe.init_layer is not None and not 0 <= recipe.init_layer < layers:
+            raise ValueError(f"init_layer must be in 0 … {layers - 1}, got {recipe.init_layer}")
+        if recipe.draft_tokens > self.model.vocab_size:
+            raise ValueError(
+                f"draft_tokens is {recipe.draft_tokens}, the vocabulary has {self.model.vocab_size} tokens"
+            )
+        if not recipe.blocks and not recipe.head_rank:
+            raise ValueError("blocks and head_rank are 0, so nothing but a norm would be trained")
+
+
+class Selection:
+    """Some texts of some trunks."""
+
+    def __init__(self, places: Sequence[tuple[Trunk, int]]) -> None:
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Text:
+        trunk, place = self._places[index]
+        return trunk[place]
+
+    def rows(self, index: int) -> int:
+        """How many labelled rows a text has."""
+        trunk, place = self._places[index]
+        return trunk.rows(place)
+
+
+def _encoded(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[dict[str, list[int]]]:
+    pairs = list(chain.from_iterable(load_pairs([task]).values()))
+    return encode(tokenizer, pairs, recipe.max_length, recipe.whole)
+
+
+def _by_kind(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[tuple[str, list[dict[str, list[int]]]]]:
+    """Held-out texts by the "task" that a file says they are of, or all as one; prompts have no labels."""
+    pairs = list(chain.from_iterable(load_pairs([task]).values()))
+    kinds: dict[str, list[Any]] = {}
+    for pair in pairs:
+        kind = pair.get("task") if isinstance(pair, dict) else None
+        kinds.setdefault(kind or Path(task).stem, []).append(pair)
+    return [(kind, encode(tokenizer, part, recipe.max_length)) for kind, part in kinds.items()]
+
+
+def curve(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG: the loss, and how many tokens a round gives on each kind of held-out text, over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [entry["step"] for entry in history]
+    left.plot(steps, [entry["loss"] for entry in history])
+    left.set(xlabel="step", ylabel="loss")
+    for name in history[-1]["held out"] if history else ():
+        right.plot(steps, [100 * entry["held out"][name]["all"] for entry in history], label=name)
+    right.set(xlabel="step", ylabel="agreement on held-out text, %")
+    if history:
+        right.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def found(state: State) -> dict[str, Any]:
+    """What the best exit of a run reached."""
+    entry = next(entry for entry in state.history if entry["step"] == state.best_step)
+    return {key: entry[key] for key in ("step", "seconds", "held out")}
