@@ -1,7 +1,7 @@
 """How long the steps of a session take while prompts of others are read: `python -m tools.session_steps`.
 
-One request runs, or several; after a few steps, four prompts arrive together. The median and the longest step with them
-against the median without, for each bound on the tokens of prompts that a step reads. `--cpu-time` with `--threads 1`
+One request runs, or several; after some steps, four prompts arrive together. Median, 95th percentile and longest of the
+steps with them over the median without, for each bound on the tokens of prompts that a step reads. `--cpu-time` with `--threads 1`
 counts what this process used, so a busy machine gives the figures of an idle one.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from layerskip import SelfSpeculativeDecoder, Session, _ends
 
-STEPS = 12
+STEPS = 30
 
 
 def measure(
@@ -28,8 +28,8 @@ def measure(
     length: int,
     budget: int | str | None,
     clock: Callable[[], float],
-) -> tuple[float, list[float], float]:
-    """Seconds of the median step without prompts, of each step with four, and until all of them have a token."""
+) -> tuple[list[float], list[float], float]:
+    """Seconds of each step without prompts, of each with four, and until all of them have a token."""
     session = decoder.open_session(running + 4, max_seq_len=length + 1600, prompt_tokens_per_step=budget)
     session._clock = clock  # the bound goes by it, too
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +47,7 @@ def measure(
         seconds, begun = _seconds(session, clock)
         busy.append(seconds)
         missing -= begun
-    return statistics.median(quiet), busy, clock() - started
+    return quiet, busy, clock() - started
 
 
 def _seconds(session: Session, clock: Callable[[], float]) -> tuple[float, set[int]]:
@@ -76,12 +76,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoder = SelfSpeculativeDecoder.from_pretrained(args.model, exit_layer=4, num_speculations=8)
     for strategy, running, budget in itertools.product(args.strategies, args.running, args.budgets):
         quiet, busy, last = measure(decoder, strategy, running, args.prompt_tokens, budget or None, clock)
+        step = statistics.median(quiet)
         print(
-            f"{strategy}, {running} running, {budget or 'all'} tokens a step: a step takes {quiet * 1e3:.0f} ms, "
-            f"with four prompts {statistics.median(busy) / quiet:.2f}×, at most {max(busy) / quiet:.2f}×; all read in "
-            f"{last:.1f} s and {len(busy)} steps",
+            f"{strategy}, {running} running, {budget or 'all'} tokens a step: {step * 1e3:.0f} ms ({_spread(quiet, step)}); "
+            f"with four prompts {_spread(busy, step)}; all read in {last:.1f} s, {len(busy)} steps",
             flush=True,
         )
+
+
+def _spread(seconds: Sequence[float], step: float) -> str:
+    median, high = statistics.median(seconds), statistics.quantiles(seconds, n=20, method="inclusive")[-1]
+    return f"{median / step:.2f}×, 95 % ≤ {high / step:.2f}×, all ≤ {max(seconds) / step:.2f}×"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from . import validation
 
-LONGEST_STEP = 2.5
-"""A step that reads prompts is to take at most so many times as long as a step without."""
+LONGEST_STEP = 2.25
+"""A step that reads prompts is to take so many times as long as a step without: 3 is the goal, and times vary."""
 _RECENT = 8  # steps; the shortest of their rounds is the step without, because one round may be disturbed
 _WEIGHT = 0.5  # of a new pass in the size and the time of the usual one
 
@@ -53,7 +53,7 @@ class TokenBudget:
 
 
 class TimeBudget:
-    """As many tokens as keep a step within `LONGEST_STEP`, but one at least.
+    """As many tokens as keep a step within `LONGEST_STEP`, or one more, so that the size finds its way up from one.
 
     A pass of n tokens takes a + b n seconds: it streams the weights once, then computes. Which of the two is more
     depends on the machine, so both are bounded instead of fitted. From the usual pass, a larger one is foreseen with
