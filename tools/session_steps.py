@@ -1,8 +1,8 @@
 """How long the steps of a session take while prompts of others are read: `python -m tools.session_steps`.
 
 One request runs, or several; after some steps, four prompts arrive together. Median, 95th percentile and longest of the
-steps with them over the median without, for each bound on the tokens of prompts that a step reads. `--cpu-time` with `--threads 1`
-counts what this process used, so a busy machine gives the figures of an idle one.
+steps with them over the median without, for each bound on the tokens of prompts that a step reads. `--cpu-time` with
+`--threads 1` counts what this process used, so a busy machine gives about the figures of an idle one.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet, busy, last = measure(decoder, strategy, running, args.prompt_tokens, budget or None, clock)
         step = statistics.median(quiet)
         print(
-            f"{strategy}, {running} running, {budget or 'all'} tokens a step: {step * 1e3:.0f} ms ({_spread(quiet, step)}); "
-            f"with four prompts {_spread(busy, step)}; all read in {last:.1f} s, {len(busy)} steps",
+            f"{strategy}, {running} running, {budget or 'all'} tokens a step: {step * 1e3:.0f} ms "
+            f"({_spread(quiet, step)}); with four prompts {_spread(busy, step)}; "
+            f"all read in {last:.1f} s, {len(busy)} steps",
             flush=True,
         )
 
