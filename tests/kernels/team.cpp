@@ -102,8 +102,9 @@ long switches() {
 
 int sleeps() {
   int wrong = 0;
-  if (const long count = switches(); count < 1 || count > 10)
-    std::printf("waiting 50 ms gave up the core %ld times\n", count), ++wrong;
+  long count = 0;  // of the first try in which it had a core to give up; there is none for who spins
+  for (int round = 0; round < 40 && count == 0; ++round) count = switches();
+  if (count < 1 || count > 10) std::printf("waiting 50 ms gave up the core %ld times\n", count), ++wrong;
   for (bool first : {true, false}) {
     const double used = waiting(2, first, 0.5);
     if (used > 0.1) std::printf("waiting half a second took %.3f s of processor time\n", used), ++wrong;
