@@ -18,7 +18,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm soak lint format bench triton-report cuda cuda-report wheel clean
+.PHONY: help setup demo test test-vllm soak mutate lint format bench triton-report cuda cuda-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make demo    decode a few prompts, autoregressively and self-speculatively, side by side'
 	@echo 'make test    run all tests'
 	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
+	@echo 'make mutate  plant known bugs in a copy, one at a time, and see whether the tests catch them; an hour or two'
 	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
@@ -46,6 +47,9 @@ test: setup
 SOAK_MINUTES ?= 15
 soak: setup
 	$(BIN)/python -m tools.soak --minutes $(SOAK_MINUTES) $(SOAK_ARGS)
+
+mutate: setup
+	$(BIN)/python -m tools.mutate $(MUTATE_ARGS)
 
 test-vllm: $(VLLM_VENV)/.built
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from layerskip import _ends
 from layerskip._files import write_atomically
 from layerskip.cli import main as layerskip
 
@@ -94,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", help="these prompts alone, such as parsing:test")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode_tasks"))
+    _ends.declare(parser)
     args = parser.parse_args(arguments)
     chosen = [point for point in points() if args.only is None or point.prompts in args.only]
     if not chosen:
@@ -110,4 +113,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(_ends.module("benchmarks.decode_tasks", main))

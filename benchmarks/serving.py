@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from layerskip import _ends
 from layerskip._files import write_atomically
 from layerskip.cli.prompts import read
 
@@ -241,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks/results/serving"), help="without .json and .png"
     )
+    _ends.declare(parser)
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the servers end, too
     prompts = [prompt.text for prompt in read(args.prompts, args.limit)]
@@ -270,4 +272,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(_ends.module("benchmarks.serving", main))

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from layerskip import _ends
 from layerskip.cli import arguments, options
 from layerskip.cli.measure import Stopwatch
 from layerskip.decoding import SelfSpeculativeDecoder
@@ -102,4 +103,4 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(_ends.module("tools.op_clock", main))

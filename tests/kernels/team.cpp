@@ -1,7 +1,10 @@
 // Drives csrc/cpu/team.h for test_team.py: prints what is wrong and exits with 1, or nothing and exits with 0.
-//   team waits   members wait for each other, asleep where that takes long; wants LAYERSKIP_FIXED_TEAM
-//   team shrinks a team that slept is followed by a smaller one, for a while
+//   team waits   members wait for each other; wants LAYERSKIP_FIXED_TEAM
+//   team sleeps  who waits for long sleeps, who waits for a moment does not; wants LAYERSKIP_FIXED_TEAM
+//   team shrinks a team that slept is followed by a smaller one, for a while, and one that did not by one of its size
 #include "cpu/team.h"
+
+#include <sys/resource.h>
 
 #include <cstdio>
 #include <cstring>
@@ -48,10 +51,65 @@ int waits() {
     for (int stalled = 0; stalled < threads; ++stalled) wrong += steps(threads, 200, stalled);
   for (int round = 0; round < 200; ++round) wrong += steps(2, 3, 0);  // teams that come and go
   if (wrong) std::printf("%d numbers of an earlier step\n", wrong);
+  return wrong;
+}
+
+void work(int microseconds) {
+  const auto end = lsk::Clock::now() + lsk::Microseconds(microseconds);
+  while (lsk::Clock::now() < end) {
+  }
+}
+
+// Whether members that wait for a moment sleep. Where another process has a core, a moment is long; those tries tell
+// nothing.
+bool naps() {
+  int moments = 0, slept = 0;
+  const auto end = lsk::Clock::now() + std::chrono::seconds(2);
+  while (moments < 1000 && lsk::Clock::now() < end) {
+    lsk::Barrier barrier;
+    lsk::Clock::time_point came[2];
+    lsk::run_team(2, [&](const lsk::Member& member) {
+      if (member.index == 1) work(20);
+      came[member.index] = lsk::Clock::now();
+      barrier.wait(member.size);
+    });
+    if (came[1] <= came[0] || came[1] - came[0] > lsk::Microseconds(50)) continue;
+    ++moments;
+    slept += barrier.slept().count() > 0;
+  }
+  return 2 * slept > moments;
+}
+
+// How often the second of two members gave up its core, because it waited for the first, which does nothing for 50 ms.
+// Unlike processor time, this tells spinning from sleeping on a busy machine, too.
+long switches() {
+  long count = 1;
+#if defined(RUSAGE_THREAD)
+  const auto so_far = [] {
+    rusage now;
+    getrusage(RUSAGE_THREAD, &now);
+    return now.ru_nvcsw;
+  };
+  lsk::run_team(2, [&](const lsk::Member& member) {
+    if (member.index == 0) usleep(50000);
+    const long before = so_far();
+    member.wait();
+    if (member.index == 1) count = so_far() - before;
+  });
+#endif
+  return count;
+}
+
+int sleeps() {
+  int wrong = 0;
+  long count = 0;  // of the first try in which it had a core to give up; there is none for who spins
+  for (int round = 0; round < 40 && count == 0; ++round) count = switches();
+  if (count < 1 || count > 10) std::printf("waiting 50 ms gave up the core %ld times\n", count), ++wrong;
   for (bool first : {true, false}) {
     const double used = waiting(2, first, 0.5);
     if (used > 0.1) std::printf("waiting half a second took %.3f s of processor time\n", used), ++wrong;
   }
+  if (naps()) std::printf("whoever waits 20 microseconds sleeps\n"), ++wrong;
   return wrong;
 }
 
@@ -76,9 +134,23 @@ int shrinks() {
     }
     if (!shrank) std::printf("%d threads were not followed by %d\n", threads, fewer), ++wrong;
   }
+  for (int round = 0; round < 10; ++round) {
+    usleep(1200000);
+    const auto start = lsk::Clock::now();
+    lsk::run_team(2, [](const lsk::Member&) { work(1000); });
+    if (lsk::Clock::now() - start > lsk::Microseconds(1300)) continue;  // others had a core
+    if (size_of(2) == 2) break;
+    std::printf("a team that did not sleep was followed by a smaller one\n"), ++wrong;
+    break;
+  }
   return wrong;
 }
 
 }  // namespace
 
-int main(int, char** arguments) { return (std::strcmp(arguments[1], "waits") ? shrinks() : waits()) != 0; }
+int main(int, char** arguments) {
+  const char* what = arguments[1];
+  if (std::strcmp(what, "waits") == 0) return waits() != 0;
+  if (std::strcmp(what, "sleeps") == 0) return sleeps() != 0;
+  return shrinks() != 0;
+}

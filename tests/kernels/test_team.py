@@ -29,9 +29,10 @@ def run(program: Path, what: str, environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_members_wait_for_each_other_and_sleep(program: Path) -> None:
-    run(program, "waits", {**os.environ, "LAYERSKIP_FIXED_TEAM": "1"})
+@pytest.mark.parametrize("what", ["waits", "sleeps"])
+def test_members_wait_for_each_other_asleep_where_that_takes_long(program: Path, what: str) -> None:
+    run(program, what, {**os.environ, "LAYERSKIP_FIXED_TEAM": "1"})
 
 
-def test_a_team_that_slept_is_followed_by_a_smaller_one(program: Path) -> None:
+def test_only_a_team_that_slept_is_followed_by_a_smaller_one(program: Path) -> None:
     run(program, "shrinks", {name: value for name, value in os.environ.items() if name != "LAYERSKIP_FIXED_TEAM"})

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from tiny import prompt_of, requires_native, tiny_model
 
 from layerskip import SelfSpeculativeDecoder, SessionFullError
-from layerskip.decoding.budget import PromptBudget
 from layerskip_kernels import use_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +93,7 @@ def test_nobody_waits_where_nobody_runs(decoder, passes):
 
 @requires_native
 def test_short_prompts_share_a_pass(decoder, passes):
-    session = decoder.open_session(4, max_seq_len=60)
+    session = decoder.open_session(4, max_seq_len=60, prompt_tokens_per_step=None)
     prompts = [prompt_of(length, length) for length in (7, 7, 9, 12)]
     prompts[1] = prompt_of(7, 99)
     ids = [session.add(prompt, 6, eos_token_id=[]) for prompt in prompts]
@@ -219,29 +216,6 @@ def test_an_interrupt_while_a_prompt_is_read_loses_nothing(decoder, monkeypatch)
     assert len(session) == 0
     assert len(calls) == 4
     assert tokens[second] == alone(decoder, prompt_of(50, 1), 8, eos_token_id=[])
-
-
-def test_an_automatic_bound_follows_the_time_of_the_rounds():
-    budget = PromptBudget("auto")
-    budget.begin_step(1.0)
-    first = budget.left
-    assert 0 < first <= 64  # nothing is known yet
-    budget.spend(10, 1.0)
-    assert budget.left == first - 10
-    budget.begin_step(2.0)
-    assert budget.left == 20  # 2 s, at 0.1 s a token
-    budget.spend(100, 5.0, bounded=False)  # while nothing ran: noted, not taken off
-    assert budget.left == 20
-    budget.begin_step(0.001)
-    assert budget.left == 1  # prompts go on, however short the rounds are
-
-
-def test_a_bound_in_tokens_does_not_look_at_the_time():
-    for given, most in ((7, 7), (None, sys.maxsize)):
-        budget = PromptBudget(given)
-        budget.spend(5, 1.0, bounded=False)
-        budget.begin_step(1e-9)
-        assert budget.left == most
 
 
 def test_a_bound_that_is_none_is_refused():

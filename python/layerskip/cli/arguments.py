@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .. import _ends
 from ..registry import nearest
 from . import prompts
 
@@ -42,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="layerskip", description="Early exit and self-speculative decoding.", epilog=CODES)
     version = f"layerskip-kernels {importlib.metadata.version('layerskip-kernels')}"
     parser.add_argument("--version", action="version", version=version, help="show it and exit")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    _ends.declare(parser)
     command = next((word for word in words if not word.startswith("-")), None)
     if command is not None and command not in COMMANDS:
         parser.error(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
@@ -51,9 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, (declare, summary, description) in COMMANDS.items():
         commands[name] = subparsers.add_parser(name, help=summary, description=description)
         declare(commands[name])
-        commands[name].add_argument(
-            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
-        )
+        _ends.declare(commands[name], default=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(words)
     if rest:
         _refuse(commands[args.command], rest[0])

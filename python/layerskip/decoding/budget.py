@@ -2,47 +2,90 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import deque
+from typing import Protocol
 
 from . import validation
 
-READING_SHARE = 1.0
-"""A step with prompts to read takes as long as its rounds, and about so many times that for reading."""
-_FIRST = 8  # tokens, before it is known how long one takes
-_WEIGHT = 0.25  # of a new measure of that
+LONGEST_STEP = 2.25
+"""A step that reads prompts is to take so many times as long as a step without: 3 is the goal, and times vary."""
+_RECENT = 8  # steps; the shortest of their rounds is the step without, because one round may be disturbed
+_WEIGHT = 0.5  # of a new pass in the size and the time of the usual one
 
 
-class PromptBudget:
-    """The tokens of prompts that a step may still read.
+class PromptBudget(Protocol):
+    """How many tokens of prompts a step may still read."""
 
-    Parameters
-    ----------
-    tokens_per_step : int, "auto" or None
-        "auto": as many as can be read in `READING_SHARE` times the time that the step's rounds took, so that streams
-        slow down evenly, be their rounds short or long. None: no bound.
+    def begin_step(self, round_seconds: float | None) -> None:
+        """Set what is left after the step's rounds, which took so long; None: nothing ran."""
 
-    Attributes
-    ----------
-    left : int
+    def next_pass(self, depth: int) -> int:
+        """The most tokens of the next pass, which is through so many layers; 0 ends the step."""
+
+    def spend(self, tokens: int, depth: int, seconds: float) -> None:
+        """Note a pass, also one that was read while nothing ran and had no bound."""
+
+
+def prompt_budget(tokens_per_step: int | str | None) -> PromptBudget:
+    """`TimeBudget` for "auto", `TokenBudget` for a number, or for None, which is no bound."""
+    if tokens_per_step == "auto":
+        return TimeBudget()
+    most = sys.maxsize if tokens_per_step is None else tokens_per_step
+    return TokenBudget(validation.at_least_one("prompt_tokens_per_step", most))
+
+
+class TokenBudget:
+    """So many tokens a step, however long they take."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self._most = self._left = tokens_per_step
+
+    def begin_step(self, round_seconds: float | None) -> None:  # noqa: D102
+        self._left = self._most
+
+    def next_pass(self, depth: int) -> int:  # noqa: D102
+        return max(0, self._left)
+
+    def spend(self, tokens: int, depth: int, seconds: float) -> None:  # noqa: D102
+        self._left -= tokens
+
+
+class TimeBudget:
+    """As many tokens as keep a step within `LONGEST_STEP`, or one more, so that the size finds its way up from one.
+
+    A pass of n tokens takes a + b n seconds: it streams the weights once, then computes. Which of the two is more
+    depends on the machine, so both are bounded instead of fitted. From the usual pass, a larger one is foreseen with
+    a = 0, and a smaller one with the largest a there can be, which is a step without prompts, since that streams the
+    weights, too. Either way a pass takes no longer than foreseen, and the size settles where the time is used up.
     """
 
-    def __init__(self, tokens_per_step: int | str | None) -> None:
-        self._automatic = tokens_per_step == "auto"
-        most = sys.maxsize if tokens_per_step in (None, "auto") else tokens_per_step
-        self._most = validation.at_least_one("prompt_tokens_per_step", most)
-        self._seconds_per_token: float | None = None
-        self.left = 0
+    def __init__(self) -> None:
+        self._rounds: deque[float] = deque(maxlen=_RECENT)
+        self._work = self._seconds = 0.0  # of the usual pass: tokens times layers, and time
+        self._left = 0.0  # seconds
+        self._another = math.inf  # seconds that must be left for another pass
 
-    def begin_step(self, round_seconds: float) -> None:
-        """Set what is left, after the step's rounds, which took so long."""
-        self.left = self._most
-        if self._automatic:
-            known = self._seconds_per_token
-            self.left = _FIRST if not known else max(1, int(READING_SHARE * round_seconds / known))
+    def begin_step(self, round_seconds: float | None) -> None:  # noqa: D102
+        self._left, self._another = 0.0, math.inf
+        if round_seconds is not None:
+            self._rounds.append(round_seconds)
+            self._left, self._another = LONGEST_STEP * min(self._rounds) - round_seconds, -math.inf
 
-    def spend(self, tokens: int, seconds: float, bounded: bool = True) -> None:
-        """Note how long tokens took to read, and take them off where reading is ``bounded``."""
-        self.left -= tokens if bounded else 0
+    def next_pass(self, depth: int) -> int:  # noqa: D102
+        if self._left < self._another:
+            return 0
+        fixed = 0.0 if self._left >= self._seconds else min(self._rounds)
+        if self._left <= fixed or not self._seconds:
+            return 1
+        work = self._work * (self._left - fixed) / (self._seconds - fixed)
+        return math.ceil(work / depth)
+
+    def spend(self, tokens: int, depth: int, seconds: float) -> None:  # noqa: D102
+        self._left -= seconds
+        self._another = seconds
         if tokens:
-            new, old = seconds / tokens, self._seconds_per_token
-            self._seconds_per_token = new if old is None else old + _WEIGHT * (new - old)
+            weight = _WEIGHT if self._work else 1.0
+            self._work += weight * (tokens * depth - self._work)
+            self._seconds += weight * (seconds - self._seconds)

@@ -184,8 +184,8 @@ class SelfSpeculativeDecoder:
         generator : torch.Generator, optional
             Draws the seeds of requests that have none; by default torch's own generator.
         prompt_tokens_per_step : int, "auto" or None
-            How many tokens of prompts a step reads while requests run. "auto": so many that reading takes about as long
-            as the step's rounds. None: all, for the most tokens a second.
+            How many tokens of prompts a step reads while requests run. "auto": so many that a step takes about 2.25
+            times as long as one without. None: all, for the most tokens a second.
         max_waiting : int, optional
             How many requests may wait beyond those for which there are slots; by default any number.
 

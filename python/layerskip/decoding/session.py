@@ -14,7 +14,7 @@ from torch import Tensor
 from ..models import LayerSkipModel, SharedKVCache
 from . import validation
 from .batch import Batch, round_of
-from .budget import PromptBudget
+from .budget import prompt_budget
 from .controller import Choice, Plan
 from .graph import Graphs
 from .line import PromptLine
@@ -53,7 +53,7 @@ class Session:
     graphs : Graphs, optional
         Records the rounds over ``cache`` and replays them; without it they are called.
     prompt_tokens_per_step : int, "auto" or None
-        How many tokens of prompts a step reads while requests run, as `PromptBudget` takes it; by default all.
+        How many tokens of prompts a step reads while requests run, as `prompt_budget` takes it; by default all.
     max_waiting : int, optional
         How many requests may wait beyond those for which there are slots; by default any number.
     """
@@ -75,7 +75,7 @@ class Session:
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
         self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
-        self._budget = PromptBudget(prompt_tokens_per_step)
+        self._budget = prompt_budget(prompt_tokens_per_step)
         self._reader = PromptReader(model, cache)
         self._slots = Slots(cache, self._reader)
         self._line = PromptLine(self._slots, self._reader, max_waiting)
@@ -212,9 +212,10 @@ class Session:
             for request in [one for one in self._running.values() if one.sequence.interrupted]:
                 self._emit(request, request.sequence.resume)
             self._look_up()
-            for batch in self._current_batches():
+            batches = self._current_batches()
+            for batch in batches:
                 self._run_round(batch)
-            self._budget.begin_step(self._clock() - started)
+            self._budget.begin_step(self._clock() - started if batches else None)
             self._read_prompts()
         except BaseException:
             self._batches = None  # their tensors may be ahead of the requests' tokens
@@ -265,12 +266,13 @@ class Session:
     def _read_prompts(self) -> None:
         """Read prompts, as many tokens as a step may, and emit the tokens that follow them."""
         while readings := self._next_prompts():
-            bounded = bool(self._running)
-            if bounded and self._budget.left <= 0:
+            depth = readings[0].reading.depth
+            most = self._budget.next_pass(depth) if self._running else sys.maxsize
+            if most == 0:
                 return
             started = self._clock()
-            read = self._read_pass(readings, self._budget.left if bounded else sys.maxsize)
-            self._budget.spend(read, self._clock() - started, bounded)
+            read = self._read_pass(readings, most)
+            self._budget.spend(read, depth, self._clock() - started)
             for request in [one for one in readings if one.reading.left == 0]:
                 self._begin(request)
         if self._line and not self._running:  # a caller would wait for ever

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import devices, registry
+from .. import _ends, devices, registry
+from ..cli import names
 from ..models import load
 from .data import Example, documents, load_task
 from .dataset import Collator, encode
@@ -155,7 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="use this many examples, or windows of text, spread over all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto, a card where torch sees one")
+    _ends.declare(parser)
     options = parser.parse_args(arguments)
+    names.model(options.model)
     long = hasattr(registry.get(registry.TASKS, options.task), "documents")
     texts: list[Any] = (documents if long else load_task)(options.task, options.split)
     device = devices.find(options.device)
@@ -176,4 +180,4 @@ def _spread(items: list[Any], limit: int | None) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(_ends.module("layerskip.training.evaluate", main))

@@ -1,0 +1,153 @@
+"""Plants known bugs, one at a time, and says which the tests catch: ``python -m tools.mutate``, ``make mutate``.
+
+It works on a copy of what git tracks, so the checkout stays as it is, whatever ends the run. A bug is caught where a
+test fails, or does not end in time. The tests must pass without it, which is tried first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from layerskip import _ends
+
+from .mutations import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSED, FAILED = 0, 1  # pytest's exit codes; any other says that it could not run
+LIMIT = 1800  # seconds that the tests of one bug may take
+
+
+def copy_to(folder: Path) -> None:
+    """Copy the files that git tracks, and the libraries that were built from them."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    built = [path.relative_to(ROOT) for path in (ROOT / "layerskip_kernels").glob("*.so")]
+    for name in [*map(Path, filter(None, listed.split("\0"))), *built]:
+        target = folder / name
+        if (ROOT / name).is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+
+
+@contextmanager
+def planted(mutation: Mutation, folder: Path) -> Iterator[None]:
+    """The copy with one bug in it.
+
+    Raises
+    ------
+    ValueError
+        If what it replaces is not in the file, or more than once.
+    """
+    path = folder / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        found = text.count(mutation.old)
+        raise ValueError(f"{mutation.name}: {mutation.file} has {mutation.old!r} {found} times, must have it once")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def build(folder: Path) -> None:
+    """Compile what has changed of the CPU library."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"it does not compile: {done.stdout[-500:]} {done.stderr[-500:]}")
+
+
+def failure(tests: str, folder: Path) -> str | None:
+    """What the tests say: the first that fails, or None where all pass.
+
+    Raises
+    ------
+    ValueError
+        If they could not be run.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_words(tests)]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=_environment(folder), capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {LIMIT} s"
+    if done.returncode == PASSED:
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    if done.returncode != FAILED or not lines:
+        raise ValueError(f"pytest {tests} could not run: {done.stdout[-500:]} {done.stderr[-500:]}")
+    return lines[0].removeprefix("FAILED ").split(" - ")[0]
+
+
+def _words(tests: str) -> list[str]:
+    """Files, then ``-k`` and what follows it as one word."""
+    files, _, chosen = tests.partition(" -k ")
+    return [*files.split(), *(["-k", chosen] if chosen else [])]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    paths = [folder, folder / "python", folder / "examples/smollm2"]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "LAYERSKIP_CUDA": "0"}
+
+
+def check(mutations: Sequence[Mutation], folder: Path) -> list[str]:
+    """Plant each; the names of those that nothing caught."""
+    if any(mutation.compiled for mutation in mutations):
+        build(folder)
+    for tests in dict.fromkeys(mutation.tests for mutation in mutations):
+        if (failing := failure(tests, folder)) is not None:
+            raise ValueError(f"{failing} fails with no bug planted")
+    print(f"{len(mutations)} bugs to plant; their tests pass without", flush=True)
+    survivors: list[str] = []
+    stale = False
+    for mutation in mutations:
+        started = time.perf_counter()
+        with planted(mutation, folder):
+            if mutation.compiled:
+                build(folder)
+            caught = failure(mutation.tests, folder)
+        stale = stale or mutation.compiled
+        if not mutation.compiled and stale:
+            build(folder)
+            stale = False
+        verdict = "NOT CAUGHT" if caught is None else f"caught by {caught}"
+        print(f"{mutation.name} ({mutation.file}): {verdict}, {time.perf_counter() - started:.0f} s", flush=True)
+        if caught is None:
+            survivors.append(mutation.name)
+    return survivors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a line for each bug; 0 if all are caught, 1 if not."""
+    parser = argparse.ArgumentParser(prog="python -m tools.mutate", description=__doc__)
+    parser.add_argument("--only", default="", help="those bugs alone whose name or file has this in it")
+    parser.add_argument("--folder", type=Path, help="keep the copy here, so that a later run need not compile it all")
+    _ends.declare(parser)
+    args = parser.parse_args(argv)
+    chosen = [one for one in MUTATIONS if args.only in one.name or args.only in one.file]
+    if not chosen:
+        raise ValueError(f"--only {args.only} names no bug")
+    with tempfile.TemporaryDirectory(prefix="mutate-") as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        if folder == ROOT:
+            raise ValueError("--folder must not be the checkout, whose files would be changed")
+        copy_to(folder)
+        survivors = check(chosen, folder)
+    print(
+        f"{len(chosen) - len(survivors)} of {len(chosen)} caught" + "".join(f"\nnot caught: {one}" for one in survivors)
+    )
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_ends.module("tools.mutate", main))

@@ -1,0 +1,165 @@
+"""The bugs that `tools.mutate` plants, each with the tests that are to catch it.
+
+Each was made once, or is one that a rewrite could make. ``old`` stands in ``file`` once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One planted bug; ``tests`` is what pytest gets."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the library must be built again; what drives team.h compiles it by itself."""
+        return self.file.startswith("csrc/cpu") and not self.file.endswith("team.h")
+
+
+KERNELS, LAYERSKIP = "tests/kernels/", "tests/layerskip/"
+DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatch", "rounds", "_checks"))
+DECODING, TRAINING = "python/layerskip/decoding/", "python/layerskip/training/"
+DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py"
+PROMPTS, TRAINER = LAYERSKIP + "test_session_prompts.py", LAYERSKIP + "test_training_trainer.py"
+TEAM = KERNELS + "test_team.py"
+
+MUTATIONS = [
+    Mutation(
+        "triton before cuda", DISPATCH, '("cuda", "triton", "reference")', '("triton", "cuda", "reference")',
+        KERNELS + "test_dispatch.py",
+    ),
+    Mutation(
+        "weights of layers may be strided", CHECKS, "_dense(**{name: tensor})", "pass",
+        KERNELS + "test_checks.py -k strides",
+    ),
+    Mutation(
+        "a draft ends at its threshold, in Python", ROUNDS, "chance >= draft_threshold", "chance > draft_threshold",
+        DRAFT,
+    ),
+    Mutation("as many rows as the shortest draft, in Python", ROUNDS, ".sum(1).max()", ".sum(1).min()", ROUND),
+    Mutation("as many rows as the last draft, in Python", ROUNDS, ".sum(1).max()", ".sum(1)[-1]", ROUND),
+    Mutation(
+        "a row does not see itself, in the reference", "layerskip_kernels/reference.py",
+        "<= positions[:, :, None]", "< positions[:, :, None]", KERNELS + "test_verify_attention.py",
+    ),
+    Mutation(
+        "a cancelled request keeps its slot", DECODING + "session.py",
+        "self._leave_slot(request, keep and request.keep)", "del self._running[request.id]", PROMPTS,
+    ),
+    Mutation(
+        "a cancelled request keeps its slot while it is read", DECODING + "line.py",
+        "self._slots.give_back(request)", "pass", PROMPTS,
+    ),
+    Mutation(
+        "a prompt is read in pieces that overlap", DECODING + "reading.py",
+        "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS,
+    ),
+    Mutation(
+        "prompts have the time of the longest round", DECODING + "budget.py",
+        "LONGEST_STEP * min(self._rounds)", "LONGEST_STEP * max(self._rounds)", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "a smaller pass is foreseen without its fixed cost", DECODING + "budget.py",
+        "fixed = 0.0 if self._left >= self._seconds else min(self._rounds)", "fixed = 0.0",
+        LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "pass after pass while any time is left", DECODING + "budget.py",
+        "self._another = seconds\n", "self._another = 0.0\n", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "top-p of all tokens, not of those that top-k leaves", DECODING + "logits.py",
+        "if self._top_k is not None:\n            logits = _keep_top_k(logits, self._top_k, self._largest_k)\n"
+        "        if self._top_p is not None:\n            logits = _keep_top_p(logits, self._top_p)\n",
+        "if self._top_p is not None:\n            logits = _keep_top_p(logits, self._top_p)\n"
+        "        if self._top_k is not None:\n            logits = _keep_top_k(logits, self._top_k, self._largest_k)\n",
+        LAYERSKIP + "test_sampling.py",
+    ),
+    Mutation(
+        "a hole in a mask is padding", "python/layerskip/transformers/row_view.py",
+        "first if first + self.length == len(padded) else -1", "first",
+        LAYERSKIP + "test_transformers_generate.py -k hole",
+    ),
+    Mutation(
+        "a hole in a mask is taken out of a prompt", DECODING + "prompts.py",
+        "kept[-1] - kept[0] + 1 != len(kept)", "False", f"{LAYERSKIP}test_prompts.py {LAYERSKIP}test_decoding.py",
+    ),
+    Mutation(
+        "the data's epoch is always 0", TRAINING + "trainer.py",
+        "set_epoch(int((state.epoch or 0) + 1e-6))", "set_epoch(0)", TRAINER + " -k epoch",
+    ),
+    Mutation(
+        "a checkpoint does not say its sample of the head", TRAINING + "trainer.py",
+        '            "head_sample": self.head_sample,\n', "", TRAINER + " -k another_plan",
+    ),
+    Mutation(
+        "layer dropout one layer off", TRAINING + "dropout.py",
+        "2 ** (layer / last) - 1", "2 ** ((layer + 1) / (last + 1)) - 1", LAYERSKIP + "test_training_formulas.py",
+    ),
+    Mutation(
+        "attention sums 32 splits at most", "csrc/cpu/impl_attention.h",
+        "first < splits; first += 16", "first < smaller(splits, 32); first += 16",
+        KERNELS + "test_verify_attention.py",
+    ),
+    Mutation(
+        "the 49th row of a matmul is the first", "csrc/cpu/impl_rows.h",
+        "static_cast<const X*>(x.data) + m * stride", "static_cast<const X*>(x.data) + m % kMaxRows * stride",
+        f"{KERNELS}test_linear.py {KERNELS}test_exit_head.py {KERNELS}test_swiglu.py -k many_rows",
+    ),
+    Mutation(
+        "a draft ends at its threshold", "csrc/cpu/draft.cpp",
+        "chance >= draft_threshold", "chance > draft_threshold", DRAFT,
+    ),
+    Mutation(
+        "as many rows as the last draft", "csrc/cpu/speculative_round.cpp",
+        "std::max<int64_t>(out,", "std::max<int64_t>(out * 0,", ROUND,
+    ),
+    Mutation(
+        "as many rows as the shortest draft", "csrc/cpu/speculative_round.cpp",
+        "std::max<int64_t>(out,", "std::min<int64_t>(b == 0 ? num_speculations : out,", ROUND,
+    ),
+    Mutation(
+        "one draft too few is cleared", "csrc/cpu/draft.cpp",
+        "for (int64_t i = first_row;", "for (int64_t i = first_row + 1;", DRAFT,
+    ),
+    Mutation(
+        "the last of equal logits wins", "csrc/cpu/head.h",
+        "if (other.max > best.max) best.row", "if (other.max >= best.max) best.row", KERNELS + "test_exit_head.py",
+    ),
+    Mutation(
+        "a draft that was not made is accepted", "csrc/cpu/accept_greedy.cpp",
+        "own[count] >= 0 && ", "", KERNELS + "test_accept_greedy.py",
+    ),
+    Mutation(
+        "a row takes the splits of the last row", "csrc/cpu/attention.h",
+        "(seq_lens[sequence] + m) / kSplit + 1", "(seq_lens[sequence] + rows - 1) / kSplit + 1",
+        KERNELS + "test_verify_attention.py",
+    ),
+    Mutation(
+        "who waits spins for ever", "csrc/cpu/team.h", "kPatience{100}", "kPatience{100000000}", TEAM + " -k asleep",
+    ),
+    Mutation("who waits sleeps at once", "csrc/cpu/team.h", "if (spin(phase)) return;", "", TEAM + " -k asleep"),
+    Mutation(
+        "no team is ever smaller", "csrc/cpu/team.h", "3 * slept > (members", "3 * slept > 1000 * (members",
+        TEAM + " -k smaller",
+    ),
+    Mutation(
+        "every team is followed by a smaller one", "csrc/cpu/team.h", "3 * slept > (members - 1) * elapsed", "true",
+        TEAM + " -k smaller",
+    ),
+    Mutation(
+        "who arrives last wakes nobody", "csrc/cpu/team.h", "& kSleepers) wake_all();", "& kSleepers) {\n      }",
+        TEAM + " -k asleep",
+    ),
+    Mutation(
+        "who sleeps goes round and round", "csrc/cpu/team.h",
+        "sleep_while(phase | kSleepers);", "(void)awake;", TEAM + " -k asleep",
+    ),
+]  # fmt: skip
