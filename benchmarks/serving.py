@@ -1,12 +1,13 @@
 """Serving with vLLM, with and without LayerSkip: throughput and latency against clients and against request rate.
 
-    .venv-vllm/bin/python -m benchmarks.serving --model DIR --prompts FILE [--clients 1 4 8] [--rates 0.5 1 2 4]
+    .venv-vllm/bin/python -m benchmarks.serving --model DIR --prompts FILE [--clients 1 4 8] [--rates 1 2 4 8]
 
 Two OpenAI servers of one model are up at the same time, and take turns at each point, so both see the same machine.
 With ``--clients`` so many clients ask one request after the other; with ``--rates`` requests come at random (Poisson)
-times, whether or not the earlier ones are answered. Texts are compared: greedy ones must be equal in fp32, and are
-counted in bf16, where vLLM itself rounds differently for every batch. DIR is what ``layerskip export --whole`` writes;
-FILE has one JSON object with "prompt" a line.
+times, whether or not the earlier ones are answered. ``--seed`` draws the times, the same for all. The time a token is
+what an answer took after its first token, divided by the other tokens. Texts are compared: greedy ones must be equal in
+fp32, and are counted in bf16, where vLLM itself rounds differently for every batch. DIR is what
+``layerskip export --whole`` writes; FILE has one JSON object with "prompt" a line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import os
 import random
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ from layerskip.cli.prompts import read
 
 WAYS = {"vLLM": [], "vLLM + LayerSkip": ["--load-format", "layerskip"]}
 COUNTERS = ("num_draft_tokens_total", "num_accepted_tokens_total")
-COLUMNS = ("way", "load", "tokens/s", "requests/s", "first token p50", "whole answer p50", "whole answer p99",
+TIMES = ("first token", "token", "whole answer")
+"""Seconds of an answer."""
+COLUMNS = ("way", "load", "tokens/s", "requests/s", *(f"{time} {point}" for time in TIMES for point in ("p50", "p90")),
            "accepted")  # fmt: skip
 
 
@@ -48,6 +51,12 @@ class Answer:
     tokens: int
     first: float
     whole: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By `TIMES`; an answer of one token has no time a token."""
+        later = {"token": (self.whole - self.first) / (self.tokens - 1)} if self.tokens > 1 else {}
+        return {"first token": self.first, **later, "whole answer": self.whole}
 
 
 @dataclass
@@ -143,29 +152,45 @@ async def closed(session: Any, address: str, prompts: Sequence[str], tokens: int
     return [answers[index] for index in range(len(prompts))]
 
 
-async def opened(session: Any, address: str, prompts: Sequence[str], tokens: int, rate: float) -> list[Answer]:
-    """Answers in the prompts' order, which come at a rate a second; the same times for every server."""
-    generator, moment, tasks = random.Random(0), 0.0, []
-    start = time.perf_counter()
-    for prompt in prompts:
+def arrivals(count: int, rate: float, seed: int) -> list[float]:
+    """Seconds after the first request at which requests come: a Poisson process of a rate a second."""
+    generator = random.Random(seed)
+    return [0.0, *accumulate(generator.expovariate(rate) for _ in range(count - 1))]
+
+
+async def opened(
+    session: Any, address: str, prompts: Sequence[str], tokens: int, times: Sequence[float]
+) -> list[Answer]:
+    """Answers in the prompts' order; each is asked at its time, whether or not the earlier ones are answered."""
+    start, tasks = time.perf_counter(), []
+    for prompt, moment in zip(prompts, times, strict=True):
         await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
         tasks.append(asyncio.create_task(ask(session, address, prompt, tokens)))
-        moment += generator.expovariate(rate)
     return list(await asyncio.gather(*tasks))
 
 
 def summary(answers: Sequence[Answer], seconds: float, before: dict[str, float], after: dict[str, float]) -> dict:
+    """A run by the names of `COLUMNS`."""
     drafted, accepted = (after[name] - before[name] for name in COUNTERS)
-    wholes = sorted(answer.whole for answer in answers)
-    return {
+    found: dict[str, Any] = {
         "tokens/s": sum(answer.tokens for answer in answers) / seconds,
         "requests/s": len(answers) / seconds,
-        "first token p50": statistics.median(answer.first for answer in answers),
-        "whole answer p50": statistics.median(wholes),
-        "whole answer p99": wholes[min(len(wholes) - 1, int(0.99 * len(wholes)))],
         "accepted": accepted / drafted if drafted else None,
         "answers": [asdict(answer) for answer in answers],
     }
+    for name in TIMES:
+        times = [answer.seconds[name] for answer in answers if name in answer.seconds]
+        found[f"{name} p50"], found[f"{name} p90"] = (quantile(times, share) for share in (0.5, 0.9))
+    return found
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """Between the two nearest of the values; None of no values."""
+    if len(values) < 2:
+        return values[0] if values else None
+    place = share * (len(values) - 1)
+    ordered, low = sorted(values), min(int(place), len(values) - 2)
+    return ordered[low] + (place - low) * (ordered[low + 1] - ordered[low])
 
 
 async def run(args: argparse.Namespace, addresses: dict[str, str], prompts: Sequence[str]) -> list[dict]:
@@ -173,16 +198,17 @@ async def run(args: argparse.Namespace, addresses: dict[str, str], prompts: Sequ
     import aiohttp
 
     lines: list[dict] = []
-    loads = [("clients", count, closed) for count in args.clients] + [("rate", rate, opened) for rate in args.rates]
+    loads: list[tuple[str, float, Any, Any]] = [("clients", count, closed, count) for count in args.clients]
+    loads += [("rate", rate, opened, arrivals(len(prompts), rate, args.seed)) for rate in args.rates]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         for address in addresses.values():
             await closed(session, address, prompts[:8], args.max_tokens, 8)  # the first rounds compile and allocate
-        for kind, size, drive in loads:
+        for kind, size, drive, load in loads:
             tried: dict[str, list[dict]] = {way: [] for way in addresses}
             for _ in range(args.repeat):
                 for way, address in addresses.items():
                     before, start = metrics(address), time.perf_counter()
-                    answers = await drive(session, address, prompts, args.max_tokens, size)
+                    answers = await drive(session, address, prompts, args.max_tokens, load)
                     tried[way].append(summary(answers, time.perf_counter() - start, before, metrics(address)))
             for way, of_way in tried.items():
                 middle = sorted(of_way, key=lambda line: line["whole answer p50"])[len(of_way) // 2]
@@ -197,25 +223,31 @@ def row(line: dict) -> str:
     return f"| {' | '.join(texts)} |"
 
 
+PANELS = (("clients", ("tokens/s",)), ("rate", ("tokens/s",)),
+          *(("rate", (f"{name} p50", f"{name} p90")) for name in TIMES))  # fmt: skip
+
+
 def picture(lines: Sequence[dict], path: Path) -> None:
-    """Throughput over clients, and the latency of whole answers over the request rate."""
+    """Throughput over clients and over the request rate, and the latencies over the rate."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [("clients", "tokens/s"), ("rate", "whole answer p50"), ("rate", "whole answer p99")]
-    panels = [panel for panel in panels if any(line["kind"] == panel[0] for line in lines)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False)
-    for axis, (kind, value) in zip(axes[0], panels, strict=True):
-        for way in WAYS:
+    panels = [panel for panel in PANELS if any(line["kind"] == panel[0] for line in lines)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False)
+    for axis, (kind, values) in zip(axes[0], panels, strict=True):
+        for value, (way, color) in product(values, zip(WAYS, ("C0", "C1"), strict=True)):
             points = [(line["size"], line[value]) for line in lines if line["kind"] == kind and line["way"] == way]
-            axis.plot(*zip(*points, strict=True), marker="o", label=way)
+            label = f"{way}, {value[-3:]}" if len(values) > 1 else way
+            axis.plot(
+                *zip(*points, strict=True), "--" if value.endswith("p90") else "-", c=color, marker="o", label=label
+            )
         axis.set_xlabel("clients" if kind == "clients" else "requests/s")
-        axis.set_ylabel(value if kind == "clients" else f"{value}, s")
+        axis.set_ylabel(values[0] if len(values) == 1 else f"{values[0][:-4]}, s")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
+        axis.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -236,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 8])
     parser.add_argument("--rates", type=float, nargs="*", default=[])
+    parser.add_argument("--seed", type=int, default=0, help="of the times at which requests come")
     parser.add_argument("--repeat", type=int, default=3, help="the run with the middle latency counts")
     parser.add_argument("--server-options", default="", help="for both servers, as one string")
     parser.add_argument("--layerskip-options", default="", help="for the server with LayerSkip, as one string")
@@ -265,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"MiB: {space}; cache blocks: {blocks}; texts that differ: {texts}")
     result = {"command": sys.argv[1:], "cores": os.cpu_count(), "memory_mib": space, "cache_blocks": blocks}
     for line in lines:  # their texts are long, and were compared
-        line["seconds"] = [answer["whole"] for answer in line.pop("answers")]
+        line["answers"] = [{name: answer[name] for name in ("tokens", "first", "whole")} for answer in line["answers"]]
     result |= {"texts_that_differ": texts, "lines": lines}
     write_atomically(args.output.with_suffix(".json"), json.dumps(result, indent=1).encode())
     picture(lines, args.output.with_suffix(".png"))

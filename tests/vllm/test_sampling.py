@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from .engines import engine, generate
+from .engines import engine, generate, runner
 from .models import prompts
 
 OPTIONS = {"exit_layer": 2, "num_speculations": 3}
@@ -79,16 +79,31 @@ def vllms_own_sampler():
 
 
 @pytest.mark.usefixtures("vllms_own_sampler")
-def test_mended_sampling_has_the_models_distribution(model):
+@pytest.mark.parametrize("drafts", ["greedy", "probabilistic"])
+def test_mended_sampling_has_the_models_distribution(model, drafts):
+    """Of drafts that are the exit's best tokens, scored by our kernel, and of drafts drawn from vLLM's logits."""
     (prompt,) = prompts(6)
     expected = exact(model, prompt)
-    options = {**OPTIONS, "mend_cpu_sampling": True}
-    with engine(model, load_format="layerskip", model_loader_extra_config=options, max_num_seqs=64) as llm:
+    options = {
+        "model_loader_extra_config": {**OPTIONS, "mend_cpu_sampling": True},
+        "speculative_config": {"draft_sample_method": drafts},
+    }
+    with engine(model, load_format="layerskip", max_num_seqs=64, **options) as llm:
+        drafter, calls = runner(llm).drafter.model, []
+        for name in ("get_top_tokens", "compute_logits"):
+            watch(drafter, name, calls)
         texts = [prompt] * SAMPLES
         drawn = Counter(map(tuple, generate(llm, texts, tokens=TOKENS, temperature=TEMPERATURE, top_k=TOP_K)))
         assert llm.drafts.accepted > SAMPLES / 10
+    assert set(calls) == {"get_top_tokens" if drafts == "greedy" else "compute_logits"}
     assert set(drawn) <= set(expected)
     assert chi_square(drawn, expected) < LIMIT
+
+
+def watch(module, name, calls):
+    """Note the calls of a method."""
+    plain = getattr(module, name)
+    setattr(module, name, lambda *args: calls.append(name) or plain(*args))
 
 
 def test_the_limit_is_of_as_many_texts():
