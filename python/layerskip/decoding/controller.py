@@ -236,7 +236,7 @@ class Choice(NamedTuple):
 class Offer(NamedTuple):
     """What was looked up for a sequence: how many tokens, and what it has in common with what proved right or not."""
 
-    count: int
+    length: int
     kind: Hashable
 
 
@@ -334,10 +334,10 @@ class Controller:
         """
         layers = self.exits if exit_layer is None else (exit_layer,)
         counts = range(1, self.max_speculations + 1) if num_speculations is None else (num_speculations,)
-        most = max(offer.count for offer in offers)
+        most = max(offer.length for offer in offers)
         with self._lock:
             pairs = list(zip(acceptances, offers, strict=True))
-            promised = [_promised(one.at(offer.kind).mean, offer.count, most) for one, offer in pairs]
+            promised = [_promised(one.at(offer.kind).mean, offer.length, most) for one, offer in pairs]
             cost, usual = self._cost(len(offers)), sum(one.speed for one in acceptances)
             values = [
                 _value(sum(row[count] for row in promised), cost.seconds(0, count), usual) for count in range(most + 1)
@@ -363,7 +363,7 @@ class Controller:
         for (acceptance, _), *tokens, uses in zip(pairs, drafted, found, looks_up, strict=True):
             acceptance.expect(tokens[uses], seconds)
         return Plan(
-            choice, [min(one.count, count) if uses else None for (_, one), uses in zip(pairs, looks_up, strict=True)]
+            choice, [min(one.length, count) if uses else None for (_, one), uses in zip(pairs, looks_up, strict=True)]
         )
 
     def _explored(

@@ -114,8 +114,8 @@ class SequenceTensors:
     def _each(self, change: Callable[[Tensor], Tensor]) -> SequenceTensors:
         temperature = None if self.temperature is None else change(self.temperature)
         looked_up = None if self.looked_up is None else LookedUp(*map(change, self.looked_up))
-        state = (change(tensor) for tensor in (self.token, self.seq_lens, self.slots, self.seed))
-        return SequenceTensors(*state, temperature, looked_up)
+        token, seq_lens, slots, seed = map(change, (self.token, self.seq_lens, self.slots, self.seed))
+        return SequenceTensors(token, seq_lens, slots, seed, temperature, looked_up)
 
     def copy_(self, other: SequenceTensors) -> None:
         """Take the values of ``other``, which has the same shapes."""
