@@ -316,7 +316,7 @@ class LookedUpModel:
     def right(self, offer: Offer) -> list[int]:
         """The tokens that the model writes, where the source proposes 0, 0, 0, …"""
         rate, count = self._found.get(offer.kind[1], (0, 0))[1], 0
-        while count < offer.count and self._random.random() < rate:
+        while count < offer.length and self._random.random() < rate:
             count += 1
         return [0] * count + [1]
 
@@ -344,7 +344,7 @@ def decode(model: LookedUpModel, sources: set[str], rounds: int = 4000) -> tuple
             accepted = SyntheticModel({choice.exit_layer: model.rate(choice, offer)}, number).round(choice)
             acceptance.observe(choice.exit_layer, accepted, choice.num_speculations)
             emitted = [1] * (accepted + 1) if written == [1] else written[: accepted + 1]
-        acceptance.observe_proposal(offer.kind, [0] * offer.count, emitted)
+        acceptance.observe_proposal(offer.kind, [0] * offer.length, emitted)
         if number > rounds // 8:
             tokens += tokens_of_round(model.rate(choice, offer), choice.num_speculations)
             clock += cost(choice)
@@ -392,15 +392,15 @@ def test_the_number_of_drafts_follows_the_match():
 
 
 def test_a_batch_mixes_sources():
-    """The exit is good for one sequence, for the other what was found is."""
-    controller = Controller(SIZES, EXITS)
+    """The exit, which is cheap, is good for one sequence; for the other what was found is."""
+    controller = Controller(Sizes(layer=100, head=600, draft_head=50, num_layers=LAYERS), [1])
     one, other = controller.new_acceptance(), controller.new_acceptance()
     for _ in range(100):
-        one.observe(EXITS[0], 8, 8)
-        other.observe(EXITS[0], 0, 8)
-        one.observe_proposal("found", [0] * 8, [1])
-        other.observe_proposal("found", [0] * 8, [0] * 9)
-    plan = controller.plan([one, other], [Offer(8, "found")] * 2, EXITS[0])
-    assert plan.choice.exit_layer == EXITS[0]
-    assert plan.looked_up[0] is None
-    assert plan.looked_up[1] == min(8, plan.choice.num_speculations) > 0
+        one.observe(1, 8, 8)
+        other.observe(1, 0, 8)
+        one.observe_proposal("found", [0] * 3, [1])
+        other.observe_proposal("found", [0] * 3, [0] * 4)
+    plan = controller.plan([one, other], [Offer(3, "found")] * 2)
+    assert plan.choice.exit_layer == 1
+    assert plan.choice.num_speculations > 3
+    assert plan.looked_up == [None, 3]

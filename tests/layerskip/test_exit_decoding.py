@@ -236,7 +236,7 @@ def test_drafts_that_are_looked_up_in_between(near, monkeypatch, processed):
 
     def plan(controller, acceptances, offers, exit_layer=None, num_speculations=None, exits=True):
         drafts = Choice(2, 3)
-        counts = [offer.count for offer in offers]
+        counts = [offer.length for offer in offers]
         if not exits:
             return Plan(Choice(0, max(counts)), counts)
         turn = next(turns) % 3
