@@ -114,6 +114,9 @@ def case_of(seed: int, index: int) -> Case:
         "eos_token_id": chance.sample(range(VOCABULARY), chance.choice((0, 0, 1, 3))),
     }
 
+    if strategy == "self_speculative" and options["exit_layer"] != "auto" and blocks_of(seed):
+        options["exit_layer"] = 1  # the exit's own
+
     def sometimes(probability: float) -> int:
         return chance.randint(1, 12) if chance.random() < probability else 0
 
@@ -130,6 +133,11 @@ def _sampling(chance: random.Random) -> SamplingParams:
     )
     seed = chance.randrange(2**40)
     return SamplingParams(chance.choice((0.7, 1.0, 1.5)), seed=seed, repetition_penalty=penalty, **cuts)
+
+
+def blocks_of(seed: int) -> int:
+    """How many blocks the exit of a run's decoder has; with none it drafts after any layer."""
+    return random.Random(f"{seed}/blocks").choice((0, 0, 1, 2))
 
 
 def tiny_decoder(seed: int) -> SelfSpeculativeDecoder:
@@ -154,7 +162,7 @@ def tiny_decoder(seed: int) -> SelfSpeculativeDecoder:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.data *= 0.15
     model = layerskip.adapt(model.to(chance.choice((torch.float32, torch.bfloat16))))
-    blocks = [model.decoder.layer(1 + number) for number in range(chance.choice((0, 0, 1, 2)))]
+    blocks = [model.decoder.layer(1 + number) for number in range(blocks_of(seed))]
     own = layerskip.Exit(1, model.head.norm_weight, LAYERS, VOCABULARY, blocks) if blocks else None
     return SelfSpeculativeDecoder(model, 1, 4, draft_head=head, exit=own)
 

@@ -78,9 +78,9 @@ class SlowExit:
         assert not missing.unexpected_keys
 
     @torch.no_grad()
-    def choices(self, tokens: list[int], last: int) -> list[int]:
-        """The exit's token after each of the ``last`` tokens."""
-        ids = torch.tensor([tokens])
+    def margins(self, tokens: list[int], drafts: list[int]) -> list[float]:
+        """How far the logit of each draft after ``tokens`` is below the largest one; each follows those before it."""
+        ids = torch.tensor([[*tokens, *drafts[:-1]]])
         states = self._model(ids, output_hidden_states=True, use_cache=False).hidden_states[self._exit_layer]
-        logits = self._blocks(inputs_embeds=states, use_cache=False).logits[0, -last:]
-        return logits.argmax(-1).tolist()
+        logits = self._blocks(inputs_embeds=states, use_cache=False).logits[0, -len(drafts) :]
+        return (logits.amax(-1) - logits.gather(-1, torch.tensor(drafts)[:, None])[:, 0]).tolist()

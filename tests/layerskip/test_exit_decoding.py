@@ -23,6 +23,7 @@ from layerskip.decoding.round import NOT_DRAFTED
 from layerskip.models import adapt
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), requires_native]
+ROUNDING = 1e-4  # of logits, which are about 1
 EXITS = {
     "random": lambda model: random_exit(model, 2, 2),
     "near": lambda model: copied_exit(model, 2, 1),
@@ -65,7 +66,7 @@ class Watched:
         made = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
         drafts = drafts[:made]
         if drafts:
-            assert drafts == self._slow.choices([*tokens, *drafts[:-1]], made)
+            assert max(self._slow.margins(tokens, drafts)) < ROUNDING
         self.drafts, self.accepted = self.drafts + made, self.accepted + accepted
 
 
@@ -291,7 +292,8 @@ def test_a_stream_and_a_conversation(near):
     hf_model, decoder, watched = near
     tokenizer = tiny_tokenizer("w{:03}")
     text = "".join(decoder.stream(prompt_of(5), 40, tokenizer=tokenizer))
-    assert text == "".join(SelfSpeculativeDecoder(hf_model, 1).stream(prompt_of(5), 40, tokenizer=tokenizer))
+    stock = SelfSpeculativeDecoder(hf_model, 1)
+    assert text == "".join(stock.stream(prompt_of(5), 40, tokenizer=tokenizer, strategy="autoregressive"))
     conversation, whole = Conversation(decoder), torch.empty(1, 0, dtype=torch.int64)
     for turn in range(3):
         whole = torch.cat([whole, prompt_of(6, turn)], 1)
