@@ -1,6 +1,6 @@
 """Decoding with drafts from different sources, against autoregressive decoding, on what people ask a chat model.
 
-    python -m benchmarks.sources [--limit 20] [--tasks chat summaries] [--sources ngram auto] [--temperature 0.7]
+    python -m benchmarks.sources [--limit 20] [--tasks chat summaries] [--sources exit auto] [--exit smollm2]
 
 Every prompt goes through the model's chat template, and is decoded in every way in turn, so that whatever else runs on
 the machine disturbs all of them alike. A way's speed is that after the first token. Its speedup is the ratio of all
@@ -90,11 +90,13 @@ def repeated_share(prompt: Sequence[int], text: Sequence[int], length: int = 4) 
 
 def measure(args: argparse.Namespace, model: Any, tokenizer: Any, task: str) -> list[dict[str, Any]]:
     """The rows of one task: the plain way, then the sources."""
-    speculative = {"exit_layer": args.exit_layer, "num_speculations": args.num_speculations}
+    speculative = {"num_speculations": args.num_speculations}
+    if args.exit is None:  # otherwise the exit says it
+        speculative["exit_layer"] = args.exit_layer
     ways = [Way(PLAIN, {"strategy": PLAIN})]
     ways += [Way(source, {"draft_source": source, **speculative}) for source in args.sources]
     for way in ways:  # each learns for itself
-        way.decoder = SelfSpeculativeDecoder(model, max_seq_len=args.max_seq_len)
+        way.decoder = SelfSpeculativeDecoder(model, exit=args.exit, max_seq_len=args.max_seq_len)
         way.decoder.clock = time.process_time if args.cpu_time else time.perf_counter
     room = args.max_seq_len - args.max_new_tokens
     encoded = [encode(tokenizer, text, model.device, chat=True) for text in prompts(task, 4 * args.limit)]
@@ -139,6 +141,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--sources", nargs="+", default=["ngram", "auto"])
     parser.add_argument("--exit-layer", type=_number_or_auto, default="auto")
+    parser.add_argument("--exit", help="a trained exit: a file, a directory, or the name of a model that has one")
     parser.add_argument("--num-speculations", type=_number_or_auto, default="auto")
     parser.add_argument("--limit", type=int, default=20, help="prompts of each task")
     parser.add_argument("--max-new-tokens", type=int, default=96)
