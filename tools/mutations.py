@@ -28,7 +28,7 @@ DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatc
 DECODING, TRAINING = "python/layerskip/decoding/", "python/layerskip/training/"
 DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py"
 PROMPTS, TRAINER = LAYERSKIP + "test_session_prompts.py", LAYERSKIP + "test_training_trainer.py"
-TEAM = KERNELS + "test_team.py"
+TEAM, EXITS = KERNELS + "test_team.py", LAYERSKIP + "test_exit_decoding.py"
 
 MUTATIONS = [
     Mutation(
@@ -48,6 +48,22 @@ MUTATIONS = [
     Mutation(
         "a row does not see itself, in the reference", "layerskip_kernels/reference.py",
         "<= positions[:, :, None]", "< positions[:, :, None]", KERNELS + "test_verify_attention.py",
+    ),
+    Mutation(
+        "an exit's blocks do not read prompts", DECODING + "reading.py",
+        '"blocks": reading.depth > layers', '"blocks": False', EXITS + " -k torch_reads",
+    ),
+    Mutation(
+        "an exit's blocks do not read what was looked up", DECODING + "batch.py",
+        "blocks=kind.exit_layer > 0", "blocks=False", EXITS + " -k looked_up",
+    ),
+    Mutation(
+        "an exit's blocks do not read what was looked up beside its drafts", DECODING + "round.py",
+        "blocks: bool = True) -> Drafted", "blocks: bool = False) -> Drafted", EXITS + " -k looked_up",
+    ),
+    Mutation(
+        "an exit drafts on a row that its blocks have not read", DECODING + "slots.py",
+        "if other.reading.depth < request.reading.depth:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
         "a cancelled request keeps its slot", DECODING + "session.py",
