@@ -28,7 +28,7 @@ inline Block::Block(const Grid& grid, uint3 index, bool early) : grid_(grid), in
   const size_t pages = (padded + kPage - 1) / kPage * kPage;
   mapped_ = pages + 2 * kPage;
   mapping_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(mapping_ + kPage, pages, PROT_READ | PROT_WRITE);
+  if (mprotect(mapping_ + kPage, pages, PROT_READ | PROT_WRITE) != 0) std::abort();
   std::memset(mapping_ + kPage, kPoison, pages);
   dynamic_ = mapping_ + kPage + pages - padded;
   dynamic_shadow_ = std::make_unique<Shadow>(bytes);

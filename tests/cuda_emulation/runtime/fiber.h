@@ -74,7 +74,7 @@ class Stacks {
  public:
   char* take() {
     if (base_ == nullptr) reserve();
-    if (free_.empty()) std::abort();  // not reached: a block that runs, three early ones and a new one are alive
+    if (free_.empty()) add();
     char* stack = free_.back();
     free_.pop_back();
     return stack;
@@ -95,13 +95,18 @@ class Stacks {
         mmap(nullptr, kStacks * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED) std::abort();
     base_ = static_cast<char*>(mapping);
-    for (size_t i = kStacks; i-- > 0;) {
-      mprotect(base_ + i * kStride, kPage, PROT_NONE);
-      free_.push_back(base_ + i * kStride + kPage);
-    }
+  }
+
+  // One more stack and its guard, when it is needed: a guard is a mapping of its own, and a process has so many.
+  void add() {
+    if (count_ == kStacks) std::abort();  // not reached: a block that runs, three early ones and a new one are alive
+    char* guard = base_ + count_++ * kStride;
+    if (mprotect(guard, kPage, PROT_NONE) != 0) std::abort();
+    free_.push_back(guard + kPage);
   }
 
   char* base_ = nullptr;
+  size_t count_ = 0;
   std::vector<char*> free_;
 };
 
