@@ -69,7 +69,9 @@ def some_eos(model, inputs, at):
     return plain[:, inputs["input_ids"].shape[1] + at].unique().tolist()
 
 
-@pytest.mark.parametrize("source", ["ngram", "auto", layerskip.NgramSource([[5, 6, 7, 8]])], ids=["ngram", "auto", "own"])
+@pytest.mark.parametrize(
+    "source", ["ngram", "auto", layerskip.NgramSource([[5, 6, 7, 8]])], ids=["ngram", "auto", "own"]
+)
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}], ids=str)
 def test_drafts_from_the_text(model, source, options):
     inputs = prompts([3, 17, 9])
