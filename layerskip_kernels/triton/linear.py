@@ -42,7 +42,8 @@ def linear_kernel(
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = row < rows, col < outputs
     ok = row_ok[:, None] & col_ok[None, :]
-    fetch_weights(weight_ptr, col, col_ok, depth, BLOCK_N, PDL)
+    if SPLITS == 1:
+        fetch_weights(weight_ptr, col, col_ok, depth, BLOCK_N, PDL)
     wait_for_inputs(PDL)
     if SPLITS == 1:
         total = row_dot(

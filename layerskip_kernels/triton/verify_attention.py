@@ -47,9 +47,10 @@ def _attend(
         if not COMMON:
             wide = v.to(tl.float32)
             broken = wide - wide != 0.0
-            touched = dot(seen.to(v.dtype), broken.to(v.dtype), tl.zeros((ROWS, BLOCK_C), tl.float32), INTERPRETED)
+            seen, marks = seen.to(tl.float32).to(v.dtype), broken.to(tl.float32).to(v.dtype)
+            touched = dot(seen, marks, tl.zeros((ROWS, BLOCK_C), tl.float32), INTERPRETED)
             total = tl.where(touched > 0, float("nan"), total)
-            v = tl.where(broken, 0.0, v)
+            v = tl.where(broken, 0.0, wide).to(v.dtype)
         total = dot(weight.to(v.dtype), v, total * kept[:, None], INTERPRETED)
         peak = higher
     return total, mass, peak
@@ -132,7 +133,7 @@ def attention_tile(head_dim: int, itemsize: int) -> dict[str, int]:
     Heads whose size is no multiple of 16 are not copied 16 bytes at a time but pass registers, and take smaller tiles.
     """
     block_c = power_of_two(head_dim, 16)
-    block_t = max(16, min(64 if head_dim % 16 == 0 else 32, 16384 // (block_c * itemsize)))
+    block_t = max(16, min(64 if head_dim % 16 == 0 else 32, 8192 // (block_c * itemsize)))
     return {"BLOCK_C": block_c, "BLOCK_T": block_t, "num_stages": 3, "num_warps": 4}
 
 

@@ -30,7 +30,9 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, environment: dict[s
 
 def test_tuned_configurations_are_kept_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
+    from triton import __version__
+
     from layerskip_kernels.triton import _config
 
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
-    assert _config.cache_file("A card/1") == tmp_path / "triton-A-card-1.json"
+    assert _config.cache_file("A card/1") == tmp_path / f"triton-{__version__}-A-card-1.json"

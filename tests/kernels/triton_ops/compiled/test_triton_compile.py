@@ -45,7 +45,7 @@ def flaws(launch: report.Launch, name: str) -> list[str]:
         counted = _config.shared_bytes(kernel.removesuffix("_kernel"), config)
         if used.shared > counted:
             found.append(f"{used.shared} bytes of shared memory, tuning counts on {counted}")
-        if PDL_COMPILES and target.arch >= 90:
+        if PDL_COMPILES and target.arch >= 90 and launch.arguments.get("SPLITS", 1) == 1:
             fetch, wait = ptx.find("prefetch.global.L2"), ptx.find("griddepcontrol.wait")
             if not 0 <= fetch < wait:
                 found.append(f"no weights are fetched before the wait: {fetch}, {wait}")
