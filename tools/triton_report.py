@@ -36,6 +36,8 @@ from layerskip_kernels.triton import (
 )
 from layerskip_kernels.triton._launch import PDL_COMPILES
 
+from .sass import tool
+
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 HIP = GPUTarget("hip", "gfx942", 64)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, CUDA guide, table 30
@@ -123,16 +125,12 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     )
 
 
-def _tool(name: str) -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
 def resources(compiled: Any) -> Resources:
-    """Read from the cubin with the cuobjdump that triton's wheel brings."""
+    """Read from the cubin with cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(_tool("cuobjdump")), "--dump-resource-usage", file.name]
+        command = [str(tool("cuobjdump")), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return Resources(found["REG"], compiled.metadata.shared, found["STACK"] + found["LOCAL"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,15 +130,20 @@ def test_garbage_past_the_length_changes_nothing(path: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_is_not_finite_harms_no_earlier_one(path: str, value: float, dtype: torch.dtype) -> None:
     """A draft that overflowed is rejected; the rows before it must be as if it were not there."""
-    q, k_cache, v_cache, seq_lens = arguments(dtype, [0, 61, 126, 253, 300], 6, 6, 2, 40, capacity=310)
-    expected = lk.verify_attention(q, k_cache, v_cache, seq_lens)
+    check_later_rows(lk.verify_attention, arguments(dtype, [0, 61, 126, 253, 300], 6, 6, 2, 40, capacity=310), value)
+
+
+def check_later_rows(attend: Callable[..., Tensor], args: list[Tensor], value: float) -> None:
+    """Of six rows a sequence, the last ones hold ``value``: the rows before keep their bits, they become not finite."""
+    q, k_cache, v_cache, seq_lens = args
+    expected = attend(*args)
     for first in (1, 4, 5):
         broken = [cache.clone() for cache in (k_cache, v_cache)]
         for b, length in enumerate(seq_lens.tolist()):
             for cache in broken:
                 cache[b, :, length + first : length + 6] = value
         for caches in ((k_cache, broken[1]), broken):
-            out = lk.verify_attention(q, *caches, seq_lens)
+            out = attend(q, *caches, seq_lens)
             assert_same_bits(out[:, :first], expected[:, :first], f"from row {first} on {value}")
             assert not out[:, first:].isfinite().any()
 

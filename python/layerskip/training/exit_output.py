@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .._files import check_folder, write_atomically
-from .._journal import differences
+from .._files import check_folder
 from ..models.exit import FILE_NAME, Exit
 from .exit_recipe import ExitRecipe
+from .run_record import check_same, read_record, write_record
 
 RECORD = "layerskip-exit.json"
 CHECKPOINT, CURVE, TRUNKS = "checkpoint.pt", "curve.png", "trunk"
@@ -29,7 +29,7 @@ class ExitOutput:
     def __init__(self, recipe: ExitRecipe) -> None:
         self.folder, self.recipe = Path(recipe.output), recipe
         self.exit, self.checkpoint, self.curve = (self.folder / name for name in (FILE_NAME, CHECKPOINT, CURVE))
-        self.record = self._read()
+        self.record = read_record(self.folder / RECORD, ("recipe", "data", "exits", "finished"))
 
     @property
     def finished(self) -> bool:
@@ -60,12 +60,12 @@ class ExitOutput:
         """Raise ValueError where there is no run, or another recipe's."""
         if not self.record:
             raise ValueError(f"there is no run in {self.folder} to resume: it has no {RECORD}")
-        self._check_same(self.record["recipe"], json.loads(json.dumps(asdict(self.recipe))))
+        check_same(self.folder, self.record["recipe"], json.loads(json.dumps(asdict(self.recipe))), HARMLESS)
         self._check_unchanged()
 
     def check_same_data(self, data: Mapping[str, Any]) -> None:
         """Raise ValueError where the run that is here saw other texts or another model."""
-        self._check_same(self.record["data"], json.loads(json.dumps(data)))
+        check_same(self.folder, self.record["data"], json.loads(json.dumps(data)), HARMLESS)
 
     def begin(self, data: Mapping[str, Any]) -> None:
         """Write down which run this is. An older one's exit stays until this run's takes its place."""
@@ -88,27 +88,9 @@ class ExitOutput:
         if self.exit.exists() and _digest(self.exit) not in self.record["exits"]:
             raise FileExistsError(f"{self.exit} is not what this command wrote; move it away, or give another output")
 
-    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        before, now = ({key: value for key, value in one.items() if key not in HARMLESS} for one in (before, now))
-        changed = differences(before, now)
-        if changed:
-            raise ValueError(f"{self.folder} holds the run of another recipe: {changed}")
-
-    def _read(self) -> dict[str, Any]:
-        path = self.folder / RECORD
-        if not path.exists():
-            return {}
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
-        if not isinstance(record, dict) or not {"recipe", "data", "exits", "finished"} <= record.keys():
-            raise ValueError(f"{path} is no record of an exit's training")
-        return record
-
     def _write(self, record: dict[str, Any]) -> None:
         self.record = record
-        write_atomically(self.folder / RECORD, json.dumps(record, indent=1).encode())
+        write_record(self.folder / RECORD, record)
 
 
 def _digest(path: Path) -> str:

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .._files import MANIFEST, check_folder, obstacle, remove_written, write_atomically
-from .._journal import differences
+from .._files import MANIFEST, check_folder, obstacle, remove_written
 from .recipe import Recipe
+from .run_record import check_same, read_record, write_record
 
 RECORD = "layerskip-run.json"
 RESULTS = ("adapter", "model")
@@ -59,7 +59,7 @@ class Output:
     def __init__(self, recipe: Recipe) -> None:
         self.folder, self.recipe = Path(recipe.output), recipe
         self.results = results(recipe)
-        self.record = self._read()
+        self.record = read_record(self.folder / RECORD, ("recipe", "data", "finished"))
 
     @property
     def finished(self) -> bool:
@@ -86,12 +86,12 @@ class Output:
         if not self.record:
             raise ValueError(f"{self.folder} has no {RECORD}, so nothing tells which recipe its checkpoints are of")
         self._check_inputs(overwrite=True)
-        self._check_same(self.record["recipe"], _as_json(asdict(self.recipe)))
+        check_same(self.folder, self.record["recipe"], _as_json(asdict(self.recipe)), HARMLESS)
         return checkpoint
 
     def check_same_data(self, data: Mapping[str, Any]) -> None:
         """Raise ValueError where the run that is here saw other examples, or on another number of processes."""
-        self._check_same(self.record["data"], _as_json(data))
+        check_same(self.folder, self.record["data"], _as_json(data), HARMLESS)
 
     def begin(self, data: Mapping[str, Any]) -> None:
         """Make room for a new run: remove an older one's checkpoints, and write down which one this is.
@@ -136,27 +136,9 @@ class Output:
                     f"output {self.folder} holds {key} {value}; give another output, or --overwrite to write beside it"
                 )
 
-    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        before, now = ({key: value for key, value in one.items() if key not in HARMLESS} for one in (before, now))
-        changed = differences(before, now)
-        if changed:
-            raise ValueError(f"{self.folder} was trained with another recipe: {changed}")
-
-    def _read(self) -> dict[str, Any]:
-        path = self.folder / RECORD
-        if not path.exists():
-            return {}
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
-        if not isinstance(record, dict) or not {"recipe", "data", "finished"} <= record.keys():
-            raise ValueError(f"{path} is no record of a training run")
-        return record
-
     def _write(self, record: dict[str, Any]) -> None:
         self.record = record
-        write_atomically(self.folder / RECORD, json.dumps(record, indent=1).encode())
+        write_record(self.folder / RECORD, record)
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

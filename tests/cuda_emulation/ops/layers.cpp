@@ -75,6 +75,13 @@ EMULATED(rope_kv_append)(const void* q, const void* k, const void* v, const floa
   });
 }
 
+// The rows of a sequence that one launch takes, with the limit of the library.
+EMULATED(rows_at_once)(int64_t* rows_at_once, int64_t batch, int64_t rows, int64_t num_heads, int64_t num_kv_heads,
+                       int64_t head_dim, int64_t capacity) {
+  *rows_at_once = AttentionScratch(batch, rows, num_heads, num_kv_heads, capacity, head_dim).rows_at_once;
+  return cudaSuccess;
+}
+
 // The entry's scratch is the test's: `memory` of `attention_bytes`.
 EMULATED(attention_bytes)(int64_t* bytes, int64_t batch, int64_t rows, int64_t num_heads, int64_t num_kv_heads,
                           int64_t head_dim, int64_t capacity, int64_t limit) {

@@ -10,7 +10,7 @@ from torch import Tensor
 from layerskip_kernels.reference import verify_attention_ref
 
 from ..common import DTYPES, assert_as_good_as, assert_same_bits, double, needles
-from ..test_verify_attention import arguments, eager
+from ..test_verify_attention import arguments, check_later_rows, eager
 from .cases import misaligned, scattered
 from .runners import Emulated, Ops
 
@@ -53,17 +53,7 @@ def test_large_scores(ops: Ops, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_is_not_finite_harms_no_earlier_one(ops: Ops, value: float, dtype: torch.dtype) -> None:
     """A draft that overflowed is rejected; the rows before it must be as if it were not there."""
-    q, k_cache, v_cache, seq_lens = arguments(dtype, [0, 61, 126, 253], 6, 6, 2, 40, capacity=260)
-    expected = ops.verify_attention(q, k_cache, v_cache, seq_lens)
-    for first in (1, 4, 5):
-        broken = [cache.clone() for cache in (k_cache, v_cache)]
-        for b, length in enumerate(seq_lens.tolist()):
-            for cache in broken:
-                cache[b, :, length + first : length + 6] = value
-        for caches in ((k_cache, broken[1]), broken):
-            out = ops.verify_attention(q, *caches, seq_lens)
-            assert_same_bits(out[:, :first], expected[:, :first], f"from row {first} on {value}")
-            assert not out[:, first:].isfinite().any()
+    check_later_rows(ops.verify_attention, arguments(dtype, [0, 61, 126, 253], 6, 6, 2, 40, capacity=260), value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,6 +73,21 @@ def test_rows_in_several_launches(emulated: type[Emulated], dtype: torch.dtype) 
     """As the scratch of long prompts demands: here two rows at once."""
     args, two_rows = arguments(dtype, [0, 125], 5, 4, 2, 24, capacity=140), 2 * 2 * 4 * 2 * (24 + 2) * 4
     assert_same_bits(emulated().verify_attention(*args, limit=two_rows), emulated().verify_attention(*args))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_once"),
+    [
+        ((8, 5, 32, 8, 64, 2**17), 5),  # Llama-3.2-1B, eight slots of 128 K: a launch for all drafts of a round
+        ((1, 300, 32, 8, 64, 2**13), 124),  # a prompt: 64 MiB hold so many rows
+        ((1, 5, 4, 4, 8, 64), 5),
+    ],
+)
+def test_a_round_reads_the_cache_once(emulated: type[Emulated], sizes: tuple[int, ...], at_once: int) -> None:
+    """The scratch may grow with the cache, so that all rows of a round go through it in one launch."""
+    found = torch.zeros(1, dtype=torch.int64)
+    emulated().call("layers", "rows_at_once", found, *sizes, writes=[found])
+    assert int(found) == at_once
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -119,3 +119,14 @@ def test_a_card_is_told_once_that_the_kernels_are_unproven(monkeypatch: pytest.M
         assert (serve(), serve()) == ("served", "served")
     assert len(told) == 1
     triton._warn_unproven.cache_clear()
+
+
+def test_a_round_reads_the_cache_once() -> None:
+    """Llama-3.2-1B, eight slots of 128 K, five rows: the scratch may be half a layer's cache; a small one is 64 MiB."""
+    pytest.importorskip("triton")
+    from layerskip_kernels.triton.verify_attention import SPLIT, rows_at_once
+
+    cache_bytes = 2 * 8 * 8 * 2**17 * 64 * 2
+    assert rows_at_once(8, 32, 2**17 // SPLIT, 64, cache_bytes) >= 5
+    assert rows_at_once(8, 32, 2**17 // SPLIT, 64, 0) == 1
+    assert rows_at_once(1, 4, 1, 8, 0) == 64
