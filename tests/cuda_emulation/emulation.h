@@ -25,6 +25,7 @@ struct LaunchConfig {
 // Puts a launch behind the one before it. 0, or a cudaError_t.
 int launch(const LaunchConfig& config, const void* kernel, std::function<void()> body);
 int set_shared_limit(const void* kernel, int bytes);
+int set_carveout(const void* kernel, int percent);  // of an SM's memory, for shared memory
 int memset_async(void* pointer, int value, size_t bytes);
 int memcpy_async(void* to, const void* from, size_t bytes);
 int synchronize();

@@ -48,7 +48,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout)
+    return static_cast<cudaError_t>(emu::set_carveout(reinterpret_cast<const void*>(kernel), value));
   return static_cast<cudaError_t>(emu::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
 }
 

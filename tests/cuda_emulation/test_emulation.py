@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import EmulationError, Library, library, planted, unavailable
-from .build import HERE
+from .build import HERE, ROOT
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 NAN = float("nan")
@@ -202,3 +202,11 @@ def test_catches_lanes_that_stay_away() -> None:
 def test_catches_a_misaligned_access() -> None:
     with pytest.raises(EmulationError, match=r"double_kernel.*a misaligned access .*sample.cuh:\d+"):
         chain(wild())
+
+
+def test_catches_a_change_of_the_split_between_dependent_launches() -> None:
+    text = "  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout"
+    undecided = f"  static int calls = 0;\n  if (calls++ % 2) return cudaSuccess;\n{text}"
+    lib = planted("sample", "undecided", ROOT / "csrc" / "cuda" / "launch.cuh", (text, undecided))
+    with pytest.raises(EmulationError, match=r"increment_kernel: launched as dependent with another split"):
+        chain(lib)

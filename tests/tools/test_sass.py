@@ -96,6 +96,12 @@ class TestCompiled:
         code = only(kernels(file, folder)[0], kernel)
         assert max(sass.batches(code, "LDG")) >= together
 
+    def test_old_keys_are_fetched_before_the_wait(self, folder: Path) -> None:
+        names = [one.name for one in only(kernels("verify_attention", folder)[0], "verify_attention_kernel" + BF16)]
+        fetches = [at for at, name in enumerate(names) if name.startswith("CCTL.E.PF2")]
+        assert len(fetches) >= 2
+        assert max(fetches) < names.index("ACQBULK")
+
     @pytest.mark.parametrize("file", ["linear", "partial_forward", "exit_head", "verify_attention"])
     def test_nothing_lies_in_local_memory(self, folder: Path, file: str) -> None:
         for name, code in kernels(file, folder)[0].items():

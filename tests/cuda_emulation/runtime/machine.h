@@ -38,6 +38,8 @@ struct Machine {
   std::map<const void*, std::map<uint32_t, Passed>> tickets;  // of the launch that runs: by counter, what it passes on
 
   std::map<const void*, size_t> shared_limit;
+  std::map<const void*, int> carveout;
+  int last_carveout = -1;  // of the launch before; -1 for the driver's choice
   std::map<const void*, unsigned> launches;
   std::map<std::pair<const void*, std::string>, Traffic> traffic;
   uint32_t block_serial = 0, launch_serial = 0;

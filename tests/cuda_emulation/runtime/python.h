@@ -11,6 +11,7 @@ EMU_PYTHON void emu_begin(uint64_t seed, int major, int counting, int last_block
   machine.major = major, machine.counting = counting != 0, machine.last_block = last_block != 0;
   machine.error.clear(), machine.error_at = nullptr;
   machine.traffic.clear(), machine.launches.clear(), machine.shared_limit.clear();
+  machine.carveout.clear(), machine.last_carveout = -1;
   catch_signals();
 }
 

@@ -246,6 +246,16 @@ int launch(const LaunchConfig& config, const void* kernel, std::function<void()>
   const auto limit = machine.shared_limit.find(kernel);
   if (config.shared > (limit == machine.shared_limit.end() ? kDefaultShared : limit->second)) return kInvalidValue;
   Launch next{std::make_unique<Grid>(Grid{config, kernel, std::move(body)}), nullptr};
+  const auto carveout = machine.carveout.find(kernel);
+  const int wanted = carveout == machine.carveout.end() ? -1 : carveout->second;
+  if (config.dependent && wanted != machine.last_carveout) {
+    set_error("kernel " + mark("fn", kernel) +
+                  ": launched as dependent with another split of shared memory and L1 than the kernel before, which "
+                  "keeps them apart",
+              nullptr);
+    return kLaunchFailure;
+  }
+  machine.last_carveout = wanted;
   if (!config.dependent) run_pending(0);
   if (!machine.pending.empty() && machine.error.empty()) {
     next.early_index = machine.draw(static_cast<size_t>(grid.x) * grid.y * grid.z);
@@ -267,6 +277,11 @@ int set_shared_limit(const void* kernel, int bytes) {
   if (bytes < 0 || bytes > most) return kInvalidValue;
   machine.shared_limit[kernel] = std::max(static_cast<size_t>(bytes), kDefaultShared);
   return 0;
+}
+
+int set_carveout(const void* kernel, int percent) {
+  machine.carveout[kernel] = percent;
+  return percent < -1 || percent > 100 ? kInvalidValue : 0;
 }
 
 int compute_major() { return machine.major; }
