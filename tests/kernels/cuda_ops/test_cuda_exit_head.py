@@ -56,6 +56,8 @@ def test_more_tiles_than_the_merge_takes_at_once(ops: Ops) -> None:
     out, truth = ops.exit_head(hidden, norm, weight, eps), exit_head_ref(*double([hidden, norm, weight, eps]))
     assert out.token.tolist() == truth[0].tolist() == wanted
     torch.testing.assert_close(out.logsumexp.double(), truth[2], rtol=1e-5, atol=1e-5)
+    flat = ops.exit_head(torch.zeros_like(hidden), norm, weight, eps)  # in which every row counts alike
+    torch.testing.assert_close(flat.logsumexp, torch.full((5,), float(vocab_size)).log())
 
 
 def eager_logits(args: list[Tensor | float | None]) -> Tensor:

@@ -9,6 +9,7 @@ from triton_cases import ATTENTION_TOLERANCES, DTYPES, agrees, close, normal, on
 
 import layerskip_kernels as lk
 from tests.kernels.common import needles
+from tests.kernels.test_verify_attention import arguments, check_later_rows
 
 NAN = float("nan")
 SPLIT = 128  # layerskip_kernels.triton.verify_attention.SPLIT, which cannot be imported where triton is absent
@@ -279,3 +280,12 @@ def test_a_full_cache(device: torch.device) -> None:
     assert out[1, :4].isfinite().all()
     for cache, old in zip(model.caches, before, strict=True):
         same_bits(cache[:, :, :, :3], old[:, :, :, :3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_harms_no_earlier_one(value: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Within a tile, and across pieces."""
+    args = [one.to(device) for one in arguments(dtype, [0, SPLIT - 2], 6, 3, 1, 16, capacity=SPLIT + 8)]
+    with lk.use_backend("triton"):
+        check_later_rows(lk.verify_attention, args, value)
