@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .bundles import OPTIONAL_WEIGHTS, LayerWeights, layer_shapes, weights_per_layer
+from .formats import format_of, is_packed
 from .schemas import derive
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +32,7 @@ def rms_norm(a: Any) -> None:
 
 def linear(a: Any) -> None:
     _shaped("x", a.x, [None, None], FLOATS)
-    _shaped("weight", a.weight, [None, a.x.shape[1]], [a.x.dtype])
+    _matrix("weight", a.weight, None, a.x.shape[1], a.x.dtype)
     if a.bias is not None:
         _shaped("bias", a.bias, [a.weight.shape[0]], [a.x.dtype])
     if a.residual is not None:
@@ -42,8 +43,8 @@ def linear(a: Any) -> None:
 
 def swiglu(a: Any) -> None:
     _shaped("x", a.x, [None, None], FLOATS)
-    _shaped("gate", a.gate, [None, a.x.shape[1]], [a.x.dtype])
-    _shaped("up", a.up, list(a.gate.shape), [a.x.dtype])
+    _matrix("gate", a.gate, None, a.x.shape[1], a.x.dtype)
+    _matrix("up", a.up, a.gate.shape[0], a.x.shape[1], a.x.dtype)
     _dense(gate=a.gate, up=a.up)
     _same_device(a.x, gate=a.gate, up=a.up)
 
@@ -121,7 +122,7 @@ def _forward(a: Any, num_blocks: int) -> None:
 def draft(a: Any) -> None:
     _drafting(a)
     _require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
-    batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.embedding[0]
+    batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.norm_weight
     states = state.expand(batch, rows, -1)
     _forward(derive("partial_forward", a, hidden=states, start=0, end=a.exit_layer), a.num_blocks)
     head = {"hidden": state.expand(batch * rows, -1), "temperature": None, "seed": None, "logits": None}
@@ -166,8 +167,8 @@ def accept_sampled(a: Any) -> None:
 
 def speculative_round(a: Any) -> None:
     _drafting(a)
-    _shaped("k_cache", a.k_cache, [None] * 5, [a.embedding.dtype])
-    cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.embedding[0]
+    _shaped("k_cache", a.k_cache, [None] * 5, [a.norm_weight.dtype])
+    cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.norm_weight
     _blocks(a.num_blocks, max(cache_layers - 1, 0), cache_layers)
     num_layers = cache_layers - a.num_blocks
     _require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
@@ -235,7 +236,7 @@ def layer_weights(
     for name, tensor in named.items():
         if name in OPTIONAL_WEIGHTS and tensor.numel() == 0:
             continue
-        _shaped(name, tensor, shapes[name], [dtype])
+        _sized(name, tensor, shapes[name], dtype)
     _dense(**named)
 
 
@@ -266,12 +267,16 @@ def temperatures(temperature: Tensor | None) -> None:
 def _layers(hidden: Tensor, weights: Sequence[Tensor], count: int, num_kv_heads: int, head_dim: int) -> None:
     """The first layer's tensors, ``count`` of them, fit the states and the cache, the others are shaped like it."""
     like = weights[:count]
-    if weights:
-        layer_weights(like, hidden.shape[2], num_kv_heads, head_dim, hidden.dtype)
+    if not weights:
+        return
+    layer_weights(like, hidden.shape[2], num_kv_heads, head_dim, hidden.dtype)
+    first_layer = dict(zip(LayerWeights._fields, like, strict=False))
+    queries, intermediate_size = first_layer["q"].shape[0], first_layer["gate"].shape[0]
+    shapes = layer_shapes(hidden.shape[2], queries // head_dim, num_kv_heads, head_dim, intermediate_size)
     for index, tensor in enumerate(weights):
         name, first = LayerWeights._fields[index % count], like[index % count]
         if name not in OPTIONAL_WEIGHTS or (tensor.numel() and first.numel()):
-            _shaped(name, tensor, list(first.shape), [hidden.dtype])
+            _sized(name, tensor, shapes[name], hidden.dtype)
         _dense(**{name: tensor})
         _same_device(hidden, **{name: tensor})
 
@@ -308,7 +313,10 @@ def _head(hidden: Tensor, **named: Tensor | None) -> None:
     """The weight of a head for ``hidden``, its token map and its scale, in this order, by their names."""
     (name, weight), (map_name, token_map), (scale_name, scale) = named.items()
     assert weight is not None
-    _shaped(name, weight, [None, hidden.shape[1]], [hidden.dtype if scale is None else torch.int8])
+    if scale is None:
+        _matrix(name, weight, None, hidden.shape[1], hidden.dtype)
+    else:
+        _shaped(name, weight, [None, hidden.shape[1]], [torch.int8])
     _require(weight.shape[0] > 0, f"{name} has no rows")
     if token_map is not None:
         _shaped(map_name, token_map, [weight.shape[0]], [torch.int64])
@@ -320,7 +328,8 @@ def _head(hidden: Tensor, **named: Tensor | None) -> None:
 
 def _drafting(a: Any) -> None:
     _shaped("token", a.token, [None], [torch.int64])
-    _shaped("embedding", a.embedding, [None, None], FLOATS)
+    _shaped("norm_weight", a.norm_weight, [None], FLOATS)
+    _matrix("embedding", a.embedding, None, a.norm_weight.shape[0], a.norm_weight.dtype)
     _require(a.embedding.shape[0] > 0, "embedding has no rows")
     _require(a.num_speculations >= 0, f"num_speculations must not be negative, got {a.num_speculations}")
     _require(0 <= a.draft_threshold <= 1, f"draft_threshold must lie in [0, 1], got {a.draft_threshold}")
@@ -382,6 +391,26 @@ def _shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequ
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected {names}")
+
+
+def _matrix(name: str, weight: Tensor, rows: int | None, width: int, dtype: torch.dtype) -> None:
+    """The weight of a matmul for states of ``width`` in ``dtype``: plain or packed."""
+    if not is_packed(weight):
+        _shaped(name, weight, [rows, width], [dtype])
+        return
+    _shaped(name, weight, [rows, None], [weight.dtype])
+    try:
+        format_of(weight, width)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _sized(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """A layer's tensor: a vector, or the weight of a matmul."""
+    if len(shape) == 2:
+        _matrix(name, tensor, *shape, dtype)
+    else:
+        _shaped(name, tensor, shape, [dtype])
 
 
 def _dense(**tensors: Tensor | None) -> None:

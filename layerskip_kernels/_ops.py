@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .formats import dequantize
 from .schemas import SCHEMAS
 
 _public = torch.library.Library("layerskip", "DEF")
 _native = torch.library.Library("layerskip_native", "DEF")
 _native.define("cpu_isa(str name) -> str")  # names the instruction set in use; sets it first unless name is empty
+_native.define("dequantize(Tensor weight, Tensor(a!) out) -> ()")  # see `formats.plain`
 # What `cpu_loss` does to a tile of logits in place; `begin` is the tile's first token.
 _native.define(
     "loss_terms(Tensor(a!) logits, Tensor labels, int begin, float slack, Tensor(b!) shift, Tensor(c!) sum, "
@@ -98,7 +100,7 @@ def _(a: Any) -> Tensor:
 def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch = a.token.shape[0]
     tokens = a.token.new_empty(batch, a.num_speculations)
-    states = a.embedding.new_empty(batch, a.num_speculations + a.extend, a.embedding.shape[1])
+    states = a.norm_weight.new_empty(batch, a.num_speculations + a.extend, a.norm_weight.shape[0])
     return tokens, states, torch.empty_like(tokens, dtype=torch.float32)
 
 
@@ -157,6 +159,7 @@ def _linear_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     for_x, for_weight = ctx.needs_input_grad[:2]
+    weight = dequantize(weight, x.shape[1], x.dtype)
     return (
         grad @ weight if for_x else None,
         grad.T @ x if for_weight else None,
@@ -167,7 +170,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """With a = x gate^T, b = x up^T, s = sigmoid(a): da = g b s (1 + a (1 - s)), db = g a s."""
-    x, gate, up = ctx.saved_tensors
+    x, *weights = ctx.saved_tensors
+    gate, up = (dequantize(weight, x.shape[1], x.dtype) for weight in weights)
     a, b = (x @ gate.T).float(), (x @ up.T).float()
     sigmoid = a.sigmoid()
     grad_a = (grad.float() * b * sigmoid * (1 + a * (1 - sigmoid))).to(x.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _checks, _noise
 from .bundles import KVCache, LayerWeights, split_layers
 from .dispatch import implements
+from .formats import dequantize
 from .rounds import compose_draft, compose_round
 from .schemas import bind, flatten
 
@@ -22,6 +23,11 @@ from .schemas import bind, flatten
 def _wide(x: Tensor) -> Tensor:
     """The dtype that accumulates: float64 stays, everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _matrix(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight, plain or packed, in the dtype that accumulates."""
+    return dequantize(weight, x.shape[-1], _wide(x).dtype)
 
 
 @implements("rms_norm", "reference")
@@ -33,7 +39,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @implements("linear", "reference")
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    out = _wide(x) @ _wide(weight).T
+    out = _wide(x) @ _matrix(weight, x).T
     if bias is not None:
         out = out + _wide(bias)
     if residual is not None:
@@ -44,7 +50,7 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: 
 @implements("swiglu", "reference")
 def swiglu_ref(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     wide = _wide(x)
-    return (F.silu(wide @ _wide(gate).T) * (wide @ _wide(up).T)).to(x.dtype)
+    return (F.silu(wide @ _matrix(gate, x).T) * (wide @ _matrix(up, x).T)).to(x.dtype)
 
 
 def _positions(seq_lens: Tensor, rows: int, capacity: int) -> Tensor:
@@ -125,7 +131,7 @@ def exit_head_ref(
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed = rms_norm_ref(hidden, norm_weight, eps)
-    scores = _wide(normed) @ head_weight.to(_wide(normed).dtype).T  # [R, V]
+    scores = _wide(normed) @ _matrix(head_weight, normed).T  # [R, V]
     if scale is not None:
         scores = scores * scale.to(scores.dtype)
     if logits is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bundles import Acceptance, Draft, Head, KVCache, Noise, Round, weights_per_layer
 from .dispatch import call
+from .formats import lookup
 from .schemas import bind, derive, flatten
 
 Token = TypeVar("Token")
@@ -50,7 +51,7 @@ def draft(
     ----------
     token : Tensor [B], int64
         The tokens at positions ``seq_lens[b]``, each of them in 0 … V - 1.
-    embedding : Tensor [V, D]
+    embedding : Tensor [V, D], or packed
     weights : sequence of Tensor
         Of the layers [0, E), then of the exit blocks, as `partial_forward` takes them.
     cache : KVCache
@@ -174,7 +175,7 @@ def speculative_round(
     ----------
     token : Tensor [B], int64
         The last tokens, at positions ``seq_lens[b]``.
-    embedding : Tensor [V, D]
+    embedding : Tensor [V, D], or packed
     weights : sequence of Tensor
         Of all L layers, then of the exit blocks, as `partial_forward` takes them.
     cache : KVCache
@@ -269,7 +270,7 @@ def record_draft(
     state : Tensor [B, D]
     head_output : (token, logit, logsumexp), each [B], or None
         What the exit head gives for ``state``; None for row K, which has a state alone.
-    embedding : Tensor [V, D]
+    embedding : Tensor [V, D], or packed
     out : Draft
         Its row ``row`` is written.
     row : int
@@ -285,7 +286,9 @@ def record_draft(
     if draft_threshold > 0:
         token = torch.where(chance >= draft_threshold, token, -1)  # false of NaN, too
     out.tokens[:, row], out.probability[:, row] = token, chance
-    return embedding[token.clamp_min(0)]  # what follows a -1 has no meaning, but an index must be valid
+    return lookup(
+        embedding, token.clamp_min(0), state.shape[1], state.dtype
+    )  # what follows a -1 has no meaning, but an index must be valid
 
 
 def _ended(out: Draft, row: int, draft_threshold: float) -> Tensor | None:
@@ -300,7 +303,8 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     if on_cpu:  # on a GPU a look at the tokens would be a host sync
         _check_tokens(a.token, a.embedding.shape[0])
     rows, tokens = num_speculations + a.extend, a.token.new_empty(batch, num_speculations)
-    states = a.embedding.new_empty(batch, rows, a.embedding.shape[1])
+    hidden_size, dtype = a.norm_weight.shape[0], a.norm_weight.dtype
+    states = a.norm_weight.new_empty(batch, rows, hidden_size)
     out = Draft(tokens, states, torch.empty_like(tokens, dtype=torch.float32))
     positions = [a.seq_lens + row for row in range(rows)]
     shallow, blocks = _shallow_and_blocks(ops, a)
@@ -325,7 +329,9 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
             record(state, head_output if rest < num_speculations else None, a.embedding, out, rest, a.draft_threshold)
         return None
 
-    draft_loop(a.embedding[a.token.clamp_min(0)], num_speculations, a.extend, forward, choose)
+    draft_loop(
+        lookup(a.embedding, a.token.clamp_min(0), hidden_size, dtype), num_speculations, a.extend, forward, choose
+    )
     return out
 
 

@@ -22,30 +22,32 @@ struct ForwardShape {
   int64_t keys() const { return num_kv_heads * head_dim; }
 };
 
-// One layer: its weights, of which the last five may be null, and its part of the cache.
-template <class T>
+// One layer: its weights, of which the last five may be null, and its part of the cache. Those of matmuls are W.
+template <class T, class W = const T*>
 struct LayerWeights {
-  const T *attn_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
+  const T *attn_norm, *mlp_norm;
+  W q, k, v, o, gate, up, down;
   const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
   T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
 };
 
 // Takes the `count` weights of a layer from `sources`, in the order of `layer_weight`. `take(source, name, shape)`
-// gives the memory of one; `take_optional` does, too, and null where the model does not have it.
-template <class T, class Source, class Take, class TakeOptional>
-LayerWeights<T> take_layer(const Source* sources, int64_t count, const ForwardShape& s, Take take,
-                           TakeOptional take_optional) {
+// gives the memory of one; `take_optional` does, too, and null where the model does not have it; `take_matrix` gives
+// the W of a matmul's weight.
+template <class T, class W, class Source, class Take, class TakeOptional, class TakeMatrix>
+LayerWeights<T, W> take_layer(const Source* sources, int64_t count, const ForwardShape& s, Take take,
+                              TakeOptional take_optional, TakeMatrix take_matrix) {
   using namespace layer_weight;
-  LayerWeights<T> out;
+  LayerWeights<T, W> out;
   out.attn_norm = take(sources[kAttnNorm], "attn_norm", {s.hidden_size});
-  out.q = take(sources[kQ], "q", {s.queries(), s.hidden_size});
-  out.k = take(sources[kK], "k", {s.keys(), s.hidden_size});
-  out.v = take(sources[kV], "v", {s.keys(), s.hidden_size});
-  out.o = take(sources[kO], "o", {s.hidden_size, s.queries()});
+  out.q = take_matrix(sources[kQ], "q", {s.queries(), s.hidden_size});
+  out.k = take_matrix(sources[kK], "k", {s.keys(), s.hidden_size});
+  out.v = take_matrix(sources[kV], "v", {s.keys(), s.hidden_size});
+  out.o = take_matrix(sources[kO], "o", {s.hidden_size, s.queries()});
   out.mlp_norm = take(sources[kMlpNorm], "mlp_norm", {s.hidden_size});
-  out.gate = take(sources[kGate], "gate", {s.intermediate_size, s.hidden_size});
-  out.up = take(sources[kUp], "up", {s.intermediate_size, s.hidden_size});
-  out.down = take(sources[kDown], "down", {s.hidden_size, s.intermediate_size});
+  out.gate = take_matrix(sources[kGate], "gate", {s.intermediate_size, s.hidden_size});
+  out.up = take_matrix(sources[kUp], "up", {s.intermediate_size, s.hidden_size});
+  out.down = take_matrix(sources[kDown], "down", {s.hidden_size, s.intermediate_size});
   if (count == kRequiredWeights) return out;
   out.q_bias = take_optional(sources[kQBias], "q_bias", {s.queries()});
   out.k_bias = take_optional(sources[kKBias], "k_bias", {s.keys()});

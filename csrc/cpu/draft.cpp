@@ -14,7 +14,7 @@ namespace {
 
 template <class T>
 struct Draft {
-  const T* embedding;  // [V, D]
+  Weight embedding;  // [V, D]
   int64_t vocab_size, batch, hidden_size, num_speculations, rows, num_blocks;
   float draft_threshold;
   int64_t* tokens;      // [B, K]
@@ -36,7 +36,11 @@ struct Draft {
       LSK_REQUIRE(current[b] < vocab_size, "token ", current[b], " is outside the vocabulary of ", vocab_size);
       // A head that names no token gives -1, which cannot be looked up. What follows it has no meaning: any row serves.
       const int64_t row = current[b] < 0 ? 0 : current[b];
-      std::memcpy(hidden + b * hidden_size, embedding + row * hidden_size, hidden_size * sizeof(T));
+      T* to = hidden + b * hidden_size;
+      if (embedding.format == Format::kPlain)
+        std::memcpy(to, embedding.row(row), embedding.pitch);
+      else
+        kernels<T>().expand_row(embedding.row(row), embedding.format, hidden_size, to);
     }
   }
 
@@ -68,8 +72,8 @@ struct Draft {
     return any;
   }
 
-  void run(Forward<T>& forward, const std::vector<LayerWeights<T>>& layers, const ExitHead<T>& head,
-           const int64_t* slots, int64_t* current, int64_t* lengths) const {
+  void run(Forward<T>& forward, const std::vector<Layer<T>>& layers, const ExitHead<T>& head, const int64_t* slots,
+           int64_t* current, int64_t* lengths) const {
     std::vector<T> hidden(batch * hidden_size), kept(num_blocks > 0 ? hidden.size() : 0);
     const T* state = num_blocks > 0 ? kept.data() : hidden.data();
     std::vector<float> scores(2 * batch);
@@ -120,13 +124,13 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                                          const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
                                          const std::optional<Tensor>& logits, int64_t num_blocks) {
   const Tensor token = contiguous(token_in);
-  const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = embedding.size(1);
+  const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = norm_weight.size(0);
   const int64_t rows = num_speculations + (extend ? 1 : 0);
   check_drafting(num_speculations, exit_layer, draft_threshold);
   const HeadOptions options =
       head_options(Sampling(temperature, seed, batch), logits, {batch, num_speculations, head_weight.size(0)});
   Tensor tokens = torch::stable::new_empty(token, {batch, num_speculations});
-  Tensor states = torch::stable::new_empty(embedding, {batch, rows, hidden_size});
+  Tensor states = torch::stable::new_empty(norm_weight, {batch, rows, hidden_size});
   Tensor probability = torch::stable::new_empty(token, {batch, num_speculations}, ScalarType::Float);
   if (batch == 0 || rows == 0) return {tokens, states, probability};
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
@@ -134,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, place.shape.capacity);
   std::vector<int64_t> current = first_tokens(token, batch, vocab_size), advanced(lengths, lengths + batch);
-  with_float_type(embedding.scalar_type(), [&]<class T>(T*) {
-    const Draft<T> draft{data<T>(embedding, "embedding", {vocab_size, hidden_size}),
+  with_float_type(norm_weight.scalar_type(), [&]<class T>(T*) {
+    const Draft<T> draft{matrix<T>(embedding, "embedding", {vocab_size, hidden_size}),
                          vocab_size,
                          batch,
                          hidden_size,
@@ -149,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                          options,
                          logits.has_value() ? logits->stride(1) : 0};
     Forward<T> forward(place.shape, cos, sin, eps);
-    draft.run(forward, stack.layers<T>(place.shape),
+    draft.run(forward, layers_of<T>(stack, place.shape),
               ExitHead<T>(norm_weight, head_weight, hidden_size, eps, token_map, scale), place.slots, current.data(),
               advanced.data());
   });

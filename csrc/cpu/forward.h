@@ -7,6 +7,7 @@
 
 #include "common/layer_stack.h"
 #include "cpu/attention.h"
+#include "cpu/matrix.h"
 
 namespace lsk {
 
@@ -17,6 +18,21 @@ struct Buffers {
   T *attended, *activated;
   float *packed, *partial;
 };
+
+// A layer whose matmuls' weights may be packed.
+template <class T>
+using Layer = LayerWeights<T, Weight>;
+
+template <class T>
+std::vector<Layer<T>> layers_of(const LayerStack& stack, const ForwardShape& shape) {
+  std::vector<Layer<T>> out = stack.layers<T, Weight>(shape, matrix<T>);
+  for (const Layer<T>& layer : out) {
+    check_alike(layer.q, layer.k, "q and k");
+    check_alike(layer.q, layer.v, "q and v");
+    check_alike(layer.gate, layer.up, "gate and up");
+  }
+  return out;
+}
 
 template <class T>
 class Forward {
@@ -29,7 +45,7 @@ class Forward {
 
   // Rewrites `hidden` [B, M, D], whose rows start at position `seq_lens[b]` of the cache's row `slots[b]`. What it is
   // before the last `num_blocks` layers goes to `before_blocks`, where there are any.
-  void run(const std::vector<LayerWeights<T>>& layers, const int64_t* seq_lens, const int64_t* slots, T* hidden,
+  void run(const std::vector<Layer<T>>& layers, const int64_t* seq_lens, const int64_t* slots, T* hidden,
            int64_t num_blocks = 0, T* before_blocks = nullptr) {
     check_capacity(seq_lens, s_.batch, s_.rows, s_.capacity);
     seq_lens_ = seq_lens;
@@ -55,7 +71,7 @@ class Forward {
     b_.packed = workspace.take<float>(packed);
     b_.partial = workspace.take<float>(partial);
     run_team(threads, [&](const Member& member) {
-      for (const LayerWeights<T>& layer : layers) {
+      for (const Layer<T>& layer : layers) {
         // Nobody writes `hidden` before all have waited for the end of this layer's attention.
         if (num_blocks > 0 && member.index == 0 && &layer == &*(layers.end() - num_blocks))
           std::memcpy(before_blocks, hidden, tokens * s_.hidden_size * sizeof(T));
@@ -66,13 +82,13 @@ class Forward {
   }
 
  private:
-  Packed pack(const Member& member, const T* x, const T* norm, int64_t hidden_size) const {
-    return pack_own(member, x, norm, eps_, s_.tokens(), hidden_size, b_.packed);
+  Packed pack(const Member& member, const T* x, const T* norm, int64_t hidden_size, const Weight& weight) const {
+    return pack_own(member, x, norm, eps_, s_.tokens(), hidden_size, weight.format, b_.packed);
   }
 
   // Where this member's share of a matrix starts: what the step before it fetches ahead.
-  static const T* first(const Member& member, const T* weight, int64_t d_out, int64_t hidden_size) {
-    return weight + member.share(d_out, kUnit).begin * hidden_size;
+  static const void* first(const Member& member, const Weight& weight, int64_t d_out) {
+    return weight.row(member.share(d_out, kUnit).begin);
   }
 
   static void linear(const Member& member, const LinearArgs<T>& args) {
@@ -80,12 +96,12 @@ class Forward {
     kernels<T>().linear(args, share.begin, share.end);
   }
 
-  void attention(const Member& member, const LayerWeights<T>& layer, int64_t splits) const {
-    const Packed normed = pack(member, b_.hidden, layer.attn_norm, s_.hidden_size);
-    const T* k = first(member, layer.k, s_.keys(), s_.hidden_size);
-    const T* v = first(member, layer.v, s_.keys(), s_.hidden_size);
-    const T* o = first(member, layer.o, s_.hidden_size, s_.queries());
-    const T* gate = first(member, layer.gate, s_.intermediate_size, s_.hidden_size);
+  void attention(const Member& member, const Layer<T>& layer, int64_t splits) const {
+    const Packed normed = pack(member, b_.hidden, layer.attn_norm, s_.hidden_size, layer.q);
+    const void* k = first(member, layer.k, s_.keys());
+    const void* v = first(member, layer.v, s_.keys());
+    const void* o = first(member, layer.o, s_.hidden_size);
+    const void* gate = first(member, layer.gate, s_.intermediate_size);
     linear(member, {normed, layer.q, layer.q_bias, nullptr, b_.q, s_.queries(), k});
     linear(member, {normed, layer.k, layer.k_bias, nullptr, b_.k, s_.keys(), v});
     linear(member, {normed, layer.v, layer.v_bias, nullptr, b_.v, s_.keys(), o});
@@ -102,20 +118,20 @@ class Forward {
     member.wait();
     T* attended = b_.attended + member.index * s_.tokens() * s_.queries();
     step.combine(0, s_.tokens() * s_.num_heads, attended);
-    const Packed packed = pack(member, attended, nullptr, s_.queries());
+    const Packed packed = pack(member, attended, nullptr, s_.queries(), layer.o);
     linear(member, {packed, layer.o, nullptr, b_.hidden, b_.middle, s_.hidden_size, gate});
     member.wait();
   }
 
-  void mlp(const Member& member, const LayerWeights<T>& layer, const LayerWeights<T>* following) const {
+  void mlp(const Member& member, const Layer<T>& layer, const Layer<T>* following) const {
     const Range share = member.share(s_.intermediate_size, kUnit);
-    const Packed normed = pack(member, b_.middle, layer.mlp_norm, s_.hidden_size);
-    const T* down = first(member, layer.down, s_.hidden_size, s_.intermediate_size);
-    const T* q = following ? first(member, following->q, s_.queries(), s_.hidden_size) : nullptr;
+    const Packed normed = pack(member, b_.middle, layer.mlp_norm, s_.hidden_size, layer.gate);
+    const void* down = first(member, layer.down, s_.hidden_size);
+    const void* q = following ? first(member, following->q, s_.queries()) : nullptr;
     kernels<T>().swiglu({normed, layer.gate, layer.up, b_.activated, s_.intermediate_size, down}, share.begin,
                         share.end);
     member.wait();
-    const Packed packed = pack(member, b_.activated, nullptr, s_.intermediate_size);
+    const Packed packed = pack(member, b_.activated, nullptr, s_.intermediate_size, layer.down);
     linear(member, {packed, layer.down, nullptr, b_.middle, b_.hidden, s_.hidden_size, q});
     member.wait();
   }

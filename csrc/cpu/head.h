@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/common.h"
+#include "cpu/matrix.h"
 
 namespace lsk {
 
@@ -97,9 +98,10 @@ class ExitHead {
     map_ = data<int64_t>(token_map, "token_map", {vocab_size});
     scale_ = data<float>(scale, "scale", {vocab_size});
     if (scale_) {
-      int8_ = data<int8_t>(head_weight, "head_weight", {vocab_size, hidden_size});
+      const int8_t* rows = data<int8_t>(head_weight, "head_weight", {vocab_size, hidden_size});
+      weight_ = {reinterpret_cast<const uint8_t*>(rows), hidden_size, Format::kRows};
     } else {
-      weight_ = data<T>(head_weight, "head_weight", {vocab_size, hidden_size});
+      weight_ = matrix<T>(head_weight, "head_weight", {vocab_size, hidden_size});
     }
   }
 
@@ -115,16 +117,11 @@ class ExitHead {
     HeadPartial* partials = workspace.take<HeadPartial>(tiles_.count * rows);
     const Kernels<T>& table = kernels<T>();
     const Packed packed{memory, rows, width_};
-    (int8_ ? table.pack_wide : table.pack)(hidden, norm_, eps_, rows, width_, memory);
+    table.pack(hidden, norm_, eps_, rows, width_, weight_.format, memory);
     run_team(num_threads(), [&](const Member& member) {
       const Range share = member.share(tiles_.count);
-      for (int64_t t = share.begin; t < share.end; ++t) {
-        if (int8_) {
-          table.head_int8({packed, int8_, scale_, more}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
-        } else {
-          table.head({packed, weight_, nullptr, more}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
-        }
-      }
+      for (int64_t t = share.begin; t < share.end; ++t)
+        table.head({packed, weight_, scale_, more}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
     });
     combine(partials, tiles_.count, rows, options, out);
   }
@@ -138,8 +135,8 @@ class ExitHead {
   const int64_t width_;
   const HeadTiles tiles_;
   const float eps_;
-  const T *norm_, *weight_ = nullptr;
-  const int8_t* int8_ = nullptr;
+  const T* norm_;
+  Weight weight_;
   const int64_t* map_;
   const float* scale_;
 };

@@ -47,16 +47,13 @@ inline void fold_asked(const HeadOptions& options, float* logits, int64_t count,
 }
 
 // partial[r] for the packed row r, over the vocabulary rows [begin, end).
-template <class W>
-void head(const HeadArgs<W>& a, int64_t begin, int64_t end, HeadPartial* partial) {
-  using X = typename Dot<W>::X;
-  const int64_t width = a.x.width, stride = padded(width);
+template <class T>
+void head(const HeadArgs& a, int64_t begin, int64_t end, HeadPartial* partial) {
   alignas(64) float tile[kMaxRows * kTile];
   for (int64_t r = 0; r < a.x.rows; ++r)
     partial[r] = {-__builtin_inff(), 0.0f, begin, {-__builtin_inff(), begin - 1}, 0.0f};
-  for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
-    const W* weight = a.weight + n * width;
-    dot_tile(weight, width, count, x, stride, rows, width, weight + count * width, tile);
+  for_each_tile(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows) {
+    multiply_tile<T>(a.weight, n, count, a.x, m, rows, a.weight.row(n + count), tile);
     for (int64_t r = 0; r < rows; ++r) {
       float* logits = tile + r * kTile;
       if (a.scale)

@@ -61,29 +61,21 @@ void pack_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
   }
 }
 
-template <class T, class X>
-void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, void* packed) {
-  for (int64_t r = 0; r < rows; ++r)
-    pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * padded(width));
-}
+#include "cpu/impl_packed.h"
 
-// Runs body(first weight row, rows of the tile, first activation row, its count, packed activations).
-template <class X, class F>
+// Runs body(first weight row, rows of the tile, first activation row, its count).
+template <class F>
 inline void for_each_tile(const Packed& x, int64_t begin, int64_t end, F body) {
-  const int64_t stride = padded(x.width);
   for (int64_t n = begin; n < end; n += kTile)
-    for (int64_t m = 0; m < x.rows; m += kMaxRows)
-      body(n, smaller(kTile, end - n), m, smaller(kMaxRows, x.rows - m), static_cast<const X*>(x.data) + m * stride);
+    for (int64_t m = 0; m < x.rows; m += kMaxRows) body(n, smaller(kTile, end - n), m, smaller(kMaxRows, x.rows - m));
 }
 
 template <class T>
 void linear(const LinearArgs<T>& a, int64_t begin, int64_t end) {
-  using X = typename Dot<T>::X;
-  const int64_t width = a.x.width, stride = padded(width);
   alignas(64) float tile[kMaxRows * kTile];
-  for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
-    const T* weight = a.weight + n * width;
-    dot_tile(weight, width, count, x, stride, rows, width, n + count < end ? weight + count * width : a.next, tile);
+  for_each_tile(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows) {
+    const void* next = n + count < end ? a.weight.row(n + count) : a.next;
+    multiply_tile<T>(a.weight, n, count, a.x, m, rows, next, tile);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (m + r) * a.d_out + n;
       for (int64_t i = 0; i < count; i += 16) {
@@ -99,13 +91,10 @@ void linear(const LinearArgs<T>& a, int64_t begin, int64_t end) {
 
 template <class T>
 void swiglu(const SwigluArgs<T>& a, int64_t begin, int64_t end) {
-  using X = typename Dot<T>::X;
-  const int64_t width = a.x.width, stride = padded(width);
   alignas(64) float gate[kMaxRows * kTile], up[kMaxRows * kTile];
-  for_each_tile<X>(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows, const X* x) {
-    const T *gates = a.gate + n * width, *ups = a.up + n * width;
-    dot_tile(gates, width, count, x, stride, rows, width, ups, gate);
-    dot_tile(ups, width, count, x, stride, rows, width, n + count < end ? gates + count * width : a.next, up);
+  for_each_tile(a.x, begin, end, [&](int64_t n, int64_t count, int64_t m, int64_t rows) {
+    multiply_tile<T>(a.gate, n, count, a.x, m, rows, a.up.row(n), gate);
+    multiply_tile<T>(a.up, n, count, a.x, m, rows, n + count < end ? a.gate.row(n + count) : a.next, up);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < count; i += 16) {
         const F16 g = load(gate + r * kTile + i), u = load(up + r * kTile + i);

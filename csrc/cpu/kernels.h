@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "common/weight.h"
 
 namespace lsk {
 
@@ -16,7 +17,8 @@ constexpr int64_t kPartialHead = 32;
 
 inline int64_t padded(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
 
-// Activations of a matmul, [rows, width], in the form that the instruction set multiplies (bf16 or fp32), padded.
+// Activations of a matmul, [rows, width], in the form that the instruction set multiplies with a weight of the format
+// that they were packed for: bf16, fp32, or 16-bit integers; padded.
 struct Packed {
   const void* data;
   int64_t rows, width;
@@ -25,7 +27,7 @@ struct Packed {
 template <class T>
 struct LinearArgs {
   Packed x;
-  const T* weight;    // [d_out, d_in]
+  Weight weight;      // [d_out, d_in]
   const T* bias;      // [d_out] or null
   const T* residual;  // [rows, d_out] or null
   T* out;             // [rows, d_out]
@@ -36,8 +38,8 @@ struct LinearArgs {
 template <class T>
 struct SwigluArgs {
   Packed x;
-  const T *gate, *up;  // [d_out, d_in]
-  T* out;              // [rows, d_out]
+  Weight gate, up;  // [d_out, d_in]
+  T* out;           // [rows, d_out]
   int64_t d_out;
   const void* next;  // what this thread reads afterwards, or null
 };
@@ -82,10 +84,9 @@ struct PickArgs {
   NoiseKey noise;
 };
 
-template <class W>
 struct HeadArgs {
   Packed x;
-  const W* weight;             // [V, width]
+  Weight weight;               // [V, width]
   const float* scale;          // [V] or null
   const HeadOptions* options;  // or null
 };
@@ -125,14 +126,13 @@ struct LossSums {
 // Everything that is compiled per instruction set, for one storage type.
 template <class T>
 struct Kernels {
-  // x [rows, width] -> packed; with a norm weight, rms_norm (rounded to T) first.
-  void (*pack)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, void* packed);
-  void (*pack_wide)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, void* packed);  // fp32 always
+  // x [rows, width] -> packed, for weights of the format; with a norm weight, rms_norm (rounded to T) first.
+  void (*pack)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, Format format, void* packed);
+  void (*expand_row)(const uint8_t* row, Format format, int64_t width, T* out);  // of a packed weight
   void (*rms_norm)(const T* x, const T* weight, float eps, int64_t width, T* out);
   void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
   void (*swiglu)(const SwigluArgs<T>&, int64_t begin, int64_t end);
-  void (*head)(const HeadArgs<T>&, int64_t begin, int64_t end, HeadPartial* partial);
-  void (*head_int8)(const HeadArgs<int8_t>&, int64_t begin, int64_t end, HeadPartial* partial);
+  void (*head)(const HeadArgs&, int64_t begin, int64_t end, HeadPartial* partial);
   void (*rope)(const RopeArgs<T>&, const T* x, T* out);
   void (*attend)(const AttentionArgs<T>&, int64_t split);
   void (*combine)(const float* partial, int64_t stride, int64_t splits, int64_t head_dim, T* out);

@@ -1,5 +1,6 @@
 // linear and swiglu on CPU tensors.
 #include "cpu/common.h"
+#include "cpu/matrix.h"
 
 namespace lsk {
 namespace {
@@ -8,11 +9,11 @@ using torch::stable::new_empty;
 
 // Packs x once per team and shares [0, d_out) among its members.
 template <class T, class F>
-void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, F step) {
+void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, Format format, F step) {
   const int threads = num_threads();
   Workspace workspace(Workspace::bytes<float>(packed_size(rows, d_in)));
   float* memory = workspace.take<float>(packed_size(rows, d_in));
-  kernels<T>().pack(x, nullptr, 0.0f, rows, d_in, memory);
+  kernels<T>().pack(x, nullptr, 0.0f, rows, d_in, format, memory);
   run_team(threads, [&](const Member& member) {
     const Range share = member.share(d_out, kUnit);
     step(Packed{memory, rows, d_in}, share.begin, share.end);
@@ -28,13 +29,14 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const std::optional<Tens
   if (residual_in.has_value()) residual = contiguous(*residual_in);
   with_float_type(x.scalar_type(), [&]<class T>(T*) {
     LinearArgs<T> args{{},
-                       data<T>(weight, "weight", {d_out, d_in}),
+                       matrix<T>(weight, "weight", {d_out, d_in}),
                        data<T>(bias, "bias", {d_out}),
                        data<T>(residual, "residual", {rows, d_out}),
                        static_cast<T*>(out.data_ptr()),
                        d_out,
                        nullptr};
-    share_rows(data<T>(x, "x", {rows, d_in}), rows, d_in, d_out, [&](Packed packed, int64_t begin, int64_t end) {
+    const T* from = data<T>(x, "x", {rows, d_in});
+    share_rows(from, rows, d_in, d_out, args.weight.format, [&](Packed packed, int64_t begin, int64_t end) {
       LinearArgs<T> own = args;
       own.x = packed;
       kernels<T>().linear(own, begin, end);
@@ -48,10 +50,11 @@ Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
   const int64_t rows = x.size(0), d_in = x.size(1), d_out = gate.size(0);
   Tensor out = new_empty(x, {rows, d_out});
   with_float_type(x.scalar_type(), [&]<class T>(T*) {
-    const T* gates = data<T>(gate, "gate", {d_out, d_in});
-    const T* ups = data<T>(up, "up", {d_out, d_in});
+    const Weight gates = matrix<T>(gate, "gate", {d_out, d_in}), ups = matrix<T>(up, "up", {d_out, d_in});
+    check_alike(gates, ups, "gate and up");
+    const T* from = data<T>(x, "x", {rows, d_in});
     T* to = static_cast<T*>(out.data_ptr());
-    share_rows(data<T>(x, "x", {rows, d_in}), rows, d_in, d_out, [&](Packed packed, int64_t begin, int64_t end) {
+    share_rows(from, rows, d_in, d_out, gates.format, [&](Packed packed, int64_t begin, int64_t end) {
       kernels<T>().swiglu({packed, gates, ups, to, d_out, nullptr}, begin, end);
     });
   });

@@ -16,7 +16,7 @@ Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weigh
   const Placement place(stack, hidden.size(0), hidden.size(1), hidden.size(2));
   with_float_type(hidden.scalar_type(), [&]<class T>(T*) {
     Forward<T>(place.shape, cos, sin, eps)
-        .run(stack.layers<T>(place.shape), data<int64_t>(seq_lens, "seq_lens", {place.shape.batch}), place.slots,
+        .run(layers_of<T>(stack, place.shape), data<int64_t>(seq_lens, "seq_lens", {place.shape.batch}), place.slots,
              static_cast<T*>(hidden.data_ptr()));
   });
   return hidden;

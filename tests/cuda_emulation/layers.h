@@ -16,7 +16,8 @@ std::vector<lsk::LayerWeights<T>> layers(void** weights, void** caches, int64_t 
   };
   std::vector<lsk::LayerWeights<T>> out;
   for (int64_t l = begin; l < end; ++l) {
-    out.push_back(lsk::take_layer<T>(weights + l * lsk::kAllWeights, lsk::kAllWeights, shape, take, take));
+    out.push_back(
+        lsk::take_layer<T, const T*>(weights + l * lsk::kAllWeights, lsk::kAllWeights, shape, take, take, take));
     out.back().k_cache = static_cast<T*>(caches[2 * l]), out.back().v_cache = static_cast<T*>(caches[2 * l + 1]);
   }
   return out;

@@ -26,7 +26,7 @@ def bytes_per_token(model: LayerSkipModel, stats: Stats, exit_layer: int | None 
     """
     decoder = model.decoder
     context = stats.prompt_tokens + stats.new_tokens / 2
-    kv_layer = 2 * decoder.num_kv_heads * decoder.head_dim * model.embedding.element_size() * context
+    kv_layer = 2 * decoder.num_kv_heads * decoder.head_dim * model.dtype.itemsize * context
     num_layers, below = model.num_layers, exit_layer or 0
     upper = layer_bytes(model, below, num_layers) + kv_layer * (num_layers - below) + head_bytes(model.head)
     total = stats.rounds * upper

@@ -128,6 +128,7 @@ class SelfSpeculativeDecoder:
         name_or_dir: str | Path,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        weights: str | None = None,
         tuning: str | Path | None = None,
         **options: Any,
     ) -> SelfSpeculativeDecoder:
@@ -138,6 +139,9 @@ class SelfSpeculativeDecoder:
         name_or_dir : str or Path
             As `layerskip.load` takes it.
         dtype : torch.dtype
+        weights : str, optional
+            Quantize what is loaded: "int8", "int4" or another of `layerskip_kernels.formats.FORMATS`. Each weight is
+            packed and freed in turn. Self-speculation is lossless for the quantized model.
         tuning : str or Path, optional
             What ``layerskip tune`` has written; by default what lies beside the model, if neither ``exit_layer`` nor
             ``exit`` is given. Options go before it.
@@ -145,6 +149,8 @@ class SelfSpeculativeDecoder:
             As the class takes them: ``exit_layer``, ``exit``, …
         """
         model, tokenizer = models.load(name_or_dir, dtype=dtype)
+        if weights is not None:
+            model = models.adapt(model).quantize(weights, release=True)
         decoder = cls(model, **tuned(name_or_dir, model.config, tuning, options))
         decoder.tokenizer = tokenizer
         return decoder

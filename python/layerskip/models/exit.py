@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import LayerWeights
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS
+from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
+from layerskip_kernels.formats import dequantize
 
 from .. import registry
 from .._extras import need
@@ -108,7 +109,7 @@ class Exit:
             If the model has other sizes than the one that the exit was made for.
         """
         self._check_model(model)
-        like = model.embedding
+        like = model.head.norm_weight
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device=like.device, dtype=like.dtype)
@@ -131,9 +132,13 @@ class Exit:
         for what, (mine, theirs) in sizes.items():
             if mine != theirs:
                 raise ValueError(f"the exit is for a model of {mine} {what}, this one has {theirs}")
+        decoder = model.decoder
+        heads = (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
+        shapes = layer_shapes(decoder.hidden_size, *heads, first.gate.shape[0])  # a packed weight's is another
         for number, block in enumerate(self.blocks):
             for name, weight, other in zip(LayerWeights._fields, block, first, strict=True):
-                own, expected = ("none" if one is None else list(one.shape) for one in (weight, other))
+                own = "none" if weight is None else list(weight.shape)
+                expected = "none" if other is None else list(shapes[name])
                 if own != expected:
                     raise ValueError(
                         f"block {number} of the exit: {name} has shape {own}, that of the model's layers {expected}"
@@ -238,6 +243,7 @@ def _head(
     weight: Tensor = full.head_weight
     if isinstance(rows, str) and rows == "full":
         if low_rank is not None:
-            weight = torch.addmm(weight.float(), low_rank[1].float(), low_rank[0].float()).to(weight.dtype)
+            plain = dequantize(weight, norm_weight.shape[0])
+            weight = torch.addmm(plain, low_rank[1].float(), low_rank[0].float()).to(norm_weight.dtype)
         return EarlyExitHead(norm_weight, weight, full.eps)
     return EarlyExitHead(norm_weight, weight, full.eps).quantize(None if isinstance(rows, str) else rows, low_rank)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerskip_kernels import ExitOutput, Head, exit_head
+from layerskip_kernels.formats import dequantize, format_of, is_packed
 
 from .weights import reject_gradient, shared
 
@@ -25,7 +26,7 @@ class EarlyExitHead(nn.Module):
     ----------
     norm_weight : Tensor [D]
     head_weight : Tensor [V, D]
-        In the dtype of ``norm_weight``, or int8 together with ``scale``.
+        In the dtype of ``norm_weight``, packed (`layerskip_kernels.formats`), or int8 together with ``scale``.
     eps : float
     token_map : Tensor [V], int64, optional
         The token that each row stands for; without it a row stands for its index.
@@ -45,7 +46,10 @@ class EarlyExitHead(nn.Module):
         scale: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if head_weight.dim() != 2 or norm_weight.shape != head_weight.shape[1:]:
+        packed = head_weight.dim() == 2 and is_packed(head_weight)
+        if packed:
+            format_of(head_weight, norm_weight.shape[0])
+        elif head_weight.dim() != 2 or norm_weight.shape != head_weight.shape[1:]:
             raise ValueError(
                 f"norm_weight has shape {list(norm_weight.shape)}, head_weight {list(head_weight.shape)}; "
                 "expected [D] and [V, D]"
@@ -142,12 +146,13 @@ class EarlyExitHead(nn.Module):
             check_token_ids(token_ids, self.num_rows)
             token_ids = token_ids.to(self.head_weight.device, copy=True)
         rows = self.num_rows if token_ids is None else token_ids.numel()
-        quantised = self.head_weight.new_empty((rows, self.head_weight.shape[1]), dtype=torch.int8)
+        width = self.norm_weight.shape[0]
+        quantised = self.head_weight.new_empty((rows, width), dtype=torch.int8)
         scale = self.head_weight.new_empty(rows, dtype=torch.float32)
         for first in range(0, rows, _QUANTIZE_ROWS):
             part = slice(first, first + _QUANTIZE_ROWS)
             chosen = part if token_ids is None else token_ids[part]
-            weight = self.head_weight[chosen].float()
+            weight = dequantize(self.head_weight[chosen], width)
             if low_rank is not None:
                 weight = weight + low_rank[1][chosen].float() @ low_rank[0].float()
             quantised[part], scale[part] = _quantize_rows(weight, first)

@@ -90,7 +90,10 @@ class PartialDepthDecoder(nn.Module):
 
     def with_blocks(self, blocks: Sequence[LayerWeights]) -> PartialDepthDecoder:
         """A decoder of the same layers, on the same storage, with the blocks of an exit."""
-        layers = self._by_layer[: self.num_layers]
+        return self.of(self._by_layer[: self.num_layers], blocks)
+
+    def of(self, layers: Sequence[LayerWeights], blocks: Sequence[LayerWeights] = ()) -> PartialDepthDecoder:
+        """A decoder of other layers, with the same norms' eps and rotary embedding."""
         return PartialDepthDecoder(layers, self.num_kv_heads, self.eps, self._inv_freq, self._attention_scaling, blocks)
 
     def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
@@ -251,7 +254,7 @@ class PartialDepthDecoder(nn.Module):
         held = cast("Iterable[nn.ParameterDict]", self.layers)
         self._by_layer = [LayerWeights(**dict(layer.items())) for layer in held]
         names = LayerWeights._fields if self._has_optional else REQUIRED_WEIGHTS
-        first = self._by_layer[0].q
+        first = self._by_layer[0].attn_norm
         absent = torch.empty(0, dtype=first.dtype, device=first.device)
         flat = [getattr(layer, name) for layer in self._by_layer for name in names]
         self._per_layer = len(names)
@@ -272,17 +275,17 @@ def _parameters(layer: LayerWeights) -> nn.ParameterDict:
 
 def _check_layers(layers: Sequence[LayerWeights], hidden_size: int, num_kv_heads: int, head_dim: int) -> None:
     first = layers[0]
-    absent = first.q.new_empty(0)
+    absent = first.attn_norm.new_empty(0)
     for number, layer in enumerate(layers):
         try:
             given = [absent if weight is None else weight for weight in layer]
-            check_layer_weights(given, hidden_size, num_kv_heads, head_dim, first.q.dtype)
+            check_layer_weights(given, hidden_size, num_kv_heads, head_dim, first.attn_norm.dtype)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {number}: {error}") from None
         for name, weight in layer._asdict().items():
             if weight is not None and weight.device != first.q.device:
                 raise ValueError(f"layer {number}: {name} is on {weight.device}, layer 0 on {first.q.device}")
-        if layer.q.shape != first.q.shape or layer.gate.shape != first.gate.shape:
+        if layer.q.shape[0] != first.q.shape[0] or layer.gate.shape[0] != first.gate.shape[0]:
             raise ValueError(f"layer {number} has other shapes than layer 0")
 
 

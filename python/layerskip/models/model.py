@@ -6,20 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerskip_kernels import Draft, Noise, Round, draft, speculative_round
+from layerskip_kernels.formats import lookup
 
 from .cache import SharedKVCache
 from .exit import BoundExit
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
+from .quantized import quantized
 from .weights import shared
 
 
 class LayerSkipModel(nn.Module):
     """Embedding, layers and head of a causal language model, on the storage of the model that they came from.
+
+    The embedding, the head and the weights of the layers' matmuls may be packed (`layerskip_kernels.formats`).
 
     Parameters
     ----------
@@ -76,6 +79,29 @@ class LayerSkipModel(nn.Module):
             raise ValueError("the model has an exit with blocks already; give the exit to the model without it")
         return LayerSkipModel(self.embedding, self.decoder, self.head, self.config, self.generation_config, exit)
 
+    def quantize(self, weights: str, *, release: bool = False) -> LayerSkipModel:
+        """A model whose layers, embedding and head are packed in a format; norms and biases are shared.
+
+        Parameters
+        ----------
+        weights : str
+            One of `layerskip_kernels.formats.FORMATS`: "int8", "int4", …
+        release : bool
+            Free each weight as soon as it is packed: this model, and the one that it came from, are of no use
+            afterwards, and both never lie in memory at once.
+
+        Returns
+        -------
+        LayerSkipModel
+
+        Raises
+        ------
+        ValueError
+            If the format is unknown or does not suit a width, the model is packed or has an exit already, or a weight
+            is not finite.
+        """
+        return quantized(self, weights, release)
+
     @property
     def vocab_size(self) -> int:
         """V."""
@@ -84,7 +110,7 @@ class LayerSkipModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights and states."""
-        return self.embedding.dtype
+        return self.decoder.dtype
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +130,7 @@ class LayerSkipModel(nn.Module):
         Tensor [B, M, D]
         """
         with torch.no_grad():
-            return F.embedding(token_ids, self.embedding)
+            return lookup(self.embedding, token_ids, self.decoder.hidden_size, self.dtype)
 
     def read(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from layerskip_kernels import LayerWeights, rms_norm, rope_kv_append, verify_attention
+from layerskip_kernels.formats import is_packed, plain
 
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
@@ -39,6 +40,7 @@ def prefill_layer(
     eps : float
     """
     batch, rows, _ = hidden.shape
+    weights = _plain(weights, hidden.dtype)
     head_dim = k_cache.shape[3]
     normed = rms_norm(hidden, weights.attn_norm, eps)
     q = F.linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, head_dim)
@@ -50,6 +52,15 @@ def prefill_layer(
     hidden = hidden + F.linear(_attend(q, k_cache, v_cache, seq_lens, past), weights.o)
     normed = rms_norm(hidden, weights.mlp_norm, eps)
     return hidden + F.linear(F.silu(F.linear(normed, weights.gate)) * F.linear(normed, weights.up), weights.down)
+
+
+def _plain(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    """The weights of a layer for torch's matmuls: what is packed is computed for this call alone."""
+    if not any(is_packed(weight) for weight in weights if weight is not None):
+        return weights
+    hidden_size, intermediate_size, queries = weights.attn_norm.shape[0], weights.gate.shape[0], weights.q.shape[0]
+    widths = dict.fromkeys(("q", "k", "v", "gate", "up"), hidden_size) | {"o": queries, "down": intermediate_size}
+    return weights._replace(**{name: plain(getattr(weights, name), width, dtype) for name, width in widths.items()})
 
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, past: int) -> Tensor:

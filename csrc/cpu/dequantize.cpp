@@ -1,0 +1,26 @@
+// What a packed weight stands for, in fp32, bf16 or fp16: for torch's own matmuls on many rows.
+#include "cpu/common.h"
+#include "cpu/matrix.h"
+
+namespace lsk {
+namespace {
+
+void dequantize(const Tensor& weight, const Tensor& out) {
+  LSK_REQUIRE(weight.scalar_type() == ScalarType::Byte && out.dim() == 2,
+              "dequantize takes packed weights, and rank 2");
+  const int64_t rows = out.size(0), width = out.size(1);
+  with_float_type(out.scalar_type(), [&]<class T>(T*) {
+    const Weight packed = matrix<T>(weight, "weight", {rows, width});
+    T* to = data<T>(out, "out", {rows, width});
+    run_team(num_threads(), [&](const Member& member) {
+      const Range share = member.share(rows, kUnit);
+      for (int64_t n = share.begin; n < share.end; ++n)
+        kernels<T>().expand_row(packed.row(n), packed.format, width, to + n * width);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace lsk
+
+STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("dequantize", TORCH_BOX(&lsk::dequantize)); }

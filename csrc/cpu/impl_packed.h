@@ -1,0 +1,197 @@
+// Dot products of packed weight rows with activations in fp32. Included inside the namespace of the instruction set.
+
+// As in impl_dot.h, a row's products are summed in one register over the width, whatever the blocking around it.
+
+// Four mantissa bits and more: fp8 has few enough values to be looked up.
+struct Fp8Table {
+  float of[256];
+};
+constexpr Fp8Table fp8_table() {
+  Fp8Table table{};
+  for (int bits = 0; bits < 256; ++bits) {
+    const int exponent = (bits >> 3) & 15, mantissa = bits & 7;
+    float value = static_cast<float>(exponent ? 8 + mantissa : mantissa);  // in units of the mantissa's last bit
+    for (int i = 10; i > (exponent ? exponent : 1); --i) value *= 0.5f;
+    for (int i = 10; i < exponent; ++i) value *= 2.0f;
+    if ((bits & 127) == 127) value = __builtin_nanf("");
+    table.of[bits] = bits & 128 ? -value : value;
+  }
+  return table;
+}
+constexpr Fp8Table kFp8Table = fp8_table();
+
+inline float half_at(const uint8_t* p) {
+  f16 bits[16] = {};
+  __builtin_memcpy(bits, p, 2);
+  float out[16];
+  store(out, load(bits), 16);
+  return out[0];
+}
+
+template <class G>
+inline float scale_at(const uint8_t* header) {
+  if constexpr (!G::kHasScale) return 1.0f;
+  if constexpr (!G::kIsFloat) return half_at(header);
+  float scale;
+  __builtin_memcpy(&scale, header, 4);
+  return scale;
+}
+
+// What `kBlock` values of a group stand for; `header` is the group's start, `values` that of these.
+template <class G>
+inline void expand_block(const uint8_t* header, const uint8_t* values, float* out) {
+  const F16 scale = splat(scale_at<G>(header));
+  const F16 least = splat(G::kHasZero ? half_at(header + 2) : 0.0f);
+  if constexpr (G::kIsFloat) {
+    for (int64_t i = 0; i < kBlock; ++i) out[i] = kFp8Table.of[values[i]];
+    for (int64_t i = 0; i < kBlock; i += 16) store(out + i, load(out + i) * scale, 16);
+    return;
+  }
+  int8_t bytes[kBlock];
+  if constexpr (G::kBits == 4) {
+    constexpr int kLess = G::kHasZero ? 0 : 8;
+    for (int64_t i = 0; i < kBlock / 2; ++i) {
+      bytes[i] = static_cast<int8_t>((values[i] & 15) - kLess);
+      bytes[i + kBlock / 2] = static_cast<int8_t>((values[i] >> 4) - kLess);
+    }
+  } else {
+    __builtin_memcpy(bytes, values, kBlock);
+  }
+  for (int64_t i = 0; i < kBlock; i += 16) {
+    const F16 value = load(bytes + i) * scale;
+    store(out + i, G::kHasZero ? value + least : value, 16);
+  }
+}
+
+// One row in T.
+template <class T>
+void expand_row(const uint8_t* row, Format format, int64_t width, T* out) {
+  with_group(format, [&](auto group) {
+    using G = decltype(group);
+    float block[kBlock];
+    for (int64_t k = 0; k < width; k += kBlock) {
+      const uint8_t* header = row + k / G::kSize * G::kBytes;
+      expand_block<G>(header, header + G::kHeader + k % G::kSize / kBlock * G::kBlockBytes, block);
+      for (int64_t i = 0; i < kBlock; i += 16) store(out + k + i, load(block + i), 16);
+    }
+  });
+}
+
+// out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows.
+template <class G, int MR>
+inline void wide_quad(const uint8_t* const rows[kQuad], const float* x, int64_t stride, int64_t width,
+                      const uint8_t* lines, float* out) {
+  F16 sums[MR][kQuad];
+  for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < kQuad; ++i) sums[m][i] = splat(0);
+  for (int64_t k = 0; k < width; k += kBlock) {
+    const int64_t group = k / G::kSize * G::kBytes, block = k % G::kSize / kBlock * G::kBlockBytes;
+    float w[kQuad][kBlock];
+    for (int i = 0; i < kQuad; ++i) {
+      expand_block<G>(rows[i] + group, rows[i] + group + G::kHeader + block, w[i]);
+      __builtin_prefetch(lines + (k / kBlock * kQuad + i) * G::kBlockBytes);
+    }
+    for (int64_t half = 0; half < kBlock; half += 16)
+      for (int m = 0; m < MR; ++m) {
+        const F16 lanes = load(x + m * stride + k + half);
+        for (int i = 0; i < kQuad; ++i) sums[m][i] = fma(load(w[i] + half), lanes, sums[m][i]);
+      }
+  }
+  for (int m = 0; m < MR; ++m) sum4(sums[m][0], sums[m][1], sums[m][2], sums[m][3], out + m * kTile);
+}
+
+// Runs body(weight rows, first of them, what to fetch meanwhile) for each `size` rows of a tile [n, n + count) of a
+// weight; the last rows may be one several times. `next` is what is read after the tile.
+template <int kSize, class F>
+inline void for_each_rows(const Weight& weight, int64_t n, int64_t count, const void* next, F body) {
+  const int64_t step = kSize * weight.pitch, ahead = step == 0 ? 0 : (kAhead + step - 1) / step * step;
+  const int64_t bytes = (count + kSize - 1) / kSize * step;
+  for (int64_t i = 0; i < count; i += kSize) {
+    const uint8_t* rows[kSize];
+    for (int64_t j = 0; j < kSize; ++j) rows[j] = weight.row(n + (i + j < count ? i + j : count - 1));
+    const int64_t at = i / kSize * step + ahead;
+    body(rows, i, at < bytes ? weight.row(n) + at : static_cast<const uint8_t*>(next) + at - bytes);
+  }
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls f(Count) with how many of `count` rows are to be taken at once, at most kMost.
+template <int kMost, class F>
+inline void with_count(int64_t count, F f) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, f);
+  }
+  f(Count<kMost>{});
+}
+
+// tile[m * kTile + i] = weight[n + i] · x[m] for up to kTile weight rows.
+template <class G>
+inline void wide_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,
+                      int64_t width, const void* next, float* tile) {
+  const int64_t blocks = (rows + LSK_MAX_BLOCK - 1) / LSK_MAX_BLOCK;
+  for_each_rows<kQuad>(weight, n, count, next, [&](const uint8_t* const* quad, int64_t i, const uint8_t* lines) {
+    for (int64_t block = 0, m = 0; block < blocks; ++block) {
+      const int64_t end = rows * (block + 1) / blocks;
+      with_count<LSK_MAX_BLOCK>(end - m, [&](auto size) {
+        wide_quad<G, decltype(size)::value>(quad, x + m * stride, stride, width, lines, tile + m * kTile + i);
+      });
+      m = end;
+    }
+  });
+}
+
+#ifdef LSK_FIXED
+#include "cpu/impl_fixed.h"
+#endif
+
+// Whether activations in T become 16-bit integers for packed integer weights. fp32 and fp16 would lose by it.
+template <class T>
+constexpr bool kFixes = false;
+#ifdef LSK_FIXED
+template <>
+constexpr bool kFixes<bf16> = true;
+#endif
+
+// Activations [rows, width] for weights of a format; with a norm weight, rms_norm (rounded to T) first.
+template <class T>
+void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, Format format, void* packed) {
+  const int64_t stride = padded(width);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (format == Format::kPlain) {
+      using X = typename Dot<T>::X;
+      pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * stride);
+      continue;
+    }
+    float* row = static_cast<float*>(packed) + r * stride;
+    pack_row(x + r * width, norm, eps, width, row);
+#ifdef LSK_FIXED
+    if (kFixes<T> && is_integer(format)) fix_row(row, stride);
+#endif
+  }
+}
+
+// tile[m * kTile + i] = weight[n + i] · x[m] for up to kTile weight rows and up to kMaxRows activation rows, the first
+// of which is row `first` of what `pack` made. What is read after this tile starts at `next`.
+template <class T>
+inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const Packed& x, int64_t first, int64_t rows,
+                          const void* next, float* tile) {
+  const int64_t stride = padded(x.width);
+  if (weight.format == Format::kPlain) {
+    const auto* own = static_cast<const typename Dot<T>::X*>(x.data) + first * stride;
+    const T* plain = reinterpret_cast<const T*>(weight.row(n));
+    return dot_tile(plain, x.width, count, own, stride, rows, x.width, next, tile);
+  }
+  const float* own = static_cast<const float*>(x.data) + first * stride;
+  with_group(weight.format, [&](auto group) {
+    using G = decltype(group);
+#ifdef LSK_FIXED
+    if constexpr (kFixes<T> && !G::kIsFloat)
+      return fixed_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
+#endif
+    wide_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
+  });
+}

@@ -1,0 +1,310 @@
+"""Formats of quantized weights.
+
+Wherever an op takes the weight of a matmul, [N, D] in the dtype of the activations, it also takes a packed one: a
+tensor of bytes [N, D / group_size · group_bytes], in one of `FORMATS`. A row is its groups one after the other, so a
+packed weight streams as a plain one does, and is one tensor. A group is
+
+    scale  fp16; in fp8 fp32
+    least  fp16, in the formats with a zero point
+    bytes  of its ``group_size`` values: int8 and fp8 one byte each; int4 by 32 values, whose first half is in the low
+           and whose second half is in the high four bits of 16 bytes
+
+and stands for ``scale · value`` or, with a zero point, ``scale · value + least``. An int4 value is what its four bits
+say, 0 … 15, less 8 in the formats without a zero point. So groups of 32 in int8, int4 and int4_zero are the blocks of
+llama.cpp's Q8_0, Q4_0 and Q4_1.
+
+The bytes of a row and the width D name the format: no two have the same number of bytes for one width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # values that int4 packs together
+FP8_MAX = 448.0  # of float8_e4m3fn
+_STEPS = 8  # of scales that are tried for a group on either side of what fits its extremes
+_ROWS = 4096  # that are quantized at a time
+
+
+class Format(NamedTuple):
+    """What a group holds: ``group_size`` integers of ``bits`` each, or float8_e4m3fn."""
+
+    name: str
+    bits: int
+    group_size: int
+    has_zero: bool = False
+    is_float: bool = False
+
+    @property
+    def header(self) -> int:
+        """Bytes before the values of a group."""
+        return 4 if self.has_zero or self.is_float else 2
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a group."""
+        return self.header + self.group_size * self.bits // 8
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of ``width`` weights, which must be a multiple of the group's size."""
+        return width // self.group_size * self.group_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With the scales."""
+        return 8 * self.group_bytes / self.group_size
+
+
+_ALL = (
+    Format("int8", 8, 32),
+    Format("int8_g128", 8, 128),
+    Format("int4", 4, 32),
+    Format("int4_g128", 4, 128),
+    Format("int4_zero", 4, 32, has_zero=True),
+    Format("int4_zero_g128", 4, 128, has_zero=True),
+    Format("fp8", 8, 32, is_float=True),
+    Format("fp8_g128", 8, 128, is_float=True),
+)
+FORMATS = {one.name: one for one in _ALL}
+"""All formats by name."""
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is a packed one; int8 tensors, the rows of a draft head, are not."""
+    return weight.dtype == torch.uint8
+
+
+def format_of(weight: Tensor, width: int) -> Format:
+    """The format of a packed weight [N, bytes] that multiplies states of ``width``.
+
+    Raises
+    ------
+    ValueError
+        If no format has as many bytes for that width.
+    """
+    for one in _ALL:
+        if width % one.group_size == 0 and weight.shape[-1] == one.row_bytes(width):
+            return one
+    choices = ", ".join(f"{one.name} {one.row_bytes(width)}" for one in _ALL if width % one.group_size == 0)
+    raise ValueError(f"{weight.shape[-1]} bytes a row are no format of width {width} ({choices or 'none'})")
+
+
+def named(name: str, width: int) -> Format:
+    """A format by its name, which must suit ``width``.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name, or ``width`` is not a multiple of its group.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"unknown weight format {name!r}, expected one of {', '.join(FORMATS)}")
+    found = FORMATS[name]
+    if width % found.group_size:
+        raise ValueError(f"{name} takes widths that are multiples of {found.group_size}, got {width}")
+    return found
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, name: str) -> Tensor:
+    """Pack a weight, rounded to nearest at the scale of each group that loses least.
+
+    Parameters
+    ----------
+    weight : Tensor [N, D]
+        In fp32, bf16 or fp16.
+    name : str
+        One of `FORMATS`.
+
+    Returns
+    -------
+    Tensor [N, bytes]
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, D is not a multiple of the group, or a row holds NaN, infinity, or what fp16 scales
+        cannot hold.
+    """
+    form = named(name, weight.shape[1])
+    out = weight.new_empty(weight.shape[0], form.row_bytes(weight.shape[1]), dtype=torch.uint8)
+    for first in range(0, weight.shape[0], _ROWS):
+        part = weight[first : first + _ROWS].float()
+        groups = part.view(part.shape[0], -1, form.group_size)
+        broken = (~groups.isfinite().all((1, 2))).nonzero()
+        if broken.numel():
+            raise ValueError(f"row {first + int(broken[0])} of the weight to quantize holds NaN or infinity")
+        out[first : first + _ROWS] = pack(form, *_fit(form, groups))
+    return out
+
+
+def pack(form: Format, values: Tensor, scale: Tensor, least: Tensor | None = None) -> Tensor:
+    """The bytes of given groups.
+
+    Parameters
+    ----------
+    form : Format
+    values : Tensor [N, G, S]
+        int8 values; four-bit ones as 0 … 15; fp8 ones in float8_e4m3fn.
+    scale : Tensor [N, G]
+    least : Tensor [N, G], optional
+        In the formats with a zero point.
+
+    Returns
+    -------
+    Tensor [N, bytes], uint8
+
+    Raises
+    ------
+    ValueError
+        If fp16 cannot hold a scale: it is too large, or so small that it would lose more than 1 %.
+    """
+    if form.is_float:
+        headers = [scale.float().unsqueeze(-1).contiguous().view(torch.uint8)]
+    else:
+        headers = [_halves(one) for one in (scale, least) if one is not None]
+    if form.bits == 4:
+        blocks = values.to(torch.uint8).view(*values.shape[:2], -1, 2, BLOCK // 2)
+        content = (blocks[..., 0, :] | blocks[..., 1, :] << 4).flatten(2)
+    else:
+        content = values.contiguous().view(torch.uint8)
+    return torch.cat([*headers, content], dim=2).flatten(1)
+
+
+def _halves(numbers: Tensor) -> Tensor:
+    """fp16 as two bytes each, [N, G, 2]."""
+    half = numbers.to(torch.float16)
+    lost = (half.float() - numbers.float()).abs() > 0.01 * numbers.float().abs()
+    lost &= numbers.float().abs() > 2.0**-24  # below that a group is as good as zero
+    if bool((~half.isfinite() | lost).any()):
+        worst = numbers[~half.isfinite() | lost][0]
+        raise ValueError(f"fp16 cannot hold the scale or least value {float(worst):g} of a group")
+    return half.unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def unpack(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `pack` took: values [N, G, S] (four-bit ones as 0 … 15), scale and least [N, G], in fp32."""
+    form = format_of(weight, width)
+    groups = weight.unflatten(1, (-1, form.group_bytes))
+    headers = groups[:, :, : form.header].contiguous().view(torch.float32 if form.is_float else torch.float16).float()
+    content = groups[:, :, form.header :]
+    if form.bits == 4:
+        blocks = content.unflatten(2, (-1, BLOCK // 2))
+        values = torch.stack([blocks & 15, blocks >> 4], dim=3).flatten(2).float()
+    elif form.is_float:
+        values = content.contiguous().view(torch.float8_e4m3fn).float()
+    else:
+        values = content.contiguous().view(torch.int8).float()
+    return values, headers[:, :, 0], headers[:, :, 1] if form.has_zero else None
+
+
+def dequantize(weight: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a weight stands for.
+
+    Parameters
+    ----------
+    weight : Tensor [N, width], or packed [N, bytes]
+    width : int
+    dtype : torch.dtype
+        Of the result; a packed weight is computed in fp32, or in float64 if that is it, and rounded once.
+
+    Returns
+    -------
+    Tensor [N, width]
+    """
+    if not is_packed(weight):
+        return weight.to(dtype)
+    form = format_of(weight, width)
+    values, scale, least = unpack(weight, width)
+    if dtype == torch.float64:
+        values, scale, least = values.double(), scale.double(), None if least is None else least.double()
+    if form.bits == 4 and not form.has_zero:
+        values = values - 8
+    out = values * scale[:, :, None]
+    if least is not None:
+        out = out + least[:, :, None]
+    return out.flatten(1).to(dtype)
+
+
+def plain(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """As `dequantize`, by a native kernel on CPU tensors where the library was built."""
+    if not is_packed(weight) or not weight.is_cpu or not _has_native():
+        return dequantize(weight, width, dtype)
+    out = torch.empty(weight.shape[0], width, dtype=dtype)
+    torch.ops.layerskip_native.dequantize(weight, out)
+    return out
+
+
+@cache
+def _has_native() -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("layerskip_native::dequantize", "CPU"))
+
+
+def lookup(weight: Tensor, index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of an embedding [V, width], plain or packed: [*index, width] in ``dtype``."""
+    if not is_packed(weight):
+        return weight[index]
+    return dequantize(weight[index.reshape(-1)], width, dtype).view(*index.shape, width)
+
+
+def _fit(form: Format, groups: Tensor) -> tuple[Tensor, ...]:
+    """Values, scale and least of groups [N, G, S], as `pack` takes them: the scale, of some, that loses least."""
+    if form.has_zero:
+        return _fit_range(groups)
+    largest = groups.abs().amax(2)
+    if form.is_float:
+        scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+        return (groups / scale[:, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    if form.bits == 8:
+        scale = _rounded(largest / 127)
+        return _nearest(groups, scale, -127, 127).to(torch.int8), scale
+    # The value that is largest in size becomes -8, the end of the range that has one number more.
+    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
+    best = _rounded(extreme / -8)
+    values = _nearest(groups, best, -8, 7)
+    least_error = _error(groups, values, best)
+    for step in range(-_STEPS, _STEPS + 1):
+        scale = _rounded(extreme / (-8 + 0.1 * step))
+        candidate = _nearest(groups, scale, -8, 7)
+        error = _error(groups, candidate, scale)
+        better = error < least_error
+        best, least_error = torch.where(better, scale, best), torch.where(better, error, least_error)
+        values = torch.where(better[:, :, None], candidate, values)
+    return values + 8, best
+
+
+def _fit_range(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Four-bit values, scale and least of groups; the range that is spanned shrinks as long as that loses less."""
+    low, high = groups.amin(2), groups.amax(2)
+    best_error = torch.full_like(low, float("inf"))
+    best = (torch.zeros_like(groups), torch.ones_like(low), low)
+    for step in range(_STEPS + 1):
+        inset = (high - low) * (0.02 * step)
+        least = (low + inset).to(torch.float16).float()
+        scale = _rounded((high - low - 2 * inset) / 15)
+        values = _nearest(groups - least[:, :, None], scale, 0, 15)
+        error = _error(groups - least[:, :, None], values, scale)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        chosen = (better[:, :, None], better, better)
+        new = (values, scale, least)
+        best = tuple(torch.where(*one) for one in zip(chosen, new, best, strict=True))  # type: ignore[assignment]
+    return best
+
+
+def _rounded(scale: Tensor) -> Tensor:
+    """To fp16, so that values are rounded to what they will be multiplied by; a group of zeros has scale 1."""
+    scale = scale.to(torch.float16).float()
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _nearest(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (groups / scale[:, :, None]).round_().clamp_(low, high)
+
+
+def _error(groups: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    return (values * scale[:, :, None] - groups).square().sum(2)

@@ -1,0 +1,60 @@
+"""A model with packed weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels import LayerWeights
+from layerskip_kernels.formats import is_packed, named, quantize
+
+from .head import EarlyExitHead
+
+if TYPE_CHECKING:
+    from .model import LayerSkipModel
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""The weights of a layer's matmuls, by their names in `LayerWeights`."""
+
+
+@torch.no_grad()
+def quantized(model: LayerSkipModel, weights: str, release: bool) -> LayerSkipModel:
+    """See `LayerSkipModel.quantize`."""
+    decoder, head = model.decoder, model.head
+    _check(model, weights)
+
+    def packed(weight: Tensor) -> Tensor:
+        out = quantize(weight, weights)
+        if release:
+            weight.data = weight.new_empty(0)  # whoever holds the parameter holds an empty one
+        return out
+
+    tied = model.embedding.data_ptr() == head.head_weight.data_ptr()
+    layers = []
+    for number in range(decoder.num_layers):
+        layer = decoder.layer(number)
+        layers.append(layer._replace(**{name: packed(getattr(layer, name)) for name in MATRICES}))
+    head_weight = packed(head.head_weight)
+    embedding = head_weight if tied else packed(model.embedding)
+    return type(model)(
+        embedding,
+        decoder.of(layers),
+        EarlyExitHead(head.norm_weight, head_weight, head.eps),
+        model.config,
+        model.generation_config,
+    )
+
+
+def _check(model: LayerSkipModel, weights: str) -> None:
+    first: LayerWeights = model.decoder.layer(0)
+    if any(is_packed(one) for one in (model.embedding, model.head.head_weight, first.q)):
+        raise ValueError("the model's weights are packed already; quantize the model that it was made from")
+    if model.draft_head is not model.head or model.decoder.num_blocks:
+        raise ValueError("the model has an exit; quantize the model without it, then give it the exit")
+    for name in MATRICES:
+        try:
+            named(weights, getattr(first, name).shape[1])
+        except ValueError as error:
+            raise ValueError(f"{name} of the layers: {error}") from None
