@@ -328,8 +328,12 @@ def _head(hidden: Tensor, **named: Tensor | None) -> None:
 
 def _drafting(a: Any) -> None:
     _shaped("token", a.token, [None], [torch.int64])
-    _shaped("norm_weight", a.norm_weight, [None], FLOATS)
-    _matrix("embedding", a.embedding, None, a.norm_weight.shape[0], a.norm_weight.dtype)
+    if is_packed(a.embedding):
+        _shaped("norm_weight", a.norm_weight, [None], FLOATS)
+        _matrix("embedding", a.embedding, None, a.norm_weight.shape[0], a.norm_weight.dtype)
+    else:
+        _shaped("embedding", a.embedding, [None, None], FLOATS)
+        _shaped("norm_weight", a.norm_weight, [a.embedding.shape[1]], [a.embedding.dtype])
     _require(a.embedding.shape[0] > 0, "embedding has no rows")
     _require(a.num_speculations >= 0, f"num_speculations must not be negative, got {a.num_speculations}")
     _require(0 <= a.draft_threshold <= 1, f"draft_threshold must lie in [0, 1], got {a.draft_threshold}")
@@ -408,7 +412,7 @@ def _matrix(name: str, weight: Tensor, rows: int | None, width: int, dtype: torc
 def _sized(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     """A layer's tensor: a vector, or the weight of a matmul."""
     if len(shape) == 2:
-        _matrix(name, tensor, *shape, dtype)
+        _matrix(name, tensor, shape[0], shape[1], dtype)
     else:
         _shaped(name, tensor, shape, [dtype])
 

@@ -286,9 +286,8 @@ def record_draft(
     if draft_threshold > 0:
         token = torch.where(chance >= draft_threshold, token, -1)  # false of NaN, too
     out.tokens[:, row], out.probability[:, row] = token, chance
-    return lookup(
-        embedding, token.clamp_min(0), state.shape[1], state.dtype
-    )  # what follows a -1 has no meaning, but an index must be valid
+    valid = token.clamp_min(0)  # what follows a -1 has no meaning, but an index must be valid
+    return lookup(embedding, valid, state.shape[1], state.dtype)
 
 
 def _ended(out: Draft, row: int, draft_threshold: float) -> Tensor | None:
@@ -329,9 +328,8 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
             record(state, head_output if rest < num_speculations else None, a.embedding, out, rest, a.draft_threshold)
         return None
 
-    draft_loop(
-        lookup(a.embedding, a.token.clamp_min(0), hidden_size, dtype), num_speculations, a.extend, forward, choose
-    )
+    first = lookup(a.embedding, a.token.clamp_min(0), hidden_size, dtype)
+    draft_loop(first, num_speculations, a.extend, forward, choose)
     return out
 
 

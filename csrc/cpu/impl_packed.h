@@ -148,13 +148,19 @@ inline void wide_tile(const Weight& weight, int64_t n, int64_t count, const floa
 #include "cpu/impl_fixed.h"
 #endif
 
-// Whether activations in T become 16-bit integers for packed integer weights. fp32 and fp16 would lose by it.
+// Whether activations in T may become 16-bit integers. fp32 and fp16 would lose by it.
 template <class T>
 constexpr bool kFixes = false;
 #ifdef LSK_FIXED
 template <>
 constexpr bool kFixes<bf16> = true;
 #endif
+
+// Whether they do for a format; only rows of a draft head come in any width.
+template <class T>
+inline bool fixes(Format format, int64_t width) {
+  return kFixes<T> && is_integer(format) && width % kBlock == 0;
+}
 
 // Activations [rows, width] for weights of a format; with a norm weight, rms_norm (rounded to T) first.
 template <class T>
@@ -169,7 +175,7 @@ void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, For
     float* row = static_cast<float*>(packed) + r * stride;
     pack_row(x + r * width, norm, eps, width, row);
 #ifdef LSK_FIXED
-    if (kFixes<T> && is_integer(format)) fix_row(row, stride);
+    if (fixes<T>(format, width)) fix_row(row, stride);
 #endif
   }
 }
@@ -186,12 +192,19 @@ inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const 
     return dot_tile(plain, x.width, count, own, stride, rows, x.width, next, tile);
   }
   const float* own = static_cast<const float*>(x.data) + first * stride;
+#ifdef LSK_FIXED
+  if (fixes<T>(weight.format, x.width))
+    return with_group(weight.format, [&](auto group) {
+      using G = decltype(group);
+      if constexpr (kFixes<T> && !G::kIsFloat) fixed_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
+    });
+#endif
+  if (weight.format == Format::kRows) {
+    const int8_t* plain = reinterpret_cast<const int8_t*>(weight.row(n));
+    return dot_tile(plain, x.width, count, own, stride, rows, x.width, next, tile);
+  }
   with_group(weight.format, [&](auto group) {
     using G = decltype(group);
-#ifdef LSK_FIXED
-    if constexpr (kFixes<T> && !G::kIsFloat)
-      return fixed_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
-#endif
     wide_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
   });
 }
