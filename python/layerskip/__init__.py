@@ -32,7 +32,9 @@ if TYPE_CHECKING:
         SharedKVCache,
         UnsupportedModelError,
         adapt,
+        gather_weights,
         load,
+        scatter_weights,
         supported_architectures,
     )
     from .transformers.acceleration import accelerate, restore
@@ -61,9 +63,11 @@ __all__ = [
     "__version__",
     "accelerate",
     "adapt",
+    "gather_weights",
     "generate",
     "load",
     "restore",
+    "scatter_weights",
     "supported_architectures",
 ]
 
@@ -76,7 +80,7 @@ __getattr__ = exports(
         ),
         ".models": (
             "EarlyExitHead", "Exit", "LayerSkipModel", "PartialDepthDecoder", "SharedKVCache",
-            "UnsupportedModelError", "adapt", "load", "supported_architectures",
+            "UnsupportedModelError", "adapt", "gather_weights", "load", "scatter_weights", "supported_architectures",
         ),
         ".transformers.acceleration": ("accelerate", "restore"),
         ".transformers.custom_generate": ("generate",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import layerskip_kernels
 from layerskip_kernels import _extension, dispatch
 
 from .. import devices, registry
+from ..models.arena import HUGE, Arena
 
 PACKAGES = (
     "layerskip-kernels",
@@ -74,12 +76,24 @@ def _cpu() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, instruction set: {instructions}"
 
 
+def _pages() -> str:
+    """What the kernel gives to weights that lie in one piece."""
+    arena = Arena(2 * HUGE)
+    arena.take(torch.ones(2 * HUGE, dtype=torch.uint8))
+    if arena.huge_bytes() == 2 * HUGE:
+        return "huge pages of 2 MiB"
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    reason = setting.read_text().strip() if setting.is_file() else "not a Linux with transparent huge pages"
+    return f"pages of 4 KiB; the kernel gives no huge ones ({reason})"
+
+
 def _facts() -> Table:
     table = Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for package in PACKAGES:
         table.add_row(package, _version(package))
     table.add_row("cpu", _cpu())
+    table.add_row("weights in", _pages())
     table.add_row("cuda library", _extension.cuda_reason or "loaded")
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("cuda cards", ", ".join(cards) or "none")

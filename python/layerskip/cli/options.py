@@ -23,7 +23,9 @@ def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None =
     quiet_transformers()
     with console.status(f"loading {args.model}"):
         model, tokenizer = models.load(args.model, dtype or getattr(torch, args.dtype))
-        return model.to(args.device), tokenizer
+        model = model.to(args.device)
+        models.gather_weights(model)
+        return model, tokenizer
 
 
 def settle(args: argparse.Namespace) -> None:

@@ -151,6 +151,7 @@ class SelfSpeculativeDecoder:
         model, tokenizer = models.load(name_or_dir, dtype=dtype)
         if weights is not None:
             model = models.adapt(model).quantize(weights, release=True)
+        models.gather_weights(model)
         decoder = cls(model, **tuned(name_or_dir, model.config, tuning, options))
         decoder.tokenizer = tokenizer
         return decoder

@@ -1,6 +1,7 @@
 """Early-exit models: their parts, how they are made of Hugging Face models, and loading from disk."""
 
 from .architectures import adapt, supported_architectures
+from .arena import gather_weights, scatter_weights
 from .cache import SharedKVCache
 from .exit import BoundExit, Exit
 from .head import EarlyExitHead
@@ -19,6 +20,8 @@ __all__ = [
     "SharedKVCache",
     "UnsupportedModelError",
     "adapt",
+    "gather_weights",
     "load",
+    "scatter_weights",
     "supported_architectures",
 ]

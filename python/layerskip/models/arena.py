@@ -1,0 +1,123 @@
+"""Where weights lie: one after the other in the order in which decoding reads them, in huge pages.
+
+Decoding one token reads every weight once. Weights that lie scattered in pages of 4 KiB cost it a look into the page
+table every few thousand cycles, and the processor's own prefetching ends at each page and each tensor.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architectures import adapt
+from .model import LayerSkipModel
+
+HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
+LINE = 64  # bytes; each weight begins at a line of the cache
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer, in the order in which it reads them
+_SMAPS = Path("/proc/self/smaps")
+
+
+class Arena:
+    """The memory of a model's weights.
+
+    Parameters
+    ----------
+    size : int
+        Bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        # Private: shared memory, the default, has a rule of its own for huge pages.
+        self._memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
+        self._next = -start % HUGE
+        self.address = start + self._next
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor, behind those that were taken before; it keeps the memory alive, and is its own storage.
+
+        A storage of its own: what saves a model takes tensors of one storage for one weight under several names.
+        """
+        copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._next)
+        self._next += _lines(tensor)
+        return copy.view(tensor.shape).copy_(tensor.detach())
+
+    def huge_bytes(self) -> int:
+        """How many bytes of it lie in huge pages, as the kernel says; 0 where it does not say."""
+        inside = 0
+        for line in _SMAPS.read_text().splitlines() if _SMAPS.is_file() else ():
+            field = line.split()
+            if "-" in field[0] and not field[0].endswith(":"):
+                begin, end = (int(part, 16) for part in field[0].split("-"))
+                inside = max(0, min(end, self.address + self.size) - max(begin, self.address))
+            elif field[0] == "AnonHugePages:" and inside:
+                return min(1024 * int(field[1]), inside)
+        return 0
+
+
+def gather_weights(model: Any) -> Arena | None:
+    """Move a model's weights into one arena, in place, in the order in which decoding reads them.
+
+    Every holder of a parameter sees it in its new place, so whatever shares the weights goes on sharing them; their
+    values do not change. Who holds a view of a weight, and not the parameter, keeps the old memory.
+
+    Parameters
+    ----------
+    model : LayerSkipModel or transformers.PreTrainedModel
+
+    Returns
+    -------
+    Arena or None
+        None where the weights are not in plain memory of this process: on a card, say, or made in inference mode.
+
+    Raises
+    ------
+    UnsupportedModelError
+        As `layerskip.adapt`.
+    """
+    tensors = _weights(model)
+    if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
+        return None
+    places = {(tensor.data_ptr(), tensor.shape): _lines(tensor) for tensor in tensors}  # tied ones have one place
+    arena, moved = Arena(sum(places.values())), dict[tuple[int, torch.Size], Tensor]()
+    for tensor in tensors:
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in moved:
+            moved[place] = arena.take(tensor)
+        tensor.data = moved[place]  # which frees the old memory, so that both copies never exist at once
+    return arena
+
+
+def scatter_weights(model: Any) -> None:
+    """Undo `gather_weights`: give each weight memory of its own again, which frees the arena when the last has it."""
+    moved: dict[int, Tensor] = {}
+    for tensor in _weights(model):
+        tensor.data = moved.setdefault(tensor.data_ptr(), tensor.detach().clone())
+
+
+def _weights(model: Any) -> list[Tensor]:
+    """Each weight of `_in_order` once; of tied ones that are two parameters both."""
+    adapted = model if isinstance(model, LayerSkipModel) else adapt(model)
+    return list({id(tensor): tensor for tensor in _in_order(adapted)}.values())
+
+
+def _in_order(model: LayerSkipModel) -> Iterator[Tensor]:
+    """The weights of the matmuls; norms and biases are too small to matter, and are read in between."""
+    for number in range(model.num_layers):
+        layer = model.decoder.layer(number)
+        yield from (getattr(layer, name) for name in MATRICES)
+    yield model.head.head_weight
+    yield model.embedding
+
+
+def _lines(tensor: Tensor) -> int:
+    return (tensor.nbytes + LINE - 1) // LINE * LINE

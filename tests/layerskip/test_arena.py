@@ -1,0 +1,119 @@
+"""Weights in one piece of memory: where they lie, and that nothing else about them changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import prompt_of, tiny_model
+
+import layerskip
+from layerskip.models import arena
+from layerskip.models.arena import HUGE, LINE, MATRICES, Arena
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def bits_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def test_weights_lie_in_the_order_of_reading() -> None:
+    model = tiny_model()
+    adapted = layerskip.adapt(model)
+    before, objects = bits_of(model), dict(model.named_parameters())
+    memory = layerskip.gather_weights(model)
+    assert memory is not None
+    layers = [adapted.decoder.layer(number) for number in range(adapted.num_layers)]
+    weights = [getattr(layer, name) for layer in layers for name in MATRICES]
+    weights += [adapted.head.head_weight, adapted.embedding]
+    place = memory.address
+    assert place % HUGE == 0
+    for weight in weights:
+        assert weight.data_ptr() == place
+        place += -(-weight.nbytes // LINE) * LINE
+    assert place == memory.address + memory.size
+    for name, parameter in model.named_parameters():
+        assert parameter is objects[name]
+        assert torch.equal(parameter, before[name])
+
+
+def test_tied_weights_stay_tied_and_have_one_place() -> None:
+    model = layerskip.adapt(tiny_model())
+    tied = torch.nn.Parameter(model.embedding.detach(), requires_grad=False)  # another parameter of the same memory
+    model.head.head_weight = tied
+    memory = layerskip.gather_weights(model)
+    assert memory is not None
+    assert model.embedding.data_ptr() == model.head.head_weight.data_ptr()
+    assert model.embedding.data_ptr() + -(-tied.nbytes // LINE) * LINE == memory.address + memory.size
+
+
+def test_what_is_decoded_and_saved_stays(tmp_path: Path, one_thread: None) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model()
+    expected = layerskip.SelfSpeculativeDecoder(model, exit_layer=1).generate(prompt_of(7), max_new_tokens=12)
+    decoder = layerskip.SelfSpeculativeDecoder(model, exit_layer=1)
+    layerskip.gather_weights(model)
+    assert torch.equal(decoder.generate(prompt_of(7), max_new_tokens=12).sequences, expected.sequences)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+
+
+def test_training_goes_on() -> None:
+    model = tiny_model()
+    layerskip.gather_weights(model)
+    place = model.lm_head.weight.data_ptr()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.lm_head.weight.detach().clone()
+    model(prompt_of(5), labels=prompt_of(5)).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model.lm_head.weight, before)
+    assert model.lm_head.weight.data_ptr() == place
+
+
+def test_scatter_undoes_it() -> None:
+    model = tiny_model()
+    before = bits_of(model)
+    memory = layerskip.gather_weights(model)
+    assert memory is not None
+    layerskip.scatter_weights(model)
+    inside = range(memory.address, memory.address + memory.size)
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() not in inside
+        assert torch.equal(parameter, before[name])
+
+
+def test_weights_outlive_the_arena_object() -> None:
+    model = tiny_model()
+    before = bits_of(model)
+    layerskip.gather_weights(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_what_is_not_in_plain_memory_stays_where_it_is() -> None:
+    with torch.inference_mode():
+        model = layerskip.adapt(tiny_model())
+    place = model.head.head_weight.data_ptr()
+    assert layerskip.gather_weights(model) is None
+    assert model.head.head_weight.data_ptr() == place
+
+
+def test_huge_pages() -> None:
+    if not SETTING.is_file() or "[never]" in SETTING.read_text():
+        pytest.skip("this kernel gives no transparent huge pages")
+    memory = Arena(3 * HUGE)
+    assert memory.huge_bytes() == 0  # nothing is touched yet
+    memory.take(torch.ones(3 * HUGE, dtype=torch.uint8))
+    assert memory.huge_bytes() in (3 * HUGE, 2 * HUGE, HUGE)  # what was free in one piece
+
+
+def test_where_the_kernel_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(arena, "_SMAPS", tmp_path / "none")
+    memory = Arena(HUGE)
+    memory.take(torch.ones(HUGE, dtype=torch.uint8))
+    assert memory.huge_bytes() == 0
