@@ -5,10 +5,16 @@
 // queries and keys and of weights and values, are sums of vectors times a number: no sum across the lanes of a
 // register. Each sum runs in one register over the columns of a head or the positions, whatever the blocking around it.
 
+// Query rows at once, and how many times sixteen keys or columns of a head beside each other: as many sums as there are
+// registers for, and enough of them to hide each other's latency.
 #if LSK_MAX_BLOCK > 2
-constexpr int kColumns = 4;  // registers side by side; with six rows, they are enough to hide each other's latency
+constexpr int kRowsAtOnce = LSK_MAX_BLOCK;
+template <int ROWS>
+constexpr int kColumns = 4;
 #else
-constexpr int kColumns = 2;
+constexpr int kRowsAtOnce = 3;
+template <int ROWS>
+constexpr int kColumns = ROWS == 1 ? 4 : 2;
 #endif
 constexpr int64_t kMaxHead = 256;
 constexpr int64_t kLine = 64;    // bytes
@@ -37,10 +43,29 @@ class Ahead {
   const char *at_, *end_;
 };
 
+// Sixteen keys of a T that is widened to be multiplied -> words [padded C][kTile], sixteen of each row. Two columns at
+// a time are transposed, and taken apart afterwards: half the work of widening first.
+inline void transpose_pairs(const bf16* const* keys, int64_t head_dim, float* words, Ahead& own_values) {
+  int64_t c = 0;
+  for (; c + 32 <= head_dim; c += 32) {
+    own_values.fetch(8 * kFetched);
+    transpose_unzipped(keys, c, words + c * kTile, kTile);
+  }
+  if (c == head_dim) return;
+  bf16 padded[16][32] = {};
+  const bf16* rows[16];
+  for (int i = 0; i < 16; ++i) {
+    __builtin_memcpy(padded[i], keys[i] + c, (head_dim - c) * sizeof(bf16));
+    rows[i] = padded[i];
+  }
+  transpose_unzipped(rows, 0, words + c * kTile, kTile);
+}
+
 // Sixteen keys -> words [padded C / columns a word][kTile], sixteen of each row.
 template <class T>
 inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words, Ahead& own_values) {
   using D = Dot<T>;
+  if constexpr (kUnzips<T> && D::kStep == 16) return transpose_pairs(keys, head_dim, words, own_values);
   int64_t c = 0;
   F16 rows[16];
   for (; c + D::kStep <= head_dim; c += D::kStep, words += 16 * kTile) {
@@ -67,14 +92,14 @@ inline F16 splat_word(const X* from) {
   return splat(word);
 }
 
-// scores[h * kTile + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on. Sums of fp32
-// products are taken in short pieces, which rounds less.
+// scores[h * kTile + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on. fp32 is summed in
+// short pieces, which rounds less; products of 16 bits are exact, and what is rounded to 16 bits later needs none.
 template <class T, int ROWS, int COLUMNS>
 inline void score_columns(const typename Dot<T>::X* const* queries, const float* words, int64_t width, int64_t t,
                           Ahead& own_values, float* scores) {
   using D = Dot<T>;
   constexpr int64_t kWord = D::kStep / 16;
-  constexpr int64_t kPiece = D::kStep == 16 ? 8 : kMaxHead;
+  constexpr int64_t kPiece = sizeof(T) == 4 ? 8 : kMaxHead;
   Ahead ahead = own_values;  // in registers
   for (int64_t begin = 0; begin < width; begin += kPiece) {
     F16 sums[ROWS][COLUMNS];
@@ -196,16 +221,17 @@ struct Tile {
   // For ROWS query rows, which all see `count` positions of it.
   template <int ROWS>
   void attend(const X* const* queries, int64_t count, const Seen& seen) const {
+    constexpr int kWide = kColumns<ROWS>;
     alignas(64) float scores[ROWS * kTile];
     const int64_t width = head_dim * 16 / Dot<T>::kStep;
     int64_t t = 0, c = 0;
-    for (; t + 16 * kColumns <= count; t += 16 * kColumns)
-      score_columns<T, ROWS, kColumns>(queries, words, width, t, own_values, scores);
+    for (; t + 16 * kWide <= count; t += 16 * kWide)
+      score_columns<T, ROWS, kWide>(queries, words, width, t, own_values, scores);
     for (; t < count; t += 16) score_columns<T, ROWS, 1>(queries, words, width, t, own_values, scores);
     F16 shrink[ROWS];
     softmax_numerators<ROWS>(scores, count, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim)), seen, shrink);
-    for (; c + 16 * kColumns <= head_dim; c += 16 * kColumns)
-      weigh_columns<T, ROWS, kColumns>(scores, values, count, head_dim, c, seen, shrink, next_keys);
+    for (; c + 16 * kWide <= head_dim; c += 16 * kWide)
+      weigh_columns<T, ROWS, kWide>(scores, values, count, head_dim, c, seen, shrink, next_keys);
     for (; c < head_dim; c += 16)
       weigh_columns<T, ROWS, 1>(scores, values, count, head_dim, c, seen, shrink, next_keys);
   }
@@ -216,9 +242,9 @@ struct Tile {
         return attend<1>(queries, count, seen);
       case 2:
         return attend<2>(queries, count, seen);
-#if LSK_MAX_BLOCK > 2
       case 3:
         return attend<3>(queries, count, seen);
+#if LSK_MAX_BLOCK > 2
       case 4:
         return attend<4>(queries, count, seen);
       case 5:
@@ -240,8 +266,8 @@ inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, co
     return seen < 0 ? 0 : smaller(seen, kTile);
   };
   alignas(64) float words[kMaxHead * kTile];
-  alignas(64) X packed[LSK_MAX_BLOCK * kMaxHead];  // where T is not what is multiplied
-  const X* queries[LSK_MAX_BLOCK];
+  alignas(64) X packed[kRowsAtOnce * kMaxHead];  // where T is not what is multiplied
+  const X* queries[kRowsAtOnce];
   const int64_t rows = a.rows * a.ratio, pitch = kPartialHead + a.head_dim, last = visible(rows - 1);
   Ahead own_values(a.values + start * a.head_dim, last * a.head_dim), next_keys(next, kTile * a.head_dim);
   for (int64_t t = 0; t < last; t += 16) {
@@ -253,7 +279,7 @@ inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, co
   for (int64_t r = 0; r < rows;) {
     const int64_t count = visible(r);
     int block = 0;
-    for (; block < LSK_MAX_BLOCK && r + block < rows && visible(r + block) == count; ++block) {
+    for (; block < kRowsAtOnce && r + block < rows && visible(r + block) == count; ++block) {
       const int64_t row = r + block, m = row / a.ratio, head = a.kv_head * a.ratio + row % a.ratio;
       const T* query = a.q + (m * a.num_heads + head) * a.head_dim;
       if constexpr (sizeof(T) == sizeof(X)) {

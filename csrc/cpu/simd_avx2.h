@@ -187,3 +187,24 @@ inline void transpose(F16* rows) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) rows[i] = {out[i / 8][0][i % 8], out[i / 8][1][i % 8]};
 }
+// Thirty-two columns of sixteen rows, from `column` on -> out[c * pitch + row]: as words that hold two columns, which
+// are taken apart at the end.
+inline void transpose_unzipped(const bf16* const* rows, int64_t column, float* out, int64_t pitch) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  for (int right = 0; right < 2; ++right) {
+    for (int down = 0; down < 2; ++down) {
+      __m256 words[8], columns[8];
+#pragma GCC unroll 16
+      for (int i = 0; i < 8; ++i)
+        words[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[8 * down + i] + column + 16 * right));
+      transpose8(words, columns);
+      float* to = out + 16 * right * pitch + 8 * down;
+#pragma GCC unroll 16
+      for (int i = 0; i < 8; ++i) {
+        const __m256i pair = _mm256_castps_si256(columns[i]);
+        _mm256_storeu_ps(to + 2 * i * pitch, _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)));
+        _mm256_storeu_ps(to + (2 * i + 1) * pitch, _mm256_castsi256_ps(_mm256_and_si256(pair, high)));
+      }
+    }
+  }
+}

@@ -69,11 +69,11 @@ inline F16 load(const int8_t* p, int64_t n) {
 }
 
 // Thirty-two as the even and the odd ones, which takes half the work of two loads; `zip` puts them in order.
-inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
-  const __m512i both = _mm512_loadu_si512(p);
+inline void unzip(__m512i both, F16* even, F16* odd) {
   *even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
   *odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
+inline void load_unzipped(const bf16* p, F16* even, F16* odd) { unzip(_mm512_loadu_si512(p), even, odd); }
 inline void zip(F16* even, F16* odd) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512 high = _mm512_permutex2var_ps(even->v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd->v);
@@ -122,5 +122,20 @@ inline void transpose(F16* rows) {
     rows[i + 4] = {_mm512_shuffle_f32x4(b, d, 0x88)};
     rows[i + 8] = {_mm512_shuffle_f32x4(a, c, 0xdd)};
     rows[i + 12] = {_mm512_shuffle_f32x4(b, d, 0xdd)};
+  }
+}
+// Thirty-two columns of sixteen rows, from `column` on -> out[c * pitch + row]: as words that hold two columns, which
+// are taken apart at the end.
+inline void transpose_unzipped(const bf16* const* rows, int64_t column, float* out, int64_t pitch) {
+  F16 pairs[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) pairs[i] = {_mm512_castsi512_ps(_mm512_loadu_si512(rows[i] + column))};
+  transpose(pairs);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    F16 even, odd;
+    unzip(_mm512_castps_si512(pairs[i].v), &even, &odd);
+    store(out + 2 * i * pitch, even);
+    store(out + (2 * i + 1) * pitch, odd);
   }
 }

@@ -196,3 +196,8 @@ inline void zip(F16* even, F16* odd) {
     odd->v[2 * i + 1] = second.v[i + 8];
   }
 }
+// Thirty-two columns of sixteen rows, from `column` on -> out[c * pitch + row].
+inline void transpose_unzipped(const bf16* const* rows, int64_t column, float* out, int64_t pitch) {
+  for (int c = 0; c < 32; ++c)
+    for (int row = 0; row < 16; ++row) out[c * pitch + row] = to_float(rows[row][column + c]);
+}
