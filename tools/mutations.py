@@ -94,6 +94,10 @@ MUTATIONS = [
         "self._another = seconds\n", "self._another = 0.0\n", LAYERSKIP + "test_budget.py",
     ),
     Mutation(
+        "a pass that took too long is tried again and again", DECODING + "budget.py",
+        "while tokens > 1 and tokens in", "while False and tokens in", LAYERSKIP + "test_budget.py -k jumps",
+    ),
+    Mutation(
         "top-p of all tokens, not of those that top-k leaves", DECODING + "logits.py",
         "if self._top_k is not None:\n            logits = _keep_top_k(logits, self._top_k, self._largest_k)\n"
         "        if self._top_p is not None:\n            logits = _keep_top_p(logits, self._top_p)\n",
