@@ -17,8 +17,10 @@ template <int ROWS>
 constexpr int kColumns = ROWS == 1 ? 4 : 2;
 #endif
 constexpr int64_t kMaxHead = 256;
-constexpr int64_t kLine = 64;    // bytes
-constexpr int64_t kFetched = 1;  // lines that are fetched ahead beside a few products
+constexpr int64_t kLine = 64;  // bytes
+// Lines that are fetched ahead beside a step of so many columns.
+template <class T, int COLUMNS>
+constexpr int64_t kFetched = COLUMNS * sizeof(T) >= 8 ? 2 : 1;
 
 // Whether two of T are read as one word, the even one and the odd one, where they are widened to be multiplied.
 template <class T>
@@ -52,7 +54,7 @@ inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words,
   const float* rows[16];
   for (int64_t c = 0; c < head_dim; c += kStep, words += 16 * kTile) {
     const int64_t n = smaller(kStep, head_dim - c);
-    own_values.fetch(kStep / 8);
+    own_values.fetch(4 * kFetched<T, kColumns<kRowsAtOnce>>);
     for (int i = 0; i < 16; ++i) {
       rows[i] = kWidens || n < kStep ? padded[i] : reinterpret_cast<const float*>(keys[i] + c);
       if constexpr (kWidens) {
@@ -72,6 +74,14 @@ inline F16 splat_word(const X* from) {
   float word;
   __builtin_memcpy(&word, from, sizeof(word));
   return splat(word);
+}
+
+// Has what lies at `index` loaded again for each column: kept for the next one, it would push a sum out of the
+// registers.
+inline void load_again([[maybe_unused]] int64_t& index) {
+#if LSK_MAX_BLOCK <= 2
+  asm volatile("" : "+r"(index));
+#endif
 }
 
 // How many numbers of a word are taken apart, to be multiplied one after the other, and one of them.
@@ -96,14 +106,14 @@ inline void score_columns(const typename Dot<T>::X* const* queries, const float*
     for (int h = 0; h < ROWS; ++h)
       for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
     for (int64_t c = begin; c < smaller(begin + kPiece, width); ++c) {
-      ahead.fetch(kWordParts<T>);
+      ahead.fetch(kFetched<T, COLUMNS> * kWordParts<T>);
 #pragma GCC unroll 2
       for (int part = 0; part < kWordParts<T>; ++part) {
 #pragma GCC unroll 4
         for (int i = 0; i < COLUMNS; ++i) {
           const auto keys = D::lanes(part_of<T>(load(words + c * kTile + t + 16 * i), part));
           int64_t at = (c * kWordParts<T> + part) * (D::kStep / 16);
-          asm volatile("" : "+r"(at));  // queries are loaded anew for each i: kept, they would push out a sum
+          load_again(at);
 #pragma GCC unroll 8
           for (int h = 0; h < ROWS; ++h)
             sums[h][i] = D::accumulate(sums[h][i], keys, D::lanes(splat_word(queries[h] + at)));
@@ -170,7 +180,7 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, const 
 template <class T, int COLUMNS>
 inline F16 load_values(const T* row, int i, int64_t last) {
   if constexpr (kPairs<T> && COLUMNS > 1) {
-    const F16 words = load(reinterpret_cast<const float*>(row + i / 2 * 32));
+    const F16 words = load_pairs(row + i / 2 * 32);
     return i % 2 == 0 ? even(words) : odd(words);
   } else {
     return i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
@@ -187,14 +197,14 @@ inline void weigh_columns(const float* numerators, const T* values, int64_t coun
   for (int h = 0; h < ROWS; ++h)
     for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
   for (int64_t t = 0; t < count; ++t) {
-    ahead.fetch(kFetched);
+    ahead.fetch(kFetched<T, COLUMNS>);
 #pragma GCC unroll 4
     for (int i = 0; i < COLUMNS; ++i) {
       const F16 lanes = load_values<T, COLUMNS>(values + t * head_dim + c, i, last);
-      const float* weights = numerators + t;
-      asm volatile("" : "+r"(weights));  // loaded anew for each i: kept, they would push a sum out of the registers
+      int64_t at = t;
+      load_again(at);
 #pragma GCC unroll 8
-      for (int h = 0; h < ROWS; ++h) sums[h][i] = fma(lanes, splat(weights[h * kTile]), sums[h][i]);
+      for (int h = 0; h < ROWS; ++h) sums[h][i] = fma(lanes, splat(numerators[h * kTile + at]), sums[h][i]);
     }
   }
   next_keys = ahead;

@@ -91,7 +91,8 @@ inline F16 load(const int8_t* p) {
   return {int8_half(bytes), int8_half(_mm_srli_si128(bytes, 8))};
 }
 
-// Of words that hold two bf16 each, the first ones and the second ones; `zip` puts them in order.
+// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+inline F16 load_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
 inline F16 even(F16 pairs) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.lo), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.hi), 16))};

@@ -68,7 +68,8 @@ inline F16 load(const int8_t* p, int64_t n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
 }
 
-// Of words that hold two bf16 each, the first ones and the second ones; `zip` puts them in order.
+// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+inline F16 load_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
 inline F16 even(F16 pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))}; }
 inline F16 odd(F16 pairs) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));

@@ -175,7 +175,12 @@ inline void transpose(const float* const* rows, float* out, int64_t pitch) {
     for (int row = 0; row < 16; ++row) __builtin_memcpy(out + word * pitch + row, rows[row] + word, sizeof(float));
 }
 
-// Of words that hold two bf16 each, the first ones and the second ones; `zip` puts them in order.
+// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+inline F16 load_pairs(const bf16* p) {
+  F16 pairs;
+  __builtin_memcpy(pairs.v, p, sizeof(pairs.v));
+  return pairs;
+}
 inline F16 halves(F16 pairs, int second) {
   for (int i = 0; i < 16; ++i) {
     bf16 two[2];
