@@ -2,12 +2,16 @@
 
 It works on a copy of what git tracks, so the checkout stays as it is, whatever ends the run. A bug is caught where a
 test fails, or does not end in time. The tests must pass without it, which is tried first.
+
+``--output docs/mutations.md`` keeps the table there, a row as soon as a bug was tried. What has a row is not tried
+again unless nothing caught it: a run that was interrupted goes on, and a row that is deleted is renewed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +28,10 @@ from .mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other says that it could not run
 LIMIT = 1800  # seconds that the tests of one bug may take
+MARKER = "<!-- python -m tools.mutate --output docs/mutations.md -->"
+HEAD = "| bug | file | caught by | seconds |\n|---|---|---|---|\n"
+NOT_CAUGHT = "**not caught**"
+Rows = dict[str, str]  # by the bug's name: its row of the table
 
 
 def copy_to(folder: Path) -> None:
@@ -75,9 +83,12 @@ def failure(tests: str, folder: Path) -> str | None:
         If they could not be run.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_words(tests)]
+    environment = _environment(folder)
+    if "/compiled/" in tests:
+        environment["TRITON_INTERPRET"] = "0"
     try:
         done = subprocess.run(
-            command, cwd=folder, env=_environment(folder), capture_output=True, text=True, timeout=LIMIT, check=False
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
         )
     except subprocess.TimeoutExpired:
         return f"no end after {LIMIT} s"
@@ -100,31 +111,50 @@ def _environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "LAYERSKIP_CUDA": "0"}
 
 
-def check(mutations: Sequence[Mutation], folder: Path) -> list[str]:
-    """Plant each; the names of those that nothing caught."""
+def check(mutations: Sequence[Mutation], folder: Path) -> Iterator[tuple[Mutation, str | None, float]]:
+    """Plant each; gives what caught it, if anything, and the seconds that it took."""
     if any(mutation.compiled for mutation in mutations):
         build(folder)
     for tests in dict.fromkeys(mutation.tests for mutation in mutations):
         if (failing := failure(tests, folder)) is not None:
             raise ValueError(f"{failing} fails with no bug planted")
     print(f"{len(mutations)} bugs to plant; their tests pass without", flush=True)
-    survivors: list[str] = []
-    stale = False
+    stale = False  # the library has the bug before this one
     for mutation in mutations:
         started = time.perf_counter()
         with planted(mutation, folder):
-            if mutation.compiled:
+            if mutation.compiled or stale:
                 build(folder)
+            stale = mutation.compiled
             caught = failure(mutation.tests, folder)
-        stale = stale or mutation.compiled
-        if not mutation.compiled and stale:
-            build(folder)
-            stale = False
-        verdict = "NOT CAUGHT" if caught is None else f"caught by {caught}"
-        print(f"{mutation.name} ({mutation.file}): {verdict}, {time.perf_counter() - started:.0f} s", flush=True)
-        if caught is None:
-            survivors.append(mutation.name)
-    return survivors
+        yield mutation, caught, time.perf_counter() - started
+
+
+def rows_of(document: Path | None) -> Rows:
+    """The table that a document has so far, without what was not caught."""
+    if document is None:
+        return {}
+    _, marker, table = document.read_text(encoding="utf-8").partition(MARKER)
+    if not marker:
+        raise ValueError(f"{document} has no line {MARKER}")
+    names = {mutation.name for mutation in MUTATIONS}
+    lines = [line for line in table.splitlines() if line.startswith("|") and NOT_CAUGHT not in line]
+    return {name: line for line in lines if (name := line.split("|")[1].strip()) in names}
+
+
+def write(document: Path, rows: Rows) -> None:
+    """Replace what follows `MARKER` by the rows, in the order of `MUTATIONS`."""
+    before = document.read_text(encoding="utf-8").partition(MARKER)[0]
+    table = "\n".join(rows[mutation.name] for mutation in MUTATIONS if mutation.name in rows)
+    scratch = document.with_suffix(".tmp")
+    scratch.write_text(f"{before}{MARKER}\n\n{HEAD}{table}\n", encoding="utf-8")
+    scratch.replace(document)
+
+
+def row_of(mutation: Mutation, caught: str | None, seconds: float) -> str:
+    """One line of the table; of a test's path its file alone."""
+    test = NOT_CAUGHT if caught is None else f"`{re.sub('^[^ :]*/', '', caught)}`"
+    return f"| {mutation.name} | `{mutation.file}` | {test} | {seconds:.0f} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,20 +162,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.mutate", description=__doc__)
     parser.add_argument("--only", default="", help="those bugs alone whose name or file has this in it")
     parser.add_argument("--folder", type=Path, help="keep the copy here, so that a later run need not compile it all")
+    parser.add_argument("--output", type=Path, metavar="DOCUMENT", help="keep the table in it, and go on from it")
     _ends.declare(parser)
     args = parser.parse_args(argv)
+    rows = rows_of(args.output)
     chosen = [one for one in MUTATIONS if args.only in one.name or args.only in one.file]
     if not chosen:
         raise ValueError(f"--only {args.only} names no bug")
+    left, survivors = [one for one in chosen if one.name not in rows], []
     with tempfile.TemporaryDirectory(prefix="mutate-") as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         if folder == ROOT:
             raise ValueError("--folder must not be the checkout, whose files would be changed")
         copy_to(folder)
-        survivors = check(chosen, folder)
-    print(
-        f"{len(chosen) - len(survivors)} of {len(chosen)} caught" + "".join(f"\nnot caught: {one}" for one in survivors)
-    )
+        for mutation, caught, seconds in check(left, folder):
+            verdict = "NOT CAUGHT" if caught is None else f"caught by {caught}"
+            print(f"{mutation.name} ({mutation.file}): {verdict}, {seconds:.0f} s", flush=True)
+            if caught is None:
+                survivors.append(mutation.name)
+            if args.output is not None:
+                rows[mutation.name] = row_of(mutation, caught, seconds)
+                write(args.output, rows)
+    print(f"{len(left) - len(survivors)} of {len(left)} caught" + "".join(f"\nnot caught: {one}" for one in survivors))
     return 1 if survivors else 0
 
 

@@ -19,7 +19,7 @@ class Mutation(NamedTuple):
 
     @property
     def compiled(self) -> bool:
-        """Whether the library must be built again; what drives team.h compiles it by itself."""
+        """Whether the library must be built again; the tests of team.h and of the CUDA kernels compile them."""
         return self.file.startswith("csrc/cpu") and not self.file.endswith("team.h")
 
 
@@ -29,6 +29,9 @@ DECODING, TRAINING = "python/layerskip/decoding/", "python/layerskip/training/"
 DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py"
 PROMPTS, TRAINER = LAYERSKIP + "test_session_prompts.py", LAYERSKIP + "test_training_trainer.py"
 TEAM, EXITS = KERNELS + "test_team.py", LAYERSKIP + "test_exit_decoding.py"
+CUDA, EMULATED = "csrc/cuda/", KERNELS + "cuda_ops/test_cuda_"
+TRITON, INTERPRETED = "layerskip_kernels/triton/", KERNELS + "triton_ops/cases/test_triton_"
+COMPILED = KERNELS + "triton_ops/compiled/test_triton_compile.py"
 
 MUTATIONS = [
     Mutation(
@@ -89,6 +92,10 @@ MUTATIONS = [
     Mutation(
         "pass after pass while any time is left", DECODING + "budget.py",
         "self._another = seconds\n", "self._another = 0.0\n", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "a pass that took too long is tried again and again", DECODING + "budget.py",
+        "while tokens > 1 and tokens in", "while False and tokens in", LAYERSKIP + "test_budget.py -k jumps",
     ),
     Mutation(
         "top-p of all tokens, not of those that top-k leaves", DECODING + "logits.py",
@@ -159,9 +166,9 @@ MUTATIONS = [
         KERNELS + "test_verify_attention.py",
     ),
     Mutation(
-        "who waits spins for ever", "csrc/cpu/team.h", "kPatience{100}", "kPatience{100000000}", TEAM + " -k asleep",
+        "who waits spins for ever", "csrc/cpu/team.h", "kPatience{100}", "kPatience{100000000}", TEAM + " -k patience",
     ),
-    Mutation("who waits sleeps at once", "csrc/cpu/team.h", "if (spin(phase)) return;", "", TEAM + " -k asleep"),
+    Mutation("who waits sleeps at once", "csrc/cpu/team.h", "if (spin(phase)) return;", "", TEAM + " -k patience"),
     Mutation(
         "no team is ever smaller", "csrc/cpu/team.h", "3 * slept > (members", "3 * slept > 1000 * (members",
         TEAM + " -k smaller",
@@ -172,10 +179,115 @@ MUTATIONS = [
     ),
     Mutation(
         "who arrives last wakes nobody", "csrc/cpu/team.h", "& kSleepers) wake_all();", "& kSleepers) {\n      }",
-        TEAM + " -k asleep",
+        TEAM + " -k patience",
     ),
     Mutation(
         "who sleeps goes round and round", "csrc/cpu/team.h",
-        "sleep_while(phase | kSleepers);", "(void)awake;", TEAM + " -k asleep",
+        "sleep_while(phase | kSleepers);", "(void)awake;", TEAM + " -k patience",
+    ),
+    Mutation(
+        "splits are joined before all are there", "csrc/cpu/attention.cpp",
+        "step.attend(member);\n      member.wait();\n", "step.attend(member);\n",
+        KERNELS + "test_verify_attention.py -k threads_agree",
+    ),
+    Mutation(
+        "a draft that was not made is accepted, in CUDA", CUDA + "accept_greedy.cuh",
+        "own[count] >= 0 && ", "", EMULATED + "accept.py -k test_greedy",
+    ),
+    Mutation(
+        "a block decides before its rows are merged, in CUDA", CUDA + "accept_sampled.cuh",
+        "merge_rows(a, b, rows);\n  __syncthreads();", "merge_rows(a, b, rows);",
+        EMULATED + "accept.py -k test_sampled",
+    ),
+    Mutation(
+        "warps merge before all have left their choice, in CUDA", CUDA + "choice.cuh",
+        "shared[threadIdx.x / 32] = own;\n  __syncthreads();", "shared[threadIdx.x / 32] = own;",
+        EMULATED + "exit_head.py -k merge_takes",
+    ),
+    Mutation(
+        "a stage of the head's weights is read one too early, in CUDA", CUDA + "exit_head.cuh",
+        "ptx::cp_async_wait<2>();", "ptx::cp_async_wait<3>();", EMULATED + "exit_head.py -k view_of_wider",
+    ),
+    Mutation(
+        "rows past the vocabulary count, in CUDA", CUDA + "exit_head.cuh",
+        "if (row >= a.head.vocab_size || state >= rows) continue;", "if (state >= rows) continue;",
+        EMULATED + "exit_head.py -k view_of_wider",
+    ),
+    Mutation(
+        "noise forgets the upper half of a position, in CUDA", CUDA + "noise.cuh",
+        "static_cast<uint32_t>(position >> 32)", "0", EMULATED + "exit_head.py -k samples_are",
+    ),
+    Mutation(
+        "a row does not see itself, in CUDA", CUDA + "attention_tile.cuh",
+        "2 * t + j % 2 >= sees) one", "2 * t + j % 2 >= sees - 1) one",
+        EMULATED + "verify_attention.py -k across_splits",
+    ),
+    Mutation(
+        "eight splits are joined at most, in CUDA", CUDA + "verify_attention.cuh",
+        "begin < splits; begin += kBatch", "begin < min(splits, kBatch); begin += kBatch",
+        EMULATED + "verify_attention.py -k every_split",
+    ),
+    Mutation(
+        "the last block leaves its ticket, in CUDA", CUDA + "verify_attention.cuh",
+        "if (last) *ticket = 0;", "", EMULATED + "partial_forward.py -k depth_is_cut",
+    ),
+    Mutation(
+        "a gate does not wait for the launches ahead, in CUDA", CUDA + "linear.cuh",
+        "ptx::dependency_wait();\n  stream.run();\n  const int row", "stream.run();\n  const int row",
+        EMULATED + "partial_forward.py -k order_of_threads",
+    ),
+    Mutation(
+        "32 bits for the place of a weight row, in CUDA", CUDA + "linear_tile.cuh",
+        "static_cast<int64_t>(min(n, d_out - 1))", "min(n, d_out - 1)",
+        "tests/cuda_emulation/test_planted.py -k weights_beyond",
+    ),
+    Mutation(
+        "a draft's later rows lie where its first does, in CUDA", CUDA + "common.h",
+        "return seq_lens[b] + ahead;", "return seq_lens[b];", EMULATED + "partial_forward.py -k later_in_a_draft",
+    ),
+    Mutation(
+        "a draft ends at its threshold, in CUDA", CUDA + "draft.cuh",
+        "probability >= a.draft_threshold", "probability > a.draft_threshold",
+        EMULATED + "round.py -k is_the_threshold_is_enough",
+    ),
+    Mutation(
+        "a row does not see itself, in Triton", TRITON + "verify_attention.py",
+        "at[None, :] <= position[:, None]", "at[None, :] < position[:, None]",
+        INTERPRETED + "attention.py -k slots_agree",
+    ),
+    Mutation(
+        "the last piece of a context is not joined, in Triton", TRITON + "verify_attention.py",
+        "position // SPLIT + 1, 0)", "position // SPLIT, 0)", INTERPRETED + "attention.py -k slots_agree",
+    ),
+    Mutation(
+        "rows past the vocabulary count, in Triton", TRITON + "exit_head.py",
+        "tl.where(col_ok[None, :], logits, float(\"-inf\"))", "tl.where(col_ok[None, :], logits, 0.0)",
+        INTERPRETED + "exit_head.py -k over_many_tiles",
+    ),
+    Mutation(
+        "noise takes the wrong half of a position, in Triton", TRITON + "_noise.py",
+        "(offset >> 32).to(tl.uint32)", "(offset >> 31).to(tl.uint32)", INTERPRETED + "exit_head.py -k noise_is",
+    ),
+    Mutation(
+        "pieces of a product lie on each other, in Triton", TRITON + "linear.py",
+        "tl.program_id(2).to(tl.int64) * rows * outputs", "tl.program_id(2).to(tl.int64) * outputs",
+        INTERPRETED + "rows.py -k split_over_its_depth",
+    ),
+    Mutation(
+        "half of a rotation turns back, in Triton", TRITON + "rope_kv_append.py",
+        "tl.fma(b, cos, a * sin)", "tl.fma(b, cos, -(a * sin))", INTERPRETED + "attention.py -k of_strided_rows",
+    ),
+    Mutation(
+        "a draft that was not made is accepted, in Triton", TRITON + "accept_greedy.py",
+        "(drafts == targets) & (drafts >= 0)", "drafts == targets", INTERPRETED + "rows.py -k on_every_draft",
+    ),
+    Mutation(
+        "a draft ends at its threshold, in Triton", TRITON + "draft.py",
+        "chance >= draft_threshold, token", "chance > draft_threshold, token",
+        INTERPRETED + "draft.py -k is_the_threshold_is_enough",
+    ),
+    Mutation(
+        "a kernel does not wait for those ahead, in Triton", TRITON + "_launch.py",
+        "        tl_cuda.gdc_wait()\n", "", COMPILED + " -k every_launch and sm_90 and llama-1b-fp16",
     ),
 ]  # fmt: skip

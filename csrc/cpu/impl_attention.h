@@ -5,20 +5,28 @@
 // queries and keys and of weights and values, are sums of vectors times a number: no sum across the lanes of a
 // register. Each sum runs in one register over the columns of a head or the positions, whatever the blocking around it.
 
+// Query rows at once, and how many times sixteen keys or columns of a head beside each other: as many sums as there are
+// registers for, and enough of them to hide each other's latency.
 #if LSK_MAX_BLOCK > 2
-constexpr int kColumns = 4;  // registers side by side; with six rows, they are enough to hide each other's latency
+constexpr int kRowsAtOnce = LSK_MAX_BLOCK;
+template <int ROWS>
+constexpr int kColumns = 4;
 #else
-constexpr int kColumns = 2;
+constexpr int kRowsAtOnce = 3;
+template <int ROWS>
+constexpr int kColumns = ROWS == 1 ? 4 : 2;
 #endif
 constexpr int64_t kMaxHead = 256;
-constexpr int64_t kLine = 64;    // bytes
-constexpr int64_t kFetched = 2;  // lines that are fetched ahead beside a few products
+constexpr int64_t kLine = 64;  // bytes
+// Lines that are fetched ahead beside a step of so many columns.
+template <class T, int COLUMNS>
+constexpr int64_t kFetched = COLUMNS * sizeof(T) >= 8 ? 2 : 1;
 
-// Whether T is read thirty-two at a time, the even ones and the odd ones.
+// Whether two of T are read as one word, the even one and the odd one, where they are widened to be multiplied.
 template <class T>
-constexpr bool kUnzips = false;
+constexpr bool kPairs = false;
 template <>
-constexpr bool kUnzips<bf16> = true;
+constexpr bool kPairs<bf16> = true;
 
 // What is read next, fetched in order and spread over the work before it, into the second-level cache: the first level
 // has no room for it, and a burst of requests, or two streams in turn, come slower than a processor's own prefetcher.
@@ -37,26 +45,27 @@ class Ahead {
   const char *at_, *end_;
 };
 
-// Sixteen keys -> words [padded C / columns a word][kTile], sixteen of each row.
+// Sixteen keys -> words [padded C / numbers a word][kTile], sixteen of each row. A word holds as many numbers as fit.
 template <class T>
 inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words, Ahead& own_values) {
-  using D = Dot<T>;
-  int64_t c = 0;
-  F16 rows[16];
-  for (; c + D::kStep <= head_dim; c += D::kStep, words += 16 * kTile) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) rows[i] = D::words(D::weights(keys[i] + c));
-    own_values.fetch(4 * kFetched);
-    transpose(rows);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) store(words + i * kTile, rows[i]);
+  constexpr bool kWidens = sizeof(T) == 2 && !kPairs<T>;
+  constexpr int64_t kStep = kWidens ? 16 : 64 / sizeof(T);
+  alignas(64) float padded[16][16];
+  const float* rows[16];
+  for (int64_t c = 0; c < head_dim; c += kStep, words += 16 * kTile) {
+    const int64_t n = smaller(kStep, head_dim - c);
+    own_values.fetch(4 * kFetched<T, kColumns<kRowsAtOnce>>);
+    for (int i = 0; i < 16; ++i) {
+      rows[i] = kWidens || n < kStep ? padded[i] : reinterpret_cast<const float*>(keys[i] + c);
+      if constexpr (kWidens) {
+        store(padded[i], load(keys[i] + c, n));
+      } else if (n < kStep) {
+        store(padded[i], splat(0));
+        __builtin_memcpy(padded[i], keys[i] + c, n * sizeof(T));
+      }
+    }
+    transpose(rows, words, kTile);
   }
-  if (c == head_dim) return;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) rows[i] = D::words(D::weights(keys[i] + c, head_dim - c));
-  transpose(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) store(words + i * kTile, rows[i]);
 }
 
 // One number, or as many as a word holds, in all sixteen lanes.
@@ -67,26 +76,48 @@ inline F16 splat_word(const X* from) {
   return splat(word);
 }
 
-// scores[h * kTile + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on. Sums of fp32
-// products are taken in short pieces, which rounds less.
+// Has what lies at `index` loaded again for each column: kept for the next one, it would push a sum out of the
+// registers.
+inline void load_again([[maybe_unused]] int64_t& index) {
+#if LSK_MAX_BLOCK <= 2
+  asm volatile("" : "+r"(index));
+#endif
+}
+
+// How many numbers of a word are taken apart, to be multiplied one after the other, and one of them.
+template <class T>
+constexpr int kWordParts = kPairs<T> && Dot<T>::kStep == 16 ? 2 : 1;
+template <class T>
+inline F16 part_of(F16 words, int part) {
+  if constexpr (kWordParts<T> == 1) return words;
+  return part == 0 ? even(words) : odd(words);
+}
+
+// scores[h * kTile + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on. fp32 is summed in
+// short pieces, which rounds less; products of 16 bits are exact, and what is rounded to 16 bits later needs none.
 template <class T, int ROWS, int COLUMNS>
 inline void score_columns(const typename Dot<T>::X* const* queries, const float* words, int64_t width, int64_t t,
                           Ahead& own_values, float* scores) {
   using D = Dot<T>;
-  constexpr int64_t kWord = D::kStep / 16;
-  constexpr int64_t kPiece = D::kStep == 16 ? 8 : kMaxHead;
+  constexpr int64_t kPiece = sizeof(T) == 4 ? 8 : kMaxHead;
   Ahead ahead = own_values;  // in registers
   for (int64_t begin = 0; begin < width; begin += kPiece) {
     F16 sums[ROWS][COLUMNS];
     for (int h = 0; h < ROWS; ++h)
       for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
     for (int64_t c = begin; c < smaller(begin + kPiece, width); ++c) {
-      ahead.fetch(kFetched);
-      typename D::Lanes keys[COLUMNS];
-      for (int i = 0; i < COLUMNS; ++i) keys[i] = D::lanes(load(words + c * kTile + t + 16 * i));
-      for (int h = 0; h < ROWS; ++h) {
-        const auto query = D::lanes(splat_word(queries[h] + c * kWord));
-        for (int i = 0; i < COLUMNS; ++i) sums[h][i] = D::accumulate(sums[h][i], keys[i], query);
+      ahead.fetch(kFetched<T, COLUMNS> * kWordParts<T>);
+#pragma GCC unroll 2
+      for (int part = 0; part < kWordParts<T>; ++part) {
+#pragma GCC unroll 4
+        for (int i = 0; i < COLUMNS; ++i) {
+          const auto keys = D::lanes(part_of<T>(load(words + c * kTile + t + 16 * i), part));
+          int64_t at = (c * kWordParts<T> + part) * (D::kStep / 16);
+          load_again(at);
+#pragma GCC unroll 8
+          for (int h = 0; h < ROWS; ++h)
+            sums[h][i] = D::accumulate(sums[h][i], keys, D::lanes(splat_word(queries[h] + at)));
+        }
       }
     }
     for (int h = 0; h < ROWS; ++h) {
@@ -144,14 +175,15 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, const 
   for (int h = 0; h < ROWS; ++h) store(seen.sums(h), sums[h]);
 }
 
-// Sixteen COLUMNS values of one position; of the last sixteen, `last` exist.
+// The i-th of COLUMNS times sixteen values of one position, of which `last` exist in the last. Those that are read in
+// pairs come as the even ones of thirty-two, then the odd ones, which takes half the work.
 template <class T, int COLUMNS>
-inline void load_values(const T* row, int64_t last, F16* lanes) {
-  if constexpr (kUnzips<T> && COLUMNS > 1) {
-    for (int i = 0; i < COLUMNS; i += 2) load_unzipped(row + 16 * i, &lanes[i], &lanes[i + 1]);
+inline F16 load_values(const T* row, int i, int64_t last) {
+  if constexpr (kPairs<T> && COLUMNS > 1) {
+    const F16 words = load_pairs(row + i / 2 * 32);
+    return i % 2 == 0 ? even(words) : odd(words);
   } else {
-    for (int i = 0; i < COLUMNS; ++i)
-      lanes[i] = i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
+    return i < COLUMNS - 1 || last == 16 ? load(row + 16 * i) : load(row + 16 * i, last);
   }
 }
 
@@ -165,17 +197,19 @@ inline void weigh_columns(const float* numerators, const T* values, int64_t coun
   for (int h = 0; h < ROWS; ++h)
     for (int i = 0; i < COLUMNS; ++i) sums[h][i] = splat(0);
   for (int64_t t = 0; t < count; ++t) {
-    ahead.fetch(kFetched);
-    F16 lanes[COLUMNS];
-    load_values<T, COLUMNS>(values + t * head_dim + c, last, lanes);
-    for (int h = 0; h < ROWS; ++h) {
-      const F16 weight = splat(numerators[h * kTile + t]);
-      for (int i = 0; i < COLUMNS; ++i) sums[h][i] = fma(lanes[i], weight, sums[h][i]);
+    ahead.fetch(kFetched<T, COLUMNS>);
+#pragma GCC unroll 4
+    for (int i = 0; i < COLUMNS; ++i) {
+      const F16 lanes = load_values<T, COLUMNS>(values + t * head_dim + c, i, last);
+      int64_t at = t;
+      load_again(at);
+#pragma GCC unroll 8
+      for (int h = 0; h < ROWS; ++h) sums[h][i] = fma(lanes, splat(numerators[h * kTile + at]), sums[h][i]);
     }
   }
   next_keys = ahead;
   for (int h = 0; h < ROWS; ++h) {
-    for (int i = 0; kUnzips<T> && i + 1 < COLUMNS; i += 2) zip(&sums[h][i], &sums[h][i + 1]);
+    for (int i = 0; kPairs<T> && i + 1 < COLUMNS; i += 2) zip(&sums[h][i], &sums[h][i + 1]);
     for (int i = 0; i < COLUMNS; ++i) {
       float* out = seen.values(h) + c + 16 * i;
       const int64_t n = i < COLUMNS - 1 ? 16 : last;
@@ -196,16 +230,17 @@ struct Tile {
   // For ROWS query rows, which all see `count` positions of it.
   template <int ROWS>
   void attend(const X* const* queries, int64_t count, const Seen& seen) const {
+    constexpr int kWide = kColumns<ROWS>;
     alignas(64) float scores[ROWS * kTile];
-    const int64_t width = head_dim * 16 / Dot<T>::kStep;
+    const int64_t width = head_dim * 16 / Dot<T>::kStep / kWordParts<T>;
     int64_t t = 0, c = 0;
-    for (; t + 16 * kColumns <= count; t += 16 * kColumns)
-      score_columns<T, ROWS, kColumns>(queries, words, width, t, own_values, scores);
+    for (; t + 16 * kWide <= count; t += 16 * kWide)
+      score_columns<T, ROWS, kWide>(queries, words, width, t, own_values, scores);
     for (; t < count; t += 16) score_columns<T, ROWS, 1>(queries, words, width, t, own_values, scores);
     F16 shrink[ROWS];
     softmax_numerators<ROWS>(scores, count, 1.0f / __builtin_sqrtf(static_cast<float>(head_dim)), seen, shrink);
-    for (; c + 16 * kColumns <= head_dim; c += 16 * kColumns)
-      weigh_columns<T, ROWS, kColumns>(scores, values, count, head_dim, c, seen, shrink, next_keys);
+    for (; c + 16 * kWide <= head_dim; c += 16 * kWide)
+      weigh_columns<T, ROWS, kWide>(scores, values, count, head_dim, c, seen, shrink, next_keys);
     for (; c < head_dim; c += 16)
       weigh_columns<T, ROWS, 1>(scores, values, count, head_dim, c, seen, shrink, next_keys);
   }
@@ -216,9 +251,9 @@ struct Tile {
         return attend<1>(queries, count, seen);
       case 2:
         return attend<2>(queries, count, seen);
-#if LSK_MAX_BLOCK > 2
       case 3:
         return attend<3>(queries, count, seen);
+#if LSK_MAX_BLOCK > 2
       case 4:
         return attend<4>(queries, count, seen);
       case 5:
@@ -240,8 +275,8 @@ inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, co
     return seen < 0 ? 0 : smaller(seen, kTile);
   };
   alignas(64) float words[kMaxHead * kTile];
-  alignas(64) X packed[LSK_MAX_BLOCK * kMaxHead];  // where T is not what is multiplied
-  const X* queries[LSK_MAX_BLOCK];
+  alignas(64) X packed[kRowsAtOnce * kMaxHead];  // where T is not what is multiplied
+  const X* queries[kRowsAtOnce];
   const int64_t rows = a.rows * a.ratio, pitch = kPartialHead + a.head_dim, last = visible(rows - 1);
   Ahead own_values(a.values + start * a.head_dim, last * a.head_dim), next_keys(next, kTile * a.head_dim);
   for (int64_t t = 0; t < last; t += 16) {
@@ -253,7 +288,7 @@ inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, co
   for (int64_t r = 0; r < rows;) {
     const int64_t count = visible(r);
     int block = 0;
-    for (; block < LSK_MAX_BLOCK && r + block < rows && visible(r + block) == count; ++block) {
+    for (; block < kRowsAtOnce && r + block < rows && visible(r + block) == count; ++block) {
       const int64_t row = r + block, m = row / a.ratio, head = a.kv_head * a.ratio + row % a.ratio;
       const T* query = a.q + (m * a.num_heads + head) * a.head_dim;
       if constexpr (sizeof(T) == sizeof(X)) {

@@ -19,7 +19,6 @@ struct Dot {
   static Lanes weights(const W* p, int64_t n) { return load(p, n); }
   static Lanes activations(const X* p) { return load(p); }
   static F16 accumulate(F16 sum, Lanes w, Lanes x) { return fma(w, x, sum); }
-  static F16 words(Lanes lanes) { return lanes; }
   static Lanes lanes(F16 words) { return words; }
 };
 
@@ -36,8 +35,7 @@ struct Dot<bf16> {
   }
   static Lanes activations(const bf16* p) { return weights(p); }
   static F16 accumulate(F16 sum, Lanes w, Lanes x) { return {_mm512_dpbf16_ps(sum.v, w, x)}; }
-  // The same bits as sixteen words, each of them a pair.
-  static F16 words(Lanes lanes) { return {(__m512)lanes}; }
+  // From sixteen words, each of them a pair.
   static Lanes lanes(F16 words) { return (Lanes)words.v; }
 };
 #endif

@@ -91,13 +91,15 @@ inline F16 load(const int8_t* p) {
   return {int8_half(bytes), int8_half(_mm_srli_si128(bytes, 8))};
 }
 
-// Thirty-two as the even and the odd ones, which takes half the work of two loads; `zip` puts them in order.
-inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
-  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
-  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-  *even = {_mm256_castsi256_ps(_mm256_slli_epi32(first, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(second, 16))};
-  *odd = {_mm256_castsi256_ps(_mm256_and_si256(first, high)), _mm256_castsi256_ps(_mm256_and_si256(second, high))};
+// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+inline F16 load_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
+inline F16 even(F16 pairs) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.lo), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.hi), 16))};
+}
+inline F16 odd(F16 pairs) {
+  const __m256 high = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000)));
+  return {_mm256_and_ps(pairs.lo, high), _mm256_and_ps(pairs.hi, high)};
 }
 inline F16 zip_half(__m256 even, __m256 odd) {
   const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
@@ -173,17 +175,16 @@ inline void transpose8(const __m256* rows, __m256* out) {
     out[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
   }
 }
-// Sixteen registers as a matrix, transposed in place.
-inline void transpose(F16* rows) {
-  __m256 quarter[8], out[2][2][8];
+// Sixteen words of sixteen rows -> out[word * pitch + row].
+inline void transpose(const float* const* rows, float* out, int64_t pitch) {
+  for (int right = 0; right < 16; right += 8) {
+    for (int down = 0; down < 16; down += 8) {
+      __m256 words[8], columns[8];
 #pragma GCC unroll 16
-  for (int down = 0; down < 2; ++down)
+      for (int i = 0; i < 8; ++i) words[i] = _mm256_loadu_ps(rows[down + i] + right);
+      transpose8(words, columns);
 #pragma GCC unroll 16
-    for (int right = 0; right < 2; ++right) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 8; ++i) quarter[i] = right ? rows[8 * down + i].hi : rows[8 * down + i].lo;
-      transpose8(quarter, out[right][down]);
+      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (right + i) * pitch + down, columns[i]);
     }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) rows[i] = {out[i / 8][0][i % 8], out[i / 8][1][i % 8]};
+  }
 }

@@ -68,11 +68,12 @@ inline F16 load(const int8_t* p, int64_t n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
 }
 
-// Thirty-two as the even and the odd ones, which takes half the work of two loads; `zip` puts them in order.
-inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
-  const __m512i both = _mm512_loadu_si512(p);
-  *even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
-  *odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+inline F16 load_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
+inline F16 even(F16 pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))}; }
+inline F16 odd(F16 pairs) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs.v), high))};
 }
 inline void zip(F16* even, F16* odd) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -98,13 +99,14 @@ inline void sum4(F16 a, F16 b, F16 c, F16 d, float* out) {
 }
 inline float lane_max(F16 a) { return _mm512_reduce_max_ps(a.v); }
 
-// Sixteen registers as a matrix, transposed in place.
-inline void transpose(F16* rows) {
+// Sixteen words of sixteen rows -> out[word * pitch + row].
+inline void transpose(const float* const* rows, float* out, int64_t pitch) {
   __m512 pairs[16], quads[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
-    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    const __m512 first = _mm512_loadu_ps(rows[i]), second = _mm512_loadu_ps(rows[i + 1]);
+    pairs[i] = _mm512_unpacklo_ps(first, second);
+    pairs[i + 1] = _mm512_unpackhi_ps(first, second);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4) {
@@ -118,9 +120,9 @@ inline void transpose(F16* rows) {
     const __m512 b = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
     const __m512 c = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
     const __m512 d = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
-    rows[i] = {_mm512_shuffle_f32x4(a, c, 0x88)};
-    rows[i + 4] = {_mm512_shuffle_f32x4(b, d, 0x88)};
-    rows[i + 8] = {_mm512_shuffle_f32x4(a, c, 0xdd)};
-    rows[i + 12] = {_mm512_shuffle_f32x4(b, d, 0xdd)};
+    _mm512_storeu_ps(out + i * pitch, _mm512_shuffle_f32x4(a, c, 0x88));
+    _mm512_storeu_ps(out + (i + 4) * pitch, _mm512_shuffle_f32x4(b, d, 0x88));
+    _mm512_storeu_ps(out + (i + 8) * pitch, _mm512_shuffle_f32x4(a, c, 0xdd));
+    _mm512_storeu_ps(out + (i + 12) * pitch, _mm512_shuffle_f32x4(b, d, 0xdd));
   }
 }

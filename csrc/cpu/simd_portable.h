@@ -169,24 +169,28 @@ inline float lane_max(const F16& a) {
   return out;
 }
 
-// Sixteen registers as a matrix, transposed in place.
-inline void transpose(F16* rows) {
-  for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const float kept = rows[i].v[j];
-      rows[i].v[j] = rows[j].v[i];
-      rows[j].v[i] = kept;
-    }
-  }
+// Sixteen words of sixteen rows -> out[word * pitch + row].
+inline void transpose(const float* const* rows, float* out, int64_t pitch) {
+  for (int word = 0; word < 16; ++word)
+    for (int row = 0; row < 16; ++row) __builtin_memcpy(out + word * pitch + row, rows[row] + word, sizeof(float));
 }
 
-// Thirty-two as the even and the odd ones; `zip` puts them in order.
-inline void load_unzipped(const bf16* p, F16* even, F16* odd) {
-  for (int i = 0; i < 16; ++i) {
-    even->v[i] = to_float(p[2 * i]);
-    odd->v[i] = to_float(p[2 * i + 1]);
-  }
+// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+inline F16 load_pairs(const bf16* p) {
+  F16 pairs;
+  __builtin_memcpy(pairs.v, p, sizeof(pairs.v));
+  return pairs;
 }
+inline F16 halves(F16 pairs, int second) {
+  for (int i = 0; i < 16; ++i) {
+    bf16 two[2];
+    __builtin_memcpy(two, &pairs.v[i], sizeof(two));
+    pairs.v[i] = to_float(two[second]);
+  }
+  return pairs;
+}
+inline F16 even(F16 pairs) { return halves(pairs, 0); }
+inline F16 odd(F16 pairs) { return halves(pairs, 1); }
 inline void zip(F16* even, F16* odd) {
   const F16 first = *even, second = *odd;
   for (int i = 0; i < 8; ++i) {

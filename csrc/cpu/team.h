@@ -19,7 +19,11 @@
 
 namespace lsk {
 
+#if defined(LSK_TEAM_CLOCK)  // tests play the time
+using Clock = LSK_TEAM_CLOCK;
+#else
 using Clock = std::chrono::steady_clock;
+#endif
 using Microseconds = std::chrono::microseconds;
 
 // Steps are microseconds apart, so a member that waits spins. Where it waits for long, another process has the core of

@@ -34,5 +34,10 @@ def test_members_wait_for_each_other_asleep_where_that_takes_long(program: Path,
     run(program, what, {**os.environ, "LAYERSKIP_FIXED_TEAM": "1"})
 
 
+def test_a_member_sleeps_when_its_patience_is_over(program: Path) -> None:
+    """Not before, once, and it is woken; in a time that is played, so that other processes do not matter."""
+    run(program, "plays", dict(os.environ))
+
+
 def test_only_a_team_that_slept_is_followed_by_a_smaller_one(program: Path) -> None:
     run(program, "shrinks", {name: value for name, value in os.environ.items() if name != "LAYERSKIP_FIXED_TEAM"})

@@ -20,9 +20,11 @@ class Machine:
     stream: float
     token: float
     rounds: float
+    jump: float = 0.0  # where another kernel takes over, beyond two tokens
 
     def pass_of(self, tokens: int, depth: int = DEPTH) -> float:
-        return max(1, tokens) * self.token * depth / DEPTH + self.stream * depth / DEPTH
+        jump = self.jump if tokens > 2 else 0.0
+        return (max(1, tokens) * self.token + self.stream + jump) * depth / DEPTH
 
 
 MACHINES = {
@@ -80,6 +82,32 @@ def test_reading_goes_on_where_times_vary(machine):
     quiet = sum(step(budget, machine)[1] for _ in range(200))
     noisy = [step(budget, machine, noise=lambda: chance.choice([0.9, 1, 1.1, 1.2, 4])) for _ in range(200)]
     assert sum(read for _, read in noisy) >= 0.2 * quiet
+
+
+def test_a_size_at_which_the_time_jumps_is_not_tried_again_and_again():
+    """Beside steps of 13 ms, passes of one, two and three tokens of 11, 12 and 25 ms."""
+    machine, budget = Machine(10, 1, 13, jump=12), TimeBudget()
+    chance = random.Random(0)
+    budget.spend(16, DEPTH, machine.pass_of(16))
+    steps = [step(budget, machine, noise=lambda: chance.choice([0.95, 1, 1.05])) for _ in range(500)]
+    assert sum(taken > 2.5 * machine.rounds for taken, _ in steps) <= 5
+    assert sum(read == 2 for _, read in steps[20:]) > 460
+    longer_rounds = [step(budget, machine, rounds=20) for _ in range(20)]  # which leave time for three
+    assert sum(read for _, read in longer_rounds[10:]) >= 30
+
+
+def test_a_pass_that_was_disturbed_does_not_count():
+    """A second one of its size says what it takes; where both were, it is tried again after a while."""
+    machine, budget = Machine(17, 1, 21), TimeBudget()
+    usual = [step(budget, machine)[1] for _ in range(30)][-1]
+    assert usual > 5
+    step(budget, machine, noise=lambda: 4)
+    assert [step(budget, machine)[1] for _ in range(30)][-1] >= usual - 1
+    for tokens in range(1, 20):
+        for _ in range(2):
+            budget.spend(tokens, DEPTH, 1000.0)
+    assert step(budget, machine)[1] == 1
+    assert max(step(budget, machine)[1] for _ in range(400)) >= usual - 1
 
 
 def test_more_that_run_are_the_new_step_after_a_while():

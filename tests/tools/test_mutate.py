@@ -48,7 +48,8 @@ def test_the_list_fits_the_code(mutation: Mutation) -> None:
 
 def test_no_name_is_there_twice() -> None:
     names = [mutation.name for mutation in MUTATIONS]
-    assert len(names) == len(set(names)) >= 20
+    assert not any("|" in name for name in names), "a column of the table"
+    assert len(names) == len(set(names)) >= 40
 
 
 def test_what_is_caught_and_what_is_not(checkout: Path, monkeypatch, capsys) -> None:
@@ -65,6 +66,52 @@ def test_each_bug_is_alone_in_the_copy(checkout: Path, monkeypatch, tmp_path: Pa
     run(monkeypatch, bug("the smaller", "a >= b", "a < b"), words=("--folder", str(folder)))
     assert (folder / "code_under_test.py").read_text() == CODE
     assert not (folder / "notes.txt").exists()
+
+
+def test_a_bug_of_the_library_is_gone_from_it_before_the_next(checkout: Path, monkeypatch, capsys) -> None:
+    (checkout / "csrc/cpu").mkdir(parents=True)
+    (checkout / "csrc/cpu/value.h").write_text("right")
+    (checkout / "test_library.py").write_text("def test_it():\n    assert open('library').read() == 'right'\n")
+    subprocess.run(["git", "add", "."], cwd=checkout, check=True)
+    monkeypatch.setattr(
+        mutate, "build", lambda copy: (copy / "library").write_text((copy / "csrc/cpu/value.h").read_text())
+    )
+    compiled = Mutation("wrong", "csrc/cpu/value.h", "right", "wrong", "test_library.py")
+    assert run(monkeypatch, compiled, bug("equal", "a >= b", "a > b", "test_library.py")) == 1
+    assert capsys.readouterr().out.endswith("1 of 2 caught\nnot caught: equal\n")
+
+
+def test_the_table_says_what_is_left(checkout: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+    """A bug that has a row is not tried again, unless nothing caught it; a row that fits no bug goes."""
+    document = tmp_path / "mutations.md"
+    document.write_text(f"# Words\n{mutate.MARKER}\n| an old one | `x.py` | `test` | 1 |\n")
+    words = ("--output", str(document))
+    smaller, equal = bug("the smaller", "a >= b", "a < b"), bug("equal", "a >= b", "a > b")
+    assert run(monkeypatch, smaller, equal, words=words) == 1
+    table = document.read_text()
+    assert table.startswith(
+        f"# Words\n{mutate.MARKER}\n\n{mutate.HEAD}| the smaller | `code_under_test.py` | `test_code.py::"
+    )
+    assert "| equal | `code_under_test.py` | **not caught** |" in table
+    assert "an old one" not in table
+    (checkout / "test_code.py").write_text(TEST + "    assert type(larger(1, 1.0)) is int\n")
+    capsys.readouterr()
+    assert run(monkeypatch, smaller, equal, words=words) == 0
+    assert capsys.readouterr().out.endswith("1 of 1 caught\n")
+    assert document.read_text().count("`test_code.py::test_larger`") == 2
+    document.write_text("no marker")
+    with pytest.raises(ValueError, match="has no line <!-- python -m"):
+        run(monkeypatch, smaller, words=words)
+
+
+def test_compiled_triton_kernels_are_not_interpreted(checkout: Path, monkeypatch) -> None:
+    (checkout / "compiled").mkdir()
+    code = "import os\n\n\ndef test_it():\n    assert os.environ.get('TRITON_INTERPRET') {} '0'\n"
+    (checkout / "compiled/test_c.py").write_text(code.format("=="))
+    (checkout / "test_i.py").write_text(code.format("!="))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert mutate.failure("./compiled/test_c.py", checkout) is None
+    assert mutate.failure("test_i.py", checkout) is None
 
 
 def test_an_interrupt_leaves_no_bug_behind(checkout: Path) -> None:

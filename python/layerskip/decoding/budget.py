@@ -11,8 +11,11 @@ from . import validation
 
 LONGEST_STEP = 2.25
 """A step that reads prompts is to take so many times as long as a step without: 3 is the goal, and times vary."""
+_TOO_LONG = 2.5  # times: a size that is known to make a step as long is not tried again
 _RECENT = 8  # steps; the shortest of their rounds is the step without, because one round may be disturbed
 _WEIGHT = 0.5  # of a new pass in the size and the time of the usual one
+_TRIALS = 2  # of a size; the shorter counts, because one may be disturbed
+_REMEMBERED = 256  # passes, after which a size that took too long is tried once more
 
 
 class PromptBudget(Protocol):
@@ -59,6 +62,9 @@ class TimeBudget:
     depends on the machine, so both are bounded instead of fitted. From the usual pass, a larger one is foreseen with
     a = 0, and a smaller one with the largest a there can be, which is a step without prompts, since that streams the
     weights, too. Either way a pass takes no longer than foreseen, and the size settles where the time is used up.
+
+    Where another kernel takes over for more rows, the time jumps: on AVX2 three tokens of SmolLM2 take 1.5 times as
+    long as two. So what sizes took is remembered, and one that took much too long is not tried again for a while.
     """
 
     def __init__(self) -> None:
@@ -66,6 +72,8 @@ class TimeBudget:
         self._work = self._seconds = 0.0  # of the usual pass: tokens times layers, and time
         self._left = 0.0  # seconds
         self._another = math.inf  # seconds that must be left for another pass
+        self._sizes: dict[int, _Size] = {}  # of passes, by their tokens
+        self._passes = 0
 
     def begin_step(self, round_seconds: float | None) -> None:  # noqa: D102
         self._left, self._another = 0.0, math.inf
@@ -80,7 +88,15 @@ class TimeBudget:
         if self._left <= fixed or not self._seconds:
             return 1
         work = self._work * (self._left - fixed) / (self._seconds - fixed)
-        return math.ceil(work / depth)
+        return self._without_long_ones(math.ceil(work / depth), depth)
+
+    def _without_long_ones(self, tokens: int, depth: int) -> int:
+        """So many tokens, or fewer where that is known to take too long."""
+        left = self._left + (_TOO_LONG - LONGEST_STEP) * min(self._rounds)
+        since = self._passes - _REMEMBERED
+        while tokens > 1 and tokens in self._sizes and self._sizes[tokens].exceeds(left / depth, since):
+            tokens -= 1
+        return tokens
 
     def spend(self, tokens: int, depth: int, seconds: float) -> None:  # noqa: D102
         self._left -= seconds
@@ -89,3 +105,22 @@ class TimeBudget:
             weight = _WEIGHT if self._work else 1.0
             self._work += weight * (tokens * depth - self._work)
             self._seconds += weight * (seconds - self._seconds)
+            self._passes += 1
+            self._sizes.setdefault(tokens, _Size()).add(seconds / depth, self._passes)
+
+
+class _Size:
+    """What passes of one size took, a layer."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_TRIALS)
+        self._last = 0
+
+    def add(self, seconds: float, number: int) -> None:
+        """Note pass ``number``."""
+        self._seconds.append(seconds)
+        self._last = number
+
+    def exceeds(self, seconds: float, since: int) -> bool:
+        """Whether it took longer, in all trials, the last of them after pass ``since``."""
+        return len(self._seconds) == _TRIALS and min(self._seconds) > seconds and self._last > since

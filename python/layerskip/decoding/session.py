@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
-from . import validation
+from . import planning, validation
 from .batch import Batch, round_of
 from .budget import prompt_budget
-from .controller import Choice, Plan
+from .controller import Choice
 from .graph import Graphs
 from .line import PromptLine
 from .logits import LogitsProcessor
@@ -326,15 +326,12 @@ class Session:
 
     def _current_batches(self) -> list[Batch]:
         """The running requests by the kind of their next round."""
-        self._choose()
+        if planning.choose(self._running.values(), self._defaults.controller):
+            self._batches = None
         if self._batches is None:
-            kinds: dict[RoundKind, list[Request]] = {}
-            for request in sorted(self._running.values(), key=lambda one: not one.kind().exit_layer):
-                kind = request.kind()
-                kinds.setdefault(kind if kind.exit_layer else _shared_kind(kind, kinds), []).append(request)
             self._batches = [
                 Batch(self._model, self._cache, kind, requests, self._graphs, self._slots.free)
-                for kind, requests in kinds.items()
+                for kind, requests in planning.by_kind(self._running.values()).items()
             ]
         return self._batches
 
@@ -345,33 +342,6 @@ class Session:
                 request.look_up(self.max_speculations)
             except Exception as error:
                 self._emit(request, lambda: None, error)
-
-    def _choose(self) -> None:
-        """Let the controller pick for the requests that want it, together for those that leave the same open."""
-        open_choices: dict[Hashable, list[Request]] = {}
-        for request in self._running.values():
-            method = request.method
-            if method.adaptive:
-                given = (method.exit_layer, method.num_speculations, method.exits, request.lookup is not None)
-                open_choices.setdefault(given, []).append(request)
-        for requests in open_choices.values():
-            self._choose_together(requests)
-
-    def _choose_together(self, requests: Sequence[Request]) -> None:
-        method, controller = requests[0].method, self._defaults.controller
-        acceptances = [request.acceptance for request in requests]
-        given = (method.exit_layer, method.num_speculations)
-        lookups = [request.lookup for request in requests if request.lookup is not None]
-        if lookups:
-            plan = controller.plan(acceptances, [one.offer for one in lookups], *given, exits=method.exits)
-        else:
-            plan = Plan(controller.choose(acceptances, *given), [None] * len(requests))
-        for request, count in zip(requests, plan.looked_up, strict=True):
-            if request.lookup is not None:
-                request.looked_up = None if count is None else request.lookup.proposal[:count]
-            if plan.choice.exit_layer and plan.choice != (request.exit_layer, request.num_speculations):
-                request.exit_layer, request.num_speculations = plan.choice
-                self._batches = None
 
     def _run_round(self, batch: Batch) -> None:
         started, exit_layer, num_speculations = self._clock(), batch.exit_layer, batch.num_speculations
@@ -393,18 +363,9 @@ class Session:
         for draft in drafts[accepted : accepted + 1]:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
-        if request.method.adaptive:
-            self._learn(kind, request, [*drafts[:accepted], token], num_drafted)
+        planning.learn(kind, request, [*drafts[:accepted], token], num_drafted)
         source = request.source
         self._emit(request, lambda: request.sequence.add(drafts[:accepted], token, num_drafted, fault, source), failure)
-
-    @staticmethod
-    def _learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: int) -> None:
-        """Note what was accepted, and what would have been of a proposal that was not drafted."""
-        if request.looked_up is None:
-            request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted)
-        if request.lookup is not None:
-            request.acceptance.observe_proposal(request.lookup.offer.kind, request.lookup.proposal, emitted)
 
     def _last_layer(self, request: Request) -> int:
         """The layer that a request's tokens come from: what was read after it are blocks, which only draft."""
@@ -433,8 +394,3 @@ class Session:
             tokens, drafted = before.tokens + tokens, before.drafted + drafted
         self._updates[request.id] = Update(request.id, tokens, drafted, sequence.reason, output, error)
         request.reported = len(sequence.tokens)
-
-
-def _shared_kind(kind: RoundKind, others: Iterable[RoundKind]) -> RoundKind:
-    """The kind of round for sequences whose drafts are looked up: one in which others speculate, if there is one."""
-    return next((one for one in others if one.speculative and one.processed == kind.processed), kind)
