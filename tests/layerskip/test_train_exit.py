@@ -228,6 +228,22 @@ def test_an_exit_learns_and_the_model_stays(saved: Path, tmp_path: Path) -> None
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
 
 
+def test_a_run_writes_its_own_texts_and_goes_on_from_an_exit(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    """Whose first step is the step after the exit's last, so its loss is lower than that of a fresh run."""
+    texts = {"texts": [], "prompts": [str(saved / "texts.jsonl")], "written": 9, "new_tokens": 12}
+    path = tmp_path / "recipe.yaml"
+    losses = []
+    for name, more in (("first", {}), ("second", {"init_exit": str(tmp_path / "first")})):
+        made = recipe(saved, tmp_path / name, steps=60, eval_every=20, learning_rate=5e-3, **texts, **more)
+        path.write_text(json.dumps(vars(made)))
+        assert main(["train-exit", str(path), "--device", "cpu"]) == 0
+        losses.append(float(capsys.readouterr().out.split("step 20  loss ")[1].split()[0]))
+    assert losses[1] < losses[0] - 0.3
+    path.write_text(json.dumps({**vars(made), "written": 8}))
+    assert main(["train-exit", str(path), "--device", "cpu", "--resume"]) == 2
+    assert "written was 9 and is 8" in capsys.readouterr().err.replace("\n", " ")
+
+
 def stopping(at: int, step: Any = ExitTrainer._step) -> Any:
     """A step that is interrupted when it is the one of that number."""
 
