@@ -9,17 +9,9 @@ import torch
 from tiny import prompt_of, tiny_model
 
 from layerskip import SelfSpeculativeDecoder
-from layerskip.decoding.controller import (
-    AcceptanceRates,
-    Choice,
-    Controller,
-    CostModel,
-    Offer,
-    Rate,
-    Sizes,
-    default_exits,
-    expected_tokens,
-)
+from layerskip.decoding.acceptance import AcceptanceRates, Kind, Offer, Rate, expected_tokens
+from layerskip.decoding.controller import Choice, Controller, default_exits
+from layerskip.decoding.costs import CostModel, Sizes
 from layerskip.decoding.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -306,16 +298,16 @@ class LookedUpModel:
         for match, (share, _) in self._found.items():
             luck -= share
             if luck < 0:
-                return Offer(12, ("ngram", match))
-        return Offer(0, ("ngram", 0))
+                return Offer(12, Kind("ngram", match))
+        return Offer(0, Kind("ngram", 0))
 
     def rate(self, choice: Choice, offer: Offer) -> float:
         """Of the drafts that this choice makes."""
-        return self._exits[choice.exit_layer] if choice.exit_layer else self._found.get(offer.kind[1], (0, 0))[1]
+        return self._exits[choice.exit_layer] if choice.exit_layer else self._found.get(offer.kind.match, (0, 0))[1]
 
     def right(self, offer: Offer) -> list[int]:
         """The tokens that the model writes, where the source proposes 0, 0, 0, …"""
-        rate, count = self._found.get(offer.kind[1], (0, 0))[1], 0
+        rate, count = self._found.get(offer.kind.match, (0, 0))[1], 0
         while count < offer.length and self._random.random() < rate:
             count += 1
         return [0] * count + [1]
@@ -332,7 +324,7 @@ def decode(model: LookedUpModel, sources: set[str], rounds: int = 4000) -> tuple
     controller, tokens, clock, choices = Controller(SIZES, EXITS), 0.0, 0.0, []
     acceptance = controller.new_acceptance()
     for number in range(rounds):
-        offer = model.propose() if "ngram" in sources else Offer(0, ("ngram", 0))
+        offer = model.propose() if "ngram" in sources else Offer(0, Kind("ngram", 0))
         if sources == {"exit"}:
             choice = controller.choose([acceptance])
         else:
@@ -354,6 +346,7 @@ def decode(model: LookedUpModel, sources: set[str], rounds: int = 4000) -> tuple
 
 USELESS = dict.fromkeys(EXITS, 0.02)
 GOOD = TASKS["trained to exit early"]
+FOUND = Kind("found", 1)
 NOTHING: dict[int, tuple[float, float]] = {}
 RARE = {1: (0.3, 0.05), 3: (0.02, 0.3)}
 OFTEN = {1: (0.2, 0.2), 2: (0.1, 0.5), 3: (0.2, 0.7), 8: (0.3, 0.95)}
@@ -383,9 +376,9 @@ def test_the_number_of_drafts_follows_the_match():
             right = 0
             while right < 12 and rates.random() < rate:
                 right += 1
-            acceptance.observe_proposal(("ngram", match), [0] * 12, [0] * right + [1])
+            acceptance.observe_proposal(Kind("ngram", match), [0] * 12, [0] * right + [1])
     counts = [
-        controller.plan([acceptance], [Offer(12, ("ngram", match))], exits=False).choice.num_speculations
+        controller.plan([acceptance], [Offer(12, Kind("ngram", match))], exits=False).choice.num_speculations
         for match in (1, 2, 8)
     ]
     assert counts[0] <= counts[1] < counts[2] == 12
@@ -398,9 +391,9 @@ def test_a_batch_mixes_sources():
     for _ in range(100):
         one.observe(1, 8, 8)
         other.observe(1, 0, 8)
-        one.observe_proposal("found", [0] * 3, [1])
-        other.observe_proposal("found", [0] * 3, [0] * 4)
-    plan = controller.plan([one, other], [Offer(3, "found")] * 2)
+        one.observe_proposal(FOUND, [0] * 3, [1])
+        other.observe_proposal(FOUND, [0] * 3, [0] * 4)
+    plan = controller.plan([one, other], [Offer(3, FOUND)] * 2)
     assert plan.choice.exit_layer == 1
     assert plan.choice.num_speculations > 3
     assert plan.looked_up == [None, 3]

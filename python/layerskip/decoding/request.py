@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ..models import LayerSkipModel
 from . import validation
-from .controller import AcceptanceRates, Controller
+from .acceptance import AcceptanceRates
+from .controller import Controller
 from .logits import LogitsProcessor
 from .reading import Reading
 from .sampling import SamplingParams
