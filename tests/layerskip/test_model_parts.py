@@ -110,8 +110,9 @@ class TestDecoder:
         assert torch.equal(alone.k, whole.k)
         assert torch.equal(alone.v, whole.v)
         decoder.write_keys(hidden, zeroed(alone), 1, torch.nn.functional.linear, **places)
-        # Another order of the sum may move a value, of order 1, by a rounding, and norm and rotation add one each.
-        torch.testing.assert_close(alone.k, whole.k, rtol=0, atol=4 * torch.finfo(dtype).eps)
+        # In bf16 another order of the sum may move a value, of order 1, by a rounding; norm and rotation add one each.
+        most = TOLERANCES["prefill against forward, fp32"] if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(alone.k, whole.k, rtol=0, atol=most)
         with pytest.raises(ValueError, match=r"layers \[3, 4\) are not within the decoder's 3"):
             decoder.write_keys(hidden, alone, 3, **places)
 
