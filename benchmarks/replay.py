@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from layerskip.decoding.acceptance import Kind, Offer
+from layerskip.decoding.batch import USUAL_CATCH_UP
 from layerskip.decoding.controller import Choice, Controller
 from layerskip.decoding.costs import Sizes
 from layerskip.decoding.source import NGRAM, NgramSource
@@ -70,7 +71,7 @@ class Machine:
     """How long rounds take, in passes of one row through the whole model.
 
     ``rows``: the passes of 1, 2, … rows; between and after those that are given it goes on straight. The model's bytes
-    are ``sizes``, those of an exit's block ``block``, which looked-up rows run through, too, where an exit may draft.
+    are ``sizes``, those of an exit's block ``block``.
     """
 
     rows: dict[int, float]
@@ -85,16 +86,17 @@ class Machine:
         high = known[known.index(low) + 1]
         return self.rows[low] + (self.rows[high] - self.rows[low]) * (rows - low) / (high - low)
 
-    def seconds(self, choice: Choice, exits: bool) -> float:
-        """Of a round; ``exits``: whether exits may draft in others."""
+    def seconds(self, choice: Choice, missing: int = 0) -> float:
+        """Of a round; before an exit drafts, its blocks read the tokens that are ``missing``."""
         size = self.sizes
         model = size.num_layers * size.layer + size.head
         rows = self.passes(choice.num_speculations + 1)
-        if not choice.exit_layer:
-            return rows * (1 + exits * self.block / model)
+        if not choice.exit_layer or not choice.num_speculations:
+            return rows
         shallow = choice.exit_layer * size.layer
         drafts = choice.num_speculations * (shallow + size.draft_head) / model
-        return drafts + (shallow + self.block) / model + rows * (model - shallow) / model
+        catch_up = self.passes(missing) * shallow / model if missing else 0.0
+        return catch_up + drafts + (shallow + self.block) / model + rows * (model - shallow) / model
 
 
 SMOLLM2 = Sizes(layer=7_080_192, head=56_623_104, draft_head=4_751_360 + 7_080_192, num_layers=30)
@@ -131,7 +133,7 @@ def replay(traces: Sequence[Trace], source: str, machine: Machine, controller: C
     controller = Controller(machine.sizes, [machine.exit_layer]) if controller is None else controller
     total, seconds, choices = 0, 0.0, []
     for trace in traces:
-        acceptance, place, end = controller.new_acceptance(), 1, len(trace.exit)
+        acceptance, place, seen, end = controller.new_acceptance(), 1, 1, len(trace.exit)
         while place < end:
             match, length, right = trace.matches[place]
             offer = Offer(min(length, end - place - 1), Kind(NGRAM, match, True))
@@ -140,20 +142,24 @@ def replay(traces: Sequence[Trace], source: str, machine: Machine, controller: C
             else:
                 choice = controller.plan([acceptance], [offer], exits=source == "auto").choice
             layer, count = choice.exit_layer, min(choice.num_speculations, end - place - 1)
-            took = machine.seconds(Choice(layer, count), source != "ngram")
-            controller.observe_cost(Choice(layer, count), 1, took)
+            missing = place - seen if layer and machine.block else 0
+            took = machine.seconds(Choice(layer, count), missing)
+            if missing <= USUAL_CATCH_UP:
+                controller.observe_cost(Choice(layer, count), 1, took)
             accepted = min(right, count)
             if layer:
                 flags = trace.exit[place : place + count]
                 accepted = flags.index(False) if False in flags else count
                 acceptance.observe(layer, accepted, count)
+            if layer and count:
+                seen = place + accepted + 1
             if source != "exit":
                 told = [0] * min(right, accepted + 1) + [1] * (right <= accepted)
                 acceptance.observe_proposal(offer.kind, [0] * offer.length, told[: accepted + 1])
             place += accepted + 1
             total += accepted + 1
             seconds += took
-            choices.append(choice)
+            choices.append(Choice(layer, count))
     return Replayed(total, seconds, choices)
 
 

@@ -201,10 +201,8 @@ def test_what_was_looked_up_is_continued(near, monkeypatch, continued):
         first = session.add(prompt_of(10), 20, draft_source="auto", keep=True)
         tokens = finish(session)[first]
     whole = torch.cat([prompt_of(10), torch.tensor([tokens]), prompt_of(3, 1)], 1)
-    if continued == "itself":
-        second = session.add(prompt_of(3, 1), 30, continue_from=first)
-    else:
-        second = session.add(whole, 30)
+    itself = continued == "itself"
+    second = session.add(prompt_of(3, 1) if itself else whole, 30, continue_from=first if itself else None)
     outputs = {}
     while len(session):
         outputs |= {update.request_id: update.output for update in session.step() if update.output is not None}

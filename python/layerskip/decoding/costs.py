@@ -42,14 +42,15 @@ class CostModel:
 
     With l the bytes of a layer, h of the head, d of the draft head, L layers,
 
-        seconds(E, K) = c(E, K) · (u · K · (E·l + d)  +  v · (L·l + h)  +  w · K · ((L - E)·l + h)).
+        seconds(E, K) = u · K · (E·l + d)  +  v · (L·l + h)  +  w · K · ((L - E)·l + h).
 
     The first term is K drafts. The second is one row through the whole model, the third the K further rows that layers
     [E, L) and the head verify. Drafts that were looked up have E = 0 and d = 0. u, v and w, in seconds a byte, are
     fitted to the measured rounds by least squares: where reading the weights takes the time a further row costs little,
     where the arithmetic does it may cost a third of the first one. While few rounds were measured, u is drawn to v,
-    since memory delivers all bytes at one speed, and w to r · v. c(E, K) is the mean ratio of measured to fitted
-    seconds. Old rounds fade, and a round that took more than twice as long as expected counts as twice as long.
+    since memory delivers all bytes at one speed, and w to r · v. What (E, K) itself took, on average, goes before the
+    formula, which counts as one measurement of it: kernels are made for some numbers of rows. Old rounds fade, and a
+    round that took more than twice as long as expected counts as twice as long.
 
     Parameters
     ----------
@@ -65,7 +66,7 @@ class CostModel:
         self._xy = [0.0] * 3
         self._speeds: Terms = (1.0, 1.0, r)  # u, v, w
         self._rounds = 0
-        self._ratios: dict[tuple[int, int], tuple[float, float]] = {}  # mean and weight
+        self._means: dict[tuple[int, int], tuple[float, float]] = {}  # seconds and weight
         self._expected: dict[tuple[int, int], float] = {}
 
     def _terms(self, exit_layer: int, num_speculations: int) -> Terms:
@@ -84,9 +85,9 @@ class CostModel:
         """The expected seconds; before any round was measured, in units of one pass over the weights."""
         choice = (exit_layer, num_speculations)
         if choice not in self._expected:
-            mean, weight = self._ratios.get(choice, (0.0, 0.0))
-            ratio = (mean * weight + UNTRIED_RATIO * UNTRIED_WEIGHT) / (weight + UNTRIED_WEIGHT)
-            self._expected[choice] = ratio * self._fitted(*choice)
+            mean, weight = self._means.get(choice, (0.0, 0.0))
+            untried = UNTRIED_RATIO * self._fitted(*choice)
+            self._expected[choice] = (mean * weight + untried * UNTRIED_WEIGHT) / (weight + UNTRIED_WEIGHT)
         return self._expected[choice]
 
     def seconds_of_layers(self, count: int) -> float:
@@ -104,7 +105,9 @@ class CostModel:
             for column, other in enumerate(terms):
                 self._xx[row][column] = COST_MEMORY * self._xx[row][column] + one * other
         self._fit()
-        self._learn_ratio((exit_layer, num_speculations), seconds)
+        mean, weight = self._means.get((exit_layer, num_speculations), (0.0, 0.0))
+        weight = min(weight + 1, 1 / (1 - COST_MEMORY))
+        self._means[exit_layer, num_speculations] = mean + (seconds - mean) / weight, weight
         if self._rounds < RENEW_EVERY or self._rounds % RENEW_EVERY == 0:
             self._expected.clear()
         self._expected.pop((exit_layer, num_speculations), None)
@@ -118,11 +121,6 @@ class CostModel:
         u, v, w = _solved(matrix, self._xy)
         floor = max(u, v) / 10
         self._speeds = (max(u, floor), max(v, floor), max(w, 0.0))
-
-    def _learn_ratio(self, choice: tuple[int, int], seconds: float) -> None:
-        mean, weight = self._ratios.get(choice, (1.0, 0.0))
-        weight = min(weight + 1, 1 / (1 - COST_MEMORY))
-        self._ratios[choice] = (mean + (seconds / self._fitted(*choice) - mean) / weight, weight)
 
 
 def _solved(matrix: list[list[float]], values: list[float]) -> Terms:
