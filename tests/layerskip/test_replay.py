@@ -34,6 +34,27 @@ def test_no_source_is_slower_than_none(machine):
             assert replay(traces, source, MACHINES[machine]).speed > 1 - LOSS, (kind, source)
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ngrams_keep_up_with_the_best_fixed_number_of_drafts(kind, machine):
+    """Whatever a further row costs: what is drafted of a proposal follows the match and the machine."""
+    best = max(speed_of_at_most(count, KINDS[kind], MACHINES[machine]) for count in range(1, 13))
+    assert replay(KINDS[kind], "ngram", MACHINES[machine]).speed > (1 - LOSS) * best
+
+
+def speed_of_at_most(count: int, traces: list[Trace], machine: Machine) -> float:
+    """Of so many tokens of every proposal, or as many as it has."""
+    tokens, seconds = 0, 0.0
+    for trace in traces:
+        place = 1
+        while place < len(trace.exit):
+            _, length, right = trace.matches[place]
+            drafts = min(count, length, len(trace.exit) - place - 1)
+            emitted = min(right, drafts) + 1
+            tokens, seconds, place = tokens + emitted, seconds + machine.passes(drafts + 1), place + emitted
+    return tokens / seconds
+
+
 def test_a_replay_repeats_itself():
     (traces, *_) = KINDS.values()
     one, other = (replay(traces, "auto", MACHINES["avx2"]) for _ in range(2))
