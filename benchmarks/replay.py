@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from layerskip.decoding.acceptance import Kind, Offer
-from layerskip.decoding.batch import USUAL_CATCH_UP
 from layerskip.decoding.controller import Choice, Controller
-from layerskip.decoding.costs import Sizes
+from layerskip.decoding.costs import CATCH_UP, Sizes
 from layerskip.decoding.source import NGRAM, NgramSource
 
 TRACES = Path(__file__).parent / "traces" / "smollm2.json"
@@ -95,11 +94,11 @@ class Machine:
             return rows
         shallow = choice.exit_layer * size.layer
         drafts = choice.num_speculations * (shallow + size.draft_head) / model
-        catch_up = self.passes(missing) * shallow / model if missing else 0.0
+        catch_up = self.passes(missing) * shallow / model + CATCH_UP if missing else 0.0
         return catch_up + drafts + (shallow + self.block) / model + rows * (model - shallow) / model
 
 
-SMOLLM2 = Sizes(layer=7_080_192, head=56_623_104, draft_head=4_751_360 + 7_080_192, num_layers=30)
+SMOLLM2 = Sizes(layer=7_080_192, head=56_623_104, draft_head=4_751_360 + 7_080_192, num_layers=30, num_blocks=1)
 MACHINES = {
     "avx2": Machine({1: 1, 2: 1.10, 3: 1.64, 5: 2.05, 9: 2.81, 13: 3.98, 16: 4.69}, SMOLLM2, 7_080_192),
     "avx512": Machine({1: 1, 6: 1.25}, SMOLLM2, 7_080_192),
@@ -142,17 +141,16 @@ def replay(traces: Sequence[Trace], source: str, machine: Machine, controller: C
             else:
                 choice = controller.plan([acceptance], [offer], exits=source == "auto").choice
             layer, count = choice.exit_layer, min(choice.num_speculations, end - place - 1)
-            missing = place - seen if layer and machine.block else 0
+            missing = place - seen if layer and count and machine.block else 0
             took = machine.seconds(Choice(layer, count), missing)
-            if missing <= USUAL_CATCH_UP:
+            if not missing:
                 controller.observe_cost(Choice(layer, count), 1, took)
             accepted = min(right, count)
             if layer:
                 flags = trace.exit[place : place + count]
                 accepted = flags.index(False) if False in flags else count
                 acceptance.observe(layer, accepted, count)
-            if layer and count:
-                seen = place + accepted + 1
+                seen = place + accepted + 1 if count else seen
             if source != "exit":
                 told = [0] * min(right, accepted + 1) + [1] * (right <= accepted)
                 acceptance.observe_proposal(offer.kind, [0] * offer.length, told[: accepted + 1])

@@ -90,12 +90,18 @@ class AcceptanceRates:
     ----------
     shared : dict of int or other key to Rate
         The rates of all sequences: a new sequence starts from them, and its trials count in them, too.
+
+    Attributes
+    ----------
+    behind : int
+        How many tokens have come since an exit drafted last; its blocks read them before it drafts again.
     """
 
     def __init__(self, shared: dict[Hashable, Rate]) -> None:
         self._shared = shared
         self._own: dict[Hashable, Rate] = {}
         self._recent = (0.0, 0.0)  # tokens and seconds of the last rounds, as they were expected
+        self.behind, self._exit_drafted = 0, False
 
     def at(self, kind: Hashable) -> Rate:
         """The rate of an exit layer, or of tokens of a kind."""
@@ -109,6 +115,8 @@ class AcceptanceRates:
         """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
         for success in [True] * accepted + [False] * (accepted < drafted):
             self._observe(exit_layer, success)
+        self._exit_drafted = drafted > 0
+        self.behind = 0 if drafted else self.behind + 1
         for other, rate in self._own.items():
             if other != exit_layer and isinstance(other, int):
                 rate.fade()
@@ -133,7 +141,13 @@ class AcceptanceRates:
         return tokens
 
     def observe_proposal(self, kind: Kind, proposal: Sequence[int], emitted: Sequence[int]) -> None:
-        """Take account of what was ``proposed``, drafted or not, where these tokens were emitted."""
+        """Take account of what was proposed, drafted or not, where these tokens were emitted.
+
+        If an exit drafted in this round, `observe` comes first.
+        """
+        if not self._exit_drafted:
+            self.behind += len(emitted)
+        self._exit_drafted = False
         for position, (token, other) in enumerate(zip(proposal, emitted, strict=False)):
             self._observe(kind.of(position), token == other)
             if token != other:

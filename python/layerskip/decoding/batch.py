@@ -16,8 +16,6 @@ from .reading import read_blocks
 from .request import Request, RoundKind
 from .round import FusedRound, LookedUp, SequenceTensors
 
-USUAL_CATCH_UP = 4  # tokens; with more a round's time is not that of such rounds
-
 
 class Batch:
     """Requests of one kind of round. A batch lives until a request joins, leaves or changes its kind.
@@ -50,7 +48,7 @@ class Batch:
         self._graphs = None if kind.processed else graphs
         self._round = self._round_of(requests)
         self._mixed: MixedRound | None = None
-        self._caught_up = 0  # tokens that an exit's blocks had to read before the last round
+        self._caught_up = False  # whether an exit's blocks had tokens to read before the last round
         self._looking_up: list[int] = []  # the requests that do in the mixed round
         padding: Sequence[int] = ()
         if self._graphs is not None:
@@ -92,8 +90,8 @@ class Batch:
 
     @property
     def recorded(self) -> bool:
-        """Whether the last round took longer than such rounds do: it was recorded, or an exit had much to catch up."""
-        return self._caught_up > USUAL_CATCH_UP or (self._graphs is not None and self._graphs.recorded)
+        """Whether the last round took longer than such rounds do: it was recorded, or an exit's blocks caught up."""
+        return self._caught_up or (self._graphs is not None and self._graphs.recorded)
 
     @property
     def failures(self) -> dict[int, Exception]:
@@ -123,17 +121,17 @@ class Batch:
 
     def _let_blocks_follow(self, num_speculations: int) -> None:
         """Let the exit's blocks read what has come since it drafted last, for the requests for which it drafts now."""
-        self._caught_up = 0
+        self._caught_up = False
         if not (self.kind.speculative and self._model.decoder.num_blocks):
             return
         for request in self.requests:
             position = request.sequence.position
             request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
             if request.looked_up is None and num_speculations:
-                if missing := position - request.blocks_done:
+                if request.blocks_done < position:
                     tokens, done = request.all_tokens, request.blocks_done
                     read_blocks(self._model, self._cache, request.slot, tokens, done, position)
-                    self._caught_up = max(self._caught_up, missing)
+                    self._caught_up = True
                 request.blocks_done = position + num_speculations + 1
 
     def _mix(self) -> MixedRound:

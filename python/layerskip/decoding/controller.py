@@ -212,8 +212,10 @@ class Controller:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
             tokens = expected_tokens(means, counts[-1])
+            late = costs.catch_up(exit_layer, max(one.behind for one in acceptances))
             for num_speculations in counts:
-                value = _value(tokens[num_speculations], costs.seconds(exit_layer, num_speculations), usual)
+                seconds = costs.seconds(exit_layer, num_speculations) + (late if num_speculations else 0.0)
+                value = _value(tokens[num_speculations], seconds, usual)
                 if value > best[0]:
                     best = value, Choice(exit_layer, num_speculations)
             if len(promised) > 1:

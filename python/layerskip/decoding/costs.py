@@ -14,24 +14,27 @@ OUTLIER = 2.0  # a round that takes longer than this multiple of what was expect
 SETTLED = 4  # rounds, after which there is an expectation
 RENEW_EVERY = 8  # rounds, after which the expectations are computed again
 PRIOR_WEIGHT = 1.0  # the relations of u, v and w that are expected count as so much
+CATCH_UP = 0.03  # what it takes, in passes, that blocks catch up, beside the bytes of the layers before them
 UNTRIED_RATIO, UNTRIED_WEIGHT = 0.9, 1.0  # an untried round may cost less than the formula says: so it is tried
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a layer, of the head, and of what a draft reads after its layers; and the number of layers."""
+    """Bytes of a layer, of the head, and of what a draft reads after its layers; the numbers of layers and blocks."""
 
     layer: int
     head: int
     draft_head: int
     num_layers: int
+    num_blocks: int = 0
 
     @classmethod
     def of(cls, model: LayerSkipModel) -> Sizes:
         """Those of a model's weights; blocks count as part of the draft head."""
         layer = sum(weight.nbytes for weight in model.decoder.layer_weights(0, 1))
-        draft_head = model.draft_head.head_weight.nbytes + model.decoder.num_blocks * layer
-        return cls(layer, model.head.head_weight.nbytes, draft_head, model.num_layers)
+        blocks = model.decoder.num_blocks
+        draft_head = model.draft_head.head_weight.nbytes + blocks * layer
+        return cls(layer, model.head.head_weight.nbytes, draft_head, model.num_layers, blocks)
 
 
 Terms = tuple[float, float, float]
@@ -93,6 +96,13 @@ class CostModel:
     def seconds_of_layers(self, count: int) -> float:
         """The expected seconds of a pass through so many layers, as a part of verification."""
         return self._speeds[1] * count * self._sizes.layer / self._model_bytes
+
+    def catch_up(self, exit_layer: int, tokens: int) -> float:
+        """The expected seconds in which the blocks of an exit read so many tokens, after layers [0, exit_layer)."""
+        if not (self._sizes.num_blocks and tokens):
+            return 0.0
+        part = exit_layer * self._sizes.layer / self._model_bytes
+        return self._speeds[1] * (part + CATCH_UP) + self._speeds[2] * (tokens - 1) * part
 
     def observe(self, exit_layer: int, num_speculations: int, seconds: float) -> None:
         """Take account of a round."""
