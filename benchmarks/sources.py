@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 
 from layerskip import GenerationOutput, SamplingParams, SelfSpeculativeDecoder
 from layerskip._files import write_atomically
+from layerskip.cli.drafts import Drafts
 from layerskip.cli.options import encode
 from layerskip.models import load
 
@@ -52,7 +53,7 @@ class Way:
     tokens: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     rounds: int = 0
-    by_source: dict[str, list[int]] = field(default_factory=dict)
+    drafts: Drafts = field(default_factory=Drafts)
     texts: list[list[int]] = field(default_factory=list)
     decoder: SelfSpeculativeDecoder | None = None
 
@@ -63,9 +64,7 @@ class Way:
         self.seconds.append(stats.seconds - stats.time_to_first_token)
         self.rounds += stats.rounds
         self.texts.append(out.new_tokens[0].tolist())
-        for name, count in stats.by_source.items():
-            before = self.by_source.get(name, [0, 0])
-            self.by_source[name] = [before[0] + count.drafted, before[1] + count.accepted]
+        self.drafts = Drafts.sum((self.drafts, Drafts.of(stats)))
 
     def row(self, task: str, plain: Way, repeated: float) -> dict[str, Any]:
         """By the names of `COLUMNS`."""
@@ -73,8 +72,9 @@ class Way:
         pairs = zip(self.tokens, self.seconds, plain.tokens, plain.seconds, strict=True)
         ratios = [(tokens / mine) / (others / its) for tokens, mine, others, its in pairs if tokens and others]
         values = (task, self.name, speed, speed / other, median(ratios), sum(self.tokens) / self.rounds,
-                  self.by_source, repeated, self.texts == plain.texts)  # fmt: skip
-        return {**dict(zip(COLUMNS, values, strict=True)), "smallest": min(ratios), "prompts": len(self.tokens)}
+                  str(self.drafts), repeated, self.texts == plain.texts)  # fmt: skip
+        more = {"smallest": min(ratios), "prompts": len(self.tokens), **asdict(self.drafts)}
+        return {**dict(zip(COLUMNS, values, strict=True)), **more}
 
 
 def repeated_share(prompt: Sequence[int], text: Sequence[int], length: int = 4) -> tuple[int, int]:
@@ -123,10 +123,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
               "repeated 4-grams": "{:.0%}"}  # fmt: skip
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
-        counts = (f"{name} {accepted} of {drafted}" for name, (drafted, accepted) in row["accepted"].items())
-        cells = [
-            ", ".join(counts) if name == "accepted" else shapes.get(name, "{}").format(row[name]) for name in COLUMNS
-        ]
+        cells = [shapes.get(name, "{}").format(row[name]) for name in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -228,13 +228,13 @@ class TestBench:
         options = ["--max-new-tokens", "30", "--only-ours", "--draft-source", source, "--output", str(tmp_path / "out")]
         assert main(["bench", "--model", directory, "--prompts", texts, *options]) == 0
         content = json.loads((tmp_path / "out.json").read_text())
-        counts = content["runs"][SELF_SPECULATIVE][0]["by_source"]
+        counts = content["runs"][SELF_SPECULATIVE][0]["drafts"]["by_source"]
         assert content["settings"]["draft_source"] == source
         assert counts["ngram"][0] >= counts["ngram"][1]
         known = content["summary"][SELF_SPECULATIVE]["megabytes_per_token"]
         assert (known > 0) == (source == "ngram"), "with auto nobody knows what a round read"
         printed = " ".join(capsys.readouterr().out.split())
-        assert "drafts accepted, by source: " in printed
+        assert "drafts accepted, by source (and place in the round): " in printed
         assert f"drafts from {source}" in printed
 
     def test_batches_and_auto_against_a_sweep(self, directory, texts, tmp_path, capsys):
@@ -253,6 +253,8 @@ class TestBench:
         assert swept == [("counting", 0.0), ("counting", 0.5), ("prose", 0.0), ("prose", 0.5)]
         for task in content["sweep"]:
             assert set(task["fixed"]) == {f"E={e}, K={k}" for e in (1, 2, 3) for k in (1, 2, 4, 8, 12)}
+            assert set(task["by_source"]) == {"ngram", "auto"}
+            assert min(task["by_source"].values()) > 0
         assert "tokens/s of a batch" in printed
         assert "auto / best" in printed
 
@@ -333,8 +335,11 @@ class TestBench:
         assert main(["correctness", *arguments]) == 0
         assert "all tokens are identical" in capsys.readouterr().out
         assert main(["exits", *arguments, "--output", str(tmp_path / "e")]) == 0
-        (row,) = (line for line in capsys.readouterr().out.splitlines() if "2 + 2 blocks" in line)
+        printed = capsys.readouterr().out.splitlines()
+        (row,) = (line for line in printed if "2 + 2 blocks" in line)
         assert "100.0%" in row
+        (row,) = (line for line in printed if "n-grams" in line)
+        assert row.count("–") == 2, "nothing says how sure a lookup is"
 
     def test_the_stopwatch_leaves_out_the_first_group(self, monkeypatch):
         """Put at 10, 13, 14 and 18 s: the prompt, two tokens, one, four."""

@@ -191,6 +191,26 @@ def test_what_is_continued(near, strategy, reused):
     assert watched.drafts > 20
 
 
+@pytest.mark.parametrize("continued", ["itself", "in another slot"])
+def test_what_was_looked_up_is_continued(near, monkeypatch, continued):
+    """The blocks have read none of it: they do before an exit drafts, in whichever row."""
+    hf_model, decoder, watched = near
+    with monkeypatch.context() as looking_up:
+        looking_up.setattr(Controller, "plan", lambda *args, **named: Plan(Choice(0, 0), [0]))
+        session = decoder.open_session(2)
+        first = session.add(prompt_of(10), 20, draft_source="auto", keep=True)
+        tokens = finish(session)[first]
+    whole = torch.cat([prompt_of(10), torch.tensor([tokens]), prompt_of(3, 1)], 1)
+    itself = continued == "itself"
+    second = session.add(prompt_of(3, 1) if itself else whole, 30, continue_from=first if itself else None)
+    outputs = {}
+    while len(session):
+        outputs |= {update.request_id: update.output for update in session.step() if update.output is not None}
+    assert outputs[second].new_tokens[0].tolist() == expected(hf_model, whole, 30)
+    assert outputs[second].stats.reused == 29
+    assert watched.drafts > 20
+
+
 def test_strategies_side_by_side(near):
     hf_model, decoder, watched = near
     session = decoder.open_session(4, prompt_tokens_per_step=3)

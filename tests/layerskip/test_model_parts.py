@@ -89,6 +89,33 @@ class TestDecoder:
         assert torch.equal(cache.k, expected.k)
         assert cache.seq_lens.tolist() == [3]
 
+    @pytest.mark.parametrize("optional", [False, True], ids=["plain", "biases and norms"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_keys_and_values_alone_are_those_that_the_whole_layer_writes(self, dtype, optional):
+        more = {}
+        if optional:
+            more = {"q_bias": torch.randn(HEADS * SIZE), "q_norm": torch.rand(SIZE) + 0.5}
+            more |= {
+                "k_bias": torch.randn(GROUPS * SIZE),
+                "v_bias": torch.randn(GROUPS * SIZE),
+                "k_norm": more["q_norm"] + 1,
+            }
+            more = {name: value.to(dtype) for name, value in more.items()}
+        decoder, hidden = make_decoder(dtype=dtype, **more), states(2, 3).to(dtype)
+        places = {"seq_lens": torch.tensor([2, 0]), "slots": torch.tensor([3, 1])}
+        whole, alone = (zeroed(decoder.new_cache(4, 8)) for _ in range(2))
+        decoder(hidden, whole, 1, 2, **places)
+        decoder.write_keys(hidden, alone, 1, **places)
+        assert whole.k[1].count_nonzero() > 0
+        assert torch.equal(alone.k, whole.k)
+        assert torch.equal(alone.v, whole.v)
+        decoder.write_keys(hidden, zeroed(alone), 1, torch.nn.functional.linear, **places)
+        # In bf16 another order of the sum may move a value, of order 1, by a rounding; norm and rotation add one each.
+        most = TOLERANCES["prefill against forward, fp32"] if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(alone.k, whole.k, rtol=0, atol=most)
+        with pytest.raises(ValueError, match=r"layers \[3, 4\) are not within the decoder's 3"):
+            decoder.write_keys(hidden, alone, 3, **places)
+
     @pytest.mark.parametrize("chunks", [[11], [1, 10], [10, 1], [4, 4, 3], [1] * 11])
     def test_prefill_in_chunks_equals_forward(self, chunks):
         decoder, hidden = make_decoder(), states(2, 11)

@@ -14,6 +14,7 @@ from layerskip import DraftSource, NgramSource, SamplingParams, SelfSpeculativeD
 from layerskip.decoding import round as rounds
 from layerskip.decoding.mixed import MixedRound
 from layerskip.decoding.source import GRADES, Lookup
+from layerskip.training.survey import survey_ngrams
 from layerskip_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +131,23 @@ def test_what_is_accepted_and_counted():
     assert silent.by_source == {}
     both = decoder.generate([prompt_of(7)[0]] * 2, NEW, draft_source=Oracle([text]))
     assert both.stats.by_source == {"oracle": (2 * right.drafted, 2 * right.accepted)}
+
+
+@requires_native
+def test_what_is_counted_by_position():
+    """A source that is wrong at every third place of the text, and proposes five tokens."""
+    decoder = SelfSpeculativeDecoder(tiny_model(), 1)
+    text = decoder.generate(prompt_of(7), NEW, strategy="autoregressive").sequences[0].tolist()
+    stats = decoder.generate(prompt_of(7), NEW, draft_source=Oracle([text], 3)).stats
+    # The prompt has 7 tokens and verification gives place 7, so the first round drafts place 8, and misses 9; those
+    # after it draft 10 and 11, and miss 12, and so on. The last round drafts 34 and 35, and 36 is behind the end.
+    assert stats.by_position == {"oracle": ((10, 10), (10, 9), (8, 0))}
+    both = decoder.generate([prompt_of(7)[0]] * 2, NEW, draft_source=Oracle([text], 3)).stats
+    assert both.by_position == {"oracle": ((20, 20), (20, 18), (16, 0))}
+    whole = decoder.generate(prompt_of(7), NEW, draft_source=Oracle([text])).stats.by_position["oracle"]
+    assert [count.drafted for count in whole] == [count.accepted for count in whole]
+    ended = decoder.generate(prompt_of(7), NEW, draft_source=Oracle([text]), eos_token_id=text[10]).stats
+    assert all(count.drafted == count.accepted for count in ended.by_position["oracle"])
 
 
 @requires_native
@@ -443,3 +461,22 @@ def test_a_lookup_asks_only_for_what_can_be_emitted():
     assert asked.proposal == [1, 2]
     asked.propose([7, 8], 0)
     assert asked.proposal == []
+
+
+def test_a_survey_of_ngrams_counts_what_decoding_would_accept():
+    """A prompt of three tokens, and seven after it; the other text has none."""
+    survey = survey_ngrams([(torch.tensor([1, 2, 3, 1, 2, 3, 4, 2, 3, 5]), 3), (torch.tensor([7]), 1)])
+    # By place: 3 nothing; 4 after 1 comes 2 3, right; 5 after 1 2 comes 3, right, then 1, wrong; 6 after 1 2 3 comes 1,
+    # wrong; 7 nothing; 8 after 2 comes 3, right; 9 after 2 3 comes 4, wrong.
+    assert (survey.positions, survey.found, survey.right) == (7, 5, 3)
+    assert survey.tokens_per_round == 7 / 4  # rounds at 3, 4, 7 and 8, of 1, 3, 1 and 2 tokens
+    with pytest.raises(ValueError, match="there is no continuation to look at"):
+        survey_ngrams([(torch.tensor([7]), 1)])
+
+
+@requires_native
+def test_a_survey_of_ngrams_agrees_with_decoding():
+    decoder = SelfSpeculativeDecoder(tiny_model(), 1, draft_source="ngram")
+    out = decoder.generate(prompt_of(7), 60)
+    survey = survey_ngrams([(out.sequences[0], 8)])  # verification gives the first token
+    assert survey.tokens_per_round == pytest.approx(59 / out.stats.rounds)

@@ -16,13 +16,15 @@ from tiny import tiny_model
 import layerskip
 from layerskip.cli import main
 from layerskip.models.exit import Exit
-from layerskip.training import exit_loss, exit_trainer, trunk
+from layerskip.training import exit_loss, exit_trainer, trunk, written
 from layerskip.training.exit_loss import Targets, draft_loss, row_losses
 from layerskip.training.exit_module import Packed, TrainableExit
 from layerskip.training.exit_recipe import ExitRecipe
 from layerskip.training.exit_run import ExitRun
 from layerskip.training.exit_trainer import ExitTrainer, rounds
-from layerskip.training.trunk import Text, Trunk
+from layerskip.training.kept import Labels, Text
+from layerskip.training.trunk import Trunk
+from layerskip.training.written import WrittenTexts
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 5, 12, 7)
@@ -127,7 +129,7 @@ def test_blocks_compute_what_the_models_layers_do(architecture: str, num_blocks:
         for _ in range(num_blocks):
             hidden = adapted.decoder(hidden, adapted.decoder.new_cache(1, length), 3, 4)
         none = torch.empty(0, 1)
-        texts.append(Text(states[0], 2, trunk.Labels(none.int(), none.half())))
+        texts.append(Text(states[0], 2, Labels(none.int(), none.half())))
         expected.append(adapted.head(hidden[0, 2:]).token)
     hidden = module(Packed.of(texts, CPU, torch.float32))
     assert exit_loss.draft_tokens(hidden, module.head_rows).tolist() == torch.cat(expected).tolist()
@@ -224,6 +226,22 @@ def test_an_exit_learns_and_the_model_stays(saved: Path, tmp_path: Path) -> None
     assert trainer.agreement(trainer.texts).all > first + 0.3
     assert exits
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
+
+
+def test_a_run_writes_its_own_texts_and_goes_on_from_an_exit(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    """Whose first step is the step after the exit's last, so its loss is lower than that of a fresh run."""
+    texts = {"texts": [], "prompts": [str(saved / "texts.jsonl")], "written": 9, "new_tokens": 12}
+    path = tmp_path / "recipe.yaml"
+    losses = []
+    for name, more in (("first", {}), ("second", {"init_exit": str(tmp_path / "first")})):
+        made = recipe(saved, tmp_path / name, steps=60, eval_every=20, learning_rate=5e-3, **texts, **more)
+        path.write_text(json.dumps(vars(made)))
+        assert main(["train-exit", str(path), "--device", "cpu"]) == 0
+        losses.append(float(capsys.readouterr().out.split("step 20  loss ")[1].split()[0]))
+    assert losses[1] < losses[0] - 0.3
+    path.write_text(json.dumps({**vars(made), "written": 8}))
+    assert main(["train-exit", str(path), "--device", "cpu", "--resume"]) == 2
+    assert "written was 9 and is 8" in capsys.readouterr().err.replace("\n", " ")
 
 
 def stopping(at: int, step: Any = ExitTrainer._step) -> Any:
@@ -373,3 +391,82 @@ def test_a_run_ends_early_when_nothing_gets_better(
     trainer.train(lambda state, loss: None, better.append)
     assert better == [True, True, False, False]
     assert (trainer.state.best_step, trainer.state.stopped_early) == (2, True)
+
+
+def written_texts(folder: Path, model: Any, count: int, whole: bool = False) -> WrittenTexts:
+    prompts = [pair["input_ids"] for pair in pairs_of((4, 7, 5, 7, 3))]
+    return WrittenTexts(folder, layerskip.models.adapt(model), 2, 5, prompts, count, 6, 3, whole)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_written_texts_are_the_models_own_with_its_states_and_labels(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """As a second pass over them has it, and the tokens as decoding gives them."""
+    monkeypatch.setattr(written, "BATCH", 2)
+    made = written_texts(tmp_path / "written", model, 5, whole)
+    made.compute()
+    prompts = [pair["input_ids"] for pair in pairs_of((4, 7, 5, 7, 3))]
+    decoder = layerskip.SelfSpeculativeDecoder(model, 1)
+    pairs = []
+    for index, prompt in enumerate(prompts):
+        plain = decoder.generate(torch.tensor([prompt]), 6, strategy="autoregressive", eos_token_id=[3])
+        assert made.tokens[index] == plain.new_tokens[0].tolist()
+        ids = prompt + made.tokens[index]
+        pairs.append({"input_ids": ids, "labels": ids if whole else [-100] * len(prompt) + made.tokens[index]})
+    again = Trunk(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs)
+    again.compute()
+    for index in range(5):
+        one, other = made[index], again[index]
+        assert one.first == other.first
+        assert made.rows(index) == again.rows(index) == len(one.labels.ids)
+        torch.testing.assert_close(one.states, other.states, rtol=1e-4, atol=1e-4)
+        assert one.labels.ids[:, 0].tolist() == other.labels.ids[:, 0].tolist()
+        torch.testing.assert_close(one.labels.probabilities, other.labels.probabilities, rtol=1e-2, atol=1e-3)
+
+
+def test_writing_goes_on_after_a_stop_and_with_more_texts(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "BATCH", 2)
+    whole = written_texts(tmp_path / "whole", model, 5)
+    whole.compute()
+
+    def stop(texts: int) -> None:
+        if texts == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        written_texts(tmp_path / "stopped", model, 3).compute(stop)
+    ran: list[int] = []
+    monkeypatch.setattr(
+        WrittenTexts, "_write", lambda self, indices, run=WrittenTexts._write: ran.extend(indices) or run(self, indices)
+    )
+    more = written_texts(tmp_path / "stopped", model, 5)
+    more.compute()
+    assert len(ran) == 3
+    for index in range(5):
+        assert more.tokens[index] == whole.tokens[index]
+        torch.testing.assert_close(more[index].states, whole[index].states)
+    fewer = written_texts(tmp_path / "stopped", model, 1)
+    fewer.compute()
+    assert len(fewer) == 1
+    with pytest.raises(ValueError, match="whole was False and is True"):
+        written_texts(tmp_path / "stopped", model, 5, whole=True).compute()
+
+
+def test_a_run_begins_as_another_exit(tmp_path: Path) -> None:
+    """With its tokens, and what it drafts; an exit of another shape is refused."""
+    adapted = layerskip.models.adapt(tiny_model())
+    ids = torch.tensor([1, 4, 9, 50])
+    before = TrainableExit(adapted, 2, 1, 3, ids, head_rank=2)
+    for parameter in before.parameters():
+        torch.nn.init.normal_(parameter)
+    after = TrainableExit(adapted, 2, 1, 0, ids, head_rank=2)
+    after.begin_as(before.exit(torch.float32))
+    for (name, one), other in zip(after.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(ValueError, match=r"init_exit has layer and blocks \(2, 1\), the recipe has \(1, 1\)"):
+        TrainableExit(adapted, 1, 1, 0, ids, head_rank=2).begin_as(before.exit())
+    with pytest.raises(ValueError, match="one of the recipe and init_exit has a correction of the head"):
+        TrainableExit(adapted, 2, 1, 0, ids).begin_as(before.exit())

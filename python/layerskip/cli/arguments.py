@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from .. import _ends
 from ..registry import nearest
 from . import prompts
+from .parser import Parser, device, number, one_of, positive, positive_or_auto, whole
 
 DTYPES = ("bfloat16", "float16", "float32")
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
@@ -20,21 +19,6 @@ SOURCES = ("exit", "ngram", "auto")  # as `layerskip.decoding.source` has them
 CODES = (
     "Exit codes: 0 all is well, 1 a check or the work failed, 2 it cannot be done as it was asked for, 130 interrupted."
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """Says a default once, at the end of an option's help, and an error in one line."""
-
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """As argparse has it. A default that the help does not tell in words is added to it."""
-        default, text = settings.get("default"), settings.get("help", "")
-        if default and default != argparse.SUPPRESS and "default" not in text:
-            settings["help"] = f"{text} (default: %(default)s)"
-        return super().add_argument(*names, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,65 +39,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _ends.declare(commands[name], default=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(words)
     if rest:
-        _refuse(commands[args.command], rest[0])
+        commands[args.command].refuse(rest[0])
     return args
-
-
-def _refuse(parser: Parser, word: str) -> NoReturn:
-    """What no option or argument takes."""
-    name = word.partition("=")[0]
-    if not name.startswith("-"):
-        parser.error(f"unexpected argument {word!r}")
-    text = re.sub(r"\x1b\[[\d;]*m", "", parser.format_help())  # later versions of argparse colour it
-    options = dict.fromkeys(re.findall(r"(?<!\w)--?[a-z][a-z-]*", text))
-    parser.error(f"unknown option {name}; {nearest(name, options)}")
-
-
-def positive(text: str) -> int:
-    """An argparse type: an int from 1 up."""
-    value = whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def positive_or_auto(text: str) -> int | str:
-    """An argparse type: "auto", or an int from 1 up."""
-    return text if text == "auto" else positive(text)
-
-
-def whole(text: str) -> int:
-    """An argparse type: an int."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-
-
-def number(text: str) -> float:
-    """An argparse type: a float."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-
-
-def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: one of some names; for another one the nearest are told."""
-
-    def parse_name(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"unknown {what} {text!r}; {nearest(text, names)}")
-        return text
-
-    return parse_name
-
-
-def device(text: str) -> str:
-    """An argparse type: what looks like a device; whether it is there, torch will know."""
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", text) is None:
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}, expected auto, cpu, cuda or cuda:N")
-    return text
 
 
 def add_device(parser: Parser) -> None:
@@ -396,7 +323,8 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
     ),
     "exits": (
         _exits, "show how good every layer's exit is, to choose the exit layer by",
-        "Show how good every layer's exit is on a model's own text: agreement with the full depth, and calibration.",
+        "Show how good every layer's exit is on a model's own text, and what n-grams find in it: agreement with the "
+        "full depth, and calibration.",
     ),
     "tune": (
         _tune, "measure which drafts are fastest on your prompts, and keep it beside the model",

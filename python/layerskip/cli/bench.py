@@ -17,6 +17,7 @@ from ..bandwidth import ReadBandwidth
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validation
 from ..decoding.source import AUTO, NGRAM, max_drafts
 from . import options, prompts, sweep, throughput
+from .drafts import Drafts
 from .measure import Stopwatch
 from .report import Report, Run, Skipped, outputs
 from .traffic import bytes_per_token
@@ -76,7 +77,7 @@ def _measure(name: str, way: Variant, prompt: int, input_ids: Tensor, args: Any,
     if out is not None:
         run.bytes_per_token = _bytes_per_token(name, decoder, out.stats)
         run.drafted, run.accepted = out.stats.drafted, out.stats.accepted
-        run.by_source = {name: list(count) for name, count in out.stats.by_source.items()}
+        run.drafts = Drafts.of(out.stats)
         run.sequence = out.new_tokens[0].tolist()
     return run
 

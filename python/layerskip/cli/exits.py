@@ -1,4 +1,4 @@
-"""Show how good every layer's exit is on a model's own text: agreement with the full depth, and calibration."""
+"""Show how good every layer's exit is on a model's own text, and what n-grams find: agreement, and calibration."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Surveyed:
-    """One exit: what it is, what it and the full depth choose, and how much speed it could give."""
+    """One source of drafts: what it is, how often it has the full depth's token, and how much speed it could give.
+
+    What was looked up has no confidence.
+    """
 
     label: str
     agreement: float
-    confidence: float
-    error: float
+    confidence: float | None
+    error: float | None
     tokens_per_round: float
     bound: float
 
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rows = of_layers(survey, args.num_speculations)
         if trained is not None:
             rows.append(of_trained(decoder.model, written, args.num_speculations))
+        rows.append(of_ngrams(written))
     console.print(table(rows, args.num_speculations, f"{args.model}, {args.prompts}: {survey.tokens.shape[1]} tokens"))
     write_atomically(path, picture(survey))
     console.print(f"wrote {path}")
@@ -92,8 +96,17 @@ def of_trained(model: LayerSkipModel, written: Sequence[tuple[Tensor, int]], dra
     )
 
 
+def of_ngrams(written: Sequence[tuple[Tensor, int]]) -> Surveyed:
+    """Text that occurred before: a round is one pass, however many tokens it drafts."""
+    from ..training.survey import survey_ngrams
+
+    survey = survey_ngrams(written)
+    agreement = survey.right / survey.positions
+    return Surveyed("n-grams", agreement, None, None, survey.tokens_per_round, survey.tokens_per_round)
+
+
 def table(rows: Sequence[Surveyed], drafts: int, title: str) -> Table:
-    """One line an exit; the best bound on the speedup is marked."""
+    """One line an exit, and one for n-grams; the best bound on the speedup is marked."""
     best = max(rows, key=lambda row: row.bound)
     shown = Table(title=title, title_justify="left")
     columns = (
@@ -110,8 +123,8 @@ def table(rows: Sequence[Surveyed], drafts: int, title: str) -> Table:
         cells = (
             row.label,
             f"{row.agreement:.1%}",
-            f"{row.confidence:.1%}",
-            f"{row.error:.3f}",
+            "–" if row.confidence is None else f"{row.confidence:.1%}",
+            "–" if row.error is None else f"{row.error:.3f}",
             f"{row.tokens_per_round:.2f}",
             f"{row.bound:.2f}×",
         )

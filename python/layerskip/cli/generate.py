@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..decoding import Stats
 from . import options
+from .drafts import Drafts
 
 
 def summary(stats: Stats) -> str:
@@ -21,7 +22,7 @@ def summary(stats: Stats) -> str:
         line += f"; {stats.rounds} rounds, {stats.accepted} of {stats.drafted} drafts accepted"
         line += f" ({stats.acceptance_rate:.0%})"
     if len(stats.by_source) > 1:
-        line += ": " + ", ".join(f"{name} {one.accepted} of {one.drafted}" for name, one in stats.by_source.items())
+        line += f": {Drafts.of(stats)}"
     return line
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .._files import write_atomically
 from ..decoding.source import EXIT
+from .drafts import Drafts
 from .sweep import Sweep, sweep_table
 from .throughput import BatchSpeed, throughput_table
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
@@ -28,7 +29,7 @@ class Run:
     """One prompt, one way.
 
     ``tokens`` in ``seconds`` leave out the first token, whose time is ``first_token``. Where it does not come alone,
-    they leave out all ``first_tokens`` of its group. ``by_source``: the drafted and the accepted tokens of each source.
+    they leave out all ``first_tokens`` of its group. ``drafts`` are the drafted and accepted tokens by source.
     """
 
     prompt: int
@@ -39,7 +40,7 @@ class Run:
     bytes_per_token: float = 0.0
     drafted: int = 0
     accepted: int = 0
-    by_source: dict[str, list[int]] = field(default_factory=dict)
+    drafts: Drafts = field(default_factory=Drafts)
     sequence: list[int] = field(default_factory=list)
 
     @property
@@ -162,8 +163,7 @@ class Report:
         if setting["draft_threshold"]:
             title += f", threshold {setting['draft_threshold']:g}"
         console.print(self._table(title))
-        if setting["draft_source"] != EXIT:
-            console.print(self._sources(), highlight=False)
+        console.print(self._sources(), highlight=False)
         console.print(
             "Medians, after the first token. Speedups are over our autoregressive decoding: "
             "the ratio of the mean tokens/s, and the mean ratio of the times per token.",
@@ -193,12 +193,8 @@ class Report:
 
     def _sources(self) -> str:
         """How many drafts of each source were accepted."""
-        total: dict[str, list[int]] = {}
-        for run in self.runs[SELF_SPECULATIVE]:
-            for name, counts in run.by_source.items():
-                total[name] = [sum(pair) for pair in zip(total.get(name, [0, 0]), counts, strict=True)]
-        told = [f"{name} {accepted} of {drafted}" for name, (drafted, accepted) in total.items()]
-        return "drafts accepted, by source: " + (", ".join(told) or "nothing was drafted")
+        total = Drafts.sum(run.drafts for run in self.runs[SELF_SPECULATIVE])
+        return f"drafts accepted, by source (and place in the round): {str(total) or 'nothing was drafted'}"
 
     def write(self, stem: Path, complete: bool = True) -> list[Path]:
         """Write ``<stem>.json`` and, of a measurement that is ``complete``, ``<stem>.png``, if there is a speed."""

@@ -1,4 +1,4 @@
-"""How near "auto" comes to the best fixed exit layer and number of drafts, and what a threshold gives, by task."""
+"""How near "auto" comes to the best fixed exit layer and number of drafts, what other sources and a threshold give."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from rich.table import Table
 from torch import Tensor
 
 from ..decoding import Choice, SelfSpeculativeDecoder
+from ..decoding.source import AUTO, NGRAM
 from . import options
 from .measure import Stopwatch
 
 DRAFTS = (1, 2, 4, 8, 12)
+OTHERS = (NGRAM, AUTO)  # sources that are compared with exits
 THRESHOLD = 0.5  # what is compared with none, unless --draft-threshold says another
 
 
@@ -24,7 +26,8 @@ THRESHOLD = 0.5  # what is compared with none, unless --draft-threshold says ano
 class Sweep:
     """Tokens a second after the first token, of one task: of every fixed (E, K), of "auto", of the full model.
 
-    All drafts end at tokens less probable than ``draft_threshold``.
+    ``by_source`` has those of the other draft sources. Drafts of exits end at tokens less probable than
+    ``draft_threshold``.
     """
 
     task: str
@@ -32,6 +35,7 @@ class Sweep:
     fixed: dict[str, float]
     auto: float
     autoregressive: float
+    by_source: dict[str, float]
 
     @property
     def best(self) -> tuple[str, float]:
@@ -60,7 +64,8 @@ def measure(model: Any, args: argparse.Namespace, encoded: Sequence[Tensor], tas
         ]
         for decoder, speeds in zip(decoders, _speeds(decoders, prompts, args), strict=True):
             auto, plain = speeds.pop("auto"), speeds.pop("autoregressive")
-            yield Sweep(task, decoder.draft_threshold, speeds, auto, plain)
+            by_source = {source: speeds.pop(f"source {source}") for source in OTHERS}
+            yield Sweep(task, decoder.draft_threshold, speeds, auto, plain, by_source)
 
 
 def _speeds(
@@ -69,6 +74,7 @@ def _speeds(
     """For each decoder the mean tokens a second of each way."""
     choices = [Choice(exit_layer, count) for exit_layer in decoders[0].controller.exits for count in DRAFTS]
     ways: dict[str, dict[str, Any]] = {"auto": {}, "autoregressive": {"strategy": "autoregressive"}}
+    ways |= {f"source {source}": {"draft_source": source} for source in OTHERS}
     ways |= {f"E={one.exit_layer}, K={one.num_speculations}": one._asdict() for one in choices}
     rates: list[dict[str, list[float]]] = [defaultdict(list) for _ in decoders]
     for ids in list(prompts) * args.repeats:
@@ -83,10 +89,12 @@ def _speeds(
 def sweep_table(sweeps: Sequence[Sweep]) -> Table:
     """A line for each task and threshold."""
     table = Table(title="tokens/s of auto and of fixed choices, by draft threshold", title_justify="left")
-    for column in ("task", "threshold", "autoregressive", "auto", "best fixed", "auto / best", "worst fixed"):
+    columns = ("task", "threshold", "autoregressive", "auto", "best fixed", "auto / best", "worst fixed")
+    for column in (*columns, *(f"source {name}" for name in OTHERS)):
         table.add_column(column, no_wrap=column in ("task", "auto / best"))
     for one in sweeps:
         (best, speed), (worst, slow) = one.best, one.worst
         cells = (f"{one.autoregressive:.1f}", f"{one.auto:.1f}", f"{speed:.1f} ({best})", f"{one.auto / speed:.2f}")
-        table.add_row(one.task, f"{one.draft_threshold:g}", *cells, f"{slow:.1f} ({worst})")
+        others = (f"{one.by_source[name]:.1f}" for name in OTHERS)
+        table.add_row(one.task, f"{one.draft_threshold:g}", *cells, f"{slow:.1f} ({worst})", *others)
     return table

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     given = {key: getattr(args, key) for key in exit_recipe.KEYS if getattr(args, key, None) is not None}
     recipe = exit_recipe.exit_recipe(args.recipe, given)
-    names.tasks((*recipe.texts, *recipe.eval_texts))
+    names.tasks((*recipe.texts, *recipe.eval_texts, *recipe.prompts))
     names.model(recipe.model)
     output = ExitOutput(recipe)
     if args.resume:

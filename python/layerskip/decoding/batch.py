@@ -12,6 +12,7 @@ from ..models import LayerSkipModel, SharedKVCache
 from .graph import Graphs
 from .logits import LogitsPipeline, LogitsRound
 from .mixed import MixedRound
+from .reading import read_blocks
 from .request import Request, RoundKind
 from .round import FusedRound, LookedUp, SequenceTensors
 
@@ -47,6 +48,7 @@ class Batch:
         self._graphs = None if kind.processed else graphs
         self._round = self._round_of(requests)
         self._mixed: MixedRound | None = None
+        self._caught_up = False  # whether an exit's blocks had tokens to read before the last round
         self._looking_up: list[int] = []  # the requests that do in the mixed round
         padding: Sequence[int] = ()
         if self._graphs is not None:
@@ -88,8 +90,8 @@ class Batch:
 
     @property
     def recorded(self) -> bool:
-        """Whether the last round was recorded, which takes far longer than the round itself."""
-        return self._graphs is not None and self._graphs.recorded
+        """Whether the last round took longer than such rounds do: it was recorded, or an exit's blocks caught up."""
+        return self._caught_up or (self._graphs is not None and self._graphs.recorded)
 
     @property
     def failures(self) -> dict[int, Exception]:
@@ -100,6 +102,7 @@ class Batch:
     def run(self, num_speculations: int) -> list[list[int]]:
         """One round; for each request what `round` describes. Reading it is the round's only synchronisation."""
         exit_layer, sequences = self.exit_layer, self._sequences
+        self._let_blocks_follow(num_speculations)
         if not exit_layer:
             drafts = [request.looked_up or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
@@ -116,6 +119,21 @@ class Batch:
         )
         return result[: len(self.requests)].tolist()
 
+    def _let_blocks_follow(self, num_speculations: int) -> None:
+        """Let the exit's blocks read what has come since it drafted last, for the requests for which it drafts now."""
+        self._caught_up = False
+        if not (self.kind.speculative and self._model.decoder.num_blocks):
+            return
+        for request in self.requests:
+            position = request.sequence.position
+            request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
+            if request.looked_up is None and num_speculations:
+                if request.blocks_done < position:
+                    tokens, done = request.all_tokens, request.blocks_done
+                    read_blocks(self._model, self._cache, request.slot, tokens, done, position)
+                    self._caught_up = True
+                request.blocks_done = position + num_speculations + 1
+
     def _mix(self) -> MixedRound:
         """The round of this mixture of sources; that of the last round, if it was the same."""
         looking_up = [number for number, request in enumerate(self.requests) if request.looked_up is not None]
@@ -131,8 +149,10 @@ class Batch:
         kind = self.kind
         if not kind.speculative:
             return self._round.advance(sequences, kind.exit_layer)
+        if exit_layer and num_speculations == 0 and not kind.num_speculations:
+            return self._round.advance(sequences, self._model.num_layers)
         if exit_layer == 0:
-            return self._round.verify(sequences, blocks=kind.exit_layer > 0)
+            return self._round.verify(sequences)
         round_ = self._round if exit_layer is not None else self._mix()
         return round_.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold)
 

@@ -1,229 +1,21 @@
-"""Picking the exit layer and the number of drafts, from measured acceptance and measured costs."""
+"""Picking the exit layer, the number of drafts and their source, from measured acceptance and measured costs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
 
-from ..models import LayerSkipModel
+from .acceptance import AcceptanceRates, Offer, Rate, expected_tokens
+from .costs import CostModel, Sizes
 
 MAX_SPECULATIONS = 12
 """The most drafts that a controller picks."""
-EXTRA_ROW_COST = 0.05
-"""r: an extra row costs this share of reading the weights; verifying 6 rows takes 1.2 to 1.3 times as long as one."""
 
-_UNTRIED_RATE = 0.75  # the acceptance that is expected of an exit before it was tried: enough to try it
-_UNTRIED_PROPOSAL = 0.5  # the same of proposals of a kind that was never seen; all of them are learned from
-_OWN_MEMORY, _SHARED_MEMORY = 96.0, 512.0  # how many of the last trials a mean remembers
-_NEW_SEQUENCE_WEIGHT = 4.0  # what other sequences had counts as so many trials of a new sequence
-_FADE = 0.995  # each round, the weight of what is known of the exits that were not used is multiplied by this
 _EXPLORE_EVERY = 32  # rounds
 _EXPLORE_SPECULATIONS = 3
-_RECENT = 0.95  # each round, the weight of the rounds before it in a sequence's speed is multiplied by this
 _EXPLORE_SHARE = 0.01  # of the time, which all exploration may cost
-
-_COST_MEMORY = 0.98  # each round, the weight of the rounds before it is multiplied by this
-_OUTLIER = 2.0  # a round that takes longer than this multiple of what was expected was interrupted
-_SETTLED = 4  # rounds, after which there is an expectation
-_RENEW_EVERY = 8  # rounds, after which the expectations are computed again
-_FORMULA_WEIGHT = 4.0  # in the mean of measured and fitted seconds, the formula counts as so many rounds
-
-
-def expected_tokens(rates: Sequence[float], most: int) -> list[float]:
-    """Tokens that a round of K drafts emits, for K = 0 … ``most``: 1 + a + … + a^K, summed over the ``rates`` a.
-
-    a is the probability that a draft is accepted if those before it were.
-    """
-    totals = [0.0] * (most + 1)
-    for rate in rates:
-        tokens, power = 0.0, 1.0
-        for num_speculations in range(most + 1):
-            tokens += power
-            power *= rate
-            totals[num_speculations] += tokens
-    return totals
-
-
-class Rate:
-    """A probability, estimated from its last ``memory`` trials.
-
-    Parameters
-    ----------
-    mean, weight : float
-        The estimate before the first trial, and how many trials it counts as.
-    memory : float
-    """
-
-    def __init__(self, mean: float, weight: float, memory: float) -> None:
-        self.mean, self.weight, self._memory = mean, weight, memory
-
-    def observe(self, success: bool) -> None:
-        """Take account of a trial."""
-        self.weight = min(self.weight + 1, self._memory)
-        self.mean += (success - self.mean) / self.weight
-
-    def fade(self) -> None:
-        """Trust the mean a little less."""
-        self.weight *= _FADE
-
-    @property
-    def optimistic(self) -> float:
-        """The mean plus the standard error that a fair coin would have."""
-        return min(1.0, self.mean + 0.5 / (self.weight + 1) ** 0.5)
-
-
-class AcceptanceRates:
-    """How often the drafts of one sequence are accepted, by exit layer, and by the kind of what was looked up.
-
-    Parameters
-    ----------
-    shared : dict of int or other key to Rate
-        The rates of all sequences: a new sequence starts from them, and its trials count in them, too.
-    """
-
-    def __init__(self, shared: dict[Hashable, Rate]) -> None:
-        self._shared = shared
-        self._own: dict[Hashable, Rate] = {}
-        self._recent = (0.0, 0.0)  # tokens and seconds of the last rounds, as they were expected
-
-    def at(self, kind: Hashable) -> Rate:
-        """The rate of an exit layer, or of a kind of proposals."""
-        if kind not in self._own:
-            untried = _UNTRIED_RATE if isinstance(kind, int) else _UNTRIED_PROPOSAL
-            shared = self._shared.setdefault(kind, Rate(untried, 1.0, _SHARED_MEMORY))
-            self._own[kind] = Rate(shared.mean, min(shared.weight, _NEW_SEQUENCE_WEIGHT), _OWN_MEMORY)
-        return self._own[kind]
-
-    def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
-        """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
-        self._observe(exit_layer, [True] * accepted + [False] * (accepted < drafted))
-        for other, rate in self._own.items():
-            if other != exit_layer and isinstance(other, int):
-                rate.fade()
-
-    @property
-    def speed(self) -> float:
-        """The tokens a second that were expected of the last rounds; 0 before the first one."""
-        tokens, seconds = self._recent
-        return tokens / seconds if seconds else 0.0
-
-    def expect(self, tokens: float, seconds: float) -> None:
-        """Take account of a round that was chosen."""
-        before = self._recent
-        self._recent = (_RECENT * before[0] + tokens, _RECENT * before[1] + seconds)
-
-    def observe_proposal(self, kind: Hashable, proposal: Sequence[int], emitted: Sequence[int]) -> None:
-        """Take account of what was ``proposed``, drafted or not, where these tokens were emitted."""
-        right = [token == other for token, other in zip(proposal, emitted, strict=False)]
-        self._observe(kind, right[: right.index(False) + 1] if False in right else right)
-
-    def _observe(self, kind: Hashable, trials: Sequence[bool]) -> None:
-        own, shared = self.at(kind), self._shared[kind]
-        for success in trials:
-            own.observe(success)
-            shared.observe(success)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a layer, of the head, and of what a draft reads after its layers; and the number of layers."""
-
-    layer: int
-    head: int
-    draft_head: int
-    num_layers: int
-
-    @classmethod
-    def of(cls, model: LayerSkipModel) -> Sizes:
-        """Those of a model's weights; blocks count as part of the draft head."""
-        layer = sum(weight.nbytes for weight in model.decoder.layer_weights(0, 1))
-        draft_head = model.draft_head.head_weight.nbytes + model.decoder.num_blocks * layer
-        return cls(layer, model.head.head_weight.nbytes, draft_head, model.num_layers)
-
-
-class CostModel:
-    """Seconds of a round at exit E with K drafts: a formula over the bytes that it reads, corrected by measurements.
-
-    With l the bytes of a layer, h of the head, d of the draft head, L layers, r = `EXTRA_ROW_COST`,
-
-        seconds(E, K) = c(E, K) · (u · K · (E·l + d)  +  v · (L·l + h + r · K · ((L - E)·l + h))).
-
-    The first term is K drafts. The second is one pass through the whole model: layers [0, E) compute one row, the last
-    draft, and the others K + 1 rows. Drafts that were looked up have E = 0 and d = 0. u and v, in seconds a byte, are
-    fitted to the measured rounds by least squares. While few rounds were measured, u and v are drawn to each other,
-    since memory delivers all bytes at one speed. c(E, K) is the mean ratio of measured to fitted seconds, drawn to 1.
-    Old rounds fade, and a round that took more than twice as long as expected counts as twice as long.
-
-    Parameters
-    ----------
-    sizes : Sizes
-    """
-
-    def __init__(self, sizes: Sizes) -> None:
-        self._sizes = sizes
-        self._model_bytes = sizes.num_layers * sizes.layer + sizes.head
-        self._xx = [0.0, 0.0, 0.0]  # sums of x₁², x₁x₂, x₂² of the two terms
-        self._xy = [0.0, 0.0]
-        self._speeds = (1.0, 1.0)  # u, v
-        self._rounds = 0
-        self._ratios: dict[tuple[int, int], tuple[float, float]] = {}  # mean and weight
-        self._expected: dict[tuple[int, int], float] = {}
-
-    def _terms(self, exit_layer: int, num_speculations: int) -> tuple[float, float]:
-        """The factors of u and v, divided by the bytes of the model."""
-        size = self._sizes
-        verified = (size.num_layers - exit_layer) * size.layer + size.head
-        drafted = exit_layer * size.layer + size.draft_head if exit_layer else 0
-        rows = 1 + EXTRA_ROW_COST * num_speculations * verified / self._model_bytes
-        return num_speculations * drafted / self._model_bytes, rows
-
-    def _fitted(self, exit_layer: int, num_speculations: int) -> float:
-        first, second = self._terms(exit_layer, num_speculations)
-        return self._speeds[0] * first + self._speeds[1] * second
-
-    def seconds(self, exit_layer: int, num_speculations: int) -> float:
-        """The expected seconds; before any round was measured, in units of one pass over the weights."""
-        choice = (exit_layer, num_speculations)
-        if choice not in self._expected:
-            mean, weight = self._ratios.get(choice, (1.0, 0.0))
-            ratio = (mean * weight + _FORMULA_WEIGHT) / (weight + _FORMULA_WEIGHT)
-            self._expected[choice] = ratio * self._fitted(*choice)
-        return self._expected[choice]
-
-    def seconds_of_layers(self, count: int) -> float:
-        """The expected seconds of a pass through so many layers, as a part of verification."""
-        return self._speeds[1] * count * self._sizes.layer / self._model_bytes
-
-    def observe(self, exit_layer: int, num_speculations: int, seconds: float) -> None:
-        """Take account of a round."""
-        if self._rounds >= _SETTLED:
-            seconds = min(seconds, _OUTLIER * self.seconds(exit_layer, num_speculations))
-        self._rounds += 1
-        first, second = self._terms(exit_layer, num_speculations)
-        new = (first * first, first * second, second * second)
-        self._xx = [_COST_MEMORY * old + term for old, term in zip(self._xx, new, strict=True)]
-        self._xy = [_COST_MEMORY * self._xy[0] + first * seconds, _COST_MEMORY * self._xy[1] + second * seconds]
-        self._fit()
-        self._learn_ratio((exit_layer, num_speculations), seconds)
-        if self._rounds < _RENEW_EVERY or self._rounds % _RENEW_EVERY == 0:
-            self._expected.clear()
-
-    def _fit(self) -> None:
-        """Least squares with a penalty on (u - v)²; neither may be less than a tenth of the other."""
-        a, b, d = self._xx[0] + 1, self._xx[1] - 1, self._xx[2] + 1
-        determinant = a * d - b * b
-        u = (d * self._xy[0] - b * self._xy[1]) / determinant
-        v = (a * self._xy[1] - b * self._xy[0]) / determinant
-        floor = max(u, v) / 10
-        self._speeds = (max(u, floor), max(v, floor))
-
-    def _learn_ratio(self, choice: tuple[int, int], seconds: float) -> None:
-        mean, weight = self._ratios.get(choice, (1.0, 0.0))
-        weight = min(weight + 1, 1 / (1 - _COST_MEMORY))
-        self._ratios[choice] = (mean + (seconds / self._fitted(*choice) - mean) / weight, weight)
 
 
 class Choice(NamedTuple):
@@ -231,13 +23,6 @@ class Choice(NamedTuple):
 
     exit_layer: int
     num_speculations: int
-
-
-class Offer(NamedTuple):
-    """What was looked up for a sequence: how many tokens, and what it has in common with what proved right or not."""
-
-    length: int
-    kind: Hashable
 
 
 class Plan(NamedTuple):
@@ -337,7 +122,7 @@ class Controller:
         most = max(offer.length for offer in offers)
         with self._lock:
             pairs = list(zip(acceptances, offers, strict=True))
-            promised = [_promised(one.at(offer.kind).mean, offer.length, most) for one, offer in pairs]
+            promised = [one.promised(offer, most) for one, offer in pairs]
             cost, usual = self._cost(len(offers)), sum(one.speed for one in acceptances)
             values = [
                 _value(sum(row[count] for row in promised), cost.seconds(0, count), usual) for count in range(most + 1)
@@ -355,7 +140,7 @@ class Controller:
         """Who drafts what, now that E and K are known."""
         exit_layer, count = choice
         found = [_at(row, count) for row in promised]
-        drafted = [_promised(one.at(exit_layer).mean, count, count)[-1] if exit_layer else 0.0 for one, _ in pairs]
+        drafted = [expected_tokens([one.at(exit_layer).mean], count)[-1] if exit_layer else 0.0 for one, _ in pairs]
         looks_up = [other > own for own, other in zip(drafted, found, strict=True)]
         if exit_layer and all(looks_up):  # the exit is tried
             looks_up = [False] * len(pairs)
@@ -427,8 +212,10 @@ class Controller:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
             tokens = expected_tokens(means, counts[-1])
+            late = costs.catch_up(exit_layer, max(one.behind for one in acceptances))
             for num_speculations in counts:
-                value = _value(tokens[num_speculations], costs.seconds(exit_layer, num_speculations), usual)
+                seconds = costs.seconds(exit_layer, num_speculations) + (late if num_speculations else 0.0)
+                value = _value(tokens[num_speculations], seconds, usual)
                 if value > best[0]:
                     best = value, Choice(exit_layer, num_speculations)
             if len(promised) > 1:
@@ -459,12 +246,6 @@ class Controller:
     def _cost(self, batch: int) -> CostModel:
         """The cost model of a batch size, rounded up to a power of two."""
         return self._costs.setdefault((batch - 1).bit_length(), CostModel(self._sizes))
-
-
-def _promised(rate: float, count: int, most: int) -> list[float]:
-    """The tokens that a sequence expects of a round of 0 … ``most`` drafts, of which there are ``count``."""
-    tokens = expected_tokens([rate], count)
-    return tokens + tokens[-1:] * (most - count)
 
 
 def _value(tokens: float, seconds: float, usual: float) -> float:

@@ -19,7 +19,7 @@ from .draft_head import DraftHead
 from .drafting import Drafting, DraftingModel
 from .logits import LogitsProcessor
 from .output import GenerationOutput, Streamer
-from .prompts import prompts_of, text_ids
+from .prompts import padding, prompts_of, text_ids
 from .request import Defaults
 from .run import outputs_of, pieces_of
 from .sampling import SamplingParams, params_of_each
@@ -285,7 +285,8 @@ class SelfSpeculativeDecoder:
         batch = len(prompts)
         if streamer is not None and batch > 1:
             raise ValueError(f"a streamer takes one prompt, got a batch of {batch}")
-        pad = self._pad(pad_token_id, eos_token_id)
+        stops = self.eos_token_id if eos_token_id is None else eos_token_id
+        pad = padding(pad_token_id, self._pad_token_id, stops, self.model.vocab_size)
         rules = validation.one_each("should_stop", should_stop, batch)
         if stop_strings is not None:
             rules = stop_rules(tokenizer, stop_strings, prompts, rules)
@@ -394,14 +395,6 @@ class SelfSpeculativeDecoder:
         most = validation.num_speculations_or_auto(value, validation.MAX_NUM_SPECULATIONS)
         most = self.controller.max_speculations if most is None else most
         return max(most, max_drafts(self.draft_source if draft_source is None else source_of(draft_source)))
-
-    def _pad(self, pad_token_id: int | None, eos_token_id: int | Sequence[int] | None) -> int:
-        if pad_token_id is not None:
-            return validation.integer_in("pad_token_id", pad_token_id, 0, self.model.vocab_size - 1)
-        if self._pad_token_id is not None:
-            return self._pad_token_id
-        stops = self.eos_token_id if eos_token_id is None else eos_token_id
-        return min(validation.stop_tokens(stops, self.model.vocab_size), default=0)
 
 
 def _of_config(model: Any, name: str) -> Any:

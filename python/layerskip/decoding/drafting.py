@@ -15,7 +15,8 @@ from ..models import BoundExit, Exit, LayerSkipModel
 from ..models.watch import ModelWatch
 from . import validation
 from .cache_pool import CachePool
-from .controller import Controller, Sizes, default_exits
+from .controller import Controller, default_exits
+from .costs import Sizes
 from .draft_head import DraftHead
 
 

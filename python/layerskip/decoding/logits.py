@@ -210,14 +210,14 @@ class LogitsRound:
         )
         return self.accept(drafted, hidden, sequences)
 
-    def verify(self, sequences: SequenceTensors, blocks: bool = False) -> Tensor:
+    def verify(self, sequences: SequenceTensors) -> Tensor:
         """As `FusedRound.verify`."""
-        drafted = self.look_up(sequences, blocks=blocks)
+        drafted = self.look_up(sequences)
         return self.accept(drafted, drafted.states, sequences)
 
-    def look_up(self, sequences: SequenceTensors, end: int | None = None, blocks: bool = True) -> Drafted:
+    def look_up(self, sequences: SequenceTensors, end: int | None = None) -> Drafted:
         """As `FusedRound.look_up`."""
-        drafted = looked_up_states(self._model, self._cache, sequences, end, blocks)
+        drafted = looked_up_states(self._model, self._cache, sequences, end)
         for index in range(drafted.tokens.shape[1]):
             for number, history in enumerate(self._histories):
                 history.put_draft(index, drafted.tokens[number, index])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from itertools import zip_longest
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Streamer(Protocol):
@@ -48,6 +51,9 @@ class Stats:
         Tokens of the prompt that were not read, because the cache held their keys and values.
     by_source : mapping of str to DraftCount
         The drafts by what made them: "exit", "ngram", or the name of a `DraftSource`.
+    by_position : mapping of str to tuple of DraftCount
+        The same by source and by place in the round. Entry i counts the rounds whose first i drafts were accepted and
+        that had another one, and those of them in which that was accepted, too.
     """
 
     prompt_tokens: int
@@ -59,6 +65,7 @@ class Stats:
     sequences: int = 1
     reused: int = 0
     by_source: Mapping[str, DraftCount] = field(default_factory=dict)
+    by_position: Mapping[str, tuple[DraftCount, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_batch(cls, rows: Sequence[Stats]) -> Stats:
@@ -72,7 +79,11 @@ class Stats:
             time_to_first_token=max(row.time_to_first_token for row in rows),
             sequences=len(rows),
             reused=sum(row.reused for row in rows),
-            by_source=_total([row.by_source for row in rows]),
+            by_source={name: _sum(counts) for name, counts in _by_name([row.by_source for row in rows]).items()},
+            by_position={
+                name: tuple(map(_sum, zip_longest(*counts, fillvalue=DraftCount(0, 0))))
+                for name, counts in _by_name([row.by_position for row in rows]).items()
+            },
         )
 
     @property
@@ -178,11 +189,13 @@ class Update:
         return self.reason is not None
 
 
-def _total(rows: Sequence[Mapping[str, DraftCount]]) -> dict[str, DraftCount]:
+def _by_name(rows: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
     names = dict.fromkeys(name for row in rows for name in row)
-    return {
-        name: DraftCount(*map(sum, zip(*(row[name] for row in rows if name in row), strict=True))) for name in names
-    }
+    return {name: [row[name] for row in rows if name in row] for name in names}
+
+
+def _sum(counts: Iterable[DraftCount]) -> DraftCount:
+    return DraftCount(*map(sum, zip(*counts, strict=True)))
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:

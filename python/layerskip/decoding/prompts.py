@@ -1,7 +1,8 @@
-"""The prompts of a call, from whatever a caller has them in."""
+"""The prompts of a call, from whatever a caller has them in, and what pads its result."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -46,6 +47,13 @@ def text_ids(text: Any, tokenizer: Any) -> list[int]:
     if tokenizer is None:
         raise ValueError("a prompt that is a string needs a tokenizer: give tokenizer=, or set decoder.tokenizer")
     return tokenizer(text).input_ids
+
+
+def padding(given: int | None, of_model: int | None, stops: int | Sequence[int] | None, vocab_size: int) -> int:
+    """The token that pads the rows of a result: as given, else the model's, else one that ends texts."""
+    if given is not None:
+        return validation.integer_in("pad_token_id", given, 0, vocab_size - 1)
+    return min(validation.stop_tokens(stops, vocab_size), default=0) if of_model is None else of_model
 
 
 def _is_one(input_ids: Any) -> bool:

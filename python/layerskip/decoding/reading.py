@@ -80,11 +80,19 @@ class PromptReader:
     def _depth(self, reading: Reading) -> dict[str, Any]:
         """Which layers read a prompt, as `LayerSkipModel.read` takes it."""
         layers = self._model.num_layers
-        return {"end": min(reading.depth, layers), "blocks": reading.depth > layers}
+        return {"end": min(reading.depth, layers), "blocks": self.reads_blocks(reading)}
 
     def reusable(self, length: int) -> int:
         """How many of ``length`` tokens that were read as part of one prompt can stand for those of another."""
         return length if self.fused else length // TORCH_ROWS * TORCH_ROWS
+
+    def reads_blocks(self, reading: Reading) -> bool:
+        """Whether an exit's blocks read a prompt, too."""
+        return reading.depth > self._model.num_layers
+
+    def read_blocks(self, slot: int, tokens: Sequence[int], done: int, end: int) -> None:
+        """See `read_blocks`."""
+        read_blocks(self._model, self._cache, slot, tokens, done, end)
 
     def read(self, readings: Sequence[Reading], most: int = sys.maxsize) -> int:
         """Run one pass over the next tokens of some prompts; return how many tokens it read.
@@ -125,6 +133,22 @@ def _advance(reading: Reading, rows: int, hidden: Tensor) -> None:
     """Note that so many tokens were read, which gave the states [1, rows, D]."""
     reading.state = hidden[:, -1]
     reading.done += rows
+
+
+@torch.inference_mode()
+def read_blocks(
+    model: LayerSkipModel, cache: SharedKVCache, slot: int, tokens: Sequence[int], done: int, end: int
+) -> None:
+    """Let an exit's blocks read ``tokens[done:end]``, which the model's own layers have read before.
+
+    While others draft, blocks read nothing: rounds that look drafts up cost nothing for an exit that is not used.
+    Layers [0, E) run again, to the same bits.
+    """
+    exit_layer, device = model.exit_layer, model.device
+    for begin in range(done, end, FUSED_ROWS):
+        some = torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]], device=device)
+        seq_lens, slots = torch.tensor([[begin], [slot]], device=device).unbind()
+        model.read(some, cache, exit_layer, blocks=True, seq_lens=seq_lens, slots=slots)
 
 
 def read_prompt(model: LayerSkipModel, cache: SharedKVCache, slot: int, prompt: Tensor, depth: int) -> Tensor:

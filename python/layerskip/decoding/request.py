@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ..models import LayerSkipModel
 from . import validation
-from .controller import AcceptanceRates, Controller
+from .acceptance import AcceptanceRates
+from .controller import Controller
 from .logits import LogitsProcessor
 from .reading import Reading
 from .sampling import SamplingParams
@@ -128,7 +129,7 @@ class Request:
 
     ``tokens`` are its prompt's. It may ``keep`` its row of the cache when it ends, and continues the one of the request
     ``continues``. ``reported`` of its tokens were in updates. ``looked_up`` are the drafts of its next round, or None
-    where an exit makes them.
+    where an exit makes them. An exit's blocks have read the tokens before ``blocks_done``.
     """
 
     id: int
@@ -147,9 +148,16 @@ class Request:
     lookup: Lookup | None = None
     looked_up: list[int] | None = None
     tokens: list[int] = field(init=False)
+    blocks_done: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = self.sequence.prompt[0].tolist()
+        self.blocks_done = len(self.tokens)
+
+    @property
+    def all_tokens(self) -> list[int]:
+        """Its prompt's, and the new ones."""
+        return self.tokens + self.sequence.tokens
 
     @property
     def slot(self) -> int:

@@ -230,7 +230,7 @@ class FusedRound:
         drafts = _made(done.tokens, done.probability, draft_threshold)
         return torch.cat([done.accepted[:, None], done.next_token[:, None], drafts], 1)
 
-    def verify(self, sequences: SequenceTensors, blocks: bool = False) -> Tensor:
+    def verify(self, sequences: SequenceTensors) -> Tensor:
         """Verify what was looked up, through all layers in one pass, and accept.
 
         A looked-up draft is drawn from a distribution of one token. So where tokens are drawn, it is accepted with the
@@ -240,18 +240,15 @@ class FusedRound:
         ----------
         sequences : SequenceTensors
             With `LookedUp` drafts. Advanced to the last token of what was accepted.
-        blocks : bool
-            Whether an exit may draft in later rounds, see `LayerSkipModel.read`.
 
         Returns
         -------
         Tensor [B, 2 + K], int64
         """
         assert sequences.looked_up is not None
-        blocks = blocks and self._model.decoder.num_blocks > 0
-        if not blocks and sequences.temperature is None and sequences.looked_up.tokens.shape[1] == 0:
+        if sequences.temperature is None and sequences.looked_up.tokens.shape[1] == 0:
             return self.advance(sequences, self._model.num_layers)
-        drafted = self.look_up(sequences, blocks=blocks)
+        drafted = self.look_up(sequences)
         return self.accept(drafted, drafted.states, sequences)
 
     def draft(
@@ -275,9 +272,9 @@ class FusedRound:
         )
         return Drafted(_made(made.tokens, made.probability, draft_threshold), made.states, logits, head.token_map)
 
-    def look_up(self, sequences: SequenceTensors, end: int | None = None, blocks: bool = True) -> Drafted:
+    def look_up(self, sequences: SequenceTensors, end: int | None = None) -> Drafted:
         """The looked-up drafts, and their states after layers [0, end)."""
-        return looked_up_states(self._model, self._cache, sequences, end, blocks)
+        return looked_up_states(self._model, self._cache, sequences, end)
 
     def accept(self, drafted: Drafted, hidden: Tensor, sequences: SequenceTensors) -> Tensor:
         """Accept drafts by the states ``hidden`` [B, K + 1, D] after the last layer; the result is a round's."""
@@ -304,11 +301,11 @@ def _made(tokens: Tensor, probability: Tensor, draft_threshold: float) -> Tensor
 
 
 def looked_up_states(
-    model: LayerSkipModel, cache: SharedKVCache, sequences: SequenceTensors, end: int | None, blocks: bool
+    model: LayerSkipModel, cache: SharedKVCache, sequences: SequenceTensors, end: int | None
 ) -> Drafted:
     """The looked-up drafts of some sequences, and their states after layers [0, end), or all layers."""
     assert sequences.looked_up is not None
     tokens, token_map = sequences.looked_up
     rows = torch.cat([sequences.token[:, None], tokens.clamp_min(0)], 1)
-    states = model.read(rows, cache, end, blocks=blocks, seq_lens=sequences.seq_lens, slots=sequences.slots)
+    states = model.read(rows, cache, end, seq_lens=sequences.seq_lens, slots=sequences.slots)
     return Drafted(tokens, states, sequences.looked_up.logits, token_map)

@@ -65,7 +65,8 @@ class TokenSequence:
         self._round_start = 0
         self._accepted: list[int] = []
         self._by_source: dict[str, DraftCount] = {}
-        self._source = EXIT
+        self._by_position: dict[str, list[DraftCount]] = {}
+        self._source, self._num_drafted = EXIT, 0
         self._started = clock()
         self._first_token_at = self._started
 
@@ -107,8 +108,9 @@ class TokenSequence:
         FloatingPointError
             With ``fault``, unless the sequence ends before ``token``.
         """
-        self._source = source
-        self._count(min(num_drafted, self.remaining), 0)  # other sequences of the batch may need more drafts
+        # Other sequences of the batch may need more drafts.
+        self._source, self._num_drafted = source, min(num_drafted, self.remaining)
+        self._count(self._num_drafted, 0)
         self._round_start, self._fault = len(self.tokens), fault
         self._rest = deque([*((draft, True) for draft in accepted), (token, False)])
         self.resume()
@@ -130,6 +132,7 @@ class TokenSequence:
             accepted = sum(self.drafted[self._round_start :])
             self._accepted.append(accepted)
             self._count(0, accepted)
+            self._count_positions(accepted)
         else:
             self._first_token_at = self._clock()
 
@@ -137,6 +140,16 @@ class TokenSequence:
         before = self._by_source.get(self._source, DraftCount(0, 0))
         if drafted or accepted:
             self._by_source[self._source] = DraftCount(before.drafted + drafted, before.accepted + accepted)
+
+    def _count_positions(self, accepted: int) -> None:
+        """Of a round: its accepted drafts, and the next one, which was not, unless the sequence ended before it."""
+        reached = accepted if self.drafted[-1] else min(accepted + 1, self._num_drafted)
+        if reached:
+            counts = self._by_position.setdefault(self._source, [])
+            counts.extend([DraftCount(0, 0)] * (reached - len(counts)))
+            for place in range(reached):
+                before = counts[place]
+                counts[place] = DraftCount(before.drafted + 1, before.accepted + (place < accepted))
 
     def _emit_rest(self) -> None:
         while self._rest:
@@ -172,6 +185,7 @@ class TokenSequence:
             time_to_first_token=self._first_token_at - self._started,
             reused=self.reused,
             by_source=dict(self._by_source),
+            by_position={name: tuple(counts) for name, counts in self._by_position.items()},
         )
         new = self.prompt.new_tensor([self.tokens])
         drafted = torch.tensor([self.drafted], dtype=torch.bool)

@@ -72,9 +72,18 @@ class Slots:
         if source.id in self.kept:
             self.kept.move_to_end(source.id)
         reading = request.reading
+        if self._reader.reads_blocks(reading):
+            self._complete(source, length)
         if source.slot != reading.slot:
             self._cache.copy_prefix(source.slot, reading.slot, length, reading.depth)
         reading.done = request.sequence.reused = length
+
+    def _complete(self, source: Request, length: int) -> None:
+        """Let the blocks of an exit read what a request's row holds of these tokens, if they have not."""
+        done = min(source.blocks_done, source.sequence.position)
+        if done < length:
+            self._reader.read_blocks(source.slot, source.all_tokens, done, length)
+            source.blocks_done = length
 
     def _longest_beginning(self, request: Request, others: Sequence[Request]) -> tuple[Request | None, int]:
         """Who holds most of the beginning of a request's prompt, and how many tokens; its last token is never one."""

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from . import validation
-from .controller import Offer
+from .acceptance import LONGEST_MATCH, Kind, Offer
 
 EXIT, NGRAM, AUTO = SOURCES = ("exit", "ngram", "auto")
 """The sources that have names: an exit of the model, text that occurred before, and whichever of both is faster."""
@@ -16,7 +16,6 @@ GRADES: Mapping[int, int] = {1: 2, 2: 4, 3: 12}
 """Tokens to draft after a match of so many: the longer the match, the likelier its continuation."""
 
 _BORDER = -1  # between texts
-_LONGEST_MATCH = 16  # where the length of a match is counted, which only the controller's estimates depend on
 
 
 class DraftSource:
@@ -31,11 +30,14 @@ class DraftSource:
         The most tokens of a proposal that are used; the cache needs room for them.
     match : int
         How sure the last proposal is, on any scale of small whole numbers. The controller learns for each of them how
-        often such a proposal is right.
+        often the first, the second and a later token of such a proposal is right.
+    match_grows : bool
+        Whether ``match`` is a length to which every token that was right adds one.
     """
 
     max_drafts: int = 12
     match: int = 0
+    match_grows: bool = False
 
     @property
     def name(self) -> str:
@@ -84,6 +86,7 @@ class NgramSource(DraftSource):
     """
 
     name = NGRAM
+    match_grows = True
 
     def __init__(self, texts: Sequence[Sequence[int]] = (), grades: Mapping[int, int] = GRADES) -> None:
         if not grades:
@@ -146,7 +149,7 @@ class _Table:
 
     def match_length(self, place: int, history: Sequence[int], length: int) -> int:
         """How many tokens before ``place`` are the last of ``history``; ``length`` of them are known to be."""
-        most = min(place, len(history), _LONGEST_MATCH)
+        most = min(place, len(history), LONGEST_MATCH)
         while length < most and self.tokens[place - 1 - length] == history[-1 - length]:
             length += 1
         return length
@@ -213,7 +216,8 @@ class Lookup:
     @property
     def offer(self) -> Offer:
         """The last proposal, as the controller weighs it."""
-        return Offer(len(self.proposal), (self._source.name, self._source.match))
+        source = self._source
+        return Offer(len(self.proposal), Kind(source.name, source.match, source.match_grows))
 
     def propose(self, tokens: Sequence[int], most: int) -> None:
         """Ask for what may follow the prompt and these new ``tokens``; at most so many are taken.

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import KVCache, LayerWeights, partial_forward
+from layerskip_kernels import KVCache, LayerWeights, linear, partial_forward
 from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 from layerskip_kernels.functional import check_layer_weights
 
 from .cache import SharedKVCache
-from .prefill import prefill_layer
+from .prefill import Product, prefill_layer, write_keys
 from .weights import reject_gradient, shared
 
 _growing = Lock()  # of tables, which several threads may find too short; a decoder that held it could not be copied
@@ -226,6 +226,32 @@ class PartialDepthDecoder(nn.Module):
                     self.eps,
                 )
         return hidden
+
+    def write_keys(
+        self,
+        hidden: Tensor,
+        cache: SharedKVCache,
+        layer: int,
+        product: Product = linear,
+        seq_lens: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> None:
+        """Write the keys and values of one layer, and compute nothing else of it: for rows that only later ones see.
+
+        Parameters
+        ----------
+        hidden, cache, seq_lens, slots
+            As in `forward`.
+        layer : int
+            From L on it is a block.
+        product : callable
+            `layerskip_kernels.linear`, which gives what `forward` gives, or torch's, for the many rows of a prompt.
+        """
+        self._check(hidden, cache, layer, layer + 1)
+        whole = self.kv_cache(cache, seq_lens, slots)
+        own = whole._replace(k_cache=whole.k_cache[layer], v_cache=whole.v_cache[layer])
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            write_keys(hidden, self._by_layer[layer], own, self.eps, product)
 
     def _check(self, hidden: Tensor, cache: SharedKVCache, start: int, end: int) -> None:
         """Check what the op cannot. It runs for every drafted token, so it is short."""

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import Draft, Noise, Round, draft, speculative_round
+from layerskip_kernels import Draft, Noise, Round, draft, linear, speculative_round
 from layerskip_kernels.formats import lookup
 
 from .cache import SharedKVCache
 from .exit import BoundExit
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
+from .prefill import Product
 from .quantized import quantized
 from .weights import shared
 
@@ -162,11 +163,11 @@ class LayerSkipModel(nn.Module):
             The states after these layers, bit for bit those that the tokens would have one by one. Blocks do not change
             them.
         """
-        return self._read(tokens, cache, end, blocks, self.decoder.forward, seq_lens, slots)
+        return self._read(tokens, cache, end, blocks, self.decoder.forward, linear, seq_lens, slots)
 
     def prefill(self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, blocks: bool = False) -> Tensor:
         """As `read`, with torch's matmuls, see `PartialDepthDecoder.prefill`; at the lengths of the cache."""
-        return self._read(tokens, cache, end, blocks, self.decoder.prefill)
+        return self._read(tokens, cache, end, blocks, self.decoder.prefill, F.linear)
 
     def _read(
         self,
@@ -175,8 +176,10 @@ class LayerSkipModel(nn.Module):
         end: int | None,
         blocks: bool,
         run: Callable[..., Tensor],
+        product: Product,
         *places: Tensor | None,
     ) -> Tensor:
+        """Of the last block nobody reads the states, so only its keys and values are computed."""
         decoder, exit_layer = self.decoder, self.exit_layer
         layers, hidden = decoder.num_layers, self.embed(tokens)
         end = layers if end is None else end
@@ -184,7 +187,9 @@ class LayerSkipModel(nn.Module):
             return run(hidden, cache, 0, end, *places)
         assert exit_layer is not None  # a model with blocks has one
         hidden = run(hidden, cache, 0, exit_layer, *places)
-        run(hidden, cache, layers, layers + decoder.num_blocks, *places)
+        last = layers + decoder.num_blocks - 1
+        state = run(hidden, cache, layers, last, *places) if last > layers else hidden
+        decoder.write_keys(state, cache, last, product, *places)
         return run(hidden, cache, exit_layer, end, *places) if end > exit_layer else hidden
 
     def decode(

@@ -1,16 +1,22 @@
-"""One decoder layer on the many rows of a prompt."""
+"""One decoder layer on the many rows of a prompt, and the part of one that later rows see."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from layerskip_kernels import LayerWeights, rms_norm, rope_kv_append, verify_attention
+from layerskip_kernels import KVCache, LayerWeights, rms_norm, rope_kv_append, verify_attention
 from layerskip_kernels.formats import is_packed, plain
 
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
+
+
+Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""(x [R, D], weight, bias) -> x @ weightᵀ + bias."""
 
 
 def prefill_layer(
@@ -61,6 +67,34 @@ def _plain(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     hidden_size, intermediate_size, queries = weights.attn_norm.shape[0], weights.gate.shape[0], weights.q.shape[0]
     widths = dict.fromkeys(("q", "k", "v", "gate", "up"), hidden_size) | {"o": queries, "down": intermediate_size}
     return weights._replace(**{name: plain(getattr(weights, name), width, dtype) for name, width in widths.items()})
+
+
+def write_keys(
+    hidden: Tensor,
+    weights: LayerWeights,
+    cache: KVCache,
+    eps: float,
+    product: Product,
+) -> None:
+    """Write the keys and values of a layer, and compute nothing else of it.
+
+    Parameters
+    ----------
+    hidden : Tensor [B, N, D]
+        Before the layer.
+    weights : LayerWeights
+    cache : KVCache
+        Of this layer alone.
+    eps : float
+    product : callable
+    """
+    batch, rows, _ = hidden.shape
+    normed = rms_norm(hidden, weights.attn_norm, eps).flatten(0, 1)
+    shape = (batch, rows, -1, cache.k_cache.shape[3])
+    k = product(normed, weights.k, weights.k_bias).view(shape)
+    v = product(normed, weights.v, weights.v_bias).view(shape)
+    k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
+    rope_kv_append(k, k, v, cache.cos, cache.sin, cache.k_cache, cache.v_cache, cache.seq_lens, cache.slots)
 
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, past: int) -> Tensor:

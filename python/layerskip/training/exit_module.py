@@ -14,7 +14,7 @@ from layerskip_kernels import LayerWeights
 from ..models import LayerSkipModel
 from ..models.exit import Exit
 from ._seeds import generator
-from .trunk import Text
+from .kept import Text
 
 
 class Packed(NamedTuple):
@@ -173,6 +173,30 @@ class TrainableExit(nn.Module):
             self.head_up = nn.Parameter(torch.zeros(rows, head_rank, device=model.device))
         decoder.new_cache(1, max_length)  # the rotary tables grow to it
         self._geometry = Geometry(decoder.head_dim, decoder.eps, *decoder.rope_tables)
+
+    @torch.no_grad()
+    def begin_as(self, first: Exit) -> None:
+        """Take the parameters of an exit of the same shape, whose tokens this one drafts.
+
+        Raises
+        ------
+        ValueError
+            If it has another layer, or other blocks.
+        """
+        mine, theirs = (self.exit_layer, len(self.blocks)), (first.exit_layer, first.num_blocks)
+        if mine != theirs:
+            raise ValueError(f"init_exit has layer and blocks {theirs}, the recipe has {mine}")
+        if (first.head_down is None) != (self.head_down is None):
+            raise ValueError("one of the recipe and init_exit has a correction of the head, the other has none")
+        self.norm_weight.copy_(first.norm_weight)
+        for block, weights in zip(self.blocks, first.blocks, strict=True):
+            for name, weight in weights._asdict().items():
+                if weight is not None:
+                    getattr(block, name).copy_(weight)
+        down, up = first.head_down, first.head_up
+        if self.head_down is not None and self.head_up is not None and down is not None and up is not None:
+            self.head_down.copy_(down)
+            self.head_up.copy_(up if self.token_ids is None else up[self.token_ids.cpu()])
 
     @property
     def head_rows(self) -> Tensor:

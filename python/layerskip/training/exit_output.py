@@ -16,7 +16,7 @@ from .run_record import check_same, read_record, write_record
 
 RECORD = "layerskip-exit.json"
 CHECKPOINT, CURVE, TRUNKS = "checkpoint.pt", "curve.png", "trunk"
-HARMLESS = ("output", "trunk", "model", "texts", "eval_texts")
+HARMLESS = ("output", "trunk", "model", "texts", "eval_texts", "prompts", "init_exit")
 """Keys that a resumed run may change: what they stand for is compared itself."""
 
 

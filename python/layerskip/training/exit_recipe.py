@@ -15,11 +15,14 @@ class ExitRecipe:
     """What an exit is, what it learns from, and for how long.
 
     ``texts`` are what the model wrote, as `layerskip distill` makes them: tasks, JSON-lines files or hub datasets as in
-    `Recipe`. With ``whole``, the exit also learns what the model would write in the place of the prompts' tokens.
+    `Recipe`. ``prompts`` are tasks whose prompts the model continues in the run itself, the first ``written`` of those
+    of at most ``prompt_tokens`` tokens, by at most ``new_tokens`` each; that saves the pass over finished texts. With
+    ``whole``, the exit also learns what the model would write in the place of the prompts' tokens.
     ``eval_texts`` are held out; without them one text in 20 is. ``top_k`` tokens are kept of the full model's
     distributions, of which ``soft`` is the weight in the loss, see `row_losses`. ``draft_tokens`` are how many tokens
     the exit may draft, the most frequent; 0: all. ``init_layer`` is the layer that the blocks begin as; by default
-    layer E, which follows. The run ends after ``steps``, or else after ``minutes`` of training; over the last ``decay``
+    layer E, which follows. With ``init_exit``, a directory, file or name, the run goes on from that exit instead, with
+    its tokens. The run ends after ``steps``, or else after ``minutes`` of training; over the last ``decay``
     of either the rate falls to 0. It also ends after ``patience`` evaluations without a better one. ``dtype`` is the
     model's; ``precision`` that of the training's matmuls, whose parameters are fp32. ``trunk`` is where what the model
     makes of the texts is kept, for other runs, too; by default in ``output``.
@@ -29,10 +32,15 @@ class ExitRecipe:
     texts: list[str] = field(default_factory=list)
     eval_texts: list[str] = field(default_factory=list)
     whole: bool = False
+    prompts: list[str] = field(default_factory=list)
+    written: int = 1000
+    new_tokens: int = 160
+    prompt_tokens: int = 420
     exit_layer: int = 2
     blocks: int = 1
     head_rank: int = 0
     init_layer: int | None = None
+    init_exit: str | None = None
     draft_tokens: int = 8192
     top_k: int = 16
     soft: float = 0.5
@@ -55,10 +63,10 @@ class ExitRecipe:
     output: str = "layerskip-exit"
 
     def __post_init__(self) -> None:
-        if not self.texts:
-            raise ValueError("texts is empty, nothing to train on; `layerskip distill` writes some")
+        if not self.texts and not self.prompts:
+            raise ValueError("texts and prompts are empty, nothing to train on; `layerskip distill` writes texts")
         positive = ("exit_layer", "top_k", "minutes", "batch_tokens", "max_length", "learning_rate", "eval_every",
-                    "patience", "max_grad_norm")  # fmt: skip
+                    "patience", "max_grad_norm", "written", "new_tokens", "prompt_tokens")  # fmt: skip
         for key in positive:
             check_positive(key, getattr(self, key))
         for key in ("blocks", "head_rank", "draft_tokens", "warmup", "weight_decay"):

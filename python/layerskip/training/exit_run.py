@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ..decoding import DraftHead
-from ..models import LayerSkipModel, adapt, load
+from ..models import Exit, LayerSkipModel, adapt, load
 from .dataset import encode
 from .exit_module import TrainableExit
 from .exit_output import TRUNKS
 from .exit_recipe import ExitRecipe
 from .exit_trainer import ExitTrainer, State
+from .kept import KeptTexts, Text, model_digest
 from .output import digest
 from .run import load_pairs
-from .trunk import Text, Trunk, model_digest
+from .trunk import Trunk
+from .written import WrittenTexts
 
 HELD_OUT = 20  # one text in so many, where none are given
 
@@ -41,7 +44,9 @@ class ExitRun:
         self.model.requires_grad_(False)
         self.eos_token_id: int = tokenizer.eos_token_id
         self._check_layers()
+        self._first = None if recipe.init_exit is None else Exit.load(recipe.init_exit)
         self._texts = [_encoded(task, tokenizer, recipe) for task in recipe.texts]
+        self._prompts = [_prompts(task, tokenizer, recipe) for task in recipe.prompts]
         self._held_out = {
             name: pairs for task in recipe.eval_texts for name, pairs in _by_kind(task, tokenizer, recipe)
         }
@@ -53,6 +58,8 @@ class ExitRun:
             "digest of the texts": [digest(pairs) for pairs in self._texts],
             "digest of the held-out texts": [digest(pairs) for pairs in self._held_out.values()],
             "digest of the model": model_digest(self.model),
+            **({"digest of the prompts": [digest(pairs) for pairs in self._prompts]} if self._prompts else {}),
+            **({} if self._first is None else {"digest of the first exit": _exit_digest(self._first)}),
         }
 
     def trainer(self, progress: Callable[[int, int], None] = lambda done, of: None) -> ExitTrainer:
@@ -61,20 +68,19 @@ class ExitRun:
         ``progress`` is told of how many texts, of how many, there is what the model makes of them.
         """
         recipe, done = self.recipe, 0
-        every = [*self._texts, *self._held_out.values()]
+        own = [self._trunk(pairs) for pairs in self._texts] + [self._written(prompts) for prompts in self._prompts]
+        given = [self._trunk(pairs) for pairs in self._held_out.values()]
+        total = sum(map(len, [*own, *given]))
 
         def advance(texts: int) -> None:
             nonlocal done
             done += texts
-            progress(done, sum(map(len, every)))
+            progress(done, total)
 
-        trunks = []
-        for pairs in every:
-            folder = Path(recipe.trunk or Path(recipe.output) / TRUNKS) / digest(pairs)[:16]
-            trunks.append(Trunk(folder, self.model, recipe.exit_layer, recipe.top_k, pairs))
-            trunks[-1].compute(advance)
-        texts, held_out = self._split(trunks)
-        length = max(len(pair["input_ids"]) for pair in chain(*every))
+        for kept in (*own, *given):
+            kept.compute(advance)
+        texts, held_out = self._split(own, given)
+        length = 1 + max(len(some[index].states) for some in (texts, *held_out.values()) for index in range(len(some)))
         module = TrainableExit(
             self.model,
             recipe.exit_layer,
@@ -85,11 +91,34 @@ class ExitRun:
             length,
             recipe.seed,
         )
+        if self._first is not None:
+            module.begin_as(self._first)
         return ExitTrainer(recipe, module, texts, held_out)
 
-    def _split(self, trunks: Sequence[Trunk]) -> tuple[Selection, dict[str, Selection]]:
+    def _folder(self, pairs: Sequence[Mapping[str, list[int]]]) -> Path:
+        return Path(self.recipe.trunk or Path(self.recipe.output) / TRUNKS) / digest(pairs)[:16]
+
+    def _trunk(self, pairs: Sequence[Mapping[str, list[int]]]) -> Trunk:
+        return Trunk(self._folder(pairs), self.model, self.recipe.exit_layer, self.recipe.top_k, pairs)
+
+    def _written(self, prompts: Sequence[Mapping[str, list[int]]]) -> WrittenTexts:
+        recipe = self.recipe
+        return WrittenTexts(
+            self._folder(prompts),
+            self.model,
+            recipe.exit_layer,
+            recipe.top_k,
+            [prompt["input_ids"] for prompt in prompts],
+            recipe.written,
+            recipe.new_tokens,
+            self.eos_token_id,
+            recipe.whole,
+        )
+
+    def _split(
+        self, own: Sequence[Trunk | WrittenTexts], given: Sequence[Trunk]
+    ) -> tuple[Selection, dict[str, Selection]]:
         """What is trained on, and what is held out: given texts, or some of all."""
-        own, given = trunks[: len(self._texts)], trunks[len(self._texts) :]
         every = [(trunk, index) for trunk in own for index in range(len(trunk))]
         if given:
             held_out = {
@@ -105,6 +134,8 @@ class ExitRun:
     def _token_ids(self, texts: Selection) -> Tensor | None:
         """The tokens that the model itself chooses most often in the texts, and its EOS token."""
         size = self.recipe.draft_tokens
+        if self._first is not None:
+            return self._first.token_ids
         if not size:
             return None
         chosen = (texts[index].labels.ids[:, 0].tolist() for index in range(len(texts)))
@@ -127,7 +158,7 @@ class ExitRun:
 class Selection:
     """Some texts of some trunks."""
 
-    def __init__(self, places: Sequence[tuple[Trunk, int]]) -> None:
+    def __init__(self, places: Sequence[tuple[KeptTexts, int]]) -> None:
         self._places = places
 
     def __len__(self) -> int:
@@ -146,6 +177,25 @@ class Selection:
 def _encoded(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[dict[str, list[int]]]:
     pairs = list(chain.from_iterable(load_pairs([task]).values()))
     return encode(tokenizer, pairs, recipe.max_length, recipe.whole)
+
+
+def _prompts(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[dict[str, list[int]]]:
+    """The prompts of a task that are short enough; none has a label."""
+    pairs = chain.from_iterable(load_pairs([task]).values())
+    texts = [pair["prompt"] if isinstance(pair, dict) else pair.prompt for pair in pairs]
+    encoded = [list(tokenizer(text).input_ids) for text in texts if text]
+    kept = [{"input_ids": ids, "labels": []} for ids in encoded if 0 < len(ids) <= recipe.prompt_tokens]
+    if not kept:
+        raise ValueError(f"none of {len(texts)} prompts of {task} has at most {recipe.prompt_tokens} tokens")
+    return kept
+
+
+def _exit_digest(first: Exit) -> str:
+    made = hashlib.sha256(first.norm_weight.float().numpy().tobytes())
+    for block in first.blocks:
+        for weight in block:
+            made.update(b"" if weight is None else weight.float().numpy().tobytes())
+    return made.hexdigest()
 
 
 def _by_kind(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[tuple[str, list[dict[str, list[int]]]]]:

@@ -19,7 +19,7 @@ from ._seeds import generator
 from .exit_loss import Targets, draft_loss, draft_tokens
 from .exit_module import Packed, TrainableExit
 from .exit_recipe import ExitRecipe
-from .trunk import Text
+from .kept import Text
 
 POSITIONS = 3  # of a round's drafts, whose agreement is told apart
 

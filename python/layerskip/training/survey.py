@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import layerskip_kernels
 
+from ..decoding import NgramSource
 from ..models import LayerSkipModel
 from .conversion import convert, revert
 
@@ -151,6 +152,49 @@ def survey_trained_exit(model: LayerSkipModel, texts: Iterable[tuple[Tensor, int
         tokens.append(torch.stack([one.token for one in out]))
         confidence.append(torch.stack([(one.logit - one.logsumexp).exp() for one in out]))
     return _survey_of(tokens, confidence)
+
+
+@dataclass(frozen=True)
+class NgramSurvey:
+    """What `NgramSource` proposes at every position of the continuations.
+
+    ``found``: how many positions have a proposal; ``right``: of how many its first token is the model's.
+    ``tokens_per_round``: the mean tokens that a round emits, with all that is proposed.
+    """
+
+    positions: int
+    found: int
+    right: int
+    tokens_per_round: float
+
+
+def survey_ngrams(texts: Iterable[tuple[Tensor, int]]) -> NgramSurvey:
+    """Look up what follows at every position, in the text so far.
+
+    Parameters
+    ----------
+    texts : iterable of (Tensor [S], int)
+        As `survey_exits` takes them.
+    """
+    positions = found = right = rounds = emitted = 0
+    for ids, prompt in texts:
+        tokens, source = ids.tolist(), NgramSource().new()
+        next_round = prompt
+        for place in range(prompt, len(tokens)):
+            accepted = _leading(source.propose(tokens[:place]), tokens[place:])
+            positions, found, right = positions + 1, found + (source.match > 0), right + (accepted > 0)
+            if place == next_round:
+                tokens_of_round = min(accepted + 1, len(tokens) - place)
+                rounds, emitted, next_round = rounds + 1, emitted + tokens_of_round, place + tokens_of_round
+    if not positions:
+        raise ValueError("there is no continuation to look at")
+    return NgramSurvey(positions, found, right, emitted / rounds)
+
+
+def _leading(drafts: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many drafts at the beginning are the tokens."""
+    pairs = enumerate(zip(drafts, tokens, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(drafts), len(tokens)))
 
 
 def _survey_of(tokens: list[Tensor], confidence: list[Tensor]) -> ExitSurvey:

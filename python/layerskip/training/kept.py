@@ -1,0 +1,178 @@
+"""What a frozen model makes of texts, kept on the disk: the files, and the texts that lie in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._journal import Journal
+from ..models import LayerSkipModel
+
+LOGIT_ROWS = 64  # whose logits are in memory at a time
+DIGESTED = 4096  # values of a weight, to know a model again
+JOURNAL = "texts.jsonl"
+
+
+class Labels(NamedTuple):
+    """The full model's most probable next tokens: ``ids`` [R, k] int32, falling ``probabilities`` [R, k] fp16.
+
+    ``ids[:, 0]`` is the arg-max, the token that a greedy draft has to meet.
+    """
+
+    ids: Tensor
+    probabilities: Tensor
+
+
+class Text(NamedTuple):
+    """One text: ``states`` [S, D] after layer E, in the model's dtype, and the labels of rows ``first`` and later.
+
+    The last of its tokens, whose next one is not part of the text, is left out.
+    """
+
+    states: Tensor
+    first: int
+    labels: Labels
+
+
+class KeptTexts:
+    """Texts whose states after layer E and labels lie in memory-mapped files of a folder.
+
+    A subclass computes them, and knows how many rows each text has. What is computed stays: after a stop, the rest
+    follows.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the files; made if missing.
+    model : LayerSkipModel
+    exit_layer : int
+        E.
+    top_k : int
+        k, how many tokens are kept of each distribution.
+    work : mapping
+        What else the texts depend on.
+    """
+
+    def __init__(
+        self, folder: Path, model: LayerSkipModel, exit_layer: int, top_k: int, work: Mapping[str, Any]
+    ) -> None:
+        if not 1 <= exit_layer < model.num_layers:
+            raise ValueError(f"exit_layer must be in 1 … {model.num_layers - 1}, got {exit_layer}")
+        if not 1 <= top_k <= model.vocab_size:
+            raise ValueError(f"top_k must be in 1 … {model.vocab_size}, the vocabulary, got {top_k}")
+        self.folder, self.exit_layer, self.top_k = folder, exit_layer, top_k
+        self._model = model
+        self._width, self._dtype = model.embedding.shape[1], model.dtype
+        self._work = {
+            "digest of the model": model_digest(model), "dtype": str(model.dtype), "hidden size": self._width,
+            "exit_layer": exit_layer, "top_k": top_k, **work,
+        }  # fmt: skip
+        self._places: dict[int, tuple[int, int]] = {}
+
+    def _num_states(self, index: int) -> int:
+        """How many states a text has: one for each token but the last."""
+        raise NotImplementedError
+
+    def _first(self, index: int) -> int:
+        """The first labelled row of a text; all after it are."""
+        raise NotImplementedError
+
+    def rows(self, index: int) -> int:
+        """How many labelled rows a text has."""
+        return self._num_states(index) - self._first(index)
+
+    def __getitem__(self, index: int) -> Text:
+        """A text, as views of the mapped files, which must be there."""
+        state_row, label_row = self._places[index]
+        labelled = slice(label_row, label_row + self.rows(index))
+        states = self._states[state_row : state_row + self._num_states(index)]
+        return Text(states, self._first(index), Labels(self._ids[labelled], self._probabilities[labelled]))
+
+    def _journal(self) -> Journal:
+        """Which texts are in the files, in their order."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Journal(self.folder / JOURNAL, self._work)
+
+    def _open(self, done: Iterable[int]) -> Files:
+        """The files, which hold these texts, for more."""
+        done = list(done)
+        rows = sum(map(self.rows, done)) * self.top_k
+        states = sum(map(self._num_states, done)) * self._width
+        return Files(self.folder, (states * self._dtype.itemsize, rows * 4, rows * 2))
+
+    def _map(self, order: Sequence[int]) -> None:
+        """Map the files; the texts lie in them in ``order``."""
+        state_row = label_row = 0
+        for index in order:
+            self._places[index] = state_row, label_row
+            state_row += self._num_states(index)
+            label_row += self.rows(index)
+        shapes = ((state_row, self._width), (label_row, self.top_k), (label_row, self.top_k))
+        dtypes = (self._dtype, torch.int32, torch.float16)
+        self._states, self._ids, self._probabilities = (
+            torch.from_file(str(self.folder / name), shared=False, size=shape[0] * shape[1], dtype=dtype).view(shape)
+            for name, shape, dtype in zip(Files.NAMES, shapes, dtypes, strict=True)
+        )
+
+    def _labels(self, hidden: Tensor) -> Labels:
+        """Of rows [R, D] after the last layer. The arg-max is the head's own, also where logits are equal."""
+        ids, probabilities = [], []
+        for rows in hidden.split(LOGIT_ROWS):
+            logits = torch.empty(len(rows), self._model.vocab_size, device=rows.device)
+            out = self._model.head(rows, logits=logits)
+            logits.scatter_(1, out.token[:, None], torch.inf)
+            top = logits.topk(self.top_k, dim=1)
+            values = top.values.index_copy(1, torch.zeros(1, dtype=torch.int64, device=rows.device), out.logit[:, None])
+            ids.append(top.indices.int().cpu())
+            probabilities.append((values - out.logsumexp[:, None]).exp().half().cpu())
+        return Labels(torch.cat(ids), torch.cat(probabilities))
+
+
+def model_digest(model: LayerSkipModel) -> str:
+    """Of the first values of every weight: enough to tell models apart, and quick."""
+    made = hashlib.sha256()
+    for weight in model.parameters():
+        made.update(weight.detach().flatten()[:DIGESTED].float().cpu().numpy().tobytes())
+    return made.hexdigest()
+
+
+class Files:
+    """The three files, open for more; what an earlier run had not finished is cut off."""
+
+    NAMES = ("states.bin", "label_ids.bin", "label_probabilities.bin")
+
+    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
+        self._files = []
+        for name, size in zip(self.NAMES, sizes, strict=True):
+            path = folder / name
+            if size and (not path.exists() or path.stat().st_size < size):
+                raise ValueError(
+                    f"{path} is shorter than the {size} bytes that {folder / JOURNAL} speaks of; remove both"
+                )
+            file = path.open("ab")
+            file.truncate(size)
+            self._files.append(file)
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for file in self._files:
+            file.close()
+
+    def append(self, text: Text) -> None:
+        """Write a text behind the others."""
+        for file, tensor in zip(self._files, (text.states, *text.labels), strict=True):
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+    def sync(self) -> None:
+        """Return when all is on the disk."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
