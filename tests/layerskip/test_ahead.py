@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,7 @@ import layerskip_kernels
 from layerskip import SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import graph
 from layerskip.decoding.batch import Batch
+from layerskip.decoding.controller import Choice
 from layerskip.decoding.session import Session
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), requires_native]
@@ -295,3 +297,23 @@ def test_the_controller_learns_what_the_card_took(card, monkeypatch):
     assert len(seconds) == out.stats.rounds
     assert card.most_unread == 2
     assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
+
+
+def test_another_choice_of_the_controller_takes_effect(card, monkeypatch):
+    """Another K with the next launch, another E with another batch; what is under way counts all the same."""
+    decoder, read = decoder_of(exit_layer="auto", num_speculations="auto"), []
+    plans = itertools.cycle([Choice(1, 3)] * 3 + [Choice(1, 2)] * 3 + [Choice(2, 2)] * 3)
+    monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
+
+    def noted(batch: Batch, read_: Any = Batch.read) -> Any:
+        launched, results = read_(batch)
+        read.append(Choice(launched.exit_layer, launched.num_speculations))
+        return launched, results
+
+    monkeypatch.setattr(Batch, "read", noted)
+    with InOrder(card):
+        out = decoder.generate(prompt_of(5), 60, eos_token_id=[])
+    assert out.new_tokens[0].tolist() == alone(prompt_of(5), 60)
+    assert card.captures == 3
+    assert card.replays - len(read) <= 1  # none was launched and not read, but the last
+    assert all(read.count(one) >= 4 for one in (Choice(1, 3), Choice(1, 2), Choice(2, 2)))
