@@ -98,11 +98,11 @@ MUTATIONS = [
         "while tokens > 1 and tokens in", "while False and tokens in", LAYERSKIP + "test_budget.py -k jumps",
     ),
     Mutation(
-        "top-p of all tokens, not of those that top-k leaves", DECODING + "logits.py",
-        "if self._top_k is not None:\n            logits = _keep_top_k(logits, self._top_k, self._largest_k)\n"
-        "        if self._top_p is not None:\n            logits = _keep_top_p(logits, self._top_p)\n",
-        "if self._top_p is not None:\n            logits = _keep_top_p(logits, self._top_p)\n"
-        "        if self._top_k is not None:\n            logits = _keep_top_k(logits, self._top_k, self._largest_k)\n",
+        "top-p of all tokens, not of those that top-k leaves", DECODING + "controls.py",
+        "if self.top_k is not None:\n            logits = _keep_top_k(logits, self.top_k, self.largest_k)\n"
+        "        if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n",
+        "if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n"
+        "        if self.top_k is not None:\n            logits = _keep_top_k(logits, self.top_k, self.largest_k)\n",
         LAYERSKIP + "test_sampling.py",
     ),
     Mutation(

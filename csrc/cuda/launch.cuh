@@ -18,6 +18,9 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <map>
+#include <mutex>
+#include <utility>
 
 // Returns from the calling function with the error, if there is one.
 #define LSK_LAUNCH(call)                              \
@@ -35,40 +38,45 @@ struct Launch {
   bool dependent = false;
 };
 
-// Whether the current device has programmatic dependent launch; asked of the driver once a device.
-inline bool has_dependent_launch() {
-  constexpr int kDevices = 64;
-  static signed char known[kDevices] = {};  // 0 unknown, 1 no, 2 yes; a race writes the same value twice
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
-  if (known[device] == 0) {
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-    known[device] = major >= 9 ? 2 : 1;
-  }
-  return known[device] == 2;
+// Lets `kernel` have as much shared memory as there is, and asks for the same split between shared memory and L1
+// whatever the kernel: an SM changes its split only when it is idle, so that a change between two launches keeps them
+// apart. `dependent` becomes whether the device has programmatic dependent launch.
+inline cudaError_t prepare(const void* kernel, int device, bool& dependent) {
+  constexpr int kStatic = 2048;  // no kernel has more static shared memory
+  int major = 0, most = 0;
+  LSK_LAUNCH(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  LSK_LAUNCH(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  dependent = major >= 9;
+  // One limit for all calls: what another thread or a graph launches of this kernel may need more than this call.
+  LSK_LAUNCH(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kStatic));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
-// Asks for as much shared memory as `kernel` needs, and for the same split between shared memory and L1 whatever the
-// kernel: an SM changes its split only when it is idle, so that a change between two launches keeps them apart.
-inline cudaError_t set_memory(const void* kernel, size_t shared) {
-  constexpr size_t kDefaultShared = 48 * 1024;
-  if (shared > kDefaultShared) {
-    // One limit for all calls: what another thread or a graph launches of this kernel may need more than this call.
-    constexpr int kStatic = 2048;  // no kernel has more static shared memory
-    int device = 0, most = 0;
-    LSK_LAUNCH(cudaGetDevice(&device));
-    LSK_LAUNCH(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const int wanted = static_cast<int>(shared), limit = wanted > most - kStatic ? wanted : most - kStatic;
-    LSK_LAUNCH(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+// The same before the first launch of a kernel on a device only, for each of these calls of the driver takes time that
+// a launch has not. Threads may call it at once; after an error it is tried again.
+inline cudaError_t prepare_once(const void* kernel, bool& dependent) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> prepared;
+  int device = 0;
+  LSK_LAUNCH(cudaGetDevice(&device));
+  const std::pair<const void*, int> key(kernel, device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = prepared.find(key);
+  if (known != prepared.end()) {
+    dependent = known->second;
+    return cudaSuccess;
   }
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  LSK_LAUNCH(prepare(kernel, device, dependent));
+  prepared[key] = dependent;
+  return cudaSuccess;
 }
 
 // Launches `kernel`; an empty grid is no launch and no error.
 template <class... Params, class... Args>
 cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args) {
   if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
-  LSK_LAUNCH(set_memory(reinterpret_cast<const void*>(kernel), where.shared));
+  bool dependent = false;
+  LSK_LAUNCH(prepare_once(reinterpret_cast<const void*>(kernel), dependent));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -78,7 +86,7 @@ cudaError_t launch(const Launch& where, void (*kernel)(Params...), Args... args)
   config.dynamicSmemBytes = where.shared;
   config.stream = where.stream;
   config.attrs = &attribute;
-  config.numAttrs = where.dependent && has_dependent_launch() ? 1 : 0;
+  config.numAttrs = where.dependent && dependent ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 

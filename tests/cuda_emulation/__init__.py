@@ -212,6 +212,11 @@ class Library:
             traffic = list(self._traffic()) if count else []
         return traffic
 
+    @property
+    def attributes_set(self) -> int:
+        """How often an attribute of a kernel was set, as `cudaFuncSetAttribute` does, in all calls."""
+        return int(self.lib.emu_attributes_set())
+
     @contextmanager
     def _running(self, seed: int, arch: int, count: bool, last_block: bool) -> Iterator[_Arguments]:
         self.lib.emu_begin(seed, arch // 10, int(count), int(last_block))

@@ -210,3 +210,24 @@ def test_catches_a_change_of_the_split_between_dependent_launches() -> None:
     lib = planted("sample", "undecided", ROOT / "csrc" / "cuda" / "launch.cuh", (text, undecided))
     with pytest.raises(EmulationError, match=r"increment_kernel: launched as dependent with another split"):
         chain(lib)
+
+
+SAMPLE = ROOT / "tests" / "cuda_emulation" / "sample.cuh"
+
+
+def test_a_kernel_is_prepared_once_a_device() -> None:
+    """Two attributes, each of two kernels on two devices, however often they are launched."""
+    lib = planted("sample", "fresh", SAMPLE, ("// Small kernels", "// New kernels"))
+    for arch, expected in ((90, 4), (90, 4), (80, 8), (90, 8), (80, 8)):
+        chain(lib, arch=arch)
+        assert lib.attributes_set == expected
+
+
+def test_a_launch_that_takes_more_shared_memory_than_the_first_one() -> None:
+    """The limit is the device's, not that of the launch which came first."""
+    change = (".shared = 512", ".shared = static_cast<size_t>(n > 256 ? 100000 : 512)")
+    lib = planted("sample", "growing", SAMPLE, change)
+    for n in (256, 512, 256):
+        x, out = torch.arange(float(n)), nans(n)
+        lib.call("reverse", x, out, n, writes=(out,))
+        assert torch.equal(out, x.flip(0))

@@ -263,12 +263,13 @@ def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
     plain = decoder.generate(prompt_of(5), 200, strategy="autoregressive", eos_token_id=[])
     clock, choices = Clock(), []
 
-    def timed(self, num_speculations, _run=Batch.run):
-        clock.now += seconds(Choice(self.kind.exit_layer * 8, num_speculations))  # as if of 32 layers
-        choices.append(Choice(self.kind.exit_layer, num_speculations))
-        return _run(self, num_speculations)
+    def timed(self, _read=Batch.read):
+        launched, results = _read(self)
+        clock.now += seconds(Choice(self.kind.exit_layer * 8, launched.num_speculations))  # as if of 32 layers
+        choices.append(Choice(self.kind.exit_layer, launched.num_speculations))
+        return launched, results
 
-    monkeypatch.setattr(Batch, "run", timed)
+    monkeypatch.setattr(Batch, "read", timed)
     cache = decoder.model.decoder.new_cache(1, 256)
     session = Session(decoder.model, cache, decoder.defaults, 240, 12, clock=clock)
     for _ in range(2):  # the first time it finds out

@@ -45,19 +45,19 @@ class Watched:
         self.drafts = self.accepted = self.looked_up = 0
         run = Batch.run
 
-        def watched(batch, num_speculations):
+        def watched(batch):
             before = [one.tokens + one.sequence.tokens for one in batch.requests]
             looked_up = [one.looked_up is not None for one in batch.requests]
             for one in batch.requests:  # what rejected drafts left there must not stand for what was never written
                 for half in (batch._cache.k, batch._cache.v):
                     half[:, one.slot, :, one.sequence.position :] = torch.nan
-            results = run(batch, num_speculations)
+            launched, results = run(batch)
             if batch.kind.speculative:
                 for tokens, looks_up, result in zip(before, looked_up, results, strict=True):
                     self.looked_up += looks_up
                     if not looks_up:
                         self._compare(tokens, result)
-            return results
+            return launched, results
 
         monkeypatch.setattr(Batch, "run", watched)
 

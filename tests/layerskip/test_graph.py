@@ -1,20 +1,19 @@
 """Rounds that are recorded and replayed: the same tokens, fixed addresses, nothing looked at on the host.
 
-There is no card here, so what records is a stand-in that calls the recorded function again, on the tensors that it was
-recorded with; everything around it is what runs on a card.
+There is no card here, so `FakeCard` stands in for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from cards import FakeCard, InOrder, graphs_on
 from exits_of import copied_exit, random_exit
 from tiny import ROUND, prompt_of, requires_native, tiny_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerskip_kernels
 from layerskip import SamplingParams, SelfSpeculativeDecoder, models
@@ -26,34 +25,14 @@ from layerskip.decoding.session import Session
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class NoLook(TorchDispatchMode):
-    """Fails where a value goes to the host, which in a capture is an error and in a round would be a wait."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a round looks at a value"
-        return func(*args, **(kwargs or {}))
-
-
-class Recorder:
-    """Stands in for `CudaCapture`."""
-
-    def __init__(self) -> None:
-        self.captures = self.replays = 0
-
-    def __call__(self, function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], object]]:
-        result = function().clone()
-        self.captures += 1
-
-        def replay() -> None:
-            self.replays += 1
-            with NoLook():
-                result.copy_(function())
-
-        return result, replay
-
-
-def tokens_of(decoder: SelfSpeculativeDecoder, slots: int, graphs: Graphs | None, **kwargs) -> list[list[int]]:
+def tokens_of(decoder: SelfSpeculativeDecoder, slots: int, card: FakeCard | Graphs | None, **kwargs) -> list[list[int]]:
     """What three requests of unequal length give, two of them at first, in a cache of ``slots``."""
+    graphs = graphs_on(card) if isinstance(card, FakeCard) else card
+    with InOrder(card) if isinstance(card, FakeCard) else nullcontext():
+        return _tokens_of(decoder, slots, graphs, **kwargs)
+
+
+def _tokens_of(decoder: SelfSpeculativeDecoder, slots: int, graphs: Graphs | None, **kwargs) -> list[list[int]]:
     with torch.inference_mode(False):
         cache = decoder.model.decoder.new_cache(slots, 64)
     session = Session(decoder.model, cache, decoder.defaults, 48, 5, graphs=graphs)
@@ -84,18 +63,17 @@ SAMPLING = {"greedy": [None] * 3, "drawn": [SamplingParams(temperature=0.7 * row
 @requires_native
 @pytest.mark.parametrize("kind", SAMPLING)
 @pytest.mark.parametrize("strategy", ["self_speculative", "with blocks", "autoregressive", "early_exit"])
-@pytest.mark.parametrize("slots", [2, 5])
-def test_the_same_tokens(slots, strategy, kind):
+@pytest.mark.parametrize(("slots", "lazy"), [(2, True), (5, True), (5, False)])
+def test_the_same_tokens(slots, lazy, strategy, kind):
     model, exit_ = tiny_model(upper="weak"), None
     if strategy == "with blocks":
         strategy, exit_ = "self_speculative", copied_exit(models.adapt(model), 1, 2)
     decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=3, exit=exit_)
-    recorder = Recorder()
-    graphs = Graphs(recorder)
+    card = FakeCard(lazy)
     given = {"strategy": strategy, "sampling": SAMPLING[kind]}
-    assert tokens_of(decoder, slots, graphs, **given) == tokens_of(decoder, slots, None, **given)
-    assert recorder.captures == len(graphs)
-    assert recorder.replays > 2 * recorder.captures
+    assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
+    assert card.replays > 2 * card.captures > 0
+    assert card.most_unread >= 2 if lazy else card.most_unread == 1
 
 
 @requires_native
@@ -104,31 +82,37 @@ def test_the_same_tokens(slots, strategy, kind):
 @pytest.mark.parametrize("slots", [2, 5])
 def test_the_same_tokens_where_drafts_are_looked_up(slots, source, kind):
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
-    graphs = Graphs(Recorder())
+    card = FakeCard()
     given = {"draft_source": source, "sampling": SAMPLING[kind]}
     if source == "auto":  # what it picks depends on clocks, and so do the draws
         given["sampling"] = SAMPLING["greedy"]
-    assert tokens_of(decoder, slots, graphs, **given) == tokens_of(decoder, slots, None, **given)
-    assert len(graphs) > 1
+    assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
+    assert card.captures > 1
+    assert card.most_unread == 1  # what is looked up depends on what was read
 
 
 @requires_native
 def test_padding_leaves_a_prompt_alone_that_is_being_read(monkeypatch):
     """Padding writes into free slots, and a slot whose prompt is half read is none."""
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
-    monkeypatch.setattr(graph, "for_device", lambda device: Graphs(Recorder()))
+    card = FakeCard()
+    monkeypatch.setattr(graph, "for_device", lambda device: graphs_on(card))
     session = decoder.open_session(4, max_seq_len=64, prompt_tokens_per_step=2)
     monkeypatch.undo()
     prompts = [prompt_of(length, length) for length in (5, 6, 7, 12)]
     emitted: dict[int, list[int]] = {}
+
+    def step() -> None:
+        with InOrder(card):
+            for update in session.step():
+                emitted[update.request_id] += update.tokens
+
     for prompt in prompts:
         emitted[session.add(prompt, 40 if len(prompt[0]) < 12 else 20, eos_token_id=[])] = []
         while len(prompt[0]) < 12 and len(session._running) < len(emitted):
-            for update in session.step():
-                emitted[update.request_id] += update.tokens
+            step()
     for _ in range(60):
-        for update in session.step():
-            emitted[update.request_id] += update.tokens
+        step()
     assert len(session) == 0
     for prompt, tokens in zip(prompts, emitted.values(), strict=True):
         plain = decoder.generate(prompt, len(tokens), strategy="autoregressive", eos_token_id=[])
@@ -147,9 +131,9 @@ def test_every_round_of_a_graph_has_the_same_addresses(monkeypatch):
         return layerskip_kernels.speculative_round(*args, **named)
 
     monkeypatch.setattr(ROUND, watched)
-    recorder = Recorder()
-    tokens_of(decoder, 5, Graphs(recorder))
-    assert recorder.replays > 6
+    card = FakeCard()
+    tokens_of(decoder, 5, card)
+    assert card.replays > 6
     assert sorted(seen) == [1, 2, 4]  # three requests are padded to four
     assert all(len(addresses) == 1 for addresses in seen.values())
 
@@ -166,45 +150,83 @@ def counted(sequences: SequenceTensors) -> Tensor:
     return torch.stack([sequences.token, sequences.seq_lens], 1)
 
 
-def test_sequences_go_in_and_come_out_and_padding_goes_back():
-    graphs, sequences = Graphs(Recorder()), sequences_of(4)
+def test_sequences_go_in_and_stay_and_padding_goes_back():
+    graphs, sequences = graphs_on(FakeCard()), sequences_of(4)
     for turn in (1, 2, 3):
-        result = graphs.run("kind", counted, sequences, 3, [])
-        assert result[:3].tolist() == [[7 + turn, 3 + 2 * turn]] * 3
+        outcome, sequences = graphs.launch("kind", counted, sequences, 3)
+        assert outcome.read()[:3] == [[7 + turn, 3 + 2 * turn]] * 3
         assert sequences.token.tolist() == [7 + turn] * 3 + [0]
         assert sequences.seq_lens.tolist() == [3 + 2 * turn] * 3 + [0]
-    other = sequences_of(4)
-    assert graphs.run("kind", counted, other, 4, []).tolist() == [[8, 5]] * 4
+    outcome, others = graphs.launch("kind", counted, sequences_of(4), 4)
+    assert outcome.read() == [[8, 5]] * 4
+    assert others is sequences
+    assert others.token.tolist() == [8] * 4
     assert len(graphs) == 1
 
 
+def test_a_round_is_read_after_the_next_one_was_launched():
+    card = FakeCard()
+    graphs, sequences, outcomes = graphs_on(card), sequences_of(1), []
+    for _ in range(2):
+        outcome, sequences = graphs.launch("kind", counted, sequences, 1)
+        outcomes.append(outcome)
+    assert outcomes[0]._host.tolist() == [[-99, -99]]  # it is not there before it was waited for
+    assert outcomes[0].read() == [[8, 5]]
+    assert outcomes[1]._host.tolist() == [[-99, -99]]
+    outcome, _ = graphs.launch("kind", counted, sequences, 1)
+    assert outcomes[1].read() == [[9, 7]]
+    assert outcomes[1].seconds == 1.0
+    assert outcome.read() == [[10, 9]]
+
+
+def test_another_stream_waits_for_the_last_round():
+    card = FakeCard()
+    graphs = graphs_on(card)
+    graphs.follow()
+    outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
+    graphs.follow()
+    assert outcome.end.waits == []
+    card.current = "another stream"
+    graphs.follow()
+    graphs.follow()
+    assert outcome.end.waits == ["another stream"]
+    graphs.finish()
+    assert outcome._host.tolist() == [[8, 5]]
+
+
 def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
-    recorder = Recorder()
-    graphs = Graphs(recorder, most=2)
+    card = FakeCard()
+    graphs = Graphs(card, most=2)
 
-    def run(kind: str, count: int, temperature: float = 0.0) -> bool:
-        graphs.run(kind, counted, sequences_of(count, temperature), count, [])
-        return graphs.recorded
+    def recorded(kind: str, count: int, temperature: float = 0.0) -> bool:
+        before = card.captures
+        graphs.launch(kind, counted, sequences_of(count, temperature), count)
+        return card.captures > before
 
-    assert [run("a", 1), run("a", 1), run("b", 1), run("a", 1)] == [True, False, True, False]
-    assert run("a", 2)  # in the place of b, which was not used for longest
-    assert not run("a", 1)
-    assert run("b", 1)
-    assert run("a", 1, temperature=0.5)
+    assert [recorded("a", 1), recorded("a", 1), recorded("b", 1), recorded("a", 1)] == [True, False, True, False]
+    assert recorded("a", 2)  # in the place of b, which was not used for longest
+    assert not recorded("a", 1)
+    assert recorded("b", 1)
+    assert recorded("a", 1, temperature=0.5)
     assert len(graphs) == 2
 
 
 def test_what_moved_drops_the_graphs():
-    recorder, sequences = Recorder(), sequences_of(1)
-    graphs, weight = Graphs(recorder), torch.nn.Parameter(torch.ones(3))
-    graphs.run("kind", counted, sequences, 1, [weight])
+    card, sequences = FakeCard(), sequences_of(1)
+    graphs, weight = graphs_on(card), torch.nn.Parameter(torch.ones(3))
+
+    def launch() -> None:
+        graphs.hold([weight])
+        graphs.launch("kind", counted, sequences, 1)
+
+    launch()
     with torch.no_grad():
         weight.add_(1)
-    graphs.run("kind", counted, sequences, 1, [weight])
-    assert recorder.captures == 1
+    launch()
+    assert card.captures == 1
     weight.data = torch.zeros(3)
-    graphs.run("kind", counted, sequences, 1, [weight])
-    assert recorder.captures == 2
+    launch()
+    assert card.captures == 2
     assert len(graphs) == 1
 
 
@@ -215,10 +237,19 @@ def test_padding_takes_slots_that_are_free(count, free, missing):
     assert Graphs.padding(count, free) == missing
 
 
-def test_a_look_is_seen():
-    graphs = Graphs(Recorder())
-    with pytest.raises(AssertionError, match="looks at a value"):
-        graphs.run("kind", lambda sequences: sequences.token * int(sequences.token[0]), sequences_of(1), 1, [])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda sequences: sequences.token * int(sequences.token[0]), "looks at a value"),
+        (lambda sequences: sequences.token[sequences.token > 0], "looks at a mask"),
+        (lambda sequences: sequences.token.nonzero(), "a shape that depends on values"),
+        (lambda sequences: sequences.token + torch.tensor([1]), "copies from the host"),
+    ],
+)
+def test_what_meets_the_host_is_seen(wrong, message):
+    outcome, _ = graphs_on(FakeCard()).launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
+    with pytest.raises(AssertionError, match=message):
+        outcome.read()
 
 
 @pytest.mark.parametrize("num_blocks", [0, 2])

@@ -15,6 +15,7 @@ from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_mo
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import logits as logits_module
+from layerskip.decoding.controls import LogitsControls
 from layerskip.decoding.logits import LogitsPipeline, LogitsRound
 from layerskip.decoding.reading import read_prompt
 from layerskip.decoding.round import NOT_DRAFTED, FusedRound, LookedUp, SequenceTensors
@@ -95,6 +96,13 @@ def warpers(params: SamplingParams) -> transformers.LogitsProcessorList:
     return made
 
 
+def processed(params, own, logits, histories) -> tuple[torch.Tensor, dict[int, Exception]]:
+    """Logits after these tokens, and the failures of the sequences' own processors."""
+    pipeline = LogitsPipeline(own)
+    controls = LogitsControls.of(params, histories, logits.shape[1], CPU)
+    return pipeline(logits, controls, histories), pipeline.failures
+
+
 class TestLogitsPipeline:
     def logits(self, rows: int) -> torch.Tensor:
         return 3 * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(0))
@@ -102,29 +110,28 @@ class TestLogitsPipeline:
     @pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))
     def test_they_do_what_transformers_do(self, params):
         logits, histories = self.logits(9), [prompt_of(12, seed)[0] for seed in range(9)]
-        ours = LogitsPipeline([params] * 9, [None] * 9, VOCABULARY, CPU)(logits, histories)
+        ours, _ = processed([params] * 9, [None] * 9, logits, histories)
         theirs = warpers(params)(torch.stack(histories), logits.clone())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
     def test_top_p_is_a_share_of_what_top_k_leaves(self):
         """Of 0.4, 0.3, 0.2, 0.1 the two largest are 4/7 and 3/7; 4/7 is more than 0.55, while 0.4 is not."""
         logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-        kept = LogitsPipeline([SamplingParams(1.0, top_k=2, top_p=0.55)], [None], 4, CPU)(logits, [torch.tensor([0])])
+        kept, _ = processed([SamplingParams(1.0, top_k=2, top_p=0.55)], [None], logits, [torch.tensor([0])])
         assert kept.isfinite().tolist() == [[False, True, False, False]]
 
     def test_each_sequence_has_its_own(self):
         logits, histories = self.logits(len(PARAMS)), [prompt_of(12, seed)[0] for seed in range(len(PARAMS))]
-        together = LogitsPipeline(PARAMS, [None] * len(PARAMS), VOCABULARY, CPU)(logits, histories)
+        together, _ = processed(PARAMS, [None] * len(PARAMS), logits, histories)
         for row, params in enumerate(PARAMS):
-            alone = LogitsPipeline([params], [None], VOCABULARY, CPU)(logits[row : row + 1], histories[row : row + 1])
+            alone, _ = processed([params], [None], logits[row : row + 1], histories[row : row + 1])
             assert torch.equal(together[row], alone[0])
 
     def test_ones_own_comes_between_penalty_and_temperature(self):
         params, logits = SamplingParams(0.5, repetition_penalty=2.0), self.logits(1)
         history = torch.tensor([int(logits.argmax())])
         seen = []
-        made = LogitsPipeline([params], [lambda *args: seen.append(args) or args[1] + 1], VOCABULARY, CPU)
-        out = made(logits, [history])
+        out, _ = processed([params], [lambda *args: seen.append(args) or args[1] + 1], logits, [history])
         assert torch.equal(seen[0][0], history)
         assert seen[0][1].max() < logits.max()
         assert torch.equal(out[0], (seen[0][1] + 1) / 0.5)
@@ -133,11 +140,11 @@ class TestLogitsPipeline:
         def broken(history, logits):
             raise RuntimeError("broken")
 
-        made = LogitsPipeline([SamplingParams()] * 3, [None, broken, lambda h, x: x[:3]], VOCABULARY, CPU)
-        logits = self.logits(3)
-        assert torch.equal(made(logits, [torch.tensor([1])] * 3), logits)
-        assert str(made.failures[1]) == "broken"
-        assert str(made.failures[2]) == "a logits processor must give a tensor [101], got [3]"
+        own, logits = [None, broken, lambda h, x: x[:3]], self.logits(3)
+        out, failures = processed([SamplingParams()] * 3, own, logits, [torch.tensor([1])] * 3)
+        assert torch.equal(out, logits)
+        assert str(failures[1]) == "broken"
+        assert str(failures[2]) == "a logits processor must give a tensor [101], got [3]"
 
 
 def many(test):
@@ -194,8 +201,9 @@ def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: 
     sequences = SequenceTensors(torch.zeros_like(seeds), lengths, torch.arange(BATCH), seeds, temperatures)
     round_ = FusedRound(model, cache)
     if params.processes:
-        pipeline = LogitsPipeline([params] * BATCH, [None] * BATCH, SMALL, CPU)
-        round_ = LogitsRound(model, cache, pipeline, [])
+        controls = LogitsControls.of([params] * BATCH, [PROMPT[0]] * BATCH, SMALL, CPU)
+        sequences = replace(sequences, controls=controls)
+        round_ = LogitsRound(model, cache, LogitsPipeline([None] * BATCH), [None] * BATCH, looks=True)
     sequences.token.copy_(round_.first(hidden, sequences))
     lengths += 1
     drawn = torch.full((BATCH, DEPTH + DRAFTS), -1)
@@ -415,10 +423,10 @@ def test_a_threshold_keeps_the_distribution_of_what_is_drawn(small):
 def test_dropping_an_improbable_draft_would_be_noticed(small, monkeypatch):
     """It would favour the probable tokens."""
 
-    def drop(self, token, logits, goes_on, draft_threshold):
+    def drop(token, logits, goes_on, draft_threshold, draws):
         probability = logits.softmax(-1).gather(1, token.clamp_min(0)[:, None])[:, 0]
         goes_on = goes_on & (probability >= draft_threshold)
         return torch.where(goes_on, token, NOT_DRAFTED), goes_on
 
-    monkeypatch.setattr(LogitsRound, "_apply_threshold", drop)
+    monkeypatch.setattr(LogitsRound, "_apply_threshold", staticmethod(drop))
     assert threshold_excess(small) > 2 * LIMIT

@@ -2,19 +2,67 @@
 
 from __future__ import annotations
 
+import time
+import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
+from .controls import LogitsControls
 from .graph import Graphs
 from .logits import LogitsPipeline, LogitsRound
 from .mixed import MixedRound
 from .reading import read_blocks
 from .request import Request, RoundKind
 from .round import FusedRound, LookedUp, SequenceTensors
+from .sampling import SamplingParams
+from .sequence import Clock
+
+
+class Outcome(Protocol):
+    """What a round gives; it may still be on its way."""
+
+    def read(self) -> list[list[int]]:
+        """Wait for it."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+
+
+class CalledRound(NamedTuple):
+    """The `Outcome` of a round that was called, not recorded."""
+
+    result: Tensor
+    started: float
+    clock: Clock
+
+    def read(self) -> list[list[int]]:
+        """See `Outcome`."""
+        rows: list[list[int]] = self.result.tolist()
+        return rows
+
+    @property
+    def seconds(self) -> float:
+        """Until now, so ask right after it was read."""
+        return self.clock() - self.started
+
+
+class Launched(NamedTuple):
+    """A round that was launched: the layer that drafts in it, as `Batch.exit_layer`, its drafts, what it gives.
+
+    ``caught_up``: whether an exit's blocks had tokens to read before it, so that it took longer than such rounds do.
+    """
+
+    exit_layer: int | None
+    num_speculations: int
+    outcome: Outcome
+    caught_up: bool
 
 
 class Batch:
@@ -28,10 +76,12 @@ class Batch:
     requests : list of Request
         Each with its first token.
     graphs : Graphs, optional
-        Records and replays the rounds; without it they are called. Rounds of processed logits are always called, and
-        so are those whose drafts have more than one source.
+        Records and replays the rounds; without it they are called. Always called are rounds whose drafts have more than
+        one source, and those with a request that has a logits processor of its own: that is Python.
     free_slots : sequence of int
         The cache rows that no request uses.
+    clock : callable
+        Gives the time of rounds that are called.
     """
 
     def __init__(
@@ -42,29 +92,23 @@ class Batch:
         requests: list[Request],
         graphs: Graphs | None = None,
         free_slots: Sequence[int] = (),
+        clock: Clock = time.perf_counter,
     ) -> None:
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._clock = model, cache, clock
         self.kind, self.requests = kind, requests
-        self._graphs = None if kind.processed else graphs
+        self._graphs = None if graphs is None or _has_own_processor(requests) else graphs
         self._round = self._round_of(requests)
         self._mixed: MixedRound | None = None
-        self._caught_up = False  # whether an exit's blocks had tokens to read before the last round
         self._looking_up: list[int] = []  # the requests that do in the mixed round
+        self._launched: deque[Launched] = deque()  # and not read
         padding: Sequence[int] = ()
         if self._graphs is not None:
             padding = free_slots[: self._graphs.padding(len(requests), len(free_slots))]
-        zeros = [0] * len(padding)
-        self._sequences = SequenceTensors.of(
-            [request.sequence.tokens[-1] for request in requests] + zeros,
-            [request.sequence.position for request in requests] + zeros,
-            [request.slot for request in requests] + list(padding),
-            [request.seed for request in requests] + zeros,
-            [request.sampling.temperature for request in requests] + [0.0] * len(padding),
-            model.device,
-        )
+            self._graphs.hold(self._tensors_at_fixed_addresses())
+        self._sequences = sequences_of(model, requests, padding)
 
     def _round_of(self, requests: Sequence[Request]) -> FusedRound | LogitsRound:
-        return round_of(self._model, self._cache, requests)
+        return round_of(self._model, self._cache, requests, looks=self._graphs is None)
 
     @property
     def num_speculations(self) -> int:
@@ -89,41 +133,79 @@ class Batch:
         return self.kind.exit_layer
 
     @property
-    def recorded(self) -> bool:
-        """Whether the last round took longer than such rounds do: it was recorded, or an exit's blocks caught up."""
-        return self._caught_up or (self._graphs is not None and self._graphs.recorded)
+    def under_way(self) -> bool:
+        """Whether a round was launched that is still to be read."""
+        return bool(self._launched)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether another round may be launched before the one under way is read.
+
+        Its sequences are on the card, and one that turns out to have ended changes nothing: what it writes lies behind
+        its end. But nothing may be written behind the end of the cache, drafts must not depend on what the host reads
+        first, and it would be in vain where no sequence can go on.
+        """
+        if self._graphs is None or any(request.lookup is not None for request in self.requests):
+            return False
+        if self._model.decoder.num_blocks and self._launched[-1].num_speculations == 0:
+            return False  # blocks have not read what that round gives
+        positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
+        last = max(request.sequence.position for request in self.requests)
+        return last + positions <= self._cache.capacity and any(one.sequence.remaining > 1 for one in self.requests)
 
     @property
     def failures(self) -> dict[int, Exception]:
         """What the requests' own logits processors raised, by index."""
         return self._round.failures if self._mixed is None else self._round.failures | self._mixed.failures
 
+    def run(self) -> tuple[Launched, list[list[int]]]:
+        """A round, as `read` gives it; the next one is launched before that, if it can be."""
+        if not self._launched:
+            self.launch()
+        if self.runs_ahead:
+            self.launch()
+        return self.read()
+
     @torch.inference_mode()
-    def run(self, num_speculations: int) -> list[list[int]]:
-        """One round; for each request what `round` describes. Reading it is the round's only synchronisation."""
-        exit_layer, sequences = self.exit_layer, self._sequences
-        self._let_blocks_follow(num_speculations)
+    def launch(self) -> None:
+        """Launch a round; where it is not recorded, it is called."""
+        started, sequences = self._clock(), self._sequences
+        exit_layer, num_speculations = self.exit_layer, self.num_speculations
+        caught_up = self._let_blocks_follow(num_speculations)
         if not exit_layer:
             drafts = [request.looked_up or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
             looked_up = LookedUp.of(drafts, self._model.vocab_size, self._model.device)
             sequences = replace(sequences, looked_up=looked_up)
+        outcome: Outcome
         if self._graphs is None or exit_layer is None:
-            return self._run(sequences, exit_layer, num_speculations).tolist()[: len(self.requests)]
-        result = self._graphs.run(
-            (self.kind, exit_layer, num_speculations),
-            lambda recorded: self._run(recorded, exit_layer, num_speculations),
-            sequences,
-            len(self.requests),
-            self._tensors_at_fixed_addresses(),
-        )
-        return result[: len(self.requests)].tolist()
+            outcome = CalledRound(self._run(sequences, exit_layer, num_speculations), started, self._clock)
+        else:
+            outcome, sequences = self._graphs.launch(
+                (self.kind, exit_layer, num_speculations),
+                lambda recorded: self._run(recorded, exit_layer, num_speculations),
+                sequences,
+                len(self.requests),
+            )
+            self._sequences = sequences if sequences.looked_up is None else replace(sequences, looked_up=None)
+        self._launched.append(Launched(exit_layer, num_speculations, outcome, caught_up))
 
-    def _let_blocks_follow(self, num_speculations: int) -> None:
-        """Let the exit's blocks read what has come since it drafted last, for the requests for which it drafts now."""
-        self._caught_up = False
+    def read(self) -> tuple[Launched, list[list[int]]]:
+        """The round that was launched first, and for each request what `round` describes.
+
+        This is the round's only synchronisation.
+        """
+        launched = self._launched.popleft()
+        return launched, launched.outcome.read()[: len(self.requests)]
+
+    def _let_blocks_follow(self, num_speculations: int) -> bool:
+        """Let the exit's blocks read what has come since it drafted last, for the requests for which it drafts now.
+
+        Whether there was anything to read.
+        """
+        caught_up = False
         if not (self.kind.speculative and self._model.decoder.num_blocks):
-            return
+            return caught_up
         for request in self.requests:
             position = request.sequence.position
             request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
@@ -131,8 +213,9 @@ class Batch:
                 if request.blocks_done < position:
                     tokens, done = request.all_tokens, request.blocks_done
                     read_blocks(self._model, self._cache, request.slot, tokens, done, position)
-                    self._caught_up = True
+                    caught_up = True
                 request.blocks_done = position + num_speculations + 1
+        return caught_up
 
     def _mix(self) -> MixedRound:
         """The round of this mixture of sources; that of the last round, if it was the same."""
@@ -165,15 +248,47 @@ class Batch:
         return [*shared, *(tensor for head in heads for tensor in head if tensor is not None)]
 
 
-def round_of(model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request]) -> FusedRound | LogitsRound:
-    """The round of some requests of one kind: fused, unless their logits are processed."""
-    if not requests[0].processed:
-        return FusedRound(model, cache)
-    pipeline = LogitsPipeline(
-        [request.sampling for request in requests],
-        [request.logits_processor for request in requests],
-        model.vocab_size,
+def sequences_of(model: LayerSkipModel, requests: Sequence[Request], padding: Sequence[int] = ()) -> SequenceTensors:
+    """The tensors of some requests of one kind as they are now, and of padding in free rows of the cache."""
+    zeros = [0] * len(padding)
+    sequences = SequenceTensors.of(
+        [(request.sequence.tokens or [0])[-1] for request in requests] + zeros,
+        [request.sequence.position for request in requests] + zeros,
+        [request.slot for request in requests] + list(padding),
+        [request.seed for request in requests] + zeros,
+        [request.sampling.temperature for request in requests] + [0.0] * len(padding),
         model.device,
     )
-    histories = [request.sequence.history for request in requests] if pipeline.needs_history else []
-    return LogitsRound(model, cache, pipeline, [history for history in histories if history is not None])
+    if not requests[0].processed:
+        return sequences
+    params = [request.sampling for request in requests] + [SamplingParams()] * len(padding)
+    before = [request.sequence.all_tokens[0] for request in requests] + [sequences.token[:0]] * len(padding)
+    return replace(sequences, controls=LogitsControls.of(params, before, model.vocab_size, model.device))
+
+
+def round_of(
+    model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request], looks: bool = True
+) -> FusedRound | LogitsRound:
+    """The round of some requests of one kind: fused, unless their logits are processed.
+
+    ``looks``: whether it may look at values on the host, which it does on the CPU only.
+    """
+    if not requests[0].processed:
+        return FusedRound(model, cache)
+    pipeline = LogitsPipeline([request.logits_processor for request in requests])
+    histories = [request.sequence.history for request in requests]
+    return LogitsRound(model, cache, pipeline, histories, looks and model.device.type == "cpu")
+
+
+def _has_own_processor(requests: Sequence[Request]) -> bool:
+    """Whether one of them has a processor that is Python; it says so, because rounds are then slower on a card."""
+    for request in requests:
+        if request.logits_processor is not None:
+            name = getattr(request.logits_processor, "__name__", type(request.logits_processor).__name__)
+            warnings.warn(
+                f"the logits processor {name} is Python, which a CUDA graph cannot record, so its rounds are called op "
+                "by op; the parameters of SamplingParams are recorded",
+                stacklevel=2,
+            )
+            return True
+    return False

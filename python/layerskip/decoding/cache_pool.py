@@ -60,12 +60,18 @@ class CachePool:
     @torch.inference_mode(False)
     def _with_room(self, lent: LentCache | None, batch: int, length: int) -> LentCache:
         """The given cache if it is big enough and of the model's dtype and device, else a new one in its place."""
-        graphs = graph.for_device(self.model.device)
-        if lent is None or not self._serves(lent.cache, batch, length):
-            capacity = -(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY
-            return LentCache(self.model.decoder.new_cache(batch, capacity), graphs)
-        recorded = graphs is not None and lent.graphs is not None
-        return lent if recorded else LentCache(lent.cache, graphs)
+        graphs, serves = (
+            graph.for_device(self.model.device),
+            lent is not None and self._serves(lent.cache, batch, length),
+        )
+        if lent is not None and serves and (graphs is None) == (lent.graphs is None):
+            return lent
+        if lent is not None and lent.graphs is not None:
+            lent.graphs.finish()  # the last round may still be writing to the cache
+        if lent is not None and serves:
+            return LentCache(lent.cache, graphs)
+        capacity = -(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY
+        return LentCache(self.model.decoder.new_cache(batch, capacity), graphs)
 
     def _serves(self, cache: SharedKVCache, batch: int, length: int) -> bool:
         like = (self.model.dtype, self.model.device)

@@ -1,8 +1,12 @@
 """Rounds as CUDA graphs: recorded once, replayed with one launch and no Python between their kernels.
 
-A graph has fixed addresses, so it works on tensors of its own; the state of the sequences is copied into them before a
-replay and out of them after it. A graph also has a fixed number of sequences. So a batch is padded to a power of two
-with sequences in free slots of the cache, where nobody reads what they write.
+A graph has fixed addresses, so the state of its sequences is in tensors of its own. It is copied there when a batch
+begins, and stays there from round to round: a round reads what the one before wrote, and the host need not know it.
+What a round gives goes to the host's memory behind it, and an event says when it is there. So the next round can be
+launched first, and a card has no time without work.
+
+A graph also has a fixed number of sequences. So a batch is padded to a power of two with sequences in free slots of the
+cache, where nobody reads what they write.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol
 
@@ -26,22 +29,53 @@ _capturing = Lock()  # the warm-up of one thread's round would wait for the card
 RoundFunction = Callable[[SequenceTensors], Tensor]
 
 
-class Capture(Protocol):
-    """Records a round; on a card it is `CudaCapture`."""
+class Event(Protocol):
+    """A place in a stream, as `torch.cuda.Event` is one."""
 
-    def __call__(self, function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], object]]:
+    def record(self, stream: Any) -> None:
+        """Be the place behind all that the stream was given."""
+
+    def wait(self, stream: Any) -> None:
+        """Let a stream go on only once the place is reached."""
+
+    def synchronize(self) -> None:
+        """Return once the place is reached."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from this place to another one; both were reached."""
+
+
+class Card(Protocol):
+    """What graphs need of a device; of a card it is `CudaCard`."""
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
         """Record what ``function`` launches: its result, at an address that stays, and a call that computes it anew."""
 
+    def host_memory(self, like: Tensor) -> Tensor:
+        """Memory of the host, as large as a tensor; the host does not wait for a copy from the card to it."""
 
-class CudaCapture:
-    """Records CUDA graphs. They share one pool of memory, since only one of them runs at a time."""
+    def event(self) -> Event:
+        """A new event."""
 
-    def __init__(self) -> None:
+    def stream(self) -> Any:
+        """The stream that launches go to now."""
+
+
+class CudaCard:
+    """A card. Its graphs share one pool of memory, since only one of them runs at a time.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
 
-    def __call__(self, function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], object]]:
-        """See `Capture`. A call before the capture compiles and tunes kernels, which is not allowed within it."""
-        with _capturing, torch.cuda.device(device):
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        """See `Card`. A call before the capture compiles and tunes kernels, which is not allowed within it."""
+        with _capturing, torch.cuda.device(self._device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
@@ -55,12 +89,70 @@ class CudaCapture:
                 result = function()
         return result, graph.replay
 
+    def host_memory(self, like: Tensor) -> Tensor:
+        """See `Card`."""
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
-@dataclass(frozen=True)
+    def event(self) -> Event:
+        """See `Card`."""
+        return torch.cuda.Event(enable_timing=True)
+
+    def stream(self) -> Any:
+        """See `Card`."""
+        return torch.cuda.current_stream(self._device)
+
+
+class Outcome:
+    """What a round gives, on its way to the host."""
+
+    def __init__(self, card: Card, result: Tensor) -> None:
+        self._result, self._host = result, card.host_memory(result)
+        self._begin, self.end = card.event(), card.event()
+
+    def launch(self, replay: Callable[[], object], stream: Any) -> None:
+        """Launch the round, and the copy of what it gives."""
+        self._begin.record(stream)
+        replay()
+        self._host.copy_(self._result, non_blocking=True)
+        self.end.record(stream)
+
+    def read(self) -> list[list[int]]:
+        """Wait for the round, and for no later one."""
+        self.end.synchronize()
+        rows: list[list[int]] = self._host.tolist()
+        return rows
+
+    @property
+    def seconds(self) -> float:
+        """How long the card took for the round, which was read."""
+        return self._begin.elapsed_time(self.end) / 1e3
+
+
 class _Graph:
-    sequences: SequenceTensors
-    result: Tensor
-    replay: Callable[[], object]
+    """A recorded round, the sequences that it works on, and two outcomes: one may be unread while the other comes."""
+
+    def __init__(self, card: Card, round_: RoundFunction, sequences: SequenceTensors) -> None:
+        self.sequences = sequences.clone()
+        self._real = torch.ones_like(self.sequences.token)  # 0 of padding
+        self._count = len(self._real)
+        result, self._replay = card.capture(lambda: self._run(round_))
+        self._outcomes = [Outcome(card, result) for _ in range(2)]
+
+    def _run(self, round_: RoundFunction) -> Tensor:
+        result, own = round_(self.sequences), self.sequences
+        if len(self._real) > 1:  # padding goes back to position 0
+            torch._foreach_mul_([own.token, own.seq_lens], [self._real, self._real])
+        return result
+
+    def launch(self, sequences: SequenceTensors, count: int, stream: Any) -> Outcome:
+        if sequences is not self.sequences:
+            self.sequences.copy_(sequences)
+        if count != self._count:
+            self._real[:count], self._real[count:] = 1, 0
+            self._count = count
+        self._outcomes.reverse()
+        self._outcomes[0].launch(self._replay, stream)
+        return self._outcomes[0]
 
 
 class Graphs:
@@ -68,22 +160,17 @@ class Graphs:
 
     Parameters
     ----------
-    capture : Capture
+    card : Card
     most : int
         How many rounds are kept.
-
-    Attributes
-    ----------
-    recorded : bool
-        Whether the last call recorded its round, which takes far longer than the round.
     """
 
-    def __init__(self, capture: Capture, most: int = MAX_GRAPHS) -> None:
-        self._capture, self._most = capture, most
+    def __init__(self, card: Card, most: int = MAX_GRAPHS) -> None:
+        self._card, self._most = card, most
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._fixed: list[Tensor] = []
         self._addresses: tuple[int, ...] = ()
-        self.recorded = False
+        self._last: tuple[Any, Event] | None = None  # of the last launch: its stream and its end
 
     def __len__(self) -> int:
         """How many rounds are recorded."""
@@ -95,66 +182,65 @@ class Graphs:
         missing = (1 << (count - 1).bit_length()) - count
         return missing if missing <= free else 0
 
-    def run(
-        self,
-        kind: Hashable,
-        round_: RoundFunction,
-        sequences: SequenceTensors,
-        count: int,
-        fixed: Sequence[Tensor],
-    ) -> Tensor:
-        """Replay ``round_`` on ``sequences``; a new round is recorded first.
+    def hold(self, fixed: Sequence[Tensor]) -> None:
+        """Name what rounds read and write at fixed addresses: weights, tables, cache.
 
-        Parameters
-        ----------
-        kind : hashable
-            All that ``round_`` depends on besides ``sequences``, ``fixed`` and their sizes.
-        round_ : callable
-            Changes the sequences in place, and gives [B, ...]. It must not look at a value on the host.
-        sequences : SequenceTensors
-            Those from ``count`` on are padding, and return to position 0.
-        count : int
-        fixed : sequence of Tensor
-            What ``round_`` reads and writes at fixed addresses: weights, tables, cache. If one of them has moved, all
-            graphs are dropped.
-
-        Returns
-        -------
-        Tensor [B, ...]
-            The result for all sequences, valid until the next call.
+        If one of them has moved, all graphs are dropped. It takes tens of microseconds, so a batch does it once.
         """
-        self._drop_if_moved(fixed)
-        key = (kind, sequences.token.shape[0], sequences.temperature is not None)
-        self.recorded = key not in self._graphs
-        if self.recorded:
-            self._record(key, round_, sequences)
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        graph.sequences.copy_(sequences)
-        graph.replay()
-        advanced = [graph.sequences.token, graph.sequences.seq_lens]
-        torch._foreach_copy_([sequences.token, sequences.seq_lens], advanced)
-        if count < sequences.token.shape[0]:
-            sequences.token[count:].zero_()
-            sequences.seq_lens[count:].zero_()
-        return graph.result
-
-    def _record(self, key: Hashable, round_: RoundFunction, sequences: SequenceTensors) -> None:
-        if len(self._graphs) >= self._most:
-            self._graphs.popitem(last=False)
-        own = sequences.clone()
-        self._graphs[key] = _Graph(own, *self._capture(lambda: round_(own), own.token.device))
-
-    def _drop_if_moved(self, fixed: Sequence[Tensor]) -> None:
         addresses = tuple(tensor.data_ptr() for tensor in fixed)
         if addresses != self._addresses:
             self._graphs.clear()
             self._addresses = addresses
             self._fixed = [tensor.detach() for tensor in fixed]  # keeps the memory from being reused
 
+    def launch(
+        self, kind: Hashable, round_: RoundFunction, sequences: SequenceTensors, count: int
+    ) -> tuple[Outcome, SequenceTensors]:
+        """Launch ``round_`` on ``sequences``; a new round is recorded first.
+
+        Parameters
+        ----------
+        kind : hashable
+            All that ``round_`` depends on besides ``sequences``, what is held, and their sizes.
+        round_ : callable
+            Changes the sequences in place, and gives [B, ...]. It must not look at a value on the host.
+        sequences : SequenceTensors
+            Those from ``count`` on are padding, and return to position 0.
+        count : int
+
+        Returns
+        -------
+        Outcome
+            To be read before the next launch but one of the same round.
+        SequenceTensors
+            The graph's own, which hold the sequences from now on; those that were given may be out of date. Where the
+            next launch gets them, nothing is copied.
+        """
+        key = (kind, sequences.form)
+        if key not in self._graphs:
+            if len(self._graphs) >= self._most:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = _Graph(self._card, round_, sequences)
+        self._graphs.move_to_end(key)
+        graph, stream = self._graphs[key], self._card.stream()
+        outcome = graph.launch(sequences, count, stream)
+        self._last = stream, outcome.end
+        return outcome, graph.sequences
+
+    def follow(self) -> None:
+        """Let what is launched from now on wait for the last round, which may have been launched in another stream."""
+        if self._last is not None and self._last[0] != (stream := self._card.stream()):
+            self._last[1].wait(stream)
+            self._last = stream, self._last[1]
+
+    def finish(self) -> None:
+        """Wait for the last round."""
+        if self._last is not None:
+            self._last[1].synchronize()
+
 
 def for_device(device: torch.device) -> Graphs | None:
     """Graphs for a CUDA device, unless LAYERSKIP_GRAPHS=0; else None, and rounds are called directly."""
     if device.type != "cuda" or os.environ.get("LAYERSKIP_GRAPHS") == "0":
         return None
-    return Graphs(CudaCapture())
+    return Graphs(CudaCard(device))

@@ -17,8 +17,8 @@ from layerskip_kernels import accept_sampled
 from layerskip_kernels.rounds import draft_loop
 
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
+from .controls import LogitsControls
 from .round import NOT_DRAFTED, Drafted, SequenceTensors, looked_up_states
-from .sampling import SamplingParams
 from .sequence import History
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -33,93 +33,45 @@ class LogitsPipeline:
 
     Parameters
     ----------
-    params : sequence of SamplingParams
-        One for each sequence.
     own : sequence of LogitsProcessor or None
         One for each sequence.
-    vocab_size : int
-    device : torch.device
 
     Attributes
     ----------
-    temperature : Tensor [B], fp32
-        1 where a token is to be drawn from the processed logits, 0 where the largest is to be taken.
     failures : dict of int to Exception
         What a sequence's own processor raised; from then on it is not called.
     """
 
-    def __init__(
-        self,
-        params: Sequence[SamplingParams],
-        own: Sequence[LogitsProcessor | None],
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
+    def __init__(self, own: Sequence[LogitsProcessor | None]) -> None:
         self._own = own
         self.failures: dict[int, Exception] = {}
-        self._bias = _bias(params, vocab_size, device)
-        self._penalty = column([one.repetition_penalty for one in params])
-        self._penalizes = any(one.repetition_penalty != 1 for one in params)
-        # The cuts spare greedy sequences: the largest logit survives every cut.
-        self._temperature = column([one.temperature or 1.0 for one in params])
-        top_k = [vocab_size if one.greedy else min(one.top_k or vocab_size, vocab_size) for one in params]
-        self._top_k = None if min(top_k) == vocab_size else torch.tensor(top_k, device=device)[:, None]
-        self._largest_k = max((k for k in top_k if k < vocab_size), default=0)
-        self._top_p = _column_or_none([1.0 if one.greedy else one.top_p for one in params], 1.0, column)
-        self._min_p = _column_or_none([0.0 if one.greedy else one.min_p for one in params], 0.0, column)
-        self.temperature = column([0.0 if one.greedy else 1.0 for one in params])[:, 0]
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether the result depends on the tokens before."""
-        return self._penalizes or any(own is not None for own in self._own)
-
-    def __call__(self, logits: Tensor, histories: Sequence[Tensor]) -> Tensor:
+    def __call__(self, logits: Tensor, controls: LogitsControls, histories: Sequence[Tensor | None]) -> Tensor:
         """Process the logits of one position of each sequence.
 
         Parameters
         ----------
         logits : Tensor [B, V], fp32
-        histories : sequence of Tensor [n], int64
-            The tokens before this position, of each sequence.
+        controls : LogitsControls
+            Which have seen the tokens before this position.
+        histories : sequence of Tensor [n], int64, or None
+            These tokens, of each sequence that has a processor of its own.
 
         Returns
         -------
         Tensor [B, V], fp32
             -inf for a token that must not be chosen.
         """
-        if self._bias is not None:
-            logits = logits + self._bias
-        if self._penalizes:
-            logits = self._penalize(logits, histories)
-        logits = self._apply_own(logits, histories) / self._temperature
-        if self._top_k is not None:
-            logits = _keep_top_k(logits, self._top_k, self._largest_k)
-        if self._top_p is not None:
-            logits = _keep_top_p(logits, self._top_p)
-        if self._min_p is not None:
-            floor = logits.amax(-1, keepdim=True) + self._min_p.log()
-            logits = logits.masked_fill(logits < floor, -math.inf)
-        return logits
+        return controls.cut(self._apply_own(controls.penalized(logits), histories))
 
-    def _penalize(self, logits: Tensor, histories: Sequence[Tensor]) -> Tensor:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        for row, history in zip(seen, histories, strict=True):
-            row[history] = True
-        penalised = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
-        return torch.where(seen, penalised, logits)
-
-    def _apply_own(self, logits: Tensor, histories: Sequence[Tensor]) -> Tensor:
+    def _apply_own(self, logits: Tensor, histories: Sequence[Tensor | None]) -> Tensor:
         if all(own is None for own in self._own):
             return logits
         rows = list(logits)
-        for index, own in enumerate(self._own):
-            if own is not None and index not in self.failures:
+        for index, (own, history) in enumerate(zip(self._own, histories, strict=True)):
+            if own is not None and history is not None and index not in self.failures:
                 try:
-                    rows[index] = _checked(own(histories[index], rows[index].clone()), rows[index])
+                    rows[index] = _checked(own(history, rows[index].clone()), rows[index])
                 except Exception as error:  # of one sequence: the others go on, and the session reports it
                     self.failures[index] = error
         return torch.stack(rows)
@@ -132,45 +84,21 @@ def _checked(processed: object, like: Tensor) -> Tensor:
     return processed.to(like)
 
 
-def _bias(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Tensor | None:
-    if not any(one.logit_bias for one in params):
-        return None
-    bias = torch.zeros(len(params), vocab_size, dtype=torch.float32)
-    for row, one in zip(bias, params, strict=True):
-        if one.logit_bias:
-            row[list(one.logit_bias)] = torch.tensor(list(one.logit_bias.values()), dtype=torch.float32)
-    return bias.to(device)
-
-
-def _column_or_none(values: list[float], neutral: float, column: Callable[[list[float]], Tensor]) -> Tensor | None:
-    return None if all(value == neutral for value in values) else column(values)
-
-
-def _keep_top_k(logits: Tensor, top_k: Tensor, largest_k: int) -> Tensor:
-    """Drop what is smaller than the k-th largest; ``largest_k`` is the greatest k that drops anything."""
-    ranked = logits.topk(largest_k, -1).values  # [B, largest_k]
-    threshold = ranked.gather(1, (top_k - 1).clamp_max(largest_k - 1))
-    return logits.masked_fill((logits < threshold) & (top_k <= largest_k), -math.inf)
-
-
-def _keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Drop the least probable tokens that together have at most 1 - p; never the most probable one."""
-    ascending, order = logits.sort(-1)
-    drop = (ascending.softmax(-1).cumsum(-1) <= 1 - top_p) & (top_p < 1)
-    drop[:, -1] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), -math.inf)
-
-
 class LogitsRound:
-    """The rounds of some sequences, which keep their order; the methods are those of `FusedRound`.
+    """The rounds of some sequences, which keep their order and have controls; the methods are those of `FusedRound`.
+
+    Without processors of the sequences' own, a round looks at no value on the host but to draft no further than any
+    sequence goes, and it does not where ``looks`` is False.
 
     Parameters
     ----------
     model : LayerSkipModel
     cache : SharedKVCache
     pipeline : LogitsPipeline
-    histories : sequence of History
-        One for each sequence, up to and including its last token; none where ``pipeline`` needs no history.
+    histories : sequence of History or None
+        Of each sequence with a processor of its own, up to and including its last token.
+    looks : bool
+        On a card a look would be a synchronisation, and in a recorded round an error.
     """
 
     def __init__(
@@ -178,10 +106,11 @@ class LogitsRound:
         model: LayerSkipModel,
         cache: SharedKVCache,
         pipeline: LogitsPipeline,
-        histories: Sequence[History],
+        histories: Sequence[History | None],
+        looks: bool,
     ) -> None:
         self._model, self._cache = model, cache
-        self._pipeline, self._histories = pipeline, histories
+        self._pipeline, self._histories, self._looks = pipeline, histories, looks
 
     @property
     def failures(self) -> dict[int, Exception]:
@@ -190,13 +119,16 @@ class LogitsRound:
 
     def first(self, hidden: Tensor, sequences: SequenceTensors) -> Tensor:
         """As `FusedRound.first`."""
-        return self._choose(self._process(self._logits(hidden), 0), sequences.seed, sequences.seq_lens)
+        controls = _controls_of(sequences)
+        scores = self._process(self._logits(hidden), controls, 0)
+        return self._choose(scores, controls, sequences.seed, sequences.seq_lens)
 
     def advance(self, sequences: SequenceTensors, exit_layer: int) -> Tensor:
         """As `FusedRound.advance`."""
         hidden = self._forward(sequences.token, sequences, 0, exit_layer)
         token = self.first(hidden, sequences)
-        sequences.token.copy_(token)
+        _controls_of(sequences).see(token[:, None])
+        sequences.go_on(token)
         sequences.seq_lens.add_(1)
         return torch.stack([torch.zeros_like(token), token], 1)
 
@@ -219,22 +151,24 @@ class LogitsRound:
         """As `FusedRound.look_up`."""
         drafted = looked_up_states(self._model, self._cache, sequences, end)
         for index in range(drafted.tokens.shape[1]):
-            for number, history in enumerate(self._histories):
-                history.put_draft(index, drafted.tokens[number, index])
+            self._put_drafts(index, drafted.tokens[:, index])
         return drafted
 
     def accept(self, drafted: Drafted, hidden: Tensor, sequences: SequenceTensors) -> Tensor:
         """As `FusedRound.accept`."""
         assert drafted.logits is not None
-        target_logits = self._logits(hidden)
+        drafts, target_logits, controls = drafted.tokens, self._logits(hidden), _controls_of(sequences)
+        with_drafts = controls.apart()
         for index in range(hidden.shape[1]):
-            target_logits[:, index] = self._process(target_logits[:, index], index)
+            target_logits[:, index] = self._process(target_logits[:, index], with_drafts, index)
+            with_drafts.see(drafts[:, index : index + 1])
         accepted, token = accept_sampled(
-            drafted.tokens, drafted.logits, target_logits, sequences.seq_lens, self._pipeline.temperature,
-            sequences.seed, drafted.token_map,
-        )  # fmt: skip
-        sequences.token.copy_(token)
-        return torch.cat([accepted[:, None], token[:, None], drafted.tokens], 1)
+            drafts, drafted.logits, target_logits, sequences.seq_lens, controls.draws, sequences.seed, drafted.token_map
+        )
+        held = torch.arange(drafts.shape[1], device=drafts.device) < accepted[:, None]
+        controls.see(torch.cat([torch.where(held, drafts, token[:, None]), token[:, None]], 1))
+        sequences.go_on(token)
+        return torch.cat([accepted[:, None], token[:, None], drafts], 1)
 
     def draft(
         self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
@@ -243,7 +177,7 @@ class LogitsRound:
 
         K is ``num_speculations``, or fewer where no sequence has a use for more drafts.
         """
-        model, token = self._model, sequences.token
+        model, token, controls = self._model, sequences.token, _controls_of(sequences).apart()
         batch, device = token.shape[0], token.device
         drafts = token.new_empty(batch, num_speculations)
         states = torch.empty(batch, num_speculations + 1, model.decoder.hidden_size, dtype=model.dtype, device=device)
@@ -256,25 +190,30 @@ class LogitsRound:
 
         def choose(hidden: Tensor, index: int) -> Tensor | None:
             nonlocal goes_on
-            # On a GPU a look at goes_on would be a synchronisation, so there all drafts are made.
-            if not (index == 0 or hidden.is_cuda or bool(goes_on.any())):
+            if index and self._looks and not bool(goes_on.any()):
                 return None
-            scores = logits[:, index] = self._process(self._logits(hidden, model.draft_head), index)
-            token = self._choose(scores, sequences.seed ^ _DRAFT_SEED, sequences.seq_lens + index)
+            scores = logits[:, index] = self._process(self._logits(hidden, model.draft_head), controls, index)
+            token = self._choose(scores, controls, sequences.seed ^ _DRAFT_SEED, sequences.seq_lens + index)
             goes_on = goes_on & scores.ne(-math.inf).any(-1)  # a reduced head may score no token that is allowed
             token = torch.where(goes_on, token, NOT_DRAFTED)
             if draft_threshold:
-                token, goes_on = self._apply_threshold(token, scores, goes_on, draft_threshold)
-            for number, history in enumerate(self._histories):
-                history.put_draft(index, token[number])
+                token, goes_on = self._apply_threshold(token, scores, goes_on, draft_threshold, controls.draws)
+            controls.see(token[:, None])
+            self._put_drafts(index, token)
             drafts[:, index] = token
             return token
 
         made = draft_loop(token, num_speculations, True, forward, choose)
         return Drafted(drafts[:, :made], states[:, : made + 1], logits[:, :made], None)
 
+    def _put_drafts(self, index: int, tokens: Tensor) -> None:
+        for number, history in enumerate(self._histories):
+            if history is not None:
+                history.put_draft(index, tokens[number])
+
+    @staticmethod
     def _apply_threshold(
-        self, token: Tensor, logits: Tensor, goes_on: Tensor, draft_threshold: float
+        token: Tensor, logits: Tensor, goes_on: Tensor, draft_threshold: float, draws: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The drafts [B], and whether drafting goes on after them.
 
@@ -283,7 +222,7 @@ class LogitsRound:
         """
         probability = logits.softmax(-1).gather(1, token.clamp_min(0)[:, None])[:, 0]
         probable = probability >= draft_threshold
-        stays = goes_on & (probable | (self._pipeline.temperature > 0) | (token < 0))
+        stays = goes_on & (probable | (draws > 0) | (token < 0))
         return torch.where(stays, token, NOT_DRAFTED), goes_on & probable
 
     def _forward(self, token: Tensor, sequences: SequenceTensors, offset: int, exit_layer: int) -> Tensor:
@@ -310,13 +249,19 @@ class LogitsRound:
             logits = whole.index_copy_(1, head.token_map, logits)
         return logits.view(*leading, -1)
 
-    def _process(self, logits: Tensor, num_drafts: int) -> Tensor:
+    def _process(self, logits: Tensor, controls: LogitsControls, num_drafts: int) -> Tensor:
         """Processed logits [B, V] of the position that follows so many drafts."""
-        return self._pipeline(logits, [history.before(num_drafts) for history in self._histories])
+        histories = [None if history is None else history.before(num_drafts) for history in self._histories]
+        return self._pipeline(logits, controls, histories)
 
-    def _choose(self, logits: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    @staticmethod
+    def _choose(logits: Tensor, controls: LogitsControls, seed: Tensor, position: Tensor) -> Tensor:
         """Tokens [B] of processed logits [B, V]: acceptance of no drafts only draws the next token."""
         batch, vocabulary = logits.shape
         no_drafts, no_logits = position.new_empty(batch, 0), logits.new_empty(batch, 0, vocabulary)
-        temperature = self._pipeline.temperature
-        return accept_sampled(no_drafts, no_logits, logits[:, None], position.clone(), temperature, seed).next_token
+        return accept_sampled(no_drafts, no_logits, logits[:, None], position.clone(), controls.draws, seed).next_token
+
+
+def _controls_of(sequences: SequenceTensors) -> LogitsControls:
+    assert sequences.controls is not None
+    return sequences.controls

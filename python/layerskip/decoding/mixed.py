@@ -69,4 +69,6 @@ class MixedRound:
             accepted = round_.accept(part, hidden[rows, : part.states.shape[1]], some)
             result[rows, : accepted.shape[1]] = accepted
             sequences.token[rows], sequences.seq_lens[rows] = some.token, some.seq_lens
+            if sequences.controls is not None and some.controls is not None:
+                sequences.controls.put_seen(rows, some.controls)
         return result

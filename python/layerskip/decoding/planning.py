@@ -9,7 +9,13 @@ from .request import Request, RoundKind
 
 
 def choose(running: Iterable[Request], controller: Controller) -> bool:
-    """Pick for the requests that want it, together for those that leave the same open; whether a choice is new."""
+    """Let the controller pick for the requests that want it, together for those that leave the same open.
+
+    Returns
+    -------
+    bool
+        Whether the kind of a request's next round changed.
+    """
     open_choices: dict[Hashable, list[Request]] = {}
     for request in running:
         method = request.method
@@ -33,8 +39,9 @@ def _choose_together(requests: Sequence[Request], controller: Controller) -> boo
         if request.lookup is not None:
             request.looked_up = None if count is None else request.lookup.proposal[:count]
         if plan.choice.exit_layer and plan.choice != (request.exit_layer, request.num_speculations):
+            before = request.kind()
             request.exit_layer, request.num_speculations = plan.choice
-            changed = True
+            changed = changed or request.kind() != before
     return changed
 
 

@@ -7,8 +7,8 @@ none was made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from layerskip_kernels import Noise, accept_greedy, accept_sampled
 
 from ..models import LayerSkipModel, SharedKVCache
+from .controls import LogitsControls
 
 NOT_DRAFTED = -2
 
@@ -70,7 +71,7 @@ class LookedUp(NamedTuple):
 class SequenceTensors:
     """The state of the sequences of a round: entry b of every tensor belongs to sequence b.
 
-    A round rewrites the first two tensors in place.
+    A round rewrites the first two tensors in place, and the tokens that the controls have seen.
 
     Attributes
     ----------
@@ -86,6 +87,8 @@ class SequenceTensors:
         None where every sequence is greedy.
     looked_up : LookedUp or None
         The drafts of the next round, where no exit makes them.
+    controls : LogitsControls or None
+        How logits are processed, where they are.
     """
 
     token: Tensor
@@ -94,36 +97,63 @@ class SequenceTensors:
     seed: Tensor
     temperature: Tensor | None = None
     looked_up: LookedUp | None = None
+    controls: LogitsControls | None = None
 
     @property
     def noise(self) -> Noise | None:
         """Temperature and seed as the kernels take them, or None where every sequence is greedy."""
         return None if self.temperature is None else Noise(self.temperature, self.seed)
 
+    @property
+    def form(self) -> Hashable:
+        """What a round depends on besides values."""
+        controls = None if self.controls is None else self.controls.form
+        return self.token.shape[0], self.temperature is not None, controls
+
     def clone(self) -> SequenceTensors:
         """The same values in new tensors."""
-        return self._each(Tensor.clone)
+        looked_up = None if self.looked_up is None else LookedUp(*map(Tensor.clone, self.looked_up))
+        return self._each(Tensor.clone, looked_up)
 
     def rows(self, index: Tensor) -> SequenceTensors:
         """Some of the sequences, in new tensors."""
         looked_up = self.looked_up
         if looked_up is not None:
             looked_up = looked_up._replace(tokens=looked_up.tokens[index])
-        return replace(replace(self, looked_up=None)._each(lambda tensor: tensor[index]), looked_up=looked_up)
+        return self._each(lambda tensor: tensor[index], looked_up)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> SequenceTensors:
+    def _each(self, change: Callable[[Tensor], Tensor], looked_up: LookedUp | None) -> SequenceTensors:
         temperature = None if self.temperature is None else change(self.temperature)
-        looked_up = None if self.looked_up is None else LookedUp(*map(change, self.looked_up))
+        controls = None if self.controls is None else self.controls.each(change)
         token, seq_lens, slots, seed = map(change, (self.token, self.seq_lens, self.slots, self.seed))
-        return SequenceTensors(token, seq_lens, slots, seed, temperature, looked_up)
+        return SequenceTensors(token, seq_lens, slots, seed, temperature, looked_up, controls)
+
+    def go_on(self, token: Tensor) -> None:
+        """Let these tokens be the last ones.
+
+        One of logits that are not finite is -1, and ends its sequence; but the host may not have read that when the
+        next round begins, and the embedding has no such token. So it goes on with token 0, to no effect.
+        """
+        torch.clamp(token, min=0, out=self.token)
 
     def copy_(self, other: SequenceTensors) -> None:
-        """Take the values of ``other``, which has the same shapes."""
-        mine, theirs = ([one.token, one.seq_lens, one.slots, one.seed, *(one.looked_up or ())] for one in (self, other))
-        torch._foreach_copy_(mine, theirs)  # one launch
-        if self.temperature is not None:
-            assert other.temperature is not None
-            self.temperature.copy_(other.temperature)
+        """Take the values of ``other``, which has the same form; nothing is done for a tensor that both share."""
+        whole, others = [], []
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            if mine is theirs:
+                continue
+            if mine.dtype == torch.int64:
+                whole.append(mine)
+                others.append(theirs)
+            else:
+                mine.copy_(theirs)
+        if whole:
+            torch._foreach_copy_(whole, others)  # one launch
+
+    def _tensors(self) -> list[Tensor]:
+        temperature = () if self.temperature is None else (self.temperature,)
+        controls = () if self.controls is None else self.controls.tensors
+        return [self.token, self.seq_lens, self.slots, self.seed, *temperature, *(self.looked_up or ()), *controls]
 
     @classmethod
     def of(
@@ -191,7 +221,7 @@ class FusedRound:
             slots=sequences.slots,
             noise=sequences.noise,
         )
-        sequences.token.copy_(token)
+        sequences.go_on(token)
         sequences.seq_lens.add_(1)
         return torch.stack([torch.zeros_like(token), token], 1)
 
@@ -226,7 +256,7 @@ class FusedRound:
             slots=sequences.slots,
             noise=sequences.noise,
         )
-        sequences.token.copy_(done.next_token)
+        sequences.go_on(done.next_token)
         drafts = _made(done.tokens, done.probability, draft_threshold)
         return torch.cat([done.accepted[:, None], done.next_token[:, None], drafts], 1)
 
@@ -288,7 +318,7 @@ class FusedRound:
             accepted, token = accept_sampled(
                 drafted.tokens, drafted.logits, logits, sequences.seq_lens, *noise, drafted.token_map
             )
-        sequences.token.copy_(token)
+        sequences.go_on(token)
         return torch.cat([accepted[:, None], token[:, None], drafted.tokens], 1)
 
 

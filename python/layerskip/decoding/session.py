@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
 from . import planning, validation
-from .batch import Batch, round_of
+from .batch import Batch, Launched, round_of, sequences_of
 from .budget import prompt_budget
 from .controller import Choice
 from .graph import Graphs
@@ -22,7 +22,7 @@ from .logits import LogitsProcessor
 from .output import Update
 from .reading import PromptReader, Reading
 from .request import Defaults, Request, RoundKind
-from .round import NOT_DRAFTED, SequenceTensors
+from .round import NOT_DRAFTED
 from .sampling import SamplingParams, params_of
 from .sequence import Clock, Ending, History, StopRule, TokenSequence
 from .slots import Slots
@@ -81,7 +81,8 @@ class Session:
         self._line = PromptLine(self._slots, self._reader, max_waiting)
         self._running: dict[int, Request] = {}
         self._updates: dict[int, Update] = {}  # by request: what no `step` has returned yet
-        self._batches: list[Batch] | None = None  # of the running requests, until one of them changes
+        self._batches: list[Batch] = []
+        self._grouped = False  # whether they are those of the running requests as they are
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session can't be pickled or copied: it is requests in progress, on a cache")
@@ -181,7 +182,7 @@ class Session:
             continue_from,
             lookup=method.lookup(ids[0].tolist(), model.vocab_size),
         )
-        if request.processed:
+        if logits_processor is not None:
             request.sequence.history = History(ids, max_new_tokens + self.max_speculations + 1)
         self._line.add(request)
         return request.id
@@ -197,7 +198,8 @@ class Session:
     def step(self) -> list[Update]:
         """Run one round of every running request, then read prompts of waiting requests into free slots.
 
-        While requests run, ``prompt_tokens_per_step`` bounds what is read, but for the end of a pass.
+        While requests run, ``prompt_tokens_per_step`` bounds what is read, but for the end of a pass. Recorded rounds
+        run ahead: a step launches the next one before it waits for its own.
 
         If an exception (an interrupt, say) leaves a step, nothing is lost: the next step goes on from there, and
         returns the updates of this one, too.
@@ -209,16 +211,19 @@ class Session:
         """
         started = self._clock()
         try:
+            if self._graphs is not None:
+                self._graphs.follow()
             for request in [one for one in self._running.values() if one.sequence.interrupted]:
                 self._emit(request, request.sequence.resume)
             self._look_up()
             batches = self._current_batches()
             for batch in batches:
-                self._run_round(batch)
+                self._take_round(batch, *batch.run())
             self._budget.begin_step(self._clock() - started if batches else None)
             self._read_prompts()
         except BaseException:
-            self._batches = None  # their tensors may be ahead of the requests' tokens
+            # Their tensors may be ahead of the requests' tokens. What was launched and not read is launched again.
+            self._batches, self._grouped = [], False
             raise
         updates, self._updates = self._updates, {}
         return list(updates.values())
@@ -261,7 +266,7 @@ class Session:
     def _leave_slot(self, request: Request, keep: bool = False) -> None:
         del self._running[request.id]
         self._slots.give_back(request, keep)
-        self._batches = None
+        self._grouped = False
 
     def _read_prompts(self) -> None:
         """Read prompts, as many tokens as a step may, and emit the tokens that follow them."""
@@ -283,7 +288,7 @@ class Session:
         free = len(self._slots.free)
         requests = self._line.admit(self._running.values())
         if len(self._slots.free) < free:
-            self._batches = None  # they may pad with the slot that is no longer free
+            self._grouped = False  # batches may pad with the slot that is no longer free
         return requests
 
     def _read_pass(self, requests: Sequence[Request], most: int) -> int:
@@ -305,34 +310,35 @@ class Session:
         """Emit the token that follows a prompt."""
         position = request.sequence.position
         try:
-            token, failures = self._first_token(request, position)
+            token, failures = self._first_token(request)
         except Exception as error:  # of this request: the others go on
             token, failures = 0, {0: error}
         self._line.leave(request)
         self._running[request.id] = request
-        self._batches = None
+        self._grouped = False
         fault = request.fault(token, "the head", self._last_layer(request), position)
         self._emit(request, lambda: request.sequence.add([], token, 0, fault), failures.get(0))
 
     @torch.inference_mode()
-    def _first_token(self, request: Request, position: int) -> tuple[int, dict[int, Exception]]:
+    def _first_token(self, request: Request) -> tuple[int, dict[int, Exception]]:
         """The token that follows a request's prompt, and what its logits processor raised."""
         state = request.reading.state
         assert state is not None
         round_ = round_of(self._model, self._cache, [request])
-        temperature, device = request.sampling.temperature, self._model.device
-        sequences = SequenceTensors.of([0], [position], [request.slot], [request.seed], [temperature], device)
-        return int(round_.first(state, sequences)), round_.failures
+        return int(round_.first(state, sequences_of(self._model, [request]))), round_.failures
 
     def _current_batches(self) -> list[Batch]:
         """The running requests by the kind of their next round."""
         if planning.choose(self._running.values(), self._defaults.controller):
-            self._batches = None
-        if self._batches is None:
+            self._grouped = False
+        if not self._grouped:
+            for batch in self._batches:
+                self._finish(batch)
             self._batches = [
-                Batch(self._model, self._cache, kind, requests, self._graphs, self._slots.free)
+                Batch(self._model, self._cache, kind, requests, self._graphs, self._slots.free, self._clock)
                 for kind, requests in planning.by_kind(self._running.values()).items()
             ]
+            self._grouped = True
         return self._batches
 
     def _look_up(self) -> None:
@@ -343,16 +349,23 @@ class Session:
             except Exception as error:
                 self._emit(request, lambda: None, error)
 
-    def _run_round(self, batch: Batch) -> None:
-        started, exit_layer, num_speculations = self._clock(), batch.exit_layer, batch.num_speculations
-        results = batch.run(num_speculations)
+    def _finish(self, batch: Batch) -> None:
+        """Take what a round gives that was launched before a request joined, left, or changed its kind.
+
+        It is right for all that still run; one whose requests have all ended need not be waited for.
+        """
+        if batch.under_way and any(request.id in self._running for request in batch.requests):
+            self._take_round(batch, *batch.read())
+
+    def _take_round(self, batch: Batch, launched: Launched, results: Sequence[list[int]]) -> None:
         adaptive = any(request.method.adaptive for request in batch.requests)
-        if adaptive and exit_layer is not None and not batch.recorded:
-            choice = Choice(exit_layer, num_speculations)
-            self._defaults.controller.observe_cost(choice, len(batch.requests), self._clock() - started)
+        if adaptive and launched.exit_layer is not None and not launched.caught_up:
+            choice = Choice(launched.exit_layer, launched.num_speculations)
+            self._defaults.controller.observe_cost(choice, len(batch.requests), launched.outcome.seconds)
         failures = batch.failures
         for index, (request, result) in enumerate(zip(batch.requests, results, strict=True)):
-            self._take_result(batch.kind, request, result, failures.get(index))
+            if request.id in self._running:
+                self._take_result(batch.kind, request, result, failures.get(index))
 
     def _take_result(self, kind: RoundKind, request: Request, result: list[int], failure: Exception | None) -> None:
         """Emit what a round gave a request."""

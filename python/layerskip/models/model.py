@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerskip_kernels import Draft, Noise, Round, draft, linear, speculative_round

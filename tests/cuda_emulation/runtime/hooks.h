@@ -32,6 +32,10 @@ EMU_HOOKS(4)
 EMU_HOOKS(8)
 EMU_HOOKS(16)
 void __tsan_init() {}
+// Of the guard of a static variable, which only host code has.
+unsigned char __tsan_atomic8_load(const volatile void* p, int) {
+  return __atomic_load_n(static_cast<const volatile unsigned char*>(p), __ATOMIC_ACQUIRE);
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_read_range(void* p, size_t bytes) { emu::access(p, bytes, emu::Access::read, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t bytes) {

@@ -37,8 +37,10 @@ struct Machine {
   std::deque<Launch> pending;
   std::map<const void*, std::map<uint32_t, Passed>> tickets;  // of the launch that runs: by counter, what it passes on
 
-  std::map<const void*, size_t> shared_limit;
-  std::map<const void*, int> carveout;
+  // Of each kernel on each device, from call to call, as a driver keeps them; and how often one was set.
+  std::map<std::pair<const void*, int>, size_t> shared_limit;
+  std::map<std::pair<const void*, int>, int> carveout;
+  unsigned attributes_set = 0;
   int last_carveout = -1;  // of the launch before; -1 for the driver's choice
   std::map<const void*, unsigned> launches;
   std::map<std::pair<const void*, std::string>, Traffic> traffic;

@@ -10,10 +10,13 @@ EMU_PYTHON void emu_begin(uint64_t seed, int major, int counting, int last_block
   machine.random.seed(seed);
   machine.major = major, machine.counting = counting != 0, machine.last_block = last_block != 0;
   machine.error.clear(), machine.error_at = nullptr;
-  machine.traffic.clear(), machine.launches.clear(), machine.shared_limit.clear();
-  machine.carveout.clear(), machine.last_carveout = -1;
+  machine.traffic.clear(), machine.launches.clear();
+  machine.last_carveout = -1;
   catch_signals();
 }
+
+// How often an attribute of a kernel was set since the library was loaded.
+EMU_PYTHON unsigned emu_attributes_set() { return emu::machine.attributes_set; }
 
 EMU_PYTHON void* emu_allocate(const char* name, size_t bytes) { return emu::machine.memory.allocate(name, bytes); }
 

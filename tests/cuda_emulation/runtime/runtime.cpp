@@ -243,10 +243,10 @@ int launch(const LaunchConfig& config, const void* kernel, std::function<void()>
   if (threads == 0 || threads > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return kInvalidConfiguration;
-  const auto limit = machine.shared_limit.find(kernel);
+  const auto limit = machine.shared_limit.find({kernel, machine.major});
   if (config.shared > (limit == machine.shared_limit.end() ? kDefaultShared : limit->second)) return kInvalidValue;
   Launch next{std::make_unique<Grid>(Grid{config, kernel, std::move(body)}), nullptr};
-  const auto carveout = machine.carveout.find(kernel);
+  const auto carveout = machine.carveout.find({kernel, machine.major});
   const int wanted = carveout == machine.carveout.end() ? -1 : carveout->second;
   if (config.dependent && wanted != machine.last_carveout) {
     set_error("kernel " + mark("fn", kernel) +
@@ -275,12 +275,14 @@ int synchronize() {
 int set_shared_limit(const void* kernel, int bytes) {
   const int most = machine.major >= 9 ? 227 * 1024 : 163 * 1024;
   if (bytes < 0 || bytes > most) return kInvalidValue;
-  machine.shared_limit[kernel] = std::max(static_cast<size_t>(bytes), kDefaultShared);
+  ++machine.attributes_set;
+  machine.shared_limit[{kernel, machine.major}] = std::max(static_cast<size_t>(bytes), kDefaultShared);
   return 0;
 }
 
 int set_carveout(const void* kernel, int percent) {
-  machine.carveout[kernel] = percent;
+  ++machine.attributes_set;
+  machine.carveout[{kernel, machine.major}] = percent;
   return percent < -1 || percent > 100 ? kInvalidValue : 0;
 }
 
