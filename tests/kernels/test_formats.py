@@ -31,7 +31,7 @@ from .common import (
 )
 from .examples import EPS, example
 
-WIDTHS = {32: (32, 96, 576), 128: (128, 384)}
+WIDTHS = {32: (96, 576), 128: (128, 384)}
 SMALL = [name for name, one in FORMATS.items() if one.group_size == 32]
 CASES = [(name, width) for name, one in FORMATS.items() for width in WIDTHS[one.group_size]]
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -282,9 +282,9 @@ def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SMALL)
-def test_partial_forward(path: str, name: str, dtype: torch.dtype) -> None:
+def test_partial_forward(isa: str, name: str, dtype: torch.dtype) -> None:
     """No further from the float64 truth than plain weights of the same values; many draws, since roundings are luck."""
-    errors = torch.tensor([partial_forward_errors(name, dtype, draw) for draw in range(8)]).norm(dim=0)
+    errors = torch.tensor([partial_forward_errors(name, dtype, draw) for draw in range(4)]).norm(dim=0)
     assert errors[0] <= errors[1] + errors[2]
 
 
