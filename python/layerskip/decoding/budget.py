@@ -11,7 +11,7 @@ from . import validation
 
 LONGEST_STEP = 2.25
 """A step that reads prompts is to take so many times as long as a step without: 3 is the goal, and times vary."""
-_TOO_LONG = 2.5  # times: a size that is known to make a step as long is not tried again
+_TOO_LONG = 2.4  # times: a size that is known to make a step as long is not tried again
 _RECENT = 8  # steps; the shortest of their rounds is the step without, because one round may be disturbed
 _WEIGHT = 0.5  # of a new pass in the size and the time of the usual one
 _TRIALS = 2  # of a size; the shorter counts, because one may be disturbed
