@@ -13,8 +13,7 @@ from layerskip_kernels import KVCache, LayerWeights, rms_norm, rope_kv_append, v
 
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
-
-Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [R, D], weight, bias) -> x @ weightᵀ + bias."""
 
 
@@ -58,13 +57,7 @@ def prefill_layer(
     return hidden + F.linear(F.silu(F.linear(normed, weights.gate)) * F.linear(normed, weights.up), weights.down)
 
 
-def write_keys(
-    hidden: Tensor,
-    weights: LayerWeights,
-    cache: KVCache,
-    eps: float,
-    product: Product,
-) -> None:
+def write_keys(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float, product: Product) -> None:
     """Write the keys and values of a layer, and compute nothing else of it.
 
     Parameters
