@@ -290,6 +290,25 @@ def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
         assert sum(counts) > 9 * len(counts), "of at most 12"
 
 
+def test_an_exit_that_is_behind_has_to_gain_what_catching_up_costs():
+    """Drafts that gain 2 % are not worth 5 % of a pass; an exit without blocks has nothing to catch up."""
+    for num_blocks, expected in ((0, 1), (1, 0)):
+        controller = Controller(Sizes(100, 600, 600, LAYERS, num_blocks), [1], 1)
+        acceptance = controller.new_acceptance()
+        rate = acceptance.at(1)
+        rate.mean, rate.weight = 0.26, 1000.0
+        assert controller.choose([acceptance]) == Choice(1, 1)
+        acceptance.observe(1, 0, 0)
+        assert acceptance.behind == 1
+        assert controller.choose([acceptance]) == Choice(1, expected)
+        acceptance.observe(1, 0, 1)
+        assert acceptance.behind == 0
+        acceptance.observe_proposal(FOUND, [], [7])
+        assert acceptance.behind == 0, "of the same round"
+        acceptance.observe_proposal(FOUND, [7, 8], [7, 9])
+        assert acceptance.behind == 2
+
+
 def test_acceptance_is_noted_for_others_too():
     shared: dict[int, Rate] = {}
     one, other = AcceptanceRates(shared), AcceptanceRates(shared)

@@ -232,7 +232,7 @@ class Batch:
         kind = self.kind
         if not kind.speculative:
             return self._round.advance(sequences, kind.exit_layer)
-        if exit_layer and num_speculations == 0 and not kind.num_speculations:
+        if exit_layer and num_speculations == 0 and not kind.num_speculations:  # nobody drafts, so blocks can wait
             return self._round.advance(sequences, self._model.num_layers)
         if exit_layer == 0:
             return self._round.verify(sequences)

@@ -42,6 +42,7 @@ class Controller:
     where a_b(E) is the measured acceptance of sequence b (`AcceptanceRates`), and `CostModel` learns the seconds. K = 0
     is among the choices: autoregressive decoding. Every sequence has acceptance rates of its own, but all share the
     choice: a second exit layer in a batch would be a second pass over the weights, which costs more than it can gain.
+    Where an exit has blocks, the tokens that they have to read before it drafts are part of the seconds.
 
     Exploration is bounded. At most one round of 32 tries another exit than the best, with at most 3 drafts, and only an
     exit that would be the best if its acceptance were a standard error above its mean. The weight of what is known of
@@ -219,7 +220,8 @@ class Controller:
                 if value > best[0]:
                     best = value, Choice(exit_layer, num_speculations)
             if len(promised) > 1:
-                best = max(best, self._best_mixed(exit_layer, means, counts, promised, usual), key=lambda one: one[0])
+                mixed = self._best_mixed(exit_layer, means, counts, promised, usual, late)
+                best = max(best, mixed, key=lambda one: one[0])
         return best
 
     def _best_mixed(
@@ -229,15 +231,16 @@ class Controller:
         counts: Sequence[int],
         promised: Sequence[Sequence[float]],
         usual: float,
+        late: float,
     ) -> tuple[float, Choice]:
-        """As `_best`, of rounds in which an exit drafts for some of the sequences."""
+        """As `_best`, of rounds in which an exit drafts for some of the sequences, after ``late`` seconds."""
         costs, best = self._cost(len(rates)), (-math.inf, Choice(exit_layer, counts[0]))
         drafted = [expected_tokens([rate], counts[-1]) for rate in rates]
         for count in counts:
             pairs = [(own[count], _at(row, count)) for own, row in zip(drafted, promised, strict=True)]
             if not any(own < other for own, other in pairs) or all(own < other for own, other in pairs):
                 continue
-            seconds = costs.seconds(exit_layer, count) + costs.seconds_of_layers(exit_layer)
+            seconds = costs.seconds(exit_layer, count) + costs.seconds_of_layers(exit_layer) + late
             value = _value(sum(max(pair) for pair in pairs), seconds, usual)
             if value > best[0]:
                 best = value, Choice(exit_layer, count)

@@ -14,8 +14,7 @@ from layerskip_kernels.formats import is_packed, plain
 
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
-
-Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [R, D], weight, bias) -> x @ weightᵀ + bias."""
 
 
@@ -69,13 +68,7 @@ def _plain(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     return weights._replace(**{name: plain(getattr(weights, name), width, dtype) for name, width in widths.items()})
 
 
-def write_keys(
-    hidden: Tensor,
-    weights: LayerWeights,
-    cache: KVCache,
-    eps: float,
-    product: Product,
-) -> None:
+def write_keys(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float, product: Product) -> None:
     """Write the keys and values of a layer, and compute nothing else of it.
 
     Parameters
