@@ -160,6 +160,9 @@ def accepting(drafted: int) -> Iterator[Case]:
 def counted() -> str:
     """A line an op and number of rows: what it moves."""
     found = [(str(rows), measure(*case)) for rows in (1, 7) for case in cases(COUNTED, rows)]
+    for many in (20, 40):  # of several sequences: what a block takes in one pass over its weights
+        products = [case for case in cases(COUNTED, many) if case[0] in ("linear", "swiglu")]
+        found += [(str(many), measure(*case)) for case in products]
     found += [("6 drafts", measure(*case)) for case in accepting(6)]
     lines = ["| op | rows | must move | from memory | written | moved / must | from L2 |", "|---" * 7 + "|"]
     for rows, row in found:

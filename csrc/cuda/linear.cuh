@@ -1,4 +1,5 @@
-// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 16 of them.
+// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 64 of them (in fp32,
+// 16).
 #pragma once
 
 #include "cuda/linear.h"
@@ -13,40 +14,51 @@ struct LinearEnd {
   Rows<T> out;             // [R, d_out]
 };
 
-// out = x weight^T + bias + residual of 16 weight rows and up to 16 rows of x.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
+// out = x weight^T + bias + residual of 16 weight rows and up to 16 GROUPS rows of x.
+template <class T, int GROUPS>
+__global__ void __launch_bounds__(kThreads, kResident<T, 1, GROUPS>)
     linear_kernel(Input<T> in, const T* weight, int d_out, LinearEnd<T> end) {
-  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1>>();
-  const TileWork work(in.rows);
+  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1, GROUPS>>();
+  const TileWork work(in.rows, GROUPS * kTokens);
   const int begin = work.tile * kTileRows;
   ptx::dependents_trigger();
-  TileStream<T, 1> stream(in, work.first, work.tokens, memory);
+  TileStream<T, 1, GROUPS> stream(in, work.first, work.tokens, memory);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     stream.weight[half] = weight_row(weight, begin + stream.g + 8 * half, d_out, in.d_in);
   stream.prefetch();
-  const int row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows, n = begin + row;
-  const bool inside = token < work.tokens && n < d_out;
-  const float bias = inside && end.bias ? to_float(end.bias[n]) : 0.0f;
+  static_assert(kThreads == kTileRows * kTokens);
+  const int row = threadIdx.x % kTileRows, first = threadIdx.x / kTileRows, n = begin + row;
+  const float bias = n < d_out && end.bias ? to_float(end.bias[n]) : 0.0f;
   ptx::dependency_wait();
-  const bool adds = inside && end.residual.data;
-  const float residual = adds ? to_float(end.residual.row(work.first + token)[n]) : 0.0f;
+  float residual[GROUPS];
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) {
+    const int token = group * kTokens + first;
+    const bool adds = token < work.tokens && n < d_out && end.residual.data;
+    residual[group] = adds ? to_float(end.residual.row(work.first + token)[n]) : 0.0f;
+  }
   stream.run();
-  if (inside) end.out.row(work.first + token)[n] = from_float<T>(finish(memory.total(0, row, token), bias, residual));
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) {
+    const int token = group * kTokens + first;
+    if (token >= work.tokens || n >= d_out) continue;
+    const float sum = finish(memory.total(0, row, token), bias, residual[group]);
+    end.out.row(work.first + token)[n] = from_float<T>(sum);
+  }
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
-// out = silu(x gate^T) * (x up^T) of 16 rows of both and up to 16 rows of x.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>)
+// out = silu(x gate^T) * (x up^T) of 16 rows of both and up to 16 GROUPS rows of x.
+template <class T, int GROUPS>
+__global__ void __launch_bounds__(kThreads, kResident<T, 2, GROUPS>)
     swiglu_kernel(Input<T> in, const T* gate, const T* up, int intermediate_size, Rows<T> out) {
-  auto& memory = *ptx::dynamic_shared<TileMemory<T, 2>>();
-  const TileWork work(in.rows);
+  auto& memory = *ptx::dynamic_shared<TileMemory<T, 2, GROUPS>>();
+  const TileWork work(in.rows, GROUPS * kTokens);
   const int begin = work.tile * kTileRows;
   ptx::dependents_trigger();
-  TileStream<T, 2> stream(in, work.first, work.tokens, memory);
+  TileStream<T, 2, GROUPS> stream(in, work.first, work.tokens, memory);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     stream.weight[half] = weight_row(gate, begin + stream.g + 8 * half, intermediate_size, in.d_in);
@@ -55,28 +67,38 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   stream.prefetch();
   ptx::dependency_wait();
   stream.run();
-  const int row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows, n = begin + row;
-  if (token >= work.tokens || n >= intermediate_size) return;
-  const float value = silu(memory.total(0, row, token)) * memory.total(1, row, token);
-  out.row(work.first + token)[n] = from_float<T>(value);
+  const int row = threadIdx.x % kTileRows, n = begin + row;
+  if (n >= intermediate_size) return;
+  for (int token = threadIdx.x / kTileRows; token < work.tokens; token += kTokens) {
+    const float value = silu(memory.total(0, row, token)) * memory.total(1, row, token);
+    out.row(work.first + token)[n] = from_float<T>(value);
+  }
 }
 
 template <class T>
 cudaError_t linear(Chain& chain, Rows<const T> x, const T* weight, const T* bias, Rows<const T> residual, int64_t rows,
                    int64_t d_in, int64_t d_out, Rows<T> out) {
-  return launch(
-      chain.next(TileWork::grid(rows, divide_up<int64_t>(d_out, kTileRows)), kThreads, sizeof(TileMemory<T, 1>)),
-      linear_kernel<T>, input<T>(x, nullptr, 0.0f, rows, d_in, {weight}), weight, static_cast<int>(d_out),
-      LinearEnd<T>{bias, residual, out});
+  const int64_t tiles = divide_up<int64_t>(d_out, kTileRows);
+  return with_groups<T>(rows, [&](auto groups) {
+    constexpr int kGroups = groups.value;
+    return launch(
+        chain.next(TileWork::grid(rows, kGroups * kTokens, tiles), kThreads, sizeof(TileMemory<T, 1, kGroups>)),
+        linear_kernel<T, kGroups>, input<T>(x, nullptr, 0.0f, rows, d_in, {weight}), weight, static_cast<int>(d_out),
+        LinearEnd<T>{bias, residual, out});
+  });
 }
 
 template <class T>
 cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, const T* gate, const T* up, int64_t rows,
                    int64_t d_in, int64_t intermediate_size, Rows<T> out) {
-  return launch(chain.next(TileWork::grid(rows, divide_up<int64_t>(intermediate_size, kTileRows)), kThreads,
-                           sizeof(TileMemory<T, 2>)),
-                swiglu_kernel<T>, input<T>(x, norm, eps, rows, d_in, {gate, up}), gate, up,
-                static_cast<int>(intermediate_size), out);
+  const int64_t tiles = divide_up<int64_t>(intermediate_size, kTileRows);
+  return with_groups<T>(rows, [&](auto groups) {
+    constexpr int kGroups = groups.value;
+    return launch(
+        chain.next(TileWork::grid(rows, kGroups * kTokens, tiles), kThreads, sizeof(TileMemory<T, 2, kGroups>)),
+        swiglu_kernel<T, kGroups>, input<T>(x, norm, eps, rows, d_in, {gate, up}), gate, up,
+        static_cast<int>(intermediate_size), out);
+  });
 }
 
 }  // namespace lsk

@@ -1,4 +1,4 @@
-// The loop that streams weights: 16 (or twice 16) weight rows times up to 16 rows of x, by one block.
+// The loop that streams weights: 16 (or twice 16) weight rows times up to 16, 32 or 64 rows of x, by one block.
 //
 // Batch 1 is bound by memory, so the shape of a block follows from bytes in flight. A tile of 16 rows gives a
 // 2048-row matrix 128 blocks, one for each of an H100's 132 SMs; its depth is split over the block's 8 warps, whose
@@ -11,7 +11,8 @@
 // lane's 16 bytes are eight neighbouring columns; an mma wants columns {2t, 2t+1, 2t+8, 2t+9} from lane t. Columns of x
 // and of the weights are permuted alike, so chunks are fragments as they are: columns 0-3 feed one mma, 4-7 another.
 // The weights are the 16-row operand, tokens the 8-column one: eight tokens or fewer cost one mma, more cost two, and
-// a token's sums are the same in both, and wherever it stands.
+// a token's sums are the same in both, and wherever it stands. More than 16 tokens are further groups of 16, which a
+// block takes in the same pass over its weights (GROUPS of 1, 2 or 4): else L2 would deliver these once for each group.
 #pragma once
 
 #include "cuda/rms_norm.cuh"
@@ -20,9 +21,25 @@ namespace lsk {
 
 constexpr int kTileRows = 16;
 
-// Blocks that an SM must hold: fp32, whose sums take 64 registers, is content with one.
+// Groups of 16 rows of x that a block takes at once, of a launch with so many rows. fp32 has no registers for two.
 template <class T>
-constexpr int kResident = std::is_same_v<T, float> ? 1 : 2;
+int tile_groups(int64_t rows) {
+  return std::is_same_v<T, float> || rows <= kTokens ? 1 : rows <= 2 * kTokens ? 2 : 4;
+}
+
+// launch_as(std::integral_constant<int, GROUPS>) for as many groups as these rows want.
+template <class T, class Launch>
+cudaError_t with_groups(int64_t rows, Launch launch_as) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (tile_groups<T>(rows) == 2) return launch_as(std::integral_constant<int, 2>());
+    if (tile_groups<T>(rows) == 4) return launch_as(std::integral_constant<int, 4>());
+  }
+  return launch_as(std::integral_constant<int, 1>());
+}
+
+// Blocks that an SM must hold: those whose sums take 64 registers are content with one.
+template <class T, int TILES, int GROUPS>
+constexpr int kResident = std::is_same_v<T, float> || TILES * GROUPS == 8 ? 1 : 2;
 
 // The sums of a warp: rows g and g + 8 of a tile times tokens 2 t, 2 t + 1 (+ 8).
 template <class T>
@@ -106,20 +123,21 @@ Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t 
   return {x, norm, eps, rows, static_cast<int>(d_in), aligned};
 }
 
-// The rows of x that a block takes, and its tile: groups of rows are neighbours, so that they share a tile in L2.
+// The rows of x that a block takes, and its tile: blocks of one tile are neighbours, so that they share it in L2.
 struct TileWork {
   int64_t first;
   int tokens, tile;
 
-  __device__ explicit TileWork(int64_t rows) {
-    const unsigned groups = static_cast<unsigned>(divide_up<int64_t>(rows, kTokens));
-    first = static_cast<int64_t>(blockIdx.x % groups) * kTokens;
-    tokens = static_cast<int>(min(rows - first, static_cast<int64_t>(kTokens)));
-    tile = static_cast<int>(blockIdx.x / groups);
+  // Of `most` rows at a time.
+  __device__ TileWork(int64_t rows, int most) {
+    const unsigned parts = static_cast<unsigned>(divide_up<int64_t>(rows, most));
+    first = static_cast<int64_t>(blockIdx.x % parts) * most;
+    tokens = static_cast<int>(min(rows - first, static_cast<int64_t>(most)));
+    tile = static_cast<int>(blockIdx.x / parts);
   }
 
-  static dim3 grid(int64_t rows, int64_t tiles) {
-    return dim3(static_cast<unsigned>(divide_up<int64_t>(rows, kTokens) * tiles));
+  static dim3 grid(int64_t rows, int most, int64_t tiles) {
+    return dim3(static_cast<unsigned>(divide_up<int64_t>(rows, most) * tiles));
   }
 };
 
@@ -130,19 +148,19 @@ __device__ __forceinline__ const T* weight_row(const T* weight, int n, int d_out
 }
 
 // Shared memory of a block that streams TILES tiles at once.
-template <class T, int TILES>
+template <class T, int TILES, int GROUPS>
 struct TileMemory {
   static constexpr int kStages = 8 / TILES, kPitch = 20;  // a pitch of 20 floats spreads a warp's sums over the banks
 
   struct Warp {
     union {
       Chunk<T> ring[kStages][2 * TILES][32];
-      float sums[TILES][kTokens * kPitch];
+      float sums[TILES][GROUPS * kTokens * kPitch];
     };
   };
   Warp warps[kWarps];
   Chunk<T> norm[kWarps][kStages][4];
-  float scratch[kWarps * kTokens];
+  float scratch[GROUPS][kWarps * kTokens];
 
   // Of row `row` of a tile and a token, all warps: the ordered end of the split depth.
   __device__ __forceinline__ float total(int tile, int row, int token) const {
@@ -157,18 +175,19 @@ __device__ __forceinline__ float finish(float sum, float bias, float residual) {
 
 // One block's stream of TILES tiles past its rows of x. In order: construct, prefetch() (touches nothing but weights
 // and norm), ptx::dependency_wait(), run(), then the totals in `memory`.
-template <class T, int TILES>
+template <class T, int TILES, int GROUPS>
 struct TileStream {
-  static constexpr int kStages = TileMemory<T, TILES>::kStages, kAhead = 2;
+  using Memory = TileMemory<T, TILES, GROUPS>;
+  static constexpr int kStages = Memory::kStages, kAhead = TILES * GROUPS >= 4 ? 1 : 2;
 
   const Input<T>& in;
-  TileMemory<T, TILES>& memory;
+  Memory& memory;
   const Rows<const T> x;  // from the block's first row on
   const int tokens, lane, warp, g, t, own;
   // This lane's weight rows: of each tile row g, then row g + 8.
   const T* weight[2 * TILES];
 
-  __device__ __forceinline__ TileStream(const Input<T>& input, int64_t first, int count, TileMemory<T, TILES>& shared)
+  __device__ __forceinline__ TileStream(const Input<T>& input, int64_t first, int count, Memory& shared)
       : in(input),
         memory(shared),
         x{input.x.row(first), input.x.pitch},
@@ -183,18 +202,29 @@ struct TileStream {
 
   // Ends with a __syncthreads().
   __device__ __forceinline__ void run() {
-    float inverse[2];
-    if (in.norm) inverse_rms(x, tokens, in.d_in, in.eps, in.aligned, memory.scratch, inverse);
-    Sums<T> sums[TILES];
+    float inverse[GROUPS][2];
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+      if (!in.norm || left(group) <= 0) break;
+      const Rows<const T> rows{x.row(group * kTokens), x.pitch};
+      inverse_rms(rows, left(group), in.d_in, in.eps, in.aligned, memory.scratch[group], inverse[group]);
+    }
+    Sums<T> sums[TILES][GROUPS];
     in.aligned ? multiply<true>(inverse, sums) : multiply<false>(inverse, sums);
     __syncwarp();  // the sums take the place of the warp's ring
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
-      sums[tile].store(memory.warps[warp].sums[tile], TileMemory<T, TILES>::kPitch, tokens);
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group)
+        sums[tile][group].store(memory.warps[warp].sums[tile] + group * kTokens * Memory::kPitch, Memory::kPitch,
+                                left(group));
     __syncthreads();
   }
 
  private:
+  // How many rows of x there are from the first one of a group on.
+  __device__ __forceinline__ int left(int group) const { return tokens - group * kTokens; }
+
   // Block i of the weights and the norm into the ring; always closes a group, so that groups can be counted.
   template <bool Aligned>
   __device__ __forceinline__ void fetch(int i) {
@@ -214,46 +244,55 @@ struct TileStream {
     for (int i = 0; i < kStages; ++i) fetch<Aligned>(i);
   }
 
-  // Block i of the rows g and g + 8 of x; what tokens that are not there have is left out in the end.
+  // Block i of the rows g and g + 8 of a group; what tokens that are not there have is left out in the end.
   template <bool Aligned>
-  __device__ __forceinline__ void load(int i, Chunk<T> (&chunks)[2]) const {
+  __device__ __forceinline__ void load(int i, int group, Chunk<T> (&chunks)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool inside = i < own && g + 8 * half < tokens;
-      chunks[half] = load_chunk<Aligned>(x.row(g + 8 * half), own_column<T>(i, warp, t), inside ? in.d_in : 0);
+      const int row = group * kTokens + g + 8 * half;
+      const bool inside = i < own && row < tokens;
+      chunks[half] = load_chunk<Aligned>(x.row(row), own_column<T>(i, warp, t), inside ? in.d_in : 0);
     }
   }
 
+  // Block i of the weights times that of x, whose registers then take what comes kAhead blocks later.
   template <bool Aligned>
-  __device__ __forceinline__ void step(int i, Chunk<T> (&chunks)[2], const float (&inverse)[2],
-                                       Sums<T> (&sums)[TILES]) {
+  __device__ __forceinline__ void step(int i, Chunk<T> (&chunks)[GROUPS][2], const float (&inverse)[GROUPS][2],
+                                       Sums<T> (&sums)[TILES][GROUPS]) {
     ptx::cp_async_wait<kStages - 1>();
-    if (in.norm) {
-      __syncwarp();  // the norm's chunks are shared by the warp
-      const Chunk<T> factors = memory.norm[warp][i % kStages][t];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (8 * half < tokens) chunks[half] = normed(chunks[half], inverse[half], factors);
-    }
+    if (in.norm) __syncwarp();  // the norm's chunks are shared by the warp
     const auto& ring = memory.warps[warp].ring[i % kStages];
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-      sums[tile].add(ring[2 * tile][lane], ring[2 * tile + 1][lane], chunks, tokens);
+    for (int group = 0; group < GROUPS; ++group) {
+      if (group > 0 && left(group) <= 0) break;
+      if (in.norm) {
+        const Chunk<T> factors = memory.norm[warp][i % kStages][t];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (8 * half < left(group)) chunks[group][half] = normed(chunks[group][half], inverse[group][half], factors);
+      }
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+        sums[tile][group].add(ring[2 * tile][lane], ring[2 * tile + 1][lane], chunks[group], left(group));
+      if (GROUPS > 1) load<Aligned>(i + kAhead, group, chunks[group]);
+    }
     if (in.norm) __syncwarp();
     fetch<Aligned>(i + kStages);
+    if (GROUPS == 1) load<Aligned>(i + kAhead, 0, chunks[0]);
   }
 
   template <bool Aligned>
-  __device__ __forceinline__ void multiply(const float (&inverse)[2], Sums<T> (&sums)[TILES]) {
-    Chunk<T> ahead[kAhead][2];
+  __device__ __forceinline__ void multiply(const float (&inverse)[GROUPS][2], Sums<T> (&sums)[TILES][GROUPS]) {
+    Chunk<T> ahead[kAhead][GROUPS][2];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load<Aligned>(i, ahead[i]);
+    for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group) load<Aligned>(i, group, ahead[i][group]);
     for (int begin = 0; begin < own; begin += kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (begin + i >= own) break;
         step<Aligned>(begin + i, ahead[i], inverse, sums);
-        load<Aligned>(begin + i + kAhead, ahead[i]);
       }
     }
   }

@@ -70,30 +70,33 @@ __device__ __forceinline__ void put_pair(const QkvArgs<T>& a, const Cache<T>& ca
   out[tile.pair + i + tile.half] = from_float<T>(x.b);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) qkv_kernel(Input<T> in, QkvArgs<T> a, Cache<T> cache) {
-  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1>>();
-  const TileWork work(in.rows);
+template <class T, int GROUPS>
+__global__ void __launch_bounds__(kThreads, kResident<T, 1, GROUPS>)
+    qkv_kernel(Input<T> in, QkvArgs<T> a, Cache<T> cache) {
+  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1, GROUPS>>();
+  const TileWork work(in.rows, GROUPS * kTokens);
   const HeadTile tile(work.tile, a.num_heads, cache.num_kv_heads, cache.head_dim);
   const Projection<T> matrix = a.of(tile.kind);
   ptx::dependents_trigger();
-  TileStream<T, 1> stream(in, work.first, work.tokens, memory);
+  TileStream<T, 1, GROUPS> stream(in, work.first, work.tokens, memory);
 #pragma unroll
   for (int second = 0; second < 2; ++second) {
     const int i = min(stream.g, tile.half - 1 - tile.pair);  // past the last pair comes the last one again, unused
     stream.weight[second] = matrix.weight + static_cast<int64_t>(tile.row(i, second)) * in.d_in;
   }
   stream.prefetch();
-  const int i = threadIdx.x % 8, token = threadIdx.x / 8;
-  const bool inside = token < work.tokens && tile.pair + i < tile.half;
+  const int i = threadIdx.x % 8;
+  const bool inside = tile.pair + i < tile.half;
   Pair add{0.0f, 0.0f};
   if (inside && matrix.bias) add = {to_float(matrix.bias[tile.row(i, 0)]), to_float(matrix.bias[tile.row(i, 1)])};
   ptx::dependency_wait();
   stream.run();
   if (!inside) return;
-  const Pair x{round_to<T>(finish(memory.total(0, i, token), add.a, 0.0f)),
-               round_to<T>(finish(memory.total(0, i + 8, token), add.b, 0.0f))};
-  put_pair(a, cache, tile, i, work.first + token, x);
+  for (int token = threadIdx.x / 8; token < work.tokens; token += kThreads / 8) {
+    const Pair x{round_to<T>(finish(memory.total(0, i, token), add.a, 0.0f)),
+                 round_to<T>(finish(memory.total(0, i + 8, token), add.b, 0.0f))};
+    put_pair(a, cache, tile, i, work.first + token, x);
+  }
 }
 
 template <class T>
@@ -115,8 +118,13 @@ cudaError_t project(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>
   const QkvArgs<T> args{
       {w.q, w.q_bias}, {w.k, w.k_bias}, {w.v, w.v_bias}, a.angles, q, k, static_cast<int>(s.num_heads), !norms};
   const int64_t tiles = (s.num_heads + 2 * s.num_kv_heads) * divide_up<int64_t>(s.head_dim / 2, 8);
-  LSK_LAUNCH(launch(chain.next(TileWork::grid(s.tokens(), tiles), kThreads, sizeof(TileMemory<T, 1>)), qkv_kernel<T>,
-                    input<T>(x, w.attn_norm, a.eps, s.tokens(), s.hidden_size, {w.q, w.k, w.v}), args, cache));
+  LSK_LAUNCH(with_groups<T>(s.tokens(), [&](auto groups) {
+    constexpr int kGroups = groups.value;
+    return launch(
+        chain.next(TileWork::grid(s.tokens(), kGroups * kTokens, tiles), kThreads, sizeof(TileMemory<T, 1, kGroups>)),
+        qkv_kernel<T, kGroups>, input<T>(x, w.attn_norm, a.eps, s.tokens(), s.hidden_size, {w.q, w.k, w.v}), args,
+        cache);
+  }));
   if (!norms) return cudaSuccess;
   const RopeArgs<T> rope{{q.data, q.pitch}, {k.data, k.pitch}, {}, w.q_norm, w.k_norm, a.eps, a.angles, q,
                          args.num_heads};

@@ -45,13 +45,13 @@ def test_a_write_out_of_bounds_in_accept_greedy(monkeypatch: pytest.MonkeyPatch)
 @cache
 def careless() -> Library:
     """A residual that is read before the wait, writes that no barrier brings before the ticket, products in 32 bits."""
-    read = "  const bool adds = inside && end.residual.data;\n  const float residual = adds"
+    read, run = "  float residual[GROUPS];\n", "  stream.run();\n#pragma unroll"
     return planted(
         "layers",
         "careless",
         CUDA / "linear.cuh",
         ("  ptx::dependency_wait();\n" + read, read),
-        ("  stream.run();\n  if (inside) end", "  ptx::dependency_wait();\n  stream.run();\n  if (inside) end"),
+        (run, "  ptx::dependency_wait();\n" + run),
         more={
             "verify_attention.cuh": (WRITTEN, WRITTEN.partition("  __")[0] + "  }\n"),
             "linear_tile.cuh": ("static_cast<int64_t>(min(n, d_out - 1))", "min(n, d_out - 1)"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cuda_emulation import unavailable
+import tools.roofline
+from tests.cuda_emulation import library, planted, unavailable
+from tests.cuda_emulation.build import ROOT
 from tools.roofline import COUNTED, cases, measure
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -16,3 +18,16 @@ def test_bytes_moved_over_bytes_needed(rows: int, limit: float) -> None:
     for name in ("linear", "swiglu", "partial_forward, one layer", "exit_head", "exit_head, int8 and token_map"):
         row = measure(name, *ops[name])
         assert 0.999 < row.ratio < limit, row
+
+
+def test_many_rows_share_a_pass_over_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 rows were three passes of 16; of the bytes that L2 gives those of x remain."""
+    ops = {name: (needed, run) for name, needed, run in cases(COUNTED, 40)}
+    text = "rows <= kTokens ? 1 : rows <= 2 * kTokens ? 2 : 4;"
+    alone = planted("layers", "groups-alone", ROOT / "csrc" / "cuda" / "linear_tile.cuh", (text, "true ? 1 : 1;"))
+    for name, factor in (("linear", 1.5), ("swiglu", 1.8)):
+        shared = measure(name, *ops[name])
+        assert shared.ratio < 1.01
+        with monkeypatch.context() as patch:
+            patch.setattr(tools.roofline, "library", lambda file: alone if file == "layers" else library(file))
+            assert measure(name, *ops[name]).l2 > factor * shared.l2

@@ -14,8 +14,10 @@ from .cases import misaligned
 from .runners import Emulated, Ops
 
 # R, D_in, D_out: below a tile and a chunk; odd; one past tiles; deeper than the ring of weights in shared memory;
-# many passes.
+# many passes. A block takes up to 16, 32 or 64 rows of x.
 SHAPES = [(1, 3, 1), (5, 41, 21), (9, 104, 33), (17, 72, 16), (2, 2200, 18), *((rows, 9, 5) for rows in MANY_ROWS)]
+ROWS_OF_A_BLOCK = (17, 32, 33, 48, 64, 65)
+SHAPES += [(rows, 72, 18) for rows in ROWS_OF_A_BLOCK] + [(40, 2200, 18)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,18 +57,33 @@ def test_rows_do_not_depend_on_each_other(ops: Ops, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_alignment_does_not_matter(ops: Ops, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "depth"), [*((rows, 136) for rows in ROWS_OF_A_BLOCK), (40, 1400)])
+def test_many_rows_have_the_bits_of_few(ops: Ops, rows: int, depth: int, dtype: torch.dtype) -> None:
     make = Inputs(dtype)
-    x, weight, up = make.normal(3, 104), make.weight(20, 104), make.weight(20, 104)
+    x, residual = make.normal(rows, depth), make.normal(rows, 20)
+    weight, up, bias = make.weight(20, depth), make.weight(20, depth), make.normal(20)
+    products, activated = ops.linear(x, weight, bias, residual), ops.swiglu(x, weight, up)
+    for first in range(0, rows, 7):
+        few = slice(first, min(first + 7, rows))
+        assert_same_bits(ops.linear(x[few], weight, bias, residual[few]), products[few], f"(rows from {first})")
+        assert_same_bits(ops.swiglu(x[few], weight, up), activated[few], f"(rows from {first})")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 20, 40])
+def test_alignment_does_not_matter(ops: Ops, rows: int, dtype: torch.dtype) -> None:
+    make = Inputs(dtype)
+    x, weight, up = make.normal(rows, 104), make.weight(20, 104), make.weight(20, 104)
     assert_same_bits(ops.linear(misaligned(x), weight), ops.linear(x, weight))
     assert_same_bits(ops.linear(x, misaligned(weight)), ops.linear(x, weight))
     assert_same_bits(ops.swiglu(x, weight, misaligned(up)), ops.swiglu(x, weight, up))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_order_of_threads_does_not_matter(emulated: type[Emulated], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [2, 20, 40])
+def test_the_order_of_threads_does_not_matter(emulated: type[Emulated], rows: int, dtype: torch.dtype) -> None:
     make = Inputs(dtype)
-    x, weight = make.normal(2, 1400), make.weight(20, 1400)
+    x, weight = make.normal(rows, 1400), make.weight(20, 1400)
     results: list[Tensor] = [emulated(seed, arch).linear(x, weight) for seed in range(3) for arch in (80, 90)]
     for other in results[1:]:
         assert_same_bits(other, results[0])

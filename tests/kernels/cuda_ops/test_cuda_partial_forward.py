@@ -74,6 +74,19 @@ def test_a_deep_norm_is_that_of_the_op(ops: Ops, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "batch"), [(replace(SIZES[1], num_layers=1), 8), (SIZES[3], 8), (DEEP, 4)])
+def test_many_rows_have_the_bits_of_few(ops: Ops, sizes: Sizes, batch: int, dtype: torch.dtype) -> None:
+    """Of 20 and 40 rows, which a block takes in one pass over its weights."""
+    whole, depth = case(sizes, dtype, [5, 0, 9, 2, 7, 1, 3, 4][:batch], 5), sizes.num_layers
+    parts = [whole.part(number, 0, 5) for number in range(batch)]
+    hidden = run(ops, whole, 0, depth)
+    for number, part in enumerate(parts):
+        assert_same_bits(run(ops, part, 0, depth), hidden[number : number + 1], f"(sequence {number})")
+        caches = whole.k_cache[:, number : number + 1], whole.v_cache[:, number : number + 1]
+        assert_same_bits((part.k_cache, part.v_cache), caches, f"(sequence {number})")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_float64(ops: Ops, sizes: Sizes, dtype: torch.dtype) -> None:
     one = case(sizes, dtype, [31], 17)
