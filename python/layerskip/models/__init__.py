@@ -3,10 +3,12 @@
 from .architectures import adapt, supported_architectures
 from .cache import SharedKVCache
 from .exit import BoundExit, Exit
+from .files import ModelFileError
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
-from .loading import ModelFileError, load
+from .loading import load
 from .model import LayerSkipModel
+from .saving import save
 from .unsupported import UnsupportedModelError
 
 __all__ = [
@@ -20,5 +22,6 @@ __all__ = [
     "UnsupportedModelError",
     "adapt",
     "load",
+    "save",
     "supported_architectures",
 ]
