@@ -147,7 +147,11 @@ def float8(strategy: str) -> Layout:
         weights["block_structure"] = [64, 128]
     activations = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
     group_0 = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group_0}}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group_0},
+    }
 
     def one(module: str, weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
         rows, width = weight.shape

@@ -111,7 +111,9 @@ class TestRead:
         meant = layouts.write(tmp_path / "model", layouts.tiny(), layout)
         model, _ = load(tmp_path / "model", torch.float32)
         assert model.weights == "float32+int4+int8"
-        assert torch.equal(dequantized(model).model.layers[1].mlp.down_proj.weight, meant.model.layers[1].mlp.down_proj.weight)
+        assert torch.equal(
+            dequantized(model).model.layers[1].mlp.down_proj.weight, meant.model.layers[1].mlp.down_proj.weight
+        )
 
     def test_sharded(self, tmp_path):
         layouts.write(tmp_path / "model", layouts.tiny(), layouts.awq(32))
@@ -150,13 +152,13 @@ REFUSED = [
     (WORDS, {"format": "marlin-24"}, "format 'marlin-24'"),
     (WORDS, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity 'sparse-24-bitmask'"),
     (WORDS, {"config_groups": {}}, "without config_groups"),
-    (WORDS, of_group(WORDS, num_bits=2), "pack-quantized with int of 2 bits is not supported; supported: int of 4 bits or"),
+    (WORDS, of_group(WORDS, num_bits=2), "pack-quantized with int of 2 bits is not supported; supported: int of 4"),
     (WORDS, of_group(WORDS, actorder="group"), "actorder 'group'"),
     (WORDS, of_group(WORDS, group_size=48), "group_size 48"),
     (WORDS, of_group(WORDS, num_bits=8, symmetric=False), "8-bit weights that are not symmetric"),
     (WORDS, of_group(WORDS, strategy="attn_head"), "strategy 'attn_head'"),
     (FLOATS, of_group(FLOATS, num_bits=4), "float-quantized with float of 4 bits"),
-    (FLOATS, {"quant_method": "bitsandbytes"}, "a model quantised with bitsandbytes is not supported; supported: layerskip"),
+    (FLOATS, {"quant_method": "bitsandbytes"}, "quantised with bitsandbytes is not supported; supported: layerskip"),
 ]  # fmt: skip
 
 
@@ -184,7 +186,9 @@ class TestRefused:
         layouts.write(tmp_path / "model", layouts.tiny(), AWQ)
         model, _ = load(tmp_path / "model")
         for use in (layerskip.accelerate, layerskip.adapt):
-            with pytest.raises(UnsupportedModelError, match=r"a LayerSkipModel \(weights bfloat16\+int4_zero\) was given"):
+            with pytest.raises(
+                UnsupportedModelError, match=r"a LayerSkipModel \(weights bfloat16\+int4_zero\) was given"
+            ):
                 use(model)
         with pytest.raises(TypeError, match="transformers model with generate, got LayerSkipModel"):
             layerskip.generate(model, PROMPT)

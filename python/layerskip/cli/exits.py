@@ -54,7 +54,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rows = of_layers(survey, args.num_speculations)
         if trained is not None:
             rows.append(of_trained(decoder.model, written, args.num_speculations))
-    console.print(table(rows, args.num_speculations, f"{args.model} in {options.weights_of(model)}, {args.prompts}: {survey.tokens.shape[1]} tokens"))
+    console.print(
+        table(
+            rows,
+            args.num_speculations,
+            f"{args.model} in {options.weights_of(model)}, {args.prompts}: {survey.tokens.shape[1]} tokens",
+        )
+    )
     write_atomically(path, picture(survey))
     console.print(f"wrote {path}")
     return 0

@@ -39,7 +39,9 @@ def load_plain(args: argparse.Namespace, console: Console, what: str) -> tuple[A
     """As `load`, for what only a model of transformers can do."""
     model, tokenizer = load(args, console)
     if isinstance(model, LayerSkipModel):
-        raise ValueError(f"{what} takes plain weights; {args.model} has {model.weights}: give the model it was made from")
+        raise ValueError(
+            f"{what} takes plain weights; {args.model} has {model.weights}: give the model it was made from"
+        )
     return model, tokenizer
 
 

@@ -26,7 +26,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with replaced(args.output) as (directory,):
         save(model, directory, tokenizer)
     size = sum(path.stat().st_size for path in args.output.glob("*.safetensors"))
-    console.print(f"wrote {args.output}: {model.weights}, {size / 1e6:.0f} MB of weights", highlight=False, soft_wrap=True)
+    console.print(
+        f"wrote {args.output}: {model.weights}, {size / 1e6:.0f} MB of weights", highlight=False, soft_wrap=True
+    )
     if measured is not None:
         before, after = measured
         source = args.text or "Python's manual"

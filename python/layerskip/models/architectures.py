@@ -180,8 +180,8 @@ def _check_quantisation(config: Any) -> None:
     if method != "gguf":  # whose weights may have been made plain while they were read; they are checked
         raise unsupported(
             f"a transformers model quantised with {method}",
-            "fp32, bf16 and fp16 weights. layerskip.load and SelfSpeculativeDecoder.from_pretrained read checkpoints of "
-            "compressed-tensors, GPTQ and AWQ, and GGUF files, without transformers, and keep them packed",
+            "fp32, bf16 and fp16 weights. layerskip.load and SelfSpeculativeDecoder.from_pretrained read checkpoints "
+            "of compressed-tensors, GPTQ and AWQ, and GGUF files, without transformers, and keep them packed",
         )
 
 

@@ -136,7 +136,9 @@ def _checkpoint(source: str, config: Any, weights: str | None) -> Any:
         return None if weights is None else checkpoints.PlainCheckpoint(weights)
     layout = checkpoints.layout_of(settings)
     if weights is not None:
-        raise ValueError(f"the weights of {source} are quantized already ({settings.get('quant_method')}); leave out {weights}")
+        raise ValueError(
+            f"the weights of {source} are quantized already ({settings.get('quant_method')}); leave out {weights}"
+        )
     return layout(settings)
 
 

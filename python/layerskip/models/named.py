@@ -12,7 +12,7 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 
 def named_weights(model: LayerSkipModel) -> dict[str, Tensor]:
     """Of a model's embedding, layers and head, packed or plain; a tied head is the embedding, and has no entry."""
-    named = {EMBEDDING: model.embedding, NORM: model.head.norm_weight}
+    named: dict[str, Tensor] = {EMBEDDING: model.embedding, NORM: model.head.norm_weight}
     if not model.config.tie_word_embeddings:
         named[HEAD] = model.head.head_weight
     paths = ARCHITECTURES[model.config.model_type].layer_paths

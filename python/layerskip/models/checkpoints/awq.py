@@ -1,4 +1,4 @@
-"""AWQ in the layout of its matrix product, "gemm": words along the outputs, of eight each, the even ones before the odd.
+"""AWQ in the layout of its matrix product, "gemm": words along the outputs, eight each, the even before the odd.
 
 ``qweight`` [D, N / 8], ``qzeros`` [G, N / 8], ``scales`` [G, N].
 """

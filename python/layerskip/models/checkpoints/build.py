@@ -84,7 +84,9 @@ def build(
     eps = config.rms_norm_eps
     decoder = PartialDepthDecoder(layers, config.num_key_value_heads, eps, inv_freq, scaling)
     head = EarlyExitHead(held[NORM], held[EMBEDDING if tied else HEAD], eps)
-    return LayerSkipModel(held[EMBEDDING], decoder, head, config, generation_config or skeleton.generation_config).eval()
+    return LayerSkipModel(
+        held[EMBEDDING], decoder, head, config, generation_config or skeleton.generation_config
+    ).eval()
 
 
 def without_quantization(config: Any) -> Any:

@@ -1,7 +1,7 @@
 """compressed-tensors: what llm-compressor writes; weights of integers, in words or bytes, and of float8.
 
-``weight_packed`` [N, D · bits / 32] or ``weight`` [N, D], with ``weight_scale`` [N, G], [N, 1] or [1], and, in words along
-the outputs, ``weight_zero_point`` [N · bits / 32, G].
+``weight_packed`` [N, D · bits / 32] or ``weight`` [N, D], with ``weight_scale`` [N, G], [N, 1] or [1], and, in words
+along the outputs, ``weight_zero_point`` [N · bits / 32, G].
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
             for target in group.get("targets") or ():
                 named = re.match(target[3:], module) if target.startswith("re:") else module.endswith(target)
                 if named or target == "Linear":
-                    return group  # type: ignore[no-any-return]
+                    return group
         raise ModelFileError(f"{module} is quantized, but no group of config_groups has it for a target")
 
     def _scale(self, name: str, shape: Sequence[int], weights: Mapping[str, Any]) -> Tensor:

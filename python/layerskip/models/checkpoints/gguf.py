@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp. Blocks of Q8_0, Q4_0 and Q4_1 are packed weights byte for byte; others are packed as int8."""
+"""GGUF files of llama.cpp: blocks of Q8_0, Q4_0 and Q4_1 are packed weights byte for byte, others become int8."""
 
 from __future__ import annotations
 
@@ -125,4 +125,6 @@ class GgufCheckpoint:
             raise unsupported(f"{tensor.name} of type {kind.name}", f"{known}, and what gguf dequantizes") from None
         width = int(tensor.shape[0])
         if width % FORMATS[OTHERWISE].group_size:
-            raise UnsupportedModelError(f"{tensor.name} of type {kind.name} has rows of {width} weights, no multiple of 32")
+            raise UnsupportedModelError(
+                f"{tensor.name} of type {kind.name} has rows of {width} weights, no multiple of 32"
+            )

@@ -28,7 +28,7 @@ class GptqCheckpoint(SafetensorsCheckpoint):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        self._bits = settings.get("bits")
+        self._bits: int = settings.get("bits", 0)
         if self._bits not in BITS:
             raise unsupported(f"GPTQ with bits {self._bits!r}", "bits 4 and 8")
         if self._bits == 8 and settings.get("sym") is False:
@@ -37,7 +37,9 @@ class GptqCheckpoint(SafetensorsCheckpoint):
         if settings.get("desc_act"):
             raise unsupported("GPTQ with desc_act true (act-order)", "desc_act false")
         if any(not str(module).startswith("-:") for module in settings.get("dynamic") or {}):
-            raise unsupported("GPTQ with settings of single modules (dynamic)", "one setting for all, and left out ones")
+            raise unsupported(
+                "GPTQ with settings of single modules (dynamic)", "one setting for all, and left out ones"
+            )
         convention = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
         if convention not in _CONVENTIONS:
             raise unsupported(f"GPTQ with checkpoint_format {convention!r}", ", ".join(_CONVENTIONS))

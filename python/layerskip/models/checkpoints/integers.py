@@ -56,7 +56,9 @@ def packed_integers(name: str, bits: int, values: Tensor, scale: Tensor, zero: T
     if zero is not None and bits == 8:
         raise ModelFileError(f"{name} has 8-bit weights with zero points; supported: symmetric ones")
     size = _group_size(name, values.shape[1], scale.shape[1])
-    form = FORMATS[("int8" if bits == 8 else "int4" if zero is None else "int4_zero") + ("_g128" if size == 128 else "")]
+    form = FORMATS[
+        ("int8" if bits == 8 else "int4" if zero is None else "int4_zero") + ("_g128" if size == 128 else "")
+    ]
     scale = scale.float()
     least = None if zero is None else _repeated(-scale * zero.float(), form, values.shape[1])
     return _packed(name, form, signed(values) if bits == 8 else values, scale, least)
@@ -81,7 +83,9 @@ def _group_size(name: str, width: int, groups: int) -> int:
     for size in SIZES:
         if width % groups == 0 and width // groups % size == 0:
             return size
-    raise ModelFileError(f"{name} has {groups} groups in rows of {width} weights; supported: groups of a multiple of 32")
+    raise ModelFileError(
+        f"{name} has {groups} groups in rows of {width} weights; supported: groups of a multiple of 32"
+    )
 
 
 def _repeated(numbers: Tensor, form: Format, width: int) -> Tensor:
