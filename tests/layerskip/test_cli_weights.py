@@ -44,7 +44,7 @@ def text(tmp_path):
 
 
 def test_the_names_are_those_of_the_library():
-    assert arguments.FORMATS == tuple(FORMATS)
+    assert tuple(FORMATS) == arguments.FORMATS
     assert arguments.NATIVE == NATIVE
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import quantized_checkpoints as layouts
 import gguf
 import numpy as np
 import pytest
+import quantized_checkpoints as layouts
 import torch
 from gguf import GGMLQuantizationType as Kind
 
