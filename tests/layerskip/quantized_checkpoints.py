@@ -141,6 +141,18 @@ def compressed(form: str, bits: int, group: int | None, symmetric: bool = True, 
     return Layout(settings, one)
 
 
+def fine_grained() -> Layout:
+    """The fp8 of transformers is compressed-tensors' in blocks under other names."""
+    blocks = float8("block")
+
+    def one(module: str, weight: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+        stored, meant = blocks.write(module, weight)
+        stored[f"{module}.weight_scale_inv"] = stored.pop(f"{module}.weight_scale")
+        return stored, meant
+
+    return Layout({"quant_method": "fp8", "weight_block_size": [64, 128], "activation_scheme": "dynamic"}, one)
+
+
 def float8(strategy: str) -> Layout:
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
     if strategy == "block":

@@ -40,6 +40,7 @@ LAYOUTS = {
     "FP8 per output": (layouts.float8("channel"), "fp8_g128", 1e-6),
     "FP8 per tensor": (layouts.float8("tensor"), "fp8_g128", 1e-6),
     "FP8 in blocks": (layouts.float8("block"), "fp8_g128", 1e-6),
+    "transformers' fp8": (layouts.fine_grained(), "fp8_g128", 1e-6),
 }
 
 
@@ -158,6 +159,8 @@ REFUSED = [
     (WORDS, of_group(WORDS, num_bits=8, symmetric=False), "8-bit weights that are not symmetric"),
     (WORDS, of_group(WORDS, strategy="attn_head"), "strategy 'attn_head'"),
     (FLOATS, of_group(FLOATS, num_bits=4), "float-quantized with float of 4 bits"),
+    (layouts.fine_grained(), {"weight_block_size": None}, "fp8 with weight_block_size None"),
+    (layouts.fine_grained(), {"fmt": "e5m2"}, "fp8 with fmt 'e5m2'"),
     (FLOATS, {"quant_method": "bitsandbytes"}, "quantised with bitsandbytes is not supported; supported: layerskip"),
 ]  # fmt: skip
 

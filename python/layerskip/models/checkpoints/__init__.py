@@ -10,6 +10,7 @@ from .awq import AwqCheckpoint
 from .build import Progress, build, without_quantization
 from .checkpoint import Checkpoint, SafetensorsCheckpoint
 from .compressed_tensors import CompressedTensorsCheckpoint
+from .fine_grained import FineGrainedCheckpoint
 from .gguf import SUFFIX, GgufCheckpoint
 from .gptq import GptqCheckpoint
 from .own import METHOD, OwnCheckpoint, own_settings
@@ -37,6 +38,7 @@ LAYOUTS: dict[str, type[SafetensorsCheckpoint]] = {
     "compressed-tensors": CompressedTensorsCheckpoint,
     "gptq": GptqCheckpoint,
     "awq": AwqCheckpoint,
+    "fp8": FineGrainedCheckpoint,
 }
 """What reads a checkpoint, by the ``quant_method`` of its ``quantization_config``."""
 
