@@ -33,7 +33,7 @@ def main() -> None:
         except ValueError as error:
             print(json.dumps({**row, "refused": str(error)}), flush=True)
             continue
-        row["megabytes"] = sum(weight.nbytes for weight in set(model.parameters())) / 1e6
+        row["megabytes"] = sum(weight.nbytes for weight in model.parameters()) / 1e6
         row["perplexity"] = perplexity(model, tokenizer, texts, limit=args.windows)
         model, tokenizer = in_format(args.task_model, weights, args.dtype)
         report = evaluate_exits(model, tokenizer, examples, args.exits)

@@ -90,7 +90,7 @@ class TestRead:
             tmp_path / "model", layouts.tiny(architecture, **changes), layouts.compressed("pack-quantized", 8, 32)
         )
         model, _ = load(tmp_path / "model", torch.float32)
-        assert model.embedding.data_ptr() == model.head.head_weight.data_ptr()
+        assert model.embedding is model.head.head_weight
         with torch.no_grad():
             expected, found = meant(PROMPT).logits, dequantized(model)(PROMPT).logits
         assert torch.allclose(found, expected, atol=1e-5)
@@ -184,6 +184,15 @@ class TestRefused:
     def test_weights_that_are_no_format(self, tmp_path):
         with pytest.raises(ValueError, match="unknown weights 'int5', expected one of int8, "):
             load(tmp_path, weights="int5")
+
+    def test_matrices_that_are_multiplied_together_and_differ_in_kind(self, tmp_path):
+        def write(module, weight):
+            left_out = module.endswith("layers.2.self_attn.k_proj")
+            return ({f"{module}.weight": weight}, weight) if left_out else AWQ.write(module, weight)
+
+        layouts.write(tmp_path / "model", layouts.tiny(), layouts.Layout(AWQ.settings, write))
+        with pytest.raises(UnsupportedModelError, match="layer 2 with q of integers, k plain, v of integers is not"):
+            load(tmp_path / "model")
 
     def test_where_transformers_is_needed(self, tmp_path):
         layouts.write(tmp_path / "model", layouts.tiny(), AWQ)

@@ -56,6 +56,7 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, weights):
 def test_biases_norms_and_ties(tmp_path, architecture):
     changes = {} if architecture == "qwen2" else {"head_dim": 32}
     model = adapt(layouts.tiny(architecture, **changes)).quantize("int4")
+    assert (model.embedding is model.head.head_weight) == model.config.tie_word_embeddings
     save(model, tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert same(model, load(tmp_path, torch.float32)[0])

@@ -12,6 +12,7 @@ from layerskip_kernels import LayerWeights
 from layerskip_kernels.formats import format_of, is_packed, named, quantize
 
 from .head import EarlyExitHead
+from .weights import shared
 
 if TYPE_CHECKING:
     from .model import LayerSkipModel
@@ -44,7 +45,7 @@ def quantized(
     for number in range(decoder.num_layers):
         layer = decoder.layer(number)
         layers.append(layer._replace(**{name: packed(getattr(layer, name)) for name in MATRICES}))
-    head_weight = packed(head.head_weight)
+    head_weight = shared(packed(head.head_weight))  # one parameter, so that a tied one stays one on another device, too
     embedding = head_weight if tied else packed(model.embedding)
     return type(model)(
         embedding,
