@@ -27,7 +27,7 @@ from torch import Tensor
 BLOCK = 32  # values that int4 packs together
 FP8_MAX = 448.0  # of float8_e4m3fn
 _STEPS = 8  # of scales that are tried for a group on either side of what fits its extremes
-_ROWS = 4096  # that are quantized at a time
+_AT_ONCE = 1 << 21  # weights that are quantized at a time
 
 
 class Format(NamedTuple):
@@ -132,13 +132,14 @@ def quantize(weight: Tensor, name: str) -> Tensor:
     """
     form = named(name, weight.shape[1])
     out = weight.new_empty(weight.shape[0], form.row_bytes(weight.shape[1]), dtype=torch.uint8)
-    for first in range(0, weight.shape[0], _ROWS):
-        part = weight[first : first + _ROWS].float()
+    step = max(1, _AT_ONCE // max(1, weight.shape[1]))
+    for first in range(0, weight.shape[0], step):
+        part = weight[first : first + step].float()
         groups = part.view(part.shape[0], -1, form.group_size)
         broken = (~groups.isfinite().all((1, 2))).nonzero()
         if broken.numel():
             raise ValueError(f"row {first + int(broken[0])} of the weight to quantize holds NaN or infinity")
-        out[first : first + _ROWS] = pack(form, *_fit(form, groups))
+        out[first : first + step] = pack(form, *_fit(form, groups))
     return out
 
 

@@ -9,6 +9,8 @@ from typing import Any
 EXTRAS = {
     "transformers": "demo",
     "safetensors": "demo",
+    "huggingface_hub": "demo",
+    "gguf": "gguf",
     "matplotlib": "demo",
     "accelerate": "train",
     "peft": "train",

@@ -1,7 +1,8 @@
 """Models, tasks and demos by name, from installed packages, which provide them as entry points of three groups.
 
 ``layerskip.models``: a module with ``load(name, dtype) -> (model, tokenizer)`` and ``draft_head(name)``, the file of
-the draft head that the model comes with, or None; and ``exit(name)``, the same of an exit, if any model has one.
+the draft head that the model comes with, or None; and, if any model has one, ``exit(name)``, the same of an exit, and
+``native(name)``, the file or directory of quantized weights that the model comes in.
 ``layerskip.tasks``: a module with ``SPLITS``, of which the first is for training, and ``load(split)``, a list of
 `layerskip.training.data.Example`. With ``documents(split)``, a list of long texts, it serves to measure perplexity.
 ``layerskip.demos``: a sequence of `layerskip.cli.demo.Exhibit`.

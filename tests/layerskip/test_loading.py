@@ -125,7 +125,8 @@ class TestLoad:
             ({"model_type": "gpt2"}, UnsupportedModelError, "model_type 'gpt2' is not supported; supported: llama"),
             ({"model_type": "unheard_of"}, UnsupportedModelError, "'unheard_of'"),
             ({"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu'"),
-            ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModelError, "quantised with awq"),
+            ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedModelError, "quantised with hqq"),
+            ({"quantization_config": {"quant_method": "awq"}}, ModelFileError, "says awq, but no weight in the files"),
             ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, UnsupportedModelError, "yarn"),
         ],
     )  # fmt: skip

@@ -6,10 +6,14 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import quantized_checkpoints as layouts
 import torch
 
+from layerskip.models import adapt
+from layerskip.models.dequantized import dequantized
 from layerskip.training.data import Example
 from layerskip.training.evaluate import evaluate_exits, perplexity
+from layerskip.training.survey import survey_exits
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -100,3 +104,32 @@ def test_bad_requests_are_named(model):
         evaluate_exits(model, Letters(), [], [2])
     with pytest.raises(ValueError, match="no text is as long as a window of 512"):
         perplexity(model, Letters(), ["short"])
+
+
+class TestOfThisLibrarysModels:
+    """A `LayerSkipModel` is evaluated as the model of transformers that has what its weights mean."""
+
+    @pytest.fixture(params=[None, "int4"])
+    def pair(self, request):
+        made = adapt(layouts.tiny(vocab_size=64))
+        made = made if request.param is None else made.quantize(request.param)
+        return made, dequantized(made)
+
+    def test_exits(self, pair):
+        ours, theirs = (evaluate_exits(model, Letters(), EXAMPLES, [1, 3, 4], 2) for model in pair)
+        assert ours == theirs
+        assert ours.agreement[1] < 1
+
+    def test_perplexity(self, pair):
+        texts = ["to be or not to be, that", "the question whether it is"]
+        ours, theirs = (perplexity(model, Letters(), texts, window=12) for model in pair)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+    def test_a_survey(self, pair):
+        texts = [(torch.arange(3, 15), 4), (torch.arange(20, 26), 2), (torch.arange(5), 5)]
+        ours, theirs = (survey_exits(model, texts) for model in pair)
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.allclose(ours.confidence, theirs.confidence, atol=1e-5)
+        assert ours.lengths == theirs.lengths == (8, 4)
+        with pytest.raises(ValueError, match="no continuation"):
+            survey_exits(pair[0], [(torch.arange(5), 5)])

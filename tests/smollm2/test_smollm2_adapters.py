@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from layerskip import DraftHead, SelfSpeculativeDecoder
+from layerskip import DraftHead, SelfSpeculativeDecoder, load
 from layerskip.cli import prompts
+from layerskip_kernels.formats import dequantize
 from tests.example_package import PACKAGE, requires_weights
 
 models = pytest.importorskip("layerskip_smollm2.models", reason=f"needs {PACKAGE}")
@@ -46,6 +48,39 @@ def test_an_adapter_in_its_task(name):
         assert out.sequences.tolist() == plain.sequences.tolist()
         rounds, tokens = rounds + out.stats.rounds, tokens + out.stats.new_tokens - 1
     assert tokens / rounds >= TOKENS_A_ROUND[name]
+
+
+def test_an_adapter_is_merged_before_the_weights_are_packed():
+    """The packed weight is the merged one's, which is farther from the stock one's than packing takes it."""
+    packed, _ = load("smollm2-layerskip", torch.float32, weights="int8")
+    merged, stock = load("smollm2-layerskip", torch.float32)[0], load("smollm2", torch.float32)[0]
+    assert packed.weights == "int8"
+    found = dequantize(packed.decoder.layer(4).o, 576)
+    errors = [
+        float((found - model.model.layers[4].self_attn.o_proj.weight).norm() / found.norm())
+        for model in (merged, stock)
+    ]
+    assert errors[0] < 0.006
+    assert errors[1] > 2 * errors[0]
+
+
+def test_what_is_merged_has_no_native_file():
+    with pytest.raises(
+        ValueError, match="smollm2-layerskip comes in no file of quantized weights; weights may be int8"
+    ):
+        load("smollm2-layerskip", weights="native")
+
+
+def test_a_packed_model_in_its_task():
+    decoder = SelfSpeculativeDecoder.from_pretrained(
+        "smollm2-layerskip", weights="int8", exit_layer=4, num_speculations=8
+    )
+    ids = decoder.tokenizer("Command: turn on the hall light\nParse:", return_tensors="pt").input_ids
+    plain = decoder.generate(ids, 48, strategy="autoregressive")
+    out = decoder.generate(ids, 48)
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    assert "[IN:HassTurnOn" in decoder.tokenizer.decode(out.new_tokens[0])
+    assert out.stats.new_tokens / out.stats.rounds >= 2
 
 
 def test_what_the_readme_shows_runs(capsys):

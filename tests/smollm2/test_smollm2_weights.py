@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from layerskip.models import adapt, load
+from layerskip.models.dequantized import dequantized
 from tests.example_package import PACKAGE, requires_weights
 
 weights = pytest.importorskip("layerskip_smollm2.weights", reason=f"needs {PACKAGE}")
@@ -67,6 +68,18 @@ def test_the_model_is_what_it_should_be(loaded):
     )
     assert text.endswith("<|im_start|>user\nWhat is a clock?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(tokenizer("Zürich, 12 °C").input_ids) == "Zürich, 12 °C"
+
+
+@pytest.mark.slow
+def test_the_file_is_read_packed(loaded):
+    """What the GGUF's blocks mean is what transformers made of them, which was rounded to bf16."""
+    model, tokenizer = load("smollm2", torch.float32, weights="native")
+    assert model.weights == "int4_zero+int8"
+    assert sum(weight.nbytes for weight in model.parameters()) < 100e6
+    expected = dict(loaded[0].named_parameters())
+    for name, weight in dequantized(model).named_parameters():
+        assert torch.equal(weight.bfloat16().float(), expected[name]), name
+    assert tokenizer("Zürich").input_ids == loaded[1]("Zürich").input_ids
 
 
 def test_second_call_finds_the_first_ones_work(directory, monkeypatch):

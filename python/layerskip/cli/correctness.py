@@ -14,6 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ..decoding import SelfSpeculativeDecoder
+from ..models import LayerSkipModel
+from ..models.dequantized import dequantized
 from . import options, prompts
 
 
@@ -51,12 +53,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.skip_transformers:
         reference, _ = options.load(args, console, torch.float32)
         exact = SelfSpeculativeDecoder(reference, decoder.exit_layer, decoder.num_speculations)
+        if isinstance(reference, LayerSkipModel):
+            reference = dequantized(reference)  # what transformers computes the packed weights' tokens with
     table = Table(
         "prompt",
         title=f"the tokens of {args.model} (E={decoder.exit_layer}, K={decoder.num_speculations}, drafts from "
         f"{decoder.draft_source}) are the same",
     )
-    for column in ("tokens", "accepted", f"self-speculative\n({args.dtype})"):
+    for column in ("tokens", "accepted", f"self-speculative\n({options.weights_of(model)})"):
         table.add_column(column)
     if reference is not None:
         table.add_column("transformers\n(float32)")

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if trained is not None:
             rows.append(of_trained(decoder.model, written, args.num_speculations))
         rows.append(of_ngrams(written))
-    console.print(table(rows, args.num_speculations, f"{args.model}, {args.prompts}: {survey.tokens.shape[1]} tokens"))
+    title = f"{args.model} in {options.weights_of(model)}, {args.prompts}: {survey.tokens.shape[1]} tokens"
+    console.print(table(rows, args.num_speculations, title))
     write_atomically(path, picture(survey))
     console.print(f"wrote {path}")
     return 0

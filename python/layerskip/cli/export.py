@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     reason = obstacle(args.output)
     if reason is not None:
         raise FileExistsError(reason)
-    model, tokenizer = options.load(args, Console(stderr=True))
+    model, tokenizer = options.load_plain(args, Console(stderr=True), "layerskip export")
     layers = model.config.num_hidden_layers
     if args.exit_layer >= layers:
         raise ValueError(f"--exit-layer must be in 1 … {layers - 1}, got {args.exit_layer}")

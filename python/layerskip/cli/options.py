@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .. import devices, models
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
+from ..models import LayerSkipModel
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
@@ -18,14 +19,37 @@ def sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The transformers model and tokenizer that the options name, on the device that they name."""
+    """The model and tokenizer that the options name, on the device that they name.
+
+    Of transformers or, with packed weights, a `LayerSkipModel`.
+    """
     settle(args)
     quiet_transformers()
-    with console.status(f"loading {args.model}"):
-        model, tokenizer = models.load(args.model, dtype or getattr(torch, args.dtype))
+    with console.status(f"loading {args.model}") as status:
+
+        def tell(done: int, total: int) -> None:
+            status.update(f"loading {args.model}: {done} of {total} weights")
+
+        weights = getattr(args, "weights", None)
+        model, tokenizer = models.load(args.model, dtype or getattr(torch, args.dtype), weights, tell)
         model = model.to(args.device)
         models.gather_weights(model)
         return model, tokenizer
+
+
+def load_plain(args: argparse.Namespace, console: Console, what: str) -> tuple[Any, Any]:
+    """As `load`, for what only a model of transformers can do."""
+    model, tokenizer = load(args, console)
+    if isinstance(model, LayerSkipModel):
+        raise ValueError(
+            f"{what} takes plain weights; {args.model} has {model.weights}: give the model it was made from"
+        )
+    return model, tokenizer
+
+
+def weights_of(model: Any) -> str:
+    """What a report says of the weights: a dtype, or the formats of packed ones."""
+    return model.weights if isinstance(model, LayerSkipModel) else str(model.dtype).removeprefix("torch.")
 
 
 def settle(args: argparse.Namespace) -> None:

@@ -71,6 +71,12 @@ def outputs(stem: Path) -> list[Path]:
     return [stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")]
 
 
+def kind(settings: dict[str, Any]) -> str:
+    """The dtype, and the format of packed weights."""
+    dtype, weights = settings["dtype"], settings.get("weights", settings["dtype"])
+    return str(dtype if weights == dtype else f"{weights} in {dtype}")
+
+
 def where(settings: dict[str, Any]) -> str:
     """What computed: the CPU's threads, or a card."""
     return f"{settings['threads']} threads" if settings["device"] == "cpu" else settings["device"]
@@ -156,7 +162,7 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the table and what goes with it."""
         setting = self.settings
-        title = f"{setting['model']}, {setting['dtype']}, {where(setting)}, "
+        title = f"{setting['model']}, {kind(setting)}, {where(setting)}, "
         title += f"E={setting['exit_layer']} of {setting['layers']}, K={setting['num_speculations']}"
         if setting["draft_source"] != EXIT:
             title += f", drafts from {setting['draft_source']}"
@@ -233,7 +239,7 @@ class Report:
         axes.set_xlabel("tokens per second, after the first (median)")
         axes.margins(x=0.15)
         axes.legend(loc="lower right")
-        axes.set_title(f"{self.settings['model']}, {self.settings['dtype']}, {where(self.settings)}")
+        axes.set_title(f"{self.settings['model']}, {kind(self.settings)}, {where(self.settings)}")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
         return buffer.getvalue()

@@ -72,7 +72,7 @@ def _output(args: argparse.Namespace) -> Path:
 
 def _work(args: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
     """What the measurements depend on."""
-    keys = ("model", "dtype", "exit", "prompts", "limit", "chat", "max_new_tokens")
+    keys = ("model", "dtype", "weights", "exit", "prompts", "limit", "chat", "max_new_tokens")
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     return {**{key: getattr(args, key) for key in keys}, "device": args.device.type, "digest of the prompts": digest}
 

@@ -140,17 +140,15 @@ class SelfSpeculativeDecoder:
             As `layerskip.load` takes it.
         dtype : torch.dtype
         weights : str, optional
-            Quantize what is loaded: "int8", "int4" or another of `layerskip_kernels.formats.FORMATS`. Each weight is
-            packed and freed in turn. Self-speculation is lossless for the quantized model.
+            As `layerskip.load` takes it: quantize plain weights, "int8", "int4", … Each is packed and freed in turn.
+            Self-speculation is lossless for the quantized model.
         tuning : str or Path, optional
             What ``layerskip tune`` has written; by default what lies beside the model, if neither ``exit_layer`` nor
             ``exit`` is given. Options go before it.
         **options
             As the class takes them: ``exit_layer``, ``exit``, …
         """
-        model, tokenizer = models.load(name_or_dir, dtype=dtype)
-        if weights is not None:
-            model = models.adapt(model).quantize(weights, release=True)
+        model, tokenizer = models.load(name_or_dir, dtype, weights)
         models.gather_weights(model)
         decoder = cls(model, **tuned(name_or_dir, model.config, tuning, options))
         decoder.tokenizer = tokenizer

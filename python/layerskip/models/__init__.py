@@ -4,10 +4,12 @@ from .architectures import adapt, supported_architectures
 from .arena import gather_weights, scatter_weights
 from .cache import SharedKVCache
 from .exit import BoundExit, Exit
+from .files import ModelFileError
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
-from .loading import ModelFileError, load
+from .loading import load
 from .model import LayerSkipModel
+from .saving import save
 from .unsupported import UnsupportedModelError
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "adapt",
     "gather_weights",
     "load",
+    "save",
     "scatter_weights",
     "supported_architectures",
 ]

@@ -94,7 +94,7 @@ def adapt(hf_model: Any) -> LayerSkipModel:
         )
         for number in range(config.num_hidden_layers)
     ]
-    inv_freq, scaling = _frequencies(hf_model)
+    inv_freq, scaling = frequencies(hf_model)
     eps = config.rms_norm_eps
     decoder = PartialDepthDecoder(layers, config.num_key_value_heads, eps, inv_freq, scaling)
     head = EarlyExitHead(parameters["model.norm.weight"], parameters["lm_head.weight"], eps)
@@ -104,6 +104,11 @@ def adapt(hf_model: Any) -> LayerSkipModel:
 
 def architecture_of(model: nn.Module) -> Architecture:
     """The architecture of a Hugging Face model, or UnsupportedModelError."""
+    if isinstance(model, LayerSkipModel):
+        raise UnsupportedModelError(
+            f"a LayerSkipModel (weights {model.weights}) was given where a model of transformers with plain weights is "
+            "needed"
+        )
     _check_adapters(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ancestors = [ancestor.__name__ for ancestor in type(model).__mro__]
@@ -161,7 +166,7 @@ def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[
     """The parameters of a model by name, tied ones under each of their names; UnsupportedModelError for others."""
     parameters = dict(hf_model.named_parameters(remove_duplicate=False))
     _check_modules(hf_model)
-    _check_names(parameters, architecture)
+    check_names(parameters, architecture)
     _check_tensors(parameters)
     return parameters
 
@@ -173,7 +178,11 @@ def _check_quantisation(config: Any) -> None:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
     method = getattr(method, "value", method)
     if method != "gguf":  # whose weights may have been made plain while they were read; they are checked
-        raise unsupported(f"a model quantised with {method}", "fp32, bf16 and fp16 weights")
+        raise unsupported(
+            f"a transformers model quantised with {method}",
+            "fp32, bf16 and fp16 weights. layerskip.load and SelfSpeculativeDecoder.from_pretrained read checkpoints "
+            "of compressed-tensors, GPTQ and AWQ, and GGUF files, without transformers, and keep them packed",
+        )
 
 
 def _check_activation(config: Any) -> None:
@@ -225,8 +234,8 @@ def _expected_names(architecture: Architecture, num_layers: int) -> Iterator[str
         yield from (f"{LAYERS}.{number}.{path}" for path in architecture.layer_paths.values())
 
 
-def _check_names(parameters: dict[str, nn.Parameter], architecture: Architecture) -> None:
-    """The model must have exactly the parameters that are used."""
+def check_names(parameters: dict[str, nn.Parameter], architecture: Architecture) -> None:
+    """Raise UnsupportedModelError for a model that has not exactly the parameters that are used."""
     numbers = {int(name.split(".")[2]) for name in parameters if name.startswith(f"{LAYERS}.")}
     expected = dict.fromkeys(_expected_names(architecture, len(numbers)))  # a set in order
     title = architecture.model_class
@@ -256,12 +265,13 @@ def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
             raise unsupported(f"{name} with strides {tuple(tensor.stride())}", "contiguous weights")
 
 
-def _frequencies(model: Any) -> tuple[Tensor, float]:
+def frequencies(model: Any) -> tuple[Tensor, float]:
     """The frequencies of the rotary embedding and their scaling, from the model's own module.
 
-    A conversion such as ``model.to(torch.bfloat16)`` rounds the frequencies, too; then a new module gives exact ones.
+    A conversion such as ``model.to(torch.bfloat16)`` rounds the frequencies, too, and a model on the meta device has
+    none; then a new module gives exact ones.
     """
     rotary = model.model.rotary_emb
-    if rotary.inv_freq.dtype != torch.float32:
+    if rotary.inv_freq.dtype != torch.float32 or rotary.inv_freq.is_meta:
         rotary = type(rotary)(model.config)
     return rotary.inv_freq, rotary.attention_scaling

@@ -113,6 +113,11 @@ class PartialDepthDecoder(nn.Module):
         return cache
 
     @property
+    def inv_freq(self) -> Tensor:
+        """Frequencies of the rotary embedding [C/2], fp32, on the CPU."""
+        return self._inv_freq
+
+    @property
     def rope_tables(self) -> tuple[Tensor, Tensor]:
         """Cos and sin of the rotary embedding, [≥ T, C/2]; `new_cache` may put longer ones in their place."""
         return self._tables

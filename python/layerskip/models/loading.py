@@ -2,80 +2,126 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layerskip_kernels.formats import FORMATS
+
 from .. import registry
 from .._extras import need
-from .architectures import check_config, check_model_type
+from . import checkpoints
+from .architectures import adapt, check_config, check_model_type
+from .checkpoints import Progress
+from .files import INDEX, ModelFileError, check_safetensors, read_json, reading, shards
+from .model import LayerSkipModel
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_JSON_FILES = ("config.json", "generation_config.json", _INDEX, "tokenizer.json", "tokenizer_config.json")
+NATIVE = "native"
+"""The weights as a model's own file has them."""
+_JSON_FILES = ("config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json")
+_GGUF = "gguf"  # the quant_method of what transformers has made plain
 
 
-class ModelFileError(ValueError):
-    """A file of a model is missing, truncated or corrupt."""
-
-
-def load(name_or_dir: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load(
+    name_or_dir: str | os.PathLike[str],
+    dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Parameters
     ----------
     name_or_dir : str or path
-        A name that an installed package provides (`layerskip.registry`), a directory as ``save_pretrained`` writes it,
-        or ``owner/name`` on the Hugging Face hub. What exists, is a `Path`, or looks like a path is taken from the disk
-        alone.
+        A name that an installed package provides (`layerskip.registry`), a directory as ``save_pretrained`` or
+        ``layerskip quantize`` writes it, a GGUF file, or ``owner/name`` on the Hugging Face hub. What exists, is a
+        `Path`, or looks like a path is taken from the disk alone.
     dtype : torch.dtype
+        Of weights that are not packed, and of states.
+    weights : str, optional
+        Quantize plain weights: one of `layerskip_kernels.formats.FORMATS`. "native": those of the file that the model
+        comes in, which for a name that a package provides may be quantized. By default a directory's as they are.
+    progress : callable, optional
+        Called after each weight that is packed with how many are done, and of how many.
 
     Returns
     -------
-    (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
-        The model in evaluation mode.
+    (transformers.PreTrainedModel or LayerSkipModel, transformers.PreTrainedTokenizerBase)
+        The model in evaluation mode. What has packed weights is a `LayerSkipModel`; such a checkpoint is read weight
+        by weight and never expanded.
 
     Raises
     ------
     ValueError, ModuleNotFoundError
         For a name that is neither a directory nor on the hub nor provided by a package; the message names those near
-        it, or how to install what would provide it.
+        it, or how to install what would provide it. For weights that there is no such format of, or that are
+        quantized already.
     FileNotFoundError
         If the directory or a file that it must hold does not exist.
     ModelFileError
         If a file is truncated, corrupt, or does not hold what the configuration promises.
     UnsupportedModelError
-        If the architecture is not supported; found before any weight is read.
+        If the architecture, or how the weights are quantized, is not supported; found before any weight is read.
     """
+    check_weights(weights)
     if isinstance(name_or_dir, str):
         provider = registry.find(registry.MODELS, name_or_dir)
         if provider is not None:
-            model, tokenizer = provider.load(name_or_dir, dtype)
-            return model, tokenizer
+            return _provided(provider, name_or_dir, dtype, weights, progress)
         # The hub's few models without an owner are of no architecture that is supported.
         if not registry.is_path(name_or_dir) and "/" not in name_or_dir:
             raise registry.unknown(registry.MODELS, name_or_dir)
-    return _read(name_or_dir, dtype)
+    return _read(name_or_dir, dtype, None if weights == NATIVE else weights, progress)
 
 
-def _read(name_or_dir: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
-    """From a directory or the hub."""
+def check_weights(weights: str | None) -> None:
+    """Raise ValueError for weights that are no format."""
+    if weights is not None and weights != NATIVE and weights not in FORMATS:
+        raise ValueError(f"unknown weights {weights!r}, expected one of {', '.join((*FORMATS, NATIVE))}")
+
+
+def _provided(
+    provider: Any, name: str, dtype: torch.dtype, weights: str | None, progress: Progress | None
+) -> tuple[Any, Any]:
+    """From an installed package."""
+    if weights == NATIVE:
+        path = getattr(provider, "native", lambda name: None)(name)
+        if path is None:
+            raise ValueError(f"{name} comes in no file of quantized weights; weights may be {', '.join(FORMATS)}")
+        return _read(path, dtype, None, progress)
+    model, tokenizer = provider.load(name, dtype)
+    if weights is not None:
+        model = adapt(model).quantize(weights, release=True, progress=progress)
+    return model, tokenizer
+
+
+def _read(
+    name_or_dir: str | os.PathLike[str], dtype: torch.dtype, weights: str | None, progress: Progress | None
+) -> tuple[Any, Any]:
+    """From a directory, a file or the hub."""
     transformers = need("transformers", "loading models")
     source, options = str(name_or_dir), {}
     if registry.is_path(name_or_dir):
-        source, options = str(Path(name_or_dir).expanduser()), {"local_files_only": True}
-        _check_directory(Path(source))
-    with _reading("configuration", source):
+        path = Path(source).expanduser()
+        if path.suffix == checkpoints.SUFFIX and path.is_file():
+            return _read_gguf(path, dtype, weights, progress)
+        source, options = str(path), {"local_files_only": True}
+        _check_directory(path)
+    with reading("configuration", source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
-    check_config(config)
-    with _reading("tokenizer", source):
+    checkpoint = _checkpoint(source, config, weights)
+    check_config(config if checkpoint is None else checkpoints.without_quantization(config))
+    with reading("tokenizer", source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    with _reading("weights", source):
+    if checkpoint is not None:
+        directory = Path(source) if options else _download(source)
+        checkpoint.open(directory)
+        generation = _generation_config(directory)
+        return checkpoints.build(source, config, checkpoint, dtype, generation, progress), tokenizer
+    with reading("weights", source):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -83,51 +129,64 @@ def _read(name_or_dir: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any,
     return model.eval(), tokenizer
 
 
-@contextmanager
-def _reading(what: str, source: str) -> Iterator[None]:
-    """Name what was being read; the readers raise anything from OSError to plain Exception on a corrupt file."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelFileError(f"cannot read the {what} of {source}: {error}") from error
+def _checkpoint(source: str, config: Any, weights: str | None) -> Any:
+    """What reads the weights without transformers: quantized ones, and those that are to be; None for others."""
+    settings = checkpoints.settings_of(config)
+    if settings is None or settings.get("quant_method") == _GGUF:
+        return None if weights is None else checkpoints.PlainCheckpoint(weights)
+    layout = checkpoints.layout_of(settings)
+    if weights is not None:
+        raise ValueError(
+            f"the weights of {source} are quantized already ({settings.get('quant_method')}); leave out {weights}"
+        )
+    return layout(settings)
+
+
+def _read_gguf(
+    path: Path, dtype: torch.dtype, weights: str | None, progress: Progress | None
+) -> tuple[LayerSkipModel, Any]:
+    """Configuration and tokenizer through transformers, which reads both from the file, and the weights as they are."""
+    transformers = need("transformers", "loading models")
+    if weights is not None:
+        raise ValueError(f"{path} has weights of its own format; leave out {weights}")
+    given = {"gguf_file": path.name, "local_files_only": True}
+    with reading("configuration", str(path)):
+        config = transformers.AutoConfig.from_pretrained(path.parent, **given)
+    check_config(config)
+    checkpoint = checkpoints.GgufCheckpoint(path)
+    with reading("tokenizer", str(path)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
+    return checkpoints.build(str(path), config, checkpoint, dtype, progress=progress), tokenizer
+
+
+def _download(name: str) -> Path:
+    """A model of the hub, in the hub's cache."""
+    with reading("weights", name):
+        hub = need("huggingface_hub", "loading models from the hub")
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _generation_config(directory: Path) -> Any:
+    transformers = need("transformers", "loading models")
+    if not (directory / "generation_config.json").is_file():
+        return None
+    with reading("generation configuration", str(directory)):
+        return transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
 
 
 def _check_directory(directory: Path) -> None:
     if not directory.exists():
         raise FileNotFoundError(f"no such directory: {directory}")
     if not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file, expected the directory of a model")
+        raise NotADirectoryError(f"{directory} is a file, expected the directory of a model, or a GGUF")
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json, so it is not the directory of a model")
-    contents = {name: _read_json(directory / name) for name in _JSON_FILES if (directory / name).is_file()}
+    contents: dict[str, Mapping[str, Any]] = {
+        name: read_json(directory / name) for name in _JSON_FILES if (directory / name).is_file()
+    }
     check_model_type(contents["config.json"].get("model_type"))
-    weight_map = contents.get(_INDEX, {"weight_map": {"": _SINGLE}}).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelFileError(f"{directory / _INDEX} has no weight_map")
-    for shard in sorted(set(weight_map.values())):
-        _check_safetensors(directory / shard)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON and bad UTF-8
-        raise ModelFileError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelFileError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def _check_safetensors(path: Path) -> None:
-    """Opening compares the header with the length of the file."""
-    safetensors = need("safetensors", "reading weights")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        with safetensors.safe_open(str(path), framework="pt"):
-            pass
-    except safetensors.SafetensorError as error:
-        raise ModelFileError(f"{path} is truncated or corrupt ({path.stat().st_size} bytes): {error}") from error
+    for shard in shards(directory):
+        check_safetensors(shard)
 
 
 def _check_keys(source: str, info: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from .exit import BoundExit
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
 from .prefill import Product
-from .quantized import quantized
+from .quantized import formats, quantized
 from .weights import shared
 
 
@@ -81,7 +81,14 @@ class LayerSkipModel(nn.Module):
             raise ValueError("the model has an exit with blocks already; give the exit to the model without it")
         return LayerSkipModel(self.embedding, self.decoder, self.head, self.config, self.generation_config, exit)
 
-    def quantize(self, weights: str, *, release: bool = False) -> LayerSkipModel:
+    @property
+    def weights(self) -> str:
+        """The dtype or the formats of the matmuls' weights, embedding and head included: "bfloat16", "int4+int8"."""
+        return "+".join(formats(self))
+
+    def quantize(
+        self, weights: str, *, release: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> LayerSkipModel:
         """A model whose layers, embedding and head are packed in a format; norms and biases are shared.
 
         Parameters
@@ -91,6 +98,8 @@ class LayerSkipModel(nn.Module):
         release : bool
             Free each weight as soon as it is packed: this model, and the one that it came from, are of no use
             afterwards, and both never lie in memory at once.
+        progress : callable, optional
+            Called after each weight with how many are packed, and of how many.
 
         Returns
         -------
@@ -102,7 +111,7 @@ class LayerSkipModel(nn.Module):
             If the format is unknown or does not suit a width, the model is packed or has an exit already, or a weight
             is not finite.
         """
-        return quantized(self, weights, release)
+        return quantized(self, weights, release, progress)
 
     @property
     def vocab_size(self) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from layerskip_kernels import LayerWeights
-from layerskip_kernels.formats import is_packed, named, quantize
+from layerskip_kernels.formats import format_of, is_packed, named, quantize
 
 from .head import EarlyExitHead
+from .weights import shared
 
 if TYPE_CHECKING:
     from .model import LayerSkipModel
@@ -20,23 +22,30 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @torch.no_grad()
-def quantized(model: LayerSkipModel, weights: str, release: bool) -> LayerSkipModel:
+def quantized(
+    model: LayerSkipModel, weights: str, release: bool, progress: Callable[[int, int], None] | None
+) -> LayerSkipModel:
     """See `LayerSkipModel.quantize`."""
     decoder, head = model.decoder, model.head
     _check(model, weights)
+    tied = model.embedding.data_ptr() == head.head_weight.data_ptr()
+    total, done = decoder.num_layers * len(MATRICES) + 2 - tied, 0
 
     def packed(weight: Tensor) -> Tensor:
+        nonlocal done
         out = quantize(weight, weights)
         if release:
             weight.data = weight.new_empty(0)  # whoever holds the parameter holds an empty one
+        done += 1
+        if progress is not None:
+            progress(done, total)
         return out
 
-    tied = model.embedding.data_ptr() == head.head_weight.data_ptr()
     layers = []
     for number in range(decoder.num_layers):
         layer = decoder.layer(number)
         layers.append(layer._replace(**{name: packed(getattr(layer, name)) for name in MATRICES}))
-    head_weight = packed(head.head_weight)
+    head_weight = shared(packed(head.head_weight))  # one parameter, so that a tied one stays one on another device, too
     embedding = head_weight if tied else packed(model.embedding)
     return type(model)(
         embedding,
@@ -45,6 +54,21 @@ def quantized(model: LayerSkipModel, weights: str, release: bool) -> LayerSkipMo
         model.config,
         model.generation_config,
     )
+
+
+def formats(model: LayerSkipModel) -> list[str]:
+    """See `LayerSkipModel.weights`."""
+    decoder, width = model.decoder, model.decoder.hidden_size
+    found = [_format(model.embedding, width), _format(model.head.head_weight, width)]
+    for number in range(decoder.num_layers):
+        layer = decoder.layer(number)
+        widths = {name: width for name in MATRICES} | {"o": layer.q.shape[0], "down": layer.gate.shape[0]}
+        found += [_format(getattr(layer, name), widths[name]) for name in MATRICES]
+    return sorted(set(found))
+
+
+def _format(weight: Tensor, width: int) -> str:
+    return format_of(weight, width).name if is_packed(weight) else str(weight.dtype).removeprefix("torch.")
 
 
 def _check(model: LayerSkipModel, weights: str) -> None:

@@ -22,6 +22,7 @@ from ..cli import names
 from ..models import load
 from .data import Example, documents, load_task
 from .dataset import Collator, encode
+from .depths import Depths, depths_of
 from .loss import target_rows
 
 _ROWS = 256  # rows of logits alive at once
@@ -51,8 +52,8 @@ def evaluate_exits(
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        Its body must offer ``norm`` and hidden states, as the architectures of `layerskip.models` do.
+    model : transformers.PreTrainedModel or LayerSkipModel
+        The body of the first must offer ``norm`` and hidden states, as the architectures of `layerskip.models` do.
     tokenizer : transformers.PreTrainedTokenizer
     examples : sequence of Example
     exits : sequence of int
@@ -64,6 +65,7 @@ def evaluate_exits(
     ValueError
         For no examples, or an exit outside 1 … L.
     """
+    depths = depths_of(model)
     layers = model.config.num_hidden_layers
     for exit_layer in exits:
         if not 1 <= exit_layer <= layers:
@@ -74,13 +76,14 @@ def evaluate_exits(
     exact = tokens = 0
     for batch in _batches(tokenizer, examples, batch_size):
         rows, target = (part.to(model.device) for part in target_rows(batch["labels"]))
-        hidden = [state.flatten(0, 1)[rows] for state in _hidden_states(model, batch["input_ids"].to(model.device))]
-        last = _argmax(model, hidden[layers])
+        states = depths.states(batch["input_ids"].to(model.device), (*exits, layers))
+        hidden = {depth: state.flatten(0, 1)[rows] for depth, state in states.items()}
+        last = _argmax(depths, hidden[layers])
         wrong = (rows // batch["labels"].shape[1])[last != target]
         exact += len(batch["labels"]) - len(wrong.unique())
         tokens += len(target)
         for exit_layer in exits:
-            choice = last if exit_layer == layers else _argmax(model, hidden[exit_layer])
+            choice = last if exit_layer == layers else _argmax(depths, hidden[exit_layer])
             agree[exit_layer] += int((choice == last).sum())
             right[exit_layer] += int((choice == target).sum())
     return ExitReport(
@@ -106,21 +109,14 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 5
     limit : int, optional
         Use this many windows, spread over all of them.
     """
-    windows = [
-        piece
-        for text in texts
-        for piece in torch.tensor(tokenizer(text).input_ids).split(window)
-        if len(piece) == window
-    ]
-    if not windows:
-        raise ValueError(f"no text is as long as a window of {window} tokens")
-    windows = _spread(windows, limit)
+    windows = _spread(_windows(tokenizer, texts, window), limit)
+    depths, layers = depths_of(model), model.config.num_hidden_layers
     total = 0.0
     for piece in windows:
         ids = piece.to(model.device)
-        hidden = model.base_model(input_ids=ids[None, :-1]).last_hidden_state[0]  # [window - 1, D], normed
+        hidden = depths.states(ids[None, :-1], (layers,))[layers][0]  # [window - 1, D], normed
         for rows, labels in zip(hidden.split(_ROWS), ids[1:].split(_ROWS), strict=True):
-            total += float(F.cross_entropy(_logits(model, rows).float(), labels, reduction="sum"))
+            total += float(F.cross_entropy(depths.logits(rows).float(), labels, reduction="sum"))
     return math.exp(total / (len(windows) * (window - 1)))
 
 
@@ -132,19 +128,18 @@ def _batches(tokenizer: Any, examples: Sequence[Example], size: int) -> Iterator
         yield collate(encoded[start : start + size])
 
 
-def _hidden_states(model: Any, input_ids: Tensor) -> list[Tensor]:
-    """The normed states [B, S, D] after 0 … L layers; transformers itself norms the last one only."""
-    states = model.base_model(input_ids=input_ids, output_hidden_states=True).hidden_states
-    return [*(model.base_model.norm(state) for state in states[:-1]), states[-1]]
+def _windows(tokenizer: Any, texts: Sequence[str], window: int) -> list[Tensor]:
+    """The windows of the texts; ends that are shorter are left out."""
+    pieces = [piece for text in texts for piece in torch.tensor(tokenizer(text).input_ids).split(window)]
+    whole = [piece for piece in pieces if len(piece) == window]
+    if not whole:
+        raise ValueError(f"no text is as long as a window of {window} tokens")
+    return whole
 
 
-def _logits(model: Any, rows: Tensor) -> Tensor:
-    return model.get_output_embeddings()(rows)
-
-
-def _argmax(model: Any, rows: Tensor) -> Tensor:
+def _argmax(depths: Depths, rows: Tensor) -> Tensor:
     """[R, D], normed → [R]."""
-    return torch.cat([_logits(model, chunk).argmax(dim=-1) for chunk in rows.split(_ROWS)])
+    return torch.cat([depths.logits(chunk).argmax(dim=-1) for chunk in rows.split(_ROWS)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -156,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--exits", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--limit", type=int, help="use this many examples, or windows of text, spread over all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--weights", help="quantize, as `layerskip.load` does: int8, int4, … or native")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto, a card where torch sees one")
     _ends.declare(parser)
     options = parser.parse_args(arguments)
@@ -163,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     long = hasattr(registry.get(registry.TASKS, options.task), "documents")
     texts: list[Any] = (documents if long else load_task)(options.task, options.split)
     device = devices.find(options.device)
-    model, tokenizer = load(options.model, getattr(torch, options.dtype))
+    model, tokenizer = load(options.model, getattr(torch, options.dtype), options.weights)
     model.to(device)
     if long:
         print(json.dumps({"perplexity": perplexity(model, tokenizer, texts, limit=options.limit)}))

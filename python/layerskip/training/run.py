@@ -16,6 +16,7 @@ from .. import devices, registry
 from .._extras import need
 from .._files import replaced
 from ..models import load
+from ..models.architectures import architecture_of
 from .data import hub, load_task, splits
 from .dataset import Collator, Pool, encode, read_pairs, token_batches
 from .output import digest, results
@@ -63,6 +64,7 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     """
     frozen_dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     model, tokenizer = load(recipe.model, dtype=frozen_dtype)
+    architecture_of(model)  # packed weights can't be trained
     recipe.check_exits(model.config.num_hidden_layers)
     if recipe.method == "lora":
         if recipe.adapter is not None:

@@ -14,6 +14,7 @@ import layerskip_kernels
 from ..decoding import NgramSource
 from ..models import LayerSkipModel
 from .conversion import convert, revert
+from .depths import DecoderDepths
 
 BINS = 10
 
@@ -93,8 +94,8 @@ def survey_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitSurvey:
 
     Parameters
     ----------
-    model : PreTrainedModel
-        A causal LM that `convert` takes; it is given back as it was.
+    model : PreTrainedModel or LayerSkipModel
+        A causal LM that `convert` takes, which is given back as it was; or a model of this library.
     texts : iterable of (Tensor [S], int)
         Token ids, and how many of them are the prompt, of which the rest is the greedy continuation.
 
@@ -103,6 +104,8 @@ def survey_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitSurvey:
     ValueError
         If no text has a continuation.
     """
+    if isinstance(model, LayerSkipModel):
+        return _survey_layers(model, texts)
     conversion = convert(model)
     exits = tuple(range(1, len(conversion.layers) + 1))
     tokens, confidence = [], []
@@ -118,6 +121,19 @@ def survey_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitSurvey:
             confidence.append((out.logit - out.logsumexp).exp().view(len(exits), -1))
     finally:
         revert(model)
+    return _survey_of(tokens, confidence)
+
+
+def _survey_layers(model: LayerSkipModel, texts: Iterable[tuple[Tensor, int]]) -> ExitSurvey:
+    """As `survey_exits`, with the model's own layers and head."""
+    depths, exits = DecoderDepths(model), range(1, model.num_layers + 1)
+    tokens, confidence = [], []
+    for ids, prompt in texts:
+        if len(ids) > prompt:
+            states = depths.raw_states(ids[None, :-1].to(model.device), exits)
+            out = [model.head(states[exit_layer][0, prompt - 1 :]) for exit_layer in exits]
+            tokens.append(torch.stack([one.token for one in out]))
+            confidence.append(torch.stack([(one.logit - one.logsumexp).exp() for one in out]))
     return _survey_of(tokens, confidence)
 
 

@@ -1,0 +1,85 @@
+"""Write a model with packed weights, and say what that costs: its perplexity before and after."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from .._files import check_folder, obstacle, replaced
+from ..models import LayerSkipModel, adapt, save
+from . import options
+
+WINDOW = 512
+_LONG = 2000  # characters of a topic of the manual that is taken
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Write the directory, whole or not at all."""
+    _check_output(args.output, args.overwrite)
+    texts = _texts(args.text) if args.windows > 0 else []
+    model, tokenizer, measured = _packed(args, texts, console)
+    with replaced(args.output) as (directory,):
+        save(model, directory, tokenizer)
+    size = sum(path.stat().st_size for path in args.output.glob("*.safetensors"))
+    console.print(
+        f"wrote {args.output}: {model.weights}, {size / 1e6:.0f} MB of weights", highlight=False, soft_wrap=True
+    )
+    if measured is not None:
+        before, after = measured
+        source = args.text or "Python's manual"
+        console.print(
+            f"perplexity {before:.3f} before, {after:.3f} after ({after / before - 1:+.2%}), "
+            f"on up to {args.windows} windows of {WINDOW} tokens of {source}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return 0
+
+
+def _packed(
+    args: argparse.Namespace, texts: list[str], console: Console
+) -> tuple[LayerSkipModel, Any, tuple[float, float] | None]:
+    """The model, its tokenizer and, with texts, the perplexity before and after."""
+    errors = Console(stderr=True)
+    plain = argparse.Namespace(**vars(args))
+    plain.weights = None if texts else args.weights
+    model, tokenizer = options.load(plain, errors)
+    args.device = plain.device
+    if not texts:
+        return (model if isinstance(model, LayerSkipModel) else adapt(model)), tokenizer, None
+    if isinstance(model, LayerSkipModel):
+        raise ValueError(f"the weights of {args.model} are packed already, in {model.weights}")
+    from ..training.evaluate import perplexity
+
+    with errors.status("measuring the perplexity of the plain model"):
+        before = perplexity(model, tokenizer, texts, WINDOW, args.windows)
+    with Progress(console=errors, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(f"packing in {args.weights}")
+        packed = adapt(model).quantize(
+            args.weights, release=True, progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    with errors.status("measuring the perplexity of the packed model"):
+        return packed, tokenizer, (before, perplexity(packed, tokenizer, texts, WINDOW, args.windows))
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """See, before the work, that the directory can be written."""
+    check_folder(output.parent)
+    reason = obstacle(output)
+    if reason is not None:
+        raise FileExistsError(reason)
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists; give another name, or --overwrite to replace it")
+
+
+def _texts(path: Path | None) -> list[str]:
+    """What is in the file, or what Python says of itself."""
+    if path is not None:
+        return [path.read_text(encoding="utf-8")]
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics) if len(topics[name]) > _LONG]

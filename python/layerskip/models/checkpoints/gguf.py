@@ -1,0 +1,130 @@
+"""GGUF files of llama.cpp: blocks of Q8_0, Q4_0 and Q4_1 are packed weights byte for byte, others become int8."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerskip_kernels.formats import FORMATS, quantize
+
+from ..._extras import need
+from ..files import ModelFileError, reading
+from ..unsupported import UnsupportedModelError, unsupported
+
+SUFFIX = ".gguf"
+FORMAT_OF = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4_zero"}
+PLAIN = ("F32", "F16", "BF16")
+OTHERWISE = "int8"  # the format of what is quantized in no way that a packed weight is
+# Architectures whose q and k rows llama.cpp keeps in the order of its own rotary embedding.
+_PERMUTED = ("llama", "mistral")
+_ROWS = 4096  # that are dequantized at a time
+_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def gguf_name(name: str) -> str:
+    """The name in a GGUF of a parameter."""
+    stem, _, kind = name.rpartition(".")
+    layer = re.match(r"model\.layers\.(\d+)\.(.*)", stem)
+    if layer is None:
+        return f"{_NAMES.get(stem, stem)}.{kind}"
+    return f"blk.{layer[1]}.{_NAMES.get(layer[2], layer[2])}.{kind}"
+
+
+class GgufCheckpoint:
+    """A GGUF file; see `Checkpoint`.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    ModelFileError
+        If it is no GGUF.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._gguf = need("gguf", f"reading {path.name}")
+        with reading("tensors", str(path)):
+            reader = self._gguf.GGUFReader(str(path))
+        self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+        self._used: set[str] = set()
+        architecture = reader.fields["general.architecture"].contents()
+        self._heads = {
+            name: int(reader.fields[f"{architecture}.attention.{field}"].contents())
+            for name, field in (("q_proj", "head_count"), ("k_proj", "head_count_kv"))
+            if architecture in _PERMUTED and f"{architecture}.attention.{field}" in reader.fields
+        }
+        factors = self._tensors.get(_ROPE_FACTORS)
+        self.frequency_factors = None if factors is None else torch.from_numpy(np.array(factors.data))
+        self._used.add(_ROPE_FACTORS)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """See `Checkpoint`: tensors of types that the package ``gguf`` does not dequantize are refused."""
+        for name in shapes:
+            if name in self:
+                self._check_type(self._tensors[gguf_name(name)])
+
+    def __contains__(self, name: str) -> bool:
+        return gguf_name(name) in self._tensors
+
+    def unused(self) -> list[str]:
+        """See `Checkpoint`."""
+        return sorted(self._tensors.keys() - self._used)
+
+    def parameter(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Checkpoint`."""
+        tensor = self._tensors[gguf_name(name)]
+        self._used.add(tensor.name)
+        found = [int(size) for size in reversed(tensor.shape)]
+        if found != list(shape):
+            raise ModelFileError(f"{tensor.name} has shape {found}, the configuration asks for {list(shape)}")
+        kind = tensor.tensor_type.name
+        if kind in FORMAT_OF and len(shape) == 2:
+            weight = torch.from_numpy(np.array(tensor.data)).view(torch.uint8)
+            assert weight.shape[1] == FORMATS[FORMAT_OF[kind]].row_bytes(shape[1])
+        elif kind in PLAIN or len(shape) < 2:
+            weight = self._floats(tensor.data, tensor.tensor_type).to(dtype).view(*shape)
+        else:
+            parts = range(0, shape[0], _ROWS)
+            rows = [self._floats(tensor.data[first : first + _ROWS], tensor.tensor_type) for first in parts]
+            weight = torch.cat([quantize(part, OTHERWISE) for part in rows])
+        return self._in_order(name, weight)
+
+    def _floats(self, data: Any, kind: Any) -> Tensor:
+        return torch.from_numpy(np.array(self._gguf.quants.dequantize(data, kind)))
+
+    def _in_order(self, name: str, weight: Tensor) -> Tensor:
+        """The rows of q and k as transformers has them: pairs (i, i + C/2), which llama.cpp keeps side by side."""
+        heads = self._heads.get(name.split(".")[-2])
+        if heads is None:
+            return weight
+        return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape).contiguous()
+
+    def _check_type(self, tensor: Any) -> None:
+        kind = tensor.tensor_type
+        if kind.name in (*FORMAT_OF, *PLAIN):
+            return
+        try:
+            self._gguf.quants.dequantize(tensor.data[:1], kind)
+        except NotImplementedError:
+            known = ", ".join((*FORMAT_OF, *PLAIN))
+            raise unsupported(f"{tensor.name} of type {kind.name}", f"{known}, and what gguf dequantizes") from None
+        width = int(tensor.shape[0])
+        if width % FORMATS[OTHERWISE].group_size:
+            raise UnsupportedModelError(
+                f"{tensor.name} of type {kind.name} has rows of {width} weights, no multiple of 32"
+            )

@@ -1,0 +1,54 @@
+"""What ``layerskip quantize`` writes: packed weights as they are, under the names of the plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.formats import FORMATS, format_of
+
+from ..files import ModelFileError
+from ..unsupported import unsupported
+from .checkpoint import SafetensorsCheckpoint
+
+METHOD = "layerskip"
+VERSION = 1
+_BYTES = "U8"
+
+
+def own_settings(formats: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a model with weights of these formats."""
+    return {"quant_method": METHOD, "version": VERSION, "formats": list(formats)}
+
+
+class OwnCheckpoint(SafetensorsCheckpoint):
+    """Bytes are packed weights, and tensors of floats plain ones."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        version, self._formats = settings.get("version"), settings.get("formats") or ()
+        if version != VERSION:
+            raise unsupported(f"version {version!r} of quant_method {METHOD}", f"version {VERSION}")
+        for name in self._formats:
+            if name not in FORMATS:
+                raise unsupported(f"the weight format {name!r}", ", ".join(FORMATS))
+
+    def is_packed(self, module: str) -> bool:
+        """Whether it is stored as bytes."""
+        name = f"{module}.weight"
+        return name in self.files and self.files.kind(name) == _BYTES
+
+    def packed(self, module: str, shape: Sequence[int]) -> Tensor:
+        """As it is stored."""
+        name = f"{module}.weight"
+        weight = self.files.read(name, [shape[0], None], torch.uint8)
+        try:
+            form = format_of(weight, shape[1])
+        except ValueError as error:
+            raise ModelFileError(f"{name}: {error}") from None
+        if form.name not in self._formats:
+            raise ModelFileError(f"{name} is packed in {form.name}, its config.json says {', '.join(self._formats)}")
+        return weight

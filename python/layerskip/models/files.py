@@ -1,0 +1,60 @@
+"""The files of a model, with errors that name the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .._extras import need
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class ModelFileError(ValueError):
+    """A file of a model is missing, truncated or corrupt."""
+
+
+@contextmanager
+def reading(what: str, source: str) -> Iterator[None]:
+    """Name what was being read; the readers raise anything from OSError to plain Exception on a corrupt file."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelFileError(f"cannot read the {what} of {source}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise ModelFileError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def shards(directory: Path) -> list[Path]:
+    """The files that hold a model's weights; ModelFileError where the index has none."""
+    if not (directory / INDEX).is_file():
+        return [directory / SINGLE]
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileError(f"{directory / INDEX} has no weight_map")
+    return [directory / shard for shard in sorted(set(weight_map.values()))]
+
+
+def check_safetensors(path: Path) -> None:
+    """Opening compares the header with the length of the file."""
+    safetensors = need("safetensors", "reading weights")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safetensors.safe_open(str(path), framework="pt"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise ModelFileError(f"{path} is truncated or corrupt ({path.stat().st_size} bytes): {error}") from error
