@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .bundles import OPTIONAL_WEIGHTS, LayerWeights, layer_shapes, weights_per_layer
-from .formats import format_of, is_packed
+from .formats import format_of, is_packed, kind_of
 from .schemas import derive
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +45,7 @@ def swiglu(a: Any) -> None:
     _shaped("x", a.x, [None, None], FLOATS)
     _matrix("gate", a.gate, None, a.x.shape[1], a.x.dtype)
     _matrix("up", a.up, a.gate.shape[0], a.x.shape[1], a.x.dtype)
+    _alike("gate", a.gate, "up", a.up, a.x.shape[1])
     _dense(gate=a.gate, up=a.up)
     _same_device(a.x, gate=a.gate, up=a.up)
 
@@ -237,6 +238,8 @@ def layer_weights(
         if name in OPTIONAL_WEIGHTS and tensor.numel() == 0:
             continue
         _sized(name, tensor, shapes[name], dtype)
+    for first, name in (("q", "k"), ("q", "v"), ("gate", "up")):
+        _alike(first, named[first], name, named[name], hidden_size)
     _dense(**named)
 
 
@@ -407,6 +410,14 @@ def _matrix(name: str, weight: Tensor, rows: int | None, width: int, dtype: torc
         format_of(weight, width)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _alike(first_name: str, first: Tensor, name: str, weight: Tensor, width: int) -> None:
+    """Two weights that multiply the same activations."""
+    _require(
+        first.dtype == weight.dtype and (not is_packed(first) or kind_of(first, width) == kind_of(weight, width)),
+        f"{first_name} and {name} must be all plain, all of integers, or all of fp8",
+    )
 
 
 def _sized(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -93,6 +93,13 @@ def format_of(weight: Tensor, width: int) -> Format:
     raise ValueError(f"{weight.shape[-1]} bytes a row are no format of width {width} ({choices or 'none'})")
 
 
+def kind_of(weight: Tensor, width: int) -> str:
+    """What its activations are turned into: "plain", "integers" or "fp8". Weights of one product share it."""
+    if not is_packed(weight):
+        return "plain"
+    return "fp8" if format_of(weight, width).is_float else "integers"
+
+
 def named(name: str, width: int) -> Format:
     """A format by its name, which must suit ``width``.
 

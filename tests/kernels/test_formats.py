@@ -57,7 +57,7 @@ def random_packed(name: str, rows: int, width: int, seed: int = 0) -> Tensor:
         values = values.to(torch.uint8 if form.bits == 4 else torch.int8)
     sign = torch.randint(0, 2, shape[:2], generator=generator) * 2 - 1
     scale = sign * (0.5 + torch.rand(shape[:2], generator=generator)) * width**-0.5 / (8 if form.bits == 4 else 100)
-    least = torch.randn(shape[:2], generator=generator) * width**-0.5 if form.has_zero else None
+    least = -scale * (4 + 8 * torch.rand(shape[:2], generator=generator)) if form.has_zero else None
     return formats.pack(form, values, scale, least)
 
 
@@ -149,6 +149,16 @@ def test_gate_and_up_are_packed_alike(path: str) -> None:
     plain, packed = torch.zeros(4, 32), random_packed("int8", 4, 32)
     with pytest.raises(ValueError, match="gate and up must be all plain, all of integers, or all of fp8"):
         lk.swiglu(torch.zeros(1, 32), plain, packed)
+
+
+@pytest.mark.parametrize(("changed", "message"), [("k", "q and k"), ("v", "q and v"), ("up", "gate and up")])
+def test_weights_of_one_product_are_packed_alike(path: str, changed: str, message: str) -> None:
+    args = packed_example("partial_forward", torch.float32, "int8")
+    args["weights"][REQUIRED_WEIGHTS.index(changed)] = example("partial_forward")["weights"][
+        REQUIRED_WEIGHTS.index(changed)
+    ]
+    with pytest.raises(ValueError, match=f"{message} must be all plain, all of integers, or all of fp8"):
+        run("partial_forward", **args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
