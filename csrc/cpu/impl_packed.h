@@ -2,23 +2,12 @@
 
 // As in impl_dot.h, a row's products are summed in one register over the width, whatever the blocking around it.
 
-// Four mantissa bits and more: fp8 has few enough values to be looked up.
-struct Fp8Table {
-  float of[256];
-};
-constexpr Fp8Table fp8_table() {
-  Fp8Table table{};
-  for (int bits = 0; bits < 256; ++bits) {
-    const int exponent = (bits >> 3) & 15, mantissa = bits & 7;
-    float value = static_cast<float>(exponent ? 8 + mantissa : mantissa);  // in units of the mantissa's last bit
-    for (int i = 10; i > (exponent ? exponent : 1); --i) value *= 0.5f;
-    for (int i = 10; i < exponent; ++i) value *= 2.0f;
-    if ((bits & 127) == 127) value = __builtin_nanf("");
-    table.of[bits] = bits & 128 ? -value : value;
-  }
-  return table;
+// An fp8 number is an fp16 one of the same bits whose exponent is 8 less, NaN but for its bits.
+constexpr float kFp8Unit = 256.0f;
+inline f16 half_of_fp8(uint8_t bits) {
+  const uint32_t rest = bits & 127u;
+  return {static_cast<uint16_t>((bits & 128u) << 8 | rest << 7 | (rest == 127 ? 0x7e00u : 0u))};
 }
-constexpr Fp8Table kFp8Table = fp8_table();
 
 inline float half_at(const uint8_t* p) {
   f16 bits[16] = {};
@@ -43,8 +32,9 @@ inline void expand_block(const uint8_t* header, const uint8_t* values, float* ou
   const F16 scale = splat(scale_at<G>(header));
   const F16 least = splat(G::kHasZero ? half_at(header + 2) : 0.0f);
   if constexpr (G::kIsFloat) {
-    for (int64_t i = 0; i < kBlock; ++i) out[i] = kFp8Table.of[values[i]];
-    for (int64_t i = 0; i < kBlock; i += 16) store(out + i, load(out + i) * scale, 16);
+    f16 halves[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) halves[i] = half_of_fp8(values[i]);
+    for (int64_t i = 0; i < kBlock; i += 16) store(out + i, load(halves + i) * splat(kFp8Unit) * scale, 16);
     return;
   }
   int8_t bytes[kBlock];
