@@ -86,7 +86,7 @@ def format_of(weight: Tensor, width: int) -> Format:
     ValueError
         If no format has as many bytes for that width.
     """
-    for one in _ALL:
+    for one in _ALL if width else ():
         if width % one.group_size == 0 and weight.shape[-1] == one.row_bytes(width):
             return one
     choices = ", ".join(f"{one.name} {one.row_bytes(width)}" for one in _ALL if width % one.group_size == 0)
@@ -301,6 +301,9 @@ def _fit_range(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         chosen = (better[:, :, None], better, better)
         new = (values, scale, least)
         best = tuple(torch.where(*one) for one in zip(chosen, new, best, strict=True))  # type: ignore[assignment]
+    if not bool(best_error.isfinite().all()):
+        worst = float((high - low)[~best_error.isfinite()][0])
+        raise ValueError(f"fp16 cannot hold the scale of a group that spans {worst:g}")
     return best
 
 

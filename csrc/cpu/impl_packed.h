@@ -149,7 +149,7 @@ constexpr bool kFixes<bf16> = true;
 // Whether they do for a format; only rows of a draft head come in any width.
 template <class T>
 inline bool fixes(Format format, int64_t width) {
-  return kFixes<T> && is_integer(format) && width % kBlock == 0;
+  return kFixes<T> && is_integer(format) && width > 0 && width % kBlock == 0;
 }
 
 // Activations [rows, width] for weights of a format; with a norm weight, rms_norm (rounded to T) first.

@@ -15,6 +15,7 @@ Weight matrix(const Tensor& tensor, const char* name, std::initializer_list<int6
     return {reinterpret_cast<const uint8_t*>(plain), width * static_cast<int64_t>(sizeof(T)), Format::kPlain};
   }
   LSK_REQUIRE(tensor.is_contiguous(), name, " must be contiguous");
+  LSK_REQUIRE(width > 0, name, ": 0 bytes a row are no format of width 0");
   LSK_REQUIRE(tensor.dim() == 2 && tensor.size(0) == rows, name, " must have ", rows, " rows of packed weights");
   for (const Format format : kPackedFormats) {
     const bool fits = with_group(

@@ -118,10 +118,17 @@ def test_quantizing_loses_little(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantizing_zeros_and_what_is_exact(name: str) -> None:
     assert formats.dequantize(formats.quantize(torch.zeros(2, 128), name), 128).abs().max() == 0
-    steps = torch.arange(128.0).view(1, 128) % 16 - 8  # -8 … 7, which every format of integers has
-    exact = formats.dequantize(formats.quantize(steps, name), 128)
     if FORMATS[name].bits == 4:
-        assert_same_bits(exact, steps)
+        steps = torch.arange(128.0).view(1, 128) % 16 - 8  # -8 … 7
+        assert_same_bits(formats.dequantize(formats.quantize(steps, name), 128), steps)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_zero"])
+def test_quantizing_refuses_what_fp16_scales_cannot_hold(name: str) -> None:
+    weight = torch.zeros(1, 64)
+    weight[0, 3] = 2e6
+    with pytest.raises(ValueError, match="fp16 cannot hold the scale"):
+        formats.quantize(weight, name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -217,12 +224,28 @@ def test_the_size_of_a_row_does_not_matter(isa: str, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_plain_by_the_native_kernel(name: str, dtype: torch.dtype) -> None:
-    """For torch's matmuls: what the reference computes, but for the last bit of a product and a sum in one step."""
+def test_plain_by_the_native_kernel(isa: str, name: str, dtype: torch.dtype) -> None:
+    """The bits of the reference, on which it rests that what was looked up and what was read embed alike."""
     weight = random_packed(name, 33, 256)
-    expected = formats.dequantize(weight, 256, dtype)
-    spacing = torch.finfo(dtype).eps
-    torch.testing.assert_close(formats.plain(weight, 256, dtype), expected, rtol=spacing, atol=spacing / 64)
+    assert_same_bits(formats.plain(weight, 256, dtype), formats.dequantize(weight, 256, dtype))
+
+
+def test_every_fp8_number(isa: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 1, 32)
+    weight = formats.pack(FORMATS["fp8"], codes.view(torch.float8_e4m3fn), torch.full((8, 1), 0.75))
+    for dtype in DTYPES:
+        found, expected = formats.plain(weight, 32, dtype), formats.dequantize(weight, 32, dtype)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert_same_bits(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_width_zero(path: str) -> None:
+    x = torch.zeros(3, 0, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="0 bytes a row are no format of width 0"):
+        lk.linear(x, torch.zeros(2, 0, dtype=torch.uint8))
+    out = lk.exit_head(x, torch.zeros(0, dtype=torch.bfloat16), torch.zeros(5, 0, dtype=torch.int8), EPS,
+                       scale=torch.ones(5))  # fmt: skip
+    assert out.token.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", FORMATS)

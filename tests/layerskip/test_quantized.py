@@ -117,3 +117,6 @@ def test_refusals(model: LayerSkipModel) -> None:
     broken.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match="row 3 of the weight to quantize holds NaN"):
         layerskip.adapt(broken).quantize("int8")
+    with pytest.raises(ValueError, match="layer 2: up: row 3 of the weight to quantize holds NaN"):
+        layerskip.adapt(broken).quantize("int8", release=True)
+    assert all(one.numel() for one in broken.parameters())  # nothing was freed

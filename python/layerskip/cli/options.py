@@ -18,10 +18,13 @@ def sampling(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, seed=args.seed)
 
 
-def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(
+    args: argparse.Namespace, console: Console, dtype: torch.dtype | None = None, *, gather: bool = True
+) -> tuple[Any, Any]:
     """The model and tokenizer that the options name, on the device that they name.
 
-    Of transformers or, with packed weights, a `LayerSkipModel`.
+    Of transformers or, with packed weights, a `LayerSkipModel`. Without ``gather`` each weight keeps memory of its own,
+    which can be freed by itself.
     """
     settle(args)
     quiet_transformers()
@@ -33,7 +36,8 @@ def load(args: argparse.Namespace, console: Console, dtype: torch.dtype | None =
         weights = getattr(args, "weights", None)
         model, tokenizer = models.load(args.model, dtype or getattr(torch, args.dtype), weights, tell)
         model = model.to(args.device)
-        models.gather_weights(model)
+        if gather:
+            models.gather_weights(model)
         return model, tokenizer
 
 

@@ -47,7 +47,7 @@ def _packed(
     errors = Console(stderr=True)
     plain = argparse.Namespace(**vars(args))
     plain.weights = None if texts else args.weights
-    model, tokenizer = options.load(plain, errors)
+    model, tokenizer = options.load(plain, errors, gather=False)
     args.device = plain.device
     if not texts:
         return (model if isinstance(model, LayerSkipModel) else adapt(model)), tokenizer, None

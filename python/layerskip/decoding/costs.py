@@ -31,10 +31,10 @@ class Sizes:
     @classmethod
     def of(cls, model: LayerSkipModel) -> Sizes:
         """Those of a model's weights; blocks count as part of the draft head."""
-        layer = sum(weight.nbytes for weight in model.decoder.layer_weights(0, 1))
-        blocks = model.decoder.num_blocks
-        draft_head = model.draft_head.head_weight.nbytes + blocks * layer
-        return cls(layer, model.head.head_weight.nbytes, draft_head, model.num_layers, blocks)
+        decoder, layers = model.decoder, model.num_layers
+        layer = sum(weight.nbytes for weight in decoder.layer_weights(0, layers)) // layers
+        draft_head = model.draft_head.head_weight.nbytes + sum(weight.nbytes for weight in decoder.block_weights)
+        return cls(layer, model.head.head_weight.nbytes, draft_head, layers, decoder.num_blocks)
 
 
 Terms = tuple[float, float, float]

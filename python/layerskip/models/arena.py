@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from .architectures import adapt
 from .model import LayerSkipModel
+from .quantized import MATRICES
 
 HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
 LINE = 64  # bytes; each weight begins at a line of the cache
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer, in the order in which it reads them
 _SMAPS = Path("/proc/self/smaps")
 
 
@@ -40,7 +41,8 @@ class Arena:
         self._next = -start % HUGE
         self.address = start + self._next
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # of a kernel that was built without them; small pages serve
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor, behind those that were taken before; it keeps the memory alive, and is its own storage.
@@ -68,7 +70,8 @@ def gather_weights(model: Any) -> Arena | None:
     """Move a model's weights into one arena, in place, in the order in which decoding reads them.
 
     Every holder of a parameter sees it in its new place, so whatever shares the weights goes on sharing them; their
-    values do not change. Who holds a view of a weight, and not the parameter, keeps the old memory.
+    values do not change. Who holds a view of a weight, and not the parameter, keeps the old memory. It is not for a
+    model that decodes meanwhile in another thread.
 
     Parameters
     ----------
@@ -98,7 +101,10 @@ def gather_weights(model: Any) -> Arena | None:
 
 
 def scatter_weights(model: Any) -> None:
-    """Undo `gather_weights`: give each weight memory of its own again, which frees the arena when the last has it."""
+    """Undo `gather_weights`: give each weight memory of its own again, which frees the arena when the last has it.
+
+    Not while the model decodes in another thread.
+    """
     moved: dict[int, Tensor] = {}
     for tensor in _weights(model):
         tensor.data = moved.setdefault(tensor.data_ptr(), tensor.detach().clone())
@@ -111,12 +117,19 @@ def _weights(model: Any) -> list[Tensor]:
 
 
 def _in_order(model: LayerSkipModel) -> Iterator[Tensor]:
-    """The weights of the matmuls; norms and biases are too small to matter, and are read in between."""
-    for number in range(model.num_layers):
-        layer = model.decoder.layer(number)
+    """The weights of the matmuls in the order of reading, then what is small.
+
+    Small ones come along, or they would keep the old memory where all of it is one mapped file.
+    """
+    layers = [model.decoder.layer(number) for number in range(model.num_layers)]
+    for layer in layers:
         yield from (getattr(layer, name) for name in MATRICES)
     yield model.head.head_weight
     yield model.embedding
+    for layer in layers:
+        small = layer._asdict().items()
+        yield from (weight for name, weight in small if name not in MATRICES and weight is not None)
+    yield model.head.norm_weight
 
 
 def _lines(tensor: Tensor) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerskip_kernels import Draft, Noise, Round, draft, linear, speculative_round
@@ -16,7 +15,7 @@ from .cache import SharedKVCache
 from .exit import BoundExit
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder
-from .prefill import Product
+from .prefill import Product, torch_linear
 from .quantized import formats, quantized
 from .weights import shared
 
@@ -177,7 +176,7 @@ class LayerSkipModel(nn.Module):
 
     def prefill(self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, blocks: bool = False) -> Tensor:
         """As `read`, with torch's matmuls, see `PartialDepthDecoder.prefill`; at the lengths of the cache."""
-        return self._read(tokens, cache, end, blocks, self.decoder.prefill, F.linear)
+        return self._read(tokens, cache, end, blocks, self.decoder.prefill, torch_linear)
 
     def _read(
         self,

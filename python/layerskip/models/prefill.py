@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from layerskip_kernels import KVCache, LayerWeights, rms_norm, rope_kv_append, verify_attention
-from layerskip_kernels.formats import is_packed, plain
+from layerskip_kernels.formats import plain
 
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
@@ -45,27 +45,24 @@ def prefill_layer(
     eps : float
     """
     batch, rows, _ = hidden.shape
-    weights = _plain(weights, hidden.dtype)
     head_dim = k_cache.shape[3]
     normed = rms_norm(hidden, weights.attn_norm, eps)
-    q = F.linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, head_dim)
-    k = F.linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, head_dim)
-    v = F.linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, head_dim)
+    q = torch_linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, head_dim)
+    k = torch_linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, head_dim)
+    v = torch_linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, head_dim)
     q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
     k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
     q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
-    hidden = hidden + F.linear(_attend(q, k_cache, v_cache, seq_lens, past), weights.o)
+    hidden = hidden + torch_linear(_attend(q, k_cache, v_cache, seq_lens, past), weights.o)
     normed = rms_norm(hidden, weights.mlp_norm, eps)
-    return hidden + F.linear(F.silu(F.linear(normed, weights.gate)) * F.linear(normed, weights.up), weights.down)
+    return hidden + torch_linear(
+        F.silu(torch_linear(normed, weights.gate)) * torch_linear(normed, weights.up), weights.down
+    )
 
 
-def _plain(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    """The weights of a layer for torch's matmuls: what is packed is computed for this call alone."""
-    if not any(is_packed(weight) for weight in weights if weight is not None):
-        return weights
-    hidden_size, intermediate_size, queries = weights.attn_norm.shape[0], weights.gate.shape[0], weights.q.shape[0]
-    widths = dict.fromkeys(("q", "k", "v", "gate", "up"), hidden_size) | {"o": queries, "down": intermediate_size}
-    return weights._replace(**{name: plain(getattr(weights, name), width, dtype) for name, width in widths.items()})
+def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch's product x weightᵀ + bias; a weight that is packed is unpacked for this call alone."""
+    return F.linear(x, plain(weight, x.shape[-1], x.dtype), bias)
 
 
 def write_keys(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float, product: Product) -> None:

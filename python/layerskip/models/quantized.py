@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .model import LayerSkipModel
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-"""The weights of a layer's matmuls, by their names in `LayerWeights`."""
+"""The weights of a layer's matmuls, by their names in `LayerWeights`, in the order in which it reads them."""
 
 
 @torch.no_grad()
@@ -28,6 +28,8 @@ def quantized(
     """See `LayerSkipModel.quantize`."""
     decoder, head = model.decoder, model.head
     _check(model, weights)
+    if release:
+        _check_finite(model)  # before anything is freed
     tied = model.embedding.data_ptr() == head.head_weight.data_ptr()
     total, done = decoder.num_layers * len(MATRICES) + 2 - tied, 0
 
@@ -69,6 +71,15 @@ def formats(model: LayerSkipModel) -> list[str]:
 
 def _format(weight: Tensor, width: int) -> str:
     return format_of(weight, width).name if is_packed(weight) else str(weight.dtype).removeprefix("torch.")
+
+
+def _check_finite(model: LayerSkipModel) -> None:
+    named_weights = [(f"layer {number}: {name}", getattr(model.decoder.layer(number), name))
+                     for number in range(model.num_layers) for name in MATRICES]  # fmt: skip
+    for where, weight in [*named_weights, ("the head", model.head.head_weight), ("the embedding", model.embedding)]:
+        broken = (~weight.isfinite().all(1)).nonzero()
+        if broken.numel():
+            raise ValueError(f"{where}: row {int(broken[0])} of the weight to quantize holds NaN or infinity")
 
 
 def _check(model: LayerSkipModel, weights: str) -> None:
