@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import _ops, dispatch
+from .formats import takes_packed
 from .schemas import SCHEMAS
 
 
@@ -100,7 +101,8 @@ def cuda_card_reason(index: int) -> str | None:
 
 def _supports_cuda(*args: Any) -> str | None:
     """Why the CUDA library cannot serve tensors, or None."""
-    return _on_cuda(*args) or cuda_card_reason(dispatch.device_of(args).index)
+    reason = _on_cuda(*args) or cuda_card_reason(dispatch.device_of(args).index)
+    return reason or ("packed weights are not served" if takes_packed(args) else None)
 
 
 _on_cuda = dispatch.serves_device("cuda")

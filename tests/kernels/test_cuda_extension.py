@@ -72,6 +72,9 @@ def test_the_table_asks_for_the_card_of_the_tensors(monkeypatch: pytest.MonkeyPa
     assert supports(new) is None
     assert supports(old) == "cuda:1 (Card 1) has compute capability 7.0, the CUDA kernels need 8.0"
     assert supports(torch.empty(1)) == "the tensors are on cpu"
+    with FakeTensorMode():
+        packed = torch.empty(1, 34, device="cuda:0", dtype=torch.uint8)
+    assert supports(new, packed) == supports(new, [new, packed]) == "packed weights are not served"
     _extension.cuda_card_reason.cache_clear()
 
 
