@@ -22,10 +22,11 @@ struct HeadArgs {
   HeadLogits logits;
   Choice* partial;  // [R, tiles]
   int64_t tiles;
-  int segments;                         // of a row
-  int pitch;                            // elements from one state to the next in shared memory
-  bool weight_aligned, states_aligned;  // rows start at multiples of 16 bytes
-  int passes, pass, stages;             // over the states, states a pass, stages of a ring
+  int pitch = 0;                 // elements from one state to the next in shared memory
+  bool states_aligned = false;   // rows start at multiples of 16 bytes
+  int passes = 0, pass = 0;      // over the states, states a pass
+  int segments = 0, stages = 0;  // of weights that are not packed: of a row, of a ring
+  bool weight_aligned = false;   // the same of these
 };
 
 // How the states of a pass are drawn; temperature 0 is greedy.

@@ -47,11 +47,11 @@ EMULATED(linear)(const void* x, const void* weight, const void* bias, const void
 }
 
 EMULATED(swiglu)(const void* x, const void* gate, const void* up, void* out, int64_t rows, int64_t d_in,
-                 int64_t intermediate_size, int64_t format, int64_t dtype) {
+                 int64_t intermediate_size, int64_t gate_format, int64_t up_format, int64_t dtype) {
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     Chain chain(nullptr);
-    return swiglu<T>(chain, {static_cast<const T*>(x), d_in}, nullptr, 0.0f, emu::weight<T>(gate, d_in, format),
-                     emu::weight<T>(up, d_in, format), rows, d_in, intermediate_size,
+    return swiglu<T>(chain, {static_cast<const T*>(x), d_in}, nullptr, 0.0f, emu::weight<T>(gate, d_in, gate_format),
+                     emu::weight<T>(up, d_in, up_format), rows, d_in, intermediate_size,
                      {static_cast<T*>(out), intermediate_size});
   });
 }

@@ -92,8 +92,7 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, con
   const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     const auto layers = emu::layers<T>(weights, formats, caches, 0, s.exit_layer, s.shape(1)),
-               blocks = emu::layers<T>(weights, formats, caches, s.exit_layer, s.exit_layer + s.num_blocks, s.shape(1),
-                                       s.weight_format);
+               blocks = emu::layers<T>(weights, formats, caches, s.exit_layer, s.exit_layer + s.num_blocks, s.shape(1));
     const Layers<T> shallow = model.run<T>(layers, s.shape(1), memory);
     const Head<T> exit{static_cast<const T*>(norm),
                        emu::weight<T>(head, s.hidden_size, s.draft_head_format),

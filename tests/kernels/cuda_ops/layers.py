@@ -63,8 +63,8 @@ class EmulatedLayers:
 
     def swiglu(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         out = x.new_empty(x.shape[0], gate.shape[0])
-        code = code_of(gate, x.shape[1])
-        self._layers("swiglu", x, gate, up, out, *x.shape, gate.shape[0], code, x.dtype, writes=(out,))
+        codes = [code_of(weight, x.shape[1]) for weight in (gate, up)]
+        self._layers("swiglu", x, gate, up, out, *x.shape, gate.shape[0], *codes, x.dtype, writes=(out,))
         return out
 
     def rope_kv_append(

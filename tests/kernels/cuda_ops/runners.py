@@ -94,9 +94,10 @@ class Emulated(EmulatedLayers):
         memory = self._round_scratch(sizes, 1, a.norm_weight.dtype)
         pitches = (0, 0) if a.logits is None else (a.logits.stride(0), a.logits.stride(1))
         self.call(
-            "speculative_round", "draft", a.token, a.embedding, model.weights, model.formats, model.caches, a.cos, a.sin,
-            a.seq_lens, a.slots, a.norm_weight, a.head_weight, a.token_map, a.scale, a.temperature, a.seed, a.logits, *pitches,
-            *out, *buffers, memory, sizes, float(a.eps), float(a.draft_threshold), a.norm_weight.dtype,
+            "speculative_round", "draft", a.token, a.embedding, model.weights, model.formats, model.caches, a.cos,
+            a.sin, a.seq_lens, a.slots, a.norm_weight, a.head_weight, a.token_map, a.scale, a.temperature, a.seed,
+            a.logits, *pitches, *out, *buffers, memory, sizes, float(a.eps), float(a.draft_threshold),
+            a.norm_weight.dtype,
             writes=[a.k_cache, a.v_cache, *out, *buffers, memory] + ([] if a.logits is None else [a.logits]),
         )  # fmt: skip
         return lk.Draft(*out)
