@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import device_of, forced, implements
+from ..formats import takes_packed
 
 FILES = {  # the ops of each file
     "rms_norm": ["rms_norm"],
@@ -67,6 +68,8 @@ def supports(*args: Any) -> str | None:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "float64 is not served"
+    if takes_packed(args):
+        return "packed weights are not served"
     device = tensors[0].device
     return _device(device.type, device.index)
 

@@ -38,6 +38,12 @@ def test_float64_is_not_served() -> None:
     assert triton.supports(torch.ones(2, dtype=torch.float64)) == "float64 is not served"
 
 
+def test_packed_weights_are_not_served() -> None:
+    pytest.importorskip("triton")
+    x, packed = torch.ones(2, 32), torch.zeros(1, 34, dtype=torch.uint8)
+    assert triton.supports(x, packed) == triton.supports(x, [x, packed]) == "packed weights are not served"
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A stand-in for a weight on a card, with an empty table beside it."""
