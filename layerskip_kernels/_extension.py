@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import _ops, dispatch
+from .bundles import REQUIRED_WEIGHTS
 from .schemas import SCHEMAS
 
 
@@ -98,9 +99,20 @@ def cuda_card_reason(index: int) -> str | None:
     return card_reason(_cuda_build(), torch.cuda.get_device_capability(index), name)
 
 
+def mixed_reason(args: tuple[Any, ...]) -> str | None:
+    """Why the CUDA kernels do not take the formats of a model's first layer, or None."""
+    for arg in args:
+        if isinstance(arg, (list, tuple)) and len(arg) >= len(REQUIRED_WEIGHTS):
+            first = dict(zip(REQUIRED_WEIGHTS, arg, strict=False))
+            for names in (("q", "k", "v"), ("gate", "up")):
+                if len({(first[name].dtype, first[name].shape[-1]) for name in names}) > 1:
+                    return f"{', '.join(names[:-1])} and {names[-1]} of different formats are not served"
+    return None
+
+
 def _supports_cuda(*args: Any) -> str | None:
     """Why the CUDA library cannot serve tensors, or None."""
-    return _on_cuda(*args) or cuda_card_reason(dispatch.device_of(args).index)
+    return _on_cuda(*args) or cuda_card_reason(dispatch.device_of(args).index) or mixed_reason(args)
 
 
 _on_cuda = dispatch.serves_device("cuda")

@@ -18,8 +18,9 @@ The bytes of a row and the width D name the format: no two have the same number 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ BLOCK = 32  # values that int4 packs together
 FP8_MAX = 448.0  # of float8_e4m3fn
 _STEPS = 8  # of scales that are tried for a group on either side of what fits its extremes
 _AT_ONCE = 1 << 21  # weights that are quantized at a time
+_LAYER = 9  # weights that a layer has at least
 
 
 class Format(NamedTuple):
@@ -76,6 +78,16 @@ FORMATS = {one.name: one for one in _ALL}
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight is a packed one; int8 tensors, the rows of a draft head, are not."""
     return weight.dtype == torch.uint8
+
+
+def takes_packed(args: Iterable[Any]) -> bool:
+    """Whether a call has a packed weight among its arguments; of a model's layers it asks only the first."""
+    return any(
+        is_packed(one)
+        for arg in args
+        for one in (arg[:_LAYER] if isinstance(arg, (list, tuple)) else (arg,))
+        if isinstance(one, Tensor)
+    )
 
 
 def format_of(weight: Tensor, width: int) -> Format:

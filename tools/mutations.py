@@ -209,7 +209,7 @@ MUTATIONS = [
         "ptx::cp_async_wait<2>();", "ptx::cp_async_wait<3>();", EMULATED + "exit_head.py -k view_of_wider",
     ),
     Mutation(
-        "rows past the vocabulary count, in CUDA", CUDA + "exit_head.cuh",
+        "rows past the vocabulary count, in CUDA", CUDA + "head_states.cuh",
         "if (row >= a.head.vocab_size || state >= rows) continue;", "if (state >= rows) continue;",
         EMULATED + "exit_head.py -k view_of_wider",
     ),
@@ -238,7 +238,7 @@ MUTATIONS = [
     ),
     Mutation(
         "32 bits for the place of a weight row, in CUDA", CUDA + "linear_tile.cuh",
-        "static_cast<int64_t>(min(n, d_out - 1))", "min(n, d_out - 1)",
+        "matrix + static_cast<int64_t>(n) * in.d_in", "matrix + n * in.d_in",
         "tests/cuda_emulation/test_planted.py -k weights_beyond",
     ),
     Mutation(

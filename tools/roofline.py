@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
+from layerskip_kernels.formats import FORMATS
 from tests.cuda_emulation import Traffic, library
 from tests.kernels.cuda_ops.runners import Emulated
 
@@ -44,7 +46,7 @@ class Shape:
         if self.device == "meta":
             return torch.empty(sizes, dtype=dtype, device="meta")
         if not dtype.is_floating_point:
-            return torch.randint(-100, 100, sizes, dtype=dtype)
+            return torch.randint(0 if dtype == torch.uint8 else -100, 100, sizes, dtype=dtype)
         return (torch.randn(sizes, generator=torch.Generator().manual_seed(len(sizes))) * 0.05).to(dtype)
 
     def layer(self) -> list[Tensor]:
@@ -131,6 +133,24 @@ def cases(shape: Shape, rows: int) -> Iterator[Case]:
         lambda ops: ops.partial_forward(x[None], weights, *stacked, *angles, lengths, 0, 1, EPS),
     )
     yield from exit_heads(shape, x, norm)
+    yield from packed(shape, x, residual, norm)
+
+
+def packed(shape: Shape, x: Tensor, residual: Tensor, norm: Tensor) -> Iterator[Case]:
+    """A matrix and the head in the formats of quantized weights: any bytes will do."""
+    for name in ("int8", "int4"):
+        width = FORMATS[name].row_bytes(shape.hidden)
+        square, head = (shape.tensor(rows, width, dtype=torch.uint8) for rows in (shape.hidden, shape.vocabulary))
+        yield f"linear, {name}", size(x, square, residual, x), partial(_linear, x, square, residual)
+        yield f"exit_head, {name}", size(x, norm, head) + 16 * len(x), partial(_exit_head, x, norm, head)
+
+
+def _linear(x: Tensor, weight: Tensor, residual: Tensor, ops: Counting) -> Tensor:
+    return ops.linear(x, weight, None, residual)
+
+
+def _exit_head(x: Tensor, norm: Tensor, weight: Tensor, ops: Counting) -> Any:
+    return ops.exit_head(x, norm, weight, EPS)
 
 
 def exit_heads(shape: Shape, x: Tensor, norm: Tensor) -> Iterator[Case]:

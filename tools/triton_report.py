@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS, KVCache, LayerWeights, layer_shapes
+from layerskip_kernels.formats import FORMATS
 from layerskip_kernels.schemas import derive, flatten
 from layerskip_kernels.triton import (
     _config,
@@ -32,6 +33,7 @@ from layerskip_kernels.triton import (
     draft,
     early_exit_loss,
     exit_head,
+    linear,
     partial_forward,
 )
 from layerskip_kernels.triton._launch import PDL_COMPILES
@@ -43,7 +45,7 @@ HIP = GPUTarget("hip", "gfx942", 64)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, CUDA guide, table 30
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32",
-    torch.int64: "i64",
+    torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 TILES = ("ROWS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "SPLITS", "num_warps", "num_stages")
 MARKER = "<!-- make triton-report -->"
@@ -64,6 +66,9 @@ class Launch:
         first = next(arg for arg in self.arguments.values() if isinstance(arg, Tensor))
         head = self.arguments.get("head_ptr")
         kind = f"{TYPES[first.dtype]}" + (" int8 head" if head is not None and head.dtype == torch.int8 else "")
+        kind += f" int{self.arguments['BITS']}" if "BITS" in self.arguments else ""
+        kind += f" groups={32 * self.arguments['BLOCKS']}" if "BLOCKS" in self.arguments else ""
+        kind += " zero" if self.arguments.get("HAS_ZERO") else ""
         kind += " transposed" if self.arguments.get("a_row") == 1 else ""
         kind += " sampling" if self.arguments.get("SAMPLES") else ""
         kind += " logits" if self.arguments.get("HAS_LOGITS") else ""
@@ -222,6 +227,19 @@ def launches(shape: Shape, dtype: torch.dtype, full: bool = False) -> list[Launc
         accept_greedy.accept_greedy(drafts, target, lengths)
         _loss_launches(empty(3, 2048, shape.hidden), empty(shape.vocabulary, shape.hidden))
     return list({launch.name: launch for launch in found}.values())
+
+
+def packed_launches(shape: Shape, dtype: torch.dtype) -> list[Launch]:
+    """Those of `linear` and `swiglu` with packed weights, in every format that is served."""
+    x = torch.empty(7, shape.hidden, dtype=dtype, device="meta")
+    with recorded() as found:
+        for form in FORMATS.values():
+            if not form.is_float:
+                size = (shape.features, form.row_bytes(shape.hidden))
+                weight = torch.empty(size, dtype=torch.uint8, device="meta")
+                linear.linear(x, weight, x.new_empty(shape.features), x.new_empty(7, shape.features))
+                linear.swiglu(x, weight, weight)
+    return found
 
 
 def tuned(launch: Launch) -> list[Launch]:

@@ -6,6 +6,7 @@
 
 #include "common/checks.h"
 #include "common/layer_weights.h"
+#include "common/matrix.h"
 
 namespace lsk {
 
@@ -54,9 +55,8 @@ struct LayerStack {
     return out;
   }
 
-  // `take_matrix(tensor, name, sizes)` gives the W of a matmul's weight.
-  template <class T, class W, class TakeMatrix>
-  std::vector<LayerWeights<T, W>> layers(const ForwardShape& s, TakeMatrix take_matrix) const {
+  template <class T>
+  std::vector<LayerWeights<T>> layers(const ForwardShape& s) const {
     using Sizes = std::initializer_list<int64_t>;
     const auto take = [](const Tensor& tensor, const char* name, Sizes sizes) -> const T* {
       return data<T>(tensor, name, sizes);
@@ -67,23 +67,15 @@ struct LayerStack {
     const int64_t num_layers = k_cache.size(0), stride = s.num_slots * s.num_kv_heads * s.capacity * s.head_dim;
     T* keys = data<T>(k_cache, "k_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
     T* values = data<T>(v_cache, "v_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
-    std::vector<LayerWeights<T, W>> out;
+    std::vector<LayerWeights<T>> out;
     out.reserve(count());
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t each = weights_per_layer();
-      out.push_back(take_layer<T, W>(weights.data() + i * each, each, s, take, take_optional, take_matrix));
+      out.push_back(take_layer<T>(weights.data() + i * each, each, s, take, take_optional, matrix<T>));
       out.back().k_cache = keys + cache_layer(i) * stride;
       out.back().v_cache = values + cache_layer(i) * stride;
     }
     return out;
-  }
-
-  // Of plain weights alone.
-  template <class T>
-  std::vector<LayerWeights<T>> layers(const ForwardShape& s) const {
-    return layers<T, const T*>(s, [](const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
-      return static_cast<const T*>(data<T>(tensor, name, sizes));
-    });
   }
 };
 

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "common/weight.h"
+
 namespace lsk {
 
 // The order of a layer's weights: that of LayerWeights in bundles.py.
@@ -22,23 +24,23 @@ struct ForwardShape {
   int64_t keys() const { return num_kv_heads * head_dim; }
 };
 
-// One layer: its weights, of which the last five may be null, and its part of the cache. Those of matmuls are W.
-template <class T, class W = const T*>
+// One layer: its weights, of which the last five may be null, and its part of the cache.
+template <class T>
 struct LayerWeights {
   const T *attn_norm, *mlp_norm;
-  W q, k, v, o, gate, up, down;
+  Weight q, k, v, o, gate, up, down;
   const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
   T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
 };
 
 // Takes the `count` weights of a layer from `sources`, in the order of `layer_weight`. `take(source, name, shape)`
 // gives the memory of one; `take_optional` does, too, and null where the model does not have it; `take_matrix` gives
-// the W of a matmul's weight.
-template <class T, class W, class Source, class Take, class TakeOptional, class TakeMatrix>
-LayerWeights<T, W> take_layer(const Source* sources, int64_t count, const ForwardShape& s, Take take,
-                              TakeOptional take_optional, TakeMatrix take_matrix) {
+// the weight of a matmul.
+template <class T, class Source, class Take, class TakeOptional, class TakeMatrix>
+LayerWeights<T> take_layer(const Source* sources, int64_t count, const ForwardShape& s, Take take,
+                           TakeOptional take_optional, TakeMatrix take_matrix) {
   using namespace layer_weight;
-  LayerWeights<T, W> out;
+  LayerWeights<T> out;
   out.attn_norm = take(sources[kAttnNorm], "attn_norm", {s.hidden_size});
   out.q = take_matrix(sources[kQ], "q", {s.queries(), s.hidden_size});
   out.k = take_matrix(sources[kK], "k", {s.keys(), s.hidden_size});

@@ -19,7 +19,7 @@ enum class Format : uint8_t {
   kFp8Of128
 };
 
-constexpr int64_t kBlock = 32;  // values that int4 packs together
+constexpr int64_t kPackedBlock = 32;  // values that int4 packs together
 
 // How a group of a packed row is written: its scale, in fp16 or, of fp8, in fp32, its least value, if any, in fp16,
 // then the values.
@@ -28,7 +28,7 @@ struct Group {
   static constexpr int kBits = kBits_, kSize = kSize_;
   static constexpr bool kHasScale = kHasScale_, kHasZero = kHasZero_, kIsFloat = kIsFloat_;
   static constexpr int kHeader = kIsFloat ? 4 : 2 * (kHasScale + kHasZero), kBytes = kHeader + kSize * kBits / 8;
-  static constexpr int kBlocks = kSize / kBlock, kBlockBytes = kBlock * kBits / 8;
+  static constexpr int kBlocks = kSize / kPackedBlock, kBlockBytes = kPackedBlock * kBits / 8;
 
   static constexpr int64_t row_bytes(int64_t width) { return width / kSize * kBytes; }
   static constexpr bool divides(int64_t width) { return width % kSize == 0; }

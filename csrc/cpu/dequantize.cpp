@@ -1,6 +1,6 @@
 // What a packed weight stands for, in fp32, bf16 or fp16: for torch's own matmuls on many rows.
+#include "common/matrix.h"
 #include "cpu/common.h"
-#include "cpu/matrix.h"
 
 namespace lsk {
 namespace {

@@ -7,7 +7,6 @@
 
 #include "common/layer_stack.h"
 #include "cpu/attention.h"
-#include "cpu/matrix.h"
 
 namespace lsk {
 
@@ -19,13 +18,12 @@ struct Buffers {
   float *packed, *partial;
 };
 
-// A layer whose matmuls' weights may be packed.
 template <class T>
-using Layer = LayerWeights<T, Weight>;
+using Layer = LayerWeights<T>;
 
 template <class T>
 std::vector<Layer<T>> layers_of(const LayerStack& stack, const ForwardShape& shape) {
-  std::vector<Layer<T>> out = stack.layers<T, Weight>(shape, matrix<T>);
+  std::vector<Layer<T>> out = stack.layers<T>(shape);
   for (const Layer<T>& layer : out) {
     check_alike(layer.q, layer.k, "q and k");
     check_alike(layer.q, layer.v, "q and v");

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
+#include "common/matrix.h"
 #include "cpu/common.h"
-#include "cpu/matrix.h"
 
 namespace lsk {
 

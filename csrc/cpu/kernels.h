@@ -8,6 +8,7 @@
 
 namespace lsk {
 
+constexpr int64_t kBlock = kPackedBlock;
 constexpr int64_t kPad = 32;         // rows of packed activations are zero-padded to a multiple of this
 constexpr int64_t kSplit = 256;      // positions of one attention split; fixed, so that a row's bits don't depend on M
 constexpr int64_t kHeadTiles = 128;  // parts of a vocabulary; fixed, so that a sum's order doesn't depend on the team

@@ -1,6 +1,6 @@
 // linear and swiglu on CPU tensors.
+#include "common/matrix.h"
 #include "cpu/common.h"
-#include "cpu/matrix.h"
 
 namespace lsk {
 namespace {

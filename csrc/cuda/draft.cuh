@@ -6,6 +6,7 @@
 #include "cuda/choice.cuh"
 #include "cuda/common.cuh"
 #include "cuda/draft.h"
+#include "cuda/packed.cuh"
 
 namespace lsk {
 
@@ -15,34 +16,54 @@ __device__ __forceinline__ bool is_alive(const DraftArgs<T>& a, int64_t b, int64
   return a.draft_threshold == 0 || step == 0 || a.tokens[b * a.num_speculations + step - 1] >= 0;
 }
 
-// to = from, or zeros from a null pointer; by a whole block.
+// Zeros, or a row of a plain embedding; by a whole block.
 template <class T>
 __device__ __forceinline__ void copy_row(const DraftArgs<T>& a, T* to, const T* from) {
   const int hidden_size = static_cast<int>(a.hidden_size), filled = from == nullptr ? 0 : hidden_size;
-  const bool aligned = hidden_size * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(a.embedding) % 16 == 0;
+  const bool aligned = hidden_size * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(a.embedding.data) % 16 == 0;
   for (int column = threadIdx.x * kChunk<T>; column < hidden_size; column += blockDim.x * kChunk<T>)
     store_chunk(to, column, hidden_size, aligned, load_chunk(from, column, filled, aligned));
 }
 
+// What row `row` of a packed embedding stands for, rounded once; by a whole block.
+template <class T, class W>
+__device__ __forceinline__ void expand_row(const DraftArgs<T>& a, const PackedMatrix& packed, int64_t row, T* to) {
+  const int hidden_size = static_cast<int>(a.hidden_size);
+  for (int column = threadIdx.x; column < hidden_size; column += blockDim.x)
+    to[column] = from_float<T>(weight_in<W>(packed, packed.row(row), column));
+}
+
 // A token that the embedding does not have, such as -1, is embedded as token 0: what follows it has no meaning.
 template <class T>
-__device__ __forceinline__ void embed(const DraftArgs<T>& a, int64_t b, int64_t token) {
+__device__ __forceinline__ void embed(const DraftArgs<T>& a, const PackedMatrix& packed, int64_t b, int64_t token) {
   const int64_t row = token < 0 || token >= a.vocab_size ? 0 : token;
-  copy_row(a, a.hidden + b * a.hidden_size, a.embedding + row * a.hidden_size);
+  T* to = a.hidden + b * a.hidden_size;
+  switch (a.embedding.format) {
+    case Format::kPlain:
+      return copy_row(a, to, reinterpret_cast<const T*>(a.embedding.data + row * a.embedding.pitch));
+    case Format::kInt8:
+    case Format::kInt8Of128:
+      return expand_row<T, Int8>(a, packed, row, to);
+    case Format::kFp8:
+    case Format::kFp8Of128:
+      return expand_row<T, Fp8>(a, packed, row, to);
+    default:
+      return expand_row<T, Int4>(a, packed, row, to);
+  }
 }
 
 // One block a sequence.
 template <class T>
-__global__ void __launch_bounds__(kThreads) draft_embed_kernel(DraftArgs<T> a) {
+__global__ void __launch_bounds__(kThreads) draft_embed_kernel(DraftArgs<T> a, PackedMatrix packed) {
   ptx::dependents_trigger();
   ptx::dependency_wait();
-  embed(a, blockIdx.x, a.token[blockIdx.x]);
+  embed(a, packed, blockIdx.x, a.token[blockIdx.x]);
 }
 
 // One block a sequence: the token of `step`, its probability, and its embedding for the step after it.
 template <class T>
 __global__ void __launch_bounds__(kMaxMergeThreads, 1)
-    draft_step_kernel(DraftArgs<T> a, int64_t step, int64_t tiles, const int64_t* token_map) {
+    draft_step_kernel(DraftArgs<T> a, PackedMatrix packed, int64_t step, int64_t tiles, const int64_t* token_map) {
   __shared__ Choice shared[kMaxMergeThreads / 32];
   ptx::dependents_trigger();
   ptx::dependency_wait();
@@ -53,7 +74,7 @@ __global__ void __launch_bounds__(kMaxMergeThreads, 1)
   const bool drafted = a.draft_threshold == 0 || (alive && probability >= a.draft_threshold);
   const int64_t token = drafted ? chosen_token(best, token_map) : -1;
   if (!alive) copy_row<T>(a, a.state(step).row(b), nullptr);
-  if (step + 1 < a.rows()) embed(a, b, token);
+  if (step + 1 < a.rows()) embed(a, packed, b, token);
   if (threadIdx.x != 0) return;
   a.tokens[b * a.num_speculations + step] = token;
   a.probability[b * a.num_speculations + step] = alive ? probability : 0.0f;
@@ -68,14 +89,15 @@ __global__ void __launch_bounds__(kThreads) draft_clear_kernel(DraftArgs<T> a) {
     copy_row<T>(a, a.state(a.num_speculations).row(blockIdx.x), nullptr);
 }
 
-template <class T, class W>
+template <class T>
 cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, const Layers<T>& blocks,
-                  const Head<T, W>& head, HeadSampling sampling, HeadLogits logits, int64_t step_pitch) {
+                  const Head<T>& head, HeadSampling sampling, HeadLogits logits, int64_t step_pitch) {
   const dim3 grid(static_cast<unsigned>(a.batch));
   const int64_t tiles = head_tiles(head.vocab_size);
+  const PackedMatrix packed(a.embedding, a.vocab_size);  // unused where it is plain
   if (a.batch == 0 || a.rows() == 0) return cudaSuccess;
   sampling.position = layers.args.seq_lens;
-  LSK_LAUNCH(launch(chain.next(grid, kThreads), draft_embed_kernel<T>, a));
+  LSK_LAUNCH(launch(chain.next(grid, kThreads), draft_embed_kernel<T>, a, packed));
   for (int64_t row = 0; row < a.rows(); ++row) {
     const Rows<T> state = a.state(row);
     LSK_LAUNCH(layers.run(chain, {a.hidden, a.hidden_size}, state, row));
@@ -87,7 +109,8 @@ cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, 
     if (row == a.num_speculations) break;
     sampling.ahead = row;
     LSK_LAUNCH(exit_head_tiles(chain, head, seen, a.batch, sampling, logits, a.partial));
-    LSK_LAUNCH(launch(chain.next(grid, merge_threads(tiles)), draft_step_kernel<T>, a, row, tiles, head.token_map));
+    LSK_LAUNCH(
+        launch(chain.next(grid, merge_threads(tiles)), draft_step_kernel<T>, a, packed, row, tiles, head.token_map));
     if (logits.data != nullptr) logits.data += step_pitch;
   }
   if (!a.extend || a.draft_threshold == 0) return cudaSuccess;

@@ -9,7 +9,7 @@ namespace lsk {
 template <class T>
 struct DraftArgs {
   const int64_t* token;  // [B]
-  const T* embedding;    // [Ve, D]
+  Weight embedding;      // [Ve, D]
   int64_t batch, vocab_size, hidden_size, num_speculations;
   bool extend;
   float draft_threshold;  // a draft less probable ends its sequence's drafts
@@ -41,8 +41,8 @@ struct Layers {
 // `blocks`, which may be none, run on one row, too, and may share the scratch of `layers`. `sampling` is given
 // positions by the layers' seq_lens. The logits of step i, where they are wanted, are `logits` moved on by i *
 // step_pitch.
-template <class T, class W>
+template <class T>
 cudaError_t draft(Chain& chain, const DraftArgs<T>& args, const Layers<T>& layers, const Layers<T>& blocks,
-                  const Head<T, W>& head, HeadSampling sampling, HeadLogits logits, int64_t step_pitch);
+                  const Head<T>& head, HeadSampling sampling, HeadLogits logits, int64_t step_pitch);
 
 }  // namespace lsk

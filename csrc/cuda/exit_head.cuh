@@ -16,11 +16,8 @@
 // for before the dependency wait, and the norm is computed while they arrive.
 #pragma once
 
-#include "cuda/choice.cuh"
-#include "cuda/exit_head.h"
 #include "cuda/exit_head_numbers.cuh"
-#include "cuda/noise.cuh"
-#include "cuda/rms_norm.cuh"
+#include "cuda/packed_head.cuh"
 
 namespace lsk {
 
@@ -28,25 +25,6 @@ constexpr int kSegmentBytes = 256;  // of a weight row, a stage
 constexpr int kPieces = kSegmentBytes / 16;
 constexpr int kStageBytes = kHeadTile * kSegmentBytes;
 constexpr int kMinStages = 2, kMaxStages = 4;
-
-// Past the segments of a state in shared memory: the next one starts in other banks.
-template <class T>
-inline constexpr int kPitchPadding = 64 / sizeof(T);
-
-template <class T, class W>
-struct HeadArgs {
-  Head<T, W> head;
-  Rows<const T> hidden;  // [R, D]
-  int64_t rows;
-  HeadSampling sampling;
-  HeadLogits logits;
-  Choice* partial;  // [R, tiles]
-  int64_t tiles;
-  int segments;                         // of a row
-  int pitch;                            // elements from one state to the next in shared memory
-  bool weight_aligned, states_aligned;  // rows start at multiples of 16 bytes
-  int passes, pass, stages;             // over the states, states a pass, stages of a ring
-};
 
 // One warp's weights on their way through its ring: tiles first, first + step, ..., segment after segment.
 template <class W>
@@ -182,78 +160,9 @@ struct Products<float, W> {
   }
 };
 
-// How the states of a pass are drawn; temperature 0 is greedy.
-struct PassSampling {
-  float temperature[kTokens];
-  NoiseKey noise[kTokens];
-};
-
-__device__ __forceinline__ void load_sampling(const HeadSampling& from, int64_t first, int rows, PassSampling* to) {
-  const int r = threadIdx.x;
-  if (r >= kTokens) return;
-  const bool sampled = from.temperature != nullptr && r < rows;
-  to->temperature[r] = sampled ? from.temperature[first + r] : 0.0f;
-  if (sampled)
-    to->noise[r] = {static_cast<uint64_t>(from.seed[first + r]),
-                    static_cast<uint64_t>(from.position[first + r] + from.ahead), kDraftStream};
-}
-
-// Normed states, rounded to T, zero past the width. All threads share the rows' chunks, so that one state takes no
-// longer than an eighth of eight.
-template <class T, class W>
-__device__ __forceinline__ void load_states(const HeadArgs<T, W>& a, int64_t first, int rows, T* states) {
-  __shared__ float scratch[kWarps * kTokens];
-  __shared__ float inverses[kTokens];
-  const int hidden_size = static_cast<int>(a.head.hidden_size), chunks = (a.pitch - kPitchPadding<T>) / kChunk<T>;
-  const Rows<const T> x{a.hidden.row(first), a.hidden.pitch};
-  float inverse[2];
-  inverse_rms(x, rows, hidden_size, a.head.eps, a.states_aligned, scratch, inverse);
-  if (threadIdx.x < 32 && threadIdx.x % 4 == 0) {
-    inverses[threadIdx.x / 4] = inverse[0];
-    inverses[threadIdx.x / 4 + 8] = inverse[1];
-  }
-  __syncthreads();
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows * chunks; i += kThreads) {
-    const int row = i / chunks, column = i % chunks * kChunk<T>;
-    const Chunk<T> factors = load_chunk(a.head.norm_weight, column, hidden_size, a.states_aligned);
-    *reinterpret_cast<Chunk<T>*>(states + row * a.pitch + column) =
-        normed(load_chunk(x.row(row), column, hidden_size, a.states_aligned), inverses[row], factors);
-  }
-}
-
-// What the tile leaves of each state's logits.
-template <class T, class W>
-__device__ __forceinline__ void fold_tile(const HeadArgs<T, W>& a, const float (&sums)[2][4], int64_t tile,
-                                          int64_t first, int rows, const PassSampling& sampling) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int part = 0; part < 4; ++part) {
-    const int n = part / 2, state = 8 * n + 2 * t + part % 2;
-    if (8 * n >= rows) break;
-    Choice best = no_choice();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = tile * kHeadTile + g + 8 * half;
-      if (row >= a.head.vocab_size || state >= rows) continue;
-      float logit = sums[n][part % 2 + 2 * half], noise = 0.0f;
-      if (a.head.scale != nullptr) logit *= a.head.scale[row];
-      if (a.logits.data != nullptr) a.logits.data[(first + state) * a.logits.pitch + row] = logit;
-      if (sampling.temperature[state] > 0) {
-        const int64_t token = a.head.token_map != nullptr ? a.head.token_map[row] : row;
-        logit /= sampling.temperature[state];
-        noise = sampling.noise[state].gumbel(static_cast<uint32_t>(token));
-      }
-      merge(best, choice_of(logit, noise, static_cast<int>(row)));
-    }
-    for (int mask = 4; mask < 32; mask *= 2) merge_lane(best, mask);
-    if (g == 0 && state < rows) a.partial[(first + state) * a.tiles + tile] = best;
-  }
-}
-
 // Blocks share the passes over up to `pass` states so that the passes over a tile run side by side and meet in L2.
 template <class T, class W>
-__global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T, W> a) {
+__global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T> a) {
   __shared__ PassSampling sampling;
   ptx::dependents_trigger();
   unsigned char* memory = ptx::dynamic_shared();
@@ -261,12 +170,10 @@ __global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T, W> a
   const int64_t first = static_cast<int64_t>(blockIdx.x % a.passes) * a.pass, teams = gridDim.x / a.passes;
   const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(a.pass))), warp = threadIdx.x / 32;
   const int64_t start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;
-  WeightRing<W> ring{
-      a.head.weight, a.head.vocab_size, a.head.hidden_size, start, step, memory + warp * a.stages * kStageBytes,
-      a.stages,      a.weight_aligned};
+  WeightRing<W> ring{reinterpret_cast<const W*>(a.head.weight.data), a.head.vocab_size, a.head.hidden_size, start, step,
+                     memory + warp * a.stages * kStageBytes,         a.stages,          a.weight_aligned};
   for (int i = 1; i < a.stages; ++i) ring.fetch();
-  for (int k = threadIdx.x * kChunk<T>; k < a.head.hidden_size; k += kThreads * kChunk<T>)
-    ptx::prefetch_l2(a.head.norm_weight + k);
+  prefetch_norm(a);
   ptx::dependency_wait();
   load_states(a, first, rows, states);
   load_sampling(a.sampling, first, rows, &sampling);
@@ -300,39 +207,40 @@ __global__ void __launch_bounds__(kMaxThreads)
   logsumexp[row] = total;
 }
 
-// As many states as fit beside the smallest ring, and as deep a ring as fits beside them; 0 when not one fits. The
-// bytes.
+// The launch of the tiles with weights W: T, or int8 rows.
 template <class T, class W>
-size_t plan_passes(HeadArgs<T, W>& a, size_t available) {
-  const size_t stage = kWarps * kStageBytes, state = a.pitch * sizeof(T);
-  if (available < kMinStages * stage + state) return 0;
-  const size_t fitting = (available - kMinStages * stage) / state, wanted = a.rows < kTokens ? a.rows : kTokens;
-  a.pass = static_cast<int>(fitting < wanted ? fitting : wanted);
-  const size_t deep = (available - a.pass * state) / stage;
+cudaError_t launch_head(Chain& chain, HeadArgs<T> a, size_t available, int processors) {
+  constexpr size_t kStage = kWarps * kStageBytes;
+  a.segments = static_cast<int>(divide_up<int64_t>(a.head.hidden_size, WeightRing<W>::kElements));
+  a.pitch = a.segments * WeightRing<W>::kElements + kPitchPadding<T>;
+  a.weight_aligned = reinterpret_cast<uintptr_t>(a.head.weight.data) % 16 == 0 && a.head.weight.pitch % 16 == 0;
+  const size_t states = plan_passes(a, available, kMinStages * kStage);
+  if (states == 0) return cudaErrorInvalidConfiguration;
+  const size_t deep = (available - states) / kStage;  // as deep a ring as fits beside them
   a.stages = deep < kMaxStages ? static_cast<int>(deep) : kMaxStages;
-  a.passes = static_cast<int>(divide_up<int64_t>(a.rows, a.pass));
-  return a.stages * stage + a.pass * state;
+  return launch(chain.next(head_grid(a, processors), kThreads, a.stages * kStage + states), exit_head_kernel<T, W>, a);
 }
 
-template <class T, class W>
-cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> hidden, int64_t rows,
+template <class T>
+cudaError_t exit_head_tiles(Chain& chain, const Head<T>& head, Rows<const T> hidden, int64_t rows,
                             const HeadSampling& sampling, HeadLogits logits, Choice* partial) {
   if (rows == 0) return cudaSuccess;
-  constexpr size_t kOwn = 2048;  // the kernel's static shared memory, and 1 KB that the system takes of each block
+  constexpr int kOwn = 2048;  // the kernel's static shared memory, and 1 KB that the system takes of each block
   int device = 0, available = 0, processors = 0;
   LSK_LAUNCH(cudaGetDevice(&device));
   LSK_LAUNCH(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   LSK_LAUNCH(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  HeadArgs<T, W> a{head, hidden, rows, sampling, logits, partial, head_tiles(head.vocab_size)};
-  a.segments = static_cast<int>(divide_up<int64_t>(head.hidden_size, WeightRing<W>::kElements));
-  a.pitch = a.segments * WeightRing<W>::kElements + kPitchPadding<T>;
-  a.weight_aligned = is_aligned(head.weight, head.hidden_size);
+  HeadArgs<T> a{head, hidden, rows, sampling, logits, partial, head_tiles(head.vocab_size)};
   a.states_aligned = hidden.aligned() && is_aligned(head.norm_weight, head.hidden_size);
-  const size_t shared = plan_passes(a, static_cast<size_t>(available) - kOwn);
-  if (shared == 0) return cudaErrorInvalidConfiguration;
-  const int64_t useful = divide_up<int64_t>(a.tiles, kWarps), fair = processors < a.passes ? 1 : processors / a.passes;
-  const dim3 grid(static_cast<unsigned>(a.passes * (fair < useful ? fair : useful)));
-  return launch(chain.next(grid, kThreads, shared), exit_head_kernel<T, W>, a);
+  const size_t room = static_cast<size_t>(available - kOwn);
+  if (head.weight.format == Format::kRows) return launch_head<T, int8_t>(chain, a, room, processors);
+  return with_weight<T>(head.weight.format, [&]<class W>(W*) {
+    if constexpr (std::is_same_v<W, T>) {
+      return launch_head<T, T>(chain, a, room, processors);
+    } else {
+      return launch_packed_head<T, W>(chain, a, room, processors);
+    }
+  });
 }
 
 cudaError_t exit_head_merge(Chain& chain, const Choice* partial, int64_t rows, int64_t vocab_size,

@@ -1,17 +1,18 @@
 // The exit head's launches, for what drafts and verifies: declared here, compiled in exit_head.cu.
 #pragma once
 
+#include "common/weight.h"
 #include "cuda/choice.h"
 #include "cuda/common.h"
 
 namespace lsk {
 
-// A head, in the dtype T of the states or as int8 with a scale a row (W).
-template <class T, class W>
+// A head, in the dtype T of the states, as int8 with a scale a row, or packed.
+template <class T>
 struct Head {
   const T* norm_weight;      // [D]
-  const W* weight;           // [V, D]
-  const float* scale;        // [V], of int8 weights, or null
+  Weight weight;             // [V, D]
+  const float* scale;        // [V], of int8 rows, or null
   const int64_t* token_map;  // [V] or null
   int64_t vocab_size, hidden_size;
   float eps;
@@ -41,8 +42,8 @@ inline int merge_threads(int64_t tiles) {
 
 // Launch 1: reduces each vocabulary tile to a Choice, partial [R, tiles].
 // cudaErrorInvalidConfiguration where one state of this width does not fit into shared memory.
-template <class T, class W>
-cudaError_t exit_head_tiles(Chain& chain, const Head<T, W>& head, Rows<const T> hidden, int64_t rows,
+template <class T>
+cudaError_t exit_head_tiles(Chain& chain, const Head<T>& head, Rows<const T> hidden, int64_t rows,
                             const HeadSampling& sampling, HeadLogits logits, Choice* partial);
 
 // Launch 2: merges the tiles into token, logit and log-sum-exp, [R] each.

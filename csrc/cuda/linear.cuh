@@ -1,9 +1,9 @@
-// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 64 of them (in fp32,
-// 16).
+// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 64 of them (in fp32
+// and packed, 16). W is T, or how the weights are packed.
 #pragma once
 
 #include "cuda/linear.h"
-#include "cuda/linear_tile.cuh"
+#include "cuda/packed_tile.cuh"
 
 namespace lsk {
 
@@ -14,18 +14,18 @@ struct LinearEnd {
   Rows<T> out;             // [R, d_out]
 };
 
-// out = x weight^T + bias + residual of 16 weight rows and up to 16 GROUPS rows of x.
-template <class T, int GROUPS>
+// out = x weight^T + bias + residual of 16 weight rows and up to 16 GROUPS rows of x. Past the last row of weights
+// comes that one again, whose sums are left out.
+template <class T, class W, int GROUPS>
 __global__ void __launch_bounds__(kThreads, kResident<T, 1, GROUPS>)
-    linear_kernel(Input<T> in, const T* weight, int d_out, LinearEnd<T> end) {
-  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1, GROUPS>>();
+    linear_kernel(Input<T> in, MatrixOf<T, W> weight, int d_out, LinearEnd<T> end) {
+  auto& memory = *ptx::dynamic_shared<typename Stream<T, W, 1, GROUPS>::Memory>();
   const TileWork work(in.rows, GROUPS * kTokens);
   const int begin = work.tile * kTileRows;
   ptx::dependents_trigger();
-  TileStream<T, 1, GROUPS> stream(in, work.first, work.tokens, memory);
+  Stream<T, W, 1, GROUPS> stream(in, weight, work.first, work.tokens, memory);
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
-    stream.weight[half] = weight_row(weight, begin + stream.g + 8 * half, d_out, in.d_in);
+  for (int half = 0; half < 2; ++half) stream.take(half, weight, min(begin + stream.g + 8 * half, d_out - 1));
   stream.prefetch();
   static_assert(kThreads == kTileRows * kTokens);
   const int row = threadIdx.x % kTileRows, first = threadIdx.x / kTileRows, n = begin + row;
@@ -51,18 +51,19 @@ __global__ void __launch_bounds__(kThreads, kResident<T, 1, GROUPS>)
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 // out = silu(x gate^T) * (x up^T) of 16 rows of both and up to 16 GROUPS rows of x.
-template <class T, int GROUPS>
+template <class T, class W, int GROUPS>
 __global__ void __launch_bounds__(kThreads, kResident<T, 2, GROUPS>)
-    swiglu_kernel(Input<T> in, const T* gate, const T* up, int intermediate_size, Rows<T> out) {
-  auto& memory = *ptx::dynamic_shared<TileMemory<T, 2, GROUPS>>();
+    swiglu_kernel(Input<T> in, MatrixOf<T, W> gate, MatrixOf<T, W> up, int intermediate_size, Rows<T> out) {
+  auto& memory = *ptx::dynamic_shared<typename Stream<T, W, 2, GROUPS>::Memory>();
   const TileWork work(in.rows, GROUPS * kTokens);
   const int begin = work.tile * kTileRows;
   ptx::dependents_trigger();
-  TileStream<T, 2, GROUPS> stream(in, work.first, work.tokens, memory);
+  Stream<T, W, 2, GROUPS> stream(in, gate, work.first, work.tokens, memory);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    stream.weight[half] = weight_row(gate, begin + stream.g + 8 * half, intermediate_size, in.d_in);
-    stream.weight[2 + half] = weight_row(up, begin + stream.g + 8 * half, intermediate_size, in.d_in);
+    const int n = min(begin + stream.g + 8 * half, intermediate_size - 1);
+    stream.take(half, gate, n);
+    stream.take(2 + half, up, n);
   }
   stream.prefetch();
   ptx::dependency_wait();
@@ -76,28 +77,32 @@ __global__ void __launch_bounds__(kThreads, kResident<T, 2, GROUPS>)
 }
 
 template <class T>
-cudaError_t linear(Chain& chain, Rows<const T> x, const T* weight, const T* bias, Rows<const T> residual, int64_t rows,
-                   int64_t d_in, int64_t d_out, Rows<T> out) {
+cudaError_t linear(Chain& chain, Rows<const T> x, const Weight& weight, const T* bias, Rows<const T> residual,
+                   int64_t rows, int64_t d_in, int64_t d_out, Rows<T> out) {
+  const Input<T> in = input<T>(x, nullptr, 0.0f, rows, d_in, {weight});
+  LSK_LAUNCH(check_weights(in, {weight}));
   const int64_t tiles = divide_up<int64_t>(d_out, kTileRows);
-  return with_groups<T>(rows, [&](auto groups) {
+  return with_stream<T>(weight.format, rows, [&]<class W>(W*, auto groups) {
     constexpr int kGroups = groups.value;
-    return launch(
-        chain.next(TileWork::grid(rows, kGroups * kTokens, tiles), kThreads, sizeof(TileMemory<T, 1, kGroups>)),
-        linear_kernel<T, kGroups>, input<T>(x, nullptr, 0.0f, rows, d_in, {weight}), weight, static_cast<int>(d_out),
-        LinearEnd<T>{bias, residual, out});
+    const dim3 grid = TileWork::grid(rows, kGroups * kTokens, tiles);
+    return launch(chain.next(grid, kThreads, sizeof(typename Stream<T, W, 1, kGroups>::Memory)),
+                  linear_kernel<T, W, kGroups>, in, matrix_of<T, W>(weight, d_out), static_cast<int>(d_out),
+                  LinearEnd<T>{bias, residual, out});
   });
 }
 
 template <class T>
-cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, const T* gate, const T* up, int64_t rows,
-                   int64_t d_in, int64_t intermediate_size, Rows<T> out) {
+cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, const Weight& gate, const Weight& up,
+                   int64_t rows, int64_t d_in, int64_t intermediate_size, Rows<T> out) {
+  const Input<T> in = input<T>(x, norm, eps, rows, d_in, {gate, up});
+  LSK_LAUNCH(check_weights(in, {gate, up}));
   const int64_t tiles = divide_up<int64_t>(intermediate_size, kTileRows);
-  return with_groups<T>(rows, [&](auto groups) {
+  return with_stream<T>(gate.format, rows, [&]<class W>(W*, auto groups) {
     constexpr int kGroups = groups.value;
-    return launch(
-        chain.next(TileWork::grid(rows, kGroups * kTokens, tiles), kThreads, sizeof(TileMemory<T, 2, kGroups>)),
-        swiglu_kernel<T, kGroups>, input<T>(x, norm, eps, rows, d_in, {gate, up}), gate, up,
-        static_cast<int>(intermediate_size), out);
+    const dim3 grid = TileWork::grid(rows, kGroups * kTokens, tiles);
+    return launch(chain.next(grid, kThreads, sizeof(typename Stream<T, W, 2, kGroups>::Memory)),
+                  swiglu_kernel<T, W, kGroups>, in, matrix_of<T, W>(gate, intermediate_size),
+                  matrix_of<T, W>(up, intermediate_size), static_cast<int>(intermediate_size), out);
   });
 }
 

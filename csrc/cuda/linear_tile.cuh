@@ -141,12 +141,6 @@ struct TileWork {
   }
 };
 
-// Row n of a matrix; past its end the last one again, whose sums are then left out.
-template <class T>
-__device__ __forceinline__ const T* weight_row(const T* weight, int n, int d_out, int d_in) {
-  return weight + static_cast<int64_t>(min(n, d_out - 1)) * d_in;
-}
-
 // Shared memory of a block that streams TILES tiles at once.
 template <class T, int TILES, int GROUPS>
 struct TileMemory {
@@ -178,6 +172,7 @@ __device__ __forceinline__ float finish(float sum, float bias, float residual) {
 template <class T, int TILES, int GROUPS>
 struct TileStream {
   using Memory = TileMemory<T, TILES, GROUPS>;
+  using Matrix = const T*;
   static constexpr int kStages = Memory::kStages, kAhead = TILES * GROUPS >= 4 ? 1 : 2;
 
   const Input<T>& in;
@@ -187,7 +182,7 @@ struct TileStream {
   // This lane's weight rows: of each tile row g, then row g + 8.
   const T* weight[2 * TILES];
 
-  __device__ __forceinline__ TileStream(const Input<T>& input, int64_t first, int count, Memory& shared)
+  __device__ __forceinline__ TileStream(const Input<T>& input, Matrix, int64_t first, int count, Memory& shared)
       : in(input),
         memory(shared),
         x{input.x.row(first), input.x.pitch},
@@ -197,6 +192,11 @@ struct TileStream {
         g(lane / 4),
         t(lane % 4),
         own(own_blocks<T>(input.d_in, warp)) {}
+
+  // Row n of a matrix is this lane's row r.
+  __device__ __forceinline__ void take(int r, Matrix matrix, int n) {
+    weight[r] = matrix + static_cast<int64_t>(n) * in.d_in;
+  }
 
   __device__ __forceinline__ void prefetch() { in.aligned ? prefetch_as<true>() : prefetch_as<false>(); }
 

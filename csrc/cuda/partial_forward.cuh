@@ -12,32 +12,32 @@
 
 #include "cuda/partial_forward.h"
 #include "cuda/linear.h"
-#include "cuda/linear_tile.cuh"
+#include "cuda/packed_tile.cuh"
 #include "cuda/rope_place.cuh"
 
 namespace lsk {
 
-template <class T>
+template <class T, class W>
 struct Projection {
-  const T *weight, *bias;  // bias may be null
+  MatrixOf<T, W> weight;
+  const T* bias;  // may be null
 };
 
 template <class T>
-struct QkvArgs {
-  Projection<T> of_q, of_k, of_v;
+struct QkvEnd {
   Angles angles;
   Rows<T> q, k;  // [R, H C], [R, G C]
   int num_heads;
   bool turn;  // otherwise q and k stay as they are, and k goes to `k`, not into the cache
+};
+
+template <class T, class W>
+struct Projections {
+  Projection<T, W> q, k, v;
 
   // By value: an index into the arguments would copy them to local memory.
-  __device__ __forceinline__ Projection<T> of(int kind) const {
-    return {kind == 0   ? of_q.weight
-            : kind == 1 ? of_k.weight
-                        : of_v.weight,
-            kind == 0   ? of_q.bias
-            : kind == 1 ? of_k.bias
-                        : of_v.bias};
+  __device__ __forceinline__ Projection<T, W> of(int kind) const {
+    return {kind == 0 ? q.weight : kind == 1 ? k.weight : v.weight, kind == 0 ? q.bias : kind == 1 ? k.bias : v.bias};
   }
 };
 
@@ -57,7 +57,7 @@ struct HeadTile {
 
 // The end of qkv for one pair of one row r: x is what linear() would give.
 template <class T>
-__device__ __forceinline__ void put_pair(const QkvArgs<T>& a, const Cache<T>& cache, const HeadTile& tile, int i,
+__device__ __forceinline__ void put_pair(const QkvEnd<T>& a, const Cache<T>& cache, const HeadTile& tile, int i,
                                          int64_t r, Pair x) {
   const Place<T> place(cache, r);
   T* out = tile.kind == 0 ? a.q.row(r) + tile.head * cache.head_dim : a.k.row(r) + tile.head * cache.head_dim;
@@ -70,19 +70,19 @@ __device__ __forceinline__ void put_pair(const QkvArgs<T>& a, const Cache<T>& ca
   out[tile.pair + i + tile.half] = from_float<T>(x.b);
 }
 
-template <class T, int GROUPS>
+template <class T, class W, int GROUPS>
 __global__ void __launch_bounds__(kThreads, kResident<T, 1, GROUPS>)
-    qkv_kernel(Input<T> in, QkvArgs<T> a, Cache<T> cache) {
-  auto& memory = *ptx::dynamic_shared<TileMemory<T, 1, GROUPS>>();
+    qkv_kernel(Input<T> in, Projections<T, W> projections, QkvEnd<T> a, Cache<T> cache) {
+  auto& memory = *ptx::dynamic_shared<typename Stream<T, W, 1, GROUPS>::Memory>();
   const TileWork work(in.rows, GROUPS * kTokens);
   const HeadTile tile(work.tile, a.num_heads, cache.num_kv_heads, cache.head_dim);
-  const Projection<T> matrix = a.of(tile.kind);
+  const Projection<T, W> matrix = projections.of(tile.kind);
   ptx::dependents_trigger();
-  TileStream<T, 1, GROUPS> stream(in, work.first, work.tokens, memory);
+  Stream<T, W, 1, GROUPS> stream(in, matrix.weight, work.first, work.tokens, memory);
 #pragma unroll
   for (int second = 0; second < 2; ++second) {
     const int i = min(stream.g, tile.half - 1 - tile.pair);  // past the last pair comes the last one again, unused
-    stream.weight[second] = matrix.weight + static_cast<int64_t>(tile.row(i, second)) * in.d_in;
+    stream.take(second, matrix.weight, tile.row(i, second));
   }
   stream.prefetch();
   const int i = threadIdx.x % 8;
@@ -115,19 +115,22 @@ cudaError_t project(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>
   const ForwardShape& s = a.shape;
   const bool norms = w.q_norm != nullptr || w.k_norm != nullptr;
   const Rows<T> q{scratch.q, s.queries()}, k{scratch.k, s.keys()};
-  const QkvArgs<T> args{
-      {w.q, w.q_bias}, {w.k, w.k_bias}, {w.v, w.v_bias}, a.angles, q, k, static_cast<int>(s.num_heads), !norms};
+  const QkvEnd<T> end{a.angles, q, k, static_cast<int>(s.num_heads), !norms};
+  const Input<T> in = input<T>(x, w.attn_norm, a.eps, s.tokens(), s.hidden_size, {w.q, w.k, w.v});
+  LSK_LAUNCH(check_weights(in, {w.q, w.k, w.v}));
   const int64_t tiles = (s.num_heads + 2 * s.num_kv_heads) * divide_up<int64_t>(s.head_dim / 2, 8);
-  LSK_LAUNCH(with_groups<T>(s.tokens(), [&](auto groups) {
+  LSK_LAUNCH(with_stream<T>(w.q.format, s.tokens(), [&]<class W>(W*, auto groups) {
     constexpr int kGroups = groups.value;
-    return launch(
-        chain.next(TileWork::grid(s.tokens(), kGroups * kTokens, tiles), kThreads, sizeof(TileMemory<T, 1, kGroups>)),
-        qkv_kernel<T, kGroups>, input<T>(x, w.attn_norm, a.eps, s.tokens(), s.hidden_size, {w.q, w.k, w.v}), args,
-        cache);
+    const Projections<T, W> all{{matrix_of<T, W>(w.q, s.queries()), w.q_bias},
+                                {matrix_of<T, W>(w.k, s.keys()), w.k_bias},
+                                {matrix_of<T, W>(w.v, s.keys()), w.v_bias}};
+    const dim3 grid = TileWork::grid(s.tokens(), kGroups * kTokens, tiles);
+    return launch(chain.next(grid, kThreads, sizeof(typename Stream<T, W, 1, kGroups>::Memory)),
+                  qkv_kernel<T, W, kGroups>, in, all, end, cache);
   }));
   if (!norms) return cudaSuccess;
   const RopeArgs<T> rope{{q.data, q.pitch}, {k.data, k.pitch}, {}, w.q_norm, w.k_norm, a.eps, a.angles, q,
-                         args.num_heads};
+                         end.num_heads};
   return rope_kv_append(chain, rope, cache);
 }
 

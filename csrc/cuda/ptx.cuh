@@ -7,6 +7,7 @@
 //   cp_async_commit(), cp_async_wait<N>()    closes a group; waits until at most the N newest groups are under way
 //   ldmatrix(r, row), ldmatrix_trans(r, row) 1, 2 or 4 8x8 matrices of 16 bit; lane l names row l % 8 of matrix l / 8
 //   mma<T>(d, a, b)                          d += a * b: 16x8x16, T = __nv_bfloat16 or __half, fp32 sums
+//   fma_pair<T>(a, b, c)                     a * b + c of two 16-bit numbers in each word, subnormals kept
 //   dependents_trigger(), dependency_wait()  programmatic dependent launch; nothing below sm_90
 //   barrier_sync(id, threads)                named barrier, id 1..15, threads a multiple of 32
 //   ticket(counter)                          adds 1 at device scope, acquire and release; the value before
@@ -124,6 +125,23 @@ __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) = delete;
+
+template <>
+__device__ __forceinline__ uint32_t fma_pair<__nv_bfloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+template <>
+__device__ __forceinline__ uint32_t fma_pair<__half>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 __device__ __forceinline__ void dependents_trigger() {

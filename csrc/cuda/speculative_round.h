@@ -8,14 +8,13 @@
 namespace lsk {
 
 // B sequences, K drafts, M = K + 1 rows each to verify.
-template <class T, class W>
+template <class T>
 struct RoundArgs {
   DraftArgs<T> draft;  // `extend` is true
   Layers<T> shallow;   // [0, E), for one row
   Layers<T> blocks;    // of the exit, for one row, on the scratch of `shallow`
   Layers<T> deep;      // [E, L), for M rows
-  Head<T, W> draft_head;
-  Head<T, T> head;
+  Head<T> draft_head, head;
   Choice* partial;  // scratch [B M, head_tiles]
   int64_t* target;  // scratch [B M]: each row's token
   float* scores;    // scratch [2, B M]
@@ -25,8 +24,8 @@ struct RoundArgs {
 };
 
 // Verifies all rows: layers [E, L), then the full head. Overwrites draft.states.
-template <class T, class W>
-cudaError_t verify(Chain& chain, const RoundArgs<T, W>& a) {
+template <class T>
+cudaError_t verify(Chain& chain, const RoundArgs<T>& a) {
   const int64_t rows = a.draft.batch * a.draft.rows(), hidden_size = a.draft.hidden_size;
   const bool sampled = a.sampled.temperature != nullptr;
   const Rows<T> states{a.draft.states, hidden_size};
@@ -38,8 +37,8 @@ cudaError_t verify(Chain& chain, const RoundArgs<T, W>& a) {
   return exit_head_merge(chain, a.partial, rows, a.head.vocab_size, nullptr, a.target, a.scores, a.scores + rows);
 }
 
-template <class T, class W>
-cudaError_t speculative_round(Chain& chain, const RoundArgs<T, W>& a) {
+template <class T>
+cudaError_t speculative_round(Chain& chain, const RoundArgs<T>& a) {
   if (a.draft.batch == 0) return cudaSuccess;
   const int64_t drafted = a.draft.num_speculations, draft_vocab_size = a.draft_head.vocab_size;
   HeadLogits logits;

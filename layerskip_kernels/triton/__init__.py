@@ -6,7 +6,7 @@ This module imports without triton; the kernels are loaded by the first call tha
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundles import REQUIRED_WEIGHTS, LayerWeights
 from ..dispatch import device_of, forced, implements
+from ..formats import format_of, is_packed, takes_packed
 
 FILES = {  # the ops of each file
     "rms_norm": ["rms_norm"],
@@ -30,6 +32,7 @@ FILES = {  # the ops of each file
     "speculative_round": ["speculative_round"],
     "early_exit_loss": ["early_exit_loss", "early_exit_loss_backward"],
 }
+PACKED = ("linear", "swiglu", "partial_forward")  # the ops that take packed weights
 OLDEST = (3, 4)
 
 
@@ -60,7 +63,35 @@ def _device(kind: str, index: int | None) -> str | None:
 
 
 def supports(*args: Any) -> str | None:
-    """Why no Triton kernel can serve a call with these arguments, or None."""
+    """Why the kernels of ops that take no packed weights cannot serve a call, or None."""
+    return _supports_plain(*args) or ("packed weights are not served" if takes_packed(args) else None)
+
+
+def supports_packed(*args: Any) -> str | None:
+    """The same of ops that take packed weights, of a model's layers by the first."""
+    return _supports_plain(*args) or next(filter(None, map(_format_reason, _products(args))), None)
+
+
+def _products(args: tuple[Any, ...]) -> Iterator[tuple[int, list[Tensor]]]:
+    """What one launch multiplies: the width, and the weights of linear, swiglu, or a layer."""
+    width = args[0].shape[-1]
+    if isinstance(args[1], Tensor):
+        yield width, [one for one in args[1:] if isinstance(one, Tensor) and is_packed(one)]
+    elif args[1]:
+        w = LayerWeights(*args[1][: len(REQUIRED_WEIGHTS)])
+        yield from ((width, [one]) for one in (w.q, w.k, w.v))
+        yield from ((w.q.shape[0], [w.o]), (width, [w.gate, w.up]), (w.gate.shape[0], [w.down]))
+
+
+def _format_reason(product: tuple[int, list[Tensor]]) -> str | None:
+    width, weights = product
+    if any(is_packed(one) and format_of(one, width).is_float for one in weights):
+        return "fp8 weights are not served"
+    different = len({(one.dtype, one.shape[-1]) for one in weights}) > 1
+    return "gate and up of different formats are not served" if different else None
+
+
+def _supports_plain(*args: Any) -> str | None:
     reason = _installed()
     if reason is not None:
         return reason
@@ -97,4 +128,4 @@ def _lazy(file: str, op: str) -> Callable[..., Any]:
 
 for _file, _ops in FILES.items():
     for _op in _ops:
-        implements(_op, "triton", supports)(_lazy(_file, _op))
+        implements(_op, "triton", supports_packed if _op in PACKED else supports)(_lazy(_file, _op))

@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats import is_packed
 from ._config import Config, pick, splits, streaming_options
 from ._launch import ROWS, fetch_weights, launch_options, on, wait_for_inputs
 from ._tiles import dot, inside, row_dot
+from .packed import packed_linear, packed_swiglu
 
 FINISH_BLOCK = 256
 
@@ -137,6 +139,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     out = x.new_empty(rows, outputs)
     if not out.numel():
         return out
+    if is_packed(weight):
+        return packed_linear(x, weight, bias, residual, out)
     first = out if pieces == 1 else x.new_empty(pieces, rows, outputs, dtype=torch.float32)
     has = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
 
@@ -158,7 +162,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 def qkv(
     x: Tensor, q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The projections of attention, ``linear`` three times bit for bit, as one launch where nothing is split.
+    """The projections of attention, ``linear`` three times bit for bit, as one launch where nothing is split or packed.
 
     Parameters
     ----------
@@ -174,7 +178,7 @@ def qkv(
     """
     (rows, depth), queries, keys = x.shape, q.shape[0], k.shape[0]
     some = [bias is not None for bias in biases]
-    if splits(depth) > 1 or any(some) != all(some):
+    if splits(depth) > 1 or any(some) != all(some) or any(is_packed(weight) for weight in (q, k, v)):
         return linear(x, q, biases[0]), linear(x, k, biases[1]), linear(x, v, biases[2])
     out = x.new_empty(rows, queries + 2 * keys)
 
@@ -194,6 +198,8 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     x = x.contiguous()
     (rows, depth), features = x.shape, gate.shape[0]
     out = x.new_empty(rows, features)
+    if is_packed(gate):
+        return packed_swiglu(x, gate, up, out) if out.numel() else out
 
     def run(config: Config) -> None:
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(features, config.block_n))

@@ -110,6 +110,16 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], unsigned
   emu::collective(0xffffffffu, "mma", complete_mma<T>, &request, line);
 }
 
+template <class T>
+EMU_PLAIN uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int k = 0; k < 2; ++k) {
+    const float x = std::fma(half_of<T>(a, k), half_of<T>(b, k), half_of<T>(c, k));
+    d |= uint32_t{std::is_same_v<T, __half> ? emu::f16_bits(x) : emu::bf16_bits(x)} << 16 * k;
+  }
+  return d;
+}
+
 inline void dependents_trigger() { emu::dependents_trigger(); }
 inline void dependency_wait() { emu::dependency_wait(); }
 inline void barrier_sync(int id, int threads) { emu::block_barrier(id, threads); }

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerskip_kernels.formats import quantize
 from layerskip_kernels.reference import linear_ref, verify_attention_ref
 from tests.kernels.common import double
 from tests.kernels.cuda_ops import runners
+from tests.kernels.cuda_ops.layers import code_of
 from tests.kernels.cuda_ops.test_cuda_partial_forward import DEEP, run
 from tests.kernels.test_partial_forward import Sizes, case
 from tests.kernels.test_verify_attention import arguments
@@ -54,7 +56,7 @@ def careless() -> Library:
         (run, "  ptx::dependency_wait();\n" + run),
         more={
             "verify_attention.cuh": (WRITTEN, WRITTEN.partition("  __")[0] + "  }\n"),
-            "linear_tile.cuh": ("static_cast<int64_t>(min(n, d_out - 1))", "min(n, d_out - 1)"),
+            "linear_tile.cuh": ("static_cast<int64_t>(n) * in.d_in", "n * in.d_in"),
             "common.h": ("return (slot * num_kv_heads + g)", "return (static_cast<int>(slot) * num_kv_heads + g)"),
         },
     )
@@ -105,10 +107,12 @@ def test_a_ticket_with_no_barrier_before(monkeypatch: pytest.MonkeyPatch) -> Non
         emulated(monkeypatch, careless()).verify_attention(*args)
 
 
-def vast_weight() -> tuple[Tensor, Tensor]:
-    """A row of x, and a weight whose last rows lie beyond 2^31 elements."""
-    weight = torch.empty(70001, 32768, dtype=torch.bfloat16)
-    weight[-16:] = torch.randn(16, 32768) / 64
+def vast_weight(name: str | None = None) -> tuple[Tensor, Tensor]:
+    """A row of x, and a weight, plain or packed, whose last rows lie beyond 2^31 elements."""
+    last = torch.randn(16, 32768) / 64
+    last = last.bfloat16() if name is None else quantize(last, name)
+    weight = torch.empty(70001, last.shape[1], dtype=last.dtype)
+    weight[-16:] = last
     return torch.randn(1, 32768).bfloat16(), weight
 
 
@@ -122,10 +126,10 @@ def vast_caches() -> tuple[list[Tensor], Tensor]:
     return [q, *vast, seq_lens], slots
 
 
-def multiply_last_rows(lib: Library) -> Tensor:
-    x, weight = vast_weight()
+def multiply_last_rows(lib: Library, name: str | None = None) -> Tensor:
+    x, weight = vast_weight(name)
     out = x.new_empty(1, len(weight))
-    sizes = (1, x.shape[1], len(weight), x.dtype)
+    sizes = (1, x.shape[1], len(weight), code_of(weight, x.shape[1]), x.dtype)
     lib.call("linear", x, weight, None, None, out, *sizes, writes=(out,), last_block=True)
     torch.testing.assert_close(out[:, -1:].double(), linear_ref(*double([x, weight[-1:]])), rtol=1e-2, atol=1e-2)
     return out
@@ -135,6 +139,32 @@ def test_weights_beyond_what_32_bits_index(monkeypatch: pytest.MonkeyPatch) -> N
     multiply_last_rows(library("layers"))
     with pytest.raises(EmulationError, match="a product that overflows"):
         multiply_last_rows(careless())
+
+
+@cache
+def hasty() -> Library:
+    """Packed weights that are overwritten while other lanes read them, and rows that are found in 32 bits."""
+    read = "    __syncwarp();  // all have read before it is overwritten\n    if (const int after"
+    return planted(
+        "layers",
+        "hasty",
+        CUDA / "packed_tile.cuh",
+        (read, "    if (const int after"),
+        more={"packed.cuh": ("data + n * pitch", "data + static_cast<int>(n) * pitch")},
+    )
+
+
+def test_packed_weights_beyond_what_32_bits_index() -> None:
+    multiply_last_rows(library("layers"), "int8")
+    with pytest.raises(EmulationError, match="a product that overflows"):
+        multiply_last_rows(hasty(), "int8")
+
+
+def test_packed_weights_that_are_overwritten_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a ring that is filled again shows it: more than 512 bytes for a warp."""
+    x, weight = torch.randn(1, 8192), quantize(torch.randn(3, 8192) / 64, "int8")
+    with pytest.raises(EmulationError, match=r"shared memory that"):
+        emulated(monkeypatch, hasty()).linear(x, weight)
 
 
 def test_caches_beyond_what_32_bits_index(monkeypatch: pytest.MonkeyPatch) -> None:

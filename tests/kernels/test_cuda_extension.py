@@ -72,6 +72,11 @@ def test_the_table_asks_for_the_card_of_the_tensors(monkeypatch: pytest.MonkeyPa
     assert supports(new) is None
     assert supports(old) == "cuda:1 (Card 1) has compute capability 7.0, the CUDA kernels need 8.0"
     assert supports(torch.empty(1)) == "the tensors are on cpu"
+    with FakeTensorMode():
+        int8, int4 = (torch.empty(4, size, device="cuda:0", dtype=torch.uint8) for size in (34, 18))
+    assert supports(new, int8) is supports(new, [int8] * 9) is None
+    assert supports(new, [int8] * 3 + [int4] * 6) == "q, k and v of different formats are not served"
+    assert supports(new, [int4] * 7 + [int8] * 2) == "gate and up of different formats are not served"
     _extension.cuda_card_reason.cache_clear()
 
 

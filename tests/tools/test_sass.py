@@ -57,7 +57,8 @@ def only(found: dict[str, object], part: str) -> object:
 
 needs_compiler = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 BF16 = "I13__nv_bfloat16"
-ONE = "Li1E"  # group of 16 rows of x
+PLAIN = BF16 + "S1_"  # the type of x and that of the weights
+ONE = PLAIN + "Li1E"  # group of 16 rows of x
 
 
 @pytest.mark.xdist_group("sass")
@@ -70,7 +71,7 @@ class TestCompiled:
     )
     def test_x_is_on_its_way_a_step_ahead(self, folder: Path, file: str, kernel: str) -> None:
         """Of the loop's eight loads of x at least six: numbers of 16 bit were taken apart right after each load."""
-        code = only(kernels(file, folder)[0], kernel + BF16 + ONE)
+        code = only(kernels(file, folder)[0], kernel + ONE)
         of_the_loop = sass.use_distances(code, "LDG.E.128")[16:]  # after the norm's two batches of eight
         assert len(of_the_loop) == 8
         assert sum(distance >= 32 for distance in of_the_loop) >= 6, of_the_loop
@@ -78,13 +79,13 @@ class TestCompiled:
     @pytest.mark.parametrize(
         ("file", "kernel", "blocks"),
         [
-            ("linear", "linear_kernel" + BF16 + ONE, 3),
-            ("linear", "swiglu_kernel" + BF16 + ONE, 2),
-            ("partial_forward", "qkv_kernel" + BF16 + ONE, 3),
-            *(("linear", f"linear_kernel{BF16}Li{groups}E", 2) for groups in (2, 4)),
-            *(("partial_forward", f"qkv_kernel{BF16}Li{groups}E", 2) for groups in (2, 4)),
-            ("linear", f"swiglu_kernel{BF16}Li2E", 2),
-            ("linear", f"swiglu_kernel{BF16}Li4E", 1),
+            ("linear", "linear_kernel" + ONE, 3),
+            ("linear", "swiglu_kernel" + ONE, 2),
+            ("partial_forward", "qkv_kernel" + ONE, 3),
+            *(("linear", f"linear_kernel{PLAIN}Li{groups}E", 2) for groups in (2, 4)),
+            *(("partial_forward", f"qkv_kernel{PLAIN}Li{groups}E", 2) for groups in (2, 4)),
+            ("linear", f"swiglu_kernel{PLAIN}Li2E", 2),
+            ("linear", f"swiglu_kernel{PLAIN}Li4E", 1),
             ("exit_head", f"exit_head_kernel{BF16}S1", 3),
         ],
     )

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
   check_device(token_in, {&token_map, &scale, &slots, &temperature, &seed, &logits});
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocab_size = head_weight.size(0);
-  const Drafting drafting(token, embedding, num_speculations, extend, draft_threshold);
+  const Drafting drafting(token, embedding, norm_weight, num_speculations, extend, draft_threshold);
   if (drafting.empty()) return {drafting.tokens, drafting.states, drafting.probability};
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
   const ForwardShape shape = drafting.shape(stack);
@@ -27,9 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
   LSK_REQUIRE(!sampling.temperature || sampling.seed, "temperature needs seed");
   const HeadLogits written{writable_logits(logits, {batch, num_speculations, vocab_size}),
                            logits.has_value() ? logits->stride(0) : 0};
-  with_head_types(embedding.scalar_type(), scale.has_value(), [&]<class T, class W>(T*, W*) {
-    const Head<T, W> head = head_of<T, W>(norm_weight, head_weight, shape.hidden_size, eps, token_map, scale);
-    const auto layers = stack.layers<T>(shape);
+  with_device_type(norm_weight.scalar_type(), [&]<class T>(T*) {
+    const Head<T> head = head_of<T>(norm_weight, head_weight, shape.hidden_size, eps, token_map, scale);
+    const auto layers = card_layers<T>(stack, shape);
     const Tensor memory = scratch_bytes(token, ForwardScratch<T>::bytes(shape));
     const auto [shallow, blocks] = layers_and_blocks<T>(stack, layers, shape, memory);
     Chain chain(scope.stream());

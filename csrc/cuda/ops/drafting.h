@@ -11,39 +11,41 @@
 namespace lsk {
 
 struct Drafting {
-  const Tensor &token, &embedding;  // [B], [Ve, D]
+  const Tensor &token, &embedding, &norm_weight;  // [B], [Ve, D], [D]
   int64_t num_speculations;
   bool extend;
   float draft_threshold;
   Tensor tokens, states, probability, hidden;  // [B, K], [B, K + extend, D], [B, K], [B, D]
 
-  Drafting(const Tensor& token, const Tensor& embedding, int64_t num_speculations, bool extend, double draft_threshold)
+  Drafting(const Tensor& token, const Tensor& embedding, const Tensor& norm_weight, int64_t num_speculations,
+           bool extend, double draft_threshold)
       : token(token),
         embedding(embedding),
-        num_speculations(checked(token, embedding, num_speculations)),
+        norm_weight(norm_weight),
+        num_speculations(checked(token, embedding, norm_weight, num_speculations)),
         extend(extend),
         draft_threshold(static_cast<float>(draft_threshold)),
         tokens(torch::stable::new_empty(token, {token.size(0), num_speculations})),
-        states(torch::stable::new_empty(embedding, {token.size(0), rows(), embedding.size(1)})),
+        states(torch::stable::new_empty(norm_weight, {token.size(0), rows(), norm_weight.size(0)})),
         probability(torch::stable::new_empty(token, {token.size(0), num_speculations}, ScalarType::Float)),
-        hidden(torch::stable::new_empty(embedding, {token.size(0), embedding.size(1)})) {}
+        hidden(torch::stable::new_empty(norm_weight, {token.size(0), norm_weight.size(0)})) {}
 
   int64_t rows() const { return num_speculations + (extend ? 1 : 0); }
   bool empty() const { return token.size(0) == 0 || rows() == 0; }
 
   // Of the layers that run on one row of each sequence at a time.
   ForwardShape shape(const LayerStack& stack) const {
-    const ForwardShape out = forward_shape(stack, token.size(0), 1, embedding.size(1));
+    const ForwardShape out = forward_shape(stack, token.size(0), 1, norm_weight.size(0));
     LSK_REQUIRE(rows() <= out.capacity, rows(), " rows do not fit a cache of capacity ", out.capacity);
     return out;
   }
 
   template <class T>
   DraftArgs<T> args(const Tensor& partial) const {
-    const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = embedding.size(1);
+    const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = norm_weight.size(0);
     LSK_REQUIRE(vocab_size > 0, "embedding has no rows");
     return {data<int64_t>(token, "token", {batch}),
-            data<T>(embedding, "embedding", {vocab_size, hidden_size}),
+            card_matrix<T>(embedding, "embedding", {vocab_size, hidden_size}),
             batch,
             vocab_size,
             hidden_size,
@@ -58,8 +60,10 @@ struct Drafting {
   }
 
  private:
-  static int64_t checked(const Tensor& token, const Tensor& embedding, int64_t num_speculations) {
-    LSK_REQUIRE(token.dim() == 1 && embedding.dim() == 2, "token must have rank 1, embedding 2");
+  static int64_t checked(const Tensor& token, const Tensor& embedding, const Tensor& norm_weight,
+                         int64_t num_speculations) {
+    LSK_REQUIRE(token.dim() == 1 && embedding.dim() == 2 && norm_weight.dim() == 1,
+                "token and norm_weight must have rank 1, embedding 2");
     LSK_REQUIRE(num_speculations >= 0, "num_speculations must not be negative, got ", num_speculations);
     return num_speculations;
   }

@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> exit_head_op(const Tensor& hidden_in, const T
                               data<int64_t>(offset, "offset", {rows})};
   const HeadLogits written{writable_logits(logits, {rows, vocab_size}), logits.has_value() ? logits->stride(0) : 0};
   Choice* partial = static_cast<Choice*>(memory.data_ptr());
-  with_head_types(hidden.scalar_type(), scale.has_value(), [&]<class T, class W>(T*, W*) {
-    const Head<T, W> head = head_of<T, W>(norm_weight, head_weight, hidden_size, eps, token_map, scale);
+  with_device_type(hidden.scalar_type(), [&]<class T>(T*) {
+    const Head<T> head = head_of<T>(norm_weight, head_weight, hidden_size, eps, token_map, scale);
     const Rows<const T> states{static_cast<const T*>(hidden.data_ptr()), hidden_size};
     Chain chain(scope.stream());
     check_head_launch("exit_head", hidden_size, exit_head_tiles(chain, head, states, rows, sampling, written, partial));

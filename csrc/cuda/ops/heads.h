@@ -15,27 +15,20 @@ inline void check_device(const Tensor& first, std::initializer_list<const std::o
   }
 }
 
-// Calls f with null pointers of the device type that `dtype` names and of the head's: the same, or int8.
-template <class F>
-void with_head_types(ScalarType dtype, bool int8, F f) {
-  with_device_type(dtype, [&]<class T>(T* type) {
-    if (int8) {
-      f(type, static_cast<int8_t*>(nullptr));
-    } else {
-      f(type, type);
-    }
-  });
-}
-
-template <class T, class W>
-Head<T, W> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hidden_size, double eps,
-                   const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale) {
+// `scale`: of int8 rows; without it the weight is in T, or packed.
+template <class T>
+Head<T> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hidden_size, double eps,
+                const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale) {
   const int64_t vocab_size = head_weight.size(0);
   LSK_REQUIRE(vocab_size > 0, "head_weight has no rows");
   LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
   check_sizes({vocab_size, hidden_size});
+  const auto int8_rows = [&] {
+    const int8_t* rows = data<int8_t>(head_weight, "head_weight", {vocab_size, hidden_size});
+    return Weight{reinterpret_cast<const uint8_t*>(rows), hidden_size, Format::kRows};
+  };
   return {data<T>(norm_weight, "norm_weight", {hidden_size}),
-          data<W>(head_weight, "head_weight", {vocab_size, hidden_size}),
+          scale.has_value() ? int8_rows() : card_matrix<T>(head_weight, "head_weight", {vocab_size, hidden_size}),
           data<float>(scale, "scale", {vocab_size}),
           data<int64_t>(token_map, "token_map", {vocab_size}),
           vocab_size,

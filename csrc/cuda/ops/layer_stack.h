@@ -33,4 +33,22 @@ ForwardArgs<T> forward_args(const LayerStack& stack, const ForwardShape& s) {
   return out;
 }
 
+// The layers of a stack, which the kernels can take: what one launch multiplies is of one format.
+template <class T>
+std::vector<LayerWeights<T>> card_layers(const LayerStack& stack, const ForwardShape& shape) {
+  std::vector<LayerWeights<T>> out = stack.layers<T>(shape);
+  for (const LayerWeights<T>& layer : out) {
+    check_packed(layer.q, "q"), check_packed(layer.k, "k"), check_packed(layer.v, "v"), check_packed(layer.o, "o");
+    check_packed(layer.gate, "gate"), check_packed(layer.up, "up"), check_packed(layer.down, "down");
+    LSK_REQUIRE(layer.q.format == layer.k.format && layer.q.format == layer.v.format,
+                "q, k and v must have one format");
+    LSK_REQUIRE(layer.gate.format == layer.up.format, "gate and up must have one format");
+    LSK_REQUIRE(layer.q.format == Format::kPlain || begins_aligned(layer.attn_norm),
+                "beside packed weights attn_norm must begin at a multiple of 16 bytes");
+    LSK_REQUIRE(layer.gate.format == Format::kPlain || begins_aligned(layer.mlp_norm),
+                "beside packed weights mlp_norm must begin at a multiple of 16 bytes");
+  }
+  return out;
+}
+
 }  // namespace lsk

@@ -12,14 +12,14 @@ Tensor partial_forward_op(const Tensor& hidden_in, const std::vector<Tensor>& we
   LSK_REQUIRE(hidden_in.dim() == 3 && k_cache.dim() == 5, "hidden must have rank 3, the cache 5");
   LSK_REQUIRE(0 <= start && start <= end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
               k_cache.size(0));
-  const Tensor hidden = contiguous(hidden_in);
+  const Tensor hidden = rows_for(hidden_in, true);
   if (start == end || hidden.numel() == 0) return torch::stable::clone(hidden);
   Tensor out = torch::stable::empty_like(hidden);
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, start, end, eps};
   const int64_t hidden_size = hidden.size(2);
   const ForwardShape shape = forward_shape(stack, hidden.size(0), hidden.size(1), hidden_size);
   with_device_type(hidden.scalar_type(), [&]<class T>(T*) {
-    const std::vector<LayerWeights<T>> layers = stack.layers<T>(shape);
+    const std::vector<LayerWeights<T>> layers = card_layers<T>(stack, shape);
     const Tensor memory = scratch_bytes(hidden, ForwardScratch<T>::bytes(shape));
     const ForwardScratch<T> scratch(shape, memory.data_ptr());
     ForwardArgs<T> args = forward_args<T>(stack, shape);

@@ -65,23 +65,23 @@ struct RoundLayers {
   }
 };
 
-template <class T, class W>
+template <class T>
 void run(const DeviceScope& scope, const Drafting& drafting, const RoundLayers& layers, const Heads& heads,
          const Verified& verified, const SampledArgs& sampled) {
-  const auto shallow = layers.shallow.layers<T>(layers.draft_shape);
+  const auto shallow = card_layers<T>(layers.shallow, layers.draft_shape);
   std::vector<LayerWeights<T>> deep;
-  if (layers.deep.start < layers.deep.end) deep = layers.deep.layers<T>(layers.verify_shape);
+  if (layers.deep.start < layers.deep.end) deep = card_layers<T>(layers.deep, layers.verify_shape);
   const Tensor draft_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.draft_shape));
   const Tensor verify_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.verify_shape));
   const auto [first, blocks] = layers_and_blocks<T>(layers.shallow, shallow, layers.draft_shape, draft_memory);
-  const RoundArgs<T, W> args{
+  const RoundArgs<T> args{
       drafting.args<T>(verified.partial),
       first,
       blocks,
       layers_and_blocks<T>(layers.deep, deep, layers.verify_shape, verify_memory).first,
-      head_of<T, W>(heads.draft_norm_weight, heads.draft_head_weight, layers.draft_shape.hidden_size, heads.eps,
-                    heads.token_map, heads.scale),
-      head_of<T, T>(heads.norm_weight, heads.head_weight, layers.draft_shape.hidden_size, heads.eps, {}, {}),
+      head_of<T>(heads.draft_norm_weight, heads.draft_head_weight, layers.draft_shape.hidden_size, heads.eps,
+                 heads.token_map, heads.scale),
+      head_of<T>(heads.norm_weight, heads.head_weight, layers.draft_shape.hidden_size, heads.eps, {}, {}),
       static_cast<Choice*>(verified.partial.data_ptr()),
       static_cast<int64_t*>(verified.target.data_ptr()),
       static_cast<float*>(verified.scores.data_ptr()),
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
                     draft_token_map,
                     draft_head_scale,
                     eps};
-  const Drafting drafting(token, embedding, num_speculations, true, draft_threshold);
+  const Drafting drafting(token, embedding, norm_weight, num_speculations, true, draft_threshold);
   Verified out(drafting, heads, seq_lens, temperature.has_value());
   if (token.size(0) == 0) return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
   const RoundLayers layers(
@@ -126,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
     sampled = out.logits->scratch.args(drafting.tokens, out.logits->draft, out.logits->target, seq_lens, *temperature,
                                        *seed, draft_token_map, out.accepted, out.next_token);
   }
-  with_head_types(embedding.scalar_type(), draft_head_scale.has_value(),
-                  [&]<class T, class W>(T*, W*) { run<T, W>(scope, drafting, layers, heads, out, sampled); });
+  with_device_type(norm_weight.scalar_type(),
+                   [&]<class T>(T*) { run<T>(scope, drafting, layers, heads, out, sampled); });
   return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
 }
 

@@ -8,6 +8,7 @@
 #include <climits>
 #include <type_traits>
 
+#include "common/matrix.h"
 #include "cuda/common.h"
 #include "cuda/host.h"
 
@@ -54,6 +55,31 @@ inline Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
 }
 
 using torch::stable::contiguous;
+
+inline bool begins_aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
+
+// Rows that are multiplied with weights of a format: contiguous, and where these are packed aligned.
+inline Tensor rows_for(const Tensor& x, bool packed) {
+  const Tensor out = contiguous(x);
+  return packed && !begins_aligned(out.data_ptr()) ? torch::stable::clone(out) : out;
+}
+
+inline bool is_packed(const Tensor& weight) { return weight.scalar_type() == ScalarType::Byte; }
+
+// Packed weights are copied 16 bytes at a time.
+inline void check_packed(const Weight& weight, const char* name) {
+  if (weight.format <= Format::kRows) return;
+  LSK_REQUIRE(begins_aligned(weight.data), name, ": packed weights must begin at a multiple of 16 bytes");
+  check_sizes({weight.pitch});
+}
+
+// As matrix(), for a card.
+template <class T>
+Weight card_matrix(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  const Weight out = matrix<T>(tensor, name, sizes);
+  check_packed(out, name);
+  return out;
+}
 
 // The cache of one layer, [S, G, T, C] twice, for `rows` rows of each of `batch` sequences.
 template <class T>

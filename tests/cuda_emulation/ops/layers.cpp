@@ -37,21 +37,21 @@ EMULATED(rms_norm)(const void* x, const void* weight, void* out, int64_t rows, i
 }
 
 EMULATED(linear)(const void* x, const void* weight, const void* bias, const void* residual, void* out, int64_t rows,
-                 int64_t d_in, int64_t d_out, int64_t dtype) {
+                 int64_t d_in, int64_t d_out, int64_t format, int64_t dtype) {
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     Chain chain(nullptr);
-    return linear<T>(chain, {static_cast<const T*>(x), d_in}, static_cast<const T*>(weight),
+    return linear<T>(chain, {static_cast<const T*>(x), d_in}, emu::weight<T>(weight, d_in, format),
                      static_cast<const T*>(bias), {static_cast<const T*>(residual), d_out}, rows, d_in, d_out,
                      {static_cast<T*>(out), d_out});
   });
 }
 
 EMULATED(swiglu)(const void* x, const void* gate, const void* up, void* out, int64_t rows, int64_t d_in,
-                 int64_t intermediate_size, int64_t dtype) {
+                 int64_t intermediate_size, int64_t gate_format, int64_t up_format, int64_t dtype) {
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     Chain chain(nullptr);
-    return swiglu<T>(chain, {static_cast<const T*>(x), d_in}, nullptr, 0.0f, static_cast<const T*>(gate),
-                     static_cast<const T*>(up), rows, d_in, intermediate_size,
+    return swiglu<T>(chain, {static_cast<const T*>(x), d_in}, nullptr, 0.0f, emu::weight<T>(gate, d_in, gate_format),
+                     emu::weight<T>(up, d_in, up_format), rows, d_in, intermediate_size,
                      {static_cast<T*>(out), intermediate_size});
   });
 }
@@ -104,7 +104,8 @@ EMULATED(verify_attention)(const void* q, void* k_cache, void* v_cache, const in
   });
 }
 
-// sizes: B, M, D, H, G, C, F, T, S, layers; weights: fourteen a layer, some null; caches: k and v of each layer.
+// sizes: B, M, D, H, G, C, F, T, S, layers; weights: fourteen a layer, some null, and their formats; caches: k and v of
+// each layer.
 EMULATED(forward_bytes)(int64_t* bytes, const int64_t* sizes, int64_t dtype) {
   const ForwardShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8]};
   return emu::with_float_type(dtype, [&]<class T>(T*) {
@@ -113,12 +114,12 @@ EMULATED(forward_bytes)(int64_t* bytes, const int64_t* sizes, int64_t dtype) {
   });
 }
 
-EMULATED(partial_forward)(const void* hidden, void** weights, void** caches, const float* cos, const float* sin,
-                          const int64_t* seq_lens, const int64_t* slots, void* out, void* memory, const int64_t* sizes,
-                          int64_t ahead, float eps, int64_t dtype) {
+EMULATED(partial_forward)(const void* hidden, void** weights, const int64_t* formats, void** caches, const float* cos,
+                          const float* sin, const int64_t* seq_lens, const int64_t* slots, void* out, void* memory,
+                          const int64_t* sizes, int64_t ahead, float eps, int64_t dtype) {
   const ForwardShape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8]};
   return emu::with_float_type(dtype, [&]<class T>(T*) {
-    const std::vector<LayerWeights<T>> layers = emu::layers<T>(weights, caches, 0, sizes[9], shape);
+    const std::vector<LayerWeights<T>> layers = emu::layers<T>(weights, formats, caches, 0, sizes[9], shape);
     ForwardArgs<T> args{};
     args.shape = shape, args.angles = {cos, sin}, args.seq_lens = seq_lens, args.slots = slots, args.ahead = ahead;
     args.eps = eps;

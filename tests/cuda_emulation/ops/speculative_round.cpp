@@ -23,7 +23,8 @@ namespace {
 struct Sizes {
   int64_t batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
       num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, layers,
-      num_blocks;  // `layers`: without the blocks
+      num_blocks,                                        // `layers`: without the blocks
+      embedding_format, draft_head_format, head_format;  // codes of lsk::Format
 
   ForwardShape shape(int64_t rows) const {
     return {batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots};
@@ -56,7 +57,7 @@ struct DraftBuffers {
   template <class T>
   DraftArgs<T> args(const Sizes& s) const {
     return {token,
-            static_cast<const T*>(embedding),
+            emu::weight<T>(embedding, s.hidden_size, s.embedding_format),
             s.batch,
             s.embedded,
             s.hidden_size,
@@ -71,13 +72,6 @@ struct DraftBuffers {
   }
 };
 
-// Calls f with null pointers of the states' and the head's type.
-template <class F>
-cudaError_t with_types(int64_t dtype, bool int8, F f) {
-  return emu::with_float_type(
-      dtype, [&]<class T>(T* type) { return int8 ? f(type, static_cast<int8_t*>(nullptr)) : f(type, type); });
-}
-
 }  // namespace
 
 EMULATED(forward_bytes)(int64_t* bytes, const Sizes* sizes, int64_t rows, int64_t dtype) {
@@ -87,26 +81,26 @@ EMULATED(forward_bytes)(int64_t* bytes, const Sizes* sizes, int64_t rows, int64_
   });
 }
 
-EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, void** caches, const float* cos,
-                const float* sin, const int64_t* seq_lens, const int64_t* slots, const void* norm, const void* head,
-                const int64_t* token_map, const float* scale, const float* temperature, const int64_t* seed,
-                float* logits, int64_t logits_pitch, int64_t step_pitch, int64_t* tokens, void* states,
-                float* probability, void* hidden, void* partial, void* memory, const Sizes* sizes, float eps,
-                float draft_threshold, int64_t dtype) {
+EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, const int64_t* formats, void** caches,
+                const float* cos, const float* sin, const int64_t* seq_lens, const int64_t* slots, const void* norm,
+                const void* head, const int64_t* token_map, const float* scale, const float* temperature,
+                const int64_t* seed, float* logits, int64_t logits_pitch, int64_t step_pitch, int64_t* tokens,
+                void* states, float* probability, void* hidden, void* partial, void* memory, const Sizes* sizes,
+                float eps, float draft_threshold, int64_t dtype) {
   const Sizes& s = *sizes;
   const Model model{cos, sin, seq_lens, slots, eps};
   const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
-  return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
-    const auto layers = emu::layers<T>(weights, caches, 0, s.exit_layer, s.shape(1)),
-               blocks = emu::layers<T>(weights, caches, s.exit_layer, s.exit_layer + s.num_blocks, s.shape(1));
+  return emu::with_float_type(dtype, [&]<class T>(T*) {
+    const auto layers = emu::layers<T>(weights, formats, caches, 0, s.exit_layer, s.shape(1)),
+               blocks = emu::layers<T>(weights, formats, caches, s.exit_layer, s.exit_layer + s.num_blocks, s.shape(1));
     const Layers<T> shallow = model.run<T>(layers, s.shape(1), memory);
-    const Head<T, W> exit{static_cast<const T*>(norm),
-                          static_cast<const W*>(head),
-                          scale,
-                          token_map,
-                          s.draft_vocab_size,
-                          s.hidden_size,
-                          eps};
+    const Head<T> exit{static_cast<const T*>(norm),
+                       emu::weight<T>(head, s.hidden_size, s.draft_head_format),
+                       scale,
+                       token_map,
+                       s.draft_vocab_size,
+                       s.hidden_size,
+                       eps};
     Chain chain(nullptr);
     LSK_LAUNCH(clear_tickets(chain, shallow.scratch.attention, memory));
     return draft(chain, buffers.args<T>(s), shallow, model.run<T>(blocks, s.shape(1), memory), exit,
@@ -114,8 +108,8 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, voi
   });
 }
 
-EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** weights, void** caches,
-                            const float* cos, const float* sin, int64_t* seq_lens, const int64_t* slots,
+EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** weights, const int64_t* formats,
+                            void** caches, const float* cos, const float* sin, int64_t* seq_lens, const int64_t* slots,
                             const void* norm, const void* head, const void* draft_norm, const void* draft_head,
                             const int64_t* token_map, const float* scale, const float* temperature, const int64_t* seed,
                             float* draft_logits, float* target_logits, int64_t* tokens, void* states,
@@ -143,25 +137,26 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
                             static_cast<Pick*>(picks),
                             inverse,
                             accept_stretches(s.vocab_size, s.draft_vocab_size)};
-  return with_types(dtype, scale != nullptr, [&]<class T, class W>(T*, W*) {
-    const auto shallow = emu::layers<T>(weights, caches, 0, s.exit_layer, s.shape(1)),
-               deep = emu::layers<T>(weights, caches, s.exit_layer, s.layers, s.shape(1)),
-               blocks = emu::layers<T>(weights, caches, s.layers, s.layers + s.num_blocks, s.shape(1));
+  return emu::with_float_type(dtype, [&]<class T>(T*) {
+    const auto shallow = emu::layers<T>(weights, formats, caches, 0, s.exit_layer, s.shape(1)),
+               deep = emu::layers<T>(weights, formats, caches, s.exit_layer, s.layers, s.shape(1)),
+               blocks = emu::layers<T>(weights, formats, caches, s.layers, s.layers + s.num_blocks, s.shape(1));
     const T *full_norm = static_cast<const T*>(norm), *exit_norm = static_cast<const T*>(draft_norm);
-    const RoundArgs<T, W> args{
-        buffers.args<T>(s),
-        model.run<T>(shallow, s.shape(1), memory),
-        model.run<T>(blocks, s.shape(1), memory),
-        model.run<T>(deep, s.shape(s.num_speculations + 1), deep_memory),
-        {exit_norm, static_cast<const W*>(draft_head), scale, token_map, s.draft_vocab_size, s.hidden_size, eps},
-        {full_norm, static_cast<const T*>(head), nullptr, nullptr, s.vocab_size, s.hidden_size, eps},
-        static_cast<Choice*>(partial),
-        target,
-        scores,
-        seq_lens,
-        accepted,
-        next_token,
-        sampled};
+    const RoundArgs<T> args{buffers.args<T>(s),
+                            model.run<T>(shallow, s.shape(1), memory),
+                            model.run<T>(blocks, s.shape(1), memory),
+                            model.run<T>(deep, s.shape(s.num_speculations + 1), deep_memory),
+                            {exit_norm, emu::weight<T>(draft_head, s.hidden_size, s.draft_head_format), scale,
+                             token_map, s.draft_vocab_size, s.hidden_size, eps},
+                            {full_norm, emu::weight<T>(head, s.hidden_size, s.head_format), nullptr, nullptr,
+                             s.vocab_size, s.hidden_size, eps},
+                            static_cast<Choice*>(partial),
+                            target,
+                            scores,
+                            seq_lens,
+                            accepted,
+                            next_token,
+                            sampled};
     Chain chain(nullptr);
     return speculative_round(chain, args);
   });

@@ -9,8 +9,29 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import LayerWeights
+from layerskip_kernels.formats import FORMATS, format_of, is_packed
 
 WEIGHTS_PER_LAYER = len(LayerWeights._fields)
+_PACKED = {name: 2 + place for place, name in enumerate(FORMATS)}
+
+
+def code_of(weight: Tensor, width: int) -> int:
+    """`Format` of csrc/common/weight.h: plain, the int8 rows of a draft head, or packed."""
+    if weight.dtype == torch.int8:
+        return 1
+    return _PACKED[format_of(weight, width).name] if is_packed(weight) else 0
+
+
+def codes_of(weights: Sequence[Tensor], each: int, hidden_size: int) -> Tensor:
+    """Of the weights of layers, which have ``each``: fourteen a layer."""
+    codes: list[int] = []
+    for first in range(0, len(weights), each):
+        own = dict(zip(LayerWeights._fields, weights[first : first + each], strict=False))
+        widths = {"o": len(own["q"]), "down": len(own["gate"])}
+        codes += [
+            code_of(own[name], widths.get(name, hidden_size)) if name in own else 0 for name in LayerWeights._fields
+        ]
+    return torch.tensor(codes)
 
 
 class EmulatedLayers:
@@ -36,12 +57,14 @@ class EmulatedLayers:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[0])
-        self._layers("linear", x, weight, bias, residual, out, *x.shape, weight.shape[0], x.dtype, writes=(out,))
+        code = code_of(weight, x.shape[1])
+        self._layers("linear", x, weight, bias, residual, out, *x.shape, weight.shape[0], code, x.dtype, writes=(out,))
         return out
 
     def swiglu(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         out = x.new_empty(x.shape[0], gate.shape[0])
-        self._layers("swiglu", x, gate, up, out, *x.shape, gate.shape[0], x.dtype, writes=(out,))
+        codes = [code_of(weight, x.shape[1]) for weight in (gate, up)]
+        self._layers("swiglu", x, gate, up, out, *x.shape, gate.shape[0], *codes, x.dtype, writes=(out,))
         return out
 
     def rope_kv_append(
@@ -125,7 +148,7 @@ class EmulatedLayers:
         )
         memory = self._memory("forward_bytes", sizes, hidden.dtype)
         self._layers(
-            "partial_forward", hidden, tensors, caches, cos, sin, seq_lens, slots, out, memory, sizes, ahead, eps,
-            hidden.dtype, writes=(out, memory, k_cache, v_cache),
+            "partial_forward", hidden, tensors, codes_of(weights, each, hidden_size), caches, cos, sin, seq_lens, slots,
+            out, memory, sizes, ahead, eps, hidden.dtype, writes=(out, memory, k_cache, v_cache),
         )  # fmt: skip
         return out

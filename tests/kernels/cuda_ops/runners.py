@@ -17,7 +17,7 @@ from layerskip_kernels.schemas import bind
 from tests.cuda_emulation import library
 
 from ..common import run
-from .layers import WEIGHTS_PER_LAYER, EmulatedLayers
+from .layers import WEIGHTS_PER_LAYER, EmulatedLayers, code_of, codes_of
 
 HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
 STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept_sampled.h
@@ -50,13 +50,13 @@ class Emulated(EmulatedLayers):
         scale: Tensor | None = None, temperature: Tensor | None = None, seed: Tensor | None = None,
         offset: Tensor | None = None, logits: Tensor | None = None,
     ) -> lk.ExitOutput:  # fmt: skip
-        rows, (vocab_size, width) = hidden.shape[0], weight.shape
+        (rows, width), vocab_size = hidden.shape, len(weight)
         partial = _void(rows, -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
         out = (_void(rows, like=torch.int64), _void(rows), _void(rows))
         pitch = 0 if logits is None else logits.stride(0)
         self.call(
             "exit_head", "exit_head", hidden, hidden.stride(0), norm, weight, float(eps), token_map, scale, temperature,
-            seed, offset, logits, pitch, partial, *out, rows, vocab_size, width, hidden.dtype,
+            seed, offset, logits, pitch, partial, *out, rows, vocab_size, width, code_of(weight, width), hidden.dtype,
             writes=[partial, *out] + ([] if logits is None else [logits]),
         )  # fmt: skip
         return lk.ExitOutput(*out)
@@ -88,15 +88,16 @@ class Emulated(EmulatedLayers):
     def draft(self, *args: Any) -> lk.Draft:
         a = bind("draft", *args)
         batch, num_speculations, draft_vocab_size = len(a.token), a.num_speculations, len(a.head_weight)
-        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, a.exit_layer, a.num_blocks)
-        sizes = model.sizes(batch, num_speculations, a.extend, draft_vocab_size, draft_vocab_size, a.exit_layer)
+        model = _Model(a.embedding, a.norm_weight, a.weights, a.k_cache, a.v_cache, a.exit_layer, a.num_blocks)
+        sizes = model.sizes(batch, num_speculations, a.extend, a.head_weight, a.head_weight, a.exit_layer)
         out, buffers = model.draft_buffers(batch, num_speculations, a.extend, draft_vocab_size)
-        memory = self._round_scratch(sizes, 1, a.embedding.dtype)
+        memory = self._round_scratch(sizes, 1, a.norm_weight.dtype)
         pitches = (0, 0) if a.logits is None else (a.logits.stride(0), a.logits.stride(1))
         self.call(
-            "speculative_round", "draft", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin, a.seq_lens,
-            a.slots, a.norm_weight, a.head_weight, a.token_map, a.scale, a.temperature, a.seed, a.logits, *pitches,
-            *out, *buffers, memory, sizes, float(a.eps), float(a.draft_threshold), a.embedding.dtype,
+            "speculative_round", "draft", a.token, a.embedding, model.weights, model.formats, model.caches, a.cos,
+            a.sin, a.seq_lens, a.slots, a.norm_weight, a.head_weight, a.token_map, a.scale, a.temperature, a.seed,
+            a.logits, *pitches, *out, *buffers, memory, sizes, float(a.eps), float(a.draft_threshold),
+            a.norm_weight.dtype,
             writes=[a.k_cache, a.v_cache, *out, *buffers, memory] + ([] if a.logits is None else [a.logits]),
         )  # fmt: skip
         return lk.Draft(*out)
@@ -105,11 +106,11 @@ class Emulated(EmulatedLayers):
         a = bind("speculative_round", *args)
         draft_norm = a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight
         draft_head = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
-        batch, num_speculations, dtype = len(a.token), a.num_speculations, a.embedding.dtype
+        batch, num_speculations, dtype = len(a.token), a.num_speculations, a.norm_weight.dtype
         draft_vocab_size, vocab_size = len(draft_head), len(a.head_weight)
         num_layers = a.k_cache.shape[0] - a.num_blocks
-        model = _Model(a.embedding, a.weights, a.k_cache, a.v_cache, num_layers, a.num_blocks)
-        sizes = model.sizes(batch, num_speculations, True, draft_vocab_size, vocab_size, a.exit_layer)
+        model = _Model(a.embedding, a.norm_weight, a.weights, a.k_cache, a.v_cache, num_layers, a.num_blocks)
+        sizes = model.sizes(batch, num_speculations, True, draft_head, a.head_weight, a.exit_layer)
         drafted, buffers = model.draft_buffers(batch, num_speculations, True, max(draft_vocab_size, vocab_size))
         memory = [self._round_scratch(sizes, rows, dtype) for rows in (1, num_speculations + 1)]
         verified = [_void(batch * (num_speculations + 1), like=torch.int64), _void(2, batch * (num_speculations + 1))]
@@ -124,8 +125,8 @@ class Emulated(EmulatedLayers):
             scratch.append(None if a.draft_token_map is None else _void(vocab_size, like=torch.int32))
         written = [a.k_cache, a.v_cache, a.seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
         self.call(
-            "speculative_round", "speculative_round", a.token, a.embedding, model.weights, model.caches, a.cos, a.sin,
-            a.seq_lens, a.slots, a.norm_weight, a.head_weight, draft_norm, draft_head, a.draft_token_map,
+            "speculative_round", "speculative_round", a.token, a.embedding, model.weights, model.formats, model.caches,
+            a.cos, a.sin, a.seq_lens, a.slots, a.norm_weight, a.head_weight, draft_norm, draft_head, a.draft_token_map,
             a.draft_head_scale, a.temperature, a.seed, *logits, *drafted, *buffers, *memory, *verified, *out, *scratch,
             sizes, float(a.eps), float(a.draft_threshold), dtype, writes=[one for one in written if one is not None],
         )  # fmt: skip
@@ -143,6 +144,7 @@ class _Model:
     def __init__(
         self,
         embedding: Tensor,
+        norm_weight: Tensor,
         weights: Sequence[Tensor],
         k_cache: Tensor,
         v_cache: Tensor,
@@ -151,7 +153,8 @@ class _Model:
     ) -> None:
         each = len(weights) // (layers + num_blocks)
         optional = [one if one.numel() else None for one in weights]
-        self.embedding, self.layers, self.num_blocks = embedding, layers, num_blocks
+        self.embedding, self.norm_weight, self.layers, self.num_blocks = embedding, norm_weight, layers, num_blocks
+        self.formats = codes_of(weights, each, len(norm_weight))
         self.first = dict(zip(lk.LayerWeights._fields, weights[:each], strict=False))
         self.weights: list[Tensor | None] = []
         for first in range(0, len(weights), each):
@@ -161,22 +164,23 @@ class _Model:
         self.cached = k_cache.shape
 
     def sizes(
-        self, batch: int, num_speculations: int, extend: bool, draft_vocab_size: int, vocab_size: int, exit_layer: int
+        self, batch: int, num_speculations: int, extend: bool, draft_head: Tensor, head: Tensor, exit_layer: int
     ) -> Tensor:
         """In the order of `Sizes` in tests/cuda_emulation/ops/speculative_round.cpp."""
         _, num_slots, num_kv_heads, capacity, head_dim = self.cached
-        embedded, hidden_size = self.embedding.shape
+        embedded, hidden_size = len(self.embedding), len(self.norm_weight)
         num_heads, intermediate_size = len(self.first["q"]) // head_dim, len(self.first["gate"])
         return torch.tensor(
             [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
-             num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, self.layers, self.num_blocks]
+             num_speculations, extend, embedded, len(draft_head), len(head), exit_layer, self.layers, self.num_blocks,
+             *(code_of(one, hidden_size) for one in (self.embedding, draft_head, head))]
         )  # fmt: skip
 
     def draft_buffers(
         self, batch: int, num_speculations: int, extend: bool, vocab_size: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
         """Tokens, states and probability; the scratch of a draft, of K + 1 rows where it is verified."""
-        width, dtype = self.embedding.shape[1], self.embedding.dtype
+        width, dtype = len(self.norm_weight), self.norm_weight.dtype
         states = _void(batch, num_speculations + extend, width, like=dtype)
         partial = _void(batch * (num_speculations + 1), -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
         out = (_void(batch, num_speculations, like=torch.int64), states, _void(batch, num_speculations))

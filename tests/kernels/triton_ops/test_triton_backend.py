@@ -38,6 +38,23 @@ def test_float64_is_not_served() -> None:
     assert triton.supports(torch.ones(2, dtype=torch.float64)) == "float64 is not served"
 
 
+def test_packed_weights_that_are_not_served() -> None:
+    """fp8, what mixes formats in one launch, and heads; int8 gets as far as the question of the device."""
+    pytest.importorskip("triton")
+    x, norm = torch.ones(2, 32), torch.ones(32)
+    int8, int4, fp8 = (torch.zeros(32, size, dtype=torch.uint8) for size in (34, 18, 36))
+    assert triton.supports(x, norm, int8) == "packed weights are not served"
+    on_device = triton.supports_packed(x, x)
+    assert triton.supports_packed(x, int8) == triton.supports_packed(x, int8, int8) == on_device
+    if on_device is None:
+        assert triton.supports_packed(x, fp8) == "fp8 weights are not served"
+        assert triton.supports_packed(x, int8, int4) == "gate and up of different formats are not served"
+        layer = [norm, int8, int4, int8, int4, norm, int8, int8, int4]
+        assert triton.supports_packed(x, layer) is None
+        assert triton.supports_packed(x, [*layer[:7], int4, int4]) == "gate and up of different formats are not served"
+        assert triton.supports_packed(x, [*layer[:8], fp8]) == "fp8 weights are not served"
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A stand-in for a weight on a card, with an empty table beside it."""

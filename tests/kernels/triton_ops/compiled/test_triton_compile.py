@@ -14,7 +14,7 @@ from tools import triton_report as report
 
 STREAMING = ("linear_kernel", "qkv_kernel", "swiglu_kernel", "exit_head_kernel")
 TILED = ("early_exit_loss_kernel", "softmax_slope_kernel", "accumulate_kernel")
-MULTIPLYING = (*STREAMING, *TILED, "verify_attention_kernel")
+MULTIPLYING = (*STREAMING, *TILED, "verify_attention_kernel", "packed_linear_kernel", "packed_swiglu_kernel")
 TENSOR_CORES = ("mma.sync.aligned.m16n8k16", "wgmma.mma_async", "tcgen05.mma")
 CASES = {
     "llama-1b-bf16": (report.LLAMA_1B, torch.bfloat16, False),
@@ -72,6 +72,14 @@ def test_every_launch(case: str, target: str) -> None:
     launches = report.launches(*CASES[case])
     names = {launch.kernel.__name__.removesuffix("_kernel") for launch in launches}
     assert names >= KERNELS - {"linear_finish"}
+    assert [flaw for launch in launches for flaw in flaws(launch, target)] == []
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_weights(dtype: torch.dtype, target: str) -> None:
+    launches = report.packed_launches(report.LLAMA_1B, dtype)
+    assert len({launch.name for launch in launches}) == 12  # two kernels, six formats
     assert [flaw for launch in launches for flaw in flaws(launch, target)] == []
 
 
