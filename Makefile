@@ -26,7 +26,7 @@ help:
 	@echo 'make demo    decode a few prompts, autoregressively and self-speculatively, side by side'
 	@echo 'make test    run all tests'
 	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
-	@echo 'make mutate  plant known bugs in a copy, one at a time, and see whether the tests catch them; an hour or two'
+	@echo 'make mutate  plant known bugs in a copy, one at a time, and see whether the tests catch them; hours'
 	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'

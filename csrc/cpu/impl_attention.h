@@ -58,7 +58,7 @@ inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words,
     for (int i = 0; i < 16; ++i) {
       rows[i] = kWidens || n < kStep ? padded[i] : reinterpret_cast<const float*>(keys[i] + c);
       if constexpr (kWidens) {
-        store(padded[i], load(keys[i] + c, n));
+        store(padded[i], n < kStep ? load(keys[i] + c, n) : load(keys[i] + c));
       } else if (n < kStep) {
         store(padded[i], splat(0));
         __builtin_memcpy(padded[i], keys[i] + c, n * sizeof(T));
