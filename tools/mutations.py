@@ -54,15 +54,15 @@ MUTATIONS = [
     ),
     Mutation(
         "an exit's blocks do not read prompts", DECODING + "reading.py",
-        '"blocks": reading.depth > layers', '"blocks": False', EXITS + " -k torch_reads",
+        '"blocks": self.reads_blocks(reading)', '"blocks": False', EXITS + " -k torch_reads",
     ),
     Mutation(
         "an exit's blocks do not read what was looked up", DECODING + "batch.py",
-        "blocks=kind.exit_layer > 0", "blocks=False", EXITS + " -k looked_up",
+        "read_blocks(self._model, self._cache, request.slot, tokens, done, position)", "pass", EXITS + " -k looked_up",
     ),
     Mutation(
-        "an exit's blocks do not read what was looked up beside its drafts", DECODING + "round.py",
-        "blocks: bool = True) -> Drafted", "blocks: bool = False) -> Drafted", EXITS + " -k looked_up",
+        "an exit's blocks do not read what was looked up before a request continues it", DECODING + "slots.py",
+        "if done < length:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
         "an exit drafts on a row that its blocks have not read", DECODING + "slots.py",
