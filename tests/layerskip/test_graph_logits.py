@@ -14,6 +14,7 @@ from test_graph import tokens_of
 from tiny import prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder, models
+from layerskip.decoding import graph
 from layerskip.decoding.controls import LogitsControls
 from layerskip.decoding.logits import LogitsPipeline, LogitsRound
 from layerskip.decoding.round import LookedUp, SequenceTensors
@@ -136,3 +137,16 @@ def test_a_round_has_no_values_to_look_at(threshold, num_blocks):
         assert round_.advance(sequences, model.num_layers).shape == (2, 2)
         looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, meta)
         assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PROCESSED)
+@pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive"])
+def test_cuda_graphs_give_the_same_tokens(strategy, kind):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA card")
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak").to("cuda"), exit_layer=1, num_speculations=3)
+    graphs, given = graph.for_device(decoder.model.device), {"strategy": strategy, "sampling": PROCESSED[kind]}
+    assert tokens_of(decoder, 5, graphs, **given) == tokens_of(decoder, 5, None, **given)
+    assert graphs is not None
+    assert len(graphs) > 0
