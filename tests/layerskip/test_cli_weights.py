@@ -61,7 +61,7 @@ class TestQuantize:
         assert after == pytest.approx(perplexity(model, tokenizer, [TEXT], limit=2), abs=1e-3)
         assert before == pytest.approx(perplexity(load(directory)[0], tokenizer, [TEXT], limit=2), abs=1e-3)
         assert before != after
-        assert f"wrote {output}: int4, 0 MB of weights" in told
+        assert f"wrote {output}: int4+int8, 0 MB of weights" in told
         assert f"({after / before - 1:+.2%})" in told
 
     def test_the_default_text_is_there(self, directory, tmp_path, capsys):
@@ -97,7 +97,18 @@ class TestQuantize:
         given = ["quantize", directory, "--windows", "0", "--output", output]
         assert main([*given, "--weights", "int8"]) == 0
         assert main([*given, "--weights", "int4", "--overwrite"]) == 0
-        assert load(output)[0].weights == "int4"
+        assert load(output)[0].weights == "int4+int8"
+
+    def test_a_calibration_text(self, directory, tmp_path, text):
+        output = tmp_path / "out"
+        given = ["--weights", "int4", "--windows", "0", "--calibration", text, "--output", str(output)]
+        assert main(["quantize", directory, *given]) == 0
+        model, tokenizer = load(output)
+        pieces = torch.tensor(tokenizer(TEXT).input_ids).split(256)
+        expected = adapt(load(directory)[0]).quantize("int4", calibration=pieces)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+        to_nearest = adapt(load(directory)[0]).quantize("int4")
+        assert not torch.equal(model.decoder.layer(0).q, to_nearest.decoder.layer(0).q)
 
     def test_errors(self, directory, packed, tmp_path, capsys):
         output = str(tmp_path / "out")

@@ -15,6 +15,8 @@ from ..models import LayerSkipModel, adapt, save
 from . import options
 
 WINDOW = 512
+CALIBRATION = (8, 256)
+"""Pieces of the calibration text, and tokens of each."""
 _LONG = 2000  # characters of a topic of the manual that is taken
 
 
@@ -46,24 +48,38 @@ def _packed(
     """The model, its tokenizer and, with texts, the perplexity before and after."""
     errors = Console(stderr=True)
     plain = argparse.Namespace(**vars(args))
-    plain.weights = None if texts else args.weights
+    plain.weights = None if texts or args.calibration else args.weights
     model, tokenizer = options.load(plain, errors)
-    args.device = plain.device
-    if not texts:
+    if plain.weights is not None:
         return (model if isinstance(model, LayerSkipModel) else adapt(model)), tokenizer, None
     if isinstance(model, LayerSkipModel):
         raise ValueError(f"the weights of {args.model} are packed already, in {model.weights}")
-    from ..training.evaluate import perplexity
-
-    with errors.status("measuring the perplexity of the plain model"):
-        before = perplexity(model, tokenizer, texts, WINDOW, args.windows)
+    calibration = [] if args.calibration is None else _calibration(args.calibration, tokenizer, plain.device)
+    before = _perplexity(model, tokenizer, texts, args.windows, errors)
     with Progress(console=errors, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"packing in {args.weights}")
         packed = adapt(model).quantize(
-            args.weights, release=True, progress=lambda done, total: progress.update(task, completed=done, total=total)
+            args.weights,
+            release=True,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            calibration=calibration,
         )
-    with errors.status("measuring the perplexity of the packed model"):
-        return packed, tokenizer, (before, perplexity(packed, tokenizer, texts, WINDOW, args.windows))
+    after = _perplexity(packed, tokenizer, texts, args.windows, errors)
+    return packed, tokenizer, None if before is None or after is None else (before, after)
+
+
+def _perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int, errors: Console) -> float | None:
+    from ..training.evaluate import perplexity
+
+    with errors.status("measuring the perplexity"):
+        return perplexity(model, tokenizer, texts, WINDOW, windows) if texts else None
+
+
+def _calibration(path: Path, tokenizer: Any, device: Any) -> list[Any]:
+    """The first token ids of a text, in pieces."""
+    count, size = CALIBRATION
+    ids = options.encode(tokenizer, path.read_text(encoding="utf-8"), device)[0, : count * size]
+    return list(ids.split(size))
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,11 @@ from torch.nn.attention.bias import causal_lower_right
 from layerskip_kernels import LayerWeights, rms_norm, rope_kv_append, verify_attention
 from layerskip_kernels.formats import is_packed, plain
 
+INPUTS = {
+    "q": "attention", "k": "attention", "v": "attention", "o": "attended",
+    "gate": "feed-forward", "up": "feed-forward", "down": "gated",
+}  # fmt: skip
+"""What each matrix of a layer is multiplied by, by names that `prefill_layer` tells."""
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
 
@@ -23,6 +30,7 @@ def prefill_layer(
     seq_lens: Tensor,
     past: int,
     eps: float,
+    watch: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
     """Compute one layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
 
@@ -38,20 +46,29 @@ def prefill_layer(
     past : int
         How many positions the cache already holds.
     eps : float
+    watch : callable, optional
+        Called with each of the inputs of matmuls, and its name in `INPUTS`.
     """
+    seen = watch or (lambda name, states: None)
     batch, rows, _ = hidden.shape
     weights = _plain(weights, hidden.dtype)
     head_dim = k_cache.shape[3]
     normed = rms_norm(hidden, weights.attn_norm, eps)
+    seen("attention", normed)
     q = F.linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, head_dim)
     k = F.linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, head_dim)
     v = F.linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, head_dim)
     q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
     k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
     q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
-    hidden = hidden + F.linear(_attend(q, k_cache, v_cache, seq_lens, past), weights.o)
+    attended = _attend(q, k_cache, v_cache, seq_lens, past)
+    seen("attended", attended)
+    hidden = hidden + F.linear(attended, weights.o)
     normed = rms_norm(hidden, weights.mlp_norm, eps)
-    return hidden + F.linear(F.silu(F.linear(normed, weights.gate)) * F.linear(normed, weights.up), weights.down)
+    seen("feed-forward", normed)
+    gated = F.silu(F.linear(normed, weights.gate)) * F.linear(normed, weights.up)
+    seen("gated", gated)
+    return hidden + F.linear(gated, weights.down)
 
 
 def _plain(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
