@@ -76,7 +76,7 @@ class TestQuantize:
 
     def test_a_packed_checkpoint_of_others_becomes_our_own(self, tmp_path, capsys):
         layouts.write(tmp_path / "awq", layouts.tiny(), layouts.awq(32))
-        arguments = ["--weights", "native", "--windows", "0", "--output", str(tmp_path / "own")]
+        arguments = ["--weights", "native", "--output", str(tmp_path / "own")]
         assert main(["quantize", str(tmp_path / "awq"), *arguments]) == 0
         assert ": bfloat16+int4_zero, " in capsys.readouterr().out
         one, other = load(tmp_path / "awq")[0], load(tmp_path / "own")[0]
@@ -114,6 +114,14 @@ class TestQuantize:
         output = str(tmp_path / "out")
         assert main(["quantize", packed, "--weights", "int8", "--output", output]) == 2
         assert "are packed already, in int8" in capsys.readouterr().err
+        assert main(["quantize", directory, "--weights", "native", "--output", output]) == 2
+        assert "has plain weights; give --weights one of int8, " in capsys.readouterr().err
+        (tmp_path / "empty.txt").write_text("")
+        given = ["--calibration", str(tmp_path / "empty.txt"), "--output", output]
+        assert main(["quantize", directory, "--weights", "int4", *given]) == 2
+        assert "empty.txt holds no text to calibrate with" in capsys.readouterr().err
+        assert main(["quantize", packed, "--weights", "native", *given]) == 2
+        assert "leave it out with --weights native" in capsys.readouterr().err
         assert main(["quantize", packed, "--weights", "int8", "--windows", "0", "--output", output]) == 2
         assert "quantized already (layerskip)" in capsys.readouterr().err
         with pytest.raises(SystemExit):

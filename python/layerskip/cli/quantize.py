@@ -13,6 +13,7 @@ from rich.progress import Progress
 from .._files import check_folder, obstacle, replaced
 from ..models import LayerSkipModel, adapt, save
 from . import options
+from .arguments import FORMATS, NATIVE
 
 WINDOW = 512
 CALIBRATION = (8, 256)
@@ -23,7 +24,10 @@ _LONG = 2000  # characters of a topic of the manual that is taken
 def run(args: argparse.Namespace, console: Console) -> int:
     """Write the directory, whole or not at all."""
     _check_output(args.output, args.overwrite)
-    texts = _texts(args.text) if args.windows > 0 else []
+    native = args.weights == NATIVE  # then there is nothing to measure before, and nothing to round
+    if native and args.calibration is not None:
+        raise ValueError("--calibration is for weights that are rounded; leave it out with --weights native")
+    texts = _texts(args.text) if args.windows > 0 and not native else []
     model, tokenizer, measured = _packed(args, texts, console)
     with replaced(args.output) as (directory,):
         save(model, directory, tokenizer)
@@ -51,7 +55,9 @@ def _packed(
     plain.weights = None if texts or args.calibration else args.weights
     model, tokenizer = options.load(plain, errors)
     if plain.weights is not None:
-        return (model if isinstance(model, LayerSkipModel) else adapt(model)), tokenizer, None
+        if not isinstance(model, LayerSkipModel):
+            raise ValueError(f"{args.model} has plain weights; give --weights one of {', '.join(FORMATS)}")
+        return model, tokenizer, None
     if isinstance(model, LayerSkipModel):
         raise ValueError(f"the weights of {args.model} are packed already, in {model.weights}")
     calibration = [] if args.calibration is None else _calibration(args.calibration, tokenizer, plain.device)
@@ -79,6 +85,8 @@ def _calibration(path: Path, tokenizer: Any, device: Any) -> list[Any]:
     """The first token ids of a text, in pieces."""
     count, size = CALIBRATION
     ids = options.encode(tokenizer, path.read_text(encoding="utf-8"), device)[0, : count * size]
+    if not len(ids):
+        raise ValueError(f"{path} holds no text to calibrate with")
     return list(ids.split(size))
 
 

@@ -1,8 +1,9 @@
 """Rounding weights with a look at what they are multiplied by, on a few hundred tokens.
 
-For a matmul whose inputs have the second moments H, rounding a weight by e changes the outputs by e · H · eᵀ in squares.
-Column by column, what rounding one does is taken out of the columns that follow, by the inverse of H (GPTQ, Frantar et al.
-2022). Groups, scales and bytes are those of the format, so the result costs what a weight that is rounded to nearest does.
+For a matmul whose inputs have the second moments H, rounding a weight by e changes the outputs by e · H · eᵀ in
+squares. Column by column, what rounding one does is taken out of the columns that follow, by the inverse of H (GPTQ,
+Frantar et al. 2022). Groups, scales and bytes are those of the format, so the result costs what a weight that is
+rounded to nearest does.
 """
 
 from __future__ import annotations
@@ -120,9 +121,7 @@ def _scales(form: Format, group: Tensor, importance: Tensor) -> tuple[Tensor, Te
     return scale[:, 0], least[0][:, 0] if least else torch.zeros_like(scale[:, 0])
 
 
-def _round_group(
-    form: Format, group: Tensor, spread: Tensor, scale: Tensor, least: Tensor
-) -> tuple[Tensor, Tensor]:
+def _round_group(form: Format, group: Tensor, spread: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """Values [N, S] as `pack` takes them, and the errors [N, S] that are left to the columns that follow."""
     offset, (low, high) = form.offset, form.range
     values, errors = torch.empty_like(group), torch.empty_like(group)

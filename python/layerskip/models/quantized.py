@@ -58,7 +58,9 @@ def quantized(
         else:
             layers.append(layer._replace(**{name: packed(getattr(layer, name), weights) for name in MATRICES}))
     outer = outer_format(weights)
-    head_weight = shared(packed(head.head_weight, outer))  # one parameter, so that a tied one stays one on another device, too
+    head_weight = shared(
+        packed(head.head_weight, outer)
+    )  # one parameter, so that a tied one stays one on another device, too
     embedding = head_weight if tied else packed(model.embedding, outer)
     return type(model)(
         embedding,
