@@ -136,7 +136,11 @@ class TestRead:
         layouts.write(tmp_path / "model", layouts.tiny(), layouts.awq(32))
         for reader in (transformers.AutoConfig, transformers.AutoTokenizer):
             read = reader.from_pretrained
-            monkeypatch.setattr(reader, "from_pretrained", lambda name, read=read: read(tmp_path / name.split("/")[1]))
+
+            def here(name, read=read, **options):
+                return read(tmp_path / "model" if name == "owner/model" else name, **options)
+
+            monkeypatch.setattr(reader, "from_pretrained", here)
         fetched = []
 
         def download(name, allow_patterns):
