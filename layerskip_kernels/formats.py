@@ -56,6 +56,20 @@ class Format(NamedTuple):
         return width // self.group_size * self.group_bytes
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest value, as it stands for a weight: without `offset`."""
+        if self.is_float:
+            return -FP8_MAX, FP8_MAX
+        if self.bits == 8:
+            return -127, 127
+        return (0, 15) if self.has_zero else (-8, 7)
+
+    @property
+    def offset(self) -> int:
+        """What is added to a value where it is written: four bits are unsigned."""
+        return 8 if self.bits == 4 and not self.has_zero else 0
+
+    @property
     def bits_per_weight(self) -> float:
         """With the scales."""
         return 8 * self.group_bytes / self.group_size
@@ -158,7 +172,7 @@ def quantize(weight: Tensor, name: str) -> Tensor:
         broken = (~groups.isfinite().all((1, 2))).nonzero()
         if broken.numel():
             raise ValueError(f"row {first + int(broken[0])} of the weight to quantize holds NaN or infinity")
-        out[first : first + step] = pack(form, *_fit(form, groups))
+        out[first : first + step] = pack(form, *fit(form, groups))
     return out
 
 
@@ -271,10 +285,23 @@ def lookup(weight: Tensor, index: Tensor, width: int, dtype: torch.dtype) -> Ten
     return dequantize(weight[index.reshape(-1)], width, dtype).view(*index.shape, width)
 
 
-def _fit(form: Format, groups: Tensor) -> tuple[Tensor, ...]:
-    """Values, scale and least of groups [N, G, S], as `pack` takes them: the scale, of some, that loses least."""
+def fit(form: Format, groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Values, scale and, if the format has it, least of groups: the scale, of some, that loses least in squares.
+
+    Parameters
+    ----------
+    form : Format
+    groups : Tensor [N, G, S], fp32
+    importance : Tensor [S], optional
+        A factor of the squares; by default all weights count the same.
+
+    Returns
+    -------
+    tuple of Tensor
+        As `pack` takes them.
+    """
     if form.has_zero:
-        return _fit_range(groups)
+        return _fit_range(groups, importance)
     largest = groups.abs().amax(2)
     if form.is_float:
         scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
@@ -286,18 +313,18 @@ def _fit(form: Format, groups: Tensor) -> tuple[Tensor, ...]:
     extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
     best = _rounded(extreme / -8)
     values = _nearest(groups, best, -8, 7)
-    least_error = _error(groups, values, best)
+    least_error = _error(groups, values, best, importance)
     for step in range(-_STEPS, _STEPS + 1):
         scale = _rounded(extreme / (-8 + 0.1 * step))
         candidate = _nearest(groups, scale, -8, 7)
-        error = _error(groups, candidate, scale)
+        error = _error(groups, candidate, scale, importance)
         better = error < least_error
         best, least_error = torch.where(better, scale, best), torch.where(better, error, least_error)
         values = torch.where(better[:, :, None], candidate, values)
     return values + 8, best
 
 
-def _fit_range(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fit_range(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Four-bit values, scale and least of groups; the range that is spanned shrinks as long as that loses less."""
     low, high = groups.amin(2), groups.amax(2)
     best_error = torch.full_like(low, float("inf"))
@@ -307,7 +334,7 @@ def _fit_range(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         least = (low + inset).to(torch.float16).float()
         scale = _rounded((high - low - 2 * inset) / 15)
         values = _nearest(groups - least[:, :, None], scale, 0, 15)
-        error = _error(groups - least[:, :, None], values, scale)
+        error = _error(groups - least[:, :, None], values, scale, importance)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         chosen = (better[:, :, None], better, better)
@@ -329,5 +356,6 @@ def _nearest(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return (groups / scale[:, :, None]).round_().clamp_(low, high)
 
 
-def _error(groups: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    return (values * scale[:, :, None] - groups).square().sum(2)
+def _error(groups: Tensor, values: Tensor, scale: Tensor, importance: Tensor | None) -> Tensor:
+    squares = (values * scale[:, :, None] - groups).square()
+    return squares.sum(2) if importance is None else squares @ importance

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 import quantized_checkpoints as layouts
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import layerskip
@@ -128,6 +130,27 @@ class TestRead:
         (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         parts, _ = load(tmp_path / "model")
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+    def test_from_the_hub(self, tmp_path, monkeypatch):
+        """A stand-in for the hub: its files are in a directory."""
+        layouts.write(tmp_path / "model", layouts.tiny(), layouts.awq(32))
+        for reader in (transformers.AutoConfig, transformers.AutoTokenizer):
+            read = reader.from_pretrained
+
+            def here(name, read=read, **options):
+                return read(tmp_path / "model" if name == "owner/model" else name, **options)
+
+            monkeypatch.setattr(reader, "from_pretrained", here)
+        fetched = []
+
+        def download(name, allow_patterns):
+            fetched.append((name, allow_patterns))
+            return str(tmp_path / "model")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        model, _ = load("owner/model")
+        assert model.weights == "bfloat16+int4_zero"
+        assert fetched == [("owner/model", ["*.json", "*.safetensors"])]
 
 
 GPTQ, AWQ = layouts.gptq(4, 32, False), layouts.awq(32)

@@ -61,7 +61,7 @@ class TestQuantize:
         assert after == pytest.approx(perplexity(model, tokenizer, [TEXT], limit=2), abs=1e-3)
         assert before == pytest.approx(perplexity(load(directory)[0], tokenizer, [TEXT], limit=2), abs=1e-3)
         assert before != after
-        assert f"wrote {output}: int4, 0 MB of weights" in told
+        assert f"wrote {output}: int4+int8, 0 MB of weights" in told
         assert f"({after / before - 1:+.2%})" in told
 
     def test_the_default_text_is_there(self, directory, tmp_path, capsys):
@@ -76,7 +76,7 @@ class TestQuantize:
 
     def test_a_packed_checkpoint_of_others_becomes_our_own(self, tmp_path, capsys):
         layouts.write(tmp_path / "awq", layouts.tiny(), layouts.awq(32))
-        arguments = ["--weights", "native", "--windows", "0", "--output", str(tmp_path / "own")]
+        arguments = ["--weights", "native", "--output", str(tmp_path / "own")]
         assert main(["quantize", str(tmp_path / "awq"), *arguments]) == 0
         assert ": bfloat16+int4_zero, " in capsys.readouterr().out
         one, other = load(tmp_path / "awq")[0], load(tmp_path / "own")[0]
@@ -97,12 +97,31 @@ class TestQuantize:
         given = ["quantize", directory, "--windows", "0", "--output", output]
         assert main([*given, "--weights", "int8"]) == 0
         assert main([*given, "--weights", "int4", "--overwrite"]) == 0
-        assert load(output)[0].weights == "int4"
+        assert load(output)[0].weights == "int4+int8"
+
+    def test_a_calibration_text(self, directory, tmp_path, text):
+        output = tmp_path / "out"
+        given = ["--weights", "int4", "--windows", "0", "--calibration", text, "--output", str(output)]
+        assert main(["quantize", directory, *given]) == 0
+        model, tokenizer = load(output)
+        pieces = torch.tensor(tokenizer(TEXT).input_ids).split(256)
+        expected = adapt(load(directory)[0]).quantize("int4", calibration=pieces)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+        to_nearest = adapt(load(directory)[0]).quantize("int4")
+        assert not torch.equal(model.decoder.layer(0).q, to_nearest.decoder.layer(0).q)
 
     def test_errors(self, directory, packed, tmp_path, capsys):
         output = str(tmp_path / "out")
         assert main(["quantize", packed, "--weights", "int8", "--output", output]) == 2
         assert "are packed already, in int8" in capsys.readouterr().err
+        assert main(["quantize", directory, "--weights", "native", "--output", output]) == 2
+        assert "has plain weights; give --weights one of int8, " in capsys.readouterr().err
+        (tmp_path / "empty.txt").write_text("")
+        given = ["--calibration", str(tmp_path / "empty.txt"), "--output", output]
+        assert main(["quantize", directory, "--weights", "int4", *given]) == 2
+        assert "empty.txt holds no text to calibrate with" in capsys.readouterr().err
+        assert main(["quantize", packed, "--weights", "native", *given]) == 2
+        assert "leave it out with --weights native" in capsys.readouterr().err
         assert main(["quantize", packed, "--weights", "int8", "--windows", "0", "--output", output]) == 2
         assert "quantized already (layerskip)" in capsys.readouterr().err
         with pytest.raises(SystemExit):

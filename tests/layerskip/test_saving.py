@@ -43,10 +43,11 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, weights):
     save(model, tmp_path, tiny_tokenizer())
     again, tokenizer = load(tmp_path)
     assert same(model, again)
-    assert again.weights == weights
+    packed_as = [weights] if "int4" not in weights else [weights, "int8"]  # embedding and head
+    assert again.weights == "+".join(packed_as)
     assert (again.dtype, again.generation_config.eos_token_id, tokenizer("w5").input_ids) == (torch.bfloat16, 7, [5])
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert settings == {"quant_method": "layerskip", "version": 1, "formats": [weights]}
+    assert settings == {"quant_method": "layerskip", "version": 1, "formats": packed_as}
     assert sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values()) < sum(
         weight.nbytes for weight in layouts.tiny(dtype=torch.bfloat16).parameters()
     )
@@ -177,5 +178,5 @@ def test_loading_never_holds_the_plain_model(tmp_path, weights):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, held = map(int, done.stdout.split())
     print(f"plain {plain / 1e6:.0f} MB, {weights} {held / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB more than before")
-    assert held < plain * (0.54 if weights == "int8" else 0.29)
+    assert held < plain * (0.54 if weights == "int8" else 0.36)
     assert peak < held + SLACK < plain

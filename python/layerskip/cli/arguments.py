@@ -291,6 +291,11 @@ def _quantize(parser: Parser) -> None:
     add_weights(parser, required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
     parser.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="round with a look at what the first 2048 tokens of this text make of the states, which loses less "
+        "(default: to nearest)",
+    )  # fmt: skip
+    parser.add_argument(
         "--text", type=Path, metavar="FILE",
         help="what the perplexity before and after is measured on (default: Python's manual, of its standard library)",
     )  # fmt: skip

@@ -13,15 +13,21 @@ from rich.progress import Progress
 from .._files import check_folder, obstacle, replaced
 from ..models import LayerSkipModel, adapt, save
 from . import options
+from .arguments import FORMATS, NATIVE
 
 WINDOW = 512
+CALIBRATION = (8, 256)
+"""Pieces of the calibration text, and tokens of each."""
 _LONG = 2000  # characters of a topic of the manual that is taken
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Write the directory, whole or not at all."""
     _check_output(args.output, args.overwrite)
-    texts = _texts(args.text) if args.windows > 0 else []
+    native = args.weights == NATIVE  # then there is nothing to measure before, and nothing to round
+    if native and args.calibration is not None:
+        raise ValueError("--calibration is for weights that are rounded; leave it out with --weights native")
+    texts = _texts(args.text) if args.windows > 0 and not native else []
     model, tokenizer, measured = _packed(args, texts, console)
     with replaced(args.output) as (directory,):
         save(model, directory, tokenizer)
@@ -46,24 +52,42 @@ def _packed(
     """The model, its tokenizer and, with texts, the perplexity before and after."""
     errors = Console(stderr=True)
     plain = argparse.Namespace(**vars(args))
-    plain.weights = None if texts else args.weights
+    plain.weights = None if texts or args.calibration else args.weights
     model, tokenizer = options.load(plain, errors, gather=False)
-    args.device = plain.device
-    if not texts:
-        return (model if isinstance(model, LayerSkipModel) else adapt(model)), tokenizer, None
+    if plain.weights is not None:
+        if not isinstance(model, LayerSkipModel):
+            raise ValueError(f"{args.model} has plain weights; give --weights one of {', '.join(FORMATS)}")
+        return model, tokenizer, None
     if isinstance(model, LayerSkipModel):
         raise ValueError(f"the weights of {args.model} are packed already, in {model.weights}")
-    from ..training.evaluate import perplexity
-
-    with errors.status("measuring the perplexity of the plain model"):
-        before = perplexity(model, tokenizer, texts, WINDOW, args.windows)
+    calibration = [] if args.calibration is None else _calibration(args.calibration, tokenizer, plain.device)
+    before = _perplexity(model, tokenizer, texts, args.windows, errors)
     with Progress(console=errors, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"packing in {args.weights}")
         packed = adapt(model).quantize(
-            args.weights, release=True, progress=lambda done, total: progress.update(task, completed=done, total=total)
+            args.weights,
+            release=True,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            calibration=calibration,
         )
-    with errors.status("measuring the perplexity of the packed model"):
-        return packed, tokenizer, (before, perplexity(packed, tokenizer, texts, WINDOW, args.windows))
+    after = _perplexity(packed, tokenizer, texts, args.windows, errors)
+    return packed, tokenizer, None if before is None or after is None else (before, after)
+
+
+def _perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int, errors: Console) -> float | None:
+    from ..training.evaluate import perplexity
+
+    with errors.status("measuring the perplexity"):
+        return perplexity(model, tokenizer, texts, WINDOW, windows) if texts else None
+
+
+def _calibration(path: Path, tokenizer: Any, device: Any) -> list[Any]:
+    """The first token ids of a text, in pieces."""
+    count, size = CALIBRATION
+    ids = options.encode(tokenizer, path.read_text(encoding="utf-8"), device)[0, : count * size]
+    if not len(ids):
+        raise ValueError(f"{path} holds no text to calibrate with")
+    return list(ids.split(size))
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

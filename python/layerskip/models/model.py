@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,19 +86,27 @@ class LayerSkipModel(nn.Module):
         return "+".join(formats(self))
 
     def quantize(
-        self, weights: str, *, release: bool = False, progress: Callable[[int, int], None] | None = None
+        self,
+        weights: str,
+        *,
+        release: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        calibration: Sequence[Tensor] = (),
     ) -> LayerSkipModel:
         """A model whose layers, embedding and head are packed in a format; norms and biases are shared.
 
         Parameters
         ----------
         weights : str
-            One of `layerskip_kernels.formats.FORMATS`: "int8", "int4", …
+            One of `layerskip_kernels.formats.FORMATS`: "int8", "int4", … With four bits, embedding and head are int8.
         release : bool
             Free each weight as soon as it is packed: this model, and the one that it came from, are of no use
             afterwards, and both never lie in memory at once.
         progress : callable, optional
             Called after each weight with how many are packed, and of how many.
+        calibration : sequence of Tensor [N], int64
+            Token ids of texts, some hundreds of tokens in all: weights are rounded with a look at what these multiply
+            them by (`layerskip.models.calibration`), which loses less. By default to nearest.
 
         Returns
         -------
@@ -110,7 +118,7 @@ class LayerSkipModel(nn.Module):
             If the format is unknown or does not suit a width, the model is packed or has an exit already, or a weight
             is not finite.
         """
-        return quantized(self, weights, release, progress)
+        return quantized(self, weights, release, progress, calibration)
 
     @property
     def vocab_size(self) -> int:

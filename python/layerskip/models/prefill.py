@@ -12,6 +12,11 @@ from torch.nn.attention.bias import causal_lower_right
 from layerskip_kernels import KVCache, LayerWeights, rms_norm, rope_kv_append, verify_attention
 from layerskip_kernels.formats import plain
 
+INPUTS = {
+    "q": "attention", "k": "attention", "v": "attention", "o": "attended",
+    "gate": "feed-forward", "up": "feed-forward", "down": "gated",
+}  # fmt: skip
+"""What each matrix of a layer is multiplied by, by names that `prefill_layer` tells."""
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -28,6 +33,7 @@ def prefill_layer(
     seq_lens: Tensor,
     past: int,
     eps: float,
+    watch: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
     """Compute one layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
 
@@ -43,21 +49,28 @@ def prefill_layer(
     past : int
         How many positions the cache already holds.
     eps : float
+    watch : callable, optional
+        Called with each of the inputs of matmuls, and its name in `INPUTS`.
     """
+    seen = watch or (lambda name, states: None)
     batch, rows, _ = hidden.shape
     head_dim = k_cache.shape[3]
     normed = rms_norm(hidden, weights.attn_norm, eps)
+    seen("attention", normed)
     q = torch_linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, head_dim)
     k = torch_linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, head_dim)
     v = torch_linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, head_dim)
     q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
     k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
     q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
-    hidden = hidden + torch_linear(_attend(q, k_cache, v_cache, seq_lens, past), weights.o)
+    attended = _attend(q, k_cache, v_cache, seq_lens, past)
+    seen("attended", attended)
+    hidden = hidden + torch_linear(attended, weights.o)
     normed = rms_norm(hidden, weights.mlp_norm, eps)
-    return hidden + torch_linear(
-        F.silu(torch_linear(normed, weights.gate)) * torch_linear(normed, weights.up), weights.down
-    )
+    seen("feed-forward", normed)
+    gated = F.silu(torch_linear(normed, weights.gate)) * torch_linear(normed, weights.up)
+    seen("gated", gated)
+    return hidden + torch_linear(gated, weights.down)
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from layerskip_kernels import LayerWeights
-from layerskip_kernels.formats import format_of, is_packed, named, quantize
+from layerskip_kernels.formats import FORMATS, format_of, is_packed, named, quantize
 
+from .calibration import Calibration
 from .head import EarlyExitHead
 from .weights import shared
 
@@ -23,7 +24,11 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 @torch.no_grad()
 def quantized(
-    model: LayerSkipModel, weights: str, release: bool, progress: Callable[[int, int], None] | None
+    model: LayerSkipModel,
+    weights: str,
+    release: bool,
+    progress: Callable[[int, int], None] | None,
+    texts: Sequence[Tensor],
 ) -> LayerSkipModel:
     """See `LayerSkipModel.quantize`."""
     decoder, head = model.decoder, model.head
@@ -31,24 +36,34 @@ def quantized(
     if release:
         _check_finite(model)  # before anything is freed
     tied = model.embedding.data_ptr() == head.head_weight.data_ptr()
-    total, done = decoder.num_layers * len(MATRICES) + 2 - tied, 0
+    total, count = decoder.num_layers * len(MATRICES) + 2 - tied, 0
 
-    def packed(weight: Tensor) -> Tensor:
-        nonlocal done
-        out = quantize(weight, weights)
+    def done(weight: Tensor) -> None:
+        nonlocal count
         if release:
             weight.data = weight.new_empty(0)  # whoever holds the parameter holds an empty one
-        done += 1
+        count += 1
         if progress is not None:
-            progress(done, total)
+            progress(count, total)
+
+    def packed(weight: Tensor, form: str) -> Tensor:
+        out = quantize(weight, form)
+        done(weight)
         return out
 
+    calibration = Calibration(decoder, [model.embed(ids.view(1, -1)) for ids in texts]) if texts else None
     layers = []
     for number in range(decoder.num_layers):
         layer = decoder.layer(number)
-        layers.append(layer._replace(**{name: packed(getattr(layer, name)) for name in MATRICES}))
-    head_weight = shared(packed(head.head_weight))  # one parameter, so that a tied one stays one on another device, too
-    embedding = head_weight if tied else packed(model.embedding)
+        if calibration is not None:
+            layers.append(calibration.pack(number, weights, done))
+        else:
+            layers.append(layer._replace(**{name: packed(getattr(layer, name), weights) for name in MATRICES}))
+    outer = outer_format(weights)
+    head_weight = shared(
+        packed(head.head_weight, outer)
+    )  # one parameter, so that a tied one stays one on another device, too
+    embedding = head_weight if tied else packed(model.embedding, outer)
     return type(model)(
         embedding,
         decoder.of(layers),
@@ -56,6 +71,11 @@ def quantized(
         model.config,
         model.generation_config,
     )
+
+
+def outer_format(weights: str) -> str:
+    """The format of embedding and head beside layers in ``weights``: with four bits they would lose most of all."""
+    return "int8" if FORMATS[weights].bits == 4 else weights
 
 
 def formats(model: LayerSkipModel) -> list[str]:

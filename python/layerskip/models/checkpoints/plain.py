@@ -9,6 +9,8 @@ from torch import Tensor
 
 from layerskip_kernels.formats import named, quantize
 
+from ..named import EMBEDDING, HEAD
+from ..quantized import outer_format
 from .checkpoint import SafetensorsCheckpoint
 
 
@@ -30,7 +32,7 @@ class PlainCheckpoint(SafetensorsCheckpoint):
         for name, shape in shapes.items():
             if len(shape) == 2:
                 try:
-                    named(self._weights, shape[1])
+                    named(self._of(name), shape[1])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
 
@@ -41,4 +43,8 @@ class PlainCheckpoint(SafetensorsCheckpoint):
     def parameter(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Checkpoint`. What is quantized was rounded to ``dtype`` before, as a model in it is."""
         plain = super().parameter(name, shape, dtype)
-        return quantize(plain, self._weights) if len(shape) == 2 else plain
+        return quantize(plain, self._of(name)) if len(shape) == 2 else plain
+
+    def _of(self, name: str) -> str:
+        """The format of a matrix."""
+        return outer_format(self._weights) if name in (EMBEDDING, HEAD) else self._weights
