@@ -101,13 +101,13 @@ def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
     trace = Trace.of("tiny", prompt[0].tolist(), text[0, prompt.shape[1] :].tolist(), exit_.tolist())
     now, choices = [0.0], []
 
-    def timed(batch, count, run=Batch.run):
-        choice = Choice(batch.exit_layer or 0, count)
+    def timed(batch, launch=Batch.launch):
+        choice = Choice(batch.exit_layer or 0, batch.num_speculations)
         choices.append(choice)
+        launch(batch)
         now[0] += machine.seconds(choice)
-        return run(batch, count)
 
-    monkeypatch.setattr(Batch, "run", timed)
+    monkeypatch.setattr(Batch, "launch", timed)
     decoder._drafting.controller = Controller(machine.sizes, [1])
     cache = decoder.model.decoder.new_cache(1, 160)
     session = Session(decoder.model, cache, decoder.defaults, 140, 12, clock=lambda: now[0])

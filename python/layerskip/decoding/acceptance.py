@@ -101,7 +101,7 @@ class AcceptanceRates:
         self._shared = shared
         self._own: dict[Hashable, Rate] = {}
         self._recent = (0.0, 0.0)  # tokens and seconds of the last rounds, as they were expected
-        self.behind, self._exit_drafted = 0, False
+        self.behind, self._counted = 0, False
 
     def at(self, kind: Hashable) -> Rate:
         """The rate of an exit layer, or of tokens of a kind."""
@@ -111,12 +111,15 @@ class AcceptanceRates:
             self._own[kind] = Rate(shared.mean, min(shared.weight, NEW_SEQUENCE_WEIGHT), OWN_MEMORY)
         return self._own[kind]
 
-    def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
-        """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
+    def observe(self, exit_layer: int, accepted: int, drafted: int, ran: bool | None = None) -> None:
+        """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not.
+
+        ``ran``: whether the exit ran, by default where it drafted; its first draft may be below a threshold.
+        """
         for success in [True] * accepted + [False] * (accepted < drafted):
             self._observe(exit_layer, success)
-        self._exit_drafted = drafted > 0
-        self.behind = 0 if drafted else self.behind + 1
+        self._counted = True
+        self.behind = 0 if (drafted > 0 if ran is None else ran) else self.behind + 1
         for other, rate in self._own.items():
             if other != exit_layer and isinstance(other, int):
                 rate.fade()
@@ -143,11 +146,11 @@ class AcceptanceRates:
     def observe_proposal(self, kind: Kind, proposal: Sequence[int], emitted: Sequence[int]) -> None:
         """Take account of what was proposed, drafted or not, where these tokens were emitted.
 
-        If an exit drafted in this round, `observe` comes first.
+        If an exit could draft in this round, `observe` comes first.
         """
-        if not self._exit_drafted:
+        if not self._counted:
             self.behind += len(emitted)
-        self._exit_drafted = False
+        self._counted = False
         for position, (token, other) in enumerate(zip(proposal, emitted, strict=False)):
             self._observe(kind.of(position), token == other)
             if token != other:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -147,7 +146,7 @@ class Batch:
         """
         if self._graphs is None or any(request.lookup is not None for request in self.requests):
             return False
-        if self._model.decoder.num_blocks and self._launched[-1].num_speculations == 0:
+        if self.kind.speculative and self._model.decoder.num_blocks and self._launched[-1].num_speculations == 0:
             return False  # blocks have not read what that round gives
         positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
         last = max(request.sequence.position for request in self.requests)
@@ -208,13 +207,14 @@ class Batch:
             return caught_up
         for request in self.requests:
             position = request.sequence.position
-            request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
+            if not self._launched:  # else the position is older than what the blocks of the unread round have read
+                request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
             if request.looked_up is None and num_speculations:
                 if request.blocks_done < position:
                     tokens, done = request.all_tokens, request.blocks_done
                     read_blocks(self._model, self._cache, request.slot, tokens, done, position)
                     caught_up = True
-                request.blocks_done = position + num_speculations + 1
+                request.blocks_done = max(request.blocks_done, position + num_speculations + 1)
         return caught_up
 
     def _mix(self) -> MixedRound:
@@ -281,14 +281,5 @@ def round_of(
 
 
 def _has_own_processor(requests: Sequence[Request]) -> bool:
-    """Whether one of them has a processor that is Python; it says so, because rounds are then slower on a card."""
-    for request in requests:
-        if request.logits_processor is not None:
-            name = getattr(request.logits_processor, "__name__", type(request.logits_processor).__name__)
-            warnings.warn(
-                f"the logits processor {name} is Python, which a CUDA graph cannot record, so its rounds are called op "
-                "by op; the parameters of SamplingParams are recorded",
-                stacklevel=2,
-            )
-            return True
-    return False
+    """Whether one of them has a processor that is Python, which no graph can record."""
+    return any(request.logits_processor is not None for request in requests)

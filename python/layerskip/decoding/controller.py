@@ -213,14 +213,15 @@ class Controller:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
             tokens = expected_tokens(means, counts[-1])
-            late = costs.catch_up(exit_layer, max(one.behind for one in acceptances))
+            lates = [costs.catch_up(exit_layer, one.behind) for one in acceptances]  # each in passes of its own
+            late = sum(lates)
             for num_speculations in counts:
                 seconds = costs.seconds(exit_layer, num_speculations) + (late if num_speculations else 0.0)
                 value = _value(tokens[num_speculations], seconds, usual)
                 if value > best[0]:
                     best = value, Choice(exit_layer, num_speculations)
             if len(promised) > 1:
-                mixed = self._best_mixed(exit_layer, means, counts, promised, usual, late)
+                mixed = self._best_mixed(exit_layer, means, counts, promised, usual, lates)
                 best = max(best, mixed, key=lambda one: one[0])
         return best
 
@@ -231,15 +232,16 @@ class Controller:
         counts: Sequence[int],
         promised: Sequence[Sequence[float]],
         usual: float,
-        late: float,
+        lates: Sequence[float],
     ) -> tuple[float, Choice]:
-        """As `_best`, of rounds in which an exit drafts for some of the sequences, after ``late`` seconds."""
+        """As `_best`, of rounds in which an exit drafts for some of the sequences, each after its own of ``lates``."""
         costs, best = self._cost(len(rates)), (-math.inf, Choice(exit_layer, counts[0]))
         drafted = [expected_tokens([rate], counts[-1]) for rate in rates]
         for count in counts:
             pairs = [(own[count], _at(row, count)) for own, row in zip(drafted, promised, strict=True)]
             if not any(own < other for own, other in pairs) or all(own < other for own, other in pairs):
                 continue
+            late = sum(own for own, (exit_, other) in zip(lates, pairs, strict=True) if exit_ >= other)
             seconds = costs.seconds(exit_layer, count) + costs.seconds_of_layers(exit_layer) + late
             value = _value(sum(max(pair) for pair in pairs), seconds, usual)
             if value > best[0]:

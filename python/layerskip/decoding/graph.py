@@ -12,6 +12,7 @@ cache, where nobody reads what they write.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
@@ -148,11 +149,22 @@ class _Graph:
         if sequences is not self.sequences:
             self.sequences.copy_(sequences)
         if count != self._count:
+            self._count = -1  # until both parts are written: an interrupt may come between
             self._real[:count], self._real[count:] = 1, 0
             self._count = count
         self._outcomes.reverse()
         self._outcomes[0].launch(self._replay, stream)
         return self._outcomes[0]
+
+
+def warn_unrecorded(processor: Callable[..., Tensor]) -> None:
+    """Say that the rounds of a request with a logits processor of its own are slower on a card."""
+    name = getattr(processor, "__name__", type(processor).__name__)
+    warnings.warn(
+        f"the logits processor {name} is Python, which a CUDA graph cannot record, so its rounds are called op by op; "
+        "the parameters of SamplingParams are recorded",
+        stacklevel=3,
+    )
 
 
 class Graphs:

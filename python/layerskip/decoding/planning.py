@@ -59,11 +59,14 @@ def _shared(kind: RoundKind, others: Iterable[RoundKind]) -> RoundKind:
     return next((one for one in others if one.speculative and one.processed == kind.processed), kind)
 
 
-def learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: int) -> None:
-    """Note what was accepted, and what would have been of a proposal that was not drafted."""
+def learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: int, ran: bool) -> None:
+    """Note what was accepted, and what would have been of a proposal that was not drafted.
+
+    ``ran``: whether an exit drafted in the round, for whatever sequence.
+    """
     if not request.method.adaptive:
         return
     if request.looked_up is None:
-        request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted)
+        request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted, ran)
     if request.lookup is not None:
         request.acceptance.observe_proposal(request.lookup.offer.kind, request.lookup.proposal, emitted)

@@ -125,9 +125,15 @@ class TokenSequence:
         before = len(self.tokens)
         try:
             self._emit_rest()
-        finally:  # a rule may raise in the middle
+        except Exception:  # of a rule, in the middle; after an interrupt the rest is still emitted
+            self._end_round()
+            raise
+        finally:
             if self.history is not None:
                 self.history.append(self.tokens[before:])
+        self._end_round()
+
+    def _end_round(self) -> None:
         if self._round_start:
             accepted = sum(self.drafted[self._round_start :])
             self._accepted.append(accepted)

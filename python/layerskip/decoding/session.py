@@ -16,7 +16,7 @@ from . import planning, validation
 from .batch import Batch, Launched, round_of, sequences_of
 from .budget import prompt_budget
 from .controller import Choice
-from .graph import Graphs
+from .graph import Graphs, warn_unrecorded
 from .line import PromptLine
 from .logits import LogitsProcessor
 from .output import Update
@@ -184,6 +184,8 @@ class Session:
         )
         if logits_processor is not None:
             request.sequence.history = History(ids, max_new_tokens + self.max_speculations + 1)
+            if self._graphs is not None:
+                warn_unrecorded(logits_processor)
         self._line.add(request)
         return request.id
 
@@ -236,8 +238,10 @@ class Session:
 
     def remove(self, request_id: int) -> None:
         """Drop a request at once, without an update."""
-        self._take(request_id)
-        self._updates.pop(request_id, None)  # of an interrupted step
+        pending = self._updates.get(request_id)  # of an interrupted step
+        if pending is None or not pending.finished:
+            self._take(request_id)
+        self._updates.pop(request_id, None)
 
     def release(self, request_id: int) -> None:
         """Forget the keys and values of a request that was kept."""
@@ -365,9 +369,11 @@ class Session:
         failures = batch.failures
         for index, (request, result) in enumerate(zip(batch.requests, results, strict=True)):
             if request.id in self._running:
-                self._take_result(batch.kind, request, result, failures.get(index))
+                self._take_result(batch.kind, request, result, launched.num_speculations > 0, failures.get(index))
 
-    def _take_result(self, kind: RoundKind, request: Request, result: list[int], failure: Exception | None) -> None:
+    def _take_result(
+        self, kind: RoundKind, request: Request, result: list[int], drafts_made: bool, failure: Exception | None
+    ) -> None:
         """Emit what a round gave a request."""
         accepted, token, *drafts = result
         last = request.sequence.position + accepted
@@ -376,7 +382,7 @@ class Session:
         for draft in drafts[accepted : accepted + 1]:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
-        planning.learn(kind, request, [*drafts[:accepted], token], num_drafted)
+        planning.learn(kind, request, [*drafts[:accepted], token], num_drafted, drafts_made)
         source = request.source
         self._emit(request, lambda: request.sequence.add(drafts[:accepted], token, num_drafted, fault, source), failure)
 

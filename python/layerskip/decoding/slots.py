@@ -60,6 +60,8 @@ class Slots:
             Those that have rows and have not ended.
         """
         source, length = self._longest_beginning(request, [*others, *self.kept.values()])
+        if source is not None and self._reader.reads_blocks(request.reading):
+            self._complete(source, length)  # first, because it may be interrupted: no row is taken yet
         if request.continues in self.kept:
             assert request.continues is not None
             request.reading.slot = self.kept.pop(request.continues).slot
@@ -72,8 +74,6 @@ class Slots:
         if source.id in self.kept:
             self.kept.move_to_end(source.id)
         reading = request.reading
-        if self._reader.reads_blocks(reading):
-            self._complete(source, length)
         if source.slot != reading.slot:
             self._cache.copy_prefix(source.slot, reading.slot, length, reading.depth)
         reading.done = request.sequence.reused = length
