@@ -148,11 +148,12 @@ def test_dequantized_is_what_the_packed_one_computes():
 
 
 MEASURE = """
-import resource, sys, torch, layerskip
+import re, sys, torch, layerskip
 from layerskip import SelfSpeculativeDecoder
 from layerskip.models import load
 import transformers, safetensors.torch
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Of this program alone: getrusage counts what its parent had before it became it.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 load(sys.argv[2], weights=sys.argv[3])  # a small one, so that all code is there
 before = peak()
 decoder = SelfSpeculativeDecoder.from_pretrained(sys.argv[1], weights=None if sys.argv[3] == "packed" else sys.argv[3])
@@ -179,4 +180,4 @@ def test_loading_never_holds_the_plain_model(tmp_path, weights):
     peak, held = map(int, done.stdout.split())
     print(f"plain {plain / 1e6:.0f} MB, {weights} {held / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB more than before")
     assert held < plain * (0.54 if weights == "int8" else 0.36)
-    assert peak < held + SLACK < plain
+    assert 0.9 * held < peak < held + SLACK < plain

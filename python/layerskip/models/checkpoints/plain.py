@@ -42,8 +42,9 @@ class PlainCheckpoint(SafetensorsCheckpoint):
 
     def parameter(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Checkpoint`. What is quantized was rounded to ``dtype`` before, as a model in it is."""
-        plain = super().parameter(name, shape, dtype)
-        return quantize(plain, self._of(name)) if len(shape) == 2 else plain
+        if len(shape) != 2:
+            return super().parameter(name, shape, dtype)
+        return quantize(self.files.read(name, shape, copy=False).to(dtype), self._of(name))
 
     def _of(self, name: str) -> str:
         """The format of a matrix."""

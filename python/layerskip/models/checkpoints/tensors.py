@@ -47,7 +47,9 @@ class TensorFiles:
             kind: str = file.get_slice(name).get_dtype()
             return kind
 
-    def read(self, name: str, shape: Sequence[int | None] | None, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, name: str, shape: Sequence[int | None] | None, dtype: torch.dtype | None = None, copy: bool = True
+    ) -> Tensor:
         """A tensor, which must have this shape and this dtype, where they are given.
 
         Raises
@@ -58,7 +60,8 @@ class TensorFiles:
         if name not in self._where:
             raise ModelFileError(f"the checkpoint has no {name}")
         with self._open(str(self._where[name]), framework="pt") as file:
-            tensor = file.get_tensor(name).clone()  # of its own memory, not a part of the file's
+            tensor = file.get_tensor(name)
+            tensor = tensor.clone() if copy else tensor  # of its own memory, or the file's while it lives
         self._read.add(name)
         if shape is not None and not _fits(tensor.shape, shape):
             raise ModelFileError(f"{name} has shape {list(tensor.shape)}, its config.json asks for {_told(shape)}")
