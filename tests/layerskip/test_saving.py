@@ -53,6 +53,14 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, weights):
     )
 
 
+def test_frequencies_that_the_configuration_does_not_give(tmp_path):
+    """As of a GGUF file of Llama 3.x, which has factors for them."""
+    model = packed("int8")
+    model.decoder._inv_freq /= torch.linspace(1, 4, model.decoder.inv_freq.numel())
+    save(model, tmp_path, tiny_tokenizer())
+    torch.testing.assert_close(load(tmp_path)[0].decoder.inv_freq, model.decoder.inv_freq)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral"])
 def test_biases_norms_and_ties(tmp_path, architecture):
     changes = {} if architecture == "qwen2" else {"head_dim": 32}

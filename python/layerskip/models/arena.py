@@ -6,6 +6,7 @@ table every few thousand cycles, and the processor's own prefetching ends at eac
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ from .model import LayerSkipModel
 from .quantized import MATRICES
 
 HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
+TRIM = 32 << 20  # bytes that are moved before what they leave is given back
 LINE = 64  # bytes; each weight begins at a line of the cache
 _SMAPS = Path("/proc/self/smaps")
 
@@ -92,11 +94,17 @@ def gather_weights(model: Any) -> Arena | None:
         return None
     places = {(tensor.data_ptr(), tensor.shape): _lines(tensor) for tensor in tensors}  # tied ones have one place
     arena, moved = Arena(sum(places.values())), dict[tuple[int, torch.Size], Tensor]()
+    since_trim = 0
     for tensor in tensors:
         place = (tensor.data_ptr(), tensor.shape)
         if place not in moved:
             moved[place] = arena.take(tensor)
         tensor.data = moved[place]  # which frees the old memory, so that both copies never exist at once
+        since_trim += tensor.nbytes
+        if since_trim > TRIM:
+            _trim()
+            since_trim = 0
+    _trim()
     return arena
 
 
@@ -108,6 +116,13 @@ def scatter_weights(model: Any) -> None:
     moved: dict[int, Tensor] = {}
     for tensor in _weights(model):
         tensor.data = moved.setdefault(tensor.data_ptr(), tensor.detach().clone())
+
+
+def _trim() -> None:
+    """Give the system what was freed: the C library keeps it, in the middle of its heap, for what may come."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def _weights(model: Any) -> list[Tensor]:

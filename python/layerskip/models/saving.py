@@ -11,7 +11,7 @@ from torch import Tensor
 from layerskip_kernels.formats import FORMATS
 
 from .._extras import need
-from .checkpoints import own_settings, without_quantization
+from .checkpoints import ROPE_FACTORS, frequency_factors, own_settings, without_quantization
 from .files import INDEX, SINGLE
 from .model import LayerSkipModel
 from .named import named_weights
@@ -33,7 +33,11 @@ def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_by
         The most that one file of weights holds, but for a weight that is larger.
     """
     write = need("safetensors.torch", "saving a model").save_file
-    tensors = named_weights(model)
+    tensors = dict(named_weights(model))
+    packed = [name for name in model.weights.split("+") if name in FORMATS]
+    factors = frequency_factors(model) if packed else None
+    if factors is not None:
+        tensors[ROPE_FACTORS] = factors
     files = _shards(tensors, shard_bytes)
     for name, held in files.items():
         write({key: tensors[key].detach().contiguous() for key in held}, directory / name, metadata={"format": "pt"})
@@ -44,7 +48,6 @@ def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_by
         (directory / INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")
     config = without_quantization(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
-    packed = [name for name in model.weights.split("+") if name in FORMATS]
     if packed:
         config.quantization_config = own_settings(packed)
     config.save_pretrained(directory)

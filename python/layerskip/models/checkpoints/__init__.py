@@ -7,19 +7,20 @@ from typing import Any
 
 from ..unsupported import unsupported
 from .awq import AwqCheckpoint
-from .build import Progress, build, without_quantization
+from .build import Progress, build, frequency_factors, without_quantization
 from .checkpoint import Checkpoint, SafetensorsCheckpoint
 from .compressed_tensors import CompressedTensorsCheckpoint
 from .fine_grained import FineGrainedCheckpoint
 from .gguf import SUFFIX, GgufCheckpoint
 from .gptq import GptqCheckpoint
-from .own import METHOD, OwnCheckpoint, own_settings
+from .own import METHOD, ROPE_FACTORS, OwnCheckpoint, own_settings
 from .plain import PlainCheckpoint
 from .tensors import TensorFiles
 
 __all__ = [
     "LAYOUTS",
     "METHOD",
+    "ROPE_FACTORS",
     "SUFFIX",
     "Checkpoint",
     "GgufCheckpoint",
@@ -27,6 +28,7 @@ __all__ = [
     "Progress",
     "TensorFiles",
     "build",
+    "frequency_factors",
     "layout_of",
     "own_settings",
     "settings_of",

@@ -28,7 +28,8 @@ class AwqCheckpoint(SafetensorsCheckpoint):
         bits = settings.get("bits", settings.get("w_bit", 4))
         if bits != 4:
             raise unsupported(f"AWQ with bits {bits!r}", "bits 4")
-        check_group_size("AWQ", settings.get("group_size", settings.get("q_group_size")))
+        self._group_size = settings.get("group_size", settings.get("q_group_size"))
+        check_group_size("AWQ", self._group_size)
         version = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if version != "gemm" or settings.get("backend") == "llm-awq":
             raise unsupported(f"AWQ with version {version!r}", "gemm")
@@ -39,7 +40,8 @@ class AwqCheckpoint(SafetensorsCheckpoint):
         scale = self.files.read(f"{module}.scales", [None, rows])
         words = self.files.read(f"{module}.qweight", [width, rows // 8], torch.int32)
         zeros = self.files.read(f"{module}.qzeros", [scale.shape[0], rows // 8], torch.int32)
-        return packed_integers(f"{module}.qweight", 4, _in_order(words), scale.t(), _in_order(zeros))
+        name, group = f"{module}.qweight", self._group_size
+        return packed_integers(name, 4, _in_order(words), scale.t(), _in_order(zeros), group)
 
 
 def _in_order(words: Tensor) -> Tensor:

@@ -74,6 +74,13 @@ def build(
     return LayerSkipModel(held[EMBEDDING], decoder, head, config, generation_config).eval()
 
 
+def frequency_factors(model: LayerSkipModel) -> Tensor | None:
+    """What divides the frequencies that a model's configuration gives, [C/2]; None where they are the model's."""
+    inv_freq, _ = frequencies(_skeleton(without_quantization(model.config)))
+    factors = inv_freq / model.decoder.inv_freq
+    return None if torch.allclose(factors, torch.ones(()), rtol=1e-5, atol=0) else factors
+
+
 def without_quantization(config: Any) -> Any:
     """A copy that says nothing of how a checkpoint was quantized."""
     config = copy.deepcopy(config)

@@ -52,14 +52,16 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
         group = self._group_of(module)
         name, bits = f"{module}.weight", group["weights"]["num_bits"]
         scale = self._scale(name, shape, group["weights"])
+        blocks = group["weights"]["strategy"] == "block"
+        size = group["weights"]["block_structure"][1] if blocks else group["weights"].get("group_size")
         if group["weights"]["type"] == "float":
-            return packed_floats(name, self.files.read(name, shape, torch.float8_e4m3fn), scale)
+            return packed_floats(name, self.files.read(name, shape, torch.float8_e4m3fn), scale, size)
         if self._format(group) == "int-quantized":
             values = self.files.read(name, shape, torch.int8).view(torch.uint8) ^ 128
         else:
             words = self.files.read(f"{name}_packed", [shape[0], -(-shape[1] * bits // 32)], torch.int32)
             values = unpacked(words, bits)[:, : shape[1]]
-        return packed_integers(name, bits, values, scale, self._zero(name, bits, scale))
+        return packed_integers(name, bits, values, scale, self._zero(name, bits, scale), size)
 
     def _group_of(self, module: str) -> Mapping[str, Any]:
         """The group that names a linear layer: itself, by a pattern, or as one of all."""

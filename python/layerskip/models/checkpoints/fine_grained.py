@@ -37,4 +37,4 @@ class FineGrainedCheckpoint(SafetensorsCheckpoint):
         places = [-(-shape[0] // rows), -(-shape[1] // columns)]
         scale = self.files.read(f"{module}.weight_scale_inv", places)
         values = self.files.read(f"{module}.weight", shape, torch.float8_e4m3fn)
-        return packed_floats(f"{module}.weight", values, scale.repeat_interleave(rows, dim=0)[: shape[0]])
+        return packed_floats(f"{module}.weight", values, scale.repeat_interleave(rows, dim=0)[: shape[0]], columns)

@@ -99,9 +99,8 @@ class GgufCheckpoint:
         elif kind in PLAIN or len(shape) < 2:
             weight = self._floats(tensor.data, tensor.tensor_type).to(dtype).view(*shape)
         else:
-            parts = range(0, shape[0], _ROWS)
-            rows = [self._floats(tensor.data[first : first + _ROWS], tensor.tensor_type) for first in parts]
-            weight = torch.cat([quantize(part, OTHERWISE) for part in rows])
+            parts = [tensor.data[first : first + _ROWS] for first in range(0, shape[0], _ROWS)]  # views of the file
+            weight = torch.cat([quantize(self._floats(part, tensor.tensor_type), OTHERWISE) for part in parts])
         return self._in_order(name, weight)
 
     def _floats(self, data: Any, kind: Any) -> Tensor:

@@ -49,12 +49,12 @@ class GptqCheckpoint(SafetensorsCheckpoint):
         """See `SafetensorsCheckpoint`."""
         (rows, width), bits = shape, self._bits
         scale = self.files.read(f"{module}.scales", [None, rows])
-        groups = scale.shape[0]
+        groups, group = scale.shape[0], self.settings.get("group_size")
         self._check_order(module, width, groups)
         words = self.files.read(f"{module}.qweight", [width * bits // 32, rows], torch.int32)
         stored = self.files.read(f"{module}.qzeros", [groups, rows * bits // 32], torch.int32)
         zero = self._zero(f"{module}.qzeros", unpacked(stored, bits))
-        return packed_integers(f"{module}.qweight", bits, unpacked(words.t(), bits), scale.t(), zero.t())
+        return packed_integers(f"{module}.qweight", bits, unpacked(words.t(), bits), scale.t(), zero.t(), group)
 
     def _zero(self, name: str, stored: Tensor) -> Tensor:
         """Zero points. Of symmetric weights they are the middle, which some writers of the first convention keep."""

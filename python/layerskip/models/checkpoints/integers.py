@@ -30,7 +30,9 @@ def signed(values: Tensor) -> Tensor:
     return (values ^ 128).view(torch.int8)
 
 
-def packed_integers(name: str, bits: int, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def packed_integers(
+    name: str, bits: int, values: Tensor, scale: Tensor, zero: Tensor | None, group_size: object
+) -> Tensor:
     """A packed weight of ``scale · (values - zero)``.
 
     Parameters
@@ -44,18 +46,21 @@ def packed_integers(name: str, bits: int, values: Tensor, scale: Tensor, zero: T
         Of G groups of a row, all of one size.
     zero : Tensor [N, G], integers, optional
         None: the middle, 2 to the power of ``bits`` - 1.
+    group_size : int or None
+        What the configuration says; None or -1 is one group a row.
 
     Raises
     ------
     ModelFileError
-        If the groups are no multiple of 32 weights, or 8-bit ones have zero points other than the middle.
+        If the groups are no multiple of 32 weights or not as many as the configuration says, or 8-bit ones have zero
+        points other than the middle.
     """
     middle = 1 << (bits - 1)
     if zero is not None and bool((zero == middle).all()):
         zero = None
     if zero is not None and bits == 8:
         raise ModelFileError(f"{name} has 8-bit weights with zero points; supported: symmetric ones")
-    size = _group_size(name, values.shape[1], scale.shape[1])
+    size = _group_size(name, values.shape[1], scale.shape[1], group_size)
     form = FORMATS[
         ("int8" if bits == 8 else "int4" if zero is None else "int4_zero") + ("_g128" if size == 128 else "")
     ]
@@ -64,9 +69,9 @@ def packed_integers(name: str, bits: int, values: Tensor, scale: Tensor, zero: T
     return _packed(name, form, signed(values) if bits == 8 else values, scale, least)
 
 
-def packed_floats(name: str, values: Tensor, scale: Tensor) -> Tensor:
+def packed_floats(name: str, values: Tensor, scale: Tensor, group_size: object) -> Tensor:
     """A packed weight of ``scale · values``: values [N, D] in float8_e4m3fn, scale [N, G] of G groups of a row."""
-    size = _group_size(name, values.shape[1], scale.shape[1])
+    size = _group_size(name, values.shape[1], scale.shape[1], group_size)
     return _packed(name, FORMATS["fp8_g128" if size == 128 else "fp8"], values, scale.float(), None)
 
 
@@ -78,8 +83,13 @@ def _packed(name: str, form: Format, values: Tensor, scale: Tensor, least: Tenso
         raise ModelFileError(f"{name}: {error}") from None
 
 
-def _group_size(name: str, width: int, groups: int) -> int:
+def _group_size(name: str, width: int, groups: int, configured: object) -> int:
     """That of the packed weight: a group of the checkpoint becomes several with equal scales."""
+    given = configured if isinstance(configured, int) and configured > 0 else width
+    if groups != 1 and groups * given != width:
+        raise ModelFileError(
+            f"{name} has {groups} groups in rows of {width} weights, its quantization_config says groups of {given}"
+        )
     for size in SIZES:
         if width % groups == 0 and width // groups % size == 0:
             return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .checkpoint import SafetensorsCheckpoint
 METHOD = "layerskip"
 VERSION = 1
 _BYTES = "U8"
+ROPE_FACTORS = "rope_freqs.weight"
+"""What divides the frequencies of the rotary embedding, where that is not what the configuration says."""
 
 
 def own_settings(formats: Sequence[str]) -> dict[str, Any]:
@@ -35,6 +38,12 @@ class OwnCheckpoint(SafetensorsCheckpoint):
         for name in self._formats:
             if name not in FORMATS:
                 raise unsupported(f"the weight format {name!r}", ", ".join(FORMATS))
+
+    def open(self, directory: Path) -> None:
+        """See `SafetensorsCheckpoint`."""
+        super().open(directory)
+        if ROPE_FACTORS in self.files:
+            self.frequency_factors = self.files.read(ROPE_FACTORS, [None])
 
     def is_packed(self, module: str) -> bool:
         """Whether it is stored as bytes."""
