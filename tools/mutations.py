@@ -132,9 +132,26 @@ MUTATIONS = [
         KERNELS + "test_verify_attention.py",
     ),
     Mutation(
-        "the 49th row of a matmul is the first", "csrc/cpu/impl_rows.h",
-        "static_cast<const X*>(x.data) + m * stride", "static_cast<const X*>(x.data) + m % kMaxRows * stride",
-        f"{KERNELS}test_linear.py {KERNELS}test_exit_head.py {KERNELS}test_swiglu.py -k many_rows",
+        "the 49th row of a matmul is the first", "csrc/cpu/impl_packed.h",
+        "static_cast<const typename Dot<T>::X*>(x.data) + first * stride",
+        "static_cast<const typename Dot<T>::X*>(x.data)",
+        KERNELS + "test_linear.py " + KERNELS + "test_exit_head.py " + KERNELS + "test_swiglu.py -k many_rows",
+    ),
+    Mutation(
+        "the 49th row of packed weights' product is the first", "csrc/cpu/impl_packed.h",
+        "static_cast<const float*>(x.data) + first * stride", "static_cast<const float*>(x.data)",
+        KERNELS + "test_formats.py -k test_linear",
+    ),
+    Mutation(
+        "packed activations are zero padded one block too early", "csrc/cpu/impl_fixed.h",
+        "for (int64_t k = 0; k < padded_width; k += kBlock) {\n    __m256i x[4];",
+        "for (int64_t k = 0; k + kBlock < padded_width; k += kBlock) {\n    __m256i x[4];",
+        KERNELS + "test_formats.py -k test_linear",
+    ),
+    Mutation(
+        "NaN in a row of packed activations is a number", "csrc/cpu/impl_fixed.h",
+        "broken = fma(x, splat(0), broken);", "broken = splat(0);",
+        KERNELS + "test_formats.py -k not_a_number",
     ),
     Mutation(
         "a draft ends at its threshold", "csrc/cpu/draft.cpp",
