@@ -339,7 +339,7 @@ cudaError_t with_stream(Format format, int64_t rows, F f) {
   });
 }
 
-// The same with all weights that go with it, in any format.
+// As input() of linear_tile.cuh, with all weights that go with it, in any format.
 template <class T>
 Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t d_in,
                std::initializer_list<Weight> weights) {
