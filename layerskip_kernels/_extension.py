@@ -14,6 +14,7 @@ import torch
 
 from . import _ops, dispatch
 from .bundles import REQUIRED_WEIGHTS
+from .formats import is_packed
 from .schemas import SCHEMAS
 
 
@@ -105,7 +106,7 @@ def mixed_reason(args: tuple[Any, ...]) -> str | None:
         if isinstance(arg, (list, tuple)) and len(arg) >= len(REQUIRED_WEIGHTS):
             first = dict(zip(REQUIRED_WEIGHTS, arg, strict=False))
             for names in (("q", "k", "v"), ("gate", "up")):
-                if len({(first[name].dtype, first[name].shape[-1]) for name in names}) > 1:
+                if len({first[name].shape[-1] if is_packed(first[name]) else 0 for name in names}) > 1:
                     return f"{', '.join(names[:-1])} and {names[-1]} of different formats are not served"
     return None
 

@@ -114,12 +114,10 @@ struct Input {
   bool aligned = false;  // x, norm and the weights can be read 16 bytes at a time
 };
 
-// x [R, d_in] as the products take it, rms_norm(x) where there is a norm; all weights that go with it.
+// x [R, d_in] as the products take it, rms_norm(x) where there is a norm; weights may yet make it not aligned.
 template <class T>
-Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t d_in,
-               std::initializer_list<const T*> weights) {
-  bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, d_in));
-  for (const T* weight : weights) aligned = aligned && is_aligned(weight, d_in);
+Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t d_in) {
+  const bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, d_in));
   return {x, norm, eps, rows, static_cast<int>(d_in), aligned};
 }
 

@@ -339,11 +339,11 @@ cudaError_t with_stream(Format format, int64_t rows, F f) {
   });
 }
 
-// As input(), of weights in any format; not `aligned` where a packed matrix or what goes with it is not.
+// As input() of linear_tile.cuh, with all weights that go with it, in any format.
 template <class T>
 Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t d_in,
                std::initializer_list<Weight> weights) {
-  Input<T> out = input<T>(x, norm, eps, rows, d_in, std::initializer_list<const T*>{});
+  Input<T> out = input<T>(x, norm, eps, rows, d_in);
   for (const Weight& weight : weights)
     out.aligned = out.aligned && reinterpret_cast<uintptr_t>(weight.data) % 16 == 0 &&
                   (weight.format != Format::kPlain || weight.pitch % 16 == 0);
