@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from layerskip import SelfSpeculativeDecoder, _ends
+from layerskip import DraftHead, SelfSpeculativeDecoder, _ends
 from layerskip._files import write_atomically
 from layerskip.bandwidth import ReadBandwidth
 from layerskip.cli.prompts import read
@@ -65,7 +65,8 @@ def decoder_in(name: str, args: argparse.Namespace) -> SelfSpeculativeDecoder:
     """The model in a format."""
     return SelfSpeculativeDecoder.from_pretrained(
         args.model, weights=None if name == PLAIN else name, exit_layer=args.exit_layer,
-        num_speculations=args.num_speculations, draft_head=args.draft_head,
+        num_speculations=args.num_speculations,
+        draft_head=args.draft_head if args.draft_head in ("full", "int8") else DraftHead.load(args.draft_head),
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def table(rows: Sequence[dict]) -> str:
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-layerskip")
-    parser.add_argument("--draft-head", default="int8")
+    parser.add_argument("--draft-head", default="smollm2-layerskip", help="full, int8, or a name or file of one")
     parser.add_argument("--exit-layer", type=int, default=4)
     parser.add_argument("--num-speculations", type=int, default=8)
     parser.add_argument("--prompts", default="parsing:test")
