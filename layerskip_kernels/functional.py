@@ -3,10 +3,10 @@
 Letters: B sequences, M rows per sequence, R = B M rows, D hidden, H query heads, G key/value heads, C head size,
 F feed-forward, V vocabulary, T cache capacity, L layers, K draft tokens.
 
-Floating inputs of one call share one dtype out of fp32, bf16 and fp16; all tensors share one device. Weights and
-caches must be contiguous, activations need not be. What a row yields does not depend, bitwise, on how many rows or
-sequences travel with it. Every function raises ValueError (shape, stride, device, range) or TypeError (dtype) with the
-offending value.
+Weights of matmuls may be packed, see `formats`. Floating inputs of one call share one dtype out of fp32, bf16 and fp16;
+all tensors share one device. Weights and caches must be contiguous, activations need not be. What a row yields does not
+depend, bitwise, on how many rows or sequences travel with it. Every function raises ValueError (shape, stride, device,
+range) or TypeError (dtype) with the offending value.
 """
 
 from __future__ import annotations
