@@ -14,80 +14,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._conditions import alike, dense, matrix, require, same_device, shaped, sized
 from .bundles import OPTIONAL_WEIGHTS, LayerWeights, layer_shapes, weights_per_layer
-from .formats import format_of, is_packed, kind_of
+from .formats import is_packed
 from .schemas import derive
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rms_norm(a: Any) -> None:
-    _require(a.x.dim() >= 1, "x must have at least one dimension")
-    _shaped("x", a.x, [None] * a.x.dim(), FLOATS)
-    _shaped("weight", a.weight, [a.x.shape[-1]], [a.x.dtype])
+    require(a.x.dim() >= 1, "x must have at least one dimension")
+    shaped("x", a.x, [None] * a.x.dim(), FLOATS)
+    shaped("weight", a.weight, [a.x.shape[-1]], [a.x.dtype])
     _eps(a.eps)
-    _dense(weight=a.weight)
-    _same_device(a.x, weight=a.weight)
+    dense(weight=a.weight)
+    same_device(a.x, weight=a.weight)
 
 
 def linear(a: Any) -> None:
-    _shaped("x", a.x, [None, None], FLOATS)
-    _matrix("weight", a.weight, None, a.x.shape[1], a.x.dtype)
+    shaped("x", a.x, [None, None], FLOATS)
+    matrix("weight", a.weight, None, a.x.shape[1], a.x.dtype)
     if a.bias is not None:
-        _shaped("bias", a.bias, [a.weight.shape[0]], [a.x.dtype])
+        shaped("bias", a.bias, [a.weight.shape[0]], [a.x.dtype])
     if a.residual is not None:
-        _shaped("residual", a.residual, [a.x.shape[0], a.weight.shape[0]], [a.x.dtype])
-    _dense(weight=a.weight, bias=a.bias)
-    _same_device(a.x, weight=a.weight, bias=a.bias, residual=a.residual)
+        shaped("residual", a.residual, [a.x.shape[0], a.weight.shape[0]], [a.x.dtype])
+    dense(weight=a.weight, bias=a.bias)
+    same_device(a.x, weight=a.weight, bias=a.bias, residual=a.residual)
 
 
 def swiglu(a: Any) -> None:
-    _shaped("x", a.x, [None, None], FLOATS)
-    _matrix("gate", a.gate, None, a.x.shape[1], a.x.dtype)
-    _matrix("up", a.up, a.gate.shape[0], a.x.shape[1], a.x.dtype)
-    _alike("gate", a.gate, "up", a.up, a.x.shape[1])
-    _dense(gate=a.gate, up=a.up)
-    _same_device(a.x, gate=a.gate, up=a.up)
+    shaped("x", a.x, [None, None], FLOATS)
+    matrix("gate", a.gate, None, a.x.shape[1], a.x.dtype)
+    matrix("up", a.up, a.gate.shape[0], a.x.shape[1], a.x.dtype)
+    alike("gate", a.gate, "up", a.up, a.x.shape[1])
+    dense(gate=a.gate, up=a.up)
+    same_device(a.x, gate=a.gate, up=a.up)
 
 
 def rope_kv_append(a: Any) -> None:
-    _shaped("q", a.q, [None] * 4, FLOATS)
+    shaped("q", a.q, [None] * 4, FLOATS)
     batch, rows, _, head_dim = a.q.shape
     _head_dim(head_dim)
-    _shaped("k", a.k, [batch, rows, None, head_dim], [a.q.dtype])
-    _shaped("v", a.v, list(a.k.shape), [a.q.dtype])
+    shaped("k", a.k, [batch, rows, None, head_dim], [a.q.dtype])
+    shaped("v", a.v, list(a.k.shape), [a.q.dtype])
     _layer_cache(a)
     num_kv_heads = a.k.shape[2]
-    _require(
-        a.k_cache.shape[1] == num_kv_heads, f"k has {num_kv_heads} key/value heads, the cache {a.k_cache.shape[1]}"
-    )
+    require(a.k_cache.shape[1] == num_kv_heads, f"k has {num_kv_heads} key/value heads, the cache {a.k_cache.shape[1]}")
     _rope_tables(a.cos, a.sin, a.k_cache.shape[2], head_dim)
-    _same_device(a.q, k=a.k, v=a.v, cos=a.cos, sin=a.sin)
+    same_device(a.q, k=a.k, v=a.v, cos=a.cos, sin=a.sin)
 
 
 def verify_attention(a: Any) -> None:
-    _shaped("q", a.q, [None] * 4, FLOATS)
+    shaped("q", a.q, [None] * 4, FLOATS)
     num_heads, head_dim = a.q.shape[2:]
     _head_dim(head_dim)
     _layer_cache(a)
     num_kv_heads = a.k_cache.shape[1]
-    _require(
+    require(
         num_kv_heads > 0 and num_heads % num_kv_heads == 0,
         f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads",
     )
 
 
 def exit_head(a: Any) -> None:
-    _shaped("hidden", a.hidden, [None, None], FLOATS)
+    shaped("hidden", a.hidden, [None, None], FLOATS)
     rows, hidden_size = a.hidden.shape
-    _shaped("norm_weight", a.norm_weight, [hidden_size], [a.hidden.dtype])
+    shaped("norm_weight", a.norm_weight, [hidden_size], [a.hidden.dtype])
     _eps(a.eps)
-    _dense(norm_weight=a.norm_weight)
-    _same_device(a.hidden, norm_weight=a.norm_weight)
+    dense(norm_weight=a.norm_weight)
+    same_device(a.hidden, norm_weight=a.norm_weight)
     _head(a.hidden, head_weight=a.head_weight, token_map=a.token_map, scale=a.scale)
     if a.logits is not None:
         _written("logits", a.logits, [rows, a.head_weight.shape[0]])
-        _same_device(a.hidden, logits=a.logits)
+        same_device(a.hidden, logits=a.logits)
     if a.temperature is not None or a.seed is not None or a.offset is not None:
         _sampling(a.hidden, rows, temperature=a.temperature, seed=a.seed, offset=a.offset)
 
@@ -98,31 +97,31 @@ def partial_forward(a: Any) -> None:
 
 def _forward(a: Any, num_blocks: int) -> None:
     """As `partial_forward`, whose weights are also those of exit blocks, in the last layers of the cache."""
-    _shaped("hidden", a.hidden, [None] * 3, FLOATS)
+    shaped("hidden", a.hidden, [None] * 3, FLOATS)
     batch, rows = a.hidden.shape[:2]
-    _shaped("k_cache", a.k_cache, [None] * 5, [a.hidden.dtype])
+    shaped("k_cache", a.k_cache, [None] * 5, [a.hidden.dtype])
     num_layers, _, num_kv_heads, capacity, head_dim = a.k_cache.shape
     within = 0 <= a.start <= a.end <= num_layers
-    _require(within, f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers")
+    require(within, f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers")
     _blocks(num_blocks, num_layers - a.end, num_layers)
     _head_dim(head_dim)
     _eps(a.eps)
     num_slots = batch if a.slots is None else None
-    _shaped("k_cache", a.k_cache, [num_layers, num_slots, None, None, head_dim], [a.hidden.dtype])
-    _shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.hidden.dtype])
-    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    shaped("k_cache", a.k_cache, [num_layers, num_slots, None, None, head_dim], [a.hidden.dtype])
+    shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.hidden.dtype])
+    shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     _slots(a.slots, batch, a.k_cache.shape[1])
-    _require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
+    require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
     _rope_tables(a.cos, a.sin, capacity, head_dim)
     cache = {name: getattr(a, name) for name in ("k_cache", "v_cache", "seq_lens")}
-    _dense(**cache)
-    _same_device(a.hidden, **cache, cos=a.cos, sin=a.sin, slots=a.slots)
+    dense(**cache)
+    same_device(a.hidden, **cache, cos=a.cos, sin=a.sin, slots=a.slots)
     _layers(a.hidden, a.weights, weights_per_layer(a.weights, a.start, a.end, num_blocks), num_kv_heads, head_dim)
 
 
 def draft(a: Any) -> None:
     _drafting(a)
-    _require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
+    require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
     batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.norm_weight
     states = state.expand(batch, rows, -1)
     _forward(derive("partial_forward", a, hidden=states, start=0, end=a.exit_layer), a.num_blocks)
@@ -130,71 +129,71 @@ def draft(a: Any) -> None:
     exit_head(derive("exit_head", a, **head))
     if a.logits is not None:
         _written("logits", a.logits, [batch, a.num_speculations, a.head_weight.shape[0]])
-        _same_device(a.embedding, logits=a.logits)
+        same_device(a.embedding, logits=a.logits)
     if a.temperature is not None or a.seed is not None:
         _sampling(a.embedding, batch, temperature=a.temperature, seed=a.seed)
 
 
 def accept_greedy(a: Any) -> None:
-    _shaped("draft", a.draft, [None, None], [torch.int64])
+    shaped("draft", a.draft, [None, None], [torch.int64])
     batch, drafted = a.draft.shape
-    _shaped("target", a.target, [batch, drafted + 1], [torch.int64])
-    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
-    _dense(seq_lens=a.seq_lens)
-    _same_device(a.draft, target=a.target, seq_lens=a.seq_lens)
+    shaped("target", a.target, [batch, drafted + 1], [torch.int64])
+    shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    dense(seq_lens=a.seq_lens)
+    same_device(a.draft, target=a.target, seq_lens=a.seq_lens)
 
 
 def accept_sampled(a: Any) -> None:
-    _shaped("draft", a.draft, [None, None], [torch.int64])
+    shaped("draft", a.draft, [None, None], [torch.int64])
     batch, drafted = a.draft.shape
-    _shaped("draft_logits", a.draft_logits, [batch, drafted, None], [torch.float32])
-    _shaped("target_logits", a.target_logits, [batch, drafted + 1, None], [torch.float32])
-    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    shaped("draft_logits", a.draft_logits, [batch, drafted, None], [torch.float32])
+    shaped("target_logits", a.target_logits, [batch, drafted + 1, None], [torch.float32])
+    shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     draft_vocab_size, vocab_size = a.draft_logits.shape[2], a.target_logits.shape[2]
-    _require(vocab_size > 0, "target_logits has no tokens")
+    require(vocab_size > 0, "target_logits has no tokens")
     if a.token_map is not None:
-        _shaped("token_map", a.token_map, [draft_vocab_size], [torch.int64])
+        shaped("token_map", a.token_map, [draft_vocab_size], [torch.int64])
     else:
-        _require(
+        require(
             draft_vocab_size == vocab_size,
             f"draft_logits has {draft_vocab_size} tokens, target_logits {vocab_size}: without a token_map they must "
             "agree",
         )
-    _dense(seq_lens=a.seq_lens, token_map=a.token_map)
+    dense(seq_lens=a.seq_lens, token_map=a.token_map)
     others = {name: getattr(a, name) for name in ("draft_logits", "target_logits", "seq_lens", "token_map")}
-    _same_device(a.draft, **others)
+    same_device(a.draft, **others)
     _sampling(a.draft, batch, temperature=a.temperature, seed=a.seed)
 
 
 def speculative_round(a: Any) -> None:
     _drafting(a)
-    _shaped("k_cache", a.k_cache, [None] * 5, [a.norm_weight.dtype])
+    shaped("k_cache", a.k_cache, [None] * 5, [a.norm_weight.dtype])
     cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.norm_weight
     _blocks(a.num_blocks, max(cache_layers - 1, 0), cache_layers)
     num_layers = cache_layers - a.num_blocks
-    _require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
+    require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
     states = state.expand(batch, a.num_speculations + 1, -1)
     _forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers), a.num_blocks)
     exit_head(derive("exit_head", a, hidden=state.expand(batch, -1), temperature=None, seed=None))
     if a.draft_norm_weight is not None:
-        _shaped("draft_norm_weight", a.draft_norm_weight, [state.shape[0]], [state.dtype])
-        _dense(draft_norm_weight=a.draft_norm_weight)
-        _same_device(state, draft_norm_weight=a.draft_norm_weight)
+        shaped("draft_norm_weight", a.draft_norm_weight, [state.shape[0]], [state.dtype])
+        dense(draft_norm_weight=a.draft_norm_weight)
+        same_device(state, draft_norm_weight=a.draft_norm_weight)
     draft_head = {name: getattr(a, name) for name in ("draft_head_weight", "draft_token_map", "draft_head_scale")}
     if a.draft_head_weight is None:
         given = [name for name, arg in draft_head.items() if arg is not None]
-        _require(not given, f"{', '.join(given)} needs a draft_head_weight")
+        require(not given, f"{', '.join(given)} needs a draft_head_weight")
     else:
         _head(state[None], **draft_head)
         rows, vocab_size = a.draft_head_weight.shape[0], a.head_weight.shape[0]
-        _require(
+        require(
             a.temperature is None or a.draft_token_map is not None or rows == vocab_size,
             f"draft_head_weight has {rows} rows, head_weight {vocab_size}: to sample without a draft_token_map they "
             "must agree",
         )
     if a.temperature is not None or a.seed is not None:
         _sampling(a.embedding, batch, temperature=a.temperature, seed=a.seed)
-        _require(
+        require(
             a.draft_threshold == 0,
             f"draft_threshold is {a.draft_threshold} with a temperature: dropping what was drawn because it is "
             "improbable would change the distribution",
@@ -202,27 +201,27 @@ def speculative_round(a: Any) -> None:
 
 
 def early_exit_loss(a: Any) -> None:
-    _shaped("hiddens", a.hiddens, [None] * 3, (*FLOATS, torch.float64))  # float64 is what gradients are checked in
+    shaped("hiddens", a.hiddens, [None] * 3, (*FLOATS, torch.float64))  # float64 is what gradients are checked in
     exits, rows, hidden_size = a.hiddens.shape
-    _require(exits > 0, "hiddens has no exit, its shape is " + str(list(a.hiddens.shape)))
-    _shaped("norm_weight", a.norm_weight, [hidden_size], [a.hiddens.dtype])
-    _shaped("head_weight", a.head_weight, [None, hidden_size], [a.hiddens.dtype])
-    _require(a.head_weight.shape[0] > 0, "head_weight has no rows")
-    _shaped("labels", a.labels, [rows], [torch.int64])
-    _shaped("exit_weights", a.exit_weights, [exits], [torch.float32, torch.float64])
+    require(exits > 0, "hiddens has no exit, its shape is " + str(list(a.hiddens.shape)))
+    shaped("norm_weight", a.norm_weight, [hidden_size], [a.hiddens.dtype])
+    shaped("head_weight", a.head_weight, [None, hidden_size], [a.hiddens.dtype])
+    require(a.head_weight.shape[0] > 0, "head_weight has no rows")
+    shaped("labels", a.labels, [rows], [torch.int64])
+    shaped("exit_weights", a.exit_weights, [exits], [torch.float32, torch.float64])
     _eps(a.eps)
-    _require(a.ignore_index < 0, f"ignore_index must be negative, as no token is, got {a.ignore_index}")
-    _dense(norm_weight=a.norm_weight, head_weight=a.head_weight)
+    require(a.ignore_index < 0, f"ignore_index must be negative, as no token is, got {a.ignore_index}")
+    dense(norm_weight=a.norm_weight, head_weight=a.head_weight)
     others = {name: getattr(a, name) for name in ("norm_weight", "head_weight", "labels", "exit_weights")}
-    _same_device(a.hiddens, **others)
+    same_device(a.hiddens, **others)
 
 
 def early_exit_loss_backward(a: Any) -> None:
     early_exit_loss(derive("early_exit_loss", a))
-    _shaped("grad", a.grad, [], [torch.float32, torch.float64])
-    _shaped("logsumexp", a.logsumexp, list(a.hiddens.shape[:2]), [torch.float32, torch.float64])
+    shaped("grad", a.grad, [], [torch.float32, torch.float64])
+    shaped("logsumexp", a.logsumexp, list(a.hiddens.shape[:2]), [torch.float32, torch.float64])
     if a.slope.numel():
-        _shaped("slope", a.slope, list(a.hiddens.shape), [a.hiddens.dtype])
+        shaped("slope", a.slope, list(a.hiddens.shape), [a.hiddens.dtype])
 
 
 def layer_weights(
@@ -232,15 +231,15 @@ def layer_weights(
     weights_per_layer(weights, 0, 1)
     named = dict(zip(LayerWeights._fields, weights, strict=False))
     queries, keys, intermediate_size = named["q"].shape[0], num_kv_heads * head_dim, named["gate"].shape[0]
-    _require(queries % keys == 0, f"q has {queries} rows, not a multiple of {num_kv_heads} heads of size {head_dim}")
+    require(queries % keys == 0, f"q has {queries} rows, not a multiple of {num_kv_heads} heads of size {head_dim}")
     shapes = layer_shapes(hidden_size, queries // head_dim, num_kv_heads, head_dim, intermediate_size)
     for name, tensor in named.items():
         if name in OPTIONAL_WEIGHTS and tensor.numel() == 0:
             continue
-        _sized(name, tensor, shapes[name], dtype)
+        sized(name, tensor, shapes[name], dtype)
     for first, name in (("q", "k"), ("q", "v"), ("gate", "up")):
-        _alike(first, named[first], name, named[name], hidden_size)
-    _dense(**named)
+        alike(first, named[first], name, named[name], hidden_size)
+    dense(**named)
 
 
 def positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
@@ -279,37 +278,37 @@ def _layers(hidden: Tensor, weights: Sequence[Tensor], count: int, num_kv_heads:
     for index, tensor in enumerate(weights):
         name, first = LayerWeights._fields[index % count], like[index % count]
         if name not in OPTIONAL_WEIGHTS or (tensor.numel() and first.numel()):
-            _sized(name, tensor, shapes[name], hidden.dtype)
-        _dense(**{name: tensor})
-        _same_device(hidden, **{name: tensor})
+            sized(name, tensor, shapes[name], hidden.dtype)
+        dense(**{name: tensor})
+        same_device(hidden, **{name: tensor})
 
 
 def _layer_cache(a: Any) -> None:
     """The cache of one layer, [B, G, T, C] or, with slots, [S, G, T, C], twice; and the lengths."""
     batch, rows, _, head_dim = a.q.shape
-    _shaped("k_cache", a.k_cache, [batch if a.slots is None else None, None, None, head_dim], [a.q.dtype])
-    _shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.q.dtype])
-    _shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
+    shaped("k_cache", a.k_cache, [batch if a.slots is None else None, None, None, head_dim], [a.q.dtype])
+    shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.q.dtype])
+    shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     _slots(a.slots, batch, a.k_cache.shape[0])
-    _dense(k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens)
+    dense(k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens)
     capacity = a.k_cache.shape[2]
-    _require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
-    _same_device(a.q, k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens, slots=a.slots)
+    require(rows <= capacity, f"{rows} rows do not fit a cache of capacity {capacity}")
+    same_device(a.q, k_cache=a.k_cache, v_cache=a.v_cache, seq_lens=a.seq_lens, slots=a.slots)
 
 
 def _slots(slots: Tensor | None, batch: int, num_slots: int) -> None:
     """Which of the cache's ``num_slots`` rows each of ``batch`` sequences uses."""
     if slots is not None:
-        _shaped("slots", slots, [batch], [torch.int64])
-        _dense(slots=slots)
-        _require(batch <= num_slots, f"slots has {batch} entries, the cache only {num_slots} rows")
+        shaped("slots", slots, [batch], [torch.int64])
+        dense(slots=slots)
+        require(batch <= num_slots, f"slots has {batch} entries, the cache only {num_slots} rows")
 
 
 def _rope_tables(cos: Tensor, sin: Tensor, capacity: int, head_dim: int) -> None:
-    _shaped("cos", cos, [None, head_dim // 2], [torch.float32])
-    _shaped("sin", sin, list(cos.shape), [torch.float32])
-    _require(cos.shape[0] >= capacity, f"cos has {cos.shape[0]} positions, the cache's capacity is {capacity}")
-    _dense(cos=cos, sin=sin)
+    shaped("cos", cos, [None, head_dim // 2], [torch.float32])
+    shaped("sin", sin, list(cos.shape), [torch.float32])
+    require(cos.shape[0] >= capacity, f"cos has {cos.shape[0]} positions, the cache's capacity is {capacity}")
+    dense(cos=cos, sin=sin)
 
 
 def _head(hidden: Tensor, **named: Tensor | None) -> None:
@@ -317,41 +316,41 @@ def _head(hidden: Tensor, **named: Tensor | None) -> None:
     (name, weight), (map_name, token_map), (scale_name, scale) = named.items()
     assert weight is not None
     if scale is None:
-        _matrix(name, weight, None, hidden.shape[1], hidden.dtype)
+        matrix(name, weight, None, hidden.shape[1], hidden.dtype)
     else:
-        _shaped(name, weight, [None, hidden.shape[1]], [torch.int8])
-    _require(weight.shape[0] > 0, f"{name} has no rows")
+        shaped(name, weight, [None, hidden.shape[1]], [torch.int8])
+    require(weight.shape[0] > 0, f"{name} has no rows")
     if token_map is not None:
-        _shaped(map_name, token_map, [weight.shape[0]], [torch.int64])
+        shaped(map_name, token_map, [weight.shape[0]], [torch.int64])
     if scale is not None:
-        _shaped(scale_name, scale, [weight.shape[0]], [torch.float32])
-    _dense(**named)
-    _same_device(hidden, **named)
+        shaped(scale_name, scale, [weight.shape[0]], [torch.float32])
+    dense(**named)
+    same_device(hidden, **named)
 
 
 def _drafting(a: Any) -> None:
-    _shaped("token", a.token, [None], [torch.int64])
+    shaped("token", a.token, [None], [torch.int64])
     if is_packed(a.embedding):
-        _shaped("norm_weight", a.norm_weight, [None], FLOATS)
-        _matrix("embedding", a.embedding, None, a.norm_weight.shape[0], a.norm_weight.dtype)
+        shaped("norm_weight", a.norm_weight, [None], FLOATS)
+        matrix("embedding", a.embedding, None, a.norm_weight.shape[0], a.norm_weight.dtype)
     else:
-        _shaped("embedding", a.embedding, [None, None], FLOATS)
-        _shaped("norm_weight", a.norm_weight, [a.embedding.shape[1]], [a.embedding.dtype])
-    _require(a.embedding.shape[0] > 0, "embedding has no rows")
-    _require(a.num_speculations >= 0, f"num_speculations must not be negative, got {a.num_speculations}")
-    _require(0 <= a.draft_threshold <= 1, f"draft_threshold must lie in [0, 1], got {a.draft_threshold}")
-    _dense(embedding=a.embedding)
-    _same_device(a.embedding, token=a.token)
+        shaped("embedding", a.embedding, [None, None], FLOATS)
+        shaped("norm_weight", a.norm_weight, [a.embedding.shape[1]], [a.embedding.dtype])
+    require(a.embedding.shape[0] > 0, "embedding has no rows")
+    require(a.num_speculations >= 0, f"num_speculations must not be negative, got {a.num_speculations}")
+    require(0 <= a.draft_threshold <= 1, f"draft_threshold must lie in [0, 1], got {a.draft_threshold}")
+    dense(embedding=a.embedding)
+    same_device(a.embedding, token=a.token)
 
 
 def _blocks(count: int, most: int, layers: int) -> None:
-    _require(0 <= count <= most, f"num_blocks must lie in [0, {most}], got {count}, with a cache of {layers} layers")
+    require(0 <= count <= most, f"num_blocks must lie in [0, {most}], got {count}, with a cache of {layers} layers")
 
 
 def _written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
     """Logits to write: each row is contiguous, the rows may lie apart."""
-    _shaped(name, tensor, shape, [torch.float32])
-    _require(
+    shaped(name, tensor, shape, [torch.float32])
+    require(
         tensor.stride(-1) == 1 or tensor.shape[-1] <= 1,
         f"the rows of {name} must be contiguous, its strides are {tuple(tensor.stride())}",
     )
@@ -360,85 +359,17 @@ def _written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
 def _sampling(first: Tensor, rows: int, **given: Tensor | None) -> None:
     """Temperatures and what names the noise, one a row, all or none."""
     missing = [name for name, tensor in given.items() if tensor is None]
-    _require(not missing, f"{', '.join(given)} come together, {', '.join(missing)} is missing")
+    require(not missing, f"{', '.join(given)} come together, {', '.join(missing)} is missing")
     for name, tensor in given.items():
         assert tensor is not None
-        _shaped(name, tensor, [rows], [torch.float32 if name == "temperature" else torch.int64])
-    _dense(**given)
-    _same_device(first, **given)
+        shaped(name, tensor, [rows], [torch.float32 if name == "temperature" else torch.int64])
+    dense(**given)
+    same_device(first, **given)
 
 
 def _eps(eps: float) -> None:
-    _require(eps >= 0, f"eps must not be negative, got {eps}")
+    require(eps >= 0, f"eps must not be negative, got {eps}")
 
 
 def _head_dim(size: int) -> None:
-    _require(size % 8 == 0 and 8 <= size <= 256, f"head_dim must be a multiple of 8 up to 256, got {size}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    if len(shape) != len(wanted):
-        return False
-    for have, want in zip(shape, wanted, strict=True):  # noqa: SIM110  (runs per token; a generator costs twice this)
-        if want is not None and want != have:
-            return False
-    return True
-
-
-def _shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
-    """Check rank, sizes (None admits any) and dtype of one tensor."""
-    if not _fits(tensor.shape, shape):
-        wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {wanted}")
-    if tensor.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected {names}")
-
-
-def _matrix(name: str, weight: Tensor, rows: int | None, width: int, dtype: torch.dtype) -> None:
-    """The weight of a matmul for states of ``width`` in ``dtype``: plain or packed."""
-    if not is_packed(weight):
-        _shaped(name, weight, [rows, width], [dtype])
-        return
-    _shaped(name, weight, [rows, None], [weight.dtype])
-    try:
-        format_of(weight, width)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _alike(first_name: str, first: Tensor, name: str, weight: Tensor, width: int) -> None:
-    """Two weights that multiply the same activations."""
-    _require(
-        first.dtype == weight.dtype and (not is_packed(first) or kind_of(first, width) == kind_of(weight, width)),
-        f"{first_name} and {name} must be all plain, all of integers, or all of fp8",
-    )
-
-
-def _sized(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """A layer's tensor: a vector, or the weight of a matmul."""
-    if len(shape) == 2:
-        _matrix(name, tensor, shape[0], shape[1], dtype)
-    else:
-        _shaped(name, tensor, shape, [dtype])
-
-
-def _dense(**tensors: Tensor | None) -> None:
-    """Weights and caches are used where they lie, so they must be contiguous; activations may be strided."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, its strides are {tuple(tensor.stride())} for shape {list(tensor.shape)}"
-            )
-
-
-def _same_device(first: Tensor, **others: Tensor | None) -> None:
-    device = first.device
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the first argument on {first.device}")
+    require(size % 8 == 0 and 8 <= size <= 256, f"head_dim must be a multiple of 8 up to 256, got {size}")
