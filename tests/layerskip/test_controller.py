@@ -309,6 +309,28 @@ def test_an_exit_that_is_behind_has_to_gain_what_catching_up_costs():
         assert acceptance.behind == 2
 
 
+def test_each_sequence_catches_up_by_itself():
+    """What eight sequences have to read costs eight passes, so that drafts gain less than one such pass each."""
+    for behind, expected in ((0, 1), (1, 1), (8, 0)):
+        controller = Controller(Sizes(100, 600, 600, LAYERS, 1), [1], 1)
+        acceptances = [controller.new_acceptance() for _ in range(8)]
+        for number, acceptance in enumerate(acceptances):
+            rate = acceptance.at(1)
+            rate.mean, rate.weight = 0.4, 1000.0
+            acceptance.behind = 20 if number < behind else 0
+        assert controller.choose(acceptances) == Choice(1, expected)
+
+
+def test_an_exit_whose_first_draft_was_improbable_has_run():
+    """With a threshold nothing may be drafted though its blocks have read."""
+    acceptance = Controller(Sizes(100, 600, 600, LAYERS, 1), [1], 1).new_acceptance()
+    acceptance.observe(1, 0, 0, ran=True)
+    assert acceptance.behind == 0
+    acceptance.observe(1, 0, 0, ran=False)
+    acceptance.observe_proposal(FOUND, [7], [7])
+    assert acceptance.behind == 1, "one token, however many look at it"
+
+
 def test_acceptance_is_noted_for_others_too():
     shared: dict[int, Rate] = {}
     one, other = AcceptanceRates(shared), AcceptanceRates(shared)

@@ -76,6 +76,50 @@ def test_a_removed_request_has_no_update_of_an_interrupted_step_either(decoder):
     assert {update.request_id for update in session.step()} == {ids[1]}
 
 
+def test_a_request_that_ended_in_an_interrupted_step_can_be_removed(decoder):
+    """Its last update is still to come; it then does not."""
+    session, interrupts = decoder.open_session(2, max_seq_len=64), [7]
+
+    def interrupted(tokens):
+        if len(tokens) in interrupts:
+            interrupts.clear()
+            raise KeyboardInterrupt
+        return False
+
+    ids = [session.add(prompt_of(4), 7), session.add(prompt_of(4), 20, should_stop=interrupted)]
+    with suppress(KeyboardInterrupt):
+        while interrupts:
+            session.step()
+    assert len(session) == 2
+    session.remove(ids[0])
+    assert len(session) == 1
+    assert {update.request_id for update in session.step()} == {ids[1]}
+    with pytest.raises(ValueError, match="has not ended"):
+        session.remove(ids[0])
+
+
+def test_drafts_before_a_fault_count_as_accepted():
+    """A rule that raises in the middle of a round: what was emitted before it was emitted."""
+    decoder, fault = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 4), []  # every draft is accepted
+
+    def faulty(tokens):
+        if len(tokens) == 8:
+            fault.append(len(tokens))
+            raise ValueError("enough")
+        return False
+
+    session = decoder.open_session(1, max_seq_len=64)
+    session.add(prompt_of(4), 20, should_stop=faulty)
+    updates = []
+    while len(session):
+        updates += session.step()
+    output = updates[-1].output
+    assert (updates[-1].reason, fault) == ("error", [8])
+    assert output.stats.accepted == int(output.drafted.sum()) > 4
+    assert sum(count.accepted for count in output.stats.by_source.values()) == output.stats.accepted
+    assert sum(one.accepted for row in output.stats.by_position.values() for one in row) == output.stats.accepted
+
+
 def test_an_interrupted_round_is_gone_on_with(decoder):
     """Not repeated from where it was: another round would draw with other noise."""
     params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]
