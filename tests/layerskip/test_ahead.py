@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from cards import FakeCard, InOrder, graphs_on
+from exits_of import copied_exit
 from tiny import ROUND, prompt_of, requires_native, tiny_model
 from tokenizers_of import KINDS
 
 import layerskip_kernels
-from layerskip import SamplingParams, SelfSpeculativeDecoder
-from layerskip.decoding import graph
+from layerskip import SamplingParams, SelfSpeculativeDecoder, adapt
+from layerskip.decoding import batch, graph
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.controller import Choice
 from layerskip.decoding.session import Session
@@ -297,6 +298,28 @@ def test_the_controller_learns_what_the_card_took(card, monkeypatch):
     assert len(seconds) == out.stats.rounds
     assert card.most_unread == 2
     assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
+
+
+@pytest.mark.parametrize(("counts", "catches_up"), [((3, 1), False), ((3, 3, 0), True), ((0, 2), True)])
+def test_blocks_of_an_exit_while_the_number_of_drafts_changes(card, monkeypatch, counts, catches_up):
+    """A round ahead with another K: what blocks have read is known, so drafts of an exact exit all hold."""
+    model = tiny_model(upper="weak")
+    decoder = SelfSpeculativeDecoder(model, num_speculations="auto", exit=copied_exit(adapt(model), 2, 2))
+    plans, read = itertools.cycle([Choice(decoder.exit_layer, count) for count in counts]), []
+    monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
+
+    def noted(*args: Any, read_: Any = batch.read_blocks) -> None:
+        read.append(args[-2:])
+        read_(*args)
+
+    monkeypatch.setattr(batch, "read_blocks", noted)
+    with InOrder(card):
+        out = decoder.generate(prompt_of(5), 40, eos_token_id=[])
+    assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
+    assert out.stats.accepted == out.stats.drafted > 5
+    assert bool(read) == catches_up
+    assert sum(end - begin for begin, end in read) <= out.stats.rounds, "one token of each round without drafts"
+    assert card.most_unread == 2
 
 
 def test_another_choice_of_the_controller_takes_effect(card, monkeypatch):

@@ -146,7 +146,7 @@ class Batch:
         """
         if self._graphs is None or any(request.lookup is not None for request in self.requests):
             return False
-        if self.kind.speculative and self._model.decoder.num_blocks and self._launched[-1].num_speculations == 0:
+        if self._has_blocks and self._launched[-1].num_speculations == 0:
             return False  # blocks have not read what that round gives
         positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
         last = max(request.sequence.position for request in self.requests)
@@ -195,26 +195,32 @@ class Batch:
         This is the round's only synchronisation.
         """
         launched = self._launched.popleft()
-        return launched, launched.outcome.read()[: len(self.requests)]
+        results = launched.outcome.read()[: len(self.requests)]
+        if self._has_blocks and launched.num_speculations:
+            for request in self.requests:
+                if request.looked_up is None:
+                    request.blocks_done = request.sequence.position + launched.num_speculations + 1
+        return launched, results
+
+    @property
+    def _has_blocks(self) -> bool:
+        return self.kind.speculative and self._model.decoder.num_blocks > 0
 
     def _let_blocks_follow(self, num_speculations: int) -> bool:
         """Let the exit's blocks read what has come since it drafted last, for the requests for which it drafts now.
 
-        Whether there was anything to read.
+        Whether there was anything to read; after a round under way there is not, see `runs_ahead`.
         """
         caught_up = False
-        if not (self.kind.speculative and self._model.decoder.num_blocks):
+        if not self._has_blocks or self._launched:
             return caught_up
         for request in self.requests:
             position = request.sequence.position
-            if not self._launched:  # else the position is older than what the blocks of the unread round have read
-                request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
-            if request.looked_up is None and num_speculations:
-                if request.blocks_done < position:
-                    tokens, done = request.all_tokens, request.blocks_done
-                    read_blocks(self._model, self._cache, request.slot, tokens, done, position)
-                    caught_up = True
-                request.blocks_done = max(request.blocks_done, position + num_speculations + 1)
+            request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
+            if request.looked_up is None and num_speculations and request.blocks_done < position:
+                tokens, done = request.all_tokens, request.blocks_done
+                read_blocks(self._model, self._cache, request.slot, tokens, done, position)
+                request.blocks_done, caught_up = position, True
         return caught_up
 
     def _mix(self) -> MixedRound:
