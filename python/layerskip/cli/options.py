@@ -36,7 +36,7 @@ def load(
         weights = getattr(args, "weights", None)
         model, tokenizer = models.load(args.model, dtype or getattr(torch, args.dtype), weights, tell)
         model = model.to(args.device)
-        if gather:
+        if gather and args.device.type == "cpu":
             models.gather_weights(model)
         return model, tokenizer
 
