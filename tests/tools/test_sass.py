@@ -82,7 +82,7 @@ class TestCompiled:
         [("linear", "linear_kernel"), ("linear", "swiglu_kernel"), ("partial_forward", "qkv_kernel")],
     )
     def test_so_it_is_where_a_block_takes_many_rows(self, folder: Path, file: str, kernel: str, groups: int) -> None:
-        code = only(kernels(file, folder)[0], f"{kernel}{BF16}Li{groups}E")
+        code = only(kernels(file, folder)[0], f"{kernel}{PLAIN}Li{groups}E")
         of_the_loop = sass.use_distances(code, "LDG.E.128")[16 * groups :]
         assert len(of_the_loop) >= 4 * groups  # the loop's, and those before it
         assert min(of_the_loop) >= 32, of_the_loop
