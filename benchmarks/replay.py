@@ -136,12 +136,13 @@ def replay(traces: Sequence[Trace], source: str, machine: Machine, controller: C
         while place < end:
             match, length, right = trace.matches[place]
             offer = Offer(min(length, end - place - 1), Kind(NGRAM, match, True))
+            acceptance.behind = place - seen
             if source == "exit":
                 choice = controller.choose([acceptance])
             else:
                 choice = controller.plan([acceptance], [offer], exits=source == "auto").choice
             layer, count = choice.exit_layer, min(choice.num_speculations, end - place - 1)
-            missing = place - seen if layer and count and machine.block else 0
+            missing = acceptance.behind if layer and count and machine.block else 0
             took = machine.seconds(Choice(layer, count), missing)
             if not missing:
                 controller.observe_cost(Choice(layer, count), 1, took)

@@ -298,15 +298,8 @@ def test_an_exit_that_is_behind_has_to_gain_what_catching_up_costs():
         rate = acceptance.at(1)
         rate.mean, rate.weight = 0.26, 1000.0
         assert controller.choose([acceptance]) == Choice(1, 1)
-        acceptance.observe(1, 0, 0)
-        assert acceptance.behind == 1
+        acceptance.behind = 1
         assert controller.choose([acceptance]) == Choice(1, expected)
-        acceptance.observe(1, 0, 1)
-        assert acceptance.behind == 0
-        acceptance.observe_proposal(FOUND, [], [7])
-        assert acceptance.behind == 0, "of the same round"
-        acceptance.observe_proposal(FOUND, [7, 8], [7, 9])
-        assert acceptance.behind == 2
 
 
 def test_each_sequence_catches_up_by_itself():
@@ -319,16 +312,6 @@ def test_each_sequence_catches_up_by_itself():
             rate.mean, rate.weight = 0.4, 1000.0
             acceptance.behind = 20 if number < behind else 0
         assert controller.choose(acceptances) == Choice(1, expected)
-
-
-def test_an_exit_whose_first_draft_was_improbable_has_run():
-    """With a threshold nothing may be drafted though its blocks have read."""
-    acceptance = Controller(Sizes(100, 600, 600, LAYERS, 1), [1], 1).new_acceptance()
-    acceptance.observe(1, 0, 0, ran=True)
-    assert acceptance.behind == 0
-    acceptance.observe(1, 0, 0, ran=False)
-    acceptance.observe_proposal(FOUND, [7], [7])
-    assert acceptance.behind == 1, "one token, however many look at it"
 
 
 def test_acceptance_is_noted_for_others_too():

@@ -191,6 +191,44 @@ def test_what_is_continued(near, strategy, reused):
     assert watched.drafts > 20
 
 
+def test_a_slot_survives_an_interrupt_while_blocks_catch_up(near, monkeypatch):
+    """What continues a kept request takes its slot only when the exit's blocks have read what that holds."""
+    hf_model, decoder, _ = near
+    session = decoder.open_session(1)
+    with monkeypatch.context() as looking_up:
+        looking_up.setattr(Controller, "plan", lambda *args, **named: Plan(Choice(0, 0), [0]))
+        first = session.add(prompt_of(10), 20, draft_source="auto", keep=True)
+        tokens = finish(session)[first]
+    interrupts, read_blocks = [KeyboardInterrupt], PromptReader.read_blocks
+
+    def interrupted(*args):
+        if interrupts:
+            raise interrupts.pop()
+        return read_blocks(*args)
+
+    monkeypatch.setattr(PromptReader, "read_blocks", interrupted)
+    second = session.add(prompt_of(3, 1), 8, continue_from=first)
+    with pytest.raises(KeyboardInterrupt):
+        finish(session)
+    assert session.kept == (first,)
+    whole = torch.cat([prompt_of(10), torch.tensor([tokens]), prompt_of(3, 1)], 1)
+    assert finish(session)[second] == expected(hf_model, whole, 8)
+
+
+def test_an_exit_whose_first_draft_is_improbable_has_read(near, monkeypatch):
+    """Nothing is drafted, yet its blocks have run: there is nothing to catch up."""
+    hf_model, decoder, _ = near
+    reads = []
+    monkeypatch.setattr("layerskip.decoding.batch.read_blocks", lambda *args: reads.append(args))
+    session = decoder.open_session(1)
+    session.add(prompt_of(5), 20, draft_threshold=1.0)
+    while len(session):
+        updates = session.step()
+        assert all(request.behind == 0 for request in session._running.values())
+    assert (updates[0].output.stats.drafted, reads) == (0, [])
+    assert updates[0].output.new_tokens[0].tolist() == expected(hf_model, prompt_of(5), 20)
+
+
 @pytest.mark.parametrize("continued", ["itself", "in another slot"])
 def test_what_was_looked_up_is_continued(near, monkeypatch, continued):
     """The blocks have read none of it: they do before an exit drafts, in whichever row."""

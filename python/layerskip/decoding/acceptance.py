@@ -94,14 +94,14 @@ class AcceptanceRates:
     Attributes
     ----------
     behind : int
-        How many tokens have come since an exit drafted last; its blocks read them before it drafts again.
+        How many tokens an exit's blocks have to read before it drafts again. Who knows sets it before each choice.
     """
 
     def __init__(self, shared: dict[Hashable, Rate]) -> None:
         self._shared = shared
         self._own: dict[Hashable, Rate] = {}
         self._recent = (0.0, 0.0)  # tokens and seconds of the last rounds, as they were expected
-        self.behind, self._counted = 0, False
+        self.behind = 0
 
     def at(self, kind: Hashable) -> Rate:
         """The rate of an exit layer, or of tokens of a kind."""
@@ -111,15 +111,10 @@ class AcceptanceRates:
             self._own[kind] = Rate(shared.mean, min(shared.weight, NEW_SEQUENCE_WEIGHT), OWN_MEMORY)
         return self._own[kind]
 
-    def observe(self, exit_layer: int, accepted: int, drafted: int, ran: bool | None = None) -> None:
-        """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not.
-
-        ``ran``: whether the exit ran, by default where it drafted; its first draft may be below a threshold.
-        """
+    def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
+        """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
         for success in [True] * accepted + [False] * (accepted < drafted):
             self._observe(exit_layer, success)
-        self._counted = True
-        self.behind = 0 if (drafted > 0 if ran is None else ran) else self.behind + 1
         for other, rate in self._own.items():
             if other != exit_layer and isinstance(other, int):
                 rate.fade()
@@ -144,13 +139,7 @@ class AcceptanceRates:
         return tokens
 
     def observe_proposal(self, kind: Kind, proposal: Sequence[int], emitted: Sequence[int]) -> None:
-        """Take account of what was proposed, drafted or not, where these tokens were emitted.
-
-        If an exit could draft in this round, `observe` comes first.
-        """
-        if not self._counted:
-            self.behind += len(emitted)
-        self._counted = False
+        """Take account of what was proposed, drafted or not, where these tokens were emitted."""
         for position, (token, other) in enumerate(zip(proposal, emitted, strict=False)):
             self._observe(kind.of(position), token == other)
             if token != other:

@@ -197,9 +197,9 @@ class Batch:
         launched = self._launched.popleft()
         results = launched.outcome.read()[: len(self.requests)]
         if self._has_blocks and launched.num_speculations:
-            for request in self.requests:
-                if request.looked_up is None:
-                    request.blocks_done = request.sequence.position + launched.num_speculations + 1
+            for request, (accepted, *_) in zip(self.requests, results, strict=True):
+                if request.looked_up is None:  # what was rejected is read again
+                    request.blocks_done = request.sequence.position + accepted + 1
         return launched, results
 
     @property
@@ -211,17 +211,14 @@ class Batch:
 
         Whether there was anything to read; after a round under way there is not, see `runs_ahead`.
         """
-        caught_up = False
-        if not self._has_blocks or self._launched:
-            return caught_up
-        for request in self.requests:
+        if not (self._has_blocks and num_speculations) or self._launched:
+            return False
+        late = [request for request in self.requests if request.looked_up is None and request.behind]
+        for request in late:
             position = request.sequence.position
-            request.blocks_done = min(request.blocks_done, position)  # rejected drafts do not count
-            if request.looked_up is None and num_speculations and request.blocks_done < position:
-                tokens, done = request.all_tokens, request.blocks_done
-                read_blocks(self._model, self._cache, request.slot, tokens, done, position)
-                request.blocks_done, caught_up = position, True
-        return caught_up
+            read_blocks(self._model, self._cache, request.slot, request.all_tokens, request.blocks_done, position)
+            request.blocks_done = position
+        return bool(late)
 
     def _mix(self) -> MixedRound:
         """The round of this mixture of sources; that of the last round, if it was the same."""

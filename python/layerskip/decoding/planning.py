@@ -29,6 +29,8 @@ def choose(running: Iterable[Request], controller: Controller) -> bool:
 def _choose_together(requests: Sequence[Request], controller: Controller) -> bool:
     method, changed = requests[0].method, False
     acceptances = [request.acceptance for request in requests]
+    for request in requests:
+        request.acceptance.behind = request.behind
     given = (method.exit_layer, method.num_speculations)
     lookups = [request.lookup for request in requests if request.lookup is not None]
     if lookups:
@@ -59,14 +61,11 @@ def _shared(kind: RoundKind, others: Iterable[RoundKind]) -> RoundKind:
     return next((one for one in others if one.speculative and one.processed == kind.processed), kind)
 
 
-def learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: int, ran: bool) -> None:
-    """Note what was accepted, and what would have been of a proposal that was not drafted.
-
-    ``ran``: whether an exit drafted in the round, for whatever sequence.
-    """
+def learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: int) -> None:
+    """Note what was accepted, and what would have been of a proposal that was not drafted."""
     if not request.method.adaptive:
         return
     if request.looked_up is None:
-        request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted, ran)
+        request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted)
     if request.lookup is not None:
         request.acceptance.observe_proposal(request.lookup.offer.kind, request.lookup.proposal, emitted)

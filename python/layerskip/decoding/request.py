@@ -160,6 +160,11 @@ class Request:
         return self.tokens + self.sequence.tokens
 
     @property
+    def behind(self) -> int:
+        """How many tokens an exit's blocks have to read before it drafts again."""
+        return max(0, self.sequence.position - self.blocks_done)
+
+    @property
     def slot(self) -> int:
         """Its row of the cache; -1 while it waits."""
         return self.reading.slot

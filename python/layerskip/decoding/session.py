@@ -369,11 +369,9 @@ class Session:
         failures = batch.failures
         for index, (request, result) in enumerate(zip(batch.requests, results, strict=True)):
             if request.id in self._running:
-                self._take_result(batch.kind, request, result, launched.num_speculations > 0, failures.get(index))
+                self._take_result(batch.kind, request, result, failures.get(index))
 
-    def _take_result(
-        self, kind: RoundKind, request: Request, result: list[int], drafts_made: bool, failure: Exception | None
-    ) -> None:
+    def _take_result(self, kind: RoundKind, request: Request, result: list[int], failure: Exception | None) -> None:
         """Emit what a round gave a request."""
         accepted, token, *drafts = result
         last = request.sequence.position + accepted
@@ -382,7 +380,7 @@ class Session:
         for draft in drafts[accepted : accepted + 1]:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
-        planning.learn(kind, request, [*drafts[:accepted], token], num_drafted, drafts_made)
+        planning.learn(kind, request, [*drafts[:accepted], token], num_drafted)
         source = request.source
         self._emit(request, lambda: request.sequence.add(drafts[:accepted], token, num_drafted, fault, source), failure)
 

@@ -80,9 +80,8 @@ class Slots:
 
     def _complete(self, source: Request, length: int) -> None:
         """Let the blocks of an exit read what a request's row holds of these tokens, if they have not."""
-        done = min(source.blocks_done, source.sequence.position)
-        if done < length:
-            self._reader.read_blocks(source.slot, source.all_tokens, done, length)
+        if source.blocks_done < length:
+            self._reader.read_blocks(source.slot, source.all_tokens, source.blocks_done, length)
             source.blocks_done = length
 
     def _longest_beginning(self, request: Request, others: Sequence[Request]) -> tuple[Request | None, int]:
