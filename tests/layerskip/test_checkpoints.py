@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import layerskip
 from layerskip.models import LayerSkipModel, ModelFileError, UnsupportedModelError, load
 from layerskip.models.checkpoints import TensorFiles
+from layerskip.models.checkpoints.integers import packed_floats
 from layerskip.models.dequantized import dequantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,6 +268,19 @@ class TestDamaged:
         change(tmp_path / "model", edit)
         with pytest.raises((ModelFileError, UnsupportedModelError), match=message):
             load(tmp_path / "model")
+
+    @pytest.mark.parametrize(("layout", "changes"), [(AWQ, {"group_size": 64}), (GPTQ, {"group_size": -1})])
+    def test_other_groups_than_the_configuration_says(self, tmp_path, layout, changes):
+        layouts.write(tmp_path / "model", layouts.tiny(), layout, **changes)
+        size = changes["group_size"] if changes["group_size"] > 0 else 128
+        with pytest.raises(ModelFileError, match=rf"4 groups in rows of 128 weights, .* says groups of {size}"):
+            load(tmp_path / "model")
+
+    def test_blocks_that_do_not_divide_the_width(self):
+        """Two blocks of 128 for 192 weights: of 128 and 64, not of 96 each."""
+        values, scale = torch.ones(2, 192).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0]] * 2)
+        with pytest.raises(ModelFileError, match="w has 2 groups in rows of 192 weights, .* says groups of 128"):
+            packed_floats("w", values, scale, 128)
 
     def test_scales_of_activations_are_not_missed(self, tmp_path):
         layouts.write(tmp_path / "model", layouts.tiny(), FLOATS)

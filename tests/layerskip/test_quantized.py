@@ -8,10 +8,12 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from exits_of import copied_exit
 from tiny import UPPER, prompt_of, requires_native, tiny_model
 
 import layerskip
 from layerskip import LayerSkipModel, SelfSpeculativeDecoder
+from layerskip.decoding.costs import Sizes
 from layerskip.models.quantized import MATRICES
 from layerskip_kernels.formats import FORMATS, dequantize, format_of, is_packed
 
@@ -104,6 +106,17 @@ def test_release_frees_the_plain_weights() -> None:
     assert matrices
     assert all(one.numel() == 0 for one in matrices)
     assert torch.equal(packed.embedding, kept.embedding)
+
+
+def test_the_bytes_that_costs_are_told(model: LayerSkipModel) -> None:
+    """A packed model's layers on the average, and exit blocks in their own, plain format."""
+    packed = model.quantize("int8")
+    decoder = SelfSpeculativeDecoder(packed, exit=copied_exit(model, 1, 2))
+    sizes = Sizes.of(decoder.model)
+    layer = sum(weight.nbytes for weight in packed.decoder.layer_weights(0, 1))
+    plain = sum(weight.nbytes for weight in model.decoder.layer_weights(1, 3))
+    assert (sizes.layer, sizes.num_blocks) == (layer, 2)
+    assert sizes.draft_head == packed.head.head_weight.nbytes + plain
 
 
 def test_refusals(model: LayerSkipModel) -> None:
