@@ -279,7 +279,7 @@ class TestDamaged:
     def test_blocks_that_do_not_divide_the_width(self):
         """Two blocks of 128 for 192 weights: of 128 and 64, not of 96 each."""
         values, scale = torch.ones(2, 192).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0]] * 2)
-        with pytest.raises(ModelFileError, match="w has 2 groups in rows of 192 weights, .* says groups of 128"):
+        with pytest.raises(ModelFileError, match=r"w has 2 groups in rows of 192 weights, .* says groups of 128"):
             packed_floats("w", values, scale, 128)
 
     def test_scales_of_activations_are_not_missed(self, tmp_path):

@@ -24,6 +24,18 @@ def alone(decoder, prompt, new_tokens=20, **options) -> list[int]:
     return decoder.generate(prompt.view(1, -1), new_tokens, strategy="autoregressive", **options).new_tokens[0].tolist()
 
 
+def interrupting(moments):
+    """A rule that never stops, and is interrupted at these numbers of tokens, each once."""
+
+    def rule(tokens):
+        if len(tokens) in moments:
+            moments.remove(len(tokens))
+            raise KeyboardInterrupt
+        return False
+
+    return rule
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("moment", [1, 4, 9, 20])
 def test_a_session_goes_on_after_an_interrupt(decoder, moment, penalty):
@@ -61,14 +73,7 @@ def test_a_session_goes_on_after_an_interrupt(decoder, moment, penalty):
 
 def test_a_removed_request_has_no_update_of_an_interrupted_step_either(decoder):
     session, interrupts = decoder.open_session(2, max_seq_len=64), [9]
-
-    def interrupted(tokens):
-        if len(tokens) in interrupts:
-            interrupts.clear()
-            raise KeyboardInterrupt
-        return False
-
-    ids = [session.add(prompt_of(4), 20), session.add(prompt_of(4), 20, should_stop=interrupted)]
+    ids = [session.add(prompt_of(4), 20), session.add(prompt_of(4), 20, should_stop=interrupting(interrupts))]
     with suppress(KeyboardInterrupt):
         while interrupts:
             session.step()
@@ -79,14 +84,7 @@ def test_a_removed_request_has_no_update_of_an_interrupted_step_either(decoder):
 def test_a_request_that_ended_in_an_interrupted_step_can_be_removed(decoder):
     """Its last update is still to come; it then does not."""
     session, interrupts = decoder.open_session(2, max_seq_len=64), [7]
-
-    def interrupted(tokens):
-        if len(tokens) in interrupts:
-            interrupts.clear()
-            raise KeyboardInterrupt
-        return False
-
-    ids = [session.add(prompt_of(4), 7), session.add(prompt_of(4), 20, should_stop=interrupted)]
+    ids = [session.add(prompt_of(4), 7), session.add(prompt_of(4), 20, should_stop=interrupting(interrupts))]
     with suppress(KeyboardInterrupt):
         while interrupts:
             session.step()
@@ -123,15 +121,8 @@ def test_drafts_before_a_fault_count_as_accepted():
 def test_an_interrupted_round_is_gone_on_with(decoder):
     """Not repeated from where it was: another round would draw with other noise."""
     params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]
-
-    def interrupted(tokens):
-        if len(tokens) in interrupts:
-            interrupts.remove(len(tokens))
-            raise KeyboardInterrupt
-        return False
-
     session = decoder.open_session(2, max_seq_len=64)
-    session.add(prompt_of(4), 20, should_stop=interrupted, sampling=params)
+    session.add(prompt_of(4), 20, should_stop=interrupting(interrupts), sampling=params)
     updates = []
     while len(session):
         with suppress(KeyboardInterrupt):
@@ -277,7 +268,7 @@ def test_a_step_after_an_interrupted_one_has_one_update_of_a_request(decoder):
         return False
 
     session = decoder.open_session(2, max_seq_len=64)
-    ids = [session.add(prompt_of(4), 20), session.add(prompt_of(5), 20, should_stop=interrupted)]
+    ids = [session.add(prompt_of(4), 20), session.add(prompt_of(5), 20, should_stop=interrupting(interrupts))]
     told = {request: [] for request in ids}
     outputs = {}
     while len(session):
