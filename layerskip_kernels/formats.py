@@ -69,11 +69,6 @@ class Format(NamedTuple):
         """What is added to a value where it is written: four bits are unsigned."""
         return 8 if self.bits == 4 and not self.has_zero else 0
 
-    @property
-    def bits_per_weight(self) -> float:
-        """With the scales."""
-        return 8 * self.group_bytes / self.group_size
-
 
 _ALL = (
     Format("int8", 8, 32),

@@ -278,6 +278,8 @@ def report(expand: Callable[[Launch], list[Launch]] = lambda launch: [launch]) -
     ):
         found = [one for launch in launches(shape, dtype, full) for one in expand(launch)]
         parts.append(f"### {title}\n\n{table(found, TARGETS)}\n")
+    packed = [one for launch in packed_launches(LLAMA_1B, torch.bfloat16) for one in expand(launch)]
+    parts.append(f"### Llama-3.2-1B, packed weights, bf16\n\n{table(packed, TARGETS)}\n")
     return "\n".join(parts)
 
 

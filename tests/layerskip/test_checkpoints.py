@@ -215,7 +215,7 @@ class TestRefused:
             return ({f"{module}.weight": weight}, weight) if left_out else AWQ.write(module, weight)
 
         layouts.write(tmp_path / "model", layouts.tiny(), layouts.Layout(AWQ.settings, write))
-        with pytest.raises(UnsupportedModelError, match="layer 2 with q of integers, k plain, v of integers is not"):
+        with pytest.raises(UnsupportedModelError, match="layer 2 with q integers, k plain, v integers is not"):
             load(tmp_path / "model")
 
     def test_where_transformers_is_needed(self, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import LayerWeights
-from layerskip_kernels.formats import format_of, is_packed
+from layerskip_kernels.formats import kind_of
 
 from ..architectures import ARCHITECTURES, LAYERS, check_names, frequencies
 from ..files import ModelFileError
@@ -117,16 +117,10 @@ def _read(
 def _check_alike(number: int, layer: LayerWeights, width: int) -> None:
     """Matrices that one packing of the states serves are of one kind."""
     for names in (("q", "k", "v"), ("gate", "up")):
-        kinds = {name: _kind(getattr(layer, name), width) for name in names}
+        kinds = {name: kind_of(getattr(layer, name), width) for name in names}
         if len(set(kinds.values())) > 1:
             found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
             raise unsupported(f"layer {number} with {found}", "q, k and v of one kind, and gate and up")
-
-
-def _kind(weight: Tensor, width: int) -> str:
-    if not is_packed(weight):
-        return "plain"
-    return "of fp8" if format_of(weight, width).is_float else "of integers"
 
 
 def _decoder(skeleton: Any, held: dict[str, Tensor], frequency_factors: Tensor | None) -> PartialDepthDecoder:
