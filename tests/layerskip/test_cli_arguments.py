@@ -19,7 +19,8 @@ import pytest
 import layerskip
 from layerskip import registry, training
 from layerskip.cli import main, prompts
-from layerskip.cli.arguments import COMMANDS, DTYPES, SOURCES, STRATEGIES, parse
+from layerskip.cli.arguments import COMMANDS, parse
+from layerskip.cli.option_groups import DTYPES, SOURCES, STRATEGIES
 from layerskip.training import read_pairs
 
 MISTYPED = [

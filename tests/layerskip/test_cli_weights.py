@@ -11,7 +11,7 @@ import torch
 from helpers import tiny_tokenizer
 from tiny import requires_native
 
-from layerskip.cli import arguments, main, options
+from layerskip.cli import arguments, main, option_groups, options
 from layerskip.models import adapt, load
 from layerskip.models.loading import NATIVE
 from layerskip.training.evaluate import perplexity
@@ -44,8 +44,8 @@ def text(tmp_path):
 
 
 def test_the_names_are_those_of_the_library():
-    assert tuple(FORMATS) == arguments.FORMATS
-    assert arguments.NATIVE == NATIVE
+    assert tuple(FORMATS) == option_groups.FORMATS
+    assert option_groups.NATIVE == NATIVE
 
 
 class TestQuantize:

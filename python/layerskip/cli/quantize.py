@@ -13,7 +13,7 @@ from rich.progress import Progress
 from .._files import check_folder, obstacle, replaced
 from ..models import LayerSkipModel, adapt, save
 from . import options
-from .arguments import FORMATS, NATIVE
+from .option_groups import FORMATS, NATIVE
 
 WINDOW = 512
 CALIBRATION = (8, 256)
