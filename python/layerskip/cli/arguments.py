@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import _ends
 from ..registry import nearest
 from .option_groups import (
+    EVALUATIONS,
     STRATEGIES,
     add_device,
     add_exit,
@@ -19,6 +20,7 @@ from .option_groups import (
     add_prompts,
     add_sampling,
     add_speculation,
+    add_text,
     add_weights,
 )
 from .parser import Parser, number, one_of, positive, whole
@@ -175,6 +177,35 @@ def _exits(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.png, anew")
 
 
+def _eval(parser: Parser) -> None:
+    parser.add_argument(
+        "tasks", nargs="+", type=one_of("task", EVALUATIONS), metavar="TASK", help=f"some of {', '.join(EVALUATIONS)}"
+    )
+    add_model(parser)
+    add_weights(parser)
+    add_speculation(parser)
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="ask so many of each task's questions, spread over all (default: all)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens of an answer, at most (default: what the task says)",
+    )
+    parser.add_argument(
+        "--run-code", action="store_true", help="run the programs that humaneval has the model write, within limits"
+    )
+    add_text(parser, "perplexity is measured on")
+    parser.add_argument(
+        "--output", type=Path, default=Path("layerskip-eval.json"), metavar="FILE", help="the JSON to write"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there, or begin anew")
+
+
 def _tune(parser: Parser) -> None:
     add_model(parser, positional=True)
     add_weights(parser)
@@ -197,10 +228,7 @@ def _quantize(parser: Parser) -> None:
         help="round with a look at what the first 2048 tokens of this text make of the states, which loses less "
         "(default: to nearest)",
     )  # fmt: skip
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE",
-        help="what the perplexity before and after is measured on (default: Python's manual, of its standard library)",
-    )  # fmt: skip
+    add_text(parser, "the perplexity before and after is measured on")
     parser.add_argument(
         "--windows", type=whole, default=8, metavar="N", help="of 512 tokens, spread over the text; 0: no perplexity"
     )
@@ -264,6 +292,12 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
         _exits, "show how good every layer's exit is, to choose the exit layer by",
         "Show how good every layer's exit is on a model's own text, and what n-grams find in it: agreement with the "
         "full depth, and calibration.",
+    ),
+    "eval": (
+        _eval, "measure what answers are worth at full depth, at an early exit and with self-speculation",
+        "Ask tasks at full depth, at an early exit alone and self-speculatively: exact match, programs that pass their "
+        "tests, ROUGE, perplexity, accepted drafts; and check that self-speculation gives the full depth's tokens. "
+        "Every answer is kept in FILE.partial: started again, the same command goes on where it was stopped.",
     ),
     "tune": (
         _tune, "measure which drafts are fastest on your prompts, and keep it beside the model",

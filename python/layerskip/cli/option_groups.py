@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from . import prompts
 from .parser import Parser, device, number, one_of, positive, positive_or_auto, whole
 
@@ -11,6 +13,13 @@ FORMATS = ("int8", "int8_g128", "int4", "int4_g128", "int4_zero", "int4_zero_g12
 NATIVE = "native"
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
 SOURCES = ("exit", "ngram", "auto")  # as `layerskip.decoding.source` has them
+EVALUATIONS = (
+    "parsing",
+    "humaneval",
+    "summarization",
+    "spec",
+    "perplexity",
+)  # as `layerskip.evaluation.tasks` has them
 
 
 def add_device(parser: Parser) -> None:
@@ -106,6 +115,14 @@ def add_prompts(parser: Parser, limit: int | None) -> None:
         "use this many prompts, spread over all" if limit else "use this many prompts, spread over all (default: all)"
     )
     parser.add_argument("--limit", type=positive, default=limit, metavar="N", help=text)
+
+
+def add_text(parser: Parser, purpose: str) -> None:
+    """Which long text."""
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help=f"what {purpose} (default: Python's manual, of its standard library)",
+    )  # fmt: skip
 
 
 def add_length(parser: Parser, default: int) -> None:

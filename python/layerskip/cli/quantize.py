@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     native = args.weights == NATIVE  # then there is nothing to measure before, and nothing to round
     if native and args.calibration is not None:
         raise ValueError("--calibration is for weights that are rounded; leave it out with --weights native")
-    texts = _texts(args.text) if args.windows > 0 and not native else []
+    texts = long_texts(args.text) if args.windows > 0 and not native else []
     model, tokenizer, measured = _packed(args, texts, console)
     with replaced(args.output) as (directory,):
         save(model, directory, tokenizer)
@@ -100,7 +100,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output} exists; give another name, or --overwrite to replace it")
 
 
-def _texts(path: Path | None) -> list[str]:
+def long_texts(path: Path | None) -> list[str]:
     """What is in the file, or what Python says of itself."""
     if path is not None:
         return [path.read_text(encoding="utf-8")]

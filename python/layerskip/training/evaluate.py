@@ -109,15 +109,15 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 5
     limit : int, optional
         Use this many windows, spread over all of them.
     """
-    windows = _spread(_windows(tokenizer, texts, window), limit)
+    pieces = spread(windows(tokenizer, texts, window), limit)
     depths, layers = depths_of(model), model.config.num_hidden_layers
     total = 0.0
-    for piece in windows:
+    for piece in pieces:
         ids = piece.to(model.device)
         hidden = depths.states(ids[None, :-1], (layers,))[layers][0]  # [window - 1, D], normed
         for rows, labels in zip(hidden.split(_ROWS), ids[1:].split(_ROWS), strict=True):
             total += float(F.cross_entropy(depths.logits(rows).float(), labels, reduction="sum"))
-    return math.exp(total / (len(windows) * (window - 1)))
+    return math.exp(total / (len(pieces) * (window - 1)))
 
 
 def _batches(tokenizer: Any, examples: Sequence[Example], size: int) -> Iterator[dict[str, Tensor]]:
@@ -128,10 +128,10 @@ def _batches(tokenizer: Any, examples: Sequence[Example], size: int) -> Iterator
         yield collate(encoded[start : start + size])
 
 
-def _windows(tokenizer: Any, texts: Sequence[str], window: int) -> list[Tensor]:
+def windows(tokenizer: Any, texts: Sequence[str], window: int) -> list[Tensor]:
     """The windows of the texts; ends that are shorter are left out."""
-    pieces = [piece for text in texts for piece in torch.tensor(tokenizer(text).input_ids).split(window)]
-    whole = [piece for piece in pieces if len(piece) == window]
+    every = [piece for text in texts for piece in torch.tensor(tokenizer(text).input_ids).split(window)]
+    whole = [piece for piece in every if len(piece) == window]
     if not whole:
         raise ValueError(f"no text is as long as a window of {window} tokens")
     return whole
@@ -164,11 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if long:
         print(json.dumps({"perplexity": perplexity(model, tokenizer, texts, limit=options.limit)}))
         return
-    examples = _spread(texts, options.limit)
+    examples = spread(texts, options.limit)
     print(json.dumps(vars(evaluate_exits(model, tokenizer, examples, options.exits))))
 
 
-def _spread(items: list[Any], limit: int | None) -> list[Any]:
+def spread(items: list[Any], limit: int | None) -> list[Any]:
     """``limit`` of the items, evenly spaced."""
     if limit is None or limit >= len(items):
         return items

