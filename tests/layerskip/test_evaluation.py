@@ -13,9 +13,9 @@ from tiny import ROUND, generous, prompt_of, requires_native, tiny_model
 from layerskip.cli import main
 from layerskip.cli.option_groups import EVALUATIONS
 from layerskip.cli.ways import AUTOREGRESSIVE, EARLY_EXIT, SELF_SPECULATIVE
+from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip.evaluation import answers, summary, tasks
 from layerskip.evaluation.engine import Engine, continuation, log_likelihoods
-from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip.models import adapt, load
 from layerskip.training.data import Example
 from layerskip.training.evaluate import perplexity
@@ -218,32 +218,41 @@ class TestLogLikelihoods:
         assert found[AUTOREGRESSIVE]["tokens"] == 48
 
 
+ANSWER = {
+    "kind": "",
+    "digest": "a",
+    "scores": {"m": 1.0},
+    "tokens": 12,
+    "seconds": 2.0,
+    "rounds": 4,
+    "drafted": 16,
+    "accepted": 8,
+}
+
+
+def record(question: int, way: str, **changes: object) -> dict:
+    return {"task": "t", "question": question, "way": way, "answer": {**ANSWER, **changes}}
+
+
 class TestSummary:
-    RECORD = {"kind": "", "digest": "a", "scores": {"m": 1.0}, "tokens": 12, "seconds": 2.0, "rounds": 4, "drafted": 16,
-              "accepted": 8}  # fmt: skip
-
-    def record(self, question: int, way: str, **changes: object) -> dict:
-        return {"task": "t", "question": question, "way": way, "answer": {**self.RECORD, **changes}}
-
     def test_means(self) -> None:
-        more = self.record(1, SELF_SPECULATIVE, scores={"m": 0.0}, tokens=4, seconds=2.0, rounds=4, accepted=0)
-        way = summary.summarize([self.record(0, SELF_SPECULATIVE), more])["t"][SELF_SPECULATIVE]
-        assert way == {"questions": 2, "scores": {"m": 0.5}, "tokens": 16, "tokens_per_second": 4.0,
-                       "drafts_accepted": 0.25, "accepted_a_round": 1.0, "tokens_a_round": 2.0}  # fmt: skip
+        more = record(1, SELF_SPECULATIVE, scores={"m": 0.0}, tokens=4, seconds=2.0, rounds=4, accepted=0)
+        way = summary.summarize([record(0, SELF_SPECULATIVE), more])["t"][SELF_SPECULATIVE]
+        drafts = {"drafts_accepted": 0.25, "accepted_a_round": 1.0, "tokens_a_round": 2.0}
+        assert way == {"questions": 2, "scores": {"m": 0.5}, "tokens": 16, "tokens_per_second": 4.0, **drafts}
 
     def test_an_answer_of_one_token_has_no_speed(self) -> None:
-        alone = self.record(0, AUTOREGRESSIVE, tokens=0, seconds=0.0, rounds=0, drafted=0, accepted=0)
+        alone = record(0, AUTOREGRESSIVE, tokens=0, seconds=0.0, rounds=0, drafted=0, accepted=0)
         results = summary.summarize([alone])
         assert results["t"][AUTOREGRESSIVE]["tokens_per_second"] == 0.0
         assert summary.tables(results)[0].row_count == 1
 
     def test_what_differs_is_named(self) -> None:
-        pairs = [self.record(n, way, digest=d) for n, way, d in
-                 ((0, AUTOREGRESSIVE, "a"), (0, SELF_SPECULATIVE, "a"), (3, AUTOREGRESSIVE, "a"),
-                  (3, SELF_SPECULATIVE, "b"), (3, EARLY_EXIT, "c"))]  # fmt: skip
-        assert summary.differing(pairs) == ["t 3"]
+        pairs = [(0, AUTOREGRESSIVE, "a"), (0, SELF_SPECULATIVE, "a"), (3, AUTOREGRESSIVE, "a")]
+        pairs += [(3, SELF_SPECULATIVE, "b"), (3, EARLY_EXIT, "c")]
+        assert summary.differing([record(number, way, digest=digest) for number, way, digest in pairs]) == ["t 3"]
 
     def test_perplexity_is_exp_of_the_mean(self) -> None:
-        records = [{"task": "perplexity", "question": n, "way": AUTOREGRESSIVE, "answer": answer} for n, answer in
-                   enumerate(({"log_likelihood": -6.0, "tokens": 2}, {"log_likelihood": -3.0, "tokens": 1}))]  # fmt: skip
+        found = ({"log_likelihood": -6.0, "tokens": 2}, {"log_likelihood": -3.0, "tokens": 1})
+        records = [{"task": "perplexity", "way": AUTOREGRESSIVE, "answer": one} for one in found]
         assert summary.summarize(records)["perplexity"][AUTOREGRESSIVE]["perplexity"] == pytest.approx(math.exp(3))

@@ -150,7 +150,9 @@ def local_tasks(folder: Path) -> Path:
     (folder / "data.json").write_text("\n".join(map(json.dumps, lines)))
     data = (f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'data.json'}\ntest_split: test\n"
             'doc_to_text: "{{question}}"\n')  # fmt: skip
-    choice = 'output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n- metric: acc\n'
+    choice = (
+        "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n- metric: acc\n"
+    )
     written = ('output_type: generate_until\ndoc_to_target: "{{choices[0]}}"\ngeneration_kwargs:\n  until: ["w9"]\n'
                "  max_gen_toks: 6\nmetric_list:\n- metric: exact_match\n")  # fmt: skip
     for name, rest in (("tiny_choice", choice), ("tiny_written", written)):

@@ -1,7 +1,7 @@
 """The model class of the package lm_eval: ``lm_eval --model layerskip --model_args pretrained=DIR,exit_layer=4``.
 
-lm_eval finds it by an entry point. A version that looks for none is started by ``python -m layerskip.evaluation``, which
-takes the same arguments.
+lm_eval finds it by an entry point. A version that looks for none is started by ``python -m layerskip.evaluation``,
+which takes the same arguments.
 """
 
 from __future__ import annotations
