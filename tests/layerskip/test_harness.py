@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_tiny
+from helpers import save_tiny, tiny_tokenizer
 
 from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip.models import load
@@ -20,13 +20,16 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from layerskip.evaluation.harness import LayerSkipLM, Wanted  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PAIRS = [("w3 w4", " w5 w6"), ("w20", " w21 w22 w23"), ("", "w7 w8"), ("w9 w30 w31", " w3")]
+PAIRS = [("w003 w004", " w005 w006"), ("w020", " w021 w022 w023"), ("", "w007 w008"), ("w009 w030 w031", " w003")]
 WAYS = [({}, 4), ({"exit_layer": 2}, 2), ({"exit_layer": 2, "num_speculations": 3}, 4)]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny(tmp_path_factory.mktemp("harness") / "model", tie_word_embeddings=False))
+    """Whose words read back as the tokens that they are."""
+    made = save_tiny(tmp_path_factory.mktemp("harness") / "model", tie_word_embeddings=False)
+    tiny_tokenizer("w{:03}").save_pretrained(made)
+    return str(made)
 
 
 def made(directory: str, **changes: object) -> LayerSkipLM:
@@ -62,8 +65,8 @@ class TestLogLikelihoods:
     @pytest.mark.parametrize(("arguments", "depth"), WAYS[:2])
     def test_of_texts_that_are_longer_than_the_model_takes(self, directory: str, arguments: dict, depth: int) -> None:
         """Each token once, with as much before it as there is room for."""
-        ids = [3 + (7 * index) % 90 for index in range(20)]
-        text = " ".join(f"w{one}" for one in ids)
+        ids = [20 + (7 * index) % 80 for index in range(20)]
+        text = " ".join(f"w{one:03}" for one in ids)
         model = made(directory, max_length=8, **arguments)
         (found,) = model.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)), disable_tqdm=True)
         whole, expected = [1, *ids], 0.0
@@ -75,18 +78,18 @@ class TestLogLikelihoods:
 
     def test_greedy_text_is_called_greedy(self, directory: str) -> None:
         model = made(directory, exit_layer=1)
-        (text,) = model.generate_until(asked("generate_until", ("w3 w4", {"max_gen_toks": 5})), disable_tqdm=True)
-        ((_, greedy),) = model.loglikelihood(asked("loglikelihood", ("w3 w4", f" {text}")), disable_tqdm=True)
+        (text,) = model.generate_until(asked("generate_until", ("w003 w004", {"max_gen_toks": 5})), disable_tqdm=True)
+        ((_, greedy),) = model.loglikelihood(asked("loglikelihood", ("w003 w004", f" {text}")), disable_tqdm=True)
         assert greedy
 
     def test_what_is_too_long_is_named(self, directory: str) -> None:
         model = made(directory, max_length=3)
         with pytest.raises(ValueError, match="a continuation of 4 tokens; expected 1 … max_length=3"):
-            model.loglikelihood(asked("loglikelihood", ("w3", " w4 w5 w6 w7")), disable_tqdm=True)
+            model.loglikelihood(asked("loglikelihood", ("w003", " w004 w005 w006 w007")), disable_tqdm=True)
 
 
 class TestTexts:
-    CONTEXTS = ("w3 w4", "w5", "w20 w21 w22", "w40 w41")
+    CONTEXTS = ("w003 w004", "w005", "w020 w021 w022", "w040 w041")
 
     @pytest.mark.parametrize(("arguments", "strategy"), [
         ({}, "autoregressive"), ({"exit_layer": 2}, "early_exit"),
@@ -106,17 +109,17 @@ class TestTexts:
 
     def test_stop_strings_and_room(self, directory: str) -> None:
         model = made(directory, max_length=16)
-        whole = model.generate_until(asked("generate_until", ("w3", {"max_gen_toks": 8})), disable_tqdm=True)[0]
+        whole = model.generate_until(asked("generate_until", ("w003", {"max_gen_toks": 8})), disable_tqdm=True)[0]
         stop = whole.split()[3]
         cut, long = model.generate_until(
-            asked("generate_until", ("w3", {"until": [stop], "max_gen_toks": 8}),
-                  (" ".join(["w9"] * 40 + ["w3"]), {"max_gen_toks": 15})),
+            asked("generate_until", ("w003", {"until": [stop], "max_gen_toks": 8}),
+                  (" ".join(["w009"] * 40 + ["w003"]), {"max_gen_toks": 15})),
             disable_tqdm=True,
         )  # fmt: skip
         assert cut == whole[: whole.index(stop)]
         assert long.startswith(whole)
         with pytest.raises(ValueError, match="an answer of 16 tokens leaves no room in max_length=16"):
-            model.generate_until(asked("generate_until", ("w3", {"max_gen_toks": 16})), disable_tqdm=True)
+            model.generate_until(asked("generate_until", ("w003", {"max_gen_toks": 16})), disable_tqdm=True)
 
     def test_what_a_request_may_say(self) -> None:
         wanted = Wanted({"until": "x", "max_new_tokens": 7, "do_sample": True, "top_k": 3}, 99)
@@ -146,14 +149,14 @@ def test_arguments_that_cannot_be(directory: str, arguments: dict, message: str)
 
 def local_tasks(folder: Path) -> Path:
     """Two tasks on files: which of two words is likelier, and what is written."""
-    lines = [{"question": f"w{n} w{n + 1}", "choices": ["w5", "w60"], "answer": n % 2} for n in range(3, 9)]
+    lines = [{"question": f"w{n:03} w{n + 1:03}", "choices": ["w005", "w060"], "answer": n % 2} for n in range(3, 9)]
     (folder / "data.json").write_text("\n".join(map(json.dumps, lines)))
     data = (f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'data.json'}\ntest_split: test\n"
             'doc_to_text: "{{question}}"\n')  # fmt: skip
     choice = (
         "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n- metric: acc\n"
     )
-    written = ('output_type: generate_until\ndoc_to_target: "{{choices[0]}}"\ngeneration_kwargs:\n  until: ["w9"]\n'
+    written = ('output_type: generate_until\ndoc_to_target: "{{choices[0]}}"\ngeneration_kwargs:\n  until: ["w009"]\n'
                "  max_gen_toks: 6\nmetric_list:\n- metric: exact_match\n")  # fmt: skip
     for name, rest in (("tiny_choice", choice), ("tiny_written", written)):
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{data}{rest}")
@@ -176,7 +179,7 @@ def test_the_command_on_local_tasks(directory: str, tmp_path: Path) -> None:
     results = json.loads(report.read_text())["results"]
     assert set(results) == {"tiny_choice", "tiny_written"}
     model = made(directory, exit_layer=2)
-    pairs = [(f"w{n} w{n + 1}", f" {word}") for n in range(3, 9) for word in ("w5", "w60")]
+    pairs = [(f"w{n:03} w{n + 1:03}", f" {word}") for n in range(3, 9) for word in ("w005", "w060")]
     values = [value for value, _ in model.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)]
     right = [(values[2 * row + 1] > values[2 * row]) == bool((row + 3) % 2) for row in range(6)]
     assert results["tiny_choice"]["acc,none"] == pytest.approx(sum(right) / 6)

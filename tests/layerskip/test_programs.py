@@ -49,10 +49,9 @@ def test_time_is_bounded(program: str) -> None:
     assert time.monotonic() - start < 20
 
 
-def test_what_is_printed_is_bounded() -> None:
-    done = programs.run("import os\nwhile True: os.write(1, b'x' * 65536)")
-    assert not done.passed
-    assert "File too large" in done.reason or done.reason.startswith("ended by SIGXFSZ")
+def test_what_is_printed_is_thrown_away() -> None:
+    done = programs.run("import os\nfor _ in range(99): os.write(1, b'x' * 65536)\nprint('no')\nassert False, 'yes'")
+    assert done.reason == "AssertionError: yes"
 
 
 def test_there_is_no_network() -> None:
@@ -64,6 +63,19 @@ def test_there_is_no_network() -> None:
         server.settimeout(0.2)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_nor_behind_pythons_back() -> None:
+    """Where the kernel gives a program a network of its own, one that calls the C library reaches nobody either."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        address = f"b'\\x02\\x00' + ({port}).to_bytes(2, 'big') + bytes([127, 0, 0, 1]) + bytes(8)"
+        connect = f"libc = ctypes.CDLL(None)\nassert libc.connect(libc.socket(2, 1, 0), {address}, 16) == 0"
+        done = programs.run(f"import ctypes\n{connect}")
+        if done.network != "namespace":
+            pytest.skip("the kernel gives no namespaces here, and an audit hook does not see the C library's calls")
+        assert not done.passed
+        assert done.reason.startswith("AssertionError")
 
 
 def test_nothing_is_left_running(tmp_path) -> None:

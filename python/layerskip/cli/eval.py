@@ -17,7 +17,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from .._files import check_output, write_atomically
 from .._journal import Journal
-from ..evaluation.answers import Item, digest, scored, written
+from ..evaluation.answers import Item, digest, scored, warm_up, written
 from ..evaluation.engine import Engine
 from ..evaluation.summary import ROUNDS, differing, summarize, tables
 from ..evaluation.tasks import PERPLEXITY, WRITTEN, Question
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     items = [item for name, some in questions.items() for item in written(engine, WRITTEN[name], some)]
     if texts:
         items += scored(engine, spread(windows(tokenizer, texts, WINDOW), args.limit))
+    for name, some in list(questions.items())[:1]:
+        warm_up(engine, WRITTEN[name], some[0])
     _ask(items, journal, console)
     records = journal.records
     results, wrong = summarize(records), differing(records)

@@ -1,7 +1,8 @@
 """Runs the program on standard input within limits; the process that `programs.run` starts, and nothing else.
 
 It takes seconds, bytes of memory, and the exit code that says that the program came to its end. A program that ends
-itself gives another one. The last line that is printed says what went wrong, the first what keeps the network away.
+itself gives another one. The first line on standard output says what keeps the network away, the second what went
+wrong.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import sys
 
 NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000  # of Linux's unshare
 LARGEST_FILE = 1 << 20
+TOLD = 300  # characters of what went wrong
 PROCESSES = (
     "os.fork",
     "os.forkpty",
@@ -60,16 +62,19 @@ def refuse(event: str, arguments: tuple) -> None:
 
 
 def main() -> None:
-    """Run the program; standard output and standard error are one file."""
+    """Run the program; what it prints is thrown away."""
     seconds, memory, ended = map(int, sys.argv[1:])
     source = sys.stdin.read()
+    said, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
+    for standard in (1, 2):
+        os.dup2(nowhere, standard)
     limit(seconds, memory)
-    print("namespace" if alone() else "hook", flush=True)
+    print("namespace" if alone() else "hook", file=said, flush=True)
     sys.addaudithook(refuse)
     try:
         exec(compile(source, "program", "exec"), {"__name__": "__main__"})
     except BaseException as error:  # a program may raise anything, SystemExit among it
-        print(f"\n{type(error).__name__}: {' '.join(str(error).split())}"[:300], flush=True)
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}"[:TOLD], file=said, flush=True)
         os._exit(1)
     os._exit(ended)
 

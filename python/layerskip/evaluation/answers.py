@@ -28,6 +28,13 @@ class Item(NamedTuple):
         return self[:3]
 
 
+def warm_up(engine: Engine, task: Task, question: Question) -> None:
+    """Begin an answer every way, so that no clock sees what happens once: caches and pages come to be."""
+    ids = encode(engine.tokenizer, question.prompts[:1], task.chat).to(engine.decoder.model.device)
+    for way in task.ways:
+        engine.generate(ids, way, 8)
+
+
 def written(engine: Engine, task: Task, questions: Sequence[Question]) -> Iterator[Item]:
     """The answers of a task, the ways in turn for every question, so that a machine's moods meet them all."""
     for index, question in enumerate(questions):

@@ -107,8 +107,11 @@ class LayerSkipLM(lm.TemplateLM):  # type: ignore[misc, name-defined]
         )  # fmt: skip
         return text
 
-    def tok_encode(self, string: str, add_special_tokens: bool = True, **_: Any) -> list[int]:
-        """Token ids of a text, by default with what the tokenizer puts before it."""
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text, by default with what the tokenizer puts before it, unless that is there already."""
+        if add_special_tokens is None:
+            first = self.tokenizer.bos_token
+            add_special_tokens = not (first and string.startswith(first))
         ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens).input_ids
         return ids
 

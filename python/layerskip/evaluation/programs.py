@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
         What was, in a line.
     network : str
         What kept the network away: "namespace", one of its own, or "hook", an audit hook of Python, where the kernel
-        gives no namespaces.
+        gives no namespaces. Empty where it took too long.
     """
 
     passed: bool
@@ -51,28 +51,26 @@ def run(program: str, seconds: int = SECONDS, megabytes: int = MEGABYTES) -> Out
         Of address space.
     """
     limits = map(str, (seconds, megabytes << 20, _ENDED))
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(GUARDED), *limits],
-            stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
+            start_new_session=True,
             env={"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
         )  # fmt: skip
         try:
-            process.communicate(program.encode(), timeout=seconds)
+            said, _ = process.communicate(program.encode(), timeout=seconds)
             reason = ""
         except subprocess.TimeoutExpired:
-            reason = f"took more than {seconds} s"
+            said, reason = b"", f"took more than {seconds} s"
         finally:
             with suppress(ProcessLookupError):  # all of its session has ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        said.seek(0)
-        lines = said.read().decode(errors="replace").splitlines() or [""]
+    network, _, error = said.decode(errors="replace").strip().partition("\n")
     passed = process.returncode == _ENDED
-    return Outcome(passed, "" if passed else reason or _reason(process.returncode, lines), lines[0])
+    return Outcome(passed, "" if passed else reason or error or _ending(process.returncode), network)
 
 
-def _reason(code: int, lines: list[str]) -> str:
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    return next((line for line in reversed(lines[1:]) if line), f"ended with exit code {code}")
+def _ending(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -49,18 +49,16 @@ def _written(answers: Sequence[Record]) -> Record:
     tokens, seconds, rounds, drafted, accepted = (
         sum(one[key] for one in answers) for key in ("tokens", "seconds", "rounds", "drafted", "accepted")
     )
-    drafts = {
-        "drafts_accepted": accepted / drafted,
-        "accepted_a_round": accepted / rounds,
-        "tokens_a_round": tokens / rounds,
-    }
-    return {
+    result = {
         "questions": len(answers),
         "scores": {name: sum(one["scores"][name] for one in answers) / len(answers) for name in answers[0]["scores"]},
         "tokens": tokens,
         "tokens_per_second": tokens / seconds if tokens else 0.0,
-        **(drafts if drafted else {}),
     }
+    if drafted:
+        result["drafts_accepted"] = accepted / drafted
+        result |= {"accepted_a_round": accepted / rounds, "tokens_a_round": tokens / rounds}
+    return result
 
 
 def differing(records: Iterable[Record]) -> list[str]:
@@ -79,25 +77,26 @@ def tables(results: dict[str, dict[str, Any]]) -> list[Table]:
 
 
 def _table(task: str, ways: dict[str, Any]) -> Table:
-    measures = list(next(iter(ways.values())).get("scores", ()))
-    counted = "windows" if task == PERPLEXITY else "questions"
-    shown = Table("", counted, title=task, title_justify="left")
+    first = next(iter(ways.values()))
+    counted = f"{first['windows']} windows" if task == PERPLEXITY else f"{first['questions']} questions"
+    shown = Table(title=f"{task}, {counted}", title_justify="left")
+    shown.add_column("", no_wrap=True)
     speeds = ("tokens/s", "speedup", "drafts accepted", "accepted a round", "tokens a round")
+    measures = list(first.get("scores", ()))
     for column in ["perplexity"] if task == PERPLEXITY else [*measures, *speeds]:
         shown.add_column(column, justify="right")
     for way, result in ways.items():
         plain = ways.get(AUTOREGRESSIVE, {})
-        shown.add_row(way, *_cells(result, plain, measures, counted))
+        shown.add_row(way, *_cells(result, plain, measures))
         for kind, part in result.get("by_kind", {}).items():
-            shown.add_row(f"  {kind}", *_cells(part, plain.get("by_kind", {}).get(kind, {}), measures, counted))
+            shown.add_row(f"  {kind}", *_cells(part, plain.get("by_kind", {}).get(kind, {}), measures))
     return shown
 
 
-def _cells(result: Record, plain: Record, measures: Sequence[str], counted: str) -> list[str]:
-    cells = [str(result[counted])]
+def _cells(result: Record, plain: Record, measures: Sequence[str]) -> list[str]:
     if "perplexity" in result:
-        return [*cells, f"{result['perplexity']:.2f}"]
-    cells += [f"{result['scores'][name]:.1%}" for name in measures]
+        return [f"{result['perplexity']:.2f}"]
+    cells = [f"{result['scores'][name]:.1%}" for name in measures]
     speed, base = result["tokens_per_second"], plain.get("tokens_per_second", 0.0)
     cells += [f"{speed:.1f}", f"{speed / base:.2f}×" if base else "–"]
     if "drafts_accepted" in result:
