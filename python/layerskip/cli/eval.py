@@ -36,17 +36,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
     texts = quantize.long_texts(args.text) if PERPLEXITY in args.tasks else []
     model, tokenizer = options.load(args, Console(stderr=True))
     engine = _engine(args, model, tokenizer)
-    work = _work(args, engine, {**questions, PERPLEXITY: [Question((text,)) for text in texts]})
-    journal = Journal(args.output.with_name(f"{args.output.name}.partial"), work, args.overwrite)
     items = [item for name, some in questions.items() for item in written(engine, WRITTEN[name], some)]
     if texts:
         items += scored(engine, spread(windows(tokenizer, texts, WINDOW), args.limit))
     for name, some in list(questions.items())[:1]:
         warm_up(engine, WRITTEN[name], some[0])
+    work = _work(args, engine, {**questions, PERPLEXITY: [Question((text,)) for text in texts]})
+    journal = Journal(args.output.with_name(f"{args.output.name}.partial"), work, args.overwrite)
     _ask(items, journal, console)
     records = journal.records
     results, wrong = summarize(records), differing(records)
-    _show(console, results, wrong, len(records))
+    _show(console, results, wrong)
     report = {"settings": {**work, "threads": torch.get_num_threads()}, "identical": not wrong, "results": results,
               "answers": records}  # fmt: skip
     write_atomically(args.output, json.dumps(report, indent=1, ensure_ascii=False).encode())
@@ -94,7 +94,7 @@ def _ask(items: Sequence[Item], journal: Journal, console: Console) -> None:
         journal.close()
 
 
-def _show(console: Console, results: dict[str, dict[str, Any]], wrong: Sequence[str], count: int) -> None:
+def _show(console: Console, results: dict[str, dict[str, Any]], wrong: Sequence[str]) -> None:
     for table in tables(results):
         console.print(table)
     if results.keys() & WRITTEN.keys():

@@ -26,7 +26,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @registry.register_model("layerskip")
-class LayerSkipLM(lm.TemplateLM):  # type: ignore[misc, name-defined]
+class LayerSkipLM(lm.TemplateLM):  # type: ignore[name-defined]
     """A model as lm_eval asks it: at full depth, at an early exit alone, or self-speculatively.
 
     | given | who writes texts | whose log-likelihoods |
