@@ -89,15 +89,13 @@ def _tasks(runs: dict[str, Any]) -> str:
 
 
 def _spec(runs: dict[str, Any]) -> str:
-    ways = runs[f"{STOCK}, spec"]["results"]["spec"]
-    plain, drafted = ways[AUTOREGRESSIVE], ways[SELF_SPECULATIVE]
-    parts = [(kind, plain["by_kind"][kind], part) for kind, part in drafted["by_kind"].items()]
+    drafted = runs[f"{STOCK}, spec"]["results"]["spec"][SELF_SPECULATIVE]
     rows = [
         [kind, str(part["questions"]), f"{part['drafts_accepted']:.0%}", f"{part['accepted_a_round']:.2f}",
-         f"{part['tokens_a_round']:.2f}", f"{part['tokens_per_second'] / base['tokens_per_second']:.2f}×"]
-        for kind, base, part in [*parts, ("all", plain, drafted)]
+         f"{part['tokens_a_round']:.2f}"]
+        for kind, part in [*drafted["by_kind"].items(), ("all", drafted)]
     ]  # fmt: skip
-    return _table("| kind | prompts | drafts accepted | accepted a round | tokens a round | speedup |", rows)
+    return _table("| kind | prompts | drafts accepted | accepted a round | tokens a round |", rows)
 
 
 def _perplexity(runs: dict[str, Any]) -> str:
@@ -105,7 +103,7 @@ def _perplexity(runs: dict[str, Any]) -> str:
     for name, run in runs.items():
         ways = run["results"].get("perplexity")
         if ways:
-            values = [f"{ways[way]['perplexity']:.2f}" for way in (AUTOREGRESSIVE, EARLY_EXIT)]
+            values = [f"{ways[way]['perplexity']:,.1f}" for way in (AUTOREGRESSIVE, EARLY_EXIT)]
             rows.append([f"`{name.split(', ')[0]}`", str(run["settings"]["exit_layer"]), *values])
     return _table("| model | E | full depth | layers [0, E) alone |", rows)
 

@@ -140,6 +140,7 @@ class TestTexts:
         ({"draft_head": "int8", "exit_layer": 2}, "draft_head is for drafts; give num_speculations, too"),
         ({"parallelize": True}, "unknown model argument parallelize; expected one of exit, draft_head"),
         ({"exit_layer": 4}, "exit_layer must be in 1 … 3"),
+        ({"exit_layer": "auto"}, "an early exit is after a number of layers, got exit_layer=auto"),
     ],
 )
 def test_arguments_that_cannot_be(directory: str, arguments: dict, message: str) -> None:

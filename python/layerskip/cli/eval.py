@@ -96,7 +96,7 @@ def _ask(items: Sequence[Item], journal: Journal, console: Console) -> None:
 
 def _show(console: Console, results: dict[str, dict[str, Any]], wrong: Sequence[str]) -> None:
     for table in tables(results):
-        console.print(table)
+        console.print(table, "")
     if results.keys() & WRITTEN.keys():
         console.print(ROUNDS, style="dim")
         if wrong:

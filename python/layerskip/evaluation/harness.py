@@ -210,4 +210,6 @@ def _way(exit_layer: int | None, num_speculations: int | str | None, drafting: I
         return SELF_SPECULATIVE
     if given:
         raise ValueError(f"{', '.join(given)} is for drafts; give num_speculations, too")
+    if exit_layer is not None and not isinstance(exit_layer, int):
+        raise ValueError(f"an early exit is after a number of layers, got exit_layer={exit_layer}")
     return AUTOREGRESSIVE if exit_layer is None else EARLY_EXIT

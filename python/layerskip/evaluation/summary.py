@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..cli.ways import AUTOREGRESSIVE, SELF_SPECULATIVE
 from .tasks import PERPLEXITY
 
 Record = dict[str, Any]
+SPEEDS = ("tokens/s", "drafts accepted", "accepted a round", "tokens a round")
 ROUNDS = (
     "accepted a round: the drafts that one pass of the full model confirmed, without the token that the pass itself "
     "gives; tokens a round: with that token, which Spec-Bench calls mean accepted tokens. An answer's first token, "
@@ -79,30 +81,24 @@ def tables(results: dict[str, dict[str, Any]]) -> list[Table]:
 def _table(task: str, ways: dict[str, Any]) -> Table:
     first = next(iter(ways.values()))
     counted = f"{first['windows']} windows" if task == PERPLEXITY else f"{first['questions']} questions"
-    shown = Table(title=f"{task}, {counted}", title_justify="left")
+    shown = Table(
+        title=f"{task}, {counted}", title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
     shown.add_column("", no_wrap=True)
-    speeds = ("tokens/s", "speedup", "drafts accepted", "accepted a round", "tokens a round")
-    measures = list(first.get("scores", ()))
-    for column in ["perplexity"] if task == PERPLEXITY else [*measures, *speeds]:
+    for column in ["perplexity"] if task == PERPLEXITY else [*first["scores"], *SPEEDS]:
         shown.add_column(column, justify="right")
     for way, result in ways.items():
-        plain = ways.get(AUTOREGRESSIVE, {})
-        shown.add_row(way, *_cells(result, plain, measures))
+        shown.add_row(way, *_cells(result))
         for kind, part in result.get("by_kind", {}).items():
-            shown.add_row(f"  {kind}", *_cells(part, plain.get("by_kind", {}).get(kind, {}), measures))
+            shown.add_row(f"  {kind}", *_cells(part))
     return shown
 
 
-def _cells(result: Record, plain: Record, measures: Sequence[str]) -> list[str]:
+def _cells(result: Record) -> list[str]:
     if "perplexity" in result:
         return [f"{result['perplexity']:.2f}"]
-    cells = [f"{result['scores'][name]:.1%}" for name in measures]
-    speed, base = result["tokens_per_second"], plain.get("tokens_per_second", 0.0)
-    cells += [f"{speed:.1f}", f"{speed / base:.2f}×" if base else "–"]
+    cells = [*(f"{score:.1%}" for score in result["scores"].values()), f"{result['tokens_per_second']:.1f}"]
     if "drafts_accepted" in result:
-        cells += [
-            f"{result['drafts_accepted']:.0%}",
-            f"{result['accepted_a_round']:.2f}",
-            f"{result['tokens_a_round']:.2f}",
-        ]
+        cells.append(f"{result['drafts_accepted']:.0%}")
+        cells += [f"{result[key]:.2f}" for key in ("accepted_a_round", "tokens_a_round")]
     return cells
