@@ -23,8 +23,10 @@ from layerskip.cli.ways import AUTOREGRESSIVE, EARLY_EXIT, SELF_SPECULATIVE
 STOCK, ADAPTED = "smollm2", "smollm2-layerskip"  # of the example package
 OWN_EXIT = ("--exit", STOCK)
 RUNS = {
-    f"{STOCK}, tasks": (STOCK, "parsing humaneval summarization", 20, OWN_EXIT),
+    f"{STOCK}, tasks": (STOCK, "parsing summarization", 20, OWN_EXIT),
+    f"{STOCK}, problems": (STOCK, "humaneval", 60, OWN_EXIT),
     f"{STOCK}, spec": (STOCK, "spec", 25, OWN_EXIT),
+    f"{STOCK}, spec, n-grams": (STOCK, "spec", 25, ("--draft-source", "ngram", "--exit-layer", "2")),
     f"{STOCK}, perplexity": (STOCK, "perplexity", 24, OWN_EXIT),
     f"{ADAPTED}, tasks": (ADAPTED, "parsing", 100, ("--exit-layer", "4", "--num-speculations", "8")),
     f"{ADAPTED}, perplexity": (ADAPTED, "perplexity", 24, ("--exit-layer", "4")),
@@ -89,13 +91,19 @@ def _tasks(runs: dict[str, Any]) -> str:
 
 
 def _spec(runs: dict[str, Any]) -> str:
-    drafted = runs[f"{STOCK}, spec"]["results"]["spec"][SELF_SPECULATIVE]
-    rows = [
-        [kind, str(part["questions"]), f"{part['drafts_accepted']:.0%}", f"{part['accepted_a_round']:.2f}",
-         f"{part['tokens_a_round']:.2f}"]
-        for kind, part in [*drafted["by_kind"].items(), ("all", drafted)]
-    ]  # fmt: skip
-    return _table("| kind | prompts | drafts accepted | accepted a round | tokens a round |", rows)
+    sources = [runs[f"{STOCK}, spec{source}"]["results"]["spec"][SELF_SPECULATIVE] for source in ("", ", n-grams")]
+    kinds = [(kind, [one["by_kind"][kind] for one in sources]) for kind in sources[0]["by_kind"]]
+    rows = [[kind, str(parts[0]["questions"]), *_drafts(*parts)] for kind, parts in [*kinds, ("all", sources)]]
+    of_each = "drafts accepted | accepted a round | tokens a round"
+    return _table(f"| kind | prompts | {of_each} | n-grams: {of_each} |", rows)
+
+
+def _drafts(*results: dict[str, Any]) -> list[str]:
+    return [
+        cell
+        for one in results
+        for cell in (f"{one['drafts_accepted']:.0%}", f"{one['accepted_a_round']:.2f}", f"{one['tokens_a_round']:.2f}")
+    ]
 
 
 def _perplexity(runs: dict[str, Any]) -> str:

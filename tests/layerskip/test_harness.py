@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,12 @@ class TestTexts:
             Wanted({"num_beams": 4}, 99)
 
 
+def test_it_is_known_beside_lm_evals_own() -> None:
+    registry = importlib.import_module("lm_eval.api.registry")
+    assert registry.get_model("layerskip") is LayerSkipLM
+    assert {"layerskip", "hf"} <= set(registry.model_registry)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -173,7 +181,7 @@ def test_the_command_on_local_tasks(directory: str, tmp_path: Path) -> None:
                  "--output_path", str(tmp_path / "out"), "--log_samples"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "layerskip.evaluation", *arguments], capture_output=True, text=True, timeout=300,
-        env={**__import__("os").environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (report,) = (tmp_path / "out").rglob("results_*.json")

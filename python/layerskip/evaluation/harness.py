@@ -20,6 +20,7 @@ from .engine import STRATEGY, Engine, continuation, log_likelihoods
 
 _PURPOSE = "the model class of lm_eval"
 registry, lm, utils = (need(f"lm_eval.{name}", _PURPOSE) for name in ("api.registry", "api.model", "utils"))
+need("lm_eval.models", _PURPOSE)  # which makes its own models known only where none is yet
 _DRAFTING = ("exit", "draft_head", "draft_source", "draft_threshold")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call the length of an answer
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
