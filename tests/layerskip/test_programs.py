@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -76,6 +78,21 @@ def test_nor_behind_pythons_back() -> None:
             pytest.skip("the kernel gives no namespaces here, and an audit hook does not see the C library's calls")
         assert not done.passed
         assert done.reason.startswith("AssertionError")
+
+
+def test_where_the_kernel_gives_no_namespaces_the_hook_is_told_and_keeps_sockets_away() -> None:
+    without = f"""
+import ctypes, runpy, sys
+ctypes.CDLL = lambda name: None
+sys.argv = ["guarded", "5", str(1 << 30), "79"]
+runpy.run_path({str(programs.GUARDED)!r}, run_name="__main__")
+"""
+    program = "import socket; socket.create_server(('127.0.0.1', 0))"
+    done = subprocess.run([sys.executable, "-c", without], input=program, capture_output=True, text=True, timeout=60)
+    network, error = done.stdout.splitlines()
+    assert network == "hook"
+    assert error.startswith("PermissionError: socket.")
+    assert done.returncode == 1
 
 
 def test_nothing_is_left_running(tmp_path) -> None:
