@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -95,11 +96,11 @@ runpy.run_path({str(programs.GUARDED)!r}, run_name="__main__")
     assert done.returncode == 1
 
 
-def test_nothing_is_left_running(tmp_path) -> None:
-    """Nor a folder: the scratch one goes."""
-    before = set(os.listdir("/tmp"))
-    programs.run("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()")
-    assert not {name for name in set(os.listdir("/tmp")) - before if name.startswith("tmp")}
+def test_the_scratch_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = "import os\nassert os.listdir() == [] and os.getcwd().startswith("
+    assert programs.run(f"{seen}{str(tmp_path)!r})").passed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_humanevals_own_solutions_pass_and_wrong_ones_do_not() -> None:
