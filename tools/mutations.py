@@ -58,8 +58,8 @@ MUTATIONS = [
     ),
     Mutation(
         "an exit's blocks do not read what was looked up", DECODING + "batch.py",
-        "read_blocks(self._model, self._cache, request.slot, request.all_tokens, request.blocks_done, position)", "pass",
-        EXITS + " -k looked_up",
+        "read_blocks(self._model, self._cache, request.slot, request.all_tokens, request.blocks_done, position)",
+        "pass", EXITS + " -k looked_up",
     ),
     Mutation(
         "an exit's blocks do not read what was looked up before a request continues it", DECODING + "slots.py",
