@@ -18,7 +18,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm soak mutate lint format bench triton-report cuda cuda-report wheel clean
+.PHONY: help setup demo test test-vllm soak mutate lint format bench docs triton-report cuda cuda-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
+	@echo 'make docs    build the documentation as a site, site/index.html'
 	@echo 'make triton-report   what the compiler makes of the Triton kernels; needs triton, no GPU'
 	@echo 'make cuda    build the CUDA kernels for all architectures; needs nvcc, no GPU'
 	@echo 'make cuda-report   registers, spills and bytes moved of the CUDA kernels; needs nvcc, no GPU'
@@ -56,6 +57,15 @@ test-vllm: $(VLLM_VENV)/.built
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+DOCS_VENV := .venv-docs
+$(DOCS_VENV)/.built: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	touch $@
+
+docs: $(DOCS_VENV)/.built
+	$(DOCS_VENV)/bin/mkdocs build --strict
 
 triton-report: setup
 	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --output docs/triton.md
