@@ -19,6 +19,7 @@ from ..decoding.source import EXIT
 from .drafts import Drafts
 from .sweep import Sweep, sweep_table
 from .throughput import BatchSpeed, throughput_table
+from .told import Told
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 
 __all__ = ["AUTOREGRESSIVE", "EARLY_EXIT_ASSISTED", "SELF_SPECULATIVE", "TRANSFORMERS", "Report", "Run", "Skipped"]
@@ -29,7 +30,8 @@ class Run:
     """One prompt, one way.
 
     ``tokens`` in ``seconds`` leave out the first token, whose time is ``first_token``. Where it does not come alone,
-    they leave out all ``first_tokens`` of its group. ``drafts`` are the drafted and accepted tokens by source.
+    they leave out all ``first_tokens`` of its group. ``drafts`` are the drafted and accepted tokens by source, ``told``
+    is what each round drafted, in texts.
     """
 
     prompt: int
@@ -42,6 +44,7 @@ class Run:
     accepted: int = 0
     drafts: Drafts = field(default_factory=Drafts)
     sequence: list[int] = field(default_factory=list)
+    told: Told = field(default_factory=Told)
 
     @property
     def rate(self) -> float:
@@ -96,6 +99,7 @@ class Report:
 
     ``tasks`` are those of all prompts, ``skipped`` the prompts that were not run. ``bandwidth`` is the memory's read
     speed in GB/s as measured in the same run; ``throughput`` and ``sweep`` are what modules of these names measured.
+    ``prompts`` are their texts, ``machine`` is what `machine.facts` says.
     """
 
     settings: dict[str, Any]
@@ -105,6 +109,8 @@ class Report:
     bandwidth: float = 0.0
     throughput: list[BatchSpeed] = field(default_factory=list)
     sweep: list[Sweep] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=dict)
 
     @property
     def identical(self) -> bool:
@@ -207,12 +213,14 @@ class Report:
         content = {
             "complete": complete,
             "settings": self.settings,
+            "machine": self.machine,
             "read_gigabytes_per_second": self.bandwidth,
             "identical": self.identical,
             "summary": {name: self.summary(name) for name in self.runs},
             "by_task": self.by_task(),
             "throughput": [dataclasses.asdict(batch) for batch in self.throughput],
             "sweep": [dataclasses.asdict(task) for task in self.sweep],
+            "prompts": [{"task": task, "text": text} for task, text in zip(self.tasks, self.prompts, strict=False)],
             "skipped": [dataclasses.asdict(prompt) for prompt in self.skipped],
             "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in self.runs.items()},
         }
