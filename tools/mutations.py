@@ -307,4 +307,25 @@ MUTATIONS = [
         "a kernel does not wait for those ahead, in Triton", TRITON + "_launch.py",
         "        tl_cuda.gdc_wait()\n", "", COMPILED + " -k every_launch and sm_90 and llama-1b-fp16",
     ),
+    Mutation(
+        "drafts behind the end of a sequence are counted", DECODING + "sequence.py",
+        "tuple(drafts[: self.remaining])", "tuple(drafts)", LAYERSKIP + "test_records.py -k in_batches",
+    ),
+    Mutation(
+        "what was looked up counts as drafted by a layer", DECODING + "session.py",
+        "0 if request.looked_up is not None else kind.exit_layer", "kind.exit_layer",
+        LAYERSKIP + "test_records.py -k told_once",
+    ),
+    Mutation(
+        "the draft after the last accepted one is not decided", DECODING + "output.py",
+        "min(self.emitted, len(self.drafts))", "self.accepted", LAYERSKIP + "test_sources.py -k by_position",
+    ),
+    Mutation(
+        "a prompt is taken for markup", "python/layerskip/cli/page/markup.py", "escape(str(child))", "str(child)",
+        LAYERSKIP + "test_report.py -k is_text",
+    ),
+    Mutation(
+        "a round's own token is left out of the page", "python/layerskip/cli/page/tokens.py",
+        'if one["emitted"] == accepted:', 'if one["emitted"]:', LAYERSKIP + "test_report.py -k every_token",
+    ),
 ]  # fmt: skip
