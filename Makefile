@@ -97,7 +97,7 @@ wheel: setup
 	$(BIN)/python -m tools.manylinux build/wheels/*.whl --output dist
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-peers site build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A Debian python3 without python3-venv has no ensurepip; a pip beside it can still fill the environment.
