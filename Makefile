@@ -15,10 +15,10 @@ LAYERSKIP_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format
 	| grep -E '^[0-9]+\.[0-9]$$' | tr -d . | sort -u | paste -sd ';'),80)
 ALL_ARCHS = $(if $(filter file,$(origin LAYERSKIP_CUDA_ARCHS)),,$(LAYERSKIP_CUDA_ARCHS))
 SOURCES := setup.py $(shell find csrc -type f)
-CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
+CLANG_FORMAT = find csrc tests/arm tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm soak mutate lint format bench docs triton-report cuda cuda-report wheel clean
+.PHONY: help setup demo test test-vllm test-arm soak mutate lint format bench docs triton-report cuda cuda-report wheel hub clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
 	@echo 'make mutate  plant known bugs in a copy, one at a time, and see whether the tests catch them; hours'
 	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
+	@echo 'make test-arm    the CPU kernels compiled for aarch64, in an emulator; needs its compiler and qemu, no torch'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
 	@echo 'make docs    build the documentation as a site, site/index.html'
@@ -35,6 +36,7 @@ help:
 	@echo 'make cuda    build the CUDA kernels for all architectures; needs nvcc, no GPU'
 	@echo 'make cuda-report   registers, spills and bytes moved of the CUDA kernels; needs nvcc, no GPU'
 	@echo 'make wheel   build dist/*.whl, one without CUDA kernels and, where nvcc is found, one with them'
+	@echo 'make hub     build dist/hub, the op library as a package for the Hugging Face hub'
 	@echo 'make clean   remove what was built, the virtual environment included'
 
 setup: $(VENV)/.built
@@ -54,6 +56,9 @@ mutate: setup
 
 test-vllm: $(VLLM_VENV)/.built
 	$(VLLM_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/vllm $(PYTEST_ARGS)
+
+test-arm:
+	$(MAKE) -f tests/arm/Makefile
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
@@ -95,6 +100,9 @@ wheel: setup
 	! command -v nvcc >/dev/null || LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' \
 		$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/wheels
 	$(BIN)/python -m tools.manylinux build/wheels/*.whl --output dist
+
+hub: setup
+	$(BIN)/python -m tools.hub_package --output dist/hub
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-peers site build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
