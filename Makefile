@@ -15,10 +15,10 @@ LAYERSKIP_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format
 	| grep -E '^[0-9]+\.[0-9]$$' | tr -d . | sort -u | paste -sd ';'),80)
 ALL_ARCHS = $(if $(filter file,$(origin LAYERSKIP_CUDA_ARCHS)),,$(LAYERSKIP_CUDA_ARCHS))
 SOURCES := setup.py $(shell find csrc -type f)
-CLANG_FORMAT = find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
+CLANG_FORMAT = find csrc tests/arm tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm soak mutate lint format bench triton-report cuda cuda-report wheel clean
+.PHONY: help setup demo test test-vllm test-arm soak mutate lint format bench docs triton-report cuda cuda-report wheel hub clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,12 +28,15 @@ help:
 	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
 	@echo 'make mutate  plant known bugs in a copy, one at a time, and see whether the tests catch them; hours'
 	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
+	@echo 'make test-arm    the CPU kernels compiled for aarch64, in an emulator; needs its compiler and qemu, no torch'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
 	@echo 'make bench   run the benchmarks'
+	@echo 'make docs    build the documentation as a site, site/index.html'
 	@echo 'make triton-report   what the compiler makes of the Triton kernels; needs triton, no GPU'
 	@echo 'make cuda    build the CUDA kernels for all architectures; needs nvcc, no GPU'
 	@echo 'make cuda-report   registers, spills and bytes moved of the CUDA kernels; needs nvcc, no GPU'
 	@echo 'make wheel   build dist/*.whl, one without CUDA kernels and, where nvcc is found, one with them'
+	@echo 'make hub     build dist/hub, the op library as a package for the Hugging Face hub'
 	@echo 'make clean   remove what was built, the virtual environment included'
 
 setup: $(VENV)/.built
@@ -54,8 +57,20 @@ mutate: setup
 test-vllm: $(VLLM_VENV)/.built
 	$(VLLM_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/vllm $(PYTEST_ARGS)
 
+test-arm:
+	$(MAKE) -f tests/arm/Makefile
+
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+DOCS_VENV := .venv-docs
+$(DOCS_VENV)/.built: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	touch $@
+
+docs: $(DOCS_VENV)/.built
+	$(DOCS_VENV)/bin/mkdocs build --strict
 
 triton-report: setup
 	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --output docs/triton.md
@@ -86,8 +101,11 @@ wheel: setup
 		$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/wheels
 	$(BIN)/python -m tools.manylinux build/wheels/*.whl --output dist
 
+hub: setup
+	$(BIN)/python -m tools.hub_package --output dist/hub
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .venv-peers site build dist *.egg-info layerskip_kernels/*.so $(EXAMPLE)/build $(EXAMPLE)/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A Debian python3 without python3-venv has no ensurepip; a pip beside it can still fill the environment.

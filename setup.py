@@ -6,7 +6,8 @@ of libtorch_python, so one wheel serves CPython >= 3.10 and torch >= 2.10.
 Environment: CXX picks the compiler, CXXFLAGS and LDFLAGS are added to the flags, MAX_JOBS limits the parallel
 compilers, LAYERSKIP_CUDA=1 demands the CUDA library, LAYERSKIP_CUDA=0 leaves it out, unset builds it if nvcc is found.
 LAYERSKIP_CUDA_ARCHS="80;90a" narrows what it is compiled for; compute_100 stands for PTX, which the driver compiles for
-the cards that come after. Where ccache is found, it is used.
+the cards that come after. Where ccache is found, it is used. LAYERSKIP_NAMESPACE=name builds, in the place of all
+others, a library for the CPU whose ops are in the namespace of that name (tools/hub_package.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -25,15 +27,22 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000", "-DNDEBUG"]
-CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
+MACOS = sys.platform == "darwin"
+if platform.machine() in ("aarch64", "arm64"):
+    # Every such processor can fuse a multiplication and an addition. Where sources do not ask for it, a compiler might
+    # do so in one kernel and not in its twin for more rows, whose bits must be the same.
+    CXX_FLAGS.append("-ffp-contract=off")
 CUDA_ARCHS = "80;90a;100a;compute_100"
 # ptxas tells each kernel's registers and spills: into a file beside the object, for `make cuda-report`.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+NAMESPACE = os.environ.get("LAYERSKIP_NAMESPACE")
+NAMED = {"library.cpp", "torch_binding.cpp"}  # what it goes into; all else is compiled once
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 NINJA_RULES = """\
 rule cxx
-  command = {ccache}{cxx} -MMD -MF $out.d {cxx_flags} -c $in -o $out
+  command = {ccache}{cxx} -MMD -MF $out.d {cxx_flags} $own_flags -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = $out
@@ -117,7 +126,7 @@ def library(name: str, sources: list[str]) -> Extension:
 def libraries() -> list[Extension]:
     """What can be built here; without a compiler nothing, and the package runs on its torch reference."""
     # Host files that include CUDA's headers, too.
-    cuda_sources = files("csrc/cuda/**/*.cu") + files("csrc/cuda/ops/*.cpp")
+    common, cuda_sources = files("csrc/common/*.cpp"), files("csrc/cuda/**/*.cu") + files("csrc/cuda/ops/*.cpp")
     with_cuda = cuda_wanted(cuda_sources)
     if with_cuda:
         cuda_targets()  # says now what is wrong with LAYERSKIP_CUDA_ARCHS
@@ -129,8 +138,13 @@ def libraries() -> list[Extension]:
                 file=sys.stderr,
             )
         return []
-    found = [library("_cpu", files("csrc/cpu/*.cpp"))]
-    return [*found, library("_cuda", cuda_sources)] if with_cuda else found
+    cpu_sources = files("csrc/cpu/*.cpp") + common
+    if NAMESPACE:
+        if not NAMESPACE.isidentifier():
+            sys.exit(f"LAYERSKIP_NAMESPACE={NAMESPACE} is not a C++ identifier")
+        return [library(NAMESPACE, cpu_sources + files("csrc/hub/*.cpp"))]
+    found = [library("_cpu", cpu_sources)]
+    return [*found, library("_cuda", cuda_sources + common)] if with_cuda else found
 
 
 def find_ninja() -> str:
@@ -161,7 +175,8 @@ class NinjaBuild(build_ext):
         # Within the checkout, unlike build_temp, which an editable install throws away.
         cuda = ext.name.endswith("_cuda")
         kind = f"-{cuda_archs().replace(';', '+')}" if cuda else ""  # so that one choice does not undo another's work
-        folder = ROOT / "build" / f"{ext.name}-{platform.system().lower()}-{platform.machine()}{kind}"
+        name = f"layerskip_kernels.{'_cuda' if cuda else '_cpu'}"  # objects are the same whatever the namespace
+        folder = ROOT / "build" / f"{name}-{platform.system().lower()}-{platform.machine()}{kind}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(rules(cuda) + edges(ext.sources, target.name))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -186,16 +201,28 @@ def rules(cuda: bool) -> str:
         linker = f"{nvcc} -ccbin {cxx} -cudart=static"
         own = ["-L.", "-Xlinker=--no-undefined,--no-as-needed", "-ltorch_cuda"]
     else:
-        linker, own = str(cxx), ["-fopenmp", "-Wl,--no-undefined", os.environ.get("LDFLAGS", "")]
+        # What is undefined is found when the library is loaded: on macOS torch's OpenMP, in a module Python's symbols.
+        complete = ["-undefined dynamic_lookup"] if MACOS else ["-fopenmp", "" if NAMESPACE else "-Wl,--no-undefined"]
+        linker, own = str(cxx), [*complete, os.environ.get("LDFLAGS", "")]
     return NINJA_RULES.format(
         ccache="ccache " if shutil.which("ccache") else "",
         cxx=cxx,
         nvcc=nvcc,
-        cxx_flags=" ".join([*CXX_FLAGS, *DEFINES, *include, os.environ.get("CXXFLAGS", "")]),
+        cxx_flags=" ".join([*CXX_FLAGS, *openmp(), *DEFINES, *include, os.environ.get("CXXFLAGS", "")]),
         nvcc_flags=" ".join([*NVCC_FLAGS, *(cuda_targets() if cuda else []), *DEFINES, *include]),
         linker=linker,
         link_flags=" ".join([*link, *own]),
     )
+
+
+def openmp() -> list[str]:
+    """What compiles OpenMP's pragmas; Apple's compiler understands them, but does not bring the header."""
+    if not MACOS:
+        return ["-fopenmp"]
+    if shutil.which("brew") is None:
+        return ["-Xpreprocessor -fopenmp"]
+    told = subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True, check=True).stdout
+    return ["-Xpreprocessor -fopenmp", f"-isystem {told.strip()}/include"]
 
 
 def edges(sources: list[str], target: str) -> str:
@@ -203,8 +230,12 @@ def edges(sources: list[str], target: str) -> str:
     objects, lines = [], []
     for source in sources:
         rule = "nvcc" if target.startswith("_cuda") else "cxx"
-        objects.append(f"{'_'.join(Path(source).parts[2:])}.o")  # less csrc/cpu or csrc/cuda
+        named = NAMESPACE and Path(source).name in NAMED
+        kind = f"{NAMESPACE}_" if named else ""
+        objects.append(f"{kind}{'_'.join(Path(source).parts[2:])}.o")  # less csrc/cpu, csrc/cuda and the like
         lines.append(f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}")
+        if named:
+            lines.append(f"  own_flags = -DTORCH_EXTENSION_NAME={NAMESPACE} -isystem {sysconfig.get_path('include')}")
     stub = ""
     if target.startswith("_cuda"):
         # A CPU build of torch has no libtorch_cuda to link with; the one that is loaded will have the symbol.

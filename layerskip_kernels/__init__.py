@@ -1,6 +1,6 @@
 """Fused kernels for early exit and self-speculative decoding."""
 
-from . import cpu_loss, dispatch, reference, triton  # these and _extension enter the implementations of the ops
+from . import cpu_loss, dispatch, layers, reference, triton  # all but layers, and _extension, enter implementations
 from ._extension import cpu_isa, set_cpu_isa
 from .bundles import (
     Acceptance,
@@ -50,6 +50,7 @@ __all__ = [
     "early_exit_loss",
     "exit_head",
     "explain",
+    "layers",
     "linear",
     "partial_forward",
     "reference",

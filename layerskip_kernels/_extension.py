@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 
-from . import _ops, dispatch
+from . import _registration, dispatch
+from ._namespace import PUBLIC, has_native, native_ops
 from .bundles import REQUIRED_WEIGHTS
 from .formats import is_packed
 from .schemas import SCHEMAS
 
 
 def _path(name: str) -> Path:
+    """Where a library is; a package for the hub has one for all devices, named after its namespace."""
+    one_for_all = Path(__file__).with_name(f"{PUBLIC}.abi3.so")
+    if one_for_all.exists():
+        return one_for_all
     return Path(__file__).with_name(f"{name}.abi3.so")
 
 
@@ -90,7 +95,10 @@ def _cuda_build() -> CudaBuild:
 def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    return _load("_cuda") or driver_reason(_cuda_build())
+    reason = _load("_cuda")
+    if reason is None and not hasattr(ctypes.CDLL(str(_path("_cuda"))), "layerskip_cuda_archs"):
+        reason = f"{_path('_cuda').name} has no CUDA kernels"  # one for all devices, built without them
+    return reason or driver_reason(_cuda_build())
 
 
 @cache
@@ -125,8 +133,8 @@ def _enter(device: str, reason: str | None, **conditions: Any) -> None:
         dispatch.absent(device, reason)
         return
     for op in SCHEMAS:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"layerskip_native::{op}", device.upper()):
-            dispatch.implements(op, device, **conditions)(_ops.native(op))
+        if has_native(op, device):
+            dispatch.implements(op, device, **conditions)(_registration.native(op))
 
 
 cpu_reason = _load("_cpu")
@@ -150,11 +158,11 @@ if hasattr(os, "register_at_fork"):
 def _isa_op(name: str) -> str:
     if cpu_reason is not None:
         raise RuntimeError(f"no native CPU library: {cpu_reason}")
-    return str(torch.ops.layerskip_native.cpu_isa(name))
+    return str(native_ops.cpu_isa(name))
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or portable."""
+    """The instruction set that the CPU kernels use: the name of one of `set_cpu_isa`."""
     return _isa_op("")
 
 
@@ -163,7 +171,7 @@ def set_cpu_isa(name: str) -> str:
 
     Parameters
     ----------
-    name : {"avx512_bf16", "avx512", "avx2", "portable"}
+    name : {"avx512_bf16", "avx512", "avx2", "portable"}, on aarch64 {"neon_bf16", "neon", "portable"}
 
     Raises
     ------

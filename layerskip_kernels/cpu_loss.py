@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
+from ._namespace import native_ops
 from .dispatch import implements, serves_device
 from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_ref
 
@@ -104,7 +105,7 @@ class _Softmax:
 
     def _native_terms(self, logits: Tensor, rows: slice, tokens: slice) -> Tensor:
         slope = None if self.slope is None else self.slope[rows]
-        torch.ops.layerskip_native.loss_terms(
+        native_ops.loss_terms(
             logits, self.labels[rows], tokens.start, self.slack, self.shift[rows], self.sum[rows],
             self.label_logit[rows], slope,
         )  # fmt: skip
@@ -188,7 +189,7 @@ def _head_gradient(normed: Tensor, head: Tensor, labels: Tensor, scale: Tensor, 
     for tokens in _spans(head.shape[0], strip):
         logits = tile.logits(normed, head[tokens])
         if tile.native:
-            torch.ops.layerskip_native.loss_slopes(logits, labels, tokens.start, logsumexp, scale)
+            native_ops.loss_slopes(logits, labels, tokens.start, logsumexp, scale)
             slopes = logits
         else:
             slopes = _slopes(tile, logits, labels - tokens.start, logsumexp, scale)

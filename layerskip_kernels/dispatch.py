@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._ops import ops
 from .schemas import bind
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -236,7 +237,7 @@ def call(op: str, *args: Any) -> Any:
         needs_autograd = recording and op in _differentiable and _needs_gradient(args)
         if native is not None and native.checks and _forced.get() in (None, "cpu") and not needs_autograd:
             return _run(op, native, args)
-    return getattr(torch.ops.layerskip, op).default(*args)
+    return getattr(ops, op).default(*args)
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:

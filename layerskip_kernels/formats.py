@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._namespace import has_native, native_ops
+
 BLOCK = 32  # values that int4 packs together
 FP8_MAX = 448.0  # of float8_e4m3fn
 _STEPS = 8  # of scales that are tried for a group on either side of what fits its extremes
@@ -264,13 +266,13 @@ def plain(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     if not is_packed(weight) or not weight.is_cpu or not _has_native():
         return dequantize(weight, width, dtype)
     out = torch.empty(weight.shape[0], width, dtype=dtype)
-    torch.ops.layerskip_native.dequantize(weight, out)
+    native_ops.dequantize(weight, out)
     return out
 
 
 @cache
 def _has_native() -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("layerskip_native::dequantize", "CPU"))
+    return has_native("dequantize", "CPU")
 
 
 def lookup(weight: Tensor, index: Tensor, width: int, dtype: torch.dtype) -> Tensor:

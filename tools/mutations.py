@@ -58,11 +58,12 @@ MUTATIONS = [
     ),
     Mutation(
         "an exit's blocks do not read what was looked up", DECODING + "batch.py",
-        "read_blocks(self._model, self._cache, request.slot, tokens, done, position)", "pass", EXITS + " -k looked_up",
+        "read_blocks(self._model, self._cache, request.slot, request.all_tokens, request.blocks_done, position)",
+        "pass", EXITS + " -k looked_up",
     ),
     Mutation(
         "an exit's blocks do not read what was looked up before a request continues it", DECODING + "slots.py",
-        "if done < length:", "if False:", EXITS + " -k continued",
+        "if source.blocks_done < length:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
         "an exit drafts on a row that its blocks have not read", DECODING + "slots.py",
@@ -144,8 +145,7 @@ MUTATIONS = [
     ),
     Mutation(
         "packed activations are zero padded one block too early", "csrc/cpu/impl_fixed.h",
-        "for (int64_t k = 0; k < padded_width; k += kBlock) {\n    __m256i x[4];",
-        "for (int64_t k = 0; k + kBlock < padded_width; k += kBlock) {\n    __m256i x[4];",
+        "k < padded_width; k += kBlock) store_block", "k + kBlock < padded_width; k += kBlock) store_block",
         KERNELS + "test_formats.py -k test_linear",
     ),
     Mutation(
@@ -306,5 +306,26 @@ MUTATIONS = [
     Mutation(
         "a kernel does not wait for those ahead, in Triton", TRITON + "_launch.py",
         "        tl_cuda.gdc_wait()\n", "", COMPILED + " -k every_launch and sm_90 and llama-1b-fp16",
+    ),
+    Mutation(
+        "drafts behind the end of a sequence are counted", DECODING + "sequence.py",
+        "tuple(drafts[: self.remaining])", "tuple(drafts)", LAYERSKIP + "test_records.py -k in_batches",
+    ),
+    Mutation(
+        "what was looked up counts as drafted by a layer", DECODING + "session.py",
+        "0 if request.looked_up is not None else kind.exit_layer", "kind.exit_layer",
+        LAYERSKIP + "test_records.py -k told_once",
+    ),
+    Mutation(
+        "the draft after the last accepted one is not decided", DECODING + "output.py",
+        "min(self.emitted, len(self.drafts))", "self.accepted", LAYERSKIP + "test_sources.py -k by_position",
+    ),
+    Mutation(
+        "a prompt is taken for markup", "python/layerskip/cli/page/markup.py", "escape(str(child))", "str(child)",
+        LAYERSKIP + "test_report.py -k is_text",
+    ),
+    Mutation(
+        "a round's own token is left out of the page", "python/layerskip/cli/page/tokens.py",
+        'if one["emitted"] == accepted:', 'if one["emitted"]:', LAYERSKIP + "test_report.py -k every_token",
     ),
 ]  # fmt: skip

@@ -1,8 +1,7 @@
 // What the launchers need to trust a tensor's memory, and how they refuse an argument. Most messages for users are
-// written in Python (`_checks.py`); these checks hold also when an op of `layerskip_native` is called past them.
+// written in Python (`_checks.py`); these checks hold also when a native op is called past them.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -12,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "common/library.h"
 #include "common/types.h"
 
 namespace lsk {

@@ -26,4 +26,4 @@ std::tuple<Tensor, Tensor> accept_greedy(const Tensor& draft_in, const Tensor& t
 
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("accept_greedy", TORCH_BOX(&lsk::accept_greedy)); }
+LSK_LIBRARY(CPU, m) { m.impl("accept_greedy", TORCH_BOX(&lsk::accept_greedy)); }

@@ -217,4 +217,4 @@ std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& 
 
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("accept_sampled", TORCH_BOX(&lsk::accept_sampled)); }
+LSK_LIBRARY(CPU, m) { m.impl("accept_sampled", TORCH_BOX(&lsk::accept_sampled)); }

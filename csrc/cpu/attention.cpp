@@ -84,7 +84,7 @@ Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor&
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) {
+LSK_LIBRARY(CPU, m) {
   m.impl("rope_kv_append", TORCH_BOX(&lsk::rope_kv_append));
   m.impl("verify_attention", TORCH_BOX(&lsk::verify_attention));
 }

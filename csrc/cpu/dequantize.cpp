@@ -23,4 +23,4 @@ void dequantize(const Tensor& weight, const Tensor& out) {
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("dequantize", TORCH_BOX(&lsk::dequantize)); }
+LSK_LIBRARY(CPU, m) { m.impl("dequantize", TORCH_BOX(&lsk::dequantize)); }

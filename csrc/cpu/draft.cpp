@@ -162,4 +162,4 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
 
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("draft", TORCH_BOX(&lsk::draft)); }
+LSK_LIBRARY(CPU, m) { m.impl("draft", TORCH_BOX(&lsk::draft)); }

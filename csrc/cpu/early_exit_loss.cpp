@@ -47,7 +47,7 @@ void loss_slopes(const Tensor& logits, const Tensor& labels, int64_t begin, cons
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) {
+LSK_LIBRARY(CPU, m) {
   m.impl("loss_terms", TORCH_BOX(&lsk::loss_terms));
   m.impl("loss_slopes", TORCH_BOX(&lsk::loss_slopes));
 }

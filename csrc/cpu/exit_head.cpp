@@ -31,4 +31,4 @@ std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden_in, const Tens
 
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("exit_head", TORCH_BOX(&lsk::exit_head)); }
+LSK_LIBRARY(CPU, m) { m.impl("exit_head", TORCH_BOX(&lsk::exit_head)); }

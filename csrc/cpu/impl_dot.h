@@ -40,6 +40,35 @@ struct Dot<bf16> {
 };
 #endif
 
+#ifdef LSK_BFDOT
+// Armv8.6 does, in each of four registers, eight at a time.
+template <>
+struct Dot<bf16> {
+  using X = bf16;
+  static constexpr int64_t kStep = 32;
+  struct Lanes {
+    bfloat16x8_t v[4];
+  };
+  static Lanes weights(const bf16* p) {
+    const bfloat16_t* from = reinterpret_cast<const bfloat16_t*>(p);
+    return {{vld1q_bf16(from), vld1q_bf16(from + 8), vld1q_bf16(from + 16), vld1q_bf16(from + 24)}};
+  }
+  static Lanes weights(const bf16* p, int64_t n) {
+    bf16 padded[32] = {};
+    __builtin_memcpy(padded, p, n * sizeof(bf16));
+    return weights(padded);
+  }
+  static Lanes activations(const bf16* p) { return weights(p); }
+  static F16 accumulate(const F16& sum, const Lanes& w, const Lanes& x) {
+    return quarters([&](int i) { return vbfdotq_f32(sum.v[i], w.v[i], x.v[i]); });
+  }
+  static Lanes lanes(const F16& words) {
+    return {{vreinterpretq_bf16_f32(words.v[0]), vreinterpretq_bf16_f32(words.v[1]), vreinterpretq_bf16_f32(words.v[2]),
+             vreinterpretq_bf16_f32(words.v[3])}};
+  }
+};
+#endif
+
 // out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows; `lines` is fetched meanwhile.
 template <class W, int MR>
 inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, int64_t stride, int64_t width,

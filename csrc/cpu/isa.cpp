@@ -1,12 +1,19 @@
 // Run-time choice of the instruction set.
-#include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <atomic>
 #include <cstring>
-#include <string>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#ifndef HWCAP2_BF16  // in the kernel's headers since Linux 5.7
+#define HWCAP2_BF16 (1 << 14)
+#endif
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "cpu/kernels.h"
+#include "cpu/target.h"
 
 namespace lsk {
 
@@ -19,6 +26,11 @@ namespace lsk {
 LSK_DECLARE(avx512_bf16)
 LSK_DECLARE(avx512)
 LSK_DECLARE(avx2)
+#elif defined(__aarch64__)
+#if defined(LSK_NEON_BF16)
+LSK_DECLARE(neon_bf16)
+#endif
+LSK_DECLARE(neon)
 #endif
 LSK_DECLARE(portable)
 
@@ -31,6 +43,20 @@ struct Isa {
   const Kernels<bf16>& b16;
   const Kernels<f16>& h16;
 };
+
+#if defined(LSK_NEON_BF16)
+bool has_bf16() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found;
+#else
+  return false;
+#endif
+}
+#endif
 
 #define LSK_ISA(isa, available) \
   {#isa, []() -> bool { return available; }, k_##isa##_float, k_##isa##_bf16, k_##isa##_f16}
@@ -45,6 +71,11 @@ const Isa kIsas[] = {
     LSK_ISA(avx512_bf16, __builtin_cpu_supports("avx512bf16") && LSK_AVX512),
     LSK_ISA(avx512, LSK_AVX512),
     LSK_ISA(avx2, LSK_AVX2),
+#elif defined(__aarch64__)
+#if defined(LSK_NEON_BF16)
+    LSK_ISA(neon_bf16, has_bf16()),
+#endif
+    LSK_ISA(neon, true),
 #endif
     LSK_ISA(portable, true),
 };
@@ -56,12 +87,6 @@ const Isa* best() {
 }
 
 std::atomic<const Isa*> current{best()};
-
-std::string cpu_isa(const std::string& name) {
-  STD_TORCH_CHECK(name.empty() || set_isa(name.c_str()), "the instruction set '", name,
-                  "' is not one of avx512_bf16, avx512, avx2, portable that this machine has");
-  return isa_name();
-}
 
 }  // namespace
 
@@ -91,7 +116,3 @@ const Kernels<f16>& kernels<f16>() {
 }
 
 }  // namespace lsk
-
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&lsk::cpu_isa));
-}

@@ -7,7 +7,7 @@
 #include "cpu/target.h"
 
 #define LSK_MAX_BLOCK 2
-#define LSK_FIXED
+#define LSK_FIXED "cpu/fixed_avx2.h"
 #define LSK_WIDENS
 
 LSK_TARGET("avx2,fma,f16c")

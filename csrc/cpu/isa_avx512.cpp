@@ -7,7 +7,7 @@
 #include "cpu/target.h"
 
 #define LSK_MAX_BLOCK 6
-#define LSK_FIXED
+#define LSK_FIXED "cpu/fixed_avx512.h"
 
 LSK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 

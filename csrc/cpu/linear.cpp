@@ -64,7 +64,7 @@ Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) {
+LSK_LIBRARY(CPU, m) {
   m.impl("linear", TORCH_BOX(&lsk::linear));
   m.impl("swiglu", TORCH_BOX(&lsk::swiglu));
 }

@@ -24,4 +24,4 @@ Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weigh
 
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("partial_forward", TORCH_BOX(&lsk::partial_forward)); }
+LSK_LIBRARY(CPU, m) { m.impl("partial_forward", TORCH_BOX(&lsk::partial_forward)); }

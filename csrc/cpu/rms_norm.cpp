@@ -27,4 +27,4 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("rms_norm", TORCH_BOX(&lsk::rms_norm)); }
+LSK_LIBRARY(CPU, m) { m.impl("rms_norm", TORCH_BOX(&lsk::rms_norm)); }

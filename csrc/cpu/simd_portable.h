@@ -27,7 +27,11 @@ inline F16 operator/(const F16& a, const F16& b) {
   return lanes([&](int i) { return a.v[i] / b.v[i]; });
 }
 inline F16 fma(const F16& a, const F16& b, const F16& c) {
+#ifdef __FP_FAST_FMAF
+  return lanes([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+#else
   return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+#endif
 }
 // Where one operand is NaN, the second is returned.
 inline F16 max(const F16& a, const F16& b) {

@@ -65,4 +65,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CPU, m) { m.impl("speculative_round", TORCH_BOX(&lsk::speculative_round)); }
+LSK_LIBRARY(CPU, m) { m.impl("speculative_round", TORCH_BOX(&lsk::speculative_round)); }

@@ -1,6 +1,11 @@
 // Compiles what stands between LSK_TARGET("features") and LSK_TARGET_END for a processor that has these features.
 #pragma once
 
+// Before 16, clang knows bfdot only where a whole file is compiled for it.
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define LSK_NEON_BF16
+#endif
+
 #define LSK_STRING(text) #text
 #define LSK_PRAGMA(text) _Pragma(LSK_STRING(text))
 

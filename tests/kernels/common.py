@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,8 @@ from layerskip_kernels import _extension
 from layerskip_kernels.schemas import bind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
+ARM = platform.machine() in ("aarch64", "arm64")
+ISAS = ("neon_bf16", "neon", "portable") if ARM else ("avx512_bf16", "avx512", "avx2", "portable")
 PATHS = ("reference", *ISAS)
 
 # A result passes when its largest error against float64 is at most that of the same-dtype torch code plus this much of

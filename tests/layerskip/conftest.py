@@ -11,3 +11,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """A folder with the files that `measured.measure` writes."""
+    from measured import measure
+
+    folder = tmp_path_factory.mktemp("measured")
+    measure(folder)
+    return folder

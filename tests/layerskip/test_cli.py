@@ -19,9 +19,9 @@ import layerskip_kernels
 from layerskip import DraftHead, devices
 from layerskip.cli import demo, env, main, measure, prompts, throughput
 from layerskip.cli.arguments import COMMANDS
+from layerskip.cli.bench_report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from layerskip.cli.correctness import first_difference
 from layerskip.cli.measure import Stopwatch
-from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip.models import adapt, load
 from layerskip_kernels import dispatch

@@ -38,6 +38,7 @@ MISTYPED = [
     (["bench", "--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
     (["env", "x"], "layerskip env: unexpected argument 'x'"),
     (["distill"], "layerskip distill: the following arguments are required: --output"),
+    (["report", "x.json"], "layerskip report: the following arguments are required: -o/--output"),
     ([], "layerskip: the following arguments are required: command"),
 ]
 ABSENT = [
@@ -58,6 +59,7 @@ ABSENT = [
         "unknown model 'smolm2'; did you mean smollm2?",
     ),
     (["train", "--set", "stepz=3"], "recipe: unknown key 'stepz', did you mean 'steps'?"),
+    (["report", "recipe.json", "-o", "r.html"], "no measurements at recipe.json; did you mean recipe.yaml?"),
     (["train", "recipe.yml"], "no recipe at recipe.yml; did you mean recipe.yaml?"),
 ]
 
@@ -150,7 +152,7 @@ class TestHelp:
             assert text.count("default") <= 1, option
         for oddity in ("None", "False", "[]", "<", "Path", "PosixPath", " THREADS", " SEED", " OUTPUT", " LIMIT"):
             assert oddity not in printed
-        assert command == "env" or "--device" in printed
+        assert command in ("env", "report") or "--device" in printed
 
     def test_defaults_are_what_is_used(self) -> None:
         args = parse(["bench"])

@@ -15,7 +15,7 @@ from helpers import save_tiny
 from tiny import UPPER
 
 from layerskip.cli import bench, main
-from layerskip.cli.report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
+from layerskip.cli.bench_report import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Report, Run
 from layerskip.models import load
 from layerskip.training import distill, read_pairs
 

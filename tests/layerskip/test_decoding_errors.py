@@ -191,14 +191,14 @@ def test_weights_that_are_assigned_are_used():
 def test_what_follows_a_stop_token_inside_a_round_is_no_error():
     """Autoregressive decoding would never have come there."""
     sequence = TokenSequence(prompt_of(5), Ending(8, frozenset({7})))
-    sequence.add([], 3, 0)
-    sequence.add([4, 7, 5], -1, 4, fault="logits that are not finite")
+    sequence.add([], 0, 3)
+    sequence.add([4, 7, 5, 6], 3, -1, fault="logits that are not finite")
     assert sequence.reason == "eos"
     assert sequence.output().new_tokens.tolist() == [[3, 4, 7]]
 
 
 def test_a_fault_that_would_be_emitted_is_an_error():
     sequence = TokenSequence(prompt_of(5), Ending(8, frozenset({7})))
-    sequence.add([], 3, 0)
+    sequence.add([], 0, 3)
     with pytest.raises(FloatingPointError, match="not finite"):
-        sequence.add([4, 5], -1, 4, fault="logits that are not finite")
+        sequence.add([4, 5, 6, 6], 2, -1, fault="logits that are not finite")

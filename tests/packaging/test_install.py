@@ -70,6 +70,12 @@ def test_wheel_can_be_told_how_far_it_travels(wheel: Path, tmp_path: Path) -> No
     assert libraries == ["layerskip_kernels/_cpu.abi3.so"]
 
 
+def test_cibuildwheel_leaves_the_same_libraries_outside() -> None:
+    command = re.search(r"auditwheel repair [^\"]*", (ROOT / "pyproject.toml").read_text())
+    assert command is not None
+    assert re.findall(r"--exclude '?([\w*.]+)", command[0]) == list(manylinux.EXCLUDED)
+
+
 def test_a_wheel_that_cannot_be_repaired_is_copied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,4 +26,4 @@ std::tuple<Tensor, Tensor> accept_greedy_op(const Tensor& draft_in, const Tensor
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) { m.impl("accept_greedy", TORCH_BOX(&lsk::accept_greedy_op)); }
+LSK_LIBRARY(CUDA, m) { m.impl("accept_greedy", TORCH_BOX(&lsk::accept_greedy_op)); }

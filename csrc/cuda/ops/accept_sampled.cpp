@@ -29,4 +29,4 @@ std::tuple<Tensor, Tensor> accept_sampled_op(const Tensor& draft_in, const Tenso
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) { m.impl("accept_sampled", TORCH_BOX(&lsk::accept_sampled_op)); }
+LSK_LIBRARY(CUDA, m) { m.impl("accept_sampled", TORCH_BOX(&lsk::accept_sampled_op)); }

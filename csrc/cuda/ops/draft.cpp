@@ -44,4 +44,4 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) { m.impl("draft", TORCH_BOX(&lsk::draft_op)); }
+LSK_LIBRARY(CUDA, m) { m.impl("draft", TORCH_BOX(&lsk::draft_op)); }

@@ -45,4 +45,4 @@ std::tuple<Tensor, Tensor, Tensor> exit_head_op(const Tensor& hidden_in, const T
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) { m.impl("exit_head", TORCH_BOX(&lsk::exit_head_op)); }
+LSK_LIBRARY(CUDA, m) { m.impl("exit_head", TORCH_BOX(&lsk::exit_head_op)); }

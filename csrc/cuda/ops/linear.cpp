@@ -48,7 +48,7 @@ Tensor swiglu_op(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) {
+LSK_LIBRARY(CUDA, m) {
   m.impl("linear", TORCH_BOX(&lsk::linear_op));
   m.impl("swiglu", TORCH_BOX(&lsk::swiglu_op));
 }

@@ -35,4 +35,4 @@ Tensor partial_forward_op(const Tensor& hidden_in, const std::vector<Tensor>& we
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) { m.impl("partial_forward", TORCH_BOX(&lsk::partial_forward_op)); }
+LSK_LIBRARY(CUDA, m) { m.impl("partial_forward", TORCH_BOX(&lsk::partial_forward_op)); }

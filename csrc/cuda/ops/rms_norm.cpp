@@ -24,4 +24,4 @@ Tensor rms_norm_op(const Tensor& x_in, const Tensor& weight, double eps) {
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) { m.impl("rms_norm", TORCH_BOX(&lsk::rms_norm_op)); }
+LSK_LIBRARY(CUDA, m) { m.impl("rms_norm", TORCH_BOX(&lsk::rms_norm_op)); }

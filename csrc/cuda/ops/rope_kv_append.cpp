@@ -39,4 +39,4 @@ Tensor rope_kv_append_op(const Tensor& q_in, const Tensor& k_in, const Tensor& v
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) { m.impl("rope_kv_append", TORCH_BOX(&lsk::rope_kv_append_op)); }
+LSK_LIBRARY(CUDA, m) { m.impl("rope_kv_append", TORCH_BOX(&lsk::rope_kv_append_op)); }

@@ -134,6 +134,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) {
-  m.impl("speculative_round", TORCH_BOX(&lsk::speculative_round_op));
-}
+LSK_LIBRARY(CUDA, m) { m.impl("speculative_round", TORCH_BOX(&lsk::speculative_round_op)); }

@@ -33,6 +33,4 @@ Tensor verify_attention_op(const Tensor& q_in, const Tensor& k_cache, const Tens
 }  // namespace
 }  // namespace lsk
 
-STABLE_TORCH_LIBRARY_IMPL(layerskip_native, CUDA, m) {
-  m.impl("verify_attention", TORCH_BOX(&lsk::verify_attention_op));
-}
+LSK_LIBRARY(CUDA, m) { m.impl("verify_attention", TORCH_BOX(&lsk::verify_attention_op)); }

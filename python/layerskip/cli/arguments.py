@@ -174,7 +174,15 @@ def _exits(parser: Parser) -> None:
     add_prompts(parser, 16)
     add_length(parser, 64)
     parser.add_argument("--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round")
-    parser.add_argument("--output", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.png, anew")
+    parser.add_argument(
+        "--output", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.json and STEM.png, anew"
+    )
+
+
+def _report(parser: Parser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the JSON of bench, or of exits")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE", help="such as report.html")
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
 
 
 def _eval(parser: Parser) -> None:
@@ -267,6 +275,11 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
         _bench, "measure decoding against the memory's speed and against transformers",
         "Measure greedy decoding four ways, interleaved: our autoregressive and self-speculative, and transformers' "
         "own.",
+    ),
+    "report": (
+        _report, "show what bench and exits have measured as a page of HTML",
+        "Write one page of HTML that loads nothing: the texts with the source of every token, what was accepted where, "
+        "speed by exit layer and number of drafts, plots, tables.",
     ),
     "correctness": (
         _correctness, "check that self-speculative decoding changes no token",

@@ -17,10 +17,11 @@ from ..bandwidth import ReadBandwidth
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validation
 from ..decoding.source import AUTO, NGRAM, max_drafts
 from ..models import LayerSkipModel
-from . import options, prompts, sweep, throughput
+from . import machine, options, prompts, sweep, throughput
+from .bench_report import Report, Run, Skipped, outputs
 from .drafts import Drafts
 from .measure import Stopwatch
-from .report import Report, Run, Skipped, outputs
+from .told import Told
 from .traffic import bytes_per_token
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 
@@ -80,6 +81,7 @@ def _measure(name: str, way: Variant, prompt: int, input_ids: Tensor, args: Any,
         run.drafted, run.accepted = out.stats.drafted, out.stats.accepted
         run.drafts = Drafts.of(out.stats)
         run.sequence = out.new_tokens[0].tolist()
+        run.told = Told.of(decoder.tokenizer, input_ids[0].tolist(), run.sequence, out.stats.records)
     return run
 
 
@@ -102,8 +104,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     model, tokenizer = options.load(args, console)
     args.only_ours |= isinstance(model, LayerSkipModel)  # transformers does not have packed weights
     decoder = options.decoder(args, model)
+    decoder.tokenizer = tokenizer
     ways = variants(model, decoder, args.only_ours)
     report = Report(_settings(args, decoder), [prompt.task for prompt in texts], {name: [] for name in ways})
+    report.prompts, report.machine = [prompt.text for prompt in texts], machine.facts(args.device)
     encoded = _encode(args, console, decoder, tokenizer, texts, report)
     try:
         _measure_all(args, decoder, ways, encoded, report)

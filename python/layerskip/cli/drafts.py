@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
-from ..decoding import Stats
+if TYPE_CHECKING:
+    from ..decoding import Stats
 
 TOLD = 4  # places in a round; a longer draft's others are left out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from layerskip_kernels import _extension, dispatch
 
 from .. import devices, registry
 from ..models.arena import HUGE, Arena
+from . import machine
 
 PACKAGES = (
     "layerskip-kernels",
@@ -61,21 +61,6 @@ def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed" + (f": {registry.WHERE}" if package == registry.PACKAGE else "")
-
-
-def _cpu() -> str:
-    try:
-        instructions = layerskip_kernels.cpu_isa()
-    except RuntimeError as error:
-        instructions = str(error)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, instruction set: {instructions}"
-
-
 def _pages() -> str:
     """What the kernel gives to weights that lie in one piece."""
     arena = Arena(2 * HUGE)
@@ -91,8 +76,11 @@ def _facts() -> Table:
     table = Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for package in PACKAGES:
-        table.add_row(package, _version(package))
-    table.add_row("cpu", _cpu())
+        found = machine.version(package)
+        where = f": {registry.WHERE}" if package == registry.PACKAGE and found == "not installed" else ""
+        table.add_row(package, found + where)
+    instructions = f"{torch.get_num_threads()} threads, instruction set: {machine.instructions()}"
+    table.add_row("cpu", f"{platform.machine()}, {instructions}")
     table.add_row("weights in", _pages())
     table.add_row("cuda library", _extension.cuda_reason or "loaded")
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -15,7 +18,7 @@ from torch import Tensor
 from .._files import check_output, write_atomically
 from ..decoding import SelfSpeculativeDecoder
 from ..models import Exit, LayerSkipModel
-from . import options, prompts
+from . import machine, options, prompts
 
 if TYPE_CHECKING:
     from ..training.survey import ExitSurvey
@@ -40,8 +43,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Let the model write, ask every exit about it, show the answers."""
     from ..training.survey import survey_exits
 
-    path = args.output.with_name(f"{args.output.name}.png")
-    check_output(path, overwrite=True)
+    data, path = (args.output.with_name(f"{args.output.name}.{ending}") for ending in ("json", "png"))
+    for output in (data, path):
+        check_output(output, overwrite=True)
     trained = None if args.exit is None else Exit.load(args.exit)
     texts = [prompt.text for prompt in prompts.read(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
@@ -60,9 +64,38 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rows.append(of_ngrams(written))
     title = f"{args.model} in {options.weights_of(model)}, {args.prompts}: {survey.tokens.shape[1]} tokens"
     console.print(table(rows, args.num_speculations, title))
+    write_atomically(data, json.dumps(content(args, decoder, survey, rows), indent=1).encode())
     write_atomically(path, picture(survey))
-    console.print(f"wrote {path}")
+    console.print(f"wrote {data} and {path}")
     return 0
+
+
+def content(
+    args: argparse.Namespace, decoder: SelfSpeculativeDecoder, survey: ExitSurvey, rows: Sequence[Surveyed]
+) -> dict[str, Any]:
+    """What the JSON has: the rows of the table, and agreement by confidence of the exits that the picture shows."""
+    settings = {
+        "model": str(args.model),
+        "dtype": args.dtype,
+        "weights": decoder.model.weights,
+        "device": str(args.device),
+        "threads": torch.get_num_threads(),
+        "layers": decoder.model.num_layers,
+        "exit": args.exit,
+        "prompts": args.prompts,
+        "positions": survey.tokens.shape[1],
+        "num_speculations": args.num_speculations,
+    }
+    reliability = {
+        str(exit_layer): [
+            dict(zip(("positions", "confidence", "agreement"), one, strict=True))
+            for one in zip(*(part.tolist() for part in survey.reliability(exit_layer)), strict=True)
+            if one[0]  # an empty bin has no mean
+        ]
+        for exit_layer in _some_exits(survey)
+    }
+    exits = [dataclasses.asdict(row) for row in rows]
+    return {"settings": settings, "machine": machine.facts(args.device), "exits": exits, "reliability": reliability}
 
 
 def of_layers(survey: ExitSurvey, drafts: int) -> list[Surveyed]:
@@ -150,10 +183,14 @@ def picture(survey: ExitSurvey) -> bytes:
     return buffer.getvalue()
 
 
-def _reliability(axes: Any, survey: ExitSurvey) -> None:
+def _some_exits(survey: ExitSurvey) -> list[int]:
     layers = survey.tokens.shape[0]
+    return sorted({max(1, layers * part // 8) for part in (1, 2, 4, 6)})
+
+
+def _reliability(axes: Any, survey: ExitSurvey) -> None:
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    for exit_layer in sorted({max(1, layers * part // 8) for part in (1, 2, 4, 6)}):
+    for exit_layer in _some_exits(survey):
         _, confidence, agreement = survey.reliability(exit_layer)
         axes.plot(confidence.tolist(), agreement.tolist(), marker="o", label=f"exit layer {exit_layer}")
     axes.set(xlabel="confidence of the exit", ylabel="agreement with the full depth", xlim=(0, 1), ylim=(0, 1.02))

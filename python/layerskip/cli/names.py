@@ -18,6 +18,8 @@ def check(args: argparse.Namespace) -> None:
         registry.check(registry.DEMOS, args.name)
     if args.command in ("train", "train-exit") and args.recipe is not None:
         recipe(args.recipe)
+    if args.command == "report":
+        measurements(args.files)
     if "prompts" in args:
         prompts.check(args.prompts)
     if getattr(args, "model", None) is not None:
@@ -50,6 +52,13 @@ def recipe(path: Path) -> None:
     """Raise where there is no file."""
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}{_beside(path)}")
+
+
+def measurements(paths: Iterable[Path]) -> None:
+    """Raise where there is no such file."""
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no measurements at {path}{_beside(path)}")
 
 
 def draft_head(name: str) -> None:

@@ -5,7 +5,7 @@ from .conversation import Conversation
 from .decoder import SelfSpeculativeDecoder
 from .draft_head import DraftHead
 from .line import SessionFullError
-from .output import GenerationOutput, Stats, Streamer, Update
+from .output import GenerationOutput, RoundRecord, Stats, Streamer, Update
 from .sampling import SamplingParams
 from .session import Session
 from .source import DraftSource, NgramSource
@@ -19,6 +19,7 @@ __all__ = [
     "DraftSource",
     "GenerationOutput",
     "NgramSource",
+    "RoundRecord",
     "SamplingParams",
     "SelfSpeculativeDecoder",
     "Session",

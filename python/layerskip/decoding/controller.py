@@ -250,7 +250,10 @@ class Controller:
 
     def _cost(self, batch: int) -> CostModel:
         """The cost model of a batch size, rounded up to a power of two."""
-        return self._costs.setdefault((batch - 1).bit_length(), CostModel(self._sizes))
+        size = (batch - 1).bit_length()
+        if size not in self._costs:
+            self._costs[size] = CostModel(self._sizes)
+        return self._costs[size]
 
 
 def _value(tokens: float, seconds: float, usual: float) -> float:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 class Streamer(Protocol):
@@ -30,6 +27,38 @@ class DraftCount(NamedTuple):
     accepted: int
 
 
+class RoundRecord(NamedTuple):
+    """What one round did for one sequence.
+
+    The tokens of all rounds, in order, are the new tokens after the first one, which the prompt gives.
+
+    Attributes
+    ----------
+    source : str
+        What drafts: "exit", "ngram", or the name of a `DraftSource`.
+    exit_layer : int
+        The layer after which drafts are made, 0 where they were looked up. Without speculation, the layer that the
+        token comes from.
+    drafts : tuple of int
+        The tokens that were drafted and verified; none, where nothing was drafted.
+    accepted : int
+        How many of them were emitted, from the first on.
+    emitted : int
+        The tokens of the round: those, and the full model's own one, unless the sequence ended before it.
+    """
+
+    source: str
+    exit_layer: int
+    drafts: tuple[int, ...]
+    accepted: int
+    emitted: int
+
+    @property
+    def decided(self) -> int:
+        """How many drafts were accepted, or were the first one that was not; those after it came to nothing."""
+        return min(self.emitted, len(self.drafts))
+
+
 @dataclass(frozen=True)
 class Stats:
     """Counts and times of one sequence, or of a batch.
@@ -37,10 +66,8 @@ class Stats:
     Attributes
     ----------
     prompt_tokens, new_tokens : int
-    drafted : int
-        Draft tokens that were verified.
-    accepted_per_round : tuple of int
-        Draft tokens that each round emitted. A round runs the later layers once, and emits one token more than these.
+    records : tuple of RoundRecord
+        What each round did; of a batch, those of the first sequence, then those of the second, ….
     seconds : float
         Wall time, prompt included.
     time_to_first_token : float
@@ -49,23 +76,15 @@ class Stats:
         How many sequences the counts are sums of.
     reused : int
         Tokens of the prompt that were not read, because the cache held their keys and values.
-    by_source : mapping of str to DraftCount
-        The drafts by what made them: "exit", "ngram", or the name of a `DraftSource`.
-    by_position : mapping of str to tuple of DraftCount
-        The same by source and by place in the round. Entry i counts the rounds whose first i drafts were accepted and
-        that had another one, and those of them in which that was accepted, too.
     """
 
     prompt_tokens: int
     new_tokens: int
-    drafted: int
-    accepted_per_round: tuple[int, ...]
+    records: tuple[RoundRecord, ...]
     seconds: float
     time_to_first_token: float
     sequences: int = 1
     reused: int = 0
-    by_source: Mapping[str, DraftCount] = field(default_factory=dict)
-    by_position: Mapping[str, tuple[DraftCount, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_batch(cls, rows: Sequence[Stats]) -> Stats:
@@ -73,28 +92,63 @@ class Stats:
         return cls(
             prompt_tokens=sum(row.prompt_tokens for row in rows),
             new_tokens=sum(row.new_tokens for row in rows),
-            drafted=sum(row.drafted for row in rows),
-            accepted_per_round=tuple(count for row in rows for count in row.accepted_per_round),
+            records=tuple(record for row in rows for record in row.records),
             seconds=max(row.seconds for row in rows),
             time_to_first_token=max(row.time_to_first_token for row in rows),
             sequences=len(rows),
             reused=sum(row.reused for row in rows),
-            by_source={name: _sum(counts) for name, counts in _by_name([row.by_source for row in rows]).items()},
-            by_position={
-                name: tuple(map(_sum, zip_longest(*counts, fillvalue=DraftCount(0, 0))))
-                for name, counts in _by_name([row.by_position for row in rows]).items()
-            },
         )
 
     @property
     def rounds(self) -> int:
         """Passes through the later layers after the prompt; of a batch, summed over its sequences."""
-        return len(self.accepted_per_round)
+        return len(self.records)
+
+    @property
+    def accepted_per_round(self) -> tuple[int, ...]:
+        """Draft tokens that each round emitted. A round runs the later layers once, and emits one token more."""
+        return tuple(record.accepted for record in self.records)
+
+    @property
+    def drafted(self) -> int:
+        """Draft tokens that were verified."""
+        return sum(len(record.drafts) for record in self.records)
 
     @property
     def accepted(self) -> int:
         """Draft tokens that were emitted."""
-        return sum(self.accepted_per_round)
+        return sum(record.accepted for record in self.records)
+
+    @property
+    def by_source(self) -> dict[str, DraftCount]:
+        """The drafts by what made them."""
+        return {
+            name: DraftCount(sum(len(one.drafts) for one in records), sum(one.accepted for one in records))
+            for name, records in self._drafting().items()
+        }
+
+    @property
+    def by_position(self) -> dict[str, tuple[DraftCount, ...]]:
+        """The same by source and by place in the round.
+
+        Entry i counts the rounds whose first i drafts were accepted and that had another one, and those of them in
+        which that was accepted, too.
+        """
+        return {
+            name: tuple(
+                DraftCount(sum(one.decided > place for one in records), sum(one.accepted > place for one in records))
+                for place in range(max(one.decided for one in records))
+            )
+            for name, records in self._drafting().items()
+        }
+
+    def _drafting(self) -> dict[str, list[RoundRecord]]:
+        """The rounds that drafted, by source."""
+        rounds: dict[str, list[RoundRecord]] = {}
+        for record in self.records:
+            if record.drafts:
+                rounds.setdefault(record.source, []).append(record)
+        return rounds
 
     @property
     def acceptance_rate(self) -> float:
@@ -187,15 +241,6 @@ class Update:
     def finished(self) -> bool:
         """Whether this is the request's last update."""
         return self.reason is not None
-
-
-def _by_name(rows: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row[name] for row in rows if name in row] for name in names}
-
-
-def _sum(counts: Iterable[DraftCount]) -> DraftCount:
-    return DraftCount(*map(sum, zip(*counts, strict=True)))
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:

@@ -338,4 +338,5 @@ def looked_up_states(
     tokens, token_map = sequences.looked_up
     rows = torch.cat([sequences.token[:, None], tokens.clamp_min(0)], 1)
     states = model.read(rows, cache, end, seq_lens=sequences.seq_lens, slots=sequences.slots)
-    return Drafted(tokens, states, sequences.looked_up.logits, token_map)
+    draws = sequences.temperature is not None or sequences.controls is not None
+    return Drafted(tokens, states, sequences.looked_up.logits if draws else None, token_map)

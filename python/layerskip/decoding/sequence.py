@@ -6,11 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .output import DraftCount, GenerationOutput, Stats
+from .output import GenerationOutput, RoundRecord, Stats
 from .source import EXIT
 
 StopRule = Callable[[list[int]], bool]
@@ -27,6 +28,15 @@ class Ending:
     max_new_tokens: int
     eos: frozenset[int] = frozenset()
     should_stop: StopRule | None = None
+
+
+class _Begun(NamedTuple):
+    """A round: the number of tokens before it, and what `RoundRecord` says of its drafts."""
+
+    start: int
+    source: str
+    exit_layer: int
+    drafts: tuple[int, ...]
 
 
 class TokenSequence:
@@ -62,11 +72,7 @@ class TokenSequence:
         self.reused = 0
         self._rest: deque[tuple[int, bool]] = deque()  # tokens of a round not emitted yet; whether they were drafts
         self._fault: str | None = None
-        self._round_start = 0
-        self._accepted: list[int] = []
-        self._by_source: dict[str, DraftCount] = {}
-        self._by_position: dict[str, list[DraftCount]] = {}
-        self._source, self._num_drafted = EXIT, 0
+        self._rounds: list[_Begun] = []
         self._started = clock()
         self._first_token_at = self._started
 
@@ -86,33 +92,35 @@ class TokenSequence:
         return torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], 1)
 
     def add(
-        self, accepted: list[int], token: int, num_drafted: int, fault: str | None = None, source: str = EXIT
-    ) -> None:
+        self, drafts: Sequence[int], accepted: int, token: int, fault: str | None = None, source: str = EXIT,
+        exit_layer: int = 0,
+    ) -> None:  # fmt: skip
         """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
 
         The first call emits the token that follows the prompt, which is not counted as a round.
 
         Parameters
         ----------
-        accepted : list of int
+        drafts : sequence of int
+            What the round drafted.
+        accepted : int
+            How many of them were accepted.
         token : int
-        num_drafted : int
-            How many tokens the round drafted.
         fault : str, optional
             What is wrong with ``token``.
-        source : str
-            What drafted.
+        source, exit_layer
+            What drafted, as `RoundRecord` has it.
 
         Raises
         ------
         FloatingPointError
             With ``fault``, unless the sequence ends before ``token``.
         """
-        # Other sequences of the batch may need more drafts.
-        self._source, self._num_drafted = source, min(num_drafted, self.remaining)
-        self._count(self._num_drafted, 0)
-        self._round_start, self._fault = len(self.tokens), fault
-        self._rest = deque([*((draft, True) for draft in accepted), (token, False)])
+        if self.tokens:  # other sequences of the batch may need more drafts than this one
+            begun = _Begun(len(self.tokens), source, exit_layer, tuple(drafts[: self.remaining]))
+            self._rounds.append(begun)
+        self._fault = fault
+        self._rest = deque([*((draft, True) for draft in drafts[:accepted]), (token, False)])
         self.resume()
 
     @property
@@ -125,37 +133,11 @@ class TokenSequence:
         before = len(self.tokens)
         try:
             self._emit_rest()
-        except Exception:  # of a rule, in the middle; after an interrupt the rest is still emitted
-            self._end_round()
-            raise
         finally:
             if self.history is not None:
                 self.history.append(self.tokens[before:])
-        self._end_round()
-
-    def _end_round(self) -> None:
-        if self._round_start:
-            accepted = sum(self.drafted[self._round_start :])
-            self._accepted.append(accepted)
-            self._count(0, accepted)
-            self._count_positions(accepted)
-        else:
-            self._first_token_at = self._clock()
-
-    def _count(self, drafted: int, accepted: int) -> None:
-        before = self._by_source.get(self._source, DraftCount(0, 0))
-        if drafted or accepted:
-            self._by_source[self._source] = DraftCount(before.drafted + drafted, before.accepted + accepted)
-
-    def _count_positions(self, accepted: int) -> None:
-        """Of a round: its accepted drafts, and the next one, which was not, unless the sequence ended before it."""
-        reached = accepted if self.drafted[-1] else min(accepted + 1, self._num_drafted)
-        if reached:
-            counts = self._by_position.setdefault(self._source, [])
-            counts.extend([DraftCount(0, 0)] * (reached - len(counts)))
-            for place in range(reached):
-                before = counts[place]
-                counts[place] = DraftCount(before.drafted + 1, before.accepted + (place < accepted))
+            if not self._rounds:
+                self._first_token_at = self._clock()
 
     def _emit_rest(self) -> None:
         while self._rest:
@@ -185,17 +167,22 @@ class TokenSequence:
         stats = Stats(
             prompt_tokens=self.prompt.shape[1],
             new_tokens=len(self.tokens),
-            drafted=sum(count.drafted for count in self._by_source.values()),
-            accepted_per_round=tuple(self._accepted),
+            records=self._records(),
             seconds=self._clock() - self._started,
             time_to_first_token=self._first_token_at - self._started,
             reused=self.reused,
-            by_source=dict(self._by_source),
-            by_position={name: tuple(counts) for name, counts in self._by_position.items()},
         )
         new = self.prompt.new_tensor([self.tokens])
         drafted = torch.tensor([self.drafted], dtype=torch.bool)
         return GenerationOutput(self.all_tokens, new, drafted, (stats,), (self.reason or "",))
+
+    def _records(self) -> tuple[RoundRecord, ...]:
+        """What each round did; one that was left in its middle, what it had emitted."""
+        ends = [one.start for one in self._rounds[1:]] + [len(self.tokens)]
+        return tuple(
+            RoundRecord(one.source, one.exit_layer, one.drafts, sum(self.drafted[one.start : end]), end - one.start)
+            for one, end in zip(self._rounds, ends, strict=False)  # where there is no round there is an end
+        )
 
 
 class History:

@@ -321,7 +321,7 @@ class Session:
         self._running[request.id] = request
         self._grouped = False
         fault = request.fault(token, "the head", self._last_layer(request), position)
-        self._emit(request, lambda: request.sequence.add([], token, 0, fault), failures.get(0))
+        self._emit(request, lambda: request.sequence.add([], 0, token, fault), failures.get(0))
 
     @torch.inference_mode()
     def _first_token(self, request: Request) -> tuple[int, dict[int, Exception]]:
@@ -381,8 +381,9 @@ class Session:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
         planning.learn(kind, request, [*drafts[:accepted], token], num_drafted)
-        source = request.source
-        self._emit(request, lambda: request.sequence.add(drafts[:accepted], token, num_drafted, fault, source), failure)
+        source, exit_layer = request.source, 0 if request.looked_up is not None else kind.exit_layer
+        made = drafts[:num_drafted]
+        self._emit(request, lambda: request.sequence.add(made, accepted, token, fault, source, exit_layer), failure)
 
     def _last_layer(self, request: Request) -> int:
         """The layer that a request's tokens come from: what was read after it are blocks, which only draft."""

@@ -112,8 +112,8 @@ class LayerSkipTrainer(Trainer):
     args : TrainingArguments
     plan : Plan
         By default every exit every step, the paper's weights, no dropout.
-    train_dataset, eval_dataset : sequence of dict
-        With lists ``input_ids`` and ``labels``, as `encode` makes them.
+    train_dataset : sequence of dict
+        With lists ``input_ids`` and ``labels``, as `encode` makes them; ``eval_dataset``, among ``kwargs``, too.
     batching : Batching, optional
         Batches by tokens, and what is replayed.
     layer_rates : sequence of float, optional

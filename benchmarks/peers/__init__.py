@@ -1,0 +1,1 @@
+"""Decoding beside what people would otherwise take, in one run: ``python -m benchmarks.peers``."""

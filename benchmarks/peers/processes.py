@@ -1,0 +1,86 @@
+"""The peers' environments, and the processes in which they decode."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENTS = Path(".venv-peers")
+REQUIREMENTS = {"llama.cpp": ["llama-cpp-python"], "openvino": ["openvino-genai"]}
+"""What is installed for an engine; the others are in this environment."""
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class MissingPeerError(Exception):
+    """A peer cannot be measured; the message says why."""
+
+
+def install(engine: str) -> None:
+    """Make an engine's environment, and install it there; llama-cpp-python is compiled for this machine."""
+    folder = ENVIRONMENTS / engine
+    venv.create(folder, with_pip=True, clear=True)
+    subprocess.run([folder / "bin/python", "-m", "pip", "install", *REQUIREMENTS[engine]], check=True)
+
+
+def interpreter(engine: str) -> str:
+    """The Python that has an engine."""
+    if engine not in REQUIREMENTS:
+        return sys.executable
+    python = ENVIRONMENTS / engine / "bin/python"
+    if not python.exists():
+        raise MissingPeerError(f"it is not installed: python -m benchmarks.peers --install {engine}")
+    return str(python)
+
+
+class Worker:
+    """A process that has loaded a model, and decodes when it is asked to.
+
+    Parameters
+    ----------
+    engine : str
+        A name of `worker.ENGINES`.
+    settings : dict
+
+    Raises
+    ------
+    MissingPeerError
+        If the engine is not installed, or cannot load the model.
+    """
+
+    def __init__(self, engine: str, settings: dict[str, Any]) -> None:
+        command = [interpreter(engine), str(WORKER), engine, json.dumps(settings)]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self.ready = self._answer()
+
+    def decode(self, ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
+        """Greedy continuation of a prompt, see `worker`."""
+        assert self._process.stdin is not None
+        print(json.dumps({"ids": list(ids), "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            said = [line for line in self._errors.read().splitlines() if line.strip()]
+            raise MissingPeerError(said[-1] if said else f"it ended with {self._process.returncode} and no message")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            assert pipe is not None
+            pipe.close()

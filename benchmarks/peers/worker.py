@@ -1,0 +1,214 @@
+"""One way of decoding in a process of its own: ``PYTHON worker.py ENGINE SETTINGS``, with the engine's own interpreter.
+
+It needs nothing but the standard library and the engine. A line of JSON on standard input, ``{"ids", "new_tokens"}``,
+is a greedy request; each is answered by a line on standard output: the new tokens, the seconds to the first of them and
+to the last, how many came first, and the process's peak memory. The line before these says that the model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+Tokens = list[int]
+Generate = Callable[[Tokens, int], Iterator[Tokens]]
+"""Greedy continuation of a prompt, in the groups of tokens in which it arrives."""
+
+
+class _Groups:
+    """What a ``generate`` with a streamer gives, group by group, with the time of each."""
+
+    def __init__(self) -> None:
+        self.groups: list[Tokens] = []
+        self.arrivals: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """The first call is the prompt."""
+        self.groups.append(value.flatten().tolist())
+        self.arrivals.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing follows."""
+
+
+class Engine:
+    """A loaded model, and how it decodes."""
+
+    version = ""
+
+    def decode(self, ids: Tokens, new_tokens: int) -> dict[str, Any]:
+        """The answer to a request; of an engine that gives its tokens one group after the other."""
+        started = time.perf_counter()
+        tokens: Tokens = []
+        arrivals: list[float] = []
+        first = 0
+        for group in self.groups(ids, new_tokens):
+            arrivals.append(time.perf_counter())
+            first = first or len(group)
+            tokens += group
+        return _answer(tokens, first, started, arrivals)
+
+    def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:
+        """The new tokens, as they arrive."""
+        raise NotImplementedError
+
+
+def _answer(tokens: Tokens, first: int, started: float, arrivals: list[float]) -> dict[str, Any]:
+    return {
+        "tokens": tokens, "first_tokens": first, "first": arrivals[0] - started, "seconds": arrivals[-1] - arrivals[0]
+    }  # fmt: skip
+
+
+class _Streamed(Engine):
+    """An engine that calls a streamer."""
+
+    def decode(self, ids: Tokens, new_tokens: int) -> dict[str, Any]:
+        import torch
+
+        streamer = _Groups()
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self.generate(torch.tensor([ids]), new_tokens, streamer)
+        groups, arrivals = streamer.groups[1:], streamer.arrivals[1:]
+        return _answer([token for group in groups for token in group], len(groups[0]), started, arrivals)
+
+    def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:
+        """Decode a prompt [1, N]."""
+        raise NotImplementedError
+
+
+class LayerSkip(_Streamed):
+    """This library. Settings: model, threads, strategy, weights, exit_layer, num_speculations, draft_head, …"""
+
+    def __init__(self, model: str, threads: int, strategy: str, weights: str | None = None, **options: Any) -> None:
+        import torch
+
+        from layerskip import DraftHead, SelfSpeculativeDecoder
+
+        torch.set_num_threads(threads)
+        head = options.pop("draft_head", None)
+        if head is not None:
+            options["draft_head"] = DraftHead.load(head)
+        self._options = {name: options.pop(name) for name in ("draft_source",) if name in options}
+        self._decoder = SelfSpeculativeDecoder.from_pretrained(model, weights=weights, **options)
+        self._strategy, self.version = strategy, metadata.version("layerskip-kernels")
+
+    def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:  # noqa: D102
+        self._decoder.generate(ids, new_tokens, strategy=self._strategy, streamer=streamer, **self._options)
+
+
+class Transformers(_Streamed):
+    """transformers' ``generate``; further settings are its arguments. ``compiled`` takes a static cache."""
+
+    def __init__(self, model: str, threads: int, compiled: bool = False, **options: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        count = options.pop("num_assistant_tokens", None)
+        if count:
+            config = self._model.generation_config
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = count, "constant"
+            config.assistant_confidence_threshold = 0.0
+        if compiled:
+            options["cache_implementation"] = "static"
+            self._model.forward = torch.compile(self._model.forward, dynamic=True)
+        self._options, self.version = options, metadata.version("transformers")
+
+    def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:  # noqa: D102
+        import torch
+
+        self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=streamer,
+            **self._options,
+        )  # fmt: skip
+
+
+class LlamaCpp(Engine):
+    """llama.cpp through llama-cpp-python. ``lookup`` drafts so many tokens by prompt lookup."""
+
+    def __init__(self, model: str, threads: int, length: int, lookup: int = 0) -> None:
+        from llama_cpp import Llama
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        draft = LlamaPromptLookupDecoding(num_pred_tokens=lookup) if lookup else None
+        self._model = Llama(
+            model, n_ctx=length, n_batch=512, n_threads=threads, n_threads_batch=threads, draft_model=draft,
+            logits_all=bool(lookup), verbose=False,
+        )  # fmt: skip
+        self.version = metadata.version("llama-cpp-python")
+
+    def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:  # noqa: D102
+        self._model.reset()
+        for count, token in enumerate(self._model.generate(ids, temp=0.0), 1):
+            yield [token]
+            if count == new_tokens or token == self._model.token_eos():
+                return
+
+
+class OpenVino(Engine):
+    """OpenVINO GenAI, which reads GGUF files. ``lookup`` drafts so many tokens by prompt lookup."""
+
+    def __init__(self, model: str, threads: int, lookup: int = 0) -> None:
+        import openvino_genai as genai
+
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+        if lookup:
+            options["prompt_lookup"] = True
+        self._genai, self._lookup = genai, lookup
+        self._model = genai.LLMPipeline(model, "CPU", **options)
+        self.version = metadata.version("openvino-genai")
+
+    def decode(self, ids: Tokens, new_tokens: int) -> dict[str, Any]:  # noqa: D102
+        import numpy as np
+        import openvino
+
+        genai = self._genai
+        config = genai.GenerationConfig()
+        config.max_new_tokens, config.do_sample = new_tokens, False
+        if self._lookup:
+            config.num_assistant_tokens, config.max_ngram_size = self._lookup, 3
+        arrivals: list[float] = []
+
+        class Watch(genai.StreamerBase):  # type: ignore[misc, name-defined]
+            def write(self, token: Any) -> Any:
+                arrivals.append(time.perf_counter())
+                return genai.StreamingStatus.RUNNING
+
+            def end(self) -> None:
+                pass
+
+        rows = np.array([ids], dtype=np.int64)
+        inputs = genai.TokenizedInputs(openvino.Tensor(rows), openvino.Tensor(np.ones_like(rows)))
+        started = time.perf_counter()
+        result = self._model.generate(inputs, config, Watch())
+        return _answer(list(result.tokens[0]), 1, started, arrivals)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "layerskip": LayerSkip, "transformers": Transformers, "llama.cpp": LlamaCpp, "openvino": OpenVino
+}  # fmt: skip
+
+
+def main() -> None:
+    """Load, then answer until standard input ends."""
+    out = sys.stdout
+    sys.stdout = sys.stderr  # what an engine prints is no answer
+    engine, settings = sys.argv[1], json.loads(sys.argv[2])
+    started = time.perf_counter()
+    loaded = ENGINES[engine](**settings)
+    print(json.dumps({"load": time.perf_counter() - started, "version": loaded.version}), file=out, flush=True)
+    for line in sys.stdin:
+        answer = loaded.decode(**json.loads(line))
+        answer["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

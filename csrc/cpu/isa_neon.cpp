@@ -1,0 +1,32 @@
+// The kernels compiled for one instruction set. Everything from outside is included before the target is set, so that
+// no shared inline function is compiled for a machine that may not run it.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "cpu/kernels.h"
+
+#define LSK_MAX_BLOCK 1
+#define LSK_FIXED "cpu/fixed_neon.h"
+
+namespace lsk::neon {
+
+#include "cpu/simd_neon.h"
+#include "cpu/impl_dot.h"
+#include "cpu/impl_rows.h"
+#include "cpu/impl_noise.h"
+#include "cpu/impl_head.h"
+#include "cpu/impl_accept.h"
+#include "cpu/impl_attention.h"
+#include "cpu/impl_loss.h"
+#include "cpu/impl_table.h"
+
+}  // namespace lsk::neon
+
+namespace lsk {
+
+extern const Kernels<float> k_neon_float = neon::kTable<float>;
+extern const Kernels<bf16> k_neon_bf16 = neon::kTable<bf16>;
+extern const Kernels<f16> k_neon_f16 = neon::kTable<f16>;
+
+}  // namespace lsk
+#endif
