@@ -372,14 +372,9 @@ REFUSED = {
         "LlamaForSequenceClassification of model_type 'llama'.*LlamaForCausalLM",
     ),
     "not a language model": (lambda: nn.Linear(2, 2), "model class Linear of model_type None"),
-    "Mistral's window": (lambda: tiny_model("mistral", sliding_window=64), "sliding_window 64.*sliding_window null"),
-    "Qwen2's window": (
-        lambda: tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=2),
-        r"'sliding_attention' \(sliding_window 16\).*full_attention",
-    ),
-    "Qwen3's window": (
-        lambda: tiny_model("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=0),
-        "'sliding_attention'",
+    "chunks": (
+        lambda: config_then("llama2", layer_types=["full_attention", "chunked_attention"] * 2),
+        "layer type 'chunked_attention' is not supported; supported: full_attention, sliding_attention",
     ),
     "RoPE linear": (
         lambda: tiny_model("llama2", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
