@@ -358,7 +358,7 @@ MUTATIONS = [
     ),
     Mutation(
         "views of joined matrices stay where they were", MODELS + "layers.py",
-        "not JOINED.keys().isdisjoint(self.held(0))", "False", KEPT + " -k other_memory and phi3",
+        "not JOINED.keys().isdisjoint(first)", "False", KEPT + " -k other_memory and phi3",
     ),
     Mutation(
         "positions past a window are computed", MODELS + "rotary.py", "cos[most:] = torch.nan", "pass",

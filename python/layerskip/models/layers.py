@@ -156,7 +156,7 @@ class PartialDepthDecoder(nn.Module):
 
     def refresh(self) -> None:
         """Look at the parameters again, if `layer` gives views of some: they may have been given other memory."""
-        if not JOINED.keys().isdisjoint(self.held(0)):
+        if self._has_views:
             self._list_weights()
 
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
@@ -319,7 +319,9 @@ class PartialDepthDecoder(nn.Module):
         """List the parameters in the op's order; the lists hold the objects, so they see changes in place."""
         self._by_layer = [self.made(self.held(number)) for number in range(len(self.layers))]
         names = self._fields()
-        self._like = next(weight for weight in self.held(0).values() if weight.dim() == 1)
+        first = self.held(0)
+        self._has_views = not JOINED.keys().isdisjoint(first)
+        self._like = next(weight for weight in first.values() if weight.dim() == 1)
         absent = torch.empty(0, dtype=self._like.dtype, device=self._like.device)
         flat = [getattr(layer, name) for layer in self._by_layer for name in names]
         self._per_layer = len(names)
