@@ -204,12 +204,20 @@ def test_bf16_is_as_exact_as_transformers(architecture):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}]
-)
+    "changes",
+    [
+        {"num_hidden_layers": 1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+        }},
+    ],
+)  # fmt: skip
 def test_variants(changes):
     hf = tiny_model("qwen2", **changes)
-    tokens = random_tokens(1, 7)
-    hidden = run(adapt(hf), tokens, 4, 1)
+    tokens = random_tokens(1, 90)
+    hidden = run(adapt(hf), tokens, 80, 1)
     torch.testing.assert_close(logits_of(hf, hidden), hf_logits(hf, tokens), atol=TOLERANCES["fp32"], rtol=0)
 
 
@@ -376,13 +384,12 @@ REFUSED = {
         lambda: config_then("llama2", layer_types=["full_attention", "chunked_attention"] * 2),
         "layer type 'chunked_attention' is not supported; supported: full_attention, sliding_attention",
     ),
-    "RoPE linear": (
-        lambda: tiny_model("llama2", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-        "RoPE type 'linear' is not supported; supported: default, llama3",
+    "RoPE dynamic": (
+        lambda: tiny_model("llama2", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "RoPE type 'dynamic' is not supported; supported: default, llama3, linear, yarn",
     ),
-    "RoPE yarn": (
-        lambda: tiny_model("qwen2", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        "RoPE type 'yarn'",
+    "longrope of Llama": (
+        lambda: config_then("llama2", rope_parameters={"rope_type": "longrope"}), "RoPE type 'longrope'"
     ),
     "RoPE without a type": (lambda: config_then("llama2", rope_parameters=None), "RoPE type None"),
     "partial rotary": (
@@ -448,8 +455,8 @@ class TestRefused:
             (None, None),
             ({"rope_type": "llama3", "factor": 8.0}, None),
             ({"type": "default"}, None),
-            ({"type": "linear", "factor": 2.0}, "'linear'"),
-            ({"rope_type": "yarn", "type": "default"}, "'yarn'"),
+            ({"type": "linear", "factor": 2.0}, None),
+            ({"rope_type": "dynamic", "type": "default"}, "'dynamic'"),
         ],
     )
     def test_the_rope_of_a_configuration_of_transformers_4(self, scaling, refused):

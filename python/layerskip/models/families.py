@@ -111,7 +111,7 @@ ARCHITECTURES = {
     "gemma3_text": Architecture(
         "Gemma 3 text", "Gemma3ForCausalLM", _ATTENTION | QK_NORM | _FOUR_NORMS | _MLP,
         "norms before and after, kept less 1; GELU; sliding windows; two rotary embeddings; a factor of the embedding",
-        COMPOSED, gemma3, gemma_norm, rope_types=(*STATIC, "linear"), activations=("gelu_pytorch_tanh",),
+        COMPOSED, gemma3, gemma_norm, activations=("gelu_pytorch_tanh",),
         embedding_class="transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding",
         only={
             "final_logit_softcapping": (None,), "attn_logit_softcapping": (None,),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .unsupported import unsupported
 
-STATIC = ("default", "llama3")
+STATIC = ("default", "llama3", "linear", "yarn")
 """Types of RoPE whose frequencies do not depend on the length of the text."""
 LONG = "longrope"
 """A type with other frequencies for texts that are longer than those that the model was first trained with."""
