@@ -127,7 +127,7 @@ class LayerSkipModel(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """The longest text that is computed as the model does; None for any length. Beyond it states are NaN."""
+        """The longest text that is computed as the model does; None for any length."""
         bounds = getattr(self.config, "max_position_embeddings", None), self.decoder.max_positions
         return min((bound for bound in bounds if bound is not None), default=None)
 
@@ -297,8 +297,7 @@ class LayerSkipModel(nn.Module):
             K, the number of tokens to draft.
         draft_threshold : float
             As in `layerskip_kernels.draft`.
-        seq_lens, slots, noise
-            As in `decode`.
+        seq_lens, slots, noise : as in `decode`
         logits : Tensor [B, K, V_draft], fp32, optional
             The draft head's raw logits are written to it.
 
