@@ -32,6 +32,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_MIXED = ["sliding_attention", "full_attention"] * 2
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -65,8 +66,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2,
                             "logits_scaling": 4.0, "tie_word_embeddings": True}),
     "olmo2": ("Olmo2", {"head_dim": 16, "tie_word_embeddings": False}),
-    "gemma3": ("Gemma3Text", {"head_dim": 24, "query_pre_attn_scalar": 40, "sliding_window": 6, "layer_types": [
-        "sliding_attention", "full_attention", "sliding_attention", "full_attention"], "tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", {"head_dim": 16, "sliding_window": 10, "layer_types": _MIXED, "tie_word_embeddings": False,
+                        "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                                            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}}),
+    "gemma3": ("Gemma3Text", {"head_dim": 24, "query_pre_attn_scalar": 40, "sliding_window": 6, "layer_types": _MIXED,
+                              "tie_word_embeddings": True}),
 }  # fmt: skip
 
 

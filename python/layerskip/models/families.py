@@ -6,7 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .form import Form, gemma3, gemma_norm, granite, granite_norm, llama, mixtral, olmo2, phi3, qwen3_moe, smollm3
+from .form import (
+    Form,
+    gemma3,
+    gemma_norm,
+    granite,
+    granite_norm,
+    llama,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen3_moe,
+    smollm3,
+)
 from .head import NormForm
 from .rotary import LONG, STATIC
 
@@ -107,6 +120,10 @@ ARCHITECTURES = {
     "olmo2": Architecture(
         "OLMo 2", "Olmo2ForCausalLM", _ATTENTION | QK_NORM | _POST_NORMS | _MLP,
         "norms after attention and feed-forward, none before; norms of q and k over all heads", COMPOSED, olmo2,
+    ),
+    "olmo3": Architecture(
+        "OLMo 3", "Olmo3ForCausalLM", _ATTENTION | QK_NORM | _POST_NORMS | _MLP,
+        "as OLMo 2; sliding windows; two rotary embeddings", COMPOSED, olmo3,
     ),
     "gemma3_text": Architecture(
         "Gemma 3 text", "Gemma3ForCausalLM", _ATTENTION | QK_NORM | _FOUR_NORMS | _MLP,

@@ -113,22 +113,33 @@ def olmo2(config: Any, module: Any) -> Form:
     return Form(config.rms_norm_eps, (rotary_of(module),), max_positions=max_positions(config), layout=Layout())
 
 
+def olmo3(config: Any, module: Any) -> Form:
+    """As OLMo 2, with windows in some layers, which have a rotary embedding of their own."""
+    rotaries, which, windows = _by_layer_type(config, module)
+    return Form(config.rms_norm_eps, rotaries, which, layout=Layout(windows=windows))
+
+
 def gemma3(config: Any, module: Any) -> Form:
     """Four norms a layer, whose weights are written less 1; two rotary embeddings; windows; GELU."""
-    kinds = ("full_attention", "sliding_attention")
-    if not hasattr(config, "rope_parameters"):
-        raise unsupported("Gemma 3 with a transformers older than 5", "transformers 5")
-    present = [kind for kind in kinds if kind in config.layer_types]
-    rotaries = tuple(scaled(rotary_of(module, f"{kind}_"), config.query_pre_attn_scalar**-0.5) for kind in present)
-    windows = tuple(config.sliding_window if kind == kinds[1] else None for kind in config.layer_types)
+    rotaries, which, windows = _by_layer_type(config, module)
     return Form(
         config.rms_norm_eps,
-        rotaries,
-        tuple(map(present.index, config.layer_types)),
+        tuple(scaled(rotary, config.query_pre_attn_scalar**-0.5) for rotary in rotaries),
+        which,
         embedding_scale=config.hidden_size**0.5,
         rounds_scale=True,
         layout=Layout(norm_offset=1.0, gelu=True, windows=windows),
     )
+
+
+def _by_layer_type(config: Any, module: Any) -> tuple[tuple[Rotary, ...], tuple[int, ...], tuple[int | None, ...]]:
+    """Rotary embeddings, which of them each layer has, and its window, where these depend on the type of the layer."""
+    if not hasattr(config, "rope_parameters"):
+        raise unsupported(f"model_type {config.model_type!r} with a transformers older than 5", "transformers 5")
+    kinds = sorted(set(config.layer_types))
+    windows = tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
+    rotaries = tuple(rotary_of(module, f"{kind}_") for kind in kinds)
+    return rotaries, tuple(map(kinds.index, config.layer_types)), windows
 
 
 def mixtral(config: Any, module: Any) -> Form:
