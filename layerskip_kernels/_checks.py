@@ -2,8 +2,8 @@
 
 Each takes the bound arguments of its op (`schemas.bind`). The public op and its fake both call them, so a wrong call
 fails with the same words eagerly and under ``torch.compile``. They look at shapes, dtypes, devices and strides alone.
-Only `positions`, `distinct_slots` and `temperatures`, which the reference and the Triton launchers call, look at
-values, and on the CPU alone: on a GPU that would be a host sync inside a round.
+Only `positions`, `distinct_slots`, `temperatures` and `tokens`, which the reference and the Triton launchers call, look
+at values, and on the CPU alone: on a GPU that would be a host sync inside a round.
 """
 
 from __future__ import annotations
@@ -256,6 +256,13 @@ def distinct_slots(slots: Tensor | None, num_slots: int) -> None:
         listed = slots.tolist()
         if any(not 0 <= slot < num_slots for slot in listed) or len(set(listed)) < len(listed):
             raise ValueError(f"slots must be distinct and in [0, {num_slots}), got {listed}")
+
+
+def tokens(token: Tensor, vocab_size: int) -> None:
+    """Check that each is in the vocabulary."""
+    wrong = (token < 0) | (token >= vocab_size)
+    if wrong.any():
+        raise ValueError(f"token {int(token[wrong][0])} is outside the vocabulary of {vocab_size}")
 
 
 def temperatures(temperature: Tensor | None) -> None:

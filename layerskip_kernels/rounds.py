@@ -7,12 +7,14 @@ backend; the native kernels compute the same bits in one call. Letters as in `fu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .bundles import Acceptance, Draft, Head, KVCache, Noise, Round, weights_per_layer
+from . import _checks
+from .bundles import Acceptance, Draft, Head, KVCache, Noise, Round
 from .dispatch import call
 from .formats import lookup
 from .schemas import bind, derive, flatten
@@ -37,6 +39,7 @@ def draft(
     noise: Noise | None = None,
     logits: Tensor | None = None,
     num_blocks: int = 0,
+    ops: Ops | None = None,
 ) -> Draft:
     """Decode ``num_speculations`` tokens with layers [0, E) and an exit head, as one call.
 
@@ -75,6 +78,9 @@ def draft(
         drafted have no meaning.
     num_blocks : int
         n.
+    ops : mapping, optional
+        By name functions that take what the ops "partial_forward" and "exit_head" do, called in the place of the one
+        fused call: for layers of another kind, of each of which ``weights`` has as many tensors.
 
     Returns
     -------
@@ -87,7 +93,7 @@ def draft(
         num_speculations=num_speculations, extend=extend, eps=eps, draft_threshold=draft_threshold, logits=logits,
         num_blocks=num_blocks,
     )  # fmt: skip
-    return Draft(*call("draft", *args))
+    return Draft(*(call("draft", *args) if ops is None else compose_draft(ops, *args)))
 
 
 def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance:
@@ -165,6 +171,7 @@ def speculative_round(
     draft_threshold: float = 0.0,
     noise: Noise | None = None,
     num_blocks: int = 0,
+    ops: Ops | None = None,
 ) -> Round:
     """One round of self-speculative decoding (LayerSkip, arXiv 2404.16710, §4.3) as one call.
 
@@ -193,10 +200,10 @@ def speculative_round(
     draft_threshold : float
         As `draft` takes it, and without noise: to drop what was drawn because it is improbable would change the
         distribution of what is emitted.
-    noise : Noise, optional
-        As `draft` takes it.
     num_blocks : int
         n. Exit blocks change the drafts, and so how many are accepted, but not what is emitted.
+    noise, ops
+        As `draft` takes them; ``ops`` has "accept_greedy" and "accept_sampled", too.
 
     Returns
     -------
@@ -212,7 +219,9 @@ def speculative_round(
         draft_norm_weight=draft_norm_weight, draft_head_weight=draft_head_weight, draft_token_map=draft_token_map,
         draft_head_scale=draft_head_scale, draft_threshold=draft_threshold, num_blocks=num_blocks,
     )  # fmt: skip
-    return Round(*call("speculative_round", *args))
+    if ops is None:
+        return Round(*call("speculative_round", *args))
+    return Round(*compose_round({**ops, "draft": partial(compose_draft, ops)}, *args))
 
 
 def draft_loop(
@@ -300,7 +309,7 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     a = bind("draft", *args)
     on_cpu, batch, num_speculations = a.token.device.type == "cpu", a.token.shape[0], a.num_speculations
     if on_cpu:  # on a GPU a look at the tokens would be a host sync
-        _check_tokens(a.token, a.embedding.shape[0])
+        _checks.tokens(a.token, a.embedding.shape[0])
     rows, tokens = num_speculations + a.extend, a.token.new_empty(batch, num_speculations)
     hidden_size, dtype = a.norm_weight.shape[0], a.norm_weight.dtype
     states = a.norm_weight.new_empty(batch, rows, hidden_size)
@@ -345,7 +354,7 @@ def _shallow_and_blocks(ops: Ops, a: Any) -> tuple[Callable[[Tensor, Tensor], Te
 
         return forward
 
-    split = weights_per_layer(a.weights, 0, a.exit_layer, a.num_blocks) * a.exit_layer
+    split = len(a.weights) // (a.exit_layer + a.num_blocks) * a.exit_layer
     num_layers = a.k_cache.shape[0]
     return layers(a.weights[:split], 0, a.exit_layer), layers(a.weights[split:], num_layers - a.num_blocks, num_layers)
 
@@ -354,7 +363,7 @@ def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """`speculative_round` out of a backend's draft, partial_forward, exit_head, accept_greedy and accept_sampled."""
     a = bind("speculative_round", *args)
     num_layers, batch, device = a.k_cache.shape[0] - a.num_blocks, a.token.shape[0], a.token.device
-    each, samples = weights_per_layer(a.weights, 0, num_layers, a.num_blocks), a.temperature is not None
+    each, samples = len(a.weights) // a.k_cache.shape[0], a.temperature is not None
     exit_at, blocks_at = each * a.exit_layer, each * num_layers
     draft_norm_weight = a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight
     draft_head_weight = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
@@ -389,9 +398,3 @@ def _most_drafts(tokens: Tensor) -> int:
     if tokens.device.type != "cpu" or not tokens.numel():
         return tokens.shape[1]
     return int((tokens >= 0).long().cumprod(1).sum(1).max())
-
-
-def _check_tokens(token: Tensor, vocab_size: int) -> None:
-    wrong = (token < 0) | (token >= vocab_size)
-    if wrong.any():
-        raise ValueError(f"token {int(token[wrong][0])} is outside the vocabulary of {vocab_size}")

@@ -32,6 +32,15 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_MIXED = ["sliding_attention", "full_attention"] * 2
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+}
+
 # Name -> configuration class and what it changes in _SIZES. Head sizes 8, 16, 24 and 40; grouped and ungrouped heads;
 # tied and untied; H C equal to D and not.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,9 +54,29 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Those whose layers differ more; they have tests of their own.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("Phi3", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "phi4mini": ("Phi3", {"hidden_size": 64, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 252,
+                          "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None, "tie_word_embeddings": False}),
+    "qwen3moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+                              "norm_topk_prob": True, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": True}),
+    "granite": ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2,
+                            "logits_scaling": 4.0, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {"head_dim": 16, "tie_word_embeddings": False}),
+    "olmo3": ("Olmo3", {"head_dim": 16, "sliding_window": 10, "layer_types": _MIXED, "tie_word_embeddings": False,
+                        "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                                            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}}),
+    "gemma3": ("Gemma3Text", {"head_dim": 24, "query_pre_attn_scalar": 40, "sliding_window": 6, "layer_types": _MIXED,
+                              "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
 def tiny_config(architecture: str, **changes: Any) -> Any:
     """Configuration of a small model; ``changes`` go over it."""
-    name, own = ARCHITECTURES[architecture]
+    name, own = {**ARCHITECTURES, **FAMILIES}[architecture]
     return getattr(transformers, f"{name}Config")(**{**_SIZES, **own, **changes})
 
 
@@ -60,7 +89,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator)
-        scaled = values * parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 1 + 0.3 * values
+        scaled = values * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1 + 0.3 * values
         parameter.data = scaled.to(dtype)
     return model.eval()
 

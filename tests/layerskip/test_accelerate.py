@@ -283,13 +283,13 @@ def test_what_is_refused_is_left_alone(unsupported):
 
 @pytest.mark.parametrize(
     "change",
-    [{"sliding_window": 64}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}],
+    [{"sliding_window": 64}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}],
 )
 def test_what_only_attention_knows_of_is_no_hindrance(change):
-    """`adapt` refuses these; here attention stays transformers' own."""
+    """A decoder refuses such texts; here attention stays transformers' own."""
     model, tokens = tiny_model("mistral", **change), random_tokens(1, 80)
-    with pytest.raises(UnsupportedModelError):
-        adapt(model)
+    with pytest.raises(ValueError, match=r"RoPE type 'dynamic'|max_seq_len=64"):
+        SelfSpeculativeDecoder(model).generate(tokens, 24)
     expected = generate(model, tokens)
     assert generate(accelerate(model), tokens) == expected
 

@@ -127,7 +127,7 @@ class TestLoad:
             ({"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu'"),
             ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedModelError, "quantised with hqq"),
             ({"quantization_config": {"quant_method": "awq"}}, ModelFileError, "says awq, but no weight in the files"),
-            ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, UnsupportedModelError, "yarn"),
+            ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedModelError, "dynamic"),
         ],
     )  # fmt: skip
     def test_configuration_that_does_not_fit(self, directory, changes, error, message):

@@ -204,12 +204,20 @@ def test_bf16_is_as_exact_as_transformers(architecture):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}]
-)
+    "changes",
+    [
+        {"num_hidden_layers": 1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+        }},
+    ],
+)  # fmt: skip
 def test_variants(changes):
     hf = tiny_model("qwen2", **changes)
-    tokens = random_tokens(1, 7)
-    hidden = run(adapt(hf), tokens, 4, 1)
+    tokens = random_tokens(1, 90)
+    hidden = run(adapt(hf), tokens, 80, 1)
     torch.testing.assert_close(logits_of(hf, hidden), hf_logits(hf, tokens), atol=TOLERANCES["fp32"], rtol=0)
 
 
@@ -372,22 +380,16 @@ REFUSED = {
         "LlamaForSequenceClassification of model_type 'llama'.*LlamaForCausalLM",
     ),
     "not a language model": (lambda: nn.Linear(2, 2), "model class Linear of model_type None"),
-    "Mistral's window": (lambda: tiny_model("mistral", sliding_window=64), "sliding_window 64.*sliding_window null"),
-    "Qwen2's window": (
-        lambda: tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=2),
-        r"'sliding_attention' \(sliding_window 16\).*full_attention",
+    "chunks": (
+        lambda: config_then("llama2", layer_types=["full_attention", "chunked_attention"] * 2),
+        "layer type 'chunked_attention' is not supported; supported: full_attention, sliding_attention",
     ),
-    "Qwen3's window": (
-        lambda: tiny_model("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=0),
-        "'sliding_attention'",
+    "RoPE dynamic": (
+        lambda: tiny_model("llama2", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "RoPE type 'dynamic' is not supported; supported: default, llama3, linear, yarn",
     ),
-    "RoPE linear": (
-        lambda: tiny_model("llama2", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-        "RoPE type 'linear' is not supported; supported: default, llama3",
-    ),
-    "RoPE yarn": (
-        lambda: tiny_model("qwen2", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        "RoPE type 'yarn'",
+    "longrope of Llama": (
+        lambda: config_then("llama2", rope_parameters={"rope_type": "longrope"}), "RoPE type 'longrope'"
     ),
     "RoPE without a type": (lambda: config_then("llama2", rope_parameters=None), "RoPE type None"),
     "partial rotary": (
@@ -453,8 +455,8 @@ class TestRefused:
             (None, None),
             ({"rope_type": "llama3", "factor": 8.0}, None),
             ({"type": "default"}, None),
-            ({"type": "linear", "factor": 2.0}, "'linear'"),
-            ({"rope_type": "yarn", "type": "default"}, "'yarn'"),
+            ({"type": "linear", "factor": 2.0}, None),
+            ({"rope_type": "dynamic", "type": "default"}, "'dynamic'"),
         ],
     )
     def test_the_rope_of_a_configuration_of_transformers_4(self, scaling, refused):

@@ -56,7 +56,7 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, weights):
 def test_frequencies_that_the_configuration_does_not_give(tmp_path):
     """As of a GGUF file of Llama 3.x, which has factors for them."""
     model = packed("int8")
-    model.decoder._inv_freq /= torch.linspace(1, 4, model.decoder.inv_freq.numel())
+    model.decoder.inv_freq.div_(torch.linspace(1, 4, model.decoder.inv_freq.numel()))
     save(model, tmp_path, tiny_tokenizer())
     torch.testing.assert_close(load(tmp_path)[0].decoder.inv_freq, model.decoder.inv_freq)
 

@@ -17,6 +17,7 @@ from layerskip_kernels import _extension, dispatch
 
 from .. import devices, registry
 from ..models.arena import HUGE, Arena
+from ..models.families import supported_architectures
 from . import machine
 
 PACKAGES = (
@@ -86,6 +87,7 @@ def _facts() -> Table:
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("cuda cards", ", ".join(cards) or "none")
     table.add_row("--device auto", devices.described(devices.find("auto")))
+    table.add_row("architectures", escape(", ".join(supported_architectures())))
     for what, group in (("models", registry.MODELS), ("tasks", registry.TASKS)):
         table.add_row(f"{what} by name", ", ".join(registry.names(group)) or "none")
     return table

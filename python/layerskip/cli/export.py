@@ -70,6 +70,10 @@ def first_layers(model: Any, exit_layer: int) -> Any:
     shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()}, assign=True)
     shallow.tie_weights()
     shallow.model.rotary_emb = model.model.rotary_emb  # its buffers are in no state dict
+    theirs = dict(model.named_buffers())
+    for name in [name for name, buffer in shallow.named_buffers() if buffer.is_meta]:  # nor is Gemma's factor
+        owner, _, own = name.rpartition(".")
+        setattr(shallow.get_submodule(owner), own, theirs[name])
     shallow.generation_config = copy.deepcopy(model.generation_config)
     return shallow.eval()
 

@@ -47,7 +47,8 @@ class SelfSpeculativeDecoder:
     num_speculations : int or "auto"
         K: the tokens that a round drafts.
     max_seq_len : int, optional
-        The longest prompt and continuation; by default what the model was made for.
+        The longest prompt and continuation; by default what the model was made for, or its sliding window if that is
+        shorter.
     draft_head : {"full", "int8"} or DraftHead, optional
         What chooses the drafts: the model's head, an int8 copy of it, or int8 rows of a part of the vocabulary. By
         default what ``exit`` says, or the model's head.
@@ -91,8 +92,7 @@ class SelfSpeculativeDecoder:
         self.exit_layer = "auto" if exit_layer is None else exit_layer
         self.num_speculations = num_speculations
         self._drafting = DraftingModel(model, drafting, self.exit_layer, exit_choices)
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        self.max_seq_len = validation.max_seq_len(max_seq_len, positions)
+        self.max_seq_len = validation.max_seq_len(max_seq_len, self.model.max_positions)
         validation.num_speculations_or_auto(num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.draft_threshold = validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
         self.draft_source = source_of(draft_source)

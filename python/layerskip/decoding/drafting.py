@@ -157,4 +157,6 @@ class DraftingModel:
                 self._watch = ModelWatch(changed)
             elif self._drafting.state(self._without_exit) != self._bound:
                 self._bind(self._without_exit)
+            else:
+                self.model.refresh()
             return self.caches

@@ -152,7 +152,10 @@ def max_seq_len(value: Any, positions: int | None) -> int:
             raise ValueError("the model's config has no max_position_embeddings; give max_seq_len")
         return positions
     if positions is not None and at_least_one("max_seq_len", value) > positions:
-        raise ValueError(f"max_seq_len {value} exceeds the {positions} positions that the model was made for")
+        raise ValueError(
+            f"max_seq_len {value} exceeds the {positions} positions that the model was made for, or that fit into its "
+            "sliding window"
+        )
     return at_least_one("max_seq_len", value)
 
 

@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import LayerWeights
-
 from .._extras import check_transformers
-from .head import EarlyExitHead
-from .layers import PartialDepthDecoder
+from .assembly import EMBEDDING, HEAD, LAYERS, NORM, assemble
+from .families import ARCHITECTURES, Architecture, supported_architectures
 from .model import LayerSkipModel
+from .rotary import check_layer_types, check_rope
 from .unsupported import UnsupportedModelError, unsupported
 from .watch import check_hooks, class_of, unwrapped
 
-ROPE_TYPES = ("default", "llama3")
-ACTIVATIONS = ("silu", "swish")  # two names of one function
-LAYERS = "model.layers"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-# The paths of a layer's weights within the layer.
-LAYER_PATHS = {
-    "attn_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
-QKV_BIAS = {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
-QK_NORM = {f"{name}_norm": f"self_attn.{name}_norm.weight" for name in "qk"}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A ``model_type`` of transformers: what people call it, its class, and the paths of a layer's weights."""
-
-    title: str
-    model_class: str
-    layer_paths: dict[str, str]
-
-
-ARCHITECTURES = {
-    "llama": Architecture("Llama 2, 3, 3.x and SmolLM2", "LlamaForCausalLM", LAYER_PATHS),
-    "mistral": Architecture("Mistral", "MistralForCausalLM", LAYER_PATHS),
-    "qwen2": Architecture("Qwen2, Qwen2.5", "Qwen2ForCausalLM", LAYER_PATHS | QKV_BIAS),
-    "qwen3": Architecture("Qwen3", "Qwen3ForCausalLM", LAYER_PATHS | QK_NORM),
-}
-
-
-def supported_architectures() -> list[str]:
-    """The supported values of ``model_type``, each with what people call it."""
-    return [f"{model_type} ({architecture.title})" for model_type, architecture in ARCHITECTURES.items()]
 
 
 def adapt(hf_model: Any) -> LayerSkipModel:
@@ -77,7 +35,7 @@ def adapt(hf_model: Any) -> LayerSkipModel:
     Raises
     ------
     UnsupportedModelError
-        If the architecture, a sliding window, the type of rotary embedding, the activation, a bias, or the kind of a
+        If the architecture, a way of attending, the type of rotary embedding, the activation, a bias, or the kind of a
         weight (quantised, adapted, of mixed dtype or device, strided) is not supported, or a module has a hook or a
         forward of its own, which would not be called. The message names it.
     """
@@ -88,18 +46,9 @@ def adapt(hf_model: Any) -> LayerSkipModel:
     config: Any = hf_model.config
     check_config(config)
     parameters = checked_parameters(hf_model, architecture)
-    layers = [
-        LayerWeights(
-            **{name: parameters[f"{LAYERS}.{number}.{path}"] for name, path in architecture.layer_paths.items()}
-        )
-        for number in range(config.num_hidden_layers)
-    ]
-    inv_freq, scaling = frequencies(hf_model)
-    eps = config.rms_norm_eps
-    decoder = PartialDepthDecoder(layers, config.num_key_value_heads, eps, inv_freq, scaling)
-    head = EarlyExitHead(parameters["model.norm.weight"], parameters["lm_head.weight"], eps)
+    decoder, head = assemble(hf_model, parameters)
     generation_config = getattr(hf_model, "generation_config", None)
-    return LayerSkipModel(parameters["model.embed_tokens.weight"], decoder, head, config, generation_config)
+    return LayerSkipModel(parameters[EMBEDDING], decoder, head, config, generation_config)
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -151,9 +100,14 @@ def check_config(config: Any) -> None:
     """
     check_model_type(config.model_type)
     _check_quantisation(config)
-    _check_attention(config)
-    _check_rope(config)
+    check_layer_types(config)
+    architecture = ARCHITECTURES[config.model_type]
+    check_rope(config, architecture.rope_types, architecture.partial_rotary)
     _check_activation(config)
+    for name, values in architecture.only.items():
+        value = getattr(config, name, None)
+        if value not in values:
+            raise unsupported(f"{name} {value!r}", " or ".join(map(repr, values)))
 
 
 def check_feed_forward(config: Any) -> None:
@@ -165,7 +119,7 @@ def check_feed_forward(config: Any) -> None:
 def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
     """The parameters of a model by name, tied ones under each of their names; UnsupportedModelError for others."""
     parameters = dict(hf_model.named_parameters(remove_duplicate=False))
-    _check_modules(hf_model)
+    _check_modules(hf_model, architecture)
     check_names(parameters, architecture)
     _check_tensors(parameters)
     return parameters
@@ -186,50 +140,24 @@ def _check_quantisation(config: Any) -> None:
 
 
 def _check_activation(config: Any) -> None:
-    if config.hidden_act not in ACTIVATIONS:
-        raise unsupported(f"hidden_act {config.hidden_act!r}", ", ".join(ACTIVATIONS))
+    activations = ARCHITECTURES[config.model_type].activations
+    name = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
+    if getattr(config, name) not in activations:
+        raise unsupported(f"{name} {getattr(config, name)!r}", ", ".join(activations))
 
 
-def _check_attention(config: Any) -> None:
-    """Refuse sliding windows: Qwen marks such layers in ``layer_types``, Mistral has one window for all layers."""
-    layer_types = getattr(config, "layer_types", None)
-    others = sorted(set(layer_types or []) - {"full_attention"})
-    window = getattr(config, "sliding_window", None)
-    if others:
-        raise unsupported(f"layer type {others[0]!r} (sliding_window {window})", "full_attention in every layer")
-    if window is not None and layer_types is None:
-        raise unsupported(f"an active sliding window (sliding_window {window})", "sliding_window null")
-
-
-def _check_rope(config: Any) -> None:
-    parameters = _rope_parameters(config)
-    rope_type = parameters.get("rope_type")
-    if rope_type not in ROPE_TYPES:
-        raise unsupported(f"RoPE type {rope_type!r}", ", ".join(ROPE_TYPES))
-    for factor in (parameters.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None)):
-        if factor not in (None, 1):
-            raise unsupported(f"partial rotary embedding (partial_rotary_factor {factor})", "partial_rotary_factor 1")
-
-
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    """As transformers 5 has them. 4.57 has ``rope_scaling``: None for the default, and maybe ``type`` in it."""
-    if hasattr(config, "rope_parameters"):
-        return config.rope_parameters or {}
-    scaling = getattr(config, "rope_scaling", None) or {"rope_type": "default"}
-    return {"rope_type": scaling.get("type"), **scaling}
-
-
-def _check_modules(model: nn.Module) -> None:
+def _check_modules(model: nn.Module, architecture: Architecture) -> None:
     """Refuse subclasses of Linear and Embedding, which may compute something else; `layerskip.accelerate`'s do not."""
     for name, module in model.named_modules():
         for plain in (nn.Linear, nn.Embedding):
-            if isinstance(module, plain) and class_of(module) is not plain:
+            own = f"{class_of(module).__module__}.{class_of(module).__name__}"
+            if isinstance(module, plain) and class_of(module) is not plain and own != architecture.embedding_class:
                 kind = f"{type(module).__module__}.{type(module).__name__}"
                 raise unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
 
 
 def _expected_names(architecture: Architecture, num_layers: int) -> Iterator[str]:
-    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    yield from (EMBEDDING, NORM, HEAD)
     for number in range(num_layers):
         yield from (f"{LAYERS}.{number}.{path}" for path in architecture.layer_paths.values())
 
@@ -263,15 +191,3 @@ def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
             raise unsupported(f"several devices ({first_name} on {first.device}, {name} on {tensor.device})", "one")
         if not tensor.is_contiguous():
             raise unsupported(f"{name} with strides {tuple(tensor.stride())}", "contiguous weights")
-
-
-def frequencies(model: Any) -> tuple[Tensor, float]:
-    """The frequencies of the rotary embedding and their scaling, from the model's own module.
-
-    A conversion such as ``model.to(torch.bfloat16)`` rounds the frequencies, too, and a model on the meta device has
-    none; then a new module gives exact ones.
-    """
-    rotary = model.model.rotary_emb
-    if rotary.inv_freq.dtype != torch.float32 or rotary.inv_freq.is_meta:
-        rotary = type(rotary)(model.config)
-    return rotary.inv_freq, rotary.attention_scaling

@@ -105,6 +105,7 @@ def gather_weights(model: Any) -> Arena | None:
             _trim()
             since_trim = 0
     _trim()
+    _renew(model)
     return arena
 
 
@@ -116,6 +117,13 @@ def scatter_weights(model: Any) -> None:
     moved: dict[int, Tensor] = {}
     for tensor in _weights(model):
         tensor.data = moved.setdefault(tensor.data_ptr(), tensor.detach().clone())
+    _renew(model)
+
+
+def _renew(model: Any) -> None:
+    """Let a model see where its weights are now; one of transformers has no views of them."""
+    if isinstance(model, LayerSkipModel):
+        model.refresh()
 
 
 def _trim() -> None:
@@ -136,15 +144,14 @@ def _in_order(model: LayerSkipModel) -> Iterator[Tensor]:
 
     Small ones come along, or they would keep the old memory where all of it is one mapped file.
     """
-    layers = [model.decoder.layer(number) for number in range(model.num_layers)]
+    layers = [model.decoder.held(number) for number in range(model.num_layers)]
     for layer in layers:
-        yield from (getattr(layer, name) for name in MATRICES)
+        yield from (layer[name] for name in MATRICES if name in layer)
     yield model.head.head_weight
     yield model.embedding
     for layer in layers:
-        small = layer._asdict().items()
-        yield from (weight for name, weight in small if name not in MATRICES and weight is not None)
-    yield model.head.norm_weight
+        yield from (weight for name, weight in layer.items() if name not in MATRICES)
+    yield model.head.kept_norm
 
 
 def _lines(tensor: Tensor) -> int:

@@ -8,18 +8,16 @@ rounded to nearest does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from layerskip_kernels import LayerWeights
 from layerskip_kernels.formats import Format, fit, named, pack
 
-from .cache import SharedKVCache
 from .layers import PartialDepthDecoder
-from .prefill import INPUTS, prefill_layer
+from .prefill import INPUTS, Watch
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: few tokens do not say all
 
@@ -52,28 +50,23 @@ class Calibration:
         self._caches = [decoder.new_cache(1, state.shape[1]) for state in states]
 
     @torch.no_grad()
-    def pack(self, number: int, weights: str, done: Callable[[Tensor], None]) -> LayerWeights:
+    def pack(self, number: int, weights: str, done: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Layer ``number``, packed; they are asked for in order. ``done`` is called with each weight that is."""
-        layer, moments = self._decoder.layer(number), Moments()
-        for state, cache in zip(self._states, self._caches, strict=True):
-            self._run(state, cache, layer, number, moments.add)
-        packed = {}
-        for name, source in INPUTS.items():
-            weight = getattr(layer, name)
-            packed[name] = rounded(weight, moments.of[source], weights)
-            done(weight)
-        made = layer._replace(**packed)
-        self._states = [
-            self._run(state, cache, made, number, None) for state, cache in zip(self._states, self._caches, strict=True)
-        ]
-        return made
+        layer, moments = self._decoder.held(number), Moments()
+        self._run(number, layer, moments.add)
+        packed = dict(layer)
+        for name in filter(layer.__contains__, INPUTS):
+            packed[name] = rounded(layer[name], moments.of[INPUTS[name]], weights)
+            done(layer[name])
+        self._states = self._run(number, packed, None)
+        return packed
 
-    def _run(
-        self, state: Tensor, cache: SharedKVCache, layer: LayerWeights, number: int,
-        watch: Callable[[str, Tensor], None] | None,
-    ) -> Tensor:  # fmt: skip
-        keys, values, tables = cache.k[number], cache.v[number], self._decoder.rope_tables
-        return prefill_layer(state, layer, keys, values, *tables, cache.seq_lens, 0, self._decoder.eps, watch)
+    def _run(self, number: int, held: Mapping[str, Tensor], watch: Watch | None) -> list[Tensor]:
+        decoder, layer = self._decoder, self._decoder.made(held)
+        return [
+            decoder.prefill_layer(number, layer, state, cache, 0, watch)
+            for state, cache in zip(self._states, self._caches, strict=True)
+        ]
 
 
 def rounded(weight: Tensor, moments: Tensor, weights: str) -> Tensor:

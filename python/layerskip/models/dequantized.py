@@ -8,6 +8,7 @@ import torch
 
 from layerskip_kernels.formats import dequantize
 
+from .checkpoints import frequency_factors
 from .model import LayerSkipModel
 from .named import EMBEDDING, HEAD, named_weights
 
@@ -41,7 +42,12 @@ def dequantized(model: LayerSkipModel, dtype: torch.dtype = torch.float32) -> An
     made.load_state_dict(state, assign=True)
     made.tie_weights()
     rotary = made.model.rotary_emb
-    made.model.rotary_emb = type(rotary)(model.config)
-    made.model.rotary_emb.inv_freq = model.decoder.inv_freq.to(model.device)
+    made.model.rotary_emb = type(rotary)(model.config).to(model.device)
+    for module in made.modules():
+        if hasattr(module, "scalar_embed_scale"):  # of Gemma's embedding, whose tensor is in no checkpoint
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=model.device)
+    factors = frequency_factors(model)
+    if factors is not None:  # which only a file of one rotary embedding has
+        made.model.rotary_emb.inv_freq = model.decoder.inv_freq.to(model.device)
     made.generation_config = model.generation_config or made.generation_config
     return made.eval()

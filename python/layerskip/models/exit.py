@@ -123,7 +123,6 @@ class Exit:
         return BoundExit(self.exit_layer, _head(model.head, cast(self.norm_weight), low_rank, rows), blocks)
 
     def _check_model(self, model: LayerSkipModel) -> None:
-        first = model.decoder.layer(0)
         sizes = {
             "layers": (self.num_layers, model.num_layers),
             "tokens": (self.vocab_size, model.vocab_size),
@@ -132,7 +131,10 @@ class Exit:
         for what, (mine, theirs) in sizes.items():
             if mine != theirs:
                 raise ValueError(f"the exit is for a model of {mine} {what}, this one has {theirs}")
+        if not self.blocks:
+            return
         decoder = model.decoder
+        first = decoder.template(0)
         heads = (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
         shapes = layer_shapes(decoder.hidden_size, *heads, first.gate.shape[0])  # a packed weight's is another
         for number, block in enumerate(self.blocks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,18 @@ from layerskip_kernels import ExitOutput, Head, exit_head
 from layerskip_kernels.formats import dequantize, format_of, is_packed
 
 from .weights import reject_gradient, shared
+
+
+class NormForm(NamedTuple):
+    """How a final norm is kept, if not as the ops take it: the weight is (``offset`` + what is kept) · ``scale``."""
+
+    offset: float
+    scale: float
+
+    def of(self, kept: Tensor) -> Tensor:
+        """The weight, in the dtype of what is kept."""
+        return ((kept.float() + self.offset) * self.scale).to(kept.dtype)
+
 
 _QUANTIZE_ROWS = 8192  # rows that are converted to fp32 at a time
 _INT8_MAX = 127
@@ -32,10 +44,13 @@ class EarlyExitHead(nn.Module):
         The token that each row stands for; without it a row stands for its index.
     scale : Tensor [V], fp32, optional
         One factor a row of an int8 head.
+    norm_form : NormForm, optional
+        Where ``norm_weight`` is not yet the weight of the norm; then the weight is a tensor of its own, see `refresh`.
     """
 
     token_map: Tensor | None
     scale: Tensor | None
+    norm_weight: Tensor
 
     def __init__(
         self,
@@ -44,6 +59,7 @@ class EarlyExitHead(nn.Module):
         eps: float,
         token_map: Tensor | None = None,
         scale: Tensor | None = None,
+        norm_form: NormForm | None = None,
     ) -> None:
         super().__init__()
         packed = head_weight.dim() == 2 and is_packed(head_weight)
@@ -54,7 +70,14 @@ class EarlyExitHead(nn.Module):
                 f"norm_weight has shape {list(norm_weight.shape)}, head_weight {list(head_weight.shape)}; "
                 "expected [D] and [V, D]"
             )
-        self.norm_weight = shared(norm_weight)
+        self.norm_form = norm_form
+        if norm_form is None:
+            self.norm_weight = shared(norm_weight)
+        else:
+            self.norm_kept = shared(norm_weight)
+            with torch.inference_mode(False), torch.no_grad():  # `refresh` writes to it in any mode
+                self.register_buffer("norm_weight", norm_form.of(norm_weight), persistent=False)
+            self.register_load_state_dict_post_hook(lambda module, keys: module.refresh())
         self.head_weight = shared(head_weight)
         self.eps = float(eps)
         self.register_buffer("token_map", token_map)
@@ -64,6 +87,22 @@ class EarlyExitHead(nn.Module):
     def num_rows(self) -> int:
         """How many tokens the head scores."""
         return self.head_weight.shape[0]
+
+    @property
+    def kept_norm(self) -> Tensor:
+        """The parameter of the norm."""
+        return self.norm_weight if self.norm_form is None else self.norm_kept
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the norm's weight again where it is not the parameter itself, which may have other values."""
+        if self.norm_form is None:
+            return
+        weight = self.norm_form.of(self.norm_kept)
+        if (weight.dtype, weight.device) == (self.norm_weight.dtype, self.norm_weight.device):
+            self.norm_weight.copy_(weight)
+        else:
+            self.norm_weight = weight
 
     @property
     def weights(self) -> Head:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any, cast
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from layerskip_kernels import KVCache, LayerWeights, linear, partial_forward
 from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 from layerskip_kernels.functional import check_layer_weights
+from layerskip_kernels.rounds import Ops
 
 from .cache import SharedKVCache
-from .prefill import Product, prefill_layer, write_keys
-from .weights import reject_gradient, shared
+from .prefill import Product, Watch, prefill_layer, write_keys
+from .rotary import Rotary
+from .weights import JOINED, HeldWeights, parts_of, present, reject_gradient, shared
 
 _growing = Lock()  # of tables, which several threads may find too short; a decoder that held it could not be copied
 
@@ -28,8 +30,9 @@ class PartialDepthDecoder(nn.Module):
 
     Parameters
     ----------
-    layers : sequence of LayerWeights
-        At least one; all of one dtype and on one device. Shapes as in `layerskip_kernels.partial_forward`.
+    layers : sequence of LayerWeights, or of mapping
+        At least one; all of one dtype and on one device. Shapes as in `layerskip_kernels.partial_forward`. A mapping
+        has the same names, or those of `layerskip.models.weights.JOINED`, each for several matrices in one parameter.
     num_kv_heads : int
         G.
     eps : float
@@ -40,6 +43,9 @@ class PartialDepthDecoder(nn.Module):
         Factor of cos and sin.
     blocks : sequence of LayerWeights
         Of an exit: they count as the layers from L on, and only who asks for these runs them.
+    max_positions : int, optional
+        How many positions these layers compute as their model does, where that is not any number. What is further on
+        comes out as NaN, so that its head gives no token.
 
     Raises
     ------
@@ -49,12 +55,13 @@ class PartialDepthDecoder(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[LayerWeights],
+        layers: Sequence[HeldWeights],
         num_kv_heads: int,
         eps: float,
         inv_freq: Tensor,
         attention_scaling: float = 1.0,
-        blocks: Sequence[LayerWeights] = (),
+        blocks: Sequence[HeldWeights] = (),
+        max_positions: int | None = None,
     ) -> None:
         super().__init__()
         if not layers:
@@ -66,35 +73,35 @@ class PartialDepthDecoder(nn.Module):
         self.head_dim = 2 * inv_freq.numel()
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
             raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
-        self.hidden_size = layers[0].attn_norm.numel()
-        self.num_heads = layers[0].q.shape[0] // self.head_dim
-        layers = [*layers, *blocks]
-        _check_layers(layers, self.hidden_size, num_kv_heads, self.head_dim)
-        self.layers = nn.ModuleList(_parameters(layer) for layer in layers)
+        self.layers = nn.ModuleList(_parameters(layer) for layer in (*layers, *blocks))
         # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
-        self._inv_freq, self._attention_scaling = inv_freq.detach().cpu(), float(attention_scaling)
+        self.rotary = Rotary(inv_freq.detach().cpu(), float(attention_scaling))
         self._tables = (torch.empty(0, self.head_dim // 2),) * 2
-        self._has_optional = any(getattr(layer, name) is not None for layer in layers for name in OPTIONAL_WEIGHTS)
+        self.max_positions = max_positions
         self._list_weights()
+        self.hidden_size = self._by_layer[0].o.shape[0]
+        self.num_heads = self._by_layer[0].q.shape[0] // self.head_dim
+        self._check_weights()
         self.register_load_state_dict_post_hook(lambda module, keys: module._list_weights())
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights, states and cache."""
-        return self._weights[0].dtype
+        return self._like.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self._weights[0].device
+        return self._like.device
 
     def with_blocks(self, blocks: Sequence[LayerWeights]) -> PartialDepthDecoder:
         """A decoder of the same layers, on the same storage, with the blocks of an exit."""
-        return self.of(self._by_layer[: self.num_layers], blocks)
+        return self.of([self.held(number) for number in range(self.num_layers)], blocks)
 
-    def of(self, layers: Sequence[LayerWeights], blocks: Sequence[LayerWeights] = ()) -> PartialDepthDecoder:
+    def of(self, layers: Sequence[HeldWeights], blocks: Sequence[LayerWeights] = ()) -> PartialDepthDecoder:
         """A decoder of other layers, with the same norms' eps and rotary embedding."""
-        return PartialDepthDecoder(layers, self.num_kv_heads, self.eps, self._inv_freq, self._attention_scaling, blocks)
+        inv_freq, scaling, _ = self.rotary
+        return PartialDepthDecoder(layers, self.num_kv_heads, self.eps, inv_freq, scaling, blocks, self.max_positions)
 
     def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
         """An empty cache for layers and blocks; the tables of the rotary embedding grow to ``capacity``.
@@ -115,16 +122,42 @@ class PartialDepthDecoder(nn.Module):
     @property
     def inv_freq(self) -> Tensor:
         """Frequencies of the rotary embedding [C/2], fp32, on the CPU."""
-        return self._inv_freq
+        return self.rotary.inv_freq
 
     @property
     def rope_tables(self) -> tuple[Tensor, Tensor]:
         """Cos and sin of the rotary embedding, [≥ T, C/2]; `new_cache` may put longer ones in their place."""
         return self._tables
 
+    def tables_of(self, number: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin of one layer."""
+        return self._tables
+
+    @property
+    def ops(self) -> Ops | None:
+        """What drafts and rounds of these layers are made of; None where one call computes them."""
+        return None
+
     def layer(self, index: int) -> LayerWeights:
         """The weights of one layer by their names."""
         return self._by_layer[index]
+
+    def template(self, index: int) -> LayerWeights:
+        """A layer for the blocks of an exit to be like."""
+        return self.layer(index)
+
+    def held(self, index: int) -> dict[str, Tensor]:
+        """The parameters of one layer, which `layer` may give in parts."""
+        return dict(cast("nn.ParameterDict", self.layers[index]).items())
+
+    def made(self, held: Mapping[str, Tensor]) -> LayerWeights:
+        """The weights of a layer out of parameters as `held` gives them."""
+        return LayerWeights(**parts_of(held, self.num_kv_heads * self.head_dim))
+
+    def refresh(self) -> None:
+        """Look at the parameters again, if `layer` gives views of some: they may have been given other memory."""
+        if self._has_views:
+            self._list_weights()
 
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
         """The weights of layers [start, end) as `layerskip_kernels.partial_forward` takes them."""
@@ -213,24 +246,27 @@ class PartialDepthDecoder(nn.Module):
         rows = hidden.shape[1]
         if past + rows > cache.capacity:
             raise ValueError(f"{rows} rows after {past} positions do not fit a cache of capacity {cache.capacity}")
+        if self.max_positions is not None and past + rows > self.max_positions:
+            raise ValueError(f"{rows} rows after {past} positions are more than the {self.max_positions} of the window")
         if rows == 0:
             return hidden.clone()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            cos, sin = self._tables
             for layer in range(start, end):
-                weights = self._by_layer[layer]
-                hidden = prefill_layer(
-                    hidden,
-                    weights,
-                    cache.k[layer],
-                    cache.v[layer],
-                    cos,
-                    sin,
-                    cache.seq_lens,
-                    past,
-                    self.eps,
-                )
+                hidden = self.prefill_layer(layer, self._by_layer[layer], hidden, cache, past)
         return hidden
+
+    def prefill_layer(
+        self,
+        number: int,
+        weights: LayerWeights,
+        hidden: Tensor,
+        cache: SharedKVCache,
+        past: int,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """One layer of `prefill`, after ``past`` positions, with these weights in the place of its own."""
+        keys, values, (cos, sin) = cache.k[number], cache.v[number], self.tables_of(number)
+        return prefill_layer(hidden, weights, keys, values, cos, sin, cache.seq_lens, past, self.eps, watch)
 
     def write_keys(
         self,
@@ -254,7 +290,8 @@ class PartialDepthDecoder(nn.Module):
         """
         self._check(hidden, cache, layer, layer + 1)
         whole = self.kv_cache(cache, seq_lens, slots)
-        own = whole._replace(k_cache=whole.k_cache[layer], v_cache=whole.v_cache[layer])
+        cos, sin = self.tables_of(layer)
+        own = whole._replace(k_cache=whole.k_cache[layer], v_cache=whole.v_cache[layer], cos=cos, sin=sin)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             write_keys(hidden, self._by_layer[layer], own, self.eps, product)
 
@@ -275,21 +312,29 @@ class PartialDepthDecoder(nn.Module):
             )
 
     def _filled_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin of position times frequency, in fp32, [positions, C/2]."""
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._inv_freq
-        cos, sin = angles.cos() * self._attention_scaling, angles.sin() * self._attention_scaling
-        return cos.to(self.device), sin.to(self.device)
+        """Cos and sin of the rotary embedding, [positions, C/2] in fp32."""
+        return self.rotary.tables(positions, self.max_positions, self.device)
 
     def _list_weights(self) -> None:
         """List the parameters in the op's order; the lists hold the objects, so they see changes in place."""
-        held = cast("Iterable[nn.ParameterDict]", self.layers)
-        self._by_layer = [LayerWeights(**dict(layer.items())) for layer in held]
-        names = LayerWeights._fields if self._has_optional else REQUIRED_WEIGHTS
-        first = self._by_layer[0].attn_norm
-        absent = torch.empty(0, dtype=first.dtype, device=first.device)
+        self._by_layer = [self.made(self.held(number)) for number in range(len(self.layers))]
+        names = self._fields()
+        first = self.held(0)
+        self._has_views = not JOINED.keys().isdisjoint(first)
+        self._like = next(weight for weight in first.values() if weight.dim() == 1)
+        absent = torch.empty(0, dtype=self._like.dtype, device=self._like.device)
         flat = [getattr(layer, name) for layer in self._by_layer for name in names]
         self._per_layer = len(names)
         self._weights: list[Tensor] = [absent if weight is None else weight for weight in flat]
+
+    def _fields(self) -> Sequence[str]:
+        """The names of a layer's tensors in the op's order."""
+        layers = map(self.held, range(len(self.layers)))
+        has_optional = any(not held.keys().isdisjoint(OPTIONAL_WEIGHTS) for held in layers)
+        return LayerWeights._fields if has_optional else REQUIRED_WEIGHTS
+
+    def _check_weights(self) -> None:
+        _check_layers(self._by_layer, self.hidden_size, self.num_kv_heads, self.head_dim)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PartialDepthDecoder:
         """Convert the module, and list its weights again: a conversion may replace parameters."""
@@ -300,8 +345,8 @@ class PartialDepthDecoder(nn.Module):
         return self
 
 
-def _parameters(layer: LayerWeights) -> nn.ParameterDict:
-    return nn.ParameterDict({name: shared(weight) for name, weight in layer._asdict().items() if weight is not None})
+def _parameters(layer: HeldWeights) -> nn.ParameterDict:
+    return nn.ParameterDict({name: shared(weight) for name, weight in present(layer).items()})
 
 
 def _check_layers(layers: Sequence[LayerWeights], hidden_size: int, num_kv_heads: int, head_dim: int) -> None:

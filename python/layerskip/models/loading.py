@@ -153,6 +153,7 @@ def _read_gguf(
     with reading("configuration", str(path)):
         config = transformers.AutoConfig.from_pretrained(path.parent, **given)
     check_config(config)
+    checkpoints.check_architecture(path, config.model_type)
     checkpoint = checkpoints.GgufCheckpoint(path)
     with reading("tokenizer", str(path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)

@@ -126,6 +126,17 @@ class LayerSkipModel(nn.Module):
         return self.embedding.shape[0]
 
     @property
+    def max_positions(self) -> int | None:
+        """The longest text that is computed as the model does; None for any length."""
+        bounds = getattr(self.config, "max_position_embeddings", None), self.decoder.max_positions
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def refresh(self) -> None:
+        """Look at the weights again: some may have other memory, or a norm other values."""
+        self.decoder.refresh()
+        self.head.refresh()
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of weights and states."""
         return self.decoder.dtype
@@ -255,6 +266,7 @@ class LayerSkipModel(nn.Module):
                 extend=False,
                 eps=self.decoder.eps,
                 noise=noise,
+                ops=self.decoder.ops,
             ).tokens[:, 0]
 
     def draft(
@@ -285,8 +297,7 @@ class LayerSkipModel(nn.Module):
             K, the number of tokens to draft.
         draft_threshold : float
             As in `layerskip_kernels.draft`.
-        seq_lens, slots, noise
-            As in `decode`.
+        seq_lens, slots, noise : as in `decode`
         logits : Tensor [B, K, V_draft], fp32, optional
             The draft head's raw logits are written to it.
 
@@ -317,6 +328,7 @@ class LayerSkipModel(nn.Module):
                 noise=noise,
                 logits=logits,
                 num_blocks=decoder.num_blocks,
+                ops=decoder.ops,
             )
 
     def speculate(
@@ -347,8 +359,7 @@ class LayerSkipModel(nn.Module):
             As in `layerskip_kernels.speculative_round`, which takes it without noise only.
         seq_lens : Tensor [B], int64, optional
             Advanced in place; by default the cache's.
-        slots, noise
-            As in `decode`.
+        slots, noise : as in `decode`
 
         Returns
         -------
@@ -376,6 +387,7 @@ class LayerSkipModel(nn.Module):
                 eps=decoder.eps,
                 noise=noise,
                 num_blocks=decoder.num_blocks,
+                ops=decoder.ops,
             )
 
     def _check_exit(self, exit_layer: int) -> None:

@@ -13,14 +13,16 @@ from layerskip_kernels import KVCache, LayerWeights, rms_norm, rope_kv_append, v
 from layerskip_kernels.formats import plain
 
 INPUTS = {
-    "q": "attention", "k": "attention", "v": "attention", "o": "attended",
-    "gate": "feed-forward", "up": "feed-forward", "down": "gated",
+    "q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attended",
+    "gate": "feed-forward", "up": "feed-forward", "gate_up": "feed-forward", "down": "gated",
 }  # fmt: skip
-"""What each matrix of a layer is multiplied by, by names that `prefill_layer` tells."""
+"""What each matrix of a layer is multiplied by, by names that `prefill_layer` tells. A layer has some of them."""
 ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [R, D], weight, bias) -> x @ weightᵀ + bias."""
+Watch = Callable[[str, Tensor], None]
+"""Called with a name in `INPUTS`, and what the matrices are multiplied by."""
 
 
 def prefill_layer(
@@ -33,7 +35,7 @@ def prefill_layer(
     seq_lens: Tensor,
     past: int,
     eps: float,
-    watch: Callable[[str, Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Compute one layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
 
@@ -50,7 +52,7 @@ def prefill_layer(
         How many positions the cache already holds.
     eps : float
     watch : callable, optional
-        Called with each of the inputs of matmuls, and its name in `INPUTS`.
+        Called for each of the inputs of matmuls.
     """
     seen = watch or (lambda name, states: None)
     batch, rows, _ = hidden.shape
@@ -63,7 +65,7 @@ def prefill_layer(
     q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
     k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
     q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
-    attended = _attend(q, k_cache, v_cache, seq_lens, past)
+    attended = attend_prompt(q, k_cache, v_cache, seq_lens, past)
     seen("attended", attended)
     hidden = hidden + torch_linear(attended, weights.o)
     normed = rms_norm(hidden, weights.mlp_norm, eps)
@@ -100,7 +102,7 @@ def write_keys(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float
     rope_kv_append(k, k, v, cache.cos, cache.sin, cache.k_cache, cache.v_cache, cache.seq_lens, cache.slots)
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, past: int) -> Tensor:
+def attend_prompt(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, past: int) -> Tensor:
     """Causal attention of q [B, N, H, C] over what the cache holds; [B, N, H C]."""
     if q.device.type == "cpu":
         # Torch's own is two to five times slower there: a mask keeps it from skipping what no row sees.

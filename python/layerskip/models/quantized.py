@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layerskip_kernels import LayerWeights
 from layerskip_kernels.formats import FORMATS, format_of, is_packed, named, quantize
 
 from .calibration import Calibration
 from .head import EarlyExitHead
+from .prefill import INPUTS
+from .unsupported import unsupported
 from .weights import shared
 
 if TYPE_CHECKING:
     from .model import LayerSkipModel
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-"""The weights of a layer's matmuls, by their names in `LayerWeights`, in the order in which it reads them."""
+MATRICES = tuple(INPUTS)
+"""The weights of a layer's matmuls, by the names that they are held by, in the order in which it reads them."""
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def quantized(
     if release:
         _check_finite(model)  # before anything is freed
     tied = model.embedding.data_ptr() == head.head_weight.data_ptr()
-    total, count = decoder.num_layers * len(MATRICES) + 2 - tied, 0
+    total, count = sum(map(len, _matrices(model))) + 2 - tied, 0
 
     def done(weight: Tensor) -> None:
         nonlocal count
@@ -53,12 +54,11 @@ def quantized(
 
     calibration = Calibration(decoder, [model.embed(ids.view(1, -1)) for ids in texts]) if texts else None
     layers = []
-    for number in range(decoder.num_layers):
-        layer = decoder.layer(number)
+    for number, matrices in enumerate(_matrices(model)):
         if calibration is not None:
             layers.append(calibration.pack(number, weights, done))
         else:
-            layers.append(layer._replace(**{name: packed(getattr(layer, name), weights) for name in MATRICES}))
+            layers.append(decoder.held(number) | {name: packed(weight, weights) for name, weight in matrices.items()})
     outer = outer_format(weights)
     head_weight = shared(
         packed(head.head_weight, outer)
@@ -67,10 +67,16 @@ def quantized(
     return type(model)(
         embedding,
         decoder.of(layers),
-        EarlyExitHead(head.norm_weight, head_weight, head.eps),
+        EarlyExitHead(head.kept_norm, head_weight, head.eps, norm_form=head.norm_form),
         model.config,
         model.generation_config,
     )
+
+
+def _matrices(model: LayerSkipModel) -> list[dict[str, Tensor]]:
+    """The weights of each layer's matmuls."""
+    layers = map(model.decoder.held, range(model.num_layers))
+    return [{name: held[name] for name in MATRICES if name in held} for held in layers]
 
 
 def outer_format(weights: str) -> str:
@@ -82,10 +88,10 @@ def formats(model: LayerSkipModel) -> list[str]:
     """See `LayerSkipModel.weights`."""
     decoder, width = model.decoder, model.decoder.hidden_size
     found = [_format(model.embedding, width), _format(model.head.head_weight, width)]
-    for number in range(decoder.num_layers):
-        layer = decoder.layer(number)
-        widths = {name: width for name in MATRICES} | {"o": layer.q.shape[0], "down": layer.gate.shape[0]}
-        found += [_format(getattr(layer, name), widths[name]) for name in MATRICES]
+    first = decoder.layer(0)
+    widths = {"o": first.q.shape[0]} | ({} if first.gate is None else {"down": first.gate.shape[0]})
+    for matrices in _matrices(model):
+        found += [_format(weight, widths.get(name, width)) for name, weight in matrices.items()]
     return sorted(set(found))
 
 
@@ -94,8 +100,11 @@ def _format(weight: Tensor, width: int) -> str:
 
 
 def _check_finite(model: LayerSkipModel) -> None:
-    named_weights = [(f"layer {number}: {name}", getattr(model.decoder.layer(number), name))
-                     for number in range(model.num_layers) for name in MATRICES]  # fmt: skip
+    named_weights = [
+        (f"layer {number}: {name}", weight)
+        for number, matrices in enumerate(_matrices(model))
+        for name, weight in matrices.items()
+    ]
     for where, weight in [*named_weights, ("the head", model.head.head_weight), ("the embedding", model.embedding)]:
         broken = (~weight.isfinite().all(1)).nonzero()
         if broken.numel():
@@ -103,13 +112,15 @@ def _check_finite(model: LayerSkipModel) -> None:
 
 
 def _check(model: LayerSkipModel, weights: str) -> None:
-    first: LayerWeights = model.decoder.layer(0)
-    if any(is_packed(one) for one in (model.embedding, model.head.head_weight, first.q)):
+    first = _matrices(model)[0]
+    if any(is_packed(one) for one in (model.embedding, model.head.head_weight, first["o"])):
         raise ValueError("the model's weights are packed already; quantize the model that it was made from")
     if model.draft_head is not model.head or model.decoder.num_blocks:
         raise ValueError("the model has an exit; quantize the model without it, then give it the exit")
-    for name in MATRICES:
+    if "down" not in first:
+        raise unsupported("packing the weights of experts", "models without experts")
+    for name, weight in first.items():
         try:
-            named(weights, getattr(first, name).shape[1])
+            named(weights, weight.shape[1])
         except ValueError as error:
             raise ValueError(f"{name} of the layers: {error}") from None

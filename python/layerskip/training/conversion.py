@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.architectures import check_config
+from ..models.families import norm_form_of
 from ..models.watch import ORIGINAL_FORWARD
 from .dropout import LayerDropout, apply_to_samples
 from .loss import ExitHeadLoss, target_rows
@@ -37,7 +38,7 @@ class Conversion:
         if dropout is not None and len(dropout.rates) != len(self.layers):
             raise ValueError(f"{len(dropout.rates)} dropout rates were given for {len(self.layers)} layers")
         self.vocabulary = int(head.weight.shape[0])
-        self.loss = ExitHeadLoss(norm, head, norm.variance_epsilon)
+        self.loss = ExitHeadLoss(norm, head, _eps(norm), norm_form_of(model.config))
         self._wanted: frozenset[int] = frozenset()
         self._dropping = False  # stays set after a forward: activation checkpointing runs layers again in the backward
         self._states: dict[int, Tensor] = {}
@@ -125,9 +126,14 @@ class Conversion:
 def _decoder_parts(model: Any) -> tuple[Any, Any]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-    if layers is None or not hasattr(norm, "variance_epsilon"):
+    if layers is None or _eps(norm) is None:
         raise ValueError(f"{type(model).__name__} has no decoder with layers and a final RMS norm")
     return layers, norm
+
+
+def _eps(norm: Any) -> Any:
+    """Gemma calls it otherwise."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def convert(model: Any, dropout: LayerDropout | None = None) -> Conversion:

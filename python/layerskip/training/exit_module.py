@@ -160,7 +160,7 @@ class TrainableExit(nn.Module):
         super().__init__()
         decoder = model.decoder
         self.exit_layer, self.num_layers, self.vocab_size = exit_layer, model.num_layers, model.vocab_size
-        self.blocks = nn.ModuleList(Block(decoder.layer(init_layer)) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(Block(decoder.template(init_layer)) for _ in range(num_blocks))
         self.norm_weight = nn.Parameter(model.head.norm_weight.detach().float().clone())
         self.token_ids = None if token_ids is None else token_ids.to(model.device)
         weight = model.head.head_weight.detach()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import layerskip_kernels
 
+from ..models.head import NormForm
+
 IGNORE = -100
 
 
@@ -37,10 +39,12 @@ class ExitHeadLoss:
         The model's own final norm and head, of which the ``weight`` is used; they stay the model's.
     eps : float
         Of the norm.
+    norm_form : NormForm, optional
+        How its weight is kept, if not as it is.
     """
 
-    def __init__(self, norm: Any, head: Any, eps: float) -> None:
-        self.norm, self.head, self.eps = norm, head, eps
+    def __init__(self, norm: Any, head: Any, eps: float, norm_form: NormForm | None = None) -> None:
+        self.norm, self.head, self.eps, self.norm_form = norm, head, eps, norm_form
 
     def gather(self, states: Sequence[Tensor], rows: Tensor) -> Tensor:
         """The rows [N, R, D] of the states, in the dtype that matmuls run in."""
@@ -51,7 +55,8 @@ class ExitHeadLoss:
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Norm and head weight, read anew: a sharded model swaps them."""
-        return self.norm.weight.to(dtype), self.head.weight.to(dtype)
+        norm = self.norm.weight if self.norm_form is None else self.norm_form.of(self.norm.weight)
+        return norm.to(dtype), self.head.weight.to(dtype)
 
     def on_rows(
         self, hiddens: Tensor, targets: Tensor, exit_weights: Tensor, sample: Tensor | None = None, sampled: int = 0

@@ -10,6 +10,7 @@ from layerskip_kernels import BackendError, explain
 
 from .._extras import check_transformers
 from ..models import architectures
+from ..models.families import ACTIVATIONS
 from ..models.watch import unwrapped
 from .fused import FusedRMSNorm, FusedSwiGLU, SkinnyLinear, fuse, unfuse
 
@@ -78,8 +79,17 @@ def _fusable(hf_model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     names = sorted({path.rpartition(".")[0] for path in architecture.layer_paths.values()})
     paths = [*(f"{layer}.{name}" for layer in layers for name in names), "model.norm", "lm_head"]
     modules = [hf_model.get_submodule(path) for path in paths]
-    fused = [(module, SkinnyLinear if isinstance(module, nn.Linear) else FusedRMSNorm) for module in modules]
-    return [*fused, *((hf_model.get_submodule(f"{layer}.mlp"), FusedSwiGLU) for layer in layers)]
+    fused = [(module, form) for module in modules if (form := _form(module)) is not None]
+    blocks = (hf_model.get_submodule(f"{layer}.mlp") for layer in layers)
+    gated = [block for block in blocks if hasattr(block, "gate_proj") and architecture.activations == ACTIVATIONS]
+    return [*fused, *((block, FusedSwiGLU) for block in gated)]
+
+
+def _form(module: nn.Module) -> type[nn.Module] | None:
+    """The fused form of a linear layer or a norm; of Gemma's norm, whose weight is kept less 1, there is none."""
+    if isinstance(module, nn.Linear):
+        return SkinnyLinear
+    return FusedRMSNorm if hasattr(module, "variance_epsilon") else None
 
 
 def _check_served(linear: Any) -> None:

@@ -11,7 +11,7 @@ from .build import Progress, build, frequency_factors, without_quantization
 from .checkpoint import Checkpoint, SafetensorsCheckpoint
 from .compressed_tensors import CompressedTensorsCheckpoint
 from .fine_grained import FineGrainedCheckpoint
-from .gguf import SUFFIX, GgufCheckpoint
+from .gguf import SUFFIX, GgufCheckpoint, check_architecture
 from .gptq import GptqCheckpoint
 from .own import METHOD, ROPE_FACTORS, OwnCheckpoint, own_settings
 from .plain import PlainCheckpoint
@@ -28,6 +28,7 @@ __all__ = [
     "Progress",
     "TensorFiles",
     "build",
+    "check_architecture",
     "frequency_factors",
     "layout_of",
     "own_settings",

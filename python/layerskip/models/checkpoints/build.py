@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels import LayerWeights
 from layerskip_kernels.formats import kind_of
 
-from ..architectures import ARCHITECTURES, LAYERS, check_names, frequencies
+from ..architectures import check_names
+from ..assembly import EMBEDDING, HEAD, assemble, layers_of
+from ..families import ARCHITECTURES
 from ..files import ModelFileError
-from ..head import EarlyExitHead
-from ..layers import PartialDepthDecoder
 from ..model import LayerSkipModel
-from ..named import EMBEDDING, HEAD, NORM
+from ..rotary import exact_module
 from ..unsupported import unsupported
 from ..weights import shared
 from .checkpoint import Checkpoint
@@ -68,16 +67,19 @@ def build(
     unused = [name for name in checkpoint.unused() if not (tied and name == HEAD)]
     if unused:
         raise ModelFileError(f"{source} has {len(unused)} weights that its config.json does not use, first {unused[0]}")
-    head = EarlyExitHead(held[NORM], held[EMBEDDING if tied else HEAD], config.rms_norm_eps)
-    decoder = _decoder(skeleton, held, checkpoint.frequency_factors)
+    for number, layer in enumerate(layers_of(config, held)):
+        _check_alike(number, layer, config.hidden_size)
+    decoder, head = assemble(skeleton, held, checkpoint.frequency_factors)
     generation_config = generation_config or skeleton.generation_config
     return LayerSkipModel(held[EMBEDDING], decoder, head, config, generation_config).eval()
 
 
 def frequency_factors(model: LayerSkipModel) -> Tensor | None:
     """What divides the frequencies that a model's configuration gives, [C/2]; None where they are the model's."""
-    inv_freq, _ = frequencies(_skeleton(without_quantization(model.config)))
-    factors = inv_freq / model.decoder.inv_freq
+    config = without_quantization(model.config)
+    form = ARCHITECTURES[config.model_type].form(config, exact_module(_skeleton(config)))
+    expected, held = form.rotaries[0].inv_freq, model.decoder.inv_freq
+    factors = torch.where(expected == held, 1.0, expected / held)  # some are 0 in both
     return None if torch.allclose(factors, torch.ones(()), rtol=1e-5, atol=0) else factors
 
 
@@ -114,24 +116,10 @@ def _read(
     return held
 
 
-def _check_alike(number: int, layer: LayerWeights, width: int) -> None:
+def _check_alike(number: int, layer: dict[str, Tensor], width: int) -> None:
     """Matrices that one packing of the states serves are of one kind."""
     for names in (("q", "k", "v"), ("gate", "up")):
-        kinds = {name: kind_of(getattr(layer, name), width) for name in names}
+        kinds = {name: kind_of(layer[name], width) for name in names if name in layer}
         if len(set(kinds.values())) > 1:
             found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
             raise unsupported(f"layer {number} with {found}", "q, k and v of one kind, and gate and up")
-
-
-def _decoder(skeleton: Any, held: dict[str, Tensor], frequency_factors: Tensor | None) -> PartialDepthDecoder:
-    config = skeleton.config
-    paths = ARCHITECTURES[config.model_type].layer_paths
-    layers = [
-        LayerWeights(**{name: held[f"{LAYERS}.{number}.{path}"] for name, path in paths.items()})
-        for number in range(config.num_hidden_layers)
-    ]
-    for number, layer in enumerate(layers):
-        _check_alike(number, layer, config.hidden_size)
-    inv_freq, scaling = frequencies(skeleton)
-    inv_freq = inv_freq if frequency_factors is None else inv_freq / frequency_factors
-    return PartialDepthDecoder(layers, config.num_key_value_heads, config.rms_norm_eps, inv_freq, scaling)

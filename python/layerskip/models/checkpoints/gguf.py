@@ -21,6 +21,8 @@ SUFFIX = ".gguf"
 FORMAT_OF = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4_zero"}
 PLAIN = ("F32", "F16", "BF16")
 OTHERWISE = "int8"  # the format of what is quantized in no way that a packed weight is
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""The values of ``model_type`` whose files are known to hold what transformers has, in its order or in Llama's."""
 # Architectures whose q and k rows llama.cpp keeps in the order of its own rotary embedding.
 _PERMUTED = ("llama", "mistral")
 _ROWS = 4096  # that are dequantized at a time
@@ -32,6 +34,12 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 _ROPE_FACTORS = "rope_freqs.weight"
+
+
+def check_architecture(path: Path, model_type: str) -> None:
+    """Raise UnsupportedModelError for other architectures: Gemma's norms, for one, are kept in another way."""
+    if model_type not in ARCHITECTURES:
+        raise unsupported(f"{path}, a GGUF file of model_type {model_type!r},", f"GGUF of {', '.join(ARCHITECTURES)}")
 
 
 def gguf_name(name: str) -> str:
