@@ -3,20 +3,23 @@
     python -m benchmarks.peers --install llama.cpp openvino     # an environment each, once
     python -m benchmarks.peers [--tasks parsing] [--engines layerskip llama.cpp] [--limit 6]
 
-Every way of decoding has a process with its model, and they take turns, prompt by prompt, in an order that rotates, so
-that whatever else the machine does disturbs all alike. Speeds are those after the first tokens; the ratio is the median
-over the prompts of that to our autoregressive bf16 decoding of the same prompt. Ours, self-speculative, must give the
-tokens of ours, autoregressive, in the same weights; the others' greedy texts may differ, since they round differently.
-What cannot be measured is listed with its reason.
+Every way of decoding has a process with its model, up to 1 GB each, 25 of them. They take turns, prompt by prompt, in a
+shuffled order, so that whatever else the machine does disturbs all alike. Speeds are those after the first tokens; the
+ratio is the median over the prompts of that to our autoregressive bf16 decoding of the same prompt. Our E and K are
+those that serve a task best, the peers' prompt lookup drafts 8 tokens; llama.cpp is driven token by token from Python.
+Ours, self-speculative, must give the tokens of ours, autoregressive, in the same weights; the others' greedy texts may
+differ, since they round differently. What cannot be measured is listed with its reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +29,16 @@ from rich.progress import track
 from layerskip import _ends
 from layerskip._files import write_atomically
 from layerskip.cli.prompts import read
-from layerskip.models import load
 
 from ..harness import machine
-from .models import directory, gguf_file
+from .models import Forms
 from .processes import REQUIREMENTS, MissingPeerError, Worker, install
 from .report import Measured, markdown, picture
-from .ways import OURS, TASKS, Task, Way, ways
+from .ways import OURS, TASKS, Way, ways
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Install, or measure and write JSON, Markdown and a picture after each task."""
+    """Install, or measure; JSON and a picture are written, and a table printed, after each task."""
     args = _parsed(arguments)
     for engine in args.install:
         install(engine)
@@ -45,76 +47,98 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     report: dict[str, Any] = {"machine": machine(), "settings": settings, "tasks": {}}
+    print(f"{report['machine']['cpu']}, {args.threads} threads; {args.limit} prompts, {args.max_new_tokens} new tokens")
     for name in args.tasks:
-        measured, skipped = _measure(args, TASKS[name], name)
-        rows = [one.row(measured[0]) for one in measured]
-        report["tasks"][name] = {"rows": rows, "skipped": skipped, "samples": [one.samples() for one in measured]}
-        print(markdown(name, rows, skipped), flush=True)
+        report["tasks"][name] = _measure(args, name)
+        print(markdown(name, report["tasks"][name]["rows"], report["tasks"][name]["skipped"]), flush=True)
         write_atomically(args.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
         write_atomically(args.output.with_suffix(".png"), picture(report["tasks"]))
 
 
-def _measure(args: argparse.Namespace, task: Task, name: str) -> tuple[list[Measured], dict[str, str]]:
-    _, tokenizer = load(task.model)
-    prompts = [tokenizer(prompt.text).input_ids for prompt in read(task.prompts, args.limit)]
-    length = max(args.first_token, default=0) + args.max_new_tokens + 64
-    prompts = [ids for ids in prompts if len(ids) + args.max_new_tokens <= length]
-    measured: list[Measured] = []
-    skipped: dict[str, str] = {}
+def _measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    task = TASKS[name]
+    args.models.mkdir(parents=True, exist_ok=True)
+    forms = Forms(task.model, args.models, args.gguf or _stock_gguf())
+    prompts = [forms.tokenizer(prompt.text).input_ids for prompt in read(task.prompts, args.limit)]
+    length = max([*args.first_token, *map(len, prompts)]) + args.max_new_tokens + 64
+    found = list(ways(task, args.engines, forms, args.threads, length))
+    del forms
     with ExitStack() as stack:
-        for way in _wanted(args, task, length):
-            try:
-                worker = Worker(way.engine, way.settings)
-                stack.callback(worker.close)
-                worker.decode(prompts[0], 4)  # pages, caches and compilation
-            except MissingPeerError as error:
-                skipped[str(way)] = str(error)
-            else:
-                measured.append(Measured(way, worker))
-        if not measured or str(measured[0].way.engine) != OURS:
-            raise SystemExit(f"our own decoding could not be measured: {skipped}")
-        _take_turns(measured, prompts, args.max_new_tokens, f"{name}, {len(measured)} ways")
-        _first_tokens([one for one in measured if one.way.plain], prompts[0], args)
-    _check(measured)
-    return measured, skipped
+        run = Run()
+        for way in track(found, f"{name}: loading"):
+            run.load(way, stack, prompts, args.max_new_tokens)
+        for number, ids in enumerate(track(prompts, f"{name}: {len(run.measured)} ways")):
+            for one in run.shuffled(number):
+                run.ask(one, ids, args.max_new_tokens, one.take)
+        _first_tokens(run, prompts, args)
+    check(run.measured)
+    rows = [one.row(run.measured[0]) for one in run.measured]
+    return {"rows": rows, "skipped": run.skipped, "samples": [one.samples() for one in run.measured]}
 
 
-def _wanted(args: argparse.Namespace, task: Task, length: int) -> Iterable[Way]:
-    folder = args.models
-    folder.mkdir(parents=True, exist_ok=True)
-    like = args.gguf or _stock_gguf()
-    made = ways(task, directory(task.model, folder), lambda kind: gguf_file(task.model, kind, like, folder),
-                args.threads, length)  # fmt: skip
-    return (way for way in made if way.engine in args.engines)
+class Run:
+    """The ways that can be measured so far, the baseline first, and why others cannot."""
+
+    def __init__(self) -> None:
+        self.measured: list[Measured] = []
+        self.skipped: dict[str, str] = {}
+
+    def load(self, way: Way, stack: ExitStack, prompts: Sequence[list[int]], new_tokens: int) -> None:
+        """Start a way's process, and let it decode once what is shortest and longest: caches, and what is compiled."""
+        try:
+            worker = Worker(way.engine, way.settings)
+        except MissingPeerError as error:
+            self._skip(way, error)
+            return
+        stack.callback(worker.close)
+        one = Measured(way, worker)
+        self.measured.append(one)
+        for ids in (min(prompts, key=len), max(prompts, key=len)):
+            self.ask(one, ids, new_tokens, lambda answer: None)
+
+    def ask(self, one: Measured, ids: list[int], new_tokens: int, take: Callable[[dict[str, Any]], None]) -> None:
+        """Let a way decode a prompt; one whose process ends is measured no more."""
+        if str(one.way) in self.skipped:
+            return
+        try:
+            take(one.worker.decode(ids, new_tokens))
+        except MissingPeerError as error:
+            self._skip(one.way, error)
+            self.measured.remove(one)
+
+    def shuffled(self, seed: int) -> list[Measured]:
+        """All ways, in an order in which none always follows the same other."""
+        return random.Random(seed).sample(self.measured, len(self.measured))
+
+    def _skip(self, way: Way, error: MissingPeerError) -> None:
+        if way.is_baseline:
+            raise RuntimeError(f"{way}, which all are compared with, could not be measured: {error}") from error
+        self.skipped[str(way)] = str(error)
 
 
 def _stock_gguf() -> Path:
-    from layerskip_smollm2.weights import gguf_file as stock
+    from layerskip_smollm2.weights import gguf_file
 
-    return stock()
-
-
-def _take_turns(measured: Sequence[Measured], prompts: Sequence[list[int]], new_tokens: int, label: str) -> None:
-    for number, ids in enumerate(track(prompts, label)):
-        first = number % len(measured)
-        for one in (*measured[first:], *measured[:first]):
-            one.take(one.worker.decode(ids, new_tokens))
+    return gguf_file()
 
 
-def _first_tokens(measured: Sequence[Measured], prompt: list[int], args: argparse.Namespace) -> None:
-    """Seconds to the first token of prompts of some lengths, which are one prompt again and again."""
-    for length in args.first_token:
-        ids = (prompt * (length // len(prompt) + 1))[:length]
-        for _ in range(args.repeat):
-            for one in measured:
-                one.take_first(length, one.worker.decode(ids, 2)["first"])
+def _first_tokens(run: Run, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
+    """Seconds to the first token of prompts of some lengths, which all begin differently: some engines keep prompts."""
+    text = [token for ids in prompts for token in ids]
+    for place, length in enumerate(args.first_token):
+        for repeat in range(args.repeat + 1):  # the first of a length sets up what depends on it
+            shift = (place * (args.repeat + 1) + repeat + 1) % len(text)
+            ids = ((text[shift:] + text[:shift]) * (length // len(text) + 1))[:length]
+            for one in run.shuffled(repeat):
+                if one.way.plain:
+                    run.ask(one, ids, 2, partial(one.take_first, length) if repeat else lambda answer: None)
 
 
-def _check(measured: Sequence[Measured]) -> None:
+def check(measured: Sequence[Measured]) -> None:
     """Our tokens must not depend on how they are drafted."""
-    plain = {one.way.weights: one for one in measured if one.way.engine == OURS and one.way.plain}
+    plain = {one.way.weights: one.texts for one in measured if one.way.engine == OURS and one.way.plain}
     for one in measured:
-        if one.way.engine == OURS and one.texts != plain[one.way.weights].texts:
+        if one.way.engine == OURS and one.texts != plain.get(one.way.weights, one.texts):
             raise RuntimeError(f"{one.way}: its tokens are not those of autoregressive decoding")
 
 
@@ -136,6 +160,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers"))
     _ends.declare(parser)
     args = parser.parse_args(arguments)
+    if args.limit < 1 or args.max_new_tokens < 2:
+        parser.error("--limit must be at least 1, and --max-new-tokens 2: speed is measured after the first token")
     if OURS not in args.engines:
         parser.error(f"--engines must have {OURS}, which the others are compared with")
     return args

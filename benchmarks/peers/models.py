@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +20,43 @@ TYPES = {"bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 _FILE_TYPES = {"bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "q4_1": "MOSTLY_Q4_1"}
 
 
-def directory(name: str, folder: Path) -> Path:
-    """The model as transformers reads it, in bf16, with any adapter merged; written once."""
-    target = folder / name
-    if not (target / "config.json").exists():
-        model, tokenizer = load(name, torch.bfloat16)
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    return target
-
-
-def gguf_file(name: str, kind: str, like: Path, folder: Path) -> Path:
-    """The model as a GGUF whose matrices have one type, with the tokenizer and settings of the file ``like``.
+class Forms:
+    """A model in every form, each written when it is first asked for, under a name that has a digest of its weights.
 
     Parameters
     ----------
     name : str
         A model of Llama's architecture.
-    kind : str
-        One of `TYPES`.
-    like : Path
-        A GGUF of the same architecture and shape.
     folder : Path
+    like : Path
+        A GGUF of the same shape, whose tokenizer and settings the files get.
     """
-    target = folder / f"{name}.{kind}.gguf"
-    if not target.exists():
-        model, _ = load(name, torch.bfloat16)
-        unfinished = target.with_suffix(".unfinished")
-        write(model, kind, GGUFReader(str(like)), unfinished)
-        unfinished.rename(target)
-    return target
+
+    def __init__(self, name: str, folder: Path, like: Path) -> None:
+        self._model, self.tokenizer = load(name, torch.bfloat16)
+        digest = hashlib.sha256(like.read_bytes())
+        for weight in self._model.state_dict().values():
+            digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+        self._stem, self._like = folder / f"{name}-{digest.hexdigest()[:12]}", like
+
+    def directory(self) -> Path:
+        """As transformers reads it, in bf16."""
+        if not self._stem.exists():
+            unfinished = self._stem.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._model.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            unfinished.rename(self._stem)
+        return self._stem
+
+    def gguf(self, kind: str) -> Path:
+        """As a GGUF whose matrices have one of `TYPES`; four-bit ones with embedding and head in Q8_0, as is usual."""
+        target = Path(f"{self._stem}.{kind}.gguf")
+        if not target.exists():
+            unfinished = target.with_suffix(".unfinished")
+            write(self._model, kind, GGUFReader(str(self._like)), unfinished)
+            unfinished.rename(target)
+        return target
 
 
 def write(model: Any, kind: str, like: GGUFReader, target: Path) -> None:
@@ -61,7 +70,8 @@ def write(model: Any, kind: str, like: GGUFReader, target: Path) -> None:
         matrix = weight.detach().float()
         if (found := re.search(r"self_attn\.(q_proj|k_proj)\.weight$", name)) is not None:
             matrix = _side_by_side(matrix, heads[found[1]])
-        made = GGMLQuantizationType[TYPES[kind]] if matrix.dim() == 2 else GGMLQuantizationType.F32
+        own = "q8_0" if kind.startswith("q4") and ("embed" in name or "lm_head" in name) else kind
+        made = GGMLQuantizationType[TYPES[own]] if matrix.dim() == 2 else GGMLQuantizationType.F32
         data = quants.quantize(np.ascontiguousarray(matrix.numpy()), made)
         writer.add_tensor(gguf_name(name), data, raw_dtype=made)
     writer.write_header_to_file()

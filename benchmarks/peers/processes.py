@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import venv
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 ENVIRONMENTS = Path(".venv-peers")
 REQUIREMENTS = {"llama.cpp": ["llama-cpp-python"], "openvino": ["openvino-genai"]}
 """What is installed for an engine; the others are in this environment."""
 WORKER = Path(__file__).with_name("worker.py")
+LIMIT = 600.0  # seconds that loading, or one answer, may take
 
 
 class MissingPeerError(Exception):
@@ -24,8 +28,12 @@ class MissingPeerError(Exception):
 def install(engine: str) -> None:
     """Make an engine's environment, and install it there; llama-cpp-python is compiled for this machine."""
     folder = ENVIRONMENTS / engine
-    venv.create(folder, with_pip=True, clear=True)
-    subprocess.run([folder / "bin/python", "-m", "pip", "install", *REQUIREMENTS[engine]], check=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([folder / "bin/python", "-m", "pip", "install", *REQUIREMENTS[engine]], check=True)
+    except BaseException:  # what is there counts as installed
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def interpreter(engine: str) -> str:
@@ -62,19 +70,23 @@ class Worker:
         self.ready = self._answer()
 
     def decode(self, ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
-        """Greedy continuation of a prompt, see `worker`."""
+        """Greedy continuation of a prompt, see `worker`; MissingPeerError if the process ends instead."""
         assert self._process.stdin is not None
-        print(json.dumps({"ids": list(ids), "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended, which its answer will say
+            print(json.dumps({"ids": list(ids), "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        timer = Timer(LIMIT, self._process.kill)
+        timer.start()
         line = self._process.stdout.readline()
+        timer.cancel()
         if not line:
-            self._process.wait()
+            ended = self._process.wait()
             self._errors.seek(0)
             said = [line for line in self._errors.read().splitlines() if line.strip()]
-            raise MissingPeerError(said[-1] if said else f"it ended with {self._process.returncode} and no message")
+            raise MissingPeerError(f"it ended with {ended}: {said[-1] if said else 'no message'}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -83,4 +95,5 @@ class Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()

@@ -33,19 +33,21 @@ class Measured:
         self.texts.append(answer["tokens"])
         self.peak = answer["peak_mib"]
 
-    def take_first(self, length: int, seconds: float) -> None:
+    def take_first(self, length: int, answer: Mapping[str, Any]) -> None:
         """Note the time to the first token of a prompt."""
-        self.firsts.setdefault(length, []).append(seconds)
+        self.firsts.setdefault(length, []).append(answer["first"])
 
     def row(self, ours: Measured) -> dict[str, Any]:
         """The figures, beside those of our autoregressive bf16 decoding."""
         pairs = zip(self.tokens, self.seconds, ours.tokens, ours.seconds, strict=True)
         ratios = [(mine / took) / (its / other) for mine, took, its, other in pairs if mine and its]
+        seconds = sum(self.seconds)
         same = sum(mine == other for mine, other in zip(self.texts, ours.texts, strict=True))
         return {
             "engine": self.way.engine, "way": self.way.name, "weights": self.way.weights,
             "version": self.worker.ready["version"], "load s": self.worker.ready["load"],
-            "tokens/s": sum(self.tokens) / sum(self.seconds), COLUMNS[1]: statistics.median(ratios),
+            "prompts": len(self.texts), "tokens/s": sum(self.tokens) / seconds if seconds else 0.0,
+            COLUMNS[1]: statistics.median(ratios) if ratios else 0.0,
             "same texts": same / len(self.texts), "peak MiB": self.peak,
             "first token s": {length: statistics.median(seconds) for length, seconds in self.firsts.items()},
         }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from .models import Forms
+
 OURS = "layerskip"
+LOOKUP = 8  # tokens that the peers' prompt lookup drafts
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,30 @@ class Way:
     def __str__(self) -> str:
         return f"{self.engine} {self.weights}, {self.name}"
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the others are compared with it."""
+        return self.engine == OURS and self.plain and self.weights == "bf16"
 
-def ways(task: Task, directory: Path, gguf: Callable[[str], Path], threads: int, length: int) -> Iterator[Way]:
-    """All ways of one task; `OURS` in bf16, autoregressive, is the first."""
-    common = {"model": str(directory), "threads": threads}
+
+def ways(task: Task, engines: Sequence[str], forms: Forms, threads: int, length: int) -> Iterator[Way]:
+    """The ways of some engines for one task; the baseline is the first."""
+    yield from _ours(task, threads, length)
+    if "transformers" in engines:
+        yield from _transformers(task, {"model": str(forms.directory()), "threads": threads})
+    if "llama.cpp" in engines:
+        for kind in ("bf16", "q8_0", "q4_0", "q4_1"):
+            llama = {"model": str(forms.gguf(kind)), "threads": threads, "length": length}
+            yield Way("llama.cpp", "generate", kind, llama, plain=True)
+            yield Way("llama.cpp", "prompt lookup", kind, {**llama, "lookup": LOOKUP})
+    if "openvino" in engines:
+        for kind in ("q8_0", "q4_0"):
+            vino = {"model": str(forms.gguf(kind)), "threads": threads}
+            yield Way("openvino", "generate", kind, vino, plain=True)
+            yield Way("openvino", "prompt lookup", kind, {**vino, "lookup": LOOKUP})
+
+
+def _ours(task: Task, threads: int, length: int) -> Iterator[Way]:
     ours = {"model": task.model, "threads": threads, "max_seq_len": length}
     drafts = {
         "exit_layer": task.exit_layer, "num_speculations": task.num_speculations, "draft_head": task.model,
@@ -55,16 +77,11 @@ def ways(task: Task, directory: Path, gguf: Callable[[str], Path], threads: int,
         yield Way(OURS, "self-speculative", weights, {**own, **drafts})
         free = {**own, **drafts, "draft_source": "auto", "num_speculations": "auto"}
         yield Way(OURS, "self-speculative, n-grams or the exit", weights, free)
+
+
+def _transformers(task: Task, common: dict[str, Any]) -> Iterator[Way]:
     yield Way("transformers", "generate", "bf16", common, plain=True)
     yield Way("transformers", "static cache, torch.compile", "bf16", {**common, "compiled": True}, plain=True)
     exits = {"assistant_early_exit": task.exit_layer, "num_assistant_tokens": task.num_speculations}
     yield Way("transformers", "assistant_early_exit", "bf16", {**common, **exits})
-    yield Way("transformers", "prompt_lookup_num_tokens", "bf16", {**common, "prompt_lookup_num_tokens": 8})
-    for kind in ("bf16", "q8_0", "q4_0", "q4_1"):
-        llama = {"model": str(gguf(kind)), "threads": threads, "length": length}
-        yield Way("llama.cpp", "generate", kind, llama, plain=True)
-        yield Way("llama.cpp", "prompt lookup", kind, {**llama, "lookup": 8})
-    for kind in ("q8_0", "q4_0"):
-        vino = {"model": str(gguf(kind)), "threads": threads}
-        yield Way("openvino", "generate", kind, vino, plain=True)
-        yield Way("openvino", "prompt lookup", kind, {**vino, "lookup": 8})
+    yield Way("transformers", "prompt_lookup_num_tokens", "bf16", {**common, "prompt_lookup_num_tokens": LOOKUP})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from exits_of import random_exit
 from tokenizers_of import byte_level
 
 import layerskip
+from layerskip.cli import arguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(page for page in ROOT.glob("docs/**/*.md") if "```python" in page.read_text(encoding="utf-8"))
@@ -105,3 +107,16 @@ def test_the_blocks_run(page, names, capsys):
             assert capsys.readouterr().out.startswith(example.want.splitlines()[0])
         else:
             exec(compile(block, str(page), "exec"), names)
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page.name}: {line[:60]}")
+    for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+    for block in re.findall(r"^ *```[a-z]*\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for line in re.findall(r"^ *(?:\.venv/bin/)?layerskip (.*)", block.replace("\\\n", " "), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_exist_with_their_options(line):
+    arguments.parse(shlex.split(line, comments=True))
