@@ -120,11 +120,17 @@ def _forward(a: Any, num_blocks: int) -> None:
 
 
 def draft(a: Any) -> None:
-    _drafting(a)
-    require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
+    draft_of_any_layers(a)
     batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.norm_weight
     states = state.expand(batch, rows, -1)
     _forward(derive("partial_forward", a, hidden=states, start=0, end=a.exit_layer), a.num_blocks)
+
+
+def draft_of_any_layers(a: Any) -> None:
+    """What holds of a draft whatever its layers are."""
+    _drafting(a)
+    require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
+    batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.norm_weight
     head = {"hidden": state.expand(batch * rows, -1), "temperature": None, "seed": None, "logits": None}
     exit_head(derive("exit_head", a, **head))
     if a.logits is not None:
@@ -166,14 +172,20 @@ def accept_sampled(a: Any) -> None:
 
 
 def speculative_round(a: Any) -> None:
+    round_of_any_layers(a)
+    batch, state, num_layers = a.token.shape[0], a.norm_weight, a.k_cache.shape[0] - a.num_blocks
+    states = state.expand(batch, a.num_speculations + 1, -1)
+    _forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers), a.num_blocks)
+
+
+def round_of_any_layers(a: Any) -> None:
+    """What holds of a round whatever its layers are."""
     _drafting(a)
     shaped("k_cache", a.k_cache, [None] * 5, [a.norm_weight.dtype])
     cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.norm_weight
     _blocks(a.num_blocks, max(cache_layers - 1, 0), cache_layers)
     num_layers = cache_layers - a.num_blocks
     require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
-    states = state.expand(batch, a.num_speculations + 1, -1)
-    _forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers), a.num_blocks)
     exit_head(derive("exit_head", a, hidden=state.expand(batch, -1), temperature=None, seed=None))
     if a.draft_norm_weight is not None:
         shaped("draft_norm_weight", a.draft_norm_weight, [state.shape[0]], [state.dtype])

@@ -93,7 +93,10 @@ def draft(
         num_speculations=num_speculations, extend=extend, eps=eps, draft_threshold=draft_threshold, logits=logits,
         num_blocks=num_blocks,
     )  # fmt: skip
-    return Draft(*(call("draft", *args) if ops is None else compose_draft(ops, *args)))
+    if ops is None:
+        return Draft(*call("draft", *args))
+    _checks.draft_of_any_layers(args)
+    return Draft(*compose_draft(ops, *args))
 
 
 def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance:
@@ -221,6 +224,7 @@ def speculative_round(
     )  # fmt: skip
     if ops is None:
         return Round(*call("speculative_round", *args))
+    _checks.round_of_any_layers(args)
     return Round(*compose_round({**ops, "draft": partial(compose_draft, ops)}, *args))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from layerskip.models import UnsupportedModelError, adapt, gather_weights, load,
 from layerskip.models.checkpoints import check_architecture
 from layerskip.models.dequantized import dequantized
 from layerskip.training import convert, revert
+from layerskip.training.depths import depths_of
 
 TOLERANCES = {
     "cross-entropy": 1e-5,  # of order 5, the same sums in another order
@@ -24,6 +26,14 @@ TOLERANCES = {
 }
 PLAIN = [name for name in FAMILIES if name not in ("mixtral", "qwen3moe")]
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def last(session):
+    """What the request gives that ends last."""
+    while len(session):
+        for update in session.step():
+            output = update.output
+    return output
 
 
 class TestStorage:
@@ -37,15 +47,42 @@ class TestStorage:
         assert {w.untyped_storage().data_ptr() for w in flat if w.dim() > 1} <= storages
 
     @EVERY
-    def test_a_change_in_place_is_seen(self, family):
+    @pytest.mark.parametrize("draft_head", ["full", "int8"])
+    def test_a_change_in_place_is_seen(self, family, draft_head):
         hf, prompt = weak(family), prompt_of(7)
-        decoder = SelfSpeculativeDecoder(hf, 2, 3)
+        decoder = SelfSpeculativeDecoder(hf, 2, 3, draft_head=draft_head)
+        session = decoder.open_session(2, max_seq_len=32)
+        session.add(prompt, 2)
+        assert last(session).new_tokens.shape == (1, 2)
         before = decoder.generate(prompt, 12).new_tokens.tolist()
         with torch.no_grad():
             for parameter in hf.parameters():
                 parameter.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1]))
         expected = greedy(hf, prompt, 12)
         assert decoder.generate(prompt, 12).new_tokens.tolist() == expected != before
+        session.add(prompt, 12)
+        assert last(session).new_tokens.tolist() == expected
+
+    @pytest.mark.parametrize("family", ["phi3", "smollm3", "granite", "olmo2", "gemma3"])
+    def test_nothing_plain_is_kept_of_what_is_packed(self, family):
+        """Views of what Phi-3 has in one matrix would keep all of it."""
+        model = adapt(layouts.tiny(family))
+        plain = {weight.data_ptr() for weight in model.parameters() if weight.dim() == 2}
+        packed = model.quantize("int8", release=True)
+        tensors = (one for one in gc.get_objects() if isinstance(one, torch.Tensor))
+        matrices = (one for one in tensors if one.dim() == 2 and one.dtype == torch.float32)
+        kept = [list(one.shape) for one in matrices if one.untyped_storage().data_ptr() in plain]
+        assert packed.weights == "int8"
+        assert kept == []
+
+    @EVERY
+    def test_the_head_of_transformers_is_whole(self, family):
+        """What perplexity is computed from: Granite scales its logits outside the head."""
+        hf, ids = tiny_model(family), prompt_of(9).view(1, -1)
+        depths, full = depths_of(hf), hf.config.num_hidden_layers
+        with torch.no_grad():
+            found, expected = depths.logits(depths.states(ids, [full])[full][0]), hf(ids).logits[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     @EVERY
     def test_other_memory_is_seen(self, family):

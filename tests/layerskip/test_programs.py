@@ -24,6 +24,9 @@ BAD = [
     ("import subprocess; subprocess.run(['true'])", "PermissionError: subprocess.Popen is not allowed here"),
     ("import os; os.kill(os.getppid(), 9)", "PermissionError: os.kill is not allowed here"),
     ("open('here', 'w')", "PermissionError: open is not allowed here"),
+    ("import sqlite3; sqlite3.connect('here')", "PermissionError: sqlite3.connect is not allowed here"),
+    ("import os; os.mkdir('here')", "PermissionError: os.mkdir is not allowed here"),
+    ("import os; os.utime('/', (0, 0))", "PermissionError: os.utime is not allowed here"),
     ("import shutil; shutil.rmtree('/nowhere')", "PermissionError: shutil.rmtree is not allowed here"),
     ("import os; print(os.environ['KEPT'])", "KeyError: 'KEPT'"),
 ]
@@ -111,3 +114,8 @@ def test_humanevals_own_solutions_pass_and_wrong_ones_do_not() -> None:
         right = "\n" + question.reference["canonical_solution"]
         assert tasks.WRITTEN["humaneval"].score(question, right) == {"pass@1": 1.0}
         assert tasks.WRITTEN["humaneval"].score(question, "\n    return None\n") == {"pass@1": 0.0}
+
+
+def test_the_order_of_a_set_is_always_the_same() -> None:
+    said = {programs.run("assert False, list(map(str, {'a', 'b', 'c', 'd', 'e'}))").reason for _ in range(3)}
+    assert len(said) == 1

@@ -6,6 +6,7 @@ Every answer is kept as it is given, in OUTPUT.partial: started again, the same 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ..evaluation.answers import Item, digest, scored, warm_up, written
 from ..evaluation.engine import Engine
 from ..evaluation.summary import ROUNDS, differing, summarize, tables
 from ..evaluation.tasks import PERPLEXITY, WRITTEN, Question
+from ..models import LayerSkipModel
 from ..training.evaluate import spread, windows
 from . import options, quantize
 
@@ -70,7 +72,15 @@ def _work(args: argparse.Namespace, engine: Engine, questions: dict[str, Sequenc
             "tasks", "limit", "max_new_tokens")  # fmt: skip
     given = {key: getattr(args, key) for key in keys}
     return {**given, "exit_layer": engine.exit_layer, "layers": engine.decoder.model.num_layers,
-            "device": args.device.type, "digest of the questions": digest(questions)}  # fmt: skip
+            "device": args.device.type, "digest of the questions": digest(questions),
+            "digest of the weights": _digest_of(engine.decoder.model)}  # fmt: skip
+
+
+def _digest_of(model: LayerSkipModel) -> str:
+    """Of some numbers of every weight, by which another model at the same path is told apart."""
+    weights = (weight.detach().flatten() for weight in model.parameters())
+    some = [weight[:: max(1, weight.numel() // 64)].double().tolist() for weight in weights]
+    return hashlib.sha256(repr(some).encode()).hexdigest()
 
 
 def _ask(items: Sequence[Item], journal: Journal, console: Console) -> None:

@@ -155,7 +155,9 @@ class DraftingModel:
             if changed is not None:
                 self._adopt(models.adapt(changed))
                 self._watch = ModelWatch(changed)
-            elif self._drafting.state(self._without_exit) != self._bound:
+                return self.caches
+            self._without_exit.refresh()  # first: a head that is a copy takes the norm from there
+            if self._drafting.state(self._without_exit) != self._bound:
                 self._bind(self._without_exit)
             else:
                 self.model.refresh()

@@ -167,6 +167,7 @@ class Session:
         stops = defaults.eos_token_id if eos_token_id is None else eos_token_id
         ending = Ending(max_new_tokens, validation.stop_tokens(stops, model.vocab_size), should_stop)
         self._line.check_room()
+        self._model.refresh()  # weights may have been changed in place since the session was opened
         request = Request(
             next(self._ids),
             method,

@@ -53,7 +53,7 @@ def run(program: str, seconds: int = SECONDS, megabytes: int = MEGABYTES) -> Out
     limits = map(str, (seconds, megabytes << 20, _ENDED))
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(GUARDED), *limits],
+            [sys.executable, "-s", "-B", str(GUARDED), *limits],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
             start_new_session=True,
             env={"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},

@@ -103,6 +103,11 @@ class PartialDepthDecoder(nn.Module):
         inv_freq, scaling, _ = self.rotary
         return PartialDepthDecoder(layers, self.num_kv_heads, self.eps, inv_freq, scaling, blocks, self.max_positions)
 
+    def let_go(self) -> None:
+        """Hold the weights by their parameters alone, for who frees these one by one; nothing can be computed then."""
+        self._by_layer.clear()
+        self._weights.clear()
+
     def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
         """An empty cache for layers and blocks; the tables of the rotary embedding grow to ``capacity``.
 

@@ -53,6 +53,8 @@ def quantized(
         return out
 
     calibration = Calibration(decoder, [model.embed(ids.view(1, -1)) for ids in texts]) if texts else None
+    if release and calibration is None:
+        decoder.let_go()  # of views, which would keep what is freed
     layers = []
     for number, matrices in enumerate(_matrices(model)):
         if calibration is not None:

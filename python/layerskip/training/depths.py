@@ -44,7 +44,7 @@ class _TransformersDepths:
     def logits(self, rows: Tensor) -> Tensor:
         """See `Depths`."""
         logits: Tensor = self._model.get_output_embeddings()(rows)
-        return logits
+        return logits / getattr(self._model.config, "logits_scaling", 1.0)  # Granite's, outside its head
 
 
 class DecoderDepths:
