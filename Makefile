@@ -61,7 +61,7 @@ test-arm:
 	$(MAKE) -f tests/arm/Makefile
 
 bench: setup
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks --document docs/benchmarks.md --picture docs/ops.png $(BENCH_ARGS)
 
 DOCS_VENV := .venv-docs
 $(DOCS_VENV)/.built: pyproject.toml
