@@ -7,6 +7,7 @@ struct Block {
 };
 using Ints = __m256i;
 using Floats = __m256;
+constexpr int kFarSide = 1;  // sixteen registers hold the sums of no more
 // Activation rows that a row of weights is multiplied with at once, at most.
 template <class G>
 constexpr int kFixedBlock = 6;

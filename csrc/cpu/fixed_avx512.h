@@ -4,6 +4,7 @@
 using Block = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
+constexpr int kFarSide = 2;  // weight rows that share a read of activations which no near cache holds
 // Activation rows that a row of weights is multiplied with at once, at most.
 template <class G>
 constexpr int kFixedBlock = G::kBlocks == 1 ? 9 : 6;

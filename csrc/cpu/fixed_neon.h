@@ -6,6 +6,7 @@ struct Block {
 };
 using Ints = int32x4_t;
 using Floats = float32x4_t;
+constexpr int kFarSide = 1;  // as in AVX2
 // Activation rows that a row of weights is multiplied with at once, at most.
 template <class G>
 constexpr int kFixedBlock = 6;

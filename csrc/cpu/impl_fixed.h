@@ -96,8 +96,10 @@ inline void fixed_quad(const uint8_t* const rows[kQuad], const float* x, int64_t
   for (int m = 0; m < MR; ++m) total4(sums[m], out + m * kTile);
 }
 
+constexpr int64_t kNearBytes = 24576;  // of activations, which stay in the nearest cache beside a stream of weights
+
 // As wide_tile, of rows that fix_row has made. Four rows of weights side by side hide each other's latency; where
-// activation rows do that, one streams best.
+// activation rows do that, one streams best, unless the activations come from a farther cache.
 template <class G>
 inline void fixed_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,
                        int64_t width, const void* next, float* tile) {
@@ -107,7 +109,10 @@ inline void fixed_tile(const Weight& weight, int64_t n, int64_t count, const flo
       const int64_t end = rows * (block + 1) / blocks;
       with_count<kFixedBlock<G>>(end - m, [&](auto size) {
         constexpr int kRows = decltype(size)::value, kSide = kRows > 2 ? 1 : kQuad / kRows;
-        fixed_quad<G, kSide, kRows>(own, x + m * stride, stride, width, lines, tile + m * kTile + i);
+        if (kRows > 2 && kRows * width * 2 > kNearBytes)
+          fixed_quad<G, kFarSide, kRows>(own, x + m * stride, stride, width, lines, tile + m * kTile + i);
+        else
+          fixed_quad<G, kSide, kRows>(own, x + m * stride, stride, width, lines, tile + m * kTile + i);
       });
       m = end;
     }

@@ -198,6 +198,18 @@ def test_rows_alone(isa: str, name: str, dtype: torch.dtype) -> None:
     assert_threads_agree(lambda: lk.linear(x, weight))
 
 
+@pytest.mark.parametrize("name", ["int8", "int8_g128", "int4", "int4_zero_g128"])
+def test_rows_too_wide_for_the_nearest_cache(isa: str, name: str) -> None:
+    """With more than 24 KiB of activations rows of weights go side by side."""
+    make = Inputs(torch.bfloat16)
+    x, plain = make.normal(19, 6144), make.weight(7, 6144)
+    weight = formats.quantize(plain, name)
+    assert_rows_alone(lambda rows: lk.linear(rows, weight), x)
+    truth = x.double() @ formats.dequantize(weight, 6144).double().T
+    error = (lk.linear(x, weight).double() - truth).abs().max() / truth.abs().max()
+    assert error < 2**-8  # of bf16, in which the result is written
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_not_a_number_stays_in_its_row(path: str, name: str, dtype: torch.dtype) -> None:
