@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,13 @@ class TestCommand:
         assert f"4 of 9 answers are in {tmp_path / 'out.json.partial'}" in printed(capsys)
         assert main([*arguments, "--exit-layer", "2"]) == 2
         assert "exit_layer was 1 and is 2" in printed(capsys)
+        folder = Path(arguments[arguments.index("--model") + 1])
+        kept = folder.rename(folder.with_name("kept"))
+        save_tiny(folder, tie_word_embeddings=False, intermediate_size=96, seed=5)  # another model at the same path
+        assert main(arguments) == 2
+        assert "digest of the weights was" in printed(capsys)
+        shutil.rmtree(folder)
+        kept.rename(folder)
         monkeypatch.setattr(answers, "answer", lambda *asked_: asked.append(asked_[2:]) or answer(*asked_))
         assert main(arguments) == 0
         assert len(asked) == 9

@@ -20,12 +20,13 @@ from layerskip.models import UnsupportedModelError, adapt
 from layerskip.models.composed import ComposedDecoder
 from layerskip.models.families import ARCHITECTURES, COMPOSED, ONE_CALL, RUNS
 from layerskip.models.form import Form, Layout
-from layerskip_kernels import BackendError, use_backend
+from layerskip_kernels import BackendError, Noise, use_backend
 
 ROOT = Path(__file__).parents[2]
 # In units of transformers' own error to fp32 truth, as in test_models.py; 0.78 to 1.07 seen over six seeds. The median
 # over positions, for where rounding sends a row to another expert both are far off, by chance.
 BF16 = 1.1
+NOISE = Noise(torch.tensor([1.0]), torch.tensor([3]))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -239,6 +240,21 @@ def test_the_reference_composes_too():
         model = adapt(hf)
         out = logits_of(model, run(model, tokens, [0, 5, 8, 9, 12], 2))
         assert_equal_logits(out, hf(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["granite", "olmo2"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_threshold": 0.5, "noise": NOISE}, "draft_threshold is 0.5 with a temperature"),
+        ({"draft_threshold": float("nan")}, "draft_threshold must lie in .0, 1., got nan"),
+        ({"noise": Noise(torch.tensor([1.0, 1.0]), torch.tensor([3, 4]))}, "temperature"),
+    ],
+)
+def test_rounds_of_small_calls_are_checked_as_the_one_call_is(family, options, message):
+    model = adapt(tiny_model(family))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model.speculate(torch.tensor([5]), model.decoder.new_cache(1, 16), 2, 3, **options)
 
 
 class TestTable:

@@ -28,12 +28,20 @@ PLAIN = [name for name in FAMILIES if name not in ("mixtral", "qwen3moe")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def last(session):
-    """What the request gives that ends last."""
+def change(model):
+    """Other weights, in the same memory."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1]))
+
+
+def last(session, prompt):
+    """The new tokens of one more request."""
+    session.add(prompt, 12)
     while len(session):
         for update in session.step():
             output = update.output
-    return output
+    return output.new_tokens
 
 
 class TestStorage:
@@ -49,19 +57,23 @@ class TestStorage:
     @EVERY
     @pytest.mark.parametrize("draft_head", ["full", "int8"])
     def test_a_change_in_place_is_seen(self, family, draft_head):
+        """By what drafts, too: a copied head that keeps an old norm drafts other tokens."""
         hf, prompt = weak(family), prompt_of(7)
         decoder = SelfSpeculativeDecoder(hf, 2, 3, draft_head=draft_head)
-        session = decoder.open_session(2, max_seq_len=32)
-        session.add(prompt, 2)
-        assert last(session).new_tokens.shape == (1, 2)
         before = decoder.generate(prompt, 12).new_tokens.tolist()
-        with torch.no_grad():
-            for parameter in hf.parameters():
-                parameter.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1]))
-        expected = greedy(hf, prompt, 12)
-        assert decoder.generate(prompt, 12).new_tokens.tolist() == expected != before
-        session.add(prompt, 12)
-        assert last(session).new_tokens.tolist() == expected
+        change(hf)
+        expected, out = greedy(hf, prompt, 12), decoder.generate(prompt, 12)
+        assert out.new_tokens.tolist() == expected != before
+        fresh = SelfSpeculativeDecoder(hf, 2, 3, draft_head=draft_head).generate(prompt, 12)
+        assert out.stats.records == fresh.stats.records
+
+    @EVERY
+    def test_an_open_session_sees_a_change_in_place(self, family):
+        hf, prompt = weak(family), prompt_of(7)
+        session = SelfSpeculativeDecoder(hf, 2, 3).open_session(2, max_seq_len=32)
+        before = last(session, prompt).tolist()
+        change(hf)
+        assert last(session, prompt).tolist() == greedy(hf, prompt, 12) != before
 
     @pytest.mark.parametrize("family", ["phi3", "smollm3", "granite", "olmo2", "gemma3"])
     def test_nothing_plain_is_kept_of_what_is_packed(self, family):

@@ -155,10 +155,6 @@ class DraftingModel:
             if changed is not None:
                 self._adopt(models.adapt(changed))
                 self._watch = ModelWatch(changed)
-                return self.caches
-            self._without_exit.refresh()  # first: a head that is a copy takes the norm from there
-            if self._drafting.state(self._without_exit) != self._bound:
+            elif self._drafting.state(self._without_exit) != self._bound:
                 self._bind(self._without_exit)
-            else:
-                self.model.refresh()
             return self.caches
