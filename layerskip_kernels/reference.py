@@ -14,9 +14,9 @@ from torch import Tensor
 
 from . import _checks, _noise
 from .bundles import KVCache, LayerWeights, split_layers
+from .composition import compose_draft, compose_round
 from .dispatch import implements
 from .formats import dequantize
-from .rounds import compose_draft, compose_round
 from .schemas import bind, flatten
 
 

@@ -24,7 +24,7 @@ class Mutation(NamedTuple):
 
 
 KERNELS, LAYERSKIP = "tests/kernels/", "tests/layerskip/"
-DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatch", "rounds", "_checks"))
+DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatch", "composition", "_checks"))
 DECODING, TRAINING = "python/layerskip/decoding/", "python/layerskip/training/"
 DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py"
 PROMPTS, TRAINER = LAYERSKIP + "test_session_prompts.py", LAYERSKIP + "test_training_trainer.py"

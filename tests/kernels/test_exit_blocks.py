@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import reference
-from layerskip_kernels.rounds import compose_draft
+from layerskip_kernels.composition import compose_draft
 from layerskip_kernels.schemas import bind
 
 from .common import (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS
-from layerskip_kernels.rounds import compose_round
+from layerskip_kernels.composition import compose_round
 from layerskip_kernels.schemas import bind
 
 from .common import (

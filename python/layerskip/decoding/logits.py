@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import accept_sampled
-from layerskip_kernels.rounds import draft_loop
+from layerskip_kernels.composition import draft_loop
 
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
 from .controls import LogitsControls

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import KVCache, LayerWeights, partial_forward
+from layerskip_kernels.composition import Ops
 from layerskip_kernels.dispatch import call
-from layerskip_kernels.rounds import Ops
 from layerskip_kernels.schemas import bind
 
 from .cache import SharedKVCache

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from layerskip_kernels import KVCache, LayerWeights, linear, partial_forward
 from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
+from layerskip_kernels.composition import Ops
 from layerskip_kernels.functional import check_layer_weights
-from layerskip_kernels.rounds import Ops
 
 from .cache import SharedKVCache
 from .prefill import Product, Watch, prefill_layer, write_keys

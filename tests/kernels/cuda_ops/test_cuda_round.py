@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import reference
-from layerskip_kernels.rounds import compose_draft, compose_round
+from layerskip_kernels.composition import compose_draft, compose_round
 from layerskip_kernels.schemas import bind
 
 from ..common import TOLERANCES, Inputs, assert_same_bits, double
