@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     lines = args.output.with_suffix(".jsonl")
     unfinished = lines.with_suffix(".unfinished")
-    rows = []
+    rows, memory = [], ReadBandwidth()
     with unfinished.open("w") as file, Progress() as progress, torch.inference_mode():
         task = progress.add_task("", total=len(args.models) * len(args.ops) * len(args.rows))
         for model in args.models:
             for op in args.ops:
                 progress.update(task, description=f"{op}, {model}")
                 for group in OPS[op](model, MODELS[model], args.rows, args.formats):
-                    for row in measure(group, args.repeats, ReadBandwidth()):
+                    for row in measure(group, args.repeats, memory):
                         rows.append(row)
                         print(json.dumps(row), file=file, flush=True)
                     progress.advance(task)

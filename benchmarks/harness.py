@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip.bandwidth import ReadBandwidth
+from layerskip.cli.machine import processor
 
 ROTATED_BYTES = 256 * 2**20  # of one variant's weights: more than a last-level cache, so that they come from memory
 MOST_ERROR = 0.02  # of the largest value; a result in bf16 is rounded by 0.004 of itself, an intermediate one, too
@@ -81,8 +81,9 @@ def measure(group: Group, repeats: int, memory: ReadBandwidth) -> Iterator[dict[
         except WrongResultError as error:
             errors[id(variant)] = str(error)
     right = [variant for variant in group.variants if isinstance(errors[id(variant)], float)]
+    speeds = []
     for number in range(repeats):
-        memory.sample()
+        speeds.append(memory.sample())
         for variant in right if number % 2 else right[::-1]:
             copy = (number + 1) % variant.copies
             for seconds in (variant.cold, variant.warm):
@@ -96,7 +97,7 @@ def measure(group: Group, repeats: int, memory: ReadBandwidth) -> Iterator[dict[
         }  # fmt: skip
         if variant.cold:
             row |= {
-                "bytes": variant.bytes_read, "memory GB/s": memory.median,
+                "bytes": variant.bytes_read, "memory GB/s": statistics.median(speeds),
                 "GB/s": variant.bytes_read / statistics.median(variant.cold) / 1e9,
                 "cold": _spread(variant.cold), "warm": _spread(variant.warm), "seconds": variant.cold,
             }  # fmt: skip
@@ -110,14 +111,8 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
-        )
     return {
-        "cpu": model,
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "isa": lk.cpu_isa(),
         "python": platform.python_version(),

@@ -108,9 +108,10 @@ inline void fixed_tile(const Weight& weight, int64_t n, int64_t count, const flo
     for (int64_t block = 0, m = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
       with_count<kFixedBlock<G>>(end - m, [&](auto size) {
-        constexpr int kRows = decltype(size)::value, kSide = kRows > 2 ? 1 : kQuad / kRows;
-        if (kRows > 2 && kRows * width * 2 > kNearBytes)
-          fixed_quad<G, kFarSide, kRows>(own, x + m * stride, stride, width, lines, tile + m * kTile + i);
+        constexpr int kRows = decltype(size)::value;
+        constexpr int kSide = kRows > 2 ? 1 : kQuad / kRows, kFar = kRows > 2 ? kFarSide : kSide;
+        if (kRows * width * 2 > kNearBytes)
+          fixed_quad<G, kFar, kRows>(own, x + m * stride, stride, width, lines, tile + m * kTile + i);
         else
           fixed_quad<G, kSide, kRows>(own, x + m * stride, stride, width, lines, tile + m * kTile + i);
       });

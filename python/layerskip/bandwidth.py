@@ -23,13 +23,14 @@ class ReadBandwidth:
         self._buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64, device=device)
         self._seconds: list[float] = []
 
-    def sample(self) -> None:
-        """One pass. An integer maximum costs next to nothing per element, so the memory alone sets its time."""
+    def sample(self) -> float:
+        """One pass, in GB/s. An integer maximum costs next to nothing an element, so the memory alone sets its time."""
         self._wait()
         start = time.perf_counter()
         self._buffer.amax()
         self._wait()
         self._seconds.append(time.perf_counter() - start)
+        return BUFFER_BYTES / self._seconds[-1] / 1e9
 
     def _wait(self) -> None:
         if self._buffer.is_cuda:

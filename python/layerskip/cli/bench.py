@@ -179,12 +179,7 @@ def _measure_more(
 
 def _settings(args: argparse.Namespace, decoder: SelfSpeculativeDecoder) -> dict[str, Any]:
     return {
-        "model": str(args.model),
-        "dtype": args.dtype,
-        "weights": decoder.model.weights,
-        "device": str(args.device),
-        "threads": torch.get_num_threads(),
-        "layers": decoder.model.num_layers,
+        **machine.settings(args, decoder.model),
         "exit_layer": decoder.exit_layer,
         "num_speculations": decoder.num_speculations,
         "draft_threshold": decoder.draft_threshold,

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -75,12 +74,7 @@ def content(
 ) -> dict[str, Any]:
     """What the JSON has: the rows of the table, and agreement by confidence of the exits that the picture shows."""
     settings = {
-        "model": str(args.model),
-        "dtype": args.dtype,
-        "weights": decoder.model.weights,
-        "device": str(args.device),
-        "threads": torch.get_num_threads(),
-        "layers": decoder.model.num_layers,
+        **machine.settings(args, decoder.model),
         "exit": args.exit,
         "prompts": args.prompts,
         "positions": survey.tokens.shape[1],

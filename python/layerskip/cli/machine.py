@@ -1,19 +1,34 @@
-"""What a measurement depends on besides its settings: the machine and the versions."""
+"""What every measurement says of itself: the model and how it was run, the machine and the versions."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import layerskip_kernels
 
 from .. import devices
+from ..models import LayerSkipModel
 
 _MEASURED = ("layerskip-kernels", "torch", "transformers", "triton")
+
+
+def settings(args: argparse.Namespace, model: LayerSkipModel) -> dict[str, Any]:
+    """Of the model, and where it ran."""
+    return {
+        "model": str(args.model),
+        "dtype": args.dtype,
+        "weights": model.weights,
+        "device": str(args.device),
+        "threads": torch.get_num_threads(),
+        "layers": model.num_layers,
+    }
 
 
 def facts(device: torch.device) -> dict[str, str]:

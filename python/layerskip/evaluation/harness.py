@@ -16,6 +16,7 @@ from .. import devices, models
 from .._extras import need
 from ..cli.ways import AUTOREGRESSIVE, EARLY_EXIT, SELF_SPECULATIVE
 from ..decoding import SamplingParams, SelfSpeculativeDecoder, StopStrings
+from ..decoding.run import ended_in
 from .engine import STRATEGY, Engine, continuation, log_likelihoods
 
 _PURPOSE = "the model class of lm_eval"
@@ -160,17 +161,13 @@ class LayerSkipLM(lm.TemplateLM):  # type: ignore[name-defined]
         }  # fmt: skip
         texts = [""] * len(asked)
         with tqdm(total=len(asked), desc="texts", disable=disable_tqdm) as progress:
-            while len(session):
-                for update in session.step():
-                    if update.error is not None:
-                        raise update.error
-                    if update.output is not None:
-                        index = places[update.request_id]
-                        prompt, wanted = asked[index]
-                        new = update.output.new_tokens[0].tolist()
-                        texts[index] = continuation(self.tokenizer, prompt, new, wanted.until)
-                        self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
-                        progress.update()
+            for request_id, output in ended_in(session):
+                index = places[request_id]
+                prompt, wanted = asked[index]
+                new = output.new_tokens[0].tolist()
+                texts[index] = continuation(self.tokenizer, prompt, new, wanted.until)
+                self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+                progress.update()
         return texts
 
     def _prompt(self, context: str, options: Mapping[str, Any]) -> tuple[list[int], Wanted]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ..decoding import SamplingParams, SelfSpeculativeDecoder
+from ..decoding.run import ended_in
 from ..decoding.sampling import params_of_each
 
 
@@ -65,14 +66,9 @@ def own_pairs(
         session.add(encoded[index], max_new_tokens, strategy="autoregressive", sampling=params[index]): index
         for index in waiting
     }
-    while len(session):
-        for update in session.step():
-            if update.error is not None:
-                raise update.error
-            if update.output is not None:
-                index = places[update.request_id]
-                tokens = update.output.new_tokens[0]
-                ended = int(tokens[-1]) == tokenizer.eos_token_id  # a pair's end; any other EOS token is text
-                said = tokens[:-1] if ended else tokens
-                text = tokenizer.decode(said, clean_up_tokenization_spaces=False)  # special tokens read back as such
-                yield index, {"prompt": prompts[index], "completion": text, "cut": not ended}
+    for request_id, output in ended_in(session):
+        index, tokens = places[request_id], output.new_tokens[0]
+        ended = int(tokens[-1]) == tokenizer.eos_token_id  # a pair's end; any other EOS token is text
+        said = tokens[:-1] if ended else tokens
+        text = tokenizer.decode(said, clean_up_tokenization_spaces=False)  # special tokens read back as such
+        yield index, {"prompt": prompts[index], "completion": text, "cut": not ended}
