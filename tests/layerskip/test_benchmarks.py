@@ -48,6 +48,14 @@ def variant(name, value, weights="bf16"):
     return Variant(name, weights, lambda copy: torch.tensor([value]), 1, 8, lambda: torch.tensor([1.0]))
 
 
+def test_cold_calls_rotate_and_warm_ones_stay():
+    calls = []
+    one = Variant("cpu", "bf16", lambda copy: calls.append(copy) or torch.ones(1), 3, 8, lambda: torch.ones(1))
+    (row,) = measure(Group("linear", "tiny", "1", 1, [one]), 4, Memory())
+    assert calls == [0, 1, 1, 2, 2, 0, 0, 1, 1]  # the first was checked; then cold, warm, cold, …
+    assert row["memory GB/s"] == 10.0
+
+
 def test_what_is_wrong_is_not_timed():
     group = Group(
         "linear", "tiny", "1", 1, [variant("cpu", 1.1), variant("cpu", float("nan"), "int8"), variant("torch", 1.0)]
