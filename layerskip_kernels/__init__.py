@@ -1,7 +1,7 @@
 """Fused kernels for early exit and self-speculative decoding."""
 
 from . import cpu_loss, dispatch, layers, reference, triton  # all but layers, and _extension, enter implementations
-from ._extension import cpu_isa, set_cpu_isa
+from ._extension import cpu_isa, multiplies_panels, set_cpu_isa
 from .bundles import (
     Acceptance,
     Draft,
@@ -52,6 +52,7 @@ __all__ = [
     "explain",
     "layers",
     "linear",
+    "multiplies_panels",
     "partial_forward",
     "reference",
     "rms_norm",

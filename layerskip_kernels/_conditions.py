@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .formats import format_of, is_packed, kind_of
+from .formats import PANEL_ROWS, format_of, is_interleaved, is_packed, kind_of
 
 
 def require(condition: bool, message: str) -> None:
@@ -41,6 +41,9 @@ def matrix(name: str, weight: Tensor, rows: int | None, width: int, dtype: torch
         shaped(name, weight, [rows, width], [dtype])
         return
     shaped(name, weight, [rows, None], [weight.dtype])
+    if is_interleaved(weight):
+        even = weight.shape[0] % PANEL_ROWS == 0
+        require(even, f"{name} is interleaved and has {weight.shape[0]} rows, expected a multiple of {PANEL_ROWS}")
     try:
         format_of(weight, width)
     except ValueError as error:
@@ -51,7 +54,7 @@ def alike(first_name: str, first: Tensor, name: str, weight: Tensor, width: int)
     """Two weights that multiply the same activations."""
     require(
         first.dtype == weight.dtype and (not is_packed(first) or kind_of(first, width) == kind_of(weight, width)),
-        f"{first_name} and {name} must be all plain, all of integers, or all of fp8",
+        f"{first_name} and {name} must be all plain, all of integers, or all of fp8, and all or none interleaved",
     )
 
 

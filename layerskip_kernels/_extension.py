@@ -166,6 +166,11 @@ def cpu_isa() -> str:
     return _isa_op("")
 
 
+def multiplies_panels() -> bool:
+    """Whether the CPU kernels multiply interleaved weights faster than rows, where activations are bf16."""
+    return cpu_reason is None and cpu_isa() == "avx512_bf16"
+
+
 def set_cpu_isa(name: str) -> str:
     """Make the CPU kernels use one instruction set, while no op runs; returns the one used before.
 

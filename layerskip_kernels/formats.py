@@ -14,6 +14,17 @@ say, 0 … 15, less 8 in the formats without a zero point. So groups of 32 in in
 llama.cpp's Q8_0, Q4_0 and Q4_1.
 
 The bytes of a row and the width D name the format: no two have the same number of bytes for one width.
+
+For processors that multiply bytes (AVX-512 VNNI), integers may be *interleaved*, see `interleave`: a tensor of 16-bit
+words [N, bytes / 2], in which sixteen rows each are one panel. A panel is
+
+    headers of its groups, one after the other: the scale of each of the sixteen rows, then, in the formats with a zero
+            point, the least value of each
+    columns one for each four bytes of a row's values: these four of the first row, of the second, …; int8 values are
+            unsigned here, greater by 128
+
+so that one register holds four neighbouring values of all sixteen rows, within one line of the cache. N is a multiple
+of sixteen.
 """
 
 from __future__ import annotations
@@ -28,6 +39,7 @@ from torch import Tensor
 from ._namespace import has_native, native_ops
 
 BLOCK = 32  # values that int4 packs together
+PANEL_ROWS = 16  # of what is interleaved
 FP8_MAX = 448.0  # of float8_e4m3fn
 _STEPS = 8  # of scales that are tried for a group on either side of what fits its extremes
 _AT_ONCE = 1 << 21  # weights that are quantized at a time
@@ -88,7 +100,12 @@ FORMATS = {one.name: one for one in _ALL}
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight is a packed one; int8 tensors, the rows of a draft head, are not."""
-    return weight.dtype == torch.uint8
+    return weight.dtype == torch.uint8 or is_interleaved(weight)
+
+
+def is_interleaved(weight: Tensor) -> bool:
+    """Whether a weight is packed, and its rows lie in panels of sixteen."""
+    return weight.dtype == torch.int16
 
 
 def takes_packed(args: Iterable[Any]) -> bool:
@@ -109,11 +126,13 @@ def format_of(weight: Tensor, width: int) -> Format:
     ValueError
         If no format has as many bytes for that width.
     """
-    for one in _ALL if width else ():
-        if width % one.group_size == 0 and weight.shape[-1] == one.row_bytes(width):
+    size = weight.shape[-1] * weight.itemsize
+    known = [one for one in _ALL if width and not (one.is_float and is_interleaved(weight))]
+    for one in known:
+        if width % one.group_size == 0 and size == one.row_bytes(width):
             return one
-    choices = ", ".join(f"{one.name} {one.row_bytes(width)}" for one in _ALL if width % one.group_size == 0)
-    raise ValueError(f"{weight.shape[-1]} bytes a row are no format of width {width} ({choices or 'none'})")
+    choices = ", ".join(f"{one.name} {one.row_bytes(width)}" for one in known if width % one.group_size == 0)
+    raise ValueError(f"{size} bytes a row are no format of width {width} ({choices or 'none'})")
 
 
 def kind_of(weight: Tensor, width: int) -> str:
@@ -220,7 +239,7 @@ def _halves(numbers: Tensor) -> Tensor:
 def unpack(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `pack` took: values [N, G, S] (four-bit ones as 0 … 15), scale and least [N, G], in fp32."""
     form = format_of(weight, width)
-    groups = weight.unflatten(1, (-1, form.group_bytes))
+    groups = rows_of(weight, width).unflatten(1, (-1, form.group_bytes))
     headers = groups[:, :, : form.header].contiguous().view(torch.float32 if form.is_float else torch.float16).float()
     content = groups[:, :, form.header :]
     if form.bits == 4:
@@ -270,6 +289,72 @@ def plain(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def can_interleave(weight: Tensor, width: int) -> bool:
+    """Whether `interleave` takes a weight."""
+    packed = is_packed(weight) and not is_interleaved(weight)
+    return packed and weight.shape[0] % PANEL_ROWS == 0 and not format_of(weight, width).is_float
+
+
+def interleave(weight: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+    """Put the rows of a packed weight into panels of sixteen, as the head of this file says.
+
+    Parameters
+    ----------
+    weight : Tensor [N, bytes], uint8
+        Of integers; N is a multiple of 16.
+    width : int
+    out : Tensor [N, bytes / 2], int16, optional
+        Where to.
+
+    Returns
+    -------
+    Tensor [N, bytes / 2], int16
+        The same values in another order; ``out``, if it is given.
+
+    Raises
+    ------
+    ValueError
+        If the weight is of fp8, interleaved already, or N is no multiple of 16.
+    """
+    if not can_interleave(weight, width):
+        raise ValueError(f"cannot interleave a {weight.dtype} weight {list(weight.shape)} of width {width}")
+    form = format_of(weight, width)
+    if out is None:
+        out = weight.new_empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.int16)
+    step = max(1, _AT_ONCE // (PANEL_ROWS * weight.shape[1]) if weight.numel() else 1) * PANEL_ROWS
+    for first in range(0, weight.shape[0], step):
+        rows = weight[first : first + step]
+        groups = rows.view(-1, PANEL_ROWS, width // form.group_size, form.group_bytes).transpose(1, 2)
+        headers, values = groups[..., : form.header], groups[..., form.header :]
+        if form.bits == 8:
+            values = values ^ 128
+        parts = [headers.unflatten(3, (-1, 2)).transpose(2, 3), values.unflatten(3, (-1, 4)).transpose(2, 3)]
+        panels = torch.cat([part.flatten(1) for part in parts], dim=1)
+        out[first : first + step] = panels.view(torch.int16).view(rows.shape[0], -1)
+    return out
+
+
+def rows_of(weight: Tensor, width: int) -> Tensor:
+    """A packed weight with its rows one after the other, as `interleave` took it; one that has them so is returned."""
+    if not is_interleaved(weight):
+        return weight
+    return _take_rows(weight, torch.arange(weight.shape[0], device=weight.device), width)
+
+
+def _take_rows(weight: Tensor, index: Tensor, width: int) -> Tensor:
+    """Rows [n] of an interleaved weight: [n, bytes]."""
+    form = format_of(weight, width)
+    groups, panels = width // form.group_size, weight.view(torch.uint8).unflatten(0, (-1, PANEL_ROWS)).flatten(1)
+    size = groups * form.header * PANEL_ROWS
+    headers = panels[:, :size].unflatten(1, (groups, -1, PANEL_ROWS, 2))
+    values = panels[:, size:].unflatten(1, (groups, -1, PANEL_ROWS, 4))
+    panel, lane = index // PANEL_ROWS, index % PANEL_ROWS
+    taken = [part[panel, :, :, lane].flatten(2) for part in (headers, values)]
+    if form.bits == 8:
+        taken[1] = taken[1] ^ 128
+    return torch.cat(taken, dim=2).flatten(1)
+
+
 @cache
 def _has_native() -> bool:
     return has_native("dequantize", "CPU")
@@ -279,7 +364,9 @@ def lookup(weight: Tensor, index: Tensor, width: int, dtype: torch.dtype) -> Ten
     """Rows of an embedding [V, width], plain or packed: [*index, width] in ``dtype``."""
     if not is_packed(weight):
         return weight[index]
-    return dequantize(weight[index.reshape(-1)], width, dtype).view(*index.shape, width)
+    chosen = index.reshape(-1)
+    rows = _take_rows(weight, chosen, width) if is_interleaved(weight) else weight[chosen]
+    return dequantize(rows, width, dtype).view(*index.shape, width)
 
 
 def fit(form: Format, groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -152,9 +152,27 @@ MUTATIONS = [
         KERNELS + "test_formats.py -k test_linear",
     ),
     Mutation(
-        "NaN in a row of packed activations is a number", "csrc/cpu/impl_fixed.h",
+        "NaN in a row of packed activations is a number", "csrc/cpu/impl_packed.h",
         "broken = fma(x, splat(0), broken);", "broken = splat(0);",
         KERNELS + "test_formats.py -k not_a_number",
+    ),
+    Mutation(
+        "the high byte of an activation overflows", "csrc/cpu/panels_avx512.h",
+        "127 * 256 + 127", "127 * 256 + 255", KERNELS + "test_interleaved.py -k largest_sums",
+    ),
+    Mutation(
+        "eight-bit weights of a panel are 64 too large", "csrc/cpu/panels_avx512.h",
+        "G::kBits == 8 ? 7 : 3", "G::kBits == 8 ? 6 : 3", KERNELS + "test_interleaved.py -k test_linear",
+    ),
+    Mutation(
+        "a panel's rows of another processor are the first", "csrc/cpu/impl_packed.h",
+        "lane = n % kPanelRows;", "lane = n % kPanelRows / kPanelRows;",
+        KERNELS + "test_interleaved.py -k plain_by_the_native_kernel",
+    ),
+    Mutation(
+        "a tile of the head begins within a panel", "csrc/cpu/head.h",
+        "kPanelRows - 1) / kPanelRows * kPanelRows", "3) / 4 * 4",
+        KERNELS + "test_interleaved.py -k test_exit_head",
     ),
     Mutation(
         "a draft ends at its threshold", "csrc/cpu/draft.cpp",

@@ -20,6 +20,7 @@ enum class Format : uint8_t {
 };
 
 constexpr int64_t kPackedBlock = 32;  // values that int4 packs together
+constexpr int64_t kPanelRows = 16;    // rows of a panel
 
 // How a group of a packed row is written: its scale, in fp16 or, of fp8, in fp32, its least value, if any, in fp16,
 // then the values.
@@ -69,7 +70,9 @@ struct Weight {
   const uint8_t* data = nullptr;
   int64_t pitch = 0;  // bytes of a row
   Format format = Format::kPlain;
+  bool panels = false;  // sixteen rows each are interleaved by group, as layerskip_kernels/formats.py says
 
+  // Of panels, the panel of every sixteenth row.
   const uint8_t* row(int64_t n) const { return data + n * pitch; }
 };
 

@@ -70,10 +70,10 @@ inline int64_t slot_of(const int64_t* slots, int64_t sequence) { return slots ? 
 
 // Packs x [rows, width] into this member's own memory; each member needs all of it, and a copy is cheaper than a wait.
 template <class T>
-Packed pack_own(const Member& member, const T* x, const T* norm, float eps, int64_t rows, int64_t width, Format format,
-                float* memory) {
+Packed pack_own(const Member& member, const T* x, const T* norm, float eps, int64_t rows, int64_t width,
+                const Weight& weight, float* memory) {
   void* own = memory + member.index * rows * padded(width);
-  kernels<T>().pack(x, norm, eps, rows, width, format, own);
+  kernels<T>().pack(x, norm, eps, rows, width, weight, own);
   return {own, rows, width};
 }
 

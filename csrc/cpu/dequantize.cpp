@@ -6,16 +6,15 @@ namespace lsk {
 namespace {
 
 void dequantize(const Tensor& weight, const Tensor& out) {
-  LSK_REQUIRE(weight.scalar_type() == ScalarType::Byte && out.dim() == 2,
-              "dequantize takes packed weights, and rank 2");
+  const bool packed = weight.scalar_type() == ScalarType::Byte || weight.scalar_type() == ScalarType::Short;
+  LSK_REQUIRE(packed && out.dim() == 2, "dequantize takes packed weights, and rank 2");
   const int64_t rows = out.size(0), width = out.size(1);
   with_float_type(out.scalar_type(), [&]<class T>(T*) {
-    const Weight packed = matrix<T>(weight, "weight", {rows, width});
+    const Weight from = matrix<T>(weight, "weight", {rows, width});
     T* to = data<T>(out, "out", {rows, width});
     run_team(num_threads(), [&](const Member& member) {
       const Range share = member.share(rows, kUnit);
-      for (int64_t n = share.begin; n < share.end; ++n)
-        kernels<T>().expand_row(packed.row(n), packed.format, width, to + n * width);
+      for (int64_t n = share.begin; n < share.end; ++n) kernels<T>().expand_row(from, n, width, to + n * width);
     });
   });
 }

@@ -40,7 +40,7 @@ struct Draft {
       if (embedding.format == Format::kPlain)
         std::memcpy(to, embedding.row(row), embedding.pitch);
       else
-        kernels<T>().expand_row(embedding.row(row), embedding.format, hidden_size, to);
+        kernels<T>().expand_row(embedding, row, hidden_size, to);
     }
   }
 

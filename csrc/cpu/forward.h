@@ -81,7 +81,7 @@ class Forward {
 
  private:
   Packed pack(const Member& member, const T* x, const T* norm, int64_t hidden_size, const Weight& weight) const {
-    return pack_own(member, x, norm, eps_, s_.tokens(), hidden_size, weight.format, b_.packed);
+    return pack_own(member, x, norm, eps_, s_.tokens(), hidden_size, weight, b_.packed);
   }
 
   // Where this member's share of a matrix starts: what the step before it fetches ahead.

@@ -13,7 +13,7 @@ struct HeadTiles {
   int64_t vocab_size, size, count;
 
   explicit HeadTiles(int64_t vocabulary_) : vocab_size(vocabulary_) {
-    size = ((vocab_size + kHeadTiles - 1) / kHeadTiles + 3) / 4 * 4;
+    size = ((vocab_size + kHeadTiles - 1) / kHeadTiles + kPanelRows - 1) / kPanelRows * kPanelRows;
     count = (vocab_size + size - 1) / size;
   }
   int64_t begin(int64_t tile) const { return tile * size; }
@@ -117,7 +117,7 @@ class ExitHead {
     HeadPartial* partials = workspace.take<HeadPartial>(tiles_.count * rows);
     const Kernels<T>& table = kernels<T>();
     const Packed packed{memory, rows, width_};
-    table.pack(hidden, norm_, eps_, rows, width_, weight_.format, memory);
+    table.pack(hidden, norm_, eps_, rows, width_, weight_, memory);
     run_team(num_threads(), [&](const Member& member) {
       const Range share = member.share(tiles_.count);
       for (int64_t t = share.begin; t < share.end; ++t)

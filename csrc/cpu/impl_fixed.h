@@ -24,21 +24,13 @@ constexpr float kSumLanes = sizeof(Floats) / sizeof(float);  // of a row's sum; 
 
 // A zero-padded row of fp32 in the form above, in place of itself. NaN and infinity make the scale NaN.
 inline void fix_row(float* row, int64_t padded_width) {
-  constexpr float kMost = 32767.0f, kLeast = 1e-34f;  // the inverse of what is less would overflow; such a row is zero
-  F16 largest = splat(0), broken = splat(0);
-  for (int64_t i = 0; i < padded_width; i += 16) {
-    const F16 x = load(row + i);
-    largest = max(max(x, splat(0) - x), largest);
-    broken = fma(x, splat(0), broken);
-  }
-  const float most = lane_max(largest), inverse = most > kLeast ? kMost / most : 0.0f;
-  const float scale = (most > kLeast ? most / kMost : 0.0f) + total(broken);
+  const IntegerScale own(row, padded_width, 32767.0f);
   float* sums = row + padded_width / 2;
   int16_t* out = reinterpret_cast<int16_t*>(row);
-  for (int64_t k = 0; k < padded_width; k += kBlock) store_block(row + k, inverse, out + k);
+  for (int64_t k = 0; k < padded_width; k += kBlock) store_block(row + k, own.inverse, out + k);
   for (int64_t k = 0; k < padded_width; k += kBlock)
     sums[k / kBlock] = total(floats(multiply(all_ones(), out + k))) / kSumLanes;
-  sums[padded_width / kBlock] = scale;
+  sums[padded_width / kBlock] = own.scale;
 }
 
 // sums[m * WR + i] += rows[i] · x[m], of one group, but for the scale of x[m].
@@ -104,7 +96,9 @@ template <class G>
 inline void fixed_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,
                        int64_t width, const void* next, float* tile) {
   const int64_t blocks = (rows + kFixedBlock<G> - 1) / kFixedBlock<G>;
-  for_each_rows<kQuad>(weight, n, count, next, [&](const uint8_t* const* own, int64_t i, const uint8_t* lines) {
+  for_each_rows<kQuad>(weight, n, count, next, [&](const int64_t* quad, int64_t i, const uint8_t* lines) {
+    const uint8_t* own[kQuad];
+    for (int j = 0; j < kQuad; ++j) own[j] = weight.row(quad[j]);
     for (int64_t block = 0, m = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
       with_count<kFixedBlock<G>>(end - m, [&](auto size) {

@@ -53,15 +53,33 @@ inline void expand_block(const uint8_t* header, const uint8_t* values, float* ou
   }
 }
 
+// What `kBlock` values of a row from column k on stand for.
+template <class G>
+inline void expand_at(const Weight& weight, int64_t n, int64_t k, int64_t width, float* out) {
+  const int64_t group = k / G::kSize;
+  if (!weight.panels) {
+    const uint8_t* header = weight.row(n) + group * G::kBytes;
+    return expand_block<G>(header, header + G::kHeader + k % G::kSize / kBlock * G::kBlockBytes, out);
+  }
+  const int64_t lane = n % kPanelRows;
+  const uint8_t* panel = weight.row(n - lane);
+  const uint8_t* headers = panel + group * G::kHeader * kPanelRows;
+  const uint8_t* columns = panel + (width / G::kSize * G::kHeader + k / kBlock * G::kBlockBytes) * kPanelRows;
+  uint8_t header[4] = {}, values[G::kBlockBytes];
+  for (int64_t i = 0; i < G::kHeader; i += 2) __builtin_memcpy(header + i, headers + i * kPanelRows + lane * 2, 2);
+  for (int64_t i = 0; i < G::kBlockBytes; i += 4) __builtin_memcpy(values + i, columns + i * kPanelRows + lane * 4, 4);
+  if constexpr (G::kBits == 8)
+    for (uint8_t& value : values) value ^= 128;
+  expand_block<G>(header, values, out);
+}
+
 // One row in T.
 template <class T>
-void expand_row(const uint8_t* row, Format format, int64_t width, T* out) {
-  with_group(format, [&](auto group) {
-    using G = decltype(group);
+void expand_row(const Weight& weight, int64_t row, int64_t width, T* out) {
+  with_group(weight.format, [&](auto group) {
     float block[kBlock];
     for (int64_t k = 0; k < width; k += kBlock) {
-      const uint8_t* header = row + k / G::kSize * G::kBytes;
-      expand_block<G>(header, header + G::kHeader + k % G::kSize / kBlock * G::kBlockBytes, block);
+      expand_at<decltype(group)>(weight, row, k, width, block);
       for (int64_t i = 0; i < kBlock; i += 16) store(out + k + i, load(block + i), 16);
     }
   });
@@ -69,16 +87,15 @@ void expand_row(const uint8_t* row, Format format, int64_t width, T* out) {
 
 // out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows.
 template <class G, int MR>
-inline void wide_quad(const uint8_t* const rows[kQuad], const float* x, int64_t stride, int64_t width,
+inline void wide_quad(const Weight& weight, const int64_t rows[kQuad], const float* x, int64_t stride, int64_t width,
                       const uint8_t* lines, float* out) {
   F16 sums[MR][kQuad];
   for (int m = 0; m < MR; ++m)
     for (int i = 0; i < kQuad; ++i) sums[m][i] = splat(0);
   for (int64_t k = 0; k < width; k += kBlock) {
-    const int64_t group = k / G::kSize * G::kBytes, block = k % G::kSize / kBlock * G::kBlockBytes;
     float w[kQuad][kBlock];
     for (int i = 0; i < kQuad; ++i) {
-      expand_block<G>(rows[i] + group, rows[i] + group + G::kHeader + block, w[i]);
+      expand_at<G>(weight, rows[i], k, width, w[i]);
       __builtin_prefetch(lines + (k / kBlock * kQuad + i) * G::kBlockBytes);
     }
     for (int64_t half = 0; half < kBlock; half += 16)
@@ -90,15 +107,15 @@ inline void wide_quad(const uint8_t* const rows[kQuad], const float* x, int64_t 
   for (int m = 0; m < MR; ++m) sum4(sums[m][0], sums[m][1], sums[m][2], sums[m][3], out + m * kTile);
 }
 
-// Runs body(weight rows, first of them, what to fetch meanwhile) for each `size` rows of a tile [n, n + count) of a
-// weight; the last rows may be one several times. `next` is what is read after the tile.
+// Runs body(numbers of weight rows, first of them, what to fetch meanwhile) for each `size` rows of a tile
+// [n, n + count) of a weight; the last rows may be one several times. `next` is what is read after the tile.
 template <int kSize, class F>
 inline void for_each_rows(const Weight& weight, int64_t n, int64_t count, const void* next, F body) {
   const int64_t step = kSize * weight.pitch, ahead = step == 0 ? 0 : (kAhead + step - 1) / step * step;
   const int64_t bytes = (count + kSize - 1) / kSize * step;
   for (int64_t i = 0; i < count; i += kSize) {
-    const uint8_t* rows[kSize];
-    for (int64_t j = 0; j < kSize; ++j) rows[j] = weight.row(n + (i + j < count ? i + j : count - 1));
+    int64_t rows[kSize];
+    for (int64_t j = 0; j < kSize; ++j) rows[j] = n + (i + j < count ? i + j : count - 1);
     const int64_t at = i / kSize * step + ahead;
     body(rows, i, at < bytes ? weight.row(n) + at : static_cast<const uint8_t*>(next) + at - bytes);
   }
@@ -123,11 +140,11 @@ template <class G>
 inline void wide_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,
                       int64_t width, const void* next, float* tile) {
   const int64_t blocks = (rows + LSK_MAX_BLOCK - 1) / LSK_MAX_BLOCK;
-  for_each_rows<kQuad>(weight, n, count, next, [&](const uint8_t* const* quad, int64_t i, const uint8_t* lines) {
+  for_each_rows<kQuad>(weight, n, count, next, [&](const int64_t* quad, int64_t i, const uint8_t* lines) {
     for (int64_t block = 0, m = 0; block < blocks; ++block) {
       const int64_t end = rows * (block + 1) / blocks;
       with_count<LSK_MAX_BLOCK>(end - m, [&](auto size) {
-        wide_quad<G, decltype(size)::value>(quad, x + m * stride, stride, width, lines, tile + m * kTile + i);
+        wide_quad<G, decltype(size)::value>(weight, quad, x + m * stride, stride, width, lines, tile + m * kTile + i);
       });
       m = end;
     }
@@ -135,29 +152,60 @@ inline void wide_tile(const Weight& weight, int64_t n, int64_t count, const floa
 }
 
 #ifdef LSK_FIXED
+// What makes integers of at most `most` of a row of fp32, and these numbers again. NaN and infinity make it NaN.
+struct IntegerScale {
+  float scale, inverse;
+
+  IntegerScale(const float* row, int64_t padded_width, float most) {
+    constexpr float kLeast = 1e-34f;  // the inverse of what is less would overflow; such a row is zero
+    F16 largest = splat(0), broken = splat(0);
+    for (int64_t i = 0; i < padded_width; i += 16) {
+      const F16 x = load(row + i);
+      largest = max(max(x, splat(0) - x), largest);
+      broken = fma(x, splat(0), broken);
+    }
+    const float found = lane_max(largest);
+    inverse = found > kLeast ? most / found : 0.0f;
+    scale = (found > kLeast ? found / most : 0.0f) + total(broken);
+  }
+};
+
 #include "cpu/impl_fixed.h"
 #endif
+#ifdef LSK_PANELS
+#include LSK_PANELS
+#endif
 
-// Whether activations in T may become 16-bit integers. fp32 and fp16 would lose by it.
+// Whether activations in T may become 16-bit integers, for rows and for panels. fp32 and fp16 would lose by it.
 template <class T>
 constexpr bool kFixes = false;
+template <class T>
+constexpr bool kSplits = false;
 #ifdef LSK_FIXED
 template <>
 constexpr bool kFixes<bf16> = true;
 #endif
+#ifdef LSK_PANELS
+template <>
+constexpr bool kSplits<bf16> = true;
+#endif
 
-// Whether they do for a format; only rows of a draft head come in any width.
+// Whether they do for a weight; only rows of a draft head come in any width.
 template <class T>
-inline bool fixes(Format format, int64_t width) {
-  return kFixes<T> && is_integer(format) && width > 0 && width % kBlock == 0;
+inline bool fixes(const Weight& weight, int64_t width) {
+  return kFixes<T> && !weight.panels && is_integer(weight.format) && width > 0 && width % kBlock == 0;
+}
+template <class T>
+inline bool splits(const Weight& weight) {
+  return kSplits<T> && weight.panels;
 }
 
-// Activations [rows, width] for weights of a format; with a norm weight, rms_norm (rounded to T) first.
+// Activations [rows, width] for such weights; with a norm weight, rms_norm (rounded to T) first.
 template <class T>
-void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, Format format, void* packed) {
+void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, const Weight& weight, void* packed) {
   const int64_t stride = padded(width);
   for (int64_t r = 0; r < rows; ++r) {
-    if (format == Format::kPlain) {
+    if (weight.format == Format::kPlain) {
       using X = typename Dot<T>::X;
       pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * stride);
       continue;
@@ -165,7 +213,10 @@ void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, For
     float* row = static_cast<float*>(packed) + r * stride;
     pack_row(x + r * width, norm, eps, width, row);
 #ifdef LSK_FIXED
-    if (fixes<T>(format, width)) fix_row(row, stride);
+    if (fixes<T>(weight, width)) fix_row(row, stride);
+#endif
+#ifdef LSK_PANELS
+    if (splits<T>(weight)) split_row(row, stride);
 #endif
   }
 }
@@ -182,8 +233,15 @@ inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const 
     return dot_tile(plain, x.width, count, own, stride, rows, x.width, next, tile);
   }
   const float* own = static_cast<const float*>(x.data) + first * stride;
+#ifdef LSK_PANELS
+  if (splits<T>(weight))
+    return with_group(weight.format, [&](auto group) {
+      using G = decltype(group);
+      if constexpr (kSplits<T> && !G::kIsFloat) panel_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
+    });
+#endif
 #ifdef LSK_FIXED
-  if (fixes<T>(weight.format, x.width))
+  if (fixes<T>(weight, x.width))
     return with_group(weight.format, [&](auto group) {
       using G = decltype(group);
       if constexpr (kFixes<T> && !G::kIsFloat) fixed_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);

@@ -68,7 +68,7 @@ const Isa kIsas[] = {
 #define LSK_AVX512                                                                        \
   (LSK_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    LSK_ISA(avx512_bf16, __builtin_cpu_supports("avx512bf16") && LSK_AVX512),
+    LSK_ISA(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && LSK_AVX512),
     LSK_ISA(avx512, LSK_AVX512),
     LSK_ISA(avx2, LSK_AVX2),
 #elif defined(__aarch64__)

@@ -8,9 +8,10 @@
 
 #define LSK_MAX_BLOCK 6
 #define LSK_FIXED "cpu/fixed_avx512.h"
+#define LSK_PANELS "cpu/panels_avx512.h"
 #define LSK_BF16_DOT
 
-LSK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+LSK_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")
 
 namespace lsk::avx512_bf16 {
 

@@ -127,9 +127,9 @@ struct LossSums {
 // Everything that is compiled per instruction set, for one storage type.
 template <class T>
 struct Kernels {
-  // x [rows, width] -> packed, for weights of the format; with a norm weight, rms_norm (rounded to T) first.
-  void (*pack)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, Format format, void* packed);
-  void (*expand_row)(const uint8_t* row, Format format, int64_t width, T* out);  // of a packed weight
+  // x [rows, width] -> packed, for such weights; with a norm weight, rms_norm (rounded to T) first.
+  void (*pack)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, const Weight& weight, void* packed);
+  void (*expand_row)(const Weight& weight, int64_t row, int64_t width, T* out);  // of a packed weight
   void (*rms_norm)(const T* x, const T* weight, float eps, int64_t width, T* out);
   void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
   void (*swiglu)(const SwigluArgs<T>&, int64_t begin, int64_t end);

@@ -9,11 +9,11 @@ using torch::stable::new_empty;
 
 // Packs x once per team and shares [0, d_out) among its members.
 template <class T, class F>
-void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, Format format, F step) {
+void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, const Weight& weight, F step) {
   const int threads = num_threads();
   Workspace workspace(Workspace::bytes<float>(packed_size(rows, d_in)));
   float* memory = workspace.take<float>(packed_size(rows, d_in));
-  kernels<T>().pack(x, nullptr, 0.0f, rows, d_in, format, memory);
+  kernels<T>().pack(x, nullptr, 0.0f, rows, d_in, weight, memory);
   run_team(threads, [&](const Member& member) {
     const Range share = member.share(d_out, kUnit);
     step(Packed{memory, rows, d_in}, share.begin, share.end);
@@ -36,7 +36,7 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const std::optional<Tens
                        d_out,
                        nullptr};
     const T* from = data<T>(x, "x", {rows, d_in});
-    share_rows(from, rows, d_in, d_out, args.weight.format, [&](Packed packed, int64_t begin, int64_t end) {
+    share_rows(from, rows, d_in, d_out, args.weight, [&](Packed packed, int64_t begin, int64_t end) {
       LinearArgs<T> own = args;
       own.x = packed;
       kernels<T>().linear(own, begin, end);
@@ -54,7 +54,7 @@ Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
     check_alike(gates, ups, "gate and up");
     const T* from = data<T>(x, "x", {rows, d_in});
     T* to = static_cast<T*>(out.data_ptr());
-    share_rows(from, rows, d_in, d_out, gates.format, [&](Packed packed, int64_t begin, int64_t end) {
+    share_rows(from, rows, d_in, d_out, gates, [&](Packed packed, int64_t begin, int64_t end) {
       kernels<T>().swiglu({packed, gates, ups, to, d_out, nullptr}, begin, end);
     });
   });

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..bundles import REQUIRED_WEIGHTS, LayerWeights
 from ..dispatch import device_of, forced, implements
-from ..formats import format_of, is_packed, takes_packed
+from ..formats import format_of, is_interleaved, is_packed, takes_packed
 
 FILES = {  # the ops of each file
     "rms_norm": ["rms_norm"],
@@ -85,6 +85,8 @@ def _products(args: tuple[Any, ...]) -> Iterator[tuple[int, list[Tensor]]]:
 
 def _format_reason(product: tuple[int, list[Tensor]]) -> str | None:
     width, weights = product
+    if any(map(is_interleaved, weights)):
+        return "interleaved weights are not served"
     if any(is_packed(one) and format_of(one, width).is_float for one in weights):
         return "fp8 weights are not served"
     different = len({(one.dtype, one.shape[-1]) for one in weights}) > 1

@@ -20,9 +20,9 @@ from layerskip_kernels.formats import FORMATS, dequantize, format_of, is_packed
 FORMATS_OF_32 = [name for name, one in FORMATS.items() if one.group_size == 32]
 
 
-def wide_model(dtype: torch.dtype = torch.bfloat16) -> Any:
+def wide_model(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     """A tiny model whose widths are multiples of 32, and whose exits agree with it now and then."""
-    model = helpers.tiny_model("llama2", dtype, intermediate_size=96)
+    model = helpers.tiny_model("llama2", dtype, intermediate_size=96, **changes)
     for layer in model.model.layers[1:]:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.data *= UPPER["weak"]

@@ -1,4 +1,5 @@
-"""Where weights lie: one after the other in the order in which decoding reads them, in huge pages.
+"""Where weights lie: one after the other in the order in which decoding reads them, in huge pages; packed ones in the
+order in which the processor multiplies them.
 
 Decoding one token reads every weight once. Weights that lie scattered in pages of 4 KiB cost it a look into the page
 table every few thousand cycles, and the processor's own prefetching ends at each page and each tensor.
@@ -16,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip_kernels import multiplies_panels
+from layerskip_kernels.formats import PANEL_ROWS, can_interleave, interleave, is_interleaved, rows_of
+
 from .architectures import adapt
 from .model import LayerSkipModel
-from .quantized import MATRICES
+from .quantized import MATRICES, with_widths
 
 HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
 TRIM = 32 << 20  # bytes that are moved before what they leave is given back
@@ -51,9 +55,17 @@ class Arena:
 
         A storage of its own: what saves a model takes tensors of one storage for one weight under several names.
         """
-        copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._next)
+        return self._room(tensor, tensor.dtype).copy_(tensor.detach())
+
+    def take_interleaved(self, tensor: Tensor, width: int) -> Tensor:
+        """As `take`, of a packed weight for states of ``width``, whose rows are interleaved on the way."""
+        return interleave(tensor.detach(), width, self._room(tensor, torch.int16))
+
+    def _room(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """As many bytes and rows as a tensor has."""
+        room = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._next)
         self._next += _lines(tensor)
-        return copy.view(tensor.shape).copy_(tensor.detach())
+        return room.view(tensor.shape).view(dtype)
 
     def huge_bytes(self) -> int:
         """How many bytes of it lie in huge pages, as the kernel says; 0 where it does not say."""
@@ -72,7 +84,9 @@ def gather_weights(model: Any) -> Arena | None:
     """Move a model's weights into one arena, in place, in the order in which decoding reads them.
 
     Every holder of a parameter sees it in its new place, so whatever shares the weights goes on sharing them; their
-    values do not change. Who holds a view of a weight, and not the parameter, keeps the old memory. It is not for a
+    values do not change. Packed integers are interleaved where the processor multiplies them so
+    (`layerskip_kernels.formats.interleave`): before such a model is moved to another device, `scatter_weights` has to
+    undo it. Who holds a view of a weight, and not the parameter, keeps the old memory. It is not for a
     model that decodes meanwhile in another thread.
 
     Parameters
@@ -92,13 +106,15 @@ def gather_weights(model: Any) -> Arena | None:
     tensors = _weights(model)
     if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
         return None
+    panels = _panels(model)
     places = {(tensor.data_ptr(), tensor.shape): _lines(tensor) for tensor in tensors}  # tied ones have one place
     arena, moved = Arena(sum(places.values())), dict[tuple[int, torch.Size], Tensor]()
     since_trim = 0
     for tensor in tensors:
         place = (tensor.data_ptr(), tensor.shape)
         if place not in moved:
-            moved[place] = arena.take(tensor)
+            width = panels.get(id(tensor))
+            moved[place] = arena.take(tensor) if width is None else arena.take_interleaved(tensor, width)
         tensor.data = moved[place]  # which frees the old memory, so that both copies never exist at once
         since_trim += tensor.nbytes
         if since_trim > TRIM:
@@ -115,9 +131,32 @@ def scatter_weights(model: Any) -> None:
     Not while the model decodes in another thread.
     """
     moved: dict[int, Tensor] = {}
+    widths = {id(weight): width for weight, width in _packed(model) if is_interleaved(weight)}
     for tensor in _weights(model):
-        tensor.data = moved.setdefault(tensor.data_ptr(), tensor.detach().clone())
+        if tensor.data_ptr() not in moved:
+            own = tensor.detach()
+            moved[tensor.data_ptr()] = rows_of(own, widths[id(tensor)]) if id(tensor) in widths else own.clone()
+        tensor.data = moved[tensor.data_ptr()]
     _renew(model)
+
+
+def _packed(model: Any) -> list[tuple[Tensor, int]]:
+    """The matrices that may be packed, with their widths; those of a model of transformers are plain."""
+    return with_widths(model) if isinstance(model, LayerSkipModel) else []
+
+
+def _panels(model: Any) -> dict[int, int]:
+    """Of the weights to interleave, by their identity, the width: all of a model's layers, or none."""
+    if not isinstance(model, LayerSkipModel) or model.dtype != torch.bfloat16 or not multiplies_panels():
+        return {}
+    *layers, head, embedding = _packed(model)
+    decoder = model.decoder
+    keys = decoder.num_kv_heads * decoder.head_dim  # rows of k and v, which may be parts of a larger matrix
+    parts = [decoder.layer(number).gate for number in range(model.num_layers)]
+    even = keys % PANEL_ROWS == 0 and all(gate is None or gate.shape[0] % PANEL_ROWS == 0 for gate in parts)
+    chosen = layers if even and all(can_interleave(*one) for one in layers) else []
+    chosen = chosen + [one for one in (head, embedding) if can_interleave(*one)]
+    return {id(weight): width for weight, width in chosen}
 
 
 def _renew(model: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerskip_kernels import ExitOutput, Head, exit_head
-from layerskip_kernels.formats import dequantize, format_of, is_packed
+from layerskip_kernels.formats import format_of, is_packed, lookup
 
 from .weights import reject_gradient, shared
 
@@ -190,8 +190,8 @@ class EarlyExitHead(nn.Module):
         scale = self.head_weight.new_empty(rows, dtype=torch.float32)
         for first in range(0, rows, _QUANTIZE_ROWS):
             part = slice(first, first + _QUANTIZE_ROWS)
-            chosen = part if token_ids is None else token_ids[part]
-            weight = dequantize(self.head_weight[chosen], width)
+            chosen = torch.arange(rows, device=self.head_weight.device)[part] if token_ids is None else token_ids[part]
+            weight = lookup(self.head_weight, chosen, width, torch.float32).float()
             if low_rank is not None:
                 weight = weight + low_rank[1][chosen].float() @ low_rank[0].float()
             quantised[part], scale[part] = _quantize_rows(weight, first)

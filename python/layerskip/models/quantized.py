@@ -86,15 +86,17 @@ def outer_format(weights: str) -> str:
     return "int8" if FORMATS[weights].bits == 4 else weights
 
 
+def with_widths(model: LayerSkipModel) -> list[tuple[Tensor, int]]:
+    """Each matrix of the layers, the head and the embedding, and the width of the states that it multiplies."""
+    width, first = model.decoder.hidden_size, model.decoder.layer(0)
+    widths = {"o": first.q.shape[0]} | ({} if first.gate is None else {"down": first.gate.shape[0]})
+    layers = [(weight, widths.get(name, width)) for held in _matrices(model) for name, weight in held.items()]
+    return [*layers, (model.head.head_weight, width), (model.embedding, width)]
+
+
 def formats(model: LayerSkipModel) -> list[str]:
     """See `LayerSkipModel.weights`."""
-    decoder, width = model.decoder, model.decoder.hidden_size
-    found = [_format(model.embedding, width), _format(model.head.head_weight, width)]
-    first = decoder.layer(0)
-    widths = {"o": first.q.shape[0]} | ({} if first.gate is None else {"down": first.gate.shape[0]})
-    for matrices in _matrices(model):
-        found += [_format(weight, widths.get(name, width)) for name, weight in matrices.items()]
-    return sorted(set(found))
+    return sorted({_format(weight, width) for weight, width in with_widths(model)})
 
 
 def _format(weight: Tensor, width: int) -> str:
