@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import adapt
+from .adaptation import adapt
 from .model import LayerSkipModel
 from .quantized import MATRICES
 

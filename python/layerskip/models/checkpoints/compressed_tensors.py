@@ -32,6 +32,7 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
     """Activations stay as they are, whatever the configuration says of them: that loses nothing."""
 
     stem = ".weight_scale"
+    modules = ("torch.nn.modules.linear.Linear",)
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
