@@ -20,6 +20,7 @@ from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 DECOMPRESSING = "compressed_tensors.quantization.lifecycle.forward"
+MOVING = "compressed_tensors.offload.module"
 
 
 def held(directory: Path, meant: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -83,24 +84,27 @@ def compress(module: Any, tensors: dict[str, torch.Tensor], weight: torch.Tensor
     del module.weight
     for key, tensor in tensors.items():
         module.register_parameter(key, nn.Parameter(tensor.clone(), requires_grad=False))
-    module.meant = [weight]
-    module.forward = _defined_there(module).__get__(module)
+    module.meant, module.quantization_status = [weight], "compressed"
+    module.forward = _defined_in(DECOMPRESSING, module).__get__(module)
 
 
 def decompress(model: nn.Module) -> None:
-    """What its hook does before the first forward: scales stay, beside a plain weight."""
+    """What its hook does before the first forward: scales stay, beside a plain weight, and every forward is wrapped."""
     for module in model.modules():
         if hasattr(module, "meant"):
             for name in ("weight_packed", "weight"):
                 module._parameters.pop(name, None)
-            module.weight = nn.Parameter(module.meant[0])
+            module.weight, module.quantization_status = nn.Parameter(module.meant[0]), "decompressed"
+        if type(module).forward is not nn.Module.forward:  # a list has none
+            module._original_forward_func = module.forward.__func__
+            module.forward = _defined_in(MOVING, module).__get__(module)
 
 
-def _defined_there(module: nn.Module) -> Callable[..., torch.Tensor]:
-    """A forward whose globals are those of compressed-tensors, and whose name is that of the class's own."""
-    scope: dict[str, Any] = {"__name__": DECOMPRESSING}
-    exec("def quantized_forward(self, input):\n    return type(self).forward(self, input)", scope)
-    return functools.wraps(type(module).forward)(scope["quantized_forward"])
+def _defined_in(home: str, module: nn.Module) -> Callable[..., torch.Tensor]:
+    """A forward whose globals are those of a module of Python, and whose name is that of the class's own."""
+    scope: dict[str, Any] = {"__name__": home}
+    exec("def forward(self, *args, **named):\n    return type(self).forward(self, *args, **named)", scope)
+    return functools.wraps(type(module).forward)(scope["forward"])
 
 
 def generated(model: transformers.PreTrainedModel, prompt: torch.Tensor, **options: Any) -> list[int]:

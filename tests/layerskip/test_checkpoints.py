@@ -229,13 +229,6 @@ class TestRefused:
         with pytest.raises(TypeError, match="transformers model with generate, got LayerSkipModel"):
             layerskip.generate(model, PROMPT)
 
-    @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
-    def test_the_drop_in_says_what_to_do_instead(self, method):
-        model = layouts.tiny()
-        model.config.quantization_config = {"quant_method": method}
-        with pytest.raises(UnsupportedModelError, match=rf"quantised with {method} .*from_pretrained read checkpoints"):
-            model.generate(PROMPT, custom_generate=layerskip.generate, max_new_tokens=2)
-
 
 def change(directory, edit):
     path = directory / "model.safetensors"

@@ -164,7 +164,7 @@ class TestRefused:
     def test_bytes_that_are_no_format(self, tmp_path):
         path = written(tmp_path, "int8") / "config.json"
         path.write_text(path.read_text().replace('"hidden_size": 128', '"hidden_size": 160'))
-        with pytest.raises(ValueError, match=r"model\.layers\.0\.\S+: \d+ bytes a row are no format of width 160"):
+        with pytest.raises(ValueError, match=r"\S+\.weight: \d+ bytes a row are no format of width 160"):
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
     def test_quantizing_as_it_loads(self, tmp_path):

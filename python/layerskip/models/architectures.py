@@ -119,8 +119,7 @@ def _check_quantisation(config: Any) -> None:
     if method != "gguf":  # whose weights may have been made plain while they were read; they are checked
         raise unsupported(
             f"a transformers model quantised with {method}",
-            "fp32, bf16 and fp16 weights. layerskip.load and SelfSpeculativeDecoder.from_pretrained read checkpoints "
-            "of compressed-tensors, GPTQ and AWQ, and GGUF files, without transformers, and keep them packed",
+            "plain fp32, bf16 and fp16 weights here; decoding reads others",
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from itertools import chain, repeat
-from operator import attrgetter, contains, is_
+from operator import attrgetter, contains, is_, methodcaller
 from typing import Any
 from weakref import ref
 
@@ -19,6 +19,7 @@ ORIGINAL_CLASS = "_layerskip_original_class"
 ORIGINAL_FORWARD = "_layerskip_original_forward"
 """Where a forward that does the same as another, but in training, keeps that one."""
 _DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+_OF_DICT = methodcaller("values")  # also of the mappings that compressed-tensors puts into the place of dicts
 _DECOMPRESSING = "compressed_tensors."
 """Where hooks and forwards are defined that decompress weights, and may round activations, which stay exact here."""
 _HARMLESS = ("transformers.", _DECOMPRESSING)
@@ -113,24 +114,38 @@ def check_hooks(model: nn.Module) -> None:
                     "than the model's; remove it with the handle that registering it returned"
                 )
         own = module.__dict__.get("forward")
-        if own is not None and not (_decompresses(own) or _is_of_class(module, getattr(own, ORIGINAL_FORWARD, own))):
+        if own is not None and not (
+            _decompresses(module, own) or _is_of_class(module, getattr(own, ORIGINAL_FORWARD, own))
+        ):
             raise UnsupportedModelError(
                 f"{where} has a forward of its own, {_called(own)}, which would not be called; delete that attribute "
                 "(accelerate's remove_hook_from_module and unwrap_model do, where it is theirs)"
             )
 
 
-def _decompresses(forward: Any) -> bool:
-    """Whether a forward is one of compressed-tensors', which take the names of what they wrap."""
+def _decompresses(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward is one of compressed-tensors', around a weight that was compressed, or one that moves tensors.
+
+    It has the name of what it wraps. A weight that is not compressed yet it rounds at each call.
+    """
+    home = str(getattr(_function(forward), "__globals__", {}).get("__name__", ""))
+    if home.startswith(f"{_DECOMPRESSING}offload."):
+        inner = module.__dict__["_original_forward_func"]
+        return _is_of_class(module, inner) or _decompresses(module, inner)
+    status = getattr(module, "quantization_status", None)
+    return home.startswith(_DECOMPRESSING) and getattr(status, "value", status) in ("compressed", "decompressed")
+
+
+def _function(forward: Any) -> Any:
+    """What a method is one of; accelerate makes a method of a method."""
     while hasattr(forward, "__func__"):
         forward = forward.__func__
-    return str(getattr(forward, "__globals__", {}).get("__name__", "")).startswith(_DECOMPRESSING)
+    return forward
 
 
 def _is_of_class(module: nn.Module, forward: Any) -> bool:
     """Whether this is the forward of the module's class, with or without its decorators: what is often put back."""
-    while hasattr(forward, "__func__"):  # accelerate makes a method of a method
-        forward = forward.__func__
+    forward = _function(forward)
     candidate = class_of(module).forward
     while candidate is not None and candidate is not forward:
         candidate = getattr(candidate, "__wrapped__", None)
@@ -153,8 +168,8 @@ def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return module._forward_hooks, module._forward_pre_hooks
 
 
-def _values(dicts: Iterable[dict[Any, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, dicts)))
+def _values(dicts: Iterable[MutableMapping[Any, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(_OF_DICT, dicts)))
 
 
 def _version(tensor: Tensor) -> int:
