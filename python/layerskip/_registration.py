@@ -24,7 +24,6 @@ class _Finder(MetaPathFinder):
         """See `importlib.abc.MetaPathFinder`."""
         if fullname != QUANTIZERS:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         loader: Any = None if spec is None else spec.loader
         if loader is None:
@@ -33,6 +32,7 @@ class _Finder(MetaPathFinder):
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
+            sys.meta_path.remove(self)
             _register()
 
         loader.exec_module = run_and_register

@@ -12,7 +12,7 @@ import transformers
 from held_models import generated, held
 
 import layerskip
-from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, adapt
+from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, adapt, gather_weights
 from layerskip.models import ModelFileError, load
 from layerskip.models.dequantized import dequantized
 
@@ -110,6 +110,14 @@ class TestRead:
                 module._parameters.pop(name, None)
         del model
         assert decoder.generate(PROMPT, 16).new_tokens[0].tolist() == decoded(tmp_path / "m")
+
+    def test_gathering_would_move_copies(self, tmp_path):
+        model = made(tmp_path / "m")
+        with pytest.raises(UnsupportedModelError, match=r"another library holds quantized .*layerskip\.adapt\(model\)"):
+            gather_weights(model)
+        adapted = adapt(model)
+        assert gather_weights(adapted).size > 0
+        assert SelfSpeculativeDecoder(adapted, 2).generate(PROMPT, 16).new_tokens[0].tolist() == decoded(tmp_path / "m")
 
 
 class TestFollows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_, methodcaller
 from typing import Any
@@ -48,7 +48,7 @@ class ModelWatch:
         modules = list(hf_model.modules())
         # Those that hold nothing come to hold something that is called only with another forward, or as a new module.
         self._module_dicts = [module._modules for module in modules if module._modules]
-        self._parameter_dicts = [module._parameters for module in modules if module._parameters]
+        self._parameter_dicts: list[Mapping[str, Any]] = [one._parameters for one in modules if one._parameters]
         # Of a quantized model tensors are packed anew, which must follow their values; and some are buffers.
         quantized = getattr(getattr(hf_model, "config", None), "quantization_config", None) is not None
         self._parameter_dicts += [module._buffers for module in modules if quantized and module._buffers]
@@ -168,7 +168,7 @@ def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return module._forward_hooks, module._forward_pre_hooks
 
 
-def _values(dicts: Iterable[MutableMapping[Any, Any]]) -> list[Any]:
+def _values(dicts: Iterable[Mapping[Any, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(_OF_DICT, dicts)))
 
 

@@ -32,7 +32,7 @@ def accelerate(model: Model) -> Model:
     ----------
     model : transformers.PreTrainedModel
         A causal language model of one of `layerskip.supported_architectures`, in fp32, bf16 or fp16, on the one device
-        that it is to run on.
+        that it is to run on. Layers that another library holds quantized stay as they are.
 
     Returns
     -------

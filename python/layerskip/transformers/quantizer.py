@@ -32,7 +32,7 @@ class LayerSkipConfig(QuantizationConfigMixin):
         Of `layerskip_kernels.formats.FORMATS`.
     """
 
-    def __init__(self, version: int = 0, formats: Sequence[str] = (), quant_method: str = METHOD) -> None:
+    def __init__(self, version: int = 0, formats: Sequence[str] = (), quant_method: Any = METHOD) -> None:
         self.quant_method, self.version, self.formats = quant_method, version, list(formats)
         OwnCheckpoint(self.to_dict())
 

@@ -6,7 +6,7 @@ less one, the second ("gptq_v2") as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class GptqCheckpoint(SafetensorsCheckpoint):
 
     def take_over(self, model: nn.Module) -> None:
         """Some kernels take the second convention, into which gptqmodel then turns the zero points; it notes that."""
-        formats = [module.qzero_format() for module in model.modules() if hasattr(module, "qzero_format")]
-        if 2 in formats:
+        kernels: Iterable[Any] = (module for module in model.modules() if hasattr(module, "qzero_format"))
+        if any(kernel.qzero_format() == 2 for kernel in kernels):
             self._less = _CONVENTIONS["gptq_v2"]
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
