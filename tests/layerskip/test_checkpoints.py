@@ -177,6 +177,7 @@ REFUSED = [
     (WORDS, {"format": "marlin-24"}, "format 'marlin-24'"),
     (WORDS, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity 'sparse-24-bitmask'"),
     (WORDS, {"config_groups": {}}, "without config_groups"),
+    (WORDS, {"transform_config": {"config_groups": {"R1": {}}}}, "with transforms"),
     (WORDS, of_group(WORDS, num_bits=2), "pack-quantized with int of 2 bits is not supported; supported: int of 4"),
     (WORDS, of_group(WORDS, actorder="group"), "actorder 'group'"),
     (WORDS, of_group(WORDS, group_size=48), "group_size 48"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import types
 
 import held_models
 import pytest
@@ -177,7 +178,18 @@ def on_meta(path):
     return model
 
 
+def with_transforms(path):
+    """As compressed-tensors turns states by a matrix that is in no weight."""
+    model = made(path)
+    hook = types.FunctionType(
+        (lambda module, args: None).__code__, {"__name__": "compressed_tensors.transform.factory"}
+    )
+    model.model.layers[1].mlp.up_proj.register_forward_pre_hook(hook)
+    return model
+
+
 REFUSED = {
+    "transforms": (with_transforms, r"compressed_tensors\.transform\.factory.*a forward hook of .*1\.mlp\.up_proj"),
     "marlin": (repacked("marlin.MarlinLinear"), r"self_attn\.q_proj of type gptqmodel.*MarlinLinear is not"),
     "exllama": (repacked("exllamav2.ExllamaV2Linear"), r"ExllamaV2Linear is not supported; supported: .*TorchLinear"),
     "act-order": (lambda path: made(path, layouts.gptq(4, 32, True), TORCH, desc_act=True), "desc_act true"),

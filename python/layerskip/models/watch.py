@@ -20,10 +20,10 @@ ORIGINAL_FORWARD = "_layerskip_original_forward"
 """Where a forward that does the same as another, but in training, keeps that one."""
 _DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 _OF_DICT = methodcaller("values")  # also of the mappings that compressed-tensors puts into the place of dicts
-_DECOMPRESSING = "compressed_tensors."
-"""Where hooks and forwards are defined that decompress weights, and may round activations, which stay exact here."""
-_HARMLESS = ("transformers.", _DECOMPRESSING)
-"""Where hooks are defined that are no hindrance; those of transformers look at outputs, or change them in training."""
+_COMPRESSING = "compressed_tensors."
+_HARMLESS = ("transformers.", f"{_COMPRESSING}compressors.", f"{_COMPRESSING}modeling.")
+"""Where hooks are defined that look at outputs, or change them in training; that decompress weights; that round what
+goes into the cache, which stays exact here."""
 
 
 class ModelWatch:
@@ -129,11 +129,11 @@ def _decompresses(module: nn.Module, forward: Any) -> bool:
     It has the name of what it wraps. A weight that is not compressed yet it rounds at each call.
     """
     home = str(getattr(_function(forward), "__globals__", {}).get("__name__", ""))
-    if home.startswith(f"{_DECOMPRESSING}offload."):
+    if home.startswith(f"{_COMPRESSING}offload."):
         inner = module.__dict__["_original_forward_func"]
         return _is_of_class(module, inner) or _decompresses(module, inner)
     status = getattr(module, "quantization_status", None)
-    return home.startswith(_DECOMPRESSING) and getattr(status, "value", status) in ("compressed", "decompressed")
+    return home.startswith(_COMPRESSING) and getattr(status, "value", status) in ("compressed", "decompressed")
 
 
 def _function(forward: Any) -> Any:
