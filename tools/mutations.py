@@ -115,6 +115,18 @@ MUTATIONS = [
         LAYERSKIP + "test_transformers_generate.py -k hole",
     ),
     Mutation(
+        "zero points that loading has converted are read as the file's", MODELS + "checkpoints/gptq.py",
+        "kernel.qzero_format() == 2", "False", LAYERSKIP + "test_transformers_quantized.py",
+    ),
+    Mutation(
+        "scales that change in place leave their packed copy as it is", MODELS + "watch.py",
+        "self._weights if quantized else []", "[]", LAYERSKIP + "test_transformers_quantized.py",
+    ),
+    Mutation(
+        "a kernel that has repacked its tensors is read", MODELS + "adaptation.py",
+        "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "test_transformers_quantized.py",
+    ),
+    Mutation(
         "a hole in a mask is taken out of a prompt", DECODING + "prompts.py",
         "kept[-1] - kept[0] + 1 != len(kept)", "False", f"{LAYERSKIP}test_prompts.py {LAYERSKIP}test_decoding.py",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._lazy import exports
+from ._registration import register_with_transformers
 
 if TYPE_CHECKING:
     from layerskip_kernels import __version__
@@ -88,6 +89,8 @@ __getattr__ = exports(
     },
     needs={".transformers.custom_generate": [("transformers", "layerskip.generate")]},
 )  # fmt: skip
+
+register_with_transformers()
 
 
 def __dir__() -> list[str]:

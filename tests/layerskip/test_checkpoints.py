@@ -177,6 +177,7 @@ REFUSED = [
     (WORDS, {"format": "marlin-24"}, "format 'marlin-24'"),
     (WORDS, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity 'sparse-24-bitmask'"),
     (WORDS, {"config_groups": {}}, "without config_groups"),
+    (WORDS, {"transform_config": {"config_groups": {"R1": {}}}}, "with transforms"),
     (WORDS, of_group(WORDS, num_bits=2), "pack-quantized with int of 2 bits is not supported; supported: int of 4"),
     (WORDS, of_group(WORDS, actorder="group"), "actorder 'group'"),
     (WORDS, of_group(WORDS, group_size=48), "group_size 48"),
@@ -228,13 +229,6 @@ class TestRefused:
                 use(model)
         with pytest.raises(TypeError, match="transformers model with generate, got LayerSkipModel"):
             layerskip.generate(model, PROMPT)
-
-    @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
-    def test_the_drop_in_says_what_to_do_instead(self, method):
-        model = layouts.tiny()
-        model.config.quantization_config = {"quant_method": method}
-        with pytest.raises(UnsupportedModelError, match=rf"quantised with {method} .*from_pretrained read checkpoints"):
-            model.generate(PROMPT, custom_generate=layerskip.generate, max_new_tokens=2)
 
 
 def change(directory, edit):

@@ -18,6 +18,7 @@ from tokenizers_of import byte_level
 
 import layerskip
 from layerskip.cli import arguments
+from layerskip.models import save
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(page for page in ROOT.glob("docs/**/*.md") if "```python" in page.read_text(encoding="utf-8"))
@@ -77,7 +78,9 @@ def names(request, tmp_path, monkeypatch):
         helpers.tiny_tokenizer().save_pretrained("DIR")
         layouts.write(tmp_path / "DIR-AWQ", layouts.tiny(), layouts.awq(128))
         make_gguf(tmp_path / "model.gguf", plain)
-        return {}
+        (tmp_path / "DIR-int4").mkdir()
+        save(layerskip.adapt(layouts.tiny()).quantize("int4"), tmp_path / "DIR-int4")
+        return {"inputs": {"input_ids": torch.tensor([[3, 7, 12]])}}
     if page.name == "kernels.md":
         return of_kernels()
     given = reader()

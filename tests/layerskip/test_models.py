@@ -402,8 +402,8 @@ REFUSED = {
     "head bias": (with_head_bias, r"lm_head\.bias"),
     "activation": (lambda: tiny_model("llama2", hidden_act="gelu"), "hidden_act 'gelu' .*silu"),
     "quantised by configuration": (
-        lambda: config_then("llama2", quantization_config={"quant_method": "gptq"}),
-        "quantised with gptq",
+        lambda: config_then("llama2", quantization_config={"quant_method": "hqq"}),
+        "quantised with hqq",
     ),
     "int8 weight": (with_int8_weight, r"layers\.1\.self_attn\.k_proj\.weight of dtype torch\.int8"),
     "a tensor of torchao": (with_torchao_weight, r"layers\.2\.mlp\.up_proj\.weight of type .*TorchaoTensor .*plain"),

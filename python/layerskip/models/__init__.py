@@ -1,9 +1,10 @@
 """Early-exit models: their parts, how they are made of Hugging Face models, and loading from disk."""
 
-from .architectures import adapt, supported_architectures
+from .adaptation import adapt
 from .arena import gather_weights, scatter_weights
 from .cache import SharedKVCache
 from .exit import BoundExit, Exit
+from .families import supported_architectures
 from .files import ModelFileError
 from .head import EarlyExitHead
 from .layers import PartialDepthDecoder

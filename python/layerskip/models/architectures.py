@@ -1,54 +1,24 @@
-"""The supported architectures, and how a Hugging Face model of one becomes an early-exit model."""
+"""Whether a Hugging Face model is of a supported architecture, in every respect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._extras import check_transformers
-from .assembly import EMBEDDING, HEAD, LAYERS, NORM, assemble
+from .assembly import EMBEDDING, HEAD, LAYERS, NORM
 from .families import ARCHITECTURES, Architecture, supported_architectures
 from .model import LayerSkipModel
 from .rotary import check_layer_types, check_rope
 from .unsupported import UnsupportedModelError, unsupported
-from .watch import check_hooks, class_of, unwrapped
+from .watch import class_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LEFT = ("weight_", "input_", "output_")  # begin the names of scales and zero points beside a weight
 
-
-def adapt(hf_model: Any) -> LayerSkipModel:
-    """Make an early-exit model of a Hugging Face model. The two share every weight; the given one does not change.
-
-    Parameters
-    ----------
-    hf_model : transformers.PreTrainedModel
-        A causal language model of one of `supported_architectures`, in fp32, bf16 or fp16, on one device; or what
-        ``torch.compile`` made of it.
-
-    Returns
-    -------
-    LayerSkipModel
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the architecture, a way of attending, the type of rotary embedding, the activation, a bias, or the kind of a
-        weight (quantised, adapted, of mixed dtype or device, strided) is not supported, or a module has a hook or a
-        forward of its own, which would not be called. The message names it.
-    """
-    check_transformers()
-    hf_model = unwrapped(hf_model)
-    architecture = architecture_of(hf_model)
-    check_hooks(hf_model)
-    config: Any = hf_model.config
-    check_config(config)
-    parameters = checked_parameters(hf_model, architecture)
-    decoder, head = assemble(hf_model, parameters)
-    generation_config = getattr(hf_model, "generation_config", None)
-    return LayerSkipModel(parameters[EMBEDDING], decoder, head, config, generation_config)
+Held = TypeVar("Held", bound=Tensor)
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -103,26 +73,41 @@ def check_config(config: Any) -> None:
     check_layer_types(config)
     architecture = ARCHITECTURES[config.model_type]
     check_rope(config, architecture.rope_types, architecture.partial_rotary)
-    _check_activation(config)
+    check_activation(config)
     for name, values in architecture.only.items():
         value = getattr(config, name, None)
         if value not in values:
             raise unsupported(f"{name} {value!r}", " or ".join(map(repr, values)))
 
 
-def check_feed_forward(config: Any) -> None:
-    """The checks of `check_config` that also apply to a model that keeps its own attention."""
-    _check_quantisation(config)
-    _check_activation(config)
+def check_activation(config: Any) -> None:
+    """The check of `check_config` that also applies to a model that keeps its own attention."""
+    activations = ARCHITECTURES[config.model_type].activations
+    name = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
+    if getattr(config, name) not in activations:
+        raise unsupported(f"{name} {getattr(config, name)!r}", ", ".join(activations))
 
 
 def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
     """The parameters of a model by name, tied ones under each of their names; UnsupportedModelError for others."""
     parameters = dict(hf_model.named_parameters(remove_duplicate=False))
+    if getattr(hf_model.config, "quantization_config", None) is not None:
+        parameters = without_leftovers(parameters)
     _check_modules(hf_model, architecture)
     check_names(parameters, architecture)
     _check_tensors(parameters)
     return parameters
+
+
+def without_leftovers(tensors: Mapping[str, Held]) -> dict[str, Held]:
+    """The tensors of a model less what decompressing has left: scales and zero points of weights that are plain now."""
+    plain = {name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dtype in FLOATS}
+
+    def is_left(name: str) -> bool:
+        module, _, own = name.rpartition(".")
+        return own.startswith(_LEFT) and f"{module}.weight" in plain
+
+    return {name: tensor for name, tensor in tensors.items() if not is_left(name)}
 
 
 def _check_quantisation(config: Any) -> None:
@@ -134,16 +119,8 @@ def _check_quantisation(config: Any) -> None:
     if method != "gguf":  # whose weights may have been made plain while they were read; they are checked
         raise unsupported(
             f"a transformers model quantised with {method}",
-            "fp32, bf16 and fp16 weights. layerskip.load and SelfSpeculativeDecoder.from_pretrained read checkpoints "
-            "of compressed-tensors, GPTQ and AWQ, and GGUF files, without transformers, and keep them packed",
+            "plain fp32, bf16 and fp16 weights here; decoding reads others",
         )
-
-
-def _check_activation(config: Any) -> None:
-    activations = ARCHITECTURES[config.model_type].activations
-    name = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
-    if getattr(config, name) not in activations:
-        raise unsupported(f"{name} {getattr(config, name)!r}", ", ".join(activations))
 
 
 def _check_modules(model: nn.Module, architecture: Architecture) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from layerskip_kernels import multiplies_panels
 from layerskip_kernels.formats import PANEL_ROWS, can_interleave, interleave, is_interleaved, rows_of
 
-from .architectures import adapt
+from .adaptation import adapt
 from .model import LayerSkipModel
 from .quantized import MATRICES, with_widths
+from .unsupported import unsupported
 
 HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
 TRIM = 32 << 20  # bytes that are moved before what they leave is given back
@@ -101,7 +102,7 @@ def gather_weights(model: Any) -> Arena | None:
     Raises
     ------
     UnsupportedModelError
-        As `layerskip.adapt`.
+        As `layerskip.adapt`, and if the weights are quantized, and another library's.
     """
     tensors = _weights(model)
     if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
@@ -175,7 +176,12 @@ def _trim() -> None:
 def _weights(model: Any) -> list[Tensor]:
     """Each weight of `_in_order` once; of tied ones that are two parameters both."""
     adapted = model if isinstance(model, LayerSkipModel) else adapt(model)
-    return list({id(tensor): tensor for tensor in _in_order(adapted)}.values())
+    tensors = {id(tensor): tensor for tensor in _in_order(adapted)}
+    if not tensors.keys() <= {id(tensor) for tensor in model.parameters()}:  # adapting made some
+        raise unsupported(
+            "moving what another library holds quantized", "layerskip.adapt(model), whose weights are own"
+        )
+    return list(tensors.values())
 
 
 def _in_order(model: LayerSkipModel) -> Iterator[Tensor]:

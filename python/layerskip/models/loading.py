@@ -14,7 +14,8 @@ from layerskip_kernels.formats import FORMATS
 from .. import registry
 from .._extras import need
 from . import checkpoints
-from .architectures import adapt, check_config, check_model_type
+from .adaptation import adapt
+from .architectures import check_config, check_model_type
 from .checkpoints import Progress
 from .files import INDEX, ModelFileError, check_safetensors, read_json, reading, shards
 from .model import LayerSkipModel
@@ -131,15 +132,13 @@ def _read(
 
 def _checkpoint(source: str, config: Any, weights: str | None) -> Any:
     """What reads the weights without transformers: quantized ones, and those that are to be; None for others."""
-    settings = checkpoints.settings_of(config)
-    if settings is None or settings.get("quant_method") == _GGUF:
+    method = checkpoints.method_of(config)
+    if method in (None, _GGUF):
         return None if weights is None else checkpoints.PlainCheckpoint(weights)
-    layout = checkpoints.layout_of(settings)
+    layout = checkpoints.layout_of(method)
     if weights is not None:
-        raise ValueError(
-            f"the weights of {source} are quantized already ({settings.get('quant_method')}); leave out {weights}"
-        )
-    return layout(settings)
+        raise ValueError(f"the weights of {source} are quantized already ({method}); leave out {weights}")
+    return layout(checkpoints.settings_of(config))
 
 
 def _read_gguf(

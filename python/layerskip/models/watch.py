@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
-from operator import attrgetter, contains, is_
+from operator import attrgetter, contains, is_, methodcaller
 from typing import Any
 from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .unsupported import UnsupportedModelError
@@ -19,6 +19,11 @@ ORIGINAL_CLASS = "_layerskip_original_class"
 ORIGINAL_FORWARD = "_layerskip_original_forward"
 """Where a forward that does the same as another, but in training, keeps that one."""
 _DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+_OF_DICT = methodcaller("values")  # also of the mappings that compressed-tensors puts into the place of dicts
+_COMPRESSING = "compressed_tensors."
+_HARMLESS = ("transformers.", f"{_COMPRESSING}compressors.", f"{_COMPRESSING}modeling.")
+"""Where hooks are defined that look at outputs, or change them in training; that decompress weights; that round what
+goes into the cache, which stays exact here."""
 
 
 class ModelWatch:
@@ -43,7 +48,10 @@ class ModelWatch:
         modules = list(hf_model.modules())
         # Those that hold nothing come to hold something that is called only with another forward, or as a new module.
         self._module_dicts = [module._modules for module in modules if module._modules]
-        self._parameter_dicts = [module._parameters for module in modules if module._parameters]
+        self._parameter_dicts: list[Mapping[str, Any]] = [one._parameters for one in modules if one._parameters]
+        # Of a quantized model tensors are packed anew, which must follow their values; and some are buffers.
+        quantized = getattr(getattr(hf_model, "config", None), "quantization_config", None) is not None
+        self._parameter_dicts += [module._buffers for module in modules if quantized and module._buffers]
         self._attributes = [module.__dict__ for module in modules[1:]]
         self._hook_dicts = [hooks for module in modules for hooks in _hooks_of(module)]
         self._hook_dicts += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -52,11 +60,14 @@ class ModelWatch:
         self._weights = [weight for weight in self._parameters if weight is not None]
         # Conversions keep a parameter and change what it holds, where it stays on the CPU or torch is told so.
         self._dtypes, self._on_cpu = list(map(_DTYPE, self._weights)), list(map(_ON_CPU, self._weights))
+        self._copied = self._weights if quantized else []
+        self._versions = list(map(_version, self._copied))
 
     def changed(self) -> nn.Module | None:
         """The model, if other modules or parameters are in it, or parameters of another dtype or device; else None.
 
-        A change of values in place is none: they are shared. A model that nobody else holds cannot have changed.
+        A change of values in place is none, since they are shared, but where the model is quantized. A model that
+        nobody else holds cannot have changed.
 
         Raises
         ------
@@ -78,13 +89,14 @@ class ModelWatch:
             and _same(_values(self._parameter_dicts), self._parameters)
             and list(map(_DTYPE, self._weights)) == self._dtypes
             and list(map(_ON_CPU, self._weights)) == self._on_cpu
+            and list(map(_version, self._copied)) == self._versions
         )
 
 
 def check_hooks(model: nn.Module) -> None:
     """Refuse what is called besides the modules' own forwards: hooks, and forwards of one instance.
 
-    Hooks of transformers itself are no hindrance. They look at outputs, or change them in training only.
+    Hooks of transformers itself, and what compressed-tensors puts around modules, are no hindrance.
 
     Raises
     ------
@@ -96,23 +108,44 @@ def check_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = name or "the model"
         for hook in _values(_hooks_of(module)):
-            if not _module_of(hook).startswith("transformers."):
+            if not _module_of(hook).startswith(_HARMLESS):
                 raise UnsupportedModelError(
                     f"{_called(hook)}, a forward hook of {where}, would not be called, and the text could be another "
                     "than the model's; remove it with the handle that registering it returned"
                 )
         own = module.__dict__.get("forward")
-        if own is not None and not _is_of_class(module, getattr(own, ORIGINAL_FORWARD, own)):
+        if own is not None and not (
+            _decompresses(module, own) or _is_of_class(module, getattr(own, ORIGINAL_FORWARD, own))
+        ):
             raise UnsupportedModelError(
                 f"{where} has a forward of its own, {_called(own)}, which would not be called; delete that attribute "
                 "(accelerate's remove_hook_from_module and unwrap_model do, where it is theirs)"
             )
 
 
+def _decompresses(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward is one of compressed-tensors', around a weight that was compressed, or one that moves tensors.
+
+    It has the name of what it wraps. A weight that is not compressed yet it rounds at each call.
+    """
+    home = str(getattr(_function(forward), "__globals__", {}).get("__name__", ""))
+    if home.startswith(f"{_COMPRESSING}offload."):
+        inner = module.__dict__["_original_forward_func"]
+        return _is_of_class(module, inner) or _decompresses(module, inner)
+    status = getattr(module, "quantization_status", None)
+    return home.startswith(_COMPRESSING) and getattr(status, "value", status) in ("compressed", "decompressed")
+
+
+def _function(forward: Any) -> Any:
+    """What a method is one of; accelerate makes a method of a method."""
+    while hasattr(forward, "__func__"):
+        forward = forward.__func__
+    return forward
+
+
 def _is_of_class(module: nn.Module, forward: Any) -> bool:
     """Whether this is the forward of the module's class, with or without its decorators: what is often put back."""
-    while hasattr(forward, "__func__"):  # accelerate makes a method of a method
-        forward = forward.__func__
+    forward = _function(forward)
     candidate = class_of(module).forward
     while candidate is not None and candidate is not forward:
         candidate = getattr(candidate, "__wrapped__", None)
@@ -135,8 +168,13 @@ def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return module._forward_hooks, module._forward_pre_hooks
 
 
-def _values(dicts: Iterable[dict[Any, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, dicts)))
+def _values(dicts: Iterable[Mapping[Any, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(_OF_DICT, dicts)))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same(now: list[Any], then: list[Any]) -> bool:

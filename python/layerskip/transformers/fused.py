@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from layerskip_kernels import dispatch, linear, rms_norm, swiglu
+from layerskip_kernels.formats import is_packed
 
 from ..models.architectures import FLOATS
 from ..models.watch import ORIGINAL_CLASS
+from .packed import SKINNY_ROWS, PackedLinear
 
-SKINNY_ROWS = 16  # one tile; for more rows the arithmetic costs more than reading the weights
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -28,7 +29,9 @@ def _served(x: Tensor, *weights: Tensor) -> bool:
     kind = x.device.type
     if kind not in dispatch.PREFERENCE or torch.is_autocast_enabled(kind):
         return False
-    return x.numel() > 0 and x.dtype in FLOATS and all(weight.dtype == x.dtype for weight in weights)
+    return (
+        x.numel() > 0 and x.dtype in FLOATS and all(weight.dtype == x.dtype or is_packed(weight) for weight in weights)
+    )
 
 
 def _is_skinny(x: Tensor) -> bool:
@@ -85,7 +88,7 @@ class FusedSwiGLU(nn.Module):
 
 def _is_bare(projection: Any) -> bool:
     """Whether a call of the projection is its product and nothing else: it has no adapter and no hook."""
-    if type(projection) is not SkinnyLinear or "forward" in projection.__dict__:
+    if type(projection) not in (SkinnyLinear, PackedLinear) or "forward" in projection.__dict__:
         return False
     return not any(getattr(projection, hooks) for hooks in _HOOKS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from .compressed_tensors import CompressedTensorsCheckpoint
 from .fine_grained import FineGrainedCheckpoint
 from .gguf import SUFFIX, GgufCheckpoint, check_architecture
 from .gptq import GptqCheckpoint
+from .held import HeldTensors
 from .own import METHOD, ROPE_FACTORS, OwnCheckpoint, own_settings
 from .plain import PlainCheckpoint
 from .tensors import TensorFiles
@@ -24,13 +26,17 @@ __all__ = [
     "SUFFIX",
     "Checkpoint",
     "GgufCheckpoint",
+    "HeldTensors",
+    "OwnCheckpoint",
     "PlainCheckpoint",
     "Progress",
+    "SafetensorsCheckpoint",
     "TensorFiles",
     "build",
     "check_architecture",
     "frequency_factors",
     "layout_of",
+    "method_of",
     "own_settings",
     "settings_of",
     "without_quantization",
@@ -46,18 +52,25 @@ LAYOUTS: dict[str, type[SafetensorsCheckpoint]] = {
 """What reads a checkpoint, by the ``quant_method`` of its ``quantization_config``."""
 
 
-def settings_of(config: Any) -> Mapping[str, Any] | None:
-    """The ``quantization_config`` of a model's configuration, if it has one."""
+def settings_of(config: Any) -> Mapping[str, Any]:
+    """The ``quantization_config`` of a model's configuration, as config.json has it: names in the place of enums."""
+    settings = config.quantization_config
+    given = settings if isinstance(settings, Mapping) else settings.to_dict()
+    as_written: Mapping[str, Any] = json.loads(json.dumps(given, default=str))
+    return as_written
+
+
+def method_of(config: Any) -> str | None:
+    """The ``quant_method`` of a model's configuration; None where it says nothing of quantization."""
     settings = getattr(config, "quantization_config", None)
-    if settings is None or isinstance(settings, Mapping):
-        return settings
-    given: Mapping[str, Any] = settings.to_dict()
-    return given
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings.quant_method
+    return str(getattr(method, "value", method))
 
 
-def layout_of(settings: Mapping[str, Any]) -> type[SafetensorsCheckpoint]:
-    """What reads a checkpoint with these settings; UnsupportedModelError for other methods."""
-    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+def layout_of(method: str | None) -> type[SafetensorsCheckpoint]:
+    """What reads a checkpoint of this ``quant_method``; UnsupportedModelError for others."""
     if method not in LAYOUTS:
         raise unsupported(f"a model quantised with {method}", f"{', '.join(LAYOUTS)}, and plain weights")
     return LAYOUTS[method]

@@ -22,6 +22,12 @@ class AwqCheckpoint(SafetensorsCheckpoint):
     """Weights of 4 bits in groups with zero points."""
 
     stem = ".qweight"
+    modules = (
+        "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear",
+        "gptqmodel.nn_modules.qlinear.gemm_awq.AwqGEMMLinear",
+        "gptqmodel.nn_modules.qlinear.gemm_awq_triton.AwqGEMMTritonLinear",
+        "awq.modules.linear.gemm.WQLinear_GEMM",
+    )
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..files import ModelFileError
 from .tensors import TensorFiles
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # What activations are quantized with, which here they are not, and what can be computed.
 _IGNORED = re.compile(
@@ -43,8 +46,26 @@ class Checkpoint(Protocol):
         """The names of what was not read and would change the model."""
 
 
+class Tensors(Protocol):
+    """Tensors by name, of files or of a model; see `TensorFiles`."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def unused(self) -> list[str]:
+        """The names of what was not read."""
+
+    def is_bytes(self, name: str) -> bool:
+        """Whether a tensor is one of bytes."""
+
+    def read(
+        self, name: str, shape: Sequence[int | None] | None, dtype: torch.dtype | None = None, copy: bool = True
+    ) -> Tensor:
+        """A tensor of this shape and this dtype, where they are given."""
+
+
 class SafetensorsCheckpoint:
-    """A checkpoint in safetensors files; each kind of quantized weights is a subclass.
+    """A checkpoint in safetensors files, or what transformers has loaded from one; each kind is a subclass.
 
     Parameters
     ----------
@@ -53,8 +74,8 @@ class SafetensorsCheckpoint:
 
     Attributes
     ----------
-    files : TensorFiles
-        Of the directory that was opened last.
+    files : Tensors
+        Of the directory that was opened last, or of a model.
 
     Raises
     ------
@@ -62,18 +83,27 @@ class SafetensorsCheckpoint:
         If the settings ask for what is not supported.
     """
 
-    files: TensorFiles
+    files: Tensors
 
     frequency_factors: Tensor | None = None
     stem = ""
     """What follows the name of a linear layer in the name of its quantized weight."""
+    modules: tuple[str, ...] = ()
+    """The classes of transformers' modules that hold the tensors as files do. Others repack them for their kernels."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
 
     def open(self, directory: Path) -> None:
         """Look for the weights in a directory; errors as of `TensorFiles`."""
-        self.files = TensorFiles(directory)
+        self.read_from(TensorFiles(directory))
+
+    def read_from(self, tensors: Tensors) -> None:
+        """Look for the weights among these tensors."""
+        self.files = tensors
+
+    def take_over(self, model: nn.Module) -> None:
+        """Heed what loading a model has changed in it, other than repacking: nothing, mostly."""
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """See `Checkpoint`; what the settings did not tell shows as the weights are read."""

@@ -32,12 +32,15 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
     """Activations stay as they are, whatever the configuration says of them: that loses nothing."""
 
     stem = ".weight_scale"
+    modules = ("torch.nn.modules.linear.Linear",)
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
         sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense":
             raise unsupported(f"compressed-tensors with sparsity {sparsity!r}", "dense")
+        if (settings.get("transform_config") or {}).get("config_groups"):
+            raise unsupported("compressed-tensors with transforms (transform_config)", "weights without them")
         self._groups = list((settings.get("config_groups") or {}).values())
         if not self._groups:
             raise unsupported("compressed-tensors without config_groups", "groups with weights")

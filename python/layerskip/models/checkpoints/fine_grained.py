@@ -20,6 +20,7 @@ class FineGrainedCheckpoint(SafetensorsCheckpoint):
     """Activations stay as they are."""
 
     stem = ".weight_scale_inv"
+    modules = ("transformers.integrations.finegrained_fp8.FP8Linear",)
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)

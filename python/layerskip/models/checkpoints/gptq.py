@@ -6,11 +6,11 @@ less one, the second ("gptq_v2") as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import ModelFileError
 from ..unsupported import unsupported
@@ -25,6 +25,10 @@ class GptqCheckpoint(SafetensorsCheckpoint):
     """Weights of 4 bits, or of 8 without zero points, in groups or per output, in the order of the inputs."""
 
     stem = ".qweight"
+    modules = (
+        "gptqmodel.nn_modules.qlinear.torch.TorchLinear",
+        "gptqmodel.nn_modules.qlinear.tritonv2.TritonV2Linear",
+    )
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
@@ -44,6 +48,12 @@ class GptqCheckpoint(SafetensorsCheckpoint):
         if convention not in _CONVENTIONS:
             raise unsupported(f"GPTQ with checkpoint_format {convention!r}", ", ".join(_CONVENTIONS))
         self._less = _CONVENTIONS[convention]
+
+    def take_over(self, model: nn.Module) -> None:
+        """Some kernels take the second convention, into which gptqmodel then turns the zero points; it notes that."""
+        kernels: Iterable[Any] = (module for module in model.modules() if hasattr(module, "qzero_format"))
+        if any(kernel.qzero_format() == 2 for kernel in kernels):
+            self._less = _CONVENTIONS["gptq_v2"]
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
         """See `SafetensorsCheckpoint`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from layerskip_kernels.formats import FORMATS, format_of
 
 from ..files import ModelFileError
 from ..unsupported import unsupported
-from .checkpoint import SafetensorsCheckpoint
+from .checkpoint import SafetensorsCheckpoint, Tensors
 
 METHOD = "layerskip"
 VERSION = 1
-_BYTES = "U8"
 ROPE_FACTORS = "rope_freqs.weight"
 """What divides the frequencies of the rotary embedding, where that is not what the configuration says."""
 
@@ -30,6 +28,8 @@ def own_settings(formats: Sequence[str]) -> dict[str, Any]:
 class OwnCheckpoint(SafetensorsCheckpoint):
     """Bytes are packed weights, and tensors of floats plain ones."""
 
+    modules = ("layerskip.transformers.packed.PackedLinear", "layerskip.transformers.packed.PackedEmbedding")
+
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
         version, self._formats = settings.get("version"), settings.get("formats") or ()
@@ -39,16 +39,16 @@ class OwnCheckpoint(SafetensorsCheckpoint):
             if name not in FORMATS:
                 raise unsupported(f"the weight format {name!r}", ", ".join(FORMATS))
 
-    def open(self, directory: Path) -> None:
+    def read_from(self, tensors: Tensors) -> None:
         """See `SafetensorsCheckpoint`."""
-        super().open(directory)
+        super().read_from(tensors)
         if ROPE_FACTORS in self.files:
             self.frequency_factors = self.files.read(ROPE_FACTORS, [None])
 
     def is_packed(self, module: str) -> bool:
         """Whether it is stored as bytes."""
         name = f"{module}.weight"
-        return name in self.files and self.files.kind(name) == _BYTES
+        return name in self.files and self.files.is_bytes(name)
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
         """As it is stored."""

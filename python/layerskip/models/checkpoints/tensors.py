@@ -11,6 +11,8 @@ from torch import Tensor
 from ..._extras import need
 from ..files import ModelFileError, check_safetensors, shards
 
+_BYTES = "U8"  # as safetensors names them
+
 
 class TensorFiles:
     """The tensors of a model's directory by name. A file is open for one tensor at a time, so no more is in memory.
@@ -41,11 +43,10 @@ class TensorFiles:
         """The names of what was not read."""
         return sorted(self._where.keys() - self._read)
 
-    def kind(self, name: str) -> str:
-        """The dtype of a tensor as safetensors has it: "BF16", "I32", "F8_E4M3", …"""
+    def is_bytes(self, name: str) -> bool:
+        """Whether a tensor is one of bytes."""
         with self._open(str(self._where[name]), framework="pt") as file:
-            kind: str = file.get_slice(name).get_dtype()
-            return kind
+            return bool(file.get_slice(name).get_dtype() == _BYTES)
 
     def read(
         self, name: str, shape: Sequence[int | None] | None, dtype: torch.dtype | None = None, copy: bool = True
@@ -63,11 +64,16 @@ class TensorFiles:
             tensor = file.get_tensor(name)
             tensor = tensor.clone() if copy else tensor  # of its own memory, or the file's while it lives
         self._read.add(name)
-        if shape is not None and not _fits(tensor.shape, shape):
-            raise ModelFileError(f"{name} has shape {list(tensor.shape)}, its config.json asks for {_told(shape)}")
-        if dtype is not None and tensor.dtype != dtype:
-            raise ModelFileError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
+        check_tensor(name, tensor, shape, dtype)
         return tensor
+
+
+def check_tensor(name: str, tensor: Tensor, shape: Sequence[int | None] | None, dtype: torch.dtype | None) -> None:
+    """Raise ModelFileError for a tensor of another shape or dtype, where they are given."""
+    if shape is not None and not _fits(tensor.shape, shape):
+        raise ModelFileError(f"{name} has shape {list(tensor.shape)}, its config.json asks for {_told(shape)}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ModelFileError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
 
 
 def _fits(found: Sequence[int], expected: Sequence[int | None]) -> bool:

@@ -1,0 +1,110 @@
+"""The ``quant_method`` "layerskip" in transformers: ``from_pretrained`` loads what ``layerskip quantize`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .._extras import need
+from ..models.checkpoints import METHOD, ROPE_FACTORS, OwnCheckpoint, own_settings
+from ..models.named import EMBEDDING, HEAD
+from ..models.unsupported import unsupported
+from .packed import PackedEmbedding, PackedLinear
+
+
+class LayerSkipConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a directory that ``layerskip quantize`` wrote.
+
+    Parameters
+    ----------
+    version : int
+    formats : sequence of str
+        Of `layerskip_kernels.formats.FORMATS`.
+    """
+
+    def __init__(self, version: int = 0, formats: Sequence[str] = (), quant_method: Any = METHOD) -> None:
+        self.quant_method, self.version, self.formats = quant_method, version, list(formats)
+        OwnCheckpoint(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json."""
+        return {**own_settings(self.formats), "version": self.version}
+
+
+class LayerSkipQuantizer(HfQuantizer):
+    """Puts modules with packed weights into a model before its weights are loaded."""
+
+    requires_calibration = True  # in transformers' words: what it loads must be quantized already
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise unsupported(f"quant_method {METHOD} from {checkpoint_files or 'no files'}", "safetensors files")
+        shapes = _stored(checkpoint_files)
+        if ROPE_FACTORS in shapes:
+            holder = nn.Module()
+            holder.register_buffer("weight", torch.empty(shapes[ROPE_FACTORS][1], device="meta"))
+            model.add_module(ROPE_FACTORS.removesuffix(".weight"), holder)
+        packed = {name: shape[1] for name, (kind, shape) in shapes.items() if kind == "U8"}
+        if HEAD not in shapes and EMBEDDING in packed:
+            packed[HEAD] = packed[EMBEDDING]  # one parameter, once transformers ties them
+        for name, row_bytes in packed.items():
+            _replace(model, name, row_bytes)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        holder = getattr(model, ROPE_FACTORS.removesuffix(".weight"), None)
+        if holder is not None:
+            rotary = model.model.rotary_emb
+            rotary.inv_freq.div_(holder.weight.to(rotary.inv_freq))
+        return model
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes what was read."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+def _stored(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
+    """The dtype, as safetensors names it, and the shape of every tensor in files."""
+    open_file = need("safetensors", "reading weights").safe_open
+    found = {}
+    for path in files:
+        with open_file(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                stored = file.get_slice(name)
+                found[name] = (stored.get_dtype(), stored.get_shape())
+    return found
+
+
+def _replace(model: nn.Module, name: str, row_bytes: int) -> None:
+    """Put a module with a packed weight of this name in the place of a plain one."""
+    module = name.removesuffix(".weight")
+    plain = model.get_submodule(module)
+    kind = PackedEmbedding if isinstance(plain, nn.Embedding) else PackedLinear
+    try:
+        with torch.device("meta"):
+            model.set_submodule(module, kind(plain, row_bytes))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def register() -> None:
+    """Make the method known to transformers, once."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(LayerSkipConfig)
+        register_quantizer(METHOD)(LayerSkipQuantizer)
