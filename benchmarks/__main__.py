@@ -33,18 +33,18 @@ from .ways import groups
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure; write JSON lines, a picture and, if asked for, a document."""
+    """Measure; write JSON lines and, if all is right, a picture and a part of a document."""
     args = _parsed(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = _read(args.measured) if args.measured else _measured(args)
     print(markdown(rows))
-    write_atomically(args.picture or args.output.with_suffix(".png"), picture(rows))
-    if args.document:
-        write_atomically(args.document, document(args.document.read_text(encoding="utf-8"), rows).encode())
     wrong = [row for row in rows if "wrong" in row]
     if wrong:
         raise RuntimeError(f"{len(wrong)} results are wrong, the first: {wrong[0]['op']}, {wrong[0]['wrong']}")
+    write_atomically(args.picture or args.output.with_suffix(".png"), picture(rows))
+    if args.document:
+        write_atomically(args.document, document(args.document.read_text(encoding="utf-8"), rows).encode())
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

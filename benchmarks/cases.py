@@ -119,8 +119,9 @@ def truth(case: Case, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     def run(*args: Tensor) -> Any:
         return case.torch(exact, *args)
 
-    inputs = map(wide, case.inputs(max(case.counts)))
-    found = case.around(run)(*inputs, *(one if one.dim() == 2 else wide(one) for one in weights))
+    with torch.inference_mode(False), torch.no_grad():  # a loss takes gradients to what it is given
+        inputs = map(wide, case.inputs(max(case.counts)))
+        found = case.around(run)(*inputs, *(one if one.dim() == 2 else wide(one) for one in weights))
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 

@@ -33,9 +33,9 @@ def _own(rows: Iterable[dict[str, Any]]) -> str:
     return next((name for name in BACKENDS if name in found), BACKENDS[-1])
 
 
-def _comparable(own: str, other: str) -> bool:
-    """Whether the figures of two formats stand beside each other; plain weights stand beside all."""
-    return other in (PLAIN, own)
+def _forms(name: str, weights: str) -> list[str]:
+    """The formats in which another stands beside ours: its own of that name; a peer's plain weights beside all."""
+    return [weights] if name in BACKENDS else [weights, PLAIN]
 
 
 def _table(rows: Rows) -> str:
@@ -67,15 +67,18 @@ def _beside(
     timed: dict[Key, dict[str, Any]], name: str, own: str, model: str, counts: Sequence[int], weights: str
 ) -> list[str]:
     """For each count of rows another's time over ours; none where it has no figure for any."""
-    form = weights if any((model, count, name, weights) in timed for count in counts) else PLAIN
-    ratios = [_ratio(timed.get((model, count, name, form)), timed[model, count, own, weights]) for count in counts]
+    found = (form for form in _forms(name, weights) if any((model, count, name, form) in timed for count in counts))
+    form = next(found, weights)
+    ratios = [
+        _ratio(timed.get((model, count, name, form)), timed.get((model, count, own, weights))) for count in counts
+    ]
     while ratios and ratios[-1] == ABSENT:
         ratios.pop()
     return ratios or [ABSENT]
 
 
-def _ratio(row: dict[str, Any] | None, over: dict[str, Any]) -> str:
-    return ABSENT if row is None else f"{row['cold']['median'] / over['cold']['median']:.2f}×"
+def _ratio(row: dict[str, Any] | None, over: dict[str, Any] | None) -> str:
+    return ABSENT if row is None or over is None else f"{row['cold']['median'] / over['cold']['median']:.2f}×"
 
 
 def _us(seconds: float) -> str:
@@ -101,7 +104,7 @@ def losses(rows: Rows) -> str:
             if variant != own:
                 continue
             for (*place, name, form), other in timed.items():
-                if place != [model, count] or name == own or not _comparable(weights, form):
+                if place != [model, count] or name == own or form not in _forms(name, weights):
                     continue
                 times = [row["cold"]["median"] for row in (other, ours)]
                 if times[0] < times[1]:
