@@ -21,7 +21,7 @@ UNIQUE = 8192  # rows of a matrix that differ; further ones repeat them, so that
 AT_ONCE = 8192  # rows that are widened at a time
 CONTEXT = 1024
 DRAFTED = 6
-EXITS, TRAINED_ROWS = 2, 128
+EXITS, TRAINED_ROWS = 2, 64
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 

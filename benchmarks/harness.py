@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 ROTATED_BYTES = 256 * 2**20  # of one variant's weights: more than a last-level cache, so that they come from memory
 MOST_COPIES = 128  # of small ones, which the memory's measurement drives out of the caches before each turn
 MOST_ERROR = 0.02  # of the largest value; a result in bf16 is rounded by 0.004 of itself, an intermediate one, too
-MOST_SECONDS, LEAST_CALLS = 1.0, 3  # a variant that took so long for so many calls is called no more
+MOST_SECONDS, LEAST_CALLS = 0.5, 3  # a variant that took so long for so many calls is called no more
 AHEAD_CYCLES = 2_000_000  # of a card: about a millisecond, in which the host gets ahead of it
 
 

@@ -45,7 +45,7 @@ def _table(rows: Rows) -> str:
     others = [name for name in dict.fromkeys(row["variant"] for row in rows if "cold" in row) if name != own]
     names = [
         "model", "shape", "weights", f"{_rows(counts[0])}, µs (10–90 %)", "of memory", "warm, µs",
-        *(_rows(count) for count in counts[1:]), *(f"{name}, {_listed(counts)}" for name in others),
+        *(f"× at {_rows(count)}" for count in counts[1:]), *(f"{name}, × at {_listed(counts)}" for name in others),
     ]  # fmt: skip
     lines = [f"### {rows[0]['op']}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for (model, count, variant, weights), row in timed.items():
@@ -78,7 +78,7 @@ def _beside(
 
 
 def _ratio(row: dict[str, Any] | None, over: dict[str, Any] | None) -> str:
-    return ABSENT if row is None or over is None else f"{row['cold']['median'] / over['cold']['median']:.2f}×"
+    return ABSENT if row is None or over is None else f"{row['cold']['median'] / over['cold']['median']:.2f}"
 
 
 def _us(seconds: float) -> str:

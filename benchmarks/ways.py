@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -143,6 +144,7 @@ def torchao(case: Case, form: str, device: torch.device) -> Prepared:
     """The same code with weight-only formats of torchao, compiled, as torchao advises."""
     _need("torchao", "torchao")
     torch._logging.set_logs(inductor=logging.ERROR)  # else each of its tensors says at length that it is not cached
+    warnings.filterwarnings("ignore", ".*_stable_hash_for_caching")
     weights = tuple(_by_torchao(one, form, device) if one.dim() == 2 else one for one in case.weights)
     return torch.compile(_torch(case)), weights
 

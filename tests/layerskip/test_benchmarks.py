@@ -92,6 +92,19 @@ def test_a_kernel_that_is_wrong_is_noticed(op):
     assert all("cold" in row for row in rows if row["variant"] == "torch")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_large_matrix_repeats_its_rows_and_is_packed_as_a_whole(monkeypatch, form):
+    monkeypatch.setattr(cases, "UNIQUE", 7)
+    monkeypatch.setattr(cases, "AT_ONCE", 5)
+    weight = Make(CPU).matrix(16, 64)
+    assert len(weight.unique(dim=0)) == 7
+    assert torch.equal(weight[7:14], weight[:7])
+    (packed,) = cases.packed([weight], form)
+    assert torch.equal(packed, weight if form == "bf16" else quantize(weight, form))
+    x = torch.randn(3, 64)
+    assert torch.allclose(cases.exact(x, packed), x @ dequantize(packed, 64).T, atol=1e-5)
+
+
 @requires_native
 def test_a_backend_serves_or_says_why_not():
     rows = list(measured(case_of("linear", [2]), ["bf16"], ["cuda", "cpu"]))
@@ -339,14 +352,14 @@ ROWS = [
 def test_the_tables():
     text = markdown(ROWS)
     assert text.startswith(
-        "### linear\n\n| model | shape | weights | 1 row, µs (10–90 %) | of memory | warm, µs | 4 rows | "
-        "reference, 1 · 4 | torch, 1 · 4 | torchao, 1 · 4 |\n|"
+        "### linear\n\n| model | shape | weights | 1 row, µs (10–90 %) | of memory | warm, µs | × at 4 rows | "
+        "reference, × at 1 · 4 | torch, × at 1 · 4 | torchao, × at 1 · 4 |\n|"
     )
-    assert "| tiny | 2×3 | bf16 | 10 (10–10) | 50% | 10 | 4.00× | 10.00× | 2.40× · 0.75× | – |\n" in text
-    assert "| tiny | 2×3 | int8 | 8 (8–8) | 50% | 8 | 4.00× | – | 3.00× · 0.94× | 0.50× · 2.00× |\n" in text
+    assert "| tiny | 2×3 | bf16 | 10 (10–10) | 50% | 10 | 4.00 | 10.00 | 2.40 · 0.75 | – |\n" in text
+    assert "| tiny | 2×3 | int8 | 8 (8–8) | 50% | 8 | 4.00 | – | 3.00 · 0.94 | 0.50 · 2.00 |\n" in text
     assert "### early_exit_loss\n\n| model | shape | weights | 128 rows, µs (10–90 %) | of memory |" in text
-    assert "| warm, µs | torch, 128 |\n" in text
-    assert "| tiny | 2×3 | bf16 | 7 (7–7) | 50% | 7 | 10.00× |\n" in text
+    assert "| warm, µs | torch, × at 128 |\n" in text
+    assert "| tiny | 2×3 | bf16 | 7 (7–7) | 50% | 7 | 10.00 |\n" in text
     assert losses(ROWS) in text
 
 
