@@ -429,6 +429,13 @@ def test_a_wrong_result_fails_the_command_and_is_not_published(tmp_path, run, mo
 
 
 @requires_native
+def test_a_wrong_peer_does_not_fail_the_command(run, monkeypatch):
+    wrong = ways.Peer("other", "torch", lambda case, form, device: (torch.add, (torch.ones(1),)), {"bf16": 0.02})
+    monkeypatch.setattr(ways, "PEERS", [wrong])
+    assert "### Not measured\n\n- other: " in run("--ops", "rms_norm")
+
+
+@requires_native
 def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, run, monkeypatch, capsys):
     before = run()
     finished = (tmp_path / "ops.jsonl").read_bytes()
