@@ -1,4 +1,4 @@
-"""Measured ops as a table, a picture, and a part of a document."""
+"""Measured ops as tables, a list of losses, a picture, and a part of a document."""
 
 from __future__ import annotations
 
@@ -7,61 +7,127 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from layerskip_kernels.dispatch import BACKENDS
+
 from .cases import PLAIN
-from .harness import OURS
 
 BEGIN, END = "<!-- python -m benchmarks: begin -->", "<!-- python -m benchmarks: end -->"
-TORCH = "torch"
+ABSENT = "–"
 Rows = Sequence[dict[str, Any]]
-
-
-def _timed(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int, str, str], dict[str, Any]]:
-    return {
-        (row["op"], row["model"], row["rows"], row["variant"], row["weights"]): row for row in rows if "cold" in row
-    }
+Key = tuple[str, int, str, str]  # model, rows, variant, weights
 
 
 def markdown(rows: Rows) -> str:
-    """For each op and model: one row's time and share of the memory's speed, what more rows cost, torch beside it."""
-    timed = _timed(rows)
+    """A table for each op, where we lose, and what was skipped."""
+    ops = dict.fromkeys(row["op"] for row in rows)
+    return "\n".join([*(_table([row for row in rows if row["op"] == op]) for op in ops), losses(rows), skipped(rows)])
+
+
+def _timed(rows: Iterable[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    return {(row["model"], row["rows"], row["variant"], row["weights"]): row for row in rows if "cold" in row}
+
+
+def _own(rows: Iterable[dict[str, Any]]) -> str:
+    """The backend that serves by itself: the first of those that were timed."""
+    found = {row["variant"] for row in rows if "cold" in row}
+    return next((name for name in BACKENDS if name in found), BACKENDS[-1])
+
+
+def _forms(name: str, weights: str) -> list[str]:
+    """The formats in which another stands beside ours: its own of that name; a peer's plain weights beside all."""
+    return [weights] if name in BACKENDS else [weights, PLAIN]
+
+
+def _table(rows: Rows) -> str:
+    """Of an op, a line for each model and format: time, share of the memory's speed, more rows, the others' times."""
+    timed, own = _timed(rows), _own(rows)
     counts = sorted({row["rows"] for row in rows})
-    least, more = counts[0], counts[1:]
+    others = [name for name in dict.fromkeys(row["variant"] for row in rows if "cold" in row) if name != own]
     names = [
-        "op", "model", "shape", "weights", f"{least} row, µs (10–90 %)", "of memory", "warm, µs",
-        *(f"{count} rows" for count in more), *(f"torch, {count}" for count in counts),
+        "model", "shape", "weights", f"{_rows(counts[0])}, µs (10–90 %)", "of memory", "warm, µs",
+        *(f"× at {_rows(count)}" for count in counts[1:]), *(f"{name}, × at {_listed(counts)}" for name in others),
     ]  # fmt: skip
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for (op, model, count, variant, weights), row in timed.items():
-        if variant != OURS or count != least:
+    lines = [f"### {rows[0]['op']}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for (model, count, variant, weights), row in timed.items():
+        if variant != own or count != counts[0]:
             continue
-        cold, warm = row["cold"], row["warm"]["median"]
-        ours = [timed[op, model, other, OURS, weights]["cold"]["median"] for other in counts]
-        torch_ = [timed[op, model, other, TORCH, PLAIN]["cold"]["median"] for other in counts]
+        cold = row["cold"]
         cells = [
-            op, model, row["shape"], weights,
-            f"{cold['median'] * 1e6:.0f} ({cold['p10'] * 1e6:.0f}–{cold['p90'] * 1e6:.0f})",
-            f"{row['GB/s'] / row['memory GB/s']:.0%}", f"{warm * 1e6:.0f}",
-            *(f"{seconds / ours[0]:.2f}×" for seconds in ours[1:]),
-            *(f"{other / own:.2f}×" for own, other in zip(ours, torch_, strict=True)),
+            model, row["shape"], weights,
+            f"{_us(cold['median'])} ({_us(cold['p10'])}–{_us(cold['p90'])})",
+            f"{row['GB/s'] / row['memory GB/s']:.0%}", _us(row["warm"]["median"]) if "warm" in row else ABSENT,
+            *(_ratio(timed.get((model, more, own, weights)), row) for more in counts[1:]),
+            *(" · ".join(_beside(timed, name, own, model, counts, weights)) for name in others),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + losses(rows)
+    return "\n".join(lines) + "\n"
+
+
+def _beside(
+    timed: dict[Key, dict[str, Any]], name: str, own: str, model: str, counts: Sequence[int], weights: str
+) -> list[str]:
+    """For each count of rows another's time over ours; none where it has no figure for any."""
+    found = (form for form in _forms(name, weights) if any((model, count, name, form) in timed for count in counts))
+    form = next(found, weights)
+    ratios = [
+        _ratio(timed.get((model, count, name, form)), timed.get((model, count, own, weights))) for count in counts
+    ]
+    while ratios and ratios[-1] == ABSENT:
+        ratios.pop()
+    return ratios or [ABSENT]
+
+
+def _ratio(row: dict[str, Any] | None, over: dict[str, Any] | None) -> str:
+    return ABSENT if row is None or over is None else f"{row['cold']['median'] / over['cold']['median']:.2f}"
+
+
+def _us(seconds: float) -> str:
+    """Microseconds; three digits of those that are few."""
+    return f"{seconds * 1e6:.0f}" if seconds >= 1e-5 else f"{seconds * 1e6:.2g}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return " · ".join(map(str, counts))
 
 
 def losses(rows: Rows) -> str:
-    """Where torch in bf16 is faster than an op of ours, the worst first."""
-    timed = _timed(rows)
+    """Every case in which another is faster than the backend that serves by itself, the worst first."""
     found = []
-    for (op, model, count, variant, weights), row in timed.items():
-        beside = timed.get((op, model, count, TORCH, PLAIN))
-        if variant == OURS and beside is not None:
-            ratio = beside["cold"]["median"] / row["cold"]["median"]
-            if ratio < 1:
-                found.append((ratio, f"{op}, {model}, {count} rows, {weights}: {ratio:.2f}×"))
+    for op in dict.fromkeys(row["op"] for row in rows):
+        timed = _timed(row for row in rows if row["op"] == op)
+        own = _own(timed.values())
+        for (model, count, variant, weights), ours in timed.items():
+            if variant != own:
+                continue
+            for (*place, name, form), other in timed.items():
+                if place != [model, count] or name == own or form not in _forms(name, weights):
+                    continue
+                times = [row["cold"]["median"] for row in (other, ours)]
+                if times[0] < times[1]:
+                    what = f"{op}, {model}, {_rows(count)}, {weights}: {name} in {form}"
+                    found.append((times[0] / times[1], f"{what} {_us(times[0])} µs, ours {_us(times[1])} µs"))
+    heading = "### Where we lose\n\n"
     if not found:
-        return "Nowhere here is torch's bf16 faster.\n"
-    listed = "".join(f"- {text}\n" for _, text in sorted(found))
-    return f"Where torch's bf16 is faster (its time over ours):\n\n{listed}"
+        return f"{heading}Nothing that was measured here is faster.\n"
+    listed = "".join(f"- {ratio:.2f}×: {text}\n" for ratio, text in sorted(found))
+    return f"{heading}What is faster, by its time over ours:\n\n{listed}"
+
+
+def skipped(rows: Rows) -> str:
+    """What was not measured, or is wrong, and why."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        why = row.get("skipped") or row.get("wrong")
+        if why:
+            reasons.setdefault(f"{row['variant']}: {why}", {})[row["op"]] = None
+    if not reasons:
+        return ""
+    listed = "".join(f"- {what} ({', '.join(ops)})\n" for what, ops in reasons.items())
+    return f"### Not measured\n\n{listed}"
 
 
 def document(text: str, rows: Rows) -> str:
@@ -70,35 +136,41 @@ def document(text: str, rows: Rows) -> str:
         raise ValueError(f"the document must have {BEGIN!r} and {END!r} once each")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     machine = rows[0]["machine"]
+    versions = ", ".join(dict.fromkeys(row["version"] for row in rows if "cold" in row))
     memory = statistics.median(row["memory GB/s"] for row in rows if "cold" in row)
-    head = (
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}; memory read at "
-        f"{memory:.0f} GB/s meanwhile (median).\n\n"
-    )
+    where = f"{machine['cpu']}, {machine['isa']}, {machine['device']}, {machine['threads']} threads"
+    head = f"{where}; {versions}; memory read at {memory:.0f} GB/s meanwhile (median).\n\n"
     return f"{before}{BEGIN}\n{head}{markdown(rows)}{END}{after}"
 
 
 def picture(rows: Rows) -> bytes:
-    """The time of a call over the number of rows: a panel for each op and model, a line for each way; as PNG."""
+    """The time of a call over the number of rows: a panel for each op and model, a line for each way; as PNG.
+
+    What was measured for one number of rows has none. Ours are solid, and a way has one colour in all panels.
+    """
     from matplotlib.figure import Figure
 
     ops, models = (list(dict.fromkeys(row[name] for row in rows)) for name in ("op", "model"))
-    figure = Figure(figsize=(3.2 * len(models), 2.6 * len(ops)), layout="constrained")
-    panels = figure.subplots(len(ops), len(models), squeeze=False)
-    for op, line in zip(ops, panels, strict=True):
-        for model, axes in zip(models, line, strict=True):
-            own = [row for row in rows if (row["op"], row["model"]) == (op, model) and "cold" in row]
-            for variant, weights in dict.fromkeys((row["variant"], row["weights"]) for row in own):
-                found = [row for row in own if (row["variant"], row["weights"]) == (variant, weights)]
-                label = weights if variant == OURS else variant
-                axes.plot(
-                    [row["rows"] for row in found], [row["cold"]["median"] * 1e6 for row in found], "o-",
-                    label=label, color="gray" if variant == TORCH else None, markersize=3,
-                )  # fmt: skip
-            axes.set(title=f"{op}, {model}", xlabel="rows", ylabel="µs", ylim=(0, None))
-            axes.title.set_fontsize(9)
-            axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+    lines: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {(op, one): {} for op in ops for one in models}
+    for row in rows:
+        if "cold" in row:
+            points = lines[row["op"], row["model"]].setdefault(f"{row['variant']}, {row['weights']}", [])
+            points.append((row["rows"], row["cold"]["median"] * 1e6))
+    lines = {where: {way: found for way, found in own.items() if len(found) > 1} for where, own in lines.items()}
+    lines = {where: own for where, own in lines.items() if own}
+    ways = list(dict.fromkeys(way for own in lines.values() for way in own))
+    down = max(1, -(-len(lines) // len(models)))
+    figure = Figure(figsize=(3.2 * len(models), 2.6 * down + 0.6), layout="constrained")
+    panels = figure.subplots(down, len(models), squeeze=False).flat
+    drawn = {}
+    for axes, ((op, model), own) in zip(panels, lines.items(), strict=False):
+        for way, points in own.items():
+            style = "o-" if way.split(",")[0] in BACKENDS else "o--"
+            (drawn[way],) = axes.plot(*zip(*points, strict=True), style, color=f"C{ways.index(way)}", markersize=3)
+        axes.set(xlabel="rows", ylabel="µs", ylim=(0, None))
+        axes.set_title(f"{op}, {model}", fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=6, fontsize=8)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=100)
     return out.getvalue()

@@ -1,0 +1,104 @@
+"""What the documents print is what was measured: tables of the ops, where we lose, figures beside others."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness
+from benchmarks.tables import BEGIN, END, document, losses, markdown, picture
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(variant, weights, rows, microseconds, op="linear"):
+    spread = {"p10": microseconds / 1e6, "median": microseconds / 1e6, "p90": microseconds / 1e6}
+    return {
+        "op": op, "model": "tiny", "shape": "2×3", "rows": rows, "variant": variant, "weights": weights,
+        "version": f"{variant} 1", "error": 0.0, "machine": harness.machine(), "memory GB/s": 10.0, "GB/s": 5.0,
+        "cold": spread, "warm": spread,
+    }  # fmt: skip
+
+
+ROWS = [
+    row("cpu", "bf16", 1, 10),
+    row("cpu", "int8", 1, 8),
+    row("reference", "bf16", 1, 100),
+    row("torch", "bf16", 1, 24),
+    row("torchao", "int8", 1, 4),
+    row("cpu", "bf16", 4, 40),
+    row("cpu", "int8", 4, 32),
+    row("torch", "bf16", 4, 30),
+    row("torchao", "int8", 4, 64),
+    row("cpu", "bf16", 128, 7, "early_exit_loss"),
+    row("torch", "bf16", 128, 70, "early_exit_loss"),
+]
+
+
+def test_the_tables():
+    text = markdown(ROWS)
+    assert text.startswith(
+        "### linear\n\n| model | shape | weights | 1 row, µs (10–90 %) | of memory | warm, µs | × at 4 rows | "
+        "reference, × at 1 · 4 | torch, × at 1 · 4 | torchao, × at 1 · 4 |\n|"
+    )
+    assert "| tiny | 2×3 | bf16 | 10 (10–10) | 50% | 10 | 4.00 | 10.00 | 2.40 · 0.75 | – |\n" in text
+    assert "| tiny | 2×3 | int8 | 8 (8–8) | 50% | 8 | 4.00 | – | 3.00 · 0.94 | 0.50 · 2.00 |\n" in text
+    assert "### early_exit_loss\n\n| model | shape | weights | 128 rows, µs (10–90 %) | of memory |" in text
+    assert "| warm, µs | torch, × at 128 |\n" in text
+    assert "| tiny | 2×3 | bf16 | 7 (7–7) | 50% | 7 | 10.00 |\n" in text
+    assert losses(ROWS) in text
+
+
+def test_where_we_lose_the_worst_first():
+    assert losses(ROWS).splitlines() == [
+        "### Where we lose", "", "What is faster, by its time over ours:", "",
+        "- 0.50×: linear, tiny, 1 row, int8: torchao in int8 4 µs, ours 8 µs",
+        "- 0.75×: linear, tiny, 4 rows, bf16: torch in bf16 30 µs, ours 40 µs",
+        "- 0.94×: linear, tiny, 4 rows, int8: torch in bf16 30 µs, ours 32 µs",
+    ]  # fmt: skip
+    assert losses(ROWS[-2:]) == "### Where we lose\n\nNothing that was measured here is faster.\n"
+
+
+def test_a_part_of_a_document():
+    text = document(f"before\n{BEGIN}\nold\n{END}\nafter", ROWS)
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"{END}\nafter")
+    assert "old" not in text
+    assert markdown(ROWS) in text
+    assert "cpu 1, reference 1, torch 1, torchao 1; memory read at 10 GB/s" in text
+    with pytest.raises(ValueError, match="must have"):
+        document("no markers", ROWS)
+
+
+def test_the_picture_has_what_has_several_rows():
+    assert picture(ROWS).startswith(b"\x89PNG")
+    assert picture(ROWS[-2:]).startswith(b"\x89PNG")  # without a panel
+
+
+def test_the_document_has_what_was_measured():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/ops.jsonl").read_text().splitlines()]
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert document(text, rows) == text
+
+
+def test_figures_beside_others_are_those_of_the_run():
+    """Each figure of the table of peers, and each of the README, is in the JSON that the table names."""
+    report = json.loads((ROOT / "benchmarks/results/peers.json").read_text())
+    ratio = "over ours, autoregressive, bf16"
+    measured = {
+        (f"{one['engine']}, {one['way']}", one["weights"], task): f"{one['tokens/s']:.0f} ({one[ratio]:.2f}×)"
+        for task, found in report["tasks"].items()
+        for one in found["rows"]
+    }
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if re.match(r"\| (layerskip|llama\.cpp|openvino|transformers), ", line)]
+    assert len(lines) == len(measured) / len(report["tasks"])
+    for line in lines:
+        way, weights, *cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        assert cells[:3] == [measured[way, weights, task] for task in ("parsing", "coding", "summarization")]
+    best = {task: max(one["tokens/s"] for one in report["tasks"][task]["rows"]) for task in ("parsing", "coding")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"**{speed:.0f} tokens/s**" in readme for speed in best.values())
