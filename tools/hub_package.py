@@ -32,8 +32,8 @@ STABLE_ABI = "2.10"  # TORCH_TARGET_VERSION of setup.py
 NATIVE = ("csrc/common", "csrc/cpu")
 CUDA = ("csrc/cuda", "csrc/cuda/ops")
 STUB = "torch_cuda_stub.cpp"  # the builder links with a CUDA torch
-# Fused or not, a product and a sum differ: one kernel and its twin for more rows must not be compiled differently. setup.py
-# asks for the last flag on aarch64 alone, the builder knows no flags of one processor.
+# Fused or not, a product and a sum differ: one kernel and its twin for more rows must not be compiled differently.
+# setup.py asks for the last flag on aarch64 alone, the builder knows no flags of one processor.
 CXX_FLAGS = ("-O3", "-fopenmp", "-fvisibility=hidden", "-DNDEBUG", "-ffp-contract=off")
 GENERATED = "_ops.py"  # by what builds the package
 
