@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from layerskip._files import replaced
@@ -29,6 +30,11 @@ TEMPLATES = Path(__file__).parent / "hub"
 NAME, MODULE = "layerskip-kernels", "layerskip_kernels"
 STABLE_ABI = "2.10"  # TORCH_TARGET_VERSION of setup.py
 NATIVE = ("csrc/common", "csrc/cpu")
+CUDA = ("csrc/cuda", "csrc/cuda/ops")
+STUB = "torch_cuda_stub.cpp"  # the builder links with a CUDA torch
+# Fused or not, a product and a sum differ: one kernel and its twin for more rows must not be compiled differently.
+# setup.py asks for the last flag on aarch64 alone, the builder knows no flags of one processor.
+CXX_FLAGS = ("-O3", "-fopenmp", "-fvisibility=hidden", "-DNDEBUG", "-ffp-contract=off")
 GENERATED = "_ops.py"  # by what builds the package
 
 OPS = """\
@@ -64,9 +70,10 @@ def python_files() -> list[Path]:
     return sorted(path.relative_to(home) for path in home.rglob("*.py") if path.name != GENERATED)
 
 
-def native_files() -> list[Path]:
-    """The C++ sources and headers, relative to the checkout."""
-    return sorted(path.relative_to(ROOT) for folder in NATIVE for path in (ROOT / folder).iterdir())
+def native_files(folders: Sequence[str] = NATIVE) -> list[Path]:
+    """The sources and headers of some folders, relative to the checkout."""
+    paths = (path for folder in folders for path in (ROOT / folder).iterdir())
+    return sorted(path.relative_to(ROOT) for path in paths if path.is_file() and path.name != STUB)
 
 
 def namespace() -> str:
@@ -86,18 +93,25 @@ def variant() -> str:
 
 def write_sources(folder: Path) -> None:
     """Write what the hub's builder takes."""
-    for path in native_files():
+    for path in native_files((*NATIVE, *CUDA)):
         _copy(ROOT / path, folder / path)
     for path in python_files():
         _copy(ROOT / MODULE / path, folder / "torch-ext" / MODULE / path)
     _copy(ROOT / "csrc/hub/torch_binding.cpp", folder / "torch-ext/torch_binding.cpp")
     _copy(ROOT / "LICENSE", folder / "LICENSE")
     for template in sorted(TEMPLATES.iterdir()):
-        _copy(template, folder / template.name)
-    sources = "\n".join(f'    "{path.as_posix()}",' for path in native_files())
+        _copy(template, (folder / "torch-ext" if template.suffix == ".h" else folder) / template.name)
     toml = (folder / "build.toml").read_text(encoding="utf-8")
-    toml = toml.replace("@VERSION@", __version__.split(".")[0]).replace("@STABLE_ABI@", STABLE_ABI)
-    (folder / "build.toml").write_text(toml.replace("@SOURCES@", sources), encoding="utf-8")
+    values = {
+        "VERSION": __version__.split(".")[0],
+        "STABLE_ABI": STABLE_ABI,
+        "CXX_FLAGS": ", ".join(f'"{flag}"' for flag in CXX_FLAGS),
+        "CPU_SOURCES": _lines(native_files()),
+        "CUDA_SOURCES": _lines(native_files(CUDA)),
+    }
+    for name, value in values.items():
+        toml = toml.replace(f"@{name}@", value)
+    (folder / "build.toml").write_text(toml, encoding="utf-8")
 
 
 def write_build(folder: Path) -> None:
@@ -132,6 +146,10 @@ def compile_into(folder: Path, name: str) -> None:
         if done.returncode != 0 or not library.exists():
             raise RuntimeError(f"the library was not built: {done.stdout}{done.stderr}")
         shutil.copy(library, folder)
+
+
+def _lines(paths: Sequence[Path]) -> str:
+    return "\n".join(f'    "{path.as_posix()}",' for path in paths)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -143,6 +143,15 @@ MUTATIONS = [
         "2 ** (layer / last) - 1", "2 ** ((layer + 1) / (last + 1)) - 1", LAYERSKIP + "test_training_formulas.py",
     ),
     Mutation(
+        "every process learns the whole batch", TRAINING + "processes.py", "items[rank() :: count()]", "items[:]",
+        LAYERSKIP + "test_train_exit_processes.py",
+    ),
+    Mutation(
+        "drafts are accepted that the head lacks", TRAINING + "exit_loss.py",
+        "torch.where(targets.ids >= 0, logs.gather", "torch.where(targets.ids >= -1, logs.gather",
+        LAYERSKIP + "test_exit_loss.py",
+    ),
+    Mutation(
         "attention sums 32 splits at most", "csrc/cpu/impl_attention.h",
         "first < splits; first += 16", "first < smaller(splits, 32); first += 16",
         KERNELS + "test_verify_attention.py",

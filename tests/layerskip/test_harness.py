@@ -18,11 +18,21 @@ from layerskip.models import load
 
 lm_eval = pytest.importorskip("lm_eval", reason='needs lm_eval: pip install "layerskip-kernels[lm-eval]"')
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 
 from layerskip.evaluation.harness import LayerSkipLM, Wanted  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("w003 w004", " w005 w006"), ("w020", " w021 w022 w023"), ("", "w007 w008"), ("w009 w030 w031", " w003")]
+GIVEN = {
+    "until": ["x"],
+    "max_gen_toks": 7,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 3,
+    "top_p": 0.9,
+    "min_p": 0.1,
+}
 WAYS = [({}, 4), ({"exit_layer": 2}, 2), ({"exit_layer": 2, "num_speculations": 3}, 4)]
 
 
@@ -133,6 +143,28 @@ class TestTexts:
         assert Wanted({}, 99).new_tokens == 99
         with pytest.raises(ValueError, match="that layerskip does not have: num_beams"):
             Wanted({"num_beams": 4}, 99)
+
+    def test_an_empty_stop_string_cuts_nothing(self, directory: str) -> None:
+        assert Wanted({"until": ["", "x"]}, 9).until == ["x"]
+        assert Wanted({"until": ""}, 9).until == []
+        options = ({"max_gen_toks": 6}, {"max_gen_toks": 6, "until": [""]})
+        requests = asked("generate_until", *(("w003", one) for one in options))
+        plain, empty = made(directory).generate_until(requests, disable_tqdm=True)
+        assert plain == empty
+        assert len(plain.split()) > 1
+
+    @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+    def test_lengths_have_the_names_that_lm_eval_knows(self, name: str) -> None:
+        """The first of them counts, as there."""
+        assert Wanted({name: 7}, 99).new_tokens == 7
+        both = Wanted({"max_completion_tokens": 5, name: 7}, 99)
+        assert both.new_tokens == 7
+        assert normalize_gen_kwargs({"max_completion_tokens": 5, name: 7}, 99)["max_gen_toks"] == 7
+
+    @pytest.mark.parametrize("name", [*GIVEN, "max_completion_tokens", "num_beams"])
+    def test_none_is_not_given(self, name: str) -> None:
+        others = {other: value for other, value in GIVEN.items() if other != name}
+        assert vars(Wanted({**others, name: None}, 99)) == vars(Wanted(others, 99))
 
 
 def test_it_is_known_beside_lm_evals_own() -> None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import save_tiny
+from exit_training import arguments, recipe, save_model_and_texts, stopping
 from safetensors.torch import load_file
 from tiny import tiny_model
 
 import layerskip
 from layerskip.cli import main
 from layerskip.models.exit import Exit
-from layerskip.training import exit_loss, exit_trainer, trunk, written
-from layerskip.training.exit_loss import Targets, draft_loss, row_losses
+from layerskip.training import exit_trainer, trunk, written
+from layerskip.training.exit_loss import Targets, drafts
 from layerskip.training.exit_module import Packed, TrainableExit
-from layerskip.training.exit_recipe import ExitRecipe
 from layerskip.training.exit_run import ExitRun
 from layerskip.training.exit_trainer import ExitTrainer, rounds
 from layerskip.training.kept import Labels, Text
@@ -132,7 +132,9 @@ def test_blocks_compute_what_the_models_layers_do(architecture: str, num_blocks:
         texts.append(Text(states[0], 2, Labels(none.int(), none.half())))
         expected.append(adapted.head(hidden[0, 2:]).token)
     hidden = module(Packed.of(texts, CPU, torch.float32))
-    assert exit_loss.draft_tokens(hidden, module.head_rows).tolist() == torch.cat(expected).tolist()
+    tokens = torch.cat(expected)
+    targets = Targets.of(tokens[:, None], torch.ones(len(tokens), 1), None)
+    assert drafts(hidden, module.head_rows, targets).agree.all()
 
 
 def test_exit_of_a_module_has_its_parameters(tmp_path: Path) -> None:
@@ -149,71 +151,16 @@ def test_exit_of_a_module_has_its_parameters(tmp_path: Path) -> None:
     assert read.head_up.count_nonzero() == module.head_up.count_nonzero()
 
 
-@pytest.mark.parametrize("soft", [0.0, 0.3, 1.0])
-def test_draft_loss_has_the_gradients_of_its_formula(soft: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exit_loss, "TILE_VALUES", 3 * 20)  # tiles of 3 rows
-    source = torch.Generator().manual_seed(0)
-    hidden, head, low, up = (torch.randn(*size, generator=source) for size in ((7, 8), (20, 8), (7, 2), (20, 2)))
-    ids = torch.stack([torch.randperm(40, generator=source)[:4] for _ in range(7)])
-    probabilities = torch.rand(7, 4, generator=source).sort(1, descending=True).values / 5
-    targets = Targets.of(ids, probabilities, torch.arange(0, 40, 2))
-    assert (targets.token < 0).any()
-    assert (targets.token >= 0).any()
-    mine = [one.clone().requires_grad_() for one in (hidden, low, up)]
-    true = [one.clone().requires_grad_() for one in (hidden, low, up)]
-    loss = draft_loss(mine[0], head, targets, soft, (mine[1], mine[2]))
-    loss.backward()
-    expected = row_losses(true[0] @ head.T + true[1] @ true[2].T, targets, soft).mean()
-    expected.backward()
-    torch.testing.assert_close(loss, expected)
-    for one, other in zip(mine, true, strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
-
-
-def test_row_losses_by_hand() -> None:
-    """q = (1/2, 1/4, 1/4); p = (3/4, 1/8) of tokens 0 and 1, 1/8 of a token that the head lacks."""
-    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    targets = Targets(torch.tensor([0]), torch.tensor([[0, 1, -1]]), torch.tensor([[0.75, 0.125, 0.125]]))
-    hard = -torch.tensor(0.5).log()
-    soft = -(0.75 * torch.tensor(0.5).log() + 0.125 * torch.tensor(0.25).log() + 0.125 * torch.tensor(0.25).log())
-    assert float(row_losses(logits, targets, 0.0)) == pytest.approx(float(hard))
-    assert float(row_losses(logits, targets, 1.0)) == pytest.approx(float(soft))
-
-
 def test_rounds_by_hand() -> None:
     """Rounds of 2 drafts over 1101 0111: (1 1, then one given) (0→ wait) as the comments say."""
     # round 1: rows 0, 1 agree, row 2 is given with them; round 2: rows 3, 4: agree, not; round 3: 5, 6 agree, 7 given.
     found = rounds([[bool(int(flag)) for flag in "11010111"]], 2)
-    assert found.all == 6 / 8
-    assert found.positions == (3 / 3, 2 / 3)
-    assert found.tokens_per_round == 8 / 3
+    assert found == (6 / 8, (3 / 3, 2 / 3), 8 / 3)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model on disk, and texts beside it."""
-    folder = tmp_path_factory.mktemp("saved")
-    save_tiny(folder / "model", "smollm2")
-    source = torch.Generator().manual_seed(0)
-    with (folder / "texts.jsonl").open("w") as file:
-        for _ in range(40):
-            words = [f"w{number}" for number in torch.randint(20, 60, (14,), generator=source).tolist()]
-            file.write(json.dumps({"prompt": " ".join(words[:4]), "completion": " " + " ".join(words[4:])}) + "\n")
-    return folder
-
-
-def recipe(saved: Path, output: Path, **changes: Any) -> ExitRecipe:
-    settings = {
-        "model": str(saved / "model"), "texts": [str(saved / "texts.jsonl")], "exit_layer": 1, "draft_tokens": 0,
-        "dtype": "float32", "steps": 12, "eval_every": 4, "batch_tokens": 64, "warmup": 2, "output": str(output),
-    }  # fmt: skip
-    return ExitRecipe(**{**settings, **changes})
-
-
-def arguments(saved: Path, output: Path, *more: str) -> list[str]:
-    path = output.parent / f"{output.name}.yaml"
-    path.write_text(json.dumps(vars(recipe(saved, output))))  # JSON is YAML
-    return ["train-exit", str(path), "--device", "cpu", *more]
+    return save_model_and_texts(tmp_path_factory.mktemp("saved"))
 
 
 def test_an_exit_learns_and_the_model_stays(saved: Path, tmp_path: Path) -> None:
@@ -226,6 +173,30 @@ def test_an_exit_learns_and_the_model_stays(saved: Path, tmp_path: Path) -> None
     assert trainer.agreement(trainer.texts).all > first + 0.3
     assert exits
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
+
+
+def test_the_total_variation_makes_sampled_drafts_better(saved: Path, tmp_path: Path) -> None:
+    """Than they were, and than the cross-entropy of the arg-max makes them."""
+    sampled = {}
+    for weight in (0.0, 1.0):
+        run = ExitRun(
+            recipe(
+                saved,
+                tmp_path / str(weight),
+                steps=60,
+                learning_rate=5e-3,
+                soft=0.0,
+                total_variation=weight,
+                whole=True,
+            ),
+            CPU,
+        )
+        trainer = run.trainer()
+        before = trainer.agreement(trainer.texts).sampled
+        trainer.train(lambda state, loss: None, lambda best: None)
+        sampled[weight] = trainer.agreement(trainer.texts).sampled
+    assert sampled[1.0] > before + 0.1
+    assert sampled[1.0] > sampled[0.0]
 
 
 def test_a_run_writes_its_own_texts_and_goes_on_from_an_exit(saved: Path, tmp_path: Path, capsys: Any) -> None:
@@ -242,17 +213,6 @@ def test_a_run_writes_its_own_texts_and_goes_on_from_an_exit(saved: Path, tmp_pa
     path.write_text(json.dumps({**vars(made), "written": 8}))
     assert main(["train-exit", str(path), "--device", "cpu", "--resume"]) == 2
     assert "written was 9 and is 8" in capsys.readouterr().err.replace("\n", " ")
-
-
-def stopping(at: int, step: Any = ExitTrainer._step) -> Any:
-    """A step that is interrupted when it is the one of that number."""
-
-    def interrupted(self: ExitTrainer, batch: Any) -> float:
-        if self.state.step == at:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
-    return interrupted
 
 
 def broken_at(call: int, function: Any) -> Any:
@@ -362,6 +322,19 @@ def test_an_unknown_key_is_named_with_the_nearest(saved: Path, tmp_path: Path, c
     assert "unknown key 'learning_rat', did you mean 'learning_rate'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_variation": -0.1}, "total_variation must be in [0, 1], got -0.1"),
+        ({"soft": 1.5}, "soft must be in [0, 1], got 1.5"),
+        ({"soft": 0.75, "total_variation": 0.5}, "soft + total_variation must be at most 1, got 0.75 + 0.5"),
+    ],
+)
+def test_weights_of_the_loss_are_checked(changes: dict[str, float], message: str, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recipe(saved, tmp_path, **changes)
+
+
 @pytest.fixture
 def seconds() -> Iterator[float]:
     """Of a clock by which every step takes 6 seconds."""
@@ -384,7 +357,7 @@ def test_a_run_ends_early_when_nothing_gets_better(
 ) -> None:
     scores = iter([1.0, 1.2, 1.1, 1.2, 1.3])
     monkeypatch.setattr(
-        ExitTrainer, "agreement", lambda self, texts: exit_trainer.Agreement(0.1, (0.1,) * 3, next(scores))
+        ExitTrainer, "agreement", lambda self, texts: exit_trainer.Agreement(0.1, (0.1,) * 3, next(scores), 0.1)
     )
     trainer = ExitRun(recipe(saved, tmp_path, steps=100, patience=2, eval_every=1), CPU).trainer()
     better: list[bool] = []

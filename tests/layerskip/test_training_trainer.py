@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import launched
 import pytest
 import torch
 from training_run import LAYERS, batches_of, losses, pairs, trainer, watch, weights
@@ -22,6 +20,7 @@ from layerskip.training.output import checkpoints, last_checkpoint
 from layerskip.training.trainer import PARTIAL
 
 SCRIPT = Path(__file__).with_name("training_run.py")
+run_script, launch = partial(launched.run_script, SCRIPT), partial(launched.launch, SCRIPT)
 # Losses of order 5: two ranks sum gradients in another order than one process, and AdamW divides by their size.
 TOLERANCES = {"two processes": 2e-4}
 
@@ -39,12 +38,6 @@ class _StopAt(TrainerCallback):
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """These models are tiny."""
-
-
-def run_script(*launcher: str, timeout: int = 240, **options: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, *launcher, str(SCRIPT), json.dumps(options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
@@ -359,11 +352,3 @@ def test_two_processes_resume_exactly(tmp_path: Path, changes: dict) -> None:
     assert result == expected
     if "replay" not in changes:
         assert seen == batches_of(2, ranks=2)[:11]
-
-
-def launch(processes: int, **options: object) -> subprocess.CompletedProcess:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}")
-    return run_script(*launcher, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import importlib.util
@@ -34,7 +35,7 @@ from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_forward_fr
 
 path = Path(sys.argv[1])
 build = kernels._rust.Build.open(path)
-assert [str(one) for one in build.general.backends] == ["cpu"], build.general.backends
+assert [str(one) for one in build.general.backends] == ["cpu", "cuda"], build.general.backends
 hub = kernels.get_local_kernel(path)
 x, weight = torch.randn(3, 64), torch.randn(48, 64)
 assert torch.equal(hub.linear(x, weight), layerskip_kernels.linear(x, weight))
@@ -174,6 +175,45 @@ def test_the_builder_gets_every_source(package: Path) -> None:
         imported = re.findall(r"^\s*(?:from|import) (layerskip\w*)", path.read_text(), re.MULTILINE)
         assert imported == [], path
     assert not (package / "torch-ext/layerskip_kernels/_ops.py").exists()
+
+
+def settings_of_setup() -> dict[str, list[str]]:
+    """The lists of flags in setup.py, which can't be imported."""
+    tree = ast.parse((hub_package.ROOT / "setup.py").read_text())
+    lists = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return {name: ast.literal_eval(lists[name]) for name in ("DEFINES", "CXX_FLAGS", "NVCC_FLAGS")}
+
+
+def test_the_builder_gets_the_flags_of_setup(package: Path) -> None:
+    """But those that it gives itself, and those that make compilers say more."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11, which reads TOML")
+    kernels = tomllib.loads((package / "build.toml").read_text())["kernel"]
+    setup, (defines, *_) = settings_of_setup(), ({"-DNDEBUG"},)
+    assert defines < set(setup["DEFINES"])
+    own = {"-std=c++20", "-fPIC", "-Wall", "-Wextra"}
+    wanted = set(setup["CXX_FLAGS"]) - own | defines | {"-fopenmp", "-ffp-contract=off"}
+    assert {kind: set(kernel["cxx-flags"]) for kind, kernel in kernels.items()} == {"cpu": wanted, "cuda": wanted}
+    of_nvcc = {"-Xcompiler=-fPIC,-fvisibility=hidden": "-Xcompiler=-fvisibility=hidden"}
+    wanted = {of_nvcc.get(flag, flag) for flag in setup["NVCC_FLAGS"]} - {"-Xptxas=-v"} | defines
+    assert set(kernels["cuda"]["cuda-flags"]) - wanted == {"--pre-include=cuda_archs.h"}
+    assert wanted <= set(kernels["cuda"]["cuda-flags"])
+
+
+def test_a_cuda_build_knows_what_it_is_for(package: Path, tmp_path: Path) -> None:
+    """The file that says it, compiled with the builder's flags."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11, which reads TOML")
+    cuda = tomllib.loads((package / "build.toml").read_text())["kernel"]["cuda"]
+    archs = [one.replace(".", "").removesuffix("+PTX") for one in cuda["cuda-capabilities"]]
+    archs += [f"compute_{arch}" for arch, one in zip(archs, cuda["cuda-capabilities"], strict=True) if "+PTX" in one]
+    header = (package / "torch-ext/cuda_archs.h").read_text()
+    assert f'"{";".join(archs)}"' in header
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    includes = [f"-I{package / folder}" for folder in cuda["include"]]
+    command = ["nvcc", *cuda["cuda-flags"], *includes, "-c", str(package / "csrc/cuda/build.cu"), "-o", "build.o"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ";".join(archs).encode() in (tmp_path / "build.o").read_bytes()
 
 
 def test_other_sources_are_another_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

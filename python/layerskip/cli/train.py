@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Train, and write the result."""
+    from ..training import processes
     from ..training import recipe as recipes
     from ..training.output import Output
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return _train(args, console, output)
     checkpoint = output.check_resumed()
     if output.finished:
-        if _first_process():
+        if processes.first():
             written = ", ".join(map(str, output.results))
             console.print(f"this run is finished, nothing is left to train; it wrote {written}", soft_wrap=True)
         return 0
@@ -59,16 +59,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _train(args: argparse.Namespace, console: Console, output: Output, checkpoint: Path | None = None) -> int:
     """Train from the start, or from a checkpoint."""
-    if ":" in args.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"--device {args.device} is one card, under torchrun every process has its own; leave it out")
+    from ..training import processes
     from . import options
 
+    processes.check_device(args.device)
     options.settle(args)
     options.quiet_transformers()
     from ..training import run as runs
     from ..training.progress import Progress
 
-    first = _first_process()
+    first = processes.first()
     trainer = runs.make_trainer(output.recipe, args.device, callbacks=[Progress(console)] if first else [])
     data = runs.seen_data(trainer)
     if checkpoint is not None:
@@ -91,11 +91,6 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
         raise KeyboardInterrupt(_how_to_go_on(output)) from None
     trainer.accelerator.end_training()  # leaves the process group, without which gloo may abort at exit
     return 0
-
-
-def _first_process() -> bool:
-    """Of those that torchrun has started, the one that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _how_to_go_on(output: Output) -> str:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Train, keeping the best."""
-    from ..training import exit_recipe
+    """Train, keeping the best. Of several processes only the first prints and writes."""
+    from ..training import exit_recipe, processes
     from ..training.exit_output import ExitOutput
 
+    processes.check_device(args.device)
+    console = console if processes.first() else Console(quiet=True)
     given = {key: getattr(args, key) for key in exit_recipe.KEYS if getattr(args, key, None) is not None}
     recipe = exit_recipe.exit_recipe(args.recipe, given)
     names.tasks((*recipe.texts, *recipe.eval_texts, *recipe.prompts))
@@ -38,29 +40,34 @@ def run(args: argparse.Namespace, console: Console) -> int:
         trained = _train(args, console, output)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(output)) from None
-    _report(console, trained.state, output)
+    if processes.first():
+        _report(console, trained.state, output)
     return 0
 
 
 def _train(args: argparse.Namespace, console: Console, output: ExitOutput) -> ExitTrainer:
+    from ..training import processes
     from . import options
 
     options.settle(args)
     options.quiet_transformers()
     from ..training.exit_run import ExitRun
 
-    with Console(stderr=True).status(f"loading {output.recipe.model}"):
-        work = ExitRun(output.recipe, args.device)
-        data = work.data
-    if args.resume:
-        output.check_same_data(data)
-    else:
-        output.begin(data)
-    with _bar(console) as progress:
-        trainer = _prepare(work, progress)
-        if args.resume and output.checkpoint.exists():
-            trainer.load(output.checkpoint)
-        _learn(trainer, output, progress)
+    with processes.joined(args.device) as device:
+        with Console(stderr=True, quiet=console.quiet).status(f"loading {output.recipe.model}"):
+            work = ExitRun(output.recipe, device)
+            data = work.data
+        if args.resume:
+            output.check_same_data(data)
+        processes.wait()  # all have looked before one changes what is there
+        if processes.first() and not args.resume:
+            output.begin(data)
+        with _bar(console) as progress:
+            trainer = _prepare(work, progress)
+            if args.resume and output.checkpoint.exists():
+                trainer.load(output.checkpoint)
+            processes.wait()  # all have read it before one removes it
+            _learn(trainer, output, progress)
     return trainer
 
 
@@ -75,6 +82,9 @@ def _prepare(work: ExitRun, progress: Progress) -> ExitTrainer:
 
 
 def _learn(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
+    from ..training import processes
+    from ..training.exit_run import curve, found
+
     recipe, state = output.recipe, trainer.state
     shown = progress.add_task("training the exit", total=1, note="")
 
@@ -83,8 +93,8 @@ def _learn(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None
         progress.update(shown, completed=part, note=f"step {state.step}, loss {loss:.3f}")
 
     def evaluated(best: bool) -> None:
-        from ..training.exit_run import curve
-
+        if not processes.first():
+            return
         if best:
             output.save_exit(trainer.module.exit())
         trainer.save(output.checkpoint)
@@ -94,20 +104,20 @@ def _learn(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None
     if state.step:
         progress.console.print(f"going on from step {state.step}")
     trainer.train(stepped, evaluated)
-    from ..training.exit_run import found
-
-    output.finish(found(trainer.state))
+    if processes.first():
+        output.finish(found(trainer.state))
 
 
 def _line(entry: dict[str, Any], best: bool) -> str:
-    """An evaluation: agreement of all rows, and of each draft of a round where those before it agreed."""
+    """An evaluation: agreement of all rows, of each draft of a round where those before it agreed, and sampled."""
     parts = [f"{name} {_agreement(one)}" for name, one in entry["held out"].items()]
     mark = ", the best" if best else ""
     return f"step {entry['step']}  loss {entry['loss']:.4f}  {'  '.join(parts)}{mark}"
 
 
 def _agreement(one: dict[str, Any]) -> str:
-    return f"{one['all']:.1%} ({'/'.join(f'{position:.0%}' for position in one['positions'])})"
+    positions = "/".join(f"{position:.0%}" for position in one["positions"])
+    return f"{one['all']:.1%} ({positions}), sampled {one['sampled']:.1%}"
 
 
 def _report(console: Console, state: State, output: ExitOutput) -> None:
@@ -121,6 +131,8 @@ def _report(console: Console, state: State, output: ExitOutput) -> None:
 
 
 def _how_to_go_on(output: ExitOutput) -> str:
-    if not output.record:
+    from ..training.exit_output import ExitOutput
+
+    if not ExitOutput(output.recipe).record:
         return "interrupted, before anything was written"
     return f"interrupted; the same command with --resume goes on from what is in {output.folder}"

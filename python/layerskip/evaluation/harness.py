@@ -23,7 +23,7 @@ _PURPOSE = "the model class of lm_eval"
 registry, lm, utils = (need(f"lm_eval.{name}", _PURPOSE) for name in ("api.registry", "api.model", "utils"))
 need("lm_eval.models", _PURPOSE)  # which makes its own models known only where none is yet
 _DRAFTING = ("exit", "draft_head", "draft_source", "draft_threshold")
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call the length of an answer
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # of an answer; the first counts
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -180,16 +180,19 @@ class LayerSkipLM(lm.TemplateLM):  # type: ignore[name-defined]
 
 
 class Wanted:
-    """What a request for a text says: where it stops, how long it may be, how tokens are chosen."""
+    """What a request for a text says: where it stops, how long it may be, how tokens are chosen.
+
+    What is None is not given. An empty stop string cuts nothing, which is how lm_eval's own models cut texts.
+    """
 
     def __init__(self, options: Mapping[str, Any], new_tokens: int) -> None:
-        left = dict(options)
-        until = left.pop("until", None) or []
-        self.until: list[str] = [until] if isinstance(until, str) else list(until)
+        left = {name: value for name, value in options.items() if value is not None}
+        until = left.pop("until", [])
+        self.until: list[str] = [stop for stop in ([until] if isinstance(until, str) else until) if stop != ""]
         lengths = [int(left.pop(name)) for name in _LENGTHS if name in left]
         self.new_tokens = lengths[0] if lengths else new_tokens
         drawn = left.pop("do_sample", None)
-        values = {name: left.pop(name) for name in _SAMPLING if left.get(name) is not None}
+        values = {name: left.pop(name) for name in _SAMPLING if name in left}
         temperature = values.pop("temperature", 1.0 if drawn else 0.0)
         self.sampling = SamplingParams() if drawn is False else SamplingParams(temperature, **values)
         if left:

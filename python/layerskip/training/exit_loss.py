@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,24 +31,79 @@ class Targets(NamedTuple):
             ids = torch.where(token_ids[places] == ids, places, -1)
         return cls(ids[:, 0], ids, probabilities.float())
 
+    def rows(self, rows: slice) -> Targets:
+        """Those of some rows."""
+        return Targets(*(part[rows] for part in self))
 
-def row_losses(logits: Tensor, targets: Targets, soft: float) -> Tensor:
-    """(1 - soft) · CE of the arg-max + soft · KL of the full model's distribution p from the draft's q, [R].
 
-    The KL is over the k most probable tokens and all others as one, with p's entropy left out, which no gradient sees:
-    -Σᵢ pᵢ log qᵢ - (1 - Σᵢ pᵢ) log(1 - Σᵢ qᵢ). Tokens that the head lacks count among the others; a row whose
-    arg-max it lacks has no CE.
+class Weights(NamedTuple):
+    """Of the parts of `row_losses`; the cross-entropy has what is left of 1."""
+
+    soft: float
+    total_variation: float
+
+
+class Drafts(NamedTuple):
+    """Of each row: ``agree`` [R], whether the draft is the full model's arg-max; ``accepted`` [R], `acceptances`."""
+
+    agree: Tensor
+    accepted: Tensor
+
+
+def row_losses(logits: Tensor, targets: Targets, weights: Weights) -> Tensor:
+    """(1 - s - v) · CE of the arg-max + s · KL of the full model's distribution p from the draft's q + v · TV, [R].
+
+    s and v are the weights. A row whose arg-max the head lacks has no CE. TV = 1 - `acceptances`.
     """
     logs = logits.float().log_softmax(1)
     hard = torch.where(targets.token >= 0, -logs.gather(1, targets.token.clamp(min=0)[:, None])[:, 0], 0)
-    if not soft:
-        return hard
+    losses = (1 - weights.soft - weights.total_variation) * hard
+    if weights.soft:
+        losses = losses + weights.soft * _divergences(logs, targets)
+    if weights.total_variation:
+        losses = losses + weights.total_variation * (1 - acceptances(logs, targets))
+    return losses
+
+
+def _divergences(logs: Tensor, targets: Targets) -> Tensor:
+    """KL of p from q, whose logarithms ``logs`` [R, S] are, [R].
+
+    It is over the k most probable tokens and all others as one, with p's entropy left out, which no gradient sees:
+    -Σᵢ pᵢ log qᵢ - (1 - Σᵢ pᵢ) log(1 - Σᵢ qᵢ). Tokens that the head lacks count among the others.
+    """
     there = targets.ids >= 0
     picked = logs.gather(1, targets.ids.clamp(min=0))
     p = torch.where(there, targets.probabilities, 0)
-    q_others = 1 - torch.where(there, picked.exp(), 0).sum(1)
-    others = (1 - p.sum(1)).clamp(min=0) * q_others.clamp(min=_SMALL).log()
-    return (1 - soft) * hard - soft * ((p * picked).sum(1) + others)
+    q_others = _rest(torch.where(there, picked.exp(), 0))
+    others = _rest(p) * q_others.clamp(min=_SMALL).log()
+    return -((p * picked).sum(1) + others)
+
+
+def acceptances(logs: Tensor, targets: Targets) -> Tensor:
+    """Σ min(p, q) = 1 - TV(p, q), [R]: how probably a draft sampled from q is accepted (Leviathan et al. 2023).
+
+    ``logs`` [R, S] are q's logarithms. The k most probable tokens count one by one, all others as one, so what is found
+    is too high by at most their probability. Where the head lacks a token, q is 0.
+    """
+    p = targets.probabilities
+    q = torch.where(targets.ids >= 0, logs.gather(1, targets.ids.clamp(min=0)).exp(), 0)
+    return torch.minimum(p, q).sum(1) + torch.minimum(_rest(p), _rest(q))
+
+
+def _rest(probabilities: Tensor) -> Tensor:
+    return (1 - probabilities.sum(1)).clamp(min=0)
+
+
+def _tiles(hidden: Tensor, head: Tensor, correction: tuple[Tensor, Tensor] | None) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after the other, with their logits in fp32."""
+    step = max(1, TILE_VALUES // len(head))
+    for begin in range(0, len(hidden), step):
+        rows = slice(begin, begin + step)
+        logits = (hidden[rows] @ head.T).float()
+        if correction is not None:
+            low, up = correction
+            logits += low[rows].float() @ up.float().T
+        yield rows, logits
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -55,19 +111,21 @@ class _TiledLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, low: Tensor | None, up: Tensor | None, targets: Targets, soft: float
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        targets: Targets,
+        weights: Weights,
     ) -> Tensor:
+        correction = None if low is None or up is None else (low, up)
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [None if one is None else torch.zeros_like(one) for one in (hidden, low, up)]
-        step = max(1, TILE_VALUES // len(head))
-        for begin in range(0, len(hidden), step):
-            rows = slice(begin, begin + step)
-            logits = (hidden[rows] @ head.T).float()
-            if low is not None and up is not None:
-                logits += low[rows].float() @ up.float().T
+        for rows, logits in _tiles(hidden, head, correction):
             with torch.enable_grad():
                 logits.requires_grad_()
-                loss = row_losses(logits, Targets(*(part[rows] for part in targets)), soft).sum() / len(hidden)
+                loss = row_losses(logits, targets.rows(rows), weights).sum() / len(hidden)
                 (slope,) = torch.autograd.grad(loss, logits)
             total += loss.detach()
             slope = slope.to(hidden.dtype)
@@ -85,7 +143,11 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def draft_loss(
-    hidden: Tensor, head: Tensor, targets: Targets, soft: float, correction: tuple[Tensor, Tensor] | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Targets,
+    weights: Weights,
+    correction: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean of `row_losses` for normed states and a frozen head; memory is that of a tile of the logits.
 
@@ -95,8 +157,8 @@ def draft_loss(
     head : Tensor [S, D]
         Gets no gradient.
     targets : Targets
-    soft : float
-        Weight of the KL, in [0, 1].
+    weights : Weights
+        In [0, 1], as is their sum.
     correction : (Tensor [R, r], Tensor [S, r]), optional
         Their product is added to the logits.
 
@@ -105,19 +167,15 @@ def draft_loss(
     Tensor, scalar fp32
     """
     low, up = correction if correction is not None else (None, None)
-    loss: Tensor = _TiledLoss.apply(hidden, head, low, up, targets, soft)
+    loss: Tensor = _TiledLoss.apply(hidden, head, low, up, targets, weights)
     return loss
 
 
 @torch.no_grad()
-def draft_tokens(hidden: Tensor, head: Tensor, correction: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The head's row that each state drafts, [R] int64."""
-    low, up = correction if correction is not None else (None, None)
-    step = max(1, TILE_VALUES // len(head))
+def drafts(hidden: Tensor, head: Tensor, targets: Targets, correction: tuple[Tensor, Tensor] | None = None) -> Drafts:
+    """What each state drafts, against the full model; arguments as `draft_loss` takes them."""
     found = []
-    for begin in range(0, len(hidden), step):
-        logits = (hidden[begin : begin + step] @ head.T).float()
-        if low is not None and up is not None:
-            logits += low[begin : begin + step].float() @ up.float().T
-        found.append(logits.argmax(1))
-    return torch.cat(found)
+    for rows, logits in _tiles(hidden, head, correction):
+        own = targets.rows(rows)
+        found.append((logits.argmax(1) == own.token, acceptances(logits.log_softmax(1), own)))
+    return Drafts(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -19,13 +19,14 @@ class ExitRecipe:
     of at most ``prompt_tokens`` tokens, by at most ``new_tokens`` each; that saves the pass over finished texts. With
     ``whole``, the exit also learns what the model would write in the place of the prompts' tokens.
     ``eval_texts`` are held out; without them one text in 20 is. ``top_k`` tokens are kept of the full model's
-    distributions, of which ``soft`` is the weight in the loss, see `row_losses`. ``draft_tokens`` are how many tokens
-    the exit may draft, the most frequent; 0: all. ``init_layer`` is the layer that the blocks begin as; by default
-    layer E, which follows. With ``init_exit``, a directory, file or name, the run goes on from that exit instead, with
-    its tokens. The run ends after ``steps``, or else after ``minutes`` of training; over the last ``decay``
-    of either the rate falls to 0. It also ends after ``patience`` evaluations without a better one. ``dtype`` is the
-    model's; ``precision`` that of the training's matmuls, whose parameters are fp32. ``trunk`` is where what the model
-    makes of the texts is kept, for other runs, too; by default in ``output``.
+    distributions; ``soft`` and ``total_variation`` weigh what the loss makes of these, see `row_losses`: sampled drafts
+    are accepted with probability 1 - the latter. ``draft_tokens`` are how many tokens the exit may draft, the
+    most frequent; 0: all. ``init_layer`` is the layer that the blocks begin as; by default layer E, which follows. With
+    ``init_exit``, a directory, file or name, the run goes on from that exit instead, with its tokens. The run ends
+    after ``steps``, or else after ``minutes`` of training; over the last ``decay`` of either the rate falls to 0. It
+    also ends after ``patience`` evaluations without a better one. ``dtype`` is the model's; ``precision`` that of the
+    training's matmuls, whose parameters are fp32. ``trunk`` is where what the model makes of the texts is kept, for
+    other runs, too; by default in ``output``.
     """
 
     model: str = "smollm2"
@@ -44,6 +45,7 @@ class ExitRecipe:
     draft_tokens: int = 8192
     top_k: int = 16
     soft: float = 0.5
+    total_variation: float = 0.0
     dtype: str = "bfloat16"
     precision: str = "fp32"
     minutes: float = 30.0
@@ -77,8 +79,12 @@ class ExitRecipe:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, expected one of {', '.join(known)}")
         if self.steps is not None:
             check_positive("steps", self.steps)
-        if not 0 <= self.soft <= 1:
-            raise ValueError(f"soft must be in [0, 1], got {self.soft}")
+        weights = {"soft": self.soft, "total_variation": self.total_variation}
+        for key, weight in weights.items():
+            if not 0 <= weight <= 1:
+                raise ValueError(f"{key} must be in [0, 1], got {weight}")
+        if sum(weights.values()) > 1:
+            raise ValueError(f"soft + total_variation must be at most 1, got {self.soft} + {self.total_variation}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
         if not 0 < self.beta2 < 1:

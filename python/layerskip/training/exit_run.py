@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..decoding import DraftHead
 from ..models import Exit, LayerSkipModel, adapt, load
+from . import processes
 from .dataset import encode
 from .exit_module import TrainableExit
 from .exit_output import TRUNKS
@@ -53,11 +54,12 @@ class ExitRun:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What a step depends on beside the recipe: the texts, as tokens, and the model's weights."""
+        """What a step's bits depend on beside the recipe: the texts, as tokens, the weights, the processes."""
         return {
             "digest of the texts": [digest(pairs) for pairs in self._texts],
             "digest of the held-out texts": [digest(pairs) for pairs in self._held_out.values()],
             "digest of the model": model_digest(self.model),
+            "number of processes": processes.count(),
             **({"digest of the prompts": [digest(pairs) for pairs in self._prompts]} if self._prompts else {}),
             **({} if self._first is None else {"digest of the first exit": _exit_digest(self._first)}),
         }

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .._files import write_atomically
+from . import processes
 from ._seeds import generator
-from .exit_loss import Targets, draft_loss, draft_tokens
+from .exit_loss import Targets, Weights, draft_loss, drafts
 from .exit_module import Packed, TrainableExit
 from .exit_recipe import ExitRecipe
 from .kept import Text
@@ -39,12 +41,14 @@ class Agreement(NamedTuple):
     """How often an exit drafts the model's own token.
 
     ``all`` rows; ``positions``, of the first, second, … draft of a round, where those before it agreed;
-    ``tokens_per_round``, with as many drafts, which is 1 without any agreement.
+    ``tokens_per_round``, with as many drafts, which is 1 without any agreement. ``sampled``: how probably a draft that
+    is sampled, at temperature 1, is accepted, the mean of `acceptances`.
     """
 
     all: float
     positions: tuple[float, ...]
     tokens_per_round: float
+    sampled: float
 
 
 @dataclass
@@ -68,6 +72,9 @@ class State:
 
 class ExitTrainer:
     """Trains an exit; of the model nothing but the head's rows is needed, and nothing changes.
+
+    Where torchrun has started several processes, each computes its share of every batch. So a step does the same for
+    any number of them, but for rounding; all have the same state.
 
     Parameters
     ----------
@@ -98,6 +105,7 @@ class ExitTrainer:
         self._device = module.norm_weight.device
         self._dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self._head = module.head_rows.to(self._dtype)
+        self._weights = Weights(recipe.soft, recipe.total_variation)
         self._optimizer = torch.optim.AdamW(
             module.parameters(), lr=recipe.learning_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay
         )
@@ -118,7 +126,7 @@ class ExitTrainer:
             began = self._clock()
             losses.append(self._step(next(batches)))
             self.state.step += 1
-            self.state.seconds += self._clock() - began
+            self.state.seconds += processes.of_first(self._clock() - began)
             self._plan_end()
             progress(self.state, losses[-1])
             if self.state.step % self.recipe.eval_every == 0 or self.state.finished:
@@ -176,18 +184,33 @@ class ExitTrainer:
         return Targets.of(ids, probabilities, self.module.token_ids)
 
     def _step(self, batch: Sequence[int]) -> float:
-        texts = [self.texts[index] for index in batch]
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
-        hidden, correction = self._hidden(texts)
-        loss = draft_loss(hidden, self._head, self._targets(texts), self.recipe.soft, correction)
-        if not bool(loss.isfinite()):
-            raise FloatingPointError(f"the loss of step {self.state.step} is {float(loss)}; lower learning_rate")
-        loss.backward()
+        loss = self._gradients(batch)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {self.state.step} is {loss}; lower learning_rate")
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(loss.detach())
+        return loss
+
+    def _gradients(self, batch: Sequence[int]) -> float:
+        """Make the gradients of the mean loss of a batch's rows; returns that."""
+        texts = [self.texts[index] for index in processes.share(batch)]
+        total = self._head.new_zeros(1, dtype=torch.float32)
+        if texts:
+            hidden, correction = self._hidden(texts)
+            part = len(hidden) / sum(map(self.texts.rows, batch))
+            loss = part * draft_loss(hidden, self._head, self._targets(texts), self._weights, correction)
+            loss.backward()
+            total += loss.detach()
+        slopes = []
+        for parameter in self.module.parameters():
+            if parameter.grad is None:  # a process without texts
+                parameter.grad = torch.zeros_like(parameter)
+            slopes.append(parameter.grad)
+        processes.add([total, *slopes])
+        return float(total)
 
     def _evaluate(self, loss: float) -> bool:
         """Measure the held-out texts; whether the exit is better than ever before."""
@@ -212,12 +235,15 @@ class ExitTrainer:
         A block sees the frozen layers' state of every token, drafted or not, and a draft counts only where those before
         it were right. So what is drafted in a round is what is drafted on the text itself, row by row.
         """
-        flags = []
-        for index in range(len(texts)):
+        flags: list[list[bool]] = []
+        accepted: list[float] = []
+        for index in processes.share(range(len(texts))):
             hidden, correction = self._hidden([texts[index]])
-            drafts = draft_tokens(hidden, self._head, correction)
-            flags.append((drafts == self._targets([texts[index]]).token).tolist())
-        return rounds(flags)
+            found = drafts(hidden, self._head, self._targets([texts[index]]), correction)
+            flags.append(found.agree.tolist())
+            accepted += found.accepted.tolist()
+        accepted = list(chain.from_iterable(processes.all_of(accepted)))
+        return Agreement(*rounds([*chain.from_iterable(processes.all_of(flags))]), math.fsum(accepted) / len(accepted))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
@@ -234,8 +260,13 @@ class ExitTrainer:
         self._optimizer.load_state_dict(saved["optimizer"])
 
 
-def rounds(flags: Sequence[Sequence[bool]], num_speculations: int = POSITIONS) -> Agreement:
-    """What rounds of some drafts give on texts, of which the flags say where a draft is the model's own token."""
+def rounds(
+    flags: Sequence[Sequence[bool]], num_speculations: int = POSITIONS
+) -> tuple[float, tuple[float, ...], float]:
+    """What rounds of some drafts give on texts, of which the flags say where a draft is the model's own token.
+
+    The first three parts of an `Agreement`.
+    """
     drafted, agreed = [0] * num_speculations, [0] * num_speculations
     made = 0
     for text in flags:
@@ -253,7 +284,7 @@ def rounds(flags: Sequence[Sequence[bool]], num_speculations: int = POSITIONS) -
             else:
                 place += 1  # verification gives one more after the last draft
     total = sum(map(len, flags))
-    return Agreement(
+    return (
         sum(map(sum, flags)) / total,
         tuple(yes / all_ if all_ else 0.0 for yes, all_ in zip(agreed, drafted, strict=True)),
         total / made,

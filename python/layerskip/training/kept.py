@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._journal import Journal
 from ..models import LayerSkipModel
+from . import processes
 
 LOGIT_ROWS = 64  # whose logits are in memory at a time
 DIGESTED = 4096  # values of a weight, to know a model again
@@ -43,7 +44,7 @@ class Text(NamedTuple):
 class KeptTexts:
     """Texts whose states after layer E and labels lie in memory-mapped files of a folder.
 
-    A subclass computes them, and knows how many rows each text has. What is computed stays: after a stop, the rest
+    A subclass makes them, and knows how many rows each text has. What is computed stays: after a stop, the rest
     follows.
 
     Parameters
@@ -73,7 +74,11 @@ class KeptTexts:
             "digest of the model": model_digest(model), "dtype": str(model.dtype), "hidden size": self._width,
             "exit_layer": exit_layer, "top_k": top_k, **work,
         }  # fmt: skip
+        self._records: dict[int, dict[str, Any]] = {}
         self._places: dict[int, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def _num_states(self, index: int) -> int:
         """How many states a text has: one for each token but the last."""
@@ -82,6 +87,51 @@ class KeptTexts:
     def _first(self, index: int) -> int:
         """The first labelled row of a text; all after it are."""
         raise NotImplementedError
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Texts that go through the model together, until none is left that ``_records`` lacks."""
+        raise NotImplementedError
+
+    def _make(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], Text]]:
+        """Those of some texts that ``_records`` lacks, each with its record."""
+        raise NotImplementedError
+
+    def _learn(self, journal: Journal | None) -> None:
+        """Take notice of what is there; only the first process has the journal."""
+        records = processes.of_first([] if journal is None else journal.records)
+        self._records = {record["text"]: record for record in records}
+
+    def compute(self, progress: Callable[[int], None] = lambda texts: None) -> None:
+        """Make the texts that are not there yet: each process its share, and the first one writes them.
+
+        There, ``progress`` is told how many were added.
+        """
+        journal = self._journal() if processes.first() else None
+        try:
+            self._learn(journal)
+            made = processes.in_turns(self._make, self._batches())
+            if journal is not None:
+                progress(sum(index < len(self) for index in self._records))
+                self._append(journal, made, progress)
+            else:
+                list(made)  # which is empty: what this process makes, the first one has
+            self._learn(journal)
+        finally:
+            if journal is not None:
+                journal.close()
+        self._map(list(self._records))
+
+    def _append(
+        self, journal: Journal, made: Iterable[list[tuple[dict[str, Any], Text]]], progress: Callable[[int], None]
+    ) -> None:
+        with self._open(self._records) as files:
+            for part in made:
+                for _, text in part:
+                    files.append(text)
+                files.sync()  # before the journal says that they are there
+                for record, _ in part:
+                    journal.append(record)
+                progress(len(part))
 
     def rows(self, index: int) -> int:
         """How many labelled rows a text has."""

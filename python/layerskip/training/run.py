@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,6 +16,7 @@ from .._extras import need
 from .._files import replaced
 from ..models import load
 from ..models.architectures import architecture_of
+from . import processes
 from .data import hub, load_task, splits
 from .dataset import Collator, Pool, encode, read_pairs, token_batches
 from .output import digest, results
@@ -156,7 +156,7 @@ def training_arguments(recipe: Recipe, steps: int, device: torch.device, **kwarg
         **schedule(recipe, steps),
         **kwargs,
     )
-    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if device.type == "cuda" and processes.count() == 1:
         torch.cuda.set_device(device)  # only now: to make the arguments sets the first
     return arguments
 
@@ -208,12 +208,11 @@ def make_batching(recipe: Recipe, tokenizer: Any) -> Batching | None:
 
 
 def _steps(recipe: Recipe, pairs: Sequence[dict[str, list[int]]]) -> int:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.batch_tokens is None:
-        batches = math.ceil(len(pairs) / (recipe.batch_size * world))
+        batches = math.ceil(len(pairs) / (recipe.batch_size * processes.count()))
     else:
         lengths = [len(pair["input_ids"]) for pair in pairs]
-        batches = math.ceil(len(token_batches(lengths, recipe.batch_tokens, range(len(pairs)))) / world)
+        batches = math.ceil(len(token_batches(lengths, recipe.batch_tokens, range(len(pairs)))) / processes.count())
     return math.ceil(math.ceil(batches / recipe.gradient_accumulation) * recipe.epochs)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,28 +57,15 @@ class Trunk(KeptTexts):
     def _first(self, index: int) -> int:
         return self._firsts[index]
 
-    def compute(self, progress: Callable[[int], None] = lambda texts: None) -> None:
-        """Run the model on the texts that are not there yet; ``progress`` is told how many were added."""
-        journal = self._journal()
-        try:
-            done = {record["text"] for record in journal.records}
-            progress(len(done))
-            with self._open(done) as files:
-                lengths = [len(pair["input_ids"]) for pair in self._pairs]
-                for batch in token_batches(lengths, PASS_TOKENS, range(len(self))):  # the same after a stop
-                    missing = [index for index in batch if index not in done]
-                    if not missing:
-                        continue
-                    for index, text in zip(batch, self._run(batch), strict=True):
-                        if index in missing:
-                            files.append(text)
-                    files.sync()  # before the journal says that they are there
-                    for index in missing:
-                        journal.append({"text": index})
-                    progress(len(missing))
-            self._map([record["text"] for record in journal.records])
-        finally:
-            journal.close()
+    def _batches(self) -> Iterator[list[int]]:
+        lengths = [len(pair["input_ids"]) for pair in self._pairs]
+        for batch in token_batches(lengths, PASS_TOKENS, range(len(self))):  # the same after a stop
+            if any(index not in self._records for index in batch):
+                yield batch
+
+    def _make(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], Text]]:
+        texts = zip(indices, self._run(indices), strict=True)
+        return [({"text": index}, text) for index, text in texts if index not in self._records]
 
     @torch.inference_mode()
     def _run(self, indices: Sequence[int]) -> list[Text]:
@@ -90,7 +78,9 @@ class Trunk(KeptTexts):
         states = model.decoder.prefill(model.embed(ids.to(model.device)), cache, 0, self.exit_layer)
         final = model.decoder.prefill(states, cache, self.exit_layer)
         return [
-            Text(states[row, :length].cpu(), first := self._firsts[index], self._labels(final[row, first:length]))
+            Text(
+                states[row, :length].clone().cpu(), first := self._firsts[index], self._labels(final[row, first:length])
+            )
             for row, (index, length) in enumerate(zip(indices, lengths, strict=True))
         ]
 

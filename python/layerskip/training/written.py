@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._journal import Journal
 from ..models import LayerSkipModel, SharedKVCache
 from .kept import KeptTexts, Labels, Text
 from .output import digest
@@ -73,30 +75,22 @@ class WrittenTexts(KeptTexts):
     def _first(self, index: int) -> int:
         return 0 if self._whole else len(self._prompts[index]) - 1
 
-    def compute(self, progress: Callable[[int], None] = lambda texts: None) -> None:
-        """Write the texts that are not there yet; ``progress`` is told how many were added."""
-        journal = self._journal()
-        try:
-            self.tokens.update((record["text"], record["tokens"]) for record in journal.records)
-            progress(sum(index < self._count for index in self.tokens))
-            with self._open(record["text"] for record in journal.records) as files:
-                for batch in self._batches():
-                    for text in self._write(batch):
-                        files.append(text)
-                    files.sync()  # before the journal says that they are there
-                    for index in batch:
-                        journal.append({"text": index, "tokens": self.tokens[index]})
-                    progress(len(batch))
-            self._map([record["text"] for record in journal.records])
-        finally:
-            journal.close()
+    def _learn(self, journal: Journal | None) -> None:
+        super()._learn(journal)
+        self.tokens = {index: record["tokens"] for index, record in self._records.items()}
 
     def _batches(self) -> Iterator[list[int]]:
-        """The missing texts, prompts of like length together."""
-        missing = [index for index in range(self._count) if index not in self.tokens]
+        """Prompts of like length together."""
+        missing = [index for index in range(self._count) if index not in self._records]
         for begin in range(0, len(missing), BATCH * SORTED):
             near = sorted(missing[begin : begin + BATCH * SORTED], key=lambda index: len(self._prompts[index]))
             yield from (near[first : first + BATCH] for first in range(0, len(near), BATCH))
+
+    def _make(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], Text]]:
+        texts = self._write(indices)
+        return [
+            ({"text": index, "tokens": self.tokens[index]}, text) for index, text in zip(indices, texts, strict=True)
+        ]
 
     @torch.inference_mode()
     def _write(self, indices: Sequence[int]) -> list[Text]:
