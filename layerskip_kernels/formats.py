@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._namespace import has_native, native_ops
@@ -278,7 +279,7 @@ def _has_native() -> bool:
 def lookup(weight: Tensor, index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Rows of an embedding [V, width], plain or packed: [*index, width] in ``dtype``."""
     if not is_packed(weight):
-        return weight[index]
+        return F.embedding(index, weight)
     return dequantize(weight[index.reshape(-1)], width, dtype).view(*index.shape, width)
 
 
