@@ -34,6 +34,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._namespace import has_native, native_ops
@@ -363,7 +364,7 @@ def _has_native() -> bool:
 def lookup(weight: Tensor, index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Rows of an embedding [V, width], plain or packed: [*index, width] in ``dtype``."""
     if not is_packed(weight):
-        return weight[index]
+        return F.embedding(index, weight)
     chosen = index.reshape(-1)
     rows = _take_rows(weight, chosen, width) if is_interleaved(weight) else weight[chosen]
     return dequantize(rows, width, dtype).view(*index.shape, width)

@@ -264,7 +264,7 @@ def test_a_round_has_no_values_to_look_at(temperature, num_blocks):
         round_ = FusedRound(model, cache)
         assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
         assert round_.advance(sequences, model.num_layers).shape == (2, 2)
-        looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, torch.device("meta"))
+        looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, torch.device("meta"), sequences.draws)
         assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
 
 

@@ -105,11 +105,12 @@ class AcceptanceRates:
 
     def at(self, kind: Hashable) -> Rate:
         """The rate of an exit layer, or of tokens of a kind."""
-        if kind not in self._own:
+        rate = self._own.get(kind)
+        if rate is None:
             untried = UNTRIED_EXIT if isinstance(kind, int) else UNTRIED_PROPOSAL
             shared = self._shared.setdefault(kind, Rate(untried, 1.0, SHARED_MEMORY))
-            self._own[kind] = Rate(shared.mean, min(shared.weight, NEW_SEQUENCE_WEIGHT), OWN_MEMORY)
-        return self._own[kind]
+            rate = self._own[kind] = Rate(shared.mean, min(shared.weight, NEW_SEQUENCE_WEIGHT), OWN_MEMORY)
+        return rate
 
     def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
         """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
@@ -132,11 +133,13 @@ class AcceptanceRates:
 
     def promised(self, offer: Offer, most: int) -> list[float]:
         """The tokens that are expected of a round that drafts 0 … ``most`` tokens of an offer, or all that it has."""
-        tokens, reached = [1.0], 1.0
-        for position in range(most):
-            reached *= self.at(offer.kind.of(position)).mean if position < offer.length else 0.0
-            tokens.append(tokens[-1] + reached)
-        return tokens
+        total = reached = 1.0
+        tokens = [total]
+        for position in range(offer.length):
+            reached *= self.at(offer.kind.of(position)).mean
+            total += reached
+            tokens.append(total)
+        return tokens + [total] * (most - offer.length)
 
     def observe_proposal(self, kind: Kind, proposal: Sequence[int], emitted: Sequence[int]) -> None:
         """Take account of what was proposed, drafted or not, where these tokens were emitted."""

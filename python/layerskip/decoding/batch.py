@@ -171,10 +171,10 @@ class Batch:
         started, sequences = self._clock(), self._sequences
         exit_layer, num_speculations = self.exit_layer, self.num_speculations
         caught_up = self._let_blocks_follow(num_speculations)
-        if not exit_layer:
+        if exit_layer is None or (exit_layer == 0 and (num_speculations or sequences.draws)):
             drafts = [request.looked_up or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
-            looked_up = LookedUp.of(drafts, self._model.vocab_size, self._model.device)
+            looked_up = LookedUp.of(drafts, self._model.vocab_size, self._model.device, sequences.draws)
             sequences = replace(sequences, looked_up=looked_up)
         outcome: Outcome
         if self._graphs is None or exit_layer is None:
@@ -235,7 +235,7 @@ class Batch:
         kind = self.kind
         if not kind.speculative:
             return self._round.advance(sequences, kind.exit_layer)
-        if exit_layer and num_speculations == 0 and not kind.num_speculations:  # nobody drafts, so blocks can wait
+        if num_speculations == kind.num_speculations == 0 and sequences.looked_up is None:  # so blocks can wait
             return self._round.advance(sequences, self._model.num_layers)
         if exit_layer == 0:
             return self._round.verify(sequences)

@@ -125,9 +125,8 @@ class Controller:
             pairs = list(zip(acceptances, offers, strict=True))
             promised = [one.promised(offer, most) for one, offer in pairs]
             cost, usual = self._cost(len(offers)), sum(one.speed for one in acceptances)
-            values = [
-                _value(sum(row[count] for row in promised), cost.seconds(0, count), usual) for count in range(most + 1)
-            ]
+            tokens = map(sum, zip(*promised, strict=True))
+            values = [_value(number, cost.seconds(0, count), usual) for count, number in enumerate(tokens)]
             best = Choice(0, values.index(max(values)))
             if exits:
                 value, choice = self._best(acceptances, layers, counts, promised=promised, usual=usual)

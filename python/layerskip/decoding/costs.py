@@ -13,6 +13,7 @@ COST_MEMORY = 0.98  # each round, the weight of the rounds before it is multipli
 OUTLIER = 2.0  # a round that takes longer than this multiple of what was expected was interrupted
 SETTLED = 4  # rounds, after which there is an expectation
 RENEW_EVERY = 8  # rounds, after which the expectations are computed again
+FITTED_EVERY_ROUND = 64  # so many first rounds; then the formula is fitted when the expectations are computed again
 PRIOR_WEIGHT = 1.0  # the relations of u, v and w that are expected count as so much
 CATCH_UP = 0.03  # what it takes, in passes, that blocks catch up, beside the bytes of the layers before them
 UNTRIED_RATIO, UNTRIED_WEIGHT = 0.9, 1.0  # an untried round may cost less than the formula says: so it is tried
@@ -53,7 +54,7 @@ class CostModel:
     where the arithmetic does it may cost a third of the first one. While few rounds were measured, u is drawn to v,
     since memory delivers all bytes at one speed, and w to r · v. What (E, K) itself took, on average, goes before the
     formula, which counts as one measurement of it: kernels are made for some numbers of rows. Old rounds fade, and a
-    round that took more than twice as long as expected counts as twice as long.
+    round that took more than twice as long as expected counts as twice as long. Without drafts all E are one choice.
 
     Parameters
     ----------
@@ -86,12 +87,14 @@ class CostModel:
 
     def seconds(self, exit_layer: int, num_speculations: int) -> float:
         """The expected seconds; before any round was measured, in units of one pass over the weights."""
-        choice = (exit_layer, num_speculations)
-        if choice not in self._expected:
+        choice = (exit_layer if num_speculations else 0, num_speculations)
+        expected = self._expected.get(choice)
+        if expected is None:
             mean, weight = self._means.get(choice, (0.0, 0.0))
             untried = UNTRIED_RATIO * self._fitted(*choice)
-            self._expected[choice] = (mean * weight + untried * UNTRIED_WEIGHT) / (weight + UNTRIED_WEIGHT)
-        return self._expected[choice]
+            expected = (mean * weight + untried * UNTRIED_WEIGHT) / (weight + UNTRIED_WEIGHT)
+            self._expected[choice] = expected
+        return expected
 
     def seconds_of_layers(self, count: int) -> float:
         """The expected seconds of a pass through so many layers, as a part of verification."""
@@ -109,18 +112,22 @@ class CostModel:
         if self._rounds >= SETTLED:
             seconds = min(seconds, OUTLIER * self.seconds(exit_layer, num_speculations))
         self._rounds += 1
-        terms = self._terms(exit_layer, num_speculations)
-        for row, one in enumerate(terms):
-            self._xy[row] = COST_MEMORY * self._xy[row] + one * seconds
-            for column, other in enumerate(terms):
-                self._xx[row][column] = COST_MEMORY * self._xx[row][column] + one * other
-        self._fit()
-        mean, weight = self._means.get((exit_layer, num_speculations), (0.0, 0.0))
+        choice = (exit_layer if num_speculations else 0, num_speculations)
+        terms = self._terms(*choice)
+        self._xy = [COST_MEMORY * y + one * seconds for y, one in zip(self._xy, terms, strict=True)]
+        self._xx = [
+            [COST_MEMORY * x + one * other for x, other in zip(row, terms, strict=True)]
+            for row, one in zip(self._xx, terms, strict=True)
+        ]
+        mean, weight = self._means.get(choice, (0.0, 0.0))
         weight = min(weight + 1, 1 / (1 - COST_MEMORY))
-        self._means[exit_layer, num_speculations] = mean + (seconds - mean) / weight, weight
-        if self._rounds < RENEW_EVERY or self._rounds % RENEW_EVERY == 0:
+        self._means[choice] = mean + (seconds - mean) / weight, weight
+        renew = self._rounds < RENEW_EVERY or self._rounds % RENEW_EVERY == 0
+        if renew or self._rounds < FITTED_EVERY_ROUND:
+            self._fit()
+        if renew:
             self._expected.clear()
-        self._expected.pop((exit_layer, num_speculations), None)
+        self._expected.pop(choice, None)
 
     def _fit(self) -> None:
         """Least squares with a penalty on (u - v)² and (w - r·v)²; u, v ≥ a tenth of the other."""

@@ -19,14 +19,14 @@ from .draft_head import DraftHead
 from .drafting import Drafting, DraftingModel
 from .logits import LogitsProcessor
 from .output import GenerationOutput, Streamer
-from .prompts import padding, prompts_of, text_ids
+from .prompts import longest, padding, prompts_of, requests_of, text_ids
 from .request import Defaults
 from .run import outputs_of, pieces_of
-from .sampling import SamplingParams, params_of_each
+from .sampling import SamplingParams
 from .sequence import Clock, StopRule
 from .session import Session
 from .source import EXIT, DraftSource, max_drafts, source_of
-from .text import SequenceText, stop_rules
+from .text import SequenceText
 from .tuning import tuned
 
 
@@ -280,35 +280,25 @@ class SelfSpeculativeDecoder:
         caches = self._drafting.follow()
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         prompts = prompts_of(input_ids, attention_mask, tokenizer)
-        batch = len(prompts)
-        if streamer is not None and batch > 1:
-            raise ValueError(f"a streamer takes one prompt, got a batch of {batch}")
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"a streamer takes one prompt, got a batch of {len(prompts)}")
         stops = self.eos_token_id if eos_token_id is None else eos_token_id
         pad = padding(pad_token_id, self._pad_token_id, stops, self.model.vocab_size)
-        rules = validation.one_each("should_stop", should_stop, batch)
-        if stop_strings is not None:
-            rules = stop_rules(tokenizer, stop_strings, prompts, rules)
-        processors = validation.one_each("logits_processor", logits_processor, batch)
-        total, most = self._longest(prompts, max_new_tokens), self._max_speculations(num_speculations, draft_source)
-        with caches.borrow(batch, total + most + 1) as lent:
+        each = requests_of(prompts, sampling, logits_processor, should_stop, stop_strings, tokenizer)
+        same: dict[str, Any] = {
+            "strategy": strategy,
+            "exit_layer": exit_layer,
+            "num_speculations": num_speculations,
+            "draft_threshold": draft_threshold,
+            "draft_source": draft_source,
+            "eos_token_id": eos_token_id,
+        }
+        validation.at_least_one("max_new_tokens", max_new_tokens)
+        total = validation.length(longest(prompts), max_new_tokens, self.max_seq_len)
+        most = self._max_speculations(num_speculations, draft_source)
+        with caches.borrow(len(prompts), total + most + 1) as lent:
             session = Session(caches.model, lent.cache, self.defaults, total, most, generator, self.clock, lent.graphs)
-            each = zip(prompts, params_of_each(sampling, batch), processors, rules, strict=True)
-            requests = [
-                session.add(
-                    prompt,
-                    max_new_tokens,
-                    strategy=strategy,
-                    exit_layer=exit_layer,
-                    num_speculations=num_speculations,
-                    draft_threshold=draft_threshold,
-                    draft_source=draft_source,
-                    sampling=params,
-                    eos_token_id=eos_token_id,
-                    logits_processor=processor,
-                    should_stop=rule,
-                )
-                for prompt, params, processor, rule in each
-            ]
+            requests = [session.add(max_new_tokens=max_new_tokens, **one, **same) for one in each]
             if streamer is not None:
                 streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
             return GenerationOutput.of_batch(outputs_of(session, requests, streamer), pad)
@@ -378,12 +368,6 @@ class SelfSpeculativeDecoder:
         session = self.open_session(1, max_seq_len=length, num_speculations=most, generator=generator)
         session.add(ids, max_new_tokens, should_stop=ends, **options)
         return pieces_of(session, text, ready)
-
-    def _longest(self, prompts: Sequence[Any], max_new_tokens: int) -> int:
-        """The length of the longest of these sequences with its continuation."""
-        longest = max(len(one) if isinstance(one, (list, tuple)) else one.numel() for one in prompts)
-        validation.at_least_one("max_new_tokens", max_new_tokens)
-        return validation.length(longest, max_new_tokens, self.max_seq_len)
 
     def _max_speculations(
         self, num_speculations: int | str | None, draft_source: str | DraftSource | None = None

@@ -168,7 +168,7 @@ class LogitsRound:
         held = torch.arange(drafts.shape[1], device=drafts.device) < accepted[:, None]
         controls.see(torch.cat([torch.where(held, drafts, token[:, None]), token[:, None]], 1))
         sequences.go_on(token)
-        return torch.cat([accepted[:, None], token[:, None], drafts], 1)
+        return torch.column_stack([accepted, token, drafts])
 
     def draft(
         self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0

@@ -1,4 +1,4 @@
-"""The prompts of a call, from whatever a caller has them in, and what pads its result."""
+"""The prompts of a call, from whatever a caller has them in, how each is decoded, and what pads the result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from . import validation
+from .sampling import params_of_each
+from .text import stop_rules
 
 
 def prompts_of(input_ids: Any, attention_mask: Any = None, tokenizer: Any = None) -> list[Any]:
@@ -47,6 +49,31 @@ def text_ids(text: Any, tokenizer: Any) -> list[int]:
     if tokenizer is None:
         raise ValueError("a prompt that is a string needs a tokenizer: give tokenizer=, or set decoder.tokenizer")
     return tokenizer(text).input_ids
+
+
+def requests_of(
+    prompts: Sequence[Any], sampling: Any, logits_processor: Any, should_stop: Any, stop_strings: Any, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """What `Session.add` is told of each prompt alone, by its names; the arguments are those of ``generate``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there are not as many of something as prompts; or with the offending value.
+    """
+    count = len(prompts)
+    rules = validation.one_each("should_stop", should_stop, count)
+    if stop_strings is not None:
+        rules = stop_rules(tokenizer, stop_strings, prompts, rules)
+    processors = validation.one_each("logits_processor", logits_processor, count)
+    each = zip(prompts, params_of_each(sampling, count), processors, rules, strict=True)
+    names = ("prompt", "sampling", "logits_processor", "should_stop")
+    return [dict(zip(names, values, strict=True)) for values in each]
+
+
+def longest(prompts: Sequence[Any]) -> int:
+    """The tokens of the longest of some prompts."""
+    return max(len(one) if isinstance(one, (list, tuple)) else one.numel() for one in prompts)
 
 
 def padding(given: int | None, of_model: int | None, stops: int | Sequence[int] | None, vocab_size: int) -> int:

@@ -140,17 +140,18 @@ class Request:
     reading: Reading
     logits_processor: LogitsProcessor | None
     acceptance: AcceptanceRates
-    exit_layer: int
-    num_speculations: int
     keep: bool = False
     continues: int | None = None
     reported: int = 0
     lookup: Lookup | None = None
     looked_up: list[int] | None = None
+    exit_layer: int = field(init=False)
+    num_speculations: int = field(init=False)
     tokens: list[int] = field(init=False)
     blocks_done: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.exit_layer, self.num_speculations = self.method.exit_layer or 0, self.method.num_speculations or 0
         self.tokens = self.sequence.prompt[0].tolist()
         self.blocks_done = len(self.tokens)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip_kernels import Noise, accept_greedy, accept_sampled
@@ -37,34 +39,40 @@ class Drafted(NamedTuple):
 
 
 class LookedUp(NamedTuple):
-    """Drafts that were looked up: ``tokens`` [B, K], and all of them in ``token_map`` [S], which holds each once."""
+    """Drafts that were looked up, ``tokens`` [B, K].
+
+    Where tokens are drawn, ``token_map`` [S] holds each of them once.
+    """
 
     tokens: Tensor
-    token_map: Tensor
+    token_map: Tensor | None
 
     @classmethod
-    def of(cls, drafts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> LookedUp:
+    def of(cls, drafts: Sequence[Sequence[int]], vocab_size: int, device: torch.device, draws: bool) -> LookedUp:
         """The tensors of what the host knows; their sizes depend only on B and the longest draft.
 
-        They go to the device in one copy, for which the host does not wait.
+        They go to the device in copies for which the host does not wait.
         """
         longest = max(map(len, drafts))
-        rows = [[*draft, *[NOT_DRAFTED] * (longest - len(draft))] for draft in drafts]
+        tokens = _sent([[*draft, *[NOT_DRAFTED] * (longest - len(draft))] for draft in drafts], device)
+        if not draws:
+            return cls(tokens, None)
         known = {token for draft in drafts for token in draft}
         size = min(max(1, len(drafts) * longest), vocab_size)
         others = (token for token in range(vocab_size) if token not in known)
-        tokens = [*known, *(next(others) for _ in range(size - len(known)))]
-        flat = torch.tensor([token for row in rows for token in row] + tokens)
-        if device.type == "cuda":
-            flat = flat.pin_memory()
-        flat = flat.to(device, non_blocking=True)
-        return cls(flat[: len(drafts) * longest].view(len(drafts), longest), flat[len(drafts) * longest :])
+        return cls(tokens, _sent([*known, *islice(others, size - len(known))], device))
 
     @property
     def logits(self) -> Tensor:
         """[B, K, S]: each draft was certain to be what it is."""
         certain = (self.tokens[:, :, None] == self.token_map) | (self.tokens < 0)[:, :, None]
         return torch.where(certain, 0.0, -torch.inf)
+
+
+def _sent(values: list[Any], device: torch.device) -> Tensor:
+    """A tensor of ints on a device."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,11 @@ class SequenceTensors:
         return None if self.temperature is None else Noise(self.temperature, self.seed)
 
     @property
+    def draws(self) -> bool:
+        """Whether tokens may be drawn, or chosen from processed logits as drawn ones are."""
+        return self.temperature is not None or self.controls is not None
+
+    @property
     def form(self) -> Hashable:
         """What a round depends on besides values."""
         controls = None if self.controls is None else self.controls.form
@@ -112,7 +125,10 @@ class SequenceTensors:
 
     def clone(self) -> SequenceTensors:
         """The same values in new tensors."""
-        looked_up = None if self.looked_up is None else LookedUp(*map(Tensor.clone, self.looked_up))
+        looked_up = self.looked_up
+        if looked_up is not None:
+            token_map = None if looked_up.token_map is None else looked_up.token_map.clone()
+            looked_up = LookedUp(looked_up.tokens.clone(), token_map)
         return self._each(Tensor.clone, looked_up)
 
     def rows(self, index: Tensor) -> SequenceTensors:
@@ -153,7 +169,8 @@ class SequenceTensors:
     def _tensors(self) -> list[Tensor]:
         temperature = () if self.temperature is None else (self.temperature,)
         controls = () if self.controls is None else self.controls.tensors
-        return [self.token, self.seq_lens, self.slots, self.seed, *temperature, *(self.looked_up or ()), *controls]
+        looked_up = [tensor for tensor in self.looked_up or () if tensor is not None]
+        return [self.token, self.seq_lens, self.slots, self.seed, *temperature, *looked_up, *controls]
 
     @classmethod
     def of(
@@ -223,7 +240,7 @@ class FusedRound:
         )
         sequences.go_on(token)
         sequences.seq_lens.add_(1)
-        return torch.stack([torch.zeros_like(token), token], 1)
+        return F.pad(token[:, None], (1, 0))
 
     def speculate(
         self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
@@ -258,7 +275,7 @@ class FusedRound:
         )
         sequences.go_on(done.next_token)
         drafts = _made(done.tokens, done.probability, draft_threshold)
-        return torch.cat([done.accepted[:, None], done.next_token[:, None], drafts], 1)
+        return torch.column_stack([done.accepted, done.next_token, drafts])
 
     def verify(self, sequences: SequenceTensors) -> Tensor:
         """Verify what was looked up, through all layers in one pass, and accept.
@@ -275,9 +292,6 @@ class FusedRound:
         -------
         Tensor [B, 2 + K], int64
         """
-        assert sequences.looked_up is not None
-        if sequences.temperature is None and sequences.looked_up.tokens.shape[1] == 0:
-            return self.advance(sequences, self._model.num_layers)
         drafted = self.look_up(sequences)
         return self.accept(drafted, drafted.states, sequences)
 
@@ -310,7 +324,8 @@ class FusedRound:
         """Accept drafts by the states ``hidden`` [B, K + 1, D] after the last layer; the result is a round's."""
         model, noise = self._model, sequences.noise
         if noise is None:
-            accepted, token = accept_greedy(drafted.tokens, model.head(hidden).token, sequences.seq_lens)
+            target = model.head(hidden.flatten(0, 1)).token.view(hidden.shape[:2])
+            accepted, token = accept_greedy(drafted.tokens, target, sequences.seq_lens)
         else:
             assert drafted.logits is not None
             logits = hidden.new_empty((*hidden.shape[:2], model.vocab_size), dtype=torch.float32)
@@ -319,7 +334,7 @@ class FusedRound:
                 drafted.tokens, drafted.logits, logits, sequences.seq_lens, *noise, drafted.token_map
             )
         sequences.go_on(token)
-        return torch.cat([accepted[:, None], token[:, None], drafted.tokens], 1)
+        return torch.column_stack([accepted, token, drafted.tokens])
 
 
 def _made(tokens: Tensor, probability: Tensor, draft_threshold: float) -> Tensor:
@@ -336,7 +351,8 @@ def looked_up_states(
     """The looked-up drafts of some sequences, and their states after layers [0, end), or all layers."""
     assert sequences.looked_up is not None
     tokens, token_map = sequences.looked_up
-    rows = torch.cat([sequences.token[:, None], tokens.clamp_min(0)], 1)
+    rows = torch.column_stack([sequences.token, tokens])
+    if len(rows) > 1:  # else no draft is missing
+        rows = rows.clamp_min(0)
     states = model.read(rows, cache, end, seq_lens=sequences.seq_lens, slots=sequences.slots)
-    draws = sequences.temperature is not None or sequences.controls is not None
-    return Drafted(tokens, states, sequences.looked_up.logits if draws else None, token_map)
+    return Drafted(tokens, states, sequences.looked_up.logits if sequences.draws else None, token_map)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from . import validation
 
 _FP32 = (1e-6, 1e6)  # logits that are divided by a number in this range stay finite in fp32
@@ -91,6 +93,16 @@ def params_of(sampling: Any, vocab_size: int) -> SamplingParams:
         if token >= vocab_size:
             raise ValueError(f"logit_bias has token id {token}, outside the vocabulary of {vocab_size}")
     return sampling
+
+
+def seed_of(params: SamplingParams, generator: torch.Generator | None) -> int:
+    """The seed of a sequence: the one that is given, or one that the generator, by default torch's own, draws."""
+    if params.greedy:
+        return 0
+    if params.seed is not None:
+        return params.seed
+    device = torch.device("cpu") if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 def params_of_each(

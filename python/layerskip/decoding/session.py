@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -23,7 +22,7 @@ from .output import Update
 from .reading import PromptReader, Reading
 from .request import Defaults, Request, RoundKind
 from .round import NOT_DRAFTED
-from .sampling import SamplingParams, params_of
+from .sampling import SamplingParams, params_of, seed_of
 from .sequence import Clock, Ending, History, StopRule, TokenSequence
 from .slots import Slots
 from .source import DraftSource
@@ -75,10 +74,10 @@ class Session:
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
         self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
-        self._budget = prompt_budget(prompt_tokens_per_step)
         self._reader = PromptReader(model, cache)
         self._slots = Slots(cache, self._reader)
-        self._line = PromptLine(self._slots, self._reader, max_waiting)
+        self._budget = prompt_budget(prompt_tokens_per_step)
+        self._line = PromptLine(self._slots, self._reader, self._budget, clock, max_waiting)
         self._running: dict[int, Request] = {}
         self._updates: dict[int, Update] = {}  # by request: what no `step` has returned yet
         self._batches: list[Batch] = []
@@ -167,36 +166,20 @@ class Session:
         stops = defaults.eos_token_id if eos_token_id is None else eos_token_id
         ending = Ending(max_new_tokens, validation.stop_tokens(stops, model.vocab_size), should_stop)
         self._line.check_room()
-        self._model.refresh()  # weights may have been changed in place since the session was opened
+        model.refresh()  # weights may have been changed in place since the session was opened
+        number, seed = next(self._ids), seed_of(params, self._generator)
+        sequence, reading = TokenSequence(ids, ending, self._clock), Reading(ids, method.depth(model))
+        acceptance = defaults.controller.new_acceptance()
         request = Request(
-            next(self._ids),
-            method,
-            params,
-            self._seed(params),
-            TokenSequence(ids, ending, self._clock),
-            Reading(ids, method.depth(model)),
-            logits_processor,
-            defaults.controller.new_acceptance(),
-            method.exit_layer or 0,
-            method.num_speculations or 0,
-            keep,
-            continue_from,
-            lookup=method.lookup(ids[0].tolist(), model.vocab_size),
+            number, method, params, seed, sequence, reading, logits_processor, acceptance, keep, continue_from
         )
+        request.lookup = method.lookup(request.tokens, model.vocab_size)
         if logits_processor is not None:
-            request.sequence.history = History(ids, max_new_tokens + self.max_speculations + 1)
+            sequence.history = History(ids, max_new_tokens + self.max_speculations + 1)
             if self._graphs is not None:
                 warn_unrecorded(logits_processor)
         self._line.add(request)
         return request.id
-
-    def _seed(self, params: SamplingParams) -> int:
-        if params.greedy:
-            return 0
-        if params.seed is not None:
-            return params.seed
-        device = torch.device("cpu") if self._generator is None else self._generator.device
-        return int(torch.randint(2**63 - 1, (), generator=self._generator, device=device))
 
     def step(self) -> list[Update]:
         """Run one round of every running request, then read prompts of waiting requests into free slots.
@@ -223,7 +206,8 @@ class Session:
             for batch in batches:
                 self._take_round(batch, *batch.run())
             self._budget.begin_step(self._clock() - started if batches else None)
-            self._read_prompts()
+            if self._line:
+                self._read_prompts()
         except BaseException:
             # Their tensors may be ahead of the requests' tokens. What was launched and not read is launched again.
             self._batches, self._grouped = [], False
@@ -275,41 +259,16 @@ class Session:
 
     def _read_prompts(self) -> None:
         """Read prompts, as many tokens as a step may, and emit the tokens that follow them."""
-        while readings := self._next_prompts():
-            depth = readings[0].reading.depth
-            most = self._budget.next_pass(depth) if self._running else sys.maxsize
-            if most == 0:
-                return
-            started = self._clock()
-            read = self._read_pass(readings, most)
-            self._budget.spend(read, depth, self._clock() - started)
-            for request in [one for one in readings if one.reading.left == 0]:
+        free = set(self._slots.free)
+        for request, error in self._line.read(self._running.values()):
+            if error is None:
                 self._begin(request)
-        if self._line and not self._running:  # a caller would wait for ever
-            raise RuntimeError(f"{len(self._line)} requests wait, and no slot is free or in use")
-
-    def _next_prompts(self) -> Sequence[Request]:
-        """The requests whose prompts are read next, in their slots."""
-        free = len(self._slots.free)
-        requests = self._line.admit(self._running.values())
-        if len(self._slots.free) < free:
-            self._grouped = False  # batches may pad with the slot that is no longer free
-        return requests
-
-    def _read_pass(self, requests: Sequence[Request], most: int) -> int:
-        """Read the next tokens of some prompts; one that cannot be read ends its own request only."""
-        unread = [request for request in requests if request.reading.left]  # not so after an interrupt
-        if not unread:
-            return 0
-        try:
-            return self._reader.read([request.reading for request in unread], most)
-        except Exception as error:
-            if len(unread) > 1:
-                return self._read_pass(unread[:1], most)
-            self._line.fail(unread[0])
-            unread[0].sequence.reason = "error"
-            self._report(unread[0], error)
-            return 0
+            else:
+                self._line.fail(request)
+                request.sequence.reason = "error"
+                self._report(request, error)
+        if not free <= set(self._slots.free):
+            self._grouped = False  # batches may pad with a slot that is no longer free
 
     def _begin(self, request: Request) -> None:
         """Emit the token that follows a prompt."""

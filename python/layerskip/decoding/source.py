@@ -201,23 +201,24 @@ class Lookup:
     ----------
     proposal : list of int
         What was proposed last, whether it is drafted or not.
+    offer : Offer
+        The same, as the controller weighs it.
     """
 
     def __init__(self, source: DraftSource, prompt: list[int], vocab_size: int) -> None:
         self._source, self._history, self._vocab_size = source, list(prompt), vocab_size
         self._prompt_tokens = len(prompt)
         self.proposal: list[int] = []
+        self.offer = Offer(0, Kind(source.name, 0, source.match_grows))
 
     @property
     def name(self) -> str:
         """The source's."""
         return self._source.name
 
-    @property
-    def offer(self) -> Offer:
-        """The last proposal, as the controller weighs it."""
+    def _offer(self, proposal: list[int]) -> None:
         source = self._source
-        return Offer(len(self.proposal), Kind(source.name, source.match, source.match_grows))
+        self.proposal, self.offer = proposal, Offer(len(proposal), Kind(source.name, source.match, source.match_grows))
 
     def propose(self, tokens: Sequence[int], most: int) -> None:
         """Ask for what may follow the prompt and these new ``tokens``; at most so many are taken.
@@ -229,23 +230,21 @@ class Lookup:
         Exception
             What a user's own source raises.
         """
-        self.proposal = []
         self._history.extend(tokens[len(self._history) - self._prompt_tokens :])
-        if most <= 0:
-            return
+        self._offer(self._found(most) if most > 0 else [])
+
+    def _found(self, most: int) -> list[int]:
         found = self._source.propose(self._history)
         if isinstance(found, str) or not isinstance(found, Sequence):
             raise TypeError(f"the draft source {self.name} must give a sequence of token ids, got {found!r}")
-        found = [self._token(token) for token in found[:most]]
-        for token in found:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"the draft source {self.name} proposed token id {token}, outside the vocabulary of "
-                    f"{self._vocab_size}"
-                )
-        self.proposal = found
+        return [self._token(token) for token in found[:most]]
 
     def _token(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
             raise TypeError(f"the draft source {self.name} must give token ids, got {value!r}")
-        return int(value)
+        token = int(value)
+        if not 0 <= token < self._vocab_size:
+            raise ValueError(
+                f"the draft source {self.name} proposed token id {token}, outside the vocabulary of {self._vocab_size}"
+            )
+        return token

@@ -155,7 +155,7 @@ class EarlyExitHead(nn.Module):
                 offset,
                 logits,
             )
-        return ExitOutput(*(field.view(leading) for field in out))
+        return out if len(leading) == 1 else ExitOutput(*(field.view(leading) for field in out))
 
     @torch.no_grad()
     def quantize(self, token_ids: Tensor | None = None, low_rank: tuple[Tensor, Tensor] | None = None) -> EarlyExitHead:
