@@ -12,7 +12,7 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
-from layerskip_kernels.formats import dequantize, quantize
+from layerskip_kernels.formats import can_interleave, dequantize, interleave, quantize
 
 EPS = 1e-5
 DTYPE = torch.bfloat16
@@ -99,10 +99,17 @@ def _repeated(part: Tensor, rows: int) -> Tensor:
 
 
 def packed(weights: Sequence[Tensor], form: str) -> tuple[Tensor, ...]:
-    """Weights of a case whose matrices are in a format."""
+    """Weights of a case whose matrices are in a format, interleaved where decoding has them so."""
     if form == PLAIN:
         return tuple(weights)
-    return tuple(_repeated(quantize(one[:UNIQUE], form), len(one)) if one.dim() == 2 else one for one in weights)
+    return tuple(_kept(_repeated(quantize(one[:UNIQUE], form), len(one)), one) if one.dim() == 2 else one
+                 for one in weights)  # fmt: skip
+
+
+def _kept(weight: Tensor, plain: Tensor) -> Tensor:
+    width = plain.shape[1]
+    inside = weight.is_cpu and lk.multiplies_panels() and can_interleave(weight, width)
+    return interleave(weight, width) if inside else weight
 
 
 def exact(x: Tensor, weight: Tensor) -> Tensor:
