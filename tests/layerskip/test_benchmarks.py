@@ -18,7 +18,8 @@ from benchmarks import cases, harness, ways
 from benchmarks.cases import MODELS, OPS, Make, Shape
 from benchmarks.harness import CPU, Group, Variant, measure
 from benchmarks.tables import BEGIN, END, markdown, skipped
-from layerskip_kernels.formats import dequantize, quantize
+from layerskip_kernels import multiplies_panels
+from layerskip_kernels.formats import dequantize, is_interleaved, quantize, rows_of
 
 TINY = Shape(D=64, F=96, H=4, G=2, C=32, V=300)
 FORMATS = ["bf16", "int8", "int4"]
@@ -93,12 +94,13 @@ def test_a_kernel_that_is_wrong_is_noticed(op):
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_large_matrix_repeats_its_rows_and_is_packed_as_a_whole(monkeypatch, form):
     monkeypatch.setattr(cases, "UNIQUE", 7)
-    monkeypatch.setattr(cases, "AT_ONCE", 5)
-    weight = Make(CPU).matrix(16, 64)
+    monkeypatch.setattr(cases, "AT_ONCE", 16)
+    weight = Make(CPU).matrix(48, 64)
     assert len(weight.unique(dim=0)) == 7
     assert torch.equal(weight[7:14], weight[:7])
     (packed,) = cases.packed([weight], form)
-    assert torch.equal(packed, weight if form == "bf16" else quantize(weight, form))
+    assert is_interleaved(packed) == (form != "bf16" and multiplies_panels())
+    assert torch.equal(rows_of(packed, 64), weight if form == "bf16" else quantize(weight, form))
     x = torch.randn(3, 64)
     assert torch.allclose(cases.exact(x, packed), x @ dequantize(packed, 64).T, atol=1e-5)
 
