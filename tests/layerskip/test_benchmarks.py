@@ -19,7 +19,8 @@ from benchmarks.cases import MODELS, OPS, Make, Shape
 from benchmarks.harness import CPU, Group, Variant, measure
 from benchmarks.tables import BEGIN, END, markdown, skipped
 from layerskip_kernels import multiplies_panels
-from layerskip_kernels.formats import dequantize, is_interleaved, quantize, rows_of
+from layerskip_kernels.formats import dequantize, is_interleaved, quantize
+from layerskip_kernels.formats import rows_of as as_rows
 
 TINY = Shape(D=64, F=96, H=4, G=2, C=32, V=300)
 FORMATS = ["bf16", "int8", "int4"]
@@ -100,7 +101,7 @@ def test_a_large_matrix_repeats_its_rows_and_is_packed_as_a_whole(monkeypatch, f
     assert torch.equal(weight[7:14], weight[:7])
     (packed,) = cases.packed([weight], form)
     assert is_interleaved(packed) == (form != "bf16" and multiplies_panels())
-    assert torch.equal(rows_of(packed, 64), weight if form == "bf16" else quantize(weight, form))
+    assert torch.equal(as_rows(packed, 64), weight if form == "bf16" else quantize(weight, form))
     x = torch.randn(3, 64)
     assert torch.allclose(cases.exact(x, packed), x @ dequantize(packed, 64).T, atol=1e-5)
 
