@@ -29,7 +29,7 @@ void check_expansion(Checks& checks, Random& random) {
   for (Format format : kPackedFormats) {
     const Weights w = packed_weights(random, format, 1, 256);
     std::vector<T> out(256);
-    kernels<T>().expand_row(w.weight.row(0), format, 256, out.data());
+    kernels<T>().expand_row(w.weight, 0, 256, out.data());
     for (int64_t i = 0; i < 256; ++i)
       checks.near("expand_row", value(out[i]), w.values[i],
                   std::fabs(w.values[i]) * (kRounding<T> + 0x1p-23) + 0x1p-25);
