@@ -339,7 +339,11 @@ def rows_of(weight: Tensor, width: int) -> Tensor:
     """A packed weight with its rows one after the other, as `interleave` took it; one that has them so is returned."""
     if not is_interleaved(weight):
         return weight
-    return _take_rows(weight, torch.arange(weight.shape[0], device=weight.device), width)
+    out = weight.new_empty(weight.shape[0], 2 * weight.shape[1], dtype=torch.uint8)
+    step = max(1, _AT_ONCE // max(1, out.shape[1]))
+    for rows in torch.arange(weight.shape[0], device=weight.device).split(step):
+        out[rows[0] : rows[-1] + 1] = _take_rows(weight, rows, width)
+    return out
 
 
 def _take_rows(weight: Tensor, index: Tensor, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 #include LSK_FIXED
 
 // Products of two integers are added up exactly within a group, then converted and scaled: two instructions for a
-// register of weights where fp32 takes four. An activation loses at most 2^-16 of the row's largest, a bf16 has lost
+// register of weights where fp32 takes four. An activation loses about 2^-16 of the row's largest, a bf16 has lost
 // 2^-9 of itself. Each lane of a row's sum adds its groups in their order, whatever the blocking, so a row's bits never
 // depend on how many rows travel with it.
 

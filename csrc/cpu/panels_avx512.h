@@ -5,7 +5,7 @@
 // bytes: layerskip_kernels/formats.py. Activations become 16-bit integers with a scale a row, 256 · high + low, so that
 // one instruction takes four of either part. Integers add up exactly within a group and no sum crosses lanes. A lane
 // adds its groups in their order, whatever the blocking, so a row's bits never depend on how many rows travel with it.
-// An activation loses at most 2^-16 of the row's largest, a bf16 has lost 2^-9 of itself.
+// An activation loses about 2^-16 of the row's largest, a bf16 has lost 2^-9 of itself.
 
 constexpr int kPanelBlock = 9;           // activation rows that a panel is multiplied with at once, at most
 constexpr int kBlockWords = kBlock / 4;  // of four activations

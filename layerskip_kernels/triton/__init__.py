@@ -86,7 +86,7 @@ def _products(args: tuple[Any, ...]) -> Iterator[tuple[int, list[Tensor]]]:
 def _format_reason(product: tuple[int, list[Tensor]]) -> str | None:
     width, weights = product
     if any(map(is_interleaved, weights)):
-        return "interleaved weights are not served"
+        return "interleaved weights are not served, formats.rows_of makes rows of them"
     if any(is_packed(one) and format_of(one, width).is_float for one in weights):
         return "fp8 weights are not served"
     different = len({(one.dtype, one.shape[-1]) for one in weights}) > 1

@@ -17,6 +17,7 @@ from layerskip_kernels.formats import FORMATS
 from layerskip_kernels.reference import linear_ref, swiglu_ref
 from layerskip_kernels.schemas import bind
 
+from . import examples
 from .common import (
     DTYPES,
     MANY_ROWS,
@@ -150,11 +151,13 @@ def test_not_a_number_stays_in_its_row(path: str, name: str, dtype: torch.dtype)
     torch.testing.assert_close(out[sound], whole[sound])
 
 
+@pytest.mark.parametrize("highest", [True, False])
 @pytest.mark.parametrize("name", INTEGERS)
-def test_the_largest_sums(isa: str, name: str) -> None:
-    """Of a group whose values are all at their end, and activations that are all the largest: no integer overflows."""
+def test_the_largest_sums(isa: str, name: str, highest: bool) -> None:
+    """Of a group whose values are all at an end, and activations that are all the largest: no integer overflows."""
     form, width = FORMATS[name], 512
-    groups = torch.full((16, width // form.group_size, form.group_size), -128 if form.bits == 8 else 15)
+    least, most = (-128, 127) if form.bits == 8 else (0, 15)
+    groups = torch.full((16, width // form.group_size, form.group_size), most if highest else least)
     values = groups.to(torch.int8 if form.bits == 8 else torch.uint8)
     scale = torch.ones(values.shape[:2])
     weight = formats.pack(form, values, scale, -8 * scale if form.has_zero else None)
@@ -181,14 +184,21 @@ def test_plain_by_the_native_kernel(isa: str, name: str, dtype: torch.dtype) -> 
     assert_same_bits(formats.plain(panels, 256, dtype), formats.dequantize(weight, 256, dtype))
 
 
+@pytest.fixture
+def even_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such that every matrix may lie in panels."""
+    for letter, size in (("F", 32), ("V", 48)):
+        monkeypatch.setitem(examples.SIZES, letter, size)
+
+
 def panel_example(op: str, dtype: torch.dtype, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The example of an op with packed layers, as rows, and as panels where sixteen rows allow."""
+    """The example of an op with packed layers, embedding and head, as rows and as panels."""
     args = example(op, dtype)
     rows, panels = dict(args), dict(args)
 
     def packed(weight: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         count, width = weight.shape
-        return (weight, weight) if count % 16 or width % 32 else interleaved(name, count, width, seed)
+        return interleaved(name, count, width, seed)
 
     count = len(REQUIRED_WEIGHTS)
     pairs = [
@@ -196,15 +206,19 @@ def panel_example(op: str, dtype: torch.dtype, name: str) -> tuple[dict[str, Any
         for index, weight in enumerate(args.get("weights", ()))
     ]
     rows["weights"], panels["weights"] = [one for one, _ in pairs], [one for _, one in pairs]
-    return rows, panels
+    for key in ("embedding", "head_weight"):
+        if key in args:
+            rows[key], panels[key] = packed(args[key], 100)
+    more = {"scale": None} if "scale" in args else {}
+    return rows | more, panels | more
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4_zero"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_partial_forward(isa: str, name: str, dtype: torch.dtype) -> None:
+def test_partial_forward(isa: str, name: str, dtype: torch.dtype, even_sizes: None) -> None:
     """As rows give it, but for rounding."""
     rows, panels = panel_example("partial_forward", dtype, name)
-    assert sum(weight.dtype == torch.int16 for weight in panels["weights"]) == 8  # q, k, v, o of two layers
+    assert sum(weight.dtype == torch.int16 for weight in panels["weights"]) == 14  # of two layers
     expected, found = (run("partial_forward", **copied(args)).double() for args in (rows, panels))
     assert float((found - expected).norm() / expected.norm()) < 16 * TOLERANCES[dtype]
 
@@ -212,7 +226,7 @@ def test_partial_forward(isa: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["int8", "int4", "int4_zero"])
 @pytest.mark.parametrize("op", ["draft", "speculative_round"])
-def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype: torch.dtype) -> None:
+def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype: torch.dtype, even_sizes: None) -> None:
     _, args = panel_example(op, dtype, name)
     compose = compose_draft if op == "draft" else compose_round
     ops = {

@@ -14,7 +14,7 @@ from helpers import tiny_tokenizer
 
 import layerskip
 from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, adapt, gather_weights
-from layerskip.models import load, save
+from layerskip.models import arena, load, save
 from layerskip.models.dequantized import dequantized
 from layerskip.transformers.packed import PackedEmbedding, PackedLinear
 from layerskip_kernels.formats import FORMATS
@@ -102,7 +102,7 @@ def test_in_bf16(tmp_path):
     assert model.model.norm.weight.dtype == model.model.embed_tokens(PROMPT).dtype == torch.float32
     model = loaded(tmp_path, torch.bfloat16)
     assert model.model.embed_tokens(PROMPT).dtype == logits(model, PROMPT).dtype == torch.bfloat16
-    expected = SelfSpeculativeDecoder.from_pretrained(tmp_path, exit_layer=2).generate(PROMPT, 16).new_tokens
+    expected = SelfSpeculativeDecoder(load(tmp_path)[0], exit_layer=2).generate(PROMPT, 16).new_tokens
     assert generated(model, PROMPT, **OURS) == expected[0].tolist()
 
 
@@ -115,6 +115,21 @@ def test_factors_of_the_frequencies(tmp_path):
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, packed.decoder.inv_freq)
     torch.testing.assert_close(adapt(model).decoder.inv_freq, packed.decoder.inv_freq)
     assert generated(model, PROMPT, **OURS) == decoded(tmp_path) == generated(model, PROMPT, max_new_tokens=16)
+
+
+def test_gathering_keeps_the_order_that_transformers_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(arena, "multiplies_panels", lambda: True)
+    model = loaded(written(tmp_path / "a", vocab_size=112), torch.bfloat16)
+    own = adapt(model)
+    gather_weights(own)
+    assert own.embedding.dtype == own.decoder.layer(0).q.dtype == torch.uint8
+    assert adapt(model).embedding is own.embedding
+    model.save_pretrained(tmp_path / "b")
+    tiny_tokenizer().save_pretrained(tmp_path / "b")
+    one, other = load(tmp_path / "a")[0], load(tmp_path / "b")[0]
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    gather_weights(one)
+    assert one.embedding.dtype == one.decoder.layer(0).q.dtype == torch.int16
 
 
 def test_saved_again(tmp_path):

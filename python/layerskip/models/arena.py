@@ -21,6 +21,7 @@ from layerskip_kernels import multiplies_panels
 from layerskip_kernels.formats import PANEL_ROWS, can_interleave, interleave, is_interleaved, rows_of
 
 from .adaptation import adapt
+from .checkpoints import KEEPS_ROWS
 from .model import LayerSkipModel
 from .quantized import MATRICES, with_widths
 from .unsupported import unsupported
@@ -85,10 +86,12 @@ def gather_weights(model: Any) -> Arena | None:
     """Move a model's weights into one arena, in place, in the order in which decoding reads them.
 
     Every holder of a parameter sees it in its new place, so whatever shares the weights goes on sharing them; their
-    values do not change. Packed integers are interleaved where the processor multiplies them so
-    (`layerskip_kernels.formats.interleave`): before such a model is moved to another device, `scatter_weights` has to
-    undo it. Who holds a view of a weight, and not the parameter, keeps the old memory. It is not for a
+    values do not change. Who holds a view of a weight, and not the parameter, keeps the old memory. It is not for a
     model that decodes meanwhile in another thread.
+
+    Packed integers are interleaved on the way where the processor multiplies them so
+    (`layerskip_kernels.formats.interleave`), but for those that a model of transformers holds, too. Before such a model
+    is moved to another device, `scatter_weights` has to undo it.
 
     Parameters
     ----------
@@ -151,6 +154,8 @@ def _panels(model: Any) -> dict[int, int]:
     if not isinstance(model, LayerSkipModel) or model.dtype != torch.bfloat16 or not multiplies_panels():
         return {}
     *layers, head, embedding = _packed(model)
+    if any(hasattr(weight, KEEPS_ROWS) for weight, _ in (*layers, head, embedding)):
+        return {}
     decoder = model.decoder
     keys = decoder.num_kv_heads * decoder.head_dim  # rows of k and v, which may be parts of a larger matrix
     parts = [decoder.layer(number).gate for number in range(model.num_layers)]

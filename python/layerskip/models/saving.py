@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from layerskip_kernels.formats import FORMATS
+from layerskip_kernels.formats import FORMATS, is_interleaved, rows_of
 
 from .._extras import need
 from .checkpoints import ROPE_FACTORS, frequency_factors, own_settings, without_quantization
 from .files import INDEX, SINGLE
 from .model import LayerSkipModel
 from .named import named_weights
+from .quantized import with_widths
 
 SHARD_BYTES = 5_000_000_000
 
@@ -39,8 +40,16 @@ def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_by
     if factors is not None:
         tensors[ROPE_FACTORS] = factors
     files = _shards(tensors, shard_bytes)
+    widths = {id(weight): width for weight, width in with_widths(model)}
+
+    def rows(weight: Tensor) -> Tensor:
+        """As any other reader expects it, whatever order it has in memory."""
+        return rows_of(weight, widths[id(weight)]) if is_interleaved(weight) else weight
+
     for name, held in files.items():
-        write({key: tensors[key].detach().contiguous() for key in held}, directory / name, metadata={"format": "pt"})
+        write(
+            {key: rows(tensors[key]).detach().contiguous() for key in held}, directory / name, metadata={"format": "pt"}
+        )
     if len(files) > 1:
         weight_map = {key: name for name, held in files.items() for key in held}
         size = sum(tensor.nbytes for tensor in tensors.values())

@@ -14,12 +14,13 @@ from .compressed_tensors import CompressedTensorsCheckpoint
 from .fine_grained import FineGrainedCheckpoint
 from .gguf import SUFFIX, GgufCheckpoint, check_architecture
 from .gptq import GptqCheckpoint
-from .held import HeldTensors
+from .held import KEEPS_ROWS, HeldTensors
 from .own import METHOD, ROPE_FACTORS, OwnCheckpoint, own_settings
 from .plain import PlainCheckpoint
 from .tensors import TensorFiles
 
 __all__ = [
+    "KEEPS_ROWS",
     "LAYOUTS",
     "METHOD",
     "ROPE_FACTORS",

@@ -12,6 +12,9 @@ from ..files import ModelFileError
 from ..unsupported import UnsupportedModelError, unsupported
 from .tensors import check_tensor
 
+KEEPS_ROWS = "_layerskip_keeps_rows"
+"""An attribute of a packed weight that a model of transformers holds, too, which would not know other orders."""
+
 
 class HeldTensors:
     """The tensors of a model by name, themselves and not copies; it has the methods of `TensorFiles`.
@@ -69,4 +72,5 @@ class HeldTensors:
             raise ModelFileError(f"the model has no {name}")
         self._read.add(name)
         check_tensor(name, self._held[name], shape, dtype)
+        setattr(self._held[name], KEEPS_ROWS, True)
         return self._held[name]
