@@ -69,7 +69,8 @@ inline bool is_packed(const Tensor& weight) { return weight.scalar_type() == Sca
 // Packed weights are copied 16 bytes at a time.
 inline void check_packed(const Weight& weight, const char* name) {
   if (weight.format <= Format::kRows) return;
-  LSK_REQUIRE(!weight.panels, name, " is interleaved for a CPU: call layerskip.scatter_weights before a model is moved to a card");
+  LSK_REQUIRE(!weight.panels, name,
+              " is interleaved for a CPU: call layerskip.scatter_weights before a model is moved to a card");
   LSK_REQUIRE(begins_aligned(weight.data), name, ": packed weights must begin at a multiple of 16 bytes");
   check_sizes({weight.pitch});
 }
