@@ -36,7 +36,6 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Train, and write the result."""
-    from ..training import processes
     from ..training import recipe as recipes
     from ..training.output import Output
 
@@ -50,6 +49,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return _train(args, console, output)
     checkpoint = output.check_resumed()
     if output.finished:
+        from ..training import processes
+
         if processes.first():
             written = ", ".join(map(str, output.results))
             console.print(f"this run is finished, nothing is left to train; it wrote {written}", soft_wrap=True)
