@@ -108,7 +108,10 @@ for load_format in ("auto", "layerskip"):
 
 
 def test_the_plugin_costs_other_processes_nothing(model):
-    """vLLM calls `register` in each of its processes: nothing of the library may be imported there but the plugin."""
+    """vLLM calls `register` in each of its processes: nothing of the library may be imported there but the plugin.
+
+    And what tells transformers, which vLLM imports, of packed weights.
+    """
     code = f"""
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -117,6 +120,7 @@ print(sorted(name for name in sys.modules if name.startswith("layerskip")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     package = ["layerskip", "layerskip._extras", "layerskip._lazy"]  # what finds the others once they are asked for
+    package += ["layerskip._registration", "layerskip.transformers", "layerskip.transformers.quantizer"]
     plugin = ["layerskip.vllm", "layerskip.vllm.engine", "layerskip.vllm.loader"]
     assert done.stdout.splitlines()[-1] == str(package + plugin)
 

@@ -1,4 +1,8 @@
-"""The ``quant_method`` "layerskip" in transformers: ``from_pretrained`` loads what ``layerskip quantize`` wrote."""
+"""The ``quant_method`` "layerskip" in transformers: ``from_pretrained`` loads what ``layerskip quantize`` wrote.
+
+Every process that has this library and transformers' quantizers imports it, so the library's models are imported only
+when such a directory is loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._extras import need
-from ..models.checkpoints import METHOD, ROPE_FACTORS, OwnCheckpoint, own_settings
-from ..models.named import EMBEDDING, HEAD
-from ..models.unsupported import unsupported
-from .packed import PackedEmbedding, PackedLinear
+from .._registration import METHOD
 
 
 class LayerSkipConfig(QuantizationConfigMixin):
@@ -33,11 +34,15 @@ class LayerSkipConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, version: int = 0, formats: Sequence[str] = (), quant_method: Any = METHOD) -> None:
+        from ..models.checkpoints import OwnCheckpoint
+
         self.quant_method, self.version, self.formats = quant_method, version, list(formats)
         OwnCheckpoint(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json."""
+        from ..models.checkpoints import own_settings
+
         return {**own_settings(self.formats), "version": self.version}
 
 
@@ -49,6 +54,10 @@ class LayerSkipQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        from ..models.checkpoints import ROPE_FACTORS
+        from ..models.named import EMBEDDING, HEAD
+        from ..models.unsupported import unsupported
+
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise unsupported(f"quant_method {METHOD} from {checkpoint_files or 'no files'}", "safetensors files")
         shapes = _stored(checkpoint_files)
@@ -63,6 +72,8 @@ class LayerSkipQuantizer(HfQuantizer):
             _replace(model, name, row_bytes)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ..models.checkpoints import ROPE_FACTORS
+
         holder = getattr(model, ROPE_FACTORS.removesuffix(".weight"), None)
         if holder is not None:
             rotary = model.model.rotary_emb
@@ -93,6 +104,8 @@ def _stored(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
 
 def _replace(model: nn.Module, name: str, row_bytes: int) -> None:
     """Put a module with a packed weight of this name in the place of a plain one."""
+    from .packed import PackedEmbedding, PackedLinear
+
     module = name.removesuffix(".weight")
     plain = model.get_submodule(module)
     kind = PackedEmbedding if isinstance(plain, nn.Embedding) else PackedLinear

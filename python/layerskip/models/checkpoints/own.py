@@ -10,11 +10,11 @@ from torch import Tensor
 
 from layerskip_kernels.formats import FORMATS, format_of
 
+from ..._registration import METHOD
 from ..files import ModelFileError
 from ..unsupported import unsupported
 from .checkpoint import SafetensorsCheckpoint, Tensors
 
-METHOD = "layerskip"
 VERSION = 1
 ROPE_FACTORS = "rope_freqs.weight"
 """What divides the frequencies of the rotary embedding, where that is not what the configuration says."""
