@@ -7,18 +7,7 @@
 // 2^-9 of itself. Each lane of a row's sum adds its groups in their order, whatever the blocking, so a row's bits never
 // depend on how many rows travel with it.
 
-// A row of activations in the place of `padded(width)` floats: its blocks; a 1/kSumLanes of the sum of each; the scale.
-struct FixedRow {
-  const int16_t* values;
-  const float* sums;
-  float scale;
-
-  FixedRow() = default;
-  FixedRow(const float* row, int64_t padded_width)
-      : values(reinterpret_cast<const int16_t*>(row)),
-        sums(row + padded_width / 2),
-        scale(sums[padded_width / kBlock]) {}
-};
+using FixedRow = IntegerRow<int16_t, float>;  // of a block's sum 1/kSumLanes
 
 constexpr float kSumLanes = sizeof(Floats) / sizeof(float);  // of a row's sum; each adds its part of the least values
 

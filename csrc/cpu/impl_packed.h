@@ -170,6 +170,20 @@ struct IntegerScale {
   }
 };
 
+// A row of activations as integers, in the place of `padded(width)` floats: its blocks, the sum of each, the scale.
+template <class V, class S>
+struct IntegerRow {
+  const V* values;
+  const S* sums;
+  float scale;
+
+  IntegerRow() = default;
+  IntegerRow(const float* row, int64_t padded_width)
+      : values(reinterpret_cast<const V*>(row)),
+        sums(reinterpret_cast<const S*>(row + padded_width / 2)),
+        scale(row[padded_width / 2 + padded_width / kBlock]) {}
+};
+
 #include "cpu/impl_fixed.h"
 #endif
 #ifdef LSK_PANELS

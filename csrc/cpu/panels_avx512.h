@@ -10,19 +10,7 @@
 constexpr int kPanelBlock = 9;           // activation rows that a panel is multiplied with at once, at most
 constexpr int kBlockWords = kBlock / 4;  // of four activations
 
-// A row of activations in the place of `padded(width)` floats: of each block the high bytes, then the low ones; the
-// sum of each block; the scale.
-struct SplitRow {
-  const uint8_t* values;
-  const int32_t* sums;
-  float scale;
-
-  SplitRow() = default;
-  SplitRow(const float* row, int64_t padded_width)
-      : values(reinterpret_cast<const uint8_t*>(row)),
-        sums(reinterpret_cast<const int32_t*>(row + padded_width / 2)),
-        scale(row[padded_width / 2 + padded_width / kBlock]) {}
-};
+using SplitRow = IntegerRow<uint8_t, int32_t>;  // of a block the high bytes, then the low ones
 
 // A zero-padded row of fp32 in the form above, in place of itself. NaN and infinity make the scale NaN.
 inline void split_row(float* row, int64_t padded_width) {
