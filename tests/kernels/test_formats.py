@@ -305,11 +305,7 @@ def test_exit_head(path: str, name: str, dtype: torch.dtype) -> None:
     assert_as_good_as(logits, eager.float(), truth, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("op", ["draft", "speculative_round"])
-def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype: torch.dtype) -> None:
-    args = packed_example(op, dtype, name)
+def assert_one_call_has_the_bits_of_its_parts(op: str, args: dict[str, Any]) -> None:
     compose = compose_draft if op == "draft" else compose_round
     ops = {
         one: getattr(torch.ops.layerskip, one).default
@@ -323,6 +319,13 @@ def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype:
     torch.testing.assert_close(actual[-1], expected[-1], rtol=1e-6, atol=0)
     for cache in ("k_cache", "v_cache"):
         assert_same_bits(own[cache], other[cache])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("op", ["draft", "speculative_round"])
+def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype: torch.dtype) -> None:
+    assert_one_call_has_the_bits_of_its_parts(op, packed_example(op, dtype, name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,10 +12,8 @@ from torch import Tensor
 import layerskip_kernels as lk
 from layerskip_kernels import formats
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS
-from layerskip_kernels.composition import compose_draft, compose_round
 from layerskip_kernels.formats import FORMATS
 from layerskip_kernels.reference import linear_ref, swiglu_ref
-from layerskip_kernels.schemas import bind
 
 from . import examples
 from .common import (
@@ -30,7 +28,13 @@ from .common import (
     run,
 )
 from .examples import EPS, example
-from .test_formats import CASES, MATRICES, copied, random_packed
+from .test_formats import (
+    CASES,
+    MATRICES,
+    assert_one_call_has_the_bits_of_its_parts,
+    copied,
+    random_packed,
+)
 
 INTEGERS = [name for name, form in FORMATS.items() if not form.is_float]
 WIDE = [(name, width) for name, width in CASES if name in INTEGERS]
@@ -227,19 +231,7 @@ def test_partial_forward(isa: str, name: str, dtype: torch.dtype, even_sizes: No
 @pytest.mark.parametrize("name", ["int8", "int4", "int4_zero"])
 @pytest.mark.parametrize("op", ["draft", "speculative_round"])
 def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype: torch.dtype, even_sizes: None) -> None:
-    _, args = panel_example(op, dtype, name)
-    compose = compose_draft if op == "draft" else compose_round
-    ops = {
-        one: getattr(torch.ops.layerskip, one).default
-        for one in ("draft", "partial_forward", "exit_head", "accept_greedy", "accept_sampled")
-    }
-    own, other = copied(args), copied(args)
-    expected = compose(ops, *bind(op, **other))
-    actual = getattr(torch.ops.layerskip, op).default(*bind(op, **own))
-    for one, two in list(zip(actual, expected, strict=True))[:-1]:
-        assert_same_bits(one, two)
-    for cache in ("k_cache", "v_cache"):
-        assert_same_bits(own[cache], other[cache])
+    assert_one_call_has_the_bits_of_its_parts(op, panel_example(op, dtype, name)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
