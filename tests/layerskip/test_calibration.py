@@ -9,7 +9,8 @@ import torch
 from layerskip.models import adapt
 from layerskip.models.calibration import rounded
 from layerskip.models.dequantized import dequantized
-from layerskip_kernels.formats import FORMATS, dequantize, fit, format_of, quantize
+from layerskip_kernels.formats import FORMATS, dequantize, format_of, quantize
+from layerskip_kernels.rounding import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip_kernels.formats import Format, fit, named, pack
+from layerskip_kernels.formats import Format, named, pack
+from layerskip_kernels.rounding import fit
 
 from .layers import PartialDepthDecoder
 from .prefill import INPUTS, Watch
