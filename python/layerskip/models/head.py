@@ -184,16 +184,16 @@ class EarlyExitHead(nn.Module):
         if token_ids is not None:
             check_token_ids(token_ids, self.num_rows)
             token_ids = token_ids.to(self.head_weight.device, copy=True)
-        rows = self.num_rows if token_ids is None else token_ids.numel()
+        ids = torch.arange(self.num_rows, device=self.head_weight.device) if token_ids is None else token_ids
+        rows = ids.numel()
         width = self.norm_weight.shape[0]
         quantised = self.head_weight.new_empty((rows, width), dtype=torch.int8)
         scale = self.head_weight.new_empty(rows, dtype=torch.float32)
         for first in range(0, rows, _QUANTIZE_ROWS):
             part = slice(first, first + _QUANTIZE_ROWS)
-            chosen = torch.arange(rows, device=self.head_weight.device)[part] if token_ids is None else token_ids[part]
-            weight = lookup(self.head_weight, chosen, width, torch.float32).float()
+            weight = lookup(self.head_weight, ids[part], width, torch.float32).float()
             if low_rank is not None:
-                weight = weight + low_rank[1][chosen].float() @ low_rank[0].float()
+                weight = weight + low_rank[1][ids[part]].float() @ low_rank[0].float()
             quantised[part], scale[part] = _quantize_rows(weight, first)
         return EarlyExitHead(self.norm_weight, quantised, self.eps, token_ids, scale)
 
