@@ -9,16 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from layerskip_kernels import (
-    KVCache,
-    LayerWeights,
-    linear,
-    multiplies_panels,
-    rms_norm,
-    rope_kv_append,
-    verify_attention,
-)
-from layerskip_kernels.formats import is_interleaved, plain
+from layerskip_kernels import KVCache, LayerWeights, rms_norm, rope_kv_append, verify_attention
+from layerskip_kernels.formats import plain
 
 INPUTS = {
     "q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attended",
@@ -84,12 +76,7 @@ def prefill_layer(
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Torch's product x weightᵀ + bias; a weight that is packed is unpacked for this call alone.
-
-    But for interleaved ones, which are multiplied as they are: that takes no longer than the product of torch.
-    """
-    if is_interleaved(weight) and x.dtype == torch.bfloat16 and multiplies_panels():
-        return linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    """Torch's product x weightᵀ + bias; a weight that is packed is unpacked for this call alone."""
     return F.linear(x, plain(weight, x.shape[-1], x.dtype), bias)
 
 
