@@ -63,9 +63,11 @@ def test_rows_that_are_no_panels_stay_rows(vocab_size: int) -> None:
     assert head == embedding == (vocab_size == 112)
 
 
-def test_keys_that_are_no_panels() -> None:
-    """One head of eight does not fill a panel; then no matrix of the layers lies in any."""
-    model = layouts.tiny(dtype=torch.bfloat16, num_attention_heads=4, num_key_value_heads=1, head_dim=8, vocab_size=112)
+@pytest.mark.parametrize("family", ["llama2", "phi3"])
+def test_keys_that_are_no_panels(family: str) -> None:
+    """One head of eight does not fill a panel, not even in a matrix that does; then none of the layers lies in any."""
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 1, "vocab_size": 112}
+    model = layouts.tiny(family, dtype=torch.bfloat16, **sizes)
     packed = layerskip.adapt(model).quantize("int8")
     layerskip.gather_weights(packed)
     assert not any(is_interleaved(weight) for weight, _ in with_widths(packed)[:-2])

@@ -156,13 +156,10 @@ def _panels(model: Any) -> dict[int, int]:
     *layers, head, embedding = _packed(model)
     if any(hasattr(weight, KEEPS_ROWS) for weight, _ in (*layers, head, embedding)):
         return {}
-    decoder = model.decoder
-    keys = decoder.num_kv_heads * decoder.head_dim  # rows of k and v, which may be parts of a larger matrix
-    parts = [decoder.layer(number).gate for number in range(model.num_layers)]
-    even = keys % PANEL_ROWS == 0 and all(gate is None or gate.shape[0] % PANEL_ROWS == 0 for gate in parts)
-    chosen = layers if even and all(can_interleave(*one) for one in layers) else []
-    chosen = chosen + [one for one in (head, embedding) if can_interleave(*one)]
-    return {id(weight): width for weight, width in chosen}
+    keys = model.decoder.num_kv_heads * model.decoder.head_dim  # rows of k and v, which may be parts of a larger matrix
+    even = keys % PANEL_ROWS == 0 and all(can_interleave(*one) for one in layers)
+    outer = [one for one in (head, embedding) if can_interleave(*one)]
+    return {id(weight): width for weight, width in (*(layers if even else ()), *outer)}
 
 
 def _renew(model: Any) -> None:
