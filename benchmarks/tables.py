@@ -132,15 +132,19 @@ def skipped(rows: Rows) -> str:
 
 def document(text: str, rows: Rows) -> str:
     """A document with what was measured in the place of what stands between its markers; ValueError without them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the document must have {BEGIN!r} and {END!r} once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
     machine = rows[0]["machine"]
     versions = ", ".join(dict.fromkeys(row["version"] for row in rows if "cold" in row))
     memory = statistics.median(row["memory GB/s"] for row in rows if "cold" in row)
     where = f"{machine['cpu']}, {machine['isa']}, {machine['device']}, {machine['threads']} threads"
     head = f"{where}; {versions}; memory read at {memory:.0f} GB/s meanwhile (median).\n\n"
-    return f"{before}{BEGIN}\n{head}{markdown(rows)}{END}{after}"
+    return replaced(text, BEGIN, END, head + markdown(rows))
+
+
+def replaced(text: str, begin: str, end: str, part: str) -> str:
+    """A text with another part between two markers; ValueError where they are not there once each."""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the document must have {begin!r} and {end!r} once each")
+    return f"{text.split(begin)[0]}{begin}\n{part}{end}{text.split(end)[1]}"
 
 
 def picture(rows: Rows) -> bytes:

@@ -1,14 +1,17 @@
 """Decoding speed beside what people would otherwise take, in one run on the same weights.
 
     python -m benchmarks.peers --install llama.cpp openvino     # an environment each, once
-    python -m benchmarks.peers [--tasks parsing] [--engines layerskip llama.cpp] [--limit 6]
+    make .venv-vllm/.built                                      # vLLM's
+    python -m benchmarks.peers [--tasks parsing] [--engines layerskip llama.cpp] [--limit 6] [--document FILE]
 
-Every way of decoding has a process with its model, up to 1 GB each, 25 of them. They take turns, prompt by prompt, in a
-shuffled order, so that whatever else the machine does disturbs all alike. Speeds are those after the first tokens; the
-ratio is the median over the prompts of that to our autoregressive bf16 decoding of the same prompt. Our E and K are
-those that serve a task best, the peers' prompt lookup drafts 8 tokens; llama.cpp is driven token by token from Python.
-Ours, self-speculative, must give the tokens of ours, autoregressive, in the same weights; the others' greedy texts may
-differ, since they round differently. What cannot be measured is listed with its reason.
+Every way of decoding has a process with its model, up to 1.7 GB each, 34 of them. They take turns, prompt by prompt, in
+a shuffled order, so that whatever else the machine does disturbs all alike. Speeds are those after the first tokens;
+the ratio is the median over the prompts of that to our autoregressive bf16 decoding of the same prompt. The time to the
+first token is measured with the first task's models; the others have the same shape. Our E and K are those that serve a
+task best; the peers draft with the same first layers, or look up 8 tokens; llama.cpp is driven token by token from
+Python. Ours, self-speculative, must give the tokens of ours, autoregressive, in the same weights; the others' greedy
+texts may differ, since they round differently. What cannot be measured is listed with its reason. A finished task is
+kept in OUTPUT.partial: stopped and started again, the same command goes on there.
 """
 
 from __future__ import annotations
@@ -28,31 +31,54 @@ from rich.progress import track
 
 from layerskip import _ends
 from layerskip._files import write_atomically
+from layerskip._journal import Journal
 from layerskip.cli.prompts import read
 
 from ..harness import machine
+from .document import document
 from .models import Forms
 from .processes import REQUIREMENTS, MissingPeerError, Worker, install
 from .report import Measured, markdown, picture
 from .ways import OURS, TASKS, Way, ways
 
+SETTINGS = ("tasks", "engines", "limit", "max_new_tokens", "first_token", "repeat", "threads", "models", "gguf")
+"""Of the arguments, those that figures depend on."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Install, or measure; JSON and a picture are written, and a table printed, after each task."""
+    """Install, or measure; JSON, a picture and, if asked for, a part of a document are written, and tables printed."""
     args = _parsed(arguments)
     for engine in args.install:
         install(engine)
     if args.install:
         return
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    report = json.loads(args.measured.read_text(encoding="utf-8")) if args.measured else _report(args)
+    write_atomically(args.picture or args.output.with_suffix(".png"), picture(report["tasks"]))
+    if args.document:
+        write_atomically(args.document, document(args.document.read_text(encoding="utf-8"), report).encode())
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    """All tasks, written at the end; until then each is kept in a journal, and KeyboardInterrupt says where."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report: dict[str, Any] = {"machine": machine(), "settings": settings, "tasks": {}}
-    print(f"{report['machine']['cpu']}, {args.threads} threads; {args.limit} prompts, {args.max_new_tokens} new tokens")
-    for name in args.tasks:
-        report["tasks"][name] = _measure(args, name)
-        print(markdown(name, report["tasks"][name]["rows"], report["tasks"][name]["skipped"]), flush=True)
-        write_atomically(args.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
-        write_atomically(args.output.with_suffix(".png"), picture(report["tasks"]))
+    settings = {name: settings[name] for name in SETTINGS}
+    here = machine()
+    print(f"{here['cpu']}, {args.threads} threads; {args.limit} prompts, {args.max_new_tokens} new tokens")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(args.output.with_suffix(".partial"), {"machine": here, **settings}, args.overwrite)
+    try:
+        for name in args.tasks[len(journal.records) :]:
+            journal.append(_measure(args, name))
+            print(markdown(name, journal.records[-1]["rows"], journal.records[-1]["skipped"]), flush=True)
+    except KeyboardInterrupt:
+        done = f"{len(journal.records)} of {len(args.tasks)} tasks are in {journal.path}"
+        raise KeyboardInterrupt(f"interrupted; {done}, the same command goes on there") from None
+    finally:
+        journal.close()
+    report = {"machine": here, "settings": settings, "tasks": dict(zip(args.tasks, journal.records, strict=True))}
+    write_atomically(args.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
+    journal.remove()
+    return report
 
 
 def _measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -70,7 +96,8 @@ def _measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         for number, ids in enumerate(track(prompts, f"{name}: {len(run.measured)} ways")):
             for one in run.shuffled(number):
                 run.ask(one, ids, args.max_new_tokens, one.take)
-        _first_tokens(run, prompts, args)
+        if name == args.tasks[0]:
+            _first_tokens(run, prompts, args)
     check(run.measured)
     rows = [one.row(run.measured[0]) for one in run.measured]
     return {"rows": rows, "skipped": run.skipped, "samples": [one.samples() for one in run.measured]}
@@ -123,7 +150,7 @@ def _stock_gguf() -> Path:
 
 
 def _first_tokens(run: Run, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
-    """Seconds to the first token of prompts of some lengths, which all begin differently: some engines keep prompts."""
+    """Seconds to the first token of prompts of some lengths, which all begin differently: engines may keep prompts."""
     text = [token for ids in prompts for token in ids]
     for place, length in enumerate(args.first_token):
         for repeat in range(args.repeat + 1):  # the first of a length sets up what depends on it
@@ -146,18 +173,22 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    engines = [OURS, "transformers", *REQUIREMENTS]
+    engines = [OURS, "transformers", *REQUIREMENTS, "vllm"]
     parser.add_argument("--install", nargs="+", choices=REQUIREMENTS, default=[], help="make their environments")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
-    parser.add_argument("--limit", type=int, default=6, help="prompts of each task")
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each task")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--first-token", type=int, nargs="*", default=[16, 512, 4096], help="lengths of prompts")
-    parser.add_argument("--repeat", type=int, default=3, help="of each such prompt")
+    parser.add_argument("--repeat", type=int, default=2, help="of each such prompt")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--models", type=Path, default=Path(".cache/peers"), help="where the weights are written")
     parser.add_argument("--gguf", type=Path, help="whose tokenizer and settings GGUF files get (default: SmolLM2's)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers"), help="without .json and .png")
+    parser.add_argument("--picture", type=Path, help="where the PNG goes instead")
+    parser.add_argument("--document", type=Path, help="a document whose part is renewed, as docs/benchmarks.md")
+    parser.add_argument("--measured", type=Path, help="measure nothing: take this file's figures")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew where a stopped run had other settings")
     _ends.declare(parser)
     args = parser.parse_args(arguments)
     if args.limit < 1 or args.max_new_tokens < 2:

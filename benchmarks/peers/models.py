@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
-from layerskip.models import load
+from layerskip.cli.export import first_layers
+from layerskip.models import adapt, load, save
 from layerskip.models.checkpoints.gguf import gguf_name
 
-TYPES = {"bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
-_FILE_TYPES = {"bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "q4_1": "MOSTLY_Q4_1"}
+TYPES = ("bf16", "f16", "q8_0", "q4_0", "q4_1")
 
 
 class Forms:
@@ -42,28 +44,50 @@ class Forms:
     def directory(self) -> Path:
         """As transformers reads it, in bf16."""
         if not self._stem.exists():
-            unfinished = self._stem.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            self._model.save_pretrained(unfinished)
-            self.tokenizer.save_pretrained(unfinished)
-            unfinished.rename(self._stem)
+            with _unfinished(self._stem) as folder:
+                self._model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
         return self._stem
 
-    def gguf(self, kind: str) -> Path:
-        """As a GGUF whose matrices have one of `TYPES`; four-bit ones with embedding and head in Q8_0, as is usual."""
-        target = Path(f"{self._stem}.{kind}.gguf")
+    def packed(self, weights: str) -> Path:
+        """As `layerskip quantize` writes it; always anew, as weights are packed now."""
+        target = Path(f"{self._stem}.{weights}")
+        shutil.rmtree(target, ignore_errors=True)
+        with _unfinished(target) as folder:
+            save(adapt(self._model).quantize(weights), folder, self.tokenizer)
+        return target
+
+    def gguf(self, kind: str, layers: int | None = None) -> Path:
+        """As a GGUF, whole or of the first layers with norm and head; its matrices have one of `TYPES`.
+
+        Four-bit ones have embedding and head in Q8_0, as is usual.
+        """
+        name = f"{kind}.gguf" if layers is None else f"first-{layers}.{kind}.gguf"
+        target = Path(f"{self._stem}.{name}")
         if not target.exists():
             unfinished = target.with_suffix(".unfinished")
-            write(self._model, kind, GGUFReader(str(self._like)), unfinished)
+            model = self._model if layers is None else first_layers(self._model, layers)
+            write(model, kind, GGUFReader(str(self._like)), unfinished)
             unfinished.rename(target)
         return target
+
+
+@contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """A directory to fill, which then gets its name."""
+    folder = target.with_name(f"{target.name}.unfinished")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield folder
+    folder.rename(target)
 
 
 def write(model: Any, kind: str, like: GGUFReader, target: Path) -> None:
     """Write the GGUF of a transformers model."""
     writer = GGUFWriter(str(target), "llama")
     _copy_settings(like, writer)
-    writer.add_file_type(LlamaFileType[_FILE_TYPES[kind]])
+    writer.add_block_count(model.config.num_hidden_layers)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{kind.upper()}"])
     config = model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.named_parameters():
@@ -71,7 +95,7 @@ def write(model: Any, kind: str, like: GGUFReader, target: Path) -> None:
         if (found := re.search(r"self_attn\.(q_proj|k_proj)\.weight$", name)) is not None:
             matrix = _side_by_side(matrix, heads[found[1]])
         own = "q8_0" if kind.startswith("q4") and ("embed" in name or "lm_head" in name) else kind
-        made = GGMLQuantizationType[TYPES[own]] if matrix.dim() == 2 else GGMLQuantizationType.F32
+        made = GGMLQuantizationType[own.upper()] if matrix.dim() == 2 else GGMLQuantizationType.F32
         data = quants.quantize(np.ascontiguousarray(matrix.numpy()), made)
         writer.add_tensor(gguf_name(name), data, raw_dtype=made)
     writer.write_header_to_file()
@@ -86,9 +110,10 @@ def _side_by_side(weight: Tensor, heads: int) -> Tensor:
 
 
 def _copy_settings(like: GGUFReader, writer: GGUFWriter) -> None:
-    """All that is not about tensors' types."""
+    """All that is not about tensors' types or the number of layers."""
+    own = ("general.architecture", "general.file_type", "llama.block_count")
     for field in like.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+        if field.name.startswith("GGUF.") or field.name in own:
             continue
         kind = field.types[0]
         sub_type = field.types[-1] if kind == GGUFValueType.ARRAY else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 
 ENVIRONMENTS = Path(".venv-peers")
 REQUIREMENTS = {"llama.cpp": ["llama-cpp-python"], "openvino": ["openvino-genai"]}
-"""What is installed for an engine; the others are in this environment."""
+"""What is installed for an engine; transformers is in this environment, vLLM in one that `make` has a rule for."""
+VLLM = Path(".venv-vllm")
 WORKER = Path(__file__).with_name("worker.py")
 LIMIT = 600.0  # seconds that loading, or one answer, may take
 
@@ -36,14 +38,17 @@ def install(engine: str) -> None:
         raise
 
 
-def interpreter(engine: str) -> str:
-    """The Python that has an engine."""
-    if engine not in REQUIREMENTS:
-        return sys.executable
-    python = ENVIRONMENTS / engine / "bin/python"
-    if not python.exists():
-        raise MissingPeerError(f"it is not installed: python -m benchmarks.peers --install {engine}")
-    return str(python)
+def environment(engine: str) -> Path | None:
+    """Where an engine is installed; None is the environment of this process."""
+    if engine == "vllm":
+        folder, command = VLLM, f"make {VLLM}/.built"
+    elif engine in REQUIREMENTS:
+        folder, command = ENVIRONMENTS / engine, f"python -m benchmarks.peers --install {engine}"
+    else:
+        return None
+    if not (folder / "bin/python").exists():
+        raise MissingPeerError(f"it is not installed: {command}")
+    return folder
 
 
 class Worker:
@@ -62,11 +67,17 @@ class Worker:
     """
 
     def __init__(self, engine: str, settings: dict[str, Any]) -> None:
-        command = [interpreter(engine), str(WORKER), engine, json.dumps(settings)]
+        folder = environment(engine)
+        python = sys.executable if folder is None else str(folder / "bin/python")
+        variables = dict(os.environ)
+        if engine == "vllm":  # it warns that drafts are slow without
+            variables["LD_PRELOAD"] = str(VLLM.absolute() / "lib/libiomp5.so")
+        command = [python, str(WORKER), engine, json.dumps(settings)]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env=variables,
+        )  # fmt: skip
         self.ready = self._answer()
 
     def decode(self, ids: Sequence[int], new_tokens: int) -> dict[str, Any]:

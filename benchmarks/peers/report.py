@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .processes import Worker
-from .ways import Way
+from .ways import OURS, Way
 
 COLUMNS = ("tokens/s", "over ours, autoregressive, bf16", "same texts", "peak MiB", "load s")
 
@@ -44,12 +44,12 @@ class Measured:
         seconds = sum(self.seconds)
         same = sum(mine == other for mine, other in zip(self.texts, ours.texts, strict=True))
         return {
-            "engine": self.way.engine, "way": self.way.name, "weights": self.way.weights,
+            "engine": self.way.engine, "way": self.way.name, "weights": self.way.weights, "plain": self.way.plain,
             "version": self.worker.ready["version"], "load s": self.worker.ready["load"],
             "prompts": len(self.texts), "tokens/s": sum(self.tokens) / seconds if seconds else 0.0,
             COLUMNS[1]: statistics.median(ratios) if ratios else 0.0,
             "same texts": same / len(self.texts), "peak MiB": self.peak,
-            "first token s": {length: statistics.median(seconds) for length, seconds in self.firsts.items()},
+            "first token s": {str(length): statistics.median(seconds) for length, seconds in self.firsts.items()},
         }  # fmt: skip
 
     def samples(self) -> dict[str, Any]:
@@ -57,9 +57,14 @@ class Measured:
         return {"way": str(self.way), "tokens": self.tokens, "seconds": self.seconds, "first token s": self.firsts}
 
 
+def is_ours(name: str) -> bool:
+    """Whether a way of this name is this project's, if inside another engine."""
+    return OURS in name
+
+
 def markdown(task: str, rows: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) -> str:
     """A table, the fastest way first, and what is missing."""
-    lengths = sorted({length for row in rows for length in row["first token s"]})
+    lengths = sorted({length for row in rows for length in row["first token s"]}, key=int)
     names = [task, "weights", *COLUMNS, *(f"first token of {length}, s" for length in lengths)]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in sorted(rows, key=lambda one: -one["tokens/s"]):
@@ -78,8 +83,8 @@ def picture(tasks: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure = Figure(figsize=(6.5 * len(tasks), 0.3 * height + 1), layout="constrained")
     for axes, (name, task) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         rows = sorted(task["rows"], key=lambda row: row["tokens/s"])
-        colours = ["tab:orange" if row["engine"] == "layerskip" else "tab:gray" for row in rows]
         names = [f"{row['engine']}, {row['way']}, {row['weights']}" for row in rows]
+        colours = ["tab:orange" if is_ours(name) else "tab:gray" for name in names]
         bars = axes.barh(names, [row["tokens/s"] for row in rows], color=colours)
         axes.bar_label(bars, fmt="%.0f", padding=2)
         axes.set(title=name, xlabel="tokens/s")

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerskip import registry
+
 from .models import Forms
 
 OURS = "layerskip"
@@ -50,29 +52,27 @@ class Way:
 
 def ways(task: Task, engines: Sequence[str], forms: Forms, threads: int, length: int) -> Iterator[Way]:
     """The ways of some engines for one task; the baseline is the first."""
-    yield from _ours(task, threads, length)
+    yield from _ours(task, forms, {"threads": threads, "max_seq_len": length})
     if "transformers" in engines:
         yield from _transformers(task, {"model": str(forms.directory()), "threads": threads})
     if "llama.cpp" in engines:
-        for kind in ("bf16", "q8_0", "q4_0", "q4_1"):
-            llama = {"model": str(forms.gguf(kind)), "threads": threads, "length": length}
-            yield Way("llama.cpp", "generate", kind, llama, plain=True)
-            yield Way("llama.cpp", "prompt lookup", kind, {**llama, "lookup": LOOKUP})
+        yield from _llama(task, forms, {"threads": threads, "length": length})
     if "openvino" in engines:
-        for kind in ("q8_0", "q4_0"):
+        for kind in ("f16", "q8_0", "q4_0"):
             vino = {"model": str(forms.gguf(kind)), "threads": threads}
             yield Way("openvino", "generate", kind, vino, plain=True)
             yield Way("openvino", "prompt lookup", kind, {**vino, "lookup": LOOKUP})
+    if "vllm" in engines:
+        yield from _vllm(task, {"model": str(forms.directory()), "threads": threads, "length": length})
 
 
-def _ours(task: Task, threads: int, length: int) -> Iterator[Way]:
-    ours = {"model": task.model, "threads": threads, "max_seq_len": length}
+def _ours(task: Task, forms: Forms, common: dict[str, Any]) -> Iterator[Way]:
     drafts = {
         "exit_layer": task.exit_layer, "num_speculations": task.num_speculations, "draft_head": task.model,
         "strategy": "self_speculative",
     }  # fmt: skip
     for weights in ("bf16", "int8", "int4"):
-        own = {**ours, "weights": None if weights == "bf16" else weights}
+        own = {**common, "model": str(forms.directory() if weights == "bf16" else forms.packed(weights))}
         yield Way(OURS, "autoregressive", weights, {**own, "strategy": "autoregressive"}, plain=True)
         yield Way(OURS, "self-speculative", weights, {**own, **drafts})
         free = {**own, **drafts, "draft_source": "auto", "num_speculations": "auto"}
@@ -85,3 +85,24 @@ def _transformers(task: Task, common: dict[str, Any]) -> Iterator[Way]:
     exits = {"assistant_early_exit": task.exit_layer, "num_assistant_tokens": task.num_speculations}
     yield Way("transformers", "assistant_early_exit", "bf16", {**common, **exits})
     yield Way("transformers", "prompt_lookup_num_tokens", "bf16", {**common, "prompt_lookup_num_tokens": LOOKUP})
+
+
+def _llama(task: Task, forms: Forms, common: dict[str, Any]) -> Iterator[Way]:
+    for kind in ("bf16", "q8_0", "q4_0", "q4_1"):
+        own = {**common, "model": str(forms.gguf(kind))}
+        yield Way("llama.cpp", "generate", kind, own, plain=True)
+        yield Way("llama.cpp", "prompt lookup", kind, {**own, "drafted": LOOKUP})
+        first = {"draft": str(forms.gguf(kind, task.exit_layer)), "drafted": task.num_speculations}
+        yield Way("llama.cpp", "first layers as draft model", kind, {**own, **first})
+
+
+def _vllm(task: Task, common: dict[str, Any]) -> Iterator[Way]:
+    yield Way("vllm", "generate", "bf16", common, plain=True)
+    lookup = {"method": "ngram", "num_speculative_tokens": LOOKUP, "prompt_lookup_max": 3}
+    yield Way("vllm", "n-gram speculation", "bf16", {**common, "speculative_config": lookup})
+    exits = {
+        "exit_layer": task.exit_layer, "num_speculations": task.num_speculations,
+        "draft_head": str(registry.draft_head(task.model)),
+    }  # fmt: skip
+    ours = {"load_format": "layerskip", "model_loader_extra_config": exits}
+    yield Way("vllm", "the layerskip plugin", "bf16", {**common, **ours})

@@ -13,12 +13,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
+from itertools import islice
 from typing import Any
 
+_VLLM_CACHE = 256 << 20  # bytes of keys and values
+
 Tokens = list[int]
-Generate = Callable[[Tokens, int], Iterator[Tokens]]
-"""Greedy continuation of a prompt, in the groups of tokens in which it arrives."""
 
 
 class _Groups:
@@ -84,9 +86,9 @@ class _Streamed(Engine):
 
 
 class LayerSkip(_Streamed):
-    """This library. Settings: model, threads, strategy, weights, exit_layer, num_speculations, draft_head, …"""
+    """This library. Settings: model, threads, strategy, exit_layer, num_speculations, draft_head, …"""
 
-    def __init__(self, model: str, threads: int, strategy: str, weights: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str, threads: int, strategy: str, **options: Any) -> None:
         import torch
 
         from layerskip import DraftHead, SelfSpeculativeDecoder
@@ -96,7 +98,7 @@ class LayerSkip(_Streamed):
         if head is not None:
             options["draft_head"] = DraftHead.load(head)
         self._options = {name: options.pop(name) for name in ("draft_source",) if name in options}
-        self._decoder = SelfSpeculativeDecoder.from_pretrained(model, weights=weights, **options)
+        self._decoder = SelfSpeculativeDecoder.from_pretrained(model, **options)
         self._strategy, self.version = strategy, metadata.version("layerskip-kernels")
 
     def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:  # noqa: D102
@@ -132,17 +134,19 @@ class Transformers(_Streamed):
 
 
 class LlamaCpp(Engine):
-    """llama.cpp through llama-cpp-python. ``lookup`` drafts so many tokens by prompt lookup."""
+    """llama.cpp through llama-cpp-python. It drafts ``drafted`` tokens a round, with a ``draft`` model or looked up."""
 
-    def __init__(self, model: str, threads: int, length: int, lookup: int = 0) -> None:
+    def __init__(self, model: str, threads: int, length: int, drafted: int = 0, draft: str | None = None) -> None:
         from llama_cpp import Llama
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-        draft = LlamaPromptLookupDecoding(num_pred_tokens=lookup) if lookup else None
-        self._model = Llama(
-            model, n_ctx=length, n_batch=512, n_threads=threads, n_threads_batch=threads, draft_model=draft,
-            logits_all=bool(lookup), verbose=False,
-        )  # fmt: skip
+        load = partial(Llama, n_ctx=length, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+        source = None
+        if draft is not None:
+            source = _drafts_of(load(draft), drafted)
+        elif drafted:
+            source = LlamaPromptLookupDecoding(num_pred_tokens=drafted)
+        self._model = load(model, draft_model=source, logits_all=bool(drafted))
         self.version = metadata.version("llama-cpp-python")
 
     def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:  # noqa: D102
@@ -151,6 +155,18 @@ class LlamaCpp(Engine):
             yield [token]
             if count == new_tokens or token == self._model.token_eos():
                 return
+
+
+def _drafts_of(model: Any, count: int) -> Any:
+    """A model's greedy continuations, as llama-cpp-python takes drafts; the model keeps what it has read."""
+    import numpy as np
+    from llama_cpp.llama_speculative import LlamaDraftModel
+
+    class Drafts(LlamaDraftModel):  # type: ignore[misc]
+        def __call__(self, input_ids: Any, /, **kwargs: Any) -> Any:
+            return np.fromiter(islice(model.generate(input_ids.tolist(), temp=0.0), count), np.intc)
+
+    return Drafts()
 
 
 class OpenVino(Engine):
@@ -192,8 +208,38 @@ class OpenVino(Engine):
         return _answer(list(result.tokens[0]), 1, started, arrivals)
 
 
+class Vllm(Engine):
+    """vLLM on the CPU, in this one process, without its cache of prompts. Further settings are those of its `LLM`."""
+
+    def __init__(self, model: str, threads: int, length: int, **options: Any) -> None:
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+        }  # fmt: skip
+        import torch
+
+        torch.set_num_threads(threads)  # before vLLM, which then refuses
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        self._sampling = partial(
+            vllm.SamplingParams, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.DELTA
+        )
+        self._engine = vllm.LLM(
+            model, dtype="bfloat16", max_model_len=length, max_num_seqs=1, kv_cache_memory_bytes=_VLLM_CACHE,
+            enable_prefix_caching=False, distributed_executor_backend="uni", **options,
+        ).llm_engine  # fmt: skip
+        self.version = metadata.version("vllm-cpu")
+
+    def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:  # noqa: D102
+        self._engine.add_request("0", {"prompt_token_ids": ids}, self._sampling(max_tokens=new_tokens))
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                yield list(output.outputs[0].token_ids)
+
+
 ENGINES: dict[str, Callable[..., Engine]] = {
-    "layerskip": LayerSkip, "transformers": Transformers, "llama.cpp": LlamaCpp, "openvino": OpenVino
+    "layerskip": LayerSkip, "transformers": Transformers, "llama.cpp": LlamaCpp, "openvino": OpenVino, "vllm": Vllm
 }  # fmt: skip
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import harness
+from benchmarks.peers import document as beside_others
 from benchmarks.tables import BEGIN, END, document, losses, markdown, picture
 
 ROOT = Path(__file__).parents[2]
@@ -85,20 +85,21 @@ def test_the_document_has_what_was_measured():
 
 
 def test_figures_beside_others_are_those_of_the_run():
-    """Each figure of the table of peers, and each of the README, is in the JSON that the table names."""
+    """All of the document's part, and those of the README."""
     report = json.loads((ROOT / "benchmarks/results/peers.json").read_text())
-    ratio = "over ours, autoregressive, bf16"
-    measured = {
-        (f"{one['engine']}, {one['way']}", one["weights"], task): f"{one['tokens/s']:.0f} ({one[ratio]:.2f}×)"
-        for task, found in report["tasks"].items()
-        for one in found["rows"]
-    }
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if re.match(r"\| (layerskip|llama\.cpp|openvino|transformers), ", line)]
-    assert len(lines) == len(measured) / len(report["tasks"])
-    for line in lines:
-        way, weights, *cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
-        assert cells[:3] == [measured[way, weights, task] for task in ("parsing", "coding", "summarization")]
-    best = {task: max(one["tokens/s"] for one in report["tasks"][task]["rows"]) for task in ("parsing", "coding")}
+    assert beside_others.document(text, report) == text
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"**{speed:.0f} tokens/s**" in readme for speed in best.values())
+    found = list(beside_others.pairs(report["tasks"]))
+    for bits in (16, 8, 4):
+        ratios = [pair.ratio for pair in found if pair.what == f"tokens/s, without drafts, {bits} bits"]
+        assert len(ratios) == 3
+        assert f"**{min(ratios):.1f} to {max(ratios):.1f}×**" in readme
+    for task, words in (("parsing", " our bf16 autoregressive, "), ("coding", ", and ")):
+        (pair,) = (pair for pair in found if pair.task == task and pair.what == "tokens/s, whatever is fastest")
+        name, speed = pair.ours
+        rows = {
+            ", ".join(one[part] for part in ("engine", "way", "weights")): one for one in report["tasks"][task]["rows"]
+        }
+        over = rows[name]["over ours, autoregressive, bf16"]
+        assert f"**{speed:.0f} tokens/s**: {over:.1f}×{words}{pair.ratio:.1f}× the fastest of" in readme

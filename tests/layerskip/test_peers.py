@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import sys
 from contextlib import ExitStack
+from types import ModuleType
 
 import gguf
+import numpy as np
 import pytest
 import quantized_checkpoints as layouts
 import torch
@@ -13,12 +18,16 @@ from test_gguf import write as write_gguf
 from tokenizers_of import byte_level
 from transformers import AutoModelForCausalLM
 
+from benchmarks.peers import __main__ as command
 from benchmarks.peers import processes
 from benchmarks.peers.__main__ import Run, check
+from benchmarks.peers.document import BEGIN, END, document
 from benchmarks.peers.models import TYPES, write
 from benchmarks.peers.processes import MissingPeerError, Worker
 from benchmarks.peers.report import Measured, markdown, picture
 from benchmarks.peers.ways import OURS, Way
+from benchmarks.peers.worker import _drafts_of
+from layerskip.cli.export import first_layers
 from layerskip.models.dequantized import dequantized
 
 READY = {"load": 1.0, "version": "1"}
@@ -45,8 +54,8 @@ def test_a_gguf_holds_the_same_weights(tmp_path, kind):
         # Of a block's largest: half a step of -127 … 127; one of -8 … 7, whose positive end is short; half of 0 … 15. A
         # step, or a least value, is rounded to fp16.
         own = "q8_0" if kind.startswith("q4") and ("embed" in name or "lm_head" in name) else kind
-        most = {"bf16": 0, "q8_0": 0.5 / 127, "q4_0": 1 / 8, "q4_1": 1 / 15}[own] if weight.dim() == 2 else 0
-        most += 2**-11 if most else 0
+        most = {"bf16": 0, "f16": 0, "q8_0": 0.5 / 127, "q4_0": 1 / 8, "q4_1": 1 / 15}[own] if weight.dim() == 2 else 0
+        most += 0 if kind == "bf16" or weight.dim() == 1 else 2**-11
         assert (found[name] - weight).abs().max() <= most * weight.abs().max(), name
 
 
@@ -66,6 +75,34 @@ def test_settings_are_those_of_the_other_file(tmp_path):
     for name in told - {"general.file_type"}:
         assert made.fields[name].contents() == like.fields[name].contents()
     assert made.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+
+
+def test_first_layers_in_a_file_of_their_own(tmp_path):
+    model = layouts.tiny("llama3", head_dim=32).bfloat16().float()
+    write_gguf(tmp_path / "like.gguf", layouts.tiny("llama3", head_dim=32), {})
+    shallow = first_layers(model, 2)
+    write(shallow, "bf16", gguf.GGUFReader(tmp_path / "like.gguf"), tmp_path / "made.gguf")
+    made = gguf.GGUFReader(tmp_path / "made.gguf")
+    assert made.fields["llama.block_count"].contents() == 2 < model.config.num_hidden_layers
+    found = dequantized(read(tmp_path / "made.gguf", shallow)).state_dict()
+    assert found.keys() == shallow.state_dict().keys()
+    assert all(torch.equal(found[name], weight) for name, weight in shallow.state_dict().items())
+
+
+def test_drafts_of_a_model_for_llama_cpp(monkeypatch):
+    binding = ModuleType("llama_cpp.llama_speculative")
+    binding.LlamaDraftModel = object
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", binding)
+
+    class Model:
+        def generate(self, tokens, temp):
+            assert temp == 0.0
+            return itertools.count(tokens[-1] + 1)
+
+    found = _drafts_of(Model(), 3)(np.array([4, 7], np.intc))
+    assert found.dtype == np.intc
+    assert found.tolist() == [8, 9, 10]
 
 
 @pytest.mark.parametrize("engine", ["layerskip", "transformers"])
@@ -93,10 +130,65 @@ def test_a_process_that_answers(tmp_path, engine):
     assert answers[1]["tokens"][:3] == answers[0]["tokens"]
 
 
-def test_what_is_not_installed_is_said_with_its_command(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("engine", "made_by"),
+    [("llama.cpp", r"python -m benchmarks\.peers --install llama\.cpp"), ("vllm", r"make .*/\.built")],
+)
+def test_what_is_not_installed_is_said_with_its_command(tmp_path, monkeypatch, engine, made_by):
     monkeypatch.setattr(processes, "ENVIRONMENTS", tmp_path)
-    with pytest.raises(MissingPeerError, match=r"python -m benchmarks\.peers --install llama\.cpp"):
-        Worker("llama.cpp", {})
+    monkeypatch.setattr(processes, "VLLM", tmp_path)
+    with pytest.raises(MissingPeerError, match=made_by):
+        Worker(engine, {})
+
+
+def test_a_stopped_run_goes_on_behind_the_tasks_that_it_finished(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(args, name):
+        asked.append(name)
+        if asked == ["parsing", "coding"]:
+            raise KeyboardInterrupt
+        return {"rows": [measured().row(measured())], "skipped": {"vllm": f"{name}: no"}, "samples": []}
+
+    monkeypatch.setattr(command, "_measure", measure)
+    words = ["--tasks", "parsing", "coding", "--output", str(tmp_path / "run")]
+    with pytest.raises(KeyboardInterrupt, match=r"1 of 2 tasks are in .*run\.partial, the same command goes on there"):
+        command.main(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    with pytest.raises(ValueError, match=r"limit was 4 and is 3; --overwrite"):
+        command.main([*words, "--limit", "3"])
+    command.main(words)
+    assert asked == ["parsing", "coding", "coding"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png"]
+    tasks = json.loads((tmp_path / "run.json").read_text())["tasks"]
+    assert {name: task["skipped"]["vllm"] for name, task in tasks.items()} == {
+        "parsing": "parsing: no", "coding": "coding: no"
+    }  # fmt: skip
+    assert capsys.readouterr().out.count("| layerskip, autoregressive | bf16 |") == 2
+
+
+def test_a_document_has_who_is_best():
+    ours = measured(seconds=0.2)
+    rows = [one.row(ours) for one in (
+        ours, measured("self-speculative", "int8", seconds=0.1, plain=False),
+        measured("the layerskip plugin", engine="vllm", seconds=0.05, plain=False),
+        measured("generate", engine="vllm", seconds=0.1), measured("generate", "q8_0", "llama.cpp", seconds=0.4),
+    )]  # fmt: skip
+    settings = {"limit": 1, "max_new_tokens": 4, "first_token": [16], "repeat": 1}
+    tasks = {"parsing": {"rows": rows, "skipped": {"openvino f16, generate": "it is not installed"}}}
+    report = {"machine": {"cpu": "chip", "isa": "avx2", "threads": 2}, "settings": settings, "tasks": tasks}
+    text = document(f"before\n{BEGIN}\nold\n{END}\nafter", report)
+    assert text.startswith(f"before\n{BEGIN}\nchip, avx2, 2 threads; layerskip 1, vllm 1, llama.cpp 1 (`python -m")
+    assert text.endswith(f"{END}\nafter")
+    assert "| vllm, the layerskip plugin | bf16 | **40 (4.00×)** | 100 | 1.0 | 0.200 |" in text
+    assert "- parsing, openvino f16, generate: it is not installed" in text
+    lines = [line for line in text.splitlines() if "| parsing |" in line]
+    own, best, other = "layerskip, autoregressive, bf16", "vllm, the layerskip plugin, bf16", "vllm, generate, bf16"
+    assert lines[0] == f"| tokens/s, without drafts, 16 bits | parsing | 10.0 ({own}) | 20.0 ({other}) | **0.50×** |"
+    assert lines[1] == f"| tokens/s, whatever is fastest | parsing | 40.0 ({best}) | 20.0 ({other}) | 2.00× |"
+    assert lines[2] == f"| first token of 16, s | parsing | 0.200 ({own}) | 0.200 ({other}) | 1.00× |"
+    with pytest.raises(ValueError, match="must have"):
+        document("no markers", report)
 
 
 def test_a_model_that_cannot_be_loaded_is_said_in_its_own_words(tmp_path):
