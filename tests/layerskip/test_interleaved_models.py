@@ -9,6 +9,7 @@ import pytest
 import quantized_checkpoints as layouts
 import torch
 from exits_of import copied_exit
+from helpers import tiny_model
 from test_quantized import wide_model as model_of
 from tiny import prompt_of, requires_native
 
@@ -72,6 +73,19 @@ def test_keys_that_are_no_panels(family: str) -> None:
     layerskip.gather_weights(packed)
     assert not any(is_interleaved(weight) for weight, _ in with_widths(packed)[:-2])
     assert is_interleaved(packed.head.head_weight)
+
+
+@requires_native
+def test_experts_stay_rows(one_thread: None) -> None:
+    """Sixteen of them, which might be taken for the rows of a panel."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 16, "num_key_value_heads": 4}
+    model = layerskip.adapt(tiny_model("mixtral", torch.bfloat16, **sizes)).quantize("int4")
+    prompt = prompt_of(9)
+    expected = SelfSpeculativeDecoder(model, 2, 3).generate(prompt, 12, strategy="autoregressive").new_tokens
+    layerskip.gather_weights(model)
+    held = model.decoder.held(0)
+    assert {name for name in held if is_interleaved(held[name])} == set("qkvo")
+    assert SelfSpeculativeDecoder(model, 2, 3).generate(prompt, 12).new_tokens.equal(expected)
 
 
 @requires_native

@@ -8,23 +8,26 @@ from pathlib import Path
 import pytest
 import quantized_checkpoints as layouts
 import torch
-from families_of import EVERY, greedy, weak
-from helpers import FAMILIES, random_tokens, tiny_model, tiny_tokenizer
+from families_of import EVERY, assert_equal_logits, greedy, logits_of, run, weak
+from helpers import random_tokens, tiny_model, tiny_tokenizer
 from tiny import prompt_of
+from transformers import AutoModelForCausalLM
 
 import layerskip
 from layerskip import SelfSpeculativeDecoder
 from layerskip.models import UnsupportedModelError, adapt, gather_weights, load, save, scatter_weights
 from layerskip.models.checkpoints import check_architecture
 from layerskip.models.dequantized import dequantized
+from layerskip.models.named import named_weights
 from layerskip.training import convert, revert
 from layerskip.training.depths import depths_of
+from layerskip_kernels.formats import is_packed
 
 TOLERANCES = {
     "cross-entropy": 1e-5,  # of order 5, the same sums in another order
     "gradients": 1e-4,  # relative
 }
-PLAIN = [name for name in FAMILIES if name not in ("mixtral", "qwen3moe")]
+EXPERTS = pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,6 +36,14 @@ def change(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(torch.linspace(0.5, 1.5, parameter.shape[-1]))
+
+
+def wide(family, **changes):
+    """Of widths of 64, 96 and 32, which the groups of packed weights divide."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes |= {} if "phi" in family else {"head_dim": 16}
+    sizes |= {"moe_intermediate_size": 32} if family == "qwen3moe" else {}
+    return tiny_model(family, **{**sizes, **changes})
 
 
 def last(session, prompt):
@@ -132,12 +143,9 @@ class TestStorage:
 
 
 class TestPacked:
-    @pytest.mark.parametrize("family", PLAIN)
+    @EVERY
     def test_it_decodes_saves_and_loads(self, family, tmp_path):
-        """Widths of 64 and 96, which the groups of packed weights divide."""
-        changes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
-        changes = changes if "phi" not in family else {**changes, "head_dim": None}
-        hf = tiny_model(family, **{name: value for name, value in changes.items() if value is not None})
+        hf = wide(family)
         model, prompt = adapt(hf).quantize("int8"), prompt_of(7)
         assert model.weights == "int8"
         out = SelfSpeculativeDecoder(model, 2, 3).generate(prompt, 12).new_tokens.tolist()
@@ -167,14 +175,46 @@ class TestPacked:
         with pytest.raises(UnsupportedModelError, match="a GGUF file of model_type 'gemma3_text', is not supported"):
             check_architecture(Path("x.gguf"), "gemma3_text")
 
-    @pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
-    def test_experts_are_refused(self, family, tmp_path):
-        with pytest.raises(UnsupportedModelError, match=r"packing the weights of experts .*models without experts"):
-            adapt(tiny_model(family)).quantize("int8")
-        tiny_model(family).save_pretrained(tmp_path)
+    @pytest.mark.parametrize("weights", ["int8", "int4"])
+    @EXPERTS
+    def test_experts_are_what_their_numbers_stand_for(self, family, weights):
+        model = adapt(wide(family)).quantize(weights)
+        held = model.decoder.held(1)
+        assert {name for name in held if is_packed(held[name])} == set("qkvo") | {"experts_in", "experts_out"}
+        tokens = random_tokens(2, 12)
+        with torch.no_grad():
+            expected = dequantized(model)(tokens).logits
+        assert_equal_logits(logits_of(model, run(model, tokens, [0, 5, 6, 12], 2)), expected)
+        assert gather_weights(model) is not None
+        assert_equal_logits(logits_of(model, run(model, tokens, [0, 5, 6, 12], 2)), expected)
+
+    @EXPERTS
+    def test_experts_are_packed_as_they_load(self, family, tmp_path):
+        wide(family).save_pretrained(tmp_path)
         tiny_tokenizer().save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match=r"packing the weights of experts \(model\.layers\.0\.mlp"):
-            load(tmp_path, torch.float32, weights="int8")
+        steps = []
+        loaded, _ = load(tmp_path, torch.float32, "int8", progress=lambda done, total: steps.append((done, total)))
+        assert steps == [(done, 26) for done in range(1, 27)]  # 6 of each of 4 layers, head and embedding
+        found, expected = (named_weights(one) for one in (loaded, adapt(wide(family)).quantize("int8")))
+        assert found.keys() == expected.keys()
+        assert all(found[name].equal(weight) for name, weight in expected.items())
+
+    @EXPERTS
+    def test_broken_experts_are_refused(self, family):
+        broken = wide(family)
+        broken.model.layers[2].mlp.experts.down_proj.data[1, 3, 7] = torch.nan
+        with pytest.raises(ValueError, match="layer 2: experts_out: row 67 of the weight to quantize holds NaN"):
+            adapt(broken).quantize("int8", release=True)
+        with pytest.raises(
+            ValueError, match="experts_out of the layers: int8_g128 takes widths that are multiples of 12"
+        ):
+            adapt(wide(family, hidden_size=128, head_dim=32)).quantize("int8_g128")
+
+    @EXPERTS
+    def test_packed_experts_inside_transformers_are_refused(self, family, tmp_path):
+        save(adapt(wide(family)).quantize("int8"), tmp_path, tiny_tokenizer())
+        with pytest.raises(UnsupportedModelError, match=r"packed experts inside transformers \(model\.layers\.0\.mlp"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 class TestTraining:

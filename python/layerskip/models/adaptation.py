@@ -12,7 +12,7 @@ from .assembly import EMBEDDING, HEAD, LAYERS, NORM, assemble
 from .checkpoints import HeldTensors, SafetensorsCheckpoint
 from .families import Architecture
 from .model import LayerSkipModel
-from .quantized import MATRICES
+from .prefill import INPUTS
 from .unsupported import unsupported
 from .watch import check_hooks, class_of, unwrapped
 
@@ -92,7 +92,7 @@ def quantized_weights(hf_model: Any, architecture: Architecture) -> SafetensorsC
 
 def _matrices(hf_model: Any, architecture: Architecture) -> Iterator[str]:
     """The modules that hold a model's matrices."""
-    paths = [path for name, path in architecture.layer_paths.items() if name in MATRICES]
+    paths = [path for name, path in architecture.layer_paths.items() if name in INPUTS]
     layers = (f"{LAYERS}.{number}.{path}" for number in range(hf_model.config.num_hidden_layers) for path in paths)
     for name in (EMBEDDING, *layers, HEAD):
         yield name.removesuffix(".weight")

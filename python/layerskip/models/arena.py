@@ -154,6 +154,7 @@ def _panels(model: Any) -> dict[int, int]:
     if not isinstance(model, LayerSkipModel) or model.dtype != torch.bfloat16 or not multiplies_panels():
         return {}
     *layers, head, embedding = _packed(model)
+    layers = [one for one in layers if one[0].dim() == 2]  # experts stay rows
     if any(hasattr(weight, KEEPS_ROWS) for weight, _ in (*layers, head, embedding)):
         return {}
     keys = model.decoder.num_kv_heads * model.decoder.head_dim  # rows of k and v, which may be parts of a larger matrix

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip_kernels.formats import Format, named, pack
+from layerskip_kernels.formats import Format, named, pack, quantize
 from layerskip_kernels.rounding import fit
 
 from .layers import PartialDepthDecoder
 from .prefill import INPUTS, Watch
 
+STACKS = ("experts_in", "experts_out")
+"""The weights of experts, [N, rows, D], by the names that they are held by: each expert sees few of the tokens."""
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: few tokens do not say all
 
 
@@ -59,6 +61,9 @@ class Calibration:
         for name in filter(layer.__contains__, INPUTS):
             packed[name] = rounded(layer[name], moments.of[INPUTS[name]], weights)
             done(layer[name])
+        for name in filter(layer.__contains__, STACKS):
+            packed[name] = nearest(layer[name], weights)
+            done(layer[name])
         self._states = self._run(number, packed, None)
         return packed
 
@@ -68,6 +73,11 @@ class Calibration:
             decoder.prefill_layer(number, layer, state, cache, 0, watch)
             for state, cache in zip(self._states, self._caches, strict=True)
         ]
+
+
+def nearest(weight: Tensor, weights: str) -> Tensor:
+    """As `layerskip_kernels.formats.quantize`, of a matrix [N, D] or a stack of them [..., N, D]: [..., N, bytes]."""
+    return quantize(weight.flatten(0, -2), weights).unflatten(0, weight.shape[:-1])
 
 
 def rounded(weight: Tensor, moments: Tensor, weights: str) -> Tensor:

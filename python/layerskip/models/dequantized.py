@@ -35,8 +35,10 @@ def dequantized(model: LayerSkipModel, dtype: torch.dtype = torch.float32) -> An
     state = {}
     for name, weight in named_weights(model).items():
         shape = shapes[name]
-        plain = dequantize(weight, shape[1], dtype) if len(shape) == 2 else weight.to(dtype)
-        state[name] = plain.clone() if plain is weight else plain
+        plain = weight.to(dtype)
+        if len(shape) > 1:  # a matrix, or a stack of them
+            plain = dequantize(weight.flatten(0, -2), shape[-1], dtype).view(shape)
+        state[name] = plain.clone() if plain.data_ptr() == weight.data_ptr() else plain
     if HEAD not in state:
         state[HEAD] = state[EMBEDDING]
     made.load_state_dict(state, assign=True)

@@ -17,6 +17,7 @@ from . import checkpoints
 from .adaptation import adapt
 from .architectures import check_config, check_model_type
 from .checkpoints import Progress
+from .families import ARCHITECTURES
 from .files import INDEX, ModelFileError, check_safetensors, read_json, reading, shards
 from .model import LayerSkipModel
 
@@ -127,18 +128,27 @@ def _read(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     _check_keys(source, info)
+    if weights is not None:
+        return adapt(model.eval()).quantize(weights, release=True, progress=progress), tokenizer
     return model.eval(), tokenizer
 
 
 def _checkpoint(source: str, config: Any, weights: str | None) -> Any:
-    """What reads the weights without transformers: quantized ones, and those that are to be; None for others."""
+    """What reads the weights without transformers: quantized ones, and those that are packed as they are read."""
     method = checkpoints.method_of(config)
     if method in (None, _GGUF):
-        return None if weights is None else checkpoints.PlainCheckpoint(weights)
+        if weights is None or _has_experts(config):  # files have each expert's matrices, and transformers stacks them
+            return None
+        return checkpoints.PlainCheckpoint(weights)
     layout = checkpoints.layout_of(method)
     if weights is not None:
         raise ValueError(f"the weights of {source} are quantized already ({method}); leave out {weights}")
     return layout(checkpoints.settings_of(config))
+
+
+def _has_experts(config: Any) -> bool:
+    architecture = ARCHITECTURES.get(config.model_type)
+    return architecture is not None and "experts_in" in architecture.layer_paths
 
 
 def _read_gguf(

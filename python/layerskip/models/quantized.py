@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layerskip_kernels.formats import FORMATS, format_of, is_packed, named, quantize
+from layerskip_kernels.formats import FORMATS, format_of, is_packed, named
 
-from .calibration import Calibration
+from .calibration import STACKS, Calibration, nearest
 from .head import EarlyExitHead
 from .prefill import INPUTS
-from .unsupported import unsupported
 from .weights import shared
 
 if TYPE_CHECKING:
     from .model import LayerSkipModel
 
-MATRICES = tuple(INPUTS)
+MATRICES = (*INPUTS, *STACKS)
 """The weights of a layer's matmuls, by the names that they are held by, in the order in which it reads them."""
 
 
@@ -48,7 +47,7 @@ def quantized(
             progress(count, total)
 
     def packed(weight: Tensor, form: str) -> Tensor:
-        out = quantize(weight, form)
+        out = nearest(weight, form)
         done(weight)
         return out
 
@@ -87,9 +86,13 @@ def outer_format(weights: str) -> str:
 
 
 def with_widths(model: LayerSkipModel) -> list[tuple[Tensor, int]]:
-    """Each matrix of the layers, the head and the embedding, and the width of the states that it multiplies."""
-    width, first = model.decoder.hidden_size, model.decoder.layer(0)
-    widths = {"o": first.q.shape[0]} | ({} if first.gate is None else {"down": first.gate.shape[0]})
+    """Each matrix or stack of them, the head and the embedding, and the width of the states that it multiplies."""
+    width, first, held = model.decoder.hidden_size, model.decoder.layer(0), model.decoder.held(0)
+    if "experts_in" in held:
+        widths = {"experts_out": held["experts_in"].shape[1] // 2}
+    else:
+        widths = {"down": first.gate.shape[0]}
+    widths["o"] = first.q.shape[0]
     layers = [(weight, widths.get(name, width)) for held in _matrices(model) for name, weight in held.items()]
     return [*layers, (model.head.head_weight, width), (model.embedding, width)]
 
@@ -110,7 +113,7 @@ def _check_finite(model: LayerSkipModel) -> None:
         for name, weight in matrices.items()
     ]
     for where, weight in [*named_weights, ("the head", model.head.head_weight), ("the embedding", model.embedding)]:
-        broken = (~weight.isfinite().all(1)).nonzero()
+        broken = (~weight.isfinite().all(-1)).flatten().nonzero()
         if broken.numel():
             raise ValueError(f"{where}: row {int(broken[0])} of the weight to quantize holds NaN or infinity")
 
@@ -121,10 +124,8 @@ def _check(model: LayerSkipModel, weights: str) -> None:
         raise ValueError("the model's weights are packed already; quantize the model that it was made from")
     if model.draft_head is not model.head or model.decoder.num_blocks:
         raise ValueError("the model has an exit; quantize the model without it, then give it the exit")
-    if "down" not in first:
-        raise unsupported("packing the weights of experts", "models without experts")
     for name, weight in first.items():
         try:
-            named(weights, weight.shape[1])
+            named(weights, weight.shape[-1])
         except ValueError as error:
             raise ValueError(f"{name} of the layers: {error}") from None

@@ -112,7 +112,7 @@ class SafetensorsCheckpoint:
             raise ModelFileError(f"quantization_config says {method}, but no weight in the files is quantized so")
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
-        """The packed weight of a linear layer [N, D] that is stored quantized."""
+        """The packed weight [N, D] of a linear layer, or a stack of them, that is stored quantized."""
         raise NotImplementedError
 
     def is_packed(self, module: str) -> bool:
@@ -125,7 +125,7 @@ class SafetensorsCheckpoint:
     def parameter(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Checkpoint`."""
         module = name.removesuffix(".weight")
-        if len(shape) == 2 and self.is_packed(module):
+        if len(shape) > 1 and self.is_packed(module):
             return self.packed(module, shape)
         return self.files.read(name, shape).to(dtype)
 

@@ -47,17 +47,21 @@ class OwnCheckpoint(SafetensorsCheckpoint):
 
     def is_packed(self, module: str) -> bool:
         """Whether it is stored as bytes."""
-        name = f"{module}.weight"
+        name = self._name(module)
         return name in self.files and self.files.is_bytes(name)
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
         """As it is stored."""
-        name = f"{module}.weight"
-        weight = self.files.read(name, [shape[0], None], torch.uint8)
+        name = self._name(module)
+        weight = self.files.read(name, [*shape[:-1], None], torch.uint8)
         try:
-            form = format_of(weight, shape[1])
+            form = format_of(weight, shape[-1])
         except ValueError as error:
             raise ModelFileError(f"{name}: {error}") from None
         if form.name not in self._formats:
             raise ModelFileError(f"{name} is packed in {form.name}, its config.json says {', '.join(self._formats)}")
         return weight
+
+    def _name(self, module: str) -> str:
+        """A stack of experts is a parameter, and no module with a weight."""
+        return module if module in self.files else f"{module}.weight"

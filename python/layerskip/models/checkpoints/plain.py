@@ -11,7 +11,6 @@ from layerskip_kernels.formats import named, quantize
 
 from ..named import EMBEDDING, HEAD
 from ..quantized import outer_format
-from ..unsupported import unsupported
 from .checkpoint import SafetensorsCheckpoint
 
 
@@ -31,8 +30,6 @@ class PlainCheckpoint(SafetensorsCheckpoint):
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """See `Checkpoint`: a format takes widths that are multiples of its groups."""
         for name, shape in shapes.items():
-            if len(shape) > 2:
-                raise unsupported(f"packing the weights of experts ({name})", "models without experts")
             if len(shape) == 2:
                 try:
                     named(self._of(name), shape[1])
