@@ -35,9 +35,8 @@ def dequantized(model: LayerSkipModel, dtype: torch.dtype = torch.float32) -> An
     state = {}
     for name, weight in named_weights(model).items():
         shape = shapes[name]
-        plain = weight.to(dtype)
-        if len(shape) > 1:  # a matrix, or a stack of them
-            plain = dequantize(weight.flatten(0, -2), shape[-1], dtype).view(shape)
+        is_vector = len(shape) == 1  # others are matrices, or stacks of them
+        plain = weight.to(dtype) if is_vector else dequantize(weight.flatten(0, -2), shape[-1], dtype).view(shape)
         state[name] = plain.clone() if plain.data_ptr() == weight.data_ptr() else plain
     if HEAD not in state:
         state[HEAD] = state[EMBEDDING]

@@ -88,11 +88,11 @@ def outer_format(weights: str) -> str:
 def with_widths(model: LayerSkipModel) -> list[tuple[Tensor, int]]:
     """Each matrix or stack of them, the head and the embedding, and the width of the states that it multiplies."""
     width, first, held = model.decoder.hidden_size, model.decoder.layer(0), model.decoder.held(0)
+    widths = {"o": first.q.shape[0]}
     if "experts_in" in held:
-        widths = {"experts_out": held["experts_in"].shape[1] // 2}
+        widths["experts_out"] = held["experts_in"].shape[1] // 2
     else:
-        widths = {"down": first.gate.shape[0]}
-    widths["o"] = first.q.shape[0]
+        widths["down"] = first.gate.shape[0]
     layers = [(weight, widths.get(name, width)) for held in _matrices(model) for name, weight in held.items()]
     return [*layers, (model.head.head_weight, width), (model.embedding, width)]
 

@@ -65,12 +65,13 @@ class LayerSkipQuantizer(HfQuantizer):
             holder = nn.Module()
             holder.register_buffer("weight", torch.empty(shapes[ROPE_FACTORS][1], device="meta"))
             model.add_module(ROPE_FACTORS.removesuffix(".weight"), holder)
-        packed = {name: shape[-1] for name, (kind, shape) in shapes.items() if kind == "U8"}
+        stacks = [name for name, (kind, shape) in shapes.items() if kind == "U8" and len(shape) > 2]
+        if stacks:
+            raise unsupported(f"packed experts inside transformers ({stacks[0]})", "layerskip.load")
+        packed = {name: shape[1] for name, (kind, shape) in shapes.items() if kind == "U8"}
         if HEAD not in shapes and EMBEDDING in packed:
             packed[HEAD] = packed[EMBEDDING]  # one parameter, once transformers ties them
         for name, row_bytes in packed.items():
-            if len(shapes.get(name, (None, ()))[1]) > 2:
-                raise unsupported(f"packed experts inside transformers ({name})", "layerskip.load")
             _replace(model, name, row_bytes)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
