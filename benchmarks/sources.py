@@ -28,20 +28,8 @@ from layerskip.cli.options import encode
 from layerskip.models import load
 
 from .harness import machine
+from .source_tables import COLUMNS, PLAIN, document, markdown
 from .source_tasks import TASKS, prompts
-
-PLAIN = "autoregressive"
-COLUMNS = (
-    "task",
-    "way",
-    "tokens/s",
-    "speedup",
-    "median",
-    "tokens a round",
-    "accepted",
-    "repeated 4-grams",
-    "identical",
-)
 
 
 @dataclass
@@ -117,17 +105,6 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, task: str) -> 
     return [way.row(task, ways[0], share) for way in ways]
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table."""
-    shapes = {"tokens/s": "{:.0f}", "speedup": "{:.2f}×", "median": "{:.2f}×", "tokens a round": "{:.2f}",
-              "repeated 4-grams": "{:.0%}"}  # fmt: skip
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        cells = [shapes.get(name, "{}").format(row[name]) for name in COLUMNS]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _number_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
@@ -147,7 +124,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--cpu-time", action="store_true", help="measure the process's time, not the wall's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sources"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sources"), help="for .json and .md")
+    parser.add_argument("--document", type=Path, help="a document whose part of the output's name is renewed")
     return parser.parse_args(arguments)
 
 
@@ -157,14 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     model, tokenizer = load(args.model)
     rows: list[dict[str, Any]] = []
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
         rows += measure(args, model, tokenizer, task)
         print(markdown(rows[-1 - len(args.sources) :]), flush=True)
-        report = json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1)
-        write_atomically(args.output.with_suffix(".json"), report.encode())
+        report = {"machine": machine(), "settings": settings, "rows": rows}
+        write_atomically(args.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
         write_atomically(args.output.with_suffix(".md"), markdown(rows).encode())
+    if args.document:
+        text = document(args.document.read_text(encoding="utf-8"), args.output.name, report)
+        write_atomically(args.document, text.encode())
     return 0 if args.temperature or all(row["identical"] for row in rows) else 1
 
 
