@@ -142,7 +142,8 @@ class TestTexts:
         assert Wanted({}, 99).sampling.greedy
         assert Wanted({}, 99).new_tokens == 99
         with pytest.raises(ValueError, match="that layerskip does not have: num_beams"):
-            Wanted({"num_beams": 4}, 99)
+            Wanted({"num_beams": 4, "use_cache": True}, 99)
+        assert Wanted({"num_beams": 1, "repetition_penalty": 1.0}, 99).sampling.greedy
 
     def test_an_empty_stop_string_cuts_nothing(self, directory: str) -> None:
         assert Wanted({"until": ["", "x"]}, 9).until == ["x"]

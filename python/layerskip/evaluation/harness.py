@@ -25,6 +25,7 @@ need("lm_eval.models", _PURPOSE)  # which makes its own models known only where 
 _DRAFTING = ("exit", "draft_head", "draft_source", "draft_threshold")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # of an answer; the first counts
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_CHANGES_NOTHING = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "repetition_penalty": 1}
 
 
 @registry.register_model("layerskip")
@@ -187,6 +188,7 @@ class Wanted:
 
     def __init__(self, options: Mapping[str, Any], new_tokens: int) -> None:
         left = {name: value for name, value in options.items() if value is not None}
+        left = {name: value for name, value in left.items() if _CHANGES_NOTHING.get(name) != value}
         until = left.pop("until", [])
         self.until: list[str] = [stop for stop in ([until] if isinstance(until, str) else until) if stop != ""]
         lengths = [int(left.pop(name)) for name in _LENGTHS if name in left]
