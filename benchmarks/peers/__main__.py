@@ -71,8 +71,10 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
             journal.append(_measure(args, name))
             print(markdown(name, journal.records[-1]["rows"], journal.records[-1]["skipped"]), flush=True)
     except KeyboardInterrupt:
-        done = f"{len(journal.records)} of {len(args.tasks)} tasks are in {journal.path}"
-        raise KeyboardInterrupt(f"interrupted; {done}, the same command goes on there") from None
+        done = (
+            f"; {len(journal.records)} of {len(args.tasks)} tasks are in {journal.path}, the same command goes on there"
+        )
+        raise KeyboardInterrupt(f"interrupted{done if journal.records else ''}") from None
     finally:
         journal.close()
     report = {"machine": here, "settings": settings, "tasks": dict(zip(args.tasks, journal.records, strict=True))}
