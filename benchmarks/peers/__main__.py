@@ -71,10 +71,9 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
             journal.append(_measure(args, name))
             print(markdown(name, journal.records[-1]["rows"], journal.records[-1]["skipped"]), flush=True)
     except KeyboardInterrupt:
-        done = (
-            f"; {len(journal.records)} of {len(args.tasks)} tasks are in {journal.path}, the same command goes on there"
-        )
-        raise KeyboardInterrupt(f"interrupted{done if journal.records else ''}") from None
+        done = f"{len(journal.records)} of {len(args.tasks)} tasks are in {journal.path}"
+        kept = f"; {done}, the same command goes on there" if journal.records else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
     finally:
         journal.close()
     report = {"machine": here, "settings": settings, "tasks": dict(zip(args.tasks, journal.records, strict=True))}
