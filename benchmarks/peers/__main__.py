@@ -72,7 +72,8 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
             print(markdown(name, journal.records[-1]["rows"], journal.records[-1]["skipped"]), flush=True)
     except KeyboardInterrupt:
         done = f"{len(journal.records)} of {len(args.tasks)} tasks are in {journal.path}"
-        raise KeyboardInterrupt(f"interrupted; {done}, the same command goes on there") from None
+        kept = f"; {done}, the same command goes on there" if journal.records else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
     finally:
         journal.close()
     report = {"machine": here, "settings": settings, "tasks": dict(zip(args.tasks, journal.records, strict=True))}
