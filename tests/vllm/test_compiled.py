@@ -29,6 +29,7 @@ def test_the_graph_of_one_exit_is_not_taken_for_another(model):
     from layerskip.vllm.draft import _compiled_as
 
     config = EngineArgs(model=str(model), additional_config={"mine": 1}).create_engine_config()
-    hashes = {_compiled_as(config, exit_layer).compute_hash() for exit_layer in (1, 2, 3)}
-    assert len(hashes | {config.compute_hash()}) == 4
+    exits = [(1, 0, False), (2, 0, False), (2, 1, False), (2, 1, True)]
+    hashes = {_compiled_as(config, *exit).compute_hash() for exit in exits}
+    assert len(hashes | {config.compute_hash()}) == 1 + len(exits)
     assert config.additional_config == {"mine": 1}

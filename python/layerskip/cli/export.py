@@ -15,7 +15,7 @@ from rich.console import Console
 from .. import registry
 from .._files import check_folder, obstacle, replaced
 from ..decoding.draft_head import FILE_NAME
-from ..vllm.settings import CONFIG_KEY
+from ..decoding.tuning import CONFIG_KEY
 from . import options
 
 

@@ -1,0 +1,110 @@
+"""Exits with blocks: where these are copies of the layers that follow the exit, every draft is right.
+
+That is so only if the blocks have the keys and values of every token, and all layers of the models count.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layerskip import Exit
+from layerskip.models import adapt, load
+
+from .engines import blocks, core, engine, generate, runner
+from .models import ARCHITECTURES, LAYERS, VOCABULARY, prompts, write_model
+from .server import counter, server
+
+LENGTHS = (3, 17, 40, 100, 7, 9, 64, 200)
+
+
+def copied(directory, exit_layer=2, token_ids=None):
+    """The options of an engine whose exit has the layers that follow it for blocks."""
+    model = adapt(load(directory, torch.float32)[0])
+    rest = [model.decoder.layer(number) for number in range(exit_layer, LAYERS)]
+    path = directory / f"exit-{exit_layer}"
+    Exit(exit_layer, model.head.norm_weight, LAYERS, VOCABULARY, rest, token_ids).save(path)
+    return {"load_format": "layerskip", "model_loader_extra_config": {"exit": str(path)}}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A model of whose layers each counts."""
+    return write_model(tmp_path_factory.mktemp("deep"), upper=1.0)
+
+
+@pytest.fixture(scope="module")
+def plain(deep):
+    """What vLLM gives without speculation, alone and in a batch, and how many blocks its cache has."""
+    with engine(deep) as llm:
+        alone = [generate(llm, [prompt])[0] for prompt in prompts(*LENGTHS)]
+        return alone, generate(llm, prompts(*LENGTHS)), blocks(llm)
+
+
+@pytest.mark.parametrize("exit_layer", [2, 3], ids=["two blocks", "one block"])
+def test_every_draft_is_right(exit_layer, deep, plain):
+    alone, batch, capacity = plain
+    with engine(deep, **copied(deep, exit_layer)) as llm:
+        assert [generate(llm, [prompt])[0] for prompt in prompts(*LENGTHS)] == alone
+        assert generate(llm, prompts(*LENGTHS)) == batch
+        assert llm.drafts.acceptance == 1
+        layers = LAYERS + LAYERS - exit_layer
+        assert blocks(llm) == capacity * LAYERS // layers
+        caches = [cache.data_ptr() for cache in runner(llm).kv_caches if cache.numel()]
+        assert len(set(caches)) == layers
+        assert len(core(llm).scheduler.kv_cache_config.kv_cache_groups) == 1
+
+
+def test_without_blocks_it_is_the_exit_of_its_layer(deep, plain):
+    """Far fewer drafts are right, so the tests above see what the blocks do."""
+    with engine(deep, load_format="layerskip", model_loader_extra_config={"exit_layer": 2}) as llm:
+        assert generate(llm, prompts(*LENGTHS)) == plain[1]
+        assert llm.drafts.acceptance < 0.5
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "Llama"])
+def test_architecture(architecture, tmp_path):
+    write_model(tmp_path, architecture, upper=1.0)
+    with engine(tmp_path) as llm:
+        expected = generate(llm, prompts(*LENGTHS))
+    with engine(tmp_path, **copied(tmp_path)) as llm:
+        assert generate(llm, prompts(*LENGTHS)) == expected
+        assert llm.drafts.acceptance == 1
+
+
+def test_chunked_prefill_and_prefix_caching(deep):
+    """Prompts in pieces of 64 tokens; those that share their beginnings find the blocks' keys and values too."""
+    options = {"max_num_batched_tokens": 64, "block_size": 32, "enable_prefix_caching": True}
+    (head,) = prompts(100)
+    texts = [head + tail for tail in prompts(5, 30, 1, 60, seed=1)]
+    with engine(deep, **options) as llm:
+        expected = [generate(llm, texts), generate(llm, texts)]
+    with engine(deep, **options, **copied(deep)) as llm:
+        assert [generate(llm, texts), generate(llm, texts)] == expected
+        assert llm.drafts.acceptance == 1
+        assert core(llm).scheduler.kv_cache_manager.prefix_cache_stats is not None
+
+
+def test_a_sequence_that_was_thrown_out_is_read_again(deep):
+    options = {"block_size": 32, "num_gpu_blocks_override": 12, "enable_prefix_caching": False}
+    texts = prompts(60, 10, 33, 90, 31, 32, 1, 64)
+    with engine(deep, **options) as llm:
+        expected = generate(llm, texts, tokens=64)
+    with engine(deep, **options, **copied(deep)) as llm:
+        assert generate(llm, texts, tokens=64) == expected
+        assert llm.drafts.acceptance == 1
+
+
+def test_heads(deep, plain):
+    """The rows that the exit names; the model's own head as vLLM computes it; and the exit's own norm before both."""
+    _, expected, _ = plain
+    chosen = sorted({token for tokens in expected for token in tokens})
+    with engine(deep, **copied(deep, token_ids=torch.tensor(chosen))) as llm:
+        assert generate(llm, prompts(*LENGTHS)) == expected
+        assert llm.drafts.acceptance > 0.9  # int8
+        assert runner(llm).drafter.model._head._head.num_rows == len(chosen) < VOCABULARY
+    options = copied(deep)
+    options["model_loader_extra_config"]["draft_head"] = "vllm"
+    with engine(deep, **options) as llm:
+        assert generate(llm, prompts(*LENGTHS)) == expected
+        assert llm.drafts.acceptance == 1
