@@ -1,4 +1,4 @@
-"""The blocks of a trained exit as layers of vLLM, whose keys and values are further layers of the target's cache group."""
+"""The blocks of a trained exit as layers of vLLM; their keys and values are in the target's cache group."""
 
 from __future__ import annotations
 

@@ -65,10 +65,9 @@ class Settings:
             defaults = {"exit_layer": _layer_of(values["exit"], config), "draft_head": "exit"}
         settings = cls(**{"num_speculations": DEFAULT_SPECULATIONS, **defaults, **values})
         settings._check(config.num_hidden_layers)
-        if settings.exit is not None and settings.exit_layer != defaults["exit_layer"]:
-            raise ValueError(
-                f"the exit {settings.exit} follows layer {defaults['exit_layer']}, but exit_layer is {settings.exit_layer}"
-            )
+        layer = defaults["exit_layer"]
+        if settings.exit is not None and settings.exit_layer != layer:
+            raise ValueError(f"the exit {settings.exit} follows layer {layer}, but exit_layer is {settings.exit_layer}")
         return settings
 
     def _check(self, layers: int) -> None:
@@ -87,7 +86,7 @@ class Settings:
 
 
 def _known(options: Mapping[str, Any], config: Any, model: str) -> dict[str, Any]:
-    """What ``layerskip tune`` found best, else the model's configuration, as far as ``options`` ask for nothing else."""
+    """What the model's files say: ``layerskip tune``'s, else its config.json; of the exit only if ``options`` don't."""
     from ..decoding.tuning import Tuning
 
     tuning = None if "exit" in options else Tuning.beside(model, config)
