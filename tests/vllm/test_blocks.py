@@ -6,25 +6,17 @@ That is so only if the blocks have the keys and values of every token.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from layerskip import Exit
-from layerskip.models import adapt, load
 
 from .engines import GREEDY, blocks, core, engine, generate, runner, vllm
-from .models import ARCHITECTURES, LAYERS, VOCABULARY, prompts, write_model
+from .models import ARCHITECTURES, LAYERS, VOCABULARY, copied, prompts, write_model
 
 LENGTHS = (3, 17, 40, 100, 7, 9, 64, 200)
-
-
-def copied(directory, exit_layer=2, token_ids=None, norm=1.0, **settings):
-    """The options of an engine whose exit has the layers that follow it for blocks, and ``norm`` times the norm."""
-    model = adapt(load(directory, torch.float32)[0])
-    rest = [model.decoder.layer(number) for number in range(exit_layer, LAYERS)]
-    path = Exit(exit_layer, norm * model.head.norm_weight, LAYERS, VOCABULARY, rest, token_ids).save(directory / "exit")
-    return {"load_format": "layerskip", "model_loader_extra_config": {"exit": str(path), **settings}}
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +114,30 @@ def test_vllms_own_head(deep, plain):
     with engine(deep, **copied(deep, draft_head="vllm")) as llm:
         assert generate(llm, prompts(*LENGTHS)) == plain[1]
         assert llm.drafts.acceptance == 1
+
+
+def test_blocks_of_another_shape_are_refused(deep):
+    options = copied(deep)
+    path = options["model_loader_extra_config"]["exit"]
+    exit = Exit.load(path)
+    Exit(2, exit.norm_weight, LAYERS, VOCABULARY, [exit.blocks[0]._replace(q_bias=torch.zeros(128))]).save(path)
+    message = r"block 0 of the exit: q_bias has shape \[128\], that of the model's layers none"
+    with pytest.raises(ValueError, match=message), engine(deep, **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("head", "method", "message"),
+    [(None, "greedy", "draft_head 'vllm' drafts with"), (object(), "probabilistic", "'probabilistic' drafts with")],
+)
+def test_a_corrected_head_is_not_vllms(head, method, message):
+    from layerskip.vllm.draft import _check_correction
+
+    config = SimpleNamespace(speculative_config=SimpleNamespace(draft_sample_method=method))
+    plain = Exit(1, torch.ones(8), LAYERS, VOCABULARY)
+    corrected = Exit(
+        1, torch.ones(8), LAYERS, VOCABULARY, head_down=torch.ones(2, 8), head_up=torch.ones(VOCABULARY, 2)
+    )
+    _check_correction(plain, head, config)
+    with pytest.raises(NotImplementedError, match=message):
+        _check_correction(corrected, head, config)

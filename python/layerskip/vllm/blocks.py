@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.llama import LlamaDecoderLayer
-from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from layerskip_kernels.bundles import layer_shapes
@@ -52,20 +53,24 @@ def make_blocks(target: Any, exit: Exit, vllm_config: VllmConfig, prefix: str) -
             _layer(kind, config, f"{prefix or 'draft_model'}.block_{number}.layers.0")
             for number in range(exit.num_blocks)
         )
+    _fill(blocks, exit, paths, type(target.model).hf_to_vllm_mapper)
+    process_weights_after_loading(blocks, vllm_config.model_config, device)
+    return blocks
+
+
+def _fill(blocks: nn.ModuleList, exit: Exit, paths: Mapping[str, str], mapper: WeightsMapper) -> None:
+    """Load the weights as vLLM loads those of a model's layers, which have the same names."""
+    like = next(blocks.parameters(), exit.norm_weight)
     weights = [
-        (f"{number}.{paths[name]}", weight.to(device, dtype))
+        (f"{number}.{paths[name]}", weight.to(like.device, like.dtype))
         for number, block in enumerate(exit.blocks)
         for name, weight in block._asdict().items()
         if weight is not None
     ]
-    loaded = AutoWeightsLoader(blocks).load_weights(weights, mapper=type(target.model).hf_to_vllm_mapper)
-    left = [name for name, _ in blocks.named_parameters() if name not in loaded]
-    if left:
-        raise NotImplementedError(
-            f"the layers of {target.config.model_type} have {left[0]}, which no block of an exit has"
-        )
-    process_weights_after_loading(blocks, vllm_config.model_config, device)
-    return blocks
+    loaded = AutoWeightsLoader(blocks).load_weights(weights, mapper=mapper)
+    for name, _ in blocks.named_parameters():
+        if name not in loaded:
+            raise NotImplementedError(f"the model's layers have {name}, which no block of an exit has")
 
 
 def _layer(kind: type[nn.Module], config: VllmConfig, prefix: str) -> nn.Module:
