@@ -84,7 +84,7 @@ class LayerSkipDraft(nn.Module):
         self.config = target.config
         self._target = (target,)  # in a tuple it is no submodule: whoever walks parameters counts them once
         exit = None if settings.exit is None else Exit.load(settings.exit)
-        blocks = [] if exit is None else make_blocks(target, exit, vllm_config, prefix)
+        blocks = nn.ModuleList() if exit is None else make_blocks(target, exit, vllm_config, prefix)
         layers = [*target.model.layers[: settings.exit_layer], *blocks]
         attentions = [module for layer in layers for module in layer.modules() if isinstance(module, Attention)]
         self._names = [attention.layer_name for attention in attentions]
@@ -100,7 +100,7 @@ class LayerSkipDraft(nn.Module):
             )
         # Blocks need every row. The runner of version 2 does not mark the slots of rejected rows, by which the last
         # valid one is found.
-        every_row = bool(blocks) or vllm_config.use_v2_model_runner
+        every_row = len(blocks) > 0 or vllm_config.use_v2_model_runner
         self._last_rows = None if every_row else LastRows(vllm_config, self._names)
         if settings.mend_cpu_sampling:
             sampling.mend()
