@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
+from exits_of import copied_exit
 from helpers import ARCHITECTURES, VOCABULARY, random_tokens, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerskip
-from layerskip import DraftHead
+from layerskip import DraftHead, Exit, SelfSpeculativeDecoder
 from layerskip.cli import main
 from layerskip.cli.export import first_layers
+from layerskip.models import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = random_tokens(1, 7)
@@ -74,6 +76,31 @@ def test_a_whole_model_says_how_it_drafts(directory, tmp_path, capsys):
     before, after = (layerskip.load(path, torch.float32)[0].state_dict() for path in (directory, tmp_path / "whole"))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert export(tmp_path / "whole", tmp_path / "again") == 0  # of one that was written
+
+
+def test_a_whole_model_brings_its_exit(directory, tmp_path, capsys):
+    """Instead of a draft head, for an exit has its own."""
+    DraftHead([3, 5], VOCABULARY).save(directory)
+    model = layerskip.load(directory, torch.float32)[0]
+    copied_exit(adapt(model), num_blocks=2).save(tmp_path / "exit")
+    arguments = ["--model", str(directory), "--dtype", "float32", "--exit", str(tmp_path / "exit")]
+    arguments += ["--output", str(tmp_path / "whole")]
+    assert main(["export", *arguments]) == 2
+    assert "--exit needs --whole" in capsys.readouterr().err
+    assert main(["export", *arguments, "--whole", "--num-speculations", "3"]) == 0
+    assert "with exit.safetensors" in capsys.readouterr().out
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["layerskip"] == {"exit": "exit.safetensors", "num_speculations": 3}
+    decoder = SelfSpeculativeDecoder.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    assert (decoder.exit_layer, decoder.num_speculations) == (2, 3)
+    assert decoder.generate(PROMPT, max_new_tokens=16).stats.acceptance_rate == 1
+
+
+def test_an_exit_of_another_model_is_refused(directory, tmp_path, capsys):
+    Exit(2, torch.ones(8), 5, VOCABULARY).save(tmp_path / "exit")
+    arguments = ["--model", str(directory), "--exit", str(tmp_path / "exit"), "--output", str(tmp_path / "whole")]
+    assert main(["export", *arguments, "--whole"]) == 2
+    assert "the exit is for a model of 5 layers, this one has 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from exits_of import copied_exit, random_exit
 from helpers import save_tiny
 from tiny import VOCABULARY, prompt_of, tiny_model
 
-from layerskip import DraftHead, SelfSpeculativeDecoder
+from layerskip import DraftHead, Exit, SelfSpeculativeDecoder
 from layerskip.cli import main, tune
 from layerskip.decoding.tuning import FILE_NAME, Tuning
 from layerskip.models import adapt, load
@@ -172,8 +172,9 @@ def test_vllm_reads_it_too(directory):
     assert Settings.of({}, config, str(directory)) == Settings(3, 6, "int8")
     Tuning("auto", "auto", draft_source="auto").save(directory / FILE_NAME, {})
     assert Settings.of({}, config, str(directory)) == Settings(1, 4, "full")
-    Tuning(3, 6, None, exit="exit").save(directory / FILE_NAME, {})
-    assert Settings.of({}, config, str(directory)) == Settings(1, 4, "full"), "it has no blocks"
+    Exit(2, torch.ones(config.hidden_size), config.num_hidden_layers, config.vocab_size).save(directory)
+    Tuning("auto", 6, None, exit=str(directory)).save(directory / FILE_NAME, {})
+    assert Settings.of({}, config, str(directory)) == Settings(2, 6, "exit", exit=str(directory / "."))
 
 
 @pytest.mark.parametrize(

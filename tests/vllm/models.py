@@ -9,6 +9,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from layerskip import Exit
+from layerskip.models import adapt, load
+
 VOCABULARY = 300  # no multiple of 64, to which vLLM pads
 LAYERS = 4
 END = VOCABULARY - 1
@@ -56,6 +59,17 @@ def write_model(directory: Path, architecture: str = "Llama", upper: float = 0.1
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def copied(
+    directory: Path, exit_layer: int = 2, token_ids: torch.Tensor | None = None, norm: float = 1.0, **settings: Any
+) -> dict[str, Any]:
+    """The options of an engine whose exit has the layers that follow it for blocks, and ``norm`` times the norm."""
+    model = adapt(load(directory, torch.float32)[0])
+    rest = [model.decoder.layer(number) for number in range(exit_layer, LAYERS)]
+    exit = Exit(exit_layer, norm * model.head.norm_weight, LAYERS, VOCABULARY, rest, token_ids)
+    extra = {"exit": str(exit.save(directory / "exit")), **settings}
+    return {"load_format": "layerskip", "model_loader_extra_config": extra}
 
 
 def tokenizer() -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .engines import engine, generate
-from .models import prompts
+from .models import copied, prompts, write_model
 from .test_sampling import LIMIT, SAMPLES, TEMPERATURE, TOKENS, TOP_K, chi_square, exact
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
@@ -28,6 +28,15 @@ def test_greedy_tokens_are_those_without_speculation(model, eager):
     with engine(model, enforce_eager=eager, **OURS) as llm:
         assert generate(llm, prompts(*LENGTHS)) == expected
         assert llm.drafts.acceptance > 0.2
+
+
+def test_blocks_that_are_the_next_layers_draft_rightly(tmp_path):
+    write_model(tmp_path, upper=1.0)
+    with engine(tmp_path) as llm:
+        expected = generate(llm, prompts(*LENGTHS))
+    with engine(tmp_path, **copied(tmp_path)) as llm:
+        assert generate(llm, prompts(*LENGTHS)) == expected
+        assert llm.drafts.acceptance > 0.9
 
 
 def test_sampling_has_the_models_distribution(model):

@@ -5,21 +5,24 @@ from __future__ import annotations
 import pytest
 
 from .engines import engine, generate
-from .models import prompts
+from .models import copied, prompts
 
 LENGTHS = (3, 17, 40)
 
 
-def run(model, **options):
+def run(model, drafts, **options):
     """Tokens, and how many drafts were accepted."""
-    with engine(model, load_format="layerskip", model_loader_extra_config={"exit_layer": 2}, **options) as llm:
+    with engine(model, **drafts, **options) as llm:
         return generate(llm, prompts(*LENGTHS)), llm.drafts
 
 
 @pytest.mark.slow
-def test_compiled_drafts_what_eager_drafts(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", [False, True], ids=["first layers", "blocks"])
+def test_compiled_drafts_what_eager_drafts(blocks, model, tmp_path, monkeypatch):
+    first = {"load_format": "layerskip", "model_loader_extra_config": {"exit_layer": 2}}
+    drafts = copied(model) if blocks else first
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    assert run(model, enforce_eager=False) == run(model)
+    assert run(model, drafts, enforce_eager=False) == run(model, drafts)
 
 
 def test_the_graph_of_one_exit_is_not_taken_for_another(model):
@@ -29,6 +32,7 @@ def test_the_graph_of_one_exit_is_not_taken_for_another(model):
     from layerskip.vllm.draft import _compiled_as
 
     config = EngineArgs(model=str(model), additional_config={"mine": 1}).create_engine_config()
-    hashes = {_compiled_as(config, exit_layer).compute_hash() for exit_layer in (1, 2, 3)}
-    assert len(hashes | {config.compute_hash()}) == 4
+    exits = [(1, 0, False), (2, 0, False), (2, 1, False), (2, 1, True)]
+    hashes = {_compiled_as(config, *exit).compute_hash() for exit in exits}
+    assert len(hashes | {config.compute_hash()}) == 1 + len(exits)
     assert config.additional_config == {"mine": 1}

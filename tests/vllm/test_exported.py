@@ -10,7 +10,7 @@ from layerskip import DraftHead
 from layerskip.cli import main
 
 from .engines import engine, generate, runner
-from .models import VOCABULARY, prompts
+from .models import VOCABULARY, copied, prompts, write_model
 
 LENGTHS = (3, 17, 40)
 
@@ -48,6 +48,16 @@ def test_a_whole_model_brings_exit_layer_drafts_and_draft_head(model, expected, 
         drafter = runner(llm).drafter
         assert drafter.num_speculative_tokens == 3
         assert drafter.model._head._head.num_rows < VOCABULARY
+
+
+def test_a_whole_model_brings_a_trained_exit(tmp_path):
+    write_model(tmp_path / "model", upper=1.0)
+    trained = copied(tmp_path / "model")["model_loader_extra_config"]["exit"]
+    arguments = ["--model", str(tmp_path / "model"), "--dtype", "float32", "--exit", trained, "--whole"]
+    assert main(["export", *arguments, "--output", str(tmp_path / "whole")]) == 0
+    with engine(tmp_path / "whole", load_format="layerskip") as llm:
+        generate(llm, prompts(*LENGTHS))
+        assert llm.drafts.acceptance == 1
 
 
 def test_vllm_without_the_plugin_reads_a_whole_model_with_its_draft_head(model, expected, tmp_path):

@@ -53,14 +53,14 @@ def test_what_the_user_says_goes_first(model):
             {"speculative_config": {"kv_cache_dtype": "fp8", "quantization": "fp8"}},
             r"hold kv_cache_dtype, quantization",
         ),
-        ({OUR_OPTIONS: {"exit": "DIR"}}, r"does not support a trained exit, whose blocks need"),
+        ({OUR_OPTIONS: {"exit": "./nowhere"}}, r"no exit at nowhere/exit.safetensors"),
         ({"enable_lora": True}, r"does not support LoRA at run time; merge the adapter"),
         ({"pipeline_parallel_size": 2}, r"does not support pipeline parallelism"),
         ({"kv_sharing_fast_prefill": True}, r"does not support --kv-sharing-fast-prefill"),
     ],
 )
 def test_refused_by_name(options, message, model):
-    with pytest.raises((ValueError, NotImplementedError), match=message):
+    with pytest.raises((ValueError, NotImplementedError, FileNotFoundError), match=message):
         speculation(model, **options)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layerskip import DraftHead, EarlyExitHead
+from layerskip import DraftHead, EarlyExitHead, Exit
 
 from . import engines  # noqa: F401  skips where there is no vLLM
 
@@ -23,7 +23,7 @@ def weights():
     return norm, head
 
 
-def shards(weights, draft_head):
+def shards(weights, draft_head, exit=None):
     """The heads of two ranks, without the processes."""
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -41,7 +41,7 @@ def shards(weights, draft_head):
         )
         model = SimpleNamespace(norm=SimpleNamespace(weight=norm, variance_epsilon=1e-5))
         target = SimpleNamespace(lm_head=lm_head, model=model, config=SimpleNamespace(vocab_size=VOCABULARY))
-        found.append(make_head(target, draft_head))
+        found.append(make_head(target, model.norm, draft_head, exit))
     return found
 
 
@@ -92,6 +92,21 @@ def test_a_reduced_head_may_leave_a_rank_without_tokens(chosen, weights, monkeyp
     assert set(expected.tolist()) == set(chosen)
 
 
+@pytest.mark.parametrize("chosen", [None, [5, 9, FIRST, 200]], ids=["all", "some"])
+def test_the_rows_that_an_exit_names_and_corrects(chosen, weights, monkeypatch):
+    norm, head = weights
+    generator = torch.Generator().manual_seed(2)
+    down, up = torch.randn(3, WIDTH, generator=generator) * 0.1, torch.randn(VOCABULARY, 3, generator=generator)
+    exit = Exit(1, norm, 2, VOCABULARY, (), None if chosen is None else torch.tensor(chosen), down, up)
+    hidden = states(5, 9, FIRST, 200, weights=weights)
+    whole = EarlyExitHead(norm, head + up @ down, 1e-5)
+    expected = (whole if chosen is None else whole.quantize(torch.tensor(chosen)))(hidden).token
+    first, second = drafted(shards(weights, "exit", exit), hidden, monkeypatch)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+    assert not torch.equal(expected, drafted(shards(weights, "full"), hidden, monkeypatch)[0])
+
+
 def test_a_state_that_is_not_finite_drafts_some_token(weights, monkeypatch):
     hidden = torch.full((3, WIDTH), torch.nan)
     for tokens in drafted(shards(weights, "full"), hidden, monkeypatch):
@@ -103,5 +118,5 @@ def test_a_quantised_head_is_vllms_to_read(weights):
 
     target = SimpleNamespace(lm_head=SimpleNamespace(quant_method=object()))
     with pytest.raises(NotImplementedError, match=r"the head is quantised \(object\).*\"draft_head\": \"vllm\""):
-        make_head(target, "full")
-    assert make_head(target, "vllm") is None
+        make_head(target, None, "full", None)
+    assert make_head(target, None, "vllm", None) is None

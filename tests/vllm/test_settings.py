@@ -5,13 +5,23 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from layerskip import Exit
+from layerskip.decoding.tuning import Tuning
 from layerskip.vllm import version_problem
 from layerskip.vllm.settings import Settings, split
 
 
 def config(**own):
-    return SimpleNamespace(num_hidden_layers=8, **({"layerskip": own} if own else {}))
+    return SimpleNamespace(num_hidden_layers=8, vocab_size=300, hidden_size=16, **({"layerskip": own} if own else {}))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The directory of an exit after layer 3 of such a model."""
+    Exit(3, torch.ones(16), 8, 300).save(tmp_path / "exit")
+    return str(tmp_path / "exit")
 
 
 def test_nothing_said_is_a_quarter_of_the_layers(tmp_path):
@@ -30,15 +40,53 @@ def test_a_draft_head_beside_the_model_is_taken(tmp_path):
     assert Settings.of({"draft_head": "int8"}, config(), str(tmp_path)).draft_head == "int8"
 
 
+def test_an_exit_brings_its_layer_and_its_head(trained, tmp_path):
+    (tmp_path / "draft_head.safetensors").touch()
+    own = config(exit_layer=5, num_speculations=6)
+    assert Settings.of({"exit": trained}, own, str(tmp_path)) == Settings(3, 4, "exit", exit=trained)
+    assert Settings.of({"exit": trained, "draft_head": "int8"}, own, str(tmp_path)).draft_head == "int8"
+    assert Settings.of({"exit": trained, "exit_layer": 3}, own, str(tmp_path)).exit_layer == 3
+
+
+def test_the_model_may_say_its_exit(trained, tmp_path):
+    own = config(exit="exit", num_speculations=6)
+    assert Settings.of({}, own, str(tmp_path)) == Settings(3, 6, "exit", exit=trained)
+    assert Settings.of({"exit_layer": 5}, own, str(tmp_path)) == Settings(5, 6, "full")
+    Tuning("auto", 7, "int8", exit=trained).save(tmp_path / "layerskip.json", {})
+    assert Settings.of({}, own, str(tmp_path)) == Settings(3, 7, "int8", exit=trained)
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        (Exit(3, torch.ones(16), 9, 300), {}, r"the exit is for a model of 9 layers, this one has 8"),
+        (Exit(3, torch.ones(16), 8, 299), {}, r"the exit is for a model of 299 tokens, this one has 300"),
+        (Exit(3, torch.ones(8), 8, 300), {}, r"the exit is for a model of 8 values a state, this one has 16"),
+        (Exit(3, torch.ones(16), 8, 300), {"exit_layer": 4}, r"the exit .* follows layer 3, but exit_layer is 4"),
+    ],
+)
+def test_an_exit_that_does_not_fit_is_named(made, options, message, tmp_path):
+    made.save(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Settings.of({"exit": str(tmp_path), **options}, config(), str(tmp_path))
+
+
+def test_an_exit_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no exit at .*exit\.safetensors"):
+        Settings.of({"exit": str(tmp_path)}, config(), str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"exit": 3}, r"exit must be a path, or the name of a model that comes with one, got 3"),
+        ({"draft_head": "exit"}, r"draft_head must be .* exit \(with an exit\), .* got 'exit'"),
         ({"exit_layer": 0}, r"exit_layer must be in 1 … 7, below the model's last, got 0"),
         ({"exit_layer": 8}, r"got 8"),
         ({"exit_layer": True}, r"got True"),
         ({"exit_layer": "4"}, r"got '4'"),
         ({"num_speculations": 0}, r"num_speculations must be at least 1, got 0"),
-        ({"draft_head": "nowhere"}, r"draft_head must be full, int8, vllm, or the path .* got 'nowhere'"),
+        ({"draft_head": "nowhere"}, r"draft_head must be full, int8, vllm, .* or the path .* got 'nowhere'"),
         ({"draft_head": 3}, r"draft_head must be .* got 3"),
         ({"mend_cpu_sampling": "yes"}, r"mend_cpu_sampling must be true or false, got 'yes'"),
     ],

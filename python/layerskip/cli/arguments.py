@@ -245,11 +245,16 @@ def _quantize(parser: Parser) -> None:
 
 def _export(parser: Parser) -> None:
     add_model(parser)
-    parser.add_argument("--exit-layer", type=positive, required=True, metavar="E", help="how many of the layers draft")
+    drafts = parser.add_mutually_exclusive_group(required=True)
+    drafts.add_argument("--exit-layer", type=positive, metavar="E", help="how many of the layers draft")
+    drafts.add_argument(
+        "--exit", metavar="EXIT",
+        help="a trained exit, which drafts: its directory or file, or the name of a model with one; only with --whole",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
     parser.add_argument(
         "--whole", action="store_true",
-        help="write all layers, with E and K in config.json, and the draft head, if there is one, beside them",
+        help="write all layers, what drafts and K in config.json, and the exit or any draft head beside them",
     )  # fmt: skip
     parser.add_argument(
         "--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round; only with --whole"

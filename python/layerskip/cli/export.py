@@ -15,7 +15,8 @@ from rich.console import Console
 from .. import registry
 from .._files import check_folder, obstacle, replaced
 from ..decoding.draft_head import FILE_NAME
-from ..vllm.settings import CONFIG_KEY
+from ..decoding.tuning import CONFIG_KEY
+from ..models import exit
 from . import options
 
 
@@ -27,25 +28,35 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise FileExistsError(reason)
     model, tokenizer = options.load_plain(args, Console(stderr=True), "layerskip export")
     layers = model.config.num_hidden_layers
-    if args.exit_layer >= layers:
-        raise ValueError(f"--exit-layer must be in 1 … {layers - 1}, got {args.exit_layer}")
+    trained = _exit(args, model.config)
     if args.whole:
-        setattr(model.config, CONFIG_KEY, {"exit_layer": args.exit_layer, "num_speculations": args.num_speculations})
+        drafts = {"exit_layer": args.exit_layer} if trained is None else {"exit": exit.FILE_NAME}
+        setattr(model.config, CONFIG_KEY, {**drafts, "num_speculations": args.num_speculations})
     written = model if args.whole else first_layers(model, args.exit_layer)
-    head = _draft_head(args.model) if args.whole else None
     with replaced(args.output) as (directory,):
         written.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        if head is not None:
-            shutil.copyfile(head, directory / FILE_NAME)
-            _write_index(directory)
+        beside = _write_beside(args.model, trained, directory) if args.whole else None
     size = sum(path.stat().st_size for path in args.output.iterdir())
     console.print(
         f"wrote {written.config.num_hidden_layers} of {layers} layers to {args.output}, {size / 1e6:.0f} MB"
-        + (f", with {FILE_NAME}" if head is not None else ""),
+        + (f", with {beside}" if beside is not None else ""),
         soft_wrap=True,
     )
     return 0
+
+
+def _exit(args: argparse.Namespace, config: Any) -> exit.Exit | None:
+    """The trained exit, if that is to draft; ValueError where what is asked for does not fit the model."""
+    if args.exit is None:
+        if args.exit_layer >= config.num_hidden_layers:
+            raise ValueError(f"--exit-layer must be in 1 … {config.num_hidden_layers - 1}, got {args.exit_layer}")
+        return None
+    if not args.whole:
+        raise ValueError("--exit needs --whole: an exit's blocks are for vLLM's plugin, no other engine runs them")
+    trained = exit.Exit.load(args.exit)
+    trained.check_sizes(config.num_hidden_layers, config.vocab_size, config.hidden_size)
+    return trained
 
 
 def first_layers(model: Any, exit_layer: int) -> Any:
@@ -78,8 +89,21 @@ def first_layers(model: Any, exit_layer: int) -> Any:
     return shallow.eval()
 
 
+def _write_beside(model: str, trained: exit.Exit | None, directory: Path) -> str | None:
+    """Put what drafts beside a whole model, the exit or else the draft head that comes with the model; its name."""
+    head = _draft_head(model)
+    if trained is not None:
+        path = trained.save(directory)
+    elif head is not None:
+        path = Path(shutil.copyfile(head, directory / FILE_NAME))
+    else:
+        return None
+    _write_index(directory)
+    return path.name
+
+
 def _write_index(directory: Path) -> None:
-    """Say which files hold the weights: without an index some readers, vLLM among them, take the draft head for one."""
+    """Say which files hold the weights: without an index some readers, vLLM among them, take what drafts for one."""
     from safetensors import safe_open
 
     index = directory / "model.safetensors.index.json"

@@ -87,9 +87,8 @@ class Tuning:
             return None
         head = folder / draft_heads.FILE_NAME
         heads = {"draft_head": str(head)} if head.is_file() else {}
-        return cls._of(
-            {**heads, **_mapping(entry, str(folder))}, f"{CONFIG_KEY!r} in the config.json of {folder}", folder
-        )
+        where = f"{CONFIG_KEY!r} in the config.json of {folder}"
+        return cls._of({**heads, **_mapping(entry, where)}, where, folder)
 
     @classmethod
     def _of(cls, content: Any, where: str, folder: Path) -> Tuning:

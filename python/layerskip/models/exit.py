@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,27 +120,36 @@ class Exit:
             low_rank = self.head_down.detach().to(like.device), self.head_up.detach().to(like.device)
         if rows is None:
             rows = "full" if self.token_ids is None else self.token_ids
-        return BoundExit(self.exit_layer, _head(model.head, cast(self.norm_weight), low_rank, rows), blocks)
+        return BoundExit(self.exit_layer, head_of(model.head, cast(self.norm_weight), low_rank, rows), blocks)
 
     def _check_model(self, model: LayerSkipModel) -> None:
+        decoder = model.decoder
+        self.check_sizes(model.num_layers, model.vocab_size, decoder.hidden_size)
+        if not self.blocks:
+            return
+        first = decoder.template(0)
+        heads = (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
+        shapes = layer_shapes(decoder.hidden_size, *heads, first.gate.shape[0])  # a packed weight's is another
+        self.check_blocks({name: None if getattr(first, name) is None else shapes[name] for name in shapes})
+
+    def check_sizes(self, num_layers: int, vocab_size: int, hidden_size: int) -> None:
+        """Raise ValueError if the exit is for a model of other sizes, L, V and D."""
         sizes = {
-            "layers": (self.num_layers, model.num_layers),
-            "tokens": (self.vocab_size, model.vocab_size),
-            "values a state": (self.norm_weight.numel(), model.decoder.hidden_size),
+            "layers": (self.num_layers, num_layers),
+            "tokens": (self.vocab_size, vocab_size),
+            "values a state": (self.norm_weight.numel(), hidden_size),
         }
         for what, (mine, theirs) in sizes.items():
             if mine != theirs:
                 raise ValueError(f"the exit is for a model of {mine} {what}, this one has {theirs}")
-        if not self.blocks:
-            return
-        decoder = model.decoder
-        first = decoder.template(0)
-        heads = (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
-        shapes = layer_shapes(decoder.hidden_size, *heads, first.gate.shape[0])  # a packed weight's is another
+
+    def check_blocks(self, shapes: Mapping[str, Sequence[int] | None]) -> None:
+        """Raise ValueError if a block has other tensors than a model's layer, whose shapes are given, None for none."""
         for number, block in enumerate(self.blocks):
-            for name, weight, other in zip(LayerWeights._fields, block, first, strict=True):
+            for name, weight in block._asdict().items():
                 own = "none" if weight is None else list(weight.shape)
-                expected = "none" if other is None else list(shapes[name])
+                shape = shapes[name]
+                expected = "none" if shape is None else list(shape)
                 if own != expected:
                     raise ValueError(
                         f"block {number} of the exit: {name} has shape {own}, that of the model's layers {expected}"
@@ -236,10 +245,10 @@ def _check_low_rank(down: Tensor | None, up: Tensor | None, hidden_size: int, vo
         )
 
 
-def _head(
+def head_of(
     full: EarlyExitHead, norm_weight: Tensor, low_rank: tuple[Tensor, Tensor] | None, rows: str | Tensor
 ) -> EarlyExitHead:
-    """The model's head with another norm, and with the rows that are asked for."""
+    """A model's head with another norm, corrected, and with the rows that are asked for (`Exit.of`)."""
     if isinstance(rows, str) and rows not in ("full", "int8"):
         raise ValueError(f"rows must be 'full', 'int8' or token ids, got {rows!r}")
     weight: Tensor = full.head_weight

@@ -1,9 +1,10 @@
-"""The draft model: the target's first layers, norm and head; no weights and no KV cache of its own."""
+"""The draft model: the target's first layers, norm and head, or a trained exit, whose blocks alone are its own."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
+from .. import Exit
 from . import sampling
+from .blocks import make_blocks
 from .head import make_head
 from .rows import LastRows
 from .settings import Settings
@@ -23,23 +26,31 @@ logger = init_logger("vllm.layerskip")
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class FirstLayers(nn.Module):
-    """Layers [0, E) of a target; the part that vLLM compiles. Its modules are the target's own.
+    """Layers [0, E) of a target, and the blocks of an exit; the part that vLLM compiles.
 
     Parameters
     ----------
     vllm_config : VllmConfig
         Its hash must tell exits apart, see `_compiled_as`.
-    target : nn.Module
-    exit_layer : int
-    norm : bool
-        Whether the final norm belongs to it, or the head does its own.
+    embed_tokens : nn.Module
+    layers : iterable of nn.Module
+    norm : nn.Module, optional
+        Without it the head does its own.
     """
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", target: Any, exit_layer: int, norm: bool) -> None:
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        embed_tokens: nn.Module,
+        layers: Iterable[nn.Module],
+        norm: nn.Module | None,
+    ) -> None:
         super().__init__()
-        self.embed_tokens = target.model.embed_tokens
-        self.layers = nn.ModuleList(target.model.layers[:exit_layer])
-        self.norm = target.model.norm if norm else None
+        self.embed_tokens = embed_tokens
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """States [R, D] after the last of the layers."""
@@ -56,7 +67,7 @@ class LayerSkipDraft(nn.Module):
     """What vLLM's draft model proposer runs, one token a call and sequence.
 
     The keys and values that it writes are the target's own: the same layers, in the same cache, for the same tokens.
-    Verification writes them once more.
+    Verification writes them once more. The blocks of an exit have keys and values of their own, of every token.
 
     Parameters
     ----------
@@ -72,28 +83,32 @@ class LayerSkipDraft(nn.Module):
         super().__init__()
         self.config = target.config
         self._target = (target,)  # in a tuple it is no submodule: whoever walks parameters counts them once
-        layers = target.model.layers[: settings.exit_layer]
+        exit = None if settings.exit is None else Exit.load(settings.exit)
+        blocks = nn.ModuleList() if exit is None else make_blocks(target, exit, vllm_config, prefix)
+        layers = [*target.model.layers[: settings.exit_layer], *blocks]
         attentions = [module for layer in layers for module in layer.modules() if isinstance(module, Attention)]
         self._names = [attention.layer_name for attention in attentions]
         self._placeholder = _stand_in(attentions[0], vllm_config, prefix)
-        self._head = make_head(target, settings.draft_head)
-        config = _compiled_as(vllm_config, settings.exit_layer)
+        self._norm = _norm(target, exit)
+        self._head = make_head(target, self._norm, settings.draft_head, exit)
+        _check_correction(exit, self._head, vllm_config)
+        norm = self._norm if self._head is None else None
+        config = _compiled_as(vllm_config, settings.exit_layer, len(blocks), norm is not None)
         with set_current_vllm_config(config):
             self.inner = FirstLayers(
-                vllm_config=config,
-                prefix=prefix,
-                target=target,
-                exit_layer=settings.exit_layer,
-                norm=self._head is None,
+                vllm_config=config, prefix=prefix, embed_tokens=target.model.embed_tokens, layers=layers, norm=norm
             )
-        # The runner of version 2 does not mark the slots of rejected rows, by which the last valid one is found.
-        self._last_rows = None if vllm_config.use_v2_model_runner else LastRows(vllm_config, self._names)
+        # Blocks need every row. The runner of version 2 does not mark the slots of rejected rows, by which the last
+        # valid one is found.
+        every_row = len(blocks) > 0 or vllm_config.use_v2_model_runner
+        self._last_rows = None if every_row else LastRows(vllm_config, self._names)
         if settings.mend_cpu_sampling:
             sampling.mend()
         logger.info(
-            "LayerSkip: layers 0 to %d of %d draft, %d tokens a round; head: %s",
+            "LayerSkip: layers 0 to %d of %d and %d blocks draft, %d tokens a round; head: %s",
             settings.exit_layer - 1,
             len(target.model.layers),
+            len(blocks),
             vllm_config.speculative_config.num_speculative_tokens,
             settings.draft_head,
         )
@@ -125,7 +140,7 @@ class LayerSkipDraft(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
         """Logits [R, V] of the target's own head, for drafts that are sampled."""
         (target,) = self._target
-        return target.compute_logits(hidden if self._head is None else target.model.norm(hidden))
+        return target.compute_logits(hidden if self._head is None else self._norm(hidden))
 
     def get_top_tokens(self, hidden: Tensor) -> Tensor:
         """Tokens [R]: what vLLM asks for instead of logits under ``use_local_argmax_reduction``."""
@@ -150,11 +165,29 @@ def _stand_in(attention: Attention, vllm_config: VllmConfig, prefix: str) -> str
     return name
 
 
-def _compiled_as(vllm_config: VllmConfig, exit_layer: int) -> VllmConfig:
-    """The configuration with the exit layer in its hash, by which vLLM keeps compiled graphs on the disk.
+def _norm(target: Any, exit: Exit | None) -> Any:
+    """What stands before the draft's head: the target's own norm, or one like it with an exit's weight."""
+    if exit is None:
+        return target.model.norm
+    norm = copy.deepcopy(target.model.norm)
+    norm.weight.data.copy_(exit.norm_weight)
+    return norm
+
+
+def _check_correction(exit: Exit | None, head: Any, vllm_config: VllmConfig) -> None:
+    """Refuse what would draft by vLLM's head where an exit corrects the head's rows."""
+    sampled = vllm_config.speculative_config.draft_sample_method == "probabilistic"
+    if exit is not None and exit.head_down is not None and (head is None or sampled):
+        asked = "draft_sample_method 'probabilistic'" if sampled else "draft_head 'vllm'"
+        raise NotImplementedError(f"{asked} drafts with the model's own head, which the exit corrects")
+
+
+def _compiled_as(vllm_config: VllmConfig, exit_layer: int, blocks: int, norm: bool) -> VllmConfig:
+    """The configuration with what is compiled in its hash, by which vLLM keeps compiled graphs on the disk.
 
     Without it the graph of one exit would be found, and run, for another.
     """
     config = copy.copy(vllm_config)
-    config.additional_config = {**dict(vllm_config.additional_config or {}), "layerskip_exit_layer": exit_layer}
+    compiled = {"exit_layer": exit_layer, "blocks": blocks, "norm": norm}
+    config.additional_config = {**dict(vllm_config.additional_config or {}), "layerskip": compiled}
     return config

@@ -62,8 +62,6 @@ def _check(args: Any, model_config: Any, parallel_config: Any) -> None:
         problem = "pipeline parallelism: the first layers and the head are on different ranks; use tensor parallelism"
     elif args.enable_lora:
         problem = "LoRA at run time; merge the adapter into the model (layerskip export)"
-    elif "exit" in (args.model_loader_extra_config or {}):
-        problem = "a trained exit, whose blocks need weights and a cache of their own; an exit_layer needs none"
     elif parallel_config.use_ubatching:
         problem = "dual batch overlap"
     elif args.kv_sharing_fast_prefill:

@@ -10,10 +10,11 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from .. import DraftHead, EarlyExitHead
+from .. import DraftHead, EarlyExitHead, Exit
+from ..models.exit import head_of
 
 
-def make_head(target: Any, draft_head: str) -> VocabularyShard | None:
+def make_head(target: Any, norm: nn.Module, draft_head: str, exit: Exit | None) -> VocabularyShard | None:
     """What ``draft_head`` of `Settings` names; None where vLLM computes the drafts' logits itself."""
     if draft_head == "vllm":
         return None
@@ -23,7 +24,7 @@ def make_head(target: Any, draft_head: str) -> VocabularyShard | None:
             f"the head is quantised ({type(lm_head.quant_method).__name__}), which vLLM alone reads: "
             """give --model-loader-extra-config '{"draft_head": "vllm"}'"""
         )
-    return VocabularyShard(target, draft_head)
+    return VocabularyShard(target, norm, draft_head, exit)
 
 
 class VocabularyShard(nn.Module):
@@ -32,31 +33,37 @@ class VocabularyShard(nn.Module):
     Parameters
     ----------
     target : nn.Module
+    norm : nn.Module
+        Before the head.
     draft_head : str
-        ``full``, ``int8``, or where a saved draft head is.
+        ``full``, ``int8``, ``exit``, or where a saved draft head is.
+    exit : Exit, optional
+        Corrects the head's rows, if it says so, and names those of ``exit``.
     """
 
-    def __init__(self, target: Any, draft_head: str) -> None:
+    def __init__(self, target: Any, norm: Any, draft_head: str, exit: Exit | None) -> None:
         super().__init__()
-        lm_head, norm = target.lm_head, target.model.norm
+        lm_head = target.lm_head
         shard = lm_head.shard_indices
         self._ranks: int = lm_head.tp_size
         self._first: int = shard.org_vocab_start_index
         # vLLM pads the vocabulary; the logit 0 of a padded row would beat those of a row with negative ones only.
         rows = lm_head.weight.detach()[: shard.num_org_elements]
-        self._head: EarlyExitHead | None = EarlyExitHead(norm.weight.detach(), rows, norm.variance_epsilon)
-        if draft_head == "int8":
-            self._head = self._head.quantize()
-        elif draft_head != "full":
-            self._head = self._reduced(self._head, draft_head, target.config.vocab_size)
+        whole = EarlyExitHead(norm.weight.detach(), rows, norm.variance_epsilon)
+        low_rank = None
+        if exit is not None and exit.head_down is not None and exit.head_up is not None:
+            mine = exit.head_up[self._first : self._first + whole.num_rows]
+            low_rank = exit.head_down.to(rows.device), mine.to(rows.device)
+        scored = self._scored(_chosen(draft_head, exit, target.config.vocab_size), whole)
+        self._head = None if scored is None else head_of(whole, whole.norm_weight, low_rank, scored)
 
-    def _reduced(self, head: EarlyExitHead, path: str, vocabulary: int) -> EarlyExitHead | None:
-        chosen = DraftHead.load(path)
-        if chosen.vocab_size != vocabulary:
-            raise ValueError(f"{path} is for a vocabulary of {chosen.vocab_size}, the model has {vocabulary}")
-        mine = chosen.token_ids - self._first
-        mine = mine[(mine >= 0) & (mine < head.num_rows)]
-        return head.quantize(mine.to(head.head_weight.device)) if mine.numel() else None
+    def _scored(self, chosen: str | Tensor, whole: EarlyExitHead) -> str | Tensor | None:
+        """Those of the chosen tokens that this rank has, by their rows; None if it has none."""
+        if isinstance(chosen, str):
+            return chosen
+        mine = chosen - self._first
+        mine = mine[(mine >= 0) & (mine < whole.num_rows)]
+        return mine.to(whole.head_weight.device) if mine.numel() else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Tokens [R] of the raw states [R, D] after the exit layer."""
@@ -73,3 +80,15 @@ class VocabularyShard(nn.Module):
         best = tensor_model_parallel_all_gather(best, dim=-1).view(-1, self._ranks, 2)
         winner = best[..., 0].argmax(-1, keepdim=True)
         return best[..., 1].gather(-1, winner).squeeze(-1).long()
+
+
+def _chosen(draft_head: str, exit: Exit | None, vocabulary: int) -> str | Tensor:
+    """``full``, ``int8``, or the tokens that are scored."""
+    if draft_head in ("full", "int8"):
+        return draft_head
+    if exit is not None and draft_head == "exit":
+        return "full" if exit.token_ids is None else exit.token_ids
+    saved = DraftHead.load(draft_head)
+    if saved.vocab_size != vocabulary:
+        raise ValueError(f"{draft_head} is for a vocabulary of {saved.vocab_size}, the model has {vocabulary}")
+    return saved.token_ids

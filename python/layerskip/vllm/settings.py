@@ -1,4 +1,4 @@
-"""What drafts, and how many tokens: from the options of the command line, else from the model's config.json."""
+"""What drafts, and how many tokens: from the options of the command line, else from the model's files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-CONFIG_KEY = "layerskip"
-"""The entry of config.json with the model's own ``exit_layer`` and ``num_speculations``."""
 DEFAULT_SPECULATIONS = 4
 
 
@@ -24,19 +22,23 @@ class Settings:
         K, the tokens drafted a round.
     draft_head : str
         What scores the drafts: ``full``, the model's own head, read by our kernel; ``int8``, a copy of it in int8;
-        ``vllm``, the model's own head as vLLM computes it; or the file or directory of a saved draft head.
+        ``vllm``, the model's own head as vLLM computes it; ``exit``, the rows that the exit names, in int8, or all; or
+        the file or directory of a saved draft head.
     mend_cpu_sampling : bool
         Replace the function in which vLLM loses the temperatures of speculative rows on CPUs.
+    exit : str, optional
+        Where an `Exit` is, or the name of a model that comes with one.
     """
 
     exit_layer: int
     num_speculations: int
     draft_head: str
     mend_cpu_sampling: bool = False
+    exit: str | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any], config: Any, model: str) -> Settings:
-        """What ``options`` say, else the model's configuration, else a quarter of the layers and 4 tokens.
+        """What ``options`` say, else the model's files, else a quarter of the layers and 4 tokens.
 
         Parameters
         ----------
@@ -45,29 +47,27 @@ class Settings:
         config : transformers.PretrainedConfig
         model : str
             A directory or a name on the Hugging Face hub. A draft head that lies in the directory is taken, and what
-            ``layerskip tune`` has written there, unless it is about an exit with blocks, which vLLM can't run.
+            ``layerskip tune`` has written there.
 
         Raises
         ------
-        ValueError
-            If a value does not fit the model.
+        ValueError, FileNotFoundError
+            If a value does not fit the model, or a file is not there.
         """
         from ..decoding.draft_head import FILE_NAME  # not before it is needed: see the package's docstring
 
-        own = getattr(config, CONFIG_KEY, None) or {}
-        if not isinstance(own, Mapping):
-            raise ValueError(f"{CONFIG_KEY!r} in the config.json of {model} must be an object, got {own!r}")
-        beside = Path(model) / FILE_NAME
-        values: dict[str, Any] = {
-            "exit_layer": max(1, config.num_hidden_layers // 4),
-            "num_speculations": DEFAULT_SPECULATIONS,
-            "draft_head": str(beside) if beside.is_file() else "full",
-            **{name: own[name] for name in ("exit_layer", "num_speculations") if name in own},
-            **_tuned(Path(model)),
-            **split(options)[0],
-        }
-        settings = cls(**values)
+        values = {**_known(options, config, model), **split(options)[0]}
+        if values.get("exit") is None:
+            beside = Path(model) / FILE_NAME
+            head = str(beside) if beside.is_file() else "full"
+            defaults = {"exit_layer": max(1, config.num_hidden_layers // 4), "draft_head": head}
+        else:
+            defaults = {"exit_layer": _layer_of(values["exit"], config), "draft_head": "exit"}
+        settings = cls(**{"num_speculations": DEFAULT_SPECULATIONS, **defaults, **values})
         settings._check(config.num_hidden_layers)
+        layer = defaults["exit_layer"]
+        if settings.exit is not None and settings.exit_layer != layer:
+            raise ValueError(f"the exit {settings.exit} follows layer {layer}, but exit_layer is {settings.exit_layer}")
         return settings
 
     def _check(self, layers: int) -> None:
@@ -77,25 +77,35 @@ class Settings:
             raise ValueError(f"num_speculations must be at least 1, got {self.num_speculations!r}")
         if not isinstance(self.mend_cpu_sampling, bool):
             raise ValueError(f"mend_cpu_sampling must be true or false, got {self.mend_cpu_sampling!r}")
-        known = self.draft_head in ("full", "int8", "vllm")
+        known = self.draft_head in ("full", "int8", "vllm", *(["exit"] if self.exit else []))
         if not known and not (isinstance(self.draft_head, str) and Path(self.draft_head).exists()):
             raise ValueError(
-                f"draft_head must be full, int8, vllm, or the path of a saved draft head, got {self.draft_head!r}"
+                f"draft_head must be full, int8, vllm, exit (with an exit), or the path of a saved draft head, got "
+                f"{self.draft_head!r}"
             )
 
 
-def _tuned(folder: Path) -> dict[str, Any]:
-    """What ``layerskip tune`` found best, as far as vLLM can do the same."""
-    from ..decoding.tuning import FILE_NAME, Tuning
+def _known(options: Mapping[str, Any], config: Any, model: str) -> dict[str, Any]:
+    """What the model's files say: ``layerskip tune``'s, else its config.json; of the exit only if ``options`` don't."""
+    from ..decoding.tuning import Tuning
 
-    if not (folder / FILE_NAME).is_file():
+    tuning = None if "exit" in options else Tuning.beside(model, config)
+    if tuning is None:
         return {}
-    tuning = Tuning.load(folder)
-    if tuning.exit is not None:
-        return {}
-    counts = {"exit_layer": tuning.exit_layer, "num_speculations": tuning.num_speculations}
-    values = {name: value for name, value in counts.items() if value != "auto"}
-    return values if tuning.draft_head is None else {**values, "draft_head": tuning.draft_head}
+    names = ["num_speculations", "draft_head"] + ([] if "exit_layer" in options else ["exit", "exit_layer"])
+    values = {name: getattr(tuning, name) for name in names}
+    return {name: value for name, value in values.items() if value not in (None, "auto")}
+
+
+def _layer_of(source: Any, config: Any) -> int:
+    """The layer that an exit follows; ValueError if it is for another model."""
+    from ..models import Exit
+
+    if not isinstance(source, str):
+        raise ValueError(f"exit must be a path, or the name of a model that comes with one, got {source!r}")
+    exit = Exit.load(source)
+    exit.check_sizes(config.num_hidden_layers, config.vocab_size, config.hidden_size)
+    return exit.exit_layer
 
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
