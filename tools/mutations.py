@@ -86,7 +86,11 @@ MUTATIONS = [
     ),
     Mutation(
         "prompts have the time of the longest round", DECODING + "budget.py",
-        "LONGEST_STEP * min(self._rounds)", "LONGEST_STEP * max(self._rounds)", LAYERSKIP + "test_budget.py",
+        "shortest = min(self._rounds)", "shortest = max(self._rounds)", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "a step reads whatever its round took", DECODING + "budget.py",
+        "(LONGEST_STEP + 1 - _GOAL) * shortest", "-math.inf", LAYERSKIP + "test_budget.py",
     ),
     Mutation(
         "a smaller pass is foreseen without its fixed cost", DECODING + "budget.py",
