@@ -38,7 +38,15 @@ def architecture_of(model: nn.Module) -> Architecture:
             f"model class {type(model).__name__} of model_type {model_type!r}",
             f"{', '.join(supported_architectures())}, as {classes}",
         )
+    _check_depth(model)
     return architecture
+
+
+def _check_depth(model: Any) -> None:
+    """Refuse fewer layers than the configuration says; of more, only the first are used."""
+    layers, said = len(model.model.layers), model.config.num_hidden_layers
+    if layers < said:
+        raise UnsupportedModelError(f"the model has {layers} layers, and config.num_hidden_layers is {said}")
 
 
 def _check_adapters(model: nn.Module) -> None:
