@@ -240,6 +240,19 @@ def test_a_forward_of_one_instance_is_refused_by_name(where):
     assert torch.equal(decoder.generate(prompt_of(5), NEW).sequences, expected)
 
 
+def test_a_class_of_ones_own_is_refused_by_name():
+    model = tiny_model()
+    decoder = SelfSpeculativeDecoder(model, 1)
+
+    class Louder(type(model.model.layers[1].mlp)):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model.model.layers[1].mlp = Louder(model.config)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp of type test_model_changes\.Louder, whose"):
+        decoder.generate(prompt_of(5), NEW)
+
+
 def test_a_forward_that_was_put_back_is_none():
     """As transformers 4.57 leaves them where it has looked at outputs."""
     model = tiny_model()
