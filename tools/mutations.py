@@ -131,6 +131,14 @@ MUTATIONS = [
         "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "test_transformers_quantized.py",
     ),
     Mutation(
+        "a decoder keeps the depth of its model's configuration", MODELS + "watch.py",
+        "_depth(model) == self._depth and ", "", LAYERSKIP + "test_model_changes.py -k that_are_called",
+    ),
+    Mutation(
+        "a module of somebody's own class is taken for the model's", MODELS + "architectures.py",
+        "if name and not kind", "if False and not kind", LAYERSKIP + "test_model_changes.py -k class_of_ones_own",
+    ),
+    Mutation(
         "a hole in a mask is taken out of a prompt", DECODING + "prompts.py",
         "kept[-1] - kept[0] + 1 != len(kept)", "False", f"{LAYERSKIP}test_prompts.py {LAYERSKIP}test_decoding.py",
     ),
