@@ -86,7 +86,11 @@ MUTATIONS = [
     ),
     Mutation(
         "prompts have the time of the longest round", DECODING + "budget.py",
-        "LONGEST_STEP * min(self._rounds)", "LONGEST_STEP * max(self._rounds)", LAYERSKIP + "test_budget.py",
+        "shortest = min(self._rounds)", "shortest = max(self._rounds)", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "a step reads whatever its round took", DECODING + "budget.py",
+        "(LONGEST_STEP + 1 - _GOAL) * shortest", "-math.inf", LAYERSKIP + "test_budget.py",
     ),
     Mutation(
         "a smaller pass is foreseen without its fixed cost", DECODING + "budget.py",
@@ -125,6 +129,14 @@ MUTATIONS = [
     Mutation(
         "a kernel that has repacked its tensors is read", MODELS + "adaptation.py",
         "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "test_transformers_quantized.py",
+    ),
+    Mutation(
+        "a decoder keeps the depth of its model's configuration", MODELS + "watch.py",
+        "_depth(model) == self._depth and ", "", LAYERSKIP + "test_model_changes.py -k that_are_called",
+    ),
+    Mutation(
+        "a module of somebody's own class is taken for the model's", MODELS + "architectures.py",
+        "if name and not kind", "if False and not kind", LAYERSKIP + "test_model_changes.py -k class_of_ones_own",
     ),
     Mutation(
         "a hole in a mask is taken out of a prompt", DECODING + "prompts.py",

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import layerskip
-from layerskip import DraftHead, SelfSpeculativeDecoder
+from layerskip import DraftHead, DraftSource, SelfSpeculativeDecoder
 from layerskip.decoding.output import GenerationOutput, Update
 from layerskip.models import model as model_module
 
-from .soak_cases import LAYERS, LONGEST, MOST_DRAFTS, VOCABULARY, Case, Fault, Interrupted, blocks_of, case_of
+from .soak_cases import LAYERS, LONGEST, VOCABULARY, Case, Fault, Interrupted, blocks_of, case_of
 
 SLOTS, WAITING = 4, 8
 PATIENCE = 200  # steps without an update, after which requests are lost
@@ -109,7 +109,8 @@ class Soak:
     def __init__(self, seed: int, decoder: SelfSpeculativeDecoder | None = None) -> None:
         self.seed, self.reached = seed, Reached()
         self._decoder = tiny_decoder(seed) if decoder is None else decoder
-        self._session = self._decoder.open_session(SLOTS, max_seq_len=LONGEST, num_speculations=MOST_DRAFTS)
+        most = DraftSource.max_drafts  # as a request alone may draft, because the number decides what is drawn
+        self._session = self._decoder.open_session(SLOTS, max_seq_len=LONGEST, num_speculations=most)
         self._running: dict[int, _Running] = {}
         self._chance, self._idle = random.Random(seed), 0  # steps without an update
         self._interrupted = False  # the last step
@@ -216,7 +217,7 @@ class Soak:
     def _alone(self, case: Case) -> GenerationOutput:
         options = dict(case.options)
         if not case.sampled and options["strategy"] == "self_speculative":
-            for name in ("exit_layer", "num_speculations", "draft_threshold"):
+            for name in ("exit_layer", "num_speculations", "draft_threshold", "draft_source"):
                 del options[name]
             options["strategy"] = "autoregressive"
         hooks: dict[str, Any] = {"should_stop": case.rule(False), "logits_processor": case.processor(False)}

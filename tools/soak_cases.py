@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerskip import SamplingParams
+from layerskip import DraftSource, SamplingParams
 
 VOCABULARY, LAYERS, LONGEST, MOST_DRAFTS = 101, 4, 64, 6
 
@@ -21,6 +21,17 @@ class Fault(Exception):
 
 class Interrupted(BaseException):
     """Raised in a step as Ctrl-C would be: it leaves the step, and nothing may be lost."""
+
+
+@dataclass(frozen=True)
+class Echo(DraftSource):
+    """A source of one's own: drafts the last tokens once more."""
+
+    length: int
+
+    def propose(self, history: Sequence[int]) -> Sequence[int]:
+        """See `DraftSource.propose`."""
+        return history[-self.length :]
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ def case_of(seed: int, index: int) -> Case:
         "exit_layer": "auto" if adaptive and chance.random() < 0.1 else chance.randint(1, LAYERS - 1),
         "num_speculations": "auto" if adaptive and chance.random() < 0.1 else chance.randint(1, MOST_DRAFTS),
         "draft_threshold": chance.choice((0.0, 0.0, 0.02, 0.1, 1.0)),
+        "draft_source": _source(chance, adaptive) if strategy == "self_speculative" else "exit",
         "sampling": sampling,
         "eos_token_id": chance.sample(range(VOCABULARY), chance.choice((0, 0, 1, 3))),
     }
@@ -100,6 +112,12 @@ def case_of(seed: int, index: int) -> Case:
 
     prompt = [chance.randrange(VOCABULARY) for _ in range(length)]
     return Case(index, prompt, options, chance.random() < 0.15, sometimes(0.2), sometimes(0.04), sometimes(0.04))
+
+
+def _source(chance: random.Random, adaptive: bool) -> str | DraftSource:
+    """Where drafts come from: a clock decides it for greedy requests only, whose tokens do not depend on it."""
+    others: list[str | DraftSource] = ["ngram", Echo(chance.randint(1, 8)), *(["auto"] if adaptive else [])]
+    return "exit" if chance.random() < 0.6 else chance.choice(others)
 
 
 def _sampling(chance: random.Random) -> SamplingParams:

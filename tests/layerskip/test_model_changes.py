@@ -55,6 +55,10 @@ def fewer_layers(model):
     model.config.num_hidden_layers = 3
 
 
+def fewer_that_are_called(model):
+    model.config.num_hidden_layers = 3
+
+
 def in_place(model):
     with torch.no_grad():
         model.lm_head.weight.mul_(torch.randn(101, 1))
@@ -62,7 +66,8 @@ def in_place(model):
 
 @pytest.mark.parametrize("draft_head", ["full", "int8"])
 @pytest.mark.parametrize(
-    "change", [replaced, assigned, new_head, converted, converted_by_replacing, fewer_layers, in_place]
+    "change",
+    [replaced, assigned, new_head, converted, converted_by_replacing, fewer_layers, fewer_that_are_called, in_place],
 )
 def test_what_changes_is_decoded(change, draft_head):
     model = tiny_model()
@@ -105,6 +110,14 @@ def test_an_exit_that_no_longer_fits_is_named():
     for _ in range(2):  # also when asked again
         with pytest.raises(ValueError, match="the exit is for a model of 4 layers, this one has 3"):
             decoder.generate(prompt_of(5), NEW)
+
+
+def test_layers_that_are_missing_are_named():
+    model = tiny_model()
+    decoder = SelfSpeculativeDecoder(model, 1)
+    del model.model.layers[3]
+    with pytest.raises(UnsupportedModelError, match=r"has 3 layers, and config.num_hidden_layers is 4"):
+        decoder.generate(prompt_of(5), NEW)
 
 
 def test_a_model_of_ours_that_is_converted():
@@ -225,6 +238,19 @@ def test_a_forward_of_one_instance_is_refused_by_name(where):
             call()
     del module.forward
     assert torch.equal(decoder.generate(prompt_of(5), NEW).sequences, expected)
+
+
+def test_a_class_of_ones_own_is_refused_by_name():
+    model = tiny_model()
+    decoder = SelfSpeculativeDecoder(model, 1)
+
+    class Louder(type(model.model.layers[1].mlp)):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model.model.layers[1].mlp = Louder(model.config)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp of type test_model_changes\.Louder, whose"):
+        decoder.generate(prompt_of(5), NEW)
 
 
 def test_a_forward_that_was_put_back_is_none():

@@ -105,10 +105,18 @@ def test_rows_of_one_prompt_differ(model):
     assert len(out.unique(dim=0)) == 5
 
 
+def top_k_of_4_57(k):
+    processor = TopKLogitsWarper(k)
+    del processor.min_tokens_to_keep
+    return processor
+
+
 @pytest.mark.parametrize(
     ("processors", "parameters"),
     [
         ([], {"temperature": 1.0}),
+        ([top_k_of_4_57(5)], {"temperature": 1.0, "top_k": 5}),
+        ([TopKLogitsWarper(5, min_tokens_to_keep=2)], None),
         ([TemperatureLogitsWarper(0.5), TopKLogitsWarper(5)], {"temperature": 0.5, "top_k": 5}),
         ([TopKLogitsWarper(5), TemperatureLogitsWarper(0.5)], None),
         ([TopKLogitsWarper(5), TopKLogitsWarper(4)], None),

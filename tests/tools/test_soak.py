@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 import layerskip_kernels
+from layerskip import DraftSource
 from layerskip.decoding.session import Session
 from layerskip.models import model as model_module
 from layerskip_kernels import _extension
@@ -47,6 +48,9 @@ def test_requests_are_as_various_as_they_should_be() -> None:
         lambda case: case.options["strategy"] == "early_exit",
         lambda case: case.options["exit_layer"] == "auto",
         lambda case: case.options["num_speculations"] == "auto",
+        lambda case: case.options["draft_source"] == "auto",
+        lambda case: case.options["draft_source"] == "ngram" and case.sampled,
+        lambda case: isinstance(case.options["draft_source"], DraftSource) and case.sampled,
         lambda case: case.options["draft_threshold"] and case.sampled,
         lambda case: case.sampled and case.options["sampling"].processes,
         lambda case: case.processed and case.interrupt,

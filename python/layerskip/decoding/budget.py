@@ -10,7 +10,8 @@ from typing import Protocol
 from . import validation
 
 LONGEST_STEP = 2.25
-"""A step that reads prompts is to take so many times as long as a step without: 3 is the goal, and times vary."""
+"""A step that reads prompts is to take so many times as long as a step without: `_GOAL` at most, and times vary."""
+_GOAL = 3.0  # times
 _TOO_LONG = 2.4  # times: a size that is known to make a step as long is not tried again
 _RECENT = 8  # steps; the shortest of their rounds is the step without, because one round may be disturbed
 _WEIGHT = 0.5  # of a new pass in the size and the time of the usual one
@@ -58,6 +59,10 @@ class TokenBudget:
 class TimeBudget:
     """As many tokens as keep a step within `LONGEST_STEP`, or one more, so that the size finds its way up from one.
 
+    One token always fits after the shortest of the recent rounds, so reading goes on. After a round that was disturbed,
+    or is that of many more requests, even one may take a step beyond `_GOAL`: a pass of one may be as long as a round.
+    Such a step reads nothing.
+
     A pass of n tokens takes a + b n seconds: it streams the weights once, then computes. Which of the two is more
     depends on the machine, so both are bounded instead of fitted. From the usual pass, a larger one is foreseen with
     a = 0, and a smaller one with the largest a there can be, which is a step without prompts, since that streams the
@@ -79,7 +84,9 @@ class TimeBudget:
         self._left, self._another = 0.0, math.inf
         if round_seconds is not None:
             self._rounds.append(round_seconds)
-            self._left, self._another = LONGEST_STEP * min(self._rounds) - round_seconds, -math.inf
+            shortest = min(self._rounds)
+            self._left = LONGEST_STEP * shortest - round_seconds
+            self._another = (LONGEST_STEP + 1 - _GOAL) * shortest
 
     def next_pass(self, depth: int) -> int:  # noqa: D102
         if self._left < self._another:

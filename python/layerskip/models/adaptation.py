@@ -7,7 +7,7 @@ from typing import Any
 
 from .._extras import check_transformers
 from . import checkpoints
-from .architectures import architecture_of, check_config, checked_parameters
+from .architectures import architecture_of, check_classes, check_config, checked_parameters
 from .assembly import EMBEDDING, HEAD, LAYERS, NORM, assemble
 from .checkpoints import HeldTensors, SafetensorsCheckpoint
 from .families import Architecture
@@ -42,7 +42,8 @@ def adapt(hf_model: Any) -> LayerSkipModel:
     UnsupportedModelError
         If the architecture, a way of attending, the type of rotary embedding, the activation, a bias, or the kind of a
         weight (quantised in another way, repacked for a kernel, adapted, of mixed dtype or device, strided) is not
-        supported, or a module has a hook or a forward of its own, which would not be called. The message names it.
+        supported, or a module has a hook, a class or a forward of its own, which would not be called. The message names
+        it.
     ModelFileError
         If the model's quantized weights are not what its configuration says.
     """
@@ -57,6 +58,7 @@ def adapt(hf_model: Any) -> LayerSkipModel:
     if checkpoint is not None:
         dtype = hf_model.get_parameter(NORM).dtype
         return checkpoints.build("the model", config, checkpoint, dtype, generation_config)
+    check_classes(hf_model)
     parameters = checked_parameters(hf_model, architecture)
     decoder, head = assemble(hf_model, parameters)
     return LayerSkipModel(parameters[EMBEDDING], decoder, head, config, generation_config)

@@ -16,6 +16,7 @@ from .unsupported import UnsupportedModelError, unsupported
 from .watch import class_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_KNOWN = ("torch.", "transformers.", "layerskip.", "compressed_tensors.")
 _LEFT = ("weight_", "input_", "output_")  # begin the names of scales and zero points beside a weight
 
 Held = TypeVar("Held", bound=Tensor)
@@ -38,7 +39,15 @@ def architecture_of(model: nn.Module) -> Architecture:
             f"model class {type(model).__name__} of model_type {model_type!r}",
             f"{', '.join(supported_architectures())}, as {classes}",
         )
+    _check_depth(model)
     return architecture
+
+
+def _check_depth(model: Any) -> None:
+    """Refuse fewer layers than the configuration says; of more, only the first are used."""
+    layers, said = len(model.model.layers), model.config.num_hidden_layers
+    if layers < said:
+        raise UnsupportedModelError(f"the model has {layers} layers, and config.num_hidden_layers is {said}")
 
 
 def _check_adapters(model: nn.Module) -> None:
@@ -48,6 +57,17 @@ def _check_adapters(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{name or 'the model'} is a {type(module).__name__} of PEFT: an adapter that is not merged is not "
                 "supported; use what merge_and_unload() of the PeftModel returns"
+            )
+
+
+def check_classes(model: nn.Module) -> None:
+    """Refuse modules of classes that are somebody's own, maybe with the right parameters, for nobody calls them."""
+    for name, module in model.named_modules():
+        kind = class_of(module)
+        if name and not kind.__module__.startswith(_KNOWN):
+            raise unsupported(
+                f"{name} of type {kind.__module__}.{kind.__name__}, whose forward would not be called",
+                "modules of torch and transformers",
             )
 
 

@@ -60,11 +60,12 @@ class ModelWatch:
         self._weights = [weight for weight in self._parameters if weight is not None]
         # Conversions keep a parameter and change what it holds, where it stays on the CPU or torch is told so.
         self._dtypes, self._on_cpu = list(map(_DTYPE, self._weights)), list(map(_ON_CPU, self._weights))
+        self._depth = _depth(hf_model)
         self._copied = self._weights if quantized else []
         self._versions = list(map(_version, self._copied))
 
     def changed(self) -> nn.Module | None:
-        """The model, if other modules or parameters are in it, or parameters of another dtype or device; else None.
+        """The model, if its depth or what is in it is another: modules, parameters, their dtype or device; else None.
 
         A change of values in place is none, since they are shared, but where the model is quantized. A model that
         nobody else holds cannot have changed.
@@ -81,7 +82,7 @@ class ModelWatch:
         if overridden or (any(self._hook_dicts) and not _same(_values(self._hook_dicts), self._hooks)):
             check_hooks(model)
             self._hooks = _values(self._hook_dicts)
-        return None if self._is_as_it_was() else model
+        return None if _depth(model) == self._depth and self._is_as_it_was() else model
 
     def _is_as_it_was(self) -> bool:
         return (
@@ -170,6 +171,12 @@ def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 
 def _values(dicts: Iterable[Mapping[Any, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(_OF_DICT, dicts)))
+
+
+def _depth(model: nn.Module) -> int | None:
+    """How many of its layers a model calls."""
+    depth: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return depth
 
 
 def _version(tensor: Tensor) -> int:

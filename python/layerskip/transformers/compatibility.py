@@ -166,7 +166,8 @@ def _parameter(processor: Any, padding: list[int]) -> tuple[str, Any]:
         return ("repetition_penalty" if prompts else "", processor.penalty)
     if kind is processes.TemperatureLogitsWarper:
         return "temperature", float(processor.temperature)
-    if getattr(processor, "filter_value", None) != -math.inf or processor.min_tokens_to_keep != 1:
+    # The top-k of transformers 4.57 has what it must keep in its top_k alone.
+    if getattr(processor, "filter_value", None) != -math.inf or getattr(processor, "min_tokens_to_keep", 1) != 1:
         return "", None
     if kind is processes.TopKLogitsWarper:
         return "top_k", processor.top_k
