@@ -16,7 +16,7 @@ from .unsupported import UnsupportedModelError, unsupported
 from .watch import class_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_KNOWN = ("torch.", "transformers.", "layerskip.", "compressed_tensors.")
+_KNOWN = ("torch.", "transformers.", "layerskip.", "compressed_tensors.", "liger_kernel.")
 _LEFT = ("weight_", "input_", "output_")  # begin the names of scales and zero points beside a weight
 
 Held = TypeVar("Held", bound=Tensor)
