@@ -194,6 +194,43 @@ def test_another_stream_waits_for_the_last_round():
     assert outcome._host.tolist() == [[8, 5]]
 
 
+@pytest.mark.parametrize("way", ["dropped", "of other weights", "too many"])
+def test_what_lets_go_of_memory_waits_for_the_round_that_works_on_it(way):
+    graphs, weight = Graphs(FakeCard(), most=1), torch.ones(3)
+    graphs.hold([weight])
+    outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
+    assert outcome._host.tolist() == [[-99, -99]]
+    if way == "dropped":
+        del graphs
+    elif way == "of other weights":
+        graphs.hold([torch.ones(3)])
+    else:
+        graphs.launch("another kind", counted, sequences_of(1), 1)
+    assert outcome._host.tolist() == [[8, 5]]
+
+
+class Forgetful(FakeCard):
+    """Holds nothing of what it recorded, as a card, which knows addresses alone; a round gives the same every time."""
+
+    def capture(self, function):
+        return function().clone(), lambda: self.put(lambda: None)
+
+
+@requires_native
+def test_a_session_may_be_dropped_with_a_round_under_way(monkeypatch):
+    card = Forgetful()
+    monkeypatch.setattr(graph, "for_device", lambda device: graphs_on(card))
+    session = SelfSpeculativeDecoder(tiny_model(), exit_layer=1, num_speculations=3).open_session(1, max_seq_len=48)
+    session.add(prompt_of(5), 40, eos_token_id=[])
+    for _ in range(2):  # the prompt, then a round and one ahead of it
+        session.step()
+    held = {tensor.data_ptr() for tensor in session._graphs._fixed}
+    assert {session._cache.k.data_ptr(), session._cache.v.data_ptr()} <= held
+    assert card._queue
+    del session
+    assert not card._queue
+
+
 def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
     card = FakeCard()
     graphs = Graphs(card, most=2)
