@@ -105,7 +105,7 @@ class FakeCard:
         self.current = "a stream"
         self.events: list[FakeEvent] = []
         self._queue: deque[Callable[[], Any]] = deque()
-        self._busy = False
+        self.busy = False
         self._waiting = 0  # replays in the queue
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
@@ -143,14 +143,14 @@ class FakeCard:
 
     def drain(self, until: Callable[[], bool] = lambda: False) -> None:
         """Do what waits, in order."""
-        if self._busy:
+        if self.busy:
             return
-        self._busy = True
+        self.busy = True
         try:
             while self._queue and not until():
                 self._queue.popleft()()
         finally:
-            self._busy = False
+            self.busy = False
 
 
 def graphs_on(card: FakeCard) -> Graphs:

@@ -284,7 +284,8 @@ def test_padding_takes_slots_that_are_free(count, free, missing):
     ],
 )
 def test_what_meets_the_host_is_seen(wrong, message):
-    outcome, _ = graphs_on(FakeCard()).launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
+    graphs = graphs_on(FakeCard())
+    outcome, _ = graphs.launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
     with pytest.raises(AssertionError, match=message):
         outcome.read()
 
