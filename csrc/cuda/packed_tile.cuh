@@ -81,7 +81,7 @@ struct PackedSums : Sums<T> {
   }
 
   // As the exit head wants them: of rows g (i < 2) and g + 8 with tokens 8 n + 2 t + i % 2.
-  __device__ __forceinline__ void row_sums(float (&out)[2][4]) const { memcpy(out, this->d, sizeof out); }
+  __device__ __forceinline__ void row_sums(float (*out)[4]) const { memcpy(out, this->d, sizeof this->d); }
 };
 
 template <class W>
@@ -100,7 +100,7 @@ struct PackedSums<float, W> : Sums<float> {
     }
   }
 
-  __device__ __forceinline__ void row_sums(float (&out)[2][4]) const {
+  __device__ __forceinline__ void row_sums(float (*out)[4]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kTokens; ++i) {
       const int half = i % 2, token = i / 2;

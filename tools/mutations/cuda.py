@@ -31,6 +31,18 @@ BUGS = [
         EMULATED + "exit_head.py -k view_of_wider",
     ),
     Mutation(
+        "states of a later group are normed as those of the first, in CUDA", CUDA + "head_states.cuh",
+        "inverses[begin + threadIdx.x / 4] =", "inverses[threadIdx.x / 4] =", EMULATED + "exit_head.py -k many_rows",
+    ),
+    Mutation(
+        "the sums of later states do not move up, in CUDA", CUDA + "head_states.cuh",
+        "for (int i = 4; i < 8 * GROUPS; ++i)", "for (int i = 4; i < 8; ++i)", EMULATED + "exit_head.py -k many_rows",
+    ),
+    Mutation(
+        "a pass over the head takes 16 states, in CUDA", CUDA + "head_states.cuh", "? kTokens : 4 * kTokens;",
+        "? kTokens : kTokens;", "tests/tools/test_roofline.py -k states_share",
+    ),
+    Mutation(
         "noise forgets the upper half of a position, in CUDA", CUDA + "noise.cuh",
         "static_cast<uint32_t>(position >> 32)", "0", EMULATED + "exit_head.py -k samples_are",
     ),

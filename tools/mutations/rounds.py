@@ -38,6 +38,15 @@ BUGS = [
         "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS,
     ),
     Mutation(
+        "memory goes while a card's round works on it", DECODING + "graph.py",
+        'with a round under way."""\n        self.finish()', 'with a round under way."""',
+        LAYERSKIP + "test_graph.py -k may_be_dropped",
+    ),
+    Mutation(
+        "the host waits for what it sends to a card", DECODING + "sending.py", "non_blocking=True",
+        "non_blocking=False", LAYERSKIP + "test_sending.py",
+    ),
+    Mutation(
         "prompts have the time of the longest round", DECODING + "budget.py",
         "LONGEST_STEP * min(self._rounds)", "LONGEST_STEP * max(self._rounds)", LAYERSKIP + "test_budget.py",
     ),

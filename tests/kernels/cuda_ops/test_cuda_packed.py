@@ -103,6 +103,18 @@ def test_rows_do_not_depend_on_each_other(ops: Ops, name: str, dtype: torch.dtyp
     assert_rows_alone(lambda x: tuple(ops.exit_head(x, norm, weight, EPS)), x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["int8", "int4_zero_g128", "fp8"])
+@pytest.mark.parametrize("rows", [17, 32, 33, 49, 65])
+def test_many_rows_have_the_bits_of_few(ops: Ops, rows: int, name: str, dtype: torch.dtype) -> None:
+    make = Inputs(dtype)
+    x, norm, weight = make.normal(rows, 640), make.norm(640), packed(make, name, 20, 640)
+    whole = ops.exit_head(x, norm, weight, EPS)
+    for first in range(0, rows, 7):
+        few = slice(first, min(first + 7, rows))
+        assert_same_bits(ops.exit_head(x[few], norm, weight, EPS), [one[few] for one in whole], f"(rows from {first})")
+
+
 MODEL = Sizes(hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=256, num_layers=1)
 
 
