@@ -1,5 +1,5 @@
-// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 64 of them (in fp32
-// and packed, 16). W is T, or how the weights are packed.
+// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 64 of them (in fp32,
+// 16). W is T, or how the weights are packed.
 #pragma once
 
 #include "cuda/linear.h"
