@@ -16,7 +16,7 @@ from tiny import ROUND, prompt_of, requires_native, tiny_model
 from torch import Tensor
 
 import layerskip_kernels
-from layerskip import SamplingParams, SelfSpeculativeDecoder, models
+from layerskip import DraftSource, SamplingParams, SelfSpeculativeDecoder, models
 from layerskip.decoding import graph
 from layerskip.decoding.graph import Graphs
 from layerskip.decoding.round import FusedRound, LookedUp, SequenceTensors
@@ -89,6 +89,22 @@ def test_the_same_tokens_where_drafts_are_looked_up(slots, source, kind):
     assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
     assert card.captures > 1
     assert card.most_unread == 1  # what is looked up depends on what was read
+
+
+class AnyNumber(DraftSource):
+    """One draft to seven, by turns."""
+
+    def propose(self, history):
+        return [7] * (1 + len(history) % 7)
+
+
+@requires_native
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_few_rounds_are_recorded_of_any_number_of_drafts(kind):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    card, given = FakeCard(), {"draft_source": AnyNumber(), "sampling": SAMPLING[kind]}
+    assert tokens_of(decoder, 3, card, **given) == tokens_of(decoder, 3, None, **given)
+    assert card.captures <= 3 * 3  # of one, two and three sequences, with 0, 4 and 8 drafts
 
 
 @requires_native
@@ -302,7 +318,7 @@ def test_a_round_has_no_values_to_look_at(temperature, num_blocks):
         round_ = FusedRound(model, cache)
         assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
         assert round_.advance(sequences, model.num_layers).shape == (2, 2)
-        looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, torch.device("meta"), sequences.draws)
+        looked_up = LookedUp.of([[1, 2, 3], [4]], 3, model.vocab_size, torch.device("meta"), sequences.draws)
         assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
 
 

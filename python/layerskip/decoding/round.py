@@ -49,18 +49,19 @@ class LookedUp(NamedTuple):
     token_map: Tensor | None
 
     @classmethod
-    def of(cls, drafts: Sequence[Sequence[int]], vocab_size: int, device: torch.device, draws: bool) -> LookedUp:
-        """The tensors of what the host knows; their sizes depend only on B and the longest draft.
+    def of(
+        cls, drafts: Sequence[Sequence[int]], most: int, vocab_size: int, device: torch.device, draws: bool
+    ) -> LookedUp:
+        """The tensors of what the host knows; their sizes depend only on B and K, which is ``most``.
 
         They go to the device in copies for which the host does not wait.
         """
-        longest = max(map(len, drafts))
-        padded = [[*draft, *[NOT_DRAFTED] * (longest - len(draft))] for draft in drafts]
+        padded = [[*draft, *[NOT_DRAFTED] * (most - len(draft))] for draft in drafts]
         tokens = sent(torch.tensor(padded, dtype=torch.int64), device)
         if not draws:
             return cls(tokens, None)
         known = {token for draft in drafts for token in draft}
-        size = min(max(1, len(drafts) * longest), vocab_size)
+        size = min(max(1, len(drafts) * most), vocab_size)
         others = (token for token in range(vocab_size) if token not in known)
         return cls(tokens, sent(torch.tensor([*known, *islice(others, size - len(known))]), device))
 
@@ -348,8 +349,6 @@ def looked_up_states(
     """The looked-up drafts of some sequences, and their states after layers [0, end), or all layers."""
     assert sequences.looked_up is not None
     tokens, token_map = sequences.looked_up
-    rows = torch.column_stack([sequences.token, tokens])
-    if len(rows) > 1:  # else no draft is missing
-        rows = rows.clamp_min(0)
+    rows = torch.column_stack([sequences.token, tokens]).clamp_min(0)  # a draft that is missing is any token
     states = model.read(rows, cache, end, seq_lens=sequences.seq_lens, slots=sequences.slots)
     return Drafted(tokens, states, sequences.looked_up.logits if sequences.draws else None, token_map)
