@@ -157,9 +157,8 @@ class Batch:
         if self._has_blocks and self._launched[-1].num_speculations == 0:
             return False  # blocks have not read what that round gives
         positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
-        return self._last_position + positions <= self._cache.capacity and any(
-            one.sequence.remaining > 1 for one in self.requests
-        )
+        fits = self._last_position + positions <= self._cache.capacity
+        return fits and any(request.sequence.remaining > 1 for request in self.requests)
 
     @property
     def failures(self) -> dict[int, Exception]:
