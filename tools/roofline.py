@@ -56,6 +56,7 @@ class Shape:
 
 
 COUNTED = Shape(512, 2048, 8, 2, 64, 8192, 700)
+SHARED = ("linear", "swiglu", "exit_head", "linear, int8", "exit_head, int8", "exit_head, int4")
 LLAMA_1B = Shape(2048, 8192, 32, 8, 64, 128256, 1024, device="meta")
 
 
@@ -181,8 +182,7 @@ def counted() -> str:
     """A line an op and number of rows: what it moves."""
     found = [(str(rows), measure(*case)) for rows in (1, 7) for case in cases(COUNTED, rows)]
     for many in (20, 40):  # of several sequences: what a block takes in one pass over its weights
-        products = [case for case in cases(COUNTED, many) if case[0] in ("linear", "swiglu")]
-        found += [(str(many), measure(*case)) for case in products]
+        found += [(str(many), measure(*case)) for case in cases(COUNTED, many) if case[0] in SHARED]
     found += [("6 drafts", measure(*case)) for case in accepting(6)]
     lines = ["| op | rows | must move | from memory | written | moved / must | from L2 |", "|---" * 7 + "|"]
     for rows, row in found:

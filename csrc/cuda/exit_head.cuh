@@ -1,5 +1,6 @@
-// The exit head: norm, head matmul, arg-max or a sample, and log-sum-exp of up to 16 states in one pass over the
-// weights, without logits in memory; then one small kernel that merges what the tiles of the vocabulary left.
+// The exit head: norm, head matmul, arg-max or a sample, and log-sum-exp of up to 64 states (16 in fp32) in one
+// pass over the weights, without logits in memory; then one small kernel that merges what the tiles of the vocabulary
+// left.
 //
 // A warp takes tiles of 16 vocabulary rows and streams each through its own ring in shared memory, in segments of 256
 // bytes a row, so that no warp waits for another. Weights are the A operand of mma.m16n8k16, states the B operand,
@@ -86,9 +87,9 @@ struct WeightRing {
 // The products of one tile with the states. Lane 4 g + t of a warp reads piece 4 h + t of every group h of weight rows
 // g and g + 8. After `finish`, sums[n] has the logits of these rows with states 8 n + 2 t and 8 n + 2 t + 1, as an mma
 // does.
-template <class T, class W>
+template <class T, class W, int GROUPS>
 struct Products {
-  float sums[2][4] = {};
+  float sums[2 * GROUPS][4] = {};
 
   __device__ __forceinline__ void add(const unsigned char* stage, const T* states, int pitch, int rows) {
     constexpr int kPairs = 8 / sizeof(W);  // pairs of columns in 16 bytes
@@ -99,7 +100,7 @@ struct Products {
       read_pairs<T, W>(stage + WeightRing<W>::place(g, 4 * h + t), low);
       read_pairs<T, W>(stage + WeightRing<W>::place(g + 8, 4 * h + t), high);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < 2 * GROUPS; ++n) {
         if (8 * n >= rows) break;
         uint32_t x[kPairs] = {};
         if (8 * n + g < rows) {
@@ -118,7 +119,7 @@ struct Products {
 };
 
 template <class W>
-struct Products<float, W> {
+struct Products<float, W, 1> {
   float sums[2][4] = {};
   float own[kTokens][2] = {};  // over this lane's columns, of every state with rows g and g + 8
 
@@ -161,9 +162,9 @@ struct Products<float, W> {
 };
 
 // Blocks share the passes over up to `pass` states so that the passes over a tile run side by side and meet in L2.
-template <class T, class W>
+template <class T, class W, int GROUPS>
 __global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T> a) {
-  __shared__ PassSampling sampling;
+  __shared__ PassSampling<GROUPS> sampling;
   ptx::dependents_trigger();
   unsigned char* memory = ptx::dynamic_shared();
   T* states = reinterpret_cast<T*>(memory + kWarps * a.stages * kStageBytes);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T> a) {
   load_sampling(a.sampling, first, rows, &sampling);
   __syncthreads();
   for (int64_t tile = start; tile < a.tiles; tile += step) {
-    Products<T, W> products;
+    Products<T, W, GROUPS> products;
     for (int segment = 0; segment < a.segments; ++segment) {
       const unsigned char* stage = ring.next();
       ring.fetch();
@@ -218,14 +219,15 @@ cudaError_t launch_head(Chain& chain, HeadArgs<T> a, size_t available, int proce
   if (states == 0) return cudaErrorInvalidConfiguration;
   const size_t deep = (available - states) / kStage;  // as deep a ring as fits beside them
   a.stages = deep < kMaxStages ? static_cast<int>(deep) : kMaxStages;
-  return launch(chain.next(head_grid(a, processors), kThreads, a.stages * kStage + states), exit_head_kernel<T, W>, a);
+  const Launch where = chain.next(head_grid(a, processors), kThreads, a.stages * kStage + states);
+  return with_states<T>(a.pass, [&](auto groups) { return launch(where, exit_head_kernel<T, W, groups.value>, a); });
 }
 
 template <class T>
 cudaError_t exit_head_tiles(Chain& chain, const Head<T>& head, Rows<const T> hidden, int64_t rows,
                             const HeadSampling& sampling, HeadLogits logits, Choice* partial) {
   if (rows == 0) return cudaSuccess;
-  constexpr int kOwn = 2048;  // the kernel's static shared memory, and 1 KB that the system takes of each block
+  constexpr int kOwn = 2048;  // static shared memory of the kernels
   int device = 0, available = 0, processors = 0;
   LSK_LAUNCH(cudaGetDevice(&device));
   LSK_LAUNCH(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));

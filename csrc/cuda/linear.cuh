@@ -1,5 +1,5 @@
-// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 64 of them (in fp32
-// and packed, 16). W is T, or how the weights are packed.
+// linear and swiglu: products of a few rows with a matrix whose rows are streamed once for every 64 of them (in fp32,
+// 16). W is T, or how the weights are packed.
 #pragma once
 
 #include "cuda/linear.h"
@@ -17,7 +17,7 @@ struct LinearEnd {
 // out = x weight^T + bias + residual of 16 weight rows and up to 16 GROUPS rows of x. Past the last row of weights
 // comes that one again, whose sums are left out.
 template <class T, class W, int GROUPS>
-__global__ void __launch_bounds__(kThreads, kResident<T, 1, GROUPS>)
+__global__ void __launch_bounds__(kThreads, kResident<T, W, 1, GROUPS>)
     linear_kernel(Input<T> in, MatrixOf<T, W> weight, int d_out, LinearEnd<T> end) {
   auto& memory = *ptx::dynamic_shared<typename Stream<T, W, 1, GROUPS>::Memory>();
   const TileWork work(in.rows, GROUPS * kTokens);
@@ -52,7 +52,7 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 // out = silu(x gate^T) * (x up^T) of 16 rows of both and up to 16 GROUPS rows of x.
 template <class T, class W, int GROUPS>
-__global__ void __launch_bounds__(kThreads, kResident<T, 2, GROUPS>)
+__global__ void __launch_bounds__(kThreads, kResident<T, W, 2, GROUPS>)
     swiglu_kernel(Input<T> in, MatrixOf<T, W> gate, MatrixOf<T, W> up, int intermediate_size, Rows<T> out) {
   auto& memory = *ptx::dynamic_shared<typename Stream<T, W, 2, GROUPS>::Memory>();
   const TileWork work(in.rows, GROUPS * kTokens);

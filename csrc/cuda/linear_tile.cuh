@@ -21,25 +21,23 @@ namespace lsk {
 
 constexpr int kTileRows = 16;
 
-// Groups of 16 rows of x that a block takes at once, of a launch with so many rows. fp32 has no registers for two.
-template <class T>
-int tile_groups(int64_t rows) {
-  return std::is_same_v<T, float> || rows <= kTokens ? 1 : rows <= 2 * kTokens ? 2 : 4;
-}
-
-// launch_as(std::integral_constant<int, GROUPS>) for as many groups as these rows want.
-template <class T, class Launch>
+// launch_as(std::integral_constant<int, GROUPS>), the groups of 16 rows of x that a block takes at once, of a launch
+// with so many rows and weights W. fp32 has no registers for two, and packed weights have no kernel of their own for
+// two.
+template <class T, class W, class Launch>
 cudaError_t with_groups(int64_t rows, Launch launch_as) {
   if constexpr (!std::is_same_v<T, float>) {
-    if (tile_groups<T>(rows) == 2) return launch_as(std::integral_constant<int, 2>());
-    if (tile_groups<T>(rows) == 4) return launch_as(std::integral_constant<int, 4>());
+    if constexpr (std::is_same_v<T, W>)
+      if (kTokens < rows && rows <= 2 * kTokens) return launch_as(std::integral_constant<int, 2>());
+    if (kTokens < rows) return launch_as(std::integral_constant<int, 4>());
   }
   return launch_as(std::integral_constant<int, 1>());
 }
 
-// Blocks that an SM must hold: those whose sums take 64 registers are content with one.
-template <class T, int TILES, int GROUPS>
-constexpr int kResident = std::is_same_v<T, float> || TILES * GROUPS == 8 ? 1 : 2;
+// Blocks that an SM must hold: those whose sums and x take most registers are content with one.
+template <class T, class W, int TILES, int GROUPS>
+constexpr int kResident =
+    std::is_same_v<T, float> || TILES * GROUPS == 8 || (GROUPS > 1 && !std::is_same_v<T, W>) ? 1 : 2;
 
 // The sums of a warp: rows g and g + 8 of a tile times tokens 2 t, 2 t + 1 (+ 8).
 template <class T>

@@ -80,29 +80,35 @@ struct PackedTiles {
 };
 
 // Products of a tile with the states, `sums` as those of Products.
-template <class T, class W>
+template <class T, class W, int GROUPS>
 __device__ __forceinline__ void multiply_packed(PackedTiles<W>& tiles, const HeadArgs<T>& a, const T* states, int rows,
-                                                float (&sums)[2][4]) {
+                                                float (&sums)[2 * GROUPS][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = a.head.hidden_size / kPackedColumns;
-  PackedSums<T, W> own;
+  PackedSums<T, W> own[GROUPS];
   for (int k = 0; k < blocks; ++k) {
     const PackedPair pair = tiles.next();
-    Chunk<T> x[kSubs<T>][2];
 #pragma unroll
-    for (int i = 0; i < 2 * kSubs<T>; ++i) {
-      const int row = g + 8 * (i % 2), column = k * kPackedColumns + 8 * t + i / 2 * kChunk<T>;
-      x[i / 2][i % 2] = load_chunk<true>(states + row * a.pitch, column, row < rows ? a.pitch : 0);
+    for (int group = 0; group < GROUPS; ++group) {
+      const int first = group * kTokens, left = rows - first;
+      if (left <= 0) break;
+      Chunk<T> x[kSubs<T>][2];
+#pragma unroll
+      for (int i = 0; i < 2 * kSubs<T>; ++i) {
+        const int row = first + g + 8 * (i % 2), column = k * kPackedColumns + 8 * t + i / 2 * kChunk<T>;
+        x[i / 2][i % 2] = load_chunk<true>(states + row * a.pitch, column, row < rows ? a.pitch : 0);
+      }
+      TokenSums of_x;
+      if (std::is_same_v<W, Int4> && tiles.reader.less == 0) of_x = token_sums<T>(x, left);
+      own[group].add(pair, tiles.reader.less, x, of_x, left);
     }
-    TokenSums of_x;
-    if (std::is_same_v<W, Int4> && tiles.reader.less == 0) of_x = token_sums<T>(x, rows);
-    own.add(pair, tiles.reader.less, x, of_x, rows);
   }
-  own.row_sums(sums);
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) own[group].row_sums(sums + 2 * group);
 }
 
-template <class T, class W>
+template <class T, class W, int GROUPS>
 __global__ void __launch_bounds__(kThreads, 1) packed_head_kernel(HeadArgs<T> a, PackedMatrix weight) {
-  __shared__ PassSampling sampling;
+  __shared__ PassSampling<GROUPS> sampling;
   using Memory = typename PackedTiles<W>::Ring::Memory;
   ptx::dependents_trigger();
   unsigned char* memory = ptx::dynamic_shared();
@@ -118,9 +124,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_head_kernel(HeadArgs<T> a,
   load_sampling(a.sampling, first, rows, &sampling);
   __syncthreads();
   for (int64_t tile = start; tile < a.tiles; tile += step) {
-    float sums[2][4] = {};
+    float sums[2 * GROUPS][4] = {};
     tiles.begin(tile);
-    multiply_packed(tiles, a, states, rows, sums);
+    multiply_packed<T, W, GROUPS>(tiles, a, states, rows, sums);
     tiles.end();
     fold_tile(a, sums, tile, first, rows, sampling);
   }
@@ -133,8 +139,10 @@ cudaError_t launch_packed_head(Chain& chain, HeadArgs<T> a, size_t available, in
   a.pitch = static_cast<int>(a.head.hidden_size) + kPitchPadding<T>;
   const size_t states = plan_passes(a, available, kRings);
   if (states == 0) return cudaErrorInvalidConfiguration;
-  return launch(chain.next(head_grid(a, processors), kThreads, kRings + states), packed_head_kernel<T, W>, a,
-                PackedMatrix(a.head.weight, a.head.vocab_size));
+  const Launch where = chain.next(head_grid(a, processors), kThreads, kRings + states);
+  return with_states<T>(a.pass, [&](auto groups) {
+    return launch(where, packed_head_kernel<T, W, groups.value>, a, PackedMatrix(a.head.weight, a.head.vocab_size));
+  });
 }
 
 }  // namespace lsk

@@ -81,7 +81,7 @@ struct PackedSums : Sums<T> {
   }
 
   // As the exit head wants them: of rows g (i < 2) and g + 8 with tokens 8 n + 2 t + i % 2.
-  __device__ __forceinline__ void row_sums(float (&out)[2][4]) const { memcpy(out, this->d, sizeof out); }
+  __device__ __forceinline__ void row_sums(float (*out)[4]) const { memcpy(out, this->d, sizeof this->d); }
 };
 
 template <class W>
@@ -100,7 +100,7 @@ struct PackedSums<float, W> : Sums<float> {
     }
   }
 
-  __device__ __forceinline__ void row_sums(float (&out)[2][4]) const {
+  __device__ __forceinline__ void row_sums(float (*out)[4]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kTokens; ++i) {
       const int half = i % 2, token = i / 2;
@@ -143,15 +143,15 @@ struct PackedReader {
 };
 
 // Shared memory of a block that streams TILES tiles at once.
-template <int TILES>
+template <int TILES, int GROUPS>
 struct PackedMemory {
   static constexpr int kRing = 512 / TILES, kPitch = 20;
   union Warp {
     alignas(16) typename PackedRing<2 * TILES, kRing>::Memory ring;
-    float sums[TILES][kTokens * kPitch];
+    float sums[TILES][GROUPS * kTokens * kPitch];
   };
   Warp warps[kWarps];
-  float scratch[kWarps * kTokens];
+  float scratch[GROUPS][kWarps * kTokens];
 
   // As TileMemory::total.
   __device__ __forceinline__ float total(int tile, int row, int token) const {
@@ -163,17 +163,17 @@ struct PackedMemory {
 };
 
 // As TileStream; x and the norm must be aligned.
-template <class T, class W, int TILES>
+template <class T, class W, int TILES, int GROUPS>
 struct PackedStream {
-  static constexpr int kRows = 2 * TILES, kAhead = 2;
-  using Memory = PackedMemory<TILES>;
+  static constexpr int kRows = 2 * TILES, kAhead = TILES * GROUPS >= 4 ? 1 : 2;
+  using Memory = PackedMemory<TILES, GROUPS>;
   using Matrix = PackedMatrix;
   using Reader = PackedReader<W, kRows, Memory::kRing>;
   using Ring = typename Reader::Ring;
 
   // What a block of columns takes of x, and of the norm.
   struct Columns {
-    Chunk<T> x[kSubs<T>][2], norm[kSubs<T>];
+    Chunk<T> x[GROUPS][kSubs<T>][2], norm[kSubs<T>];
   };
 
   const Input<T>& in;
@@ -222,33 +222,56 @@ struct PackedStream {
 
   // Ends with a __syncthreads().
   __device__ __forceinline__ void run() {
-    float inverse[2];
-    if (in.norm) inverse_rms(x, tokens, in.d_in, in.eps, true, memory.scratch, inverse);
-    PackedSums<T, W> sums[TILES];
+    float inverse[GROUPS][2];
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+      if (!in.norm || left(group) <= 0) break;
+      const Rows<const T> rows{x.row(group * kTokens), x.pitch};
+      inverse_rms(rows, left(group), in.d_in, in.eps, true, memory.scratch[group], inverse[group]);
+    }
+    PackedSums<T, W> sums[TILES][GROUPS];
     multiply(inverse, sums);
     __syncwarp();  // the sums take the place of the warp's ring
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) sums[tile].store(memory.warps[warp].sums[tile], Memory::kPitch, tokens);
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group)
+        sums[tile][group].store(memory.warps[warp].sums[tile] + group * kTokens * Memory::kPitch, Memory::kPitch,
+                                left(group));
     __syncthreads();
   }
 
  private:
-  __device__ __forceinline__ void load(int i, Columns& columns) const {
+  // As TileStream::left.
+  __device__ __forceinline__ int left(int group) const { return tokens - group * kTokens; }
+
+  // This lane's columns of block i.
+  __device__ __forceinline__ int column(int i, int sub) const {
+    return (first + i) * kPackedColumns + 8 * t + sub * kChunk<T>;
+  }
+
+  __device__ __forceinline__ void load(int i, int group, Columns& columns) const {
 #pragma unroll
-    for (int sub = 0; sub < kSubs<T>; ++sub) {
-      const int column = (first + i) * kPackedColumns + 8 * t + sub * kChunk<T>;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool inside = i < count && g + 8 * half < tokens;
-        columns.x[sub][half] = load_chunk<true>(x.row(g + 8 * half), column, inside ? in.d_in : 0);
-      }
-      if (in.norm) columns.norm[sub] = load_chunk<true>(in.norm, column, i < count ? in.d_in : 0);
+    for (int n = 0; n < 2 * kSubs<T>; ++n) {
+      const int row = group * kTokens + g + 8 * (n % 2);
+      const bool inside = i < count && row < tokens;
+      columns.x[group][n / 2][n % 2] = load_chunk<true>(x.row(row), column(i, n / 2), inside ? in.d_in : 0);
     }
   }
 
+  __device__ __forceinline__ void load_norm(int i, Columns& columns) const {
+    if (!in.norm) return;
+#pragma unroll
+    for (int sub = 0; sub < kSubs<T>; ++sub)
+      columns.norm[sub] = load_chunk<true>(in.norm, column(i, sub), i < count ? in.d_in : 0);
+  }
+
+  // Block i of the weights times that of x, whose registers then take what comes kAhead blocks later.
+  //
   // A block has 36 bytes at most, so a step needs one more stage of the ring at most, which is then the second newest
   // but kStages - 2 or older.
-  __device__ __forceinline__ void step(Columns& columns, const float (&inverse)[2], PackedSums<T, W> (&sums)[TILES]) {
+  __device__ __forceinline__ void step(int i, Columns& columns, const float (&inverse)[GROUPS][2],
+                                       PackedSums<T, W> (&sums)[TILES][GROUPS]) {
     ptx::cp_async_wait<Ring::kStages - 2>();
     __syncwarp();  // what other lanes have copied, too
     const int before = reader.at / Ring::kStage;
@@ -257,38 +280,45 @@ struct PackedStream {
     __syncwarp();  // all have read before it is overwritten
     if (const int after = reader.at / Ring::kStage; after > before)
       ring.fetch(after + Ring::kStages - 1, after + Ring::kStages - 1);
-    if (in.norm) {
 #pragma unroll
-      for (int i = 0; i < 2 * kSubs<T>; ++i)
-        if (8 * (i % 2) < tokens)
-          columns.x[i / 2][i % 2] = normed(columns.x[i / 2][i % 2], inverse[i % 2], columns.norm[i / 2]);
+    for (int group = 0; group < GROUPS; ++group) {
+      if (group > 0 && left(group) <= 0) break;
+      auto& own = columns.x[group];
+#pragma unroll
+      for (int n = 0; n < 2 * kSubs<T>; ++n)
+        if (in.norm && 8 * (n % 2) < left(group))
+          own[n / 2][n % 2] = normed(own[n / 2][n % 2], inverse[group][n % 2], columns.norm[n / 2]);
+      TokenSums of_x;
+      if (std::is_same_v<W, Int4> && reader.less == 0) of_x = token_sums<T>(own, left(group));
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile) sums[tile][group].add(pairs[tile], reader.less, own, of_x, left(group));
+      load(i + kAhead, group, columns);
     }
-    TokenSums of_x;
-    if (std::is_same_v<W, Int4> && reader.less == 0) of_x = token_sums<T>(columns.x, tokens);
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) sums[tile].add(pairs[tile], reader.less, columns.x, of_x, tokens);
+    load_norm(i + kAhead, columns);
   }
 
-  __device__ __forceinline__ void multiply(const float (&inverse)[2], PackedSums<T, W> (&sums)[TILES]) {
+  __device__ __forceinline__ void multiply(const float (&inverse)[GROUPS][2], PackedSums<T, W> (&sums)[TILES][GROUPS]) {
     Columns ahead[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(i, ahead[i]);
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group) load(i, group, ahead[i]);
+      load_norm(i, ahead[i]);
+    }
     for (int begin = 0; begin < count; begin += kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (begin + i >= count) break;
-        step(ahead[i], inverse, sums);
-        load(begin + i + kAhead, ahead[i]);
+        step(begin + i, ahead[i], inverse, sums);
       }
     }
   }
 };
 
-// The stream of weights W, T for plain ones, past GROUPS groups of 16 rows of x, of packed ones past one.
+// The stream of weights W, T for plain ones, past GROUPS groups of 16 rows of x.
 template <class T, class W, int TILES, int GROUPS>
 struct StreamOf {
-  static_assert(GROUPS == 1);
-  using type = PackedStream<T, W, TILES>;
+  using type = PackedStream<T, W, TILES, GROUPS>;
 };
 template <class T, int TILES, int GROUPS>
 struct StreamOf<T, T, TILES, GROUPS> {
@@ -331,11 +361,7 @@ cudaError_t with_weight(Format format, F f) {
 template <class T, class F>
 cudaError_t with_stream(Format format, int64_t rows, F f) {
   return with_weight<T>(format, [&]<class W>(W* weight) {
-    if constexpr (std::is_same_v<T, W>) {
-      return with_groups<T>(rows, [&](auto groups) { return f(weight, groups); });
-    } else {
-      return f(weight, std::integral_constant<int, 1>());
-    }
+    return with_groups<T, W>(rows, [&](auto groups) { return f(weight, groups); });
   });
 }
 

@@ -71,7 +71,7 @@ __device__ __forceinline__ void put_pair(const QkvEnd<T>& a, const Cache<T>& cac
 }
 
 template <class T, class W, int GROUPS>
-__global__ void __launch_bounds__(kThreads, kResident<T, 1, GROUPS>)
+__global__ void __launch_bounds__(kThreads, kResident<T, W, 1, GROUPS>)
     qkv_kernel(Input<T> in, Projections<T, W> projections, QkvEnd<T> a, Cache<T> cache) {
   auto& memory = *ptx::dynamic_shared<typename Stream<T, W, 1, GROUPS>::Memory>();
   const TileWork work(in.rows, GROUPS * kTokens);

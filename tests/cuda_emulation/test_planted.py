@@ -31,7 +31,7 @@ def test_a_missing_barrier_in_exit_head(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(runners, "library", lambda name: without)
     hidden, norm, head = torch.randn(3, 96), torch.ones(96), torch.randn(40, 96)
     for seed in range(4):
-        with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float>.*with no barrier between"):
+        with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1>.*with no barrier between"):
             runners.Emulated(seed).exit_head(hidden, norm, head, 1e-5)
 
 

@@ -42,10 +42,10 @@ class InOrder(TorchDispatchMode):
 
     def __init__(self, card: FakeCard) -> None:
         super().__init__()
-        self._card = card
+        self.card = card
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._card.drain()
+        self.card.drain()
         return func(*args, **(kwargs or {}))
 
 
@@ -53,22 +53,22 @@ class FakeEvent:
     """Stands in for `torch.cuda.Event`. A round takes a second."""
 
     def __init__(self, card: FakeCard) -> None:
-        self._card, self._reached, self._at = card, True, 0.0
+        self.card, self._reached, self._at = card, True, 0.0
         self.waits: list[str] = []
 
     def record(self, stream: str) -> None:
         self._reached = False
 
         def reach() -> None:
-            self._reached, self._at = True, self._card.seconds
+            self._reached, self._at = True, self.card.seconds
 
-        self._card.put(reach)
+        self.card.put(reach)
 
     def wait(self, stream: str) -> None:
         self.waits.append(stream)
 
     def synchronize(self) -> None:
-        self._card.drain(lambda: self._reached)
+        self.card.drain(lambda: self._reached)
 
     def elapsed_time(self, end_event: FakeEvent) -> float:
         assert self._reached
@@ -82,12 +82,12 @@ class HostMemory:
     VOID = -99
 
     def __init__(self, card: FakeCard, like: Tensor) -> None:
-        self._card, self._rows = card, [[self.VOID] * like.shape[1]] * like.shape[0]
+        self.card, self._rows = card, [[self.VOID] * like.shape[1]] * like.shape[0]
 
     def copy_(self, source: Tensor, non_blocking: bool) -> None:
         assert non_blocking
         self._rows = [[self.VOID] * source.shape[1]] * source.shape[0]
-        self._card.put(lambda: setattr(self, "_rows", source.tolist()))
+        self.card.put(lambda: setattr(self, "_rows", source.tolist()))
 
     def tolist(self) -> list[list[int]]:
         return self._rows
@@ -105,7 +105,7 @@ class FakeCard:
         self.current = "a stream"
         self.events: list[FakeEvent] = []
         self._queue: deque[Callable[[], Any]] = deque()
-        self._busy = False
+        self.busy = False
         self._waiting = 0  # replays in the queue
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
@@ -143,14 +143,14 @@ class FakeCard:
 
     def drain(self, until: Callable[[], bool] = lambda: False) -> None:
         """Do what waits, in order."""
-        if self._busy:
+        if self.busy:
             return
-        self._busy = True
+        self.busy = True
         try:
             while self._queue and not until():
                 self._queue.popleft()()
         finally:
-            self._busy = False
+            self.busy = False
 
 
 def graphs_on(card: FakeCard) -> Graphs:

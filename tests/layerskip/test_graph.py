@@ -16,7 +16,7 @@ from tiny import ROUND, prompt_of, requires_native, tiny_model
 from torch import Tensor
 
 import layerskip_kernels
-from layerskip import SamplingParams, SelfSpeculativeDecoder, models
+from layerskip import DraftSource, SamplingParams, SelfSpeculativeDecoder, models
 from layerskip.decoding import graph
 from layerskip.decoding.graph import Graphs
 from layerskip.decoding.round import FusedRound, LookedUp, SequenceTensors
@@ -89,6 +89,22 @@ def test_the_same_tokens_where_drafts_are_looked_up(slots, source, kind):
     assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
     assert card.captures > 1
     assert card.most_unread == 1  # what is looked up depends on what was read
+
+
+class AnyNumber(DraftSource):
+    """One draft to seven, by turns."""
+
+    def propose(self, history):
+        return [7] * (1 + len(history) % 7)
+
+
+@requires_native
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_few_rounds_are_recorded_of_any_number_of_drafts(kind):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    card, given = FakeCard(), {"draft_source": AnyNumber(), "sampling": SAMPLING[kind]}
+    assert tokens_of(decoder, 3, card, **given) == tokens_of(decoder, 3, None, **given)
+    assert card.captures <= 3 * 3  # of one, two and three sequences, with 0, 4 and 8 drafts
 
 
 @requires_native
@@ -194,6 +210,43 @@ def test_another_stream_waits_for_the_last_round():
     assert outcome._host.tolist() == [[8, 5]]
 
 
+@pytest.mark.parametrize("way", ["dropped", "of other weights", "too many"])
+def test_what_lets_go_of_memory_waits_for_the_round_that_works_on_it(way):
+    graphs, weight = Graphs(FakeCard(), most=1), torch.ones(3)
+    graphs.hold([weight])
+    outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
+    assert outcome._host.tolist() == [[-99, -99]]
+    if way == "dropped":
+        del graphs
+    elif way == "of other weights":
+        graphs.hold([torch.ones(3)])
+    else:
+        graphs.launch("another kind", counted, sequences_of(1), 1)
+    assert outcome._host.tolist() == [[8, 5]]
+
+
+class Forgetful(FakeCard):
+    """Holds nothing of what it recorded, as a card, which knows addresses alone; a round gives the same every time."""
+
+    def capture(self, function):
+        return function().clone(), lambda: self.put(lambda: None)
+
+
+@requires_native
+def test_a_session_may_be_dropped_with_a_round_under_way(monkeypatch):
+    card = Forgetful()
+    monkeypatch.setattr(graph, "for_device", lambda device: graphs_on(card))
+    session = SelfSpeculativeDecoder(tiny_model(), exit_layer=1, num_speculations=3).open_session(1, max_seq_len=48)
+    session.add(prompt_of(5), 40, eos_token_id=[])
+    for _ in range(2):  # the prompt, then a round and one ahead of it
+        session.step()
+    held = {tensor.data_ptr() for tensor in session._graphs._fixed}
+    assert {session._cache.k.data_ptr(), session._cache.v.data_ptr()} <= held
+    assert card._queue
+    del session
+    assert not card._queue
+
+
 def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
     card = FakeCard()
     graphs = Graphs(card, most=2)
@@ -247,7 +300,8 @@ def test_padding_takes_slots_that_are_free(count, free, missing):
     ],
 )
 def test_what_meets_the_host_is_seen(wrong, message):
-    outcome, _ = graphs_on(FakeCard()).launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
+    graphs = graphs_on(FakeCard())
+    outcome, _ = graphs.launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
     with pytest.raises(AssertionError, match=message):
         outcome.read()
 
@@ -264,7 +318,7 @@ def test_a_round_has_no_values_to_look_at(temperature, num_blocks):
         round_ = FusedRound(model, cache)
         assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
         assert round_.advance(sequences, model.num_layers).shape == (2, 2)
-        looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, torch.device("meta"), sequences.draws)
+        looked_up = LookedUp.of([[1, 2, 3], [4]], 3, model.vocab_size, torch.device("meta"), sequences.draws)
         assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
 
 

@@ -135,7 +135,7 @@ def test_a_round_has_no_values_to_look_at(threshold, num_blocks):
         round_ = LogitsRound(model, cache, LogitsPipeline([None] * 2), [None] * 2, looks=False)
         assert round_.speculate(sequences, 1, 3, threshold).shape == (2, 5)
         assert round_.advance(sequences, model.num_layers).shape == (2, 2)
-        looked_up = LookedUp.of([[1, 2, 3], [4]], model.vocab_size, meta, True)
+        looked_up = LookedUp.of([[1, 2, 3], [4]], 3, model.vocab_size, meta, True)
         assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
 
 

@@ -186,7 +186,7 @@ def exact(model, params: SamplingParams) -> torch.Tensor:
 
 def guesses(token: torch.Tensor) -> LookedUp:
     """Drafts that need no model: after every token the same two; after one of the six, only one."""
-    return LookedUp.of([[(last + 1) % SMALL, 2][: 1 + (last != 3)] for last in token.tolist()], SMALL, CPU, True)
+    return LookedUp.of([[(last + 1) % SMALL, 2][: 1 + (last != 3)] for last in token.tolist()], 2, SMALL, CPU, True)
 
 
 def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: int, looks_up: bool) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import tools.roofline
 from tests.cuda_emulation import library, planted, unavailable
 from tests.cuda_emulation.build import ROOT
-from tools.roofline import COUNTED, cases, measure
+from tools.roofline import COUNTED, Shape, cases, measure
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -24,11 +24,21 @@ def test_bytes_moved_over_bytes_needed(rows: int, limit: float) -> None:
 def test_many_rows_share_a_pass_over_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 rows were three passes of 16; of the bytes that L2 gives those of x remain."""
     ops = {name: (needed, run) for name, needed, run in cases(COUNTED, 40)}
-    text = "rows <= kTokens ? 1 : rows <= 2 * kTokens ? 2 : 4;"
-    alone = planted("layers", "groups-alone", ROOT / "csrc" / "cuda" / "linear_tile.cuh", (text, "true ? 1 : 1;"))
-    for name, factor in (("linear", 1.5), ("swiglu", 1.8)):
+    text = "if constexpr (!std::is_same_v<T, float>) {"
+    alone = planted(
+        "layers", "groups-alone", ROOT / "csrc" / "cuda" / "linear_tile.cuh", (text, "if constexpr (false) {")
+    )
+    for name, factor in (("linear", 1.5), ("swiglu", 1.8), ("linear, int8", 1.3), ("linear, int4", 1.1)):
         shared = measure(name, *ops[name])
         assert shared.ratio < 1.01
         with monkeypatch.context() as patch:
             patch.setattr(tools.roofline, "library", lambda file: alone if file == "layers" else library(file))
             assert measure(name, *ops[name]).l2 > factor * shared.l2
+
+
+@pytest.mark.parametrize("name", ["exit_head", "exit_head, int8 and token_map", "exit_head, int8", "exit_head, int4"])
+def test_many_states_share_a_pass_over_the_head(name: str) -> None:
+    """As many passes as there are groups of 16 would be three times the bytes."""
+    shape = Shape(512, 64, 8, 2, 64, 2048, 16)
+    needed, run = {one: (needed, run) for one, needed, run in cases(shape, 40)}[name]
+    assert measure(name, needed, run).l2 < 1.5 * needed

@@ -97,7 +97,9 @@ class TestCompiled:
             *(("partial_forward", f"qkv_kernel{PLAIN}Li{groups}E", 2) for groups in (2, 4)),
             ("linear", f"swiglu_kernel{PLAIN}Li2E", 2),
             ("linear", f"swiglu_kernel{PLAIN}Li4E", 1),
-            ("exit_head", f"exit_head_kernel{BF16}S1", 3),
+            ("exit_head", "exit_head_kernel" + ONE, 3),
+            ("exit_head", f"exit_head_kernel{PLAIN}Li4E", 2),
+            *(("exit_head", f"packed_head_kernel{BF16}NS_{len(one)}{one}ELi4E", 2) for one in ("Int8", "Int4", "Fp8")),
         ],
     )
     def test_so_many_blocks_share_a_multiprocessor(self, folder: Path, file: str, kernel: str, blocks: int) -> None:

@@ -22,6 +22,8 @@ from .round import FusedRound, LookedUp, SequenceTensors
 from .sampling import SamplingParams
 from .sequence import Clock
 
+SAME = 4  # recorded rounds have a multiple of so many looked-up drafts: more rows cost less than more recordings
+
 
 class Outcome(Protocol):
     """What a round gives; it may still be on its way."""
@@ -114,11 +116,13 @@ class Batch:
         """How many tokens an exit drafts in the next round: as many as any of its sequences can emit.
 
         With graphs it is what was asked for, so that fewer rounds are recorded; drafts beyond a sequence's end change
-        nothing. Where all drafts were looked up it is the number of the longest.
+        nothing. Where all drafts were looked up it is the number of the longest, with graphs rounded up.
         """
         drafting = [request for request in self.requests if request.looked_up is None]
         if not drafting:
-            return max(len(request.looked_up or ()) for request in self.requests)
+            longest = max(len(request.looked_up or ()) for request in self.requests)
+            room = self._cache.capacity - 1 - self._last_position
+            return longest if self._graphs is None else max(longest, min(-(-longest // SAME) * SAME, room))
         if self._graphs is not None:
             return self.kind.num_speculations or max(request.num_speculations for request in drafting)
         return self.kind.num_speculations or max(request.useful_drafts for request in drafting)
@@ -130,6 +134,10 @@ class Batch:
         if any(looked_up):
             return 0 if all(looked_up) else None
         return self.kind.exit_layer
+
+    @property
+    def _last_position(self) -> int:
+        return max(request.sequence.position for request in self.requests)
 
     @property
     def under_way(self) -> bool:
@@ -149,8 +157,8 @@ class Batch:
         if self._has_blocks and self._launched[-1].num_speculations == 0:
             return False  # blocks have not read what that round gives
         positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
-        last = max(request.sequence.position for request in self.requests)
-        return last + positions <= self._cache.capacity and any(one.sequence.remaining > 1 for one in self.requests)
+        fits = self._last_position + positions <= self._cache.capacity
+        return fits and any(request.sequence.remaining > 1 for request in self.requests)
 
     @property
     def failures(self) -> dict[int, Exception]:
@@ -174,7 +182,8 @@ class Batch:
         if exit_layer is None or (exit_layer == 0 and (num_speculations or sequences.draws)):
             drafts = [request.looked_up or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
-            looked_up = LookedUp.of(drafts, self._model.vocab_size, self._model.device, sequences.draws)
+            most = num_speculations if exit_layer == 0 else max(map(len, drafts))
+            looked_up = LookedUp.of(drafts, most, self._model.vocab_size, self._model.device, sequences.draws)
             sequences = replace(sequences, looked_up=looked_up)
         outcome: Outcome
         if self._graphs is None or exit_layer is None:

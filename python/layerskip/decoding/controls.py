@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .sampling import SamplingParams
+from .sending import sent
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,25 @@ class LogitsControls:
         device : torch.device
         """
 
+        def numbers(values: list[float]) -> Tensor:
+            return sent(torch.tensor(values, dtype=torch.float32), device)
+
         def column(values: list[float], neutral: float) -> Tensor | None:
             if all(value == neutral for value in values):
                 return None
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+            return numbers(values)[:, None]
 
         # The cuts spare greedy sequences: the largest logit survives every cut.
         top_k = [vocab_size if one.greedy else min(int(one.top_k) or vocab_size, vocab_size) for one in params]
         cuts = [k for k in top_k if k < vocab_size]
         penalty = column([one.repetition_penalty for one in params], 1.0)
         return cls(
-            torch.tensor([one.temperature or 1.0 for one in params], dtype=torch.float32, device=device)[:, None],
-            torch.tensor([0.0 if one.greedy else 1.0 for one in params], dtype=torch.float32, device=device),
+            numbers([one.temperature or 1.0 for one in params])[:, None],
+            numbers([0.0 if one.greedy else 1.0 for one in params]),
             _bias(params, vocab_size, device),
             penalty,
             None if penalty is None else _seen(before, vocab_size, device),
-            torch.tensor(top_k, device=device)[:, None] if cuts else None,
+            sent(torch.tensor(top_k), device)[:, None] if cuts else None,
             column([1.0 if one.greedy else one.top_p for one in params], 1.0),
             column([0.0 if one.greedy else one.min_p for one in params], 0.0),
             min(1 << (max(cuts) - 1).bit_length(), vocab_size) if cuts else 0,
@@ -152,8 +156,8 @@ def _bias(params: Sequence[SamplingParams], vocab_size: int, device: torch.devic
     bias = torch.zeros(len(params), vocab_size, dtype=torch.float32)
     for row, one in zip(bias, params, strict=True):
         if one.logit_bias:
-            row[list(one.logit_bias)] = torch.tensor(list(one.logit_bias.values()), dtype=torch.float32)
-    return bias.to(device)
+            row[torch.tensor(list(one.logit_bias))] = torch.tensor(list(one.logit_bias.values()), dtype=torch.float32)
+    return sent(bias, device)
 
 
 def _keep_top_k(logits: Tensor, top_k: Tensor, largest_k: int) -> Tensor:

@@ -170,6 +170,9 @@ def warn_unrecorded(processor: Callable[..., Tensor]) -> None:
 class Graphs:
     """The recorded rounds over one cache. The least recently used one is dropped for a new one.
 
+    They hold all memory that a round under way reads and writes, and wait for it before they let go of any: what is
+    freed goes to whoever asks next, who may not be behind the round in its stream.
+
     Parameters
     ----------
     card : Card
@@ -201,6 +204,7 @@ class Graphs:
         """
         addresses = tuple(tensor.data_ptr() for tensor in fixed)
         if addresses != self._addresses:
+            self.finish()
             self._graphs.clear()
             self._addresses = addresses
             self._fixed = [tensor.detach() for tensor in fixed]  # keeps the memory from being reused
@@ -231,6 +235,7 @@ class Graphs:
         key = (kind, sequences.form)
         if key not in self._graphs:
             if len(self._graphs) >= self._most:
+                self.finish()
                 self._graphs.popitem(last=False)
             self._graphs[key] = _Graph(self._card, round_, sequences)
         self._graphs.move_to_end(key)
@@ -249,6 +254,10 @@ class Graphs:
         """Wait for the last round."""
         if self._last is not None:
             self._last[1].synchronize()
+
+    def __del__(self) -> None:
+        """A session may be dropped, by an interrupt for one, with a round under way."""
+        self.finish()
 
 
 def for_device(device: torch.device) -> Graphs | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..models import LayerSkipModel, SharedKVCache
 from .logits import LogitsRound
 from .round import NOT_DRAFTED, FusedRound, SequenceTensors
+from .sending import sent
 
 
 class MixedRound:
@@ -32,7 +33,7 @@ class MixedRound:
     ) -> None:
         self._model, self._cache = model, cache
         (self._drafting, drafts), (self._looking_up, looks_up) = drafting, looking_up
-        self._rows = [torch.tensor(rows, device=model.device) for rows in (drafts, looks_up)]
+        self._rows = [sent(torch.tensor(rows), model.device) for rows in (drafts, looks_up)]
         self._numbers = (drafts, looks_up)
 
     @property

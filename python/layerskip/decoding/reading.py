@@ -13,6 +13,7 @@ from torch import Tensor
 from layerskip_kernels import explain
 
 from ..models import LayerSkipModel, SharedKVCache
+from .sending import sent
 
 FUSED_ROWS = 64
 """The most rows of a pass through the fused layers. More gain little: SmolLM2 in bf16 on one core reads a token in
@@ -113,7 +114,7 @@ class PromptReader:
         rows = min(max(1, most // len(readings)), *(reading.left for reading in readings))
         tokens = torch.cat([reading.prompt[:, reading.done : reading.done + rows] for reading in readings])
         places = [[reading.done for reading in readings], [reading.slot for reading in readings]]
-        seq_lens, slots = torch.tensor(places, device=model.device).unbind()
+        seq_lens, slots = sent(torch.tensor(places), model.device).unbind()
         hidden = model.read(tokens, self._cache, **self._depth(readings[0]), seq_lens=seq_lens, slots=slots)
         for index, reading in enumerate(readings):
             _advance(reading, rows, hidden[index : index + 1])
@@ -146,8 +147,8 @@ def read_blocks(
     """
     exit_layer, device = model.exit_layer, model.device
     for begin in range(done, end, FUSED_ROWS):
-        some = torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]], device=device)
-        seq_lens, slots = torch.tensor([[begin], [slot]], device=device).unbind()
+        some = sent(torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]]), device)
+        seq_lens, slots = sent(torch.tensor([[begin], [slot]]), device).unbind()
         model.read(some, cache, exit_layer, blocks=True, seq_lens=seq_lens, slots=slots)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from layerskip_kernels import Noise, accept_greedy, accept_sampled
 
 from ..models import LayerSkipModel, SharedKVCache
 from .controls import LogitsControls
+from .sending import sent
 
 NOT_DRAFTED = -2
 
@@ -48,31 +49,27 @@ class LookedUp(NamedTuple):
     token_map: Tensor | None
 
     @classmethod
-    def of(cls, drafts: Sequence[Sequence[int]], vocab_size: int, device: torch.device, draws: bool) -> LookedUp:
-        """The tensors of what the host knows; their sizes depend only on B and the longest draft.
+    def of(
+        cls, drafts: Sequence[Sequence[int]], most: int, vocab_size: int, device: torch.device, draws: bool
+    ) -> LookedUp:
+        """The tensors of what the host knows; their sizes depend only on B and K, which is ``most``.
 
         They go to the device in copies for which the host does not wait.
         """
-        longest = max(map(len, drafts))
-        tokens = _sent([[*draft, *[NOT_DRAFTED] * (longest - len(draft))] for draft in drafts], device)
+        padded = [[*draft, *[NOT_DRAFTED] * (most - len(draft))] for draft in drafts]
+        tokens = sent(torch.tensor(padded, dtype=torch.int64), device)
         if not draws:
             return cls(tokens, None)
         known = {token for draft in drafts for token in draft}
-        size = min(max(1, len(drafts) * longest), vocab_size)
+        size = min(max(1, len(drafts) * most), vocab_size)
         others = (token for token in range(vocab_size) if token not in known)
-        return cls(tokens, _sent([*known, *islice(others, size - len(known))], device))
+        return cls(tokens, sent(torch.tensor([*known, *islice(others, size - len(known))]), device))
 
     @property
     def logits(self) -> Tensor:
         """[B, K, S]: each draft was certain to be what it is."""
         certain = (self.tokens[:, :, None] == self.token_map) | (self.tokens < 0)[:, :, None]
         return torch.where(certain, 0.0, -torch.inf)
-
-
-def _sent(values: list[Any], device: torch.device) -> Tensor:
-    """A tensor of ints on a device."""
-    tensor = torch.tensor(values, dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -183,8 +180,9 @@ class SequenceTensors:
         device: torch.device,
     ) -> SequenceTensors:
         """The tensors of values that the host knows."""
-        token, lengths, cache_rows, seed = torch.tensor([tokens, seq_lens, slots, seeds], device=device).unbind()
-        temperature = torch.tensor(temperatures, dtype=torch.float32, device=device) if any(temperatures) else None
+        token, lengths, cache_rows, seed = sent(torch.tensor([tokens, seq_lens, slots, seeds]), device).unbind()
+        drawn = any(temperatures)
+        temperature = sent(torch.tensor(temperatures, dtype=torch.float32), device) if drawn else None
         return cls(token, lengths, cache_rows, seed, temperature)
 
 
@@ -351,8 +349,6 @@ def looked_up_states(
     """The looked-up drafts of some sequences, and their states after layers [0, end), or all layers."""
     assert sequences.looked_up is not None
     tokens, token_map = sequences.looked_up
-    rows = torch.column_stack([sequences.token, tokens])
-    if len(rows) > 1:  # else no draft is missing
-        rows = rows.clamp_min(0)
+    rows = torch.column_stack([sequences.token, tokens]).clamp_min(0)  # a draft that is missing is any token
     states = model.read(rows, cache, end, seq_lens=sequences.seq_lens, slots=sequences.slots)
     return Drafted(tokens, states, sequences.looked_up.logits if sequences.draws else None, token_map)

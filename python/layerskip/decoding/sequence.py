@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .output import GenerationOutput, RoundRecord, Stats
+from .sending import sent
 from .source import EXIT
 
 StopRule = Callable[[list[int]], bool]
@@ -89,7 +90,11 @@ class TokenSequence:
     @property
     def all_tokens(self) -> Tensor:
         """Prompt and new tokens, [1, N + new]."""
-        return torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], 1)
+        return torch.cat([self.prompt, self._new_tokens], 1)
+
+    @property
+    def _new_tokens(self) -> Tensor:
+        return sent(torch.tensor([self.tokens], dtype=torch.int64), self.prompt.device)
 
     def add(
         self, drafts: Sequence[int], accepted: int, token: int, fault: str | None = None, source: str = EXIT,
@@ -172,9 +177,8 @@ class TokenSequence:
             time_to_first_token=self._first_token_at - self._started,
             reused=self.reused,
         )
-        new = self.prompt.new_tensor([self.tokens])
         drafted = torch.tensor([self.drafted], dtype=torch.bool)
-        return GenerationOutput(self.all_tokens, new, drafted, (stats,), (self.reason or "",))
+        return GenerationOutput(self.all_tokens, self._new_tokens, drafted, (stats,), (self.reason or "",))
 
     def _records(self) -> tuple[RoundRecord, ...]:
         """What each round did; one that was left in its middle, what it had emitted."""

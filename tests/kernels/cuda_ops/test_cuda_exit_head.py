@@ -13,7 +13,7 @@ from ..test_exit_head import HEADS, arguments, eager, one_hot
 from .runners import Emulated, Ops
 
 # R, D, V: one of everything; unaligned rows; a tail of everything; two passes; segments of 256 bytes filled exactly;
-# many passes
+# many rows, of which a pass takes 64 or, in fp32, 16
 SHAPES = [
     (1, 1, 1),
     (7, 41, 203),
@@ -76,6 +76,19 @@ def test_rows_do_not_depend_on_each_other(ops: Ops, dtype: torch.dtype, head: st
     for first, count in ((0, 1), (0, 7), (7, 9), (17, 1)):
         part = ops.exit_head(hidden[first : first + count], *rest)
         assert_same_bits(part, [one[first : first + count] for one in whole], f"({count} rows from {first})")
+
+
+@pytest.mark.parametrize("head", ["full", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(17, 72), (32, 41), (33, 300), (64, 72), (65, 40), (40, 3000)])
+def test_many_rows_have_the_bits_of_few(ops: Ops, rows: int, width: int, dtype: torch.dtype, head: str) -> None:
+    """Of which a pass takes two, three or four groups of 16, or as many as fit beside the weights."""
+    args = [*arguments(dtype, rows, width, 40, head), *sampling(rows)]
+    whole = ops.exit_head(*args)
+    for first in range(0, rows, 7):
+        few = slice(first, min(first + 7, rows))
+        part = ops.exit_head(args[0][few], *args[1:6], *(one[few] for one in args[6:]))
+        assert_same_bits(part, [one[few] for one in whole], f"(rows from {first})")
 
 
 @pytest.mark.parametrize("int8", [False, True])

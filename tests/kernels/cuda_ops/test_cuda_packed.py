@@ -25,7 +25,7 @@ from .test_cuda_round import as_good, copied, parts
 
 # R, blocks of 32 columns, D_out: one group for eight warps; groups that share out unevenly, rows of weights that begin
 # anywhere; two tiles of x; more bytes than the ring holds, so that groups lie across its ends; many rows.
-SHAPES = [(1, 4, 1), (5, 36, 21), (17, 8, 16), (2, 516, 18), (49, 4, 5)]
+SHAPES = [(1, 4, 1), (5, 36, 21), (17, 8, 16), (2, 516, 18), (49, 4, 5), (40, 36, 5)]
 
 
 def packed(make: Inputs, name: str, rows: int, width: int) -> Tensor:
@@ -103,6 +103,25 @@ def test_rows_do_not_depend_on_each_other(ops: Ops, name: str, dtype: torch.dtyp
     assert_rows_alone(lambda x: tuple(ops.exit_head(x, norm, weight, EPS)), x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["int8", "int4_zero_g128", "fp8"])
+@pytest.mark.parametrize("rows", [17, 32, 33, 49, 65])
+def test_many_rows_have_the_bits_of_few(ops: Ops, rows: int, name: str, dtype: torch.dtype) -> None:
+    """Of which a block takes up to 64, but 16 in fp32."""
+    make = Inputs(dtype)
+    x, residual, norm = make.normal(rows, 640), make.normal(rows, 20), make.norm(640)
+    weight, up = packed(make, name, 20, 640), packed(make, name, 20, 640)
+
+    def products(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        head = ops.exit_head(x, norm, weight, EPS)
+        return *head, ops.linear(x, weight, None, residual), ops.swiglu(x, weight, up)
+
+    whole = products(x, residual)
+    for first in range(0, rows, 7):
+        few = slice(first, min(first + 7, rows))
+        assert_same_bits(products(x[few], residual[few]), [one[few] for one in whole], f"(rows from {first})")
+
+
 MODEL = Sizes(hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=256, num_layers=1)
 
 
@@ -126,6 +145,19 @@ def test_a_forward_is_the_composition_of_the_ops(ops: Ops, optional: str, names:
     other = one.copy()
     assert_same_bits(run(ops, one, 0, 1), composition(ops, other))
     assert_same_bits((one.k_cache, one.v_cache), (other.k_cache, other.v_cache))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["int8", "int4_zero", "fp8_g128"])
+@pytest.mark.parametrize("batch", [4, 8])
+def test_a_forward_of_many_rows_has_the_bits_of_few(ops: Ops, batch: int, name: str, dtype: torch.dtype) -> None:
+    """Of 20 and 40 rows, normed on their way."""
+    whole = case(MODEL, dtype, [5, 0, 9, 2, 7, 1, 3, 4][:batch], 5)
+    whole.weights = pack_layers(whole.weights, [name] * 4, len(whole.weights))
+    parts = [whole.part(number, 0, 5) for number in range(batch)]
+    hidden = run(ops, whole, 0, 1)
+    for number, part in enumerate(parts):
+        assert_same_bits(run(ops, part, 0, 1), hidden[number : number + 1], f"(sequence {number})")
 
 
 def packed_args(op: str, dtype: torch.dtype, embedding: str, head: str, layers: str) -> dict[str, Any]:
@@ -181,7 +213,7 @@ def test_every_code_has_its_value(ops: Ops, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_order_of_threads_does_not_matter(emulated: type[Emulated], dtype: torch.dtype) -> None:
     make = Inputs(dtype)
-    x, norm, weight = make.normal(2, 1440), make.norm(1440), packed(make, "int4_zero", 20, 1440)
+    x, norm, weight = make.normal(20, 1440), make.norm(1440), packed(make, "int4_zero", 20, 1440)
     expected = emulated().linear(x, weight), *emulated().exit_head(x, norm, weight, EPS)
     for seed, arch in ((1, 80), (2, 90), (3, 90)):
         ops = emulated(seed, arch)

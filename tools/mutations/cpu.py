@@ -1,0 +1,108 @@
+"""Bugs of the CPU kernels."""
+
+from __future__ import annotations
+
+from .mutation import KERNELS, Mutation
+
+TEAM, DRAFT, ROUND = (f"{KERNELS}test_{name}.py" for name in ("team", "draft", "speculative_round"))
+
+BUGS = [
+    Mutation(
+        "attention sums 32 splits at most", "csrc/cpu/impl_attention.h",
+        "first < splits; first += 16", "first < smaller(splits, 32); first += 16",
+        KERNELS + "test_verify_attention.py",
+    ),
+    Mutation(
+        "the 49th row of a matmul is the first", "csrc/cpu/impl_packed.h",
+        "static_cast<const typename Dot<T>::X*>(x.data) + first * stride",
+        "static_cast<const typename Dot<T>::X*>(x.data)",
+        KERNELS + "test_linear.py " + KERNELS + "test_exit_head.py " + KERNELS + "test_swiglu.py -k many_rows",
+    ),
+    Mutation(
+        "the 49th row of packed weights' product is the first", "csrc/cpu/impl_packed.h",
+        "static_cast<const float*>(x.data) + first * stride", "static_cast<const float*>(x.data)",
+        KERNELS + "test_formats.py -k test_linear",
+    ),
+    Mutation(
+        "packed activations are zero padded one block too early", "csrc/cpu/impl_fixed.h",
+        "k < padded_width; k += kBlock) store_block", "k + kBlock < padded_width; k += kBlock) store_block",
+        KERNELS + "test_formats.py -k test_linear",
+    ),
+    Mutation(
+        "NaN in a row of packed activations is a number", "csrc/cpu/impl_packed.h",
+        "broken = fma(x, splat(0), broken);", "broken = splat(0);",
+        KERNELS + "test_formats.py -k not_a_number",
+    ),
+    Mutation(
+        "the high byte of an activation overflows", "csrc/cpu/panels_avx512.h",
+        "127 * 256 + 127", "127 * 256 + 255", KERNELS + "test_interleaved.py -k largest_sums",
+    ),
+    Mutation(
+        "eight-bit weights of a panel are 64 too large", "csrc/cpu/panels_avx512.h",
+        "G::kBits == 8 ? 7 : 3", "G::kBits == 8 ? 6 : 3", KERNELS + "test_interleaved.py -k test_linear",
+    ),
+    Mutation(
+        "a panel's rows of another processor are the first", "csrc/cpu/impl_packed.h",
+        "lane = n % kPanelRows;", "lane = n % kPanelRows / kPanelRows;",
+        KERNELS + "test_interleaved.py -k plain_by_the_native_kernel",
+    ),
+    Mutation(
+        "a tile of the head begins within a panel", "csrc/cpu/head.h",
+        "kPanelRows - 1) / kPanelRows * kPanelRows", "3) / 4 * 4",
+        KERNELS + "test_interleaved.py -k test_exit_head",
+    ),
+    Mutation(
+        "a draft ends at its threshold", "csrc/cpu/draft.cpp",
+        "chance >= draft_threshold", "chance > draft_threshold", DRAFT,
+    ),
+    Mutation(
+        "as many rows as the last draft", "csrc/cpu/speculative_round.cpp",
+        "std::max<int64_t>(out,", "std::max<int64_t>(out * 0,", ROUND,
+    ),
+    Mutation(
+        "as many rows as the shortest draft", "csrc/cpu/speculative_round.cpp",
+        "std::max<int64_t>(out,", "std::min<int64_t>(b == 0 ? num_speculations : out,", ROUND,
+    ),
+    Mutation(
+        "one draft too few is cleared", "csrc/cpu/draft.cpp",
+        "for (int64_t i = first_row;", "for (int64_t i = first_row + 1;", DRAFT,
+    ),
+    Mutation(
+        "the last of equal logits wins", "csrc/cpu/head.h",
+        "if (other.max > best.max) best.row", "if (other.max >= best.max) best.row", KERNELS + "test_exit_head.py",
+    ),
+    Mutation(
+        "a draft that was not made is accepted", "csrc/cpu/accept_greedy.cpp",
+        "own[count] >= 0 && ", "", KERNELS + "test_accept_greedy.py",
+    ),
+    Mutation(
+        "a row takes the splits of the last row", "csrc/cpu/attention.h",
+        "(seq_lens[sequence] + m) / kSplit + 1", "(seq_lens[sequence] + rows - 1) / kSplit + 1",
+        KERNELS + "test_verify_attention.py",
+    ),
+    Mutation(
+        "who waits spins for ever", "csrc/cpu/team.h", "kPatience{100}", "kPatience{100000000}", TEAM + " -k patience",
+    ),
+    Mutation("who waits sleeps at once", "csrc/cpu/team.h", "if (spin(phase)) return;", "", TEAM + " -k patience"),
+    Mutation(
+        "no team is ever smaller", "csrc/cpu/team.h", "3 * slept > (members", "3 * slept > 1000 * (members",
+        TEAM + " -k smaller",
+    ),
+    Mutation(
+        "every team is followed by a smaller one", "csrc/cpu/team.h", "3 * slept > (members - 1) * elapsed", "true",
+        TEAM + " -k smaller",
+    ),
+    Mutation(
+        "who arrives last wakes nobody", "csrc/cpu/team.h", "& kSleepers) wake_all();", "& kSleepers) {\n      }",
+        TEAM + " -k patience",
+    ),
+    Mutation(
+        "who sleeps goes round and round", "csrc/cpu/team.h",
+        "sleep_while(phase | kSleepers);", "(void)awake;", TEAM + " -k patience",
+    ),
+    Mutation(
+        "splits are joined before all are there", "csrc/cpu/attention.cpp",
+        "step.attend(member);\n      member.wait();\n", "step.attend(member);\n",
+        KERNELS + "test_verify_attention.py -k threads_agree",
+    ),
+]  # fmt: skip

@@ -1,0 +1,21 @@
+"""Bugs of what stands between people and decoding: transformers, the command line."""
+
+from __future__ import annotations
+
+from .mutation import LAYERSKIP, Mutation
+
+BUGS = [
+    Mutation(
+        "a hole in a mask is padding", "python/layerskip/transformers/row_view.py",
+        "first if first + self.length == len(padded) else -1", "first",
+        LAYERSKIP + "test_transformers_generate.py -k hole",
+    ),
+    Mutation(
+        "a prompt is taken for markup", "python/layerskip/cli/page/markup.py", "escape(str(child))", "str(child)",
+        LAYERSKIP + "test_report.py -k is_text",
+    ),
+    Mutation(
+        "a round's own token is left out of the page", "python/layerskip/cli/page/tokens.py",
+        'if one["emitted"] == accepted:', 'if one["emitted"]:', LAYERSKIP + "test_report.py -k every_token",
+    ),
+]  # fmt: skip

@@ -1,0 +1,69 @@
+"""Bugs of how models are read and computed."""
+
+from __future__ import annotations
+
+from .mutation import LAYERSKIP, Mutation
+
+MODELS = "python/layerskip/models/"
+FAMILIES, KEPT = LAYERSKIP + "test_model_families.py", LAYERSKIP + "test_model_families_kept.py"
+COMPOSED = MODELS + "composed_layer.py"
+
+BUGS = [
+    Mutation(
+        "zero points that loading has converted are read as the file's", MODELS + "checkpoints/gptq.py",
+        "kernel.qzero_format() == 2", "False", LAYERSKIP + "test_transformers_quantized.py",
+    ),
+    Mutation(
+        "scales that change in place leave their packed copy as it is", MODELS + "watch.py",
+        "self._weights if quantized else []", "[]", LAYERSKIP + "test_transformers_quantized.py",
+    ),
+    Mutation(
+        "a kernel that has repacked its tensors is read", MODELS + "adaptation.py",
+        "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "test_transformers_quantized.py",
+    ),
+    Mutation(
+        "a decoder keeps the depth of its model's configuration", MODELS + "watch.py",
+        "_depth(model) == self._depth and ", "", LAYERSKIP + "test_model_changes.py -k that_are_called",
+    ),
+    Mutation(
+        "a module of somebody's own class is taken for the model's", MODELS + "architectures.py",
+        "if name and not kind", "if False and not kind", LAYERSKIP + "test_model_changes.py -k class_of_ones_own",
+    ),
+    Mutation(
+        "a window is one position too long", COMPOSED, "positions - window + 1", "positions - window",
+        FAMILIES + " -k long_texts and gemma3",
+    ),
+    Mutation(
+        "the activation of several rows at once", COMPOSED, "not x.is_cpu or not len(x)", "len(x) >= 0",
+        FAMILIES + " -k rows_bits and gemma3",
+    ),
+    Mutation(
+        "a layer without rotary embedding has one", MODELS + "form.py", "0 if uses else 1 for uses", "0 for uses",
+        FAMILIES + " -k every_split and smollm3",
+    ),
+    Mutation(
+        "eps does not follow the scale of the states", MODELS + "form.py", "config.rms_norm_eps / residual**2",
+        "config.rms_norm_eps / residual", FAMILIES + " -k small_states",
+    ),
+    Mutation(
+        "norms are computed from the weights of the first call", MODELS + "composed.py",
+        "for name, weight in self.held(number).items():", "for name, weight in ():",
+        KEPT + " -k change_in_place and gemma3",
+    ),
+    Mutation(
+        "the final norm is that of the first call", MODELS + "model.py", "        self.head.refresh()\n", "",
+        KEPT + " -k change_in_place and granite",
+    ),
+    Mutation(
+        "views of joined matrices stay where they were", MODELS + "layers.py",
+        "not JOINED.keys().isdisjoint(first)", "False", KEPT + " -k other_memory and phi3",
+    ),
+    Mutation(
+        "positions past a window are computed", MODELS + "rotary.py", "cos[most:] = torch.nan", "pass",
+        KEPT + " -k give_no_token",
+    ),
+    Mutation(
+        "experts share more than 1", COMPOSED, "    if layout.shares:\n", "    if not layout.shares:\n",
+        FAMILIES + " -k every_split and qwen3moe",
+    ),
+]  # fmt: skip

@@ -1,0 +1,22 @@
+"""What a planted bug is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KERNELS, LAYERSKIP = "tests/kernels/", "tests/layerskip/"
+
+
+class Mutation(NamedTuple):
+    """One planted bug; ``tests`` is what pytest gets."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the library must be built again; the tests of team.h and of the CUDA kernels compile them."""
+        return self.file.startswith("csrc/cpu") and not self.file.endswith("team.h")

@@ -1,0 +1,29 @@
+"""Bugs of the op library's Python."""
+
+from __future__ import annotations
+
+from .mutation import KERNELS, Mutation
+
+DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatch", "composition", "_checks"))
+DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py"
+
+BUGS = [
+    Mutation(
+        "triton before cuda", DISPATCH, '("cuda", "triton", "reference")', '("triton", "cuda", "reference")',
+        KERNELS + "test_dispatch.py",
+    ),
+    Mutation(
+        "weights of layers may be strided", CHECKS, "dense(**{name: tensor})", "pass",
+        KERNELS + "test_checks.py -k strides",
+    ),
+    Mutation(
+        "a draft ends at its threshold, in Python", ROUNDS, "chance >= draft_threshold", "chance > draft_threshold",
+        DRAFT,
+    ),
+    Mutation("as many rows as the shortest draft, in Python", ROUNDS, ".sum(1).max()", ".sum(1).min()", ROUND),
+    Mutation("as many rows as the last draft, in Python", ROUNDS, ".sum(1).max()", ".sum(1)[-1]", ROUND),
+    Mutation(
+        "a row does not see itself, in the reference", "layerskip_kernels/reference.py",
+        "<= positions[:, :, None]", "< positions[:, :, None]", KERNELS + "test_verify_attention.py",
+    ),
+]  # fmt: skip

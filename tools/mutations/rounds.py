@@ -1,0 +1,99 @@
+"""Bugs of decoding: rounds, sessions, sources, sampling."""
+
+from __future__ import annotations
+
+from .mutation import LAYERSKIP, Mutation
+
+DECODING = "python/layerskip/decoding/"
+PROMPTS, EXITS = LAYERSKIP + "test_session_prompts.py", LAYERSKIP + "test_exit_decoding.py"
+
+BUGS = [
+    Mutation(
+        "an exit's blocks do not read prompts", DECODING + "reading.py",
+        '"blocks": self.reads_blocks(reading)', '"blocks": False', EXITS + " -k torch_reads",
+    ),
+    Mutation(
+        "an exit's blocks do not read what was looked up", DECODING + "batch.py",
+        "read_blocks(self._model, self._cache, request.slot, request.all_tokens, request.blocks_done, position)",
+        "pass", EXITS + " -k looked_up",
+    ),
+    Mutation(
+        "an exit's blocks do not read what was looked up before a request continues it", DECODING + "slots.py",
+        "if source.blocks_done < length:", "if False:", EXITS + " -k continued",
+    ),
+    Mutation(
+        "an exit drafts on a row that its blocks have not read", DECODING + "slots.py",
+        "if other.reading.depth < request.reading.depth:", "if False:", EXITS + " -k continued",
+    ),
+    Mutation(
+        "a cancelled request keeps its slot", DECODING + "session.py",
+        "self._leave_slot(request, keep and request.keep)", "del self._running[request.id]", PROMPTS,
+    ),
+    Mutation(
+        "a cancelled request keeps its slot while it is read", DECODING + "line.py",
+        "self._slots.give_back(request)", "pass", PROMPTS,
+    ),
+    Mutation(
+        "a prompt is read in pieces that overlap", DECODING + "reading.py",
+        "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS,
+    ),
+    Mutation(
+        "memory goes while a card's round works on it", DECODING + "graph.py",
+        'with a round under way."""\n        self.finish()', 'with a round under way."""',
+        LAYERSKIP + "test_graph.py -k may_be_dropped",
+    ),
+    Mutation(
+        "every number of drafts that are looked up is recorded", DECODING + "batch.py", "SAME = 4", "SAME = 1",
+        LAYERSKIP + "test_graph.py -k any_number",
+    ),
+    Mutation(
+        "the host waits for what it sends to a card", DECODING + "sending.py", "non_blocking=True",
+        "non_blocking=False", LAYERSKIP + "test_sending.py",
+    ),
+    Mutation(
+        "prompts have the time of the longest round", DECODING + "budget.py",
+        "shortest = min(self._rounds)", "shortest = max(self._rounds)", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "a step reads whatever its round took", DECODING + "budget.py",
+        "(LONGEST_STEP + 1 - _GOAL) * shortest", "-math.inf", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "a smaller pass is foreseen without its fixed cost", DECODING + "budget.py",
+        "fixed = 0.0 if self._left >= self._seconds else min(self._rounds)", "fixed = 0.0",
+        LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "pass after pass while any time is left", DECODING + "budget.py",
+        "self._another = seconds\n", "self._another = 0.0\n", LAYERSKIP + "test_budget.py",
+    ),
+    Mutation(
+        "a pass that took too long is tried again and again", DECODING + "budget.py",
+        "while tokens > 1 and tokens in", "while False and tokens in", LAYERSKIP + "test_budget.py -k jumps",
+    ),
+    Mutation(
+        "top-p of all tokens, not of those that top-k leaves", DECODING + "controls.py",
+        "if self.top_k is not None:\n            logits = _keep_top_k(logits, self.top_k, self.largest_k)\n"
+        "        if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n",
+        "if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n"
+        "        if self.top_k is not None:\n            logits = _keep_top_k(logits, self.top_k, self.largest_k)\n",
+        LAYERSKIP + "test_sampling.py",
+    ),
+    Mutation(
+        "a hole in a mask is taken out of a prompt", DECODING + "prompts.py",
+        "kept[-1] - kept[0] + 1 != len(kept)", "False", f"{LAYERSKIP}test_prompts.py {LAYERSKIP}test_decoding.py",
+    ),
+    Mutation(
+        "drafts behind the end of a sequence are counted", DECODING + "sequence.py",
+        "tuple(drafts[: self.remaining])", "tuple(drafts)", LAYERSKIP + "test_records.py -k in_batches",
+    ),
+    Mutation(
+        "what was looked up counts as drafted by a layer", DECODING + "session.py",
+        "0 if request.looked_up is not None else kind.exit_layer", "kind.exit_layer",
+        LAYERSKIP + "test_records.py -k told_once",
+    ),
+    Mutation(
+        "the draft after the last accepted one is not decided", DECODING + "output.py",
+        "min(self.emitted, len(self.drafts))", "self.accepted", LAYERSKIP + "test_sources.py -k by_position",
+    ),
+]  # fmt: skip

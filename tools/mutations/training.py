@@ -1,0 +1,31 @@
+"""Bugs of training."""
+
+from __future__ import annotations
+
+from .mutation import LAYERSKIP, Mutation
+
+TRAINING, TRAINER = "python/layerskip/training/", LAYERSKIP + "test_training_trainer.py"
+
+BUGS = [
+    Mutation(
+        "the data's epoch is always 0", TRAINING + "trainer.py",
+        "set_epoch(int((state.epoch or 0) + 1e-6))", "set_epoch(0)", TRAINER + " -k epoch",
+    ),
+    Mutation(
+        "a checkpoint does not say its sample of the head", TRAINING + "trainer.py",
+        '            "head_sample": self.head_sample,\n', "", TRAINER + " -k another_plan",
+    ),
+    Mutation(
+        "layer dropout one layer off", TRAINING + "dropout.py",
+        "2 ** (layer / last) - 1", "2 ** ((layer + 1) / (last + 1)) - 1", LAYERSKIP + "test_training_formulas.py",
+    ),
+    Mutation(
+        "every process learns the whole batch", TRAINING + "processes.py", "items[rank() :: count()]", "items[:]",
+        LAYERSKIP + "test_train_exit_processes.py",
+    ),
+    Mutation(
+        "drafts are accepted that the head lacks", TRAINING + "exit_loss.py",
+        "torch.where(targets.ids >= 0, logs.gather", "torch.where(targets.ids >= -1, logs.gather",
+        LAYERSKIP + "test_exit_loss.py",
+    ),
+]  # fmt: skip
