@@ -69,13 +69,12 @@ Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor&
                           head_dim,
                           AttentionStep<T>::count_splits(lengths, batch, rows),
                           nullptr};
-    Workspace workspace(Workspace::bytes<float>(step.partial_size()));
-    step.partial = workspace.take<float>(step.partial_size());
-    run_team(num_threads(), [&](const Member& member) {
-      step.attend(member);
-      member.wait();
-      const Range share = member.share(batch * rows * num_heads);
-      step.combine(share.begin, share.end, static_cast<T*>(out.data_ptr()));
+    const int threads = num_threads();
+    const int64_t partial = AttentionStep<T>::partial_size(step, step.splits, threads);
+    Workspace workspace(Workspace::bytes<float>(partial));
+    step.partial = workspace.take<float>(partial);
+    run_team(threads, [&](const Member& member) {
+      step.run(member, member.share(batch * rows), static_cast<T*>(out.data_ptr()));
     });
   });
   return out;

@@ -1,5 +1,8 @@
-// The two steps of attention that a team shares: splits, then (after a wait) rows from their splits.
+// What a team shares of attention: of few rows the splits of their positions, then (after a wait) rows from their
+// splits.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu/common.h"
 
@@ -12,50 +15,108 @@ struct AttentionStep {
   const int64_t *seq_lens, *slots;  // [B], the second or null
   int64_t batch, rows, num_heads, num_kv_heads, capacity, head_dim;
   int64_t splits;  // of the longest sequence
-  float* partial;  // [splits, B, G, M, H/G, kPartialHead + C]
+  float* partial;  // of few rows [splits, B, G, M, H/G, partial_pitch(C)], else [threads, 2, M, H/G, partial_pitch(C)]
 
   static int64_t count_splits(const int64_t* seq_lens, int64_t batch, int64_t rows) {
     int64_t longest = 0;
     for (int64_t b = 0; b < batch; ++b) longest = seq_lens[b] > longest ? seq_lens[b] : longest;
     return (longest + rows + kSplit - 1) / kSplit;
   }
-  int64_t ratio() const { return num_heads / num_kv_heads; }
-  int64_t split_size() const { return batch * num_kv_heads * rows * ratio() * (kPartialHead + head_dim); }
-  int64_t partial_size() const { return splits * split_size(); }
+  // How many floats `partial` takes, for a team of so many threads.
+  template <class Shape>
+  static int64_t partial_size(const Shape& s, int64_t splits, int threads) {
+    const int64_t heads = s.rows * s.num_heads * partial_pitch(s.head_dim);  // of a sequence
+    return s.rows < kFewRows ? splits * s.batch * heads : 2 * threads * heads / s.num_kv_heads;
+  }
 
+  // To out [B, M, H, C], of which this member writes the `own` tokens where rows are few, else what the others wait
+  // for.
+  void run(const Member& member, const Range& own, T* out) const {
+    if (rows < kFewRows) {
+      attend_splits(member);
+      member.wait();
+      combine(own.begin * num_heads, own.end * num_heads, out);
+    } else {
+      attend_rows(member, out);
+      member.wait();
+    }
+  }
+
+ private:
+  int64_t ratio() const { return num_heads / num_kv_heads; }
+  int64_t split_size() const { return batch * num_kv_heads * rows * ratio() * partial_pitch(head_dim); }
   int64_t positions(int64_t sequence) const { return seq_lens[sequence] + rows; }
   int64_t cache_at(int64_t sequence, int64_t kv_head) const {
     return (slot_of(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
   }
 
-  // Splits differ in length, so members share positions: each takes the splits that start within its share.
-  void attend(const Member& member) const {
+  // This member's share of the work, where each sequence has `parts` times its positions of it: visit(sequence, range).
+  template <class F>
+  void share(const Member& member, int64_t parts, F visit) const {
     int64_t total = 0, at = 0;
-    for (int64_t sequence = 0; sequence < batch; ++sequence) total += num_kv_heads * positions(sequence);
+    for (int64_t sequence = 0; sequence < batch; ++sequence) total += parts * positions(sequence);
     const Range own = member.share(total);
     for (int64_t sequence = 0; sequence < batch; ++sequence) {
-      const int64_t count = positions(sequence);
-      for (int64_t task = 0; task < num_kv_heads * splits; ++task) {
-        const int64_t kv_head = task / splits, split = task % splits, start = kv_head * count + split * kSplit;
-        if (split * kSplit < count && own.begin <= at + start && at + start < own.end) attend(sequence, kv_head, split);
-      }
-      at += num_kv_heads * count;
+      visit(sequence, Range{own.begin - at, own.end - at});
+      at += parts * positions(sequence);
     }
   }
 
-  void attend(int64_t sequence, int64_t kv_head, int64_t split) const {
+  // Splits differ in length, so members share positions: each takes the splits that start within its share.
+  void attend_splits(const Member& member) const {
+    share(member, num_kv_heads, [&](int64_t sequence, const Range& own) {
+      const int64_t count = positions(sequence);
+      for (int64_t task = 0; task < num_kv_heads * splits; ++task) {
+        const int64_t kv_head = task / splits, split = task % splits, start = kv_head * count + split * kSplit;
+        if (split * kSplit < count && own.begin <= start && start < own.end) attend_split(sequence, kv_head, split);
+      }
+    });
+  }
+
+  void attend_split(int64_t sequence, int64_t kv_head, int64_t split) const {
     // Where the next split starts: the same head's, or another head's first.
     int64_t next = cache_at(sequence, kv_head) + (split + 1) * kSplit * head_dim;
     if ((split + 1) * kSplit >= positions(sequence)) {
       const bool more = kv_head + 1 < num_kv_heads;
       next = cache_at(more || sequence + 1 == batch ? sequence : sequence + 1, more ? kv_head + 1 : 0);
     }
+    float* out =
+        partial + split * split_size() + (sequence * num_kv_heads + kv_head) * rows * ratio() * partial_pitch(head_dim);
+    kernels<T>().attend(args(sequence, kv_head, {0, rows}, next, out), split);
+  }
+
+  // Many rows take all splits one after the other, or what these add up to would go through memory. Members share rows.
+  void attend_rows(const Member& member, T* out) const {
+    float* own_partial = partial + member.index * 2 * rows * ratio() * partial_pitch(head_dim);
+    share(member, num_kv_heads * rows, [&](int64_t sequence, const Range& own) {
+      const int64_t count = positions(sequence);
+      for (int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
+        const auto row = [&](int64_t place) {
+          return std::clamp<int64_t>((place + count - 1) / count - kv_head * rows, 0, rows);
+        };
+        const Range mine{row(own.begin), row(own.end)};
+        if (mine.begin == mine.end) continue;
+        const int64_t next = cache_at(sequence, kv_head + 1 < num_kv_heads ? kv_head + 1 : 0);
+        T* first = out + ((sequence * rows + mine.begin) * num_heads + kv_head * ratio()) * head_dim;
+        kernels<T>().attend_rows(args(sequence, kv_head, mine, next, own_partial), first);
+      }
+    });
+  }
+
+  // Of some rows of a sequence and one key/value head; `next` is where in the cache lies what is read afterwards.
+  AttentionArgs<T> args(int64_t sequence, int64_t kv_head, const Range& own, int64_t next, float* out) const {
     const int64_t at = cache_at(sequence, kv_head);
-    float* out = partial + split * split_size() +
-                 (sequence * num_kv_heads + kv_head) * rows * ratio() * (kPartialHead + head_dim);
-    kernels<T>().attend({q + sequence * rows * num_heads * head_dim, k_cache + at, v_cache + at, k_cache + next,
-                         seq_lens[sequence], rows, num_heads, head_dim, kv_head, ratio(), out},
-                        split);
+    return {q + (sequence * rows + own.begin) * num_heads * head_dim,
+            k_cache + at,
+            v_cache + at,
+            k_cache + next,
+            seq_lens[sequence] + own.begin,
+            own.end - own.begin,
+            num_heads,
+            head_dim,
+            kv_head,
+            ratio(),
+            out};
   }
 
   // Rows [begin, end) of the B * M * H query rows, to out [B, M, H, C].
@@ -65,7 +126,7 @@ struct AttentionStep {
       const int64_t head = row % num_heads, m = row / num_heads % rows, sequence = row / num_heads / rows;
       const int64_t kv_head = head / ratio();
       const float* own = partial + (((sequence * num_kv_heads + kv_head) * rows + m) * ratio() + head % ratio()) *
-                                       (kPartialHead + head_dim);
+                                       partial_pitch(head_dim);
       table.combine(own, split_size(), (seq_lens[sequence] + m) / kSplit + 1, head_dim, out + row * head_dim);
     }
   }

@@ -68,13 +68,32 @@ inline void check_slots(const int64_t* slots, int64_t batch, int64_t num_slots) 
 
 inline int64_t slot_of(const int64_t* slots, int64_t sequence) { return slots ? slots[sequence] : sequence; }
 
-// Packs x [rows, width] into this member's own memory; each member needs all of it, and a copy is cheaper than a wait.
+constexpr int64_t kFewRows = 16;
+
+// Which of so many rows this member prepares for the step that follows, which needs all of them. Of few rows each
+// member makes its own copy, which is cheaper than to wait for the others.
+inline Range rows_of(const Member& member, int64_t rows) {
+  return rows < kFewRows ? Range{0, rows} : member.share(rows);
+}
+
+// Where they go, if a copy has so many elements.
+template <class E>
+E* copy_of(const Member& member, int64_t rows, E* memory, int64_t size) {
+  return rows < kFewRows ? memory + member.index * size : memory;
+}
+
+// How many copies there are.
+inline int64_t num_copies(int64_t rows, int threads) { return rows < kFewRows ? threads : 1; }
+
+// Packs x [rows, width], of which this member's rows are there, and waits for what others pack.
 template <class T>
-Packed pack_own(const Member& member, const T* x, const T* norm, float eps, int64_t rows, int64_t width,
+Packed pack_all(const Member& member, const T* x, const T* norm, float eps, int64_t rows, int64_t width,
                 const Weight& weight, float* memory) {
-  void* own = memory + member.index * rows * padded(width);
-  kernels<T>().pack(x, norm, eps, rows, width, weight, own);
-  return {own, rows, width};
+  void* packed = copy_of(member, rows, memory, rows * padded(width));
+  const Range own = rows_of(member, rows);
+  kernels<T>().pack(x, norm, eps, own.begin, own.end, width, weight, packed);
+  if (rows >= kFewRows) member.wait();
+  return {packed, rows, width};
 }
 
 inline int64_t packed_size(int64_t rows, int64_t width) { return rows * padded(width); }

@@ -51,12 +51,12 @@ class Forward {
     const int threads = num_threads();
     const int64_t tokens = s_.tokens();
     const int64_t splits = AttentionStep<T>::count_splits(seq_lens_, s_.batch, s_.rows);
-    const int64_t partial = splits * tokens * s_.num_heads * (kPartialHead + s_.head_dim);
+    const int64_t partial = AttentionStep<T>::partial_size(s_, splits, threads);
     const int64_t widest = std::max({s_.hidden_size, s_.queries(), s_.intermediate_size});
-    const int64_t packed = threads * packed_size(tokens, widest);
+    const int64_t copies = num_copies(tokens, threads), packed = copies * packed_size(tokens, widest);
     const auto bytes = [](int64_t count) { return Workspace::bytes<T>(count); };
     Workspace workspace(2 * bytes(tokens * s_.queries()) + 2 * bytes(tokens * s_.keys()) +
-                        bytes(tokens * s_.hidden_size) + bytes(threads * tokens * s_.queries()) +
+                        bytes(tokens * s_.hidden_size) + bytes(copies * tokens * s_.queries()) +
                         bytes(tokens * s_.intermediate_size) + Workspace::bytes<float>(packed) +
                         Workspace::bytes<float>(partial));
     b_.hidden = hidden;
@@ -64,7 +64,7 @@ class Forward {
     b_.q = workspace.take<T>(tokens * s_.queries());
     b_.k = workspace.take<T>(tokens * s_.keys());
     b_.v = workspace.take<T>(tokens * s_.keys());
-    b_.attended = workspace.take<T>(threads * tokens * s_.queries());
+    b_.attended = workspace.take<T>(copies * tokens * s_.queries());
     b_.activated = workspace.take<T>(tokens * s_.intermediate_size);
     b_.packed = workspace.take<float>(packed);
     b_.partial = workspace.take<float>(partial);
@@ -81,7 +81,7 @@ class Forward {
 
  private:
   Packed pack(const Member& member, const T* x, const T* norm, int64_t hidden_size, const Weight& weight) const {
-    return pack_own(member, x, norm, eps_, s_.tokens(), hidden_size, weight, b_.packed);
+    return pack_all(member, x, norm, eps_, s_.tokens(), hidden_size, weight, b_.packed);
   }
 
   // Where this member's share of a matrix starts: what the step before it fetches ahead.
@@ -112,10 +112,8 @@ class Forward {
     member.wait();
     const AttentionStep<T> step{b_.q,         layer.k_cache,   layer.v_cache, seq_lens_,   slots_, s_.batch,  s_.rows,
                                 s_.num_heads, s_.num_kv_heads, s_.capacity,   s_.head_dim, splits, b_.partial};
-    step.attend(member);
-    member.wait();
-    T* attended = b_.attended + member.index * s_.tokens() * s_.queries();
-    step.combine(0, s_.tokens() * s_.num_heads, attended);
+    T* attended = copy_of(member, s_.tokens(), b_.attended, s_.tokens() * s_.queries());
+    step.run(member, rows_of(member, s_.tokens()), attended);
     const Packed packed = pack(member, attended, nullptr, s_.queries(), layer.o);
     linear(member, {packed, layer.o, nullptr, b_.hidden, b_.middle, s_.hidden_size, gate});
     member.wait();

@@ -117,7 +117,7 @@ class ExitHead {
     HeadPartial* partials = workspace.take<HeadPartial>(tiles_.count * rows);
     const Kernels<T>& table = kernels<T>();
     const Packed packed{memory, rows, width_};
-    table.pack(hidden, norm_, eps_, rows, width_, weight_, memory);
+    table.pack(hidden, norm_, eps_, 0, rows, width_, weight_, memory);
     run_team(num_threads(), [&](const Member& member) {
       const Range share = member.share(tiles_.count);
       for (int64_t t = share.begin; t < share.end; ++t)

@@ -37,6 +37,14 @@ struct Dot<bf16> {
   static F16 accumulate(F16 sum, Lanes w, Lanes x) { return {_mm512_dpbf16_ps(sum.v, w, x)}; }
   // From sixteen words, each of them a pair.
   static Lanes lanes(F16 words) { return (Lanes)words.v; }
+  // Thirty-two numbers, rounded, as words.
+  static F16 rounded(F16 a, F16 b) { return {(__m512)_mm512_cvtne2ps_pbh(b.v, a.v)}; }
+  // Of two rows of pairs, what stands above each other: that of the first ones, and that of the second ones.
+  static void stack(F16 above, F16 below, F16* even, F16* odd) {
+    const __m512i a = _mm512_castps_si512(above.v), b = _mm512_castps_si512(below.v);
+    even->v = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+    odd->v = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+  }
 };
 #endif
 
@@ -65,6 +73,20 @@ struct Dot<bf16> {
   static Lanes lanes(const F16& words) {
     return {{vreinterpretq_bf16_f32(words.v[0]), vreinterpretq_bf16_f32(words.v[1]), vreinterpretq_bf16_f32(words.v[2]),
              vreinterpretq_bf16_f32(words.v[3])}};
+  }
+  // Thirty-two numbers, rounded, as words.
+  static F16 rounded(const F16& a, const F16& b) {
+    return quarters([&](int i) {
+      const F16& from = i < 2 ? a : b;
+      const bfloat16x8_t low = vcvtq_low_bf16_f32(from.v[i % 2 * 2]);
+      return vreinterpretq_f32_bf16(vcvtq_high_bf16_f32(low, from.v[i % 2 * 2 + 1]));
+    });
+  }
+  // Of two rows of pairs, what stands above each other: that of the first ones, and that of the second ones.
+  static void stack(const F16& above, const F16& below, F16* even, F16* odd) {
+    const auto bits = [](float32x4_t words) { return vreinterpretq_u16_f32(words); };
+    *even = quarters([&](int i) { return vreinterpretq_f32_u16(vtrn1q_u16(bits(above.v[i]), bits(below.v[i]))); });
+    *odd = quarters([&](int i) { return vreinterpretq_f32_u16(vtrn2q_u16(bits(above.v[i]), bits(below.v[i]))); });
   }
 };
 #endif

@@ -214,11 +214,12 @@ inline bool splits(const Weight& weight) {
   return kSplits<T> && weight.panels;
 }
 
-// Activations [rows, width] for such weights; with a norm weight, rms_norm (rounded to T) first.
+// Rows [begin, end) of activations [rows, width] for such weights; with a norm weight, rms_norm (rounded to T) first.
 template <class T>
-void pack(const T* x, const T* norm, float eps, int64_t rows, int64_t width, const Weight& weight, void* packed) {
+void pack(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
+          void* packed) {
   const int64_t stride = padded(width);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = begin; r < end; ++r) {
     if (weight.format == Format::kPlain) {
       using X = typename Dot<T>::X;
       pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * stride);

@@ -18,6 +18,17 @@ inline F16 exp(F16 x) {
   return scale_by_power_of_two(p, n);
 }
 
+// 2^x, with a relative error of 7.5e-5: a fiftieth of what rounding to bf16 loses. NaN stays NaN.
+inline F16 coarse_exp2(F16 x) {
+  x = max(splat(-126.0f), x);
+  const F16 n = round(x);
+  const F16 r = x - n;
+  F16 p = fma(splat(0.05517167f), r, splat(0.24261112f));
+  p = fma(p, r, splat(0.69326099f));
+  p = fma(p, r, splat(0.99992807f));
+  return scale_by_power_of_two(p, n);
+}
+
 inline float total(F16 a) {
   float out[4];
   const F16 zero = splat(0);
@@ -47,6 +58,13 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t width, T* out) {
 // One row to X, zero-padded, rounded to T on the way where a norm changes it.
 template <class T, class X>
 void pack_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
+  if constexpr (__is_same(T, X)) {
+    if (!norm) {
+      __builtin_memcpy(out, x, width * sizeof(T));
+      __builtin_memset(out + width, 0, (padded(width) - width) * sizeof(T));
+      return;
+    }
+  }
   const F16 inverse = splat(norm ? inverse_rms(x, eps, width) : 1.0f);
   const int64_t end = padded(width);
   for (int64_t i = 0; i < end; i += 16) {

@@ -2,6 +2,6 @@
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    pack<T>,    expand_row<T>, rms_norm<T>, linear<T>, swiglu<T>,  head<T>,       rope<T>,        attend<T>,
-    combine<T>, softmax_part,  softmax,     pick_part, uniform_of, loss_terms<T>, loss_slopes<T>,
+    pack<T>,        expand_row<T>, rms_norm<T>,  linear<T>, swiglu<T>, head<T>,    rope<T>,       attend<T>,
+    attend_rows<T>, combine<T>,    softmax_part, softmax,   pick_part, uniform_of, loss_terms<T>, loss_slopes<T>,
 };

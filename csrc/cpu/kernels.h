@@ -13,10 +13,14 @@ constexpr int64_t kPad = 32;         // rows of packed activations are zero-padd
 constexpr int64_t kSplit = 256;      // positions of one attention split; fixed, so that a row's bits don't depend on M
 constexpr int64_t kHeadTiles = 128;  // parts of a vocabulary; fixed, so that a sum's order doesn't depend on the team
 
-// What stands before a split's C weighted values: their maximum at 0, the sum of their numerators in 16 parts at 16.
+// What stands before a split's weighted values, padded: their maximum at 0, the sum of their numerators in 16 parts at
+// 16. Where values are weighed in pairs, of thirty-two columns the even ones come first.
 constexpr int64_t kPartialHead = 32;
 
 inline int64_t padded(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
+
+// Floats of a row of a split.
+inline int64_t partial_pitch(int64_t head_dim) { return kPartialHead + padded(head_dim); }
 
 // Activations of a matmul, [rows, width], in the form that the instruction set multiplies with a weight of the format
 // that they were packed for: bf16, fp32, or 16-bit integers; padded.
@@ -108,7 +112,7 @@ struct AttentionArgs {
   int64_t length;                     // positions before this step
   int64_t rows, num_heads, head_dim;  // M, H, C
   int64_t kv_head, ratio;             // which key/value head; query heads per key/value head
-  float* partial;                     // [M, ratio, kPartialHead + C], of this split
+  float* partial;                     // [M, ratio, partial_pitch(C)], of this split
 };
 
 // A row of a tile of logits, and where its label lies among them, if at all.
@@ -127,8 +131,10 @@ struct LossSums {
 // Everything that is compiled per instruction set, for one storage type.
 template <class T>
 struct Kernels {
-  // x [rows, width] -> packed, for such weights; with a norm weight, rms_norm (rounded to T) first.
-  void (*pack)(const T* x, const T* norm, float eps, int64_t rows, int64_t width, const Weight& weight, void* packed);
+  // Rows [begin, end) of x [rows, width] -> packed, for such weights; with a norm weight, rms_norm (rounded to T)
+  // first.
+  void (*pack)(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
+               void* packed);
   void (*expand_row)(const Weight& weight, int64_t row, int64_t width, T* out);  // of a packed weight
   void (*rms_norm)(const T* x, const T* weight, float eps, int64_t width, T* out);
   void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
@@ -136,6 +142,9 @@ struct Kernels {
   void (*head)(const HeadArgs&, int64_t begin, int64_t end, HeadPartial* partial);
   void (*rope)(const RopeArgs<T>&, const T* x, T* out);
   void (*attend)(const AttentionArgs<T>&, int64_t split);
+  // All splits, to `out` [M, H, C] from the first of the heads on; `partial` holds two. The bits are those of
+  // `combine`.
+  void (*attend_rows)(const AttentionArgs<T>&, T* out);
   void (*combine)(const float* partial, int64_t stride, int64_t splits, int64_t head_dim, T* out);
   // Of one row of fp32 logits, whatever T is.
   void (*softmax_part)(const float* logits, float divisor, int64_t begin, int64_t end, HeadPartial* out);

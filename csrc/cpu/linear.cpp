@@ -13,7 +13,7 @@ void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, const Wei
   const int threads = num_threads();
   Workspace workspace(Workspace::bytes<float>(packed_size(rows, d_in)));
   float* memory = workspace.take<float>(packed_size(rows, d_in));
-  kernels<T>().pack(x, nullptr, 0.0f, rows, d_in, weight, memory);
+  kernels<T>().pack(x, nullptr, 0.0f, 0, rows, d_in, weight, memory);
   run_team(threads, [&](const Member& member) {
     const Range share = member.share(d_out, kUnit);
     step(Packed{memory, rows, d_in}, share.begin, share.end);

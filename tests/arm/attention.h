@@ -21,12 +21,10 @@ struct OneHead {
   // Rows [first, first + count) of it.
   std::vector<T> run(int64_t first, int64_t count) const {
     const int64_t own = length + first, splits = (own + count + kSplit - 1) / kSplit;
-    const int64_t pitch = kPartialHead + head_dim, size = count * ratio * pitch;
+    const int64_t pitch = partial_pitch(head_dim), size = count * ratio * pitch;
     std::vector<float> partial(splits * size);
     for (int64_t split = 0; split < splits; ++split)
-      kernels<T>().attend({&q[first * ratio * head_dim], keys.data(), values.data(), keys.data(), own, count, ratio,
-                           head_dim, 0, ratio, partial.data() + split * size},
-                          split);
+      kernels<T>().attend(args(first, count, partial.data() + split * size), split);
     std::vector<T> out(count * ratio * head_dim);
     for (int64_t row = 0; row < count * ratio; ++row)
       kernels<T>().combine(partial.data() + row * pitch, size, (own + row / ratio) / kSplit + 1, head_dim,
@@ -34,18 +32,45 @@ struct OneHead {
     return out;
   }
 
-  // One query row, by definition.
-  std::vector<double> truth(int64_t row) const {
+  // All rows as one step of many takes them.
+  std::vector<T> run_together() const {
+    std::vector<float> partial(2 * rows * ratio * partial_pitch(head_dim));
+    std::vector<T> out(rows * ratio * head_dim);
+    kernels<T>().attend_rows(args(0, rows, partial.data()), out.data());
+    return out;
+  }
+
+  AttentionArgs<T> args(int64_t first, int64_t count, float* partial) const {
+    return {&q[first * ratio * head_dim],
+            keys.data(),
+            values.data(),
+            keys.data(),
+            length + first,
+            count,
+            ratio,
+            head_dim,
+            0,
+            ratio,
+            partial};
+  }
+
+  // One query row, by definition; `weighed` is the same sum of the values' sizes.
+  std::vector<double> truth(int64_t row, std::vector<double>& weighed) const {
     std::vector<double> out(head_dim);
+    weighed.assign(head_dim, 0);
     double sum = 0;
     for (int64_t t = 0; t <= length + row / ratio; ++t) {
       double score = 0;
       for (int64_t c = 0; c < head_dim; ++c) score += value(q[row * head_dim + c]) * value(keys[t * head_dim + c]);
       const double weight = std::exp(score / std::sqrt(static_cast<double>(head_dim)));
       sum += weight;
-      for (int64_t c = 0; c < head_dim; ++c) out[c] += weight * value(values[t * head_dim + c]);
+      for (int64_t c = 0; c < head_dim; ++c) {
+        out[c] += weight * value(values[t * head_dim + c]);
+        weighed[c] += weight * std::fabs(value(values[t * head_dim + c]));
+      }
     }
     for (double& one : out) one /= sum;
+    for (double& one : weighed) one /= sum;
     return out;
   }
 };
@@ -53,15 +78,19 @@ struct OneHead {
 template <class T>
 void check_attention(Checks& checks, Random& random) {
   const int64_t shapes[][4] = {{1, 1, 8, 0}, {7, 3, 64, 30}, {5, 2, 72, 255}, {2, 1, 128, 600}, {9, 4, 16, 61}};
+  const bool rounds = std::is_same_v<T, bf16> && std::strcmp(isa_name(), "neon_bf16") == 0;
   for (const auto& [rows, ratio, head_dim, length] : shapes) {
     const OneHead<T> head(random, rows, ratio, head_dim, length);
-    const std::vector<T> out = head.run(0, rows);
+    const std::vector<T> out = head.run(0, rows), together = head.run_together();
+    checks.same("rows of attention together", together.data(), out.data(), out.size() * sizeof(T));
     for (int64_t row = 0; row < rows * ratio; ++row) {
-      const std::vector<double> truth = head.truth(row);
-      // Scores lose at most 2^-19 of numbers of order 1, and values are at most 1.
+      std::vector<double> weighed;
+      const std::vector<double> truth = head.truth(row, weighed);
+      // Scores lose at most 2^-19 of numbers of order 1, and values are at most 1. Numerators that are rounded, and so
+      // are their sums, lose 2^-9 each.
       for (int64_t c = 0; c < head_dim; ++c)
         checks.near("attention", value(out[row * head_dim + c]), truth[c],
-                    0x1p-16 + std::fabs(truth[c]) * kRounding<T>);
+                    0x1p-16 + std::fabs(truth[c]) * kRounding<T> + (rounds ? 0x1.1p-8 * weighed[c] : 0));
     }
     for (int64_t m = 0; m < rows; ++m) {
       const std::vector<T> alone = head.run(m, 1);

@@ -245,14 +245,17 @@ def test_strided_hidden(path: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_rows_do_not_depend_on_each_other(isa: str, sizes: Sizes, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("lengths", "count"), [([5, 0, 250], 4), ([5, 0, 250], 9), ([250], 21), ([*range(17)], 1)])
+def test_rows_do_not_depend_on_each_other(
+    isa: str, lengths: list[int], count: int, sizes: Sizes, dtype: torch.dtype
+) -> None:
     """One row after another, each sequence alone: hidden states and cache as from all of them at once."""
-    one = case(sizes, dtype, [5, 0, 250], 9, capacity=264)
+    one = case(sizes, dtype, lengths, count, capacity=272)
     untouched = one.copy()
     whole = one.run(0, one.num_layers)
-    for b in range(3):
-        rows = untouched.part(b, 0, 9)
-        for m in range(9):
+    for b in range(len(lengths)):
+        rows = untouched.part(b, 0, count)
+        for m in range(count):
             single = Case(rows.hidden[:, m : m + 1], one.weights, rows.k_cache, rows.v_cache, one.cos, one.sin,
                           rows.seq_lens + m)  # fmt: skip
             assert_same_bits(single.run(0, one.num_layers), whole[b : b + 1, m : m + 1], f"(row {m} of sequence {b})")
@@ -262,8 +265,9 @@ def test_rows_do_not_depend_on_each_other(isa: str, sizes: Sizes, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_threads_agree(isa: str, sizes: Sizes, dtype: torch.dtype) -> None:
-    one = case(sizes, dtype, [5, 0, 250], 6, capacity=264)
+@pytest.mark.parametrize("rows", [3, 6, 20])
+def test_threads_agree(isa: str, rows: int, sizes: Sizes, dtype: torch.dtype) -> None:
+    one = case(sizes, dtype, [5, 0, 250], rows, capacity=272)
     assert_threads_agree(lambda: (one.run(0, one.num_layers), one.k_cache.clone(), one.v_cache.clone()))
 
 
