@@ -25,7 +25,7 @@ from layerskip import GenerationOutput, SamplingParams, SelfSpeculativeDecoder
 from layerskip._files import write_atomically
 from layerskip.cli.drafts import Drafts
 from layerskip.cli.options import encode
-from layerskip.models import load
+from layerskip.models import gather_weights, load
 
 from .harness import machine
 from .source_tables import COLUMNS, PLAIN, document, markdown
@@ -134,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parsed(arguments)
     torch.set_num_threads(args.threads)
     model, tokenizer = load(args.model)
+    gather_weights(model)  # as `from_pretrained` does
     rows: list[dict[str, Any]] = []
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     args.output.parent.mkdir(parents=True, exist_ok=True)
