@@ -248,7 +248,7 @@ MISTAKES = {  # of sample.cuh, in its order
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_catches_blocks_that_nothing_orders(mistake: str, seed: int) -> None:
     """Whatever the order in which they run."""
-    with pytest.raises(EmulationError, match=rf"joined_sum_kernel.* {MISTAKES[mistake]}.* sample.cuh:\d+"):
+    with pytest.raises(EmulationError, match=rf"joined_sum_kernel.* {MISTAKES[mistake]}"):
         joined_sum(seed, 1 + list(MISTAKES).index(mistake))
 
 
