@@ -27,15 +27,38 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 CUDA = ROOT / "csrc" / "cuda"
 
 
+@cache
+def unfenced() -> Library:
+    """With three rows no barrier before the products; with two every block goes through the tiles of all blocks."""
+    text = "  __syncthreads();\n  for (int64_t tile = start"
+    fair = "start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;"
+    return planted(
+        "exit_head",
+        "unfenced",
+        CUDA / "exit_head.cuh",
+        (text, f"  if (a.rows != 3){text}"),
+        (
+            fair,
+            "all = a.rows == 2, start = all ? warp : blockIdx.x / a.passes + teams * warp,\n"
+            "step = all ? kWarps : teams * kWarps;",
+        ),
+    )
+
+
 def test_a_missing_barrier_in_exit_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order of the threads: the products read states that other warps have just normed."""
-    text = "  __syncthreads();\n  for (int64_t tile = start"
-    without = planted("exit_head", "no_barrier", CUDA / "exit_head.cuh", (text, text.split("\n")[1]))
-    monkeypatch.setattr(runners, "library", lambda name: without)
     hidden, norm, head = torch.randn(3, 96), torch.ones(96), torch.randn(40, 96)
     for seed in range(4):
         with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1>.*with no barrier between"):
-            runners.Emulated(seed).exit_head(hidden, norm, head, 1e-5)
+            emulated(monkeypatch, unfenced(), seed).exit_head(hidden, norm, head, 1e-5)
+
+
+def test_blocks_that_do_each_others_tiles_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else shows it: they write the same values."""
+    hidden, norm, head = torch.randn(2, 96), torch.ones(96), torch.randn(400, 96)
+    for seed in range(4):
+        with pytest.raises(EmulationError, match=rf"exit_head_kernel.* writes {UNORDERED}byte \d+ of argument 12"):
+            emulated(monkeypatch, unfenced(), seed).exit_head(hidden, norm, head, 1e-5)
 
 
 def test_a_write_out_of_bounds_in_accept_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
