@@ -13,6 +13,7 @@ __device__ __forceinline__ void rotate_head(const T* x, const T* norm, float eps
                                             const Angles& angles, int head_dim, T* out) {
   const int half = head_dim / 2;
   const float inverse = norm ? head_inverse_rms(x, head_dim, eps) : 1.0f;
+  if (norm) __syncwarp();  // other lanes have read what this one overwrites where out is x
   const auto value = [&](int c) {
     const float raw = to_float(x[c]);
     return norm ? round_to<T>(normed(raw, inverse, to_float(norm[c]))) : raw;

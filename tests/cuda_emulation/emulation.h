@@ -41,12 +41,12 @@ using Complete = void (*)(void* const* requests, unsigned mask);
 // `line`, unless 0, is that of the kernel's source: all lanes must come from the same one.
 void collective(unsigned mask, const char* what, Complete complete, void* request, unsigned line = 0);
 void warp_barrier(unsigned mask);
-void block_barrier(int id, int threads);  // id 0: all threads of the block
-int block_vote(int value, int what);      // 0 count, 1 and, 2 or
+void block_barrier(int id, int threads, unsigned line = 0);  // id 0: all threads of the block
+int block_vote(int value, int what, unsigned line);          // 0 count, 1 and, 2 or
 unsigned lane();
 unsigned active_mask();  // lanes of the warp that have not exited
 
-enum class Access { read, write, atomic };
+enum class Access : uint8_t { read, write, atomic };
 void access(const void* pointer, size_t bytes, Access kind, const void* where);
 void ticket(const void* counter);  // taken just now: acquire and release at device scope
 bool is_shared(const void* pointer);

@@ -110,4 +110,64 @@ inline cudaError_t chain(const float* x, float* y, float* out, int64_t n, bool h
   return launch(second, hasty ? hasty_kernel : increment_kernel, y, out);
 }
 
+// What a test has the blocks of `joined_sum` do wrong.
+enum class Mistake { none, early_ticket, relaxed_ticket, first_joins, all_clear, shared_parts, two_barriers };
+
+// out = sum of x [blocks, width]: each block leaves its part, and the last one that takes a ticket joins them.
+__global__ void joined_sum_kernel(const float* x, __half* parts, unsigned* counter, float* out, int width,
+                                  Mistake own) {
+  __shared__ bool last;
+  if (own == Mistake::early_ticket && threadIdx.x == 0) last = ptx::ticket(counter) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    float sum = 0.0f;
+    for (int i = 0; i < width; ++i) sum += x[blockIdx.x * width + i];
+    parts[own == Mistake::shared_parts ? blockIdx.x / 2 : blockIdx.x] = sum;
+  }
+  if (own == Mistake::two_barriers && threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+  if (own != Mistake::early_ticket && threadIdx.x == 0) {
+    const unsigned before = own == Mistake::relaxed_ticket ? atomicAdd(counter, 1u) : ptx::ticket(counter);
+    last = before == (own == Mistake::first_joins ? 0 : gridDim.x - 1);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && (last || own == Mistake::all_clear)) *counter = 0;
+  if (threadIdx.x != 32 || !last) return;
+  float sum = 0.0f;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += static_cast<float>(parts[i]);
+  *out = sum;
+}
+
+inline cudaError_t joined_sum(const float* x, __half* parts, unsigned* counter, float* out, int64_t blocks,
+                              int64_t width, Mistake own, cudaStream_t stream) {
+  const Launch where{.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(64), .stream = stream};
+  return launch(where, joined_sum_kernel, x, parts, counter, out, static_cast<int>(width), own);
+}
+
+// x[i] = x[i + 1] in place, which one block can do and several cannot.
+__global__ void shift_kernel(float* x) {
+  float* own = x + blockIdx.x * blockDim.x + threadIdx.x;
+  const float next = own[1];
+  __syncthreads();
+  *own = next;
+}
+
+inline cudaError_t shift(float* x, int64_t blocks, cudaStream_t stream) {
+  return launch({.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(64), .stream = stream}, shift_kernel, x);
+}
+
+// out[block] = how often other threads count between two counts of its own, a barrier apart.
+__global__ void turns_kernel(unsigned* counter, unsigned* out) {
+  const unsigned before = atomicAdd(counter, 1u);
+  __syncthreads();
+  const unsigned after = atomicAdd(counter, 1u);
+  if (threadIdx.x == 0) out[blockIdx.x] = after - before - 1;
+}
+
+inline cudaError_t turns(unsigned* counter, unsigned* out, int64_t blocks, cudaStream_t stream) {
+  return launch({.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(1), .stream = stream}, turns_kernel,
+                counter, out);
+}
+
 }  // namespace lsk::sample

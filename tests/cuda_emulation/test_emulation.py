@@ -212,6 +212,64 @@ def test_catches_a_change_of_the_split_between_dependent_launches() -> None:
         chain(lib)
 
 
+def joined_sum(seed: int, mistake: int = 0) -> None:
+    x, parts, counter, out = torch.arange(20.0).view(4, 5), nans(4).half(), torch.zeros(1, dtype=torch.int32), nans(1)
+    library("sample").call(
+        "joined_sum", x, parts, counter, out, *x.shape, mistake, writes=(parts, counter, out), seed=seed
+    )
+    assert (float(out), int(counter)) == (190, 0)
+
+
+def shift(blocks: int, seed: int) -> None:
+    x = torch.arange(64.0 * blocks + 1)
+    library("sample").call("shift", x, blocks, writes=(x,), seed=seed)
+    assert torch.equal(x[:-1], torch.arange(1, 64.0 * blocks + 1))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_that_a_ticket_orders(seed: int) -> None:
+    """Of 16-bit numbers, where two blocks write into the same four bytes."""
+    joined_sum(seed)
+    shift(1, seed)
+
+
+UNORDERED = "what another block (wrote|has read|updated), with no barrier and no ticket between: "
+MISTAKES = {  # of sample.cuh, in its order
+    "a ticket taken before the block's part is written": UNORDERED + r"byte \d of argument 1",
+    "a ticket that orders nothing": UNORDERED + r"byte \d of argument [12]",
+    "the first block joins": UNORDERED + r"byte \d of argument [12]",
+    "every block puts the counter back": UNORDERED + "byte 0 of argument 2",
+    "two blocks write one number of 16 bits": rf"writes {UNORDERED}byte [02] of argument 1",
+    "barriers at two lines": r"barrier 0 by threads of one block at lines \d+ and \d+",
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_catches_blocks_that_nothing_orders(mistake: str, seed: int) -> None:
+    """Whatever the order in which they run."""
+    with pytest.raises(EmulationError, match=rf"joined_sum_kernel.* {MISTAKES[mistake]}"):
+        joined_sum(seed, 1 + list(MISTAKES).index(mistake))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_catches_a_write_of_what_another_block_reads(seed: int) -> None:
+    with pytest.raises(EmulationError, match=rf"shift_kernel.* {UNORDERED}byte \d+ of argument 0"):
+        shift(2, seed)
+
+
+def test_blocks_of_a_grid_take_turns() -> None:
+    """Between two counts of a block others count, in some orders."""
+    seen = set()
+    for seed in range(40):
+        counter, out = torch.zeros(1, dtype=torch.int32), torch.full((6,), -1, dtype=torch.int32)
+        library("sample").call("turns", counter, out, 6, writes=(counter, out), seed=seed)
+        seen |= set(out.tolist())
+        assert int(counter) == 12
+    assert 0 in seen
+    assert max(seen) > 1
+
+
 SAMPLE = ROOT / "tests" / "cuda_emulation" / "sample.cuh"
 
 

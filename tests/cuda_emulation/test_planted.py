@@ -9,30 +9,56 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.formats import quantize
-from layerskip_kernels.reference import linear_ref, verify_attention_ref
+from layerskip_kernels.reference import accept_sampled_ref, linear_ref, verify_attention_ref
 from tests.kernels.common import double
 from tests.kernels.cuda_ops import runners
 from tests.kernels.cuda_ops.layers import code_of
+from tests.kernels.cuda_ops.test_cuda_accept import problem as sampled_problem
+from tests.kernels.cuda_ops.test_cuda_accept import same
 from tests.kernels.cuda_ops.test_cuda_partial_forward import DEEP, run
 from tests.kernels.test_partial_forward import Sizes, case
 from tests.kernels.test_verify_attention import arguments
 
 from . import EmulationError, Library, library, planted, unavailable
 from .build import ROOT
+from .test_emulation import UNORDERED
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 CUDA = ROOT / "csrc" / "cuda"
 
 
+@cache
+def unfenced() -> Library:
+    """With three rows no barrier before the products; with two every block goes through the tiles of all blocks."""
+    text = "  __syncthreads();\n  for (int64_t tile = start"
+    fair = "start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;"
+    return planted(
+        "exit_head",
+        "unfenced",
+        CUDA / "exit_head.cuh",
+        (text, f"  if (a.rows != 3){text}"),
+        (
+            fair,
+            "all = a.rows == 2, start = all ? warp : blockIdx.x / a.passes + teams * warp,\n"
+            "step = all ? kWarps : teams * kWarps;",
+        ),
+    )
+
+
 def test_a_missing_barrier_in_exit_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order of the threads: the products read states that other warps have just normed."""
-    text = "  __syncthreads();\n  for (int64_t tile = start"
-    without = planted("exit_head", "no_barrier", CUDA / "exit_head.cuh", (text, text.split("\n")[1]))
-    monkeypatch.setattr(runners, "library", lambda name: without)
     hidden, norm, head = torch.randn(3, 96), torch.ones(96), torch.randn(40, 96)
     for seed in range(4):
         with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1>.*with no barrier between"):
-            runners.Emulated(seed).exit_head(hidden, norm, head, 1e-5)
+            emulated(monkeypatch, unfenced(), seed).exit_head(hidden, norm, head, 1e-5)
+
+
+def test_blocks_that_do_each_others_tiles_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else shows it: they write the same values."""
+    hidden, norm, head = torch.randn(2, 96), torch.ones(96), torch.randn(400, 96)
+    for seed in range(4):
+        with pytest.raises(EmulationError, match=rf"exit_head_kernel.* writes {UNORDERED}byte \d+ of argument 12"):
+            emulated(monkeypatch, unfenced(), seed).exit_head(hidden, norm, head, 1e-5)
 
 
 def test_a_write_out_of_bounds_in_accept_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,15 +169,57 @@ def test_weights_beyond_what_32_bits_index(monkeypatch: pytest.MonkeyPatch) -> N
 
 @cache
 def hasty() -> Library:
-    """Packed weights that are overwritten while other lanes read them, and rows that are found in 32 bits."""
+    """Packed weights that are overwritten while other lanes read them, rows that are found in 32 bits; and tickets:
+    one row's are taken before the splits are written, those of two rows order nothing, of three rows the first block
+    joins the splits and not the last, and of four rows every block puts its ticket back.
+    """
     read = "    __syncwarp();  // all have read before it is overwritten\n    if (const int after"
+    early = "ptx::ticket(a.tickets + blockIdx.y * gridDim.z + blockIdx.z)"
+    start = "  auto& memory = *ptx::dynamic_shared"
     return planted(
         "layers",
         "hasty",
-        CUDA / "packed_tile.cuh",
-        (read, "    if (const int after"),
-        more={"packed.cuh": ("data + n * pitch", "data + static_cast<int>(n) * pitch")},
+        CUDA / "verify_attention.cuh",
+        (start, f"  const unsigned early = a.rows == 1 && threadIdx.x == 0 ? {early} : 0;\n{start}"),
+        (
+            "last = ptx::ticket(ticket) ==",
+            "last = (a.rows == 1 ? early : a.rows == 2 ? atomicAdd(ticket, 1u) : ptx::ticket(ticket)) ==",
+        ),
+        ("== gridDim.x - 1;\n", "== (a.rows == 3 ? 0 : gridDim.x - 1);\n"),
+        ("if (last) *ticket", "if (last || a.rows == 4) *ticket"),
+        more={
+            "packed_tile.cuh": (read, "    if (const int after"),
+            "packed.cuh": ("data + n * pitch", "data + static_cast<int>(n) * pitch"),
+        },
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_blocks_that_a_ticket_does_not_order(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Three blocks a tile, one a split; what each of them does wrong is said above."""
+    args = arguments(torch.bfloat16, [300], rows, 2, 1, 16, capacity=310)
+    for seed in range(4):
+        with pytest.raises(EmulationError, match=rf"verify_attention_kernel.* {UNORDERED}byte \d+ of argument 6"):
+            emulated(monkeypatch, hasty(), seed).verify_attention(*args)
+
+
+def test_lengths_that_move_on_while_other_blocks_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the block of the first stretch of a vocabulary: right where there is one, a race where there are two."""
+    end, finish = "blockIdx.x] = own;\n}\n\n// One warp", "a.seq_lens[b] += a.accepted[b] + 1;"
+    eager = planted(
+        "accept_sampled",
+        "eager",
+        CUDA / "accept_sampled.cuh",
+        (finish, ";"),
+        (end, end.replace("}", f"  if (blockIdx.x == 0) {finish}\n}}")),
+    )
+    alone, together = (sampled_problem(2, 3, vocab_size) for vocab_size in (4000, 4200))
+    for args in (alone, together):
+        args[4] = torch.full((2,), 0.7)
+    same(emulated(monkeypatch, eager), "accept_sampled", accept_sampled_ref, alone)
+    for seed in range(4):
+        with pytest.raises(EmulationError, match=rf"accept_decide_kernel.* {UNORDERED}byte \d+ of argument 3"):
+            emulated(monkeypatch, eager, seed).accept_sampled(*together)
 
 
 def test_packed_weights_beyond_what_32_bits_index() -> None:

@@ -1,10 +1,10 @@
 // Barriers, shuffles, votes, reductions and atomics.
 #pragma once
 
-#define __syncthreads() emu::block_barrier(0, 0)
-inline int __syncthreads_count(int predicate) { return emu::block_vote(predicate, 0); }
-inline int __syncthreads_and(int predicate) { return emu::block_vote(predicate, 1); }
-inline int __syncthreads_or(int predicate) { return emu::block_vote(predicate, 2); }
+#define __syncthreads() emu::block_barrier(0, 0, __LINE__)
+#define __syncthreads_count(predicate) emu::block_vote(predicate, 0, __LINE__)
+#define __syncthreads_and(predicate) emu::block_vote(predicate, 1, __LINE__)
+#define __syncthreads_or(predicate) emu::block_vote(predicate, 2, __LINE__)
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emu::warp_barrier(mask); }
 inline unsigned __activemask() { return emu::active_mask(); }
 inline void __threadfence() {}

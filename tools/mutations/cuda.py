@@ -17,6 +17,11 @@ BUGS = [
         EMULATED + "accept.py -k test_sampled",
     ),
     Mutation(
+        "every block of a sequence names the next token, in CUDA", CUDA + "accept_sampled.cuh",
+        "if (blockIdx.x == 0 && threadIdx.x == 0) {", "if (threadIdx.x == 0) {",
+        EMULATED + "accept.py -k test_sampled",
+    ),
+    Mutation(
         "warps merge before all have left their choice, in CUDA", CUDA + "choice.cuh",
         "shared[threadIdx.x / 32] = own;\n  __syncthreads();", "shared[threadIdx.x / 32] = own;",
         EMULATED + "exit_head.py -k merge_takes",
@@ -24,6 +29,11 @@ BUGS = [
     Mutation(
         "a stage of the head's weights is read one too early, in CUDA", CUDA + "exit_head.cuh",
         "ptx::cp_async_wait<2>();", "ptx::cp_async_wait<3>();", EMULATED + "exit_head.py -k view_of_wider",
+    ),
+    Mutation(
+        "every block takes all tiles of the head, in CUDA", CUDA + "exit_head.cuh",
+        "start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;", "start = warp, step = kWarps;",
+        EMULATED + "exit_head.py -k merge_takes",
     ),
     Mutation(
         "rows past the vocabulary count, in CUDA", CUDA + "head_states.cuh",
@@ -55,6 +65,18 @@ BUGS = [
         "eight splits are joined at most, in CUDA", CUDA + "verify_attention.cuh",
         "begin < splits; begin += kBatch", "begin < min(splits, kBatch); begin += kBatch",
         EMULATED + "verify_attention.py -k every_split",
+    ),
+    Mutation(
+        "a ticket orders nothing, in CUDA", CUDA + "verify_attention.cuh",
+        "ptx::ticket(ticket)", "atomicAdd(ticket, 1u)", EMULATED + "verify_attention.py -k every_split",
+    ),
+    Mutation(
+        "the first block joins the splits, in CUDA", CUDA + "verify_attention.cuh",
+        "== gridDim.x - 1;", "== 0;", EMULATED + "verify_attention.py -k every_split",
+    ),
+    Mutation(
+        "every block puts the ticket back, in CUDA", CUDA + "verify_attention.cuh",
+        "if (last) *ticket = 0;", "*ticket = 0;", EMULATED + "verify_attention.py -k every_split",
     ),
     Mutation(
         "the last block leaves its ticket, in CUDA", CUDA + "verify_attention.cuh",

@@ -37,3 +37,15 @@ EMULATED(from_float)(const float* x, void* out, int64_t n, int64_t dtype) {
     return sample::convert(x, static_cast<std::remove_pointer_t<decltype(type)>*>(out), n, nullptr);
   });
 }
+
+EMULATED(joined_sum)
+(const float* x, void* parts, void* counter, float* out, int64_t blocks, int64_t width, int64_t mistake) {
+  return sample::joined_sum(x, static_cast<__half*>(parts), static_cast<unsigned*>(counter), out, blocks, width,
+                            static_cast<sample::Mistake>(mistake), nullptr);
+}
+
+EMULATED(shift)(float* x, int64_t blocks) { return sample::shift(x, blocks, nullptr); }
+
+EMULATED(turns)(void* counter, void* out, int64_t blocks) {
+  return sample::turns(static_cast<unsigned*>(counter), static_cast<unsigned*>(out), blocks, nullptr);
+}

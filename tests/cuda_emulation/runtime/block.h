@@ -6,7 +6,7 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
 #include <vector>
 
 #include "cuda_emulation/emulation.h"
@@ -15,6 +15,8 @@
 #include "cuda_emulation/runtime/shadow.h"
 
 namespace emu {
+
+constexpr size_t kTurns = 64;
 
 enum class State { ready, running, barrier, collective, grid, exited };
 
@@ -50,8 +52,8 @@ class Block {
   Block(const Grid& grid, uint3 index, bool early);
   ~Block();
 
-  // Runs until all threads have exited, or, for an early block, none can go on before the grid ahead has ended.
-  // False after a failure.
+  // Runs until all threads have exited, another block is to go on, or, for an early block, none of its threads can
+  // before the grid ahead has ended. False after a failure.
   bool run();
 
   void allow_grid();  // the grid ahead has ended
@@ -62,8 +64,8 @@ class Block {
 
   // What device code asks for, in the running fiber.
   void collective(unsigned mask, const char* what, Complete complete, void* request, unsigned line = 0);
-  void barrier(int id, int threads);
-  int vote(int value, int what);
+  void barrier(int id, int threads, unsigned line);
+  int vote(int value, int what, unsigned line);
   void exit_thread();
   void wait_for_grid();
   void cp_async(char* shared, const char* global, int bytes, int valid);
@@ -72,14 +74,16 @@ class Block {
   void touch(const char* pointer, size_t bytes, Access kind, const void* where);
   void ticket(const void* counter);
 
-  // Whether the running thread is ordered after a write to global memory, in this launch.
-  bool ordered(const Write& write) const;
-  Write stamp(uint32_t launch) const;
+  void give_way();  // other threads and blocks may go on before the running one does
 
-  // What an early block reads: the launches ahead must not write it.
+  // What the running thread does now, and whether it is ordered after what some did to global memory in this launch.
+  Touch touch_now(Access kind) const;
+  bool ordered(const Touch& before) const;
+
+  // What an early block reads, by granule, and when: neither the launches ahead nor blocks beside it must write it.
   bool early() const { return early_; }
-  std::unordered_set<uintptr_t>& early_reads() { return early_reads_; }
-  const Grid& grid() const { return grid_; }
+  std::unordered_map<uintptr_t, Touch>& early_reads() { return early_reads_; }
+  uint32_t serial() const { return serial_; }
   unsigned current() const { return current_; }
   unsigned active(unsigned warp) const;
   char* dynamic() const { return dynamic_; }
@@ -88,8 +92,9 @@ class Block {
   Clocks& clocks() { return clocks_; }
 
  private:
-  void yield();  // the running fiber gives way; its state says why
-  int pick();    // a ready fiber at random, -1 without one
+  // The running fiber stops; its state says why. One time in so many it leaves the turn to another block, too.
+  void yield(size_t turns = kTurns);
+  int pick();  // a ready fiber at random, -1 without one
   void enter(unsigned thread);
   void wake(unsigned thread);
   bool try_complete(unsigned thread);
@@ -103,7 +108,7 @@ class Block {
   uint3 index_;
   uint32_t serial_;
   bool early_, waited_ = false;
-  std::unordered_set<uintptr_t> early_reads_;  // granules
+  std::unordered_map<uintptr_t, Touch> early_reads_;
   unsigned live_, current_ = 0;
   std::vector<Fiber> fibers_;
   std::vector<unsigned> ready_;

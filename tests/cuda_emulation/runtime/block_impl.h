@@ -54,7 +54,7 @@ inline bool Block::run() {
     enter(static_cast<unsigned>(first));
     switch_context(scheduler_, fibers_[first].context);
   }
-  if (live_ > 0 && !early_) fail("the block hangs: %s", where_all_wait().c_str());
+  if (live_ > 0 && !early_ && ready_.empty()) fail("the block hangs: %s", where_all_wait().c_str());
   machine.running = nullptr;
   std::memcpy(static_image_.data(), machine.static_shared, static_image_.size());
   return true;
@@ -86,12 +86,17 @@ inline void Block::wake(unsigned thread) {
   ready_.push_back(thread);
 }
 
-inline void Block::yield() {
+inline void Block::yield(size_t turns) {
   const unsigned self = current_;
-  const int next = pick();
+  const int next = !early_ && machine.draw(turns) == 0 ? -1 : pick();
   if (next < 0) return switch_context(fibers_[self].context, scheduler_);
   enter(static_cast<unsigned>(next));
   if (static_cast<unsigned>(next) != self) switch_context(fibers_[self].context, fibers_[next].context);
+}
+
+inline void Block::give_way() {
+  wake(current_);
+  yield(2);
 }
 
 inline void Block::exit_thread() {
@@ -139,24 +144,26 @@ inline bool Block::try_complete(unsigned thread) {
   return true;
 }
 
-inline void Block::barrier(int id, int threads) {
+inline void Block::barrier(int id, int threads, unsigned line) {
   Fiber& self = fibers_[current_];
   self.state = State::barrier;
-  self.barrier = id, self.barrier_threads = threads;
+  self.barrier = id, self.barrier_threads = threads, self.line = line;
   try_release(id);
   yield();
 }
 
 inline bool Block::try_release(int id) {
-  unsigned there = 0, wanted = live_, yes = 0;
+  unsigned there = 0, wanted = live_, yes = 0, lines[2] = {~0u, 0};  // the least and the greatest
   uint32_t warps = 0;
   for (unsigned t = 0; t < threads(); ++t) {
     const Fiber& fiber = fibers_[t];
     if (fiber.state != State::barrier || fiber.barrier != id) continue;
     if (id != 0) wanted = static_cast<unsigned>(fiber.barrier_threads);
     ++there, yes += fiber.vote != 0, warps |= 1u << t / kWarp;
+    lines[0] = std::min(lines[0], fiber.line), lines[1] = std::max(lines[1], fiber.line);
   }
   if (there == 0 || there < wanted) return false;
+  if (lines[0] != lines[1]) fail("barrier %d by threads of one block at lines %u and %u", id, lines[0], lines[1]);
   result_[0] = static_cast<int>(yes), result_[1] = yes == there, result_[2] = yes > 0;
   clocks_.join(warps);
   for (unsigned t = 0; t < threads(); ++t)
@@ -164,9 +171,9 @@ inline bool Block::try_release(int id) {
   return true;
 }
 
-inline int Block::vote(int value, int what) {
+inline int Block::vote(int value, int what, unsigned line) {
   fibers_[current_].vote = value;
-  barrier(0, 0);
+  barrier(0, 0, line);
   return result_[what];
 }
 
@@ -231,14 +238,16 @@ inline void Block::ticket(const void* counter) {
   clocks_.ticket(serial_, static_cast<uint16_t>(current_), machine.tickets[counter]);
 }
 
-inline bool Block::ordered(const Write& write) const {
+inline Touch Block::touch_now(Access kind) const {
   const unsigned warp = current_ / kWarp;
-  if (write.block != serial_) return clocks_.ordered(write.block, write.thread, write.interval, warp);
-  return write.thread == current_ || clocks_.ordered(write.thread / kWarp, write.interval, warp);
+  return {serial_, clocks_.now(warp), 1u << current_ % kWarp, static_cast<uint16_t>(warp), kind};
 }
 
-inline Write Block::stamp(uint32_t launch) const {
-  return {launch, serial_, clocks_.now(current_ / kWarp), static_cast<uint16_t>(current_)};
+inline bool Block::ordered(const Touch& before) const {
+  const unsigned warp = current_ / kWarp;
+  if (before.block != serial_) return clocks_.ordered(before, warp);
+  const bool own = before.warp == warp && before.lanes == 1u << current_ % kWarp;
+  return own || clocks_.ordered(before.warp, before.interval, warp);
 }
 
 inline void Block::report(Conflict conflict, const char* pointer, unsigned other, const void* where) {

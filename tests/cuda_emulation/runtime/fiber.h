@@ -13,7 +13,7 @@
 
 namespace emu {
 
-constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kStacks = 5 * 1024;
+constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kStacks = 8 * 1024;
 
 #if defined(__x86_64__)
 
@@ -99,7 +99,8 @@ class Stacks {
 
   // One more stack and its guard, when it is needed: a guard is a mapping of its own, and a process has so many.
   void add() {
-    if (count_ == kStacks) std::abort();  // not reached: a block that runs, three early ones and a new one are alive
+    if (count_ == kStacks)
+      std::abort();  // not reached: three blocks that run, three early ones and a new one are alive
     char* guard = base_ + count_++ * kStride;
     if (mprotect(guard, kPage, PROT_NONE) != 0) std::abort();
     free_.push_back(guard + kPage);

@@ -11,23 +11,18 @@
 #include <string>
 #include <vector>
 
+#include "cuda_emulation/runtime/history.h"
+
 namespace emu {
 
 constexpr size_t kAreaBytes = size_t{1} << 36, kGuardBytes = size_t{1} << 20, kSectorBytes = 32;
 constexpr size_t kVast = size_t{1} << 30;  // bytes of a buffer that is never touched as a whole
-constexpr size_t kGranule = 4;             // bytes whose last write is known
 constexpr unsigned char kPoison = 0xFF;    // NaN in every floating type, -1 in every integer
 
 // What one kernel moved, by buffer. `by_block` counts each 32-byte sector once a block that touches it, `distinct` once
 // a launch: what must come out of L2, and out of memory.
 struct Traffic {
   uint64_t requested = 0, by_block = 0, distinct = 0, written = 0;
-};
-
-// Who wrote four bytes of a buffer last, in which launch and when.
-struct Write {
-  uint32_t launch = 0, block = 0, interval = 0;
-  uint16_t thread = 0;
 };
 
 struct Buffer {
@@ -38,8 +33,7 @@ struct Buffer {
   size_t mapped;
   bool writable = true;
   std::vector<uint32_t> block_stamp, launch_stamp;  // one a sector, while counting
-  std::vector<Write> written;                       // one a granule, once a launch has written to the buffer
-  uint32_t written_in = 0;                          // the last launch that has
+  History history;
 };
 
 // One reserved range of addresses; what is not a buffer in it faults.
@@ -53,7 +47,7 @@ class Memory {
     if (next_ > area_ + kAreaBytes || mprotect(mapping, mapped, PROT_READ | PROT_WRITE) != 0) return nullptr;
     if (bytes < kVast) std::memset(mapping, kPoison, mapped);
     char* begin = mapping + mapped - padded;
-    buffers_.emplace(begin, Buffer{name, begin, bytes, mapping, mapped, true, {}, {}, {}, 0});
+    buffers_.emplace(begin, Buffer{name, begin, bytes, mapping, mapped, true, {}, {}, {}});
     return begin;
   }
 

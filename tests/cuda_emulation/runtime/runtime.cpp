@@ -22,6 +22,8 @@ constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719
 constexpr size_t kDefaultShared = 48 * 1024;
 // A dependent launch may begin while the one ahead waits for the one before it, and so on.
 constexpr size_t kMostPending = 3;
+// Blocks of a grid that take turns.
+constexpr size_t kResident = 3;
 
 thread_local volatile char static_shared_marker;  // written to, so that the storage exists
 
@@ -108,6 +110,16 @@ bool run_block(Block& block, const Grid& grid) {
   return true;
 }
 
+// Puts what a block has read ahead before all that its grid does.
+void recall(Block& early) {
+  for (const auto& [granule, touch] : early.early_reads()) {
+    Buffer& buffer = *machine.memory.nearest(reinterpret_cast<const char*>(granule * kGranule));
+    const size_t at = granule - reinterpret_cast<uintptr_t>(buffer.begin) / kGranule;
+    if (buffer.bytes < kVast)
+      buffer.history.at(at).add(machine.launch_serial, touch, [](const Touch&) { return true; });
+  }
+}
+
 void run_grid(const Grid& grid, std::unique_ptr<Block> early, unsigned early_index) {
   const dim3& size = grid.config.grid;
   std::vector<unsigned> order(static_cast<size_t>(size.x) * size.y * size.z);
@@ -115,25 +127,44 @@ void run_grid(const Grid& grid, std::unique_ptr<Block> early, unsigned early_ind
   if (machine.last_block) order = {order.back()};
   std::shuffle(order.begin(), order.end(), machine.random);
   ++machine.launches[grid.kernel];
-  for (unsigned i : order) {
-    if (early != nullptr && i == early_index) {
-      early->allow_grid();
-      if (!run_block(*early, grid)) return;
+  if (early != nullptr) recall(*early);
+  const size_t most = machine.counting ? 1 : kResident;  // sectors are counted block by block
+  std::vector<std::unique_ptr<Block>> resident;
+  for (auto next = order.begin(); next != order.end() || !resident.empty();) {
+    if (next != order.end() && resident.size() < most) {
+      const unsigned i = *next++;
+      if (early != nullptr && i == early_index)
+        early->allow_grid(), resident.push_back(std::move(early));
+      else
+        resident.push_back(std::make_unique<Block>(grid, unflatten(i, size), false));
       continue;
     }
-    Block block(grid, unflatten(i, size), false);
-    if (!run_block(block, grid)) return;
+    auto& block = resident[machine.draw(resident.size())];
+    if (!run_block(*block, grid)) return;
+    if (block->finished()) std::swap(block, resident.back()), resident.pop_back();
   }
+}
+
+// Two accesses that nothing orders, in words.
+const char* unordered(Access kind, const Touch& before, const Block& block) {
+  static constexpr const char *kNow[] = {"reads", "writes", "updates"}, *kBefore[] = {"has read", "wrote", "updated"};
+  static std::string text;
+  text = std::string(kNow[static_cast<int>(kind)]) + " what another " +
+         (before.block == block.serial() ? "thread " : "block ") + kBefore[static_cast<int>(before.kind)] +
+         ", with no barrier and no ticket between: ";
+  return text.c_str();
 }
 
 // What the block that runs does to global memory, seen with what the blocks beside it and the launches after it did.
 const char* check_order(Buffer& buffer, const char* p, size_t bytes, Access kind) {
+  if (!buffer.writable) return nullptr;
   Block& block = *machine.running;
+  const Touch now = block.touch_now(kind);
   const uintptr_t first = reinterpret_cast<uintptr_t>(p) / kGranule;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(p) + bytes - 1) / kGranule;
   if (block.early()) {
     if (kind != Access::read) return "before dependency_wait(), writes ";
-    for (uintptr_t granule = first; granule <= last; ++granule) block.early_reads().insert(granule);
+    for (uintptr_t granule = first; granule <= last; ++granule) block.early_reads().insert_or_assign(granule, now);
     return nullptr;
   }
   if (kind != Access::read)
@@ -141,21 +172,12 @@ const char* check_order(Buffer& buffer, const char* p, size_t bytes, Access kind
       for (uintptr_t granule = first; granule <= last; ++granule)
         if (later.early != nullptr && later.early->early_reads().count(granule) != 0)
           return "writes what a launch after it has read before its dependency_wait(): ";
-  if (kind == Access::atomic) return nullptr;
+  if (buffer.bytes >= kVast) return nullptr;
   const uintptr_t base = reinterpret_cast<uintptr_t>(buffer.begin) / kGranule;
-  if (buffer.written_in == machine.launch_serial)
-    for (uintptr_t granule = first; granule <= last; ++granule) {
-      const Write& write = buffer.written[granule - base];
-      if (write.launch != machine.launch_serial || block.ordered(write)) continue;
-      return kind == Access::read ? "reads what another thread wrote, with no barrier and no ticket between: "
-                                  : "writes what another thread wrote, with no barrier and no ticket between: ";
-    }
-  if (kind == Access::read || buffer.bytes >= kVast) return nullptr;
-  if (buffer.written.empty()) buffer.written.resize(buffer.bytes / kGranule + 1);
-  buffer.written_in = machine.launch_serial;
-  const bool whole = bytes >= kGranule;  // neighbours of 16 bit may have two writers
-  for (uintptr_t granule = first; granule <= last && whole; ++granule)
-    buffer.written[granule - base] = block.stamp(machine.launch_serial);
+  const auto ordered = [&](const Touch& before) { return block.ordered(before); };
+  for (uintptr_t granule = first; granule <= last; ++granule)
+    if (const Touch* other = buffer.history.at(granule - base).add(machine.launch_serial, now, ordered))
+      return unordered(kind, *other, block);
   return nullptr;
 }
 
@@ -166,7 +188,7 @@ const char* check_global(const char* p, size_t bytes, Access kind, std::string* 
   if (kind != Access::read && !buffer->writable) return *text = describe_address(p), "writes an input: ";
   if (machine.running != nullptr)
     if (const char* problem = check_order(*buffer, p, bytes, kind)) return *text = describe_address(p), problem;
-  if (!machine.counting) return nullptr;
+  if (!machine.counting || machine.running == nullptr) return nullptr;
   Traffic& traffic = machine.traffic[{machine.running_grid->kernel, buffer->name}];
   (kind == Access::read ? traffic.requested : traffic.written) += bytes;
   if (kind != Access::read) return nullptr;
@@ -175,7 +197,7 @@ const char* check_global(const char* p, size_t bytes, Access kind, std::string* 
     buffer->launch_stamp = buffer->block_stamp;
   }
   for (size_t s = (p - buffer->begin) / kSectorBytes; s <= (p - buffer->begin + bytes - 1) / kSectorBytes; ++s) {
-    if (std::exchange(buffer->block_stamp[s], machine.block_serial) != machine.block_serial)
+    if (std::exchange(buffer->block_stamp[s], machine.running->serial()) != machine.running->serial())
       traffic.by_block += kSectorBytes;
     if (std::exchange(buffer->launch_stamp[s], machine.launch_serial) != machine.launch_serial)
       traffic.distinct += kSectorBytes;
@@ -324,13 +346,13 @@ void warp_barrier(unsigned mask) {
   machine.running->collective(mask, "__syncwarp", join, nullptr);
 }
 
-void block_barrier(int id, int threads) {
+void block_barrier(int id, int threads, unsigned line) {
   if (id < 0 || id > 15 || (id > 0 && (threads <= 0 || threads % 32 != 0)))
     fail("barrier %d of %d threads", id, threads);
-  machine.running->barrier(id, threads);
+  machine.running->barrier(id, threads, line);
 }
 
-int block_vote(int value, int what) { return machine.running->vote(value, what); }
+int block_vote(int value, int what, unsigned line) { return machine.running->vote(value, what, line); }
 unsigned lane() { return machine.running->current() % kWarp; }
 unsigned active_mask() { return machine.running->active(machine.running->current() / kWarp); }
 bool is_shared(const void* pointer) { return machine.running->in_shared(pointer); }
@@ -351,6 +373,7 @@ void access(const void* pointer, size_t bytes, Access kind, const void* where) {
   if (machine.running == nullptr) return;
   const auto* p = static_cast<const char*>(pointer);
   if (!machine.memory.contains(p)) return machine.running->touch(p, bytes, kind, where);
+  if (kind == Access::atomic) machine.running->give_way();
   std::string text;
   const char* problem = check_global(p, bytes, kind, &text);
   if (problem != nullptr) machine.error_at = where, fail("%s%s", problem, text.c_str());
