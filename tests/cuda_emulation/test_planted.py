@@ -26,12 +26,12 @@ CUDA = ROOT / "csrc" / "cuda"
 
 def test_a_missing_barrier_in_exit_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order of the threads: the products read states that other warps have just normed."""
-    text = "  __syncthreads();\n  for (int64_t tile = start"
-    without = planted("exit_head", "no_barrier", CUDA / "exit_head.cuh", (text, text.split("\n")[1]))
+    text = "load_states(a, work, part, inverses, states);\n        __syncthreads();"
+    without = planted("exit_head", "no_barrier", CUDA / "head_states.cuh", (text, text.split("\n")[0]))
     monkeypatch.setattr(runners, "library", lambda name: without)
     hidden, norm, head = torch.randn(3, 96), torch.ones(96), torch.randn(40, 96)
     for seed in range(4):
-        with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1>.*with no barrier between"):
+        with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1, 1>.*with no barrier between"):
             runners.Emulated(seed).exit_head(hidden, norm, head, 1e-5)
 
 
