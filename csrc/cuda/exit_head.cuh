@@ -36,7 +36,7 @@ template <class T, class W, int GROUPS>
 struct HeadProducts {
   float sums[2 * GROUPS][4] = {};
 
-  __device__ __forceinline__ void add(const unsigned char* stage, const HeadStates<T>& states, int begin, int rows) {
+  __device__ __forceinline__ void add(const unsigned char* stage, const HeadStates<T>& states, int rows) {
     constexpr int kPairs = 8 / sizeof(W);  // pairs of columns in 16 bytes
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -50,8 +50,7 @@ struct HeadProducts {
         uint32_t x[kPairs] = {};
         if (8 * n + g < rows) {
 #pragma unroll
-          for (int i = 0; i < kPairs; i += 4)
-            read_words(states.at(8 * n + g, begin + ((4 * h + t) * kPairs + i) / 4), x + i);
+          for (int i = 0; i < kPairs; i += 4) read_words(states.at(8 * n + g, ((4 * h + t) * kPairs + i) / 4), x + i);
         }
 #pragma unroll
         for (int i = 0; i < kPairs; i += 2)
@@ -67,8 +66,7 @@ template <class W>
 struct HeadProducts<float, W, 1> {
   float own[kTokens][2] = {};  // over this lane's columns, of every state with rows g and g + 8
 
-  __device__ __forceinline__ void add(const unsigned char* stage, const HeadStates<float>& states, int begin,
-                                      int rows) {
+  __device__ __forceinline__ void add(const unsigned char* stage, const HeadStates<float>& states, int rows) {
     constexpr int kPiece = 16 / sizeof(W);
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -82,7 +80,7 @@ struct HeadProducts<float, W, 1> {
 #pragma unroll
         for (int i = 0; i < kPiece; i += 4) {
           float x[4];
-          read_floats<float>(states.at(r, begin + ((4 * h + t) * kPiece + i) / 4), x);
+          read_floats<float>(states.at(r, ((4 * h + t) * kPiece + i) / 4), x);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             own[r][0] = __fmaf_rn(low[i + k], x[k], own[r][0]);
@@ -166,11 +164,10 @@ struct WeightStream {
 
   __device__ __forceinline__ void multiply(int64_t, int part, const HeadStates<T>& states, int rows,
                                            Products& products) {
-    constexpr int kStatePieces = kElements / kChunk<T>;
-    for (int done = 0; done * kElements < a.columns(part); ++done) {
+    for (int begin = 0; begin < a.columns(part); begin += kElements) {
       const unsigned char* stage = next();
       fetch();
-      products.add(stage, states, done * kStatePieces, rows);
+      products.add(stage, {states.data + begin, states.width}, rows);
     }
   }
 };

@@ -37,16 +37,14 @@ struct HeadArgs {
 };
 
 // launch_as(std::integral_constant<int, GROUPS>(), std::integral_constant<int, TILES>()) of a kernel that takes the
-// states of a pass, and as many tiles of a warp together as their parts want.
+// states of a pass: whole ones with one tile of a warp at a time, parts of them with several.
 template <class T, class Launch>
 cudaError_t with_states(const HeadArgs<T>& a, Launch launch_as) {
   constexpr std::integral_constant<int, 1> one;
-  if constexpr (kMostStates<T> > kTokens) {
-    constexpr std::integral_constant<int, kMostStates<T> / kTokens> many;
-    if (a.parts > 1) return launch_as(many, many);
-    if (a.pass > kTokens) return launch_as(many, one);
-  }
-  return launch_as(one, one);
+  constexpr std::integral_constant<int, kMostStates<T> / kTokens> most;
+  constexpr std::integral_constant<int, 4> several;
+  if (a.parts > 1) return launch_as(most, several);
+  return a.pass > kTokens ? launch_as(most, one) : launch_as(one, one);
 }
 
 // Which states and tiles are whose: blocks share the passes, so that those over a tile run side by side and meet in L2.
@@ -67,7 +65,8 @@ struct HeadWork {
   __device__ __forceinline__ int64_t own(int64_t begin) const { return begin + teams * warp; }
 };
 
-// A warp's tiles in the order in which its ring has them: TILES together, the first part of each, then the second.
+// A warp's tiles in the order in which its ring has them: whole ones, or TILES together, the first part of each, then
+// the second.
 template <int TILES>
 struct HeadWalk {
   int64_t tile, tiles, step;
@@ -75,7 +74,7 @@ struct HeadWalk {
 
   __device__ __forceinline__ void next() {
     tile += step;
-    if (++done < TILES && tile < tiles) return;
+    if (TILES == 1 || (++done < TILES && tile < tiles)) return;
     if (++part == parts) {
       part = 0;
     } else {
@@ -213,9 +212,10 @@ __device__ __forceinline__ void run_head(const HeadArgs<T>& a, const HeadWork& w
   load_sampling(a.sampling, work.first, work.rows, &sampling);
   const HeadStates<T> states{memory, a.width};
   typename Stream::Products products[TILES];
+  const int parts = TILES == 1 ? 1 : a.parts;
   for (int64_t begin = work.team; begin < a.tiles; begin += TILES * work.step) {
-    for (int part = 0; part < a.parts; ++part) {
-      if (a.parts > 1 || begin == work.team) {
+    for (int part = 0; part < parts; ++part) {
+      if (parts > 1 || begin == work.team) {
         __syncthreads();  // all have read the part before
         load_states(a, work, part, inverses, states);
         __syncthreads();
@@ -224,7 +224,7 @@ __device__ __forceinline__ void run_head(const HeadArgs<T>& a, const HeadWork& w
       for (int n = 0; n < TILES; ++n) {
         if (const int64_t tile = work.own(begin) + n * work.step; tile < a.tiles) {
           stream.multiply(tile, part, states, work.rows, products[0]);
-          if (part + 1 == a.parts) {
+          if (part + 1 == parts) {
             float sums[2 * GROUPS][4] = {};
             products[0].row_sums(sums);
             fold_tile(a, sums, tile, work.first, work.rows, sampling);

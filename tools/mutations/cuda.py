@@ -44,7 +44,8 @@ BUGS = [
     ),
     Mutation(
         "a part of the states takes the place of one that is read, in CUDA", CUDA + "head_states.cuh",
-        "        __syncthreads();  // all have read the part before\n", "", EMULATED + "exit_head.py -k parts_of_states",
+        "        __syncthreads();  // all have read the part before\n", "",
+        EMULATED + "exit_head.py -k parts_of_states",
     ),
     Mutation(
         "the products of a warp's tiles do not take turns, in CUDA", CUDA + "head_states.cuh",
