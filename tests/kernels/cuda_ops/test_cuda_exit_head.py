@@ -218,13 +218,15 @@ def test_states_of_any_width(ops: Ops) -> None:
     torch.testing.assert_close(out.logsumexp.double(), truth[2], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["full", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "head"),
+    [(torch.float32, "full"), (torch.float32, "int8"), (torch.bfloat16, "full"), (torch.float16, "int8")],
+)
 def test_parts_of_states_have_the_bits_of_whole_ones(emulated: type[Emulated], dtype: torch.dtype, head: str) -> None:
     """Three parts, the last one narrower and no whole segments; several tiles a warp, of some one less."""
     rows, width = (16, 3200) if dtype == torch.float32 else (64, 1700)
     args = [*arguments(dtype, rows, width, 16 * 170 + 5, head), *sampling(rows)]
     whole = emulated(1, 80).exit_head(*args)
-    for few in (slice(0, 3), slice(rows - 2, rows)):
-        part = emulated(2, 80).exit_head(args[0][few], *args[1:6], *(one[few] for one in args[6:]))
-        assert_same_bits(part, [one[few] for one in whole], f"({few})")
+    few = slice(rows - 3, rows)
+    part = emulated(2, 80).exit_head(args[0][few], *args[1:6], *(one[few] for one in args[6:]))
+    assert_same_bits(part, [one[few] for one in whole])
