@@ -8,9 +8,9 @@
 // agree: they are the 16 bytes that a thread reads at a time, so a fragment is one conflict-free read. fp32 has no
 // tensor-core product of its precision and takes the same 16 bytes through fused multiply-adds.
 //
-// States that do not fit beside the rings lie there part by part of their columns. A warp then multiplies four tiles with
-// each part and keeps their products in registers, so that a block reads its states once for 512 vocabulary rows: an
-// eighth of these rows' bytes at most, where several passes would have L2 deliver all of them again.
+// States that do not fit beside the rings lie there part by part of their columns. A warp then multiplies four tiles
+// with each part and keeps their products in registers, so that a block reads its states once for 512 vocabulary rows:
+// an eighth of these rows' bytes at most, where several passes would have L2 deliver all of them again.
 //
 // Bits: a state's products, its tiles and the order in which they merge depend on D and V alone; not on how many states
 // travel together, nor on the grid.
