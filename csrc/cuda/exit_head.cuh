@@ -8,6 +8,10 @@
 // agree: they are the 16 bytes that a thread reads at a time, so a fragment is one conflict-free read. fp32 has no
 // tensor-core product of its precision and takes the same 16 bytes through fused multiply-adds.
 //
+// States that do not fit beside the rings lie there part by part of their columns. A warp then multiplies four tiles
+// with each part and keeps their products in registers, so that a block reads its states once for 512 vocabulary rows:
+// an eighth of these rows' bytes at most, where several passes would have L2 deliver all of them again.
+//
 // Bits: a state's products, its tiles and the order in which they merge depend on D and V alone; not on how many states
 // travel together, nor on the grid.
 //
@@ -27,86 +31,30 @@ constexpr int kPieces = kSegmentBytes / 16;
 constexpr int kStageBytes = kHeadTile * kSegmentBytes;
 constexpr int kMinStages = 2, kMaxStages = 4;
 
-// One warp's weights on their way through its ring: tiles first, first + step, ..., segment after segment.
-template <class W>
-struct WeightRing {
-  static constexpr int kElements = kSegmentBytes / sizeof(W);
-
-  const W* weight;
-  int64_t vocab_size, hidden_size, tile, step;
-  unsigned char* memory;
-  int stages;
-  bool aligned;
-  int64_t column = 0;
-  int in = 0, out = 0;
-
-  // Where a piece of a row lies in a stage: rows g and g + 1, read together, in different banks.
-  static __device__ __forceinline__ int place(int row, int piece) {
-    return row * kSegmentBytes + (piece ^ (row & 1) << 2) * 16;
-  }
-
-  // Asks for the next segment; past the last one an empty group keeps the count.
-  __device__ __forceinline__ void fetch() {
-    if (tile * kHeadTile < vocab_size) {
-      unsigned char* stage = memory + in * kStageBytes;
-#pragma unroll
-      for (int j = 0; j < kHeadTile * kPieces / 32; ++j) {
-        const int lane = threadIdx.x % 32, row = 2 * j + lane / kPieces, piece = lane % kPieces;
-        // Past the last row comes the last row again, whose logits are then left out.
-        const int64_t source = min(tile * kHeadTile + row, vocab_size - 1);
-        copy_chunk(reinterpret_cast<Chunk<W>*>(stage + place(row, piece)), weight + source * hidden_size,
-                   static_cast<int>(column) + piece * kChunk<W>, static_cast<int>(hidden_size), aligned);
-      }
-      column += kElements;
-      if (column >= hidden_size) {
-        column = 0;
-        tile += step;
-      }
-    }
-    ptx::cp_async_commit();
-    in = in + 1 == stages ? 0 : in + 1;
-  }
-
-  // The oldest segment, complete for the whole warp; the stage read before it is free again.
-  __device__ __forceinline__ const unsigned char* next() {
-    static_assert(kMinStages == 2 && kMaxStages == 4);
-    if (stages == 4) {
-      ptx::cp_async_wait<2>();
-    } else if (stages == 3) {
-      ptx::cp_async_wait<1>();
-    } else {
-      ptx::cp_async_wait<0>();
-    }
-    __syncwarp();
-    const unsigned char* stage = memory + out * kStageBytes;
-    out = out + 1 == stages ? 0 : out + 1;
-    return stage;
-  }
-};
+// Where a piece of a row lies in a stage.
+__device__ __forceinline__ int place(int row, int piece) { return row * kSegmentBytes + swizzled(row, piece) * 16; }
 
 // The products of one tile with the states. Lane 4 g + t of a warp reads piece 4 h + t of every group h of weight rows
-// g and g + 8. After `finish`, sums[n] has the logits of these rows with states 8 n + 2 t and 8 n + 2 t + 1, as an mma
-// does.
+// g and g + 8. out[n] of row_sums are those of these rows with states 8 n + 2 t and 8 n + 2 t + 1, as an mma has them.
 template <class T, class W, int GROUPS>
-struct Products {
+struct HeadProducts {
   float sums[2 * GROUPS][4] = {};
 
-  __device__ __forceinline__ void add(const unsigned char* stage, const T* states, int pitch, int rows) {
+  __device__ __forceinline__ void add(const unsigned char* stage, const HeadStates<T>& states, int rows) {
     constexpr int kPairs = 8 / sizeof(W);  // pairs of columns in 16 bytes
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < kPieces / 4; ++h) {
       uint32_t low[kPairs], high[kPairs];
-      read_pairs<T, W>(stage + WeightRing<W>::place(g, 4 * h + t), low);
-      read_pairs<T, W>(stage + WeightRing<W>::place(g + 8, 4 * h + t), high);
+      read_pairs<T, W>(stage + place(g, 4 * h + t), low);
+      read_pairs<T, W>(stage + place(g + 8, 4 * h + t), high);
 #pragma unroll
       for (int n = 0; n < 2 * GROUPS; ++n) {
         if (8 * n >= rows) break;
         uint32_t x[kPairs] = {};
         if (8 * n + g < rows) {
-          const T* state = states + (8 * n + g) * pitch + (4 * h + t) * 2 * kPairs;
 #pragma unroll
-          for (int i = 0; i < kPairs; i += 4) read_words(state + 2 * i, x + i);
+          for (int i = 0; i < kPairs; i += 4) read_words(states.at(8 * n + g, ((4 * h + t) * kPairs + i) / 4), x + i);
         }
 #pragma unroll
         for (int i = 0; i < kPairs; i += 2)
@@ -115,30 +63,28 @@ struct Products {
     }
   }
 
-  __device__ __forceinline__ void finish() {}
+  __device__ __forceinline__ void row_sums(float (*out)[4]) const { memcpy(out, sums, sizeof sums); }
 };
 
 template <class W>
-struct Products<float, W, 1> {
-  float sums[2][4] = {};
+struct HeadProducts<float, W, 1> {
   float own[kTokens][2] = {};  // over this lane's columns, of every state with rows g and g + 8
 
-  __device__ __forceinline__ void add(const unsigned char* stage, const float* states, int pitch, int rows) {
+  __device__ __forceinline__ void add(const unsigned char* stage, const HeadStates<float>& states, int rows) {
     constexpr int kPiece = 16 / sizeof(W);
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < kPieces / 4; ++h) {
       float low[kPiece], high[kPiece];
-      read_floats<W>(stage + WeightRing<W>::place(g, 4 * h + t), low);
-      read_floats<W>(stage + WeightRing<W>::place(g + 8, 4 * h + t), high);
+      read_floats<W>(stage + place(g, 4 * h + t), low);
+      read_floats<W>(stage + place(g + 8, 4 * h + t), high);
 #pragma unroll
       for (int r = 0; r < kTokens; ++r) {
         if (r >= rows) break;
-        const float* state = states + r * pitch + (4 * h + t) * kPiece;
 #pragma unroll
         for (int i = 0; i < kPiece; i += 4) {
           float x[4];
-          read_floats<float>(state + i, x);
+          read_floats<float>(states.at(r, ((4 * h + t) * kPiece + i) / 4), x);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             own[r][0] = __fmaf_rn(low[i + k], x[k], own[r][0]);
@@ -149,46 +95,94 @@ struct Products<float, W, 1> {
     }
   }
 
-  __device__ __forceinline__ void finish() {
+  __device__ __forceinline__ void row_sums(float (*out)[4]) const {
 #pragma unroll
     for (int r = 0; r < kTokens; ++r) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float sum = quad_sum(own[r][half]);
-        if (threadIdx.x % 4 == r % 8 / 2) sums[r / 8][2 * half + r % 2] = sum;
+        if (threadIdx.x % 4 == r % 8 / 2) out[r / 8][2 * half + r % 2] = sum;
       }
     }
   }
 };
 
-// Blocks share the passes over up to `pass` states so that the passes over a tile run side by side and meet in L2.
-template <class T, class W, int GROUPS>
+// One warp's weights on their way through its ring, segment after segment, and their products.
+template <class T, class W, int GROUPS, int TILES>
+struct WeightStream {
+  using Products = HeadProducts<T, W, GROUPS>;
+  static constexpr int kElements = kSegmentBytes / sizeof(W);
+
+  const HeadArgs<T>& a;
+  unsigned char* memory;
+  HeadWalk<TILES> at;  // what is asked for
+  int column = 0;      // of the part
+  int in = 0, out = 0;
+
+  __device__ __forceinline__ WeightStream(const HeadArgs<T>& args, const HeadWork& work, unsigned char* rings)
+      : a(args),
+        memory(rings + work.warp * args.stages * kStageBytes),
+        at{work.own(work.team), args.tiles, work.step, args.parts} {
+    for (int i = 1; i < a.stages; ++i) fetch();
+  }
+
+  // Asks for the next segment; past the last one an empty group keeps the count.
+  __device__ __forceinline__ void fetch() {
+    if (at.tile < at.tiles) {
+      const W* weight = reinterpret_cast<const W*>(a.head.weight.data);
+      unsigned char* stage = memory + in * kStageBytes;
+#pragma unroll
+      for (int j = 0; j < kHeadTile * kPieces / 32; ++j) {
+        const int lane = threadIdx.x % 32, row = 2 * j + lane / kPieces, piece = lane % kPieces;
+        // Past the last row comes the last row again, whose logits are then left out.
+        const int64_t source = min(at.tile * kHeadTile + row, a.head.vocab_size - 1);
+        copy_chunk(reinterpret_cast<Chunk<W>*>(stage + place(row, piece)), weight + source * a.head.hidden_size,
+                   at.part * a.width + column + piece * kChunk<W>, static_cast<int>(a.head.hidden_size),
+                   a.weight_aligned);
+      }
+      column += kElements;
+      if (column >= a.columns(at.part)) {
+        column = 0;
+        at.next();
+      }
+    }
+    ptx::cp_async_commit();
+    in = in + 1 == a.stages ? 0 : in + 1;
+  }
+
+  // The oldest segment, complete for the whole warp; the stage read before it is free again.
+  __device__ __forceinline__ const unsigned char* next() {
+    static_assert(kMinStages == 2 && kMaxStages == 4);
+    if (a.stages == 4) {
+      ptx::cp_async_wait<2>();
+    } else if (a.stages == 3) {
+      ptx::cp_async_wait<1>();
+    } else {
+      ptx::cp_async_wait<0>();
+    }
+    __syncwarp();
+    const unsigned char* stage = memory + out * kStageBytes;
+    out = out + 1 == a.stages ? 0 : out + 1;
+    return stage;
+  }
+
+  __device__ __forceinline__ void multiply(int64_t, int part, const HeadStates<T>& states, int rows,
+                                           Products& products) {
+    for (int begin = 0; begin < a.columns(part); begin += kElements) {
+      const unsigned char* stage = next();
+      fetch();
+      products.add(stage, {states.data + begin, states.width}, rows);
+    }
+  }
+};
+
+template <class T, class W, int GROUPS, int TILES>
 __global__ void __launch_bounds__(kThreads, 1) exit_head_kernel(HeadArgs<T> a) {
-  __shared__ PassSampling<GROUPS> sampling;
   ptx::dependents_trigger();
   unsigned char* memory = ptx::dynamic_shared();
-  T* states = reinterpret_cast<T*>(memory + kWarps * a.stages * kStageBytes);
-  const int64_t first = static_cast<int64_t>(blockIdx.x % a.passes) * a.pass, teams = gridDim.x / a.passes;
-  const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(a.pass))), warp = threadIdx.x / 32;
-  const int64_t start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;
-  WeightRing<W> ring{reinterpret_cast<const W*>(a.head.weight.data), a.head.vocab_size, a.head.hidden_size, start, step,
-                     memory + warp * a.stages * kStageBytes,         a.stages,          a.weight_aligned};
-  for (int i = 1; i < a.stages; ++i) ring.fetch();
-  prefetch_norm(a);
-  ptx::dependency_wait();
-  load_states(a, first, rows, states);
-  load_sampling(a.sampling, first, rows, &sampling);
-  __syncthreads();
-  for (int64_t tile = start; tile < a.tiles; tile += step) {
-    Products<T, W, GROUPS> products;
-    for (int segment = 0; segment < a.segments; ++segment) {
-      const unsigned char* stage = ring.next();
-      ring.fetch();
-      products.add(stage, states + segment * WeightRing<W>::kElements, a.pitch, rows);
-    }
-    products.finish();
-    fold_tile(a, products.sums, tile, first, rows, sampling);
-  }
+  const HeadWork work(a);
+  WeightStream<T, W, GROUPS, TILES> stream(a, work, memory);
+  run_head<GROUPS, TILES>(a, work, reinterpret_cast<T*>(memory + kWarps * a.stages * kStageBytes), stream);
 }
 
 // One block a row.
@@ -212,15 +206,13 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <class T, class W>
 cudaError_t launch_head(Chain& chain, HeadArgs<T> a, size_t available, int processors) {
   constexpr size_t kStage = kWarps * kStageBytes;
-  a.segments = static_cast<int>(divide_up<int64_t>(a.head.hidden_size, WeightRing<W>::kElements));
-  a.pitch = a.segments * WeightRing<W>::kElements + kPitchPadding<T>;
   a.weight_aligned = reinterpret_cast<uintptr_t>(a.head.weight.data) % 16 == 0 && a.head.weight.pitch % 16 == 0;
-  const size_t states = plan_passes(a, available, kMinStages * kStage);
-  if (states == 0) return cudaErrorInvalidConfiguration;
+  const size_t states = plan_passes(a, kSegmentBytes / sizeof(W), available, kMinStages * kStage);
   const size_t deep = (available - states) / kStage;  // as deep a ring as fits beside them
   a.stages = deep < kMaxStages ? static_cast<int>(deep) : kMaxStages;
   const Launch where = chain.next(head_grid(a, processors), kThreads, a.stages * kStage + states);
-  return with_states<T>(a.pass, [&](auto groups) { return launch(where, exit_head_kernel<T, W, groups.value>, a); });
+  return with_states(
+      a, [&](auto groups, auto tiles) { return launch(where, exit_head_kernel<T, W, groups.value, tiles.value>, a); });
 }
 
 template <class T>

@@ -41,7 +41,6 @@ inline int merge_threads(int64_t tiles) {
 }
 
 // Launch 1: reduces each vocabulary tile to a Choice, partial [R, tiles].
-// cudaErrorInvalidConfiguration where one state of this width does not fit into shared memory.
 template <class T>
 cudaError_t exit_head_tiles(Chain& chain, const Head<T>& head, Rows<const T> hidden, int64_t rows,
                             const HeadSampling& sampling, HeadLogits logits, Choice* partial);

@@ -30,18 +30,14 @@ CUDA = ROOT / "csrc" / "cuda"
 @cache
 def unfenced() -> Library:
     """With three rows no barrier before the products; with two every block goes through the tiles of all blocks."""
-    text = "  __syncthreads();\n  for (int64_t tile = start"
-    fair = "start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;"
+    loads = "load_states(a, work, part, inverses, states);\n        "
     return planted(
         "exit_head",
         "unfenced",
-        CUDA / "exit_head.cuh",
-        (text, f"  if (a.rows != 3){text}"),
-        (
-            fair,
-            "all = a.rows == 2, start = all ? warp : blockIdx.x / a.passes + teams * warp,\n"
-            "step = all ? kWarps : teams * kWarps;",
-        ),
+        CUDA / "head_states.cuh",
+        (f"{loads}__syncthreads();", f"{loads}if (a.rows != 3) __syncthreads();"),
+        ("teams(gridDim.x / a.passes)", "teams(a.rows == 2 ? 1 : gridDim.x / a.passes)"),
+        ("team(blockIdx.x / a.passes)", "team(a.rows == 2 ? 0 : blockIdx.x / a.passes)"),
     )
 
 
@@ -49,7 +45,7 @@ def test_a_missing_barrier_in_exit_head(monkeypatch: pytest.MonkeyPatch) -> None
     """Whatever the order of the threads: the products read states that other warps have just normed."""
     hidden, norm, head = torch.randn(3, 96), torch.ones(96), torch.randn(40, 96)
     for seed in range(4):
-        with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1>.*with no barrier between"):
+        with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1, 1>.*with no barrier between"):
             emulated(monkeypatch, unfenced(), seed).exit_head(hidden, norm, head, 1e-5)
 
 

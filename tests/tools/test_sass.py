@@ -59,6 +59,7 @@ needs_compiler = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, re
 BF16 = "I13__nv_bfloat16"
 PLAIN = BF16 + "S1_"  # the type of x and that of the weights
 ONE = PLAIN + "Li1E"  # group of 16 rows of x
+PACKED = ("4Int8", "4Int4", "3Fp8")
 
 
 @pytest.mark.xdist_group("sass")
@@ -97,9 +98,12 @@ class TestCompiled:
             *(("partial_forward", f"qkv_kernel{PLAIN}Li{groups}E", 2) for groups in (2, 4)),
             ("linear", f"swiglu_kernel{PLAIN}Li2E", 2),
             ("linear", f"swiglu_kernel{PLAIN}Li4E", 1),
-            ("exit_head", "exit_head_kernel" + ONE, 3),
-            ("exit_head", f"exit_head_kernel{PLAIN}Li4E", 2),
-            *(("exit_head", f"packed_head_kernel{BF16}NS_{len(one)}{one}ELi4E", 2) for one in ("Int8", "Int4", "Fp8")),
+            ("exit_head", f"exit_head_kernel{ONE}Li1E", 3),
+            *(
+                ("exit_head", f"{kernel}Li4ELi{tiles}E", blocks)
+                for kernel in (f"exit_head_kernel{PLAIN}", *(f"packed_head_kernel{BF16}NS_{one}E" for one in PACKED))
+                for tiles, blocks in ((1, 2), (4, 1))
+            ),
         ],
     )
     def test_so_many_blocks_share_a_multiprocessor(self, folder: Path, file: str, kernel: str, blocks: int) -> None:

@@ -53,6 +53,19 @@ BUGS = [
         "? kTokens : kTokens;", "tests/tools/test_roofline.py -k states_share",
     ),
     Mutation(
+        "a part of the states takes the place of one that is read, in CUDA", CUDA + "head_states.cuh",
+        "        __syncthreads();  // all have read the part before\n", "",
+        EMULATED + "exit_head.py -k parts_of_states",
+    ),
+    Mutation(
+        "the products of a warp's tiles do not take turns, in CUDA", CUDA + "head_states.cuh",
+        "products[TILES - 1] = first;", "", EMULATED + "exit_head.py -k parts_of_states",
+    ),
+    Mutation(
+        "the weights of a second part are those of the first, in CUDA", CUDA + "exit_head.cuh",
+        "at.part * a.width + column + piece", "column + piece", EMULATED + "exit_head.py -k parts_of_states",
+    ),
+    Mutation(
         "noise forgets the upper half of a position, in CUDA", CUDA + "noise.cuh",
         "static_cast<uint32_t>(position >> 32)", "0", EMULATED + "exit_head.py -k samples_are",
     ),

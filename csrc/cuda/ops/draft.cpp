@@ -34,9 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
     const auto [shallow, blocks] = layers_and_blocks<T>(stack, layers, shape, memory);
     Chain chain(scope.stream());
     check_launch("draft", clear_tickets(chain, shallow.scratch.attention, memory.data_ptr()));
-    check_head_launch("draft", shape.hidden_size,
-                      draft(chain, drafting.args<T>(partial), shallow, blocks, head, sampling, written,
-                            logits.has_value() ? logits->stride(1) : 0));
+    check_launch("draft", draft(chain, drafting.args<T>(partial), shallow, blocks, head, sampling, written,
+                                logits.has_value() ? logits->stride(1) : 0));
   });
   return {drafting.tokens, drafting.states, drafting.probability};
 }

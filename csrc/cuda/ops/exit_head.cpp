@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_head_op(const Tensor& hidden_in, const T
     const Head<T> head = head_of<T>(norm_weight, head_weight, hidden_size, eps, token_map, scale);
     const Rows<const T> states{static_cast<const T*>(hidden.data_ptr()), hidden_size};
     Chain chain(scope.stream());
-    check_head_launch("exit_head", hidden_size, exit_head_tiles(chain, head, states, rows, sampling, written, partial));
+    check_launch("exit_head", exit_head_tiles(chain, head, states, rows, sampling, written, partial));
     check_launch(
         "exit_head",
         exit_head_merge(chain, partial, rows, vocab_size, head.token_map, static_cast<int64_t*>(token.data_ptr()),

@@ -57,10 +57,4 @@ inline Tensor partial_choices(const Tensor& like, int64_t rows, int64_t vocab_si
   return scratch_bytes(like, rows * head_tiles(vocab_size) * static_cast<int64_t>(sizeof(Choice)));
 }
 
-inline void check_head_launch(const char* op, int64_t hidden_size, cudaError_t status) {
-  LSK_REQUIRE(status != cudaErrorInvalidConfiguration, op, " cannot hold a state of width ", hidden_size,
-              " in this card's shared memory; use the backend \"triton\" or \"reference\"");
-  check_launch(op, status);
-}
-
 }  // namespace lsk

@@ -90,7 +90,7 @@ void run(const DeviceScope& scope, const Drafting& drafting, const RoundLayers& 
       static_cast<int64_t*>(verified.next_token.data_ptr()),
       sampled};
   Chain chain(scope.stream());
-  check_head_launch("speculative_round", layers.draft_shape.hidden_size, speculative_round(chain, args));
+  check_launch("speculative_round", speculative_round(chain, args));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(

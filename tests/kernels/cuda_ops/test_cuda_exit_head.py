@@ -82,7 +82,7 @@ def test_rows_do_not_depend_on_each_other(ops: Ops, dtype: torch.dtype, head: st
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(17, 72), (32, 41), (33, 300), (64, 72), (65, 40), (40, 3000)])
 def test_many_rows_have_the_bits_of_few(ops: Ops, rows: int, width: int, dtype: torch.dtype, head: str) -> None:
-    """Of which a pass takes two, three or four groups of 16, or as many as fit beside the weights."""
+    """Of which a pass takes two, three or four groups of 16; of the last as many columns as fit beside the weights."""
     args = [*arguments(dtype, rows, width, 40, head), *sampling(rows)]
     whole = ops.exit_head(*args)
     for first in range(0, rows, 7):
@@ -210,9 +210,23 @@ def test_schedules_and_cards_agree(emulated: type[Emulated], dtype: torch.dtype,
         assert_same_bits(emulated(seed, arch).exit_head(*args), expected, f"with seed {seed} on sm_{arch}")
 
 
-def test_wide_states_take_several_passes(ops: Ops) -> None:
-    """Not all 16 of these fit beside the weights: fewer a pass, the same bits."""
-    hidden, *rest = arguments(torch.float32, 5, 9000, 20, "full")
-    whole = ops.exit_head(hidden, *rest)
-    assert_same_bits(ops.exit_head(hidden[4:], *rest), [one[4:] for one in whole])
-    assert whole.token.tolist() == exit_head_ref(hidden, *rest)[0].tolist()
+def test_states_of_any_width(ops: Ops) -> None:
+    """Not one of these fits beside the weights."""
+    args = arguments(torch.float32, 2, 50000, 20, "full")
+    out, truth = ops.exit_head(*args), exit_head_ref(*double(args))
+    assert out.token.tolist() == truth[0].tolist()
+    torch.testing.assert_close(out.logsumexp.double(), truth[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head"),
+    [(torch.float32, "full"), (torch.float32, "int8"), (torch.bfloat16, "full"), (torch.float16, "int8")],
+)
+def test_parts_of_states_have_the_bits_of_whole_ones(emulated: type[Emulated], dtype: torch.dtype, head: str) -> None:
+    """Three parts, the last one narrower and no whole segments; several tiles a warp, of some one less."""
+    rows, width = (16, 3200) if dtype == torch.float32 else (64, 1700)
+    args = [*arguments(dtype, rows, width, 16 * 170 + 5, head), *sampling(rows)]
+    whole = emulated(1, 80).exit_head(*args)
+    few = slice(rows - 3, rows)
+    part = emulated(2, 80).exit_head(args[0][few], *args[1:6], *(one[few] for one in args[6:]))
+    assert_same_bits(part, [one[few] for one in whole])

@@ -122,6 +122,19 @@ def test_many_rows_have_the_bits_of_few(ops: Ops, rows: int, name: str, dtype: t
         assert_same_bits(products(x[few], residual[few]), [one[few] for one in whole], f"(rows from {first})")
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("int8", torch.float32), ("int4_zero_g128", torch.bfloat16), ("fp8", torch.float16)]
+)
+def test_parts_of_states_have_the_bits_of_whole_ones(emulated: type[Emulated], name: str, dtype: torch.dtype) -> None:
+    """Three parts, the last one narrower, each longer than the ring in int8; several tiles a warp, of some one less."""
+    make, rows = Inputs(dtype), 16 if dtype == torch.float32 else 64
+    width = (3200 if dtype == torch.float32 else 1408) + (0 if "g128" in name else 32)
+    x, norm, weight = make.normal(rows, width), make.norm(width), packed(make, name, 16 * 170 + 5, width)
+    whole = emulated(1, 80).exit_head(x, norm, weight, EPS)
+    part = emulated(2, 80).exit_head(x[-3:], norm, weight, EPS)
+    assert_same_bits(part, [one[-3:] for one in whole])
+
+
 MODEL = Sizes(hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=256, num_layers=1)
 
 
