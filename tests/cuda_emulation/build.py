@@ -24,9 +24,10 @@ DEVICE = [
     "-Wno-unknown-pragmas", "-Wno-attributes", "-isystem", str(HERE / "include"),
 ]  # fmt: skip
 
+# -MD and not -MMD: the emulator's own headers are found as a system's are, and count.
 RULES = """\
 rule cxx
-  command = g++ $flags -MMD -MF $out.d -c $in -o $out
+  command = g++ $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
