@@ -36,7 +36,7 @@ BUGS = [
     ),
     Mutation(
         "a prompt is read in pieces that overlap", DECODING + "reading.py",
-        "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS + " -k pieces_change",
+        "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS + " -k nobody_waits",
     ),
     Mutation(
         "memory goes while a card's round works on it", DECODING + "graph.py",
