@@ -83,6 +83,7 @@ def test_a_model_that_is_calibrated_is_nearer_to_itself():
     assert seen == [(number, 30) for number in range(1, 31)]
 
 
+@torch.no_grad()
 def test_a_layer_is_packed_for_what_the_packed_ones_before_it_give():
     """In all texts."""
     model, texts = adapt(layouts.tiny()), [torch.arange(40).roll(7 * number) for number in range(2)]
