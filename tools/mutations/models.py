@@ -66,4 +66,12 @@ BUGS = [
         "experts share more than 1", COMPOSED, "    if layout.shares:\n", "    if not layout.shares:\n",
         FAMILIES + " -k every_split and qwen3moe",
     ),
+    Mutation(
+        "each layer is calibrated behind plain ones", MODELS + "calibration.py", "self._run(number, packed, None)",
+        "self._run(number, layer, None)", LAYERSKIP + "test_calibration.py -k packed_ones",
+    ),
+    Mutation(
+        "calibration looks at the last text alone", MODELS + "calibration.py",
+        "self.of.get(name, 0) + rows.T @ rows", "rows.T @ rows", LAYERSKIP + "test_calibration.py -k packed_ones",
+    ),
 ]  # fmt: skip

@@ -26,4 +26,14 @@ BUGS = [
         "a row does not see itself, in the reference", "layerskip_kernels/reference.py",
         "<= positions[:, :, None]", "< positions[:, :, None]", KERNELS + "test_verify_attention.py -k sees_itself",
     ),
+    Mutation(
+        "weights past the first part that is quantized are quantized as that", "layerskip_kernels/formats.py",
+        "part = weight[first : first + step].float()", "part = weight[: len(weight[first : first + step])].float()",
+        KERNELS + "test_formats.py -k more_than_is_done",
+    ),
+    Mutation(
+        "blocks do not read the last draft", ROUNDS,
+        "            blocks(state, positions[row])  # for their keys and values\n", "",
+        KERNELS + "test_exit_blocks.py -k composition",
+    ),
 ]  # fmt: skip

@@ -97,4 +97,43 @@ BUGS = [
         "the draft after the last accepted one is not decided", DECODING + "output.py",
         "min(self.emitted, len(self.drafts))", "self.accepted", LAYERSKIP + "test_sources.py -k by_position",
     ),
+    Mutation(
+        "the slot that was used last goes first", DECODING + "slots.py", "popitem(last=False)", "popitem(last=True)",
+        LAYERSKIP + "test_conversation.py -k least_recently",
+    ),
+    Mutation(
+        "a slot whose beginning is copied counts as unused", DECODING + "slots.py",
+        "            self.kept.move_to_end(source.id)\n", "            pass\n",
+        LAYERSKIP + "test_conversation.py -k copied_was_used",
+    ),
+    Mutation(
+        "a slot holds the token that was emitted last", DECODING + "slots.py",
+        "request.tokens + request.sequence.tokens[:-1] if", "request.tokens + request.sequence.tokens if",
+        LAYERSKIP + "test_conversation.py -k its_own_tokens_only",
+    ),
+    Mutation(
+        "what a mixed round emits is not penalized", DECODING + "mixed.py",
+        "sequences.controls.put_seen(rows, some.controls)", "pass",
+        LAYERSKIP + "test_sources.py -k gets_alone and processed",
+    ),
+    Mutation(
+        "a proposal is judged past its first mistake", DECODING + "acceptance.py",
+        "            if token != other:\n                break\n", "",
+        LAYERSKIP + "test_controller.py -k first_mistake",
+    ),
+    Mutation(
+        "the cost of a round before which blocks read is learned", DECODING + "session.py",
+        "launched.exit_layer is not None and not launched.caught_up", "launched.exit_layer is not None",
+        LAYERSKIP + "test_exit_decoding.py -k foreseen",
+    ),
+    Mutation(
+        "who chooses does not know how far blocks are behind", DECODING + "planning.py",
+        "request.acceptance.behind = request.behind", "request.acceptance.behind = 0",
+        LAYERSKIP + "test_exit_decoding.py -k foreseen",
+    ),
+    Mutation(
+        "a draft behind the first mistake ends a sequence", DECODING + "session.py",
+        "for draft in drafts[accepted : accepted + 1]:", "for draft in drafts:",
+        LAYERSKIP + "test_session.py -k state_is_not_finite",
+    ),
 ]  # fmt: skip

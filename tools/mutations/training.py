@@ -29,4 +29,8 @@ BUGS = [
         "torch.where(targets.ids >= 0, logs.gather", "torch.where(targets.ids >= -1, logs.gather",
         LAYERSKIP + "test_exit_loss.py",
     ),
+    Mutation(
+        "the means of exits weigh batches alike", TRAINING + "meter.py", "losses * count, count", "losses, 1.0",
+        TRAINER + " -k logged_loss",
+    ),
 ]  # fmt: skip
