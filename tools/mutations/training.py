@@ -31,6 +31,6 @@ BUGS = [
     ),
     Mutation(
         "the means of exits weigh batches alike", TRAINING + "meter.py", "losses * count, count", "losses, 1.0",
-        TRAINER + " -k logged_loss",
+        LAYERSKIP + "test_training_formulas.py -k mean_loss",
     ),
 ]  # fmt: skip
