@@ -104,6 +104,6 @@ BUGS = [
     Mutation(
         "splits are joined before all are there", "csrc/cpu/attention.cpp",
         "step.attend(member);\n      member.wait();\n", "step.attend(member);\n",
-        KERNELS + "test_verify_attention.py -k threads_agree",
+        KERNELS + "test_verify_attention.py -k joined_when_all",
     ),
 ]  # fmt: skip
