@@ -116,6 +116,17 @@ def test_quantizing_loses_little(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_quantizing_more_than_is_done_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Inputs(torch.float32).normal(7, 128)
+    whole = formats.quantize(weight, name)
+    monkeypatch.setattr(formats, "_AT_ONCE", 3 * 128)  # three rows, twice, and one
+    assert_same_bits(formats.quantize(weight, name), whole)
+    weight[5, 3] = float("nan")
+    with pytest.raises(ValueError, match="row 5 of the weight to quantize holds NaN or infinity"):
+        formats.quantize(weight, name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_quantizing_zeros_and_what_is_exact(name: str) -> None:
     assert formats.dequantize(formats.quantize(torch.zeros(2, 128), name), 128).abs().max() == 0
     if FORMATS[name].bits == 4:

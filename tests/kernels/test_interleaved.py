@@ -87,6 +87,7 @@ def test_more_than_is_done_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     out = torch.zeros_like(panels)
     assert formats.interleave(weight, 96, out) is out
     assert_same_bits(out, panels)
+    assert_same_bits(formats.rows_of(panels, 96), weight)  # forty rows, twice
 
 
 def test_what_cannot_be_interleaved() -> None:

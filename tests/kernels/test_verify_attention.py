@@ -204,3 +204,10 @@ def test_capacity_does_not_matter(isa: str, dtype: torch.dtype) -> None:
 def test_threads_agree(isa: str, rows: int, dtype: torch.dtype) -> None:
     args = arguments(dtype, [700, 0, 300], rows, 6, 2, 64, capacity=740)
     assert_threads_agree(lambda: lk.verify_attention(*args))
+
+
+def test_splits_are_joined_when_all_are_there(isa: str) -> None:
+    """Of three splits one of two threads has two; the other is done before, and finds those of another call."""
+    args = arguments(torch.float32, [3 * 256 - 15], 15, 4, 1, 128, capacity=768)
+    before = [*args[:2], -args[2], args[3]]
+    assert_threads_agree(lambda: (lk.verify_attention(*before), lk.verify_attention(*args)))

@@ -9,6 +9,7 @@ import torch
 from layerskip.models import adapt
 from layerskip.models.calibration import rounded
 from layerskip.models.dequantized import dequantized
+from layerskip.models.prefill import INPUTS
 from layerskip_kernels.formats import FORMATS, dequantize, format_of, quantize
 from layerskip_kernels.rounding import fit
 
@@ -32,6 +33,16 @@ def test_outputs_lose_less_than_rounded_to_nearest(weights):
     assert format_of(packed, 256).name == weights
     errors = [(other @ (dequantize(one, 256) - weight).T).norm() for one in (packed, nearest)]
     assert errors[0] < 0.75 * errors[1]
+
+
+def test_later_groups_make_up_for_earlier_ones():
+    """So more is lost where nothing is known of what the inputs of two groups have in common."""
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(1))
+    seen = inputs(600, 256)
+    whole = seen.T @ seen
+    apart = torch.block_diag(*(whole[first : first + 32, first : first + 32] for first in range(0, 256, 32)))
+    errors = [(seen @ (dequantize(rounded(weight, one, "int4"), 256) - weight).T).norm() for one in (whole, apart)]
+    assert errors[0] < 0.8 * errors[1]
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "int4_zero", "fp8"])
@@ -70,6 +81,27 @@ def test_a_model_that_is_calibrated_is_nearer_to_itself():
     packed = model.quantize("int4", calibration=texts[:1], progress=lambda *done: seen.append(done))
     assert packed.weights == "int4+int8"
     assert seen == [(number, 30) for number in range(1, 31)]
+
+
+@torch.no_grad()
+def test_a_layer_is_packed_for_what_the_packed_ones_before_it_give():
+    """In all texts."""
+    model, texts = adapt(layouts.tiny()), [torch.arange(40).roll(7 * number) for number in range(2)]
+    packed, plain = model.quantize("int4", calibration=texts).decoder, model.decoder
+    moments = {}
+
+    def add(name, states):
+        rows = states.flatten(0, -2)
+        moments[name] = moments.get(name, 0) + rows.T @ rows
+
+    for text in texts:
+        cache = packed.new_cache(1, len(text))
+        states = packed.prefill(model.embed(text[None]), cache, 0, 1)
+        plain.prefill_layer(1, plain.layer(1), states, cache, 0, add)
+    matrices = {name: weight for name, weight in plain.held(1).items() if name in INPUTS}
+    assert matrices
+    for name, weight in matrices.items():
+        assert torch.equal(packed.held(1)[name], rounded(weight, moments[INPUTS[name]], "int4"))
 
 
 def test_release_frees_each_weight():

@@ -9,7 +9,7 @@ import torch
 from tiny import prompt_of, tiny_model
 
 from layerskip import SelfSpeculativeDecoder
-from layerskip.decoding.acceptance import AcceptanceRates, Kind, Offer, Rate, expected_tokens
+from layerskip.decoding.acceptance import UNTRIED_PROPOSAL, AcceptanceRates, Kind, Offer, Rate, expected_tokens
 from layerskip.decoding.controller import Choice, Controller, default_exits
 from layerskip.decoding.costs import UNTRIED_RATIO, CostModel, Sizes
 from layerskip.decoding.session import Session
@@ -323,6 +323,14 @@ def test_acceptance_is_noted_for_others_too():
     assert one.at(4).mean < 0.1
     assert other.at(4).mean == before, "its own trials count, once it has begun"
     assert AcceptanceRates(shared).at(4).mean < 0.2
+
+
+def test_a_proposal_is_judged_up_to_its_first_mistake():
+    """What comes after it follows other tokens than it was meant for."""
+    rates, kind = AcceptanceRates({}), Kind("text", 3)
+    rates.observe_proposal(kind, [5, 6, 7], [5, 8, 7])
+    assert [rates.at(kind.of(place)).weight for place in range(3)] == [2.0, 2.0, 1.0]
+    assert rates.at(kind.of(0)).mean > UNTRIED_PROPOSAL > rates.at(kind.of(1)).mean
 
 
 class LookedUpModel:

@@ -104,11 +104,23 @@ def test_kept_slots_go_to_those_who_need_them_the_least_recently_used_first(deco
     again = session.add(prompt_of(30, 0)[:, :20].clone(), 4, eos_token_id=[])
     assert session.kept == tuple(ids), "one that waits takes nothing"
     outputs(session)
-    assert len(session.kept) == 1
+    assert session.kept == (ids[1],)
     last = session.add(prompt_of(9, 5), 4, eos_token_id=[], keep=True)
     outputs(session)
     assert session.kept[-1] == last
     assert again not in session.kept
+
+
+@requires_native
+def test_a_slot_whose_beginning_is_copied_was_used(decoder):
+    session = decoder.open_session(3, max_seq_len=120)
+    ids = []
+    for seed in range(2):
+        ids.append(session.add(prompt_of(20, seed), 4, eos_token_id=[], keep=True))
+        outputs(session)
+    again = session.add(prompt_of(20, 0), 4, eos_token_id=[])
+    assert outputs(session)[again].stats.reused == 19
+    assert session.kept == (ids[1], ids[0])
 
 
 @requires_native

@@ -318,6 +318,25 @@ def test_drafts_that_are_looked_up_in_between(near, monkeypatch, processed):
     assert watched.looked_up > 10
 
 
+def test_what_catching_up_costs_is_foreseen_and_not_learned(near, monkeypatch):
+    """By turns: drafts are looked up, the exit makes them after its blocks have read, and once more at once."""
+    _, decoder, _ = near
+    behind, learned = [], []
+
+    def plan(controller, acceptances, offers, *given, **named):
+        behind.append(acceptances[0].behind)
+        return Plan(Choice(2, 3), [None]) if len(behind) % 3 != 1 else Plan(Choice(0, 0), [0])
+
+    monkeypatch.setattr(Controller, "plan", plan)
+    monkeypatch.setattr(Controller, "observe_cost", lambda controller, choice, *cost: learned.append(choice))
+    session = decoder.open_session(1)
+    session.add(prompt_of(10), 60, draft_source="auto")
+    while len(behind) < 9:
+        session.step()
+    assert behind == [0, 1, 0] * 3
+    assert learned == [Choice(0, 0), Choice(2, 3)] * 3, "none of the rounds before which the blocks read"
+
+
 def test_an_interrupt(near, monkeypatch):
     """Whatever a step had done when it was interrupted, the drafts after it are right."""
     hf_model, decoder, watched = near

@@ -289,6 +289,20 @@ def test_states_that_are_not_finite_end_one_request():
     assert got == free[0][: len(got)]
 
 
+@requires_native
+def test_a_rejected_draft_whose_state_is_not_finite_ends_nothing():
+    """Nor do the drafts after it, which have no logits."""
+    model = tiny_model(upper="weak")
+    decoder = SelfSpeculativeDecoder(model, 1, 4)
+    plain = decoder.generate(prompt_of(6), 40, eos_token_id=[])
+    emitted = set(plain.sequences[0].tolist())
+    rejected = (one.drafts[one.accepted] for one in plain.stats.records if one.accepted + 1 < len(one.drafts))
+    model.model.embed_tokens.weight.data[next(token for token in rejected if token not in emitted)] = float("nan")
+    out = decoder.generate(prompt_of(6), 40, eos_token_id=[])
+    assert torch.equal(out.sequences, plain.sequences)
+    assert any(-1 in one.drafts for one in out.stats.records)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -154,6 +154,8 @@ def test_a_slot_is_free_again_whenever_a_request_is_cancelled(decoder, stage, en
     tokens = run(session)
     for request_id, seed in zip(later, (2, 3, 4), strict=True):
         assert tokens[request_id] == alone(decoder, prompt_of(30, seed), 5, eos_token_id=[])
+    slots = session._slots
+    assert sorted([*slots.free, *(request.slot for request in slots.kept.values())]) == [0, 1]
 
 
 def test_a_slot_that_is_lost_is_an_error_not_a_wait_without_end(decoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from layerskip.training import (
     early_exit_weights,
     layer_dropout_rates,
 )
+from layerskip.training.meter import ExitMeter
 
 TOLERANCES = {"formula": 1e-6}  # fp32 weights
 
@@ -203,3 +205,12 @@ def test_a_cache_cannot_lose_samples() -> None:
 
     with pytest.raises(ValueError, match="DynamicCache"):
         apply_to_samples(lambda hidden, cache: hidden, torch.tensor([0]), torch.zeros(2, 1), cache=DynamicCache())
+
+
+def test_the_mean_loss_of_an_exit_is_that_of_its_labels():
+    """Of all batches since the last line of the log, which differ in their number."""
+    meter, alone = ExitMeter(), SimpleNamespace(device="cpu", reduce=lambda table, reduction: table)
+    for losses, labels in (([1.0, 3.0], 10), ([5.0, 2.0], 30)):
+        meter.add([2, 4], {"exit_losses": torch.tensor(losses), "num_labels": labels})
+    assert meter.drain([2, 4], alone) == {"exit_loss/2": 4.0, "exit_loss/4": 2.25}
+    assert meter.drain([2, 4], alone) == {}

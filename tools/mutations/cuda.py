@@ -31,8 +31,8 @@ BUGS = [
         "ptx::cp_async_wait<2>();", "ptx::cp_async_wait<3>();", EMULATED + "exit_head.py -k view_of_wider",
     ),
     Mutation(
-        "every block takes all tiles of the head, in CUDA", CUDA + "exit_head.cuh",
-        "start = blockIdx.x / a.passes + teams * warp, step = teams * kWarps;", "start = warp, step = kWarps;",
+        "every block takes all tiles of the head, in CUDA", CUDA + "head_states.cuh",
+        "teams(gridDim.x / a.passes),\n        team(blockIdx.x / a.passes),", "teams(1),\n        team(0),",
         EMULATED + "exit_head.py -k merge_takes",
     ),
     Mutation(

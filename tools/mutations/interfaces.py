@@ -18,4 +18,9 @@ BUGS = [
         "a round's own token is left out of the page", "python/layerskip/cli/page/tokens.py",
         'if one["emitted"] == accepted:', 'if one["emitted"]:', LAYERSKIP + "test_report.py -k every_token",
     ),
+    Mutation(
+        "another exit gets the decoder that is kept", "python/layerskip/transformers/kept_decoders.py",
+        "kept.drafting != (draft_head, exit)", "kept.drafting[0] != draft_head",
+        LAYERSKIP + "test_transformers_generate.py -k keeps_its_decoder",
+    ),
 ]  # fmt: skip

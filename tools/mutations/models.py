@@ -11,15 +11,15 @@ COMPOSED = MODELS + "composed_layer.py"
 BUGS = [
     Mutation(
         "zero points that loading has converted are read as the file's", MODELS + "checkpoints/gptq.py",
-        "kernel.qzero_format() == 2", "False", LAYERSKIP + "test_transformers_quantized.py",
+        "kernel.qzero_format() == 2", "False", LAYERSKIP + "test_transformers_quantized.py -k zero_points",
     ),
     Mutation(
         "scales that change in place leave their packed copy as it is", MODELS + "watch.py",
-        "self._weights if quantized else []", "[]", LAYERSKIP + "test_transformers_quantized.py",
+        "self._weights if quantized else []", "[]", LAYERSKIP + "test_transformers_quantized.py -k change_in_place",
     ),
     Mutation(
         "a kernel that has repacked its tensors is read", MODELS + "adaptation.py",
-        "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "test_transformers_quantized.py",
+        "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "test_transformers_quantized.py -k what_is_refused",
     ),
     Mutation(
         "a decoder keeps the depth of its model's configuration", MODELS + "watch.py",
@@ -65,5 +65,13 @@ BUGS = [
     Mutation(
         "experts share more than 1", COMPOSED, "    if layout.shares:\n", "    if not layout.shares:\n",
         FAMILIES + " -k every_split and qwen3moe",
+    ),
+    Mutation(
+        "each layer is calibrated behind plain ones", MODELS + "calibration.py", "self._run(number, packed, None)",
+        "self._run(number, layer, None)", LAYERSKIP + "test_calibration.py -k packed_ones",
+    ),
+    Mutation(
+        "calibration looks at the last text alone", MODELS + "calibration.py",
+        "self.of.get(name, 0) + rows.T @ rows", "rows.T @ rows", LAYERSKIP + "test_calibration.py -k packed_ones",
     ),
 ]  # fmt: skip

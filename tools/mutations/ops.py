@@ -5,12 +5,12 @@ from __future__ import annotations
 from .mutation import KERNELS, Mutation
 
 DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatch", "composition", "_checks"))
-DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py"
+DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py -k longest_draft"
 
 BUGS = [
     Mutation(
         "triton before cuda", DISPATCH, '("cuda", "triton", "reference")', '("triton", "cuda", "reference")',
-        KERNELS + "test_dispatch.py",
+        KERNELS + "test_dispatch.py -k first_that_can",
     ),
     Mutation(
         "weights of layers may be strided", CHECKS, "dense(**{name: tensor})", "pass",
@@ -18,12 +18,22 @@ BUGS = [
     ),
     Mutation(
         "a draft ends at its threshold, in Python", ROUNDS, "chance >= draft_threshold", "chance > draft_threshold",
-        DRAFT,
+        DRAFT + " -k threshold_is_enough",
     ),
     Mutation("as many rows as the shortest draft, in Python", ROUNDS, ".sum(1).max()", ".sum(1).min()", ROUND),
     Mutation("as many rows as the last draft, in Python", ROUNDS, ".sum(1).max()", ".sum(1)[-1]", ROUND),
     Mutation(
         "a row does not see itself, in the reference", "layerskip_kernels/reference.py",
-        "<= positions[:, :, None]", "< positions[:, :, None]", KERNELS + "test_verify_attention.py",
+        "<= positions[:, :, None]", "< positions[:, :, None]", KERNELS + "test_verify_attention.py -k sees_itself",
+    ),
+    Mutation(
+        "weights past the first part that is quantized are quantized as that", "layerskip_kernels/formats.py",
+        "part = weight[first : first + step].float()", "part = weight[: len(weight[first : first + step])].float()",
+        KERNELS + "test_formats.py -k more_than_is_done",
+    ),
+    Mutation(
+        "blocks do not read the last draft", ROUNDS,
+        "            blocks(state, positions[row])  # for their keys and values\n", "",
+        KERNELS + "test_exit_blocks.py -k composition",
     ),
 ]  # fmt: skip

@@ -27,15 +27,16 @@ BUGS = [
     ),
     Mutation(
         "a cancelled request keeps its slot", DECODING + "session.py",
-        "self._leave_slot(request, keep and request.keep)", "del self._running[request.id]", PROMPTS,
+        "self._leave_slot(request, keep and request.keep)", "del self._running[request.id]",
+        PROMPTS + " -k free_again",
     ),
     Mutation(
         "a cancelled request keeps its slot while it is read", DECODING + "line.py",
-        "self._slots.give_back(request)", "pass", PROMPTS,
+        "self._slots.give_back(request)", "pass", PROMPTS + " -k free_again",
     ),
     Mutation(
         "a prompt is read in pieces that overlap", DECODING + "reading.py",
-        "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS,
+        "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS + " -k nobody_waits",
     ),
     Mutation(
         "memory goes while a card's round works on it", DECODING + "graph.py",
@@ -77,11 +78,11 @@ BUGS = [
         "        if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n",
         "if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n"
         "        if self.top_k is not None:\n            logits = _keep_top_k(logits, self.top_k, self.largest_k)\n",
-        LAYERSKIP + "test_sampling.py",
+        LAYERSKIP + "test_sampling.py -k share_of_what",
     ),
     Mutation(
         "a hole in a mask is taken out of a prompt", DECODING + "prompts.py",
-        "kept[-1] - kept[0] + 1 != len(kept)", "False", f"{LAYERSKIP}test_prompts.py {LAYERSKIP}test_decoding.py",
+        "kept[-1] - kept[0] + 1 != len(kept)", "False", LAYERSKIP + "test_prompts.py -k holes",
     ),
     Mutation(
         "drafts behind the end of a sequence are counted", DECODING + "sequence.py",
@@ -95,5 +96,44 @@ BUGS = [
     Mutation(
         "the draft after the last accepted one is not decided", DECODING + "output.py",
         "min(self.emitted, len(self.drafts))", "self.accepted", LAYERSKIP + "test_sources.py -k by_position",
+    ),
+    Mutation(
+        "the slot that was used last goes first", DECODING + "slots.py", "popitem(last=False)", "popitem(last=True)",
+        LAYERSKIP + "test_conversation.py -k least_recently",
+    ),
+    Mutation(
+        "a slot whose beginning is copied counts as unused", DECODING + "slots.py",
+        "            self.kept.move_to_end(source.id)\n", "            pass\n",
+        LAYERSKIP + "test_conversation.py -k copied_was_used",
+    ),
+    Mutation(
+        "a slot holds the token that was emitted last", DECODING + "slots.py",
+        "request.tokens + request.sequence.tokens[:-1] if", "request.tokens + request.sequence.tokens if",
+        LAYERSKIP + "test_conversation.py -k its_own_tokens_only",
+    ),
+    Mutation(
+        "what a mixed round emits is not penalized", DECODING + "mixed.py",
+        "sequences.controls.put_seen(rows, some.controls)", "pass",
+        LAYERSKIP + "test_sources.py -k gets_alone and processed",
+    ),
+    Mutation(
+        "a proposal is judged past its first mistake", DECODING + "acceptance.py",
+        "            if token != other:\n                break\n", "",
+        LAYERSKIP + "test_controller.py -k first_mistake",
+    ),
+    Mutation(
+        "the cost of a round before which blocks read is learned", DECODING + "session.py",
+        "launched.exit_layer is not None and not launched.caught_up", "launched.exit_layer is not None",
+        LAYERSKIP + "test_exit_decoding.py -k foreseen",
+    ),
+    Mutation(
+        "who chooses does not know how far blocks are behind", DECODING + "planning.py",
+        "request.acceptance.behind = request.behind", "request.acceptance.behind = 0",
+        LAYERSKIP + "test_exit_decoding.py -k foreseen",
+    ),
+    Mutation(
+        "a draft behind the first mistake ends a sequence", DECODING + "session.py",
+        "for draft in drafts[accepted : accepted + 1]:", "for draft in drafts:",
+        LAYERSKIP + "test_session.py -k state_is_not_finite",
     ),
 ]  # fmt: skip

@@ -17,7 +17,8 @@ BUGS = [
     ),
     Mutation(
         "layer dropout one layer off", TRAINING + "dropout.py",
-        "2 ** (layer / last) - 1", "2 ** ((layer + 1) / (last + 1)) - 1", LAYERSKIP + "test_training_formulas.py",
+        "2 ** (layer / last) - 1", "2 ** ((layer + 1) / (last + 1)) - 1",
+        LAYERSKIP + "test_training_formulas.py -k rates_by_hand",
     ),
     Mutation(
         "every process learns the whole batch", TRAINING + "processes.py", "items[rank() :: count()]", "items[:]",
@@ -27,5 +28,9 @@ BUGS = [
         "drafts are accepted that the head lacks", TRAINING + "exit_loss.py",
         "torch.where(targets.ids >= 0, logs.gather", "torch.where(targets.ids >= -1, logs.gather",
         LAYERSKIP + "test_exit_loss.py",
+    ),
+    Mutation(
+        "the means of exits weigh batches alike", TRAINING + "meter.py", "losses * count, count", "losses, 1.0",
+        LAYERSKIP + "test_training_formulas.py -k mean_loss",
     ),
 ]  # fmt: skip
