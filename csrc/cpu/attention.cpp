@@ -55,6 +55,7 @@ Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor&
   check_capacity(lengths, batch, rows, capacity);
   check_slots(slots, batch, num_slots);
   Tensor out = torch::stable::empty_like(q);
+  if (out.numel() == 0) return out;
   with_float_type(q.scalar_type(), [&]<class T>(T*) {
     AttentionStep<T> step{data<T>(q, "q", {batch, rows, num_heads, head_dim}),
                           data<T>(k_cache, "k_cache", {num_slots, num_kv_heads, capacity, head_dim}),
@@ -74,7 +75,7 @@ Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor&
     Workspace workspace(Workspace::bytes<float>(partial));
     step.partial = workspace.take<float>(partial);
     run_team(threads, [&](const Member& member) {
-      step.run(member, member.share(batch * rows), static_cast<T*>(out.data_ptr()));
+      step.run(member, member.share(batch * rows * num_heads), static_cast<T*>(out.data_ptr()));
     });
   });
   return out;

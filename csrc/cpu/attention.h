@@ -29,13 +29,13 @@ struct AttentionStep {
     return s.rows < kFewRows ? splits * s.batch * heads : 2 * threads * heads / s.num_kv_heads;
   }
 
-  // To out [B, M, H, C], of which this member writes the `own` tokens where rows are few, else what the others wait
-  // for.
+  // To out [B, M, H, C]. Of few rows this member writes those of `own`, of all B * M * H, and nobody has waited for
+  // them; of many, all are there when it returns.
   void run(const Member& member, const Range& own, T* out) const {
     if (rows < kFewRows) {
       attend_splits(member);
       member.wait();
-      combine(own.begin * num_heads, own.end * num_heads, out);
+      combine(own.begin, own.end, out);
     } else {
       attend_rows(member, out);
       member.wait();

@@ -113,7 +113,8 @@ class Forward {
     const AttentionStep<T> step{b_.q,         layer.k_cache,   layer.v_cache, seq_lens_,   slots_, s_.batch,  s_.rows,
                                 s_.num_heads, s_.num_kv_heads, s_.capacity,   s_.head_dim, splits, b_.partial};
     T* attended = copy_of(member, s_.tokens(), b_.attended, s_.tokens() * s_.queries());
-    step.run(member, rows_of(member, s_.tokens()), attended);
+    const Range own = rows_of(member, s_.tokens());
+    step.run(member, {own.begin * s_.num_heads, own.end * s_.num_heads}, attended);
     const Packed packed = pack(member, attended, nullptr, s_.queries(), layer.o);
     linear(member, {packed, layer.o, nullptr, b_.hidden, b_.middle, s_.hidden_size, gate});
     member.wait();

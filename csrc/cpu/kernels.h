@@ -112,7 +112,7 @@ struct AttentionArgs {
   int64_t length;                     // positions before this step
   int64_t rows, num_heads, head_dim;  // M, H, C
   int64_t kv_head, ratio;             // which key/value head; query heads per key/value head
-  float* partial;                     // [M, ratio, partial_pitch(C)], of this split
+  float* partial;                     // [M, ratio, partial_pitch(C)], of this split; attend_rows: two
 };
 
 // A row of a tile of logits, and where its label lies among them, if at all.

@@ -86,8 +86,8 @@ void check_attention(Checks& checks, Random& random) {
     for (int64_t row = 0; row < rows * ratio; ++row) {
       std::vector<double> weighed;
       const std::vector<double> truth = head.truth(row, weighed);
-      // Scores lose at most 2^-19 of numbers of order 1, and values are at most 1. Numerators that are rounded, and so
-      // are their sums, lose 2^-9 each.
+      // Scores lose at most 2^-19 of numbers of order 1, and values are at most 1. Numerators that are rounded lose up
+      // to 2^-8, which averages out.
       for (int64_t c = 0; c < head_dim; ++c)
         checks.near("attention", value(out[row * head_dim + c]), truth[c],
                     0x1p-16 + std::fabs(truth[c]) * kRounding<T> + (rounds ? 0x1.1p-8 * weighed[c] : 0));

@@ -111,7 +111,7 @@ def test_large_scores(path: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_empty(path: str, shape: tuple[int, int]) -> None:
     batch, rows = shape
-    args = arguments(torch.float32, [3] * batch, rows, 4, 2, 16, capacity=9)
+    args = arguments(torch.float32, [3] * batch, rows, 4, 2, 16, capacity=3 + rows)
     assert lk.verify_attention(*args).shape == (batch, rows, 4, 16)
 
 
@@ -134,6 +134,16 @@ def test_a_row_that_is_not_finite_harms_no_earlier_one(
 ) -> None:
     """A draft that overflowed is rejected; the rows before it must be as if it were not there."""
     check_later_rows(lk.verify_attention, arguments(dtype, [0, 61, 126, 253, 300], 6, *heads, capacity=310), value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_so_it_is_among_many_rows(path: str, dtype: torch.dtype) -> None:
+    q, k_cache, v_cache, seq_lens = arguments(dtype, [240], 23, 4, 2, 64, capacity=264)
+    expected = lk.verify_attention(q, k_cache, v_cache, seq_lens)
+    for first in (8, 17, 22):
+        broken = v_cache.clone()
+        broken[:, :, 240 + first : 263] = float("nan")
+        assert_same_bits(lk.verify_attention(q, k_cache, broken, seq_lens)[:, :first], expected[:, :first], f"{first}")
 
 
 def check_later_rows(attend: Callable[..., Tensor], args: list[Tensor], value: float) -> None:

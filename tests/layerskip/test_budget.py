@@ -10,7 +10,7 @@ import pytest
 
 from layerskip.decoding.budget import LONGEST_STEP, PromptBudget, TimeBudget, TokenBudget, prompt_budget
 
-DEPTH, PASS = 30, 64  # layers; the most tokens of a pass
+DEPTH, PASS = 30, 256  # layers; the most tokens of a pass
 
 
 @dataclass

@@ -84,6 +84,21 @@ def test_a_step_reads_no_more_than_its_budget_while_requests_run(decoder, passes
 
 
 @requires_native
+def test_so_it_does_where_more_prompts_share_a_pass_than_it_may_read(decoder, passes):
+    session = decoder.open_session(9, max_seq_len=60, prompt_tokens_per_step=5)
+    session.add(prompt_of(4), 40, eos_token_id=[])
+    session.step()
+    prompts = [prompt_of(3, seed) for seed in range(1, 9)]
+    others, tokens = [session.add(prompt, 4, eos_token_id=[]) for prompt in prompts], {}
+    while any(len(tokens.get(request_id, [])) < 4 for request_id in others):
+        del passes[:]
+        for update in session.step():
+            tokens.setdefault(update.request_id, []).extend(update.tokens)
+        assert sum(rows * count for rows, count in passes) <= 5
+    assert [tokens[one] for one in others] == [alone(decoder, prompt, 4, eos_token_id=[]) for prompt in prompts]
+
+
+@requires_native
 def test_nobody_waits_where_nobody_runs(decoder, passes):
     session = decoder.open_session(2, max_seq_len=250, prompt_tokens_per_step=1)
     session.add(prompt_of(200), 2, eos_token_id=[])

@@ -8,10 +8,13 @@ from collections.abc import Collection, Iterator, Sequence
 
 from . import validation
 from .budget import PromptBudget
-from .reading import FUSED_ROWS, PromptReader
+from .reading import PromptReader
 from .request import Request
 from .sequence import Clock
 from .slots import Slots
+
+SHARED_ROWS = 64
+"""So many tokens short prompts may have together to share a pass. With more, all would wait for the last one's end."""
 
 
 class SessionFullError(RuntimeError):
@@ -19,7 +22,7 @@ class SessionFullError(RuntimeError):
 
 
 class PromptLine:
-    """First come, first served. Short prompts, of `FUSED_ROWS` tokens together, are read in one pass.
+    """First come, first served. Short prompts, of `SHARED_ROWS` tokens together, are read in one pass.
 
     Parameters
     ----------
@@ -108,7 +111,7 @@ class PromptLine:
         while self._waiting and self._slots.available:
             first = self._waiting[0]
             tokens += first.reading.left
-            if self.reading and not (self._shares_a_pass(first) and tokens <= FUSED_ROWS):
+            if self.reading and not (self._shares_a_pass(first) and tokens <= SHARED_ROWS):
                 break
             self._slots.place(first, [*running, *self.reading])
             self.reading.append(self._waiting.popleft())

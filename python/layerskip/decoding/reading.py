@@ -101,13 +101,14 @@ class PromptReader:
         readings : sequence of Reading
             Of one depth, each with tokens left, and only one where torch's matmuls read.
         most : int
-            The most tokens to read. At least one token of each prompt is read, or up to the next cut.
+            The most tokens to read; torch's matmuls read up to the next cut in any case.
         """
         with torch.inference_mode():
             return self._read_fused(readings, most) if self.fused else self._read_with_torch(readings[0])
 
     def _read_fused(self, readings: Sequence[Reading], most: int) -> int:
         model, most = self._model, min(most, FUSED_ROWS)
+        readings = readings[:most]
         rows = min(max(1, most // len(readings)), *(reading.left for reading in readings))
         tokens = torch.cat([reading.prompt[:, reading.done : reading.done + rows] for reading in readings])
         places = [[reading.done for reading in readings], [reading.slot for reading in readings]]
