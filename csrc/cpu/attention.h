@@ -1,5 +1,5 @@
 // What a team shares of attention: of few rows the splits of their positions, then (after a wait) rows from their
-// splits.
+// splits; of many, the rows.
 #pragma once
 
 #include <algorithm>

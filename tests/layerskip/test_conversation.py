@@ -94,13 +94,19 @@ def test_requests_continue_kept_ones(decoder):
         session.release(follow[0])
 
 
+def kept_requests(session, count):
+    """Requests of different prompts, one after the other, which keep their slots; their ids."""
+    ids = []
+    for seed in range(count):
+        ids.append(session.add(prompt_of(20, seed), 4, eos_token_id=[], keep=True))
+        outputs(session)
+    return ids
+
+
 @requires_native
 def test_kept_slots_go_to_those_who_need_them_the_least_recently_used_first(decoder):
     session = decoder.open_session(2, max_seq_len=120)
-    ids = []
-    for seed in range(2):
-        ids.append(session.add(prompt_of(20, seed), 4, eos_token_id=[], keep=True))
-        outputs(session)
+    ids = kept_requests(session, 2)
     again = session.add(prompt_of(30, 0)[:, :20].clone(), 4, eos_token_id=[])
     assert session.kept == tuple(ids), "one that waits takes nothing"
     outputs(session)
@@ -114,10 +120,7 @@ def test_kept_slots_go_to_those_who_need_them_the_least_recently_used_first(deco
 @requires_native
 def test_a_slot_whose_beginning_is_copied_was_used(decoder):
     session = decoder.open_session(3, max_seq_len=120)
-    ids = []
-    for seed in range(2):
-        ids.append(session.add(prompt_of(20, seed), 4, eos_token_id=[], keep=True))
-        outputs(session)
+    ids = kept_requests(session, 2)
     again = session.add(prompt_of(20, 0), 4, eos_token_id=[])
     assert outputs(session)[again].stats.reused == 19
     assert session.kept == (ids[1], ids[0])

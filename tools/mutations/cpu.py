@@ -107,6 +107,15 @@ BUGS = [
         KERNELS + "test_verify_attention.py -k joined_when_all",
     ),
     Mutation(
+        "products begin before all rows are packed", "csrc/cpu/common.h",
+        "  if (rows >= kFewRows) member.wait();\n", "", KERNELS + "test_partial_forward.py -k threads_agree",
+    ),
+    Mutation(
+        "rows are packed before all have attended", "csrc/cpu/attention.h",
+        "attend_rows(member, out);\n      member.wait();\n", "attend_rows(member, out);\n",
+        KERNELS + "test_partial_forward.py -k threads_agree",
+    ),
+    Mutation(
         "splits are merged without the odd columns of a head's end", "csrc/cpu/impl_attention.h",
         "i < partial_pitch(head_dim);", "i < kPartialHead + head_dim;",
         KERNELS + "test_verify_attention.py -k row_counts",
