@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
+from layerskip_kernels.formats import quantize
 
 from .common import Inputs, rope_tables
 
@@ -59,6 +60,15 @@ def with_blocks(args: dict[str, Any], num_blocks: int = 1) -> dict[str, Any]:
     for name, cache in caches.items():
         caches[name] = torch.cat([cache, make.normal(num_blocks, *cache.shape[1:])])
     return {**args, "weights": args["weights"] + blocks, **caches, "exit_layer": 1, "num_blocks": num_blocks}
+
+
+def with_packed_blocks(args: dict[str, Any]) -> dict[str, Any]:
+    """``args`` of `with_blocks` with the blocks in int8, but for `down`, whose width no group suits."""
+    each, weights = len(REQUIRED_WEIGHTS), list(args["weights"])
+    for index in range(len(weights) - each * args["num_blocks"], len(weights)):
+        if REQUIRED_WEIGHTS[index % each] in ("q", "k", "v", "o", "gate", "up"):
+            weights[index] = quantize(weights[index], "int8")
+    return {**args, "weights": weights}
 
 
 def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:

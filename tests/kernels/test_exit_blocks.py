@@ -25,7 +25,7 @@ from .common import (
     run,
     running_on,
 )
-from .examples import EPS, SIZES, example, layer_weights, with_blocks
+from .examples import EPS, SIZES, example, layer_weights, with_blocks, with_packed_blocks
 from .test_draft import assert_same_draft, composed
 
 CACHES = ("k_cache", "v_cache")
@@ -42,11 +42,16 @@ def draft_args(dtype: torch.dtype, num_blocks: int = 2, **changes: Any) -> dict[
 
 
 @pytest.mark.parametrize("extend", [True, False])
-@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize(("num_blocks", "packed"), [(1, False), (2, False), (1, True), (2, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", PATHS)
-def test_a_draft_is_the_composition_of_the_ops(path: str, dtype: torch.dtype, num_blocks: int, extend: bool) -> None:
+def test_a_draft_is_the_composition_of_the_ops(
+    path: str, dtype: torch.dtype, num_blocks: int, packed: bool, extend: bool
+) -> None:
+    """Also where the blocks are packed beside plain layers."""
     args, other = (draft_args(dtype, num_blocks, extend=extend) for _ in range(2))
+    if packed:
+        args, other = with_packed_blocks(args), with_packed_blocks(other)
     with running_on(path):
         assert_same_draft(run("draft", **args), composed(other))
     assert_same_bits([args[name] for name in CACHES], [other[name] for name in CACHES])

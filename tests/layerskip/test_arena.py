@@ -6,14 +6,17 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
+from exits_of import random_exit
 from tiny import prompt_of, tiny_model
 
 import layerskip
 from layerskip.models import arena
-from layerskip.models.arena import HUGE, LINE, Arena
+from layerskip.models.arena import HUGE, LINE, Arena, gather_exit
 from layerskip.models.quantized import MATRICES
+from layerskip_kernels.formats import is_interleaved, rows_of
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -98,6 +101,31 @@ def test_weights_outlive_the_arena_object() -> None:
     layerskip.gather_weights(model)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("panels", [False, True])
+def test_an_exit_has_an_arena_of_its_own(panels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, then the rows of the head, one after the other; packed blocks in panels where these are faster."""
+    monkeypatch.setattr(arena, "multiplies_panels", lambda: panels)
+    model = layerskip.adapt(helpers.tiny_model("llama2", torch.bfloat16, intermediate_size=96))
+    bound = random_exit(model, 1, 2, token_ids=[3, 5, 70]).of(model)
+    rows, gathered = bound.head.head_weight.clone(), gather_exit(bound)
+    place = gathered.blocks[0].q.data_ptr()
+    for block, before in zip(gathered.blocks, bound.blocks, strict=True):
+        for name in (*(name for name in MATRICES if hasattr(block, name)), "attn_norm", "mlp_norm"):
+            weight, same = getattr(block, name), getattr(before, name)
+            assert is_interleaved(weight) == (panels and weight.dim() == 2)
+            assert weight.data_ptr() == place
+            assert torch.equal(rows_of(weight, 96 if name == "down" else 32), same)
+            place += -(-weight.nbytes // LINE) * LINE
+    assert gathered.head.head_weight.data_ptr() == place
+    assert torch.equal(gathered.head.head_weight, rows)
+
+
+def test_an_exit_with_the_models_head_leaves_it_in_its_place() -> None:
+    model = layerskip.adapt(tiny_model())
+    gathered = gather_exit(random_exit(model).of(model))
+    assert gathered.head.head_weight.data_ptr() == model.head.head_weight.data_ptr()
 
 
 def test_what_is_not_in_plain_memory_stays_where_it_is() -> None:

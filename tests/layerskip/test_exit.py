@@ -10,6 +10,7 @@ from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 from layerskip import Exit
 from layerskip.models import adapt
+from layerskip_kernels.formats import dequantize, kind_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PARTS = ("norm_weight", "token_ids", "head_down", "head_up")
@@ -86,6 +87,25 @@ def test_its_head_has_its_rows_and_its_correction():
         assert (error <= rows.abs().amax(1, keepdim=True) / 127 / 2 * 1.001).all()
     with pytest.raises(ValueError, match="rows must be 'full', 'int8' or token ids, got 'int4'"):
         exit_.of(model, "int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_are_in_int8_where_their_head_is(dtype):
+    """But for what has a width of 72, which is no multiple of a group."""
+    model = adapt(tiny_model(dtype=dtype))
+    exit_ = random_exit(model, 2, 2, token_ids=[3, 5, 70])
+    for rows in (None, "int8", torch.tensor([1, 2])):
+        for block, plain in zip(exit_.of(model, rows).blocks, exit_.blocks, strict=True):
+            for name, weight in block._asdict().items():
+                if name in ("q", "k", "v", "o", "gate", "up"):
+                    assert kind_of(weight, 32) == "integers"
+                    lost = dequantize(weight, 32) - getattr(plain, name).to(dtype).float()
+                    assert 0 < lost.norm() < 0.01 * getattr(plain, name).norm()
+                else:
+                    assert equal(weight, None if weight is None else getattr(plain, name).to(dtype))
+    assert all(
+        equal(one.q, two.q.to(dtype)) for one, two in zip(exit_.of(model, "full").blocks, exit_.blocks, strict=True)
+    )
 
 
 def test_an_exit_of_another_model_is_refused():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import models
 from ..models import BoundExit, Exit, LayerSkipModel
+from ..models.arena import gather_exit
 from ..models.watch import ModelWatch
 from . import validation
 from .cache_pool import CachePool
@@ -52,10 +53,11 @@ class Drafting:
         """
         rows = self._rows(model)
         if self.exit is not None:
-            return model.with_exit(self.exit.of(model, rows))
+            return model.with_exit(gather_exit(self.exit.of(model, rows)))
         if rows in (None, "full"):
             return model
-        return model.with_exit(BoundExit(None, model.head.quantize(None if isinstance(rows, str) else rows)))
+        head = model.head.quantize(None if isinstance(rows, str) else rows)
+        return model.with_exit(gather_exit(BoundExit(None, head)))
 
     def _rows(self, model: LayerSkipModel) -> str | Tensor | None:
         return self.draft_head.rows(model) if isinstance(self.draft_head, DraftHead) else self.draft_head

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels import multiplies_panels
+from layerskip_kernels import LayerWeights, multiplies_panels
 from layerskip_kernels.formats import PANEL_ROWS, can_interleave, interleave, is_interleaved, rows_of
 
 from .adaptation import adapt
 from .checkpoints import KEEPS_ROWS
+from .exit import BoundExit
 from .model import LayerSkipModel
 from .quantized import MATRICES, with_widths
 from .unsupported import unsupported
@@ -142,6 +143,38 @@ def scatter_weights(model: Any) -> None:
             moved[tensor.data_ptr()] = rows_of(own, widths[id(tensor)]) if id(tensor) in widths else own.clone()
         tensor.data = moved[tensor.data_ptr()]
     _renew(model)
+
+
+def gather_exit(exit: BoundExit) -> BoundExit:
+    """An exit whose blocks and rows of a draft head are copies in an arena of their own; on a card, the exit as it is.
+
+    A head that is the model's own has its place with the model. Packed blocks are interleaved as those of
+    `gather_weights` are; a model with them cannot be moved to another device.
+    """
+    head = exit.head
+    own = [head.head_weight] if head.scale is not None else []
+    tensors = [weight for block in exit.blocks for weight in block if weight is not None] + own
+    if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
+        return exit
+    arena = Arena(sum(map(_lines, tensors)))
+    blocks = tuple(_gathered(block, arena, head.norm_weight) for block in exit.blocks)
+    for weight in own:
+        weight.data = arena.take(weight)
+    return exit._replace(blocks=blocks)
+
+
+def _gathered(block: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
+    """The weights of a block in an arena, in the order of reading; ``norm`` [D] is in the dtype of its states."""
+    weights = {name: weight for name, weight in block._asdict().items() if weight is not None}
+    widths = dict.fromkeys(MATRICES, norm.shape[0]) | {"o": block.q.shape[0], "down": block.gate.shape[0]}
+    matrices = {name: width for name, width in widths.items() if name in weights}
+    panels = norm.dtype == torch.bfloat16 and multiplies_panels()
+    panels = panels and all(can_interleave(weights[name], width) for name, width in matrices.items())
+    taken = {
+        name: arena.take_interleaved(weights[name], width) if panels else arena.take(weights[name])
+        for name, width in matrices.items()
+    }
+    return LayerWeights(**{name: taken[name] if name in taken else arena.take(weights[name]) for name in weights})
 
 
 def _packed(model: Any) -> list[tuple[Tensor, int]]:

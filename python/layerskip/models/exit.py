@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerskip_kernels import LayerWeights
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
-from layerskip_kernels.formats import dequantize
+from layerskip_kernels.formats import FORMATS, dequantize, quantize
 
 from .. import registry
 from .._extras import need
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 
 FILE_NAME = "exit.safetensors"
 FORMAT = "1"
+PACKED = "int8"
+"""The format of blocks whose head drafts in int8, too."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)")
 
 
 class BoundExit(NamedTuple):
     """What drafts, in the dtype and on the device of a model: ``head`` has its norm, ``blocks`` run before it.
 
-    ``exit_layer`` is the layer after which they do; None for a head alone, which may follow any layer.
+    ``exit_layer`` is the layer after which they do; None for a head alone, which may follow any layer. Matrices of
+    blocks may be packed.
     """
 
     exit_layer: int | None
@@ -96,6 +99,9 @@ class Exit:
     def of(self, model: LayerSkipModel, rows: str | Tensor | None = None) -> BoundExit:
         """The exit in the dtype and on the device of its model; what needs no cast is shared, not copied.
 
+        Blocks whose head is in int8 are, too, in the format `PACKED`: a draft reads half the bytes of them. Matrices
+        whose width is no multiple of the format's group stay as they are.
+
         Parameters
         ----------
         model : LayerSkipModel
@@ -114,13 +120,15 @@ class Exit:
         def cast(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device=like.device, dtype=like.dtype)
 
-        blocks = tuple(LayerWeights(**{name: cast(weight) for name, weight in _given(block)}) for block in self.blocks)
         low_rank = None
         if self.head_down is not None and self.head_up is not None:
             low_rank = self.head_down.detach().to(like.device), self.head_up.detach().to(like.device)
         if rows is None:
             rows = "full" if self.token_ids is None else self.token_ids
-        return BoundExit(self.exit_layer, head_of(model.head, cast(self.norm_weight), low_rank, rows), blocks)
+        head = head_of(model.head, cast(self.norm_weight), low_rank, rows)
+        bound = cast if head.scale is None else lambda weight: _packed(cast(weight))
+        blocks = [LayerWeights(**{name: bound(weight) for name, weight in _given(block)}) for block in self.blocks]
+        return BoundExit(self.exit_layer, head, tuple(blocks))
 
     def _check_model(self, model: LayerSkipModel) -> None:
         decoder = model.decoder
@@ -205,6 +213,12 @@ class Exit:
 def _given(block: LayerWeights) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a block has, by name."""
     return ((name, weight) for name, weight in block._asdict().items() if weight is not None)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """A matrix in the format `PACKED`, if that suits its width; what is no matrix stays."""
+    suits = weight.dim() == 2 and weight.shape[1] % FORMATS[PACKED].group_size == 0
+    return quantize(weight, PACKED) if suits else weight
 
 
 def _file(path: str | Path) -> Path:

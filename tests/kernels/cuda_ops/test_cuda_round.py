@@ -14,7 +14,7 @@ from layerskip_kernels.composition import compose_draft, compose_round
 from layerskip_kernels.schemas import bind
 
 from ..common import TOLERANCES, Inputs, assert_same_bits, double
-from ..examples import SIZES, example, with_blocks
+from ..examples import SIZES, example, with_blocks, with_packed_blocks
 from .runners import Emulated, Ops
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -69,11 +69,12 @@ def test_a_draft_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, opt
 
 
 @pytest.mark.parametrize("extend", [False, True])
-@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize(("num_blocks", "packed"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_draft_with_blocks(ops: Ops, dtype: torch.dtype, num_blocks: int, extend: bool) -> None:
+def test_a_draft_with_blocks(ops: Ops, dtype: torch.dtype, num_blocks: int, packed: bool, extend: bool) -> None:
     """The composition, also in what is written; a layer of the cache lies between those of the draft."""
     args = with_blocks(args_of("draft", dtype, extend=extend), num_blocks)
+    args = with_packed_blocks(args) if packed else args
     theirs, before, exit_layer = copied(args), copied(args), args["exit_layer"]
     out, expected = ops.draft(*bind("draft", **args)), compose_draft(parts(ops), *bind("draft", **theirs))
     assert_same_bits(tuple(out[:2]), expected[:2])

@@ -13,7 +13,7 @@ from triton_cases import close, on_backend, same_bits
 import layerskip_kernels as lk
 from tests.kernels import test_draft
 from tests.kernels.common import run
-from tests.kernels.examples import example, with_blocks
+from tests.kernels.examples import example, with_blocks, with_packed_blocks
 from tests.kernels.test_speculative_round import composed
 
 
@@ -134,10 +134,11 @@ def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.
     assert our_args[lengths].tolist() == true_args[lengths].tolist() == apart["seq_lens"].tolist()
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2])
-def test_a_draft_with_blocks(num_blocks: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("num_blocks", "packed"), [(1, False), (2, False), (1, True)])
+def test_a_draft_with_blocks(num_blocks: int, packed: bool, device: torch.device) -> None:
     """Bit for bit the ops in a row, also in what is written to the cache; a layer of it belongs to nobody here."""
     args = arguments("draft", torch.float32, device, num_blocks=num_blocks)
+    args = with_packed_blocks(args) if packed else args
     apart, before = copied(args), copied(args)
     with lk.use_backend("triton"):
         drafted, expected = run("draft", **args), test_draft.composed(apart)
