@@ -1,9 +1,10 @@
 """``python -m benchmarks.gpu``: the tests marked gpu, then every backend on a card, as one JSON.
 
-Micro-benchmarks are fractions of the copy bandwidth measured in the same run. Each case is captured in a CUDA graph, as
-a decoding round is; sessions are timed with and without theirs. Weights are random; decoding takes a fixed number of
-accepted tokens a round, so it measures time, not agreement. Without a card it says so and exits with 2; from red tests
-it reports nothing and exits with 1.
+After the tests, ops of this version and of an older one take turns (`benchmarks.gpu_before`; ``--before`` names the
+older one). Micro-benchmarks are fractions of the copy bandwidth measured in the same run. Each case is captured in a
+CUDA graph, as a decoding round is; sessions are timed with and without theirs. Weights are random; decoding takes a
+fixed number of accepted tokens a round, so it measures time, not agreement. Without a card it says so and exits with 2;
+from red tests it reports nothing and exits with 1.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from layerskip.decoding import graph
 from layerskip.decoding.session import Session
 from layerskip_kernels import reference
 
+from .gpu_before import BEFORE, before_and_after
 from .gpu_model import EPS, LLAMA_1B, LLAMA_8B, Model
 from .rounds import round_cases
 from .sanitize import sanitize
@@ -293,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--skip-tests", action="store_true", help="the report then says that nothing was tested")
     parser.add_argument("--sanitize", action="store_true", help="only run the CUDA tests under compute-sanitizer")
+    parser.add_argument("--before", default=BEFORE, help="a commit, or a folder with the version that is built there")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(f"No CUDA card: torch {torch.__version__} sees none, so there is nothing to measure.", file=sys.stderr)
@@ -302,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.skip_tests and run_tests() != 0:
         print("The tests marked gpu fail, so no figure is reported.", file=sys.stderr)
         return RED_TESTS
+    older = before_and_after(args.before)
     bandwidth = copy_bandwidth()
     results: list[Result] = []
     for shape in (LLAMA_1B, LLAMA_8B):
@@ -317,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.empty_cache()
     report = {
         "card": card(), "tested": not args.skip_tests, "copy_bandwidth_gb_s": bandwidth / 1e9,
-        "results": [asdict(result) for result in results],
+        "before": older, "results": [asdict(result) for result in results],
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, (json.dumps(report, indent=2) + "\n").encode())

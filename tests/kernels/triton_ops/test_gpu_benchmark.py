@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import layerskip_kernels as lk
-from benchmarks import gpu, gpu_model
+from benchmarks import gpu, gpu_before, gpu_model
 
 TINY = gpu_model.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)
 
@@ -61,3 +62,36 @@ def test_a_backend_that_does_not_serve_is_a_line_with_the_reason(monkeypatch: py
     model = gpu_model.Model(TINY, "cpu", torch.float32)
     results = {result.backend: result for result in gpu.forward_cases(model, 1e9)}
     assert "cuda" in results["cuda"].skipped
+
+
+TINY_OPS = json.dumps({"tiny": [64, 32, 4, 2, 16, 70]}), json.dumps([[3, 8], [2, 16]])
+
+
+def test_two_versions_are_asked_in_turns() -> None:
+    """This one and this one, on the CPU: the same numbers come out, and about the same times."""
+    rows = list(gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT, "cpu", "reference", TINY_OPS))
+    named = [f"tiny {op} R={rows}" for rows in (1, 5) for op in ("linear", "swiglu", "exit_head")]
+    named += [f"tiny verify_attention, {length} tokens of {capacity}" for length, capacity in ((3, 8), (2, 16))]
+    assert [row["what"] for row in rows] == named
+    for row in rows:
+        assert row["before_us"] > 0
+        assert row["ratio"] == row["before_us"] / row["after_us"]
+
+
+def test_versions_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([1.0, 1.1])
+    monkeypatch.setattr(gpu_before.Worker, "ask", lambda worker, case: {"microseconds": 1.0, "size": next(sizes)})
+    with pytest.raises(gpu_before.OlderVersionError, match=r"tiny linear R=1: .* of size \[1.0, 1.1\]"):
+        list(gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT, "cpu", "reference", TINY_OPS))
+
+
+def test_without_an_older_version_the_report_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = gpu_before.before_and_after("no-such-commit")
+    assert found["version"] == "no-such-commit"
+    assert found["skipped"].startswith("no commit no-such-commit here: ")
+    assert "no older version is measured" in capsys.readouterr().err
+    with gpu_before.checkout(str(tmp_path)) as folder:
+        assert folder == tmp_path
+    assert gpu_before.before_and_after(str(tmp_path))["skipped"] == f"{tmp_path} has no layerskip_kernels"
+    with pytest.raises(gpu_before.OlderVersionError, match="a worker ended with status 1"):
+        gpu_before.Worker(gpu_before.ROOT, "cpu", "no-such-backend")
