@@ -286,7 +286,18 @@ def card() -> dict[str, Any]:
         import triton
 
         versions["triton"] = triton.__version__
-    return {"card": properties.name, "multiprocessors": properties.multi_processor_count, **versions}
+    return {
+        "card": properties.name, "multiprocessors": properties.multi_processor_count, "driver": driver(), **versions
+    }  # fmt: skip
+
+
+def driver() -> str:
+    """The version of the driver, as nvidia-smi says it, which comes with it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {error}"
 
 
 def main(argv: list[str] | None = None) -> int:

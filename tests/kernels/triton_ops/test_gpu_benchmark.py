@@ -64,6 +64,20 @@ def test_a_backend_that_does_not_serve_is_a_line_with_the_reason(monkeypatch: py
     assert "cuda" in results["cuda"].skipped
 
 
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [("echo 580.65.06; echo 580.65.06", "580.65.06"), ("exit 9", "unknown: "), (None, "unknown: ")],
+)
+def test_the_report_has_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None, expected: str
+) -> None:
+    if script:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.driver().startswith(expected)
+
+
 TINY_OPS = json.dumps({"tiny": [64, 32, 4, 2, 16, 70]}), json.dumps([[3, 8], [2, 16]])
 
 
