@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -42,9 +43,9 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, text: str) -> Shape:
         """Of ``E,n`` or ``E,n,plain``."""
-        exit_layer, num_blocks, *rest = text.split(",")
-        if rest not in ([], ["plain"]):
+        if not re.fullmatch(r"\d+,\d+(,plain)?", text):
             raise argparse.ArgumentTypeError(f"an exit is E,n or E,n,plain, got {text!r}")
+        exit_layer, num_blocks, *rest = text.split(",")
         return cls(int(exit_layer), int(num_blocks), bool(rest))
 
     def __str__(self) -> str:
@@ -64,25 +65,31 @@ def passes(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     hf_model, _ = load(args.model)
     gather_weights(hf_model)
     plain = adapt(hf_model)
-    models = {str(shape): (shape, shape.on(plain, args.draft_rows)) for shape in args.exits}
-    lengths, token, slot = torch.tensor([args.context]), torch.tensor([100]), torch.tensor([0])
+    capacity = args.context + 2 * max(args.speculations)
+    token, places = torch.tensor([100]), {"slots": torch.tensor([0])}
     prompt = torch.randint(plain.vocab_size, (1, args.context), generator=torch.Generator().manual_seed(0))
-    rounds: dict[str, Round] = {}
-    for name, (shape, model) in models.items():
-        cache = model.decoder.new_cache(1, args.context + 2 * max(args.speculations))
+
+    def lengths() -> dict[str, torch.Tensor]:
+        return {"seq_lens": torch.tensor([args.context]), **places}  # a round advances its own
+
+    def rounds_of(shape: Shape) -> Round:
+        model = shape.on(plain, args.draft_rows)
+        cache = model.decoder.new_cache(1, capacity)
         model.prefill(prompt, cache, blocks=True)
-        given = {"seq_lens": lengths, "slots": slot}
-        rounds[name] = lambda count, m=model, c=cache, e=shape.exit_layer: m.speculate(
-            token, c, e, count, seq_lens=lengths.clone(), slots=slot
-        )
-    rounds[LOOKED_UP] = lambda count: model.head(model.read(prompt[:, : count + 1], cache, **given))
+        return lambda count: model.speculate(token, cache, shape.exit_layer, count, **lengths())
+
+    cache = plain.decoder.new_cache(1, capacity)
+    plain.prefill(prompt, cache)
+    rounds: dict[str, Round] = {str(shape): rounds_of(shape) for shape in args.exits}
+    rounds[LOOKED_UP] = lambda count: plain.head(plain.read(prompt[:, : count + 1], cache, **lengths()))
     found: dict[str, dict[int, list[float]]] = {name: {count: [] for count in args.speculations} for name in rounds}
     turns = [(name, count) for name in rounds for count in args.speculations]
+    order = random.Random(0)
     for repetition in range(args.repeat + 1):
-        random.shuffle(turns)
+        order.shuffle(turns)
         for name, count in turns:
             start = time.perf_counter()
-            model.decode(token, cache, model.num_layers, **given)
+            plain.decode(token, cache, plain.num_layers, **lengths())
             middle = time.perf_counter()
             rounds[name](count)
             if repetition:  # the first is to warm up
@@ -118,9 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     found = passes(args)
-    medians = {name: {str(count): median(all_) for count, all_ in costs.items()} for name, costs in found.items()}
+    medians, quartiles = (
+        {name: {str(count): of(all_) for count, all_ in costs.items()} for name, costs in found.items()}
+        for of in (median, lambda all_: quantiles(all_)[::2])
+    )
     settings = {**vars(args), "exits": [*map(str, args.exits)], "output": args.output.name}
-    report = {"machine": machine(), "settings": settings, "passes": medians}
+    report = {"machine": machine(), "settings": settings, "passes": medians, "quartiles": quartiles}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, json.dumps(report, indent=1).encode())
     print(markdown(report))

@@ -37,7 +37,7 @@ from .gpu_model import EPS, LLAMA_1B, LLAMA_8B, Model
 from .rounds import round_cases
 from .sanitize import sanitize
 
-NO_CARD, RED_TESTS = 2, 1
+NO_CARD, RED_TESTS, DIFFERENT = 2, 1, 4
 BACKENDS = ("cuda", "triton", "reference")
 # Goals on an H100, as fractions of its copy bandwidth.
 EXIT_HEAD_GOAL, FORWARD_GOAL, VERIFY_GOAL = 0.90, 0.65, 1.15
@@ -295,7 +295,7 @@ def driver() -> str:
     """The version of the driver, as nvidia-smi says it, which comes with it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.CalledProcessError) as error:
         return f"unknown: {error}"
 
@@ -337,7 +337,10 @@ def main(argv: list[str] | None = None) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, (json.dumps(report, indent=2) + "\n").encode())
     print(f"wrote {args.output}")
-    return 0
+    different = [row["what"] for row in older["rows"] if not row["same"]]
+    if different:
+        print(f"the older version gives other results: {', '.join(different)}", file=sys.stderr)
+    return DIFFERENT if different else 0
 
 
 if __name__ == "__main__":

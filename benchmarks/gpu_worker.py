@@ -1,7 +1,8 @@
 """Times ops of whichever `layerskip_kernels` can be imported, one at a time, as `benchmarks.gpu_before` asks for them.
 
-It imports nothing else of this project, so that it serves an older version, too. It writes a line of JSON, the names of
-its cases; then, for each name that it reads, the microseconds of a call, and a number that other versions must give.
+It imports nothing else of this project, so that it serves an older version, too. It writes a line of JSON: where the
+package is, and the names of its cases. Then, for each name that it reads, it writes the microseconds of a call, and two
+numbers of what the call gives.
 """
 
 from __future__ import annotations
@@ -19,41 +20,61 @@ from torch import Tensor
 import layerskip_kernels as lk
 
 EPS = 1e-5
-COLD_BYTES = 256 << 20  # of copies of a weight, which no cache holds
-CALLS, REPLAYS = 48, 5
+COLD_BYTES = 256 << 20  # that calls read in a turn: no cache holds them
+CALLS, REPLAYS = 96, 5
 SIZES = {  # hidden, features, heads, key and value heads, head size, vocabulary
     "Llama-3.2-1B": (2048, 8192, 32, 8, 64, 128256),
     "Llama-3-8B": (4096, 14336, 32, 8, 128, 128256),
 }
-CONTEXTS = ((512, 1024), (8192, 8192 + 64), (512, 131072))  # tokens, and the capacity of the cache
+CONTEXTS = ((512, 1024), (8192, 8192 + 64), (512, 32768))  # tokens, and the capacity of the cache
 Call = Callable[[], Tensor]
 
 
-def copies(device: str, *size: int) -> list[Tensor]:
-    """So many equal weights that each is read from memory."""
+def copies(device: str, read: int, *size: int) -> list[Tensor]:
+    """Equal tensors, as many as calls that read so many numbers of one need to find them in memory."""
     first = torch.randn(size, device=device, dtype=torch.bfloat16) * size[-1] ** -0.5
-    count = min(CALLS, max(1, COLD_BYTES // (2 * first.numel())))
+    count = min(CALLS, max(1, COLD_BYTES // (2 * read)))
     return [first, *(first.clone() for _ in range(count - 1))]
 
 
-def cases(device: str, name: str, sizes: tuple[int, ...], contexts: Any = CONTEXTS) -> Iterator[tuple[str, list[Call]]]:
-    """By name the calls of a case, each on a copy of its weights."""
-    hidden, features, heads, kv_heads, size, vocabulary = sizes
+def linear(device: str, sizes: tuple[int, ...], rows: int) -> list[Call]:
+    hidden, _, heads, _, size, _ = sizes
+    x = torch.randn(rows, hidden, device=device, dtype=torch.bfloat16)
+    return [lambda w=w: lk.linear(x, w) for w in copies(device, heads * size * hidden, heads * size, hidden)]
+
+
+def swiglu(device: str, sizes: tuple[int, ...], rows: int) -> list[Call]:
+    hidden, features, *_ = sizes
+    x = torch.randn(rows, hidden, device=device, dtype=torch.bfloat16)
+    weights = copies(device, 2 * features * hidden, 2, features, hidden)
+    return [lambda w=w: lk.swiglu(x, w[0], w[1]) for w in weights]
+
+
+def exit_head(device: str, sizes: tuple[int, ...], rows: int) -> list[Call]:
+    hidden, *_, vocabulary = sizes
+    x = torch.randn(rows, hidden, device=device, dtype=torch.bfloat16)
     norm = torch.ones(hidden, device=device, dtype=torch.bfloat16)
-    for rows in (1, 5):
-        x = torch.randn(rows, hidden, device=device, dtype=torch.bfloat16)
-        weights = copies(device, heads * size, hidden)
-        yield f"{name} linear R={rows}", [lambda w=w, x=x: lk.linear(x, w) for w in weights]
-        gates = copies(device, 2, features, hidden)
-        yield f"{name} swiglu R={rows}", [lambda w=w, x=x: lk.swiglu(x, w[0], w[1]) for w in gates]
-        head = copies(device, vocabulary, hidden)
-        yield f"{name} exit_head R={rows}", [lambda w=w, x=x: lk.exit_head(x, norm, w, EPS)[2] for w in head]
-    for length, capacity in contexts:
-        q = torch.randn(1, 1, heads, size, device=device, dtype=torch.bfloat16)
-        cache = copies(device, 2, 1, kv_heads, capacity, size)
-        lengths = torch.full((1,), length - 1, device=device)
-        calls = [lambda c=c, q=q, n=lengths: lk.verify_attention(q, c[0], c[1], n) for c in cache]
-        yield f"{name} verify_attention, {length} tokens of {capacity}", calls
+    weights = copies(device, vocabulary * hidden, vocabulary, hidden)
+    return [lambda w=w: torch.stack(lk.exit_head(x, norm, w, EPS)[1:]) for w in weights]
+
+
+def attention(device: str, sizes: tuple[int, ...], length: int, capacity: int) -> list[Call]:
+    _, _, heads, kv_heads, size, _ = sizes
+    q = torch.randn(1, 1, heads, size, device=device, dtype=torch.bfloat16)
+    lengths = torch.full((1,), length - 1, device=device)
+    caches = copies(device, 2 * kv_heads * length * size, 2, 1, kv_heads, capacity, size)
+    return [lambda c=c: lk.verify_attention(q, c[0], c[1], lengths) for c in caches]
+
+
+def cases(models: dict[str, tuple[int, ...]], contexts: Any) -> Iterator[tuple[str, Callable[[str], list[Call]]]]:
+    """By name what makes the calls of a case on a device, each on a copy of its weights."""
+    for model, sizes in models.items():
+        for rows in (1, 5):
+            for make in (linear, swiglu, exit_head):
+                yield f"{model} {make.__name__} R={rows}", lambda d, m=make, s=sizes, r=rows: m(d, s, r)
+        for length, capacity in contexts:
+            name = f"{model} verify_attention, {length} tokens of {capacity}"
+            yield name, lambda d, s=sizes, n=length, c=capacity: attention(d, s, n, c)
 
 
 def microseconds(calls: list[Call], device: str) -> float:
@@ -81,23 +102,24 @@ def microseconds(calls: list[Call], device: str) -> float:
     return first.elapsed_time(last) / (REPLAYS * CALLS) * 1e3
 
 
-def answer(device: str, name: str, sizes: dict[str, tuple[int, ...]], contexts: Any) -> dict[str, float]:
-    """The time of a case, whose weights are made for it alone, and the mean size of what it gives."""
+def answer(device: str, make: Callable[[str], list[Call]]) -> dict[str, float]:
+    """The time of a case, the norm of what it gives, and how far that goes in a random direction."""
     torch.manual_seed(0)
-    model = next(model for model in sizes if name.startswith(model + " "))
-    calls = next(calls for found, calls in cases(device, model, sizes[model], contexts) if found == name)
-    return {"microseconds": microseconds(calls, device), "size": float(calls[0]().float().abs().mean())}
+    calls = make(device)
+    given = calls[0]().double().flatten().cpu()
+    direction = torch.randn(given.numel(), dtype=torch.float64)
+    along = float(given @ direction / direction.norm())
+    return {"microseconds": microseconds(calls, device), "norm": float(given.norm()), "along": along}
 
 
 def main(device: str, backend: str, sizes: str = "", contexts: str = "") -> None:
     """Serve until there is nothing more to read; ``sizes`` and ``contexts`` are JSON in the place of the usual ones."""
-    models: dict[str, tuple[int, ...]] = json.loads(sizes) if sizes else SIZES
-    lengths = json.loads(contexts) if contexts else CONTEXTS
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed
+    known = dict(cases(json.loads(sizes) if sizes else SIZES, json.loads(contexts) if contexts else CONTEXTS))
     with torch.no_grad(), lk.use_backend(backend):
-        meta = [found for model in models for found, _ in cases("meta", model, models[model], lengths)]
-        print(json.dumps(meta), flush=True)
+        print(json.dumps({"package": lk.__file__, "cases": list(known)}), file=answers, flush=True)
         for line in sys.stdin:
-            print(json.dumps(answer(device, line.strip(), models, lengths)), flush=True)
+            print(json.dumps(answer(device, known[line.strip()])), file=answers, flush=True)
 
 
 if __name__ == "__main__":

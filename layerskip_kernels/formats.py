@@ -45,6 +45,7 @@ PANEL_ROWS = 16  # of what is interleaved
 FP8_MAX = 448.0  # of float8_e4m3fn
 _AT_ONCE = 1 << 21  # weights that are quantized at a time
 _LAYER = 9  # weights that a layer has at least
+_WHOLE = 14  # and at most
 
 
 class Format(NamedTuple):
@@ -110,11 +111,11 @@ def is_interleaved(weight: Tensor) -> bool:
 
 
 def takes_packed(args: Iterable[Any]) -> bool:
-    """Whether a call has a packed weight among its arguments; of a model's layers it asks only the first."""
+    """Whether a call has a packed weight among its arguments; of a model's layers and blocks it asks first and last."""
     return any(
         is_packed(one)
         for arg in args
-        for one in (arg[:_LAYER] if isinstance(arg, (list, tuple)) else (arg,))
+        for one in ((*arg[:_LAYER], *arg[-_WHOLE:]) if isinstance(arg, (list, tuple)) else (arg,))
         if isinstance(one, Tensor)
     )
 

@@ -236,6 +236,17 @@ def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["draft", "speculative_round"])
+def test_blocks_in_panels_beside_plain_layers(isa: str, op: str, dtype: torch.dtype, even_sizes: None) -> None:
+    args = examples.with_blocks(example(op, dtype), 2)
+    count, weights = len(REQUIRED_WEIGHTS), list(args["weights"])
+    for index in range(len(weights) - 2 * count, len(weights)):
+        if REQUIRED_WEIGHTS[index % count] in MATRICES:
+            weights[index] = interleaved("int8", *weights[index].shape, index)[1]
+    assert_one_call_has_the_bits_of_its_parts(op, {**args, "weights": weights})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["int8", "int4", "int4_zero"])
 def test_exit_head(path: str, name: str, dtype: torch.dtype) -> None:
     """A vocabulary of 2576 is cut into tiles of 32 rows, not of 24."""

@@ -35,7 +35,7 @@ def test_every_exit_and_number_of_drafts_is_timed(tmp_path, monkeypatch, capsys,
     assert draft_costs.markdown(report) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["2,1,other", "2,1,plain,plain"])
+@pytest.mark.parametrize("text", ["2", "2,x", "2,1,other", "2,1,plain,plain"])
 def test_an_exit_that_is_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"an exit is E,n or E,n,plain, got '{text}'"):
         draft_costs.Shape.of(text)

@@ -102,6 +102,23 @@ def test_lossless(name: str, one_thread: None) -> None:
 
 
 @requires_native
+@pytest.mark.parametrize("in_panels", [True, False])
+def test_packed_blocks_beside_plain_layers(in_panels: bool, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """They are the layers that follow, but for rounding: so nearly every draft is right."""
+    monkeypatch.setattr(arena, "multiplies_panels", lambda: in_panels)
+    model, prompt = layerskip.adapt(wide_model()), prompt_of(9)
+    exit = copied_exit(model, 1, 3)
+    exit.token_ids = torch.arange(model.vocab_size)
+    decoder = SelfSpeculativeDecoder(model, num_speculations=3, exit=exit)
+    kinds = [weight.dtype for weight in decoder.model.decoder.block_weights if weight.dim() == 2]
+    assert kinds == 3 * 7 * [torch.int16 if in_panels else torch.uint8]
+    expected = decoder.generate(prompt, 40, strategy="autoregressive")
+    out = decoder.generate(prompt, 40)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.stats.acceptance_rate > 0.8
+
+
+@requires_native
 def test_the_reference_decodes_the_same_weights(one_thread: None) -> None:
     """To a rounding: the logits of panels are those of the rows they were."""
     rows, own = layerskip.adapt(wide_model()).quantize("int4"), gathered("int4")

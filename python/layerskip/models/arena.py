@@ -146,20 +146,19 @@ def scatter_weights(model: Any) -> None:
 
 
 def gather_exit(exit: BoundExit) -> BoundExit:
-    """An exit whose blocks and rows of a draft head are copies in an arena of their own; on a card, the exit as it is.
+    """Move what drafts in int8, blocks and head, into an arena of its own: the exit with these blocks, and its head.
 
-    A head that is the model's own has its place with the model. Packed blocks are interleaved as those of
-    `gather_weights` are; a model with them cannot be moved to another device.
+    An exit in the model's dtype stays as it is, since its tensors are those of `Exit` or of the model, and so does one
+    on a card. Packed blocks are interleaved as those of `gather_weights` are; a model with them cannot be moved to
+    another device.
     """
-    head = exit.head
-    own = [head.head_weight] if head.scale is not None else []
-    tensors = [weight for block in exit.blocks for weight in block if weight is not None] + own
-    if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
+    head, rows = exit.head, exit.head.head_weight
+    tensors = [*(weight for block in exit.blocks for weight in block if weight is not None), rows]
+    if head.scale is None or any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
         return exit
     arena = Arena(sum(map(_lines, tensors)))
     blocks = tuple(_gathered(block, arena, head.norm_weight) for block in exit.blocks)
-    for weight in own:
-        weight.data = arena.take(weight)
+    rows.data = arena.take(rows)
     return exit._replace(blocks=blocks)
 
 

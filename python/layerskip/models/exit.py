@@ -99,8 +99,8 @@ class Exit:
     def of(self, model: LayerSkipModel, rows: str | Tensor | None = None) -> BoundExit:
         """The exit in the dtype and on the device of its model; what needs no cast is shared, not copied.
 
-        Blocks whose head is in int8 are, too, in the format `PACKED`: a draft reads half the bytes of them. Matrices
-        whose width is no multiple of the format's group stay as they are.
+        On the CPU blocks whose head is in int8 are, too, in the format `PACKED`: a draft reads half the bytes of them.
+        Matrices whose width is no multiple of the format's group stay as they are.
 
         Parameters
         ----------
@@ -112,7 +112,7 @@ class Exit:
         Raises
         ------
         ValueError
-            If the model has other sizes than the one that the exit was made for.
+            If the model has other sizes than the one that the exit was made for, or a weight to quantize is not finite.
         """
         self._check_model(model)
         like = model.head.norm_weight
@@ -126,8 +126,9 @@ class Exit:
         if rows is None:
             rows = "full" if self.token_ids is None else self.token_ids
         head = head_of(model.head, cast(self.norm_weight), low_rank, rows)
-        bound = cast if head.scale is None else lambda weight: _packed(cast(weight))
-        blocks = [LayerWeights(**{name: bound(weight) for name, weight in _given(block)}) for block in self.blocks]
+        blocks = [LayerWeights(**{name: cast(weight) for name, weight in _given(block)}) for block in self.blocks]
+        if head.scale is not None and like.is_cpu:
+            blocks = [_packed(block, number) for number, block in enumerate(blocks)]
         return BoundExit(self.exit_layer, head, tuple(blocks))
 
     def _check_model(self, model: LayerSkipModel) -> None:
@@ -215,10 +216,16 @@ def _given(block: LayerWeights) -> Iterator[tuple[str, Tensor]]:
     return ((name, weight) for name, weight in block._asdict().items() if weight is not None)
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """A matrix in the format `PACKED`, if that suits its width; what is no matrix stays."""
-    suits = weight.dim() == 2 and weight.shape[1] % FORMATS[PACKED].group_size == 0
-    return quantize(weight, PACKED) if suits else weight
+def _packed(block: LayerWeights, number: int) -> LayerWeights:
+    """A block with its matrices in the format `PACKED`, where that suits their width."""
+    changed = {}
+    for name, weight in _given(block):
+        if weight.dim() == 2 and weight.shape[1] % FORMATS[PACKED].group_size == 0:
+            try:
+                changed[name] = quantize(weight, PACKED)
+            except ValueError as error:
+                raise ValueError(f"block {number} of the exit: {name}: {error}") from None
+    return block._replace(**changed)
 
 
 def _file(path: str | Path) -> Path:

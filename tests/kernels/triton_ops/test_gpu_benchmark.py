@@ -81,31 +81,68 @@ def test_the_report_has_the_driver(
 TINY_OPS = json.dumps({"tiny": [64, 32, 4, 2, 16, 70]}), json.dumps([[3, 8], [2, 16]])
 
 
-def test_two_versions_are_asked_in_turns() -> None:
-    """This one and this one, on the CPU: the same numbers come out, and about the same times."""
-    rows = list(gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT, "cpu", "reference", TINY_OPS))
+class Told:
+    """A worker that says what it was told to."""
+
+    def __init__(self, answers: list[dict[str, float]], asked: list[int], number: int) -> None:
+        self.cases, self._answers, self._asked, self._number = ["one", "two"], iter(answers), asked, number
+
+    def ask(self, case: str) -> dict[str, float]:
+        self._asked.append(self._number)
+        return next(self._answers)
+
+    def close(self) -> None:
+        self._asked.append(-1)
+
+
+def told(monkeypatch: pytest.MonkeyPatch, times: list[list[float]], along: float = 1.0) -> list[int]:
+    """Workers with these times; what they were asked is noted."""
+    asked: list[int] = []
+    answers = [
+        [{"microseconds": time, "norm": 5.0, "along": along if index else 1.0} for time in own]
+        for index, own in enumerate(times)
+    ]
+    made = iter([Told(own, asked, index) for index, own in enumerate(answers)])
+    monkeypatch.setattr(gpu_before, "Worker", lambda *args: next(made))
+    monkeypatch.setattr(gpu_before, "TURNS", 3)
+    return asked
+
+
+def test_two_versions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = told(monkeypatch, [[8.0, 9.0, 70.0, 4.0, 4.0, 4.0], [2.0, 3.0, 1.0, 8.0, 8.0, 1.0]])
+    rows = list(gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT))
+    assert asked == [0, 1] * 6 + [-1, -1]
+    assert rows == [
+        {"what": "one", "before_us": 9.0, "after_us": 2.0, "ratio": 4.5, "same": True},
+        {"what": "two", "before_us": 4.0, "after_us": 8.0, "ratio": 0.5, "same": True},
+    ]
+
+
+@pytest.mark.parametrize(("along", "same"), [(1.09, True), (1.11, False), (float("nan"), False)])
+def test_versions_that_differ_are_told(monkeypatch: pytest.MonkeyPatch, along: float, same: bool) -> None:
+    told(monkeypatch, [[1.0] * 6] * 2, along)
+    assert [row["same"] for row in gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT)] == [same, same]
+
+
+def test_a_worker_times_every_case() -> None:
+    worker = gpu_before.Worker(gpu_before.ROOT, "cpu", "reference", TINY_OPS)
     named = [f"tiny {op} R={rows}" for rows in (1, 5) for op in ("linear", "swiglu", "exit_head")]
     named += [f"tiny verify_attention, {length} tokens of {capacity}" for length, capacity in ((3, 8), (2, 16))]
-    assert [row["what"] for row in rows] == named
-    for row in rows:
-        assert row["before_us"] > 0
-        assert row["ratio"] == row["before_us"] / row["after_us"]
-
-
-def test_versions_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = iter([1.0, 1.1])
-    monkeypatch.setattr(gpu_before.Worker, "ask", lambda worker, case: {"microseconds": 1.0, "size": next(sizes)})
-    with pytest.raises(gpu_before.OlderVersionError, match=r"tiny linear R=1: .* of size \[1.0, 1.1\]"):
-        list(gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT, "cpu", "reference", TINY_OPS))
+    assert worker.cases == named
+    answers = [worker.ask(case) for case in named]
+    worker.close()
+    assert all(one["microseconds"] > 0 and 0 < abs(one["along"]) < one["norm"] for one in answers)
+    assert len({one["norm"] for one in answers}) == len(named)
 
 
 def test_without_an_older_version_the_report_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = gpu_before.before_and_after("no-such-commit")
     assert found["version"] == "no-such-commit"
     assert found["skipped"].startswith("no commit no-such-commit here: ")
-    assert "no older version is measured" in capsys.readouterr().err
+    assert "an older version is not measured" in capsys.readouterr().err
     with gpu_before.checkout(str(tmp_path)) as folder:
         assert folder == tmp_path
-    assert gpu_before.before_and_after(str(tmp_path))["skipped"] == f"{tmp_path} has no layerskip_kernels"
+    with pytest.raises(gpu_before.OlderVersionError, match=f"in {tmp_path} Python finds the package "):
+        gpu_before.Worker(tmp_path, "cpu", "reference", TINY_OPS)
     with pytest.raises(gpu_before.OlderVersionError, match="a worker ended with status 1"):
         gpu_before.Worker(gpu_before.ROOT, "cpu", "no-such-backend")

@@ -134,11 +134,10 @@ def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.
     assert our_args[lengths].tolist() == true_args[lengths].tolist() == apart["seq_lens"].tolist()
 
 
-@pytest.mark.parametrize(("num_blocks", "packed"), [(1, False), (2, False), (1, True)])
-def test_a_draft_with_blocks(num_blocks: int, packed: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_draft_with_blocks(num_blocks: int, device: torch.device) -> None:
     """Bit for bit the ops in a row, also in what is written to the cache; a layer of it belongs to nobody here."""
     args = arguments("draft", torch.float32, device, num_blocks=num_blocks)
-    args = with_packed_blocks(args) if packed else args
     apart, before = copied(args), copied(args)
     with lk.use_backend("triton"):
         drafted, expected = run("draft", **args), test_draft.composed(apart)
@@ -151,6 +150,14 @@ def test_a_draft_with_blocks(num_blocks: int, packed: bool, device: torch.device
     with lk.use_backend("reference"):
         truth = run("draft", **before)
     assert drafted.tokens.tolist() == truth.tokens.tolist()
+
+
+@pytest.mark.parametrize("op", ["draft", "speculative_round"])
+def test_packed_blocks_are_refused(op: str, device: torch.device) -> None:
+    """Beside plain layers, too."""
+    args = with_packed_blocks(arguments(op, torch.float32, device, num_blocks=1))
+    with lk.use_backend("triton"), pytest.raises(lk.BackendError, match="packed weights are not served"):
+        run(op, **args)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
