@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def test_trunk_goes_on_behind_what_is_there(
 
     with pytest.raises(KeyboardInterrupt):
         again.compute(stop)
-    with (tmp_path / "again" / "states.bin").open("ab") as file:
+    with (tmp_path / "again" / "states-2.bin").open("ab") as file:
         file.write(b"half a text")
     ran: list[int] = []
     monkeypatch.setattr(Trunk, "_run", lambda self, indices, run=Trunk._run: ran.extend(indices) or run(self, indices))
@@ -88,6 +89,33 @@ def test_trunk_goes_on_behind_what_is_there(
         assert torch.equal(again[index].states, computed[index].states)
         assert torch.equal(again[index].labels.ids, computed[index].labels.ids)
         assert torch.equal(again[index].labels.probabilities, computed[index].labels.probabilities)
+
+
+def test_trunk_serves_another_layer(
+    model: Any, computed: Trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same labels; only the layers before it run, also after a stop among them."""
+    adapted, folder = layerskip.models.adapt(model), tmp_path / "shared"
+    shutil.copytree(computed.folder, folder)
+    monkeypatch.setattr(Trunk, "_run", broken_at(0, Trunk._run))
+    done: list[int] = []
+
+    def stop(texts: int) -> None:
+        done.append(texts)
+        if sum(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trunk(folder, adapted, 1, 5, pairs_of()).compute(stop)
+    other = Trunk(folder, adapted, 1, 5, pairs_of())
+    other.compute(done.append)
+    assert done == [0, 1, 1, 2, 1, 1], "two are there after the stop, two follow"
+    for index, pair in enumerate(pairs_of()):
+        with torch.no_grad():
+            expected = model(torch.tensor([pair["input_ids"]]), output_hidden_states=True).hidden_states[1][0, :-1]
+        torch.testing.assert_close(other[index].states, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(other[index].labels.ids, computed[index].labels.ids)
+    assert (folder / "states-2.bin").read_bytes() == (computed.folder / "states-2.bin").read_bytes()
 
 
 def test_trunk_refuses_what_is_of_other_texts(model: Any, computed: Trunk) -> None:
@@ -213,6 +241,34 @@ def test_a_run_writes_its_own_texts_and_goes_on_from_an_exit(saved: Path, tmp_pa
     path.write_text(json.dumps({**vars(made), "written": 8}))
     assert main(["train-exit", str(path), "--device", "cpu", "--resume"]) == 2
     assert "written was 9 and is 8" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_texts_that_a_run_wrote_serve_another_layer(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not written again, and their states are those after that layer."""
+    texts = {"texts": [], "prompts": [str(saved / "texts.jsonl")], "written": 5, "new_tokens": 6}
+    made = [
+        recipe(saved, tmp_path / f"E{layer}", steps=2, exit_layer=layer, trunk=str(tmp_path / "trunk"), **texts)
+        for layer in (2, 1)
+    ]
+    runs = [ExitRun(one, CPU) for one in made]
+    runs[0].trainer()
+    monkeypatch.setattr(written.WrittenTexts, "_write", broken_at(0, written.WrittenTexts._write))
+    trainer = runs[1].trainer()
+    assert trainer.texts.rows(0) > 0
+    (folder,) = (tmp_path / "trunk").iterdir()
+    records = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()[1:]]
+    model, (prompts,) = runs[1].model, runs[1]._prompts
+    states = torch.from_file(str(folder / "states-1.bin"), size=(folder / "states-1.bin").stat().st_size // 4)
+    begin, width = 0, model.embedding.shape[1]
+    for record in records:
+        ids = torch.tensor([[*prompts[record["text"]]["input_ids"], *record["tokens"][:-1]]])
+        expected = model.decoder(model.embed(ids), model.decoder.new_cache(*ids.shape), 0, 1)[0]
+        own = states[begin * width : (begin + len(expected)) * width].view(-1, width)
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+        begin += len(expected)
+    assert begin * width == states.numel()
 
 
 def broken_at(call: int, function: Any) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from . import processes
 LOGIT_ROWS = 64  # whose logits are in memory at a time
 DIGESTED = 4096  # values of a weight, to know a model again
 JOURNAL = "texts.jsonl"
+LABELS = ("label_ids.bin", "label_probabilities.bin")
 
 
 class Labels(NamedTuple):
@@ -44,8 +47,8 @@ class Text(NamedTuple):
 class KeptTexts:
     """Texts whose states after layer E and labels lie in memory-mapped files of a folder.
 
-    A subclass makes them, and knows how many rows each text has. What is computed stays: after a stop, the rest
-    follows.
+    A subclass makes them, and knows the tokens of each text. What is computed stays: after a stop, the rest follows.
+    Labels are the full model's, so they serve every E: for another one, only layers [0, E) run over what is there.
 
     Parameters
     ----------
@@ -72,7 +75,7 @@ class KeptTexts:
         self._width, self._dtype = model.embedding.shape[1], model.dtype
         self._work = {
             "digest of the model": model_digest(model), "dtype": str(model.dtype), "hidden size": self._width,
-            "exit_layer": exit_layer, "top_k": top_k, **work,
+            "top_k": top_k, **work,
         }  # fmt: skip
         self._records: dict[int, dict[str, Any]] = {}
         self._places: dict[int, tuple[int, int]] = {}
@@ -82,6 +85,10 @@ class KeptTexts:
 
     def _num_states(self, index: int) -> int:
         """How many states a text has: one for each token but the last."""
+        raise NotImplementedError
+
+    def _inputs(self, index: int) -> list[int]:
+        """The tokens that give them."""
         raise NotImplementedError
 
     def _first(self, index: int) -> int:
@@ -111,7 +118,6 @@ class KeptTexts:
             self._learn(journal)
             made = processes.in_turns(self._make, self._batches())
             if journal is not None:
-                progress(sum(index < len(self) for index in self._records))
                 self._append(journal, made, progress)
             else:
                 list(made)  # which is empty: what this process makes, the first one has
@@ -124,7 +130,13 @@ class KeptTexts:
     def _append(
         self, journal: Journal, made: Iterable[list[tuple[dict[str, Any], Text]]], progress: Callable[[int], None]
     ) -> None:
-        with self._open(self._records) as files:
+        known = list(self._records)
+        with self._open(known) as files:
+            progress(sum(index < len(self) for index in known[: files.num_texts]))
+            for index in known[files.num_texts :]:
+                files.append_states(self._states_of(index))
+                progress(int(index < len(self)))
+            files.sync()
             for part in made:
                 for _, text in part:
                     files.append(text)
@@ -132,6 +144,13 @@ class KeptTexts:
                 for record, _ in part:
                     journal.append(record)
                 progress(len(part))
+
+    @torch.inference_mode()
+    def _states_of(self, index: int) -> Tensor:
+        """The states [S, D] after layer E of a text that is there."""
+        decoder, ids = self._model.decoder, torch.tensor([self._inputs(index)], device=self._model.device)
+        cache = decoder.new_cache(*ids.shape)
+        return decoder.prefill(self._model.embed(ids), cache, 0, self.exit_layer)[0].cpu()
 
     def rows(self, index: int) -> int:
         """How many labelled rows a text has."""
@@ -149,12 +168,11 @@ class KeptTexts:
         self.folder.mkdir(parents=True, exist_ok=True)
         return Journal(self.folder / JOURNAL, self._work)
 
-    def _open(self, done: Iterable[int]) -> Files:
-        """The files, which hold these texts, for more."""
-        done = list(done)
+    def _open(self, done: Sequence[int]) -> Files:
+        """The files, which hold the labels of these texts, for more."""
         rows = sum(map(self.rows, done)) * self.top_k
-        states = sum(map(self._num_states, done)) * self._width
-        return Files(self.folder, (states * self._dtype.itemsize, rows * 4, rows * 2))
+        states = [self._num_states(index) * self._width * self._dtype.itemsize for index in done]
+        return Files(self.folder, self.exit_layer, states, (rows * 4, rows * 2))
 
     def _map(self, order: Sequence[int]) -> None:
         """Map the files; the texts lie in them in ``order``."""
@@ -167,7 +185,7 @@ class KeptTexts:
         dtypes = (self._dtype, torch.int32, torch.float16)
         self._states, self._ids, self._probabilities = (
             torch.from_file(str(self.folder / name), shared=False, size=shape[0] * shape[1], dtype=dtype).view(shape)
-            for name, shape, dtype in zip(Files.NAMES, shapes, dtypes, strict=True)
+            for name, shape, dtype in zip((states_file(self.exit_layer), *LABELS), shapes, dtypes, strict=True)
         )
 
     def _labels(self, hidden: Tensor) -> Labels:
@@ -192,22 +210,46 @@ def model_digest(model: LayerSkipModel) -> str:
     return made.hexdigest()
 
 
+def states_file(exit_layer: int) -> str:
+    """The name of the file of states after layer E."""
+    return f"states-{exit_layer}.bin"
+
+
 class Files:
-    """The three files, open for more; what an earlier run had not finished is cut off."""
+    """The files of states after a layer and of labels, open for more; what a run had not finished is cut off.
 
-    NAMES = ("states.bin", "label_ids.bin", "label_probabilities.bin")
+    Parameters
+    ----------
+    folder : Path
+    exit_layer : int
+        E.
+    states, labels : sequence of int
+        The bytes of each text's states, in the order of the texts, and of each file of labels.
 
-    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
-        self._files = []
-        for name, size in zip(self.NAMES, sizes, strict=True):
+    Attributes
+    ----------
+    num_texts : int
+        How many of these texts, the first ones, have their states after layer E there.
+    """
+
+    def __init__(self, folder: Path, exit_layer: int, states: Sequence[int], labels: Sequence[int]) -> None:
+        self._files: list[BinaryIO] = []
+        for name, size in zip(LABELS, labels, strict=True):
             path = folder / name
-            if size and (not path.exists() or path.stat().st_size < size):
+            if _size(path) < size:
                 raise ValueError(
                     f"{path} is shorter than the {size} bytes that {folder / JOURNAL} speaks of; remove both"
                 )
-            file = path.open("ab")
-            file.truncate(size)
-            self._files.append(file)
+            self._open(path, size)
+        path = folder / states_file(exit_layer)
+        ends = list(accumulate(states, initial=0))
+        self.num_texts = bisect_right(ends, _size(path)) - 1
+        self._open(path, ends[self.num_texts])
+        *self._labels, self._states = self._files
+
+    def _open(self, path: Path, size: int) -> None:
+        self._files.append(file := path.open("ab"))
+        file.truncate(size)
 
     def __enter__(self) -> Files:
         return self
@@ -218,11 +260,24 @@ class Files:
 
     def append(self, text: Text) -> None:
         """Write a text behind the others."""
-        for file, tensor in zip(self._files, (text.states, *text.labels), strict=True):
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        self.append_states(text.states)
+        for file, tensor in zip(self._labels, text.labels, strict=True):
+            _write(file, tensor)
+
+    def append_states(self, states: Tensor) -> None:
+        """Write the states of a text whose labels are there behind those of the texts before it."""
+        _write(self._states, states)
 
     def sync(self) -> None:
         """Return when all is on the disk."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _write(file: BinaryIO, tensor: Tensor) -> None:
+    file.write(tensor.contiguous().view(torch.uint8).numpy().data)

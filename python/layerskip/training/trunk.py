@@ -20,7 +20,7 @@ PASS_TOKENS = 4096  # of the texts that go through the model together
 class Trunk(KeptTexts):
     """The states after layer E of all tokens of some texts, and the full model's labels, in memory-mapped files.
 
-    The model runs once, without gradients.
+    The model runs once, without gradients; for another E, its layers [0, E) run again.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Trunk(KeptTexts):
     Raises
     ------
     ValueError
-        If other texts, another model or another E or k made what is in ``folder``, or a text has no labelled row.
+        If other texts, another model or another k made what is in ``folder``, or a text has no labelled row.
     """
 
     def __init__(
@@ -53,6 +53,9 @@ class Trunk(KeptTexts):
 
     def _num_states(self, index: int) -> int:
         return len(self._pairs[index]["input_ids"]) - 1
+
+    def _inputs(self, index: int) -> list[int]:
+        return self._pairs[index]["input_ids"][:-1]
 
     def _first(self, index: int) -> int:
         return self._firsts[index]

@@ -72,6 +72,9 @@ class WrittenTexts(KeptTexts):
     def _num_states(self, index: int) -> int:
         return len(self._prompts[index]) + len(self.tokens[index]) - 1
 
+    def _inputs(self, index: int) -> list[int]:
+        return [*self._prompts[index], *self.tokens[index][:-1]]
+
     def _first(self, index: int) -> int:
         return 0 if self._whole else len(self._prompts[index]) - 1
 
