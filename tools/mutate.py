@@ -24,6 +24,7 @@ from pathlib import Path
 from layerskip import _ends
 
 from .mutations import MUTATIONS, Mutation
+from .mutations.mutation import VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other says that it could not run
@@ -82,7 +83,7 @@ def failure(tests: str, folder: Path) -> str | None:
     ValueError
         If they could not be run.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_words(tests)]
+    command = [str(interpreter(tests)), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_words(tests)]
     environment = _environment(folder)
     if "/compiled/" in tests:
         environment["TRITON_INTERPRET"] = "0"
@@ -98,6 +99,20 @@ def failure(tests: str, folder: Path) -> str | None:
     if done.returncode != FAILED or not lines:
         raise ValueError(f"pytest {tests} could not run: {done.stdout[-500:]} {done.stderr[-500:]}")
     return lines[0].removeprefix("FAILED ").split(" - ")[0]
+
+
+def interpreter(tests: str) -> Path:
+    """The Python of some tests: those inside vLLM have an environment of their own, which ``make test-vllm`` makes."""
+    own = tests.startswith(VLLM)
+    return Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin/python" if own else Path(sys.executable)
+
+
+def can_run(mutation: Mutation) -> bool:
+    """Whether the environment of a bug's tests is there; where it is not, a line says so."""
+    python = interpreter(mutation.tests)
+    if not python.is_file():
+        print(f"{mutation.name} is not planted: its tests run in {python}, which make test-vllm or VLLM_VENV provides")
+    return python.is_file()
 
 
 def _words(tests: str) -> list[str]:
@@ -169,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [one for one in MUTATIONS if args.only in one.name or args.only in one.file]
     if not chosen:
         raise ValueError(f"--only {args.only} names no bug")
-    left, survivors = [one for one in chosen if one.name not in rows], []
+    left, survivors = [one for one in chosen if one.name not in rows and can_run(one)], []
     with tempfile.TemporaryDirectory(prefix="mutate-") as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         if folder == ROOT:

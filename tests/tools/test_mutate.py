@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,28 @@ def test_the_list_fits_the_code(mutation: Mutation) -> None:
     files = mutation.tests.partition(" -k ")[0].split()
     assert files
     assert all((mutate.ROOT / name).is_file() for name in files)
+
+
+def test_tests_inside_vllm_have_an_environment_of_their_own(
+    checkout: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("VLLM_VENV", str(tmp_path))
+    python = tmp_path / "bin" / "python"
+    assert mutate.interpreter("tests/layerskip/test_exit.py") == Path(sys.executable)
+    inside = bug("one inside vLLM", "a >= b", "a < b", "tests/vllm/test_code.py")
+    assert run(monkeypatch, inside, bug("the smaller", "a >= b", "a < b")) == 0
+    printed = capsys.readouterr().out
+    assert f"one inside vLLM is not planted: its tests run in {python}, which make test-vllm" in printed
+    assert printed.endswith("1 of 1 caught\n")
+    python.parent.mkdir()
+    python.write_text(
+        "#!/bin/sh\necho FAILED tests/vllm/test_code.py::test_one; test -n \"$(grep '>=' code_under_test.py)\"\n"
+    )
+    python.chmod(0o755)
+    assert run(monkeypatch, inside) == 0
+    assert (
+        "one inside vLLM (code_under_test.py): caught by tests/vllm/test_code.py::test_one" in capsys.readouterr().out
+    )
 
 
 def test_no_name_is_there_twice() -> None:

@@ -141,3 +141,23 @@ def test_a_corrected_head_is_not_vllms(head, method, message):
     _check_correction(plain, head, config)
     with pytest.raises(NotImplementedError, match=message):
         _check_correction(corrected, head, config)
+
+
+def test_blocks_are_plain_and_attend_as_the_targets_layers():
+    """Beside a quantised target, and whatever attention vLLM would choose for a draft model."""
+    from vllm.config import AttentionConfig
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from layerskip.vllm.blocks import _unquantised
+
+    attention = Attention.__new__(Attention)
+    torch.nn.Module.__init__(attention)
+    attention.backend = AttentionBackendEnum.TRITON_ATTN
+    given = SimpleNamespace(quant_config="awq", attention_config=AttentionConfig(flash_attn_version=3))
+    made = _unquantised(given, torch.nn.ModuleList([torch.nn.Linear(1, 1), attention]))
+    assert made.quant_config is None
+    assert made.attention_config.backend is AttentionBackendEnum.TRITON_ATTN
+    assert made.attention_config.flash_attn_version == 3
+    assert given.quant_config == "awq"
+    assert given.attention_config.backend is None

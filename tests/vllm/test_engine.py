@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from .engines import blocks, core, engine, generate, runner, vllm
 from .models import ARCHITECTURES, prompts, write_model
@@ -38,6 +39,19 @@ def test_the_drafter_owns_no_weight_and_no_cache(model):
         assert len(set(caches)) == target.config.num_hidden_layers
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("draft_head", ["full", "vllm"])
+def test_drafts_are_drawn_from_the_heads_logits(draft_head, model):
+    """Of normed states: our own head takes raw ones and norms them itself, vLLM's gets them normed."""
+    options = {**SPECULATIVE, "model_loader_extra_config": {**EXIT, "draft_head": draft_head}}
+    with engine(model, **options) as llm:
+        target, draft = runner(llm).model, runner(llm).drafter.model
+        raw = torch.randn(3, target.config.hidden_size)
+        normed = target.model.norm(raw)
+        given = raw if draft_head == "full" else normed
+        assert torch.equal(draft.compute_logits(given), target.compute_logits(normed))
+
+
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "Llama"])
 def test_architecture(architecture, tmp_path):
     write_model(tmp_path, architecture)
@@ -58,6 +72,30 @@ def test_chunked_prefill_and_prefix_caching(model):
     with engine(model, **options, **SPECULATIVE) as llm:
         assert [generate(llm, texts), generate(llm, texts)] == expected
         assert llm.drafts.acceptance > 0.2
+
+
+def test_rows_that_are_left_out_change_no_draft(model, monkeypatch):
+    """After a step with a prompt one row a sequence drafts; from all rows the drafts would be the same.
+
+    Sequences of which drafts were just rejected take part in such steps, too.
+    """
+    from layerskip.vllm.rows import LastRows
+
+    options = {"max_num_batched_tokens": 64, "block_size": 32}
+    texts, counts, rejected, of = prompts(*LENGTHS, 150, 90, 200), [], [], LastRows.of
+
+    def noted(self, metadata, slots, positions):
+        rejected.append(bool((slots[: int(metadata.num_actual_tokens)] < 0).any()))
+        return of(self, metadata, slots, positions)
+
+    monkeypatch.setattr(LastRows, "of", noted)
+    for worth_it in (LastRows.worth_it, lambda self, metadata: False):
+        monkeypatch.setattr(LastRows, "worth_it", worth_it)
+        with engine(model, **options, **SPECULATIVE) as llm:
+            generate(llm, texts, tokens=12)
+            counts.append((llm.drafts.drafted, llm.drafts.accepted))
+    assert counts[0] == counts[1]
+    assert set(rejected) == {False, True}
 
 
 def test_full_cache(model):

@@ -32,6 +32,7 @@ def test_the_model_says_and_the_user_overrules(tmp_path):
     own = config(exit_layer=3, num_speculations=6)
     assert Settings.of({}, own, str(tmp_path)) == Settings(3, 6, "full")
     assert Settings.of({"exit_layer": 5}, own, str(tmp_path)) == Settings(5, 6, "full")
+    assert Settings.of({"num_speculations": 2}, own, str(tmp_path)) == Settings(3, 2, "full")
 
 
 def test_a_draft_head_beside_the_model_is_taken(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-KERNELS, LAYERSKIP = "tests/kernels/", "tests/layerskip/"
+KERNELS, LAYERSKIP, VLLM = "tests/kernels/", "tests/layerskip/", "tests/vllm/"
 
 
 class Mutation(NamedTuple):
