@@ -4,8 +4,8 @@
 
 The blocks are copies of the model's layers: what a round costs does not depend on how good its drafts are. Each round
 follows a pass of autoregressive decoding, which leaves the caches as decoding does, and counts in that pass's seconds.
-All exits and numbers of drafts take turns in a random order; medians count. "plain": blocks in the model's dtype, as
-`Exit` kept them before they were packed in int8 beside a head in int8.
+All exits and numbers of drafts take turns in a random order; medians count. "plain": blocks in the model's dtype, where
+`Exit.of` packs them in int8.
 """
 
 from __future__ import annotations

@@ -53,11 +53,12 @@ class Drafting:
         """
         rows = self._rows(model)
         if self.exit is not None:
-            return model.with_exit(gather_exit(self.exit.of(model, rows)))
-        if rows in (None, "full"):
+            bound = self.exit.of(model, rows)
+        elif rows in (None, "full"):
             return model
-        head = model.head.quantize(None if isinstance(rows, str) else rows)
-        return model.with_exit(gather_exit(BoundExit(None, head)))
+        else:
+            bound = BoundExit(None, model.head.quantize(None if isinstance(rows, str) else rows))
+        return model.with_exit(gather_exit(bound))
 
     def _rows(self, model: LayerSkipModel) -> str | Tensor | None:
         return self.draft_head.rows(model) if isinstance(self.draft_head, DraftHead) else self.draft_head

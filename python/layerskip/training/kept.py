@@ -83,13 +83,12 @@ class KeptTexts:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def _num_states(self, index: int) -> int:
-        """How many states a text has: one for each token but the last."""
+    def _inputs(self, index: int) -> list[int]:
+        """The tokens of a text that have states: all but the last."""
         raise NotImplementedError
 
-    def _inputs(self, index: int) -> list[int]:
-        """The tokens that give them."""
-        raise NotImplementedError
+    def _num_states(self, index: int) -> int:
+        return len(self._inputs(index))
 
     def _first(self, index: int) -> int:
         """The first labelled row of a text; all after it are."""

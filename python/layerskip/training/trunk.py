@@ -51,9 +51,6 @@ class Trunk(KeptTexts):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def _num_states(self, index: int) -> int:
-        return len(self._pairs[index]["input_ids"]) - 1
-
     def _inputs(self, index: int) -> list[int]:
         return self._pairs[index]["input_ids"][:-1]
 

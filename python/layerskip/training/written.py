@@ -69,9 +69,6 @@ class WrittenTexts(KeptTexts):
     def __len__(self) -> int:
         return self._count
 
-    def _num_states(self, index: int) -> int:
-        return len(self._prompts[index]) + len(self.tokens[index]) - 1
-
     def _inputs(self, index: int) -> list[int]:
         return [*self._prompts[index], *self.tokens[index][:-1]]
 
