@@ -61,7 +61,7 @@ test-arm:
 	$(MAKE) -f tests/arm/Makefile
 
 bench: setup
-	$(BIN)/python -m benchmarks --document docs/benchmarks.md --picture docs/ops.png $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 DOCS_VENV := .venv-docs
 $(DOCS_VENV)/.built: pyproject.toml
@@ -73,15 +73,14 @@ docs: $(DOCS_VENV)/.built
 	$(DOCS_VENV)/bin/mkdocs build --strict
 
 triton-report: setup
-	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --output docs/triton.md
-	cat docs/triton.md
+	TRITON_INTERPRET=0 $(BIN)/python -m tools.triton_report --output benchmarks/results/triton_kernels.md
 
 cuda: setup
 	LAYERSKIP_CUDA=1 LAYERSKIP_CUDA_ARCHS='$(ALL_ARCHS)' $(BIN)/python setup.py -q build_ext --inplace
 
 cuda-report: cuda
-	$(BIN)/python -m tools.cuda_report --output docs/cuda.md
-	$(BIN)/python -m tools.roofline --output docs/cuda.md
+	$(BIN)/python -m tools.cuda_report --output benchmarks/results/cuda_kernels.md
+	$(BIN)/python -m tools.roofline --output benchmarks/results/cuda_bytes.md
 
 lint: setup
 	$(BIN)/ruff check .

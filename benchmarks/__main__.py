@@ -3,8 +3,7 @@
 Every op, in the shapes of real models, for several numbers of rows, in every format of weights and on every backend,
 beside torch's own code, the same compiled, and what other libraries have for it: checked against a higher precision
 first, then in turns, cold and warm, and beside the memory's read speed. Peers that are not installed are skipped, with
-the reason. Each row is written as it is measured. With ``--document`` the part of a document between its two markers is
-renewed.
+the reason. Each row is written as it is measured; the page of tables and its picture are written at the end.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from layerskip_kernels.formats import FORMATS
 
 from .cases import MODELS, OPS, PLAIN, Make
 from .harness import measure
-from .tables import document, markdown, picture
+from .tables import markdown, page, picture
 from .ways import groups
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure; write JSON lines and, if all is right, a picture and a part of a document."""
+    """Measure; write JSON lines and, if all results are right, the page and its picture."""
     args = _parsed(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -42,9 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wrong = [row for row in rows if "wrong" in row and row["variant"] in BACKENDS]
     if wrong:
         raise RuntimeError(f"{len(wrong)} results are wrong, the first: {wrong[0]['op']}, {wrong[0]['wrong']}")
-    write_atomically(args.picture or args.output.with_suffix(".png"), picture(rows))
-    if args.document:
-        write_atomically(args.document, document(args.document.read_text(encoding="utf-8"), rows).encode())
+    write_atomically(args.output.with_suffix(".png"), picture(rows))
+    write_atomically(args.output.with_suffix(".md"), page(rows, args.output.name).encode())
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -109,9 +107,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="by default all that the device has")
     parser.add_argument("--repeats", type=int, default=9, help="calls of each case at most, at least 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ops"), help="without .jsonl and .png")
-    parser.add_argument("--picture", type=Path, help="where the PNG goes instead")
-    parser.add_argument("--document", type=Path, help="a document whose part is renewed, as docs/benchmarks.md")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ops"), help="without .jsonl, .md, .png")
     parser.add_argument("--measured", type=Path, help="measure nothing: take the rows of this file")
     _ends.declare(parser)
     args = parser.parse_args(arguments)

@@ -1,11 +1,9 @@
-"""What `benchmarks.sources` found, as a table and as a part of a document: every figure comes from the run's JSON."""
+"""The page of a run of `benchmarks.sources`; every figure comes from the run's JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from .tables import replaced
 
 PLAIN = "autoregressive"
 COLUMNS = (
@@ -21,7 +19,7 @@ COLUMNS = (
 )
 GOALS = {"HumanEval": 2.0, "rewriting code": 1.9, "chat": 1.4, "summaries": 1.4, "commands": 2.0}
 """The speedups that "auto" aims at, in greedy decoding."""
-WAY = "auto"  # whose rounds a document tells
+WAY = "auto"  # whose rounds the page describes
 _SHAPES = {"tokens/s": "{:.0f}", "speedup": "{:.2f}×", "median": "{:.2f}×", "tokens a round": "{:.2f}",
            "repeated 4-grams": "{:.0%}"}  # fmt: skip
 Rows = Sequence[Mapping[str, Any]]
@@ -32,10 +30,12 @@ def markdown(rows: Rows) -> str:
     return _table(COLUMNS, [[_cell(name, row[name]) for name in COLUMNS] for row in rows])
 
 
-def document(text: str, name: str, report: Mapping[str, Any]) -> str:
-    """A document with a run's figures between the markers of that ``name``; ValueError without them."""
-    begin, end = (f"<!-- python -m benchmarks.sources, {name}: {place} -->" for place in ("begin", "end"))
-    return replaced(text, begin, end, f"{_head(report)}\n\n{_compared(report)}")
+def page(report: Mapping[str, Any]) -> str:
+    """Return the Markdown page of a run: speedups by task, then a row for each task and way."""
+    parts = ["# Draft sources\n", f"{_head(report)}\n", markdown(report["rows"])]
+    if WAY in report["settings"]["sources"]:
+        parts.insert(2, _compared(report))
+    return "\n".join(parts)
 
 
 def _head(report: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from layerskip.cli.options import encode
 from layerskip.models import gather_weights, load
 
 from .harness import machine
-from .source_tables import COLUMNS, PLAIN, document, markdown
+from .source_tables import COLUMNS, PLAIN, markdown, page
 from .source_tasks import TASKS, prompts
 
 
@@ -125,7 +125,6 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="measure the process's time, not the wall's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sources"), help="for .json and .md")
-    parser.add_argument("--document", type=Path, help="a document whose part of the output's name is renewed")
     return parser.parse_args(arguments)
 
 
@@ -143,10 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(rows[-1 - len(args.sources) :]), flush=True)
         report = {"machine": machine(), "settings": settings, "rows": rows}
         write_atomically(args.output.with_suffix(".json"), json.dumps(report, indent=1).encode())
-        write_atomically(args.output.with_suffix(".md"), markdown(rows).encode())
-    if args.document:
-        text = document(args.document.read_text(encoding="utf-8"), args.output.name, report)
-        write_atomically(args.document, text.encode())
+        write_atomically(args.output.with_suffix(".md"), page(report).encode())
     return 0 if args.temperature or all(row["identical"] for row in rows) else 1
 
 

@@ -1,4 +1,4 @@
-"""Measured ops as tables, a list of losses, a picture, and a part of a document."""
+"""Measured ops as a page of tables, with a list of losses, and as a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from layerskip_kernels.dispatch import BACKENDS
 
 from .cases import PLAIN
 
-BEGIN, END = "<!-- python -m benchmarks: begin -->", "<!-- python -m benchmarks: end -->"
 ABSENT = "–"
 Rows = Sequence[dict[str, Any]]
 Key = tuple[str, int, str, str]  # model, rows, variant, weights
@@ -130,21 +129,29 @@ def skipped(rows: Rows) -> str:
     return f"### Not measured\n\n{listed}"
 
 
-def document(text: str, rows: Rows) -> str:
-    """A document with what was measured in the place of what stands between its markers; ValueError without them."""
+HEAD = """# Ops
+
+Written by `make bench`; every sample is in `{samples}`. {where}
+
+Each result is checked against fp32 before it is timed. All implementations of a case take turns. Cold calls
+rotate through copies of the weights that no cache holds together; warm calls repeat one copy. "Of memory" is the
+bytes of the weights (for attention: of keys and values) over the time, as a share of a plain read in the same
+minute. "× at n rows" is the time over that of the fewest rows; the columns of other implementations are their
+time over ours, for each number of rows.
+
+![Time over rows]({picture})
+
+"""
+
+
+def page(rows: Rows, name: str) -> str:
+    """Return the Markdown page whose rows are in ``name``.jsonl and whose picture is ``name``.png."""
     machine = rows[0]["machine"]
     versions = ", ".join(dict.fromkeys(row["version"] for row in rows if "cold" in row))
     memory = statistics.median(row["memory GB/s"] for row in rows if "cold" in row)
     where = f"{machine['cpu']}, {machine['isa']}, {machine['device']}, {machine['threads']} threads"
-    head = f"{where}; {versions}; memory read at {memory:.0f} GB/s meanwhile (median).\n\n"
-    return replaced(text, BEGIN, END, head + markdown(rows))
-
-
-def replaced(text: str, begin: str, end: str, part: str) -> str:
-    """A text with another part between two markers; ValueError where they are not there once each."""
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the document must have {begin!r} and {end!r} once each")
-    return f"{text.split(begin)[0]}{begin}\n{part}{end}{text.split(end)[1]}"
+    where = f"{where}; {versions}; memory read at {memory:.0f} GB/s meanwhile (median)."
+    return HEAD.format(samples=f"{name}.jsonl", where=where, picture=f"{name}.png") + markdown(rows)
 
 
 def picture(rows: Rows) -> bytes:

@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKERS = ("<!-- make cuda-report -->", "<!-- end of cuda-report -->")
+HEAD = """# CUDA kernels: what ptxas reports
+
+Written by `make cuda-report`, which needs nvcc but no GPU. Registers a thread on each architecture, then bytes of
+static shared memory, stack frame and spills.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -94,17 +99,10 @@ def markdown(found: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def write(file: Path, text: str, markers: tuple[str, str]) -> None:
-    """Replace what stands between two markers of a file."""
-    start, end = markers
-    before, rest = file.read_text().split(start)
-    file.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
-
-
 def main() -> None:
     """Read, show, write; 1 where something spills."""
     parser = argparse.ArgumentParser(prog="python -m tools.cuda_report", description=__doc__)
-    parser.add_argument("--output", type=Path, help="a file with the markers of this report")
+    parser.add_argument("--output", type=Path, help="a Markdown file to write")
     args = parser.parse_args()
     if not logs():
         parser.error("the CUDA library was not built here: LAYERSKIP_CUDA=1 python setup.py build_ext --inplace")
@@ -112,7 +110,7 @@ def main() -> None:
     text = markdown(found)
     print(text)
     if args.output is not None:
-        write(args.output, text, MARKERS)
+        args.output.write_text(f"{HEAD}{text}\n", encoding="utf-8")
     spilled = [kernel for kernel in found if kernel.stack or kernel.spills]
     if spilled:
         raise SystemExit("\n".join(f"spills or has a stack frame: {kernel}" for kernel in spilled))

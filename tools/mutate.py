@@ -3,8 +3,8 @@
 It works on a copy of what git tracks, so the checkout stays as it is, whatever ends the run. A bug is caught where a
 test fails, or does not end in time. The tests must pass without it, which is tried first.
 
-``--output docs/mutations.md`` keeps the table there, a row as soon as a bug was tried. What has a row is not tried
-again unless nothing caught it: a run that was interrupted goes on, and a row that is deleted is renewed.
+``--output benchmarks/results/mutations.md`` keeps a table, a row as soon as a bug was tried. A bug that has a row is
+not tried again unless no test caught it: an interrupted run continues, and a deleted row is measured again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from layerskip import _ends
+from layerskip._files import write_atomically
 
 from .mutations import MUTATIONS, Mutation
 from .mutations.mutation import VLLM
@@ -29,8 +30,14 @@ from .mutations.mutation import VLLM
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other says that it could not run
 LIMIT = 1800  # seconds that the tests of one bug may take
-MARKER = "<!-- python -m tools.mutate --output docs/mutations.md -->"
-HEAD = "| bug | file | caught by | seconds |\n|---|---|---|---|\n"
+HEAD = """# Planted bugs
+
+Written by `make mutate MUTATE_ARGS="--output benchmarks/results/mutations.md"`: each bug of `tools/mutations/`,
+planted alone, and the first test that failed. A bug without a row has not been tried since the table was begun.
+
+| bug | file | caught by | seconds |
+|---|---|---|---|
+"""
 NOT_CAUGHT = "**not caught**"
 Rows = dict[str, str]  # by the bug's name: its row of the table
 
@@ -145,25 +152,22 @@ def check(mutations: Sequence[Mutation], folder: Path) -> Iterator[tuple[Mutatio
         yield mutation, caught, time.perf_counter() - started
 
 
-def rows_of(document: Path | None) -> Rows:
-    """The table that a document has so far, without what was not caught."""
-    if document is None:
+def rows_of(page: Path | None) -> Rows:
+    """Return the rows of an earlier run, without the bugs that no test caught."""
+    if page is None or not page.exists():
         return {}
-    _, marker, table = document.read_text(encoding="utf-8").partition(MARKER)
-    if not marker:
-        raise ValueError(f"{document} has no line {MARKER}")
+    text = page.read_text(encoding="utf-8")
+    if not text.startswith(HEAD):
+        raise ValueError(f"{page} is not a table of planted bugs; --output must name one, or a new file")
     names = {mutation.name for mutation in MUTATIONS}
-    lines = [line for line in table.splitlines() if line.startswith("|") and NOT_CAUGHT not in line]
+    lines = [line for line in text.removeprefix(HEAD).splitlines() if NOT_CAUGHT not in line]
     return {name: line for line in lines if (name := line.split("|")[1].strip()) in names}
 
 
-def write(document: Path, rows: Rows) -> None:
-    """Replace what follows `MARKER` by the rows, in the order of `MUTATIONS`."""
-    before = document.read_text(encoding="utf-8").partition(MARKER)[0]
+def write(page: Path, rows: Rows) -> None:
+    """Write the table, in the order of `MUTATIONS`."""
     table = "\n".join(rows[mutation.name] for mutation in MUTATIONS if mutation.name in rows)
-    scratch = document.with_suffix(".tmp")
-    scratch.write_text(f"{before}{MARKER}\n\n{HEAD}{table}\n", encoding="utf-8")
-    scratch.replace(document)
+    write_atomically(page, f"{HEAD}{table}\n".encode())
 
 
 def row_of(mutation: Mutation, caught: str | None, seconds: float) -> str:
@@ -177,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.mutate", description=__doc__)
     parser.add_argument("--only", default="", help="those bugs alone whose name or file has this in it")
     parser.add_argument("--folder", type=Path, help="keep the copy here, so that a later run need not compile it all")
-    parser.add_argument("--output", type=Path, metavar="DOCUMENT", help="keep the table in it, and go on from it")
+    parser.add_argument("--output", type=Path, metavar="PAGE", help="keep the table here, and continue from it")
     _ends.declare(parser)
     args = parser.parse_args(argv)
     rows = rows_of(args.output)

@@ -48,7 +48,11 @@ TYPES = {
     torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 TILES = ("ROWS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "SPLITS", "num_warps", "num_stages")
-MARKER = "<!-- make triton-report -->"
+HEAD = """# Triton kernels: what the compiler reports
+
+Written by `make triton-report`, which compiles every launch for each target and needs no GPU.
+
+"""
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
 
 
@@ -284,21 +288,16 @@ def report(expand: Callable[[Launch], list[Launch]] = lambda launch: [launch]) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print registers, shared memory and spills of every launch, or renew them in a document."""
+    """Print registers, shared memory and spills of every launch, or write them to a page."""
     parser = argparse.ArgumentParser(prog="python -m tools.triton_report", description=main.__doc__)
     parser.add_argument("--space", action="store_true", help="every configuration of the tuning space")
-    parser.add_argument("--output", type=Path, metavar="DOCUMENT", help=f"replace what follows {MARKER} in it")
+    parser.add_argument("--output", type=Path, help="a Markdown file to write")
     args = parser.parse_args(argv)
     text = report(tuned) if args.space else report()
     if args.output is None:
         print(text)
         return
-    before, marker, _ = args.output.read_text().partition(MARKER)
-    if not marker:
-        parser.error(f"{args.output} has no line {MARKER}")
-    scratch = args.output.with_suffix(".tmp")
-    scratch.write_text(f"{before}{MARKER}\n\n{text}")
-    scratch.replace(args.output)
+    args.output.write_text(f"{HEAD}{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers --install llama.cpp openvino     # an environment each, once
     make .venv-vllm/.built                                      # vLLM's
-    python -m benchmarks.peers [--tasks parsing] [--engines layerskip llama.cpp] [--limit 6] [--document FILE]
+    python -m benchmarks.peers [--tasks parsing] [--engines layerskip llama.cpp] [--limit 6]
 
 Every way of decoding has a process with its model, up to 1.7 GB each, 34 of them. They take turns, prompt by prompt, in
 a shuffled order, so that whatever else the machine does disturbs all alike. Speeds are those after the first tokens;
@@ -35,7 +35,7 @@ from layerskip._journal import Journal
 from layerskip.cli.prompts import read
 
 from ..harness import machine
-from .document import document
+from .document import page
 from .models import Forms
 from .processes import REQUIREMENTS, MissingPeerError, Worker, install
 from .report import Measured, markdown, picture
@@ -46,16 +46,15 @@ SETTINGS = ("tasks", "engines", "limit", "max_new_tokens", "first_token", "repea
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Install, or measure; JSON, a picture and, if asked for, a part of a document are written, and tables printed."""
+    """Install, or measure; write JSON, a page and its picture, and print tables."""
     args = _parsed(arguments)
     for engine in args.install:
         install(engine)
     if args.install:
         return
     report = json.loads(args.measured.read_text(encoding="utf-8")) if args.measured else _report(args)
-    write_atomically(args.picture or args.output.with_suffix(".png"), picture(report["tasks"]))
-    if args.document:
-        write_atomically(args.document, document(args.document.read_text(encoding="utf-8"), report).encode())
+    write_atomically(args.output.with_suffix(".png"), picture(report["tasks"]))
+    write_atomically(args.output.with_suffix(".md"), page(report, args.output.name).encode())
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
@@ -185,9 +184,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--models", type=Path, default=Path(".cache/peers"), help="where the weights are written")
     parser.add_argument("--gguf", type=Path, help="whose tokenizer and settings GGUF files get (default: SmolLM2's)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers"), help="without .json and .png")
-    parser.add_argument("--picture", type=Path, help="where the PNG goes instead")
-    parser.add_argument("--document", type=Path, help="a document whose part is renewed, as docs/benchmarks.md")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/peers"), help="without .json, .md, .png"
+    )
     parser.add_argument("--measured", type=Path, help="measure nothing: take this file's figures")
     parser.add_argument("--overwrite", action="store_true", help="begin anew where a stopped run had other settings")
     _ends.declare(parser)

@@ -1,26 +1,41 @@
-"""The part of a document that a run of peers renews: every figure of it comes from the run's JSON."""
+"""The page of a run of peers; every figure comes from the run's JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..tables import ABSENT, replaced
+from ..tables import ABSENT
 from .report import COLUMNS, is_ours
 from .ways import OURS
 
-BEGIN, END = "<!-- python -m benchmarks.peers: begin -->", "<!-- python -m benchmarks.peers: end -->"
 BITS = {"bf16": 16, "f16": 16, "int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4, "q4_1": 4}
 SPEED, RATIO, _, PEAK, LOAD = COLUMNS
 Row = Mapping[str, Any]
 Key = tuple[str, str, str]  # engine, way, weights
 
 
-def document(text: str, report: Mapping[str, Any]) -> str:
-    """A document with a run's figures in the place of what stands between its markers; ValueError without them."""
+HEAD = """# Beside other engines
+
+The same weights in every engine, greedy. Each way of decoding has its own process; they take turns in shuffled
+order. In brackets is the median over the prompts of the ratio to our autoregressive bf16 decoding; the fastest of
+a task is bold. Memory, loading and the time to the first token are the first task's."""
+
+
+def page(report: Mapping[str, Any], name: str) -> str:
+    """Return the Markdown page of a run whose figures are in ``name``.json and whose picture is ``name``.png."""
     tasks = report["tasks"]
-    parts = [_head(report), _table(tasks), *_missing(tasks), _beside(tasks)]
-    return replaced(text, BEGIN, END, "\n\n".join(parts) + "\n")
+    best = "## The best of ours beside the best of the others\n\nBold where we lose."
+    parts = [
+        HEAD,
+        _head(report),
+        _table(tasks),
+        *_missing(tasks),
+        best,
+        _beside(tasks),
+        f"![Tokens a second]({name}.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _head(report: Mapping[str, Any]) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from benchmarks import harness
 from benchmarks.peers import document as beside_others
-from benchmarks.tables import BEGIN, END, document, losses, markdown, picture
+from benchmarks.tables import losses, markdown, page, picture
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def row(variant, weights, rows, microseconds, op="linear"):
@@ -62,15 +61,12 @@ def test_where_we_lose_the_worst_first():
     assert losses(ROWS[-2:]) == "### Where we lose\n\nNothing that was measured here is faster.\n"
 
 
-def test_a_part_of_a_document():
-    text = document(f"before\n{BEGIN}\nold\n{END}\nafter", ROWS)
-    assert text.startswith(f"before\n{BEGIN}\n")
-    assert text.endswith(f"{END}\nafter")
-    assert "old" not in text
-    assert markdown(ROWS) in text
+def test_the_page():
+    text = page(ROWS, "run")
+    assert text.endswith(markdown(ROWS))
     assert "cpu 1, reference 1, torch 1, torchao 1; memory read at 10 GB/s" in text
-    with pytest.raises(ValueError, match="must have"):
-        document("no markers", ROWS)
+    assert "`run.jsonl`" in text
+    assert "](run.png)" in text
 
 
 def test_the_picture_has_what_has_several_rows():
@@ -78,17 +74,15 @@ def test_the_picture_has_what_has_several_rows():
     assert picture(ROWS[-2:]).startswith(b"\x89PNG")  # without a panel
 
 
-def test_the_document_has_what_was_measured():
-    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/ops.jsonl").read_text().splitlines()]
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    assert document(text, rows) == text
+def test_the_page_has_the_rows_of_the_last_run():
+    rows = [json.loads(line) for line in (RESULTS / "ops.jsonl").read_text().splitlines()]
+    assert (RESULTS / "ops.md").read_text(encoding="utf-8") == page(rows, "ops")
 
 
-def test_figures_beside_others_are_those_of_the_run():
-    """All of the document's part, and those of the README."""
-    report = json.loads((ROOT / "benchmarks/results/peers.json").read_text())
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    assert beside_others.document(text, report) == text
+def test_figures_beside_other_engines_are_those_of_the_last_run():
+    """On the generated page, and in the README."""
+    report = json.loads((RESULTS / "peers.json").read_text())
+    assert (RESULTS / "peers.md").read_text(encoding="utf-8") == beside_others.page(report, "peers")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = list(beside_others.pairs(report["tasks"]))
     for bits in (16, 8, 4):

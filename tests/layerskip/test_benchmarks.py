@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, harness, ways
 from benchmarks.cases import MODELS, OPS, Make, Shape
 from benchmarks.harness import CPU, Group, Variant, measure
-from benchmarks.tables import BEGIN, END, markdown, skipped
+from benchmarks.tables import markdown, page, skipped
 from layerskip_kernels import multiplies_panels
 from layerskip_kernels.formats import dequantize, is_interleaved, quantize
 from layerskip_kernels.formats import rows_of as as_rows
@@ -331,27 +331,25 @@ def run(tmp_path, monkeypatch):
     """The command on a tiny shape."""
     monkeypatch.setitem(MODELS, "SmolLM2-135M", TINY)
     monkeypatch.setattr(command, "ReadBandwidth", lambda device: Memory())
-    page = tmp_path / "page.md"
-    page.write_text(f"{BEGIN}\n{END}\n")
 
     def call(*more):
         command.main([
             "--models", "SmolLM2-135M", "--ops", "linear", "--rows", "2", "1", "--repeats", "2", "--formats", "bf16",
-            "--output", str(tmp_path / "ops"), "--document", str(page), "--threads", "1", "--device", "cpu", *more,
+            "--output", str(tmp_path / "ops"), "--threads", "1", "--device", "cpu", *more,
         ])  # fmt: skip
-        return page.read_text()
+        return (tmp_path / "ops.md").read_text()
 
     return call
 
 
 @requires_native
 def test_the_command(tmp_path, run, capsys):
-    page = run()
+    text = run()
     rows = [json.loads(line) for line in (tmp_path / "ops.jsonl").read_text().splitlines()]
     assert [(row["rows"], row["variant"]) for row in rows] == [
         (1, "cpu"), (1, "reference"), (1, "torch"), (2, "cpu"), (2, "torch")
     ]  # fmt: skip
-    assert markdown(rows) in page
+    assert text == page(rows, "ops")
     assert markdown(rows) in capsys.readouterr().out
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
 
@@ -362,7 +360,7 @@ def test_a_wrong_result_fails_the_command_and_is_not_published(tmp_path, run, mo
     with pytest.raises(RuntimeError, match="3 results are wrong, the first: linear, cpu in bf16: an error of 1 of"):
         run()
     assert len((tmp_path / "ops.jsonl").read_text().splitlines()) == 5
-    assert (tmp_path / "page.md").read_text() == f"{BEGIN}\n{END}\n"
+    assert not (tmp_path / "ops.md").exists()
 
 
 @requires_native
@@ -388,10 +386,10 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, run, monkeypatc
     with pytest.raises(KeyboardInterrupt, match=r"interrupted: 3 rows are in .*ops\.unfinished"):
         run()
     assert (tmp_path / "ops.jsonl").read_bytes() == finished
-    assert (tmp_path / "page.md").read_text() == before
+    assert (tmp_path / "ops.md").read_text() == before
     capsys.readouterr()
-    page = run("--measured", str(tmp_path / "ops.unfinished"))
+    text = run("--measured", str(tmp_path / "ops.unfinished"))
     rows = [json.loads(line) for line in (tmp_path / "ops.unfinished").read_text().splitlines()]
     assert len(rows) == 3
-    assert markdown(rows) in page
+    assert markdown(rows) in text
     assert (tmp_path / "ops.jsonl").read_bytes() == finished

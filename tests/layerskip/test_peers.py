@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import processes
 from benchmarks.peers.__main__ import Run, check
-from benchmarks.peers.document import BEGIN, END, document
+from benchmarks.peers.document import page
 from benchmarks.peers.models import TYPES, write
 from benchmarks.peers.processes import MissingPeerError, Worker
 from benchmarks.peers.report import Measured, markdown, picture
@@ -159,7 +159,7 @@ def test_a_stopped_run_goes_on_behind_the_tasks_that_it_finished(tmp_path, monke
         command.main([*words, "--limit", "3"])
     command.main(words)
     assert asked == ["parsing", "coding", "coding"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.md", "run.png"]
     tasks = json.loads((tmp_path / "run.json").read_text())["tasks"]
     assert {name: task["skipped"]["vllm"] for name, task in tasks.items()} == {
         "parsing": "parsing: no", "coding": "coding: no"
@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on_behind_the_tasks_that_it_finished(tmp_path, monke
     assert capsys.readouterr().out.count("| layerskip, autoregressive | bf16 |") == 2
 
 
-def test_a_document_has_who_is_best():
+def test_the_page_says_who_is_best():
     ours = measured(seconds=0.2)
     rows = [one.row(ours) for one in (
         ours, measured("self-speculative", "int8", seconds=0.1, plain=False),
@@ -177,9 +177,9 @@ def test_a_document_has_who_is_best():
     settings = {"limit": 1, "max_new_tokens": 4, "first_token": [16], "repeat": 1}
     tasks = {"parsing": {"rows": rows, "skipped": {"openvino f16, generate": "it is not installed"}}}
     report = {"machine": {"cpu": "chip", "isa": "avx2", "threads": 2}, "settings": settings, "tasks": tasks}
-    text = document(f"before\n{BEGIN}\nold\n{END}\nafter", report)
-    assert text.startswith(f"before\n{BEGIN}\nchip, avx2, 2 threads; layerskip 1, vllm 1, llama.cpp 1 (`python -m")
-    assert text.endswith(f"{END}\nafter")
+    text = page(report, "run")
+    assert "\n\nchip, avx2, 2 threads; layerskip 1, vllm 1, llama.cpp 1 (`python -m" in text
+    assert text.endswith("](run.png)\n")
     assert "| vllm, the layerskip plugin | bf16 | **40 (4.00×)** | 100 | 1.0 | 0.200 |" in text
     assert "- parsing, openvino f16, generate: it is not installed" in text
     lines = [line for line in text.splitlines() if "| parsing |" in line]
@@ -187,8 +187,6 @@ def test_a_document_has_who_is_best():
     assert lines[0] == f"| tokens/s, without drafts, 16 bits | parsing | 10.0 ({own}) | 20.0 ({other}) | **0.50×** |"
     assert lines[1] == f"| tokens/s, whatever is fastest | parsing | 40.0 ({best}) | 20.0 ({other}) | 2.00× |"
     assert lines[2] == f"| first token of 16, s | parsing | 0.200 ({own}) | 0.200 ({other}) | 1.00× |"
-    with pytest.raises(ValueError, match="must have"):
-        document("no markers", report)
 
 
 def test_a_model_that_cannot_be_loaded_is_said_in_its_own_words(tmp_path):

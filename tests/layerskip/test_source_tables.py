@@ -1,4 +1,4 @@
-"""docs/sources.md tells what was measured."""
+"""The pages of draft sources have the figures of the runs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def report_of(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_document_has_the_figures_of_the_run(name):
-    text = (ROOT / "docs/sources.md").read_text(encoding="utf-8")
-    assert source_tables.document(text, name, report_of(name)) == text
+def test_the_page_has_the_figures_of_the_run(name):
+    text = (ROOT / f"benchmarks/results/{name}.md").read_text(encoding="utf-8")
+    assert source_tables.page(report_of(name)) == text
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -42,18 +42,17 @@ def test_the_readme_has_the_figures_of_the_run():
 def test_a_table_by_hand():
     def row(way, speedup):
         return {
-            "task": "chat", "way": way, "tokens/s": 100 * speedup, "speedup": speedup, "tokens a round": 1.5,
-            "accepted": "ngram 1 of 2 (50%)", "repeated 4-grams": 0.25,
+            "task": "chat", "way": way, "tokens/s": 100 * speedup, "speedup": speedup, "median": speedup,
+            "tokens a round": 1.5, "accepted": "ngram 1 of 2 (50%)", "repeated 4-grams": 0.25, "identical": True,
         }  # fmt: skip
 
     settings = {"exit": "E", "sources": ["auto", "ngram"], "limit": 1, "threads": 2, "temperature": 0.0,
                 "cpu_time": False, "max_new_tokens": 9}  # fmt: skip
     report = {"machine": {"cpu": "C", "isa": "avx2", "threads": 2}, "settings": settings,
               "rows": [row("autoregressive", 1.0), row("auto", 1.25), row("ngram", 1.5)]}  # fmt: skip
-    begin, end = (f"<!-- python -m benchmarks.sources, x: {place} -->" for place in ("begin", "end"))
-    text = source_tables.document(f"a\n{begin}\nold\n{end}\nb", "x", report)
-    assert text.splitlines() == [
-        "a", begin,
+    text = source_tables.page(report)
+    assert text.splitlines()[:7] == [
+        "# Draft sources", "",
         "C, avx2, 2 threads, 9 new tokens, autoregressive decoding 100 to 100 tokens/s "
         "(`python -m benchmarks.sources --exit E --sources auto ngram --limit 1 --threads 2`):",
         "",
@@ -61,7 +60,7 @@ def test_a_table_by_hand():
         "repeated 4-grams | goal |",
         "|---|---|---|---|---|---|---|",
         "| chat | 1.25× | **1.50×** | 1.50 | ngram 1 of 2 (50%) | 25% | 1.4×, missed |",
-        end, "b",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="x: begin"):
-        source_tables.document("a", "x", report)
+    assert text.endswith(source_tables.markdown(report["rows"]))
+    report["settings"]["sources"] = ["ngram"]
+    assert source_tables.page(report).splitlines()[4].startswith("| task | way |")

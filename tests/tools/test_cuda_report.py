@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.cuda_report import Kernel, kernels, logs, markdown, parse, write
+from tools.cuda_report import Kernel, kernels, logs, markdown, parse
 
 WORDS = """\
 ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
@@ -42,10 +42,6 @@ def test_table(tmp_path: Path) -> None:
         "| `fill<float>` | 20 |  | 128 | 0 | 0 |",
         "| `fill<fp16>` |  | 255 | 0 | 40 | 16 |",
     ]
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")
-    write(page, table, ("<!-- a -->", "<!-- b -->"))
-    assert page.read_text() == f"before\n<!-- a -->\n{table}\n<!-- b -->\nafter\n"
 
 
 def test_no_kernel_spills() -> None:

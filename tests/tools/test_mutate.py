@@ -107,14 +107,12 @@ def test_a_bug_of_the_library_is_gone_from_it_before_the_next(checkout: Path, mo
 def test_the_table_says_what_is_left(checkout: Path, monkeypatch, capsys, tmp_path: Path) -> None:
     """A bug that has a row is not tried again, unless nothing caught it; a row that fits no bug goes."""
     document = tmp_path / "mutations.md"
-    document.write_text(f"# Words\n{mutate.MARKER}\n| an old one | `x.py` | `test` | 1 |\n")
+    document.write_text(f"{mutate.HEAD}| an old one | `x.py` | `test` | 1 |\n")
     words = ("--output", str(document))
     smaller, equal = bug("the smaller", "a >= b", "a < b"), bug("equal", "a >= b", "a > b")
     assert run(monkeypatch, smaller, equal, words=words) == 1
     table = document.read_text()
-    assert table.startswith(
-        f"# Words\n{mutate.MARKER}\n\n{mutate.HEAD}| the smaller | `code_under_test.py` | `test_code.py::"
-    )
+    assert table.startswith(f"{mutate.HEAD}| the smaller | `code_under_test.py` | `test_code.py::")
     assert "| equal | `code_under_test.py` | **not caught** |" in table
     assert "an old one" not in table
     (checkout / "test_code.py").write_text(TEST + "    assert type(larger(1, 1.0)) is int\n")
@@ -122,8 +120,8 @@ def test_the_table_says_what_is_left(checkout: Path, monkeypatch, capsys, tmp_pa
     assert run(monkeypatch, smaller, equal, words=words) == 0
     assert capsys.readouterr().out.endswith("1 of 1 caught\n")
     assert document.read_text().count("`test_code.py::test_larger`") == 2
-    document.write_text("no marker")
-    with pytest.raises(ValueError, match="has no line <!-- python -m"):
+    document.write_text("another page")
+    with pytest.raises(ValueError, match="is not a table of planted bugs"):
         run(monkeypatch, smaller, words=words)
 
 

@@ -1,4 +1,4 @@
-"""Weights are read once, however many rows travel together; docs/cuda.md has all the numbers."""
+"""Weights are read once, however many rows travel together; benchmarks/results/cuda_bytes.md has all the numbers."""
 
 from __future__ import annotations
 
