@@ -37,7 +37,9 @@ CUDA_ARCHS = "80;90a;100a;compute_100"
 # ptxas tells each kernel's registers and spills: into a file beside the object, for `make cuda-report`.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
 NAMESPACE = os.environ.get("LAYERSKIP_NAMESPACE")
-NAMED = {"library.cpp", "torch_binding.cpp"}  # what it goes into; all else is compiled once
+NAMED = {"library.cpp", "torch_binding.cpp"}  # the files that use it
+ISA_KERNELS = "isa_kernels.cpp"  # compiled once per instruction set; those of other processors give empty objects
+ISAS = ("avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "portable")
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 NINJA_RULES = """\
@@ -226,16 +228,25 @@ def openmp() -> list[str]:
 
 
 def edges(sources: list[str], target: str) -> str:
-    """One ninja edge a source, and the one that links them."""
+    """Ninja edges: one per object, and the link."""
     objects, lines = [], []
-    for source in sources:
+
+    def compile_one(source: str, prefix: str = "", flags: str = "") -> None:
+        objects.append(f"{prefix}{'_'.join(Path(source).parts[2:])}.o")  # without csrc/cpu, csrc/cuda
         rule = "nvcc" if target.startswith("_cuda") else "cxx"
-        named = NAMESPACE and Path(source).name in NAMED
-        kind = f"{NAMESPACE}_" if named else ""
-        objects.append(f"{kind}{'_'.join(Path(source).parts[2:])}.o")  # less csrc/cpu, csrc/cuda and the like
         lines.append(f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}")
-        if named:
-            lines.append(f"  own_flags = -DTORCH_EXTENSION_NAME={NAMESPACE} -isystem {sysconfig.get_path('include')}")
+        if flags:
+            lines.append(f"  own_flags = {flags}")
+
+    for source in sources:
+        if Path(source).name == ISA_KERNELS:
+            for isa in ISAS:
+                compile_one(source, f"{isa}_", f"-DLSK_ISA_{isa}=1")
+        elif NAMESPACE and Path(source).name in NAMED:
+            python = sysconfig.get_path("include")
+            compile_one(source, f"{NAMESPACE}_", f"-DTORCH_EXTENSION_NAME={NAMESPACE} -isystem {python}")
+        else:
+            compile_one(source)
     stub = ""
     if target.startswith("_cuda"):
         # A CPU build of torch has no libtorch_cuda to link with; the one that is loaded will have the symbol.

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests that compare numbers of threads get these, however busy the machine is; read when the library is first used.
-os.environ.setdefault("LAYERSKIP_FIXED_TEAM", "1")
+os.environ.setdefault("LAYERSKIP_FIXED_THREADS", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already share the cores; a second thread each would spin at barriers for a core it does not have.

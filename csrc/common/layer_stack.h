@@ -6,7 +6,6 @@
 
 #include "common/checks.h"
 #include "common/layer_weights.h"
-#include "common/matrix.h"
 
 namespace lsk {
 

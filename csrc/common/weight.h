@@ -5,6 +5,14 @@
 
 namespace lsk {
 
+// Storage types of the CPU kernels: 16-bit floats as their bits.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
 // kRows is the int8 of a draft head, whose scales, one a row, are kept beside it.
 enum class Format : uint8_t {
   kPlain,

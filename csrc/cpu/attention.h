@@ -29,16 +29,16 @@ struct AttentionStep {
     return s.rows < kFewRows ? splits * s.batch * heads : 2 * threads * heads / s.num_kv_heads;
   }
 
-  // To out [B, M, H, C]. Of few rows this member writes those of `own`, of all B * M * H, and nobody has waited for
+  // To out [B, M, H, C]. Of few rows this worker writes those of `own`, of all B * M * H, and nobody has waited for
   // them; of many, all are there when it returns.
-  void run(const Member& member, const Range& own, T* out) const {
+  void run(const Worker& worker, const Range& own, T* out) const {
     if (rows < kFewRows) {
-      attend_splits(member);
-      member.wait();
+      attend_splits(worker);
+      worker.wait();
       combine(own.begin, own.end, out);
     } else {
-      attend_rows(member, out);
-      member.wait();
+      attend_rows(worker, out);
+      worker.wait();
     }
   }
 
@@ -50,12 +50,12 @@ struct AttentionStep {
     return (slot_of(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
   }
 
-  // This member's share of the work, where each sequence has `parts` times its positions of it: visit(sequence, range).
+  // This worker's share of the work, where each sequence has `parts` times its positions of it: visit(sequence, range).
   template <class F>
-  void share(const Member& member, int64_t parts, F visit) const {
+  void share(const Worker& worker, int64_t parts, F visit) const {
     int64_t total = 0, at = 0;
     for (int64_t sequence = 0; sequence < batch; ++sequence) total += parts * positions(sequence);
-    const Range own = member.share(total);
+    const Range own = worker.share(total);
     for (int64_t sequence = 0; sequence < batch; ++sequence) {
       visit(sequence, Range{own.begin - at, own.end - at});
       at += parts * positions(sequence);
@@ -63,8 +63,8 @@ struct AttentionStep {
   }
 
   // Splits differ in length, so members share positions: each takes the splits that start within its share.
-  void attend_splits(const Member& member) const {
-    share(member, num_kv_heads, [&](int64_t sequence, const Range& own) {
+  void attend_splits(const Worker& worker) const {
+    share(worker, num_kv_heads, [&](int64_t sequence, const Range& own) {
       const int64_t count = positions(sequence);
       for (int64_t task = 0; task < num_kv_heads * splits; ++task) {
         const int64_t kv_head = task / splits, split = task % splits, start = kv_head * count + split * kSplit;
@@ -86,9 +86,9 @@ struct AttentionStep {
   }
 
   // Many rows take all splits one after the other, or what these add up to would go through memory. Members share rows.
-  void attend_rows(const Member& member, T* out) const {
-    float* own_partial = partial + member.index * 2 * rows * ratio() * partial_pitch(head_dim);
-    share(member, num_kv_heads * rows, [&](int64_t sequence, const Range& own) {
+  void attend_rows(const Worker& worker, T* out) const {
+    float* own_partial = partial + worker.index * 2 * rows * ratio() * partial_pitch(head_dim);
+    share(worker, num_kv_heads * rows, [&](int64_t sequence, const Range& own) {
       const int64_t count = positions(sequence);
       for (int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
         const auto row = [&](int64_t place) {
@@ -143,10 +143,10 @@ struct RopeStep {
   int64_t batch, rows, num_heads, num_kv_heads, capacity, head_dim;
   float eps;
 
-  void run(const Member& member) const {
+  void run(const Worker& worker) const {
     const Kernels<T>& table = kernels<T>();
     const int64_t vectors = num_heads + 2 * num_kv_heads;
-    const Range tasks = member.share(batch * rows * vectors);
+    const Range tasks = worker.share(batch * rows * vectors);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t vector = task % vectors, row = task / vectors, sequence = row / rows;
       const int64_t position = seq_lens[sequence] + row % rows;

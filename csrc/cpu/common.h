@@ -2,13 +2,60 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
 
 #include "common/checks.h"
 #include "cpu/kernels.h"
-#include "cpu/team.h"
-#include "cpu/workspace.h"
+#include "cpu/thread_pool.h"
 
 namespace lsk {
+
+// Scratch memory of one call: carved from a buffer that the calling thread keeps, so that no step allocates.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    thread_local Buffer buffer;
+    base_ = buffer.at_least(bytes);
+  }
+
+  // Memory for `count` values, aligned to a cache line.
+  template <class T>
+  T* take(int64_t count) {
+    T* out = reinterpret_cast<T*>(base_ + used_);
+    used_ += bytes<T>(count);
+    return out;
+  }
+
+  template <class T>
+  static size_t bytes(int64_t count) {
+    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  }
+
+ private:
+  struct Buffer {
+    std::byte* memory = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(memory); }
+    std::byte* at_least(size_t wanted) {
+      if (wanted > size) {
+        std::free(memory);
+        size = (wanted + 4095) / 4096 * 4096;
+        memory = static_cast<std::byte*>(std::aligned_alloc(4096, size));
+        if (memory == nullptr) {
+          size = 0;
+          throw std::bad_alloc();
+        }
+      }
+      return memory;
+    }
+  };
+
+  std::byte* base_;
+  size_t used_ = 0;
+};
 
 constexpr int64_t kUnit = 16;  // weight rows that one thread takes at least
 
@@ -70,32 +117,32 @@ inline int64_t slot_of(const int64_t* slots, int64_t sequence) { return slots ? 
 
 constexpr int64_t kFewRows = 16;
 
-// Which of so many rows this member prepares for the step that follows, which needs all of them. Of few rows each
-// member makes its own copy, which is cheaper than to wait for the others.
-inline Range rows_of(const Member& member, int64_t rows) {
-  return rows < kFewRows ? Range{0, rows} : member.share(rows);
+// Which of so many rows this worker prepares for the step that follows, which needs all of them. Of few rows each
+// worker makes its own copy, which is cheaper than to wait for the others.
+inline Range rows_of(const Worker& worker, int64_t rows) {
+  return rows < kFewRows ? Range{0, rows} : worker.share(rows);
 }
 
 // Where they go, if a copy has so many elements.
 template <class E>
-E* copy_of(const Member& member, int64_t rows, E* memory, int64_t size) {
-  return rows < kFewRows ? memory + member.index * size : memory;
+E* copy_of(const Worker& worker, int64_t rows, E* memory, int64_t size) {
+  return rows < kFewRows ? memory + worker.index * size : memory;
 }
 
 // How many copies there are.
 inline int64_t num_copies(int64_t rows, int threads) { return rows < kFewRows ? threads : 1; }
 
-// Packs x [rows, width], of which this member's rows are there, and waits for what others pack.
+// Packs x [rows, width], of which this worker's rows are there, and waits for what others pack.
 template <class T>
-Packed pack_all(const Member& member, const T* x, const T* norm, float eps, int64_t rows, int64_t width,
-                const Weight& weight, float* memory) {
-  void* packed = copy_of(member, rows, memory, rows * padded(width));
-  const Range own = rows_of(member, rows);
-  kernels<T>().pack(x, norm, eps, own.begin, own.end, width, weight, packed);
-  if (rows >= kFewRows) member.wait();
-  return {packed, rows, width};
+TiledActivations tile_activations(const Worker& worker, const T* x, const T* norm, float eps, int64_t rows,
+                                  int64_t width, const Weight& weight, float* memory) {
+  void* tiled = copy_of(worker, rows, memory, rows * padded(width));
+  const Range own = rows_of(worker, rows);
+  kernels<T>().tile(x, norm, eps, own.begin, own.end, width, weight, tiled);
+  if (rows >= kFewRows) worker.wait();
+  return {tiled, rows, width};
 }
 
-inline int64_t packed_size(int64_t rows, int64_t width) { return rows * padded(width); }
+inline int64_t tiled_size(int64_t rows, int64_t width) { return rows * padded(width); }
 
 }  // namespace lsk

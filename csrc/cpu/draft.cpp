@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   Tensor probability = torch::stable::new_empty(token, {batch, num_speculations}, ScalarType::Float);
   if (batch == 0 || rows == 0) return {tokens, states, probability};
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
-  const Placement place(stack, batch, 1, hidden_size);
+  const CheckedShape place(stack, batch, 1, hidden_size);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, place.shape.capacity);
   std::vector<int64_t> current = first_tokens(token, batch, vocab_size), advanced(lengths, lengths + batch);

@@ -14,8 +14,8 @@ void for_each_row(const Tensor& logits, const Tensor& labels, int64_t begin, F f
   with_float_type(logits.scalar_type(), [&]<class T>(T*) {
     T* tile = data<T>(logits, "logits", {rows, tokens});
     const Kernels<T>& table = kernels<T>();
-    run_team(rows * tokens < kSmall ? 1 : num_threads(), [&](const Member& member) {
-      const Range share = member.share(rows);
+    parallel_run(rows * tokens < kSmall ? 1 : num_threads(), [&](const Worker& worker) {
+      const Range share = worker.share(rows);
       for (int64_t r = share.begin; r < share.end; ++r)
         f(table, r, LossRow<T>{tile + r * tokens, tokens, label[r] - begin});
     });

@@ -15,7 +15,7 @@ struct Buffers {
   T *hidden, *middle;  // [R, D]: before and after attention; `hidden` is the op's output
   T *q, *k, *v;        // [R, H C], [R, G C] twice
   T *attended, *activated;
-  float *packed, *partial;
+  float *tiled, *partial;
 };
 
 template <class T>
@@ -53,11 +53,11 @@ class Forward {
     const int64_t splits = AttentionStep<T>::count_splits(seq_lens_, s_.batch, s_.rows);
     const int64_t partial = AttentionStep<T>::partial_size(s_, splits, threads);
     const int64_t widest = std::max({s_.hidden_size, s_.queries(), s_.intermediate_size});
-    const int64_t copies = num_copies(tokens, threads), packed = copies * packed_size(tokens, widest);
+    const int64_t copies = num_copies(tokens, threads), tiled = copies * tiled_size(tokens, widest);
     const auto bytes = [](int64_t count) { return Workspace::bytes<T>(count); };
     Workspace workspace(2 * bytes(tokens * s_.queries()) + 2 * bytes(tokens * s_.keys()) +
                         bytes(tokens * s_.hidden_size) + bytes(copies * tokens * s_.queries()) +
-                        bytes(tokens * s_.intermediate_size) + Workspace::bytes<float>(packed) +
+                        bytes(tokens * s_.intermediate_size) + Workspace::bytes<float>(tiled) +
                         Workspace::bytes<float>(partial));
     b_.hidden = hidden;
     b_.middle = workspace.take<T>(tokens * s_.hidden_size);
@@ -66,71 +66,72 @@ class Forward {
     b_.v = workspace.take<T>(tokens * s_.keys());
     b_.attended = workspace.take<T>(copies * tokens * s_.queries());
     b_.activated = workspace.take<T>(tokens * s_.intermediate_size);
-    b_.packed = workspace.take<float>(packed);
+    b_.tiled = workspace.take<float>(tiled);
     b_.partial = workspace.take<float>(partial);
-    run_team(threads, [&](const Member& member) {
+    parallel_run(threads, [&](const Worker& worker) {
       for (const Layer<T>& layer : layers) {
         // Nobody writes `hidden` before all have waited for the end of this layer's attention.
-        if (num_blocks > 0 && member.index == 0 && &layer == &*(layers.end() - num_blocks))
+        if (num_blocks > 0 && worker.index == 0 && &layer == &*(layers.end() - num_blocks))
           std::memcpy(before_blocks, hidden, tokens * s_.hidden_size * sizeof(T));
-        attention(member, layer, splits);
-        mlp(member, layer, &layer == &layers.back() ? nullptr : &layer + 1);
+        attention(worker, layer, splits);
+        mlp(worker, layer, &layer == &layers.back() ? nullptr : &layer + 1);
       }
     });
   }
 
  private:
-  Packed pack(const Member& member, const T* x, const T* norm, int64_t hidden_size, const Weight& weight) const {
-    return pack_all(member, x, norm, eps_, s_.tokens(), hidden_size, weight, b_.packed);
+  TiledActivations tile(const Worker& worker, const T* x, const T* norm, int64_t hidden_size,
+                        const Weight& weight) const {
+    return tile_activations(worker, x, norm, eps_, s_.tokens(), hidden_size, weight, b_.tiled);
   }
 
-  // Where this member's share of a matrix starts: what the step before it fetches ahead.
-  static const void* first(const Member& member, const Weight& weight, int64_t d_out) {
-    return weight.row(member.share(d_out, kUnit).begin);
+  // Where this worker's share of a matrix starts: what the step before it fetches ahead.
+  static const void* first(const Worker& worker, const Weight& weight, int64_t d_out) {
+    return weight.row(worker.share(d_out, kUnit).begin);
   }
 
-  static void linear(const Member& member, const LinearArgs<T>& args) {
-    const Range share = member.share(args.d_out, kUnit);
+  static void linear(const Worker& worker, const LinearArgs<T>& args) {
+    const Range share = worker.share(args.d_out, kUnit);
     kernels<T>().linear(args, share.begin, share.end);
   }
 
-  void attention(const Member& member, const Layer<T>& layer, int64_t splits) const {
-    const Packed normed = pack(member, b_.hidden, layer.attn_norm, s_.hidden_size, layer.q);
-    const void* k = first(member, layer.k, s_.keys());
-    const void* v = first(member, layer.v, s_.keys());
-    const void* o = first(member, layer.o, s_.hidden_size);
-    const void* gate = first(member, layer.gate, s_.intermediate_size);
-    linear(member, {normed, layer.q, layer.q_bias, nullptr, b_.q, s_.queries(), k});
-    linear(member, {normed, layer.k, layer.k_bias, nullptr, b_.k, s_.keys(), v});
-    linear(member, {normed, layer.v, layer.v_bias, nullptr, b_.v, s_.keys(), o});
-    member.wait();
+  void attention(const Worker& worker, const Layer<T>& layer, int64_t splits) const {
+    const TiledActivations normed = tile(worker, b_.hidden, layer.attn_norm, s_.hidden_size, layer.q);
+    const void* k = first(worker, layer.k, s_.keys());
+    const void* v = first(worker, layer.v, s_.keys());
+    const void* o = first(worker, layer.o, s_.hidden_size);
+    const void* gate = first(worker, layer.gate, s_.intermediate_size);
+    linear(worker, {normed, layer.q, layer.q_bias, nullptr, b_.q, s_.queries(), k});
+    linear(worker, {normed, layer.k, layer.k_bias, nullptr, b_.k, s_.keys(), v});
+    linear(worker, {normed, layer.v, layer.v_bias, nullptr, b_.v, s_.keys(), o});
+    worker.wait();
     const RopeStep<T> rope{b_.q,     b_.k,    b_.v,          layer.q_norm,    layer.k_norm, cos_,
                            sin_,     b_.q,    layer.k_cache, layer.v_cache,   seq_lens_,    slots_,
                            s_.batch, s_.rows, s_.num_heads,  s_.num_kv_heads, s_.capacity,  s_.head_dim,
                            eps_};
-    rope.run(member);
-    member.wait();
+    rope.run(worker);
+    worker.wait();
     const AttentionStep<T> step{b_.q,         layer.k_cache,   layer.v_cache, seq_lens_,   slots_, s_.batch,  s_.rows,
                                 s_.num_heads, s_.num_kv_heads, s_.capacity,   s_.head_dim, splits, b_.partial};
-    T* attended = copy_of(member, s_.tokens(), b_.attended, s_.tokens() * s_.queries());
-    const Range own = rows_of(member, s_.tokens());
-    step.run(member, {own.begin * s_.num_heads, own.end * s_.num_heads}, attended);
-    const Packed packed = pack(member, attended, nullptr, s_.queries(), layer.o);
-    linear(member, {packed, layer.o, nullptr, b_.hidden, b_.middle, s_.hidden_size, gate});
-    member.wait();
+    T* attended = copy_of(worker, s_.tokens(), b_.attended, s_.tokens() * s_.queries());
+    const Range own = rows_of(worker, s_.tokens());
+    step.run(worker, {own.begin * s_.num_heads, own.end * s_.num_heads}, attended);
+    const TiledActivations tiled = tile(worker, attended, nullptr, s_.queries(), layer.o);
+    linear(worker, {tiled, layer.o, nullptr, b_.hidden, b_.middle, s_.hidden_size, gate});
+    worker.wait();
   }
 
-  void mlp(const Member& member, const Layer<T>& layer, const Layer<T>* following) const {
-    const Range share = member.share(s_.intermediate_size, kUnit);
-    const Packed normed = pack(member, b_.middle, layer.mlp_norm, s_.hidden_size, layer.gate);
-    const void* down = first(member, layer.down, s_.hidden_size);
-    const void* q = following ? first(member, following->q, s_.queries()) : nullptr;
+  void mlp(const Worker& worker, const Layer<T>& layer, const Layer<T>* following) const {
+    const Range share = worker.share(s_.intermediate_size, kUnit);
+    const TiledActivations normed = tile(worker, b_.middle, layer.mlp_norm, s_.hidden_size, layer.gate);
+    const void* down = first(worker, layer.down, s_.hidden_size);
+    const void* q = following ? first(worker, following->q, s_.queries()) : nullptr;
     kernels<T>().swiglu({normed, layer.gate, layer.up, b_.activated, s_.intermediate_size, down}, share.begin,
                         share.end);
-    member.wait();
-    const Packed packed = pack(member, b_.activated, nullptr, s_.intermediate_size, layer.down);
-    linear(member, {packed, layer.down, nullptr, b_.middle, b_.hidden, s_.hidden_size, q});
-    member.wait();
+    worker.wait();
+    const TiledActivations tiled = tile(worker, b_.activated, nullptr, s_.intermediate_size, layer.down);
+    linear(worker, {tiled, layer.down, nullptr, b_.middle, b_.hidden, s_.hidden_size, q});
+    worker.wait();
   }
 
   const ForwardShape s_;
@@ -141,11 +142,11 @@ class Forward {
 };
 
 // The sizes of a forward and its slots, [B] or null, checked.
-struct Placement {
+struct CheckedShape {
   ForwardShape shape;
   const int64_t* slots;
 
-  Placement(const LayerStack& stack, int64_t batch, int64_t rows, int64_t hidden_size)
+  CheckedShape(const LayerStack& stack, int64_t batch, int64_t rows, int64_t hidden_size)
       : shape(stack.shape(batch, rows, hidden_size)), slots(data<int64_t>(stack.slots, "slots", {batch})) {
     check_slots(slots, batch, shape.num_slots);
   }

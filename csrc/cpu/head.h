@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/matrix.h"
+#include "common/checks.h"
 #include "cpu/common.h"
 
 namespace lsk {
@@ -111,17 +111,17 @@ class ExitHead {
   void run(const T* hidden, int64_t rows, HeadOutputs out, HeadOptions options = {}) const {
     options.token_map = map_;
     const HeadOptions* more = options.temperature || options.logits ? &options : nullptr;
-    Workspace workspace(Workspace::bytes<float>(packed_size(rows, width_)) +
+    Workspace workspace(Workspace::bytes<float>(tiled_size(rows, width_)) +
                         Workspace::bytes<HeadPartial>(tiles_.count * rows));
-    float* memory = workspace.take<float>(packed_size(rows, width_));
+    float* memory = workspace.take<float>(tiled_size(rows, width_));
     HeadPartial* partials = workspace.take<HeadPartial>(tiles_.count * rows);
     const Kernels<T>& table = kernels<T>();
-    const Packed packed{memory, rows, width_};
-    table.pack(hidden, norm_, eps_, 0, rows, width_, weight_, memory);
-    run_team(num_threads(), [&](const Member& member) {
-      const Range share = member.share(tiles_.count);
+    const TiledActivations tiled{memory, rows, width_};
+    table.tile(hidden, norm_, eps_, 0, rows, width_, weight_, memory);
+    parallel_run(num_threads(), [&](const Worker& worker) {
+      const Range share = worker.share(tiles_.count);
       for (int64_t t = share.begin; t < share.end; ++t)
-        table.head({packed, weight_, scale_, more}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
+        table.head({tiled, weight_, scale_, more}, tiles_.begin(t), tiles_.end(t), partials + t * rows);
     });
     combine(partials, tiles_.count, rows, options, out);
   }

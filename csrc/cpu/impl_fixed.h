@@ -1,6 +1,5 @@
 // Dot products of packed integer weights with bf16 activations, which are turned into 16-bit integers with a scale a
-// row. Included inside the namespace of the instruction set, whose registers of them are in the file LSK_FIXED.
-#include LSK_FIXED
+// row. Included inside the namespace of the instruction set.
 
 // Products of two integers are added up exactly within a group, then converted and scaled: two instructions for a
 // register of weights where fp32 takes four. An activation loses about 2^-16 of the row's largest, a bf16 has lost
@@ -12,7 +11,7 @@ using FixedRow = IntegerRow<int16_t, float>;  // of a block's sum 1/kSumLanes
 constexpr float kSumLanes = sizeof(Floats) / sizeof(float);  // of a row's sum; each adds its part of the least values
 
 // A zero-padded row of fp32 in the form above, in place of itself. NaN and infinity make the scale NaN.
-inline void fix_row(float* row, int64_t padded_width) {
+inline void quantize_row(float* row, int64_t padded_width) {
   const IntegerScale own(row, padded_width, 32767.0f);
   float* sums = row + padded_width / 2;
   int16_t* out = reinterpret_cast<int16_t*>(row);
@@ -79,7 +78,7 @@ inline void fixed_quad(const uint8_t* const rows[kQuad], const float* x, int64_t
 
 constexpr int64_t kNearBytes = 24576;  // of activations, which stay in the nearest cache beside a stream of weights
 
-// As wide_tile, of rows that fix_row has made. Four rows of weights side by side hide each other's latency; where
+// As wide_tile, of rows that quantize_row has made. Four rows of weights side by side hide each other's latency; where
 // activation rows do that, one streams best, unless the activations come from a farther cache.
 template <class G>
 inline void fixed_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,

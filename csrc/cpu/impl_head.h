@@ -35,15 +35,15 @@ inline void draw(const float* logits, int64_t count, int64_t row, const int64_t*
 }
 
 // The options of one row beyond the maximum and the sum of its logits: where they are written, how one is drawn.
-inline void fold_asked(const HeadOptions& options, float* logits, int64_t count, int64_t row, int64_t r,
-                       HeadPartial& partial) {
+inline void fold_with_options(const HeadOptions& options, float* logits, int64_t count, int64_t row, int64_t r,
+                              HeadPartial& partial) {
   if (options.logits) __builtin_memcpy(options.logits + r * options.pitch + row, logits, count * sizeof(float));
   const float temperature = options.temperature ? options.temperature[r] : 0.0f;
   if (temperature > 0)
     for (int64_t i = 0; i < count; i += 16) store(logits + i, load(logits + i) / splat(temperature), 16);
   fold_logits(logits, count, row, partial);
   if (temperature > 0)
-    draw(logits, count, row, options.token_map, {options.seed[r], options.offset[r], kDraw}, partial);
+    draw(logits, count, row, options.token_map, {options.seed[r], options.offset[r], kDraft}, partial);
 }
 
 // partial[r] for the packed row r, over the vocabulary rows [begin, end).
@@ -59,10 +59,51 @@ void head(const HeadArgs& a, int64_t begin, int64_t end, HeadPartial* partial) {
       if (a.scale)
         for (int64_t i = 0; i < count; ++i) logits[i] *= a.scale[n + i];
       if (a.options) {
-        fold_asked(*a.options, logits, count, n, m + r, partial[m + r]);
+        fold_with_options(*a.options, logits, count, n, m + r, partial[m + r]);
       } else {
         fold_logits(logits, count, n, partial[m + r]);
       }
     }
   });
+}
+
+// Maximum, its row and the sum of exponentials of logits / divisor over [begin, end).
+inline void softmax_part(const float* logits, float divisor, int64_t begin, int64_t end, HeadPartial* out) {
+  alignas(64) float tile[kTile];
+  *out = {-__builtin_inff(), 0.0f, begin, {}, 0.0f};
+  for (int64_t n = begin; n < end; n += kTile) {
+    const int64_t count = smaller(kTile, end - n);
+    for (int64_t i = 0; i < count; i += 16)
+      store(tile + i, load(logits + n + i, smaller(16, count - i)) / splat(divisor), 16);
+    fold_logits(tile, count, n, *out);
+  }
+}
+
+// exp(logits / divisor - logsumexp), 0 where `exp` would give its least number.
+inline F16 probabilities(F16 logits, float divisor, float logsumexp) {
+  const F16 x = logits / splat(divisor) - splat(logsumexp);
+  return less(x, splat(-87.0f), splat(0), exp(x));
+}
+
+inline void softmax(const float* logits, float divisor, float logsumexp, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t n = smaller(16, count - i);
+    store(out + i, probabilities(load(logits + i, n), divisor, logsumexp), n);
+  }
+}
+
+// The arg-max over [begin, end) of noise + log max(p - q, 0), or of noise + logits / T where there is no q.
+inline void sample_part(const SampleArgs& a, int64_t begin, int64_t end, ScoredRow* out) {
+  *out = {-__builtin_inff(), begin};
+  for (int64_t v = begin; v < end; v += 16) {
+    const int64_t n = smaller(16, end - v);
+    const F16 noise = gumbel(tokens_of(v, n, nullptr), a.noise), logits = load(a.logits + v, n);
+    F16 scores = logits / splat(a.temperature);
+    if (a.q) {
+      const F16 rest = probabilities(logits, a.temperature, a.logsumexp) - load(a.q + v, n);
+      const F16 least = splat(0x1p-126f);
+      scores = less(rest, least, splat(-__builtin_inff()), log(max(least, rest)));
+    }
+    keep_best(scores + noise, n, v, *out);
+  }
 }

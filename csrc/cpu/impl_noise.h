@@ -66,7 +66,7 @@ inline U16 tokens_of(int64_t row, int64_t n, const int64_t* token_map) {
 }
 
 // Where the best score so far is beaten, it and its row are replaced; ties stay with the lower row.
-inline void keep_best(F16 scores, int64_t n, int64_t row, Pick& pick) {
+inline void keep_best(F16 scores, int64_t n, int64_t row, ScoredRow& pick) {
   alignas(64) float lane[16];
   if (n < 16) {
     store(lane, scores, 16);

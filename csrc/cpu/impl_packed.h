@@ -126,13 +126,13 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls f(Count) with how many of `count` rows are to be taken at once, at most kMost.
-template <int kMost, class F>
+// Calls f(Count) with how many of `count` rows are to be taken at once, at most kMax.
+template <int kMax, class F>
 inline void with_count(int64_t count, F f) {
-  if constexpr (kMost > 1) {
-    if (count < kMost) return with_count<kMost - 1>(count, f);
+  if constexpr (kMax > 1) {
+    if (count < kMax) return with_count<kMax - 1>(count, f);
   }
-  f(Count<kMost>{});
+  f(Count<kMax>{});
 }
 
 // tile[m * kTile + i] = weight[n + i] · x[m] for up to kTile weight rows.
@@ -151,12 +151,12 @@ inline void wide_tile(const Weight& weight, int64_t n, int64_t count, const floa
   });
 }
 
-#ifdef LSK_FIXED
+#ifdef LSK_INT16
 // What makes integers of at most `most` of a row of fp32, and these numbers again. NaN and infinity make it NaN.
 struct IntegerScale {
   float scale, inverse;
 
-  IntegerScale(const float* row, int64_t padded_width, float most) {
+  IntegerScale(const float* row, int64_t padded_width, float max_integer) {
     constexpr float kLeast = 1e-34f;  // the inverse of what is less would overflow; such a row is zero
     F16 largest = splat(0), broken = splat(0);
     for (int64_t i = 0; i < padded_width; i += 16) {
@@ -165,8 +165,8 @@ struct IntegerScale {
       broken = fma(x, splat(0), broken);
     }
     const float found = lane_max(largest);
-    inverse = found > kLeast ? most / found : 0.0f;
-    scale = (found > kLeast ? found / most : 0.0f) + total(broken);
+    inverse = found > kLeast ? max_integer / found : 0.0f;
+    scale = (found > kLeast ? found / max_integer : 0.0f) + total(broken);
   }
 };
 
@@ -192,46 +192,46 @@ struct IntegerRow {
 
 // Whether activations in T may become 16-bit integers, for rows and for panels. fp32 and fp16 would lose by it.
 template <class T>
-constexpr bool kFixes = false;
+constexpr bool kUsesInt16 = false;
 template <class T>
-constexpr bool kSplits = false;
-#ifdef LSK_FIXED
+constexpr bool kUsesPanels = false;
+#ifdef LSK_INT16
 template <>
-constexpr bool kFixes<bf16> = true;
+constexpr bool kUsesInt16<bf16> = true;
 #endif
 #ifdef LSK_PANELS
 template <>
-constexpr bool kSplits<bf16> = true;
+constexpr bool kUsesPanels<bf16> = true;
 #endif
 
 // Whether they do for a weight; only rows of a draft head come in any width.
 template <class T>
-inline bool fixes(const Weight& weight, int64_t width) {
-  return kFixes<T> && !weight.panels && is_integer(weight.format) && width > 0 && width % kBlock == 0;
+inline bool uses_int16(const Weight& weight, int64_t width) {
+  return kUsesInt16<T> && !weight.panels && is_integer(weight.format) && width > 0 && width % kBlock == 0;
 }
 template <class T>
-inline bool splits(const Weight& weight) {
-  return kSplits<T> && weight.panels;
+inline bool uses_panels(const Weight& weight) {
+  return kUsesPanels<T> && weight.panels;
 }
 
 // Rows [begin, end) of activations [rows, width] for such weights; with a norm weight, rms_norm (rounded to T) first.
 template <class T>
-void pack(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
-          void* packed) {
+void tile(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
+          void* tiled) {
   const int64_t stride = padded(width);
   for (int64_t r = begin; r < end; ++r) {
     if (weight.format == Format::kPlain) {
       using X = typename Dot<T>::X;
-      pack_row(x + r * width, norm, eps, width, static_cast<X*>(packed) + r * stride);
+      tile_row(x + r * width, norm, eps, width, static_cast<X*>(tiled) + r * stride);
       continue;
     }
-    float* row = static_cast<float*>(packed) + r * stride;
-    pack_row(x + r * width, norm, eps, width, row);
-#ifdef LSK_FIXED
-    if (fixes<T>(weight, width)) fix_row(row, stride);
+    float* row = static_cast<float*>(tiled) + r * stride;
+    tile_row(x + r * width, norm, eps, width, row);
+#ifdef LSK_INT16
+    if (uses_int16<T>(weight, width)) quantize_row(row, stride);
 #endif
 #ifdef LSK_PANELS
-    if (splits<T>(weight)) split_row(row, stride);
+    if (uses_panels<T>(weight)) quantize_row_halves(row, stride);
 #endif
   }
 }
@@ -239,8 +239,8 @@ void pack(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int6
 // tile[m * kTile + i] = weight[n + i] · x[m] for up to kTile weight rows and up to kMaxRows activation rows, the first
 // of which is row `first` of what `pack` made. What is read after this tile starts at `next`.
 template <class T>
-inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const Packed& x, int64_t first, int64_t rows,
-                          const void* next, float* tile) {
+inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const TiledActivations& x, int64_t first,
+                          int64_t rows, const void* next, float* tile) {
   const int64_t stride = padded(x.width);
   if (weight.format == Format::kPlain) {
     const auto* own = static_cast<const typename Dot<T>::X*>(x.data) + first * stride;
@@ -249,17 +249,19 @@ inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const 
   }
   const float* own = static_cast<const float*>(x.data) + first * stride;
 #ifdef LSK_PANELS
-  if (splits<T>(weight))
+  if (uses_panels<T>(weight))
     return with_group(weight.format, [&](auto group) {
       using G = decltype(group);
-      if constexpr (kSplits<T> && !G::kIsFloat) panel_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
+      if constexpr (kUsesPanels<T> && !G::kIsFloat)
+        panel_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
     });
 #endif
-#ifdef LSK_FIXED
-  if (fixes<T>(weight, x.width))
+#ifdef LSK_INT16
+  if (uses_int16<T>(weight, x.width))
     return with_group(weight.format, [&](auto group) {
       using G = decltype(group);
-      if constexpr (kFixes<T> && !G::kIsFloat) fixed_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
+      if constexpr (kUsesInt16<T> && !G::kIsFloat)
+        fixed_tile<G>(weight, n, count, own, stride, rows, x.width, next, tile);
     });
 #endif
   if (weight.format == Format::kRows) {

@@ -57,7 +57,7 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t width, T* out) {
 
 // One row to X, zero-padded, rounded to T on the way where a norm changes it.
 template <class T, class X>
-void pack_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
+void tile_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
   if constexpr (__is_same(T, X)) {
     if (!norm) {
       __builtin_memcpy(out, x, width * sizeof(T));
@@ -83,7 +83,7 @@ void pack_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
 
 // Runs body(first weight row, rows of the tile, first activation row, its count).
 template <class F>
-inline void for_each_tile(const Packed& x, int64_t begin, int64_t end, F body) {
+inline void for_each_tile(const TiledActivations& x, int64_t begin, int64_t end, F body) {
   for (int64_t n = begin; n < end; n += kTile)
     for (int64_t m = 0; m < x.rows; m += kMaxRows) body(n, smaller(kTile, end - n), m, smaller(kMaxRows, x.rows - m));
 }

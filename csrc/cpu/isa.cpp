@@ -13,7 +13,6 @@
 #endif
 
 #include "cpu/kernels.h"
-#include "cpu/target.h"
 
 namespace lsk {
 

@@ -3,8 +3,12 @@
 
 #include <cstdint>
 
-#include "common/types.h"
 #include "common/weight.h"
+
+// Clang before 16 has bfdot only in files that are compiled for it as a whole.
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define LSK_NEON_BF16
+#endif
 
 namespace lsk {
 
@@ -24,14 +28,14 @@ inline int64_t partial_pitch(int64_t head_dim) { return kPartialHead + padded(he
 
 // Activations of a matmul, [rows, width], in the form that the instruction set multiplies with a weight of the format
 // that they were packed for: bf16, fp32, or 16-bit integers; padded.
-struct Packed {
+struct TiledActivations {
   const void* data;
   int64_t rows, width;
 };
 
 template <class T>
 struct LinearArgs {
-  Packed x;
+  TiledActivations x;
   Weight weight;      // [d_out, d_in]
   const T* bias;      // [d_out] or null
   const T* residual;  // [rows, d_out] or null
@@ -42,7 +46,7 @@ struct LinearArgs {
 
 template <class T>
 struct SwigluArgs {
-  Packed x;
+  TiledActivations x;
   Weight gate, up;  // [d_out, d_in]
   T* out;           // [rows, d_out]
   int64_t d_out;
@@ -50,7 +54,7 @@ struct SwigluArgs {
 };
 
 // Streams of the noise.
-constexpr uint32_t kDraw = 0, kAccept = 1, kResidual = 2;
+constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2;
 
 // What names a row's noise; see layerskip_kernels/_noise.py.
 struct NoiseKey {
@@ -59,7 +63,7 @@ struct NoiseKey {
 };
 
 // The best of noisy scores, and its row.
-struct Pick {
+struct ScoredRow {
   float score;
   int64_t row;
 };
@@ -69,7 +73,7 @@ struct HeadPartial {
   float max;
   float sum;
   int64_t row;
-  Pick pick;
+  ScoredRow pick;
   float logit;
 };
 
@@ -82,7 +86,7 @@ struct HeadOptions {
   int64_t pitch = 0;
 };
 
-struct PickArgs {
+struct SampleArgs {
   const float* logits;  // [V]
   float temperature, logsumexp;
   const float* q;  // [V] or null
@@ -90,7 +94,7 @@ struct PickArgs {
 };
 
 struct HeadArgs {
-  Packed x;
+  TiledActivations x;
   Weight weight;               // [V, width]
   const float* scale;          // [V] or null
   const HeadOptions* options;  // or null
@@ -133,8 +137,8 @@ template <class T>
 struct Kernels {
   // Rows [begin, end) of x [rows, width] -> packed, for such weights; with a norm weight, rms_norm (rounded to T)
   // first.
-  void (*pack)(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
-               void* packed);
+  void (*tile)(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
+               void* tiled);
   void (*expand_row)(const Weight& weight, int64_t row, int64_t width, T* out);  // of a packed weight
   void (*rms_norm)(const T* x, const T* weight, float eps, int64_t width, T* out);
   void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
@@ -149,7 +153,7 @@ struct Kernels {
   // Of one row of fp32 logits, whatever T is.
   void (*softmax_part)(const float* logits, float divisor, int64_t begin, int64_t end, HeadPartial* out);
   void (*softmax)(const float* logits, float divisor, float logsumexp, int64_t count, float* out);
-  void (*pick_part)(const PickArgs&, int64_t begin, int64_t end, Pick* out);
+  void (*sample_part)(const SampleArgs&, int64_t begin, int64_t end, ScoredRow* out);
   float (*uniform)(const NoiseKey&);  // of token 0
   void (*loss_terms)(const LossRow<T>&, float slack, const LossSums&);
   void (*loss_slopes)(const LossRow<T>&, float logsumexp, float scale);

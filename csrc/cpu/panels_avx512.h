@@ -13,7 +13,7 @@ constexpr int kBlockWords = kBlock / 4;  // of four activations
 using SplitRow = IntegerRow<uint8_t, int32_t>;  // of a block the high bytes, then the low ones
 
 // A zero-padded row of fp32 in the form above, in place of itself. NaN and infinity make the scale NaN.
-inline void split_row(float* row, int64_t padded_width) {
+inline void quantize_row_halves(float* row, int64_t padded_width) {
   const IntegerScale own(row, padded_width, 127 * 256 + 127);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(row);
   for (int64_t k = 0; k < padded_width; k += kBlock) {
@@ -113,7 +113,7 @@ inline void multiply_panel(const uint8_t* panel, const SplitRow x[MR], int64_t g
   for (int m = 0; m < MR; ++m) _mm512_store_ps(out + m * kTile, _mm512_mul_ps(sums[m], _mm512_set1_ps(x[m].scale)));
 }
 
-// As wide_tile, of panels, the first of which begins at row n, and of rows that split_row has made.
+// As wide_tile, of panels, the first of which begins at row n, and of rows that quantize_row_halves has made.
 template <class G>
 inline void panel_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,
                        int64_t width, const void* next, float* tile) {

@@ -13,7 +13,7 @@ Tensor partial_forward(const Tensor& hidden_in, const std::vector<Tensor>& weigh
               k_cache.size(0));
   if (start == end || hidden.numel() == 0) return hidden;
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, start, end, eps};
-  const Placement place(stack, hidden.size(0), hidden.size(1), hidden.size(2));
+  const CheckedShape place(stack, hidden.size(0), hidden.size(1), hidden.size(2));
   with_float_type(hidden.scalar_type(), [&]<class T>(T*) {
     Forward<T>(place.shape, cos, sin, eps)
         .run(layers_of<T>(stack, place.shape), data<int64_t>(seq_lens, "seq_lens", {place.shape.batch}), place.slots,

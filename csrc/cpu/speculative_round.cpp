@@ -11,8 +11,8 @@ using torch::stable::narrow;
 using torch::stable::new_empty;
 using torch::stable::reshape;
 
-// The most drafts that a sequence has before the first entry that was not drafted: what verification needs rows for.
-int64_t longest(const Tensor& tokens) {
+// The most drafts that a sequence has before the first entry that was not num_drafts: what verification needs rows for.
+int64_t longest_draft(const Tensor& tokens) {
   const int64_t batch = tokens.size(0), num_speculations = tokens.size(1);
   const int64_t* all = data<int64_t>(tokens, "tokens", {batch, num_speculations});
   int64_t out = 0;
@@ -47,18 +47,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
       draft(token, embedding, parts.drafting, k_cache, v_cache, cos, sin, seq_lens, exit_layer, draft_norm, draft_head,
             eps, num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
             draft_logits, num_blocks);
-  const int64_t drafted = longest(tokens), rows = batch * (drafted + 1);
-  const Tensor hidden = partial_forward(narrow(states, 1, 0, drafted + 1), parts.deep, k_cache, v_cache, cos, sin,
+  const int64_t num_drafts = longest_draft(tokens), rows = batch * (num_drafts + 1);
+  const Tensor hidden = partial_forward(narrow(states, 1, 0, num_drafts + 1), parts.deep, k_cache, v_cache, cos, sin,
                                         seq_lens, exit_layer, parts.num_layers, eps, slots);
   if (samples) target_logits = new_empty(token, {rows, vocab_size}, ScalarType::Float);
   const Tensor target = std::get<0>(exit_head(reshape(hidden, {rows, hidden.size(2)}), norm_weight, head_weight, eps,
                                               {}, {}, {}, {}, {}, target_logits));
-  const Tensor proposed = narrow(tokens, 1, 0, drafted);
+  const Tensor proposed = narrow(tokens, 1, 0, num_drafts);
   const auto [accepted, next_token] = samples
-                                          ? accept_sampled(proposed, narrow(*draft_logits, 1, 0, drafted),
-                                                           reshape(*target_logits, {batch, drafted + 1, vocab_size}),
+                                          ? accept_sampled(proposed, narrow(*draft_logits, 1, 0, num_drafts),
+                                                           reshape(*target_logits, {batch, num_drafts + 1, vocab_size}),
                                                            seq_lens, *temperature, *seed, draft_token_map)
-                                          : accept_greedy(proposed, reshape(target, {batch, drafted + 1}), seq_lens);
+                                          : accept_greedy(proposed, reshape(target, {batch, num_drafts + 1}), seq_lens);
   return {tokens, accepted, next_token, probability};
 }
 

@@ -68,7 +68,7 @@ std::vector<float> fingerprint(const char* name) {
   set_isa(name);
   const Weights w = plain_weights<bf16>(random, 40, 1000);
   const std::vector<bf16> x = random.numbers<bf16>(8 * 1000);
-  const std::vector<float> memory = pack(x.data(), 8, 1000, Format::kPlain);
+  const std::vector<float> memory = tile(x.data(), 8, 1000, Format::kPlain);
   HeadPartial out[8];
   kernels<bf16>().head({{memory.data(), 8, 1000}, w.weight, nullptr, nullptr}, 0, 40, out);
   std::vector<float> sums;

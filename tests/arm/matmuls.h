@@ -99,9 +99,9 @@ std::vector<double> wide(const std::vector<T>& from) {
 }
 
 template <class T>
-std::vector<float> pack(const T* x, int64_t rows, int64_t width, Format format) {
+std::vector<float> tile(const T* x, int64_t rows, int64_t width, Format format) {
   std::vector<float> memory(rows * padded(width));
-  kernels<T>().pack(x, nullptr, 0, 0, rows, width, {nullptr, 0, format}, memory.data());
+  kernels<T>().tile(x, nullptr, 0, 0, rows, width, {nullptr, 0, format}, memory.data());
   return memory;
 }
 
@@ -124,7 +124,7 @@ struct Matmuls {
     const std::vector<T> residual = random.numbers<T>(rows * d_out);
     const Weights w = weights();
     const auto run = [&](const T* from, const T* res, int64_t count, T* out) {
-      const std::vector<float> memory = pack(from, count, d_in, format);
+      const std::vector<float> memory = tile(from, count, d_in, format);
       const int64_t half = d_out / 2 / 16 * 16;
       const LinearArgs<T> args = {{memory.data(), count, d_in}, w.weight, bias.data(), res, out, d_out, memory.data()};
       kernels<T>().linear(args, 0, half);
@@ -149,7 +149,7 @@ struct Matmuls {
     const std::vector<T> x = random.numbers<T>(rows * d_in);
     const Weights gate = weights(), up = weights();
     const auto run = [&](const T* from, int64_t count, T* out) {
-      const std::vector<float> memory = pack(from, count, d_in, format);
+      const std::vector<float> memory = tile(from, count, d_in, format);
       kernels<T>().swiglu({{memory.data(), count, d_in}, gate.weight, up.weight, out, d_out, memory.data()}, 0, d_out);
     };
     std::vector<T> out(rows * d_out), alone(d_out);
@@ -174,7 +174,7 @@ struct Matmuls {
     const std::vector<T> x = random.numbers<T>(rows * d_in);
     const Weights w = weights();
     const auto run = [&](const T* from, int64_t count, HeadPartial* out) {
-      const std::vector<float> memory = pack(from, count, d_in, format);
+      const std::vector<float> memory = tile(from, count, d_in, format);
       kernels<T>().head({{memory.data(), count, d_in}, w.weight, nullptr, nullptr}, 0, d_out, out);
     };
     std::vector<HeadPartial> out(rows);
@@ -208,7 +208,7 @@ double sum_of(double a, double b) {
   set(one, 1);
   set(weight, a);
   set(bias, b);
-  const std::vector<float> memory = pack(&one, 1, 1, Format::kPlain);
+  const std::vector<float> memory = tile(&one, 1, 1, Format::kPlain);
   const Weight row = {reinterpret_cast<const uint8_t*>(&weight), sizeof(T), Format::kPlain};
   kernels<T>().linear({{memory.data(), 1, 1}, row, &bias, nullptr, &out, 1, memory.data()}, 0, 1);
   return value(out);
@@ -227,7 +227,7 @@ void check_rounding(Checks& checks) {
   for (T& one : x) set(one, 1);
   for (T& one : w) set(one, 1);
   set(w[33 * 20 + 19], nan);
-  const std::vector<float> memory = pack(x.data(), 1, 20, Format::kPlain);
+  const std::vector<float> memory = tile(x.data(), 1, 20, Format::kPlain);
   const Weight rows = {reinterpret_cast<const uint8_t*>(w.data()), 20 * sizeof(T), Format::kPlain};
   HeadPartial out;
   kernels<T>().head({{memory.data(), 1, 20}, rows, nullptr, nullptr}, 0, 40, &out);

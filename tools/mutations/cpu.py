@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutation import KERNELS, Mutation
 
-TEAM, DRAFT, ROUND = (f"{KERNELS}test_{name}.py" for name in ("team", "draft", "speculative_round"))
+THREADS, DRAFT, ROUND = (f"{KERNELS}test_{name}.py" for name in ("thread_pool", "draft", "speculative_round"))
 
 BUGS = [
     Mutation(
@@ -73,7 +73,7 @@ BUGS = [
         KERNELS + "test_exit_head.py -k ties",
     ),
     Mutation(
-        "a draft that was not made is accepted", "csrc/cpu/accept_greedy.cpp",
+        "a draft that was not made is accepted", "csrc/cpu/accept.cpp",
         "own[count] >= 0 && ", "", KERNELS + "test_accept_greedy.py",
     ),
     Mutation(
@@ -82,37 +82,41 @@ BUGS = [
         KERNELS + "test_verify_attention.py -k depend_on_each_other",
     ),
     Mutation(
-        "who waits spins for ever", "csrc/cpu/team.h", "kPatience{100}", "kPatience{100000000}", TEAM + " -k patience",
-    ),
-    Mutation("who waits sleeps at once", "csrc/cpu/team.h", "if (spin(phase)) return;", "", TEAM + " -k patience"),
-    Mutation(
-        "no team is ever smaller", "csrc/cpu/team.h", "3 * slept > (members", "3 * slept > 1000 * (members",
-        TEAM + " -k smaller",
+        "a waiting worker spins forever", "csrc/cpu/thread_pool.h", "kSpinLimit{100}", "kSpinLimit{100000000}",
+        THREADS + " -k spin_limit",
     ),
     Mutation(
-        "every team is followed by a smaller one", "csrc/cpu/team.h", "3 * slept > (members - 1) * elapsed", "true",
-        TEAM + " -k smaller",
+        "a waiting worker sleeps at once", "csrc/cpu/thread_pool.h", "if (spin(phase)) return;", "",
+        THREADS + " -k spin_limit",
     ),
     Mutation(
-        "who arrives last wakes nobody", "csrc/cpu/team.h", "& kSleepers) wake_all();", "& kSleepers) {\n      }",
-        TEAM + " -k patience",
+        "oversubscription is never detected", "csrc/cpu/thread_pool.h",
+        "3 * slept > (num_workers", "3 * slept > 1000 * (num_workers", THREADS + " -k reduces",
     ),
     Mutation(
-        "who sleeps goes round and round", "csrc/cpu/team.h",
-        "sleep_while(phase | kSleepers);", "(void)awake;", TEAM + " -k patience",
+        "every call reduces the threads", "csrc/cpu/thread_pool.h", "3 * slept > (num_workers - 1) * elapsed", "true",
+        THREADS + " -k reduces",
+    ),
+    Mutation(
+        "the last worker at a barrier does not wake the others", "csrc/cpu/thread_pool.h",
+        "& kSleepers) wake_all();", "& kSleepers) {\n      }", THREADS + " -k spin_limit",
+    ),
+    Mutation(
+        "a sleeping worker polls", "csrc/cpu/thread_pool.h",
+        "sleep_while(phase | kSleepers);", "(void)awake;", THREADS + " -k spin_limit",
     ),
     Mutation(
         "splits are joined before all are there", "csrc/cpu/attention.h",
-        "attend_splits(member);\n      member.wait();\n", "attend_splits(member);\n",
+        "attend_splits(worker);\n      worker.wait();\n", "attend_splits(worker);\n",
         KERNELS + "test_verify_attention.py -k joined_when_all",
     ),
     Mutation(
         "products begin before all rows are packed", "csrc/cpu/common.h",
-        "  if (rows >= kFewRows) member.wait();\n", "", KERNELS + "test_partial_forward.py -k threads_agree",
+        "  if (rows >= kFewRows) worker.wait();\n", "", KERNELS + "test_partial_forward.py -k threads_agree",
     ),
     Mutation(
         "rows are packed before all have attended", "csrc/cpu/attention.h",
-        "attend_rows(member, out);\n      member.wait();\n", "attend_rows(member, out);\n",
+        "attend_rows(worker, out);\n      worker.wait();\n", "attend_rows(worker, out);\n",
         KERNELS + "test_partial_forward.py -k threads_agree",
     ),
     Mutation(
@@ -121,7 +125,7 @@ BUGS = [
         KERNELS + "test_verify_attention.py -k row_counts",
     ),
     Mutation(
-        "the last of an odd number of values is the one behind it", "csrc/cpu/impl_values.h",
+        "the last of an odd number of values is the one behind it", "csrc/cpu/impl_attention.h",
         "values.one(count - 1,", "values.two(count - 1,", KERNELS + "test_verify_attention.py -k row_counts",
     ),
 ]  # fmt: skip

@@ -18,5 +18,5 @@ class Mutation(NamedTuple):
 
     @property
     def compiled(self) -> bool:
-        """Whether the library must be built again; the tests of team.h and of the CUDA kernels compile them."""
-        return self.file.startswith("csrc/cpu") and not self.file.endswith("team.h")
+        """Whether the library must be built again; the tests of thread_pool.h and of the CUDA kernels compile them."""
+        return self.file.startswith("csrc/cpu") and not self.file.endswith("thread_pool.h")

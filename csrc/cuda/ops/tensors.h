@@ -8,7 +8,7 @@
 #include <climits>
 #include <type_traits>
 
-#include "common/matrix.h"
+#include "common/checks.h"
 #include "cuda/common.h"
 #include "cuda/host.h"
 

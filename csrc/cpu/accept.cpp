@@ -1,4 +1,4 @@
-// accept_sampled on CPU tensors.
+// accept_greedy and accept_sampled on CPU tensors.
 #include <algorithm>
 #include <vector>
 
@@ -6,6 +6,27 @@
 #include "cpu/ops.h"
 
 namespace lsk {
+
+std::tuple<Tensor, Tensor> accept_greedy(const Tensor& draft_in, const Tensor& target_in, const Tensor& seq_lens) {
+  const Tensor draft = contiguous(draft_in), target = contiguous(target_in);
+  const int64_t batch = draft.size(0), num_speculations = draft.size(1);
+  Tensor accepted = torch::stable::empty_like(seq_lens), next_token = torch::stable::empty_like(seq_lens);
+  const int64_t* drafts = data<int64_t>(draft, "draft", {batch, num_speculations});
+  const int64_t* targets = data<int64_t>(target, "target", {batch, num_speculations + 1});
+  int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  int64_t* counts = static_cast<int64_t*>(accepted.data_ptr());
+  int64_t* next = static_cast<int64_t*>(next_token.data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t *own = drafts + b * num_speculations, *wanted = targets + b * (num_speculations + 1);
+    int64_t count = 0;
+    while (count < num_speculations && own[count] >= 0 && own[count] == wanted[count]) ++count;
+    counts[b] = count;
+    next[b] = wanted[count];
+    lengths[b] += count + 1;
+  }
+  return {accepted, next_token};
+}
+
 namespace {
 
 // Logits [B, M, V], their strides, and the vocabulary's fixed partition.
@@ -23,48 +44,48 @@ struct Rows {
 };
 
 // What is known of a sequence once its drafts are judged.
-struct Verdict {
+struct Acceptance {
   int64_t accepted, next;
-  bool draws, rejected;  // whether the next token is drawn, and then whether from max(p - q, 0)
+  bool samples, rejected;  // whether the next token is drawn, and then whether from max(p - q, 0)
   float logsumexp_p, logsumexp_q;
 };
 
 struct AcceptSampled {
-  int64_t batch, drafted;
+  int64_t batch, num_speculations;
   const int64_t *draft, *lengths, *seed, *token_map;       // [B, K], [B], [B], [V_draft] or null
   const float* temperature;                                // [B]
   Rows p, q;                                               // of the target and the draft
   HeadPartial *partial_p = nullptr, *partial_q = nullptr;  // [B, K + 1, tiles], [B, K, tiles]
   float* residual = nullptr;                               // [B, V]: q where the next token is drawn from max(p - q, 0)
   float* memory = nullptr;                                 // [threads, V_draft]
-  Pick* picks = nullptr;                                   // [B, tiles]
+  ScoredRow* candidates = nullptr;                         // [B, tiles]
 
-  int64_t count_p() const { return batch * (drafted + 1) * p.tiles.count; }
-  int64_t count_q() const { return batch * drafted * q.tiles.count; }
+  int64_t count_p() const { return batch * (num_speculations + 1) * p.tiles.count; }
+  int64_t count_q() const { return batch * num_speculations * q.tiles.count; }
   size_t bytes(int threads) const {
     return Workspace::bytes<HeadPartial>(count_p()) + Workspace::bytes<HeadPartial>(count_q()) +
            Workspace::bytes<float>(batch * p.tiles.vocab_size) + Workspace::bytes<float>(threads * q.tiles.vocab_size) +
-           Workspace::bytes<Pick>(batch * p.tiles.count);
+           Workspace::bytes<ScoredRow>(batch * p.tiles.count);
   }
   void take(Workspace& workspace, int threads) {
     partial_p = workspace.take<HeadPartial>(count_p());
     partial_q = workspace.take<HeadPartial>(count_q());
     residual = workspace.take<float>(batch * p.tiles.vocab_size);
     memory = workspace.take<float>(threads * q.tiles.vocab_size);
-    picks = workspace.take<Pick>(batch * p.tiles.count);
+    candidates = workspace.take<ScoredRow>(batch * p.tiles.count);
   }
 
-  // Drafts of sequence b, up to the first entry that was not drafted.
+  // Drafts of sequence b, up to the first entry that was not num_speculations.
   int64_t count(int64_t b) const {
-    const int64_t* own = draft + b * drafted;
-    return std::find_if(own, own + drafted, [](int64_t token) { return token < 0; }) - own;
+    const int64_t* own = draft + b * num_speculations;
+    return std::find_if(own, own + num_speculations, [](int64_t token) { return token < 0; }) - own;
   }
   float divisor(int64_t b) const { return temperature[b] > 0 ? temperature[b] : 1.0f; }
   NoiseKey noise(int64_t b, int64_t row, uint32_t stream) const { return {seed[b], lengths[b] + row, stream}; }
 
-  void sum_rows(const Member& member, const Rows& logits, int64_t rows, bool of_draft, HeadPartial* partials) const {
+  void sum_rows(const Worker& worker, const Rows& logits, int64_t rows, bool of_draft, HeadPartial* partials) const {
     const int64_t tiles = logits.tiles.count;
-    const Range tasks = member.share(batch * rows * tiles);
+    const Range tasks = worker.share(batch * rows * tiles);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t tile = task % tiles, i = task / tiles % rows, b = task / tiles / rows;
       if (of_draft ? i >= count(b) || temperature[b] == 0 : i > count(b)) continue;
@@ -73,37 +94,37 @@ struct AcceptSampled {
     }
   }
 
-  void sum(const Member& member) const {
-    sum_rows(member, p, drafted + 1, false, partial_p);
-    sum_rows(member, q, drafted, true, partial_q);
+  void sum(const Worker& worker) const {
+    sum_rows(worker, p, num_speculations + 1, false, partial_p);
+    sum_rows(worker, q, num_speculations, true, partial_q);
   }
 
   // The draft's own row for a token.
   int64_t index(int64_t b, int64_t i) const {
-    const int64_t token = draft[b * drafted + i], size = q.tiles.vocab_size;
+    const int64_t token = draft[b * num_speculations + i], size = q.tiles.vocab_size;
     const int64_t at = token_map ? std::find(token_map, token_map + size, token) - token_map : token;
     LSK_REQUIRE(at < size, "draft[", b, ", ", i, "] is ", token, ", which is not in token_map");
     return at;
   }
 
-  Verdict judge(int64_t b) const {
+  Acceptance accept(int64_t b) const {
     const int64_t drafts = count(b);
     for (int64_t i = 0;; ++i) {
-      const HeadRow wanted(partial_p + (b * (drafted + 1) + i) * p.tiles.count, p.tiles.count, 1);
-      Verdict out{i, -1, false, false, wanted.logsumexp, 0.0f};
+      const HeadRow wanted(partial_p + (b * (num_speculations + 1) + i) * p.tiles.count, p.tiles.count, 1);
+      Acceptance out{i, -1, false, false, wanted.logsumexp, 0.0f};
       if (!wanted.finite()) return out;
-      const int64_t token = i < drafts ? draft[b * drafted + i] : -1;
+      const int64_t token = i < drafts ? draft[b * num_speculations + i] : -1;
       if (temperature[b] == 0) {
         if (token == wanted.row) continue;
         out.next = wanted.row;
         return out;
       }
-      out.draws = true;
+      out.samples = true;
       if (i == drafts) return out;
-      const HeadRow own(partial_q + (b * drafted + i) * q.tiles.count, q.tiles.count, 1);
+      const HeadRow own(partial_q + (b * num_speculations + i) * q.tiles.count, q.tiles.count, 1);
       out.logsumexp_q = own.logsumexp;
-      out.draws = own.finite();
-      if (!out.draws) return out;
+      out.samples = own.finite();
+      if (!out.samples) return out;
       const float log_p = p(b, i)[token] / temperature[b] - wanted.logsumexp;
       const float log_q = q(b, i)[index(b, i)] / temperature[b] - own.logsumexp;
       if (std::log(kernels<float>().uniform(noise(b, i, kAccept))) < log_p - log_q) continue;
@@ -113,59 +134,58 @@ struct AcceptSampled {
   }
 
   // q of a rejected draft, over the target's vocabulary; `own` [V_draft].
-  void spread(int64_t b, const Verdict& verdict, float* own) const {
+  void expand_q(int64_t b, const Acceptance& result, float* own) const {
     const int64_t draft_vocab_size = q.tiles.vocab_size, vocab_size = p.tiles.vocab_size;
     float* out = residual + b * vocab_size;
-    kernels<float>().softmax(q(b, verdict.accepted), temperature[b], verdict.logsumexp_q, draft_vocab_size,
+    kernels<float>().softmax(q(b, result.accepted), temperature[b], result.logsumexp_q, draft_vocab_size,
                              token_map ? own : out);
     if (!token_map) return;
     std::fill_n(out, vocab_size, 0.0f);
     for (int64_t j = 0; j < draft_vocab_size; ++j) out[token_map[j]] = own[j];
   }
 
-  PickArgs pick_args(int64_t b, const Verdict& verdict, bool rejected) const {
+  SampleArgs sample_args(int64_t b, const Acceptance& result, bool rejected) const {
     const float* without = rejected ? residual + b * p.tiles.vocab_size : nullptr;
-    return {p(b, verdict.accepted), temperature[b], verdict.logsumexp_p, without,
-            noise(b, verdict.accepted, kResidual)};
+    return {p(b, result.accepted), temperature[b], result.logsumexp_p, without, noise(b, result.accepted, kTarget)};
   }
 
-  void pick(const Member& member, const std::vector<Verdict>& verdicts) const {
+  void sample(const Worker& worker, const std::vector<Acceptance>& results) const {
     const int64_t tiles = p.tiles.count;
-    const Range tasks = member.share(batch * tiles);
+    const Range tasks = worker.share(batch * tiles);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t b = task / tiles, tile = task % tiles;
-      if (!verdicts[b].draws) continue;
-      kernels<float>().pick_part(pick_args(b, verdicts[b], verdicts[b].rejected), p.tiles.begin(tile),
-                                 p.tiles.end(tile), picks + task);
+      if (!results[b].samples) continue;
+      kernels<float>().sample_part(sample_args(b, results[b], results[b].rejected), p.tiles.begin(tile),
+                                   p.tiles.end(tile), candidates + task);
     }
   }
 
-  int64_t chosen(int64_t b, const Verdict& verdict) const {
-    if (!verdict.draws) return verdict.next;
-    const Pick* own = picks + b * p.tiles.count;
-    Pick best = own[0];
+  int64_t next_token_of(int64_t b, const Acceptance& result) const {
+    if (!result.samples) return result.next;
+    const ScoredRow* own = candidates + b * p.tiles.count;
+    ScoredRow best = own[0];
     for (int64_t t = 1; t < p.tiles.count; ++t)
       if (own[t].score > best.score) best = own[t];
     if (std::isinf(best.score))  // rounding left nothing of p - q
-      kernels<float>().pick_part(pick_args(b, verdict, false), 0, p.tiles.vocab_size, &best);
+      kernels<float>().sample_part(sample_args(b, result, false), 0, p.tiles.vocab_size, &best);
     return best.row;
   }
 
   // Judges all sequences; advances `advanced` [B].
   void run(int threads, int64_t* advanced, int64_t* accepted, int64_t* next) const {
-    run_team(threads, [&](const Member& member) { sum(member); });
-    std::vector<Verdict> verdicts;
-    for (int64_t b = 0; b < batch; ++b) verdicts.push_back(judge(b));
-    run_team(threads, [&](const Member& member) {
-      const Range own = member.share(batch);
+    parallel_run(threads, [&](const Worker& worker) { sum(worker); });
+    std::vector<Acceptance> results;
+    for (int64_t b = 0; b < batch; ++b) results.push_back(accept(b));
+    parallel_run(threads, [&](const Worker& worker) {
+      const Range own = worker.share(batch);
       for (int64_t b = own.begin; b < own.end; ++b)
-        if (verdicts[b].rejected) spread(b, verdicts[b], memory + member.index * q.tiles.vocab_size);
-      member.wait();
-      pick(member, verdicts);
+        if (results[b].rejected) expand_q(b, results[b], memory + worker.index * q.tiles.vocab_size);
+      worker.wait();
+      sample(worker, results);
     });
     for (int64_t b = 0; b < batch; ++b) {
-      accepted[b] = verdicts[b].accepted;
-      next[b] = chosen(b, verdicts[b]);
+      accepted[b] = results[b].accepted;
+      next[b] = next_token_of(b, results[b]);
       advanced[b] += accepted[b] + 1;
     }
   }
@@ -196,18 +216,19 @@ std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& 
                                           const Tensor& temperature, const Tensor& seed,
                                           const std::optional<Tensor>& token_map) {
   const Tensor draft = contiguous(draft_in), target = with_rows(target_logits), drafts = with_rows(draft_logits);
-  const int64_t batch = draft.size(0), drafted = draft.size(1), draft_vocab_size = drafts.size(2),
+  const int64_t batch = draft.size(0), num_speculations = draft.size(1), draft_vocab_size = drafts.size(2),
                 vocab_size = target.size(2);
   check_vocabularies(draft_vocab_size, vocab_size, token_map.has_value());
   const Sampling sampling(temperature, seed, batch);
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
-  const int64_t* tokens = data<int64_t>(draft, "draft", {batch, drafted});
+  const int64_t* tokens = data<int64_t>(draft, "draft", {batch, num_speculations});
   const int64_t* map = data<int64_t>(token_map, "token_map", {draft_vocab_size});
-  check_tokens(tokens, batch * drafted, "draft", INT64_MIN, vocab_size);
+  check_tokens(tokens, batch * num_speculations, "draft", INT64_MIN, vocab_size);
   check_tokens(map, draft_vocab_size, "token_map", 0, vocab_size);
-  const Rows p(target, "target_logits", batch, drafted + 1), q(drafts, "draft_logits", batch, drafted);
-  const int threads = batch * (drafted + 1) * vocab_size < (1 << 15) ? 1 : num_threads();
-  AcceptSampled step{batch, drafted, tokens, lengths, sampling.seed, map, sampling.temperature, p, q};
+  const Rows p(target, "target_logits", batch, num_speculations + 1),
+      q(drafts, "draft_logits", batch, num_speculations);
+  const int threads = batch * (num_speculations + 1) * vocab_size < (1 << 15) ? 1 : num_threads();
+  AcceptSampled step{batch, num_speculations, tokens, lengths, sampling.seed, map, sampling.temperature, p, q};
   Workspace workspace(step.bytes(threads));
   step.take(workspace, threads);
   Tensor accepted = torch::stable::empty_like(seq_lens), next_token = torch::stable::empty_like(seq_lens);
@@ -217,4 +238,7 @@ std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& 
 
 }  // namespace lsk
 
-LSK_LIBRARY(CPU, m) { m.impl("accept_sampled", TORCH_BOX(&lsk::accept_sampled)); }
+LSK_LIBRARY(CPU, m) {
+  m.impl("accept_greedy", TORCH_BOX(&lsk::accept_greedy));
+  m.impl("accept_sampled", TORCH_BOX(&lsk::accept_sampled));
+}

@@ -1,0 +1,185 @@
+// The ops of a decoder layer on CPU tensors: rms_norm, linear, swiglu, rope_kv_append, verify_attention, and
+// dequantize.
+#include "cpu/attention.h"
+
+namespace lsk {
+namespace {
+
+using torch::stable::new_empty;
+
+Tensor rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
+  const Tensor x = contiguous(x_in);
+  LSK_REQUIRE(x.dim() >= 1 && eps >= 0, "x needs a dimension, and eps must not be negative");
+  const int64_t width = x.size(x.dim() - 1), rows = width == 0 ? 0 : x.numel() / width;
+  Tensor out = torch::stable::empty_like(x);
+  with_float_type(x.scalar_type(), [&]<class T>(T*) {
+    const T* from = static_cast<const T*>(x.data_ptr());
+    const T* norm = data<T>(weight, "weight", {width});
+    T* to = static_cast<T*>(out.data_ptr());
+    const Kernels<T>& table = kernels<T>();
+    const bool small = rows * width < (1 << 15);  // a team costs more than such a norm
+    parallel_run(small ? 1 : num_threads(), [&](const Worker& worker) {
+      const Range share = worker.share(rows);
+      for (int64_t r = share.begin; r < share.end; ++r)
+        table.rms_norm(from + r * width, norm, static_cast<float>(eps), width, to + r * width);
+    });
+  });
+  return out;
+}
+
+// Packs x once per team and shares [0, d_out) among its members.
+template <class T, class F>
+void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, const Weight& weight, F step) {
+  const int threads = num_threads();
+  Workspace workspace(Workspace::bytes<float>(tiled_size(rows, d_in)));
+  float* memory = workspace.take<float>(tiled_size(rows, d_in));
+  kernels<T>().tile(x, nullptr, 0.0f, 0, rows, d_in, weight, memory);
+  parallel_run(threads, [&](const Worker& worker) {
+    const Range share = worker.share(d_out, kUnit);
+    step(TiledActivations{memory, rows, d_in}, share.begin, share.end);
+  });
+}
+
+Tensor linear(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& residual_in) {
+  const Tensor x = contiguous(x_in);
+  const int64_t rows = x.size(0), d_in = x.size(1), d_out = weight.size(0);
+  Tensor out = new_empty(x, {rows, d_out});
+  std::optional<Tensor> residual;
+  if (residual_in.has_value()) residual = contiguous(*residual_in);
+  with_float_type(x.scalar_type(), [&]<class T>(T*) {
+    LinearArgs<T> args{{},
+                       matrix<T>(weight, "weight", {d_out, d_in}),
+                       data<T>(bias, "bias", {d_out}),
+                       data<T>(residual, "residual", {rows, d_out}),
+                       static_cast<T*>(out.data_ptr()),
+                       d_out,
+                       nullptr};
+    const T* from = data<T>(x, "x", {rows, d_in});
+    share_rows(from, rows, d_in, d_out, args.weight, [&](TiledActivations tiled, int64_t begin, int64_t end) {
+      LinearArgs<T> own = args;
+      own.x = tiled;
+      kernels<T>().linear(own, begin, end);
+    });
+  });
+  return out;
+}
+
+Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
+  const Tensor x = contiguous(x_in);
+  const int64_t rows = x.size(0), d_in = x.size(1), d_out = gate.size(0);
+  Tensor out = new_empty(x, {rows, d_out});
+  with_float_type(x.scalar_type(), [&]<class T>(T*) {
+    const Weight gates = matrix<T>(gate, "gate", {d_out, d_in}), ups = matrix<T>(up, "up", {d_out, d_in});
+    check_alike(gates, ups, "gate and up");
+    const T* from = data<T>(x, "x", {rows, d_in});
+    T* to = static_cast<T*>(out.data_ptr());
+    share_rows(from, rows, d_in, d_out, gates, [&](TiledActivations tiled, int64_t begin, int64_t end) {
+      kernels<T>().swiglu({tiled, gates, ups, to, d_out, nullptr}, begin, end);
+    });
+  });
+  return out;
+}
+
+Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& cos, const Tensor& sin,
+                      const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                      const std::optional<Tensor>& slots_in) {
+  const Tensor q = contiguous(q_in), k = contiguous(k_in), v = contiguous(v_in);
+  const int64_t batch = q.size(0), rows = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
+  const int64_t num_kv_heads = k.size(2), num_slots = k_cache.size(0), capacity = k_cache.size(2),
+                positions = cos.size(0);
+  check_head_dim(head_dim);
+  LSK_REQUIRE(positions >= capacity, "cos has ", positions, " positions, the cache's capacity is ", capacity);
+  const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
+  check_capacity(lengths, batch, rows, capacity);
+  check_slots(slots, batch, num_slots);
+  Tensor out = torch::stable::empty_like(q);
+  with_float_type(q.scalar_type(), [&]<class T>(T*) {
+    const RopeStep<T> step{data<T>(q, "q", {batch, rows, num_heads, head_dim}),
+                           data<T>(k, "k", {batch, rows, num_kv_heads, head_dim}),
+                           data<T>(v, "v", {batch, rows, num_kv_heads, head_dim}),
+                           nullptr,
+                           nullptr,
+                           data<float>(cos, "cos", {positions, head_dim / 2}),
+                           data<float>(sin, "sin", {positions, head_dim / 2}),
+                           static_cast<T*>(out.data_ptr()),
+                           data<T>(k_cache, "k_cache", {num_slots, num_kv_heads, capacity, head_dim}),
+                           data<T>(v_cache, "v_cache", {num_slots, num_kv_heads, capacity, head_dim}),
+                           lengths,
+                           slots,
+                           batch,
+                           rows,
+                           num_heads,
+                           num_kv_heads,
+                           capacity,
+                           head_dim,
+                           0.0f};
+    parallel_run(1, [&](const Worker& worker) { step.run(worker); });  // too little work for a second thread
+  });
+  return out;
+}
+
+Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+                        const std::optional<Tensor>& slots_in) {
+  const Tensor q = contiguous(q_in);
+  const int64_t batch = q.size(0), rows = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
+  const int64_t num_slots = k_cache.size(0), num_kv_heads = k_cache.size(1), capacity = k_cache.size(2);
+  check_head_dim(head_dim);
+  check_num_heads(num_heads, num_kv_heads);
+  const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
+  check_capacity(lengths, batch, rows, capacity);
+  check_slots(slots, batch, num_slots);
+  Tensor out = torch::stable::empty_like(q);
+  if (out.numel() == 0) return out;
+  with_float_type(q.scalar_type(), [&]<class T>(T*) {
+    AttentionStep<T> step{data<T>(q, "q", {batch, rows, num_heads, head_dim}),
+                          data<T>(k_cache, "k_cache", {num_slots, num_kv_heads, capacity, head_dim}),
+                          data<T>(v_cache, "v_cache", {num_slots, num_kv_heads, capacity, head_dim}),
+                          lengths,
+                          slots,
+                          batch,
+                          rows,
+                          num_heads,
+                          num_kv_heads,
+                          capacity,
+                          head_dim,
+                          AttentionStep<T>::count_splits(lengths, batch, rows),
+                          nullptr};
+    const int threads = num_threads();
+    const int64_t partial = AttentionStep<T>::partial_size(step, step.splits, threads);
+    Workspace workspace(Workspace::bytes<float>(partial));
+    step.partial = workspace.take<float>(partial);
+    parallel_run(threads, [&](const Worker& worker) {
+      step.run(worker, worker.share(batch * rows * num_heads), static_cast<T*>(out.data_ptr()));
+    });
+  });
+  return out;
+}
+
+void dequantize(const Tensor& weight, const Tensor& out) {
+  const bool packed = weight.scalar_type() == ScalarType::Byte || weight.scalar_type() == ScalarType::Short;
+  LSK_REQUIRE(packed && out.dim() == 2, "dequantize takes packed weights, and rank 2");
+  const int64_t rows = out.size(0), width = out.size(1);
+  with_float_type(out.scalar_type(), [&]<class T>(T*) {
+    const Weight from = matrix<T>(weight, "weight", {rows, width});
+    T* to = data<T>(out, "out", {rows, width});
+    parallel_run(num_threads(), [&](const Worker& worker) {
+      const Range share = worker.share(rows, kUnit);
+      for (int64_t n = share.begin; n < share.end; ++n) kernels<T>().expand_row(from, n, width, to + n * width);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace lsk
+
+LSK_LIBRARY(CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&lsk::rms_norm));
+  m.impl("linear", TORCH_BOX(&lsk::linear));
+  m.impl("swiglu", TORCH_BOX(&lsk::swiglu));
+  m.impl("rope_kv_append", TORCH_BOX(&lsk::rope_kv_append));
+  m.impl("verify_attention", TORCH_BOX(&lsk::verify_attention));
+  m.impl("dequantize", TORCH_BOX(&lsk::dequantize));
+}
