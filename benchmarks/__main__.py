@@ -20,8 +20,8 @@ from rich.progress import Progress
 
 from layerskip import _ends, devices
 from layerskip._files import write_atomically
-from layerskip.bandwidth import ReadBandwidth
-from layerskip.cli.parser import device as known
+from layerskip.cli.arguments import device as known
+from layerskip.devices import ReadBandwidth
 from layerskip_kernels.dispatch import BACKENDS, PREFERENCE
 from layerskip_kernels.formats import FORMATS
 

@@ -25,7 +25,7 @@ import torch
 from layerskip import Exit
 from layerskip._files import write_atomically
 from layerskip.models import LayerSkipModel, adapt, gather_weights, load
-from layerskip.models.arena import gather_exit
+from layerskip.models.weight_arena import gather_exit
 
 from .harness import machine
 

@@ -28,7 +28,7 @@ from torch import Tensor
 import layerskip_kernels as lk
 from layerskip import SelfSpeculativeDecoder
 from layerskip._files import write_atomically
-from layerskip.decoding import graph
+from layerskip.decoding import cuda_graphs
 from layerskip.decoding.session import Session
 from layerskip_kernels import reference
 
@@ -249,13 +249,13 @@ def session_cases(model: Model, batches: tuple[int, ...] = (1, 8), steps: int = 
     decoder = SelfSpeculativeDecoder(model.decoder_model(), shape.exit_layer, shape.draft)
     for batch in batches:
         for strategy in ("autoregressive", "self_speculative"):
-            for how, graphs in (("graphs", graph.for_device(decoder.model.device)), ("called", None)):
+            for how, graphs in (("graphs", cuda_graphs.for_device(decoder.model.device)), ("called", None)):
                 taken = _step_seconds(decoder, batch, strategy, graphs, steps)
                 yield Result(f"{shape.name} session, {strategy}, B={batch}, {how}", "automatic", taken * 1e6)
 
 
 def _step_seconds(
-    decoder: SelfSpeculativeDecoder, batch: int, strategy: str, graphs: graph.Graphs | None, steps: int
+    decoder: SelfSpeculativeDecoder, batch: int, strategy: str, graphs: cuda_graphs.Graphs | None, steps: int
 ) -> float:
     """Median of ``steps`` steps, after those that read prompts, compile and record."""
     most = (steps + 4) * (decoder.num_speculations + 1)

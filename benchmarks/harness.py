@@ -15,8 +15,8 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip import devices
-from layerskip.bandwidth import ReadBandwidth
-from layerskip.cli.machine import instructions, processor
+from layerskip.cli.options import instructions, processor
+from layerskip.devices import ReadBandwidth
 
 from .peers.processes import MissingPeerError
 

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerskip.decoding.acceptance import Kind, Offer
-from layerskip.decoding.controller import Choice, Controller
-from layerskip.decoding.costs import CATCH_UP, Sizes
-from layerskip.decoding.source import NGRAM, NgramSource
+from layerskip.decoding.adaptive import CATCH_UP, Choice, Controller, Kind, Offer, Sizes
+from layerskip.decoding.draft_sources import NGRAM, NgramSource
 
 TRACES = Path(__file__).parent / "traces" / "smollm2.json"
 SOURCES = ("exit", "ngram", "auto")

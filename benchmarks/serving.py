@@ -33,7 +33,7 @@ from typing import Any
 
 from layerskip import _ends
 from layerskip._files import write_atomically
-from layerskip.cli.prompts import read
+from layerskip.cli.arguments import read_prompts
 
 WAYS = {"vLLM": [], "vLLM + LayerSkip": ["--load-format", "layerskip"]}
 COUNTERS = ("num_draft_tokens_total", "num_accepted_tokens_total")
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _ends.declare(parser)
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the servers end, too
-    prompts = [prompt.text for prompt in read(args.prompts, args.limit)]
+    prompts = [prompt.text for prompt in read_prompts(args.prompts, args.limit)]
     common = args.server_options.split()
     ways = {way: [*options, *common] for way, options in WAYS.items()}
     ways["vLLM + LayerSkip"] += args.layerskip_options.split()

@@ -23,8 +23,8 @@ import torch
 
 from layerskip import GenerationOutput, SamplingParams, SelfSpeculativeDecoder
 from layerskip._files import write_atomically
-from layerskip.cli.drafts import Drafts
 from layerskip.cli.options import encode
+from layerskip.cli.rendering import Drafts
 from layerskip.models import gather_weights, load
 
 from .harness import machine

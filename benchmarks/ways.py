@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layerskip.cli.machine import version
+from layerskip.cli.options import version
 
 from .cases import EPS, PLAIN, Case, packed, truth
 from .harness import MOST_ERROR, Group, Variant, bytes_of, copies_of, reason

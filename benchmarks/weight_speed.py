@@ -23,8 +23,8 @@ import torch
 
 from layerskip import DraftHead, SelfSpeculativeDecoder, _ends
 from layerskip._files import write_atomically
-from layerskip.bandwidth import ReadBandwidth
-from layerskip.cli.prompts import read
+from layerskip.cli.arguments import read_prompts
+from layerskip.devices import ReadBandwidth
 from layerskip_kernels import cpu_isa
 from layerskip_kernels.formats import FORMATS
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    prompts = [prompt.text for prompt in read(args.prompts, args.limit)]
+    prompts = [prompt.text for prompt in read_prompts(args.prompts, args.limit)]
     decoders = {name: decoder_in(name, args) for name in (PLAIN, *args.formats)}
     for decoder in decoders.values():
         decoder.clock = clock

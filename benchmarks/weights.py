@@ -16,7 +16,7 @@ import torch
 
 from layerskip.models import adapt, load
 from layerskip.training.data import documents, load_task
-from layerskip.training.evaluate import _spread, evaluate_exits, perplexity
+from layerskip.training.exit_analysis import _spread, evaluate_exits, perplexity
 from layerskip_kernels.formats import FORMATS
 
 PLAIN = "plain"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerskip import SamplingParams, SelfSpeculativeDecoder
-from layerskip.decoding.graph import Graphs
+from layerskip.decoding.cuda_graphs import Graphs
 from layerskip.decoding.session import Session
 
 LAYERS, DRAFTS = 30, 4
@@ -48,21 +48,21 @@ class NoCard:
     """A card on which a round takes no time, and accepts half of its drafts."""
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        """See `layerskip.decoding.graph.Card`."""
+        """See `layerskip.decoding.cuda_graphs.Card`."""
         result = function().clone()
         result.fill_(3)[:, 0] = DRAFTS // 2
         return result, lambda: None
 
     def host_memory(self, like: Tensor) -> Tensor:
-        """See `layerskip.decoding.graph.Card`."""
+        """See `layerskip.decoding.cuda_graphs.Card`."""
         return torch.empty_like(like)
 
     def event(self) -> NoEvent:
-        """See `layerskip.decoding.graph.Card`."""
+        """See `layerskip.decoding.cuda_graphs.Card`."""
         return NoEvent()
 
     def stream(self) -> int:
-        """See `layerskip.decoding.graph.Card`."""
+        """See `layerskip.decoding.cuda_graphs.Card`."""
         return 0
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from layerskip import _ends
 from layerskip.cli import arguments, options
-from layerskip.cli.measure import Stopwatch
+from layerskip.cli.bench import Stopwatch
 from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip_kernels import dispatch
 

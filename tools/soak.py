@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import layerskip
 from layerskip import DraftHead, DraftSource, SelfSpeculativeDecoder
-from layerskip.decoding.output import GenerationOutput, Update
+from layerskip.decoding.outputs import GenerationOutput, Update
 from layerskip.models import model as model_module
 
 from .soak_cases import LAYERS, LONGEST, VOCABULARY, Case, Fault, Interrupted, blocks_of, case_of

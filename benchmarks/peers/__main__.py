@@ -30,9 +30,8 @@ import torch
 from rich.progress import track
 
 from layerskip import _ends
-from layerskip._files import write_atomically
-from layerskip._journal import Journal
-from layerskip.cli.prompts import read
+from layerskip._files import Journal, write_atomically
+from layerskip.cli.arguments import read_prompts
 
 from ..harness import machine
 from .document import page
@@ -85,7 +84,7 @@ def _measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     task = TASKS[name]
     args.models.mkdir(parents=True, exist_ok=True)
     forms = Forms(task.model, args.models, args.gguf or _stock_gguf())
-    prompts = [forms.tokenizer(prompt.text).input_ids for prompt in read(task.prompts, args.limit)]
+    prompts = [forms.tokenizer(prompt.text).input_ids for prompt in read_prompts(task.prompts, args.limit)]
     length = max([*args.first_token, *map(len, prompts)]) + args.max_new_tokens + 64
     found = list(ways(task, args.engines, forms, args.threads, length))
     del forms

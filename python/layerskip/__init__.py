@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._lazy import exports
+from ._imports import exports
 from ._registration import register_with_transformers
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from ._extras import EXTRAS
+from ._imports import EXTRAS
 
 # What was asked for cannot be: another call may. Any other error is a failure of what could be.
 MISUSE = (

@@ -12,7 +12,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-METHOD = "layerskip"  # the ``quant_method`` of what ``layerskip quantize`` writes
 QUANTIZERS = "transformers.quantizers.auto"
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 MODELS, TASKS, DEMOS = "layerskip.models", "layerskip.tasks", "layerskip.demos"
+METHOD = "layerskip"
+"""The ``quant_method`` of what ``layerskip quantize`` writes."""
 
 # The example package, and what gets it.
 PACKAGE, WHERE = "layerskip-smollm2", "pip install ./examples/smollm2 (in the repository)"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip.decoding.graph import Graphs
+from layerskip.decoding.cuda_graphs import Graphs
 
 aten = torch.ops.aten
 MEETS_THE_HOST = {

@@ -15,9 +15,9 @@ import torch
 from helpers import save_tiny
 
 from layerskip.cli import main
-from layerskip.training import processes, trunk, written
-from layerskip.training.exit_recipe import ExitRecipe
+from layerskip.training import hidden_state_cache, processes
 from layerskip.training.exit_trainer import ExitTrainer
+from layerskip.training.recipe import ExitRecipe
 
 
 def save_model_and_texts(folder: Path) -> Path:
@@ -79,10 +79,12 @@ def watched(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
         redirect_stdout(printed),
         processes.joined(torch.device("cpu")),
         patch.object(processes, "joined", nullcontext),  # for torchrun's store lets processes meet only once
-        patch.object(trunk, "PASS_TOKENS", 60),  # both have several parts, not in pairs
-        patch.object(written, "BATCH", 2),
-        patch.object(trunk.Trunk, "_run", telling(trunk.Trunk._run, "through", len)),
-        patch.object(written.WrittenTexts, "_write", telling(written.WrittenTexts._write, "through", len)),
+        patch.object(hidden_state_cache, "PASS_TOKENS", 60),  # both have several parts, not in pairs
+        patch.object(hidden_state_cache, "BATCH", 2),
+        patch.object(hidden_state_cache.Trunk, "_run", telling(hidden_state_cache.Trunk._run, "through", len)),
+        patch.object(
+            hidden_state_cache.WrittenTexts, "_write", telling(hidden_state_cache.WrittenTexts._write, "through", len)
+        ),
         patch.object(ExitTrainer, "_gradients", telling(ExitTrainer._gradients, "shares", processes.share)),
     ):
         for run in runs:

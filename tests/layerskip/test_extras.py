@@ -13,7 +13,7 @@ import layerskip
 import layerskip.training
 import layerskip_kernels
 from layerskip import DraftHead
-from layerskip._extras import EXTRAS, need
+from layerskip._imports import EXTRAS, need
 from layerskip.training.recipe import read_recipe
 
 

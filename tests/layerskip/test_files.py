@@ -13,8 +13,16 @@ from pathlib import Path
 import pytest
 
 from layerskip import _files
-from layerskip._files import MANIFEST, check_output, obstacle, publish, remove_written, replaced, write_atomically
-from layerskip._journal import Journal
+from layerskip._files import (
+    MANIFEST,
+    Journal,
+    check_output,
+    obstacle,
+    publish,
+    remove_written,
+    replaced,
+    write_atomically,
+)
 
 SCRIPT = Path(__file__).with_name("killed_saving.py")
 

@@ -14,8 +14,9 @@ from helpers import save_tiny
 
 import layerskip
 from layerskip import DraftHead, Exit, SelfSpeculativeDecoder, registry
-from layerskip.cli import main, prompts
-from layerskip.training import data, evaluate
+from layerskip.cli import main
+from layerskip.cli.arguments import read_prompts
+from layerskip.training import data, exit_analysis
 from layerskip.training.run import load_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,7 +171,7 @@ class TestTasks:
     def test_examples_of_a_split(self, toy: Path, tmp_path: Path) -> None:
         assert data.splits("sums") == ("train", "test")
         assert [example.prompt for example in data.load_task("sums", "test")] == ["w30 w2"]
-        assert [prompt.text for prompt in prompts.read("sums:test")] == ["w30 w2"]
+        assert [prompt.text for prompt in read_prompts("sums:test")] == ["w30 w2"]
         assert {task: len(pairs) for task, pairs in load_pairs(["sums"]).items()} == {"sums": 20}
         assert load_pairs(["sums"], "validation") == {}
         with pytest.raises(ValueError, match="task sums has no split 'dev'; it has: train, test"):
@@ -183,7 +184,7 @@ class TestTasks:
             data.load_task("codin")
         where = r"the task coding comes with the example package: pip install \./examples/smollm2"
         for ask in (
-            lambda: prompts.read("coding:train"),
+            lambda: read_prompts("coding:train"),
             lambda: load_pairs(["coding"]),
             lambda: data.splits("coding"),
         ):
@@ -193,9 +194,9 @@ class TestTasks:
     def test_a_path_with_a_colon_is_a_file(self, tmp_path: Path) -> None:
         path = tmp_path / "a:b.txt"
         path.write_text("w3\n")
-        assert [prompt.text for prompt in prompts.read(str(path))] == ["w3"]
+        assert [prompt.text for prompt in read_prompts(str(path))] == ["w3"]
         with pytest.raises(FileNotFoundError, match=r"no prompts file at .*c:d"):
-            prompts.read(str(tmp_path / "c:d"))
+            read_prompts(str(tmp_path / "c:d"))
 
 
 class TestCommands:
@@ -212,13 +213,13 @@ class TestCommands:
         assert {"toy", "bare-toy", "sums"} <= set(words)
 
     def test_evaluate_measures_what_a_task_has(self, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        evaluate.main(["--model", "toy", "--task", "sums", "--exits", "2", "4"])
+        exit_analysis.main(["--model", "toy", "--task", "sums", "--exits", "2", "4"])
         figures = json.loads(capsys.readouterr().out)
         assert (figures["examples"], figures["agreement"]["4"]) == (1, 1.0)
-        evaluate.main(["--model", "toy", "--task", "prose"])
+        exit_analysis.main(["--model", "toy", "--task", "prose"])
         assert json.loads(capsys.readouterr().out)["perplexity"] > 1
         with pytest.raises(ValueError, match="unknown task 'proze'; did you mean prose"):
-            evaluate.main(["--model", "toy", "--task", "proze"])
+            exit_analysis.main(["--model", "toy", "--task", "proze"])
 
     def test_a_recipe_with_names(self, toy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         recipe = tmp_path / "recipe.yaml"

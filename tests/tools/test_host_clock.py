@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the model is one of transformers'")
 
-from layerskip.decoding.graph import Graphs
+from layerskip.decoding.cuda_graphs import Graphs
 from tools import host_clock
 
 

@@ -52,7 +52,7 @@ def test_tests_inside_vllm_have_an_environment_of_their_own(
 ) -> None:
     monkeypatch.setenv("VLLM_VENV", str(tmp_path))
     python = tmp_path / "bin" / "python"
-    assert mutate.interpreter("tests/layerskip/test_exit.py") == Path(sys.executable)
+    assert mutate.interpreter("tests/layerskip/models/test_exit.py") == Path(sys.executable)
     inside = bug("one inside vLLM", "a >= b", "a < b", "tests/vllm/test_code.py")
     assert run(monkeypatch, inside, bug("the smaller", "a >= b", "a < b")) == 0
     printed = capsys.readouterr().out

@@ -119,7 +119,7 @@ EngineArgs(model={str(model)!r}).create_engine_config()
 print(sorted(name for name in sys.modules if name.startswith("layerskip")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    package = ["layerskip", "layerskip._extras", "layerskip._lazy"]  # what finds the others once they are asked for
+    package = ["layerskip", "layerskip._imports", "layerskip._imports"]  # what finds the others once they are asked for
     package += ["layerskip._registration", "layerskip.transformers", "layerskip.transformers.quantizer"]
     plugin = ["layerskip.vllm", "layerskip.vllm.engine", "layerskip.vllm.loader"]
     assert done.stdout.splitlines()[-1] == str(package + plugin)

@@ -6,21 +6,21 @@ from .mutation import LAYERSKIP, Mutation
 
 BUGS = [
     Mutation(
-        "a hole in a mask is padding", "python/layerskip/transformers/row_view.py",
+        "a hole in a mask is padding", "python/layerskip/transformers/compatibility.py",
         "first if first + self.length == len(padded) else -1", "first",
-        LAYERSKIP + "test_transformers_generate.py -k hole",
+        LAYERSKIP + "transformers/test_transformers_generate.py -k hole",
     ),
     Mutation(
         "a prompt is taken for markup", "python/layerskip/cli/page/markup.py", "escape(str(child))", "str(child)",
-        LAYERSKIP + "test_report.py -k is_text",
+        LAYERSKIP + "cli/test_report.py -k is_text",
     ),
     Mutation(
         "a round's own token is left out of the page", "python/layerskip/cli/page/tokens.py",
-        'if one["emitted"] == accepted:', 'if one["emitted"]:', LAYERSKIP + "test_report.py -k every_token",
+        'if one["emitted"] == accepted:', 'if one["emitted"]:', LAYERSKIP + "cli/test_report.py -k every_token",
     ),
     Mutation(
-        "another exit gets the decoder that is kept", "python/layerskip/transformers/kept_decoders.py",
+        "another exit gets the decoder that is kept", "python/layerskip/transformers/custom_generate.py",
         "kept.drafting != (draft_head, exit)", "kept.drafting[0] != draft_head",
-        LAYERSKIP + "test_transformers_generate.py -k keeps_its_decoder",
+        LAYERSKIP + "transformers/test_transformers_generate.py -k keeps_its_decoder",
     ),
 ]  # fmt: skip

@@ -5,29 +5,29 @@ from __future__ import annotations
 from .mutation import LAYERSKIP, Mutation
 
 MODELS = "python/layerskip/models/"
-FAMILIES, KEPT = LAYERSKIP + "test_model_families.py", LAYERSKIP + "test_model_families_kept.py"
-COMPOSED = MODELS + "composed_layer.py"
+FAMILIES, KEPT = LAYERSKIP + "models/test_model_families.py", LAYERSKIP + "models/test_model_families_kept.py"
+COMPOSED = MODELS + "generic_layers.py"
 
 BUGS = [
     Mutation(
-        "zero points that loading has converted are read as the file's", MODELS + "checkpoints/gptq.py",
-        "kernel.qzero_format() == 2", "False", LAYERSKIP + "test_transformers_quantized.py -k zero_points",
+        "zero points that loading has converted are read as the file's", MODELS + "checkpoints/hf.py",
+        "kernel.qzero_format() == 2", "False", LAYERSKIP + "transformers/test_transformers_quantized.py -k zero_points",
     ),
     Mutation(
-        "scales that change in place leave their packed copy as it is", MODELS + "watch.py",
-        "self._weights if quantized else []", "[]", LAYERSKIP + "test_transformers_quantized.py -k change_in_place",
+        "scales that change in place leave their packed copy as it is", MODELS + "hf_checks.py",
+        "self._weights if quantized else []", "[]", LAYERSKIP + "transformers/test_transformers_quantized.py -k change_in_place",
     ),
     Mutation(
-        "a kernel that has repacked its tensors is read", MODELS + "adaptation.py",
-        "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "test_transformers_quantized.py -k what_is_refused",
+        "a kernel that has repacked its tensors is read", MODELS + "adapt.py",
+        "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "transformers/test_transformers_quantized.py -k what_is_refused",
     ),
     Mutation(
-        "a decoder keeps the depth of its model's configuration", MODELS + "watch.py",
-        "_depth(model) == self._depth and ", "", LAYERSKIP + "test_model_changes.py -k that_are_called",
+        "a decoder keeps the depth of its model's configuration", MODELS + "hf_checks.py",
+        "_depth(model) == self._depth and ", "", LAYERSKIP + "models/test_model_changes.py -k that_are_called",
     ),
     Mutation(
         "a module of somebody's own class is taken for the model's", MODELS + "architectures.py",
-        "if name and not kind", "if False and not kind", LAYERSKIP + "test_model_changes.py -k class_of_ones_own",
+        "if name and not kind", "if False and not kind", LAYERSKIP + "models/test_model_changes.py -k class_of_ones_own",
     ),
     Mutation(
         "a window is one position too long", COMPOSED, "positions - window + 1", "positions - window",
@@ -38,15 +38,17 @@ BUGS = [
         FAMILIES + " -k rows_bits and gemma3",
     ),
     Mutation(
-        "a layer without rotary embedding has one", MODELS + "form.py", "0 if uses else 1 for uses", "0 for uses",
+        "a layer without rotary embedding has one", MODELS + "generic_layers.py",
+        "0 if uses else 1 for uses", "0 for uses",
         FAMILIES + " -k every_split and smollm3",
     ),
     Mutation(
-        "eps does not follow the scale of the states", MODELS + "form.py", "config.rms_norm_eps / residual**2",
+        "eps does not follow the scale of the states", MODELS + "generic_layers.py",
+        "config.rms_norm_eps / residual**2",
         "config.rms_norm_eps / residual", FAMILIES + " -k small_states",
     ),
     Mutation(
-        "norms are computed from the weights of the first call", MODELS + "composed.py",
+        "norms are computed from the weights of the first call", MODELS + "generic_layers.py",
         "for name, weight in self.held(number).items():", "for name, weight in ():",
         KEPT + " -k change_in_place and gemma3",
     ),
@@ -67,11 +69,11 @@ BUGS = [
         FAMILIES + " -k every_split and qwen3moe",
     ),
     Mutation(
-        "each layer is calibrated behind plain ones", MODELS + "calibration.py", "self._run(number, packed, None)",
-        "self._run(number, layer, None)", LAYERSKIP + "test_calibration.py -k packed_ones",
+        "each layer is calibrated behind plain ones", MODELS + "quantize.py", "self._run(number, packed, None)",
+        "self._run(number, layer, None)", LAYERSKIP + "models/test_calibration.py -k packed_ones",
     ),
     Mutation(
-        "calibration looks at the last text alone", MODELS + "calibration.py",
-        "self.of.get(name, 0) + rows.T @ rows", "rows.T @ rows", LAYERSKIP + "test_calibration.py -k packed_ones",
+        "calibration looks at the last text alone", MODELS + "quantize.py",
+        "self.of.get(name, 0) + rows.T @ rows", "rows.T @ rows", LAYERSKIP + "models/test_calibration.py -k packed_ones",
     ),
 ]  # fmt: skip

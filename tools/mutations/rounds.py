@@ -5,11 +5,11 @@ from __future__ import annotations
 from .mutation import LAYERSKIP, Mutation
 
 DECODING = "python/layerskip/decoding/"
-PROMPTS, EXITS = LAYERSKIP + "test_session_prompts.py", LAYERSKIP + "test_exit_decoding.py"
+PROMPTS, EXITS = LAYERSKIP + "decoding/test_session_prompts.py", LAYERSKIP + "decoding/test_exit_decoding.py"
 
 BUGS = [
     Mutation(
-        "an exit's blocks do not read prompts", DECODING + "reading.py",
+        "an exit's blocks do not read prompts", DECODING + "scheduler.py",
         '"blocks": self.reads_blocks(reading)', '"blocks": False', EXITS + " -k torch_reads",
     ),
     Mutation(
@@ -18,11 +18,11 @@ BUGS = [
         "pass", EXITS + " -k looked_up",
     ),
     Mutation(
-        "an exit's blocks do not read what was looked up before a request continues it", DECODING + "slots.py",
+        "an exit's blocks do not read what was looked up before a request continues it", DECODING + "scheduler.py",
         "if source.blocks_done < length:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
-        "an exit drafts on a row that its blocks have not read", DECODING + "slots.py",
+        "an exit drafts on a row that its blocks have not read", DECODING + "scheduler.py",
         "if other.reading.depth < request.reading.depth:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
@@ -31,109 +31,110 @@ BUGS = [
         PROMPTS + " -k free_again",
     ),
     Mutation(
-        "a cancelled request keeps its slot while it is read", DECODING + "line.py",
+        "a cancelled request keeps its slot while it is read", DECODING + "scheduler.py",
         "self._slots.give_back(request)", "pass", PROMPTS + " -k free_again",
     ),
     Mutation(
-        "a prompt is read in pieces that overlap", DECODING + "reading.py",
+        "a prompt is read in pieces that overlap", DECODING + "scheduler.py",
         "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS + " -k nobody_waits",
     ),
     Mutation(
-        "memory goes while a card's round works on it", DECODING + "graph.py",
+        "memory goes while a card's round works on it", DECODING + "cuda_graphs.py",
         'with a round under way."""\n        self.finish()', 'with a round under way."""',
-        LAYERSKIP + "test_graph.py -k may_be_dropped",
+        LAYERSKIP + "decoding/test_graph.py -k may_be_dropped",
     ),
     Mutation(
         "every number of drafts that are looked up is recorded", DECODING + "batch.py", "SAME = 4", "SAME = 1",
-        LAYERSKIP + "test_graph.py -k any_number",
+        LAYERSKIP + "decoding/test_graph.py -k any_number",
     ),
     Mutation(
-        "the host waits for what it sends to a card", DECODING + "sending.py", "non_blocking=True",
+        "the host waits for what it sends to a card", "python/layerskip/devices.py", "non_blocking=True",
         "non_blocking=False", LAYERSKIP + "test_sending.py",
     ),
     Mutation(
-        "prompts have the time of the longest round", DECODING + "budget.py",
-        "shortest = min(self._rounds)", "shortest = max(self._rounds)", LAYERSKIP + "test_budget.py",
+        "prompts have the time of the longest round", DECODING + "scheduler.py",
+        "shortest = min(self._rounds)", "shortest = max(self._rounds)", LAYERSKIP + "decoding/test_budget.py",
     ),
     Mutation(
-        "a step reads whatever its round took", DECODING + "budget.py",
-        "(LONGEST_STEP + 1 - _GOAL) * shortest", "-math.inf", LAYERSKIP + "test_budget.py",
+        "a step reads whatever its round took", DECODING + "scheduler.py",
+        "(LONGEST_STEP + 1 - _GOAL) * shortest", "-math.inf", LAYERSKIP + "decoding/test_budget.py",
     ),
     Mutation(
-        "a smaller pass is foreseen without its fixed cost", DECODING + "budget.py",
+        "a smaller pass is foreseen without its fixed cost", DECODING + "scheduler.py",
         "fixed = 0.0 if self._left >= self._seconds else min(self._rounds)", "fixed = 0.0",
-        LAYERSKIP + "test_budget.py",
+        LAYERSKIP + "decoding/test_budget.py",
     ),
     Mutation(
-        "pass after pass while any time is left", DECODING + "budget.py",
-        "self._another = seconds\n", "self._another = 0.0\n", LAYERSKIP + "test_budget.py",
+        "pass after pass while any time is left", DECODING + "scheduler.py",
+        "self._another = seconds\n", "self._another = 0.0\n", LAYERSKIP + "decoding/test_budget.py",
     ),
     Mutation(
-        "a pass that took too long is tried again and again", DECODING + "budget.py",
-        "while tokens > 1 and tokens in", "while False and tokens in", LAYERSKIP + "test_budget.py -k jumps",
+        "a pass that took too long is tried again and again", DECODING + "scheduler.py",
+        "while tokens > 1 and tokens in", "while False and tokens in", LAYERSKIP + "decoding/test_budget.py -k jumps",
     ),
     Mutation(
-        "top-p of all tokens, not of those that top-k leaves", DECODING + "controls.py",
+        "top-p of all tokens, not of those that top-k leaves", DECODING + "sampling.py",
         "if self.top_k is not None:\n            logits = _keep_top_k(logits, self.top_k, self.largest_k)\n"
         "        if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n",
         "if self.top_p is not None:\n            logits = _keep_top_p(logits, self.top_p)\n"
         "        if self.top_k is not None:\n            logits = _keep_top_k(logits, self.top_k, self.largest_k)\n",
-        LAYERSKIP + "test_sampling.py -k share_of_what",
+        LAYERSKIP + "decoding/test_sampling.py -k share_of_what",
     ),
     Mutation(
-        "a hole in a mask is taken out of a prompt", DECODING + "prompts.py",
-        "kept[-1] - kept[0] + 1 != len(kept)", "False", LAYERSKIP + "test_prompts.py -k holes",
+        "a hole in a mask is taken out of a prompt", DECODING + "decoder.py",
+        "kept[-1] - kept[0] + 1 != len(kept)", "False", LAYERSKIP + "decoding/test_prompts.py -k holes",
     ),
     Mutation(
-        "drafts behind the end of a sequence are counted", DECODING + "sequence.py",
-        "tuple(drafts[: self.remaining])", "tuple(drafts)", LAYERSKIP + "test_records.py -k in_batches",
+        "drafts behind the end of a sequence are counted", DECODING + "request.py",
+        "tuple(drafts[: self.remaining])", "tuple(drafts)", LAYERSKIP + "decoding/test_records.py -k in_batches",
     ),
     Mutation(
         "what was looked up counts as drafted by a layer", DECODING + "session.py",
         "0 if request.looked_up is not None else kind.exit_layer", "kind.exit_layer",
-        LAYERSKIP + "test_records.py -k told_once",
+        LAYERSKIP + "decoding/test_records.py -k told_once",
     ),
     Mutation(
-        "the draft after the last accepted one is not decided", DECODING + "output.py",
-        "min(self.emitted, len(self.drafts))", "self.accepted", LAYERSKIP + "test_sources.py -k by_position",
+        "the draft after the last accepted one is not decided", DECODING + "outputs.py",
+        "min(self.emitted, len(self.drafts))", "self.accepted", LAYERSKIP + "decoding/test_sources.py -k by_position",
     ),
     Mutation(
-        "the slot that was used last goes first", DECODING + "slots.py", "popitem(last=False)", "popitem(last=True)",
-        LAYERSKIP + "test_conversation.py -k least_recently",
+        "the slot that was used last goes first", DECODING + "scheduler.py",
+        "popitem(last=False)", "popitem(last=True)",
+        LAYERSKIP + "decoding/test_conversation.py -k least_recently",
     ),
     Mutation(
-        "a slot whose beginning is copied counts as unused", DECODING + "slots.py",
+        "a slot whose beginning is copied counts as unused", DECODING + "scheduler.py",
         "            self.kept.move_to_end(source.id)\n", "            pass\n",
-        LAYERSKIP + "test_conversation.py -k copied_was_used",
+        LAYERSKIP + "decoding/test_conversation.py -k copied_was_used",
     ),
     Mutation(
-        "a slot holds the token that was emitted last", DECODING + "slots.py",
+        "a slot holds the token that was emitted last", DECODING + "scheduler.py",
         "request.tokens + request.sequence.tokens[:-1] if", "request.tokens + request.sequence.tokens if",
-        LAYERSKIP + "test_conversation.py -k its_own_tokens_only",
+        LAYERSKIP + "decoding/test_conversation.py -k its_own_tokens_only",
     ),
     Mutation(
-        "what a mixed round emits is not penalized", DECODING + "mixed.py",
+        "what a mixed round emits is not penalized", DECODING + "spec_step.py",
         "sequences.controls.put_seen(rows, some.controls)", "pass",
-        LAYERSKIP + "test_sources.py -k gets_alone and processed",
+        LAYERSKIP + "decoding/test_sources.py -k gets_alone and processed",
     ),
     Mutation(
-        "a proposal is judged past its first mistake", DECODING + "acceptance.py",
+        "a proposal is judged past its first mistake", DECODING + "adaptive.py",
         "            if token != other:\n                break\n", "",
-        LAYERSKIP + "test_controller.py -k first_mistake",
+        LAYERSKIP + "decoding/test_controller.py -k first_mistake",
     ),
     Mutation(
         "the cost of a round before which blocks read is learned", DECODING + "session.py",
         "launched.exit_layer is not None and not launched.caught_up", "launched.exit_layer is not None",
-        LAYERSKIP + "test_exit_decoding.py -k foreseen",
+        LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
     ),
     Mutation(
-        "who chooses does not know how far blocks are behind", DECODING + "planning.py",
+        "who chooses does not know how far blocks are behind", DECODING + "session.py",
         "request.acceptance.behind = request.behind", "request.acceptance.behind = 0",
-        LAYERSKIP + "test_exit_decoding.py -k foreseen",
+        LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
     ),
     Mutation(
         "a draft behind the first mistake ends a sequence", DECODING + "session.py",
         "for draft in drafts[accepted : accepted + 1]:", "for draft in drafts:",
-        LAYERSKIP + "test_session.py -k state_is_not_finite",
+        LAYERSKIP + "decoding/test_session.py -k state_is_not_finite",
     ),
 ]  # fmt: skip

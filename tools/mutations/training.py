@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutation import LAYERSKIP, Mutation
 
-TRAINING, TRAINER = "python/layerskip/training/", LAYERSKIP + "test_training_trainer.py"
+TRAINING, TRAINER = "python/layerskip/training/", LAYERSKIP + "training/test_training_trainer.py"
 
 BUGS = [
     Mutation(
@@ -16,21 +16,21 @@ BUGS = [
         '            "head_sample": self.head_sample,\n', "", TRAINER + " -k another_plan",
     ),
     Mutation(
-        "layer dropout one layer off", TRAINING + "dropout.py",
+        "layer dropout one layer off", TRAINING + "curriculum.py",
         "2 ** (layer / last) - 1", "2 ** ((layer + 1) / (last + 1)) - 1",
-        LAYERSKIP + "test_training_formulas.py -k rates_by_hand",
+        LAYERSKIP + "training/test_training_formulas.py -k rates_by_hand",
     ),
     Mutation(
         "every process learns the whole batch", TRAINING + "processes.py", "items[rank() :: count()]", "items[:]",
-        LAYERSKIP + "test_train_exit_processes.py",
+        LAYERSKIP + "training/test_train_exit_processes.py",
     ),
     Mutation(
-        "drafts are accepted that the head lacks", TRAINING + "exit_loss.py",
+        "drafts are accepted that the head lacks", TRAINING + "losses.py",
         "torch.where(targets.ids >= 0, logs.gather", "torch.where(targets.ids >= -1, logs.gather",
-        LAYERSKIP + "test_exit_loss.py",
+        LAYERSKIP + "training/test_exit_loss.py",
     ),
     Mutation(
-        "the means of exits weigh batches alike", TRAINING + "meter.py", "losses * count, count", "losses, 1.0",
-        LAYERSKIP + "test_training_formulas.py -k mean_loss",
+        "the means of exits weigh batches alike", TRAINING + "trainer.py", "losses * count, count", "losses, 1.0",
+        LAYERSKIP + "training/test_training_formulas.py -k mean_loss",
     ),
 ]  # fmt: skip

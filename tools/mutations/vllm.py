@@ -77,7 +77,7 @@ BUGS = [
     ),
     Mutation(
         "an exit's file is a file of weights", DRAFTER + "loader.py",
-        "others = (draft_head.FILE_NAME, exit.FILE_NAME)", "others = (draft_head.FILE_NAME,)",
+        "others = (draft_model.FILE_NAME, exit.FILE_NAME)", "others = (draft_model.FILE_NAME,)",
         VLLM + "test_exported.py -k trained",
     ),
     Mutation(

@@ -12,7 +12,7 @@ from importlib import import_module
 from rich.console import Console
 
 from .. import _ends
-from . import arguments, names
+from . import arguments
 
 __all__ = ["main"]
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse(argv)
 
     def work() -> int:
-        names.check(args)
+        arguments.validate_names(args)
         module = import_module(f".{args.command.replace('-', '_')}", __package__)
         code: int = module.run(args, Console())
         return code

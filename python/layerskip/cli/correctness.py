@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..decoding import SelfSpeculativeDecoder
 from ..models import LayerSkipModel
-from ..models.dequantized import dequantized
-from . import options, prompts
+from ..models.adapt import dequantized
+from . import arguments, options
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:
@@ -46,7 +46,7 @@ def _verdict(difference: int | None) -> str:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Compare on every prompt; 1 if any token differs."""
-    texts = prompts.read(args.prompts, args.limit)
+    texts = arguments.read_prompts(args.prompts, args.limit)
     model, tokenizer = options.load(args, console)
     decoder = options.decoder(args, model)
     reference = None

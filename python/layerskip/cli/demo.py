@@ -15,10 +15,10 @@ from rich.text import Text
 from .. import registry
 from .._files import check_output, write_atomically
 from ..decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder
-from ..decoding.source import AUTO, EXIT, NGRAM
-from . import options, prompts
-from .picture import SideBySide, demo_picture
-from .prompts import Prompt
+from ..decoding.draft_sources import AUTO, EXIT, NGRAM
+from . import arguments, options
+from .arguments import Prompt
+from .rendering import SideBySide, demo_picture
 
 ACCEPTED, VERIFIED = "bold green", "default"
 
@@ -67,7 +67,7 @@ def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
                 exhibit.exit_layer,
                 exhibit.num_speculations,
                 exhibit.remark,
-                prompts.read(str(exhibit.prompts)),
+                arguments.read_prompts(str(exhibit.prompts)),
                 options.draft_head(args),
                 exhibit.exit,
                 exhibit.draft_source,

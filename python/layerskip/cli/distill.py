@@ -15,11 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from .._files import check_output, write_atomically
-from .._journal import Journal
+from .._files import Journal, check_output, write_atomically
 from ..decoding import DraftHead
-from ..decoding.draft_head import FILE_NAME
-from . import options, prompts
+from ..decoding.draft_model import FILE_NAME
+from . import arguments, options
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     outputs = [args.output, *([_draft_head_file(args.draft_head)] if args.draft_head else [])]
     for path in outputs:
         check_output(path, args.overwrite)
-    texts = [prompt.text for prompt in prompts.read(args.prompts, args.limit)]
+    texts = [prompt.text for prompt in arguments.read_prompts(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
     vocabulary = model.config.vocab_size
     if args.draft_head is not None and args.draft_head_size > vocabulary:
@@ -60,7 +59,7 @@ def _write_pairs(
     args: argparse.Namespace, console: Console, journal: Journal, model: Any, tokenizer: Any, texts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The pairs of all prompts; those that the journal has are not written again."""
-    from ..training.distill import own_pairs
+    from ..training.batching import own_pairs
 
     done: list[int] = [record["index"] for record in journal.records]
     if done:

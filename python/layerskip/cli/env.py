@@ -16,9 +16,9 @@ import layerskip_kernels
 from layerskip_kernels import _extension, dispatch
 
 from .. import devices, registry
-from ..models.arena import HUGE, Arena
-from ..models.families import supported_architectures
-from . import machine
+from ..models.architectures import supported_architectures
+from ..models.weight_arena import HUGE, Arena
+from . import options
 
 PACKAGES = (
     "layerskip-kernels",
@@ -77,10 +77,10 @@ def _facts() -> Table:
     table = Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for package in PACKAGES:
-        found = machine.version(package)
+        found = options.version(package)
         where = f": {registry.WHERE}" if package == registry.PACKAGE and found == "not installed" else ""
         table.add_row(package, found + where)
-    instructions = f"{torch.get_num_threads()} threads, instruction set: {machine.instructions()}"
+    instructions = f"{torch.get_num_threads()} threads, instruction set: {options.instructions()}"
     table.add_row("cpu", f"{platform.machine()}, {instructions}")
     table.add_row("weights in", _pages())
     table.add_row("cuda library", _extension.cuda_reason or "loaded")

@@ -16,14 +16,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from .._files import check_output, write_atomically
-from .._journal import Journal
+from .._files import Journal, check_output, write_atomically
 from ..evaluation.answers import Item, digest, scored, warm_up, written
 from ..evaluation.engine import Engine
 from ..evaluation.summary import ROUNDS, differing, summarize, tables
 from ..evaluation.tasks import PERPLEXITY, WRITTEN, Question
 from ..models import LayerSkipModel
-from ..training.evaluate import spread, windows
+from ..training.exit_analysis import spread, windows
 from . import options, quantize
 
 WINDOW = quantize.WINDOW

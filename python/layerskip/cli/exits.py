@@ -17,10 +17,10 @@ from torch import Tensor
 from .._files import check_output, write_atomically
 from ..decoding import SelfSpeculativeDecoder
 from ..models import Exit, LayerSkipModel
-from . import machine, options, prompts
+from . import arguments, options
 
 if TYPE_CHECKING:
-    from ..training.survey import ExitSurvey
+    from ..training.exit_analysis import ExitSurvey
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Surveyed:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Let the model write, ask every exit about it, show the answers."""
-    from ..training.survey import survey_exits
+    from ..training.exit_analysis import survey_exits
 
     data, path = (args.output.with_name(f"{args.output.name}.{ending}") for ending in ("json", "png"))
     for output in (data, path):
         check_output(output, overwrite=True)
     trained = None if args.exit is None else Exit.load(args.exit)
-    texts = [prompt.text for prompt in prompts.read(args.prompts, args.limit)]
+    texts = [prompt.text for prompt in arguments.read_prompts(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
     decoder = SelfSpeculativeDecoder(model, exit=trained)
     written = []
@@ -74,7 +74,7 @@ def content(
 ) -> dict[str, Any]:
     """What the JSON has: the rows of the table, and agreement by confidence of the exits that the picture shows."""
     settings = {
-        **machine.settings(args, decoder.model),
+        **options.settings(args, decoder.model),
         "exit": args.exit,
         "prompts": args.prompts,
         "positions": survey.tokens.shape[1],
@@ -89,7 +89,7 @@ def content(
         for exit_layer in _some_exits(survey)
     }
     exits = [dataclasses.asdict(row) for row in rows]
-    return {"settings": settings, "machine": machine.facts(args.device), "exits": exits, "reliability": reliability}
+    return {"settings": settings, "machine": options.facts(args.device), "exits": exits, "reliability": reliability}
 
 
 def of_layers(survey: ExitSurvey, drafts: int) -> list[Surveyed]:
@@ -109,7 +109,7 @@ def of_layers(survey: ExitSurvey, drafts: int) -> list[Surveyed]:
 
 def of_trained(model: LayerSkipModel, written: Sequence[tuple[Tensor, int]], drafts: int) -> Surveyed:
     """The exit with which a model drafts."""
-    from ..training.survey import speedup_bound, survey_trained_exit
+    from ..training.exit_analysis import speedup_bound, survey_trained_exit
 
     survey, blocks, exit_layer = survey_trained_exit(model, written), model.decoder.num_blocks, model.exit_layer
     assert exit_layer is not None  # else there were no survey
@@ -126,7 +126,7 @@ def of_trained(model: LayerSkipModel, written: Sequence[tuple[Tensor, int]], dra
 
 def of_ngrams(written: Sequence[tuple[Tensor, int]]) -> Surveyed:
     """Text that occurred before: a round is one pass, however many tokens it drafts."""
-    from ..training.survey import survey_ngrams
+    from ..training.exit_analysis import survey_ngrams
 
     survey = survey_ngrams(written)
     agreement = survey.right / survey.positions

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .. import registry
 from .._files import check_folder, obstacle, replaced
-from ..decoding.draft_head import FILE_NAME
+from ..decoding.draft_model import FILE_NAME
 from ..decoding.tuning import CONFIG_KEY
 from ..models import exit
 from . import options

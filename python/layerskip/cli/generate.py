@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..decoding import Stats
 from . import options
-from .drafts import Drafts
+from .rendering import Drafts
 
 
 def summary(stats: Stats) -> str:

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from .._files import check_folder, obstacle, replaced
 from ..models import LayerSkipModel, adapt, save
 from . import options
-from .option_groups import FORMATS, NATIVE
+from .arguments import FORMATS, NATIVE
 
 WINDOW = 512
 CALIBRATION = (8, 256)
@@ -75,7 +75,7 @@ def _packed(
 
 
 def _perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int, errors: Console) -> float | None:
-    from ..training.evaluate import perplexity
+    from ..training.exit_analysis import perplexity
 
     with errors.status("measuring the perplexity"):
         return perplexity(model, tokenizer, texts, WINDOW, windows) if texts else None

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from . import names
+from . import arguments
 
 if TYPE_CHECKING:
-    from ..training.output import Output
+    from ..training.output_dir import Output
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:
@@ -37,12 +37,12 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Train, and write the result."""
     from ..training import recipe as recipes
-    from ..training.output import Output
+    from ..training.output_dir import Output
 
     overrides = _overrides(args.set)
     recipe = recipes.read_recipe(args.recipe, overrides) if args.recipe else recipes.make_recipe(overrides)
-    names.tasks((*recipe.tasks, *recipe.replay.tasks))
-    names.model(recipe.model)
+    arguments.tasks((*recipe.tasks, *recipe.replay.tasks))
+    arguments._check_model(recipe.model)
     output = Output(recipe)
     if not args.resume:
         output.check_new(args.overwrite)
@@ -67,7 +67,7 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
     options.settle(args)
     options.quiet_transformers()
     from ..training import run as runs
-    from ..training.progress import Progress
+    from ..training.trainer import Progress
 
     first = processes.first()
     trainer = runs.make_trainer(output.recipe, args.device, callbacks=[Progress(console)] if first else [])
@@ -95,7 +95,7 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
 
 
 def _how_to_go_on(output: Output) -> str:
-    from ..training.output import last_checkpoint
+    from ..training.output_dir import last_checkpoint
 
     checkpoint = last_checkpoint(output.folder)
     if checkpoint is None:

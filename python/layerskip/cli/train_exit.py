@@ -9,25 +9,25 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from .._files import write_atomically
-from . import names
+from . import arguments
 
 if TYPE_CHECKING:
-    from ..training.exit_output import ExitOutput
     from ..training.exit_run import ExitRun
     from ..training.exit_trainer import ExitTrainer, State
+    from ..training.output_dir import ExitOutput
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Train, keeping the best. Of several processes only the first prints and writes."""
-    from ..training import exit_recipe, processes
-    from ..training.exit_output import ExitOutput
+    from ..training import processes, recipe
+    from ..training.output_dir import ExitOutput
 
     processes.check_device(args.device)
     console = console if processes.first() else Console(quiet=True)
-    given = {key: getattr(args, key) for key in exit_recipe.KEYS if getattr(args, key, None) is not None}
-    recipe = exit_recipe.exit_recipe(args.recipe, given)
-    names.tasks((*recipe.texts, *recipe.eval_texts, *recipe.prompts))
-    names.model(recipe.model)
+    given = {key: getattr(args, key) for key in recipe.KEYS if getattr(args, key, None) is not None}
+    recipe = recipe.exit_recipe(args.recipe, given)
+    arguments.tasks((*recipe.texts, *recipe.eval_texts, *recipe.prompts))
+    arguments._check_model(recipe.model)
     output = ExitOutput(recipe)
     if args.resume:
         output.check_resumed()
@@ -131,7 +131,7 @@ def _report(console: Console, state: State, output: ExitOutput) -> None:
 
 
 def _how_to_go_on(output: ExitOutput) -> str:
-    from ..training.exit_output import ExitOutput
+    from ..training.output_dir import ExitOutput
 
     if not ExitOutput(output.recipe).record:
         return "interrupted, before anything was written"

@@ -15,13 +15,12 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from .._files import check_output
-from .._journal import Journal
+from .._files import Journal, check_output
 from ..decoding import SelfSpeculativeDecoder
-from ..decoding.controller import default_exits
+from ..decoding.adaptive import default_exits
 from ..decoding.tuning import FILE_NAME, Tuning
 from ..models import Exit
-from . import options, prompts
+from . import arguments, options
 
 DRAFTS = (2, 4, 8)
 PLAIN = "autoregressive"
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Measure, show, write; 1 if a way gave other tokens than the full model alone."""
     output = _output(args)
     check_output(output, args.overwrite)
-    texts = prompts.read(args.prompts, args.limit)
+    texts = arguments.read_prompts(args.prompts, args.limit)
     trained = None if args.exit is None else Exit.load(args.exit)
     model, tokenizer = options.load(args, Console(stderr=True))
     ways = candidates(model.config.num_hidden_layers, trained, args.exit)

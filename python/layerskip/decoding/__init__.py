@@ -1,15 +1,14 @@
 """Self-speculative decoding: a model's early layers draft, its remaining layers verify."""
 
-from .controller import Choice, Controller
-from .conversation import Conversation
-from .decoder import SelfSpeculativeDecoder
-from .draft_head import DraftHead
-from .line import SessionFullError
-from .output import GenerationOutput, RoundRecord, Stats, Streamer, Update
+from .adaptive import Choice, Controller
+from .decoder import Conversation, SelfSpeculativeDecoder
+from .detokenizer import StopStrings, TextStream
+from .draft_model import DraftHead
+from .draft_sources import DraftSource, NgramSource
+from .outputs import GenerationOutput, RoundRecord, Stats, Streamer, Update
 from .sampling import SamplingParams
+from .scheduler import SessionFullError
 from .session import Session
-from .source import DraftSource, NgramSource
-from .text import StopStrings, TextStream
 
 __all__ = [
     "Choice",

@@ -12,15 +12,11 @@ import torch
 from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
-from .controls import LogitsControls
-from .graph import Graphs
-from .logits import LogitsPipeline, LogitsRound
-from .mixed import MixedRound
-from .reading import read_blocks
-from .request import Request, RoundKind
-from .round import FusedRound, LookedUp, SequenceTensors
-from .sampling import SamplingParams
-from .sequence import Clock
+from .cuda_graphs import Graphs
+from .request import Clock, Request, RoundKind
+from .sampling import LogitsControls, SamplingParams
+from .scheduler import read_blocks
+from .spec_step import FusedRound, LogitsPipeline, LogitsRound, LookedUp, MixedRound, SequenceTensors
 
 SAME = 4  # recorded rounds have a multiple of so many looked-up drafts: more rows cost less than more recordings
 

@@ -1,9 +1,10 @@
-"""The decoder: what a user makes of a model, and calls."""
+"""`SelfSpeculativeDecoder`: generate, stream, converse, open sessions."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,22 +13,154 @@ from torch import Tensor
 
 from .. import models
 from ..models import EarlyExitHead, Exit, LayerSkipModel
-from ..models.watch import unwrapped
-from . import graph, validation
-from .controller import Controller
-from .draft_head import DraftHead
-from .drafting import Drafting, DraftingModel
-from .logits import LogitsProcessor
-from .output import GenerationOutput, Streamer
-from .prompts import longest, padding, prompts_of, requests_of, text_ids
-from .request import Defaults
-from .run import outputs_of, pieces_of
-from .sampling import SamplingParams
-from .sequence import Clock, StopRule
+from ..models.hf_checks import unwrapped
+from . import cuda_graphs, validation
+from .adaptive import Controller
+from .detokenizer import SequenceText, stop_rules
+from .draft_model import DraftHead, Drafting, DraftingModel
+from .draft_sources import EXIT, DraftSource, max_drafts, source_of
+from .outputs import GenerationOutput, Streamer, Update
+from .request import Clock, Defaults, StopRule
+from .sampling import LogitsProcessor, SamplingParams, params_of_each
 from .session import Session
-from .source import EXIT, DraftSource, max_drafts, source_of
-from .text import SequenceText
 from .tuning import tuned
+
+
+def prompts_of(input_ids: Any, attention_mask: Any = None, tokenizer: Any = None) -> list[Any]:
+    """The prompts of ``SelfSpeculativeDecoder.generate``, without padding.
+
+    Parameters
+    ----------
+    input_ids : Tensor [B, N] or [N], str, or sequence of str, of prompts, or of int
+    attention_mask : Tensor or nested sequence, optional
+        Of the shape of ``input_ids``, 0 for padding, on the left or on the right of each prompt.
+    tokenizer : callable, optional
+        Reads strings.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the offending value.
+    """
+    if isinstance(input_ids, str):
+        input_ids = [input_ids]
+    if isinstance(input_ids, (list, tuple)) and any(isinstance(one, str) for one in input_ids):
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with token ids; the prompts are strings")
+        return [text_ids(one, tokenizer) for one in input_ids]
+    if _is_one(input_ids):
+        input_ids, attention_mask = [input_ids], None if attention_mask is None else [attention_mask]
+    rows = validation.prompts(input_ids)
+    return rows if attention_mask is None else _without_padding(rows, attention_mask)
+
+
+def text_ids(text: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"prompts are all strings or all token ids, got a string and {text!r}")
+    if tokenizer is None:
+        raise ValueError("a prompt that is a string needs a tokenizer: give tokenizer=, or set decoder.tokenizer")
+    return tokenizer(text).input_ids
+
+
+def requests_of(
+    prompts: Sequence[Any], sampling: Any, logits_processor: Any, should_stop: Any, stop_strings: Any, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """What `Session.add` is told of each prompt alone, by its names; the arguments are those of ``generate``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there are not as many of something as prompts; or with the offending value.
+    """
+    count = len(prompts)
+    rules = validation.one_each("should_stop", should_stop, count)
+    if stop_strings is not None:
+        rules = stop_rules(tokenizer, stop_strings, prompts, rules)
+    processors = validation.one_each("logits_processor", logits_processor, count)
+    each = zip(prompts, params_of_each(sampling, count), processors, rules, strict=True)
+    names = ("prompt", "sampling", "logits_processor", "should_stop")
+    return [dict(zip(names, values, strict=True)) for values in each]
+
+
+def longest(prompts: Sequence[Any]) -> int:
+    """The tokens of the longest of some prompts."""
+    return max(len(one) if isinstance(one, (list, tuple)) else one.numel() for one in prompts)
+
+
+def padding(given: int | None, of_model: int | None, stops: int | Sequence[int] | None, vocab_size: int) -> int:
+    """The token that pads the rows of a result: as given, else the model's, else one that ends texts."""
+    if given is not None:
+        return validation.integer_in("pad_token_id", given, 0, vocab_size - 1)
+    return min(validation.stop_tokens(stops, vocab_size), default=0) if of_model is None else of_model
+
+
+def _is_one(input_ids: Any) -> bool:
+    """Whether this is one prompt and not a batch."""
+    if isinstance(input_ids, Tensor):
+        return input_ids.dim() == 1
+    return isinstance(input_ids, (list, tuple)) and bool(input_ids) and isinstance(input_ids[0], Integral)
+
+
+def _without_padding(rows: list[Any], attention_mask: Any) -> list[Any]:
+    if len(attention_mask) != len(rows):
+        raise ValueError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
+    return [_unmasked(number, *both) for number, both in enumerate(zip(rows, attention_mask, strict=True))]
+
+
+def _unmasked(number: int, row: Any, mask: Any) -> Any:
+    """The part of a prompt that its mask leaves."""
+    mask = torch.as_tensor(mask)
+    if mask.dim() != 1 or len(mask) != len(row):
+        raise ValueError(f"attention_mask has shape {list(mask.shape)} for prompt {number}, of {len(row)} tokens")
+    kept = mask.ne(0).nonzero().flatten().tolist()
+    if not kept:
+        raise ValueError(f"attention_mask hides all of prompt {number}")
+    if kept[-1] - kept[0] + 1 != len(kept):
+        hole = next(place for place in range(kept[0], kept[-1]) if not mask[place])
+        raise ValueError(
+            f"attention_mask has a hole at position {hole} of prompt {number}; it may hide padding before or after a "
+            "prompt, but nothing inside it"
+        )
+    return row[kept[0] : kept[-1] + 1]
+
+
+def updates_of(session: Session) -> Iterator[Update]:
+    """Run a session until its requests have ended; an error of one of them is raised."""
+    while len(session):
+        for update in session.step():
+            if update.error is not None:
+                raise update.error
+            yield update
+
+
+def ended_in(session: Session) -> Iterator[tuple[int, GenerationOutput]]:
+    """The ids and outputs of a session's requests, in the order in which they end."""
+    return ((one.request_id, one.output) for one in updates_of(session) if one.output is not None)
+
+
+def outputs_of(session: Session, request_ids: Sequence[int], streamer: Streamer | None) -> list[GenerationOutput]:
+    """Run a session until its requests have ended, and return the outputs of these."""
+    outputs: dict[int, GenerationOutput] = {}
+    for update in updates_of(session):
+        if streamer is not None:
+            streamer.put(torch.tensor(update.tokens))
+        if update.output is not None:
+            outputs[update.request_id] = update.output
+    if streamer is not None:
+        streamer.end()
+    return [outputs[request_id] for request_id in request_ids]
+
+
+def pieces_of(session: Session, text: SequenceText, ready: list[str]) -> Iterator[str]:
+    """Run a session's only request; ``ready`` holds the pieces that its stop rule got from ``text``."""
+    for update in updates_of(session):
+        if update.reason == "eos":  # the one token that no rule is asked about
+            ready.append(text.push(update.tokens[-1]))
+        if update.finished:
+            ready.append(text.finish())
+        yield from filter(None, ready)
+        ready.clear()
 
 
 class SelfSpeculativeDecoder:
@@ -209,7 +342,7 @@ class SelfSpeculativeDecoder:
         most = self._max_speculations(num_speculations)
         with torch.inference_mode(False):
             cache = model.decoder.new_cache(max_batch, length + most + 1)
-        graphs, bounds = graph.for_device(model.device), (prompt_tokens_per_step, max_waiting)
+        graphs, bounds = cuda_graphs.for_device(model.device), (prompt_tokens_per_step, max_waiting)
         return Session(model, cache, self.defaults, length, most, generator, self.clock, graphs, *bounds)
 
     def generate(
@@ -386,3 +519,77 @@ def _of_config(model: Any, name: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+class Conversation:
+    """Turns that continue each other.
+
+    A turn reads only what it adds, and gives the tokens that `SelfSpeculativeDecoder.generate` would give for the whole
+    conversation as its prompt.
+
+    Parameters
+    ----------
+    decoder : SelfSpeculativeDecoder
+    max_seq_len : int, optional
+        The longest conversation; by default the decoder's.
+    num_speculations : int or "auto", optional
+        The largest that a turn may ask for; by default the decoder's.
+
+    Attributes
+    ----------
+    tokens : list of int
+        All prompts and continuations so far. To take a turn back, cut it off.
+    """
+
+    def __init__(
+        self,
+        decoder: SelfSpeculativeDecoder,
+        max_seq_len: int | None = None,
+        num_speculations: int | str | None = None,
+    ) -> None:
+        self._model = decoder.model
+        self._session = decoder.open_session(1, max_seq_len=max_seq_len, num_speculations=num_speculations)
+        self.tokens: list[int] = []
+
+    def generate(
+        self,
+        prompt: Tensor | Sequence[int],
+        max_new_tokens: int = 128,
+        streamer: Streamer | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Take a turn.
+
+        Parameters
+        ----------
+        prompt : Tensor [N] or [1, N], or sequence of int
+            What follows the tokens so far.
+        max_new_tokens : int
+        streamer : Streamer, optional
+            As in `SelfSpeculativeDecoder.generate`.
+        **options
+            As in `Session.add`: ``sampling``, ``eos_token_id``, ``should_stop``, …
+
+        Returns
+        -------
+        GenerationOutput
+            ``sequences`` [1, N + new] are the whole conversation, ``stats.reused`` the tokens that were not read again.
+
+        Raises
+        ------
+        ValueError, TypeError, FloatingPointError
+            As `SelfSpeculativeDecoder.generate`; the tokens stay as they were.
+        """
+        ids = validation.prompt(prompt, self._model.vocab_size, self._model.device)
+        whole = self.tokens + ids[0].tolist()
+        request = self._session.add(whole, max_new_tokens, keep=True, **options)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        try:
+            (output,) = outputs_of(self._session, [request], streamer)
+        except BaseException:
+            if len(self._session):
+                self._session.remove(request)
+            raise
+        self.tokens = output.sequences[0].tolist()
+        return output

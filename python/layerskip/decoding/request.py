@@ -1,20 +1,226 @@
-"""One request of a session: what it asks for, and how far it has come."""
+"""A request of a session: its parameters, its tokens and its progress."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from ..devices import to_device
 from ..models import LayerSkipModel
 from . import validation
-from .acceptance import AcceptanceRates
-from .controller import Controller
-from .logits import LogitsProcessor
-from .reading import Reading
-from .sampling import SamplingParams
-from .sequence import TokenSequence
-from .source import AUTO, EXIT, DraftSource, Lookup, NgramSource, source_of
+from .adaptive import AcceptanceRates, Controller
+from .draft_sources import AUTO, EXIT, DraftSource, Lookup, NgramSource, source_of
+from .outputs import GenerationOutput, RoundRecord, Stats
+from .sampling import History, LogitsProcessor, SamplingParams
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt, and how much of it the cache holds.
+
+    Attributes
+    ----------
+    prompt : Tensor [1, N], int64
+    depth : int
+        It is read with layers [0, depth), of which those from L on are the exit's blocks.
+    slot : int
+        The row of the cache.
+    done : int
+        The first ``done`` tokens are in the cache.
+    state : Tensor [1, D] or None
+        That of the prompt's last token after these layers, once it is read.
+    """
+
+    prompt: Tensor
+    depth: int
+    slot: int = -1
+    done: int = 0
+    state: Tensor | None = None
+
+    @property
+    def left(self) -> int:
+        """How many tokens are still to be read."""
+        return self.prompt.shape[1] - self.done
+
+
+StopRule = Callable[[list[int]], bool]
+"""(the new tokens so far) -> whether the sequence ends with the last of them."""
+
+Clock = Callable[[], float]
+"""() -> seconds."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a sequence: a number of tokens, one of some tokens, or a rule. The sequence includes its last token."""
+
+    max_new_tokens: int
+    eos: frozenset[int] = frozenset()
+    should_stop: StopRule | None = None
+
+
+class _Begun(NamedTuple):
+    """A round: the number of tokens before it, and what `RoundRecord` says of its drafts."""
+
+    start: int
+    source: str
+    exit_layer: int
+    drafts: tuple[int, ...]
+
+
+class TokenSequence:
+    """A prompt and what was emitted after it.
+
+    Parameters
+    ----------
+    prompt : Tensor [1, N], int64
+    ending : Ending
+    clock : callable
+        Gives the time for the statistics.
+
+    Attributes
+    ----------
+    tokens : list of int
+        The new tokens.
+    drafted : list of bool
+        Whether each of them was a draft.
+    reason : str or None
+        Why the sequence ended; None while it goes on.
+    history : History or None
+        The tokens on the device, where logits processors need them; emitted tokens are added to it.
+    reused : int
+        How many tokens of the prompt were in the cache before.
+    """
+
+    def __init__(self, prompt: Tensor, ending: Ending, clock: Clock = time.perf_counter) -> None:
+        self.prompt, self._ending, self._clock = prompt, ending, clock
+        self.tokens: list[int] = []
+        self.drafted: list[bool] = []
+        self.reason: str | None = None
+        self.history: History | None = None
+        self.reused = 0
+        self._rest: deque[tuple[int, bool]] = deque()  # tokens of a round not emitted yet; whether they were drafts
+        self._fault: str | None = None
+        self._rounds: list[_Begun] = []
+        self._started = clock()
+        self._first_token_at = self._started
+
+    @property
+    def remaining(self) -> int:
+        """How many tokens may still be emitted."""
+        return self._ending.max_new_tokens - len(self.tokens)
+
+    @property
+    def position(self) -> int:
+        """The position of the last token. The cache holds all positions before it."""
+        return self.prompt.shape[1] + len(self.tokens) - 1
+
+    @property
+    def all_tokens(self) -> Tensor:
+        """Prompt and new tokens, [1, N + new]."""
+        return torch.cat([self.prompt, self._new_tokens], 1)
+
+    @property
+    def _new_tokens(self) -> Tensor:
+        return to_device(torch.tensor([self.tokens], dtype=torch.int64), self.prompt.device)
+
+    def add(
+        self, drafts: Sequence[int], accepted: int, token: int, fault: str | None = None, source: str = EXIT,
+        exit_layer: int = 0,
+    ) -> None:  # fmt: skip
+        """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
+
+        The first call emits the token that follows the prompt, which is not counted as a round.
+
+        Parameters
+        ----------
+        drafts : sequence of int
+            What the round drafted.
+        accepted : int
+            How many of them were accepted.
+        token : int
+        fault : str, optional
+            What is wrong with ``token``.
+        source, exit_layer
+            What drafted, as `RoundRecord` has it.
+
+        Raises
+        ------
+        FloatingPointError
+            With ``fault``, unless the sequence ends before ``token``.
+        """
+        if self.tokens:  # other sequences of the batch may need more drafts than this one
+            begun = _Begun(len(self.tokens), source, exit_layer, tuple(drafts[: self.remaining]))
+            self._rounds.append(begun)
+        self._fault = fault
+        self._rest = deque([*((draft, True) for draft in drafts[:accepted]), (token, False)])
+        self.resume()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an interrupt kept tokens of the last round from being emitted."""
+        return bool(self._rest)
+
+    def resume(self) -> None:
+        """Emit what is left of a round; raises as `add` does."""
+        before = len(self.tokens)
+        try:
+            self._emit_rest()
+        finally:
+            if self.history is not None:
+                self.history.append(self.tokens[before:])
+            if not self._rounds:
+                self._first_token_at = self._clock()
+
+    def _emit_rest(self) -> None:
+        while self._rest:
+            token, drafted = self._rest[0]
+            if not drafted and self._fault is not None:
+                raise FloatingPointError(self._fault)
+            self._emit(token, drafted)
+            self._rest.popleft()
+            if self.reason is not None:
+                self._rest.clear()
+
+    def _emit(self, token: int, drafted: bool) -> None:
+        rule, ends = self._ending.should_stop, token in self._ending.eos
+        # Asked before the token counts: where an interrupt leaves the rule without an answer, it is asked again.
+        stops = not ends and rule is not None and rule([*self.tokens, token])
+        self.tokens.append(token)
+        self.drafted.append(drafted)
+        if ends:
+            self.reason = "eos"
+        elif stops:
+            self.reason = "stop"
+        elif self.remaining == 0:
+            self.reason = "length"
+
+    def output(self) -> GenerationOutput:
+        """The tokens and statistics so far."""
+        stats = Stats(
+            prompt_tokens=self.prompt.shape[1],
+            new_tokens=len(self.tokens),
+            records=self._records(),
+            seconds=self._clock() - self._started,
+            time_to_first_token=self._first_token_at - self._started,
+            reused=self.reused,
+        )
+        drafted = torch.tensor([self.drafted], dtype=torch.bool)
+        return GenerationOutput(self.all_tokens, self._new_tokens, drafted, (stats,), (self.reason or "",))
+
+    def _records(self) -> tuple[RoundRecord, ...]:
+        """What each round did; one that was left in its middle, what it had emitted."""
+        ends = [one.start for one in self._rounds[1:]] + [len(self.tokens)]
+        return tuple(
+            RoundRecord(one.source, one.exit_layer, one.drafts, sum(self.drafted[one.start : end]), end - one.start)
+            for one, end in zip(self._rounds, ends, strict=False)  # where there is no round there is an end
+        )
 
 
 @dataclass(frozen=True)

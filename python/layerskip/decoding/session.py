@@ -1,31 +1,89 @@
-"""Many sequences at once, each with its own prompt, end and pace: continuous batching."""
+"""Continuous batching: many requests, each with its own prompt, end and pace."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
-from . import planning, validation
+from . import validation
+from .adaptive import Choice, Controller, Plan
 from .batch import Batch, Launched, round_of, sequences_of
-from .budget import prompt_budget
-from .controller import Choice
-from .graph import Graphs, warn_unrecorded
-from .line import PromptLine
-from .logits import LogitsProcessor
-from .output import Update
-from .reading import PromptReader, Reading
-from .request import Defaults, Request, RoundKind
-from .round import NOT_DRAFTED
-from .sampling import SamplingParams, params_of, seed_of
-from .sequence import Clock, Ending, History, StopRule, TokenSequence
-from .slots import Slots
-from .source import DraftSource
+from .cuda_graphs import Graphs, warn_unrecorded
+from .draft_sources import DraftSource
+from .outputs import Update
+from .request import Clock, Defaults, Ending, Reading, Request, RoundKind, StopRule, TokenSequence
+from .sampling import History, LogitsProcessor, SamplingParams, params_of, seed_of
+from .scheduler import PromptLine, PromptReader, Slots, prompt_budget
+from .spec_step import NOT_DRAFTED
+
+
+def choose(running: Iterable[Request], controller: Controller) -> bool:
+    """Let the controller pick for the requests that want it, together for those that leave the same open.
+
+    Returns
+    -------
+    bool
+        Whether the kind of a request's next round changed.
+    """
+    open_choices: dict[Hashable, list[Request]] = {}
+    for request in running:
+        method = request.method
+        if method.adaptive:
+            given = (method.exit_layer, method.num_speculations, method.exits, request.lookup is not None)
+            open_choices.setdefault(given, []).append(request)
+    changed = [_choose_together(requests, controller) for requests in open_choices.values()]
+    return any(changed)
+
+
+def _choose_together(requests: Sequence[Request], controller: Controller) -> bool:
+    method, changed = requests[0].method, False
+    acceptances = [request.acceptance for request in requests]
+    for request in requests:
+        request.acceptance.behind = request.behind
+    given = (method.exit_layer, method.num_speculations)
+    lookups = [request.lookup for request in requests if request.lookup is not None]
+    if lookups:
+        plan = controller.plan(acceptances, [one.offer for one in lookups], *given, exits=method.exits)
+    else:
+        plan = Plan(controller.choose(acceptances, *given), [None] * len(requests))
+    for request, count in zip(requests, plan.looked_up, strict=True):
+        if request.lookup is not None:
+            request.looked_up = None if count is None else request.lookup.proposal[:count]
+        if plan.choice.exit_layer and plan.choice != (request.exit_layer, request.num_speculations):
+            before = request.kind()
+            request.exit_layer, request.num_speculations = plan.choice
+            changed = changed or request.kind() != before
+    return changed
+
+
+def by_kind(running: Iterable[Request]) -> dict[RoundKind, list[Request]]:
+    """The requests whose next round is the same. Drafts that are looked up go along where others speculate."""
+    kinds: dict[RoundKind, list[Request]] = {}
+    for request in sorted(running, key=lambda one: not one.kind().exit_layer):
+        kind = request.kind()
+        kinds.setdefault(kind if kind.exit_layer else _shared(kind, kinds), []).append(request)
+    return kinds
+
+
+def _shared(kind: RoundKind, others: Iterable[RoundKind]) -> RoundKind:
+    """The kind of round for sequences whose drafts are looked up: one in which others speculate, if there is one."""
+    return next((one for one in others if one.speculative and one.processed == kind.processed), kind)
+
+
+def learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: int) -> None:
+    """Note what was accepted, and what would have been of a proposal that was not drafted."""
+    if not request.method.adaptive:
+        return
+    if request.looked_up is None:
+        request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted)
+    if request.lookup is not None:
+        request.acceptance.observe_proposal(request.lookup.offer.kind, request.lookup.proposal, emitted)
 
 
 class Session:
@@ -293,14 +351,14 @@ class Session:
 
     def _current_batches(self) -> list[Batch]:
         """The running requests by the kind of their next round."""
-        if planning.choose(self._running.values(), self._defaults.controller):
+        if choose(self._running.values(), self._defaults.controller):
             self._grouped = False
         if not self._grouped:
             for batch in self._batches:
                 self._finish(batch)
             self._batches = [
                 Batch(self._model, self._cache, kind, requests, self._graphs, self._slots.free, self._clock)
-                for kind, requests in planning.by_kind(self._running.values()).items()
+                for kind, requests in by_kind(self._running.values()).items()
             ]
             self._grouped = True
         return self._batches
@@ -340,7 +398,7 @@ class Session:
         for draft in drafts[accepted : accepted + 1]:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
-        planning.learn(kind, request, [*drafts[:accepted], token], num_drafted)
+        learn(kind, request, [*drafts[:accepted], token], num_drafted)
         source, exit_layer = request.source, 0 if request.looked_up is not None else kind.exit_layer
         made = drafts[:num_drafted]
         self._emit(request, lambda: request.sequence.add(made, accepted, token, fault, source, exit_layer), failure)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_atomically
-from . import draft_head as draft_heads
-from .draft_head import DraftHead
+from . import draft_model as draft_heads
+from .draft_model import DraftHead
 
 FILE_NAME = "layerskip.json"
 CONFIG_KEY = "layerskip"

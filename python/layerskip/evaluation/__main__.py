@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._extras import need
+from .._imports import need
 from . import harness  # noqa: F401 - registers the model
 
 need("lm_eval.__main__", "evaluating with lm_eval").cli_evaluate()

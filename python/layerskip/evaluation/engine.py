@@ -14,9 +14,9 @@ from layerskip_kernels.formats import lookup
 
 from ..cli.ways import AUTOREGRESSIVE, EARLY_EXIT, SELF_SPECULATIVE
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder
-from ..decoding.text import SequenceText
+from ..decoding.detokenizer import SequenceText
 from ..models import LayerSkipModel
-from ..training.depths import DecoderDepths
+from ..training.exit_analysis import DecoderDepths
 
 STRATEGY = {AUTOREGRESSIVE: "autoregressive", EARLY_EXIT: "early_exit", SELF_SPECULATIVE: "self_speculative"}
 _ROWS = 256  # of the head at once

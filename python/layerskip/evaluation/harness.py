@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from .. import devices, models
-from .._extras import need
+from .._imports import need
 from ..cli.ways import AUTOREGRESSIVE, EARLY_EXIT, SELF_SPECULATIVE
 from ..decoding import SamplingParams, SelfSpeculativeDecoder, StopStrings
-from ..decoding.run import ended_in
+from ..decoding.decoder import ended_in
 from .engine import STRATEGY, Engine, continuation, log_likelihoods
 
 _PURPOSE = "the model class of lm_eval"

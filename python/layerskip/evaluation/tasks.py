@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._extras import need
+from .._imports import need
 from ..cli.ways import AUTOREGRESSIVE, EARLY_EXIT, SELF_SPECULATIVE
 from ..training.data import load_task
 from . import programs

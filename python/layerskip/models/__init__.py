@@ -1,17 +1,16 @@
 """Early-exit models: their parts, how they are made of Hugging Face models, and loading from disk."""
 
-from .adaptation import adapt
-from .arena import gather_weights, scatter_weights
-from .cache import SharedKVCache
-from .exit import BoundExit, Exit
-from .families import supported_architectures
+from .adapt import adapt
+from .architectures import supported_architectures
+from .exit import Exit
 from .files import ModelFileError
-from .head import EarlyExitHead
+from .head import BoundExit, EarlyExitHead
+from .hf_checks import UnsupportedModelError
+from .kv_cache import SharedKVCache
 from .layers import PartialDepthDecoder
-from .loading import load
+from .load import load, save
 from .model import LayerSkipModel
-from .saving import save
-from .unsupported import UnsupportedModelError
+from .weight_arena import gather_weights, scatter_weights
 
 __all__ = [
     "BoundExit",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,30 +15,19 @@ from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 from layerskip_kernels.formats import FORMATS, dequantize, quantize
 
 from .. import registry
-from .._extras import need
 from .._files import write_atomically
-from .head import EarlyExitHead, check_token_ids
+from .._imports import need
+from .head import BoundExit, EarlyExitHead, check_token_ids
 
 if TYPE_CHECKING:
     from .model import LayerSkipModel
+
 
 FILE_NAME = "exit.safetensors"
 FORMAT = "1"
 PACKED = "int8"
 """The format of blocks whose head drafts in int8, too."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)")
-
-
-class BoundExit(NamedTuple):
-    """What drafts, in the dtype and on the device of a model: ``head`` has its norm, ``blocks`` run before it.
-
-    ``exit_layer`` is the layer after which they do; None for a head alone, which may follow any layer. Matrices of
-    blocks may be packed.
-    """
-
-    exit_layer: int | None
-    head: EarlyExitHead
-    blocks: tuple[LayerWeights, ...] = ()
 
 
 class Exit:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._extras import need
+from .._imports import need
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -8,10 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerskip_kernels import ExitOutput, Head, exit_head
+from layerskip_kernels import ExitOutput, Head, LayerWeights, exit_head
 from layerskip_kernels.formats import format_of, is_packed, lookup
 
-from .weights import reject_gradient, shared
+from .layers import reject_gradient, shared
+
+
+class BoundExit(NamedTuple):
+    """What drafts, in the dtype and on the device of a model: ``head`` has its norm, ``blocks`` run before it.
+
+    ``exit_layer`` is the layer after which they do; None for a head alone, which may follow any layer. Matrices of
+    blocks may be packed.
+    """
+
+    exit_layer: int | None
+    head: EarlyExitHead
+    blocks: tuple[LayerWeights, ...] = ()
 
 
 class NormForm(NamedTuple):

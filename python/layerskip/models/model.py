@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from layerskip_kernels import Draft, Noise, Round, draft, linear, speculative_round
 from layerskip_kernels.formats import lookup
 
-from .cache import SharedKVCache
-from .exit import BoundExit
-from .head import EarlyExitHead
-from .layers import PartialDepthDecoder
-from .prefill import Product, torch_linear
-from .quantized import formats, quantized
-from .weights import shared
+from .head import BoundExit, EarlyExitHead
+from .kv_cache import SharedKVCache
+from .layers import PartialDepthDecoder, Product, shared, torch_linear
+from .quantize import formats, quantized
 
 
 class LayerSkipModel(nn.Module):
@@ -106,7 +103,7 @@ class LayerSkipModel(nn.Module):
             Called after each weight with how many are packed, and of how many.
         calibration : sequence of Tensor [N], int64
             Token ids of texts, some hundreds of tokens in all: weights are rounded with a look at what these multiply
-            them by (`layerskip.models.calibration`), which loses less. By default to nearest.
+            them by (`layerskip.models.quantize`), which loses less. By default to nearest.
 
         Returns
         -------

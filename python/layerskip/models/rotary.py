@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .unsupported import unsupported
+from .hf_checks import unsupported
 
 STATIC = ("default", "llama3", "linear", "yarn")
 """Types of RoPE whose frequencies do not depend on the length of the text."""

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._lazy import exports
+from .._imports import exports
 
 if TYPE_CHECKING:
-    from .conversion import Conversion, convert, revert
-    from .dataset import Collator, LengthBuckets, encode, read_pairs
-    from .dropout import LayerDropout, apply_to_samples, dropout_scale, layer_dropout_rates
-    from .exits import (
+    from .batching import Collator, LengthBuckets, encode, read_pairs
+    from .curriculum import (
         AllExits,
         Curriculum,
         GradualCurriculum,
+        LayerDropout,
         RandomExits,
         RotationalCurriculum,
         ShallowSteps,
+        apply_to_samples,
+        dropout_scale,
         early_exit_weights,
+        layer_dropout_rates,
     )
-    from .survey import ExitSurvey, survey_exits
+    from .exit_analysis import ExitSurvey, survey_exits
+    from .hf_conversion import Conversion, convert, revert
     from .trainer import Batching, LayerSkipTrainer, Plan
 
 __all__ = [
@@ -51,14 +54,13 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        ".conversion": ("Conversion", "convert", "revert"),
-        ".dataset": ("Collator", "LengthBuckets", "encode", "read_pairs"),
-        ".dropout": ("LayerDropout", "apply_to_samples", "dropout_scale", "layer_dropout_rates"),
-        ".exits": (
-            "AllExits", "Curriculum", "GradualCurriculum", "RandomExits", "RotationalCurriculum", "ShallowSteps",
-            "early_exit_weights",
+        ".batching": ("Collator", "LengthBuckets", "encode", "read_pairs"),
+        ".curriculum": (
+            "AllExits", "Curriculum", "GradualCurriculum", "LayerDropout", "RandomExits", "RotationalCurriculum",
+            "ShallowSteps", "apply_to_samples", "dropout_scale", "early_exit_weights", "layer_dropout_rates",
         ),
-        ".survey": ("ExitSurvey", "survey_exits"),
+        ".exit_analysis": ("ExitSurvey", "survey_exits"),
+        ".hf_conversion": ("Conversion", "convert", "revert"),
         ".trainer": ("Batching", "LayerSkipTrainer", "Plan"),
     },
     needs={".trainer": [("transformers", "training", "train"), ("accelerate", "training", "train")]},

@@ -15,16 +15,12 @@ from torch import Tensor
 from ..decoding import DraftHead
 from ..models import Exit, LayerSkipModel, adapt, load
 from . import processes
-from .dataset import encode
-from .exit_module import TrainableExit
-from .exit_output import TRUNKS
-from .exit_recipe import ExitRecipe
-from .exit_trainer import ExitTrainer, State
-from .kept import KeptTexts, Text, model_digest
-from .output import digest
+from .batching import encode
+from .exit_trainer import ExitTrainer, State, TrainableExit
+from .hidden_state_cache import KeptTexts, Text, Trunk, WrittenTexts, model_digest
+from .output_dir import TRUNKS, digest
+from .recipe import ExitRecipe
 from .run import load_pairs
-from .trunk import Trunk
-from .written import WrittenTexts
 
 HELD_OUT = 20  # one text in so many, where none are given
 

@@ -12,14 +12,14 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 from .. import devices, registry
-from .._extras import need
 from .._files import replaced
+from .._imports import need
 from ..models import load
 from ..models.architectures import architecture_of
-from . import processes
-from .data import hub, load_task, splits
-from .dataset import Collator, Pool, encode, read_pairs, token_batches
-from .output import digest, results
+from . import data, processes
+from .batching import Collator, Pool, encode, read_pairs, token_batches
+from .data import load_task, splits
+from .output_dir import digest, results
 from .recipe import Recipe, by_layer
 from .trainer import Batching, LayerSkipTrainer, Plan
 
@@ -32,9 +32,9 @@ def load_pairs(tasks: Iterable[str], split: str = "train") -> dict[str, list[Any
     """The examples of each task of a recipe; files and the hub's datasets are for training."""
     pairs: dict[str, list[Any]] = {}
     for task in tasks:
-        if task.startswith(hub.PREFIX):
+        if task.startswith(data.PREFIX):
             if split == "train":
-                pairs[task] = hub.load(task)
+                pairs[task] = data.load_hub(task)
         elif registry.find(registry.TASKS, task) is not None:
             if split in splits(task):
                 pairs[task] = load_task(task, split)

@@ -1,29 +1,108 @@
-"""`LayerSkipTrainer`: the Hugging Face Trainer with the step of arXiv 2404.16710."""
+"""`LayerSkipTrainer`: the Hugging Face Trainer with the training step of arXiv 2404.16710."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .._files import publish, remove_written
-from ._seeds import generator
-from .conversion import convert, revert
-from .dataset import IGNORE, LengthBuckets, Pool, TokenBatches
-from .dropout import LayerDropout
-from .exits import AllExits, Curriculum, ShallowSteps, early_exit_weights
-from .meter import ExitMeter
-from .output import checkpoints
+from .batching import IGNORE, LengthBuckets, Pool, TokenBatches
+from .curriculum import AllExits, Curriculum, LayerDropout, ShallowSteps, early_exit_weights, generator
+from .hf_conversion import convert, revert
+from .output_dir import checkpoints
+
+_COLUMNS = ("loss", "labels", "agreed", "right", "reported")
+
+
+class ExitMeter:
+    """Sums per exit, kept on the device until a line of the log is due."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, exits: Sequence[int], out: dict[str, Any]) -> None:
+        """Take in what a converted model returned for ``exits``; with ``tokens``, the last is the full depth."""
+        losses, count = out["exit_losses"].detach().double(), float(out["num_labels"])
+        rows = torch.zeros(len(exits), len(_COLUMNS), dtype=torch.float64, device=losses.device)
+        rows[:, 0], rows[:, 1] = losses * count, count
+        if "tokens" in out:
+            rows[:, 2] = (out["tokens"] == out["tokens"][-1]).sum(1)
+            rows[:, 3] = (out["tokens"] == out["targets"]).sum(1)
+            rows[:, 4] = out["targets"].shape[0]
+        for exit_layer, row in zip(exits, rows, strict=True):
+            self._sums[exit_layer] = self._sums.get(exit_layer, 0) + row
+
+    def drain(self, exits: Sequence[int], accelerator: Any) -> dict[str, float]:
+        """Means over all ranks since the last call; ``exits`` are all that any rank may have seen."""
+        zeros = torch.zeros(len(_COLUMNS), dtype=torch.float64, device=accelerator.device)
+        table = torch.stack([self._sums.get(exit_layer, zeros) for exit_layer in exits])
+        self._sums = {}
+        metrics: dict[str, float] = {}
+        summed = accelerator.reduce(table, reduction="sum").tolist()
+        for exit_layer, (loss, labels, agreed, right, reported) in zip(exits, summed, strict=True):
+            if labels:
+                metrics[f"exit_loss/{exit_layer}"] = loss / labels
+            if reported:
+                metrics[f"exit_agreement/{exit_layer}"] = agreed / reported
+                metrics[f"exit_accuracy/{exit_layer}"] = right / reported
+        return metrics
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress(TrainerCallback):
+    """One line for every line of the Trainer's log."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._start, self._first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._start, self._first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Print a line; the Trainer logs losses during training, and evaluations."""
+        logs = logs or {}
+        if "loss" in logs:
+            elapsed = time.perf_counter() - self._start
+            left = elapsed / max(state.global_step - self._first, 1) * (state.max_steps - state.global_step)
+            head = f"step {state.global_step}/{state.max_steps}  {duration(elapsed)}, {duration(left)} left"
+            replayed = f"replayed {logs['replay_loss']:.4f}  " if "replay_loss" in logs else ""
+            self.console.print(
+                f"{head}  loss {logs['loss']:.4f}  {replayed}{self._exits(logs, '')}", highlight=False, soft_wrap=True
+            )
+        elif "eval_loss" in logs:
+            self.console.print(
+                f"held out  loss {logs['eval_loss']:.4f}  {self._exits(logs, 'eval_')}", highlight=False, soft_wrap=True
+            )
+
+    @staticmethod
+    def _exits(logs: dict[str, float], prefix: str) -> str:
+        """Accuracy and agreement of the exits, in percent."""
+        name = f"{prefix}exit_accuracy/"
+        exits = [key.removeprefix(name) for key in logs if key.startswith(name)]
+        parts = [f"{e}: {logs[name + e]:.1%}/{logs[f'{prefix}exit_agreement/{e}']:.1%}" for e in exits]
+        return "accuracy/agreement by exit  " + "  ".join(parts) if parts else ""
+
 
 PARTIAL = ".unfinished"
 STATE = "layerskip.json"

@@ -2,27 +2,88 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
-    MaxLengthCriteria,
-)
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from ..decoding import DraftHead, DraftSource, SamplingParams, SelfSpeculativeDecoder
 from ..models import Exit
-from ..models.watch import unwrapped
+from ..models.hf_checks import unwrapped
 from . import compatibility
-from .kept_decoders import decoder_of
-from .patch import patch_generation_mixin
-from .row_view import BatchRow, BatchStopping, ColumnStreamer, RowProcessor, Scores, rows_of
+from .compatibility import BatchRow, BatchStopping, ColumnStreamer, RowProcessor, Scores, check_cache, rows_of
+
+
+class _Kept(NamedTuple):
+    drafting: tuple[str | DraftHead | None, Exit | str | Path | None]
+    decoder: SelfSpeculativeDecoder
+
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_lock = Lock()
+
+
+def decoder_of(
+    model: Any, draft_head: str | DraftHead | None, exit: Exit | str | Path | None = None
+) -> SelfSpeculativeDecoder:
+    """The decoder of ``model``, with its caches and what it learned about speed; a new one for another head or exit.
+
+    It is kept as long as the model lives, and follows what becomes of it. Several calls may use it at the same time.
+    """
+    with _lock:
+        kept = _kept.get(model)
+        if kept is None or kept.drafting != (draft_head, exit):
+            decoder = SelfSpeculativeDecoder(model, "auto", "auto", draft_head=draft_head, exit=exit)
+            kept = _kept[model] = _Kept((draft_head, exit), decoder)
+        return kept.decoder
+
+
+_METHOD = "_extract_generation_mode_kwargs"
+
+
+def patch_generation_mixin(function: Callable[..., Any]) -> None:
+    """Pass ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus`` to ``custom_generate=function``.
+
+    Raises
+    ------
+    ImportError
+        If the installed transformers has another way of calling ``custom_generate``.
+    """
+    import transformers
+    from transformers.generation.utils import GenerationMixin
+
+    original = getattr(GenerationMixin, _METHOD, None)
+    if original is None:
+        raise ImportError(
+            f"transformers {transformers.__version__} has no GenerationMixin.{_METHOD}, through which "
+            "layerskip.generate is given the streamer and the tokenizer; 4.57 to 5.24 have it"
+        )
+
+    @functools.wraps(original)
+    def extract(
+        self: Any, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> dict[str, Any]:
+        dropped = {
+            "tokenizer": kwargs.get("tokenizer"),
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+            "synced_gpus": synced_gpus,
+        }
+        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        if getattr(custom_generate, "func", custom_generate) is function:  # itself, or a partial of it
+            check_cache(kwargs)  # later it looks like the one that transformers makes
+            found |= {name: value for name, value in dropped.items() if value is not None}
+        return found
+
+    setattr(GenerationMixin, _METHOD, extract)
 
 
 def generate(

@@ -19,8 +19,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._extras import need
-from .._registration import METHOD
+from .._imports import need
+from ..registry import METHOD
 
 
 class LayerSkipConfig(QuantizationConfigMixin):
@@ -54,9 +54,9 @@ class LayerSkipQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        from ..models.architectures import EMBEDDING, HEAD
         from ..models.checkpoints import ROPE_FACTORS
-        from ..models.named import EMBEDDING, HEAD
-        from ..models.unsupported import unsupported
+        from ..models.hf_checks import unsupported
 
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise unsupported(f"quant_method {METHOD} from {checkpoint_files or 'no files'}", "safetensors files")

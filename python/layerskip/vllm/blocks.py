@@ -18,8 +18,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from layerskip_kernels.bundles import layer_shapes
 
 from .. import Exit
-from ..models.architectures import check_model_type
-from ..models.families import ARCHITECTURES
+from ..models.architectures import ARCHITECTURES, check_model_type
 
 
 def make_blocks(target: Any, exit: Exit, vllm_config: VllmConfig, prefix: str) -> nn.ModuleList:

@@ -47,9 +47,9 @@ class LayerSkipLoader(DefaultModelLoader):
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool, str]:
         """vLLM's files of weights without draft head and exit: it takes all that end in .safetensors."""
-        from ..decoding import draft_head
+        from ..decoding import draft_model
         from ..models import exit
 
         folder, files, *rest = super()._prepare_weights(*args, **kwargs)
-        others = (draft_head.FILE_NAME, exit.FILE_NAME)
+        others = (draft_model.FILE_NAME, exit.FILE_NAME)
         return folder, [file for file in files if Path(file).name not in others], *rest

@@ -54,7 +54,7 @@ class Settings:
         ValueError, FileNotFoundError
             If a value does not fit the model, or a file is not there.
         """
-        from ..decoding.draft_head import FILE_NAME  # not before it is needed: see the package's docstring
+        from ..decoding.draft_model import FILE_NAME  # not before it is needed: see the package's docstring
 
         values = {**_known(options, config, model), **split(options)[0]}
         if values.get("exit") is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ..drafts import Drafts
+from ..rendering import Drafts
 from ..ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 from .files import FIXED
 from .markup import Html, join, tag

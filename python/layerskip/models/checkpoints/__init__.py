@@ -6,18 +6,30 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..unsupported import unsupported
-from .awq import AwqCheckpoint
-from .build import Progress, build, frequency_factors, without_quantization
-from .checkpoint import Checkpoint, SafetensorsCheckpoint
-from .compressed_tensors import CompressedTensorsCheckpoint
-from .fine_grained import FineGrainedCheckpoint
+from ..hf_checks import unsupported
+from .base import (
+    KEEPS_ROWS,
+    Checkpoint,
+    HeldTensors,
+    PlainCheckpoint,
+    Progress,
+    SafetensorsCheckpoint,
+    TensorFiles,
+    build,
+    frequency_factors,
+    without_quantization,
+)
 from .gguf import SUFFIX, GgufCheckpoint, check_architecture
-from .gptq import GptqCheckpoint
-from .held import KEEPS_ROWS, HeldTensors
-from .own import METHOD, ROPE_FACTORS, OwnCheckpoint, own_settings
-from .plain import PlainCheckpoint
-from .tensors import TensorFiles
+from .hf import (
+    METHOD,
+    ROPE_FACTORS,
+    AwqCheckpoint,
+    CompressedTensorsCheckpoint,
+    FineGrainedCheckpoint,
+    GptqCheckpoint,
+    OwnCheckpoint,
+    own_settings,
+)
 
 __all__ = [
     "KEEPS_ROWS",

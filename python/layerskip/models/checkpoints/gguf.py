@@ -13,9 +13,9 @@ from torch import Tensor
 
 from layerskip_kernels.formats import FORMATS, quantize
 
-from ..._extras import need
+from ..._imports import need
 from ..files import ModelFileError, reading
-from ..unsupported import UnsupportedModelError, unsupported
+from ..hf_checks import UnsupportedModelError, unsupported
 
 SUFFIX = ".gguf"
 FORMAT_OF = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4_zero"}

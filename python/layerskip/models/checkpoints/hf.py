@@ -1,0 +1,393 @@
+"""Quantized checkpoints in safetensors: this library's own, GPTQ, AWQ, compressed-tensors, fine-grained fp8."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerskip_kernels.formats import FORMATS, Format, format_of, pack
+
+from ...registry import METHOD
+from ..files import ModelFileError
+from ..hf_checks import unsupported
+from .base import SafetensorsCheckpoint, Tensors
+
+SIZES = (128, 32)  # of the groups of packed weights, the best first
+
+
+def check_group_size(method: str, size: object) -> None:
+    """Refuse a ``group_size`` that packed weights cannot have; -1 or none is a scale for each output."""
+    if size not in (None, -1) and not (isinstance(size, int) and size > 0 and size % SIZES[-1] == 0):
+        raise unsupported(f"{method} with group_size {size!r}", "32, 64, 128, other multiples of 32, and -1")
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """The unsigned integers [A, B] in words [A, B · bits / 32], int32, the first of a word in its lowest bits."""
+    octets = words.contiguous().view(torch.uint8)
+    return octets if bits == 8 else torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
+
+
+def signed(values: Tensor) -> Tensor:
+    """Unsigned 8-bit integers less 128."""
+    return (values ^ 128).view(torch.int8)
+
+
+def packed_integers(
+    name: str, bits: int, values: Tensor, scale: Tensor, zero: Tensor | None, group_size: object
+) -> Tensor:
+    """A packed weight of ``scale · (values - zero)``.
+
+    Parameters
+    ----------
+    name : str
+        Of the weight, for messages.
+    bits : int
+        4 or 8.
+    values : Tensor [N, D], uint8
+    scale : Tensor [N, G]
+        Of G groups of a row, all of one size.
+    zero : Tensor [N, G], integers, optional
+        None: the middle, 2 to the power of ``bits`` - 1.
+    group_size : int or None
+        What the configuration says; None or -1 is one group a row.
+
+    Raises
+    ------
+    ModelFileError
+        If the groups are no multiple of 32 weights or not as many as the configuration says, or 8-bit ones have zero
+        points other than the middle.
+    """
+    middle = 1 << (bits - 1)
+    if zero is not None and bool((zero == middle).all()):
+        zero = None
+    if zero is not None and bits == 8:
+        raise ModelFileError(f"{name} has 8-bit weights with zero points; supported: symmetric ones")
+    size = _group_size(name, values.shape[1], scale.shape[1], group_size)
+    form = FORMATS[
+        ("int8" if bits == 8 else "int4" if zero is None else "int4_zero") + ("_g128" if size == 128 else "")
+    ]
+    scale = scale.float()
+    least = None if zero is None else _repeated(-scale * zero.float(), form, values.shape[1])
+    return _packed(name, form, signed(values) if bits == 8 else values, scale, least)
+
+
+def packed_floats(name: str, values: Tensor, scale: Tensor, group_size: object) -> Tensor:
+    """A packed weight of ``scale · values``: values [N, D] in float8_e4m3fn, scale [N, G] of G groups of a row."""
+    size = _group_size(name, values.shape[1], scale.shape[1], group_size)
+    return _packed(name, FORMATS["fp8_g128" if size == 128 else "fp8"], values, scale.float(), None)
+
+
+def _packed(name: str, form: Format, values: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:
+    scale = _repeated(scale, form, values.shape[1])
+    try:
+        return pack(form, values.unflatten(1, (-1, form.group_size)), scale, least)
+    except ValueError as error:
+        raise ModelFileError(f"{name}: {error}") from None
+
+
+def _group_size(name: str, width: int, groups: int, configured: object) -> int:
+    """That of the packed weight: a group of the checkpoint becomes several with equal scales."""
+    given = configured if isinstance(configured, int) and configured > 0 else width
+    if groups != 1 and groups * given != width:
+        raise ModelFileError(
+            f"{name} has {groups} groups in rows of {width} weights, its quantization_config says groups of {given}"
+        )
+    for size in SIZES:
+        if width % groups == 0 and width // groups % size == 0:
+            return size
+    raise ModelFileError(
+        f"{name} has {groups} groups in rows of {width} weights; supported: groups of a multiple of 32"
+    )
+
+
+def _repeated(numbers: Tensor, form: Format, width: int) -> Tensor:
+    return numbers.repeat_interleave(width // form.group_size // numbers.shape[1], dim=1)
+
+
+VERSION = 1
+ROPE_FACTORS = "rope_freqs.weight"
+"""What divides the frequencies of the rotary embedding, where that is not what the configuration says."""
+
+
+def own_settings(formats: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a model with weights of these formats."""
+    return {"quant_method": METHOD, "version": VERSION, "formats": list(formats)}
+
+
+class OwnCheckpoint(SafetensorsCheckpoint):
+    """Bytes are packed weights, and tensors of floats plain ones."""
+
+    modules = ("layerskip.transformers.packed.PackedLinear", "layerskip.transformers.packed.PackedEmbedding")
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        version, self._formats = settings.get("version"), settings.get("formats") or ()
+        if version != VERSION:
+            raise unsupported(f"version {version!r} of quant_method {METHOD}", f"version {VERSION}")
+        for name in self._formats:
+            if name not in FORMATS:
+                raise unsupported(f"the weight format {name!r}", ", ".join(FORMATS))
+
+    def read_from(self, tensors: Tensors) -> None:
+        """See `SafetensorsCheckpoint`."""
+        super().read_from(tensors)
+        if ROPE_FACTORS in self.files:
+            self.frequency_factors = self.files.read(ROPE_FACTORS, [None])
+
+    def is_packed(self, module: str) -> bool:
+        """Whether it is stored as bytes."""
+        name = self._name(module)
+        return name in self.files and self.files.is_bytes(name)
+
+    def packed(self, module: str, shape: Sequence[int]) -> Tensor:
+        """As it is stored."""
+        name = self._name(module)
+        weight = self.files.read(name, [*shape[:-1], None], torch.uint8)
+        try:
+            form = format_of(weight, shape[-1])
+        except ValueError as error:
+            raise ModelFileError(f"{name}: {error}") from None
+        if form.name not in self._formats:
+            raise ModelFileError(f"{name} is packed in {form.name}, its config.json says {', '.join(self._formats)}")
+        return weight
+
+    def _name(self, module: str) -> str:
+        """A stack of experts is a parameter, and no module with a weight."""
+        return module if module in self.files else f"{module}.weight"
+
+
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of outputs 0 … 7 in a word
+
+
+class AwqCheckpoint(SafetensorsCheckpoint):
+    """Weights of 4 bits in groups with zero points."""
+
+    stem = ".qweight"
+    modules = (
+        "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear",
+        "gptqmodel.nn_modules.qlinear.gemm_awq.AwqGEMMLinear",
+        "gptqmodel.nn_modules.qlinear.gemm_awq_triton.AwqGEMMTritonLinear",
+        "awq.modules.linear.gemm.WQLinear_GEMM",
+    )
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        bits = settings.get("bits", settings.get("w_bit", 4))
+        if bits != 4:
+            raise unsupported(f"AWQ with bits {bits!r}", "bits 4")
+        self._group_size = settings.get("group_size", settings.get("q_group_size"))
+        check_group_size("AWQ", self._group_size)
+        version = str(settings.get("version") or settings.get("format") or "gemm").lower()
+        if version != "gemm" or settings.get("backend") == "llm-awq":
+            raise unsupported(f"AWQ with version {version!r}", "gemm")
+
+    def packed(self, module: str, shape: Sequence[int]) -> Tensor:
+        """See `SafetensorsCheckpoint`."""
+        rows, width = shape
+        scale = self.files.read(f"{module}.scales", [None, rows])
+        words = self.files.read(f"{module}.qweight", [width, rows // 8], torch.int32)
+        zeros = self.files.read(f"{module}.qzeros", [scale.shape[0], rows // 8], torch.int32)
+        name, group = f"{module}.qweight", self._group_size
+        return packed_integers(name, 4, _in_order(words), scale.t(), _in_order(zeros), group)
+
+
+def _in_order(words: Tensor) -> Tensor:
+    """The integers [N, A] of words [A, N / 8]."""
+    return unpacked(words, 4).unflatten(1, (-1, 8))[:, :, list(_PLACES)].flatten(1).t().contiguous()
+
+
+BITS = (4, 8)
+_CONVENTIONS = {"gptq": 1, "gptq_v2": 0}  # to what is added to a stored zero point
+
+
+class GptqCheckpoint(SafetensorsCheckpoint):
+    """Weights of 4 bits, or of 8 without zero points, in groups or per output, in the order of the inputs."""
+
+    stem = ".qweight"
+    modules = (
+        "gptqmodel.nn_modules.qlinear.torch.TorchLinear",
+        "gptqmodel.nn_modules.qlinear.tritonv2.TritonV2Linear",
+    )
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self._bits: int = settings.get("bits", 0)
+        if self._bits not in BITS:
+            raise unsupported(f"GPTQ with bits {self._bits!r}", "bits 4 and 8")
+        if self._bits == 8 and settings.get("sym") is False:
+            raise unsupported("GPTQ with bits 8 and sym false", "sym true")
+        check_group_size("GPTQ", settings.get("group_size"))
+        if settings.get("desc_act"):
+            raise unsupported("GPTQ with desc_act true (act-order)", "desc_act false")
+        if any(not str(module).startswith("-:") for module in settings.get("dynamic") or {}):
+            raise unsupported(
+                "GPTQ with settings of single modules (dynamic)", "one setting for all, and left out ones"
+            )
+        convention = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
+        if convention not in _CONVENTIONS:
+            raise unsupported(f"GPTQ with checkpoint_format {convention!r}", ", ".join(_CONVENTIONS))
+        self._less = _CONVENTIONS[convention]
+
+    def take_over(self, model: nn.Module) -> None:
+        """Some kernels take the second convention, into which gptqmodel then turns the zero points; it notes that."""
+        kernels: Iterable[Any] = (module for module in model.modules() if hasattr(module, "qzero_format"))
+        if any(kernel.qzero_format() == 2 for kernel in kernels):
+            self._less = _CONVENTIONS["gptq_v2"]
+
+    def packed(self, module: str, shape: Sequence[int]) -> Tensor:
+        """See `SafetensorsCheckpoint`."""
+        (rows, width), bits = shape, self._bits
+        scale = self.files.read(f"{module}.scales", [None, rows])
+        groups, group = scale.shape[0], self.settings.get("group_size")
+        self._check_order(module, width, groups)
+        words = self.files.read(f"{module}.qweight", [width * bits // 32, rows], torch.int32)
+        stored = self.files.read(f"{module}.qzeros", [groups, rows * bits // 32], torch.int32)
+        zero = self._zero(f"{module}.qzeros", unpacked(stored, bits))
+        return packed_integers(f"{module}.qweight", bits, unpacked(words.t(), bits), scale.t(), zero.t(), group)
+
+    def _zero(self, name: str, stored: Tensor) -> Tensor:
+        """Zero points. Of symmetric weights they are the middle, which some writers of the first convention keep."""
+        largest = (1 << self._bits) - 1
+        if not self.settings.get("sym"):
+            return (stored + self._less) & largest
+        middle = (largest + 1) // 2
+        for value in (middle - self._less, middle):
+            if bool((stored == value).all()):
+                return torch.full_like(stored, middle)
+        raise ModelFileError(f"{name} is not the middle of the range, though quantization_config says sym")
+
+    def _check_order(self, module: str, width: int, groups: int) -> None:
+        """Refuse an order of the inputs other than theirs, which only desc_act should give."""
+        name = f"{module}.g_idx"
+        if name not in self.files or width % groups:
+            return
+        found = self.files.read(name, [width])
+        if not torch.equal(found.long(), torch.arange(width) // (width // groups)):
+            raise unsupported(f"{name} in another order than the inputs' (act-order)", "desc_act false")
+
+
+# The ways of writing weights: their kind, and the numbers of bits that are supported.
+_FORMATS = {
+    "pack-quantized": ("int", (4, 8)),
+    "int-quantized": ("int", (8,)),
+    "float-quantized": ("float", (8,)),
+    "naive-quantized": ("float", (8,)),
+}
+_STRATEGIES = ("group", "channel", "tensor", "block")
+
+
+class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
+    """Activations stay as they are, whatever the configuration says of them: that loses nothing."""
+
+    stem = ".weight_scale"
+    modules = ("torch.nn.modules.linear.Linear",)
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+        if sparsity != "dense":
+            raise unsupported(f"compressed-tensors with sparsity {sparsity!r}", "dense")
+        if (settings.get("transform_config") or {}).get("config_groups"):
+            raise unsupported("compressed-tensors with transforms (transform_config)", "weights without them")
+        self._groups = list((settings.get("config_groups") or {}).values())
+        if not self._groups:
+            raise unsupported("compressed-tensors without config_groups", "groups with weights")
+        for group in self._groups:
+            _check(self._format(group), group.get("weights") or {})
+
+    def _format(self, group: Mapping[str, Any]) -> str:
+        return str(group.get("format") or self.settings.get("format"))
+
+    def packed(self, module: str, shape: Sequence[int]) -> Tensor:
+        """See `SafetensorsCheckpoint`."""
+        group = self._group_of(module)
+        name, bits = f"{module}.weight", group["weights"]["num_bits"]
+        scale = self._scale(name, shape, group["weights"])
+        blocks = group["weights"]["strategy"] == "block"
+        size = group["weights"]["block_structure"][1] if blocks else group["weights"].get("group_size")
+        if group["weights"]["type"] == "float":
+            return packed_floats(name, self.files.read(name, shape, torch.float8_e4m3fn), scale, size)
+        if self._format(group) == "int-quantized":
+            values = self.files.read(name, shape, torch.int8).view(torch.uint8) ^ 128
+        else:
+            words = self.files.read(f"{name}_packed", [shape[0], -(-shape[1] * bits // 32)], torch.int32)
+            values = unpacked(words, bits)[:, : shape[1]]
+        return packed_integers(name, bits, values, scale, self._zero(name, bits, scale), size)
+
+    def _group_of(self, module: str) -> Mapping[str, Any]:
+        """The group that names a linear layer: itself, by a pattern, or as one of all."""
+        for group in self._groups:
+            for target in group.get("targets") or ():
+                named = re.match(target[3:], module) if target.startswith("re:") else module.endswith(target)
+                if named or target == "Linear":
+                    return group
+        raise ModelFileError(f"{module} is quantized, but no group of config_groups has it for a target")
+
+    def _scale(self, name: str, shape: Sequence[int], weights: Mapping[str, Any]) -> Tensor:
+        """The scales [N, G]."""
+        stored = self.files.read(f"{name}_scale", None)
+        if weights["strategy"] == "block":
+            rows = weights["block_structure"][0]
+            return stored.repeat_interleave(rows, dim=0)[: shape[0]]
+        if stored.numel() == 1:
+            return stored.reshape(1, 1).expand(shape[0], 1)
+        if stored.dim() != 2 or stored.shape[0] != shape[0]:
+            raise ModelFileError(f"{name}_scale has shape {list(stored.shape)}, expected [{shape[0]}, *]")
+        return stored
+
+    def _zero(self, name: str, bits: int, scale: Tensor) -> Tensor | None:
+        """Zero points [N, G], unsigned as the values are."""
+        name, middle = f"{name}_zero_point", 1 << (bits - 1)
+        if name not in self.files:
+            return None
+        stored = self.files.read(name, [None, scale.shape[1]])
+        if stored.dtype != torch.int32:
+            return stored.reshape(-1, scale.shape[1]).expand_as(scale).int() + middle
+        return unpacked(stored.t(), bits)[:, : scale.shape[0]].t()
+
+
+def _check(form: str, weights: Mapping[str, Any]) -> None:
+    """Refuse what is not read, by its name in the configuration."""
+    if form not in _FORMATS:
+        raise unsupported(f"compressed-tensors in the format {form!r}", ", ".join(_FORMATS))
+    kind, bits = _FORMATS[form]
+    found = (weights.get("type"), weights.get("num_bits"))
+    if found[0] != kind or found[1] not in bits:
+        what = " or ".join(f"{kind} of {one} bits" for one in bits)
+        raise unsupported(f"compressed-tensors {form} with {found[0]} of {found[1]} bits", what)
+    if weights.get("strategy") not in _STRATEGIES:
+        raise unsupported(f"compressed-tensors with the strategy {weights.get('strategy')!r}", ", ".join(_STRATEGIES))
+    if found == ("int", 8) and not weights.get("symmetric", True):
+        raise unsupported("compressed-tensors with 8-bit weights that are not symmetric", "symmetric true")
+    check_group_size("compressed-tensors", weights.get("group_size"))
+    if weights.get("actorder") in ("group", True):
+        raise unsupported("compressed-tensors with actorder 'group'", "actorder null, 'weight' and 'static'")
+
+
+class FineGrainedCheckpoint(SafetensorsCheckpoint):
+    """Activations stay as they are."""
+
+    stem = ".weight_scale_inv"
+    modules = ("transformers.integrations.finegrained_fp8.FP8Linear",)
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        block = settings.get("weight_block_size")
+        if not (isinstance(block, Sequence) and len(block) == 2 and block[1] % 32 == 0):
+            raise unsupported(f"fp8 with weight_block_size {block!r}", "[rows, columns], the columns a multiple of 32")
+        kind = settings.get("fmt", "e4m3")
+        if kind != "e4m3":
+            raise unsupported(f"fp8 with fmt {kind!r}", "e4m3")
+        self._block = block
+
+    def packed(self, module: str, shape: Sequence[int]) -> Tensor:
+        """See `SafetensorsCheckpoint`."""
+        rows, columns = self._block
+        places = [-(-shape[0] // rows), -(-shape[1] // columns)]
+        scale = self.files.read(f"{module}.weight_scale_inv", places)
+        values = self.files.read(f"{module}.weight", shape, torch.float8_e4m3fn)
+        return packed_floats(f"{module}.weight", values, scale.repeat_interleave(rows, dim=0)[: shape[0]], columns)

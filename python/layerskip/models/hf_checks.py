@@ -1,0 +1,206 @@
+"""Check that a Hugging Face model still computes what was adapted from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_, methodcaller
+from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+
+class UnsupportedModelError(ValueError):
+    """The kernels do not compute this model, or a feature of it; the message says what they do compute."""
+
+
+def unsupported(what: str, supported: str) -> UnsupportedModelError:
+    """The error for ``what``, which names what would be right."""
+    return UnsupportedModelError(f"{what} is not supported; supported: {supported}")
+
+
+ORIGINAL_CLASS = "_layerskip_original_class"
+"""Where a module that `layerskip.accelerate` has changed keeps the class that it had."""
+ORIGINAL_FORWARD = "_layerskip_original_forward"
+"""Where a forward that does the same as another, but in training, keeps that one."""
+_DTYPE, _ON_CPU = attrgetter("dtype"), attrgetter("is_cpu")
+_OF_DICT = methodcaller("values")  # also of the mappings that compressed-tensors puts into the place of dicts
+_COMPRESSING = "compressed_tensors."
+_HARMLESS = ("transformers.", f"{_COMPRESSING}compressors.", f"{_COMPRESSING}modeling.")
+"""Where hooks are defined that look at outputs, or change them in training; that decompress weights; that round what
+goes into the cache, which stays exact here."""
+
+
+class ModelWatch:
+    """What a Hugging Face model consists of at one time, to be compared with what it consists of later.
+
+    It compares identities, so it costs about as little as a loop over the modules can (see `changed`). It keeps the
+    model's parts alive, but not the model.
+
+    Parameters
+    ----------
+    hf_model : torch.nn.Module
+
+    Raises
+    ------
+    UnsupportedModelError
+        As `check_hooks`.
+    """
+
+    def __init__(self, hf_model: nn.Module) -> None:
+        check_hooks(hf_model)
+        self._model = ref(hf_model)
+        modules = list(hf_model.modules())
+        # Those that hold nothing come to hold something that is called only with another forward, or as a new module.
+        self._module_dicts = [module._modules for module in modules if module._modules]
+        self._parameter_dicts: list[Mapping[str, Any]] = [one._parameters for one in modules if one._parameters]
+        # Of a quantized model tensors are packed anew, which must follow their values; and some are buffers.
+        quantized = getattr(getattr(hf_model, "config", None), "quantization_config", None) is not None
+        self._parameter_dicts += [module._buffers for module in modules if quantized and module._buffers]
+        self._attributes = [module.__dict__ for module in modules[1:]]
+        self._hook_dicts = [hooks for module in modules for hooks in _hooks_of(module)]
+        self._hook_dicts += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        self._hooks = _values(self._hook_dicts)
+        self._modules, self._parameters = _values(self._module_dicts), _values(self._parameter_dicts)
+        self._weights = [weight for weight in self._parameters if weight is not None]
+        # Conversions keep a parameter and change what it holds, where it stays on the CPU or torch is told so.
+        self._dtypes, self._on_cpu = list(map(_DTYPE, self._weights)), list(map(_ON_CPU, self._weights))
+        self._depth = _depth(hf_model)
+        self._copied = self._weights if quantized else []
+        self._versions = list(map(_version, self._copied))
+
+    def changed(self) -> nn.Module | None:
+        """The model, if its depth or what is in it is another: modules, parameters, their dtype or device; else None.
+
+        A change of values in place is none, since they are shared, but where the model is quantized. A model that
+        nobody else holds cannot have changed.
+
+        Raises
+        ------
+        UnsupportedModelError
+            As `check_hooks`.
+        """
+        model = self._model()
+        if model is None:
+            return None
+        overridden = "forward" in model.__dict__ or any(map(contains, self._attributes, repeat("forward")))
+        if overridden or (any(self._hook_dicts) and not _same(_values(self._hook_dicts), self._hooks)):
+            check_hooks(model)
+            self._hooks = _values(self._hook_dicts)
+        return None if _depth(model) == self._depth and self._is_as_it_was() else model
+
+    def _is_as_it_was(self) -> bool:
+        return (
+            _same(_values(self._module_dicts), self._modules)
+            and _same(_values(self._parameter_dicts), self._parameters)
+            and list(map(_DTYPE, self._weights)) == self._dtypes
+            and list(map(_ON_CPU, self._weights)) == self._on_cpu
+            and list(map(_version, self._copied)) == self._versions
+        )
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuse what is called besides the modules' own forwards: hooks, and forwards of one instance.
+
+    Hooks of transformers itself, and what compressed-tensors puts around modules, are no hindrance.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the module and the hook.
+    """
+    for hook in _values((torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)):
+        raise UnsupportedModelError(f"{_called(hook)}, a forward hook of all modules, would not be called; remove it")
+    for name, module in model.named_modules():
+        where = name or "the model"
+        for hook in _values(_hooks_of(module)):
+            if not _module_of(hook).startswith(_HARMLESS):
+                raise UnsupportedModelError(
+                    f"{_called(hook)}, a forward hook of {where}, would not be called, and the text could be another "
+                    "than the model's; remove it with the handle that registering it returned"
+                )
+        own = module.__dict__.get("forward")
+        if own is not None and not (
+            _decompresses(module, own) or _is_of_class(module, getattr(own, ORIGINAL_FORWARD, own))
+        ):
+            raise UnsupportedModelError(
+                f"{where} has a forward of its own, {_called(own)}, which would not be called; delete that attribute "
+                "(accelerate's remove_hook_from_module and unwrap_model do, where it is theirs)"
+            )
+
+
+def _decompresses(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward is one of compressed-tensors', around a weight that was compressed, or one that moves tensors.
+
+    It has the name of what it wraps. A weight that is not compressed yet it rounds at each call.
+    """
+    home = str(getattr(_function(forward), "__globals__", {}).get("__name__", ""))
+    if home.startswith(f"{_COMPRESSING}offload."):
+        inner = module.__dict__["_original_forward_func"]
+        return _is_of_class(module, inner) or _decompresses(module, inner)
+    status = getattr(module, "quantization_status", None)
+    return home.startswith(_COMPRESSING) and getattr(status, "value", status) in ("compressed", "decompressed")
+
+
+def _function(forward: Any) -> Any:
+    """What a method is one of; accelerate makes a method of a method."""
+    while hasattr(forward, "__func__"):
+        forward = forward.__func__
+    return forward
+
+
+def _is_of_class(module: nn.Module, forward: Any) -> bool:
+    """Whether this is the forward of the module's class, with or without its decorators: what is often put back."""
+    forward = _function(forward)
+    candidate = class_of(module).forward
+    while candidate is not None and candidate is not forward:
+        candidate = getattr(candidate, "__wrapped__", None)
+    return candidate is not None
+
+
+def class_of(module: nn.Module) -> Any:
+    """The class of a module, or what it was before `layerskip.accelerate`."""
+    return module.__dict__.get(ORIGINAL_CLASS, type(module))
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what ``torch.compile`` made of it, or the given model itself."""
+    dynamo = sys.modules.get("torch._dynamo")  # without it nothing was compiled
+    compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+    return model._orig_mod if compiled else model
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _values(dicts: Iterable[Mapping[Any, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(_OF_DICT, dicts)))
+
+
+def _depth(model: nn.Module) -> int | None:
+    """How many of its layers a model calls."""
+    depth: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return depth
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same(now: list[Any], then: list[Any]) -> bool:
+    """Whether both hold the same objects; parameters cannot be compared by ``==``."""
+    return len(now) == len(then) and all(map(is_, now, then))
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
+
+
+def _called(hook: Any) -> str:
+    function = getattr(hook, "func", hook)
+    return f"{_module_of(hook)}.{getattr(function, '__qualname__', type(function).__qualname__)}"

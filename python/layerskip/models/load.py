@@ -1,0 +1,280 @@
+"""Load models and tokenizers, and save models with packed weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.formats import FORMATS, is_interleaved, rows_of
+
+from .. import registry
+from .._imports import need
+from . import checkpoints
+from .adapt import adapt
+from .architectures import ARCHITECTURES, check_config, check_model_type, named_weights
+from .checkpoints import ROPE_FACTORS, Progress, frequency_factors, own_settings, without_quantization
+from .files import INDEX, SINGLE, ModelFileError, check_safetensors, read_json, reading, shards
+from .model import LayerSkipModel
+from .quantize import with_widths
+
+NATIVE = "native"
+"""The weights as a model's own file has them."""
+_JSON_FILES = ("config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json")
+_GGUF = "gguf"  # the quant_method of what transformers has made plain
+
+
+def load(
+    name_or_dir: str | os.PathLike[str],
+    dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    name_or_dir : str or path
+        A name that an installed package provides (`layerskip.registry`), a directory as ``save_pretrained`` or
+        ``layerskip quantize`` writes it, a GGUF file, or ``owner/name`` on the Hugging Face hub. What exists, is a
+        `Path`, or looks like a path is taken from the disk alone.
+    dtype : torch.dtype
+        Of weights that are not packed, and of states.
+    weights : str, optional
+        Quantize plain weights: one of `layerskip_kernels.formats.FORMATS`. "native": those of the file that the model
+        comes in, which for a name that a package provides may be quantized. By default a directory's as they are.
+    progress : callable, optional
+        Called after each weight that is packed with how many are done, and of how many.
+
+    Returns
+    -------
+    (transformers.PreTrainedModel or LayerSkipModel, transformers.PreTrainedTokenizerBase)
+        The model in evaluation mode. What has packed weights is a `LayerSkipModel`; such a checkpoint is read weight
+        by weight and never expanded.
+
+    Raises
+    ------
+    ValueError, ModuleNotFoundError
+        For a name that is neither a directory nor on the hub nor provided by a package; the message names those near
+        it, or how to install what would provide it. For weights that there is no such format of, or that are
+        quantized already.
+    FileNotFoundError
+        If the directory or a file that it must hold does not exist.
+    ModelFileError
+        If a file is truncated, corrupt, or does not hold what the configuration promises.
+    UnsupportedModelError
+        If the architecture, or how the weights are quantized, is not supported; found before any weight is read.
+    """
+    check_weights(weights)
+    if isinstance(name_or_dir, str):
+        provider = registry.find(registry.MODELS, name_or_dir)
+        if provider is not None:
+            return _provided(provider, name_or_dir, dtype, weights, progress)
+        # The hub's few models without an owner are of no architecture that is supported.
+        if not registry.is_path(name_or_dir) and "/" not in name_or_dir:
+            raise registry.unknown(registry.MODELS, name_or_dir)
+    return _read(name_or_dir, dtype, None if weights == NATIVE else weights, progress)
+
+
+def check_weights(weights: str | None) -> None:
+    """Raise ValueError for weights that are no format."""
+    if weights is not None and weights != NATIVE and weights not in FORMATS:
+        raise ValueError(f"unknown weights {weights!r}, expected one of {', '.join((*FORMATS, NATIVE))}")
+
+
+def _provided(
+    provider: Any, name: str, dtype: torch.dtype, weights: str | None, progress: Progress | None
+) -> tuple[Any, Any]:
+    """From an installed package."""
+    if weights == NATIVE:
+        path = getattr(provider, "native", lambda name: None)(name)
+        if path is None:
+            raise ValueError(f"{name} comes in no file of quantized weights; weights may be {', '.join(FORMATS)}")
+        return _read(path, dtype, None, progress)
+    model, tokenizer = provider.load(name, dtype)
+    if weights is not None:
+        model = adapt(model).quantize(weights, release=True, progress=progress)
+    return model, tokenizer
+
+
+def _read(
+    name_or_dir: str | os.PathLike[str], dtype: torch.dtype, weights: str | None, progress: Progress | None
+) -> tuple[Any, Any]:
+    """From a directory, a file or the hub."""
+    transformers = need("transformers", "loading models")
+    source, options = str(name_or_dir), {}
+    if registry.is_path(name_or_dir):
+        path = Path(source).expanduser()
+        if path.suffix == checkpoints.SUFFIX and path.is_file():
+            return _read_gguf(path, dtype, weights, progress)
+        source, options = str(path), {"local_files_only": True}
+        _check_directory(path)
+    with reading("configuration", source):
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+    checkpoint = _checkpoint(source, config, weights)
+    check_config(config if checkpoint is None else checkpoints.without_quantization(config))
+    with reading("tokenizer", source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    if checkpoint is not None:
+        directory = Path(source) if options else _download(source)
+        checkpoint.open(directory)
+        generation = _generation_config(directory)
+        return checkpoints.build(source, config, checkpoint, dtype, generation, progress), tokenizer
+    with reading("weights", source):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _check_keys(source, info)
+    if weights is not None:
+        return adapt(model.eval()).quantize(weights, release=True, progress=progress), tokenizer
+    return model.eval(), tokenizer
+
+
+def _checkpoint(source: str, config: Any, weights: str | None) -> Any:
+    """What reads the weights without transformers: quantized ones, and those that are packed as they are read."""
+    method = checkpoints.method_of(config)
+    if method in (None, _GGUF):
+        if weights is None or _has_experts(config):  # files have each expert's matrices, and transformers stacks them
+            return None
+        return checkpoints.PlainCheckpoint(weights)
+    layout = checkpoints.layout_of(method)
+    if weights is not None:
+        raise ValueError(f"the weights of {source} are quantized already ({method}); leave out {weights}")
+    return layout(checkpoints.settings_of(config))
+
+
+def _has_experts(config: Any) -> bool:
+    architecture = ARCHITECTURES.get(config.model_type)
+    return architecture is not None and "experts_in" in architecture.layer_paths
+
+
+def _read_gguf(
+    path: Path, dtype: torch.dtype, weights: str | None, progress: Progress | None
+) -> tuple[LayerSkipModel, Any]:
+    """Configuration and tokenizer through transformers, which reads both from the file, and the weights as they are."""
+    transformers = need("transformers", "loading models")
+    if weights is not None:
+        raise ValueError(f"{path} has weights of its own format; leave out {weights}")
+    given = {"gguf_file": path.name, "local_files_only": True}
+    with reading("configuration", str(path)):
+        config = transformers.AutoConfig.from_pretrained(path.parent, **given)
+    check_config(config)
+    checkpoints.check_architecture(path, config.model_type)
+    checkpoint = checkpoints.GgufCheckpoint(path)
+    with reading("tokenizer", str(path)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
+    return checkpoints.build(str(path), config, checkpoint, dtype, progress=progress), tokenizer
+
+
+def _download(name: str) -> Path:
+    """A model of the hub, in the hub's cache."""
+    with reading("weights", name):
+        hub = need("huggingface_hub", "loading models from the hub")
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _generation_config(directory: Path) -> Any:
+    transformers = need("transformers", "loading models")
+    if not (directory / "generation_config.json").is_file():
+        return None
+    with reading("generation configuration", str(directory)):
+        return transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise FileNotFoundError(f"no such directory: {directory}")
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file, expected the directory of a model, or a GGUF")
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} has no config.json, so it is not the directory of a model")
+    contents: dict[str, Mapping[str, Any]] = {
+        name: read_json(directory / name) for name in _JSON_FILES if (directory / name).is_file()
+    }
+    check_model_type(contents["config.json"].get("model_type"))
+    for shard in shards(directory):
+        check_safetensors(shard)
+
+
+def _check_keys(source: str, info: dict[str, Any]) -> None:
+    """Transformers fills what a checkpoint lacks with random numbers, and ignores what it has too many of."""
+    for entry in info["mismatched_keys"]:
+        if isinstance(entry, str):  # transformers 4.57 gives no shapes
+            raise ModelFileError(f"{source} has {entry} of another shape than its config.json asks for")
+        name, found, expected = entry
+        raise ModelFileError(f"{source} has {name} of shape {list(found)}, its config.json asks for {list(expected)}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelFileError(f"{source} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}")
+    unused = sorted(key for key in info["unexpected_keys"] if "layers." in key)
+    if unused:
+        raise ModelFileError(f"{source} has {len(unused)} weights that its config.json does not use, first {unused[0]}")
+
+
+SHARD_BYTES = 5_000_000_000
+
+
+def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write safetensors, configuration and tokenizer; `layerskip.load` reads them, and keeps packed what is packed.
+
+    Parameters
+    ----------
+    model : LayerSkipModel
+        Without an exit of its own: that is kept in its own file.
+    directory : Path
+        That is there.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+    shard_bytes : int
+        The most that one file of weights holds, but for a weight that is larger.
+    """
+    write = need("safetensors.torch", "saving a model").save_file
+    tensors = dict(named_weights(model))
+    packed = [name for name in model.weights.split("+") if name in FORMATS]
+    factors = frequency_factors(model) if packed else None
+    if factors is not None:
+        tensors[ROPE_FACTORS] = factors
+    files = _shards(tensors, shard_bytes)
+    widths = {id(weight): width for weight, width in with_widths(model)}
+
+    def rows(weight: Tensor) -> Tensor:
+        """As any other reader expects it, whatever order it has in memory."""
+        return rows_of(weight, widths[id(weight)]) if is_interleaved(weight) else weight
+
+    for name, held in files.items():
+        write(
+            {key: rows(tensors[key]).detach().contiguous() for key in held}, directory / name, metadata={"format": "pt"}
+        )
+    if len(files) > 1:
+        weight_map = {key: name for name, held in files.items() for key in held}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    config = without_quantization(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    if packed:
+        config.quantization_config = own_settings(packed)
+    config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _shards(tensors: dict[str, Tensor], limit: int) -> dict[str, list[str]]:
+    """File names, each with the tensors that it holds, in order."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += tensor.nbytes
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{number:05}-of-{len(parts):05}.safetensors": held for number, held in enumerate(parts, start=1)}

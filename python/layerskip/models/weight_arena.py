@@ -1,0 +1,238 @@
+"""Where weights lie: one after the other in the order in which decoding reads them, in huge pages; packed ones in the
+order in which the processor multiplies them.
+
+Decoding one token reads every weight once. Weights that lie scattered in pages of 4 KiB cost it a look into the page
+table every few thousand cycles, and the processor's own prefetching ends at each page and each tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels import LayerWeights, multiplies_panels
+from layerskip_kernels.formats import PANEL_ROWS, can_interleave, interleave, is_interleaved, rows_of
+
+from .adapt import adapt
+from .checkpoints import KEEPS_ROWS
+from .head import BoundExit
+from .hf_checks import unsupported
+from .model import LayerSkipModel
+from .quantize import MATRICES, with_widths
+
+HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
+TRIM = 32 << 20  # bytes that are moved before what they leave is given back
+LINE = 64  # bytes; each weight begins at a line of the cache
+_SMAPS = Path("/proc/self/smaps")
+
+
+class Arena:
+    """The memory of a model's weights.
+
+    Parameters
+    ----------
+    size : int
+        Bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        # Private: shared memory, the default, has a rule of its own for huge pages.
+        self._memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = torch.frombuffer(self._memory, dtype=torch.uint8, count=1).data_ptr()
+        self._next = -start % HUGE
+        self.address = start + self._next
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # of a kernel that was built without them; small pages serve
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor, behind those that were taken before; it keeps the memory alive, and is its own storage.
+
+        A storage of its own: what saves a model takes tensors of one storage for one weight under several names.
+        """
+        return self._room(tensor, tensor.dtype).copy_(tensor.detach())
+
+    def take_interleaved(self, tensor: Tensor, width: int) -> Tensor:
+        """As `take`, of a packed weight for states of ``width``, whose rows are interleaved on the way."""
+        return interleave(tensor.detach(), width, self._room(tensor, torch.int16))
+
+    def _room(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """As many bytes and rows as a tensor has."""
+        room = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._next)
+        self._next += _lines(tensor)
+        return room.view(tensor.shape).view(dtype)
+
+    def huge_bytes(self) -> int:
+        """How many bytes of it lie in huge pages, as the kernel says; 0 where it does not say."""
+        inside = 0
+        for line in _SMAPS.read_text().splitlines() if _SMAPS.is_file() else ():
+            field = line.split()
+            if "-" in field[0] and not field[0].endswith(":"):
+                begin, end = (int(part, 16) for part in field[0].split("-"))
+                inside = max(0, min(end, self.address + self.size) - max(begin, self.address))
+            elif field[0] == "AnonHugePages:" and inside:
+                return min(1024 * int(field[1]), inside)
+        return 0
+
+
+def gather_weights(model: Any) -> Arena | None:
+    """Move a model's weights into one arena, in place, in the order in which decoding reads them.
+
+    Every holder of a parameter sees it in its new place, so whatever shares the weights goes on sharing them; their
+    values do not change. Who holds a view of a weight, and not the parameter, keeps the old memory. It is not for a
+    model that decodes meanwhile in another thread.
+
+    Packed integers are interleaved on the way where the processor multiplies them so
+    (`layerskip_kernels.formats.interleave`), but for those that a model of transformers holds, too. Before such a model
+    is moved to another device, `scatter_weights` has to undo it.
+
+    Parameters
+    ----------
+    model : LayerSkipModel or transformers.PreTrainedModel
+
+    Returns
+    -------
+    Arena or None
+        None where the weights are not in plain memory of this process: on a card, say, or made in inference mode.
+
+    Raises
+    ------
+    UnsupportedModelError
+        As `layerskip.adapt`, and if the weights are quantized, and another library's.
+    """
+    tensors = _weights(model)
+    if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
+        return None
+    panels = _panels(model)
+    places = {(tensor.data_ptr(), tensor.shape): _lines(tensor) for tensor in tensors}  # tied ones have one place
+    arena, moved = Arena(sum(places.values())), dict[tuple[int, torch.Size], Tensor]()
+    since_trim = 0
+    for tensor in tensors:
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in moved:
+            width = panels.get(id(tensor))
+            moved[place] = arena.take(tensor) if width is None else arena.take_interleaved(tensor, width)
+        tensor.data = moved[place]  # which frees the old memory, so that both copies never exist at once
+        since_trim += tensor.nbytes
+        if since_trim > TRIM:
+            _trim()
+            since_trim = 0
+    _trim()
+    _renew(model)
+    return arena
+
+
+def scatter_weights(model: Any) -> None:
+    """Undo `gather_weights`: give each weight memory of its own again, which frees the arena when the last has it.
+
+    Not while the model decodes in another thread.
+    """
+    moved: dict[int, Tensor] = {}
+    widths = {id(weight): width for weight, width in _packed(model) if is_interleaved(weight)}
+    for tensor in _weights(model):
+        if tensor.data_ptr() not in moved:
+            own = tensor.detach()
+            moved[tensor.data_ptr()] = rows_of(own, widths[id(tensor)]) if id(tensor) in widths else own.clone()
+        tensor.data = moved[tensor.data_ptr()]
+    _renew(model)
+
+
+def gather_exit(exit: BoundExit) -> BoundExit:
+    """Move what drafts in int8, blocks and head, into an arena of its own: the exit with these blocks, and its head.
+
+    An exit in the model's dtype stays as it is, since its tensors are those of `Exit` or of the model, and so does one
+    on a card. Packed blocks are interleaved as those of `gather_weights` are; a model with them cannot be moved to
+    another device.
+    """
+    head, rows = exit.head, exit.head.head_weight
+    tensors = [*(weight for block in exit.blocks for weight in block if weight is not None), rows]
+    if head.scale is None or any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
+        return exit
+    arena = Arena(sum(map(_lines, tensors)))
+    blocks = tuple(_gathered(block, arena, head.norm_weight) for block in exit.blocks)
+    rows.data = arena.take(rows)
+    return exit._replace(blocks=blocks)
+
+
+def _gathered(block: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
+    """The weights of a block in an arena, in the order of reading; ``norm`` [D] is in the dtype of its states."""
+    weights = {name: weight for name, weight in block._asdict().items() if weight is not None}
+    widths = dict.fromkeys(MATRICES, norm.shape[0]) | {"o": block.q.shape[0], "down": block.gate.shape[0]}
+    matrices = {name: width for name, width in widths.items() if name in weights}
+    panels = norm.dtype == torch.bfloat16 and multiplies_panels()
+    panels = panels and all(can_interleave(weights[name], width) for name, width in matrices.items())
+    taken = {
+        name: arena.take_interleaved(weights[name], width) if panels else arena.take(weights[name])
+        for name, width in matrices.items()
+    }
+    return LayerWeights(**{name: taken[name] if name in taken else arena.take(weights[name]) for name in weights})
+
+
+def _packed(model: Any) -> list[tuple[Tensor, int]]:
+    """The matrices that may be packed, with their widths; those of a model of transformers are plain."""
+    return with_widths(model) if isinstance(model, LayerSkipModel) else []
+
+
+def _panels(model: Any) -> dict[int, int]:
+    """Of the weights to interleave, by their identity, the width: all of a model's layers, or none."""
+    if not isinstance(model, LayerSkipModel) or model.dtype != torch.bfloat16 or not multiplies_panels():
+        return {}
+    *layers, head, embedding = _packed(model)
+    layers = [one for one in layers if one[0].dim() == 2]  # experts stay rows
+    if any(hasattr(weight, KEEPS_ROWS) for weight, _ in (*layers, head, embedding)):
+        return {}
+    keys = model.decoder.num_kv_heads * model.decoder.head_dim  # rows of k and v, which may be parts of a larger matrix
+    even = keys % PANEL_ROWS == 0 and all(can_interleave(*one) for one in layers)
+    outer = [one for one in (head, embedding) if can_interleave(*one)]
+    return {id(weight): width for weight, width in (*(layers if even else ()), *outer)}
+
+
+def _renew(model: Any) -> None:
+    """Let a model see where its weights are now; one of transformers has no views of them."""
+    if isinstance(model, LayerSkipModel):
+        model.refresh()
+
+
+def _trim() -> None:
+    """Give the system what was freed: the C library keeps it, in the middle of its heap, for what may come."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
+
+
+def _weights(model: Any) -> list[Tensor]:
+    """Each weight of `_in_order` once; of tied ones that are two parameters both."""
+    adapted = model if isinstance(model, LayerSkipModel) else adapt(model)
+    tensors = {id(tensor): tensor for tensor in _in_order(adapted)}
+    if not tensors.keys() <= {id(tensor) for tensor in model.parameters()}:  # adapting made some
+        raise unsupported(
+            "moving what another library holds quantized", "layerskip.adapt(model), whose weights are own"
+        )
+    return list(tensors.values())
+
+
+def _in_order(model: LayerSkipModel) -> Iterator[Tensor]:
+    """The weights of the matmuls in the order of reading, then what is small.
+
+    Small ones come along, or they would keep the old memory where all of it is one mapped file.
+    """
+    layers = [model.decoder.held(number) for number in range(model.num_layers)]
+    for layer in layers:
+        yield from (layer[name] for name in MATRICES if name in layer)
+    yield model.head.head_weight
+    yield model.embedding
+    for layer in layers:
+        yield from (weight for name, weight in layer.items() if name not in MATRICES)
+    yield model.head.kept_norm
+
+
+def _lines(tensor: Tensor) -> int:
+    return (tensor.nbytes + LINE - 1) // LINE * LINE

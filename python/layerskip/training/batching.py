@@ -1,0 +1,284 @@
+"""Training pairs as token ids, batched by length; pairs that a model writes itself (self-distillation)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ..decoding import SamplingParams, SelfSpeculativeDecoder
+from ..decoding.decoder import ended_in
+from ..decoding.sampling import params_of_each
+from .curriculum import generator
+from .losses import IGNORE
+
+BUCKET = 50  # batches that are sorted by length together
+
+
+def encode_pair(
+    tokenizer: Any, prompt: str, completion: str, max_length: int, whole: bool = False, cut: bool = False
+) -> dict[str, list[int]]:
+    """Token ids of prompt, completion and end of text; labels on what follows the prompt, or, if ``whole``, on all.
+
+    The two are tokenized apart, as generation does, so that training meets the same boundary. A completion that was
+    ``cut`` gets no end, nor does a whole text without a prompt: it is a passage of a longer one.
+    """
+    context = list(tokenizer(prompt).input_ids) if prompt else []
+    target = list(tokenizer(completion, add_special_tokens=False).input_ids)
+    if not cut and (context or not whole):
+        target.append(tokenizer.eos_token_id)
+    ids = (context + target)[:max_length]
+    labels = [IGNORE, *ids[1:]] if whole else [IGNORE] * len(context) + target  # nothing comes before the first token
+    return {"input_ids": ids, "labels": labels[:max_length]}
+
+
+def encode(
+    tokenizer: Any, examples: Sequence[Any], max_length: int = 1024, whole: bool = False
+) -> list[dict[str, list[int]]]:
+    """Encode examples, objects or dicts with ``prompt`` and ``completion``; those whose prompt fills all are left out.
+
+    With ``whole`` prompts are labelled, too. An example that says ``cut`` stops before its end.
+
+    Raises
+    ------
+    ValueError
+        If nothing is left, or an example has no such field (with its index).
+    """
+    pairs = []
+    for index, example in enumerate(examples):
+        fields = example if isinstance(example, Mapping) else vars(example)
+        for name in ("prompt", "completion"):
+            if not isinstance(fields.get(name), str):
+                raise ValueError(f"example {index} has no text {name!r}: {fields}")
+        texts = fields["prompt"], fields["completion"]
+        pairs.append(encode_pair(tokenizer, *texts, max_length, whole, fields.get("cut", False)))
+    kept = [pair for pair in pairs if any(label != IGNORE for label in pair["labels"][1:])]
+    if not kept:
+        raise ValueError(f"none of {len(pairs)} examples has a completion within {max_length} tokens")
+    return kept
+
+
+def read_pairs(path: Path) -> list[dict[str, Any]]:
+    """Pairs from a JSON-lines file with ``prompt`` and ``completion``, and ``cut`` where that is true.
+
+    Raises
+    ------
+    ValueError
+        For a broken line, with its number.
+    """
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            pair = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("prompt", "completion")):
+            raise ValueError(f"{path}:{number}: expected an object with texts 'prompt' and 'completion', got {line!r}")
+        if not isinstance(pair.get("cut", False), bool):
+            raise ValueError(f"{path}:{number}: expected true or false under 'cut', got {pair['cut']!r}")
+        pairs.append(pair)
+    return pairs
+
+
+class Collator:
+    """Pads on the right, to the longest of the batch.
+
+    No attention mask is made: under a causal mask nothing real sees the padding behind it, and padding has no label.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, pairs: Sequence[Any]) -> dict[str, Tensor]:
+        """Batch ``input_ids`` and ``labels``, [B, S], of pairs, or of the one list of pairs that `Pool` gives."""
+        if isinstance(pairs[0], list):
+            (pairs,) = pairs
+        length = max(len(pair["input_ids"]) for pair in pairs)
+
+        def padded(key: str, value: int) -> Tensor:
+            return torch.tensor([pair[key] + [value] * (length - len(pair[key])) for pair in pairs])
+
+        return {"input_ids": padded("input_ids", self.pad_token_id), "labels": padded("labels", IGNORE)}
+
+
+class LengthBuckets(Sampler[int]):
+    """A shuffled order in which the examples of a batch are of similar length; a function of (seed, epoch)."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order that iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        source = generator("order", self.seed, self.epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=source).tolist()
+        size = self.batch_size * BUCKET
+        ordered = [
+            index
+            for begin in range(0, len(shuffled), size)
+            for index in sorted(shuffled[begin : begin + size], key=lambda index: self.lengths[index])
+        ]
+        whole = len(ordered) // self.batch_size  # a short batch stays the last, where the loader expects it
+        for batch in torch.randperm(whole, generator=source).tolist():
+            yield from ordered[batch * self.batch_size : (batch + 1) * self.batch_size]
+        yield from ordered[whole * self.batch_size :]
+
+
+class Pool(Dataset[list[dict[str, list[int]]]]):
+    """Pairs to train on and pairs to replay in one dataset, whose items are batches: lists of pairs by index."""
+
+    def __init__(self, pairs: Sequence[dict[str, list[int]]], replayed: Sequence[dict[str, list[int]]] = ()) -> None:
+        self.pairs, self.replayed = pairs, replayed
+
+    def __len__(self) -> int:
+        return len(self.pairs) + len(self.replayed)
+
+    def __getitem__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
+        own = len(self.pairs)
+        return [self.pairs[index] if index < own else self.replayed[index - own] for index in indices]
+
+
+def token_batches(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list[int]]:
+    """Batches of similar lengths, each padded to at most ``budget`` tokens unless it is a single example.
+
+    ``order`` decides who goes with whom among equals, not how many batches there are or how long they are.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(order, key=lambda index: lengths[index]):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class TokenBatches(Sampler[list[int]]):
+    """Batches for `Pool`, by a budget of padded tokens, shuffled; a function of (seed, epoch).
+
+    An epoch visits every pair once. With a replay budget, every ``ranks`` batches are followed by as many of the pairs
+    to replay, so that with an even number of batches a step on every rank, each second one is replayed.
+
+    Parameters
+    ----------
+    pool : Pool
+    budget, replay_budget : int
+        Tokens of a batch. A replay budget of 0 is for a pool without pairs to replay.
+    seed : int
+    ranks : int
+        Among how many the loader deals the batches out.
+    """
+
+    def __init__(self, pool: Pool, budget: int, replay_budget: int, seed: int, ranks: int = 1) -> None:
+        if bool(pool.replayed) != bool(replay_budget):
+            raise ValueError(f"a replay budget of {replay_budget} meets {len(pool.replayed)} pairs to replay")
+        self.lengths = [len(pair["input_ids"]) for pair in (*pool.pairs, *pool.replayed)]
+        self.own, self.budget, self.replay_budget = len(pool.pairs), budget, replay_budget
+        self.seed, self.ranks, self.epoch = seed, ranks, 0
+        batches = len(token_batches(self.lengths, budget, range(self.own)))
+        self.batches = batches - batches % ranks if replay_budget else batches
+        if not self.batches:
+            raise ValueError(f"{self.own} pairs make {batches} batches of {budget} tokens, too few for {ranks} ranks")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order that iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches * (2 if self.replay_budget else 1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = self._shuffled("order", self.epoch, range(self.own), self.budget)[: self.batches]
+        if not self.replay_budget:
+            yield from own
+            return
+        replayed = self._replayed()
+        for begin in range(0, len(own), self.ranks):
+            yield from own[begin : begin + self.ranks]
+            yield from (next(replayed) for _ in range(self.ranks))
+
+    def _shuffled(self, purpose: str, epoch: int, indices: range, budget: int) -> list[list[int]]:
+        source = generator(purpose, self.seed, epoch)
+        order = [indices[place] for place in torch.randperm(len(indices), generator=source).tolist()]
+        batches = token_batches(self.lengths, budget, order)
+        return [batches[place] for place in torch.randperm(len(batches), generator=source).tolist()]
+
+    def _replayed(self) -> Iterator[list[int]]:
+        """Batches to replay, without end; an epoch goes on where the one before stopped."""
+        indices = range(self.own, len(self.lengths))
+        count = len(token_batches(self.lengths, self.replay_budget, indices))
+        passes, skipped = divmod(self.epoch * self.batches, count)
+        while True:
+            yield from self._shuffled("replay", passes, indices, self.replay_budget)[skipped:]
+            passes, skipped = passes + 1, 0
+
+
+def own_pairs(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 96,
+    batch_size: int = 16,
+    sampling: SamplingParams | None = None,
+    done: Collection[int] = (),
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Let a model continue prompts with all its layers, many at once.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Of a supported architecture.
+    tokenizer : transformers.PreTrainedTokenizer
+    prompts : sequence of str
+        None is empty.
+    max_new_tokens : int
+    batch_size : int
+        How many are written at once.
+    sampling : SamplingParams, optional
+        By default greedy. With a seed in it, prompt b has the seed ``seed + b``.
+    done : collection of int
+        Indices of prompts that are left out, since they were continued before.
+
+    Yields
+    ------
+    (int, dict)
+        A prompt's index and its pair, as `read_pairs` gives them: ``prompt``, ``completion`` and ``cut``, which says
+        that the tokenizer's EOS token had not come after ``max_new_tokens``. In the order in which they end.
+
+    Raises
+    ------
+    ValueError
+        For a prompt without a token or too long for the model; nothing was written then.
+    """
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompt {index} has no token")
+    waiting = sorted(set(range(len(encoded))) - set(done))
+    if not waiting:
+        return
+    decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=1)
+    length = max(map(len, encoded)) + max_new_tokens
+    session = decoder.open_session(batch_size, max_seq_len=length, prompt_tokens_per_step=None)
+    params = params_of_each(sampling, len(encoded))
+    places = {
+        session.add(encoded[index], max_new_tokens, strategy="autoregressive", sampling=params[index]): index
+        for index in waiting
+    }
+    for request_id, output in ended_in(session):
+        index, tokens = places[request_id], output.new_tokens[0]
+        ended = int(tokens[-1]) == tokenizer.eos_token_id  # a pair's end; any other EOS token is text
+        said = tokens[:-1] if ended else tokens
+        text = tokenizer.decode(said, clean_up_tokenization_spaces=False)  # special tokens read back as such
+        yield index, {"prompt": prompts[index], "completion": text, "cut": not ended}

@@ -1,0 +1,342 @@
+"""Rounds that run ahead of what the host reads: the same tokens as without, whatever ends a sequence, and when."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from cards import FakeCard, InOrder, graphs_on
+from exits_of import copied_exit
+from tiny import ROUND, prompt_of, requires_native, tiny_model
+from tokenizers_of import KINDS
+
+import layerskip_kernels
+from layerskip import SamplingParams, SelfSpeculativeDecoder, adapt
+from layerskip.decoding import batch, cuda_graphs
+from layerskip.decoding.adaptive import Choice
+from layerskip.decoding.batch import Batch
+from layerskip.decoding.session import Session
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), requires_native]
+DRAWN = SamplingParams(0.8, seed=5)
+SAMPLING = {"greedy": None, "drawn": DRAWN}
+# The first of the four layers drafts; of its drafts some hold, or all.
+UPPER = ["weak", "silent"]
+
+
+def decoder_of(upper: str = "weak", **options: Any) -> SelfSpeculativeDecoder:
+    return SelfSpeculativeDecoder(tiny_model(upper=upper), **{"exit_layer": 1, "num_speculations": 3, **options})
+
+
+@pytest.fixture
+def card(monkeypatch) -> FakeCard:
+    """Decoders that are made from now on record their rounds."""
+    card = FakeCard()
+    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
+    return card
+
+
+def both(call: Callable[[SelfSpeculativeDecoder], Any], upper: str = "weak", **options: Any) -> tuple[Any, FakeCard]:
+    """What a call gives, without graphs and on a card, where it must be the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        expected = call(decoder_of(upper, **options))
+        card = FakeCard()
+        patch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
+        with InOrder(card):
+            assert call(decoder_of(upper, **options)) == expected
+    return expected, card
+
+
+def alone(prompt: torch.Tensor, count: int, upper: str = "weak", **options: Any) -> list[int]:
+    """The tokens without graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs, "for_device", lambda device: None)
+        out = decoder_of(upper).generate(prompt, count, **{"eos_token_id": [], **options})
+    return out.new_tokens[0].tolist()
+
+
+def result(out: Any) -> tuple:
+    return out.new_tokens.tolist(), out.reasons
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("upper", UPPER)
+def test_a_rule_that_stops_at_every_token(upper, kind):
+    for length in range(1, 14):
+
+        def ends(tokens: list[int], length: int = length) -> bool:
+            return len(tokens) == length
+
+        _, card = both(
+            lambda decoder: result(
+                decoder.generate(prompt_of(5), 30, should_stop=ends, sampling=SAMPLING[kind], eos_token_id=[])
+            ),
+            upper,
+        )
+    assert card.most_unread == 2
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_an_end_of_sequence_in_the_middle_of_a_round(kind):
+    options = {"sampling": SAMPLING[kind], "eos_token_id": []}
+    for token in sorted(set(alone(prompt_of(5), 24, **options))):
+        options["eos_token_id"] = [token]
+        both(lambda decoder: result(decoder.generate(prompt_of(5), 24, **options)))
+
+
+@pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive", "early_exit"])
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_every_number_of_tokens(kind, strategy):
+    for count in range(1, 12):
+        options = {"strategy": strategy, "sampling": SAMPLING[kind], "eos_token_id": []}
+        both(lambda decoder: result(decoder.generate(prompt_of(5), count, **options)))  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("upper", UPPER)
+def test_a_batch_whose_sequences_end_in_different_rounds(upper, kind):
+    prompts = [prompt_of(length, length)[0] for length in (3, 9, 5, 7, 4)]
+    rules = [lambda tokens, end=end: len(tokens) == end for end in (4, 17, 9, 30, 5)]
+    _, card = both(
+        lambda decoder: result(
+            decoder.generate(prompts, 20, should_stop=rules, sampling=SAMPLING[kind], eos_token_id=[])
+        ),
+        upper,
+    )
+    assert card.most_unread == 2
+
+
+def test_no_round_is_launched_that_cannot_be_needed():
+    """The first token comes with the prompt; of 10 the last one ends the sequence, and it is known before."""
+    options = {"strategy": "autoregressive", "eos_token_id": []}
+    _, card = both(lambda decoder: result(decoder.generate(prompt_of(5), 10, **options)))
+    assert card.replays == 9
+    assert card.most_unread == 2
+
+
+def test_a_round_that_ran_ahead_counts_for_those_that_go_on():
+    prompts, rules = [prompt_of(5)[0]] * 2, [lambda tokens: len(tokens) == 4, lambda tokens: False]
+    options = {"strategy": "autoregressive", "eos_token_id": [], "should_stop": rules}
+    _, card = both(lambda decoder: result(decoder.generate(prompts, 10, **options)))
+    assert card.replays == 9
+    assert card.captures == 2  # of two sequences, and of one
+
+
+def test_an_unforeseen_end_costs_one_round():
+    options = {"strategy": "autoregressive", "eos_token_id": [], "should_stop": lambda tokens: len(tokens) == 4}
+    _, card = both(lambda decoder: result(decoder.generate(prompt_of(5), 10, **options)))
+    assert card.replays == 4
+
+
+def step(session: Session, card: FakeCard) -> list:
+    with InOrder(card):
+        return session.step()
+
+
+@pytest.mark.parametrize("end", ["cancel", "remove"])
+def test_a_slot_goes_to_another_request_while_a_round_of_the_old_one_is_under_way(card, end):
+    session, prompts = decoder_of().open_session(2, max_seq_len=60), [prompt_of(5, index) for index in range(4)]
+    ids = [session.add(prompt, 30, eos_token_id=[]) for prompt in prompts]
+    got: dict[int, list[int]] = {one: [] for one in ids}
+    for turn in range(40):
+        for update in step(session, card):
+            got[update.request_id] += update.tokens
+        if turn == 3:
+            getattr(session, end)(ids[0])
+    assert len(session) == 0
+    assert card.most_unread == 2
+    texts = [alone(prompt, 30) for prompt in prompts]
+    assert [got[one] for one in ids[1:]] == texts[1:]
+    assert 0 < len(got[ids[0]]) < 30
+    assert got[ids[0]] == texts[0][: len(got[ids[0]])]
+
+
+def test_what_is_kept_and_continued(card):
+    """The round that ran ahead wrote behind the end of what is kept."""
+    prompt, session = prompt_of(5), decoder_of().open_session(2, max_seq_len=60)
+    first = session.add(prompt, 30, eos_token_id=[], should_stop=lambda tokens: len(tokens) == 6, keep=True)
+    updates = []
+    while len(session):
+        updates += step(session, card)
+    more = [3, 1, 4]
+    continued = session.add(more, 12, eos_token_id=[], continue_from=first)
+    got: dict[int, list[int]] = {continued: [], session.add(prompt, 12, eos_token_id=[]): []}
+    while len(session):
+        for update in step(session, card):
+            got[update.request_id] += update.tokens
+    text = torch.cat([updates[-1].output.sequences[0], torch.tensor(more)])
+    for prompt_, tokens in zip((text, prompt[0]), got.values(), strict=True):
+        assert tokens == alone(prompt_, 12)
+
+
+def test_interrupts(card):
+    params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]
+
+    def interrupted(tokens: list[int]) -> bool:
+        if len(tokens) in interrupts:
+            interrupts.remove(len(tokens))
+            raise KeyboardInterrupt
+        return False
+
+    session, updates = decoder_of().open_session(2, max_seq_len=64), []
+    session.add(prompt_of(4), 24, should_stop=interrupted, sampling=params, eos_token_id=[])
+    while len(session):
+        with suppress(KeyboardInterrupt):
+            updates += step(session, card)
+    assert not interrupts
+    assert updates[-1].output.new_tokens[0].tolist() == alone(prompt_of(4), 24, sampling=params)
+
+
+def test_text_is_streamed_and_may_be_left(card):
+    tokenizer, pieces = KINDS["byte_level"](), []
+    decoder, options = decoder_of(), {"tokenizer": tokenizer, "eos_token_id": []}
+    with InOrder(card):
+        whole = "".join(decoder.stream(prompt_of(7), 24, **options))
+        for piece in decoder.stream(prompt_of(7), 24, **options):
+            pieces.append(piece)
+            if len(pieces) == 5:
+                break
+        again = "".join(decoder.stream(prompt_of(7), 24, **options))
+    assert card.most_unread == 2
+    assert whole == again
+    assert whole.startswith("".join(pieces))
+    card.lazy = False
+    assert whole == "".join(decoder.stream(prompt_of(7), 24, **options))
+
+
+def test_states_that_are_not_finite(card):
+    """The round after one that gave no token runs all the same, and the other sequence gets its tokens."""
+    prompts, model = [prompt_of(6, seed) for seed in range(2)], tiny_model(upper="silent")
+    free = [alone(one, 16, "silent") for one in prompts]
+    known = {*free[1], *prompts[0][0].tolist(), *prompts[1][0].tolist()}
+    bad = next(token for token in free[0][3:] if token not in known)
+    model.model.embed_tokens.weight.data[bad] = float("nan")
+    for strategy in ("self_speculative", "autoregressive"):
+        session, got = SelfSpeculativeDecoder(model, 1, 3).open_session(2, max_seq_len=40), {}
+        ids = [session.add(one, 16, eos_token_id=[], strategy=strategy) for one in prompts]
+        while len(session):
+            for update in step(session, card):
+                got.setdefault(update.request_id, []).extend(update.tokens)
+                if update.finished:
+                    assert (update.error is None) == (update.request_id == ids[1])
+        assert got[ids[1]] == free[1]
+        assert got[ids[0]] == free[0][: free[0].index(bad) + 1]
+
+
+class TestTheEndOfTheCache:
+    CAPACITY = 32
+
+    def run(self, monkeypatch, upper: str) -> tuple[list[int], FakeCard, list[int]]:
+        """Decode up to the very end of a cache; the furthest position that each round could write."""
+        decoder, card, ends = decoder_of(upper), FakeCard(), []
+
+        def watched(*args: Any, **named: Any) -> layerskip_kernels.Round:
+            ends.append(int(args[3].seq_lens.numpy().max()) + args[6])
+            assert ends[-1] < self.CAPACITY, "a round writes behind the end of the cache"
+            return layerskip_kernels.speculative_round(*args, **named)
+
+        monkeypatch.setattr(ROUND, watched)
+        most = decoder.num_speculations
+        with torch.inference_mode(False):
+            cache = decoder.model.decoder.new_cache(1, self.CAPACITY)
+        length = self.CAPACITY - most - 1
+        session = Session(decoder.model, cache, decoder.defaults, length, most, graphs=graphs_on(card))
+        session.add(prompt_of(5), length - 5, eos_token_id=[])
+        tokens = []
+        while len(session):
+            for update in step(session, card):
+                assert update.error is None
+                tokens += update.tokens
+        return tokens, card, ends
+
+    @pytest.mark.parametrize("upper", UPPER)
+    def test_no_round_writes_behind_it(self, monkeypatch, upper):
+        tokens, card, ends = self.run(monkeypatch, upper)
+        assert max(ends) >= self.CAPACITY - 4
+        assert card.most_unread == 2
+        monkeypatch.undo()
+        assert tokens == alone(prompt_of(5), len(tokens), upper)
+
+    def test_a_round_that_would_is_noticed(self, monkeypatch):
+        monkeypatch.setattr(Batch, "runs_ahead", property(lambda batch: batch.requests[0].sequence.remaining > 1))
+        with pytest.raises(AssertionError, match="behind the end of the cache"):
+            self.run(monkeypatch, "silent")
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_requests_that_come_and_go(card, kind):
+    """More requests than slots, of every length, some of another kind of round."""
+    requests, session = [], decoder_of().open_session(3, max_seq_len=64)
+    for index in range(10):
+        strategy = "autoregressive" if index % 4 == 3 else "self_speculative"
+        sampling = None if SAMPLING[kind] is None else SamplingParams(0.8, seed=index)
+        options = {"strategy": strategy, "sampling": sampling, "eos_token_id": []}
+        requests.append((prompt_of(3 + index, index), 3 + 5 * index % 17, options))
+    ids = [session.add(prompt, count, **options) for prompt, count, options in requests]
+    got: dict[int, list[int]] = {}
+    while len(session):
+        for update in step(session, card):
+            got.setdefault(update.request_id, []).extend(update.tokens)
+    assert card.most_unread >= 2
+    for one, (prompt, count, options) in zip(ids, requests, strict=True):
+        assert got[one] == alone(prompt, count, **options)
+
+
+def test_the_controller_learns_what_the_card_took(card, monkeypatch):
+    """Not how long the host waited, which had other work in the meantime. Greedy tokens do not depend on it."""
+    decoder = decoder_of(exit_layer="auto", num_speculations="auto")
+    seconds = []
+    observe = decoder.controller.observe_cost
+    monkeypatch.setattr(decoder.controller, "observe_cost", lambda *args: (seconds.append(args[2]), observe(*args)))
+    with InOrder(card):
+        out = decoder.generate(prompt_of(5), 40, eos_token_id=[])
+    assert set(seconds) == {1.0}
+    assert len(seconds) == out.stats.rounds
+    assert card.most_unread == 2
+    assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
+
+
+@pytest.mark.parametrize(("counts", "catches_up"), [((3, 1), False), ((3, 3, 0), True), ((0, 2), True)])
+def test_blocks_of_an_exit_while_the_number_of_drafts_changes(card, monkeypatch, counts, catches_up):
+    """A round ahead with another K: what blocks have read is known, so drafts of an exact exit all hold."""
+    model = tiny_model(upper="weak")
+    decoder = SelfSpeculativeDecoder(model, num_speculations="auto", exit=copied_exit(adapt(model), 2, 2))
+    plans, read = itertools.cycle([Choice(decoder.exit_layer, count) for count in counts]), []
+    monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
+
+    def noted(*args: Any, read_: Any = batch.read_blocks) -> None:
+        read.append(args[-2:])
+        read_(*args)
+
+    monkeypatch.setattr(batch, "read_blocks", noted)
+    with InOrder(card):
+        out = decoder.generate(prompt_of(5), 40, eos_token_id=[])
+    assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
+    assert out.stats.accepted == out.stats.drafted > 5
+    assert bool(read) == catches_up
+    assert sum(end - begin for begin, end in read) <= out.stats.rounds, "one token of each round without drafts"
+    assert card.most_unread == 2
+
+
+def test_another_choice_of_the_controller_takes_effect(card, monkeypatch):
+    """Another K with the next launch, another E with another batch; what is under way counts all the same."""
+    decoder, read = decoder_of(exit_layer="auto", num_speculations="auto"), []
+    plans = itertools.cycle([Choice(1, 3)] * 3 + [Choice(1, 2)] * 3 + [Choice(2, 2)] * 3)
+    monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
+
+    def noted(batch: Batch, read_: Any = Batch.read) -> Any:
+        launched, results = read_(batch)
+        read.append(Choice(launched.exit_layer, launched.num_speculations))
+        return launched, results
+
+    monkeypatch.setattr(Batch, "read", noted)
+    with InOrder(card):
+        out = decoder.generate(prompt_of(5), 60, eos_token_id=[])
+    assert out.new_tokens[0].tolist() == alone(prompt_of(5), 60)
+    assert card.captures == 3
+    assert card.replays - len(read) <= 1  # none was launched and not read, but the last
+    assert all(read.count(one) >= 4 for one in (Choice(1, 3), Choice(1, 2), Choice(2, 2)))

@@ -1,0 +1,343 @@
+"""Rounds that are recorded and replayed: the same tokens, fixed addresses, nothing looked at on the host.
+
+There is no card here, so `FakeCard` stands in for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from cards import FakeCard, InOrder, graphs_on
+from exits_of import copied_exit, random_exit
+from tiny import ROUND, prompt_of, requires_native, tiny_model
+from torch import Tensor
+
+import layerskip_kernels
+from layerskip import DraftSource, SamplingParams, SelfSpeculativeDecoder, models
+from layerskip.decoding import cuda_graphs
+from layerskip.decoding.cuda_graphs import Graphs
+from layerskip.decoding.session import Session
+from layerskip.decoding.spec_step import FusedRound, LookedUp, SequenceTensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tokens_of(decoder: SelfSpeculativeDecoder, slots: int, card: FakeCard | Graphs | None, **kwargs) -> list[list[int]]:
+    """What three requests of unequal length give, two of them at first, in a cache of ``slots``."""
+    graphs = graphs_on(card) if isinstance(card, FakeCard) else card
+    with InOrder(card) if isinstance(card, FakeCard) else nullcontext():
+        return _tokens_of(decoder, slots, graphs, **kwargs)
+
+
+def _tokens_of(decoder: SelfSpeculativeDecoder, slots: int, graphs: Graphs | None, **kwargs) -> list[list[int]]:
+    with torch.inference_mode(False):
+        cache = decoder.model.decoder.new_cache(slots, 64)
+    session = Session(decoder.model, cache, decoder.defaults, 48, 5, graphs=graphs)
+    sampling = kwargs.pop("sampling", [None] * 3)
+    limits, prompts = (9, 20, 13), [prompt_of(length, seed) for seed, length in enumerate((5, 9, 3))]
+    emitted: dict[int, list[int]] = {}
+
+    def add(index: int) -> None:
+        emitted[session.add(prompts[index], limits[index], sampling=sampling[index], eos_token_id=[], **kwargs)] = []
+
+    def step() -> None:
+        for update in session.step():
+            assert update.error is None
+            emitted[update.request_id] += update.tokens
+
+    add(0)
+    add(1)
+    step()
+    add(2)
+    while len(session):
+        step()
+    return list(emitted.values())
+
+
+SAMPLING = {"greedy": [None] * 3, "drawn": [SamplingParams(temperature=0.7 * row, seed=row) for row in range(3)]}
+
+
+@requires_native
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("strategy", ["self_speculative", "with blocks", "autoregressive", "early_exit"])
+@pytest.mark.parametrize(("slots", "lazy"), [(2, True), (5, True), (5, False)])
+def test_the_same_tokens(slots, lazy, strategy, kind):
+    model, exit_ = tiny_model(upper="weak"), None
+    if strategy == "with blocks":
+        strategy, exit_ = "self_speculative", copied_exit(models.adapt(model), 1, 2)
+    decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=3, exit=exit_)
+    card = FakeCard(lazy)
+    given = {"strategy": strategy, "sampling": SAMPLING[kind]}
+    assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
+    assert card.replays > 2 * card.captures > 0
+    assert card.most_unread >= 2 if lazy else card.most_unread == 1
+
+
+@requires_native
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("source", ["ngram", "auto"])
+@pytest.mark.parametrize("slots", [2, 5])
+def test_the_same_tokens_where_drafts_are_looked_up(slots, source, kind):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    card = FakeCard()
+    given = {"draft_source": source, "sampling": SAMPLING[kind]}
+    if source == "auto":  # what it picks depends on clocks, and so do the draws
+        given["sampling"] = SAMPLING["greedy"]
+    assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
+    assert card.captures > 1
+    assert card.most_unread == 1  # what is looked up depends on what was read
+
+
+class AnyNumber(DraftSource):
+    """One draft to seven, by turns."""
+
+    def propose(self, history):
+        return [7] * (1 + len(history) % 7)
+
+
+@requires_native
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_few_rounds_are_recorded_of_any_number_of_drafts(kind):
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    card, given = FakeCard(), {"draft_source": AnyNumber(), "sampling": SAMPLING[kind]}
+    assert tokens_of(decoder, 3, card, **given) == tokens_of(decoder, 3, None, **given)
+    assert card.captures <= 3 * 3  # of one, two and three sequences, with 0, 4 and 8 drafts
+
+
+@requires_native
+def test_padding_leaves_a_prompt_alone_that_is_being_read(monkeypatch):
+    """Padding writes into free slots, and a slot whose prompt is half read is none."""
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
+    card = FakeCard()
+    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
+    session = decoder.open_session(4, max_seq_len=64, prompt_tokens_per_step=2)
+    monkeypatch.undo()
+    prompts = [prompt_of(length, length) for length in (5, 6, 7, 12)]
+    emitted: dict[int, list[int]] = {}
+
+    def step() -> None:
+        with InOrder(card):
+            for update in session.step():
+                emitted[update.request_id] += update.tokens
+
+    for prompt in prompts:
+        emitted[session.add(prompt, 40 if len(prompt[0]) < 12 else 20, eos_token_id=[])] = []
+        while len(prompt[0]) < 12 and len(session._running) < len(emitted):
+            step()
+    for _ in range(60):
+        step()
+    assert len(session) == 0
+    for prompt, tokens in zip(prompts, emitted.values(), strict=True):
+        plain = decoder.generate(prompt, len(tokens), strategy="autoregressive", eos_token_id=[])
+        assert tokens == plain.new_tokens[0].tolist()
+
+
+@requires_native
+def test_every_round_of_a_graph_has_the_same_addresses(monkeypatch):
+    decoder = SelfSpeculativeDecoder(tiny_model(), exit_layer=1, num_speculations=3)
+    seen: dict[int, set] = {}
+
+    def watched(*args, **named):
+        tensors = (args[0], args[1], *args[2], *args[3], *args[5])
+        addresses = tuple(one.data_ptr() for one in tensors if one is not None)
+        seen.setdefault(len(args[0]), set()).add(addresses)
+        return layerskip_kernels.speculative_round(*args, **named)
+
+    monkeypatch.setattr(ROUND, watched)
+    card = FakeCard()
+    tokens_of(decoder, 5, card)
+    assert card.replays > 6
+    assert sorted(seen) == [1, 2, 4]  # three requests are padded to four
+    assert all(len(addresses) == 1 for addresses in seen.values())
+
+
+def sequences_of(count: int, temperature: float = 0.0) -> SequenceTensors:
+    temperatures = [temperature] * count
+    return SequenceTensors.of([7] * count, [3] * count, range(count), [1] * count, temperatures, torch.device("cpu"))
+
+
+def counted(sequences: SequenceTensors) -> Tensor:
+    """A round that only moves on."""
+    sequences.token.add_(1)
+    sequences.seq_lens.add_(2)
+    return torch.stack([sequences.token, sequences.seq_lens], 1)
+
+
+def test_sequences_go_in_and_stay_and_padding_goes_back():
+    graphs, sequences = graphs_on(FakeCard()), sequences_of(4)
+    for turn in (1, 2, 3):
+        outcome, sequences = graphs.launch("kind", counted, sequences, 3)
+        assert outcome.read()[:3] == [[7 + turn, 3 + 2 * turn]] * 3
+        assert sequences.token.tolist() == [7 + turn] * 3 + [0]
+        assert sequences.seq_lens.tolist() == [3 + 2 * turn] * 3 + [0]
+    outcome, others = graphs.launch("kind", counted, sequences_of(4), 4)
+    assert outcome.read() == [[8, 5]] * 4
+    assert others is sequences
+    assert others.token.tolist() == [8] * 4
+    assert len(graphs) == 1
+
+
+def test_a_round_is_read_after_the_next_one_was_launched():
+    card = FakeCard()
+    graphs, sequences, outcomes = graphs_on(card), sequences_of(1), []
+    for _ in range(2):
+        outcome, sequences = graphs.launch("kind", counted, sequences, 1)
+        outcomes.append(outcome)
+    assert outcomes[0]._host.tolist() == [[-99, -99]]  # it is not there before it was waited for
+    assert outcomes[0].read() == [[8, 5]]
+    assert outcomes[1]._host.tolist() == [[-99, -99]]
+    outcome, _ = graphs.launch("kind", counted, sequences, 1)
+    assert outcomes[1].read() == [[9, 7]]
+    assert outcomes[1].seconds == 1.0
+    assert outcome.read() == [[10, 9]]
+
+
+def test_another_stream_waits_for_the_last_round():
+    card = FakeCard()
+    graphs = graphs_on(card)
+    graphs.follow()
+    outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
+    graphs.follow()
+    assert outcome.end.waits == []
+    card.current = "another stream"
+    graphs.follow()
+    graphs.follow()
+    assert outcome.end.waits == ["another stream"]
+    graphs.finish()
+    assert outcome._host.tolist() == [[8, 5]]
+
+
+@pytest.mark.parametrize("way", ["dropped", "of other weights", "too many"])
+def test_what_lets_go_of_memory_waits_for_the_round_that_works_on_it(way):
+    graphs, weight = Graphs(FakeCard(), most=1), torch.ones(3)
+    graphs.hold([weight])
+    outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
+    assert outcome._host.tolist() == [[-99, -99]]
+    if way == "dropped":
+        del graphs
+    elif way == "of other weights":
+        graphs.hold([torch.ones(3)])
+    else:
+        graphs.launch("another kind", counted, sequences_of(1), 1)
+    assert outcome._host.tolist() == [[8, 5]]
+
+
+class Forgetful(FakeCard):
+    """Holds nothing of what it recorded, as a card, which knows addresses alone; a round gives the same every time."""
+
+    def capture(self, function):
+        return function().clone(), lambda: self.put(lambda: None)
+
+
+@requires_native
+def test_a_session_may_be_dropped_with_a_round_under_way(monkeypatch):
+    card = Forgetful()
+    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
+    session = SelfSpeculativeDecoder(tiny_model(), exit_layer=1, num_speculations=3).open_session(1, max_seq_len=48)
+    session.add(prompt_of(5), 40, eos_token_id=[])
+    for _ in range(2):  # the prompt, then a round and one ahead of it
+        session.step()
+    held = {tensor.data_ptr() for tensor in session._graphs._fixed}
+    assert {session._cache.k.data_ptr(), session._cache.v.data_ptr()} <= held
+    assert card._queue
+    del session
+    assert not card._queue
+
+
+def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
+    card = FakeCard()
+    graphs = Graphs(card, most=2)
+
+    def recorded(kind: str, count: int, temperature: float = 0.0) -> bool:
+        before = card.captures
+        graphs.launch(kind, counted, sequences_of(count, temperature), count)
+        return card.captures > before
+
+    assert [recorded("a", 1), recorded("a", 1), recorded("b", 1), recorded("a", 1)] == [True, False, True, False]
+    assert recorded("a", 2)  # in the place of b, which was not used for longest
+    assert not recorded("a", 1)
+    assert recorded("b", 1)
+    assert recorded("a", 1, temperature=0.5)
+    assert len(graphs) == 2
+
+
+def test_what_moved_drops_the_graphs():
+    card, sequences = FakeCard(), sequences_of(1)
+    graphs, weight = graphs_on(card), torch.nn.Parameter(torch.ones(3))
+
+    def launch() -> None:
+        graphs.hold([weight])
+        graphs.launch("kind", counted, sequences, 1)
+
+    launch()
+    with torch.no_grad():
+        weight.add_(1)
+    launch()
+    assert card.captures == 1
+    weight.data = torch.zeros(3)
+    launch()
+    assert card.captures == 2
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "free", "missing"), [(1, 9, 0), (2, 9, 0), (3, 9, 1), (5, 3, 3), (5, 2, 0), (8, 0, 0)]
+)
+def test_padding_takes_slots_that_are_free(count, free, missing):
+    assert Graphs.padding(count, free) == missing
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda sequences: sequences.token * int(sequences.token[0]), "looks at a value"),
+        (lambda sequences: sequences.token[sequences.token > 0], "looks at a mask"),
+        (lambda sequences: sequences.token.nonzero(), "a shape that depends on values"),
+        (lambda sequences: sequences.token + torch.tensor([1]), "copies from the host"),
+    ],
+)
+def test_what_meets_the_host_is_seen(wrong, message):
+    graphs = graphs_on(FakeCard())
+    outcome, _ = graphs.launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
+    with pytest.raises(AssertionError, match=message):
+        outcome.read()
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_round_has_no_values_to_look_at(temperature, num_blocks):
+    """On the device "meta" there are none, and no branch for the CPU is taken."""
+    model = models.adapt(tiny_model())
+    model = model.with_exit(random_exit(model, 1, num_blocks).of(model)).to("meta")
+    with torch.inference_mode():
+        cache = model.decoder.new_cache(4, 64)
+        sequences = SequenceTensors.of([0, 0], [5, 9], [3, 1], [1, 2], [temperature] * 2, torch.device("meta"))
+        round_ = FusedRound(model, cache)
+        assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
+        assert round_.advance(sequences, model.num_layers).shape == (2, 2)
+        looked_up = LookedUp.of([[1, 2, 3], [4]], 3, model.vocab_size, torch.device("meta"), sequences.draws)
+        assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
+
+
+def test_where_there_is_no_card_rounds_are_called(monkeypatch):
+    assert cuda_graphs.for_device(torch.device("cpu")) is None
+    assert isinstance(cuda_graphs.for_device(torch.device("cuda")), Graphs)
+    monkeypatch.setenv("LAYERSKIP_GRAPHS", "0")
+    assert cuda_graphs.for_device(torch.device("cuda")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive"])
+def test_cuda_graphs_give_the_same_tokens(strategy, kind):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA card")
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak").to("cuda"), exit_layer=1, num_speculations=3)
+    graphs = cuda_graphs.for_device(decoder.model.device)
+    given = {"strategy": strategy, "sampling": SAMPLING[kind]}
+    assert tokens_of(decoder, 5, graphs, **given) == tokens_of(decoder, 5, None, **given)
+    assert graphs is not None
+    assert len(graphs) > 0
