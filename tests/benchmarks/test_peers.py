@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import quantized_checkpoints as layouts
 import torch
-from test_gguf import metadata, read
-from test_gguf import write as write_gguf
+from gguf_files import metadata, read
+from gguf_files import write as write_gguf
 from tokenizers_of import byte_level
 from transformers import AutoModelForCausalLM
 

@@ -15,11 +15,13 @@ BUGS = [
     ),
     Mutation(
         "scales that change in place leave their packed copy as it is", MODELS + "hf_checks.py",
-        "self._weights if quantized else []", "[]", LAYERSKIP + "transformers/test_transformers_quantized.py -k change_in_place",
+        "self._weights if quantized else []", "[]",
+        LAYERSKIP + "transformers/test_transformers_quantized.py -k change_in_place",
     ),
     Mutation(
         "a kernel that has repacked its tensors is read", MODELS + "adapt.py",
-        "kind not in (*_PLAIN,", "False and (*_PLAIN,", LAYERSKIP + "transformers/test_transformers_quantized.py -k what_is_refused",
+        "kind not in (*_PLAIN,", "False and (*_PLAIN,",
+        LAYERSKIP + "transformers/test_transformers_quantized.py -k what_is_refused",
     ),
     Mutation(
         "a decoder keeps the depth of its model's configuration", MODELS + "hf_checks.py",
@@ -27,7 +29,8 @@ BUGS = [
     ),
     Mutation(
         "a module of somebody's own class is taken for the model's", MODELS + "architectures.py",
-        "if name and not kind", "if False and not kind", LAYERSKIP + "models/test_model_changes.py -k class_of_ones_own",
+        "if name and not kind", "if False and not kind",
+        LAYERSKIP + "models/test_model_changes.py -k class_of_ones_own",
     ),
     Mutation(
         "a window is one position too long", COMPOSED, "positions - window + 1", "positions - window",
@@ -74,6 +77,7 @@ BUGS = [
     ),
     Mutation(
         "calibration looks at the last text alone", MODELS + "quantize.py",
-        "self.of.get(name, 0) + rows.T @ rows", "rows.T @ rows", LAYERSKIP + "models/test_calibration.py -k packed_ones",
+        "self.of.get(name, 0) + rows.T @ rows", "rows.T @ rows",
+        LAYERSKIP + "models/test_calibration.py -k packed_ones",
     ),
 ]  # fmt: skip
