@@ -110,7 +110,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write JSON."""
+    """Measure, print the table, and write it beside the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument(
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {"machine": machine(), "settings": settings, "passes": medians, "quartiles": quartiles}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, json.dumps(report, indent=1).encode())
+    write_atomically(args.output.with_suffix(".md"), markdown(report).encode())
     print(markdown(report))
 
 
