@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
+import gguf_files
 import helpers
 import pytest
 import quantized_checkpoints as layouts
@@ -24,7 +25,8 @@ import layerskip
 import layerskip_kernels
 from layerskip.cli import arguments
 from layerskip.models import save
-from layerskip.training.exit_recipe import exit_recipe
+from layerskip.training.recipe import exit_recipe
+from tools import recipe_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -36,6 +38,7 @@ SHORTER = {
     "OWNER/layerskip": str(ROOT / "examples/custom_generate"),
     "max_new_tokens=64": "max_new_tokens=16",
     "[:2000]": "[:4]",
+    '"smollm2", weights="native"': '"model.gguf", weights="native"',
 }
 
 
@@ -50,14 +53,12 @@ def blocks(page, language):
 
 def write_models(folder):
     """Write the models that pages call DIR, DIR-AWQ, DIR-int4 and model.gguf."""
-    from test_gguf import write
-
     tokenizer = byte_level()
     plain = layouts.tiny(vocab_size=len(tokenizer), num_hidden_layers=6)
     plain.save_pretrained(folder / "DIR")
     tokenizer.save_pretrained(folder / "DIR")
     layouts.write(folder / "DIR-AWQ", layouts.tiny(), layouts.awq(128))
-    write(folder / "model.gguf", plain, {"": gguf.GGMLQuantizationType.Q8_0})
+    gguf_files.write(folder / "model.gguf", plain, {"": gguf.GGMLQuantizationType.Q8_0})
     (folder / "DIR-int4").mkdir()
     save(layerskip.adapt(layouts.tiny()).quantize("int4"), folder / "DIR-int4")
     helpers.tiny_tokenizer().save_pretrained(folder / "DIR-int4")
@@ -173,6 +174,12 @@ def test_extras_exist(page):
     known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for extras in re.findall(r"layerskip-kernels\[([\w,-]+)\]", page.read_text(encoding="utf-8")):
         assert set(extras.split(",")) <= set(known)
+
+
+def test_the_recipe_reference_is_current():
+    assert recipe_reference.page() == recipe_reference.PAGE.read_text(encoding="utf-8"), (
+        "run python -m tools.recipe_reference"
+    )
 
 
 def test_recipes_of_the_training_page_are_read(tmp_path):

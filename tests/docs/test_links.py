@@ -41,6 +41,19 @@ def test_links(page):
         assert not anchor or anchor in anchors(target), f"{link}: {target.name} has no such heading"
 
 
+MAPS = [page for page in PAGES if page.parent == ROOT or page.is_relative_to(ROOT / "docs")]
+
+
+@pytest.mark.parametrize("page", MAPS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_exist(page):
+    """Check files and folders in backticks, which are relative to the root or to a package."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", text):
+        root = next((one for one in (ROOT, ROOT / "python/layerskip") if (one / path.split("/")[0]).is_dir()), None)
+        if root is not None:
+            assert (root / path).exists(), f"{path} does not exist"
+
+
 def test_the_site_has_every_page():
     def pages(entry):
         if isinstance(entry, str):

@@ -52,57 +52,60 @@ class ReplayRecipe:
 
 @dataclass
 class Recipe:
-    """What `layerskip train` reads.
+    """Keys of a recipe for `layerskip train`; `tools.recipe_reference` writes their comments to docs/recipes.md."""
 
-    ``steps`` counts optimizer steps and wins over ``epochs``. ``tasks`` are names that `layerskip.training.data` knows,
-    or paths of JSON-lines files with ``prompt`` and ``completion``; a mapping also gives each one's share of the
-    examples. ``lora_rank`` is one rank or a mapping of layers to ranks, see `by_layer`; ``adapter`` is the folder of a
-    LoRA adapter to go on from, whose ranks stay what they are. ``schedule`` "wsd" warms up,
-    stays, and decays linearly over the last third. ``exit_layers`` are the candidates (default: all);
-    ``exits_per_step`` is for the random curriculum, ``rotate_every`` for the rotational one; ``shallow_steps`` is the
-    probability that a step stops at its deepest early exit. ``learning_rate`` is one rate or, as ``lora_rank``, a
-    mapping of layers to rates. ``batch_tokens`` makes batches of so many padded tokens, not of ``batch_size`` examples.
-    ``head_sample`` has early exits choose, in the loss, among the tokens that the data has as labels and so many
-    others. ``interpolate`` shrinks what LoRA learned, in what is written. ``replay`` is general text that the full
-    depth sees in every step, see `ReplayRecipe`.
-    """
-
-    model: str = "smollm2"
+    model: str = "smollm2"  # a directory, a hub name, or a name that a package provides
+    # names that a package provides, JSON-lines files or `hub:` datasets; a mapping, `{parsing: 0.9, coding: 0.1}`,
+    # gives their shares of the examples
     tasks: list[str] | dict[str, float] = field(default_factory=lambda: ["parsing"])
-    method: str = "lora"
+    method: str = "lora"  # `lora` or `full`
+    # one rank, or by layers 0 … L−1, each once: `{0-3: 128, 4-5: 64, 6-29: 12}`; on all seven projections, scaled by
+    # 1
     lora_rank: int | dict[str, int] = 32
+    # folder of a LoRA adapter to continue from, such as an earlier run's `OUTPUT/adapter`; `lora_rank` then has no
+    # effect
     adapter: str | None = None
+    # for LoRA: how far the written weights lie from the base model to the trained one (Wortsman et al. 2022, arXiv
+    # 2109.01903)
     interpolate: float = 1.0
-    freeze_embedding: bool = True
-    precision: str = "bf16"
+    freeze_embedding: bool = True  # for `full`: leave embedding and head alone
+    precision: str = "bf16"  # `bf16` or `fp32`; trained parameters are fp32 in either
+    # its peak; one rate, or by layers as `lora_rank`: `{0-5: 0.0015, 6-29: 0.0007}`
     learning_rate: float | dict[str, float] = 2e-3
+    # `cosine`, `linear`, `constant` (no warm-up) or `wsd`: warm-up, stable, linear decay to 0 over the last third
     schedule: str = "cosine"
-    warmup: float = 0.03
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    batch_size: int = 24
-    batch_tokens: int | None = None
-    gradient_accumulation: int = 1
-    max_length: int = 1024
-    steps: int | None = None
-    epochs: float = 1.0
-    exit_layers: list[int] | None = None
-    curriculum: str = "random"
-    exits_per_step: int = 2
-    rotate_every: int = 1
-    shallow_steps: float = 0.0
-    exit_weights: str = "paper"
-    exit_weight_scale: float = 1.0
+    warmup: float = 0.03  # share of the steps; from 1 on their number
+    beta2: float = 0.999  # AdamW's; lower it where a run has few steps
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # the norm at which gradients are clipped
+    batch_size: int = 24  # examples a process
+    batch_tokens: int | None = None  # instead of `batch_size`: padded tokens of a batch, of examples of similar length
+    gradient_accumulation: int = 1  # batches a step
+    max_length: int = 1024  # tokens; longer examples are cut, and left out where nothing of the completion remains
+    steps: int | None = None  # optimizer steps; wins over `epochs`
+    epochs: float = 1.0  # passes over the examples
+    exit_layers: list[int] | None = None  # candidates, in 1 … L; by default all
+    curriculum: str = "random"  # `random`, `all`, `rotational` or `gradual`
+    exits_per_step: int = 2  # for `random`
+    rotate_every: int = 1  # R of `rotational`
+    shallow_steps: float = 0.0  # probability, below 1, that a step stops at its deepest early exit
+    exit_weights: str = "paper"  # e(l): `paper`, `uniform`, `linear`, `sqrt` or `inverse`
+    exit_weight_scale: float = 1.0  # s of e(l)
+    # above 0, early exits choose, in the loss, among the labels of the data and this many other tokens, drawn every
+    # time
     head_sample: int = 0
+    # `{tasks: {text: 0.5, coding: 0.5}, tokens: 256}`: after every batch one of up to `tokens` tokens of other tasks,
+    # prompts labelled, too, for the full depth alone; takes `batch_tokens`
     replay: ReplayRecipe = field(default_factory=ReplayRecipe)
+    # `{max: 0.1, kind: exponential, scale: constant}`: p_max; the shape over layers (`exponential`, `linear`,
+    # `uniform`, `step` or a list); S(t), `constant` or `exponential`
     layer_dropout: DropoutRecipe = field(default_factory=DropoutRecipe)
-    eval_split: str | None = None
-    eval_examples: int = 120
-    log_every: int = 10
-    save_every: int = 200
-    seed: int = 0
-    output: str = "layerskip-out"
+    eval_split: str | None = None  # a split of the tasks that is evaluated at the end
+    eval_examples: int = 120  # how many examples of it
+    log_every: int = 10  # steps
+    save_every: int = 200  # steps
+    seed: int = 0  # of every draw
+    output: str = "layerskip-out"  # the directory to write
 
     def __post_init__(self) -> None:
         choices = {
@@ -297,57 +300,48 @@ def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 @dataclass
 class ExitRecipe:
-    """What an exit is, what it learns from, and for how long.
+    """Keys of a recipe for `layerskip train-exit`; `tools.recipe_reference` writes them to docs/recipes.md."""
 
-    ``texts`` are what the model wrote, as `layerskip distill` makes them: tasks, JSON-lines files or hub datasets as in
-    `Recipe`. ``prompts`` are tasks whose prompts the model continues in the run itself, the first ``written`` of those
-    of at most ``prompt_tokens`` tokens, by at most ``new_tokens`` each; that saves the pass over finished texts. With
-    ``whole``, the exit also learns what the model would write in the place of the prompts' tokens.
-    ``eval_texts`` are held out; without them one text in 20 is. ``top_k`` tokens are kept of the full model's
-    distributions; ``soft`` and ``total_variation`` weigh what the loss makes of these, see `row_losses`: sampled drafts
-    are accepted with probability 1 - the latter. ``draft_tokens`` are how many tokens the exit may draft, the
-    most frequent; 0: all. ``init_layer`` is the layer that the blocks begin as; by default layer E, which follows. With
-    ``init_exit``, a directory, file or name, the run goes on from that exit instead, with its tokens. The run ends
-    after ``steps``, or else after ``minutes`` of training; over the last ``decay`` of either the rate falls to 0. It
-    also ends after ``patience`` evaluations without a better one. ``dtype`` is the model's; ``precision`` that of the
-    training's matmuls, whose parameters are fp32. ``trunk`` is where what the model makes of the texts is kept, for
-    other runs, too; by default in ``output``.
-    """
-
-    model: str = "smollm2"
+    model: str = "smollm2"  # the frozen model: a directory, a hub name, or a name that a package provides
+    # files of `layerskip distill`, tasks, or `hub:` datasets, as `tasks` of `layerskip train`
     texts: list[str] = field(default_factory=list)
-    eval_texts: list[str] = field(default_factory=list)
-    whole: bool = False
+    eval_texts: list[str] = field(default_factory=list)  # held-out texts; by default one text in 20
+    whole: bool = False  # learn the rows of prompts, too
+    # tasks whose prompts the model continues in the run, instead of `texts`
     prompts: list[str] = field(default_factory=list)
-    written: int = 1000
-    new_tokens: int = 160
-    prompt_tokens: int = 420
-    exit_layer: int = 2
-    blocks: int = 1
-    head_rank: int = 0
+    written: int = 1000  # how many of the prompts
+    new_tokens: int = 160  # the most tokens that each is continued by
+    prompt_tokens: int = 420  # the longest prompt that is taken
+    exit_layer: int = 2  # E
+    blocks: int = 1  # n, the number of draft layers
+    head_rank: int = 0  # r of a low-rank correction of the head, W + up · down
+    # the layer that the draft layers are copies of at first; by default layer E, the next one
     init_layer: int | None = None
+    # an exit to continue from instead: a directory or file, or the name of a model that comes with one
     init_exit: str | None = None
-    draft_tokens: int = 8192
-    top_k: int = 16
-    soft: float = 0.5
-    total_variation: float = 0.0
-    dtype: str = "bfloat16"
+    draft_tokens: int = 8192  # how many tokens may be drafted, the most frequent ones; 0: all
+    top_k: int = 16  # k, the tokens kept of each of the full model's distributions
+    soft: float = 0.5  # s, the weight of the cross-entropy with the full model's distribution
+    total_variation: float = 0.0  # v, the weight of the total variation distance; at most 1 together with `soft`
+    dtype: str = "bfloat16"  # the model's
+    # of the matmuls: `fp32`, or `bf16` where the machine has instructions for it; parameters are fp32
     precision: str = "fp32"
-    minutes: float = 30.0
-    steps: int | None = None
-    batch_tokens: int = 1024
-    max_length: int = 1024
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    decay: float = 0.3
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    eval_every: int = 100
-    patience: int = 20
-    seed: int = 0
+    minutes: float = 30.0  # of training, without `steps`
+    steps: int | None = None  # of training; wins over `minutes`
+    batch_tokens: int = 1024  # labelled rows a step, of all processes together
+    max_length: int = 1024  # tokens of a text
+    learning_rate: float = 1e-3  # its peak
+    warmup: int = 50  # steps up to the peak
+    decay: float = 0.3  # the share of the run in which the rate falls to 0
+    beta2: float = 0.98  # AdamW's
+    weight_decay: float = 0.01  # AdamW's
+    max_grad_norm: float = 1.0  # the norm at which gradients are clipped
+    eval_every: int = 100  # steps
+    patience: int = 20  # evaluations without a better one after which the run ends
+    seed: int = 0  # of every draw
+    # a folder for the cached hidden states and labels, shared by runs of any E; by default in `output`
     trunk: str | None = None
-    output: str = "layerskip-exit"
+    output: str = "layerskip-exit"  # the directory to write
 
     def __post_init__(self) -> None:
         if not self.texts and not self.prompts:
