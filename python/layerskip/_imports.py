@@ -12,6 +12,7 @@ EXTRAS = {
     "safetensors": "demo",
     "huggingface_hub": "demo",
     "gguf": "gguf",
+    "jinja2": "demo",
     "matplotlib": "demo",
     "accelerate": "train",
     "peft": "train",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import sys
 import time
@@ -26,7 +25,7 @@ from ..decoding import Choice, GenerationOutput, SelfSpeculativeDecoder, Stats, 
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM, max_drafts
 from ..devices import ReadBandwidth
 from ..models import EarlyExitHead, LayerSkipModel
-from . import arguments, options
+from . import arguments, options, plots
 from .rendering import Drafts, Told
 from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
 
@@ -461,28 +460,11 @@ class Report:
         speeds = {name: values for name in self.runs if (values := self.summary(name)) is not None}
         if not complete or AUTOREGRESSIVE not in speeds:
             return [data]
-        write_atomically(picture, self._picture(speeds))
+        with plots.panels(size=(8, 1.2 + 0.5 * len(speeds))) as panels:
+            _, _, axes = next(plots.of_bench(content, panels))
+            axes.set_title(f"{self.settings['model']}, {kind(self.settings)}, {where(self.settings)}")
+            write_atomically(picture, plots.saved(axes))
         return [data, picture]
-
-    def _picture(self, speeds: dict[str, dict[str, float]]) -> bytes:
-        from matplotlib.figure import Figure
-
-        names = list(speeds)
-        rates = [values["tokens_per_second"] for values in speeds.values()]
-        roofline = self.bandwidth * 1e3 / speeds[AUTOREGRESSIVE]["megabytes_per_token"]
-        figure = Figure(figsize=(8, 1.2 + 0.6 * len(names)), layout="constrained")
-        axes = figure.subplots()
-        colours = ["#4c78a8", "#54a24b", "#bab0ac", "#9d9590"][: len(names)]
-        axes.bar_label(axes.barh(names, rates, color=colours), fmt="%.1f", padding=3)
-        axes.axvline(roofline, linestyle="--", color="#e45756", label=f"autoregressive at {self.bandwidth:.0f} GB/s")
-        axes.invert_yaxis()
-        axes.set_xlabel("tokens per second, after the first (median)")
-        axes.margins(x=0.15)
-        axes.legend(loc="lower right")
-        axes.set_title(f"{self.settings['model']}, {kind(self.settings)}, {where(self.settings)}")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
 
 
 Variant = Callable[[Tensor, int, Stopwatch], "GenerationOutput | None"]

@@ -16,9 +16,9 @@ from .. import registry
 from .._files import check_output, write_atomically
 from ..decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM
-from . import arguments, options
+from . import arguments, options, plots
 from .arguments import Prompt
-from .rendering import SideBySide, demo_picture
+from .ways import AUTOREGRESSIVE, SELF_SPECULATIVE
 
 ACCEPTED, VERIFIED = "bold green", "default"
 
@@ -52,6 +52,21 @@ class Subject:
     draft_head: str | DraftHead | None = None
     exit: str | None = None
     draft_source: str = "exit"
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One prompt, decoded autoregressively and self-speculatively by the model of some name."""
+
+    prompt: Prompt
+    model: str
+    plain: GenerationOutput
+    speculative: GenerationOutput
+
+    @property
+    def identical(self) -> bool:
+        """Whether both gave the same tokens."""
+        return self.plain.sequences.tolist() == self.speculative.sequences.tolist()
 
 
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
@@ -155,9 +170,29 @@ def _title(decoder: SelfSpeculativeDecoder) -> str:
 
 
 def _finish(args: argparse.Namespace, console: Console, shown: list[SideBySide]) -> int:
-    write_atomically(args.output, demo_picture(shown))
+    write_atomically(args.output, picture(shown))
     console.print(f"\nThe picture of this is in {args.output.resolve()}", highlight=False, soft_wrap=True)
     if not all(one.identical for one in shown):
         console.print("[bold red]✗ self-speculative decoding changed tokens[/bold red]")
         return 1
     return 0
+
+
+def picture(rows: list[SideBySide]) -> bytes:
+    """A PNG with one row per prompt: tokens/s on the left; on the right a square per new token, green if drafted."""
+    ways = {AUTOREGRESSIVE: [row.plain for row in rows], SELF_SPECULATIVE: [row.speculative for row in rows]}
+    rates = {way: [out.stats.decode_tokens_per_second for out in outputs] for way, outputs in ways.items()}
+    with plots.panels(2, size=(11, 1 + 1.1 * len(rows))) as panels:
+        speeds, tokens = next(panels), next(panels)
+        plots.speeds(speeds, [f"{row.prompt.task}\n{row.model}" for row in rows], rates)
+        for number, out in enumerate(ways[SELF_SPECULATIVE]):
+            flags, stats = out.drafted[0].tolist(), out.stats
+            colors = ["C2" if flag else "0.75" for flag in flags]
+            tokens.bar(range(len(flags)), 0.5, 0.9, bottom=number - 0.25, color=colors)
+            caption = f"{stats.accepted} of {stats.drafted} draft tokens accepted ({stats.acceptance_rate:.0%})"
+            tokens.text(-0.45, number - 0.3, caption, va="bottom")
+        tokens.set(xlabel="new token", title="green: drafted by the early layers and accepted", yticks=[])
+        tokens.set_ylim(len(rows) - 0.5, -0.7)
+        same = all(row.identical for row in rows)
+        tokens.figure.suptitle("identical tokens both ways" if same else "THE TOKENS DIFFER")
+        return plots.saved(tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from .._files import check_output, write_atomically
 from ..decoding import SelfSpeculativeDecoder
 from ..models import Exit, LayerSkipModel
-from . import arguments, options
+from . import arguments, options, plots
 
 if TYPE_CHECKING:
     from ..training.exit_analysis import ExitSurvey
@@ -63,8 +62,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rows.append(of_ngrams(written))
     title = f"{args.model} in {options.weights_of(model)}, {args.prompts}: {survey.tokens.shape[1]} tokens"
     console.print(table(rows, args.num_speculations, title))
-    write_atomically(data, json.dumps(content(args, decoder, survey, rows), indent=1).encode())
-    write_atomically(path, picture(survey))
+    found = content(args, decoder, survey, rows)
+    write_atomically(data, json.dumps(found, indent=1).encode())
+    with plots.panels(3, size=(15, 4)) as panels:
+        drawn = [axes for _, _, axes in plots.of_exits(found, panels)]
+        write_atomically(path, plots.saved(drawn[0]))
     console.print(f"wrote {data} and {path}")
     return 0
 
@@ -160,32 +162,6 @@ def table(rows: Sequence[Surveyed], drafts: int, title: str) -> Table:
     return shown
 
 
-def picture(survey: ExitSurvey) -> bytes:
-    """A PNG: agreement by layer on the left, agreement by confidence of some exits on the right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    depth, calibration = figure.subplots(1, 2)
-    layers = range(1, survey.tokens.shape[0] + 1)
-    depth.plot(layers, survey.agreement(), label="agreement with the full depth")
-    depth.plot(layers, survey.mean_confidence(), label="mean confidence", linestyle="--")
-    depth.set(xlabel="exit layer", ylim=(0, 1.02))
-    depth.legend()
-    _reliability(calibration, survey)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
 def _some_exits(survey: ExitSurvey) -> list[int]:
     layers = survey.tokens.shape[0]
     return sorted({max(1, layers * part // 8) for part in (1, 2, 4, 6)})
-
-
-def _reliability(axes: Any, survey: ExitSurvey) -> None:
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    for exit_layer in _some_exits(survey):
-        _, confidence, agreement = survey.reliability(exit_layer)
-        axes.plot(confidence.tolist(), agreement.tolist(), marker="o", label=f"exit layer {exit_layer}")
-    axes.set(xlabel="confidence of the exit", ylabel="agreement with the full depth", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend()

@@ -1,4 +1,4 @@
-"""The page of `layerskip report`: what it shows of measurements, what it refuses, that it loads and runs nothing."""
+"""`layerskip report`: what the page shows, which files it refuses, and that it loads and runs nothing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from measured import EVIL
 
-from layerskip.cli import main
-from layerskip.cli.page import tokens
-from layerskip.cli.page.markup import Html, table, tag
-from layerskip.cli.page.svg import Axis, Chart
+from layerskip.cli import main, plots, report
 from layerskip.cli.ways import AUTOREGRESSIVE, SELF_SPECULATIVE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,22 +94,24 @@ class TestPage:
         told = [run["told"] for content in files for run in content["runs"][SELF_SPECULATIVE]]
         assert Elements(page, "text").texts == ["".join(one["pieces"]) for one in told]
         shown = [attributes for _, attributes in Elements(page).found if "data-tip" in attributes]
-        expected = [one for run in told for one in tokens.origins(run)]
+        expected = [one for run in told for one in report.origins(run, "")]
         assert [one["data-tip"] for one in shown] == [one.tip for one in expected]
         assert [one["class"] for one in shown] == [f"t {one.kind}" for one in expected]
         assert {one.kind for one in expected} >= {"exit", "fix", "own"}
 
     def test_all_parts_are_there(self, page):
         for part in (
-            "Where every token came from", "Acceptance by position", "Tokens a round", "Roofline", "Speed", "Batches",
-            "counting: speed by E and K", "draft threshold 0.5", "Agreement of every exit", "Machine and versions",
+            "Where every token came from", "Acceptance by position", "Tokens per round", "Roofline", "Speed", "Batches",
+            "counting: speed by E and K", "draft threshold 0.5", "Agreement of every exit", "Speedup at most",
             "Can the confidence be trusted?", "identical tokens both ways", "E=2 of 4, K=4", "drafts from auto",
+            "Machine and versions", "round by round", "show rejected draft tokens", 'class="heat best"',
         ):  # fmt: skip
             assert part in page, part
 
     def test_what_a_prompt_holds_is_text(self, page):
         assert "<script" not in page
-        assert "&lt;script&gt;alert(&#x27;w5&#x27;)&lt;/script&gt; &amp; &quot;quoted&quot;" in page
+        assert "&lt;script&gt;alert(&#39;w5&#39;)&lt;/script&gt; &amp; &#34;quoted&#34;" in page
+        assert EVIL in Elements(page, "prompt").texts
         assert "<b>prose" not in page
         assert {name for name, _ in Elements(page).found}.isdisjoint({"script", "link", "img", "iframe", "object"})
 
@@ -170,10 +171,13 @@ BROKEN = [
     ((*RUN, "told", "rounds", 0, "accepted"), 9, "runs.self-speculative[1].told.rounds[0] has 9 accepted of "),
     ((*RUN, "told", "pieces", 3), None, "told.pieces[3] must be a text, got 'None'"),
     ((*RUN, "drafts", "by_position", "exit", 0), [1], "by_position.exit[0] must be a list of 2, got '[1]'"),
-    (("sweep",), [{**SWEPT, "fixed": {"E=1": 3}}], "sweep[0].fixed has 'E=1', expected such as 'E=4, K=8'"),
+    (("sweep",), [{**SWEPT, "fixed": {"E=1": 3}}], "sweep[0].fixed has ['E=1'], expected names such as 'E=4, K=8'"),
     (("throughput", 1, "tokens_per_second"), {"x": 1}, "throughput has batches of different ways"),
-    (("prompts",), [], "runs.autoregressive[0] has texts, and there are no prompts"),
-    (("sweep",), [{**SWEPT, "fixed": {}}], "sweep[0].fixed is empty"),
+    (("prompts",), [], "runs.autoregressive[0] is of prompt 0, and there are 0"),
+    (("sweep",), [{**SWEPT, "fixed": {}}], "sweep[0].fixed has [], expected names such as 'E=4, K=8'"),
+    (("runs", SELF_SPECULATIVE), {}, "runs.self-speculative must be a list, got '{}'"),
+    (("throughput", 0, "tokens_per_second"), [], "throughput[0].tokens_per_second must be an object, got '[]'"),
+    ((*RUN, "seconds"), 10**400, "seconds must be a number, got '1000"),
     (("summary", AUTOREGRESSIVE, "tokens_per_second"), 0, "must be a number above 0, got '0'"),
     (("identical",), "yes", "identical must be true or false, got 'yes'"),
 ]
@@ -272,44 +276,145 @@ class TestOrigins:
             self.round("exit", 3, 2), self.round("ngram", 2, 2, exit_layer=0), self.round("exit", 0, 0),
             self.round("Mine", 1, 1, own=False, exit_layer=0),
         ]  # fmt: skip
-        found = list(tokens.origins(self.told(*rounds)))
+        found = list(report.origins(self.told(*rounds), ""))
         assert [one.kind for one in found] == ["own", "exit", "exit", "fix", "ngram", "ngram", "own", "own", "other"]
         assert [one.text for one in found] == [f"p{number}" for number in range(9)]
-        assert found[0].tip == "the first token: the prompt gives it, before the first round"
+        assert found[0].tip == "the first token: from the prompt, before the first round"
         assert found[2].tip == "round 1: drafted after layer 4, token 2 of 3, accepted"
-        assert found[3].tip == "round 1: the model's own, in the place of “d2”, drafted after layer 4, token 3 of 3"
+        assert found[3].tip == "round 1: the model's own, in place of “d2”, drafted after layer 4, token 3 of 3"
         assert found[3].rejected == "d2"
-        assert found[4].tip == "round 2: looked up by ngram, token 1 of 2, accepted"
-        assert found[6].tip == "round 2: the model's own, after 2 right drafts"
+        assert found[4].tip == "round 2: drafted by ngram, token 1 of 2, accepted"
+        assert found[6].tip == "round 2: the model's own, after accepting 2 of 2"
         assert found[7].tip == "round 3: the model's own, nothing was drafted"
-        assert found[8].tip == "round 4: looked up by Mine, token 1 of 1, accepted"
+        assert found[8].tip == "round 4: drafted by Mine, token 1 of 1, accepted"
 
-    def test_the_end_of_a_line_can_be_seen_and_the_text_stays(self):
-        shown = tokens.visible("a\n\nb")
-        assert re.sub("<[^>]*>", "", shown) == "a\n\nb"
-        assert shown.count("<i") == 2
-        assert "<i" in tokens.visible(""), "a token without text of its own"
+    def test_the_end_of_a_line_can_be_seen_and_the_text_stays(self, measured, tmp_path):
+        content = json.loads((measured / "bench.json").read_text())
+        pieces = content["runs"][SELF_SPECULATIVE][0]["told"]["pieces"]
+        pieces[1:3] = ["a\n\nb", ""]
+        (tmp_path / "lines.json").write_text(json.dumps(content))
+        page = page_of(tmp_path / "lines.json", tmp_path=tmp_path)
+        assert Elements(page, "text").texts[0] == "".join(pieces)
+        shown = re.findall(r'<span class="t \w+" data-tip[^>]*>(.*?)</span>', page, flags=re.S)
+        assert shown[1] == 'a<i class="end"></i>\n<i class="end"></i>\nb'
+        assert shown[2] == '<i class="part"></i>', "a token without text of its own"
 
 
-class TestMarkup:
-    def test_what_is_not_markup_is_text(self):
-        assert tag("p", "<&>", Html("<b>"), class_='"') == '<p class="&quot;">&lt;&amp;&gt;<b></p>'
-        assert tag("input", data_tip="x", hidden=None) == '<input data-tip="x">'
-        assert "<td>&lt;i&gt;</td>" in table(("", "a"), [("r", "<i>")], "c")
+HOSTILE = "<b onclick='x'>&\"$\\frac{--><script>"
 
-    def test_ticks_are_round(self):
-        assert Axis("", 0, 1.2).places() == pytest.approx([0, 0.5, 1])
-        assert Axis("", 0, 730).places() == pytest.approx([0, 200, 400, 600])
-        assert Axis("", 90, 1100, log=True).places() == pytest.approx([100, 200, 500, 1000])
-        assert Axis("", 180, 420, log=True).places() == pytest.approx([200, 300, 400])
 
-    def test_large_values_are_short(self):
-        told = [Axis("", 0, 1).told(value) for value in (0, 0.5, 9000, 20000, 1e6, 5e10)]
-        assert told == ["0", "0.5", "9000", "20k", "1M", "50G"]
-        assert Axis("", 0, 1, form="{:.0%}").told(0.25) == "25%"
+class TestEscaping:
+    def test_every_text_of_a_bench_file_is_text(self, measured, tmp_path):
+        content = json.loads((measured / "auto.json").read_text())
+        content["settings"] |= {"model": HOSTILE, HOSTILE: HOSTILE, "draft_source": HOSTILE}
+        content["machine"] |= {HOSTILE: HOSTILE, "time": HOSTILE}
+        content["skipped"] = [{"prompt": 1, "reason": HOSTILE}]
+        content["prompts"][0] = {"task": HOSTILE, "text": HOSTILE * 20}
+        content["by_task"] = {HOSTILE: content["summary"], "": content["summary"]}
+        for part in (content["summary"], content["runs"]):
+            part[HOSTILE] = part[AUTOREGRESSIVE]
+        content["throughput"] = [{"size": 1, "tokens_per_second": {HOSTILE: 1.0}}]
+        content["sweep"] = [{**SWEPT, "task": HOSTILE, "fixed": {"E=1, K=2": 3}, "by_source": {HOSTILE: 4}}]
+        for run in content["runs"][SELF_SPECULATIVE]:
+            run["drafts"]["by_position"] = {HOSTILE: [[2, 1]]}
+            run["told"]["pieces"] = [HOSTILE for _ in run["told"]["pieces"]]
+            for one in run["told"]["rounds"]:
+                one |= {"source": HOSTILE, "drafts": [HOSTILE for _ in one["drafts"]]}
+        self.check(content, tmp_path, at_least=60)
 
-    def test_a_mark_is_where_its_value_is(self):
-        chart = Chart("t", "r", Axis("x", 0, 10), Axis("y", 1, 100, log=True))
-        chart.points([(5, 10)], 0, ["tip"])
-        (at,) = re.findall(r"translate\(([\d.]+) ([\d.]+)\)", chart.figure().partition("mark")[0])[-1:]
-        assert (float(at[0]), float(at[1])) == pytest.approx(((46 + 398) / 2, (32 + 244) / 2), abs=0.1)
+    def test_every_text_of_an_exits_file_is_text(self, measured, tmp_path):
+        content = json.loads((measured / "exits.json").read_text())
+        content["settings"] |= {"model": HOSTILE, "prompts": HOSTILE, HOSTILE: HOSTILE}
+        content["exits"][-1]["label"] = HOSTILE
+        content["reliability"] = {HOSTILE: [{"positions": 9, "confidence": 0.5, "agreement": 0.5}]}
+        self.check(content, tmp_path, at_least=15)
+
+    def check(self, content, tmp_path, at_least):
+        (tmp_path / f"{HOSTILE.replace('/', '')}.json").write_text(json.dumps(content))
+        page = page_of(next(tmp_path.glob("*.json")), tmp_path=tmp_path)
+        names = {name for name, _ in Elements(page).found}
+        assert names.isdisjoint({"script", "link", "img", "iframe", "object"})
+        assert not any("onclick" in attributes for _, attributes in Elements(page).found)
+        assert "<b onclick" not in page
+        assert page.count("&lt;b onclick") >= at_least
+
+
+class TestPlots:
+    @pytest.fixture
+    def axes(self):
+        with plots.panels() as panels:
+            yield next(panels)
+
+    def test_bars_and_lines_are_those_of_the_file(self, measured):
+        content = report.read(measured / "auto.json")
+        with plots.panels() as panels:
+            drawn = {title: axes for title, _, axes in plots.of_bench(content, panels)}
+        rates = [bar.get_width() for bar in drawn["Speed"].patches]
+        assert rates == [one["tokens_per_second"] for one in content["summary"].values()]
+        counts = {}
+        for run in content["runs"][SELF_SPECULATIVE]:
+            for source, pairs in run["drafts"]["by_position"].items():
+                for place, pair in enumerate(pairs):
+                    counts.setdefault((source, place), []).append(pair)
+        expected = [sum(two for _, two in pairs) / sum(one for one, _ in pairs) for _, pairs in sorted(counts.items())]
+        bars = drawn["Acceptance by position"].patches
+        assert sorted(bar.get_height() for bar in bars) == pytest.approx(sorted(expected))
+        emitted = [one["emitted"] for run in content["runs"][SELF_SPECULATIVE] for one in run["told"]["rounds"]]
+        for bar in drawn["Tokens per round"].patches:
+            size = round(bar.get_x() + bar.get_width() / 2)
+            assert bar.get_height() == pytest.approx(emitted.count(size) / len(emitted))
+        ways = [line.get_xydata() for line in drawn["Roofline"].lines]
+        runs = content["runs"][AUTOREGRESSIVE]
+        assert ways[0].tolist() == [[one["bytes_per_token"] / 1e6, one["tokens"] / one["seconds"]] for one in runs]
+        size, rate = ways[-1].T
+        assert size * rate / 1e3 == pytest.approx(content["read_gigabytes_per_second"])
+
+    def test_a_sweep_and_exits_are_those_of_the_files(self, measured):
+        content, exits = report.read(measured / "sweep.json"), report.read(measured / "exits.json")
+        with plots.panels() as panels:
+            *_, (_, _, swept) = plots.of_bench(content, panels)
+            drawn = {title: axes for title, _, axes in plots.of_exits(exits, panels)}
+        lines = {line.get_label(): line.get_xydata().tolist() for line in swept.lines}
+        task = content["sweep"][-1]
+        assert lines["E=2"] == [[count, task["fixed"][f"E=2, K={count}"]] for count in (1, 2, 4, 8, 12)]
+        assert f"auto: {task['auto']:.1f}" in lines
+        agreement = drawn["Agreement of every exit"].lines[0].get_xydata().tolist()
+        assert agreement == [[int(one["label"]), one["agreement"]] for one in exits["exits"] if one["label"].isdigit()]
+        assert drawn["Speedup at most"].lines[-1].get_ydata()[0] == exits["exits"][-1]["bound"]
+
+    def test_svg_has_tooltips_and_follows_the_color_scheme(self, page):
+        found = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+        assert len(found) == page.count("<figure") == 18
+        for svg in found:
+            assert "<title>" in svg
+            assert "var(--ink)" in svg
+            assert not re.search(r"(fill|stroke): #", svg), "every color is a variable of the style sheet"
+        for tip in ("self-speculative: ", "at 1</title>", "auto: "):
+            assert f"<title>{tip}" in page or tip in page
+
+    def test_ticks_are_round(self, axes):
+        for low, high, scale, expected in (
+            (0, 730, "linear", [0, 100, 200, 300, 400, 500, 600, 700]),
+            (0, 1.3, "linear", [0, 0.2, 0.4, 0.6, 0.8, 1, 1.2]),
+            (90, 1100, "log", [100, 200, 500, 1000]), (180, 420, "log", [200, 250, 300, 350, 400]),
+        ):  # fmt: skip
+            axes.set(yscale=scale, ylim=(low, high))
+            plots.labelled(axes, "", "", top=high)
+            ticks = axes.get_yticks()
+            assert [tick for tick in ticks if low <= tick <= high] == pytest.approx(expected)
+
+    def test_values_are_short(self, axes):
+        plots.labelled(axes, "", "", percent="x")
+        told = [axes.yaxis.get_major_formatter()(value) for value in (0, 0.5, 9000, 20000, 150000)]
+        assert told == ["0", "0.5", "9,000", "20,000", "150,000"]
+        assert axes.xaxis.get_major_formatter()(0.25) == "25%"
+
+    def test_a_mark_is_where_its_value_is(self, axes):
+        axes.semilogy([0, 5, 10], [1, 10, 100], label="line")
+        svg = ElementTree.fromstring(plots.svg(plots.labelled(axes, "x", "y"), "p-"))
+        marks = [mark for mark in svg.iter("use") if mark.get("href", "").startswith("#p-m")]
+        width, height = map(float, svg.get("viewBox").split()[2:])
+        places = axes.transData.transform(axes.lines[0].get_xydata()) / axes.figure.bbox.size * (width, height)
+        found = {(float(mark.get("x")), float(mark.get("y"))) for mark in marks}
+        for x, y in places:
+            assert min(np.hypot(x - left, height - y - top) for left, top in found) < 0.1

@@ -52,7 +52,7 @@ OUTSIDE = """[...document.querySelectorAll('body *')].filter(one => {
   const box = one.getBoundingClientRect();
   return (box.right > innerWidth + 1 || box.left < -1) && !one.closest('.scroll');
 }).map(one => one.outerHTML.slice(0, 80))"""
-LABELS = """[...document.querySelectorAll('svg:not(.swatch)')].flatMap(plot => {
+LABELS = """[...document.querySelectorAll('svg')].flatMap(plot => {
   const frame = plot.getBoundingClientRect();
   const boxes = [...plot.querySelectorAll('text')].map(one => [one.textContent, one.getBoundingClientRect()]);
   const out = boxes.filter(([_, box]) => box.left < frame.left - 1 || box.right > frame.right + 1
@@ -88,6 +88,7 @@ class TestPage:
         assert browser.evaluate("innerWidth") == size[0]
         assert browser.evaluate("document.documentElement.scrollWidth") <= size[0]
         assert browser.evaluate(OUTSIDE) == []
+        assert browser.evaluate("document.querySelectorAll('.chart svg text').length") > 100
         assert browser.evaluate(LABELS) == []
         assert browser.evaluate(CONTRAST) == []
         image = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
