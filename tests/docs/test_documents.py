@@ -5,7 +5,9 @@ Blocks of ``python`` run, in the order of their page; those of ``py`` are fragme
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import importlib
 import re
 import shlex
 import textwrap
@@ -174,6 +176,28 @@ def test_extras_exist(page):
     known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for extras in re.findall(r"layerskip-kernels\[([\w,-]+)\]", page.read_text(encoding="utf-8")):
         assert set(extras.split(",")) <= set(known)
+
+
+def public_names():
+    """Return every dotted name of the packages in code, and what the reference pages list."""
+    found = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        code = re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL) + re.findall(r"^::: .*$", text, re.MULTILINE)
+        for name in re.findall(r"(?<![\w./-])layerskip(?:_kernels)?(?:\.[A-Za-z]\w*)+", "\n".join(code)):
+            if name.rpartition(".")[2] not in ("json", "safetensors", "yaml"):
+                found.add(name)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_public_names_exist(name):
+    parts = name.split(".")
+    found = importlib.import_module(parts[0])
+    for number, part in enumerate(parts[1:], 2):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(".".join(parts[:number]))
+        found = getattr(found, part)
 
 
 def test_the_recipe_reference_is_current():
