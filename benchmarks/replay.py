@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerskip.decoding.adaptive import CATCH_UP, Choice, Controller, Kind, Offer, Sizes
+from layerskip.decoding.adaptive import CATCH_UP, Choice, Controller, Proposal, Sizes
 from layerskip.decoding.draft_sources import NGRAM, NgramSource
 
 TRACES = Path(__file__).parent / "traces" / "smollm2.json"
@@ -96,7 +96,7 @@ class Machine:
         return catch_up + drafts + (shallow + self.block) / model + rows * (model - shallow) / model
 
 
-SMOLLM2 = Sizes(layer=7_080_192, head=56_623_104, draft_head=4_751_360 + 7_080_192, num_layers=30, num_blocks=1)
+SMOLLM2 = Sizes(layer=7_080_192, head=56_623_104, draft_head=4_751_360 + 7_080_192, num_layers=30, num_draft_layers=1)
 MACHINES = {
     "avx2": Machine({1: 1, 2: 1.10, 3: 1.64, 5: 2.05, 9: 2.81, 13: 3.98, 16: 4.69}, SMOLLM2, 7_080_192),
     "avx512": Machine({1: 1, 6: 1.25}, SMOLLM2, 7_080_192),
@@ -133,14 +133,14 @@ def replay(traces: Sequence[Trace], source: str, machine: Machine, controller: C
         acceptance, place, seen, end = controller.new_acceptance(), 1, 1, len(trace.exit)
         while place < end:
             match, length, right = trace.matches[place]
-            offer = Offer(min(length, end - place - 1), Kind(NGRAM, match, True))
-            acceptance.behind = place - seen
+            proposal = Proposal([0] * min(length, end - place - 1), NGRAM, match, True)
+            acceptance.lag = place - seen
             if source == "exit":
                 choice = controller.choose([acceptance])
             else:
-                choice = controller.plan([acceptance], [offer], exits=source == "auto").choice
+                choice, _ = controller.choose_with_lookups([acceptance], [proposal], exits=source == "auto")
             layer, count = choice.exit_layer, min(choice.num_speculations, end - place - 1)
-            missing = acceptance.behind if layer and count and machine.block else 0
+            missing = acceptance.lag if layer and count and machine.block else 0
             took = machine.seconds(Choice(layer, count), missing)
             if not missing:
                 controller.observe_cost(Choice(layer, count), 1, took)
@@ -152,7 +152,7 @@ def replay(traces: Sequence[Trace], source: str, machine: Machine, controller: C
                 seen = place + accepted + 1 if count else seen
             if source != "exit":
                 told = [0] * min(right, accepted + 1) + [1] * (right <= accepted)
-                acceptance.observe_proposal(offer.kind, [0] * offer.length, told[: accepted + 1])
+                acceptance.observe_proposal(proposal, told[: accepted + 1])
             place += accepted + 1
             total += accepted + 1
             seconds += took

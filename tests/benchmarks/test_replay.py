@@ -77,7 +77,7 @@ def test_a_machine_by_hand():
     machine = Machine({1: 1, 3: 2, 5: 2.5}, SMOLLM2, SMOLLM2.layer)
     assert [machine.passes(rows) for rows in (1, 2, 3, 4, 7)] == [1, 1.5, 2, 2.25, 3]
     whole = 30 * SMOLLM2.layer + SMOLLM2.head
-    assert machine.seconds(Choice(0, 4)) == 2.5
+    assert machine.seconds(Choice(None, 4)) == 2.5
     assert machine.seconds(Choice(2, 0)) == 1
     drafts = 2 * (2 * SMOLLM2.layer + SMOLLM2.draft_head)
     expected = (drafts + 3 * SMOLLM2.layer + 2 * (whole - 2 * SMOLLM2.layer)) / whole
@@ -91,7 +91,7 @@ def test_a_machine_by_hand():
 @pytest.mark.parametrize("source", ["exit", "ngram", "auto"])
 def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
     """On a machine whose clock goes as the replay's; the model's exit has no block."""
-    machine = Machine({1: 1, 2: 1.1, 9: 2}, replace(SMOLLM2, num_blocks=0), 0, exit_layer=1)
+    machine = Machine({1: 1, 2: 1.1, 9: 2}, replace(SMOLLM2, num_draft_layers=0), 0, exit_layer=1)
     hf_model = tiny_model(upper="weak")
     decoder = SelfSpeculativeDecoder(hf_model, "auto", "auto", exit_choices=[1])
     prompt = torch.cat([prompt_of(9)] * 2, 1)
@@ -101,13 +101,13 @@ def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
     now, choices = [0.0], []
 
     def timed(batch, launch=Batch.launch):
-        choice = Choice(batch.exit_layer or 0, batch.num_speculations)
+        choice = Choice(batch.exit_layer or None, batch.num_speculations)
         choices.append(choice)
         launch(batch)
         now[0] += machine.seconds(choice)
 
     monkeypatch.setattr(Batch, "launch", timed)
-    decoder._drafting.controller = Controller(machine.sizes, [1])
+    decoder._draft_model.controller = Controller(machine.sizes, [1])
     cache = decoder.model.decoder.new_cache(1, 160)
     session = Session(decoder.model, cache, decoder.defaults, 140, 12, clock=lambda: now[0])
     session.add(prompt, NEW, draft_source=source, eos_token_id=[])
@@ -115,12 +115,12 @@ def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
         updates = session.step()
     assert torch.equal(updates[0].output.sequences, text)
     replayed = replay([trace], source, machine)
-    drafted = [choice if choice.num_speculations else Choice(0, 0) for choice in choices]
-    made = [choice if choice.num_speculations else Choice(0, 0) for choice in replayed.choices]
+    drafted = [choice if choice.num_speculations else Choice(None, 0) for choice in choices]
+    made = [choice if choice.num_speculations else Choice(None, 0) for choice in replayed.choices]
     assert made == drafted
     assert replayed.seconds == pytest.approx(now[0])
     assert len({choice.num_speculations for choice in choices}) > 2
-    assert {choice.exit_layer for choice in drafted} >= ({1} if source == "exit" else {0})
+    assert {choice.exit_layer for choice in drafted} >= ({1} if source == "exit" else {None})
 
 
 def test_the_table(capsys):

@@ -90,7 +90,7 @@ BUGS = [
     ),
     Mutation(
         "what was looked up counts as drafted by a layer", DECODING + "session.py",
-        "0 if request.looked_up is not None else kind.exit_layer", "kind.exit_layer",
+        "None if no_exit else kind.exit_layer", "kind.exit_layer",
         LAYERSKIP + "decoding/test_records.py -k told_once",
     ),
     Mutation(
@@ -129,7 +129,7 @@ BUGS = [
     ),
     Mutation(
         "who chooses does not know how far blocks are behind", DECODING + "session.py",
-        "request.acceptance.behind = request.behind", "request.acceptance.behind = 0",
+        "request.acceptance.lag = request.behind", "request.acceptance.lag = 0",
         LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
     ),
     Mutation(

@@ -36,7 +36,7 @@ class Told:
         for record in records:
             before = [*prompt, *tokens[:place]]
             texts = pieces(tokenizer, before, record.drafts)
-            rounds.append(ToldRound(record.source, record.exit_layer, texts, record.accepted, record.emitted))
+            rounds.append(ToldRound(record.source, record.exit_layer or 0, texts, record.accepted, record.emitted))
             place += record.emitted
         return cls(pieces(tokenizer, prompt, tokens), rounds)
 

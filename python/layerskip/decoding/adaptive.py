@@ -10,203 +10,189 @@ from typing import NamedTuple
 
 from ..models import LayerSkipModel
 
-UNTRIED_EXIT = 0.5  # the acceptance that is expected of an exit before it was tried: enough to try it
-UNTRIED_PROPOSAL = 0.5  # the same of looked-up tokens of a kind that was never seen; all of them are learned from
-OWN_MEMORY, SHARED_MEMORY = 96.0, 512.0  # how many of the last trials a mean remembers
-NEW_SEQUENCE_WEIGHT = 4.0  # what other sequences had counts as so many trials of a new sequence
-FADE = 0.995  # each round, the weight of what is known of the exits that were not used is multiplied by this
-RECENT = 0.95  # each round, the weight of the rounds before it in a sequence's speed is multiplied by this
-LONGEST_MATCH = 16  # longer ones count as so long
-LATER = 2  # tokens of a proposal from this one on count as alike
+UNTRIED_EXIT = 0.5  # assumed acceptance rate of an exit before the first trial: high enough to be tried
+UNTRIED_PROPOSAL = 0.5  # the same of lookup drafts; every proposal is learned from, drafted or not
+OWN_MEMORY, SHARED_MEMORY = 96.0, 512.0  # trials that a mean remembers
+NEW_SEQUENCE_WEIGHT = 4.0  # trials that the rates of other sequences count as for a new sequence
+FADE = 0.995  # weight of the rates of unused exits, per round
+RECENT = 0.95  # weight of the past in a sequence's speed, per round
+LONGEST_MATCH = 16  # longer matches count as this long
+LATER = 2  # all tokens of a proposal from this position on share one rate
 
 
-class Kind(NamedTuple):
-    """What a proposal has in common with others: its source, and how sure it is.
+class Proposal(NamedTuple):
+    """Lookup draft tokens for one sequence, and how reliable they are.
 
-    Where the match ``grows``, a token whose predecessors were right is as sure as the first one of a match that is so
-    much longer: it continues the same text.
+    With ``grows``, ``match`` is the length of a match, and a token after correct ones is as reliable as the first token
+    of a match that much longer: it continues the same text.
     """
 
+    tokens: Sequence[int]
     source: str
-    match: int
+    match: int = 0
     grows: bool = False
 
-    def of(self, position: int) -> Hashable:
-        """That of one token, which has its own rate."""
+    def rate_key(self, position: int) -> Hashable:
+        """Return the key of the acceptance rate of the token at ``position``."""
         if self.grows:
             return self.source, min(self.match + position, LONGEST_MATCH)
         return self.source, self.match, min(position, LATER)
 
 
-class Offer(NamedTuple):
-    """What was looked up for a sequence: how many tokens, and of which kind."""
-
-    length: int
-    kind: Kind
-
-
-def expected_tokens(rates: Sequence[float], most: int) -> list[float]:
-    """Tokens that a round of K drafts emits, for K = 0 … ``most``: 1 + a + … + a^K, summed over the ``rates`` a.
-
-    a is the probability that a draft is accepted if those before it were.
-    """
-    totals = [0.0] * (most + 1)
+def expected_tokens(rates: Sequence[float], num_speculations: int) -> list[float]:
+    """Tokens that a round of 0 … K drafts emits: 1 + a + … + a^K, summed over the acceptance rates a."""
+    totals = [0.0] * (num_speculations + 1)
     for rate in rates:
-        tokens, power = 0.0, 1.0
-        for num_speculations in range(most + 1):
-            tokens += power
+        emitted, power = 0.0, 1.0
+        for count in range(num_speculations + 1):
+            emitted += power
             power *= rate
-            totals[num_speculations] += tokens
+            totals[count] += emitted
     return totals
 
 
 class Rate:
-    """A probability, estimated from its last ``memory`` trials.
-
-    Parameters
-    ----------
-    mean, weight : float
-        The estimate before the first trial, and how many trials it counts as.
-    memory : float
-    """
+    """Probability estimated from the last ``memory`` trials; the initial ``mean`` counts as ``weight`` trials."""
 
     def __init__(self, mean: float, weight: float, memory: float) -> None:
         self.mean, self.weight, self._memory = mean, weight, memory
 
     def observe(self, success: bool) -> None:
-        """Take account of a trial."""
         self.weight = min(self.weight + 1, self._memory)
         self.mean += (success - self.mean) / self.weight
 
     def fade(self) -> None:
-        """Trust the mean a little less."""
         self.weight *= FADE
 
     @property
     def optimistic(self) -> float:
-        """The mean plus the standard error that a fair coin would have."""
+        """Mean plus the standard error of a fair coin."""
         return min(1.0, self.mean + 0.5 / (self.weight + 1) ** 0.5)
 
 
 class AcceptanceRates:
-    """How often the drafts of one sequence are accepted, by exit layer, and by the kind of what was looked up.
+    """Acceptance rates of the drafts of one sequence, by exit layer and by kind of proposal.
 
     Parameters
     ----------
     shared : dict of int or other key to Rate
-        The rates of all sequences: a new sequence starts from them, and its trials count in them, too.
+        Rates over all sequences: initial values of a new sequence, updated by its trials.
 
     Attributes
     ----------
-    behind : int
-        How many tokens an exit's blocks have to read before it drafts again. Who knows sets it before each choice.
+    lag : int
+        Tokens that the draft layers of an exit have yet to read before they can draft. Set before each choice.
     """
 
     def __init__(self, shared: dict[Hashable, Rate]) -> None:
         self._shared = shared
         self._own: dict[Hashable, Rate] = {}
-        self._recent = (0.0, 0.0)  # tokens and seconds of the last rounds, as they were expected
-        self.behind = 0
+        self._recent = (0.0, 0.0)  # expected tokens and seconds of recent rounds
+        self.lag = 0
 
-    def at(self, kind: Hashable) -> Rate:
-        """The rate of an exit layer, or of tokens of a kind."""
-        rate = self._own.get(kind)
+    def at(self, key: Hashable) -> Rate:
+        """Return the rate of an exit layer, or of a `Proposal.rate_key`."""
+        rate = self._own.get(key)
         if rate is None:
-            untried = UNTRIED_EXIT if isinstance(kind, int) else UNTRIED_PROPOSAL
-            shared = self._shared.setdefault(kind, Rate(untried, 1.0, SHARED_MEMORY))
-            rate = self._own[kind] = Rate(shared.mean, min(shared.weight, NEW_SEQUENCE_WEIGHT), OWN_MEMORY)
+            untried = UNTRIED_EXIT if isinstance(key, int) else UNTRIED_PROPOSAL
+            shared = self._shared.setdefault(key, Rate(untried, 1.0, SHARED_MEMORY))
+            rate = self._own[key] = Rate(shared.mean, min(shared.weight, NEW_SEQUENCE_WEIGHT), OWN_MEMORY)
         return rate
 
     def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
-        """Take account of a round: ``accepted`` drafts were accepted, and the next one, if there was one, was not."""
+        """Record a round of an exit: ``accepted`` drafts were accepted, and the next one, if any, was rejected."""
         for success in [True] * accepted + [False] * (accepted < drafted):
             self._observe(exit_layer, success)
         for other, rate in self._own.items():
             if other != exit_layer and isinstance(other, int):
                 rate.fade()
 
-    @property
-    def speed(self) -> float:
-        """The tokens a second that were expected of the last rounds; 0 before the first one."""
-        tokens, seconds = self._recent
-        return tokens / seconds if seconds else 0.0
-
-    def expect(self, tokens: float, seconds: float) -> None:
-        """Take account of a round that was chosen."""
-        before = self._recent
-        self._recent = (RECENT * before[0] + tokens, RECENT * before[1] + seconds)
-
-    def promised(self, offer: Offer, most: int) -> list[float]:
-        """The tokens that are expected of a round that drafts 0 … ``most`` tokens of an offer, or all that it has."""
-        total = reached = 1.0
-        tokens = [total]
-        for position in range(offer.length):
-            reached *= self.at(offer.kind.of(position)).mean
-            total += reached
-            tokens.append(total)
-        return tokens + [total] * (most - offer.length)
-
-    def observe_proposal(self, kind: Kind, proposal: Sequence[int], emitted: Sequence[int]) -> None:
-        """Take account of what was proposed, drafted or not, where these tokens were emitted."""
-        for position, (token, other) in enumerate(zip(proposal, emitted, strict=False)):
-            self._observe(kind.of(position), token == other)
+    def observe_proposal(self, proposal: Proposal, emitted: Sequence[int]) -> None:
+        """Compare a proposal, drafted or not, with the tokens that were emitted."""
+        for position, (token, other) in enumerate(zip(proposal.tokens, emitted, strict=False)):
+            self._observe(proposal.rate_key(position), token == other)
             if token != other:
                 break
 
-    def _observe(self, kind: Hashable, success: bool) -> None:
-        self.at(kind).observe(success)
-        self._shared[kind].observe(success)
+    def _observe(self, key: Hashable, success: bool) -> None:
+        self.at(key).observe(success)
+        self._shared[key].observe(success)
+
+    @property
+    def speed(self) -> float:
+        """Expected tokens a second of recent rounds; 0 before the first one."""
+        emitted, seconds = self._recent
+        return emitted / seconds if seconds else 0.0
+
+    def expect(self, emitted: float, seconds: float) -> None:
+        """Record the expectation of a round that was chosen."""
+        before = self._recent
+        self._recent = (RECENT * before[0] + emitted, RECENT * before[1] + seconds)
+
+    def expected_of(self, proposal: Proposal, longest: int) -> list[float]:
+        """Expected tokens of a round that drafts the first 0 … ``longest`` tokens of a proposal, or all it has."""
+        total = reached = 1.0
+        totals = [total]
+        for position in range(len(proposal.tokens)):
+            reached *= self.at(proposal.rate_key(position)).mean
+            total += reached
+            totals.append(total)
+        return totals + [total] * (longest - len(proposal.tokens))
 
 
-EXTRA_ROW_COST = 0.05
-"""r: before it is measured, a further row is taken to cost this share of the first one."""
-
-COST_MEMORY = 0.98  # each round, the weight of the rounds before it is multiplied by this
-OUTLIER = 2.0  # a round that takes longer than this multiple of what was expected was interrupted
-SETTLED = 4  # rounds, after which there is an expectation
-RENEW_EVERY = 8  # rounds, after which the expectations are computed again
-FITTED_EVERY_ROUND = 64  # so many first rounds; then the formula is fitted when the expectations are computed again
-PRIOR_WEIGHT = 1.0  # the relations of u, v and w that are expected count as so much
-CATCH_UP = 0.03  # what it takes, in passes, that blocks catch up, beside the bytes of the layers before them
-UNTRIED_RATIO, UNTRIED_WEIGHT = 0.9, 1.0  # an untried round may cost less than the formula says: so it is tried
+EXTRA_ROW_COST = 0.05  # r: assumed cost of a further row, as a share of the first one, before it is measured
+COST_MEMORY = 0.98  # weight of the past, per round
+OUTLIER = 2.0  # a round that takes longer than this multiple of the expectation was interrupted
+SETTLED = 4  # rounds before there is an expectation
+RENEW_EVERY = 8  # rounds between updates of the expectations
+FITTED_EVERY_ROUND = 64  # first rounds; afterwards the formula is fitted only when expectations are updated
+PRIOR_WEIGHT = 1.0  # weight of the assumed relations of u, v and w
+CATCH_UP = 0.03  # fixed cost of catching up by the draft layers, in passes
+UNTRIED_RATIO, UNTRIED_WEIGHT = 0.9, 1.0  # an untried round may cost less than the formula says, so it is tried
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a layer, of the head, and of what a draft reads after its layers; the numbers of layers and blocks."""
+    """Bytes of a layer, of the head, and of what a draft reads after layers [0, E); numbers of layers."""
 
     layer: int
     head: int
     draft_head: int
     num_layers: int
-    num_blocks: int = 0
+    num_draft_layers: int = 0
 
     @classmethod
     def of(cls, model: LayerSkipModel) -> Sizes:
-        """Those of a model's weights; blocks count as part of the draft head."""
+        """Measure a model; draft layers count as part of the draft head."""
         decoder, layers = model.decoder, model.num_layers
         layer = sum(weight.nbytes for weight in decoder.layer_weights(0, layers)) // layers
         draft_head = model.draft_head.head_weight.nbytes + sum(weight.nbytes for weight in decoder.block_weights)
         return cls(layer, model.head.head_weight.nbytes, draft_head, layers, decoder.num_blocks)
 
 
+class Choice(NamedTuple):
+    """E and K of a round; E is None if all drafts come from lookup."""
+
+    exit_layer: int | None
+    num_speculations: int
+
+
 Terms = tuple[float, float, float]
 
 
 class CostModel:
-    """Seconds of a round at exit E with K drafts: a formula over the bytes that it reads, corrected by measurements.
+    """Seconds of a round with exit layer E and K drafts: a formula over bytes, corrected by measurements.
 
     With l the bytes of a layer, h of the head, d of the draft head, L layers,
 
         seconds(E, K) = u · K · (E·l + d)  +  v · (L·l + h)  +  w · K · ((L - E)·l + h).
 
-    The first term is K drafts. The second is one row through the whole model, the third the K further rows that layers
-    [E, L) and the head verify. Drafts that were looked up have E = 0 and d = 0. u, v and w, in seconds a byte, are
-    fitted to the measured rounds by least squares: where reading the weights takes the time a further row costs little,
-    where the arithmetic does it may cost a third of the first one. While few rounds were measured, u is drawn to v,
-    since memory delivers all bytes at one speed, and w to r · v. What (E, K) itself took, on average, goes before the
-    formula, which counts as one measurement of it: kernels are made for some numbers of rows. Old rounds fade, and a
-    round that took more than twice as long as expected counts as twice as long. Without drafts all E are one choice.
+    The terms are K drafts, one row through the whole model, and K further rows to verify. Lookup drafts have E = 0 and
+    d = 0. u, v and w, in seconds a byte, are fitted to the measured rounds by least squares: a further row costs little
+    where memory is the limit, and up to a third of the first row where arithmetic is. A prior draws u to v and w to
+    r · v while few rounds were measured. The measured mean of (E, K) itself takes precedence over the formula, which
+    counts as one measurement: kernels are tuned for some numbers of rows. Old rounds fade; a round of more than twice
+    the expected time counts as twice. Without drafts all E are one choice.
 
     Parameters
     ----------
@@ -222,50 +208,45 @@ class CostModel:
         self._xy = [0.0] * 3
         self._speeds: Terms = (1.0, 1.0, r)  # u, v, w
         self._rounds = 0
-        self._means: dict[tuple[int, int], tuple[float, float]] = {}  # seconds and weight
-        self._expected: dict[tuple[int, int], float] = {}
+        self._means: dict[Choice, tuple[float, float]] = {}  # seconds and weight
+        self._expected: dict[Choice, float] = {}
 
-    def _terms(self, exit_layer: int, num_speculations: int) -> Terms:
-        """The factors of u, v and w, divided by the bytes of the model."""
-        size = self._sizes
+    def _terms(self, choice: Choice) -> Terms:
+        """Factors of u, v and w, over the bytes of the model."""
+        size, exit_layer, num_speculations = self._sizes, choice.exit_layer or 0, choice.num_speculations
         verified = (size.num_layers - exit_layer) * size.layer + size.head
         drafted = exit_layer * size.layer + size.draft_head if exit_layer else 0
         return num_speculations * drafted / self._model_bytes, 1.0, num_speculations * verified / self._model_bytes
 
-    def _fitted(self, exit_layer: int, num_speculations: int) -> float:
-        return sum(
-            speed * term for speed, term in zip(self._speeds, self._terms(exit_layer, num_speculations), strict=True)
-        )
-
-    def seconds(self, exit_layer: int, num_speculations: int) -> float:
-        """The expected seconds; before any round was measured, in units of one pass over the weights."""
-        choice = (exit_layer if num_speculations else 0, num_speculations)
+    def seconds(self, exit_layer: int | None, num_speculations: int) -> float:
+        """Expected seconds; before the first measurement in passes over the weights."""
+        choice = Choice(exit_layer if num_speculations else None, num_speculations)
         expected = self._expected.get(choice)
         if expected is None:
             mean, weight = self._means.get(choice, (0.0, 0.0))
-            untried = UNTRIED_RATIO * self._fitted(*choice)
-            expected = (mean * weight + untried * UNTRIED_WEIGHT) / (weight + UNTRIED_WEIGHT)
+            fitted = sum(speed * term for speed, term in zip(self._speeds, self._terms(choice), strict=True))
+            expected = (mean * weight + UNTRIED_RATIO * fitted * UNTRIED_WEIGHT) / (weight + UNTRIED_WEIGHT)
             self._expected[choice] = expected
         return expected
 
-    def seconds_of_layers(self, count: int) -> float:
-        """The expected seconds of a pass through so many layers, as a part of verification."""
-        return self._speeds[1] * count * self._sizes.layer / self._model_bytes
+    def seconds_of_layers(self, num_layers: int) -> float:
+        """Expected seconds of a verification pass through some layers."""
+        return self._speeds[1] * num_layers * self._sizes.layer / self._model_bytes
 
-    def catch_up(self, exit_layer: int, tokens: int) -> float:
-        """The expected seconds in which the blocks of an exit read so many tokens, after layers [0, exit_layer)."""
-        if not (self._sizes.num_blocks and tokens):
+    def catch_up(self, exit_layer: int, lag: int) -> float:
+        """Expected seconds in which the draft layers of an exit read ``lag`` tokens, after layers [0, E)."""
+        if not (self._sizes.num_draft_layers and lag):
             return 0.0
         part = exit_layer * self._sizes.layer / self._model_bytes
-        return self._speeds[1] * (part + CATCH_UP) + self._speeds[2] * (tokens - 1) * part
+        return self._speeds[1] * (part + CATCH_UP) + self._speeds[2] * (lag - 1) * part
 
-    def observe(self, exit_layer: int, num_speculations: int, seconds: float) -> None:
-        """Take account of a round."""
+    def observe(self, exit_layer: int | None, num_speculations: int, seconds: float) -> None:
+        """Record a measured round."""
         if self._rounds >= SETTLED:
             seconds = min(seconds, OUTLIER * self.seconds(exit_layer, num_speculations))
         self._rounds += 1
-        choice = (exit_layer if num_speculations else 0, num_speculations)
-        terms = self._terms(*choice)
+        choice = Choice(exit_layer if num_speculations else None, num_speculations)
+        terms = self._terms(choice)
         self._xy = [COST_MEMORY * y + one * seconds for y, one in zip(self._xy, terms, strict=True)]
         self._xx = [
             [COST_MEMORY * x + one * other for x, other in zip(row, terms, strict=True)]
@@ -282,18 +263,18 @@ class CostModel:
         self._expected.pop(choice, None)
 
     def _fit(self) -> None:
-        """Least squares with a penalty on (u - v)² and (w - r·v)²; u, v ≥ a tenth of the other."""
+        """Least squares with a penalty on (u - v)² and (w - r·v)²; u and v at least a tenth of the other."""
         matrix = [
             [x + PRIOR_WEIGHT * p for x, p in zip(row, prior, strict=True)]
             for row, prior in zip(self._xx, self._prior, strict=True)
         ]
-        u, v, w = _solved(matrix, self._xy)
+        u, v, w = _solve(matrix, self._xy)
         floor = max(u, v) / 10
         self._speeds = (max(u, floor), max(v, floor), max(w, 0.0))
 
 
-def _solved(matrix: list[list[float]], values: list[float]) -> Terms:
-    """The solution of three equations, whose matrix is symmetric and positive definite."""
+def _solve(matrix: list[list[float]], values: list[float]) -> Terms:
+    """Solve a symmetric, positive definite system of three equations."""
     (a, b, c), (_, d, e), (_, _, f) = matrix
     x, y, z = values
     b1, c1 = b / a, c / a
@@ -304,53 +285,37 @@ def _solved(matrix: list[list[float]], values: list[float]) -> Terms:
     return (x - b * v - c * w) / a, v, w
 
 
-MAX_SPECULATIONS = 12
-"""The most drafts that a controller picks."""
-
+MAX_SPECULATIONS = 12  # the largest K that a controller picks
 _EXPLORE_EVERY = 32  # rounds
 _EXPLORE_SPECULATIONS = 3
-_EXPLORE_SHARE = 0.01  # of the time, which all exploration may cost
-
-
-class Choice(NamedTuple):
-    """E and K of a round; E is 0 where the drafts were looked up, and are verified from layer 0."""
-
-    exit_layer: int
-    num_speculations: int
-
-
-class Plan(NamedTuple):
-    """A round: E and K, and for each sequence how many looked-up tokens it drafts, or None where the exit does."""
-
-    choice: Choice
-    looked_up: list[int | None]
+_EXPLORE_SHARE = 0.01  # of the time, at most, for exploration
 
 
 class Controller:
-    """Picks exit layer and number of drafts for sequences that share their rounds.
+    """Picks E and K for sequences that share their rounds, and who drafts from lookup.
 
-    It takes the (E, K) with the most expected tokens a second,
+    It maximizes the expected tokens a second,
 
         argmax  Σ_b tokens(a_b(E), K) / seconds(E, K),    tokens(a, K) = 1 + a + … + a^K,
 
-    where a_b(E) is the measured acceptance of sequence b (`AcceptanceRates`), and `CostModel` learns the seconds. K = 0
-    is among the choices: autoregressive decoding. Every sequence has acceptance rates of its own, but all share the
-    choice: a second exit layer in a batch would be a second pass over the weights, which costs more than it can gain.
-    Where an exit has blocks, the tokens that they have to read before it drafts are part of the seconds.
+    where a_b(E) is the measured acceptance rate of sequence b (`AcceptanceRates`), and `CostModel` learns the seconds.
+    K = 0, autoregressive decoding, is among the choices. The sequences of a batch share E and K: a second exit layer
+    would be a second pass over the weights, which costs more than it can gain. If an exit has draft layers, the time in
+    which they catch up counts.
 
-    Exploration is bounded. At most one round of 32 tries another exit than the best, with at most 3 drafts, and only an
-    exit that would be the best if its acceptance were a standard error above its mean. The weight of what is known of
-    an exit fades while others are used, so an exit that became good is found again.
+    Exploration is bounded: at most one round of 32 tries another exit, with at most 3 drafts, and only one that would
+    be the best with an acceptance rate one standard error above its mean. Rates of unused exits fade, so an exit that
+    has improved is found again.
 
-    What it picks depends on clocks. Greedy tokens do not depend on what it picks. Sampled tokens have the same
-    distribution whatever it picks, but a seed does not repeat them, because another number of drafts uses other noise.
+    The choice depends on clocks. Greedy tokens do not depend on the choice. Sampled tokens keep their distribution, but
+    a seed does not repeat them, because another number of drafts uses other noise.
 
     Parameters
     ----------
     sizes : Sizes
-        The model's; costs are estimated from them before they are measured.
+        Costs are estimated from them before they are measured.
     exits : sequence of int
-        The exit layers to choose among.
+        Exit layers to choose from.
     max_speculations : int
     """
 
@@ -361,14 +326,14 @@ class Controller:
         self._spare = 0.0  # seconds that exploration may cost
         self._costs: dict[int, CostModel] = {}
         self._rounds = 0
-        self._lock = Lock()  # sessions of several threads learn together
+        self._lock = Lock()  # sessions of several threads share the controller
 
     def new_acceptance(self) -> AcceptanceRates:
-        """The acceptance rates of a new sequence."""
+        """Acceptance rates of a new sequence."""
         return AcceptanceRates(self._shared)
 
     def observe_cost(self, choice: Choice, batch: int, seconds: float) -> None:
-        """Take account of what a round of ``batch`` sequences cost."""
+        """Record the time of a round of ``batch`` sequences."""
         with self._lock:
             self._cost(batch).observe(*choice, seconds)
 
@@ -378,95 +343,78 @@ class Controller:
         exit_layer: int | None = None,
         num_speculations: int | None = None,
     ) -> Choice:
-        """E and K for the next round of some sequences; a value that is given is kept."""
+        """Choose E and K for the next round; given values are fixed."""
         exits = self.exits if exit_layer is None else (exit_layer,)
         counts = range(self.max_speculations + 1) if num_speculations is None else (num_speculations,)
         with self._lock:
             speed, best = self._best(acceptances, exits, counts)
-            return self._explored(acceptances, exits, counts, speed, best)
+            return self._explore(acceptances, exits, counts, speed, best)
 
-    def plan(
+    def choose_with_lookups(
         self,
         acceptances: Sequence[AcceptanceRates],
-        offers: Sequence[Offer],
+        proposals: Sequence[Proposal],
         exit_layer: int | None = None,
         num_speculations: int | None = None,
         exits: bool = True,
-    ) -> Plan:
-        """The next round of some sequences for each of which something was looked up, if only no tokens.
+    ) -> tuple[Choice, list[int | None]]:
+        """Choose the next round of sequences that have lookup drafts, if only empty ones.
 
-        What was looked up comes and goes, and with it the best choice; to rounds that are chosen one by one for their
-        own tokens a second, a good match that is near is worth nothing. So the choice is, with the sequences' recent
-        speed in tokens a second,
+        Proposals come and go, and with them the best choice; a comparison of single rounds would ignore a good match
+        that is about to come. So this maximizes, with the recent speed of the sequences in tokens a second,
 
-            argmax  tokens - speed · seconds:
-
-        the seconds of a round are worth the tokens that the sequences emit in as many seconds on average.
+            argmax  tokens - speed · seconds.
 
         Parameters
         ----------
-        acceptances, offers : sequence
+        acceptances, proposals : sequence
             One for each sequence.
         exit_layer, num_speculations : int, optional
-            What is given for the drafts of exits.
+            Fixed values for the drafts of exits.
         exits : bool
             Whether an exit may draft.
+
+        Returns
+        -------
+        Choice
+        list of int or None
+            For each sequence the number of lookup drafts, or None if the exit drafts for it.
         """
         layers = self.exits if exit_layer is None else (exit_layer,)
         counts = range(1, self.max_speculations + 1) if num_speculations is None else (num_speculations,)
-        most = max(offer.length for offer in offers)
+        longest = max(len(proposal.tokens) for proposal in proposals)
         with self._lock:
-            pairs = list(zip(acceptances, offers, strict=True))
-            promised = [one.promised(offer, most) for one, offer in pairs]
-            cost, usual = self._cost(len(offers)), sum(one.speed for one in acceptances)
-            tokens = map(sum, zip(*promised, strict=True))
-            values = [_value(number, cost.seconds(0, count), usual) for count, number in enumerate(tokens)]
-            best = Choice(0, values.index(max(values)))
+            expected = [one.expected_of(own, longest) for one, own in zip(acceptances, proposals, strict=True)]
+            cost, usual = self._cost(len(proposals)), sum(one.speed for one in acceptances)
+            emitted = map(sum, zip(*expected, strict=True))
+            values = [_value(tokens, cost.seconds(None, count), usual) for count, tokens in enumerate(emitted)]
+            best = Choice(None, values.index(max(values)))
             if exits:
-                value, choice = self._best(acceptances, layers, counts, promised=promised, usual=usual)
+                value, choice = self._best(acceptances, layers, counts, expected=expected, usual=usual)
                 best = choice if value > max(values) else best
-                best = self._explored(acceptances, layers, counts, usual, best) if usual else best
-            return self._planned(best, pairs, promised)
+                best = self._explore(acceptances, layers, counts, usual, best) if usual else best
+            return best, self._assign(best, acceptances, proposals, expected)
 
-    def _planned(
-        self, choice: Choice, pairs: Sequence[tuple[AcceptanceRates, Offer]], promised: Sequence[Sequence[float]]
-    ) -> Plan:
-        """Who drafts what, now that E and K are known."""
-        exit_layer, count = choice
-        found = [_at(row, count) for row in promised]
-        drafted = [expected_tokens([one.at(exit_layer).mean], count)[-1] if exit_layer else 0.0 for one, _ in pairs]
-        looks_up = [other > own for own, other in zip(drafted, found, strict=True)]
-        if exit_layer and all(looks_up):  # the exit is tried
-            looks_up = [False] * len(pairs)
-        seconds = self._cost(len(pairs)).seconds(*choice)
-        for (acceptance, _), *tokens, uses in zip(pairs, drafted, found, looks_up, strict=True):
-            acceptance.expect(tokens[uses], seconds)
-        return Plan(
-            choice, [min(one.length, count) if uses else None for (_, one), uses in zip(pairs, looks_up, strict=True)]
-        )
-
-    def _explored(
+    def _assign(
         self,
+        choice: Choice,
         acceptances: Sequence[AcceptanceRates],
-        exits: Sequence[int],
-        counts: Sequence[int],
-        speed: float,
-        best: Choice,
-    ) -> Choice:
-        """The best choice, or now and then one that is tried in its place."""
-        cost = self._cost(len(acceptances))
-        self._rounds += 1
-        self._spare += _EXPLORE_SHARE * cost.seconds(*best)
-        if self._rounds % _EXPLORE_EVERY:
-            return best
-        tried = self._explore(acceptances, exits, counts, speed, best)
-        if tried != best:
-            tokens = expected_tokens([one.at(tried.exit_layer).mean for one in acceptances], tried.num_speculations)[-1]
-            loss = cost.seconds(*tried) - tokens / speed
-            if loss > self._spare:
-                return best
-            self._spare -= max(loss, 0.0)
-        return tried
+        proposals: Sequence[Proposal],
+        expected: Sequence[Sequence[float]],
+    ) -> list[int | None]:
+        """Decide for each sequence between the exit and its proposal, and record the expectation."""
+        exit_layer, count = choice
+        by_lookup = [_clamped(row, count) for row in expected]
+        by_exit = [0.0] * len(by_lookup)
+        if exit_layer is not None:
+            by_exit = [expected_tokens([one.at(exit_layer).mean], count)[-1] for one in acceptances]
+        uses_lookup = [other > own for own, other in zip(by_exit, by_lookup, strict=True)]
+        if exit_layer is not None and all(uses_lookup):  # exploration of the exit
+            uses_lookup = [False] * len(uses_lookup)
+        seconds = self._cost(len(acceptances)).seconds(*choice)
+        for acceptance, *emitted, uses in zip(acceptances, by_exit, by_lookup, uses_lookup, strict=True):
+            acceptance.expect(emitted[uses], seconds)
+        return [min(len(one.tokens), count) if uses else None for one, uses in zip(proposals, uses_lookup, strict=True)]
 
     def _explore(
         self,
@@ -476,16 +424,27 @@ class Controller:
         speed: float,
         best: Choice,
     ) -> Choice:
-        """Another exit, with few drafts, if it may be faster than ``speed``; else the best choice."""
-        # A round without drafts teaches nothing about acceptance, so after it every exit is worth a try.
+        """Return the best choice, or every 32nd round another exit that may be faster than ``speed``."""
+        cost = self._cost(len(acceptances))
+        self._rounds += 1
+        self._spare += _EXPLORE_SHARE * cost.seconds(*best)
+        # A round without drafts reveals no acceptance rate, so after it every exit is worth a try.
         others = [one for one in exits if one != best.exit_layer or best.num_speculations == 0]
-        if not others:
+        if self._rounds % _EXPLORE_EVERY or not others:
             return best
         possible_speed, candidate = self._best(acceptances, others, counts, optimistic=True)
-        if possible_speed <= speed:
+        if possible_speed <= speed or candidate.exit_layer is None:
             return best
         few = [count for count in counts if 1 <= count <= _EXPLORE_SPECULATIONS] or counts
-        return self._best(acceptances, [candidate.exit_layer], few, optimistic=True)[1]
+        tried = self._best(acceptances, [candidate.exit_layer], few, optimistic=True)[1]
+        if tried == best:
+            return best
+        rates = [one.at(candidate.exit_layer).mean for one in acceptances]
+        loss = cost.seconds(*tried) - expected_tokens(rates, tried.num_speculations)[-1] / speed
+        if loss > self._spare:
+            return best
+        self._spare -= max(loss, 0.0)
+        return tried
 
     def _best(
         self,
@@ -493,28 +452,27 @@ class Controller:
         exits: Sequence[int],
         counts: Sequence[int],
         optimistic: bool = False,
-        promised: Sequence[Sequence[float]] = (),
+        expected: Sequence[Sequence[float]] = (),
         usual: float = 0.0,
     ) -> tuple[float, Choice]:
-        """The most tokens a second, or beyond those of the ``usual`` speed, and the choice that gives them.
+        """Return the largest `_value` and its choice, over exits and numbers of drafts.
 
-        ``promised`` are the tokens that each sequence expects of 0, 1, … looked-up drafts. Those that expect more of
+        ``expected`` are the tokens that each sequence expects of 0, 1, … lookup drafts. Sequences that expect more of
         them than of the exit draft them, and run layers [0, E) in a pass of their own.
         """
         costs, best = self._cost(len(acceptances)), (-math.inf, Choice(exits[0], counts[0]))
         for exit_layer in exits:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
-            tokens = expected_tokens(means, counts[-1])
-            lates = [costs.catch_up(exit_layer, one.behind) for one in acceptances]  # each in passes of its own
-            late = sum(lates)
-            for num_speculations in counts:
-                seconds = costs.seconds(exit_layer, num_speculations) + (late if num_speculations else 0.0)
-                value = _value(tokens[num_speculations], seconds, usual)
+            emitted = expected_tokens(means, counts[-1])
+            catch_up = [costs.catch_up(exit_layer, one.lag) for one in acceptances]  # each in passes of its own
+            for count in counts:
+                seconds = costs.seconds(exit_layer, count) + (sum(catch_up) if count else 0.0)
+                value = _value(emitted[count], seconds, usual)
                 if value > best[0]:
-                    best = value, Choice(exit_layer, num_speculations)
-            if len(promised) > 1:
-                mixed = self._best_mixed(exit_layer, means, counts, promised, usual, lates)
+                    best = value, Choice(exit_layer, count)
+            if len(expected) > 1:
+                mixed = self._best_mixed(exit_layer, means, counts, expected, usual, catch_up)
                 best = max(best, mixed, key=lambda one: one[0])
         return best
 
@@ -523,18 +481,18 @@ class Controller:
         exit_layer: int,
         rates: Sequence[float],
         counts: Sequence[int],
-        promised: Sequence[Sequence[float]],
+        expected: Sequence[Sequence[float]],
         usual: float,
-        lates: Sequence[float],
+        catch_up: Sequence[float],
     ) -> tuple[float, Choice]:
-        """As `_best`, of rounds in which an exit drafts for some of the sequences, each after its own of ``lates``."""
+        """`_best` over rounds in which an exit drafts for some sequences, after ``catch_up``, and lookup for others."""
         costs, best = self._cost(len(rates)), (-math.inf, Choice(exit_layer, counts[0]))
         drafted = [expected_tokens([rate], counts[-1]) for rate in rates]
         for count in counts:
-            pairs = [(own[count], _at(row, count)) for own, row in zip(drafted, promised, strict=True)]
-            if not any(own < other for own, other in pairs) or all(own < other for own, other in pairs):
+            pairs = [(own[count], _clamped(row, count)) for own, row in zip(drafted, expected, strict=True)]
+            if len({own < other for own, other in pairs}) == 1:
                 continue
-            late = sum(own for own, (exit_, other) in zip(lates, pairs, strict=True) if exit_ >= other)
+            late = sum(own for own, (by_exit, other) in zip(catch_up, pairs, strict=True) if by_exit >= other)
             seconds = costs.seconds(exit_layer, count) + costs.seconds_of_layers(exit_layer) + late
             value = _value(sum(max(pair) for pair in pairs), seconds, usual)
             if value > best[0]:
@@ -542,21 +500,20 @@ class Controller:
         return best
 
     def _cost(self, batch: int) -> CostModel:
-        """The cost model of a batch size, rounded up to a power of two."""
+        """Cost model of a batch size, rounded up to a power of two."""
         size = (batch - 1).bit_length()
         if size not in self._costs:
             self._costs[size] = CostModel(self._sizes)
         return self._costs[size]
 
 
-def _value(tokens: float, seconds: float, usual: float) -> float:
-    """Tokens a second, or, where a usual speed is known, the tokens beyond those that it gives in these seconds."""
-    return tokens - usual * seconds if usual else tokens / seconds
+def _value(emitted: float, seconds: float, usual: float) -> float:
+    """Tokens a second; with a ``usual`` speed, the tokens beyond those that it gives in these seconds."""
+    return emitted - usual * seconds if usual else emitted / seconds
 
 
-def _at(promised: Sequence[float], count: int) -> float:
-    """The tokens that are promised of so many drafts, or of all that there are."""
-    return promised[min(count, len(promised) - 1)]
+def _clamped(expected: Sequence[float], count: int) -> float:
+    return expected[min(count, len(expected) - 1)]
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:

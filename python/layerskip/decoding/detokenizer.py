@@ -1,4 +1,4 @@
-"""The text of tokens as they come: whole characters, never taken back, up to a stop string."""
+"""Incremental detokenization: whole characters, never retracted, up to a stop string."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # ends a decoded text whose last character is not complete
-_MAX_BYTES = 4  # of a character, and so the most tokens that a character takes
-_CONTEXT = 8  # tokens of the prompt that are decoded with the new ones
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # decoded from an incomplete character
+_MAX_BYTES = 4  # of a character, so the most tokens that a character takes
+_CONTEXT = 8  # prompt tokens that are decoded with the new ones
 
 
 class Piece(NamedTuple):
-    """Some text, and whether it is that of a special token."""
+    """A piece of text."""
 
     text: str
-    special: bool
+    special: bool  # of a special token
 
 
 class Detokenizer:
-    """The text that each token of one sequence adds, as pieces that never change afterwards.
+    """Text that each token of a sequence adds, in pieces that never change afterwards.
 
-    The text of a token depends on the tokens before it: SentencePiece drops the space at the start of a text, and the
-    bytes of one character may come in several tokens. So the last tokens are decoded again with every new one, and a
-    piece is the difference, less a character that is not complete yet. After a prompt, the pieces are its continuation:
-    prompt and pieces together are the text of all tokens.
+    The text of a token depends on the tokens before it: SentencePiece drops a leading space, and one character may take
+    several tokens. So the last few tokens are decoded again with each new one; the piece is the difference, without an
+    incomplete character. Prompt and pieces together are the text of all tokens.
 
     Parameters
     ----------
@@ -38,28 +37,28 @@ class Detokenizer:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self._special = frozenset(tokenizer.all_special_ids).union(token for token, kind in added if kind.special)
-        self._window: list[int] = []  # the tokens that are decoded: context, then those since the last restart
-        self._fresh = 0  # how many of them are not context
-        self._shown = ""  # the text of the window that is the context's or was given out
-        self._waiting = 0  # how many tokens came since a piece was given out
+        self._window: list[int] = []  # tokens to decode: context, then those since the last restart
+        self._fresh = 0  # tokens of the window after the context
+        self._shown = ""  # text of the window that was returned or belongs to the context
+        self._waiting = 0  # tokens since a piece was returned
 
-    def start_after(self, prompt: Sequence[int]) -> None:
-        """Begin after ``prompt``."""
-        self._restart(list(prompt[-_CONTEXT:]))
+    def start_after(self, prompt_tokens: Sequence[int]) -> None:
+        """Start a continuation of the prompt."""
+        self._restart(list(prompt_tokens[-_CONTEXT:]))
 
     def push(self, token: int) -> list[Piece]:
-        """The text that is certain with ``token``."""
+        """Add a token and return the text that is final now."""
         if token in self._special:
-            return [*self.finish(), self._whole(token)]
+            return [*self.finish(), self._special_piece(token)]
         self._window.append(token)
         self._fresh += 1
         self._waiting += 1
         text = self._decode(self._window)
         if not text.startswith(self._shown):
-            # Some tokenizers leave out a run of bytes altogether while its last character is not complete.
+            # Some tokenizers omit a whole run of bytes until its last character is complete.
             return self.finish() if self._waiting > _MAX_BYTES else []
         whole = text.rstrip(_UNKNOWN)
-        if self._waiting > _MAX_BYTES:  # the first of these bytes make no character, but the last ones may begin one
+        if self._waiting > _MAX_BYTES:  # the first of these bytes are invalid, but the last ones may start a character
             whole = max(whole, text[: 1 - _MAX_BYTES], key=len)
         new = whole[len(self._shown) :]
         if not new:
@@ -72,7 +71,7 @@ class Detokenizer:
         return [Piece(new, False)]
 
     def finish(self) -> list[Piece]:
-        """The text that was held back; an incomplete character gives a replacement character."""
+        """Return the rest of the text, with a replacement character for an incomplete one."""
         text = self._decode(self._window)
         if not text.startswith(self._shown):
             text = self._shown + self._decode(self._window[-self._waiting :])
@@ -81,8 +80,7 @@ class Detokenizer:
             self._restart(self._window[-self._fresh :])
         return [Piece(new, False)] if new else []
 
-    def _whole(self, token: int) -> Piece:
-        """The text of a special token, which is always whole."""
+    def _special_piece(self, token: int) -> Piece:
         text = self._decode([*self._window, token])
         text = text[len(self._shown) :] if text.startswith(self._shown) else self._decode([token])
         self._restart([token])
@@ -97,7 +95,6 @@ class Detokenizer:
 
 
 def check_stop_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The stop strings as a tuple, none of them empty."""
     strings = (value,) if isinstance(value, str) else tuple(value or ())
     for string in strings:
         if not isinstance(string, str):
@@ -108,25 +105,24 @@ def check_stop_strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 class SequenceText:
-    """The visible text of one sequence, token by token, up to the first stop string.
+    """Visible text of one sequence, token by token, up to the first stop string.
 
-    Text that may be the start of a stop string is held back until that is decided. The first stop string is the one
-    that ends first, and of those the one that starts first, so it does not matter how the text is cut into tokens.
-    Special tokens are matched, too, visible or not, so ``<|im_end|>`` can be a stop string.
+    Text that may be the start of a stop string is held back. The stop string that ends first counts, and of several
+    the one that starts first, however the text is cut into tokens. Special tokens are matched, visible or not.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     stop_strings : str or sequence of str
     skip_special_tokens : bool
-        Leave the text of special tokens out.
+        Omit the text of special tokens.
     include_stop_string : bool
-        End after the stop string; by default the text ends before it.
+        End after the stop string instead of before it.
 
     Attributes
     ----------
     stopped : bool
-        Whether a stop string was found. What follows it is not text of the sequence.
+        Whether a stop string was found. Later tokens are ignored.
     """
 
     def __init__(
@@ -142,16 +138,16 @@ class SequenceText:
         self._held: list[Piece] = []
         self.stopped = False
 
-    def start_after(self, prompt: Sequence[int]) -> None:
-        """Begin after ``prompt``, which is not searched for stop strings."""
-        self._detokenizer.start_after(prompt)
+    def start_after(self, prompt_tokens: Sequence[int]) -> None:
+        """Start a continuation of the prompt, which is not searched for stop strings."""
+        self._detokenizer.start_after(prompt_tokens)
 
     def push(self, token: int) -> str:
-        """The text that is certain now."""
+        """Add a token and return the text that is final now."""
         return "" if self.stopped else self._take(self._detokenizer.push(token))
 
     def finish(self) -> str:
-        """The text that was held back, when no token follows."""
+        """Return the text that was held back, after the last token."""
         if self.stopped:
             return ""
         text = self._take(self._detokenizer.finish())
@@ -167,7 +163,7 @@ class SequenceText:
         return self._release(found[1] if self._include else found[0])
 
     def _release(self, count: int) -> str:
-        """The first ``count`` characters of what is held, which are then no longer held."""
+        """Remove and return the first ``count`` characters that are held back."""
         released, kept = [], []
         for text, special in self._held:
             if not (special and self._skip):
@@ -179,23 +175,21 @@ class SequenceText:
 
 
 class TextStream:
-    """A streamer that is an iterator of text pieces; no piece is ever taken back.
+    """Streamer and iterator of text pieces, none of which is ever retracted.
 
-    The generation calls `put` and `end`, as it does for transformers' streamers. The reader iterates, afterwards, or
-    meanwhile in another thread. The pieces are those of `SequenceText`: the continuation of the
-    prompt in whole characters, without what may still become part of a stop string.
+    The generation calls `put` and `end`, as of transformers' streamers; the reader iterates, afterwards or in another
+    thread. Pieces are whole characters of the continuation, without what may become part of a stop string.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     stop_strings : str or sequence of str
-        Where the text ends. The streamer cannot end the generation, so give the same strings to it, too.
+        End of the text. The streamer cannot end the generation, so pass the same strings to it, too.
     skip_prompt, skip_special_tokens : bool
     include_stop_string : bool
-        End after the stop string; by default the text ends before it.
+        End after the stop string instead of before it.
     timeout : float, optional
-        Seconds that the iterator waits for a piece, before ``queue.Empty`` is raised: the thread that generates may
-        have failed.
+        Seconds after which the iterator raises ``queue.Empty``: the generating thread may have failed.
     """
 
     def __init__(
@@ -241,7 +235,7 @@ class TextStream:
                 self._offer(self._text.push(token))
 
     def end(self) -> None:
-        """Give out what was held back, and end the iterator. The stream is then ready for another sequence."""
+        """Flush the text that was held back and end the iterator; the stream then accepts another sequence."""
         self._offer(self._text.finish())
         self._pieces.put(None)
         self._text = SequenceText(self._tokenizer, *self._options)
@@ -262,16 +256,14 @@ class TextStream:
 
 
 class StopStrings:
-    """The rule that a sequence ends with the token that completes a stop string; one rule a sequence.
-
-    It is what `Session.add` and `SelfSpeculativeDecoder.generate` take as ``should_stop``.
+    """Rule for ``should_stop`` that ends one sequence with the token that completes a stop string.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     stop_strings : str or sequence of str
     prompt : sequence of int
-        The tokens before; they are not searched.
+        Tokens before the sequence; not searched.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str], prompt: Sequence[int] = ()) -> None:
@@ -279,11 +271,11 @@ class StopStrings:
         self._text.start_after(prompt)
         self._seen = 0
 
-    def __call__(self, tokens: Sequence[int]) -> bool:
-        """Whether a stop string is complete in the new ``tokens`` so far."""
-        for token in tokens[self._seen :]:
+    def __call__(self, new_tokens: Sequence[int]) -> bool:
+        """Whether a stop string is complete in all new tokens so far."""
+        for token in new_tokens[self._seen :]:
             self._text.push(token)
-        self._seen = len(tokens)
+        self._seen = len(new_tokens)
         return self._text.stopped
 
 
@@ -293,13 +285,7 @@ def stop_rules(
     prompts: Sequence[Any],
     rules: Sequence[Callable[[list[int]], bool] | None],
 ) -> list[Callable[[list[int]], bool]]:
-    """For each prompt a rule that ends its sequence at a stop string, or where the prompt's own rule ends it.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If there is no tokenizer, or a stop string is not a string or empty.
-    """
+    """Make a rule for each prompt that ends its sequence at a stop string, or where its own rule does."""
     if tokenizer is None:
         raise ValueError("stop_strings need a tokenizer; set decoder.tokenizer, which from_pretrained does")
     return [
@@ -313,14 +299,14 @@ def _either(strings: StopStrings, rule: Callable[[list[int]], bool] | None) -> C
 
 
 def first_stop(text: str, strings: Sequence[str]) -> tuple[int, int] | None:
-    """Start and end of the stop string in ``text`` that ends first, and of those the one that starts first."""
+    """Return start and end of the stop string that ends first, of several the one that starts first."""
     starts = [(text.find(string), len(string)) for string in strings]
     found = [(start + length, start) for start, length in starts if start >= 0]
     return min(found)[::-1] if found else None
 
 
 def undecided(text: str, strings: Sequence[str]) -> int:
-    """The length of the longest suffix of ``text`` that is a prefix of a stop string."""
+    """Return the length of the longest suffix of ``text`` that starts a stop string."""
     longest = max((len(string) for string in strings), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(string.startswith(text[-length:]) for string in strings):

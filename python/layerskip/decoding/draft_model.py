@@ -1,13 +1,12 @@
-"""The draft model of a decoder: exit, draft head and KV caches."""
+"""Draft model of a decoder: exit, draft head and KV caches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from .. import models, registry
 from .._files import write_atomically
 from .._imports import need
-from ..models import BoundExit, EarlyExitHead, Exit, LayerSkipModel, SharedKVCache
+from ..models import BoundExit, Exit, LayerSkipModel, SharedKVCache
 from ..models.hf_checks import ModelWatch
 from ..models.weight_arena import gather_exit
 from . import cuda_graphs, validation
@@ -26,17 +25,16 @@ FILE_NAME = "draft_head.safetensors"
 
 
 class DraftHead:
-    """The tokens worth drafting. Drafts are chosen with their rows of the model's head, in int8.
+    """Token ids worth drafting: drafts are chosen with their rows of the model's head, in int8.
 
-    Other tokens are never drafted, but verification with the full head still emits them, so the result is the same.
-    Only the choice of tokens is kept and saved; the rows are taken from the model that it is used with.
+    Other tokens are never drafted, but verification still emits them, so the result is the same. Only the token ids are
+    saved; the rows come from the model.
 
     Parameters
     ----------
     token_ids : Tensor [S] or sequence of int
-        In any order, repeated or not.
+        In any order, duplicates allowed.
     vocab_size : int
-        V of the model.
 
     Raises
     ------
@@ -57,10 +55,10 @@ class DraftHead:
     def from_tokens(
         cls, texts: Iterable[Sequence[int]], vocab_size: int, eos_token_id: int | Sequence[int], size: int = 8192
     ) -> DraftHead:
-        """The ``size`` most frequent tokens of tokenized texts, and always those that end a sequence.
+        """Choose the ``size`` most frequent tokens of tokenized texts, with all EOS tokens.
 
-        If the texts have fewer different tokens, the lowest ids are added: byte-pair vocabularies list frequent tokens
-        first.
+        If the texts have fewer different tokens, the lowest ids are added: byte-pair vocabularies start with frequent
+        tokens.
 
         Raises
         ------
@@ -80,12 +78,8 @@ class DraftHead:
         counts[sorted(stops)] = torch.iinfo(torch.int64).max
         return cls(counts.sort(descending=True, stable=True).indices[:size], vocab_size)
 
-    def of(self, model: LayerSkipModel) -> EarlyExitHead:
-        """The rows of ``model``'s head for these tokens, in int8 with one scale a row."""
-        return model.head.quantize(self.rows(model))
-
     def rows(self, model: LayerSkipModel) -> Tensor:
-        """The rows of a model's head that it takes, on the model's device; ValueError for another vocabulary."""
+        """Return the rows of the model's head on its device; ValueError for another vocabulary."""
         if model.vocab_size != self.vocab_size:
             raise ValueError(
                 f"the draft head is for a vocabulary of {self.vocab_size}, the model has {model.vocab_size}"
@@ -93,7 +87,7 @@ class DraftHead:
         return self.token_ids.to(model.device)
 
     def save(self, path: str | Path) -> Path:
-        """Write a file, or ``draft_head.safetensors`` in a directory; whole or not at all."""
+        """Write a file, or ``draft_head.safetensors`` in a directory, atomically."""
         target = _file(path)
         data = need("safetensors.torch", "saving a draft head").save(
             {"token_ids": self.token_ids.cpu()}, metadata={"vocab_size": str(self.vocab_size)}
@@ -103,17 +97,17 @@ class DraftHead:
 
     @classmethod
     def load(cls, source: str | Path) -> DraftHead:
-        """Read what `save` wrote, from a file or a directory, or what a model that a package provides comes with.
+        """Read a file of `save`, or the draft head of a registered model.
 
         Parameters
         ----------
         source : str or Path
-            A path, or the model's name (`layerskip.registry`).
+            File, directory, or name of a model in `layerskip.registry`.
 
         Raises
         ------
         FileNotFoundError, ModuleNotFoundError, ValueError
-            If there is none, or it is not a draft head.
+            If it does not exist, or is not a draft head.
         """
         safetensors = need("safetensors", "reading a draft head")
         named = isinstance(source, str) and "/" not in source
@@ -137,38 +131,29 @@ def _file(path: str | Path) -> Path:
 
 CACHE_GRANULARITY = 256
 
-
-class LentCache(NamedTuple):
-    """A cache, and the rounds that were recorded over it, if the model is on a card."""
-
-    cache: SharedKVCache
-    graphs: Graphs | None
+Lent = tuple[SharedKVCache, Graphs | None]  # a cache and, on a GPU, the rounds that were recorded over it
 
 
 class CachePool:
-    """Keeps the caches that no call uses; as many as have ever been used at once.
-
-    Parameters
-    ----------
-    model : LayerSkipModel
+    """Idle KV caches of a decoder, at most as many as were ever in use at once.
 
     Attributes
     ----------
     model : LayerSkipModel
-    idle : list of LentCache
-        The last of them goes to the next call, and comes back as the last.
+    idle : list of (SharedKVCache, Graphs or None)
+        The last one serves the next call.
     """
 
     def __init__(self, model: LayerSkipModel) -> None:
         self.model = model
         self._lock = Lock()
-        self.idle: list[LentCache] = []
+        self.idle: list[Lent] = []
 
     @contextmanager
-    def borrow(self, batch: int, length: int) -> Iterator[LentCache]:
-        """A cache with room for so many sequences and positions, for one call.
+    def borrow(self, batch: int, length: int) -> Iterator[Lent]:
+        """Lend a cache with room for ``batch`` sequences of ``length`` positions.
 
-        Its content lies beyond the lengths of the new sequences, so nobody reads it.
+        Its old content lies beyond the lengths of the new sequences, so it is never read.
         """
         with self._lock:
             lent = self.idle.pop() if self.idle else None
@@ -180,99 +165,42 @@ class CachePool:
                 self.idle.append(lent)
 
     @torch.inference_mode(False)
-    def _with_room(self, lent: LentCache | None, batch: int, length: int) -> LentCache:
-        """The given cache if it is big enough and of the model's dtype and device, else a new one in its place."""
-        graphs, serves = (
-            cuda_graphs.for_device(self.model.device),
-            lent is not None and self._serves(lent.cache, batch, length),
-        )
-        if lent is not None and serves and (graphs is None) == (lent.graphs is None):
-            return lent
-        if lent is not None and lent.graphs is not None:
-            lent.graphs.finish()  # the last round may still be writing to the cache
-        if lent is not None and serves:
-            return LentCache(lent.cache, graphs)
+    def _with_room(self, lent: Lent | None, batch: int, length: int) -> Lent:
+        """Return the given cache if it is large enough and of the model's dtype and device, else a new one."""
+        model, graphs = self.model, cuda_graphs.for_device(self.model.device)
+        if lent is not None:
+            cache, recorded = lent
+            fits = cache.batch_size >= batch and cache.capacity >= length
+            fits = fits and (cache.k.dtype, cache.k.device) == (model.dtype, model.device)
+            if fits and (graphs is None) == (recorded is None):
+                return lent
+            if recorded is not None:
+                recorded.finish()  # the last round may still be writing to the cache
+            if fits:
+                return cache, graphs
         capacity = -(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY
-        return LentCache(self.model.decoder.new_cache(batch, capacity), graphs)
-
-    def _serves(self, cache: SharedKVCache, batch: int, length: int) -> bool:
-        like = (self.model.dtype, self.model.device)
-        return cache.batch_size >= batch and cache.capacity >= length and (cache.k.dtype, cache.k.device) == like
+        return model.decoder.new_cache(batch, capacity), graphs
 
 
-@dataclass(frozen=True)
-class Drafting:
-    """An exit, or the model's own layers and norm; and the rows of the head that choose among tokens.
-
-    Parameters
-    ----------
-    exit : Exit, str, Path or None
-        A name or a path is read.
-    draft_head : {"full", "int8"}, DraftHead or None
-        None: the exit's own, or all rows.
-    """
-
-    exit: Exit | None
-    draft_head: str | DraftHead | None
-
-    @classmethod
-    def of(cls, exit: Exit | str | Path | None, draft_head: str | DraftHead | None) -> Drafting:
-        """What a user gives: an exit by name or path is read."""
-        if not (draft_head in (None, "full", "int8") or isinstance(draft_head, DraftHead)):
-            raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
-        return cls(exit if exit is None or isinstance(exit, Exit) else Exit.load(exit), draft_head)
-
-    def on(self, model: LayerSkipModel) -> LayerSkipModel:
-        """The model that drafts so, on the same storage.
-
-        Raises
-        ------
-        ValueError
-            If the exit or the draft head is for another model.
-        """
-        rows = self._rows(model)
-        if self.exit is not None:
-            bound = self.exit.of(model, rows)
-        elif rows in (None, "full"):
-            return model
-        else:
-            bound = BoundExit(None, model.head.quantize(None if isinstance(rows, str) else rows))
-        return model.with_exit(gather_exit(bound))
-
-    def _rows(self, model: LayerSkipModel) -> str | Tensor | None:
-        return self.draft_head.rows(model) if isinstance(self.draft_head, DraftHead) else self.draft_head
-
-    def state(self, model: LayerSkipModel) -> tuple[Any, ...]:
-        """What `on` depends on: it changes with dtype, device and, where the head is a copy, its weights."""
-        weight = model.head.head_weight
-        kind = (weight.dtype, weight.device)
-        if not self._copies:
-            return kind
-        version = 0 if weight.is_inference() else weight._version  # inference tensors do not count it
-        return (*kind, weight.data_ptr(), version)
-
-    @property
-    def _copies(self) -> bool:
-        if self.exit is not None and self.exit.head_down is not None:
-            return True
-        reduced = self.exit is not None and self.exit.token_ids is not None
-        return reduced if self.draft_head is None else self.draft_head != "full"
-
-
-class DraftingModel:
-    """A model with what drafts for it, which follows what becomes of the model that it was made from.
+class DraftModel:
+    """A model and its exit, kept up to date with the model that it was made from.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or LayerSkipModel
-    drafting : Drafting
-    exit_layer : int or "auto"
+    exit_layer : int, "auto" or None
+        None: "auto", or the layer of ``exit``.
     exit_choices : sequence of int, optional
-        What "auto" picks from, where ``drafting`` has no exit.
+        Layers that "auto" picks from, without ``exit``.
+    exit : Exit, str, Path or None
+        A trained exit, or its name or path; None: the model's own layers and norm.
+    draft_head : {"full", "int8"}, DraftHead or None
+        None: the head of ``exit``, or all rows of the model's.
 
     Attributes
     ----------
     model : LayerSkipModel
+    exit_layer : int or "auto"
     controller : Controller
     caches : CachePool
         Of ``model``.
@@ -280,33 +208,66 @@ class DraftingModel:
     Raises
     ------
     ValueError
-        If the exit, or a layer, is not one of the model's.
+        If the exit, the draft head, or a layer does not fit the model.
     """
 
     def __init__(
-        self, model: Any, drafting: Drafting, exit_layer: int | str, exit_choices: Sequence[int] | None
+        self,
+        model: Any,
+        exit_layer: int | str | None,
+        exit_choices: Sequence[int] | None,
+        exit: Exit | str | Path | None,
+        draft_head: str | DraftHead | None,
     ) -> None:
+        if not (draft_head in (None, "full", "int8") or isinstance(draft_head, DraftHead)):
+            raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
+        self._exit = exit if exit is None or isinstance(exit, Exit) else Exit.load(exit)
+        self._draft_head, self._exit_choices = draft_head, exit_choices
+        if self._exit is not None:
+            exit_layer = validation.exit_layer_of_exit(exit_layer, self._exit.exit_layer)
+        self.exit_layer: int | str = "auto" if exit_layer is None else exit_layer
         self._watch = None if isinstance(model, LayerSkipModel) else ModelWatch(model)
-        self._drafting, self._exit_layer, self._exit_choices = drafting, exit_layer, exit_choices
         self._following = Lock()
         self._adopt(models.adapt(model) if self._watch else model)
 
+    def follow(self) -> CachePool:
+        """Adapt the model anew if it has changed, and copy its head anew if the weights have.
+
+        Returns
+        -------
+        CachePool
+            Caches of the model as it is now, with this model.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the model can no longer be adapted, or has hooks, which would not be called.
+        """
+        with self._following:
+            changed = None if self._watch is None else self._watch.changed()
+            if changed is not None:
+                self._adopt(models.adapt(changed))
+                self._watch = ModelWatch(changed)
+            elif self._state(self._without_exit) != self._bound:
+                self._bind(self._without_exit)
+            return self.caches
+
     def _adopt(self, model: LayerSkipModel) -> None:
-        """Decode with this model from now on; what was kept for another one is dropped."""
-        validation.exit_layer_or_auto(self._exit_layer, model.num_layers)
+        """Decode with this model from now on; caches and statistics of the last one are dropped."""
+        validation.exit_layer_or_auto(self.exit_layer, model.num_layers)
         exits = self._exits(model)
         self._bind(model)
         self.controller = Controller(Sizes.of(self.model), exits)
 
     def _exits(self, model: LayerSkipModel) -> Sequence[int]:
-        """The layers that the controller picks from."""
-        own, choices = self._drafting.exit, self._exit_choices
-        if own is not None and choices is not None:
-            raise ValueError(
-                f"exit_choices is {choices!r}, but the exit that is given is after {own.exit_layer} layers"
-            )
-        if own is not None:
-            return (own.exit_layer,)
+        """Return the layers that the controller picks from."""
+        choices = self._exit_choices
+        if self._exit is not None:
+            if choices is not None:
+                raise ValueError(
+                    f"exit_choices is {choices!r}, but the exit that is given is after {self._exit.exit_layer} layers"
+                )
+            return (self._exit.exit_layer,)
         if choices is None:
             return default_exits(model.num_layers)
         if not choices:
@@ -314,29 +275,29 @@ class DraftingModel:
         return [validation.exit_layer(choice, model.num_layers) for choice in choices]
 
     def _bind(self, model: LayerSkipModel) -> None:
-        """Let this model draft as it was asked for."""
-        self.model = self._drafting.on(model)
-        self._without_exit, self._bound = model, self._drafting.state(model)
+        """Attach exit and draft head to the model; they share its storage."""
+        head = self._draft_head.rows(model) if isinstance(self._draft_head, DraftHead) else self._draft_head
+        bound = None
+        if self._exit is not None:
+            bound = self._exit.of(model, head)
+        elif head not in (None, "full"):
+            bound = BoundExit(None, model.head.quantize(None if isinstance(head, str) else head))
+        self.model = model if bound is None else model.with_exit(gather_exit(bound))
+        self._without_exit, self._bound = model, self._state(model)
         self.caches = CachePool(self.model)
 
-    def follow(self) -> CachePool:
-        """Adapt the model anew if it has changed since, and what drafts if the weights that it copies have.
+    def _state(self, model: LayerSkipModel) -> tuple[Any, ...]:
+        """Return what `_bind` depends on: dtype, device and, if the draft head is a copy, the weights of the head."""
+        weight = model.head.head_weight
+        kind = (weight.dtype, weight.device)
+        if not self._copies_head:
+            return kind
+        version = 0 if weight.is_inference() else weight._version  # inference tensors have no version
+        return (*kind, weight.data_ptr(), version)
 
-        Returns
-        -------
-        CachePool
-            The caches of the model as it is now, and this model.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If it has become a model that cannot be adapted, or has hooks, which would not be called.
-        """
-        with self._following:
-            changed = None if self._watch is None else self._watch.changed()
-            if changed is not None:
-                self._adopt(models.adapt(changed))
-                self._watch = ModelWatch(changed)
-            elif self._drafting.state(self._without_exit) != self._bound:
-                self._bind(self._without_exit)
-            return self.caches
+    @property
+    def _copies_head(self) -> bool:
+        if self._exit is not None and self._exit.head_down is not None:
+            return True
+        reduced = self._exit is not None and self._exit.token_ids is not None
+        return reduced if self._draft_head is None else self._draft_head != "full"

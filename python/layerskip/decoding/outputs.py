@@ -1,9 +1,10 @@
-"""What decoding returns: the output of a call, the updates of a session, and what a streamer is given."""
+"""Results of decoding: the output of a call, the updates of a session, statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,51 +12,47 @@ from torch import Tensor
 
 
 class Streamer(Protocol):
-    """A streamer as in transformers: it is given the prompt first, then each group of new tokens."""
+    """A streamer as in transformers: ``put`` gets the prompt [1, N] first, then each group of new tokens [n]."""
 
-    def put(self, value: Tensor) -> None:
-        """Take the prompt [1, N], or new tokens [n]."""
+    def put(self, value: Tensor) -> None: ...
 
-    def end(self) -> None:
-        """Take note that no more tokens follow."""
+    def end(self) -> None: ...
 
 
 class DraftCount(NamedTuple):
-    """How many tokens a source drafted, and how many of them were emitted."""
+    """Draft tokens of a source: verified and accepted."""
 
     drafted: int
     accepted: int
 
 
 class RoundRecord(NamedTuple):
-    """What one round did for one sequence.
-
-    The tokens of all rounds, in order, are the new tokens after the first one, which the prompt gives.
+    """One round of one sequence. The first new token follows the prompt; each later one is in exactly one round.
 
     Attributes
     ----------
     source : str
-        What drafts: "exit", "ngram", or the name of a `DraftSource`.
-    exit_layer : int
-        The layer after which drafts are made, 0 where they were looked up. Without speculation, the layer that the
-        token comes from.
+        Origin of the drafts: "exit", "ngram", or the name of a `DraftSource`; "none" for autoregressive decoding.
+    exit_layer : int or None
+        The layer that drafted; with the strategy "early_exit", the layer that emitted the token. None for lookup drafts
+        and for autoregressive decoding.
     drafts : tuple of int
-        The tokens that were drafted and verified; none, where nothing was drafted.
+        The draft tokens that were verified.
     accepted : int
-        How many of them were emitted, from the first on.
+        Number of leading drafts that were emitted.
     emitted : int
-        The tokens of the round: those, and the full model's own one, unless the sequence ended before it.
+        New tokens of the round: the accepted drafts and one token of the full model, unless the sequence ended before.
     """
 
     source: str
-    exit_layer: int
+    exit_layer: int | None
     drafts: tuple[int, ...]
     accepted: int
     emitted: int
 
     @property
     def decided(self) -> int:
-        """How many drafts were accepted, or were the first one that was not; those after it came to nothing."""
+        """Number of drafts up to the first rejected one; the fate of later ones is unknown."""
         return min(self.emitted, len(self.drafts))
 
 
@@ -67,15 +64,15 @@ class Stats:
     ----------
     prompt_tokens, new_tokens : int
     records : tuple of RoundRecord
-        What each round did; of a batch, those of the first sequence, then those of the second, ….
+        All rounds, sequence by sequence.
     seconds : float
         Wall time, prompt included.
     time_to_first_token : float
-        Seconds until the prompt was read and the first token known; of a batch, until every sequence had its first.
+        Seconds until the first token; for a batch, until every sequence has one.
     sequences : int
-        How many sequences the counts are sums of.
+        Number of sequences that the counts are sums of.
     reused : int
-        Tokens of the prompt that were not read, because the cache held their keys and values.
+        Prompt tokens whose keys and values were in the cache already.
     """
 
     prompt_tokens: int
@@ -88,7 +85,7 @@ class Stats:
 
     @classmethod
     def of_batch(cls, rows: Sequence[Stats]) -> Stats:
-        """The sums over sequences that were decoded together; times are those of the slowest."""
+        """Sum over sequences that were decoded together; times are those of the slowest."""
         return cls(
             prompt_tokens=sum(row.prompt_tokens for row in rows),
             new_tokens=sum(row.new_tokens for row in rows),
@@ -101,13 +98,8 @@ class Stats:
 
     @property
     def rounds(self) -> int:
-        """Passes through the later layers after the prompt; of a batch, summed over its sequences."""
+        """Passes through the later layers after the prompt, summed over sequences."""
         return len(self.records)
-
-    @property
-    def accepted_per_round(self) -> tuple[int, ...]:
-        """Draft tokens that each round emitted. A round runs the later layers once, and emits one token more."""
-        return tuple(record.accepted for record in self.records)
 
     @property
     def drafted(self) -> int:
@@ -120,40 +112,35 @@ class Stats:
         return sum(record.accepted for record in self.records)
 
     @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted; 0 without drafts."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
     def by_source(self) -> dict[str, DraftCount]:
-        """The drafts by what made them."""
+        """Draft tokens by source."""
         return {
             name: DraftCount(sum(len(one.drafts) for one in records), sum(one.accepted for one in records))
-            for name, records in self._drafting().items()
+            for name, records in self._drafting_rounds().items()
         }
 
     @property
     def by_position(self) -> dict[str, tuple[DraftCount, ...]]:
-        """The same by source and by place in the round.
-
-        Entry i counts the rounds whose first i drafts were accepted and that had another one, and those of them in
-        which that was accepted, too.
-        """
+        """Draft tokens by source and position in the round; a draft counts if all before it were accepted."""
         return {
             name: tuple(
                 DraftCount(sum(one.decided > place for one in records), sum(one.accepted > place for one in records))
                 for place in range(max(one.decided for one in records))
             )
-            for name, records in self._drafting().items()
+            for name, records in self._drafting_rounds().items()
         }
 
-    def _drafting(self) -> dict[str, list[RoundRecord]]:
-        """The rounds that drafted, by source."""
+    def _drafting_rounds(self) -> dict[str, list[RoundRecord]]:
         rounds: dict[str, list[RoundRecord]] = {}
         for record in self.records:
             if record.drafts:
                 rounds.setdefault(record.source, []).append(record)
         return rounds
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted over drafted; 0 where nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -162,25 +149,24 @@ class Stats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """The tokens after the first ones over the time after them; 0 where there were no others."""
+        """New tokens after the first over the time after it; 0 without any."""
         after = self.seconds - self.time_to_first_token
         return (self.new_tokens - self.sequences) / after if self.new_tokens > self.sequences else 0.0
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """The tokens of a call, and how they came about.
+    """Tokens and statistics of a call.
 
     Attributes
     ----------
     sequences : Tensor [B, max(N + new)], int64
-        Prompt and new tokens of each sequence, padded on the right.
+        Prompt and new tokens, padded on the right.
     new_tokens : Tensor [B, max(new)], int64
-        The new tokens alone, padded on the right.
+        New tokens alone, padded on the right.
     drafted : Tensor [B, max(new)], bool
-        Whether a new token was drafted by the early layers (and verified), or chosen by the full model itself.
+        True for accepted draft tokens, False for tokens of the full model.
     per_sequence : tuple of Stats
-        Of each sequence.
     reasons : tuple of str
         Why each sequence ended: "eos", "stop", "length", "cancelled" or "error".
     """
@@ -193,18 +179,19 @@ class GenerationOutput:
 
     @property
     def stats(self) -> Stats:
-        """The statistics of the call: those of its sequence, or the sums of a batch."""
+        """Statistics of the sequence, or sums over the batch."""
         return self.per_sequence[0] if len(self.per_sequence) == 1 else Stats.of_batch(self.per_sequence)
 
     @classmethod
     def of_batch(cls, outputs: Sequence[GenerationOutput], pad: int) -> GenerationOutput:
-        """One output of those of many sequences, padded with the token ``pad``."""
+        """Join the outputs of single sequences, padded with the token ``pad``."""
         if len(outputs) == 1:
             return outputs[0]
+        join = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return cls(
-            _padded([out.sequences[0] for out in outputs], pad),
-            _padded([out.new_tokens[0] for out in outputs], pad),
-            _padded([out.drafted[0] for out in outputs], False),
+            join([out.sequences[0] for out in outputs], padding_value=pad),
+            join([out.new_tokens[0] for out in outputs], padding_value=pad),
+            join([out.drafted[0] for out in outputs], padding_value=False),
             tuple(row for out in outputs for row in out.per_sequence),
             tuple(reason for out in outputs for reason in out.reasons),
         )
@@ -212,7 +199,7 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Update:
-    """What one step did for one request.
+    """Result of one step for one request.
 
     Attributes
     ----------
@@ -220,14 +207,14 @@ class Update:
     tokens : list of int
         New tokens. They are final.
     drafted : list of bool
-        Whether each of them was drafted by the early layers, or chosen by the full model itself.
+        True for accepted draft tokens, False for tokens of the full model.
     reason : {"eos", "stop", "length", "cancelled", "error"} or None
-        Why the request ended: an EOS token, its ``should_stop``, ``max_new_tokens``, `Session.cancel`, or an
-        exception; None while it goes on.
+        Why the request ended: an EOS token, its ``should_stop``, ``max_new_tokens``, `Session.cancel`, or an exception.
+        None while it runs.
     output : GenerationOutput or None
         The whole sequence [1, N + new], once it ended. The session does not keep it.
     error : Exception or None
-        What a hook raised, or FloatingPointError for logits that are not finite. Other requests go on.
+        Exception of a hook, or FloatingPointError for logits that are not finite. Other requests continue.
     """
 
     request_id: int
@@ -241,7 +228,3 @@ class Update:
     def finished(self) -> bool:
         """Whether this is the request's last update."""
         return self.reason is not None
-
-
-def _padded(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

@@ -70,7 +70,7 @@ class _Begun(NamedTuple):
 
     start: int
     source: str
-    exit_layer: int
+    exit_layer: int | None
     drafts: tuple[int, ...]
 
 
@@ -132,7 +132,7 @@ class TokenSequence:
 
     def add(
         self, drafts: Sequence[int], accepted: int, token: int, fault: str | None = None, source: str = EXIT,
-        exit_layer: int = 0,
+        exit_layer: int | None = None,
     ) -> None:  # fmt: skip
         """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
 
@@ -391,13 +391,15 @@ class Request:
     @property
     def source(self) -> str:
         """What drafts its next round."""
-        return EXIT if self.lookup is None or self.looked_up is None else self.lookup.name
+        if self.method.strategy == "autoregressive":
+            return "none"
+        return EXIT if self.lookup is None or self.looked_up is None else self.lookup.proposal.source
 
     def look_up(self, most: int) -> None:
         """Ask its source for drafts of its next round, at most so many."""
         if self.lookup is not None:
             self.lookup.propose(self.sequence.tokens, min(most, self.sequence.remaining - 1))
-            self.looked_up = self.lookup.proposal
+            self.looked_up = list(self.lookup.proposal.tokens)
 
     def kind(self) -> RoundKind:
         """The kind of its next round."""

@@ -1,4 +1,4 @@
-"""Sampling parameters, and the processing of logits as tensors."""
+"""Sampling parameters and logits processing."""
 
 from __future__ import annotations
 
@@ -15,66 +15,65 @@ from . import validation
 
 
 class History:
-    """The tokens of a sequence on the device, for logits processors: prompt, emitted tokens, drafts of this round.
+    """All tokens of a sequence on the device, for logits processors: prompt, new tokens, drafts of this round.
 
     Parameters
     ----------
-    prompt : Tensor [1, N], int64
+    prompt_tokens : Tensor [1, N], int64
     room : int
-        How many tokens and drafts may follow.
+        Capacity for new tokens and drafts.
     """
 
-    def __init__(self, prompt: Tensor, room: int) -> None:
-        self._tokens = torch.cat([prompt[0], prompt.new_zeros(room)])
-        self._length = prompt.shape[1]
+    def __init__(self, prompt_tokens: Tensor, room: int) -> None:
+        self._tokens = torch.cat([prompt_tokens[0], prompt_tokens.new_zeros(room)])
+        self._length = prompt_tokens.shape[1]
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Add emitted tokens, in the place of the drafts."""
-        end = self._length + len(tokens)
-        self._tokens[self._length : end] = torch.tensor(tokens, dtype=torch.int64)
+    def append(self, new_tokens: Sequence[int]) -> None:
+        """Append emitted tokens, over the drafts."""
+        end = self._length + len(new_tokens)
+        self._tokens[self._length : end] = torch.tensor(new_tokens, dtype=torch.int64)
         self._length = end
 
     def put_draft(self, index: int, token: Tensor) -> None:
-        """Set draft ``index`` of this round. A draft that was not made is stored as token 0; nobody reads past it."""
+        """Set draft ``index`` of this round. A missing draft is stored as token 0, and never read."""
         self._tokens[self._length + index] = token.clamp_min(0)
 
     def before(self, num_drafts: int) -> Tensor:
-        """The tokens before the position that follows the first ``num_drafts`` drafts, a view [n]."""
+        """View [n] of all tokens up to the first ``num_drafts`` drafts."""
         return self._tokens[: self._length + num_drafts]
 
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
-"""(history [n] int64: prompt, emitted tokens and the drafts before this position; logits [V] fp32) -> logits [V]."""
-
+"""(history [n] int64: prompt, new tokens and drafts before this position; logits [V] fp32) -> logits [V]."""
 
 _FP32 = (1e-6, 1e6)  # logits that are divided by a number in this range stay finite in fp32
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one sequence's tokens are chosen; the default is greedy.
+    """Sampling parameters of one sequence; the default is greedy.
 
-    The parameters change logits as transformers does, in its order: bias, repetition penalty, temperature, top-k,
-    top-p, min-p. With a temperature alone no logits are written: the fused kernels draw.
+    Logits are processed in transformers' order: bias, repetition penalty, temperature, top-k, top-p, min-p. With a
+    temperature alone the fused kernels sample, and no logits are written.
 
     Parameters
     ----------
     temperature : float
-        In [1e-6, 1e6], or 0 for greedy decoding: the token of the largest logit, after bias and penalty.
+        In [1e-6, 1e6], or 0 for greedy decoding (bias and penalty still apply).
     top_k : int
-        Keep the k largest; 0 keeps all.
+        Keep the k largest logits; 0 keeps all.
     top_p : float
-        Keep the smallest set of tokens whose probability reaches p, in (0, 1]; 1 keeps all.
+        Keep the smallest set of tokens whose total probability reaches p, in (0, 1]; 1 keeps all.
     min_p : float
         Keep tokens at least ``min_p`` times as probable as the most probable one, in [0, 1]; 0 keeps all.
     repetition_penalty : float
-        Divides the positive and multiplies the negative logits of tokens that occurred before, prompt included (Keskar
-        et al. 2019). In [1e-6, 1e6]; 1 does nothing.
+        Divide the positive and multiply the negative logits of all earlier tokens, prompt included (Keskar et al.
+        2019). In [1e-6, 1e6]; 1 does nothing.
     logit_bias : mapping of int to float
-        Added to the logits of single tokens: in [-1e6, 1e6], or -inf, which forbids one.
+        Added to the logits of single tokens: in [-1e6, 1e6], or -inf to forbid one.
     seed : int, optional
-        In 0 … 2⁶³ - 1. Seed and position determine the noise that a token is drawn with, so a sequence's samples do not
-        depend on other sequences. Without a seed the call draws one from its generator.
+        In 0 … 2⁶³ - 1. Seed and position determine the noise of a token, so samples do not depend on other sequences.
+        Without a seed the call draws one from its generator.
 
     Raises
     ------
@@ -109,18 +108,18 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Whether nothing is sampled."""
         return self.temperature == 0
 
     @property
     def processes(self) -> bool:
-        """Whether logits have to be written and processed before a token is chosen from them."""
+        """Whether logits have to be written and processed."""
         truncates = not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
         return truncates or self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
 def params_of(sampling: Any, vocab_size: int) -> SamplingParams:
-    """``sampling``, or greedy parameters for None; checked to have only tokens of the vocabulary."""
+    """Check ``sampling`` against the vocabulary; None is greedy."""
     if sampling is None:
         return SamplingParams()
     if not isinstance(sampling, SamplingParams):
@@ -132,7 +131,7 @@ def params_of(sampling: Any, vocab_size: int) -> SamplingParams:
 
 
 def seed_of(params: SamplingParams, generator: torch.Generator | None) -> int:
-    """The seed of a sequence: the one that is given, or one that the generator, by default torch's own, draws."""
+    """Seed of a sequence: as given, or drawn from the generator."""
     if params.greedy:
         return 0
     if params.seed is not None:
@@ -144,7 +143,7 @@ def seed_of(params: SamplingParams, generator: torch.Generator | None) -> int:
 def params_of_each(
     sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams | None]:
-    """The parameters of each prompt. A seed is counted up, or equal prompts would get equal continuations."""
+    """Parameters of each prompt. A shared seed is incremented, so that equal prompts get different continuations."""
     params: list[SamplingParams | None] = validation.one_each("sampling", sampling, count)
     if not isinstance(sampling, SamplingParams) or sampling.seed is None:
         return params
@@ -153,25 +152,23 @@ def params_of_each(
 
 @dataclass(frozen=True)
 class LogitsControls:
-    """Bias, repetition penalty, temperature, top-k, top-p, min-p: entry b of every tensor belongs to sequence b.
-
-    What is None is not wanted by any sequence.
+    """Sampling parameters of a batch as tensors; row b belongs to sequence b, None where no sequence needs it.
 
     Attributes
     ----------
     temperature : Tensor [B, 1], fp32
-        1 where nothing is drawn.
+        1 for greedy sequences.
     draws : Tensor [B], fp32
-        1 where a token is to be drawn from the processed logits, 0 where the largest is to be taken.
+        1 to sample, 0 for the argmax.
     bias : Tensor [B, V], fp32, or None
     penalty : Tensor [B, 1], fp32, or None
     seen : Tensor [B, V], bool, or None
-        The tokens that the penalty is for: those of the prompt and those after it. A round adds what it emits.
+        Tokens to penalize: all of prompt and continuation. A round adds what it emits.
     top_k : Tensor [B, 1], int64, or None
-        V where none are dropped.
+        V keeps all.
     top_p, min_p : Tensor [B, 1], fp32, or None
     largest_k : int
-        Not less than any k that drops anything: a power of two, so that few rounds are recorded.
+        Upper bound of all k below V: a power of two, so that few rounds are recorded.
     """
 
     temperature: Tensor
@@ -188,17 +185,7 @@ class LogitsControls:
     def of(
         cls, params: Sequence[SamplingParams], before: Sequence[Tensor], vocab_size: int, device: torch.device
     ) -> LogitsControls:
-        """The tensors of what the host knows.
-
-        Parameters
-        ----------
-        params : sequence of SamplingParams
-            One for each sequence.
-        before : sequence of Tensor [n], int64
-            The tokens of each sequence so far.
-        vocab_size : int
-        device : torch.device
-        """
+        """Tensors for some sequences, of which ``before`` are all tokens so far, each [n]."""
 
         def numbers(values: list[float]) -> Tensor:
             return to_device(torch.tensor(values, dtype=torch.float32), device)
@@ -208,7 +195,7 @@ class LogitsControls:
                 return None
             return numbers(values)[:, None]
 
-        # The cuts spare greedy sequences: the largest logit survives every cut.
+        # Greedy sequences need no truncation: the largest logit survives it.
         top_k = [vocab_size if one.greedy else min(int(one.top_k) or vocab_size, vocab_size) for one in params]
         cuts = [k for k in top_k if k < vocab_size]
         penalty = column([one.repetition_penalty for one in params], 1.0)
@@ -217,7 +204,7 @@ class LogitsControls:
             numbers([0.0 if one.greedy else 1.0 for one in params]),
             _bias(params, vocab_size, device),
             penalty,
-            None if penalty is None else _seen(before, vocab_size, device),
+            None if penalty is None else torch.stack([_is_in(tokens, vocab_size) for tokens in before]),
             to_device(torch.tensor(top_k), device)[:, None] if cuts else None,
             column([1.0 if one.greedy else one.top_p for one in params], 1.0),
             column([0.0 if one.greedy else one.min_p for one in params], 0.0),
@@ -225,40 +212,40 @@ class LogitsControls:
         )
 
     @property
-    def form(self) -> Hashable:
-        """What the work on logits depends on besides values."""
-        return (*self._tensors, self.largest_k)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All there are, in an order that the form fixes."""
-        return list(self._tensors.values())
-
-    @property
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in an order that `form` fixes."""
+        return list(self._tensors.values())
+
+    @property
+    def form(self) -> Hashable:
+        """Everything that a recorded round depends on, apart from values."""
+        return (*self._tensors, self.largest_k)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> LogitsControls:
-        """The same with changed tensors."""
+        """Apply ``change`` to every tensor."""
         changed: dict[str, Any] = {name: change(value) for name, value in self._tensors.items()}
         return replace(self, **changed)
 
     def apart(self) -> LogitsControls:
-        """The same with a copy of the tokens that were seen, to which drafts may be added."""
+        """Copy ``seen``, so that drafts can be added to it."""
         return self if self.seen is None else replace(self, seen=self.seen.clone())
 
     def see(self, tokens: Tensor) -> None:
-        """Add tokens [B, n]. One that was not drafted is added as token 0, and nobody looks at what comes after it."""
+        """Add tokens [B, n]. A missing draft counts as token 0; no later position is read."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp_min(0), True)
 
     def put_seen(self, rows: Tensor, others: LogitsControls) -> None:
-        """Take over what these ``rows`` have seen, of which ``others`` are a copy."""
+        """Copy back the ``seen`` of these rows."""
         if self.seen is not None and others.seen is not None:
             self.seen[rows] = others.seen
 
     def penalized(self, logits: Tensor) -> Tensor:
-        """Logits [B, V], fp32, with bias and repetition penalty."""
+        """Apply bias and repetition penalty to logits [B, V], fp32."""
         if self.bias is not None:
             logits = logits + self.bias
         if self.penalty is None:
@@ -268,7 +255,7 @@ class LogitsControls:
         return torch.where(self.seen, changed, logits)
 
     def cut(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] over the temperature, then -inf for what top-k, top-p and min-p drop, in this order."""
+        """Apply temperature, top-k, top-p and min-p to logits [B, V]; dropped tokens become -inf."""
         logits = logits / self.temperature
         if self.top_k is not None:
             logits = _keep_top_k(logits, self.top_k, self.largest_k)
@@ -280,11 +267,8 @@ class LogitsControls:
         return logits
 
 
-def _seen(before: Sequence[Tensor], vocab_size: int, device: torch.device) -> Tensor:
-    seen = torch.zeros(len(before), vocab_size, dtype=torch.bool, device=device)
-    for row, tokens in zip(seen, before, strict=True):
-        row[tokens] = True
-    return seen
+def _is_in(tokens: Tensor, vocab_size: int) -> Tensor:
+    return torch.zeros(vocab_size, dtype=torch.bool, device=tokens.device).index_fill_(0, tokens, True)
 
 
 def _bias(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Tensor | None:
@@ -298,14 +282,14 @@ def _bias(params: Sequence[SamplingParams], vocab_size: int, device: torch.devic
 
 
 def _keep_top_k(logits: Tensor, top_k: Tensor, largest_k: int) -> Tensor:
-    """Drop what is smaller than the k-th largest; no k that drops anything is greater than ``largest_k``."""
+    """Drop logits below the k-th largest. A k above ``largest_k`` drops nothing."""
     ranked = logits.topk(largest_k, -1).values  # [B, largest_k]
     threshold = ranked.gather(1, (top_k - 1).clamp_max(largest_k - 1))
     return logits.masked_fill((logits < threshold) & (top_k <= largest_k), -math.inf)
 
 
 def _keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Drop the least probable tokens that together have at most 1 - p; never the most probable one."""
+    """Drop the least probable tokens of total probability at most 1 - p; always keep the most probable one."""
     ascending, order = logits.sort(-1)
     drop = (ascending.softmax(-1).cumsum(-1) <= 1 - top_p) & (top_p < 1)
     drop[:, -1].fill_(False)

@@ -55,13 +55,13 @@ class TokenBudget:
     def __init__(self, tokens_per_step: int) -> None:
         self._most = self._left = tokens_per_step
 
-    def begin_step(self, round_seconds: float | None) -> None:  # noqa: D102
+    def begin_step(self, round_seconds: float | None) -> None:
         self._left = self._most
 
-    def next_pass(self, depth: int) -> int:  # noqa: D102
+    def next_pass(self, depth: int) -> int:
         return max(0, self._left)
 
-    def spend(self, tokens: int, depth: int, seconds: float) -> None:  # noqa: D102
+    def spend(self, tokens: int, depth: int, seconds: float) -> None:
         self._left -= tokens
 
 
@@ -89,7 +89,7 @@ class TimeBudget:
         self._sizes: dict[int, _Size] = {}  # of passes, by their tokens
         self._passes = 0
 
-    def begin_step(self, round_seconds: float | None) -> None:  # noqa: D102
+    def begin_step(self, round_seconds: float | None) -> None:
         self._left, self._another = 0.0, math.inf
         if round_seconds is not None:
             self._rounds.append(round_seconds)
@@ -97,7 +97,7 @@ class TimeBudget:
             self._left = LONGEST_STEP * shortest - round_seconds
             self._another = (LONGEST_STEP + 1 - _GOAL) * shortest
 
-    def next_pass(self, depth: int) -> int:  # noqa: D102
+    def next_pass(self, depth: int) -> int:
         if self._left < self._another:
             return 0
         fixed = 0.0 if self._left >= self._seconds else min(self._rounds)
@@ -114,7 +114,7 @@ class TimeBudget:
             tokens -= 1
         return tokens
 
-    def spend(self, tokens: int, depth: int, seconds: float) -> None:  # noqa: D102
+    def spend(self, tokens: int, depth: int, seconds: float) -> None:
         self._left -= seconds
         self._another = seconds
         if tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
 from . import validation
-from .adaptive import Choice, Controller, Plan
+from .adaptive import Choice, Controller
 from .batch import Batch, Launched, round_of, sequences_of
 from .cuda_graphs import Graphs, warn_unrecorded
 from .draft_sources import DraftSource
@@ -45,19 +45,20 @@ def _choose_together(requests: Sequence[Request], controller: Controller) -> boo
     method, changed = requests[0].method, False
     acceptances = [request.acceptance for request in requests]
     for request in requests:
-        request.acceptance.behind = request.behind
+        request.acceptance.lag = request.behind
     given = (method.exit_layer, method.num_speculations)
-    lookups = [request.lookup for request in requests if request.lookup is not None]
-    if lookups:
-        plan = controller.plan(acceptances, [one.offer for one in lookups], *given, exits=method.exits)
+    proposals = [request.lookup.proposal for request in requests if request.lookup is not None]
+    counts: list[int | None] = [None] * len(requests)
+    if proposals:
+        choice, counts = controller.choose_with_lookups(acceptances, proposals, *given, exits=method.exits)
     else:
-        plan = Plan(controller.choose(acceptances, *given), [None] * len(requests))
-    for request, count in zip(requests, plan.looked_up, strict=True):
+        choice = controller.choose(acceptances, *given)
+    for request, count in zip(requests, counts, strict=True):
         if request.lookup is not None:
-            request.looked_up = None if count is None else request.lookup.proposal[:count]
-        if plan.choice.exit_layer and plan.choice != (request.exit_layer, request.num_speculations):
+            request.looked_up = None if count is None else list(request.lookup.proposal.tokens[:count])
+        if choice.exit_layer is not None and choice != (request.exit_layer, request.num_speculations):
             before = request.kind()
-            request.exit_layer, request.num_speculations = plan.choice
+            request.exit_layer, request.num_speculations = choice.exit_layer, choice.num_speculations
             changed = changed or request.kind() != before
     return changed
 
@@ -83,7 +84,7 @@ def learn(kind: RoundKind, request: Request, emitted: list[int], num_drafted: in
     if request.looked_up is None:
         request.acceptance.observe(kind.exit_layer, len(emitted) - 1, num_drafted)
     if request.lookup is not None:
-        request.acceptance.observe_proposal(request.lookup.offer.kind, request.lookup.proposal, emitted)
+        request.acceptance.observe_proposal(request.lookup.proposal, emitted)
 
 
 class Session:
@@ -273,6 +274,14 @@ class Session:
         updates, self._updates = self._updates, {}
         return list(updates.values())
 
+    def run(self) -> Iterator[Update]:
+        """Step until all requests have ended; raise the error of a request that fails."""
+        while len(self):
+            for update in self.step():
+                if update.error is not None:
+                    raise update.error
+                yield update
+
     def cancel(self, request_id: int) -> None:
         """End a request. The next step's update of it has the reason "cancelled" and the output so far."""
         request = self._take(request_id, keep=True)
@@ -382,7 +391,7 @@ class Session:
     def _take_round(self, batch: Batch, launched: Launched, results: Sequence[list[int]]) -> None:
         adaptive = any(request.method.adaptive for request in batch.requests)
         if adaptive and launched.exit_layer is not None and not launched.caught_up:
-            choice = Choice(launched.exit_layer, launched.num_speculations)
+            choice = Choice(launched.exit_layer or None, launched.num_speculations)
             self._defaults.controller.observe_cost(choice, len(batch.requests), launched.outcome.seconds)
         failures = batch.failures
         for index, (request, result) in enumerate(zip(batch.requests, results, strict=True)):
@@ -399,7 +408,8 @@ class Session:
             fault = fault or request.fault(draft, "the draft head", kind.exit_layer, last)
         num_drafted = drafts.index(NOT_DRAFTED) if NOT_DRAFTED in drafts else len(drafts)
         learn(kind, request, [*drafts[:accepted], token], num_drafted)
-        source, exit_layer = request.source, 0 if request.looked_up is not None else kind.exit_layer
+        no_exit = request.looked_up is not None or request.method.strategy == "autoregressive"
+        source, exit_layer = request.source, None if no_exit else kind.exit_layer
         made = drafts[:num_drafted]
         self._emit(request, lambda: request.sequence.add(made, accepted, token, fault, source, exit_layer), failure)
 

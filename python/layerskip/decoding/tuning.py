@@ -1,4 +1,4 @@
-"""How to draft for a model, as ``layerskip tune`` has measured it and keeps it in a file beside the model."""
+"""Decoder options that ``layerskip tune`` measured, stored in a file beside the model."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_atomically
-from . import draft_model as draft_heads
-from .draft_model import DraftHead
+from . import draft_model
 
 FILE_NAME = "layerskip.json"
 CONFIG_KEY = "layerskip"
-"""The entry of a config.json that says the same, of a model that ``layerskip export`` has written."""
+"""Key of the same options in the config.json that ``layerskip export`` writes."""
 _MEASURED = "measured"
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The options of `SelfSpeculativeDecoder` that depend on a model, a machine and what is asked of them.
+    """Options of `SelfSpeculativeDecoder` that depend on the model, the machine and the prompts.
 
     Parameters
     ----------
     exit_layer, num_speculations : int or "auto"
     draft_head : str, optional
-        "full", "int8", or the file of a `DraftHead`.
+        "full", "int8", or the path of a `DraftHead`.
     draft_source : str
         "exit", "ngram" or "auto".
     exit : str, optional
-        Where an `Exit` is.
+        Path of an `Exit`.
     """
 
     exit_layer: int | str = "auto"
@@ -43,14 +42,14 @@ class Tuning:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As the decoder takes them; a draft head is read."""
+        """Keyword arguments for the decoder; a draft head is loaded."""
         given = dataclasses.asdict(self)
         if self.draft_head not in (None, "full", "int8"):
-            given["draft_head"] = DraftHead.load(Path(self.draft_head))
+            given["draft_head"] = draft_model.DraftHead.load(Path(self.draft_head))
         return given
 
     def save(self, path: Path, measured: Mapping[str, Any]) -> None:
-        """Write a file, whole or not at all; ``measured`` is what speaks for it, and is not read again."""
+        """Write the file atomically; ``measured`` is stored for the reader and not loaded again."""
         content = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         for name in ("draft_head", "exit"):
             if name in content:
@@ -59,12 +58,12 @@ class Tuning:
 
     @classmethod
     def load(cls, path: str | Path) -> Tuning:
-        """Read what `save` wrote; paths in it are relative to its folder.
+        """Read a file of `save`; paths in it are relative to its folder.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            If there is no such file, or it is not one; the message names it.
+            If it does not exist or is malformed.
         """
         path = Path(path).expanduser()
         path = path / FILE_NAME if path.is_dir() else path
@@ -78,14 +77,14 @@ class Tuning:
 
     @classmethod
     def beside(cls, name_or_dir: str | Path, config: Any) -> Tuning | None:
-        """What is known about a model: from its directory, else from its configuration, else nothing."""
+        """Read the options from the model's directory, else from its config; None without either."""
         folder = Path(name_or_dir).expanduser()
         if (folder / FILE_NAME).is_file():
             return cls.load(folder)
         entry = getattr(config, CONFIG_KEY, None)
         if entry is None:
             return None
-        head = folder / draft_heads.FILE_NAME
+        head = folder / draft_model.FILE_NAME
         heads = {"draft_head": str(head)} if head.is_file() else {}
         where = f"{CONFIG_KEY!r} in the config.json of {folder}"
         return cls._of({**heads, **_mapping(entry, where)}, where, folder)
@@ -106,9 +105,9 @@ class Tuning:
 def tuned(
     name_or_dir: str | Path, config: Any, tuning: str | Path | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options of a decoder for a model: those given, and what `Tuning` says of the others.
+    """Complete the given decoder options by those of ``tuning``.
 
-    Without ``tuning`` that is what lies beside the model, and nothing where an exit or its layer is given.
+    Without ``tuning``, take the options beside the model, unless an exit or an exit layer is given.
     """
     known = None
     if tuning is not None:
@@ -125,7 +124,7 @@ def _mapping(content: Any, where: str) -> Mapping[str, Any]:
 
 
 def _relative(value: str, folder: Path) -> str:
-    """A path below ``folder`` relative to it, another one absolute, a name as it is."""
+    """Return a path below ``folder`` relative to it, any other path absolute, a name unchanged."""
     path = Path(value).expanduser()
     if not path.exists():
         return value

@@ -1,4 +1,4 @@
-"""Checks of a caller's arguments; each error names the value and what would be right."""
+"""Argument checks; every error names the value and what would be right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def integer_in(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An int in [low, high], or from low up."""
+    """Check an int in [low, high]; no upper bound without ``high``."""
     number = _integer(name, value)
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low} … {high}'}, got {value}")
@@ -28,7 +28,7 @@ def integer_in(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def real(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
-    """A number in [low, high]; an open end of the range is excluded. NaN is in no range."""
+    """Check a number in [low, high], or with an open end. NaN is in no range."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
@@ -41,48 +41,45 @@ def real(name: str, value: Any, low: float, high: float, *, open_low: bool = Fal
 
 
 def exit_layer(value: Any, num_layers: int) -> int:
-    """An exit is after layer 1 … L - 1: with fewer nothing is drafted, with all of them nothing is left to verify."""
+    """Check E in 1 … L - 1: some layers must draft, some must be left to verify."""
     if not 1 <= _integer("exit_layer", value) < num_layers:
         raise ValueError(f"exit_layer must be in 1 … {num_layers - 1} for a model of {num_layers} layers, got {value}")
     return int(value)
 
 
 def exit_layer_of_exit(value: Any, exit_layer: int) -> int:
-    """The layer after which an exit drafts: its own, which may be given, as a number or "auto"."""
+    """Check that the layer asked for is that of the trained exit, or left open."""
     if value not in (None, "auto", exit_layer):
         raise ValueError(f"exit_layer is {value!r}, but the exit that is given is after {exit_layer} layers")
     return exit_layer
 
 
 def at_least_one(name: str, value: Any) -> int:
-    """A count, such as of speculations or new tokens."""
     if _integer(name, value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
 
 
 def strategy(value: Any) -> str:
-    """One of `STRATEGIES`."""
     if value not in STRATEGIES:
         raise ValueError(f"unknown strategy {value!r}, expected one of {', '.join(STRATEGIES)}")
     return str(value)
 
 
 def exit_layer_or_auto(value: Any, num_layers: int) -> int | None:
-    """An exit layer, or None if the controller picks it."""
+    """Check an exit layer; None for "auto"."""
     return None if value == "auto" else exit_layer(value, num_layers)
 
 
 def num_speculations_or_auto(value: Any, most: int) -> int | None:
-    """A number of drafts, or None if the controller picks it."""
+    """Check K; None for "auto"."""
     if value == "auto":
         return None
-    at_least_one("num_speculations", value)
-    return integer_in("num_speculations", value, 1, most)
+    return integer_in("num_speculations", at_least_one("num_speculations", value), 1, most)
 
 
 def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
-    """One prompt of at least one known token, as int64 [1, N]."""
+    """Check one prompt of at least one token and return it as int64 [1, N]."""
     if not isinstance(input_ids, Tensor):
         tokens = [_integer("a token of the prompt", token) for token in input_ids]
         _check_tokens(tokens, vocab_size)
@@ -108,7 +105,7 @@ def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
 
 
 def prompts(input_ids: Any) -> list[Any]:
-    """The prompts of a batch: the rows of a tensor [B, N], or the elements of a list. `prompt` checks each of them."""
+    """Split a tensor [B, N] or a list into prompts; `prompt` checks each."""
     if isinstance(input_ids, Tensor):
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, N]")
@@ -126,7 +123,7 @@ def prompts(input_ids: Any) -> list[Any]:
 
 
 def one_each(name: str, value: Any, count: int) -> list[Any]:
-    """A list with ``value`` for every sequence, or ``value`` itself if it is a list with one element for each."""
+    """Repeat ``value`` for every prompt, or check a list with one element for each."""
     if not isinstance(value, (list, tuple)):
         return [value] * count
     if len(value) != count:
@@ -135,7 +132,7 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
 
 
 def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:
-    """The length of a whole sequence, which must not exceed ``max_seq_len``."""
+    """Return the length of the whole sequence; it must not exceed ``max_seq_len``."""
     total = prompt_tokens + new_tokens
     if total > max_seq_len:
         raise ValueError(
@@ -146,7 +143,7 @@ def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:
 
 
 def max_seq_len(value: Any, positions: int | None) -> int:
-    """The longest sequence: the caller's value, else what the model was made for."""
+    """Return the caller's value, else the model's number of positions."""
     if value is None:
         if positions is None:
             raise ValueError("the model's config has no max_position_embeddings; give max_seq_len")
@@ -160,7 +157,7 @@ def max_seq_len(value: Any, positions: int | None) -> int:
 
 
 def stop_tokens(value: Any, vocab_size: int) -> frozenset[int]:
-    """The ids that end a sequence: one, several, or none for None and an empty list."""
+    """Return the ids that end a sequence; none for None and an empty list."""
     if value is None:
         return frozenset()
     if isinstance(value, Tensor):

@@ -16,7 +16,6 @@ from .. import devices, models
 from .._imports import need
 from ..cli.ways import AUTOREGRESSIVE, EARLY_EXIT, SELF_SPECULATIVE
 from ..decoding import SamplingParams, SelfSpeculativeDecoder, StopStrings
-from ..decoding.decoder import ended_in
 from .engine import STRATEGY, Engine, continuation, log_likelihoods
 
 _PURPOSE = "the model class of lm_eval"
@@ -162,10 +161,12 @@ class LayerSkipLM(lm.TemplateLM):  # type: ignore[name-defined]
         }  # fmt: skip
         texts = [""] * len(asked)
         with tqdm(total=len(asked), desc="texts", disable=disable_tqdm) as progress:
-            for request_id, output in ended_in(session):
-                index = places[request_id]
+            for update in session.run():
+                if update.output is None:
+                    continue
+                index = places[update.request_id]
                 prompt, wanted = asked[index]
-                new = output.new_tokens[0].tolist()
+                new = update.output.new_tokens[0].tolist()
                 texts[index] = continuation(self.tokenizer, prompt, new, wanted.until)
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
                 progress.update()

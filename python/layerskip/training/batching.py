@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..decoding import SamplingParams, SelfSpeculativeDecoder
-from ..decoding.decoder import ended_in
 from ..decoding.sampling import params_of_each
 from .curriculum import generator
 from .losses import IGNORE
@@ -276,8 +275,10 @@ def own_pairs(
         session.add(encoded[index], max_new_tokens, strategy="autoregressive", sampling=params[index]): index
         for index in waiting
     }
-    for request_id, output in ended_in(session):
-        index, tokens = places[request_id], output.new_tokens[0]
+    for update in session.run():
+        if update.output is None:
+            continue
+        index, tokens = places[update.request_id], update.output.new_tokens[0]
         ended = int(tokens[-1]) == tokenizer.eos_token_id  # a pair's end; any other EOS token is text
         said = tokens[:-1] if ended else tokens
         text = tokenizer.decode(said, clean_up_tokenization_spaces=False)  # special tokens read back as such

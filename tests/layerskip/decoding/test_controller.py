@@ -16,8 +16,7 @@ from layerskip.decoding.adaptive import (
     Choice,
     Controller,
     CostModel,
-    Kind,
-    Offer,
+    Proposal,
     Rate,
     Sizes,
     default_exits,
@@ -40,8 +39,8 @@ def tokens_of_round(rate: float, num_speculations: int) -> float:
 
 def seconds(choice: Choice) -> float:
     """What a round costs in the tests: not quite what the bytes suggest, since drafts have an overhead of their own."""
-    draft = choice.exit_layer * 100 + 600 + 150
-    deep = (LAYERS - choice.exit_layer) * 100 + 600
+    draft = (choice.exit_layer or 0) * 100 + 600 + 150
+    deep = (LAYERS - (choice.exit_layer or 0)) * 100 + 600
     return 1e-6 * (choice.num_speculations * draft + LAYERS * 100 + 600 + 200 + 0.08 * choice.num_speculations * deep)
 
 
@@ -235,11 +234,11 @@ class TestCosts:
         model, rows = CostModel(SIZES), {1: 1.0, 2: 1.1, 3: 1.64, 5: 2.05, 13: 3.98}
         for _ in range(3):
             for count, passes in rows.items():
-                model.observe(0, count - 1, passes)
+                model.observe(None, count - 1, passes)
         for count, passes in rows.items():
-            assert model.seconds(0, count - 1) == pytest.approx(passes, rel=0.06)
-        assert model.seconds(0, 8) == pytest.approx(UNTRIED_RATIO * 2.9, rel=0.06), "as its neighbours let expect"
-        assert CostModel(SIZES).seconds(0, 12) < 1.6, "nothing is known of it before"
+            assert model.seconds(None, count - 1) == pytest.approx(passes, rel=0.06)
+        assert model.seconds(None, 8) == pytest.approx(UNTRIED_RATIO * 2.9, rel=0.06), "as its neighbours let expect"
+        assert CostModel(SIZES).seconds(None, 12) < 1.6, "nothing is known of it before"
 
     def test_an_interrupted_round_does_not_spoil_it(self):
         model, choice = CostModel(SIZES), Choice(8, 4)
@@ -309,7 +308,7 @@ def test_an_exit_that_is_behind_has_to_gain_what_catching_up_costs():
         rate = acceptance.at(1)
         rate.mean, rate.weight = 0.26, 1000.0
         assert controller.choose([acceptance]) == Choice(1, 1)
-        acceptance.behind = 1
+        acceptance.lag = 1
         assert controller.choose([acceptance]) == Choice(1, expected)
 
 
@@ -321,7 +320,7 @@ def test_each_sequence_catches_up_by_itself():
         for number, acceptance in enumerate(acceptances):
             rate = acceptance.at(1)
             rate.mean, rate.weight = 0.4, 1000.0
-            acceptance.behind = 20 if number < behind else 0
+            acceptance.lag = 20 if number < behind else 0
         assert controller.choose(acceptances) == Choice(1, expected)
 
 
@@ -338,36 +337,36 @@ def test_acceptance_is_noted_for_others_too():
 
 def test_a_proposal_is_judged_up_to_its_first_mistake():
     """What comes after it follows other tokens than it was meant for."""
-    rates, kind = AcceptanceRates({}), Kind("text", 3)
-    rates.observe_proposal(kind, [5, 6, 7], [5, 8, 7])
-    assert [rates.at(kind.of(place)).weight for place in range(3)] == [2.0, 2.0, 1.0]
-    assert rates.at(kind.of(0)).mean > UNTRIED_PROPOSAL > rates.at(kind.of(1)).mean
+    rates, proposal = AcceptanceRates({}), Proposal([5, 6, 7], "text", 3)
+    rates.observe_proposal(proposal, [5, 8, 7])
+    assert [rates.at(proposal.rate_key(place)).weight for place in range(3)] == [2.0, 2.0, 1.0]
+    assert rates.at(proposal.rate_key(0)).mean > UNTRIED_PROPOSAL > rates.at(proposal.rate_key(1)).mean
 
 
-class LookedUpModel:
+class LookupModel:
     """A sequence in which text is found now and then: of each round's proposal, coins say how much is right."""
 
     def __init__(self, exits: dict[int, float], found: dict[int, tuple[float, float]], seed: int = 0) -> None:
         """``found``: by the length of the match, how often there is one, and how probable its tokens are."""
         self._exits, self._found, self._random = exits, found, random.Random(seed)
 
-    def propose(self) -> Offer:
+    def propose(self) -> Proposal:
         """What is found for the next round."""
         luck = self._random.random()
         for match, (share, _) in self._found.items():
             luck -= share
             if luck < 0:
-                return Offer(12, Kind("ngram", match))
-        return Offer(0, Kind("ngram", 0))
+                return Proposal([0] * 12, "ngram", match)
+        return Proposal([], "ngram")
 
-    def rate(self, choice: Choice, offer: Offer) -> float:
+    def rate(self, choice: Choice, proposal: Proposal) -> float:
         """Of the drafts that this choice makes."""
-        return self._exits[choice.exit_layer] if choice.exit_layer else self._found.get(offer.kind.match, (0, 0))[1]
+        return self._exits[choice.exit_layer] if choice.exit_layer else self._found.get(proposal.match, (0, 0))[1]
 
-    def right(self, offer: Offer) -> list[int]:
+    def right(self, proposal: Proposal) -> list[int]:
         """The tokens that the model writes, where the source proposes 0, 0, 0, …"""
-        rate, count = self._found.get(offer.kind.match, (0, 0))[1], 0
-        while count < offer.length and self._random.random() < rate:
+        rate, count = self._found.get(proposal.match, (0, 0))[1], 0
+        while count < len(proposal.tokens) and self._random.random() < rate:
             count += 1
         return [0] * count + [1]
 
@@ -378,26 +377,26 @@ def cost(choice: Choice) -> float:
     return 1e-6 * (LAYERS * 100 + 800) * (1 + 0.08 * choice.num_speculations)
 
 
-def decode(model: LookedUpModel, sources: set[str], rounds: int = 4000) -> tuple[float, list[Choice]]:
+def decode(model: LookupModel, sources: set[str], rounds: int = 4000) -> tuple[float, list[Choice]]:
     """Tokens a second of rounds with some sources, and the choices."""
     controller, tokens, clock, choices = Controller(SIZES, EXITS), 0.0, 0.0, []
     acceptance = controller.new_acceptance()
     for number in range(rounds):
-        offer = model.propose() if "ngram" in sources else Offer(0, Kind("ngram", 0))
+        proposal = model.propose() if "ngram" in sources else Proposal([], "ngram")
         if sources == {"exit"}:
             choice = controller.choose([acceptance])
         else:
-            choice = controller.plan([acceptance], [offer], exits="exit" in sources).choice
+            choice, _ = controller.choose_with_lookups([acceptance], [proposal], exits="exit" in sources)
         controller.observe_cost(choice, 1, cost(choice))
-        written = model.right(offer)
+        written = model.right(proposal)
         emitted = written[: choice.num_speculations + 1]
         if choice.exit_layer:
-            accepted = SyntheticModel({choice.exit_layer: model.rate(choice, offer)}, number).round(choice)
+            accepted = SyntheticModel({choice.exit_layer: model.rate(choice, proposal)}, number).round(choice)
             acceptance.observe(choice.exit_layer, accepted, choice.num_speculations)
             emitted = [1] * (accepted + 1) if written == [1] else written[: accepted + 1]
-        acceptance.observe_proposal(offer.kind, [0] * offer.length, emitted)
+        acceptance.observe_proposal(proposal, emitted)
         if number > rounds // 8:
-            tokens += tokens_of_round(model.rate(choice, offer), choice.num_speculations)
+            tokens += tokens_of_round(model.rate(choice, proposal), choice.num_speculations)
             clock += cost(choice)
         choices.append(choice)
     return tokens / clock, choices
@@ -405,7 +404,7 @@ def decode(model: LookedUpModel, sources: set[str], rounds: int = 4000) -> tuple
 
 USELESS = dict.fromkeys(EXITS, 0.02)
 GOOD = TASKS["trained to exit early"]
-FOUND = Kind("found", 1)
+FOUND = Proposal([0] * 3, "found", 1)
 NOTHING: dict[int, tuple[float, float]] = {}
 RARE = {1: (0.3, 0.05), 3: (0.02, 0.3)}
 OFTEN = {1: (0.2, 0.2), 2: (0.1, 0.5), 3: (0.2, 0.7), 8: (0.3, 0.95)}
@@ -415,15 +414,15 @@ OFTEN = {1: (0.2, 0.2), 2: (0.1, 0.5), 3: (0.2, 0.7), 8: (0.3, 0.95)}
 @pytest.mark.parametrize("exits", [USELESS, GOOD, TASKS["hardly useful"]], ids=["useless", "good", "hardly useful"])
 def test_both_sources_together_lose_at_most_3_percent(exits, found):
     """Against the better one alone."""
-    both, _ = decode(LookedUpModel(exits, found), {"exit", "ngram"})
-    alone = [decode(LookedUpModel(exits, found), {source})[0] for source in ("exit", "ngram")]
+    both, _ = decode(LookupModel(exits, found), {"exit", "ngram"})
+    alone = [decode(LookupModel(exits, found), {source})[0] for source in ("exit", "ngram")]
     assert both > 0.97 * max(alone)
 
 
 def test_where_exits_are_useless_it_ends_with_lookup_or_nothing():
-    _, choices = decode(LookedUpModel(USELESS, OFTEN), {"exit", "ngram"})
+    _, choices = decode(LookupModel(USELESS, OFTEN), {"exit", "ngram"})
     late = choices[500:]
-    assert sum(choice.exit_layer == 0 for choice in late) > 0.98 * len(late)
+    assert sum(choice.exit_layer is None for choice in late) > 0.98 * len(late)
 
 
 def test_the_number_of_drafts_follows_the_match():
@@ -435,9 +434,11 @@ def test_the_number_of_drafts_follows_the_match():
             right = 0
             while right < 12 and rates.random() < rate:
                 right += 1
-            acceptance.observe_proposal(Kind("ngram", match), [0] * 12, [0] * right + [1])
+            acceptance.observe_proposal(Proposal([0] * 12, "ngram", match), [0] * right + [1])
     counts = [
-        controller.plan([acceptance], [Offer(12, Kind("ngram", match))], exits=False).choice.num_speculations
+        controller.choose_with_lookups([acceptance], [Proposal([0] * 12, "ngram", match)], exits=False)[
+            0
+        ].num_speculations
         for match in (1, 2, 8)
     ]
     assert counts[0] <= counts[1] < counts[2] == 12
@@ -450,9 +451,9 @@ def test_a_batch_mixes_sources():
     for _ in range(100):
         one.observe(1, 8, 8)
         other.observe(1, 0, 8)
-        one.observe_proposal(FOUND, [0] * 3, [1])
-        other.observe_proposal(FOUND, [0] * 3, [0] * 4)
-    plan = controller.plan([one, other], [Offer(3, FOUND)] * 2)
-    assert plan.choice.exit_layer == 1
-    assert plan.choice.num_speculations > 3
-    assert plan.looked_up == [None, 3]
+        one.observe_proposal(FOUND, [1])
+        other.observe_proposal(FOUND, [0] * 4)
+    choice, lookups = controller.choose_with_lookups([one, other], [FOUND] * 2)
+    assert choice.exit_layer == 1
+    assert choice.num_speculations > 3
+    assert lookups == [None, 3]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def last_cache(decoder: SelfSpeculativeDecoder) -> SharedKVCache:
     """What the last call decoded with."""
-    return decoder._drafting.caches.idle[-1].cache
+    return decoder._draft_model.caches.idle[-1][0]
 
 
 def cached(decoder: SelfSpeculativeDecoder, out) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,7 +169,7 @@ def test_a_stop_token_inside_a_draft_ends_the_sequence_there():
             out = decoder.generate(prompt_of(5), 30, eos_token_id=eos)
             assert out.new_tokens[0].tolist() == expected
             assert out.drafted.shape == out.new_tokens.shape
-            assert int(out.drafted.sum()) == out.stats.accepted == sum(out.stats.accepted_per_round)
+            assert int(out.drafted.sum()) == out.stats.accepted == sum(record.accepted for record in out.stats.records)
 
 
 def test_the_default_stop_token_is_that_of_the_generation_config():
@@ -274,7 +274,7 @@ def test_the_streamer_gets_the_prompt_then_accepted_tokens_only(decoder):
     prompt, first, *rounds = recorder.groups
     assert torch.equal(prompt, prompt_of(9))
     assert first.shape == (1,)
-    assert [len(group) for group in rounds] == [accepted + 1 for accepted in out.stats.accepted_per_round]
+    assert [len(group) for group in rounds] == [record.accepted + 1 for record in out.stats.records]
     assert torch.equal(torch.cat([first, *rounds]), out.new_tokens[0])
     assert recorder.ended == 1
 

@@ -26,7 +26,7 @@ def test_the_lowest_ids_fill_up():
 
 def test_its_rows_are_those_of_the_model_in_int8():
     model = adapt(tiny_model())
-    head = DraftHead([70, 5, 9, 5], VOCABULARY).of(model)
+    head = SelfSpeculativeDecoder(model, 1, draft_head=DraftHead([70, 5, 9, 5], VOCABULARY)).draft_head
     assert head.head_weight.dtype == torch.int8
     assert head.token_map.tolist() == [5, 9, 70]
     rows = head.head_weight.float() * head.scale[:, None]

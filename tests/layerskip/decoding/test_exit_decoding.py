@@ -16,7 +16,7 @@ from helpers import tiny_tokenizer
 from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
 
 from layerskip import Conversation, DraftHead, SelfSpeculativeDecoder
-from layerskip.decoding.adaptive import Choice, Controller, Plan
+from layerskip.decoding.adaptive import Choice, Controller
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.scheduler import PromptReader
 from layerskip.decoding.spec_step import NOT_DRAFTED
@@ -196,7 +196,7 @@ def test_a_slot_survives_an_interrupt_while_blocks_catch_up(near, monkeypatch):
     hf_model, decoder, _ = near
     session = decoder.open_session(1)
     with monkeypatch.context() as looking_up:
-        looking_up.setattr(Controller, "plan", lambda *args, **named: Plan(Choice(0, 0), [0]))
+        looking_up.setattr(Controller, "choose_with_lookups", lambda *args, **named: (Choice(None, 0), [0]))
         first = session.add(prompt_of(10), 20, draft_source="auto", keep=True)
         tokens = finish(session)[first]
     interrupts, read_blocks = [KeyboardInterrupt], PromptReader.read_blocks
@@ -234,7 +234,7 @@ def test_what_was_looked_up_is_continued(near, monkeypatch, continued):
     """The blocks have read none of it: they do before an exit drafts, in whichever row."""
     hf_model, decoder, watched = near
     with monkeypatch.context() as looking_up:
-        looking_up.setattr(Controller, "plan", lambda *args, **named: Plan(Choice(0, 0), [0]))
+        looking_up.setattr(Controller, "choose_with_lookups", lambda *args, **named: (Choice(None, 0), [0]))
         session = decoder.open_session(2)
         first = session.add(prompt_of(10), 20, draft_source="auto", keep=True)
         tokens = finish(session)[first]
@@ -293,17 +293,17 @@ def test_drafts_that_are_looked_up_in_between(near, monkeypatch, processed):
     hf_model, decoder, watched = near
     turns = itertools.count()
 
-    def plan(controller, acceptances, offers, exit_layer=None, num_speculations=None, exits=True):
+    def plan(controller, acceptances, proposals, exit_layer=None, num_speculations=None, exits=True):
         drafts = Choice(2, 3)
-        counts = [offer.length for offer in offers]
+        counts = [len(proposal.tokens) for proposal in proposals]
         if not exits:
-            return Plan(Choice(0, max(counts)), counts)
+            return Choice(None, max(counts)), counts
         turn = next(turns) % 3
         if turn == 0:
-            return Plan(Choice(0, max(counts)), counts)
-        return Plan(drafts, [None] * len(offers) if turn == 1 else [counts[0], *[None] * (len(offers) - 1)])
+            return Choice(None, max(counts)), counts
+        return drafts, [None] * len(counts) if turn == 1 else [counts[0], *[None] * (len(counts) - 1)]
 
-    monkeypatch.setattr(Controller, "plan", plan)
+    monkeypatch.setattr(Controller, "choose_with_lookups", plan)
     processor = (lambda history, logits: logits) if processed else None
     session = decoder.open_session(3)
     sources = ["auto", "auto", "ngram"]
@@ -323,18 +323,18 @@ def test_what_catching_up_costs_is_foreseen_and_not_learned(near, monkeypatch):
     _, decoder, _ = near
     behind, learned = [], []
 
-    def plan(controller, acceptances, offers, *given, **named):
-        behind.append(acceptances[0].behind)
-        return Plan(Choice(2, 3), [None]) if len(behind) % 3 != 1 else Plan(Choice(0, 0), [0])
+    def plan(controller, acceptances, proposals, *given, **named):
+        behind.append(acceptances[0].lag)
+        return (Choice(2, 3), [None]) if len(behind) % 3 != 1 else (Choice(None, 0), [0])
 
-    monkeypatch.setattr(Controller, "plan", plan)
+    monkeypatch.setattr(Controller, "choose_with_lookups", plan)
     monkeypatch.setattr(Controller, "observe_cost", lambda controller, choice, *cost: learned.append(choice))
     session = decoder.open_session(1)
     session.add(prompt_of(10), 60, draft_source="auto")
     while len(behind) < 9:
         session.step()
     assert behind == [0, 1, 0] * 3
-    assert learned == [Choice(0, 0), Choice(2, 3)] * 3, "none of the rounds before which the blocks read"
+    assert learned == [Choice(None, 0), Choice(2, 3)] * 3, "none of the rounds before which the blocks read"
 
 
 def test_an_interrupt(near, monkeypatch):

@@ -396,7 +396,7 @@ def test_a_probability_that_is_the_threshold_is_enough(temperature, threshold):
     decoder = SelfSpeculativeDecoder(tiny_model(), 1, 4)
     options = {"draft_threshold": threshold, "logits_processor": halves, "eos_token_id": []}
     out = decoder.generate(prompt_of(5), 11, sampling=SamplingParams(temperature, seed=1), **options)
-    assert out.stats.accepted_per_round[0] == {0.5: 4}.get(threshold, int(temperature))
+    assert out.stats.records[0].accepted == {0.5: 4}.get(threshold, int(temperature))
     assert set(out.new_tokens[0].tolist()) <= {7, 9}
 
 

@@ -105,7 +105,7 @@ def test_the_cache_holds_the_same_bits(dtype):
 
     def decoded(**options):
         out = decoder.generate(prompt_of(7), NEW, **options)
-        cache, end = decoder._drafting.caches.idle[-1].cache, out.sequences.shape[1] - 1
+        cache, end = decoder._draft_model.caches.idle[-1][0], out.sequences.shape[1] - 1
         return out.sequences[0].tolist(), cache.k[:, 0, :, :end].clone(), cache.v[:, 0, :, :end].clone()
 
     text, keys, values = decoded(strategy="autoregressive")
@@ -458,9 +458,9 @@ class TestNgrams:
 def test_a_lookup_asks_only_for_what_can_be_emitted():
     asked = Lookup(Says([1, 2, 3]), [5, 6], VOCABULARY)
     asked.propose([7], 2)
-    assert asked.proposal == [1, 2]
+    assert asked.proposal.tokens == [1, 2]
     asked.propose([7, 8], 0)
-    assert asked.proposal == []
+    assert asked.proposal.tokens == []
 
 
 def test_a_survey_of_ngrams_counts_what_decoding_would_accept():

@@ -98,7 +98,7 @@ def test_an_exit_is_bound_to_what_has_become_of_the_model(change, draft_head):
     assert torch.equal(after.sequences, fresh(model))
     anew = SelfSpeculativeDecoder(model, exit=exit_, draft_head=draft_head)
     assert torch.equal(decoder.draft_head.head_weight, anew.draft_head.head_weight)
-    assert after.stats.accepted_per_round == anew.generate(prompt_of(5), NEW).stats.accepted_per_round
+    assert after.stats.records == anew.generate(prompt_of(5), NEW).stats.records
     assert decoder.model.decoder.num_blocks == 1
     packed = {torch.uint8} if draft_head else set()  # on the CPU, but for norms and a width of 72
     assert {weight.dtype for weight in decoder.model.decoder.block_weights} == {model.dtype} | packed

@@ -117,7 +117,7 @@ def test_the_bytes_that_costs_are_told(model: LayerSkipModel) -> None:
     sizes = Sizes.of(decoder.model)
     layer = sum(weight.nbytes for weight in packed.decoder.layer_weights(0, 1))
     plain = sum(weight.nbytes for weight in model.decoder.layer_weights(1, 3))
-    assert (sizes.layer, sizes.num_blocks) == (layer, 2)
+    assert (sizes.layer, sizes.num_draft_layers) == (layer, 2)
     assert sizes.draft_head == packed.head.head_weight.nbytes + plain
 
 
