@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -81,10 +78,3 @@ def test_a_packed_model_in_its_task():
     assert out.sequences.tolist() == plain.sequences.tolist()
     assert "[IN:HassTurnOn" in decoder.tokenizer.decode(out.new_tokens[0])
     assert out.stats.new_tokens / out.stats.rounds >= 2
-
-
-def test_what_the_readme_shows_runs(capsys):
-    readme = Path(__file__).parents[2] / "examples/smollm2/README.md"
-    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    exec(code, {})
-    assert "[IN:HassTurnOn" in capsys.readouterr().out
