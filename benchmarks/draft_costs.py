@@ -1,11 +1,11 @@
-"""What a round costs with drafts of an exit of E layers and n blocks, in passes of autoregressive decoding.
+"""What a round costs with drafts of an exit of E layers and n draft layers, in passes of autoregressive decoding.
 
     python -m benchmarks.draft_costs [--exits 2,1,plain 2,1 1,1 1,2] [--speculations 1 2 3 4 6] [--threads 2]
 
-The blocks are copies of the model's layers: what a round costs does not depend on how good its drafts are. Each round
-follows a pass of autoregressive decoding, which leaves the caches as decoding does, and counts in that pass's seconds.
-All exits and numbers of drafts take turns in a random order; medians count. "plain": blocks in the model's dtype, where
-`Exit.of` packs them in int8.
+The draft layers are copies of the model's layers: what a round costs does not depend on how good its drafts are. Each
+round follows a pass of autoregressive decoding, which leaves the caches as decoding does, and is counted in that pass.
+All exits and numbers of drafts take turns in a random order; medians count. "plain": draft layers in the model's
+dtype, where `Exit.of` packs them in int8.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Round = Callable[[int], Any]  # of K drafts
 
 
 class Shape(NamedTuple):
-    """An exit's layers and blocks, and whether these stay in the model's dtype."""
+    """An exit's layers and draft layers, and whether these stay in the model's dtype."""
 
     exit_layer: int
-    num_blocks: int
+    num_draft_layers: int
     plain: bool
 
     @classmethod
@@ -45,19 +45,21 @@ class Shape(NamedTuple):
         """Of ``E,n`` or ``E,n,plain``."""
         if not re.fullmatch(r"\d+,\d+(,plain)?", text):
             raise argparse.ArgumentTypeError(f"an exit is E,n or E,n,plain, got {text!r}")
-        exit_layer, num_blocks, *rest = text.split(",")
-        return cls(int(exit_layer), int(num_blocks), bool(rest))
+        exit_layer, num_draft_layers, *rest = text.split(",")
+        return cls(int(exit_layer), int(num_draft_layers), bool(rest))
 
     def __str__(self) -> str:
-        return f"E={self.exit_layer}, n={self.num_blocks}{', plain' if self.plain else ''}"
+        return f"E={self.exit_layer}, n={self.num_draft_layers}{', plain' if self.plain else ''}"
 
     def on(self, model: LayerSkipModel, rows: int) -> LayerSkipModel:
         """The model with such an exit, whose head has so many rows in int8."""
-        blocks = [model.decoder.layer(self.exit_layer + number) for number in range(self.num_blocks)]
+        draft_layers = [model.decoder.layer(self.exit_layer + number) for number in range(self.num_draft_layers)]
         sizes = model.num_layers, model.vocab_size
-        exit_ = Exit(self.exit_layer, model.head.norm_weight, *sizes, blocks, torch.arange(min(rows, model.vocab_size)))
+        exit_ = Exit(
+            self.exit_layer, model.head.norm_weight, *sizes, draft_layers, torch.arange(min(rows, model.vocab_size))
+        )
         bound = exit_.of(model)
-        return model.with_exit(gather_exit(bound._replace(blocks=tuple(blocks)) if self.plain else bound))
+        return model.with_exit(gather_exit(bound._replace(draft_layers=tuple(draft_layers)) if self.plain else bound))
 
 
 def passes(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
@@ -75,7 +77,7 @@ def passes(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     def rounds_of(shape: Shape) -> Round:
         model = shape.on(plain, args.draft_rows)
         cache = model.decoder.new_cache(1, capacity)
-        model.prefill(prompt, cache, blocks=True)
+        model.prefill(prompt, cache, draft_layers=True)
         return lambda count: model.speculate(token, cache, shape.exit_layer, count, **lengths())
 
     cache = plain.decoder.new_cache(1, capacity)

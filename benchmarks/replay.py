@@ -68,12 +68,12 @@ class Machine:
     """How long rounds take, in passes of one row through the whole model.
 
     ``rows``: the passes of 1, 2, … rows; between and after those that are given it goes on straight. The model's bytes
-    are ``sizes``, those of an exit's block ``block``.
+    are ``sizes``, those of an exit's draft layer ``draft_layer``.
     """
 
     rows: dict[int, float]
     sizes: Sizes
-    block: int
+    draft_layer: int
     exit_layer: int = 2
 
     def passes(self, rows: int) -> float:
@@ -84,7 +84,7 @@ class Machine:
         return self.rows[low] + (self.rows[high] - self.rows[low]) * (rows - low) / (high - low)
 
     def seconds(self, choice: Choice, missing: int = 0) -> float:
-        """Of a round; before an exit drafts, its blocks read the tokens that are ``missing``."""
+        """Of a round; before an exit drafts, its draft layers read the tokens that are ``missing``."""
         size = self.sizes
         model = size.num_layers * size.layer + size.head
         rows = self.passes(choice.num_speculations + 1)
@@ -93,7 +93,7 @@ class Machine:
         shallow = choice.exit_layer * size.layer
         drafts = choice.num_speculations * (shallow + size.draft_head) / model
         catch_up = self.passes(missing) * shallow / model + CATCH_UP if missing else 0.0
-        return catch_up + drafts + (shallow + self.block) / model + rows * (model - shallow) / model
+        return catch_up + drafts + (shallow + self.draft_layer) / model + rows * (model - shallow) / model
 
 
 SMOLLM2 = Sizes(layer=7_080_192, head=56_623_104, draft_head=4_751_360 + 7_080_192, num_layers=30, num_draft_layers=1)
@@ -140,7 +140,7 @@ def replay(traces: Sequence[Trace], source: str, machine: Machine, controller: C
             else:
                 choice, _ = controller.choose_with_lookups([acceptance], [proposal], exits=source == "auto")
             layer, count = choice.exit_layer, min(choice.num_speculations, end - place - 1)
-            missing = acceptance.lag if layer and count and machine.block else 0
+            missing = acceptance.lag if layer and count and machine.draft_layer else 0
             took = machine.seconds(Choice(layer, count), missing)
             if not missing:
                 controller.observe_cost(Choice(layer, count), 1, took)

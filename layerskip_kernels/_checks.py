@@ -92,18 +92,18 @@ def exit_head(a: Any) -> None:
 
 
 def partial_forward(a: Any) -> None:
-    _forward(a, num_blocks=0)
+    _forward(a, num_draft_layers=0)
 
 
-def _forward(a: Any, num_blocks: int) -> None:
-    """As `partial_forward`, whose weights are also those of exit blocks, in the last layers of the cache."""
+def _forward(a: Any, num_draft_layers: int) -> None:
+    """As `partial_forward`, whose weights are also those of draft layers, in the last layers of the cache."""
     shaped("hidden", a.hidden, [None] * 3, FLOATS)
     batch, rows = a.hidden.shape[:2]
     shaped("k_cache", a.k_cache, [None] * 5, [a.hidden.dtype])
     num_layers, _, num_kv_heads, capacity, head_dim = a.k_cache.shape
     within = 0 <= a.start <= a.end <= num_layers
     require(within, f"layers [{a.start}, {a.end}) are not within the cache's {num_layers} layers")
-    _blocks(num_blocks, num_layers - a.end, num_layers)
+    _draft_layers(num_draft_layers, num_layers - a.end, num_layers)
     _head_dim(head_dim)
     _eps(a.eps)
     num_slots = batch if a.slots is None else None
@@ -116,14 +116,14 @@ def _forward(a: Any, num_blocks: int) -> None:
     cache = {name: getattr(a, name) for name in ("k_cache", "v_cache", "seq_lens")}
     dense(**cache)
     same_device(a.hidden, **cache, cos=a.cos, sin=a.sin, slots=a.slots)
-    _layers(a.hidden, a.weights, weights_per_layer(a.weights, a.start, a.end, num_blocks), num_kv_heads, head_dim)
+    _layers(a.hidden, a.weights, weights_per_layer(a.weights, a.start, a.end, num_draft_layers), num_kv_heads, head_dim)
 
 
 def draft(a: Any) -> None:
     draft_of_any_layers(a)
     batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.norm_weight
     states = state.expand(batch, rows, -1)
-    _forward(derive("partial_forward", a, hidden=states, start=0, end=a.exit_layer), a.num_blocks)
+    _forward(derive("partial_forward", a, hidden=states, start=0, end=a.exit_layer), a.num_draft_layers)
 
 
 def draft_of_any_layers(a: Any) -> None:
@@ -173,9 +173,9 @@ def accept_sampled(a: Any) -> None:
 
 def speculative_round(a: Any) -> None:
     round_of_any_layers(a)
-    batch, state, num_layers = a.token.shape[0], a.norm_weight, a.k_cache.shape[0] - a.num_blocks
+    batch, state, num_layers = a.token.shape[0], a.norm_weight, a.k_cache.shape[0] - a.num_draft_layers
     states = state.expand(batch, a.num_speculations + 1, -1)
-    _forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers), a.num_blocks)
+    _forward(derive("partial_forward", a, hidden=states, start=0, end=num_layers), a.num_draft_layers)
 
 
 def round_of_any_layers(a: Any) -> None:
@@ -183,8 +183,8 @@ def round_of_any_layers(a: Any) -> None:
     _drafting(a)
     shaped("k_cache", a.k_cache, [None] * 5, [a.norm_weight.dtype])
     cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.norm_weight
-    _blocks(a.num_blocks, max(cache_layers - 1, 0), cache_layers)
-    num_layers = cache_layers - a.num_blocks
+    _draft_layers(a.num_draft_layers, max(cache_layers - 1, 0), cache_layers)
+    num_layers = cache_layers - a.num_draft_layers
     require(1 <= a.exit_layer <= num_layers, f"exit_layer must lie in [1, {num_layers}], got {a.exit_layer}")
     exit_head(derive("exit_head", a, hidden=state.expand(batch, -1), temperature=None, seed=None))
     if a.draft_norm_weight is not None:
@@ -362,8 +362,10 @@ def _drafting(a: Any) -> None:
     same_device(a.embedding, token=a.token)
 
 
-def _blocks(count: int, most: int, layers: int) -> None:
-    require(0 <= count <= most, f"num_blocks must lie in [0, {most}], got {count}, with a cache of {layers} layers")
+def _draft_layers(count: int, most: int, layers: int) -> None:
+    require(
+        0 <= count <= most, f"num_draft_layers must lie in [0, {most}], got {count}, with a cache of {layers} layers"
+    )
 
 
 def _written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:

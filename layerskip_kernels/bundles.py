@@ -62,24 +62,24 @@ def layer_shapes(
     }
 
 
-def weights_per_layer(weights: Sequence[Tensor], start: int, end: int, num_blocks: int = 0) -> int:
-    """How many tensors of the flat list ``weights`` describe each of the layers [start, end) and exit blocks.
+def weights_per_layer(weights: Sequence[Tensor], start: int, end: int, num_draft_layers: int = 0) -> int:
+    """How many tensors of the flat list ``weights`` describe each of the layers [start, end) and draft layers.
 
     Raises
     ------
     ValueError
         If there are neither the required tensors for each layer nor all of them.
     """
-    layers = end - start + num_blocks
+    layers = end - start + num_draft_layers
     required, all_weights = len(REQUIRED_WEIGHTS), len(LayerWeights._fields)
     if layers == 0 and not weights:
         return required
     for count in (required, all_weights):
         if len(weights) == layers * count:
             return count
-    blocks = f" and {num_blocks} exit blocks" if num_blocks else ""
+    draft_layers = f" and {num_draft_layers} draft layers" if num_draft_layers else ""
     raise ValueError(
-        f"layers [{start}, {end}){blocks} take {required} or {all_weights} weights each, got {len(weights)} for "
+        f"layers [{start}, {end}){draft_layers} take {required} or {all_weights} weights each, got {len(weights)} for "
         f"{layers} layers"
     )
 

@@ -112,19 +112,19 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     states = a.norm_weight.new_empty(batch, rows, hidden_size)
     out = Draft(tokens, states, torch.empty_like(tokens, dtype=torch.float32))
     positions = [a.seq_lens + row for row in range(rows)]
-    shallow, blocks = _shallow_and_blocks(ops, a)
+    shallow, draft_layers = _shallow_and_draft_layers(ops, a)
 
     def forward(embedded: Tensor, row: int) -> Tensor:
         state = shallow(embedded, positions[row])
         if row == num_speculations:
             record(state, None, a.embedding, out, row, a.draft_threshold)
-            blocks(state, positions[row])  # for their keys and values
+            draft_layers(state, positions[row])  # for their keys and values
         return state
 
     def choose(state: Tensor, row: int) -> Tensor | None:
         offset = None if a.temperature is None else positions[row]
         logits = None if a.logits is None else a.logits[:, row]
-        hidden = blocks(state, positions[row])
+        hidden = draft_layers(state, positions[row])
         head_output = ops["exit_head"](*derive("exit_head", a, hidden=hidden, offset=offset, logits=logits))
         following = record(state, head_output, a.embedding, out, row, a.draft_threshold)
         ended = _ended(out, row + 1, a.draft_threshold)
@@ -139,8 +139,8 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     return out
 
 
-def _shallow_and_blocks(ops: Ops, a: Any) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
-    """Layers [0, E) of a draft's arguments, and its exit blocks: (states [B, D], positions [B]) -> states."""
+def _shallow_and_draft_layers(ops: Ops, a: Any) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
+    """Layers [0, E) of a draft's arguments, and its draft layers: (states [B, D], positions [B]) -> states."""
 
     def layers(weights: Sequence[Tensor], start: int, end: int) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(state: Tensor, seq_lens: Tensor) -> Tensor:
@@ -151,17 +151,19 @@ def _shallow_and_blocks(ops: Ops, a: Any) -> tuple[Callable[[Tensor, Tensor], Te
 
         return forward
 
-    split = len(a.weights) // (a.exit_layer + a.num_blocks) * a.exit_layer
+    split = len(a.weights) // (a.exit_layer + a.num_draft_layers) * a.exit_layer
     num_layers = a.k_cache.shape[0]
-    return layers(a.weights[:split], 0, a.exit_layer), layers(a.weights[split:], num_layers - a.num_blocks, num_layers)
+    return layers(a.weights[:split], 0, a.exit_layer), layers(
+        a.weights[split:], num_layers - a.num_draft_layers, num_layers
+    )
 
 
 def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`speculative_round` out of a backend's draft, partial_forward, exit_head, accept_greedy and accept_sampled."""
     a = bind("speculative_round", *args)
-    num_layers, batch, device = a.k_cache.shape[0] - a.num_blocks, a.token.shape[0], a.token.device
+    num_layers, batch, device = a.k_cache.shape[0] - a.num_draft_layers, a.token.shape[0], a.token.device
     each, samples = len(a.weights) // a.k_cache.shape[0], a.temperature is not None
-    exit_at, blocks_at = each * a.exit_layer, each * num_layers
+    exit_at, draft_layers_at = each * a.exit_layer, each * num_layers
     draft_norm_weight = a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight
     draft_head_weight = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
     draft_logits = target_logits = None
@@ -169,12 +171,12 @@ def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
         size = (batch, a.num_speculations, draft_head_weight.shape[0])
         draft_logits = torch.empty(size, dtype=torch.float32, device=device)
     tokens, states, probability = ops["draft"](*derive(
-        "draft", a, weights=[*a.weights[:exit_at], *a.weights[blocks_at:]], norm_weight=draft_norm_weight,
+        "draft", a, weights=[*a.weights[:exit_at], *a.weights[draft_layers_at:]], norm_weight=draft_norm_weight,
         head_weight=draft_head_weight, extend=True, token_map=a.draft_token_map, scale=a.draft_head_scale,
         logits=draft_logits,
     ))  # fmt: skip
     drafted = _most_drafts(tokens)
-    deep = {"weights": a.weights[exit_at:blocks_at], "start": a.exit_layer, "end": num_layers}
+    deep = {"weights": a.weights[exit_at:draft_layers_at], "start": a.exit_layer, "end": num_layers}
     layers = derive("partial_forward", a, hidden=states[:, : drafted + 1], **deep)
     hidden = ops["partial_forward"](*layers).flatten(0, 1)
     if samples:

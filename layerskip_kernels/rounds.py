@@ -28,12 +28,12 @@ def draft(
     draft_threshold: float = 0.0,
     noise: Noise | None = None,
     logits: Tensor | None = None,
-    num_blocks: int = 0,
+    num_draft_layers: int = 0,
     ops: Ops | None = None,
 ) -> Draft:
     """Decode ``num_speculations`` tokens with layers [0, E) and an exit head, as one call.
 
-    It is the loop of embedding, `partial_forward` and `exit_head`. Exit blocks are n further layers between the state
+    It is the loop of embedding, `partial_forward` and `exit_head`. Draft layers are n further layers between the state
     after layer E and the exit head, which only the draft uses; their keys and values are the last n layers of the
     cache. A sequence stops drafting where a token's
     probability falls below ``draft_threshold``: that token and the later ones are -1, ``probability`` keeps the value
@@ -46,7 +46,7 @@ def draft(
         The tokens at positions ``seq_lens[b]``, each of them in 0 … V - 1.
     embedding : Tensor [V, D], or packed
     weights : sequence of Tensor
-        Of the layers [0, E), then of the exit blocks, as `partial_forward` takes them.
+        Of the layers [0, E), then of the draft layers, as `partial_forward` takes them.
     cache : KVCache
         Its lengths are those before the first draft; they are not advanced.
     exit_layer : int
@@ -56,7 +56,7 @@ def draft(
         K.
     extend : bool
         Whether the last token, too, goes through the layers: verification needs its key, value and state. So do the
-        exit blocks of the next draft.
+        draft layers of the next draft.
     eps : float
         Of every norm.
     draft_threshold : float
@@ -66,7 +66,7 @@ def draft(
     logits : Tensor [B, K, V_draft], fp32, optional
         Output buffer for the raw logits, before the temperature, as `accept_sampled` takes them. Rows that were not
         drafted have no meaning.
-    num_blocks : int
+    num_draft_layers : int
         n.
     ops : mapping, optional
         By name functions that take what the ops "partial_forward" and "exit_head" do, called in the place of the one
@@ -75,13 +75,13 @@ def draft(
     Returns
     -------
     Draft
-        Its states are those before the exit blocks. A token of -1 with a NaN for probability marks a head whose logits
+        Its states are those before the draft layers. A token of -1 with a NaN for probability marks a head whose logits
         were not finite; what follows it has no meaning.
     """
     args = flatten(
         "draft", cache, head, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
         num_speculations=num_speculations, extend=extend, eps=eps, draft_threshold=draft_threshold, logits=logits,
-        num_blocks=num_blocks,
+        num_draft_layers=num_draft_layers,
     )  # fmt: skip
     if ops is None:
         return Draft(*call("draft", *args))
@@ -163,12 +163,12 @@ def speculative_round(
     draft_head: Head | None = None,
     draft_threshold: float = 0.0,
     noise: Noise | None = None,
-    num_blocks: int = 0,
+    num_draft_layers: int = 0,
     ops: Ops | None = None,
 ) -> Round:
     """One round of self-speculative decoding (LayerSkip, arXiv 2404.16710, §4.3) as one call.
 
-    It is the composition, bit for bit, of `draft` with layers [0, E) and the exit blocks, `partial_forward` of the
+    It is the composition, bit for bit, of `draft` with layers [0, E) and the draft layers, `partial_forward` of the
     drafted rows through layers [E, L), `exit_head` on them, and `accept_greedy` or, with noise, `accept_sampled`.
 
     Parameters
@@ -177,7 +177,7 @@ def speculative_round(
         The last tokens, at positions ``seq_lens[b]``.
     embedding : Tensor [V, D], or packed
     weights : sequence of Tensor
-        Of all L layers, then of the exit blocks, as `partial_forward` takes them.
+        Of all L layers, then of the draft layers, as `partial_forward` takes them.
     cache : KVCache
         Of L + n layers, with room for K + 1 rows more. The lengths are advanced in place by accepted + 1.
     exit_layer : int
@@ -193,8 +193,8 @@ def speculative_round(
     draft_threshold : float
         As `draft` takes it, and without noise: to drop what was drawn because it is improbable would change the
         distribution of what is emitted.
-    num_blocks : int
-        n. Exit blocks change the drafts, and so how many are accepted, but not what is emitted.
+    num_draft_layers : int
+        n. Draft layers change the drafts, and so how many are accepted, but not what is emitted.
     noise, ops
         As `draft` takes them; ``ops`` has "accept_greedy" and "accept_sampled", too.
 
@@ -210,7 +210,7 @@ def speculative_round(
         "speculative_round", cache, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
         norm_weight=head.norm_weight, head_weight=head.head_weight, eps=eps, num_speculations=num_speculations,
         draft_norm_weight=draft_norm_weight, draft_head_weight=draft_head_weight, draft_token_map=draft_token_map,
-        draft_head_scale=draft_head_scale, draft_threshold=draft_threshold, num_blocks=num_blocks,
+        draft_head_scale=draft_head_scale, draft_threshold=draft_threshold, num_draft_layers=num_draft_layers,
     )  # fmt: skip
     if ops is None:
         return Round(*call("speculative_round", *args))

@@ -24,7 +24,7 @@ SCHEMAS = {
     "Tensor cos, Tensor sin, Tensor seq_lens, int exit_layer, Tensor norm_weight, Tensor head_weight, float eps, "
     "int num_speculations, bool extend, Tensor? token_map=None, Tensor? scale=None, Tensor? slots=None, "
     "float draft_threshold=0.0, Tensor? temperature=None, Tensor? seed=None, Tensor(c!)? logits=None, "
-    "int num_blocks=0) -> (Tensor tokens, Tensor states, Tensor probability)",
+    "int num_draft_layers=0) -> (Tensor tokens, Tensor states, Tensor probability)",
     "accept_greedy": "(Tensor draft, Tensor target, Tensor(a!) seq_lens) -> (Tensor accepted, Tensor next_token)",
     "accept_sampled": "(Tensor draft, Tensor draft_logits, Tensor target_logits, Tensor(a!) seq_lens, "
     "Tensor temperature, Tensor seed, Tensor? token_map=None) -> (Tensor accepted, Tensor next_token)",
@@ -32,7 +32,7 @@ SCHEMAS = {
     "Tensor cos, Tensor sin, Tensor(c!) seq_lens, int exit_layer, Tensor norm_weight, Tensor head_weight, float eps, "
     "int num_speculations, Tensor? draft_head_weight=None, Tensor? draft_token_map=None, "
     "Tensor? draft_head_scale=None, Tensor? slots=None, float draft_threshold=0.0, Tensor? temperature=None, "
-    "Tensor? seed=None, Tensor? draft_norm_weight=None, int num_blocks=0) "
+    "Tensor? seed=None, Tensor? draft_norm_weight=None, int num_draft_layers=0) "
     "-> (Tensor tokens, Tensor accepted, Tensor next_token, Tensor probability)",
     "early_exit_loss": "(Tensor hiddens, Tensor norm_weight, Tensor head_weight, Tensor labels, Tensor exit_weights, "
     "float eps=1e-5, int ignore_index=-100, bool with_slope=False) "

@@ -25,7 +25,7 @@ from layerskip import DraftHead, DraftSource, SelfSpeculativeDecoder
 from layerskip.decoding.outputs import GenerationOutput, Update
 from layerskip.models import model as model_module
 
-from .soak_cases import LAYERS, LONGEST, VOCABULARY, Case, Fault, Interrupted, blocks_of, case_of
+from .soak_cases import LAYERS, LONGEST, VOCABULARY, Case, Fault, Interrupted, case_of, draft_layers_of
 
 SLOTS, WAITING = 4, 8
 PATIENCE = 200  # steps without an update, after which requests are lost
@@ -59,8 +59,8 @@ def tiny_decoder(seed: int) -> SelfSpeculativeDecoder:
         for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.data *= 0.15
     model = layerskip.adapt(model.to(chance.choice((torch.float32, torch.bfloat16))))
-    blocks = [model.decoder.layer(1 + number) for number in range(blocks_of(seed))]
-    own = layerskip.Exit(1, model.head.norm_weight, LAYERS, VOCABULARY, blocks) if blocks else None
+    draft_layers = [model.decoder.layer(1 + number) for number in range(draft_layers_of(seed))]
+    own = layerskip.Exit(1, model.head.norm_weight, LAYERS, VOCABULARY, draft_layers) if draft_layers else None
     return SelfSpeculativeDecoder(model, 1, 4, draft_head=head, exit=own)
 
 
@@ -237,7 +237,7 @@ class Soak:
 
 @contextmanager
 def interrupting(chance: random.Random) -> Iterator[None]:
-    """Within the block, an op of the model is interrupted now and then, before it or when it is done."""
+    """Within the context, an op of the model is interrupted now and then, before it or when it is done."""
     names = ("draft", "speculative_round")
     ops = {name: getattr(model_module, name) for name in names}
 

@@ -104,7 +104,7 @@ def case_of(seed: int, index: int) -> Case:
         "eos_token_id": chance.sample(range(VOCABULARY), chance.choice((0, 0, 1, 3))),
     }
 
-    if strategy == "self_speculative" and options["exit_layer"] != "auto" and blocks_of(seed):
+    if strategy == "self_speculative" and options["exit_layer"] != "auto" and draft_layers_of(seed):
         options["exit_layer"] = 1  # the exit's own
 
     def sometimes(probability: float) -> int:
@@ -131,6 +131,6 @@ def _sampling(chance: random.Random) -> SamplingParams:
     return SamplingParams(chance.choice((0.7, 1.0, 1.5)), seed=seed, repetition_penalty=penalty, **cuts)
 
 
-def blocks_of(seed: int) -> int:
-    """How many blocks the exit of a run's decoder has; with none it drafts after any layer."""
-    return random.Random(f"{seed}/blocks").choice((0, 0, 1, 2))
+def draft_layers_of(seed: int) -> int:
+    """How many draft layers the exit of a run's decoder has; with none it drafts after any layer."""
+    return random.Random(f"{seed}/draft layers").choice((0, 0, 1, 2))

@@ -20,7 +20,9 @@ def test_every_exit_and_number_of_drafts_is_timed(tmp_path, monkeypatch, capsys,
     speculate = draft_costs.LayerSkipModel.speculate
 
     def noted(model, token, cache, exit_layer, count, **given):
-        drafted.append((exit_layer, model.decoder.num_blocks, model.decoder.block_weights[1].element_size(), count))
+        drafted.append(
+            (exit_layer, model.decoder.num_draft_layers, model.decoder.draft_layer_weights[1].element_size(), count)
+        )
         return speculate(model, token, cache, exit_layer, count, **given)
 
     monkeypatch.setattr(draft_costs.LayerSkipModel, "speculate", noted)

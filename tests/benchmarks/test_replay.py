@@ -90,7 +90,7 @@ def test_a_machine_by_hand():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("source", ["exit", "ngram", "auto"])
 def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
-    """On a machine whose clock goes as the replay's; the model's exit has no block."""
+    """On a machine whose clock goes as the replay's; the model's exit has no draft layer."""
     machine = Machine({1: 1, 2: 1.1, 9: 2}, replace(SMOLLM2, num_draft_layers=0), 0, exit_layer=1)
     hf_model = tiny_model(upper="weak")
     decoder = SelfSpeculativeDecoder(hf_model, "auto", "auto", exit_choices=[1])

@@ -75,7 +75,7 @@ def run(op: str, *args: Any, **named: Any) -> Any:
         return lk.partial_forward(a.hidden, a.weights, cache, a.start, a.end, a.eps)
     noise = None if a.temperature is None and a.seed is None else lk.Noise(a.temperature, a.seed)
     common: dict[str, Any] = {"eps": a.eps, "draft_threshold": a.draft_threshold, "noise": noise}
-    common["num_blocks"] = a.num_blocks
+    common["num_draft_layers"] = a.num_draft_layers
     decoder = (a.token, a.embedding, a.weights, cache, a.exit_layer)
     if op == "draft":
         head = lk.Head(a.norm_weight, a.head_weight, a.token_map, a.scale)

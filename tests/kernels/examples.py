@@ -47,32 +47,38 @@ def layer_weights(make: Inputs) -> dict[str, Tensor]:
     return {name: (make.norm if "norm" in name else make.weight)(*shapes[name]) for name in REQUIRED_WEIGHTS}
 
 
-def with_blocks(args: dict[str, Any], num_blocks: int = 1) -> dict[str, Any]:
-    """``args`` of a draft or a round, and exit blocks after the first layer; the count comes last in the schemas, too.
+def with_draft_layers(args: dict[str, Any], num_draft_layers: int = 1) -> dict[str, Any]:
+    """``args`` of a draft or a round, and draft layers after the first; the count comes last in the schemas, too.
 
     A draft does without the second layer, whose place in the cache stays.
     """
     make = Inputs(args["embedding"].dtype, seed=7)
     if "extend" in args:
         args = {**args, "weights": args["weights"][: len(REQUIRED_WEIGHTS)]}
-    blocks = [weight for _ in range(num_blocks) for weight in layer_weights(make).values()]
+    draft_layers = [weight for _ in range(num_draft_layers) for weight in layer_weights(make).values()]
     caches = {name: args[name] for name in ("k_cache", "v_cache")}
     for name, cache in caches.items():
-        caches[name] = torch.cat([cache, make.normal(num_blocks, *cache.shape[1:])])
-    return {**args, "weights": args["weights"] + blocks, **caches, "exit_layer": 1, "num_blocks": num_blocks}
+        caches[name] = torch.cat([cache, make.normal(num_draft_layers, *cache.shape[1:])])
+    return {
+        **args,
+        "weights": args["weights"] + draft_layers,
+        **caches,
+        "exit_layer": 1,
+        "num_draft_layers": num_draft_layers,
+    }
 
 
-def with_packed_blocks(args: dict[str, Any]) -> dict[str, Any]:
-    """``args`` of `with_blocks` with the blocks in int8, but for `down`, whose width no group suits."""
+def with_packed_draft_layers(args: dict[str, Any]) -> dict[str, Any]:
+    """``args`` of `with_draft_layers` with the draft layers in int8, but for `down`, whose width no group suits."""
     each, weights = len(REQUIRED_WEIGHTS), list(args["weights"])
-    for index in range(len(weights) - each * args["num_blocks"], len(weights)):
+    for index in range(len(weights) - each * args["num_draft_layers"], len(weights)):
         if REQUIRED_WEIGHTS[index % each] in ("q", "k", "v", "o", "gate", "up"):
             weights[index] = quantize(weights[index], "int8")
     return {**args, "weights": weights}
 
 
 def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
-    """``args`` of `example`, and slots in a cache of three rows, sampling, logits to write, and an exit block."""
+    """``args`` of `example`, and slots in a cache of three rows, sampling, logits to write, and a draft layer."""
     B, K, V = SIZES["B"], SIZES["K"], SIZES["V"]
     draws = {"temperature": torch.tensor([0.7, 0.0]), "seed": torch.tensor([3, -(2**40)])}
     if op == "exit_head":
@@ -84,10 +90,10 @@ def with_options(op: str, args: dict[str, Any]) -> dict[str, Any]:
     args["slots"] = torch.tensor([2, 0])
     if op == "speculative_round":
         own_norm = Inputs(args["norm_weight"].dtype, seed=6).norm(SIZES["D"])
-        args = with_blocks({**args, "draft_threshold": 0.0, **draws, "draft_norm_weight": own_norm})
+        args = with_draft_layers({**args, "draft_threshold": 0.0, **draws, "draft_norm_weight": own_norm})
     if op == "draft":
         args.update(draft_threshold=0.05, **draws, logits=torch.zeros(B, K, V))
-        args = with_blocks(args)
+        args = with_draft_layers(args)
     return args
 
 

@@ -153,18 +153,18 @@ OPTIONS = [
     ("speculative_round", "temperature", value(None), ValueError, "temperature, seed come together"),
     ("speculative_round", "seed", INT, TypeError, "seed has dtype int32, expected int64"),
     ("speculative_round", "slots", shape(3), ValueError, "slots has shape [3], expected [2]"),
-    ("draft", "num_blocks", value(-1), ValueError,
-     "num_blocks must lie in [0, 2], got -1, with a cache of 3 layers"),
-    ("draft", "num_blocks", value(3), ValueError, "num_blocks must lie in [0, 2], got 3"),
-    ("draft", "num_blocks", value(2), ValueError,
-     "layers [0, 1) and 2 exit blocks take 9 or 14 weights each, got 18 for 3 layers"),
+    ("draft", "num_draft_layers", value(-1), ValueError,
+     "num_draft_layers must lie in [0, 2], got -1, with a cache of 3 layers"),
+    ("draft", "num_draft_layers", value(3), ValueError, "num_draft_layers must lie in [0, 2], got 3"),
+    ("draft", "num_draft_layers", value(2), ValueError,
+     "layers [0, 1) and 2 draft layers take 9 or 14 weights each, got 18 for 3 layers"),
     ("draft", "weights", lambda weights: weights[:-1], ValueError,
-     "layers [0, 1) and 1 exit blocks take 9 or 14 weights each, got 17 for 2 layers"),
-    ("speculative_round", "num_blocks", value(-1), ValueError,
-     "num_blocks must lie in [0, 2], got -1, with a cache of 3 layers"),
-    ("speculative_round", "num_blocks", value(3), ValueError, "num_blocks must lie in [0, 2], got 3"),
+     "layers [0, 1) and 1 draft layers take 9 or 14 weights each, got 17 for 2 layers"),
+    ("speculative_round", "num_draft_layers", value(-1), ValueError,
+     "num_draft_layers must lie in [0, 2], got -1, with a cache of 3 layers"),
+    ("speculative_round", "num_draft_layers", value(3), ValueError, "num_draft_layers must lie in [0, 2], got 3"),
     ("speculative_round", "weights", lambda weights: weights[:-9], ValueError,
-     "layers [0, 2) and 1 exit blocks take 9 or 14 weights each, got 18 for 3 layers"),
+     "layers [0, 2) and 1 draft layers take 9 or 14 weights each, got 18 for 3 layers"),
     ("speculative_round", "draft_norm_weight", shape(31), ValueError,
      "draft_norm_weight has shape [31], expected [32]"),
     ("speculative_round", "draft_norm_weight", HALF, TypeError,
@@ -330,11 +330,11 @@ def test_more_sequences_than_the_cache_has_rows() -> None:
     refuse(args, "verify_attention", ValueError, "slots has 2 entries, the cache only 1 rows")
 
 
-def test_a_cache_without_the_blocks_layers() -> None:
+def test_a_cache_without_the_draft_layers() -> None:
     args = example("speculative_round", options=True)
     for name in ("k_cache", "v_cache"):
         args[name] = args[name][:2]
-    message = "layers [0, 1) and 1 exit blocks take 9 or 14 weights each, got 27 for 2 layers"
+    message = "layers [0, 1) and 1 draft layers take 9 or 14 weights each, got 27 for 2 layers"
     refuse(args, "speculative_round", ValueError, message)
 
 

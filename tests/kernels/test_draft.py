@@ -38,7 +38,7 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     for row in range(args["num_speculations"] + args["extend"]):
         hidden = forward(args["embedding"][token.clamp_min(0)][:, None], args["weights"][:split], row, 0, depth)
         states.append(hidden[:, 0])
-        hidden = forward(hidden, args["weights"][split:], row, layers - args.get("num_blocks", 0), layers)
+        hidden = forward(hidden, args["weights"][split:], row, layers - args.get("num_draft_layers", 0), layers)
         if row < args["num_speculations"]:
             head = (args["norm_weight"], args["head_weight"], EPS, args["token_map"], args["scale"])
             draws = (None, None, None) if temperature is None else (temperature, seed, args["seq_lens"] + row)

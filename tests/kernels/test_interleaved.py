@@ -237,8 +237,8 @@ def test_one_call_has_the_bits_of_its_parts(isa: str, op: str, name: str, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["draft", "speculative_round"])
-def test_blocks_in_panels_beside_plain_layers(isa: str, op: str, dtype: torch.dtype, even_sizes: None) -> None:
-    args = examples.with_blocks(example(op, dtype), 2)
+def test_draft_layers_in_panels_beside_plain_layers(isa: str, op: str, dtype: torch.dtype, even_sizes: None) -> None:
+    args = examples.with_draft_layers(example(op, dtype), 2)
     count, weights = len(REQUIRED_WEIGHTS), list(args["weights"])
     for index in range(len(weights) - 2 * count, len(weights)):
         if REQUIRED_WEIGHTS[index % count] in MATRICES:

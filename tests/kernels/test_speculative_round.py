@@ -35,7 +35,7 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, ...]:
     """The same by the ops it is made of, with every row verified; ``args`` are written."""
     layers = [args[name] for name in ("k_cache", "v_cache", "cos", "sin", "seq_lens")]
     head, depth, first = (args["norm_weight"], args["head_weight"], EPS), SIZES["L"], 9 * args["exit_layer"]
-    deep, blocks = args["weights"][first : 9 * depth], args["weights"][9 * depth :]
+    deep, draft_layers = args["weights"][first : 9 * depth], args["weights"][9 * depth :]
     draft_norm_weight = args.get("draft_norm_weight")
     slots, temperature, limit = args.get("slots"), args.get("temperature"), args.get("draft_threshold", 0.0)
     draws = () if temperature is None else (temperature, args["seed"])
@@ -43,10 +43,10 @@ def composed(args: dict[str, Any]) -> tuple[Tensor, ...]:
     draft_vocab_size = len(args["draft_head_weight"])
     draft_logits = torch.empty(batch, num_speculations, draft_vocab_size, device=device) if draws else None
     drafted = run(
-        "draft", args["token"], args["embedding"], args["weights"][:first] + blocks, *layers, args["exit_layer"],
+        "draft", args["token"], args["embedding"], args["weights"][:first] + draft_layers, *layers, args["exit_layer"],
         head[0] if draft_norm_weight is None else draft_norm_weight, args["draft_head_weight"], EPS, num_speculations,
         True, args["draft_token_map"], args["draft_head_scale"], slots, limit, *(draws or (None, None)), draft_logits,
-        args.get("num_blocks", 0),
+        args.get("num_draft_layers", 0),
     )  # fmt: skip
     hidden = run("partial_forward", drafted.states, deep, *layers, args["exit_layer"], depth, EPS, slots)
     logits = torch.empty(batch, num_speculations + 1, SIZES["V"], device=device)
@@ -213,7 +213,7 @@ def true_probabilities(model: dict[str, Any], tokens: list[int], temperature: fl
     return (logits[0].double() / temperature).softmax(0)
 
 
-@pytest.mark.parametrize("head", ["full", "subset", "behind a block"])
+@pytest.mark.parametrize("head", ["full", "subset", "behind a draft layer"])
 @pytest.mark.parametrize("path", ["reference", "avx2"])
 def test_sampled_rounds_have_the_distribution_of_the_whole_model(path: str, head: str) -> None:
     """The first token, and the second given the first, over many seeds."""
@@ -223,9 +223,11 @@ def test_sampled_rounds_have_the_distribution_of_the_whole_model(path: str, head
     if head == "subset":
         draft_token_map = torch.tensor([9, 0, 4, 5, 7, 1, 2])
         draws.update(draft_head_weight=model["head_weight"][draft_token_map], draft_token_map=draft_token_map)
-    if head == "behind a block":  # the second layer, more or less: some drafts hold
-        block = [weight * 0.7 for weight in model["weights"][9:]]
-        draws.update(weights=model["weights"] + block, num_blocks=1, draft_norm_weight=model["norm_weight"].flip(0))
+    if head == "behind a draft layer":  # the second layer, more or less: some drafts hold
+        layer = [weight * 0.7 for weight in model["weights"][9:]]
+        draws.update(
+            weights=model["weights"] + layer, num_draft_layers=1, draft_norm_weight=model["norm_weight"].flip(0)
+        )
         draws.update({name: torch.zeros(3, *model[name].shape[1:]) for name in ("k_cache", "v_cache")})
     with running_on(path):
         out = run("speculative_round", **{**model, **draws})

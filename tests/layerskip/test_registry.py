@@ -120,9 +120,9 @@ class TestModels:
             DraftHead.load("bare-toy")
 
     def test_a_decoder_and_its_exit(self, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert Exit.load("toy").num_blocks == 1
+        assert Exit.load("toy").num_draft_layers == 1
         decoder = SelfSpeculativeDecoder.from_pretrained("toy", exit="toy")
-        assert (decoder.exit_layer, decoder.model.decoder.num_blocks) == (2, 1)
+        assert (decoder.exit_layer, decoder.model.decoder.num_draft_layers) == (2, 1)
         with pytest.raises(ValueError, match="the model bare-toy comes without an exit"):
             Exit.load("bare-toy")
         with pytest.raises(FileNotFoundError, match=r"no exit at ty/exit\.safetensors; did you mean toy"):

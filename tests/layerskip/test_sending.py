@@ -90,7 +90,7 @@ SAMPLING = {
 @pytest.mark.parametrize("kind", SAMPLING)
 @pytest.mark.parametrize("sources", [("ngram", "ngram"), ("exit", "exit"), ("exit", "ngram"), ("auto", "auto")])
 def test_a_round_waits_once(monkeypatch, sources, kind):
-    """With drafts that are looked up, with those of an exit with blocks, with both, and whatever the clock favours."""
+    """With lookup drafts, with drafts of an exit with draft layers, with both, and whatever the clock favours."""
     model, hf_model = models.adapt(tiny_model(upper="weak")), tiny_model(upper="weak")
     decoder, card = SelfSpeculativeDecoder(hf_model, 1, 3, exit=copied_exit(model, 1, 1)), FakeCard()
     cache = decoder.model.decoder.new_cache(2, 128)

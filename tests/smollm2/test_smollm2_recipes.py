@@ -47,6 +47,6 @@ def test_the_exit_of_smollm2_is_of_its_recipe() -> None:
     recipe, file = exit_recipe(RECIPES / "exit.yaml", {}), EXAMPLE / "layerskip_smollm2/exits/smollm2.safetensors"
     assert file.stat().st_size < 9e6
     found = Exit.load(file)
-    assert (found.exit_layer, found.num_blocks, found.num_layers) == (recipe.exit_layer, recipe.blocks, 30)
+    assert (found.exit_layer, found.num_draft_layers, found.num_layers) == (recipe.exit_layer, recipe.draft_layers, 30)
     assert found.token_ids is not None
     assert len(found.token_ids) == recipe.draft_tokens

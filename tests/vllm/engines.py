@@ -64,8 +64,7 @@ def runner(llm: Any) -> Any:
     return core(llm).model_executor.driver_worker.worker.model_runner
 
 
-def blocks(llm: Any) -> int:
-    """Of the KV cache."""
+def cache_blocks(llm: Any) -> int:
     return core(llm).scheduler.kv_cache_config.num_blocks
 
 

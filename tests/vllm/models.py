@@ -64,7 +64,7 @@ def write_model(directory: Path, architecture: str = "Llama", upper: float = 0.1
 def copied(
     directory: Path, exit_layer: int = 2, token_ids: torch.Tensor | None = None, norm: float = 1.0, **settings: Any
 ) -> dict[str, Any]:
-    """The options of an engine whose exit has the layers that follow it for blocks, and ``norm`` times the norm."""
+    """The options of an engine whose exit copies the layers that follow it, and has ``norm`` times the norm."""
     model = adapt(load(directory, torch.float32)[0])
     rest = [model.decoder.layer(number) for number in range(exit_layer, LAYERS)]
     exit = Exit(exit_layer, norm * model.head.norm_weight, LAYERS, VOCABULARY, rest, token_ids)

@@ -17,10 +17,10 @@ def run(model, drafts, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", [False, True], ids=["first layers", "blocks"])
-def test_compiled_drafts_what_eager_drafts(blocks, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("draft_layers", [False, True], ids=["first layers", "draft_layers"])
+def test_compiled_drafts_what_eager_drafts(draft_layers, model, tmp_path, monkeypatch):
     first = {"load_format": "layerskip", "model_loader_extra_config": {"exit_layer": 2}}
-    drafts = copied(model) if blocks else first
+    drafts = copied(model) if draft_layers else first
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     assert run(model, drafts, enforce_eager=False) == run(model, drafts)
 

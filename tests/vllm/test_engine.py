@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .engines import blocks, core, engine, generate, runner, vllm
+from .engines import cache_blocks, core, engine, generate, runner, vllm
 from .models import ARCHITECTURES, prompts, write_model
 
 LENGTHS = (3, 17, 40, 100, 7, 9, 64, 200)
@@ -18,7 +18,7 @@ def plain(model):
     """What vLLM gives without speculation: tokens alone and in a batch, and the number of cache blocks."""
     with engine(model) as llm:
         alone = [generate(llm, [prompt])[0] for prompt in prompts(*LENGTHS)]
-        return alone, generate(llm, prompts(*LENGTHS)), blocks(llm)
+        return alone, generate(llm, prompts(*LENGTHS)), cache_blocks(llm)
 
 
 def test_tokens_and_cache_blocks_are_those_without_speculation(model, plain):
@@ -27,7 +27,7 @@ def test_tokens_and_cache_blocks_are_those_without_speculation(model, plain):
         assert [generate(llm, [prompt])[0] for prompt in prompts(*LENGTHS)] == alone
         assert generate(llm, prompts(*LENGTHS)) == batch
         assert llm.drafts.acceptance > 0.2
-        assert blocks(llm) == capacity
+        assert cache_blocks(llm) == capacity
 
 
 def test_the_drafter_owns_no_weight_and_no_cache(model):
@@ -128,4 +128,4 @@ def test_abort_in_mid_stream(model, plain):
         tokens = {name: list(out.outputs[0].token_ids) for name, out in done.items()}
         assert tokens == {str(number): expected[number] for number in (0, 2, 3, 4)}
         pool = core(llm).scheduler.kv_cache_manager.block_pool
-        assert pool.get_num_free_blocks() == blocks(llm) - 1
+        assert pool.get_num_free_blocks() == cache_blocks(llm) - 1

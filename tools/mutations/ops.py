@@ -32,8 +32,8 @@ BUGS = [
         KERNELS + "test_formats.py -k more_than_is_done",
     ),
     Mutation(
-        "blocks do not read the last draft", ROUNDS,
-        "            blocks(state, positions[row])  # for their keys and values\n", "",
-        KERNELS + "test_exit_blocks.py -k composition",
+        "draft layers do not read the last draft", ROUNDS,
+        "            draft_layers(state, positions[row])  # for their keys and values\n", "",
+        KERNELS + "test_draft_layers.py -k composition",
     ),
 ]  # fmt: skip

@@ -9,20 +9,21 @@ PROMPTS, EXITS = LAYERSKIP + "decoding/test_session_prompts.py", LAYERSKIP + "de
 
 BUGS = [
     Mutation(
-        "an exit's blocks do not read prompts", DECODING + "scheduler.py",
-        '"blocks": self.reads_blocks(reading)', '"blocks": False', EXITS + " -k torch_reads",
+        "an exit's draft layers do not read prompts", DECODING + "scheduler.py",
+        '"draft_layers": self.reads_draft_layers(reading)', '"draft_layers": False', EXITS + " -k torch_reads",
     ),
     Mutation(
-        "an exit's blocks do not read what was looked up", DECODING + "batch.py",
-        "read_blocks(self._model, self._cache, request.slot, request.all_tokens, request.blocks_done, position)",
-        "pass", EXITS + " -k looked_up",
+        "an exit's draft layers do not read what was looked up", DECODING + "batch.py",
+        "            read_draft_layers(\n                self._model, self._cache, request.slot, request.all_tokens, "
+        "request.draft_layers_done, position\n            )\n",
+        "", EXITS + " -k looked_up",
     ),
     Mutation(
-        "an exit's blocks do not read what was looked up before a request continues it", DECODING + "scheduler.py",
-        "if source.blocks_done < length:", "if False:", EXITS + " -k continued",
+        "draft layers do not read what was looked up before a request continues it", DECODING + "scheduler.py",
+        "if source.draft_layers_done < length:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
-        "an exit drafts on a row that its blocks have not read", DECODING + "scheduler.py",
+        "an exit drafts on a row that its draft layers have not read", DECODING + "scheduler.py",
         "if other.reading.depth < request.reading.depth:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
@@ -123,12 +124,12 @@ BUGS = [
         LAYERSKIP + "decoding/test_controller.py -k first_mistake",
     ),
     Mutation(
-        "the cost of a round before which blocks read is learned", DECODING + "session.py",
+        "the cost of a round before which draft layers read is learned", DECODING + "session.py",
         "launched.exit_layer is not None and not launched.caught_up", "launched.exit_layer is not None",
         LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
     ),
     Mutation(
-        "who chooses does not know how far blocks are behind", DECODING + "session.py",
+        "who chooses does not know how far draft layers are behind", DECODING + "session.py",
         "request.acceptance.lag = request.behind", "request.acceptance.lag = 0",
         LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutation import VLLM, Mutation
 
 DRAFTER = "python/layerskip/vllm/"
-ENGINE, RANKS, BLOCKS = VLLM + "test_engine.py", VLLM + "test_ranks.py", VLLM + "test_blocks.py"
+ENGINE, RANKS, DRAFT_LAYERS = VLLM + "test_engine.py", VLLM + "test_ranks.py", VLLM + "test_draft_layers.py"
 SETTINGS = VLLM + "test_settings.py"
 
 BUGS = [
@@ -45,16 +45,18 @@ BUGS = [
     ),
     Mutation(
         "one exit's graph serves another", DRAFTER + "draft.py",
-        'compiled = {"exit_layer": exit_layer, "blocks": blocks, "norm": norm}', 'compiled = {"norm": norm}',
+        'compiled = {"exit_layer": exit_layer, "draft_layers": draft_layers, "norm": norm}',
+        'compiled = {"norm": norm}',
         VLLM + "test_compiled.py -k another",
     ),
     Mutation(
         "an exit's norm is the model's, in vLLM", DRAFTER + "draft.py",
-        "    norm.weight.data.copy_(exit.norm_weight)\n", "", BLOCKS + " -k norm",
+        "    norm.weight.data.copy_(exit.norm_weight)\n", "", DRAFT_LAYERS + " -k norm",
     ),
     Mutation(
-        "blocks read the last rows alone", DRAFTER + "draft.py", "every_row = len(blocks) > 0 or vllm_config",
-        "every_row = vllm_config", BLOCKS + " -k chunked",
+        "draft layers read the last rows alone", DRAFTER + "draft.py",
+        "every_row = len(draft_layers) > 0 or vllm_config",
+        "every_row = vllm_config", DRAFT_LAYERS + " -k chunked",
     ),
     Mutation(
         "the drafter has a cache of its own", DRAFTER + "draft.py",
@@ -67,13 +69,14 @@ BUGS = [
         "target.compute_logits(hidden)", ENGINE + " -k drawn",
     ),
     Mutation(
-        "blocks are quantized as the model is", DRAFTER + "blocks.py", "    config.quant_config = None\n", "",
-        BLOCKS + " -k plain_and",
+        "draft layers are quantized as the model is", DRAFTER + "draft_layers.py",
+        "    config.quant_config = None\n", "",
+        DRAFT_LAYERS + " -k plain_and",
     ),
     Mutation(
-        "blocks choose their own attention", DRAFTER + "blocks.py",
+        "draft layers choose their own attention", DRAFTER + "draft_layers.py",
         "    config.attention_config = replace(vllm_config.attention_config, backend=backend)\n", "",
-        BLOCKS + " -k plain_and",
+        DRAFT_LAYERS + " -k plain_and",
     ),
     Mutation(
         "an exit's file is a file of weights", DRAFTER + "loader.py",

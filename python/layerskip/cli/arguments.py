@@ -430,7 +430,9 @@ def _train_exit(parser: Parser) -> None:
         "--eval-texts", nargs="+", metavar="TEXTS", help="held out, told apart by their task (default: 1 text in 20)"
     )
     parser.add_argument("--exit-layer", type=positive, metavar="E", help="layers before the exit (default: 2)")
-    parser.add_argument("--blocks", type=whole, metavar="N", help="decoder layers of the exit's own (default: 1)")
+    parser.add_argument(
+        "--draft-layers", "--blocks", type=whole, metavar="N", help="extra layers of the exit (default: 1)"
+    )
     parser.add_argument("--head-rank", type=whole, metavar="R", help="of a correction of the head (default: 0, none)")
     parser.add_argument(
         "--draft-tokens",
@@ -594,7 +596,7 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
     ),
     "train-exit": (
         _train_exit, "train an exit that drafts for a model as it is",
-        "Train an exit for a frozen model: blocks after its first layers that only draft, so that the model's output "
+        "Train an exit for a frozen model: layers after its first layers that only draft, so that the model's output "
         "stays what it is. The model runs over the texts once; what it made of them is kept in DIR/trunk.",
     ),
     "distill": (

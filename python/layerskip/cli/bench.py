@@ -86,8 +86,8 @@ def bytes_per_token(model: LayerSkipModel, stats: Stats, exit_layer: int | None 
     """Bytes that the new tokens after the first cost to read, over their number.
 
     Without ``exit_layer``: each token reads the whole model. With it: a round of K drafts reads layers [0, E) and the
-    blocks K + 1 times, the draft head K times, and the other layers and the head once. The context is taken at its mean
-    length.
+    draft layers K + 1 times, the draft head K times, the other layers and the head once. The context is taken at its
+    mean length.
     """
     decoder = model.decoder
     context = stats.prompt_tokens + stats.new_tokens / 2
@@ -96,8 +96,8 @@ def bytes_per_token(model: LayerSkipModel, stats: Stats, exit_layer: int | None 
     upper = layer_bytes(model, below, num_layers) + kv_layer * (num_layers - below) + head_bytes(model.head)
     total = stats.rounds * upper
     if exit_layer is not None:
-        blocks = layer_bytes(model, num_layers, num_layers + decoder.num_blocks)
-        lower = layer_bytes(model, 0, below) + blocks + kv_layer * (below + decoder.num_blocks)
+        draft_layers = layer_bytes(model, num_layers, num_layers + decoder.num_draft_layers)
+        lower = layer_bytes(model, 0, below) + draft_layers + kv_layer * (below + decoder.num_draft_layers)
         total += (stats.drafted + stats.rounds) * lower + stats.drafted * head_bytes(model.draft_head)
     return total / max(1, stats.new_tokens - 1)
 

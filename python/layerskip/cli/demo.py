@@ -162,8 +162,10 @@ def _decode(args: argparse.Namespace, console: Console, subject: Subject) -> lis
 
 def _title(decoder: SelfSpeculativeDecoder) -> str:
     """What drafts and what verifies, in words."""
-    layers, blocks = decoder.model.num_layers, decoder.model.decoder.num_blocks
-    exit_ = f"E={decoder.exit_layer} of {layers} layers" + (f" and {blocks} trained for it" if blocks else "")
+    layers, draft_layers = decoder.model.num_layers, decoder.model.decoder.num_draft_layers
+    exit_ = f"E={decoder.exit_layer} of {layers} layers" + (
+        f" and {draft_layers} trained for it" if draft_layers else ""
+    )
     earlier = "text that occurred before"
     drafts = {EXIT: exit_, NGRAM: earlier, AUTO: f"{exit_}, or {earlier},"}[str(decoder.draft_source)]
     return f"{drafts} draft{'s' if drafts == earlier else ''}, {layers} layers verify"

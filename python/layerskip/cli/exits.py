@@ -113,16 +113,17 @@ def of_trained(model: LayerSkipModel, written: Sequence[tuple[Tensor, int]], dra
     """The exit with which a model drafts."""
     from ..training.exit_analysis import speedup_bound, survey_trained_exit
 
-    survey, blocks, exit_layer = survey_trained_exit(model, written), model.decoder.num_blocks, model.exit_layer
+    survey = survey_trained_exit(model, written)
+    draft_layers, exit_layer = model.decoder.num_draft_layers, model.exit_layer
     assert exit_layer is not None  # else there were no survey
     emitted = survey.tokens_per_round(1, drafts)
     return Surveyed(
-        f"{exit_layer} + {blocks} block{'' if blocks == 1 else 's'}",
+        f"{exit_layer} + {draft_layers} draft layer{'' if draft_layers == 1 else 's'}",
         survey.agreement()[0],
         survey.mean_confidence()[0],
         survey.calibration_error(1),
         emitted,
-        speedup_bound(emitted, exit_layer, blocks, model.num_layers, drafts),
+        speedup_bound(emitted, exit_layer, draft_layers, model.num_layers, drafts),
     )
 
 

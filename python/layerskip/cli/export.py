@@ -53,7 +53,9 @@ def _exit(args: argparse.Namespace, config: Any) -> exit.Exit | None:
             raise ValueError(f"--exit-layer must be in 1 … {config.num_hidden_layers - 1}, got {args.exit_layer}")
         return None
     if not args.whole:
-        raise ValueError("--exit needs --whole: an exit's blocks are for vLLM's plugin, no other engine runs them")
+        raise ValueError(
+            "--exit needs --whole: an exit's draft layers are for vLLM's plugin, no other engine runs them"
+        )
     trained = exit.Exit.load(args.exit)
     trained.check_sizes(config.num_hidden_layers, config.vocab_size, config.hidden_size)
     return trained

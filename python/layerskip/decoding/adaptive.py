@@ -166,8 +166,8 @@ class Sizes:
         """Measure a model; draft layers count as part of the draft head."""
         decoder, layers = model.decoder, model.num_layers
         layer = sum(weight.nbytes for weight in decoder.layer_weights(0, layers)) // layers
-        draft_head = model.draft_head.head_weight.nbytes + sum(weight.nbytes for weight in decoder.block_weights)
-        return cls(layer, model.head.head_weight.nbytes, draft_head, layers, decoder.num_blocks)
+        draft_head = model.draft_head.head_weight.nbytes + sum(weight.nbytes for weight in decoder.draft_layer_weights)
+        return cls(layer, model.head.head_weight.nbytes, draft_head, layers, decoder.num_draft_layers)
 
 
 class Choice(NamedTuple):

@@ -15,7 +15,7 @@ from ..models import LayerSkipModel, SharedKVCache
 from .cuda_graphs import Graphs
 from .request import Clock, Request, RoundKind
 from .sampling import LogitsControls, SamplingParams
-from .scheduler import read_blocks
+from .scheduler import read_draft_layers
 from .spec_step import FusedRound, LogitsPipeline, LogitsRound, LookedUp, MixedRound, SequenceTensors
 
 SAME = 4  # recorded rounds have a multiple of so many looked-up drafts: more rows cost less than more recordings
@@ -53,7 +53,7 @@ class CalledRound(NamedTuple):
 class Launched(NamedTuple):
     """A round that was launched: the layer that drafts in it, as `Batch.exit_layer`, its drafts, what it gives.
 
-    ``caught_up``: whether an exit's blocks had tokens to read before it, so that it took longer than such rounds do.
+    ``caught_up``: whether an exit's draft layers read tokens before it, so that it took longer than such rounds do.
     """
 
     exit_layer: int | None
@@ -150,8 +150,8 @@ class Batch:
         """
         if self._graphs is None or any(request.lookup is not None for request in self.requests):
             return False
-        if self._has_blocks and self._launched[-1].num_speculations == 0:
-            return False  # blocks have not read what that round gives
+        if self._has_draft_layers and self._launched[-1].num_speculations == 0:
+            return False  # draft layers have not read what that round gives
         positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
         fits = self._last_position + positions <= self._cache.capacity
         return fits and any(request.sequence.remaining > 1 for request in self.requests)
@@ -174,7 +174,7 @@ class Batch:
         """Launch a round; where it is not recorded, it is called."""
         started, sequences = self._clock(), self._sequences
         exit_layer, num_speculations = self.exit_layer, self.num_speculations
-        caught_up = self._let_blocks_follow(num_speculations)
+        caught_up = self._let_draft_layers_follow(num_speculations)
         if exit_layer is None or (exit_layer == 0 and (num_speculations or sequences.draws)):
             drafts = [request.looked_up or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
@@ -201,28 +201,30 @@ class Batch:
         """
         launched = self._launched.popleft()
         results = launched.outcome.read()[: len(self.requests)]
-        if self._has_blocks and launched.num_speculations:
+        if self._has_draft_layers and launched.num_speculations:
             for request, (accepted, *_) in zip(self.requests, results, strict=True):
                 if request.looked_up is None:  # what was rejected is read again
-                    request.blocks_done = request.sequence.position + accepted + 1
+                    request.draft_layers_done = request.sequence.position + accepted + 1
         return launched, results
 
     @property
-    def _has_blocks(self) -> bool:
-        return self.kind.speculative and self._model.decoder.num_blocks > 0
+    def _has_draft_layers(self) -> bool:
+        return self.kind.speculative and self._model.decoder.num_draft_layers > 0
 
-    def _let_blocks_follow(self, num_speculations: int) -> bool:
-        """Let the exit's blocks read what has come since it drafted last, for the requests for which it drafts now.
+    def _let_draft_layers_follow(self, num_speculations: int) -> bool:
+        """Let the exit's draft layers read what has come since it drafted last, for the requests it drafts for.
 
         Whether there was anything to read; after a round under way there is not, see `runs_ahead`.
         """
-        if not (self._has_blocks and num_speculations) or self._launched:
+        if not (self._has_draft_layers and num_speculations) or self._launched:
             return False
         late = [request for request in self.requests if request.looked_up is None and request.behind]
         for request in late:
             position = request.sequence.position
-            read_blocks(self._model, self._cache, request.slot, request.all_tokens, request.blocks_done, position)
-            request.blocks_done = position
+            read_draft_layers(
+                self._model, self._cache, request.slot, request.all_tokens, request.draft_layers_done, position
+            )
+            request.draft_layers_done = position
         return bool(late)
 
     def _mix(self) -> MixedRound:
@@ -240,7 +242,7 @@ class Batch:
         kind = self.kind
         if not kind.speculative:
             return self._round.advance(sequences, kind.exit_layer)
-        if num_speculations == kind.num_speculations == 0 and sequences.looked_up is None:  # so blocks can wait
+        if num_speculations == kind.num_speculations == 0 and sequences.looked_up is None:  # so draft layers can wait
             return self._round.advance(sequences, self._model.num_layers)
         if exit_layer == 0:
             return self._round.verify(sequences)
@@ -251,7 +253,7 @@ class Batch:
         """What a recorded round reads and writes, besides the sequences: weights, tables and cache."""
         model, cache = self._model, self._cache
         heads = [(one.norm_weight, one.head_weight, one.token_map, one.scale) for one in (model.head, model.draft_head)]
-        weights = model.decoder.layer_weights(0, model.num_layers + model.decoder.num_blocks)
+        weights = model.decoder.layer_weights(0, model.num_layers + model.decoder.num_draft_layers)
         shared = (*weights, *model.decoder.rope_tables, model.embedding, cache.k, cache.v)
         return [*shared, *(tensor for head in heads for tensor in head if tensor is not None)]
 

@@ -28,7 +28,7 @@ class Reading:
     ----------
     prompt : Tensor [1, N], int64
     depth : int
-        It is read with layers [0, depth), of which those from L on are the exit's blocks.
+        It is read with layers [0, depth), of which those from L on are the exit's draft layers.
     slot : int
         The row of the cache.
     done : int
@@ -253,11 +253,11 @@ class Method:
         return Lookup(source.new(), prompt, vocab_size)
 
     def depth(self, model: LayerSkipModel) -> int:
-        """Prompts are read with layers [0, depth): those that emitted tokens come from, and the exit's blocks."""
+        """Prompts are read with layers [0, depth): those that emitted tokens come from, and the exit's draft layers."""
         if self.strategy == "early_exit" and self.exit_layer is not None:
             return self.exit_layer
         drafts = self.strategy == "self_speculative" and self.exits
-        return model.num_layers + (model.decoder.num_blocks if drafts else 0)
+        return model.num_layers + (model.decoder.num_draft_layers if drafts else 0)
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class Request:
 
     ``tokens`` are its prompt's. It may ``keep`` its row of the cache when it ends, and continues the one of the request
     ``continues``. ``reported`` of its tokens were in updates. ``looked_up`` are the drafts of its next round, or None
-    where an exit makes them. An exit's blocks have read the tokens before ``blocks_done``.
+    where an exit makes them. An exit's draft layers have read the tokens before ``draft_layers_done``.
     """
 
     id: int
@@ -354,12 +354,12 @@ class Request:
     exit_layer: int = field(init=False)
     num_speculations: int = field(init=False)
     tokens: list[int] = field(init=False)
-    blocks_done: int = field(init=False)
+    draft_layers_done: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.exit_layer, self.num_speculations = self.method.exit_layer or 0, self.method.num_speculations or 0
         self.tokens = self.sequence.prompt[0].tolist()
-        self.blocks_done = len(self.tokens)
+        self.draft_layers_done = len(self.tokens)
 
     @property
     def all_tokens(self) -> list[int]:
@@ -368,8 +368,8 @@ class Request:
 
     @property
     def behind(self) -> int:
-        """How many tokens an exit's blocks have to read before it drafts again."""
-        return max(0, self.sequence.position - self.blocks_done)
+        """How many tokens an exit's draft layers have to read before it drafts again."""
+        return max(0, self.sequence.position - self.draft_layers_done)
 
     @property
     def slot(self) -> int:

@@ -177,19 +177,19 @@ class PromptReader:
     def _depth(self, reading: Reading) -> dict[str, Any]:
         """Which layers read a prompt, as `LayerSkipModel.read` takes it."""
         layers = self._model.num_layers
-        return {"end": min(reading.depth, layers), "blocks": self.reads_blocks(reading)}
+        return {"end": min(reading.depth, layers), "draft_layers": self.reads_draft_layers(reading)}
 
     def reusable(self, length: int) -> int:
         """How many of ``length`` tokens that were read as part of one prompt can stand for those of another."""
         return length if self.fused else length // TORCH_ROWS * TORCH_ROWS
 
-    def reads_blocks(self, reading: Reading) -> bool:
-        """Whether an exit's blocks read a prompt, too."""
+    def reads_draft_layers(self, reading: Reading) -> bool:
+        """Whether an exit's draft layers read a prompt, too."""
         return reading.depth > self._model.num_layers
 
-    def read_blocks(self, slot: int, tokens: Sequence[int], done: int, end: int) -> None:
-        """See `read_blocks`."""
-        read_blocks(self._model, self._cache, slot, tokens, done, end)
+    def read_draft_layers(self, slot: int, tokens: Sequence[int], done: int, end: int) -> None:
+        """See `read_draft_layers`."""
+        read_draft_layers(self._model, self._cache, slot, tokens, done, end)
 
     def read(self, readings: Sequence[Reading], most: int = sys.maxsize) -> int:
         """Run one pass over the next tokens of some prompts; return how many tokens it read.
@@ -233,19 +233,19 @@ def _advance(reading: Reading, rows: int, hidden: Tensor) -> None:
 
 
 @torch.inference_mode()
-def read_blocks(
+def read_draft_layers(
     model: LayerSkipModel, cache: SharedKVCache, slot: int, tokens: Sequence[int], done: int, end: int
 ) -> None:
-    """Let an exit's blocks read ``tokens[done:end]``, which the model's own layers have read before.
+    """Let an exit's draft layers read ``tokens[done:end]``, which the model's own layers have read before.
 
-    While others draft, blocks read nothing: rounds that look drafts up cost nothing for an exit that is not used.
+    While others draft, draft layers read nothing: rounds that look drafts up cost nothing for an exit that is not used.
     Layers [0, E) run again, to the same bits.
     """
     exit_layer, device = model.exit_layer, model.device
     for begin in range(done, end, FUSED_ROWS):
         some = to_device(torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]]), device)
         seq_lens, slots = to_device(torch.tensor([[begin], [slot]]), device).unbind()
-        model.read(some, cache, exit_layer, blocks=True, seq_lens=seq_lens, slots=slots)
+        model.read(some, cache, exit_layer, draft_layers=True, seq_lens=seq_lens, slots=slots)
 
 
 def read_prompt(model: LayerSkipModel, cache: SharedKVCache, slot: int, prompt: Tensor, depth: int) -> Tensor:
@@ -307,7 +307,7 @@ class Slots:
             Those that have rows and have not ended.
         """
         source, length = self._longest_beginning(request, [*others, *self.kept.values()])
-        if source is not None and self._reader.reads_blocks(request.reading):
+        if source is not None and self._reader.reads_draft_layers(request.reading):
             self._complete(source, length)  # first, because it may be interrupted: no row is taken yet
         if request.continues in self.kept:
             assert request.continues is not None
@@ -326,10 +326,10 @@ class Slots:
         reading.done = request.sequence.reused = length
 
     def _complete(self, source: Request, length: int) -> None:
-        """Let the blocks of an exit read what a request's row holds of these tokens, if they have not."""
-        if source.blocks_done < length:
-            self._reader.read_blocks(source.slot, source.all_tokens, source.blocks_done, length)
-            source.blocks_done = length
+        """Let the draft layers of an exit read what a request's row holds of these tokens, if they have not."""
+        if source.draft_layers_done < length:
+            self._reader.read_draft_layers(source.slot, source.all_tokens, source.draft_layers_done, length)
+            source.draft_layers_done = length
 
     def _longest_beginning(self, request: Request, others: Sequence[Request]) -> tuple[Request | None, int]:
         """Who holds most of the beginning of a request's prompt, and how many tokens; its last token is never one."""

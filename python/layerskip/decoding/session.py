@@ -414,7 +414,7 @@ class Session:
         self._emit(request, lambda: request.sequence.add(made, accepted, token, fault, source, exit_layer), failure)
 
     def _last_layer(self, request: Request) -> int:
-        """The layer that a request's tokens come from: what was read after it are blocks, which only draft."""
+        """The layer that a request's tokens come from: what was read after it are draft layers, which only draft."""
         return min(request.reading.depth, self._model.num_layers)
 
     def _emit(self, request: Request, emit: Callable[[], None], failure: Exception | None = None) -> None:

@@ -245,7 +245,7 @@ class FusedRound:
     def speculate(
         self, sequences: SequenceTensors, exit_layer: int, num_speculations: int, draft_threshold: float = 0.0
     ) -> Tensor:
-        """Draft with layers [0, E) and blocks, verify with layers [E, L), accept (Elhoushi et al. 2024, section 4.3).
+        """Draft with layers [0, E) and draft layers, verify with [E, L), accept (Elhoushi et al. 2024, section 4.3).
 
         Drafting and verification share the weights, the cache and the states after layer E, so nothing that a draft
         computed is computed again.
@@ -518,7 +518,7 @@ class LogitsRound:
 
         def forward(token: Tensor, index: int) -> Tensor:
             states[:, index] = self._forward(token.clamp_min(0), sequences, index, exit_layer)
-            return self._blocks(states[:, index], sequences, index)
+            return self._draft_layers(states[:, index], sequences, index)
 
         def choose(hidden: Tensor, index: int) -> Tensor | None:
             nonlocal goes_on
@@ -562,12 +562,12 @@ class LogitsRound:
         hidden, lengths = self._model.embed(token[:, None]), sequences.seq_lens + offset
         return self._model.decoder.forward(hidden, self._cache, 0, exit_layer, lengths, sequences.slots)[:, 0]
 
-    def _blocks(self, hidden: Tensor, sequences: SequenceTensors, offset: int) -> Tensor:
-        """The states [B, D] after the exit's blocks."""
+    def _draft_layers(self, hidden: Tensor, sequences: SequenceTensors, offset: int) -> Tensor:
+        """The states [B, D] after the exit's draft layers."""
         decoder, lengths = self._model.decoder, sequences.seq_lens + offset
-        if not decoder.num_blocks:
+        if not decoder.num_draft_layers:
             return hidden
-        layers = decoder.num_layers, decoder.num_layers + decoder.num_blocks
+        layers = decoder.num_layers, decoder.num_layers + decoder.num_draft_layers
         return decoder.forward(hidden[:, None], self._cache, *layers, lengths, sequences.slots)[:, 0]
 
     def _logits(self, hidden: Tensor, head: EarlyExitHead | None = None) -> Tensor:

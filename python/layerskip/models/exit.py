@@ -1,4 +1,4 @@
-"""An exit: layers [0, E) of a model, some blocks that only drafting uses, a norm, and a head."""
+"""An exit: layers [0, E) of a model, some draft layers that only drafting uses, a norm, and a head."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 FILE_NAME = "exit.safetensors"
 FORMAT = "1"
 PACKED = "int8"
-"""The format of blocks whose head drafts in int8, too."""
-_BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)")
+"""The format of draft layers whose head drafts in int8, too."""
+_DRAFT_LAYER = re.compile(r"blocks\.(\d+)\.(\w+)")
 
 
 class Exit:
-    """What drafts for a model that stays as it is: layers [0, E) of it, then blocks, a norm and a head of its own.
+    """What drafts for a model that stays as it is: its layers [0, E), then draft layers, a norm and a head of its own.
 
-    Verification goes on from the state after layer E, before the blocks, so nothing of an exit changes the model's
-    tokens. Without blocks, and with the model's norm, it is LayerSkip's exit.
+    Verification goes on from the state after layer E, before the draft layers, so an exit does not change the model's
+    tokens. Without draft layers, and with the model's norm, it is LayerSkip's exit.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Exit:
         Of the norm before the head.
     num_layers, vocab_size : int
         L and V of the model.
-    blocks : sequence of LayerWeights
+    draft_layers : sequence of LayerWeights
         Decoder layers of the shapes of the model's own.
     token_ids : Tensor [S], int64, optional
         The tokens worth drafting, sorted, each once; by default all.
@@ -63,7 +63,7 @@ class Exit:
         norm_weight: Tensor,
         num_layers: int,
         vocab_size: int,
-        blocks: tuple[LayerWeights, ...] | list[LayerWeights] = (),
+        draft_layers: tuple[LayerWeights, ...] | list[LayerWeights] = (),
         token_ids: Tensor | None = None,
         head_down: Tensor | None = None,
         head_up: Tensor | None = None,
@@ -77,18 +77,18 @@ class Exit:
         _check_low_rank(head_down, head_up, norm_weight.numel(), vocab_size)
         self.exit_layer, self.num_layers, self.vocab_size = exit_layer, num_layers, vocab_size
         self.norm_weight, self.token_ids = norm_weight, token_ids
-        self.blocks = tuple(blocks)
+        self.draft_layers = tuple(draft_layers)
         self.head_down, self.head_up = head_down, head_up
 
     @property
-    def num_blocks(self) -> int:
+    def num_draft_layers(self) -> int:
         """n."""
-        return len(self.blocks)
+        return len(self.draft_layers)
 
     def of(self, model: LayerSkipModel, rows: str | Tensor | None = None) -> BoundExit:
         """The exit in the dtype and on the device of its model; what needs no cast is shared, not copied.
 
-        On the CPU blocks whose head is in int8 are, too, in the format `PACKED`: a draft reads half the bytes of them.
+        On the CPU, draft layers are in the format `PACKED` if their head is: a draft reads half the bytes of them.
         Matrices whose width is no multiple of the format's group stay as they are.
 
         Parameters
@@ -115,20 +115,22 @@ class Exit:
         if rows is None:
             rows = "full" if self.token_ids is None else self.token_ids
         head = head_of(model.head, cast(self.norm_weight), low_rank, rows)
-        blocks = [LayerWeights(**{name: cast(weight) for name, weight in _given(block)}) for block in self.blocks]
+        draft_layers = [
+            LayerWeights(**{name: cast(weight) for name, weight in _given(layer)}) for layer in self.draft_layers
+        ]
         if head.scale is not None and like.is_cpu:
-            blocks = [_packed(block, number) for number, block in enumerate(blocks)]
-        return BoundExit(self.exit_layer, head, tuple(blocks))
+            draft_layers = [_packed(layer, number) for number, layer in enumerate(draft_layers)]
+        return BoundExit(self.exit_layer, head, tuple(draft_layers))
 
     def _check_model(self, model: LayerSkipModel) -> None:
         decoder = model.decoder
         self.check_sizes(model.num_layers, model.vocab_size, decoder.hidden_size)
-        if not self.blocks:
+        if not self.draft_layers:
             return
         first = decoder.template(0)
         heads = (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
         shapes = layer_shapes(decoder.hidden_size, *heads, first.gate.shape[0])  # a packed weight's is another
-        self.check_blocks({name: None if getattr(first, name) is None else shapes[name] for name in shapes})
+        self.check_draft_layers({name: None if getattr(first, name) is None else shapes[name] for name in shapes})
 
     def check_sizes(self, num_layers: int, vocab_size: int, hidden_size: int) -> None:
         """Raise ValueError if the exit is for a model of other sizes, L, V and D."""
@@ -141,16 +143,17 @@ class Exit:
             if mine != theirs:
                 raise ValueError(f"the exit is for a model of {mine} {what}, this one has {theirs}")
 
-    def check_blocks(self, shapes: Mapping[str, Sequence[int] | None]) -> None:
-        """Raise ValueError if a block has other tensors than a model's layer, whose shapes are given, None for none."""
-        for number, block in enumerate(self.blocks):
-            for name, weight in block._asdict().items():
+    def check_draft_layers(self, shapes: Mapping[str, Sequence[int] | None]) -> None:
+        """Raise ValueError if a draft layer has other tensors than a model's layer, None for none."""
+        for number, layer in enumerate(self.draft_layers):
+            for name, weight in layer._asdict().items():
                 own = "none" if weight is None else list(weight.shape)
                 shape = shapes[name]
                 expected = "none" if shape is None else list(shape)
                 if own != expected:
                     raise ValueError(
-                        f"block {number} of the exit: {name} has shape {own}, that of the model's layers {expected}"
+                        f"draft layer {number} of the exit: {name} has shape {own}, "
+                        f"that of the model's layers {expected}"
                     )
 
     def save(self, path: str | Path) -> Path:
@@ -158,9 +161,9 @@ class Exit:
         target = _file(path)
         tensors = {"norm_weight": self.norm_weight, "token_ids": self.token_ids}
         tensors |= {"head_down": self.head_down, "head_up": self.head_up}
-        for number, block in enumerate(self.blocks):
-            tensors |= {f"blocks.{number}.{name}": weight for name, weight in _given(block)}
-        metadata = {"format": FORMAT, "exit_layer": self.exit_layer, "num_blocks": self.num_blocks}
+        for number, layer in enumerate(self.draft_layers):
+            tensors |= {f"blocks.{number}.{name}": weight for name, weight in _given(layer)}
+        metadata = {"format": FORMAT, "exit_layer": self.exit_layer, "num_blocks": self.num_draft_layers}
         metadata |= {"num_layers": self.num_layers, "vocab_size": self.vocab_size}
         data = need("safetensors.torch", "saving an exit").save(
             # clones, for safetensors refuses tensors that share their storage
@@ -200,21 +203,21 @@ class Exit:
             raise ValueError(f"{path} is not an exit: {error}") from error
 
 
-def _given(block: LayerWeights) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a block has, by name."""
-    return ((name, weight) for name, weight in block._asdict().items() if weight is not None)
+def _given(layer: LayerWeights) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a draft layer has, by name."""
+    return ((name, weight) for name, weight in layer._asdict().items() if weight is not None)
 
 
-def _packed(block: LayerWeights, number: int) -> LayerWeights:
-    """A block with its matrices in the format `PACKED`, where that suits their width."""
+def _packed(layer: LayerWeights, number: int) -> LayerWeights:
+    """A draft layer with its matrices in the format `PACKED`, where that suits their width."""
     changed = {}
-    for name, weight in _given(block):
+    for name, weight in _given(layer):
         if weight.dim() == 2 and weight.shape[1] % FORMATS[PACKED].group_size == 0:
             try:
                 changed[name] = quantize(weight, PACKED)
             except ValueError as error:
-                raise ValueError(f"block {number} of the exit: {name}: {error}") from None
-    return block._replace(**changed)
+                raise ValueError(f"draft layer {number} of the exit: {name}: {error}") from None
+    return layer._replace(**changed)
 
 
 def _file(path: str | Path) -> Path:
@@ -228,7 +231,7 @@ def _read(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, 
         raise ValueError(f"format {metadata['format']!r}, this version reads {FORMAT!r}")
     found: dict[int, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith("blocks.")]:
-        match = _BLOCK.fullmatch(name)
+        match = _DRAFT_LAYER.fullmatch(name)
         if match is None or match[2] not in LayerWeights._fields:
             raise ValueError(f"unknown tensor {name}")
         found.setdefault(int(match[1]), {})[match[2]] = tensors.pop(name)
@@ -239,8 +242,8 @@ def _read(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, 
             if name not in weights:
                 raise ValueError(f"it has no blocks.{number}.{name}")
     sizes = {name: int(metadata[name]) for name in ("exit_layer", "num_layers", "vocab_size")}
-    blocks = [LayerWeights(**found[number]) for number in sorted(found)]
-    return {"norm_weight": tensors.pop("norm_weight"), "blocks": blocks, **sizes, **tensors}
+    draft_layers = [LayerWeights(**found[number]) for number in sorted(found)]
+    return {"norm_weight": tensors.pop("norm_weight"), "draft_layers": draft_layers, **sizes, **tensors}
 
 
 def _check_low_rank(down: Tensor | None, up: Tensor | None, hidden_size: int, vocab_size: int) -> None:

@@ -413,22 +413,22 @@ class ComposedDecoder(PartialDepthDecoder):
     num_kv_heads : int
         G.
     form : Form
-    blocks : sequence of LayerWeights
+    draft_layers : sequence of LayerWeights
         As in `PartialDepthDecoder`, with the first rotary embedding; none with a layout.
     """
 
     def __init__(
-        self, layers: Sequence[HeldWeights], num_kv_heads: int, form: Form, blocks: Sequence[HeldWeights] = ()
+        self, layers: Sequence[HeldWeights], num_kv_heads: int, form: Form, draft_layers: Sequence[HeldWeights] = ()
     ) -> None:
         self.form = form
         self._all_tables: list[tuple[Tensor, Tensor]] = []
         inv_freq, scaling, _ = form.rotaries[0]
-        super().__init__(layers, num_kv_heads, form.eps, inv_freq, scaling, blocks, form.max_positions)
+        super().__init__(layers, num_kv_heads, form.eps, inv_freq, scaling, draft_layers, form.max_positions)
         layout = form.layout
         self._order: Tensor | None = None
         if layout is not None and layout.rotated is not None:
             self._order = pair_order(layout.rotated, self.head_dim).to(self.device)
-        self._rotary_of = [*(form.rotary_of or [0] * self.num_layers), *[0] * self.num_blocks]
+        self._rotary_of = [*(form.rotary_of or [0] * self.num_layers), *[0] * self.num_draft_layers]
 
     @property
     def ops(self) -> Ops:
@@ -446,13 +446,13 @@ class ComposedDecoder(PartialDepthDecoder):
         """As in `PartialDepthDecoder`; not with a layout."""
         if self.form.layout is not None:
             raise UnsupportedModelError(
-                "an exit with blocks is not supported for layers that are composed of small ops; one without is"
+                "an exit with draft layers is not supported for layers that are composed of small ops; one without is"
             )
         return super().template(index)
 
-    def of(self, layers: Sequence[HeldWeights], blocks: Sequence[LayerWeights] = ()) -> ComposedDecoder:
+    def of(self, layers: Sequence[HeldWeights], draft_layers: Sequence[LayerWeights] = ()) -> ComposedDecoder:
         """As in `PartialDepthDecoder`."""
-        return ComposedDecoder(layers, self.num_kv_heads, self.form, blocks)
+        return ComposedDecoder(layers, self.num_kv_heads, self.form, draft_layers)
 
     def made(self, held: Mapping[str, Tensor]) -> Any:
         """As in `PartialDepthDecoder`; with a layout `ComposedWeights`."""

@@ -15,15 +15,15 @@ from .layers import reject_gradient, shared
 
 
 class BoundExit(NamedTuple):
-    """What drafts, in the dtype and on the device of a model: ``head`` has its norm, ``blocks`` run before it.
+    """What drafts, in the dtype and on the device of a model: ``head`` has its norm, ``draft_layers`` run before it.
 
     ``exit_layer`` is the layer after which they do; None for a head alone, which may follow any layer. Matrices of
-    blocks may be packed.
+    draft layers may be packed.
     """
 
     exit_layer: int | None
     head: EarlyExitHead
-    blocks: tuple[LayerWeights, ...] = ()
+    draft_layers: tuple[LayerWeights, ...] = ()
 
 
 class NormForm(NamedTuple):

@@ -199,7 +199,7 @@ class PartialDepthDecoder(nn.Module):
         Frequencies of the rotary embedding; twice their number is the head size C.
     attention_scaling : float
         Factor of cos and sin.
-    blocks : sequence of LayerWeights
+    draft_layers : sequence of LayerWeights
         Of an exit: they count as the layers from L on, and only who asks for these runs them.
     max_positions : int, optional
         How many positions these layers compute as their model does, where that is not any number. What is further on
@@ -218,7 +218,7 @@ class PartialDepthDecoder(nn.Module):
         eps: float,
         inv_freq: Tensor,
         attention_scaling: float = 1.0,
-        blocks: Sequence[HeldWeights] = (),
+        draft_layers: Sequence[HeldWeights] = (),
         max_positions: int | None = None,
     ) -> None:
         super().__init__()
@@ -226,12 +226,12 @@ class PartialDepthDecoder(nn.Module):
             raise ValueError("a decoder needs at least one layer")
         if inv_freq.dtype != torch.float32 or inv_freq.dim() != 1:
             raise ValueError(f"inv_freq must be an fp32 vector, got {inv_freq.dtype} {list(inv_freq.shape)}")
-        self.num_layers, self.num_blocks = len(layers), len(blocks)
+        self.num_layers, self.num_draft_layers = len(layers), len(draft_layers)
         self.num_kv_heads, self.eps = num_kv_heads, float(eps)
         self.head_dim = 2 * inv_freq.numel()
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
             raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
-        self.layers = nn.ModuleList(_parameters(layer) for layer in (*layers, *blocks))
+        self.layers = nn.ModuleList(_parameters(layer) for layer in (*layers, *draft_layers))
         # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
         self.rotary = Rotary(inv_freq.detach().cpu(), float(attention_scaling))
         self._tables = (torch.empty(0, self.head_dim // 2),) * 2
@@ -252,14 +252,16 @@ class PartialDepthDecoder(nn.Module):
         """Device of the weights."""
         return self._like.device
 
-    def with_blocks(self, blocks: Sequence[LayerWeights]) -> PartialDepthDecoder:
-        """A decoder of the same layers, on the same storage, with the blocks of an exit."""
-        return self.of([self.held(number) for number in range(self.num_layers)], blocks)
+    def with_draft_layers(self, draft_layers: Sequence[LayerWeights]) -> PartialDepthDecoder:
+        """A decoder of the same layers, on the same storage, with the draft layers of an exit."""
+        return self.of([self.held(number) for number in range(self.num_layers)], draft_layers)
 
-    def of(self, layers: Sequence[HeldWeights], blocks: Sequence[LayerWeights] = ()) -> PartialDepthDecoder:
+    def of(self, layers: Sequence[HeldWeights], draft_layers: Sequence[LayerWeights] = ()) -> PartialDepthDecoder:
         """A decoder of other layers, with the same norms' eps and rotary embedding."""
         inv_freq, scaling, _ = self.rotary
-        return PartialDepthDecoder(layers, self.num_kv_heads, self.eps, inv_freq, scaling, blocks, self.max_positions)
+        return PartialDepthDecoder(
+            layers, self.num_kv_heads, self.eps, inv_freq, scaling, draft_layers, self.max_positions
+        )
 
     def let_go(self) -> None:
         """Hold the weights by their parameters alone, for who frees these one by one; nothing can be computed then."""
@@ -267,14 +269,14 @@ class PartialDepthDecoder(nn.Module):
         self._weights.clear()
 
     def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
-        """An empty cache for layers and blocks; the tables of the rotary embedding grow to ``capacity``.
+        """An empty cache for layers and draft layers; the tables of the rotary embedding grow to ``capacity``.
 
         Parameters
         ----------
         batch_size, capacity : int
             B and T.
         """
-        layers = self.num_layers + self.num_blocks
+        layers = self.num_layers + self.num_draft_layers
         cache = SharedKVCache(layers, batch_size, self.num_kv_heads, capacity, self.head_dim, self.dtype, self.device)
         with _growing:
             held = self._tables[0]
@@ -306,7 +308,7 @@ class PartialDepthDecoder(nn.Module):
         return self._by_layer[index]
 
     def template(self, index: int) -> LayerWeights:
-        """A layer for the blocks of an exit to be like."""
+        """A layer for the draft layers of an exit to be like."""
         return self.layer(index)
 
     def held(self, index: int) -> dict[str, Tensor]:
@@ -327,9 +329,9 @@ class PartialDepthDecoder(nn.Module):
         return self._weights[start * self._per_layer : end * self._per_layer]
 
     @property
-    def block_weights(self) -> list[Tensor]:
-        """Those of the blocks."""
-        return self.layer_weights(self.num_layers, self.num_layers + self.num_blocks)
+    def draft_layer_weights(self) -> list[Tensor]:
+        """Those of the draft layers."""
+        return self.layer_weights(self.num_layers, self.num_layers + self.num_draft_layers)
 
     def forward(
         self,
@@ -351,7 +353,7 @@ class PartialDepthDecoder(nn.Module):
         cache : SharedKVCache
             Of `new_cache`.
         start, end : int
-            By default all layers; from L on they are blocks.
+            By default all layers; from L on they are draft layers.
         seq_lens : Tensor [B], int64, optional
             By default the cache's.
         slots : Tensor [B], int64, optional
@@ -447,7 +449,7 @@ class PartialDepthDecoder(nn.Module):
         hidden, cache, seq_lens, slots
             As in `forward`.
         layer : int
-            From L on it is a block.
+            From L on it is a draft layer.
         product : callable
             `layerskip_kernels.linear`, which gives what `forward` gives, or torch's, for the many rows of a prompt.
         """
@@ -462,8 +464,8 @@ class PartialDepthDecoder(nn.Module):
         """Check what the op cannot. It runs for every drafted token, so it is short."""
         reject_gradient(hidden)
         if not 0 <= start <= end <= len(self._by_layer):
-            blocks = f" and {self.num_blocks} blocks" if self.num_blocks else ""
-            raise ValueError(f"layers [{start}, {end}) are not within the decoder's {self.num_layers}{blocks}")
+            draft_layers = f" and {self.num_draft_layers} draft layers" if self.num_draft_layers else ""
+            raise ValueError(f"layers [{start}, {end}) are not within the decoder's {self.num_layers}{draft_layers}")
         if hidden.dim() != 3 or hidden.shape[2] != self.hidden_size:
             raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [*, *, {self.hidden_size}]")
         if hidden.dtype != self.dtype:

@@ -55,7 +55,7 @@ class LayerSkipModel(nn.Module):
             if one.eps != decoder.eps:
                 raise ValueError(f"the head's eps is {one.eps}, the decoder's {decoder.eps}; an op takes one for both")
         self.embedding = shared(embedding)
-        self.decoder = decoder.with_blocks(exit.blocks) if exit.blocks else decoder
+        self.decoder = decoder.with_draft_layers(exit.draft_layers) if exit.draft_layers else decoder
         self.head, self.exit_layer = head, exit.exit_layer
         self._own_draft_head = None if exit.head is head else exit.head  # else it were in the state dict twice
         self.config = config
@@ -73,8 +73,8 @@ class LayerSkipModel(nn.Module):
 
     def with_exit(self, exit: BoundExit) -> LayerSkipModel:
         """A model with the same weights, on the same storage, that drafts with an exit."""
-        if self.decoder.num_blocks:
-            raise ValueError("the model has an exit with blocks already; give the exit to the model without it")
+        if self.decoder.num_draft_layers:
+            raise ValueError("the model has an exit with draft layers already; give the exit to the model without it")
         return LayerSkipModel(self.embedding, self.decoder, self.head, self.config, self.generation_config, exit)
 
     @property
@@ -164,7 +164,7 @@ class LayerSkipModel(nn.Module):
         cache: SharedKVCache,
         end: int | None = None,
         *,
-        blocks: bool = False,
+        draft_layers: bool = False,
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
@@ -177,42 +177,44 @@ class LayerSkipModel(nn.Module):
         cache : SharedKVCache
         end : int, optional
             By default all layers.
-        blocks : bool
-            Whether the exit is to draft later: then its blocks, if it has any, must have read all tokens.
+        draft_layers : bool
+            Whether the exit is to draft later: then its draft layers, if it has any, must have read all tokens.
         seq_lens, slots : Tensor [B], int64, optional
             As in `PartialDepthDecoder.forward`.
 
         Returns
         -------
         Tensor [B, M, D]
-            The states after these layers, bit for bit those that the tokens would have one by one. Blocks do not change
+            The states after these layers, bit for bit those that the tokens would have one by one. Draft layers keep
             them.
         """
-        return self._read(tokens, cache, end, blocks, self.decoder.forward, linear, seq_lens, slots)
+        return self._read(tokens, cache, end, draft_layers, self.decoder.forward, linear, seq_lens, slots)
 
-    def prefill(self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, blocks: bool = False) -> Tensor:
+    def prefill(
+        self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, draft_layers: bool = False
+    ) -> Tensor:
         """As `read`, with torch's matmuls, see `PartialDepthDecoder.prefill`; at the lengths of the cache."""
-        return self._read(tokens, cache, end, blocks, self.decoder.prefill, torch_linear)
+        return self._read(tokens, cache, end, draft_layers, self.decoder.prefill, torch_linear)
 
     def _read(
         self,
         tokens: Tensor,
         cache: SharedKVCache,
         end: int | None,
-        blocks: bool,
+        draft_layers: bool,
         run: Callable[..., Tensor],
         product: Product,
         *places: Tensor | None,
     ) -> Tensor:
-        """Of the last block nobody reads the states, so only its keys and values are computed."""
+        """Of the last draft layer nobody reads the states, so only its keys and values are computed."""
         decoder, exit_layer = self.decoder, self.exit_layer
         layers, hidden = decoder.num_layers, self.embed(tokens)
         end = layers if end is None else end
-        if not (blocks and decoder.num_blocks):
+        if not (draft_layers and decoder.num_draft_layers):
             return run(hidden, cache, 0, end, *places)
-        assert exit_layer is not None  # a model with blocks has one
+        assert exit_layer is not None  # a model with draft layers has one
         hidden = run(hidden, cache, 0, exit_layer, *places)
-        last = layers + decoder.num_blocks - 1
+        last = layers + decoder.num_draft_layers - 1
         state = run(hidden, cache, layers, last, *places) if last > layers else hidden
         decoder.write_keys(state, cache, last, product, *places)
         return run(hidden, cache, exit_layer, end, *places) if end > exit_layer else hidden
@@ -279,9 +281,9 @@ class LayerSkipModel(nn.Module):
         noise: Noise | None = None,
         logits: Tensor | None = None,
     ) -> Draft:
-        """Draft tokens with layers [0, exit_layer), blocks and draft head, as one fused call. Lengths are not advanced.
+        """Draft tokens with layers [0, exit_layer), draft layers and head, as one fused call. Lengths stay.
 
-        The last draft, too, goes through layers and blocks, as verification and the next draft need it.
+        The last draft, too, goes through layers and draft layers, as verification and the next draft need it.
 
         Parameters
         ----------
@@ -314,7 +316,7 @@ class LayerSkipModel(nn.Module):
             return draft(
                 token,
                 self.embedding,
-                [*decoder.layer_weights(0, exit_layer), *decoder.block_weights],
+                [*decoder.layer_weights(0, exit_layer), *decoder.draft_layer_weights],
                 decoder.kv_cache(cache, seq_lens, slots),
                 exit_layer,
                 self.draft_head.weights,
@@ -324,7 +326,7 @@ class LayerSkipModel(nn.Module):
                 draft_threshold=draft_threshold,
                 noise=noise,
                 logits=logits,
-                num_blocks=decoder.num_blocks,
+                num_draft_layers=decoder.num_draft_layers,
                 ops=decoder.ops,
             )
 
@@ -374,7 +376,7 @@ class LayerSkipModel(nn.Module):
             return speculative_round(
                 token,
                 self.embedding,
-                decoder.layer_weights(0, decoder.num_layers + decoder.num_blocks),
+                decoder.layer_weights(0, decoder.num_layers + decoder.num_draft_layers),
                 decoder.kv_cache(cache, seq_lens, slots),
                 exit_layer,
                 self.head.weights,
@@ -383,7 +385,7 @@ class LayerSkipModel(nn.Module):
                 draft_threshold=draft_threshold,
                 eps=decoder.eps,
                 noise=noise,
-                num_blocks=decoder.num_blocks,
+                num_draft_layers=decoder.num_draft_layers,
                 ops=decoder.ops,
             )
 

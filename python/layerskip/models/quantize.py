@@ -247,7 +247,7 @@ def _check(model: LayerSkipModel, weights: str) -> None:
     first = _matrices(model)[0]
     if any(is_packed(one) for one in (model.embedding, model.head.head_weight, first["o"])):
         raise ValueError("the model's weights are packed already; quantize the model that it was made from")
-    if model.draft_head is not model.head or model.decoder.num_blocks:
+    if model.draft_head is not model.head or model.decoder.num_draft_layers:
         raise ValueError("the model has an exit; quantize the model without it, then give it the exit")
     for name, weight in first.items():
         try:

@@ -146,26 +146,26 @@ def scatter_weights(model: Any) -> None:
 
 
 def gather_exit(exit: BoundExit) -> BoundExit:
-    """Move what drafts in int8, blocks and head, into an arena of its own: the exit with these blocks, and its head.
+    """Move what drafts in int8, draft layers and head, into an arena of its own.
 
     An exit in the model's dtype stays as it is, since its tensors are those of `Exit` or of the model, and so does one
-    on a card. Packed blocks are interleaved as those of `gather_weights` are; a model with them cannot be moved to
+    on a GPU. Packed draft layers are interleaved as in `gather_weights`; a model with them cannot be moved to
     another device.
     """
     head, rows = exit.head, exit.head.head_weight
-    tensors = [*(weight for block in exit.blocks for weight in block if weight is not None), rows]
+    tensors = [*(weight for layer in exit.draft_layers for weight in layer if weight is not None), rows]
     if head.scale is None or any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
         return exit
     arena = Arena(sum(map(_lines, tensors)))
-    blocks = tuple(_gathered(block, arena, head.norm_weight) for block in exit.blocks)
+    draft_layers = tuple(_gathered(layer, arena, head.norm_weight) for layer in exit.draft_layers)
     rows.data = arena.take(rows)
-    return exit._replace(blocks=blocks)
+    return exit._replace(draft_layers=draft_layers)
 
 
-def _gathered(block: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
-    """The weights of a block in an arena, in the order of reading; ``norm`` [D] is in the dtype of its states."""
-    weights = {name: weight for name, weight in block._asdict().items() if weight is not None}
-    widths = dict.fromkeys(MATRICES, norm.shape[0]) | {"o": block.q.shape[0], "down": block.gate.shape[0]}
+def _gathered(layer: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
+    """The weights of a draft layer in an arena, in the order of reading; ``norm`` [D] is in the dtype of its states."""
+    weights = {name: weight for name, weight in layer._asdict().items() if weight is not None}
+    widths = dict.fromkeys(MATRICES, norm.shape[0]) | {"o": layer.q.shape[0], "down": layer.gate.shape[0]}
     matrices = {name: width for name, width in widths.items() if name in weights}
     panels = norm.dtype == torch.bfloat16 and multiplies_panels()
     panels = panels and all(can_interleave(weights[name], width) for name, width in matrices.items())

@@ -156,12 +156,14 @@ class ExitSurvey:
         return speedup_bound(self.tokens_per_round(exit_layer, drafts), exit_layer, 0, self.tokens.shape[0], drafts)
 
 
-def speedup_bound(tokens_per_round: float, exit_layer: int, num_blocks: int, num_layers: int, drafts: int) -> float:
+def speedup_bound(
+    tokens_per_round: float, exit_layer: int, num_draft_layers: int, num_layers: int, drafts: int
+) -> float:
     """Tokens a round, per cost of it in full passes: (K + 1) · (E + n) / L for the drafts, (L - E) / L to verify.
 
     Heads, and that several rows cost more than one, are left out, so no decoder gets more.
     """
-    cost = ((drafts + 1) * (exit_layer + num_blocks) + num_layers - exit_layer) / num_layers
+    cost = ((drafts + 1) * (exit_layer + num_draft_layers) + num_layers - exit_layer) / num_layers
     return tokens_per_round / cost
 
 
@@ -240,7 +242,7 @@ def survey_trained_exit(model: LayerSkipModel, texts: Iterable[tuple[Tensor, int
         cache = decoder.new_cache(1, len(ids))
         state = decoder.prefill(model.embed(ids[None, :-1].to(model.device)), cache, 0, exit_layer)
         last = decoder.prefill(state, cache, exit_layer, layers)
-        drafting = decoder.prefill(state, cache, layers, layers + decoder.num_blocks)
+        drafting = decoder.prefill(state, cache, layers, layers + decoder.num_draft_layers)
         out = [model.draft_head(drafting[0, prompt - 1 :]), model.head(last[0, prompt - 1 :])]
         tokens.append(torch.stack([one.token for one in out]))
         confidence.append(torch.stack([(one.logit - one.logsumexp).exp() for one in out]))

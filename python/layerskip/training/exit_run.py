@@ -82,7 +82,7 @@ class ExitRun:
         module = TrainableExit(
             self.model,
             recipe.exit_layer,
-            recipe.blocks,
+            recipe.draft_layers,
             recipe.exit_layer if recipe.init_layer is None else recipe.init_layer,
             self._token_ids(texts),
             recipe.head_rank,
@@ -149,8 +149,8 @@ class ExitRun:
             raise ValueError(
                 f"draft_tokens is {recipe.draft_tokens}, the vocabulary has {self.model.vocab_size} tokens"
             )
-        if not recipe.blocks and not recipe.head_rank:
-            raise ValueError("blocks and head_rank are 0, so nothing but a norm would be trained")
+        if not recipe.draft_layers and not recipe.head_rank:
+            raise ValueError("draft_layers and head_rank are 0, so nothing but a norm would be trained")
 
 
 class Selection:
@@ -190,8 +190,8 @@ def _prompts(task: str, tokenizer: Any, recipe: ExitRecipe) -> list[dict[str, li
 
 def _exit_digest(first: Exit) -> str:
     made = hashlib.sha256(first.norm_weight.float().numpy().tobytes())
-    for block in first.blocks:
-        for weight in block:
+    for layer in first.draft_layers:
+        for weight in layer:
             made.update(b"" if weight is None else weight.float().numpy().tobytes())
     return made.hexdigest()
 

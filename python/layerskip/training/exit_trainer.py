@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -46,7 +47,7 @@ class Packed(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What a block needs beside its weights: the head size C, the norms' eps, rotary tables [≥ T, C/2] fp32."""
+    """What a draft layer needs beside its weights: the head size C, the norms' eps, rotary tables [≥ T, C/2] fp32."""
 
     head_dim: int
     eps: float
@@ -54,7 +55,7 @@ class Geometry(NamedTuple):
     sin: Tensor
 
 
-class Block(nn.Module):
+class DraftLayer(nn.Module):
     """One decoder layer, as `layerskip_kernels.partial_forward` defines it, with a gradient, on packed texts."""
 
     def __init__(self, weights: LayerWeights) -> None:
@@ -73,7 +74,7 @@ class Block(nn.Module):
         return LayerWeights(**{name: _copy(weight, dtype) for name, weight in named.items()})
 
     def forward(self, packed: Packed, geometry: Geometry, labelled_only: bool) -> Tensor:
-        """The states after the block.
+        """The states after the draft layer.
 
         Parameters
         ----------
@@ -135,18 +136,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, begins: Sequence[int], firsts: Sequ
 
 
 class TrainableExit(nn.Module):
-    """Blocks, norm and head correction with gradients; model and head stay what they are.
+    """Draft layers, norm and head correction with gradients; model and head stay what they are.
 
     Parameters
     ----------
     model : LayerSkipModel
-        Nothing of it is trained, and the blocks are copies.
+        Nothing of it is trained, and the draft layers are copies.
     exit_layer : int
         E.
-    num_blocks : int
+    num_draft_layers : int
         n.
     init_layer : int
-        The layer of the model that the blocks are copies of at first; the norm is a copy of the final one.
+        The layer of the model that the draft layers are copies of at first; the norm is a copy of the final one.
     token_ids : Tensor [S], int64, optional
         The tokens that are drafted: sorted, each once.
     head_rank : int
@@ -161,7 +162,7 @@ class TrainableExit(nn.Module):
         self,
         model: LayerSkipModel,
         exit_layer: int,
-        num_blocks: int,
+        num_draft_layers: int,
         init_layer: int,
         token_ids: Tensor | None = None,
         head_rank: int = 0,
@@ -171,7 +172,7 @@ class TrainableExit(nn.Module):
         super().__init__()
         decoder = model.decoder
         self.exit_layer, self.num_layers, self.vocab_size = exit_layer, model.num_layers, model.vocab_size
-        self.blocks = nn.ModuleList(Block(decoder.template(init_layer)) for _ in range(num_blocks))
+        self.draft_layers = nn.ModuleList(DraftLayer(decoder.template(init_layer)) for _ in range(num_draft_layers))
         self.norm_weight = nn.Parameter(model.head.norm_weight.detach().float().clone())
         self.token_ids = None if token_ids is None else token_ids.to(model.device)
         weight = model.head.head_weight.detach()
@@ -192,18 +193,18 @@ class TrainableExit(nn.Module):
         Raises
         ------
         ValueError
-            If it has another layer, or other blocks.
+            If it has another layer, or other draft layers.
         """
-        mine, theirs = (self.exit_layer, len(self.blocks)), (first.exit_layer, first.num_blocks)
+        mine, theirs = (self.exit_layer, len(self.draft_layers)), (first.exit_layer, first.num_draft_layers)
         if mine != theirs:
-            raise ValueError(f"init_exit has layer and blocks {theirs}, the recipe has {mine}")
+            raise ValueError(f"init_exit has layer and draft layers {theirs}, the recipe has {mine}")
         if (first.head_down is None) != (self.head_down is None):
             raise ValueError("one of the recipe and init_exit has a correction of the head, the other has none")
         self.norm_weight.copy_(first.norm_weight)
-        for block, weights in zip(self.blocks, first.blocks, strict=True):
+        for layer, weights in zip(self.draft_layers, first.draft_layers, strict=True):
             for name, weight in weights._asdict().items():
                 if weight is not None:
-                    getattr(block, name).copy_(weight)
+                    getattr(layer, name).copy_(weight)
         down, up = first.head_down, first.head_up
         if self.head_down is not None and self.head_up is not None and down is not None and up is not None:
             self.head_down.copy_(down)
@@ -216,11 +217,11 @@ class TrainableExit(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """The normed states of the labelled rows, [R, D], which the head turns into logits."""
-        for number, block in enumerate(self.blocks):
-            last = number == len(self.blocks) - 1
-            packed = packed._replace(states=block(packed, self._geometry, labelled_only=last))
+        for number, layer in enumerate(self.draft_layers):
+            last = number == len(self.draft_layers) - 1
+            packed = packed._replace(states=layer(packed, self._geometry, labelled_only=last))
         hidden = packed.states
-        if not self.blocks:
+        if not self.draft_layers:
             begins = torch.tensor([0, *packed.lengths]).cumsum(0).tolist()
             rows = [torch.arange(b + f, b + n) for b, f, n in zip(begins, packed.firsts, packed.lengths, strict=False)]
             hidden = hidden[torch.cat(rows).to(hidden.device)]
@@ -235,7 +236,7 @@ class TrainableExit(nn.Module):
     def exit(self, dtype: torch.dtype = torch.bfloat16) -> Exit:
         """A copy as it is used, in ``dtype``."""
 
-        blocks = [block.copies(dtype) for block in self.blocks if isinstance(block, Block)]
+        draft_layers = [layer.copies(dtype) for layer in self.draft_layers if isinstance(layer, DraftLayer)]
         down = up = None
         if self.head_down is not None and self.head_up is not None:
             down, up = _copy(self.head_down, dtype), _copy(self.head_up, dtype)
@@ -243,7 +244,7 @@ class TrainableExit(nn.Module):
                 up = up.new_zeros(self.vocab_size, up.shape[1]).index_copy_(0, self.token_ids.cpu(), up)
         ids = None if self.token_ids is None else self.token_ids.cpu()
         norm = _copy(self.norm_weight, dtype)
-        return Exit(self.exit_layer, norm, self.num_layers, self.vocab_size, blocks, ids, down, up)
+        return Exit(self.exit_layer, norm, self.num_layers, self.vocab_size, draft_layers, ids, down, up)
 
 
 POSITIONS = 3  # of a round's drafts, whose agreement is told apart
@@ -455,8 +456,8 @@ class ExitTrainer:
     def agreement(self, texts: Texts) -> Agreement:
         """How often the exit drafts the model's own token.
 
-        A block sees the frozen layers' state of every token, drafted or not, and a draft counts only where those before
-        it were right. So what is drafted in a round is what is drafted on the text itself, row by row.
+        A draft layer sees the frozen layers' state of every token, drafted or not, and a draft counts only where those
+        before it were right. So what is drafted in a round is what is drafted on the text itself, row by row.
         """
         flags: list[list[bool]] = []
         accepted: list[float] = []
@@ -479,7 +480,9 @@ class ExitTrainer:
         """Go on from a checkpoint."""
         saved = torch.load(path, map_location=self._device, weights_only=True)
         self.state = State(**saved["state"])
-        self.module.load_state_dict(saved["module"])
+        # Older checkpoints call the draft layers "blocks".
+        weights = {re.sub(r"^blocks\.", "draft_layers.", name): weight for name, weight in saved["module"].items()}
+        self.module.load_state_dict(weights)
         self._optimizer.load_state_dict(saved["optimizer"])
 
 

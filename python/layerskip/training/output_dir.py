@@ -13,7 +13,7 @@ from typing import Any
 
 from .._files import MANIFEST, check_folder, differences, obstacle, remove_written, write_atomically
 from ..models.exit import FILE_NAME, Exit
-from .recipe import ExitRecipe, Recipe
+from .recipe import ExitRecipe, Recipe, with_new_keys
 
 
 def read_record(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -230,7 +230,8 @@ class ExitOutput:
         """Raise ValueError where there is no run, or another recipe's."""
         if not self.record:
             raise ValueError(f"there is no run in {self.folder} to resume: it has no {_EXIT_RECORD}")
-        check_same(self.folder, self.record["recipe"], json.loads(json.dumps(asdict(self.recipe))), _EXIT_HARMLESS)
+        recipe = with_new_keys(self.record["recipe"])
+        check_same(self.folder, recipe, json.loads(json.dumps(asdict(self.recipe))), _EXIT_HARMLESS)
         self._check_unchanged()
 
     def check_same_data(self, data: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -313,7 +314,7 @@ class ExitRecipe:
     new_tokens: int = 160  # the most tokens that each is continued by
     prompt_tokens: int = 420  # the longest prompt that is taken
     exit_layer: int = 2  # E
-    blocks: int = 1  # n, the number of draft layers
+    draft_layers: int = 1  # n, the number of draft layers
     head_rank: int = 0  # r of a low-rank correction of the head, W + up · down
     # the layer that the draft layers are copies of at first; by default layer E, the next one
     init_layer: int | None = None
@@ -350,7 +351,7 @@ class ExitRecipe:
                     "patience", "max_grad_norm", "written", "new_tokens", "prompt_tokens")  # fmt: skip
         for key in positive:
             check_positive(key, getattr(self, key))
-        for key in ("blocks", "head_rank", "draft_tokens", "warmup", "weight_decay"):
+        for key in ("draft_layers", "head_rank", "draft_tokens", "warmup", "weight_decay"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         for key, known in {"dtype": ("bfloat16", "float16", "float32"), "precision": ("bf16", "fp32")}.items():
@@ -379,8 +380,16 @@ def exit_recipe(path: Path | None, given: Mapping[str, Any]) -> ExitRecipe:
         As `layerskip.training.recipe.read_recipe`.
     """
     values = read_values(path) if path is not None else {}
+    if "blocks" in values:
+        warnings.warn(f"{path}: the key 'blocks' is now 'draft_layers'", DeprecationWarning, stacklevel=2)
+        values = with_new_keys(values)
     recipe: ExitRecipe = construct(ExitRecipe, {**values, **given}, str(path or "recipe"))
     return recipe
+
+
+def with_new_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename keys that older recipes of exits have."""
+    return {"draft_layers" if key == "blocks" else key: value for key, value in values.items()}
 
 
 KEYS = tuple(entry.name for entry in fields(ExitRecipe))

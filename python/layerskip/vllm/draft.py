@@ -1,4 +1,4 @@
-"""The draft model: the target's first layers, norm and head, or a trained exit, whose blocks alone are its own."""
+"""The draft model: the target's first layers, norm and head, or a trained exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from .. import Exit
 from . import sampling
-from .blocks import make_blocks
+from .draft_layers import make_draft_layers
 from .head import make_head
 from .rows import LastRows
 from .settings import Settings
@@ -26,7 +26,7 @@ logger = init_logger("vllm.layerskip")
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class FirstLayers(nn.Module):
-    """Layers [0, E) of a target, and the blocks of an exit; the part that vLLM compiles.
+    """Layers [0, E) of a target, and the draft layers of an exit; the part that vLLM compiles.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class LayerSkipDraft(nn.Module):
     """What vLLM's draft model proposer runs, one token a call and sequence.
 
     The keys and values that it writes are the target's own: the same layers, in the same cache, for the same tokens.
-    Verification writes them once more. The blocks of an exit have keys and values of their own, of every token.
+    Verification writes them once more. The draft layers of an exit have keys and values of their own, of every token.
 
     Parameters
     ----------
@@ -84,8 +84,8 @@ class LayerSkipDraft(nn.Module):
         self.config = target.config
         self._target = (target,)  # in a tuple it is no submodule: whoever walks parameters counts them once
         exit = None if settings.exit is None else Exit.load(settings.exit)
-        blocks = nn.ModuleList() if exit is None else make_blocks(target, exit, vllm_config, prefix)
-        layers = [*target.model.layers[: settings.exit_layer], *blocks]
+        draft_layers = nn.ModuleList() if exit is None else make_draft_layers(target, exit, vllm_config, prefix)
+        layers = [*target.model.layers[: settings.exit_layer], *draft_layers]
         attentions = [module for layer in layers for module in layer.modules() if isinstance(module, Attention)]
         self._names = [attention.layer_name for attention in attentions]
         self._placeholder = _stand_in(attentions[0], vllm_config, prefix)
@@ -93,22 +93,22 @@ class LayerSkipDraft(nn.Module):
         self._head = make_head(target, self._norm, settings.draft_head, exit)
         _check_correction(exit, self._head, vllm_config)
         norm = self._norm if self._head is None else None
-        config = _compiled_as(vllm_config, settings.exit_layer, len(blocks), norm is not None)
+        config = _compiled_as(vllm_config, settings.exit_layer, len(draft_layers), norm is not None)
         with set_current_vllm_config(config):
             self.inner = FirstLayers(
                 vllm_config=config, prefix=prefix, embed_tokens=target.model.embed_tokens, layers=layers, norm=norm
             )
-        # Blocks need every row. The runner of version 2 does not mark the slots of rejected rows, by which the last
-        # valid one is found.
-        every_row = len(blocks) > 0 or vllm_config.use_v2_model_runner
+        # Draft layers need every row. The runner of version 2 does not mark the slots of rejected rows, by which the
+        # last valid one is found.
+        every_row = len(draft_layers) > 0 or vllm_config.use_v2_model_runner
         self._last_rows = None if every_row else LastRows(vllm_config, self._names)
         if settings.mend_cpu_sampling:
             sampling.mend()
         logger.info(
-            "LayerSkip: layers 0 to %d of %d and %d blocks draft, %d tokens a round; head: %s",
+            "LayerSkip: layers 0 to %d of %d and %d draft layers draft %d tokens a round; head: %s",
             settings.exit_layer - 1,
             len(target.model.layers),
-            len(blocks),
+            len(draft_layers),
             vllm_config.speculative_config.num_speculative_tokens,
             settings.draft_head,
         )
@@ -182,12 +182,12 @@ def _check_correction(exit: Exit | None, head: Any, vllm_config: VllmConfig) -> 
         raise NotImplementedError(f"{asked} drafts with the model's own head, which the exit corrects")
 
 
-def _compiled_as(vllm_config: VllmConfig, exit_layer: int, blocks: int, norm: bool) -> VllmConfig:
+def _compiled_as(vllm_config: VllmConfig, exit_layer: int, draft_layers: int, norm: bool) -> VllmConfig:
     """The configuration with what is compiled in its hash, by which vLLM keeps compiled graphs on the disk.
 
     Without it the graph of one exit would be found, and run, for another.
     """
     config = copy.copy(vllm_config)
-    compiled = {"exit_layer": exit_layer, "blocks": blocks, "norm": norm}
+    compiled = {"exit_layer": exit_layer, "draft_layers": draft_layers, "norm": norm}
     config.additional_config = {**dict(vllm_config.additional_config or {}), "layerskip": compiled}
     return config

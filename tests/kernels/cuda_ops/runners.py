@@ -88,7 +88,7 @@ class Emulated(EmulatedLayers):
     def draft(self, *args: Any) -> lk.Draft:
         a = bind("draft", *args)
         batch, num_speculations, draft_vocab_size = len(a.token), a.num_speculations, len(a.head_weight)
-        model = _Model(a.embedding, a.norm_weight, a.weights, a.k_cache, a.v_cache, a.exit_layer, a.num_blocks)
+        model = _Model(a.embedding, a.norm_weight, a.weights, a.k_cache, a.v_cache, a.exit_layer, a.num_draft_layers)
         sizes = model.sizes(batch, num_speculations, a.extend, a.head_weight, a.head_weight, a.exit_layer)
         out, buffers = model.draft_buffers(batch, num_speculations, a.extend, draft_vocab_size)
         memory = self._round_scratch(sizes, 1, a.norm_weight.dtype)
@@ -108,8 +108,8 @@ class Emulated(EmulatedLayers):
         draft_head = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
         batch, num_speculations, dtype = len(a.token), a.num_speculations, a.norm_weight.dtype
         draft_vocab_size, vocab_size = len(draft_head), len(a.head_weight)
-        num_layers = a.k_cache.shape[0] - a.num_blocks
-        model = _Model(a.embedding, a.norm_weight, a.weights, a.k_cache, a.v_cache, num_layers, a.num_blocks)
+        num_layers = a.k_cache.shape[0] - a.num_draft_layers
+        model = _Model(a.embedding, a.norm_weight, a.weights, a.k_cache, a.v_cache, num_layers, a.num_draft_layers)
         sizes = model.sizes(batch, num_speculations, True, draft_head, a.head_weight, a.exit_layer)
         drafted, buffers = model.draft_buffers(batch, num_speculations, True, max(draft_vocab_size, vocab_size))
         memory = [self._round_scratch(sizes, rows, dtype) for rows in (1, num_speculations + 1)]
@@ -139,7 +139,7 @@ class Emulated(EmulatedLayers):
 
 
 class _Model:
-    """Layers [0, ``layers``) and the exit blocks as the entries take them."""
+    """Layers [0, ``layers``) and the draft layers as the entries take them."""
 
     def __init__(
         self,
@@ -149,17 +149,18 @@ class _Model:
         k_cache: Tensor,
         v_cache: Tensor,
         layers: int,
-        num_blocks: int,
+        num_draft_layers: int,
     ) -> None:
-        each = len(weights) // (layers + num_blocks)
+        each = len(weights) // (layers + num_draft_layers)
         optional = [one if one.numel() else None for one in weights]
-        self.embedding, self.norm_weight, self.layers, self.num_blocks = embedding, norm_weight, layers, num_blocks
+        self.embedding, self.norm_weight = embedding, norm_weight
+        self.layers, self.num_draft_layers = layers, num_draft_layers
         self.formats = codes_of(weights, each, len(norm_weight))
         self.first = dict(zip(lk.LayerWeights._fields, weights[:each], strict=False))
         self.weights: list[Tensor | None] = []
         for first in range(0, len(weights), each):
             self.weights += [*optional[first : first + each], *[None] * (WEIGHTS_PER_LAYER - each)]
-        cached = [*range(layers), *range(len(k_cache) - num_blocks, len(k_cache))]
+        cached = [*range(layers), *range(len(k_cache) - num_draft_layers, len(k_cache))]
         self.caches = [cache[layer] for layer in cached for cache in (k_cache, v_cache)]
         self.cached = k_cache.shape
 
@@ -172,8 +173,8 @@ class _Model:
         num_heads, intermediate_size = len(self.first["q"]) // head_dim, len(self.first["gate"])
         return torch.tensor(
             [batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
-             num_speculations, extend, embedded, len(draft_head), len(head), exit_layer, self.layers, self.num_blocks,
-             *(code_of(one, hidden_size) for one in (self.embedding, draft_head, head))]
+             num_speculations, extend, embedded, len(draft_head), len(head), exit_layer, self.layers,
+             self.num_draft_layers, *(code_of(one, hidden_size) for one in (self.embedding, draft_head, head))]
         )  # fmt: skip
 
     def draft_buffers(

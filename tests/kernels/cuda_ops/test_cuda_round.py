@@ -14,7 +14,7 @@ from layerskip_kernels.composition import compose_draft, compose_round
 from layerskip_kernels.schemas import bind
 
 from ..common import TOLERANCES, Inputs, assert_same_bits, double
-from ..examples import SIZES, example, with_blocks, with_packed_blocks
+from ..examples import SIZES, example, with_draft_layers, with_packed_draft_layers
 from .runners import Emulated, Ops
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -69,12 +69,14 @@ def test_a_draft_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, opt
 
 
 @pytest.mark.parametrize("extend", [False, True])
-@pytest.mark.parametrize(("num_blocks", "packed"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(("num_draft_layers", "packed"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_draft_with_blocks(ops: Ops, dtype: torch.dtype, num_blocks: int, packed: bool, extend: bool) -> None:
+def test_a_draft_with_draft_layers(
+    ops: Ops, dtype: torch.dtype, num_draft_layers: int, packed: bool, extend: bool
+) -> None:
     """The composition, also in what is written; a layer of the cache lies between those of the draft."""
-    args = with_blocks(args_of("draft", dtype, extend=extend), num_blocks)
-    args = with_packed_blocks(args) if packed else args
+    args = with_draft_layers(args_of("draft", dtype, extend=extend), num_draft_layers)
+    args = with_packed_draft_layers(args) if packed else args
     theirs, before, exit_layer = copied(args), copied(args), args["exit_layer"]
     out, expected = ops.draft(*bind("draft", **args)), compose_draft(parts(ops), *bind("draft", **theirs))
     assert_same_bits(tuple(out[:2]), expected[:2])
@@ -82,7 +84,7 @@ def test_a_draft_with_blocks(ops: Ops, dtype: torch.dtype, num_blocks: int, pack
     for name in ("k_cache", "v_cache"):
         assert_same_bits(args[name], theirs[name])
         assert_same_bits(args[name][exit_layer], before[name][exit_layer])
-        assert not torch.equal(args[name][-num_blocks], before[name][-num_blocks])
+        assert not torch.equal(args[name][-num_draft_layers], before[name][-num_draft_layers])
     true = reference.draft_ref(*bind("draft", **before))
     assert out.tokens.tolist() == true[0].tolist()
     close(out.states, true[1], dtype)
@@ -197,13 +199,13 @@ def decode(ops: Ops, args: dict[str, Any], num_speculations: int, wanted: int) -
     return [tokens[:wanted] for tokens in emitted], accepts
 
 
-@pytest.mark.parametrize("num_blocks", [0, 1])
+@pytest.mark.parametrize("num_draft_layers", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype, num_blocks: int) -> None:
+def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype, num_draft_layers: int) -> None:
     """Without drafts and with three a round: the same tokens, and the same bits in the cache of all layers."""
     alone, drafted = agreeing(dtype), agreeing(dtype)
-    if num_blocks:
-        drafted = with_blocks(drafted, num_blocks)
+    if num_draft_layers:
+        drafted = with_draft_layers(drafted, num_draft_layers)
         drafted["weights"] = [w * 0.3 if i in (22, 26) else w for i, w in enumerate(drafted["weights"])]  # o and down
     wanted = 4
     first, _ = decode(ops, alone, 0, wanted)

@@ -322,13 +322,13 @@ class TestBench:
 
         stock = adapt(tiny_model())
         decoder = SelfSpeculativeDecoder(stock, 1, 3, exit=random_exit(stock, 1, 2))
-        keys_and_values = 2 * (2 * 4 * 8 * 4) * (4 + 9 / 2)  # of 2 blocks, 4 heads of 8 in fp32
-        blocks = sum(weight.nbytes for weight in decoder.model.decoder.block_weights) + keys_and_values
+        keys_and_values = 2 * (2 * 4 * 8 * 4) * (4 + 9 / 2)  # of 2 draft layers, 4 heads of 8 in fp32
+        draft_layers = sum(weight.nbytes for weight in decoder.model.decoder.draft_layer_weights) + keys_and_values
         stats = decoder.generate(torch.ones(1, 4, dtype=torch.int64), 9).stats
         plain, more = (bytes_per_token(model, stats, 1) for model in (stock, decoder.model))
-        assert more - plain == pytest.approx((stats.drafted + stats.rounds) * blocks / 8)
+        assert more - plain == pytest.approx((stats.drafted + stats.rounds) * draft_layers / 8)
 
-    def test_an_exit_with_blocks(self, directory, texts, tmp_path, capsys):
+    def test_an_exit_with_draft_layers(self, directory, texts, tmp_path, capsys):
         copied_exit(adapt(load(directory, torch.float32)[0]), 2, 2).save(tmp_path)
         options = ["--max-new-tokens", "8", "--dtype", "float32", "--exit", str(tmp_path), "--only-ours", "--sweep"]
         assert main(["bench", "--model", directory, "--prompts", texts, "--output", str(tmp_path / "b"), *options]) == 0
@@ -343,7 +343,7 @@ class TestBench:
         assert "all tokens are identical" in capsys.readouterr().out
         assert main(["exits", *arguments, "--output", str(tmp_path / "e")]) == 0
         printed = capsys.readouterr().out.splitlines()
-        (row,) = (line for line in printed if "2 + 2 blocks" in line)
+        (row,) = (line for line in printed if "2 + 2 draft layers" in line)
         assert "100.0%" in row
         (row,) = (line for line in printed if "n-grams" in line)
         assert row.count("–") == 2, "nothing says how sure a lookup is"

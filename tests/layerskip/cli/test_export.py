@@ -82,7 +82,7 @@ def test_a_whole_model_brings_its_exit(directory, tmp_path, capsys):
     """Instead of a draft head, for an exit has its own."""
     DraftHead([3, 5], VOCABULARY).save(directory)
     model = layerskip.load(directory, torch.float32)[0]
-    copied_exit(adapt(model), num_blocks=2).save(tmp_path / "exit")
+    copied_exit(adapt(model), num_draft_layers=2).save(tmp_path / "exit")
     arguments = ["--model", str(directory), "--dtype", "float32", "--exit", str(tmp_path / "exit")]
     arguments += ["--output", str(tmp_path / "whole")]
     assert main(["export", *arguments]) == 2

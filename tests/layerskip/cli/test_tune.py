@@ -78,7 +78,7 @@ def test_it_measures_for_real(directory, texts, tmp_path, capsys):
     assert main([*arguments, "--exit", str(exit_dir), "--output", str(output)]) == 0
     decoder = SelfSpeculativeDecoder.from_pretrained(directory, dtype=torch.float32, tuning=output)
     if json.loads(output.read_text())["draft_source"] != "ngram":
-        assert decoder.model.decoder.num_blocks == 2
+        assert decoder.model.decoder.num_draft_layers == 2
     plain = decoder.generate(prompt_of(5), 30, strategy="autoregressive")
     assert torch.equal(decoder.generate(prompt_of(5), 30).sequences, plain.sequences)
 

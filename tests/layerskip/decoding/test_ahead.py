@@ -301,18 +301,18 @@ def test_the_controller_learns_what_the_card_took(card, monkeypatch):
 
 
 @pytest.mark.parametrize(("counts", "catches_up"), [((3, 1), False), ((3, 3, 0), True), ((0, 2), True)])
-def test_blocks_of_an_exit_while_the_number_of_drafts_changes(card, monkeypatch, counts, catches_up):
-    """A round ahead with another K: what blocks have read is known, so drafts of an exact exit all hold."""
+def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(card, monkeypatch, counts, catches_up):
+    """A round ahead with another K: what draft layers have read is known, so drafts of an exact exit all hold."""
     model = tiny_model(upper="weak")
     decoder = SelfSpeculativeDecoder(model, num_speculations="auto", exit=copied_exit(adapt(model), 2, 2))
     plans, read = itertools.cycle([Choice(decoder.exit_layer, count) for count in counts]), []
     monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
 
-    def noted(*args: Any, read_: Any = batch.read_blocks) -> None:
+    def noted(*args: Any, read_: Any = batch.read_draft_layers) -> None:
         read.append(args[-2:])
         read_(*args)
 
-    monkeypatch.setattr(batch, "read_blocks", noted)
+    monkeypatch.setattr(batch, "read_draft_layers", noted)
     with InOrder(card):
         out = decoder.generate(prompt_of(5), 40, eos_token_id=[])
     assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)

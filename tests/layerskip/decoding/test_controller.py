@@ -301,9 +301,9 @@ def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
 
 
 def test_an_exit_that_is_behind_has_to_gain_what_catching_up_costs():
-    """Drafts that gain 2 % are not worth 5 % of a pass; an exit without blocks has nothing to catch up."""
-    for num_blocks, expected in ((0, 1), (1, 0)):
-        controller = Controller(Sizes(100, 600, 600, LAYERS, num_blocks), [1], 1)
+    """Drafts that gain 2 % are not worth 5 % of a pass; an exit without draft layers has nothing to catch up."""
+    for num_draft_layers, expected in ((0, 1), (1, 0)):
+        controller = Controller(Sizes(100, 600, 600, LAYERS, num_draft_layers), [1], 1)
         acceptance = controller.new_acceptance()
         rate = acceptance.at(1)
         rate.mean, rate.weight = 0.26, 1000.0

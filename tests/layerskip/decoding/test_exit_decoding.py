@@ -1,7 +1,7 @@
 """Decoding with exits: the tokens are the stock model's, and every draft is the one that a slow exit makes.
 
-The second is what finds holes in the blocks' keys and values: after drafts that were accepted or not, after prompts
-in whatever pieces, after drafts that were looked up.
+The second is what finds holes in the draft layers' keys and values: after drafts that were accepted or not, after
+prompts in whatever pieces, after drafts that were looked up.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def test_a_prefix_that_another_row_holds(near):
 
 @pytest.mark.parametrize(("strategy", "reused"), [("self_speculative", 29), ("autoregressive", 0), ("early_exit", 0)])
 def test_what_is_continued(near, strategy, reused):
-    """A row whose blocks have not read everything is read again before an exit drafts on it."""
+    """A row whose draft layers have not read everything is read again before an exit drafts on it."""
     hf_model, decoder, watched = near
     session = decoder.open_session(1)
     first = session.add(prompt_of(10), 20, strategy=strategy, keep=True)
@@ -191,22 +191,22 @@ def test_what_is_continued(near, strategy, reused):
     assert watched.drafts > 20
 
 
-def test_a_slot_survives_an_interrupt_while_blocks_catch_up(near, monkeypatch):
-    """What continues a kept request takes its slot only when the exit's blocks have read what that holds."""
+def test_a_slot_survives_an_interrupt_while_draft_layers_catch_up(near, monkeypatch):
+    """What continues a kept request takes its slot only when the exit's draft layers have read what that holds."""
     hf_model, decoder, _ = near
     session = decoder.open_session(1)
     with monkeypatch.context() as looking_up:
         looking_up.setattr(Controller, "choose_with_lookups", lambda *args, **named: (Choice(None, 0), [0]))
         first = session.add(prompt_of(10), 20, draft_source="auto", keep=True)
         tokens = finish(session)[first]
-    interrupts, read_blocks = [KeyboardInterrupt], PromptReader.read_blocks
+    interrupts, read_draft_layers = [KeyboardInterrupt], PromptReader.read_draft_layers
 
     def interrupted(*args):
         if interrupts:
             raise interrupts.pop()
-        return read_blocks(*args)
+        return read_draft_layers(*args)
 
-    monkeypatch.setattr(PromptReader, "read_blocks", interrupted)
+    monkeypatch.setattr(PromptReader, "read_draft_layers", interrupted)
     second = session.add(prompt_of(3, 1), 8, continue_from=first)
     with pytest.raises(KeyboardInterrupt):
         finish(session)
@@ -216,10 +216,10 @@ def test_a_slot_survives_an_interrupt_while_blocks_catch_up(near, monkeypatch):
 
 
 def test_an_exit_whose_first_draft_is_improbable_has_read(near, monkeypatch):
-    """Nothing is drafted, yet its blocks have run: there is nothing to catch up."""
+    """Nothing is drafted, yet its draft layers have run: there is nothing to catch up."""
     hf_model, decoder, _ = near
     reads = []
-    monkeypatch.setattr("layerskip.decoding.batch.read_blocks", lambda *args: reads.append(args))
+    monkeypatch.setattr("layerskip.decoding.batch.read_draft_layers", lambda *args: reads.append(args))
     session = decoder.open_session(1)
     session.add(prompt_of(5), 20, draft_threshold=1.0)
     while len(session):
@@ -231,7 +231,7 @@ def test_an_exit_whose_first_draft_is_improbable_has_read(near, monkeypatch):
 
 @pytest.mark.parametrize("continued", ["itself", "in another slot"])
 def test_what_was_looked_up_is_continued(near, monkeypatch, continued):
-    """The blocks have read none of it: they do before an exit drafts, in whichever row."""
+    """The draft layers have read none of it: they do before an exit drafts, in whichever row."""
     hf_model, decoder, watched = near
     with monkeypatch.context() as looking_up:
         looking_up.setattr(Controller, "choose_with_lookups", lambda *args, **named: (Choice(None, 0), [0]))
@@ -319,7 +319,7 @@ def test_drafts_that_are_looked_up_in_between(near, monkeypatch, processed):
 
 
 def test_what_catching_up_costs_is_foreseen_and_not_learned(near, monkeypatch):
-    """By turns: drafts are looked up, the exit makes them after its blocks have read, and once more at once."""
+    """By turns: drafts are looked up, the exit makes them after its draft layers have read, and once more at once."""
     _, decoder, _ = near
     behind, learned = [], []
 
@@ -334,7 +334,7 @@ def test_what_catching_up_costs_is_foreseen_and_not_learned(near, monkeypatch):
     while len(behind) < 9:
         session.step()
     assert behind == [0, 1, 0] * 3
-    assert learned == [Choice(None, 0), Choice(2, 3)] * 3, "none of the rounds before which the blocks read"
+    assert learned == [Choice(None, 0), Choice(2, 3)] * 3, "none of the rounds before which the draft layers read"
 
 
 def test_an_interrupt(near, monkeypatch):
@@ -412,7 +412,7 @@ def test_what_does_not_go_together():
     for call in (bound.draft, bound.speculate):
         with pytest.raises(ValueError, match="exit_layer is 1, but the model's exit is after 2 layers"):
             call(torch.tensor([3]), bound.decoder.new_cache(1, 8), 1, 2)
-    with pytest.raises(ValueError, match="has an exit with blocks already"):
+    with pytest.raises(ValueError, match="has an exit with draft layers already"):
         bound.with_exit(exit_.of(bound))
 
 

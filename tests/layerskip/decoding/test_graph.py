@@ -62,11 +62,11 @@ SAMPLING = {"greedy": [None] * 3, "drawn": [SamplingParams(temperature=0.7 * row
 
 @requires_native
 @pytest.mark.parametrize("kind", SAMPLING)
-@pytest.mark.parametrize("strategy", ["self_speculative", "with blocks", "autoregressive", "early_exit"])
+@pytest.mark.parametrize("strategy", ["self_speculative", "with draft layers", "autoregressive", "early_exit"])
 @pytest.mark.parametrize(("slots", "lazy"), [(2, True), (5, True), (5, False)])
 def test_the_same_tokens(slots, lazy, strategy, kind):
     model, exit_ = tiny_model(upper="weak"), None
-    if strategy == "with blocks":
+    if strategy == "with draft layers":
         strategy, exit_ = "self_speculative", copied_exit(models.adapt(model), 1, 2)
     decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=3, exit=exit_)
     card = FakeCard(lazy)
@@ -306,12 +306,12 @@ def test_what_meets_the_host_is_seen(wrong, message):
         outcome.read()
 
 
-@pytest.mark.parametrize("num_blocks", [0, 2])
+@pytest.mark.parametrize("num_draft_layers", [0, 2])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_round_has_no_values_to_look_at(temperature, num_blocks):
+def test_a_round_has_no_values_to_look_at(temperature, num_draft_layers):
     """On the device "meta" there are none, and no branch for the CPU is taken."""
     model = models.adapt(tiny_model())
-    model = model.with_exit(random_exit(model, 1, num_blocks).of(model)).to("meta")
+    model = model.with_exit(random_exit(model, 1, num_draft_layers).of(model)).to("meta")
     with torch.inference_mode():
         cache = model.decoder.new_cache(4, 64)
         sequences = SequenceTensors.of([0, 0], [5, 9], [3, 1], [1, 2], [temperature] * 2, torch.device("meta"))

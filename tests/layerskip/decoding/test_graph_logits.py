@@ -118,12 +118,12 @@ def test_a_processor_of_ones_own_is_named_and_its_rounds_are_called(decoder):
     assert card.captures == 0
 
 
-@pytest.mark.parametrize("num_blocks", [0, 2])
+@pytest.mark.parametrize("num_draft_layers", [0, 2])
 @pytest.mark.parametrize("threshold", [0.0, 0.25])
-def test_a_round_has_no_values_to_look_at(threshold, num_blocks):
+def test_a_round_has_no_values_to_look_at(threshold, num_draft_layers):
     """On the device "meta" there are none, and no branch for the CPU is taken."""
     model, meta = models.adapt(tiny_model()), torch.device("meta")
-    model = model.with_exit(random_exit(model, 1, num_blocks).of(model)).to("meta")
+    model = model.with_exit(random_exit(model, 1, num_draft_layers).of(model)).to("meta")
     with torch.inference_mode():
         cache = model.decoder.new_cache(4, 64)
         params = PROCESSED["each its own"][:2]

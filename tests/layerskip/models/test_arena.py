@@ -105,15 +105,15 @@ def test_weights_outlive_the_arena_object() -> None:
 
 @pytest.mark.parametrize("panels", [False, True])
 def test_an_exit_has_an_arena_of_its_own(panels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks, then the rows of the head, one after the other; packed blocks in panels where these are faster."""
+    """Draft layers, then the rows of the head; packed draft layers in panels where these are faster."""
     monkeypatch.setattr(weight_arena, "multiplies_panels", lambda: panels)
     model = layerskip.adapt(helpers.tiny_model("llama2", torch.bfloat16, intermediate_size=96))
     bound = random_exit(model, 1, 2, token_ids=[3, 5, 70]).of(model)
     rows, gathered = bound.head.head_weight.clone(), gather_exit(bound)
-    place = gathered.blocks[0].q.data_ptr()
-    for block, before in zip(gathered.blocks, bound.blocks, strict=True):
-        for name in (*(name for name in MATRICES if hasattr(block, name)), "attn_norm", "mlp_norm"):
-            weight, same = getattr(block, name), getattr(before, name)
+    place = gathered.draft_layers[0].q.data_ptr()
+    for layer, before in zip(gathered.draft_layers, bound.draft_layers, strict=True):
+        for name in (*(name for name in MATRICES if hasattr(layer, name)), "attn_norm", "mlp_norm"):
+            weight, same = getattr(layer, name), getattr(before, name)
             assert is_interleaved(weight) == (panels and weight.dim() == 2)
             assert weight.data_ptr() == place
             assert torch.equal(rows_of(weight, 96 if name == "down" else 32), same)

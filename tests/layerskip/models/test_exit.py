@@ -21,15 +21,17 @@ def equal(one, two):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("num_blocks", [0, 1, 2])
+@pytest.mark.parametrize("num_draft_layers", [0, 1, 2])
 @pytest.mark.parametrize(("token_ids", "rank"), [(None, 0), ([3, 5, 70], 4)])
-def test_what_is_saved_is_read(tmp_path, architecture, num_blocks, token_ids, rank):
-    before = random_exit(adapt(tiny_model(architecture, torch.bfloat16)), 3, num_blocks, token_ids, rank)
+def test_what_is_saved_is_read(tmp_path, architecture, num_draft_layers, token_ids, rank):
+    before = random_exit(adapt(tiny_model(architecture, torch.bfloat16)), 3, num_draft_layers, token_ids, rank)
     assert before.save(tmp_path) == tmp_path / "exit.safetensors"
     after = Exit.load(tmp_path)
-    assert [after.exit_layer, after.num_layers, after.vocab_size, after.num_blocks] == [3, 4, VOCABULARY, num_blocks]
+    assert [after.exit_layer, after.num_layers, after.vocab_size, after.num_draft_layers] == [
+        *(3, 4, VOCABULARY, num_draft_layers)
+    ]
     assert all(equal(getattr(before, part), getattr(after, part)) for part in PARTS)
-    pairs = zip(before.blocks, after.blocks, strict=True)
+    pairs = zip(before.draft_layers, after.draft_layers, strict=True)
     assert all(equal(one, two) for mine, theirs in pairs for one, two in zip(mine, theirs, strict=True))
 
 
@@ -37,15 +39,17 @@ def test_it_is_one_file_in_a_directory_that_need_not_be_there(tmp_path):
     exit_ = random_exit(adapt(tiny_model()))
     assert exit_.save(tmp_path / "new") == tmp_path / "new" / "exit.safetensors"
     assert exit_.save(tmp_path / "mine.safetensors") == tmp_path / "mine.safetensors"
-    assert Exit.load(tmp_path / "mine.safetensors").num_blocks == Exit.load(tmp_path / "new").num_blocks == 1
+    assert (
+        Exit.load(tmp_path / "mine.safetensors").num_draft_layers == Exit.load(tmp_path / "new").num_draft_layers == 1
+    )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["exit.safetensors"], "no temporary file is left"
 
 
 def test_shared_weights_are_saved(tmp_path):
     model = adapt(tiny_model())
-    block = model.decoder.layer(1)
-    Exit(1, model.head.norm_weight, 4, VOCABULARY, [block, block]).save(tmp_path)
-    assert torch.equal(Exit.load(tmp_path).blocks[1].down, block.down)
+    layer = model.decoder.layer(1)
+    Exit(1, model.head.norm_weight, 4, VOCABULARY, [layer, layer]).save(tmp_path)
+    assert torch.equal(Exit.load(tmp_path).draft_layers[1].down, layer.down)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -54,7 +58,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        random_exit(adapt(tiny_model()), num_blocks=2).save(tmp_path)
+        random_exit(adapt(tiny_model()), num_draft_layers=2).save(tmp_path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -63,14 +67,14 @@ def test_on_a_model_it_shares_what_needs_no_cast():
     model = adapt(tiny_model())
     exit_ = random_exit(model, 2, 2)
     bound = exit_.of(model)
-    assert (bound.exit_layer, len(bound.blocks), bound.head.eps) == (2, 2, model.head.eps)
+    assert (bound.exit_layer, len(bound.draft_layers), bound.head.eps) == (2, 2, model.head.eps)
     assert bound.head.head_weight.data_ptr() == model.head.head_weight.data_ptr()
     assert bound.head.norm_weight.data_ptr() == exit_.norm_weight.data_ptr()
-    assert bound.blocks[1].down.data_ptr() == exit_.blocks[1].down.data_ptr()
+    assert bound.draft_layers[1].down.data_ptr() == exit_.draft_layers[1].down.data_ptr()
     cast = exit_.of(adapt(tiny_model(dtype=torch.bfloat16)))
-    assert {weight.dtype for block in cast.blocks for weight in block if weight is not None} == {torch.bfloat16}
+    assert {weight.dtype for layer in cast.draft_layers for weight in layer if weight is not None} == {torch.bfloat16}
     assert cast.head.norm_weight.dtype == torch.bfloat16
-    assert torch.equal(cast.blocks[0].q, exit_.blocks[0].q.bfloat16())
+    assert torch.equal(cast.draft_layers[0].q, exit_.draft_layers[0].q.bfloat16())
 
 
 def test_its_head_has_its_rows_and_its_correction():
@@ -90,13 +94,13 @@ def test_its_head_has_its_rows_and_its_correction():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_are_in_int8_where_their_head_is(dtype):
+def test_draft_layers_are_in_int8_where_their_head_is(dtype):
     """But for what has a width of 72, which is no multiple of a group."""
     model = adapt(tiny_model(dtype=dtype))
     exit_ = random_exit(model, 2, 2, token_ids=[3, 5, 70])
     for rows in (None, "int8", torch.tensor([1, 2])):
-        for block, plain in zip(exit_.of(model, rows).blocks, exit_.blocks, strict=True):
-            for name, weight in block._asdict().items():
+        for layer, plain in zip(exit_.of(model, rows).draft_layers, exit_.draft_layers, strict=True):
+            for name, weight in layer._asdict().items():
                 if name in ("q", "k", "v", "o", "gate", "up"):
                     assert kind_of(weight, 32) == "integers"
                     lost = dequantize(weight, 32) - getattr(plain, name).to(dtype).float()
@@ -104,7 +108,8 @@ def test_blocks_are_in_int8_where_their_head_is(dtype):
                 else:
                     assert equal(weight, None if weight is None else getattr(plain, name).to(dtype))
     assert all(
-        equal(one.q, two.q.to(dtype)) for one, two in zip(exit_.of(model, "full").blocks, exit_.blocks, strict=True)
+        equal(one.q, two.q.to(dtype))
+        for one, two in zip(exit_.of(model, "full").draft_layers, exit_.draft_layers, strict=True)
     )
 
 
@@ -117,19 +122,19 @@ def test_an_exit_of_another_model_is_refused():
         Exit(2, norm, 4, 64).of(model)
     with pytest.raises(ValueError, match="a model of 48 values a state, this one has 32"):
         Exit(2, torch.ones(48), 4, VOCABULARY).of(model)
-    block = random_exit(model).blocks[0]
-    biased = block._replace(q_bias=torch.ones(32))
-    with pytest.raises(ValueError, match=r"block 0 .*: q_bias has shape \[32\], that of the model's layers none"):
+    layer = random_exit(model).draft_layers[0]
+    biased = layer._replace(q_bias=torch.ones(32))
+    with pytest.raises(ValueError, match=r"draft layer 0 .*: q_bias has shape \[32\], that of the model's layers none"):
         Exit(2, norm, 4, VOCABULARY, [biased]).of(model)
     qwen2 = adapt(tiny_model("qwen2"))
-    plain = random_exit(qwen2).blocks[0]._replace(q_bias=None)
-    with pytest.raises(ValueError, match=r"block 0 .*: q_bias has shape none, that of the model's layers \[32\]"):
+    plain = random_exit(qwen2).draft_layers[0]._replace(q_bias=None)
+    with pytest.raises(ValueError, match=r"draft layer 0 .*: q_bias has shape none, that of the model's layers \[32\]"):
         Exit(2, norm, 4, VOCABULARY, [plain]).of(qwen2)
-    thin = block._replace(gate=block.gate[:8], up=block.up[:8], down=block.down[:, :8])
+    thin = layer._replace(gate=layer.gate[:8], up=layer.up[:8], down=layer.down[:, :8])
     with pytest.raises(
-        ValueError, match=r"block 1 .*: gate has shape \[8, 32\], that of the model's layers \[72, 32\]"
+        ValueError, match=r"draft layer 1 .*: gate has shape \[8, 32\], that of the model's layers \[72, 32\]"
     ):
-        Exit(2, norm, 4, VOCABULARY, [block, thin]).of(model)
+        Exit(2, norm, 4, VOCABULARY, [layer, thin]).of(model)
 
 
 def test_bad_values_are_named():

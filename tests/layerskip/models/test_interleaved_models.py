@@ -103,14 +103,16 @@ def test_lossless(name: str, one_thread: None) -> None:
 
 @requires_native
 @pytest.mark.parametrize("in_panels", [True, False])
-def test_packed_blocks_beside_plain_layers(in_panels: bool, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def test_packed_draft_layers_beside_plain_layers(
+    in_panels: bool, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
     """They are the layers that follow, but for rounding: so nearly every draft is right."""
     monkeypatch.setattr(weight_arena, "multiplies_panels", lambda: in_panels)
     model, prompt = layerskip.adapt(wide_model()), prompt_of(9)
     exit = copied_exit(model, 1, 3)
     exit.token_ids = torch.arange(model.vocab_size)
     decoder = SelfSpeculativeDecoder(model, num_speculations=3, exit=exit)
-    kinds = [weight.dtype for weight in decoder.model.decoder.block_weights if weight.dim() == 2]
+    kinds = [weight.dtype for weight in decoder.model.decoder.draft_layer_weights if weight.dim() == 2]
     assert kinds == 3 * 7 * [torch.int16 if in_panels else torch.uint8]
     expected = decoder.generate(prompt, 40, strategy="autoregressive")
     out = decoder.generate(prompt, 40)

@@ -99,9 +99,9 @@ def test_an_exit_is_bound_to_what_has_become_of_the_model(change, draft_head):
     anew = SelfSpeculativeDecoder(model, exit=exit_, draft_head=draft_head)
     assert torch.equal(decoder.draft_head.head_weight, anew.draft_head.head_weight)
     assert after.stats.records == anew.generate(prompt_of(5), NEW).stats.records
-    assert decoder.model.decoder.num_blocks == 1
+    assert decoder.model.decoder.num_draft_layers == 1
     packed = {torch.uint8} if draft_head else set()  # on the CPU, but for norms and a width of 72
-    assert {weight.dtype for weight in decoder.model.decoder.block_weights} == {model.dtype} | packed
+    assert {weight.dtype for weight in decoder.model.decoder.draft_layer_weights} == {model.dtype} | packed
 
 
 def test_an_exit_that_no_longer_fits_is_named():
@@ -127,7 +127,7 @@ def test_a_model_of_ours_that_is_converted():
     model.to(torch.bfloat16)
     out = decoder.generate(prompt_of(5), NEW)
     assert torch.equal(out.sequences, fresh(tiny_model(dtype=torch.bfloat16)))
-    assert {weight.dtype for weight in decoder.model.decoder.block_weights} == {torch.bfloat16}
+    assert {weight.dtype for weight in decoder.model.decoder.draft_layer_weights} == {torch.bfloat16}
 
 
 def test_a_stream_decodes_what_has_changed():

@@ -187,23 +187,23 @@ class TestPromises:
         assert torch.equal(caches[0].k, caches[1].k)
 
 
-def exit_of(model, num_blocks):
-    """An exit after layer 2, whose blocks do little."""
-    norm, blocks = model.head.norm_weight.detach().clone(), []
-    for number in range(num_blocks):
-        block = model.decoder.template(number)
-        blocks.append(block._replace(o=0.1 * block.o.detach(), down=0.1 * block.down.detach()))
-    return layerskip.Exit(2, norm, model.num_layers, model.vocab_size, blocks)
+def exit_of(model, num_draft_layers):
+    """An exit after layer 2, whose draft layers do little."""
+    norm, draft_layers = model.head.norm_weight.detach().clone(), []
+    for number in range(num_draft_layers):
+        layer = model.decoder.template(number)
+        draft_layers.append(layer._replace(o=0.1 * layer.o.detach(), down=0.1 * layer.down.detach()))
+    return layerskip.Exit(2, norm, model.num_layers, model.vocab_size, draft_layers)
 
 
 @requires_native
 class TestExits:
-    @pytest.mark.parametrize(("family", "num_blocks"), [
+    @pytest.mark.parametrize(("family", "num_draft_layers"), [
         *((family, 0) for family in FAMILIES), ("phi3", 2), ("smollm3", 2), ("granite", 1),
     ])  # fmt: skip
-    def test_an_exit_of_its_own_drafts(self, family, num_blocks):
+    def test_an_exit_of_its_own_drafts(self, family, num_draft_layers):
         hf, prompt, accepted = weak(family, torch.bfloat16), prompt_of(9), 0
-        decoder = SelfSpeculativeDecoder(hf, exit=exit_of(adapt(hf), num_blocks))
+        decoder = SelfSpeculativeDecoder(hf, exit=exit_of(adapt(hf), num_draft_layers))
         for length in (5, 21):
             prompt = prompt_of(length)
             plain = decoder.generate(prompt, 24, strategy="autoregressive")
@@ -225,9 +225,9 @@ class TestExits:
             assert torch.equal(alone.v, whole.v)
 
 
-def test_blocks_on_composed_layers_are_refused():
+def test_draft_layers_on_composed_layers_are_refused():
     model = adapt(tiny_model("olmo2"))
-    with pytest.raises(UnsupportedModelError, match="an exit with blocks is not supported"):
+    with pytest.raises(UnsupportedModelError, match="an exit with draft layers is not supported"):
         model.decoder.template(0)
     with pytest.raises(UnsupportedModelError, match="do not write keys alone"):
         model.decoder.write_keys(model.embed(random_tokens(1, 1)), model.decoder.new_cache(1, 8), 0)

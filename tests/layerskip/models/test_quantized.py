@@ -111,7 +111,7 @@ def test_release_frees_the_plain_weights() -> None:
 
 
 def test_the_bytes_that_costs_are_told(model: LayerSkipModel) -> None:
-    """A packed model's layers on the average, and exit blocks in their own, plain format."""
+    """A packed model's layers on the average, and draft layers in their own, plain format."""
     packed = model.quantize("int8")
     decoder = SelfSpeculativeDecoder(packed, exit=copied_exit(model, 1, 2))
     sizes = Sizes.of(decoder.model)

@@ -140,18 +140,18 @@ def test_trunk_names_a_text_without_labels(model: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama2", "llama3", "qwen2", "qwen3", "smollm2"])
-@pytest.mark.parametrize("num_blocks", [0, 1, 2])
-def test_blocks_compute_what_the_models_layers_do(architecture: str, num_blocks: int) -> None:
-    """Blocks that are copies of layer 3, after layer 1, give what layers 0, 3, 3 and the head give."""
+@pytest.mark.parametrize("num_draft_layers", [0, 1, 2])
+def test_draft_layers_compute_what_the_models_layers_do(architecture: str, num_draft_layers: int) -> None:
+    """Draft layers that are copies of layer 3, after layer 1, give what layers 0, 3, 3 and the head give."""
     adapted = layerskip.models.adapt(tiny_model(architecture))
-    module = TrainableExit(adapted, 1, num_blocks, 3)
+    module = TrainableExit(adapted, 1, num_draft_layers, 3)
     texts, expected = [], []
     for seed, length in enumerate((6, 9)):
         ids = torch.randint(90, (1, length), generator=torch.Generator().manual_seed(seed))
         cache = adapted.decoder.new_cache(1, length)
         states = adapted.decoder(adapted.embed(ids), cache, 0, 1)
         hidden = states
-        for _ in range(num_blocks):
+        for _ in range(num_draft_layers):
             hidden = adapted.decoder(hidden, adapted.decoder.new_cache(1, length), 3, 4)
         none = torch.empty(0, 1)
         texts.append(Text(states[0], 2, Labels(none.int(), none.half())))
@@ -169,9 +169,9 @@ def test_exit_of_a_module_has_its_parameters(tmp_path: Path) -> None:
     torch.nn.init.normal_(module.head_up)
     path = module.exit(torch.float32).save(tmp_path)
     read = Exit.load(path)
-    assert (read.exit_layer, read.num_blocks, read.token_ids.tolist()) == (2, 1, ids.tolist())
-    for name, weight in read.blocks[0]._asdict().items():
-        assert weight is None or torch.equal(weight, getattr(module.blocks[0], name))
+    assert (read.exit_layer, read.num_draft_layers, read.token_ids.tolist()) == (2, 1, ids.tolist())
+    for name, weight in read.draft_layers[0]._asdict().items():
+        assert weight is None or torch.equal(weight, getattr(module.draft_layers[0], name))
     assert torch.equal(read.head_up[ids], module.head_up)
     assert read.head_up.count_nonzero() == module.head_up.count_nonzero()
 
@@ -356,7 +356,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "exit layer": (["--exit-layer", "9"], "exit_layer must be in 1 … 3 for 4 layers, got 9"),
     "draft tokens": (["--draft-tokens", "1000"], "draft_tokens is 1000, the vocabulary has"),
     "minutes": (["--minutes", "0"], "minutes must be above 0, got 0.0"),
-    "nothing to train": (["--blocks", "0"], "blocks and head_rank are 0"),
+    "nothing to train": (["--draft-layers", "0"], "draft_layers and head_rank are 0"),
     "model": (["--model", "./none"], "no such directory"),
 }
 
@@ -492,7 +492,7 @@ def test_a_run_begins_as_another_exit(tmp_path: Path) -> None:
     after.begin_as(before.exit(torch.float32))
     for (name, one), other in zip(after.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(one, other), name
-    with pytest.raises(ValueError, match=r"init_exit has layer and blocks \(2, 1\), the recipe has \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"init_exit has layer and draft layers \(2, 1\), the recipe has \(1, 1\)"):
         TrainableExit(adapted, 1, 1, 0, ids, head_rank=2).begin_as(before.exit())
     with pytest.raises(ValueError, match="one of the recipe and init_exit has a correction of the head"):
         TrainableExit(adapted, 2, 1, 0, ids).begin_as(before.exit())

@@ -13,15 +13,15 @@ from triton_cases import close, on_backend, same_bits
 import layerskip_kernels as lk
 from tests.kernels import test_draft
 from tests.kernels.common import run
-from tests.kernels.examples import example, with_blocks, with_packed_blocks
+from tests.kernels.examples import example, with_draft_layers, with_packed_draft_layers
 from tests.kernels.test_speculative_round import composed
 
 
 def arguments(
-    op: str, dtype: torch.dtype, device: torch.device, *, num_blocks: int = 0, **given: Any
+    op: str, dtype: torch.dtype, device: torch.device, *, num_draft_layers: int = 0, **given: Any
 ) -> dict[str, Any]:
     args = {**example(op, dtype), "num_speculations": 2, **given}
-    args = with_blocks(args, num_blocks) if num_blocks else args
+    args = with_draft_layers(args, num_draft_layers) if num_draft_layers else args
     for name, value in args.items():
         if isinstance(value, Tensor):
             args[name] = value.to(device)
@@ -134,10 +134,10 @@ def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.
     assert our_args[lengths].tolist() == true_args[lengths].tolist() == apart["seq_lens"].tolist()
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2])
-def test_a_draft_with_blocks(num_blocks: int, device: torch.device) -> None:
+@pytest.mark.parametrize("num_draft_layers", [1, 2])
+def test_a_draft_with_draft_layers(num_draft_layers: int, device: torch.device) -> None:
     """Bit for bit the ops in a row, also in what is written to the cache; a layer of it belongs to nobody here."""
-    args = arguments("draft", torch.float32, device, num_blocks=num_blocks)
+    args = arguments("draft", torch.float32, device, num_draft_layers=num_draft_layers)
     apart, before = copied(args), copied(args)
     with lk.use_backend("triton"):
         drafted, expected = run("draft", **args), test_draft.composed(apart)
@@ -153,16 +153,16 @@ def test_a_draft_with_blocks(num_blocks: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("op", ["draft", "speculative_round"])
-def test_packed_blocks_are_refused(op: str, device: torch.device) -> None:
+def test_packed_draft_layers_are_refused(op: str, device: torch.device) -> None:
     """Beside plain layers, too."""
-    args = with_packed_blocks(arguments(op, torch.float32, device, num_blocks=1))
+    args = with_packed_draft_layers(arguments(op, torch.float32, device, num_draft_layers=1))
     with lk.use_backend("triton"), pytest.raises(lk.BackendError, match="packed weights are not served"):
         run(op, **args)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_round_with_a_block_and_a_norm_of_its_own(sampled: bool, device: torch.device) -> None:
-    given = {**(draws(device) if sampled else {}), "num_blocks": 1}
+    given = {**(draws(device) if sampled else {}), "num_draft_layers": 1}
     args = arguments("speculative_round", torch.float32, device, **given)
     args["draft_norm_weight"] = args["norm_weight"].flip(0).contiguous()
     apart, theirs = copied(args), copied(args)

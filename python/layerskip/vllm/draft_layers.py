@@ -1,4 +1,4 @@
-"""The blocks of a trained exit as layers of vLLM; their keys and values are in the target's cache group."""
+"""The draft layers of a trained exit as layers of vLLM; their keys and values are in the target's cache group."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .. import Exit
 from ..models.architectures import ARCHITECTURES, check_model_type
 
 
-def make_blocks(target: Any, exit: Exit, vllm_config: VllmConfig, prefix: str) -> nn.ModuleList:
-    """Decoder layers as the target's own, with the weights of an exit's blocks; each rank has its part of them.
+def make_draft_layers(target: Any, exit: Exit, vllm_config: VllmConfig, prefix: str) -> nn.ModuleList:
+    """Decoder layers as the target's own, with the weights of an exit's draft layers; each rank has its part of them.
 
     vLLM counts their attention among the layers that need a cache, in the group of the target's layers, because they
     are alike. So a cached prefix keeps their keys and values too.
@@ -38,38 +38,38 @@ def make_blocks(target: Any, exit: Exit, vllm_config: VllmConfig, prefix: str) -
     Raises
     ------
     ValueError, NotImplementedError
-        If the blocks are not of the shape of the target's layers, or these have tensors that no block has.
+        If the draft layers are not of the shape of the target's layers, or these have tensors that no draft layer has.
     """
     check_model_type(target.config.model_type)
     paths = ARCHITECTURES[target.config.model_type].layer_paths
-    exit.check_blocks(_shapes(target.config, set(paths)))
+    exit.check_draft_layers(_shapes(target.config, set(paths)))
     dtype, device = vllm_config.model_config.dtype, torch.device(vllm_config.device_config.device)
     config = _unquantised(vllm_config, target.model.layers[0])
     with set_current_vllm_config(config), set_default_torch_dtype(dtype), device:
         kind = type(target.model.layers[0])
         # vLLM reads a layer's number from its name, which may hold but one.
-        blocks = nn.ModuleList(
-            _layer(kind, config, f"{prefix or 'draft_model'}.block_{number}.layers.0")
-            for number in range(exit.num_blocks)
+        draft_layers = nn.ModuleList(
+            _layer(kind, config, f"{prefix or 'draft_model'}.draft_layer_{number}.layers.0")
+            for number in range(exit.num_draft_layers)
         )
-    _fill(blocks, exit, paths, type(target.model).hf_to_vllm_mapper)
-    process_weights_after_loading(blocks, vllm_config.model_config, device)
-    return blocks
+    _fill(draft_layers, exit, paths, type(target.model).hf_to_vllm_mapper)
+    process_weights_after_loading(draft_layers, vllm_config.model_config, device)
+    return draft_layers
 
 
-def _fill(blocks: nn.ModuleList, exit: Exit, paths: Mapping[str, str], mapper: WeightsMapper) -> None:
+def _fill(draft_layers: nn.ModuleList, exit: Exit, paths: Mapping[str, str], mapper: WeightsMapper) -> None:
     """Load the weights as vLLM loads those of a model's layers, which have the same names."""
-    like = next(blocks.parameters(), exit.norm_weight)
+    like = next(draft_layers.parameters(), exit.norm_weight)
     weights = [
         (f"{number}.{paths[name]}", weight.to(like.device, like.dtype))
-        for number, block in enumerate(exit.blocks)
-        for name, weight in block._asdict().items()
+        for number, layer in enumerate(exit.draft_layers)
+        for name, weight in layer._asdict().items()
         if weight is not None
     ]
-    loaded = AutoWeightsLoader(blocks).load_weights(weights, mapper=mapper)
-    for name, _ in blocks.named_parameters():
+    loaded = AutoWeightsLoader(draft_layers).load_weights(weights, mapper=mapper)
+    for name, _ in draft_layers.named_parameters():
         if name not in loaded:
-            raise NotImplementedError(f"the model's layers have {name}, which no block of an exit has")
+            raise NotImplementedError(f"the model's layers have {name}, which no draft layer of an exit has")
 
 
 def _layer(kind: type[nn.Module], config: VllmConfig, prefix: str) -> nn.Module:
@@ -81,7 +81,7 @@ def _layer(kind: type[nn.Module], config: VllmConfig, prefix: str) -> nn.Module:
 def _unquantised(vllm_config: VllmConfig, layer: nn.Module) -> VllmConfig:
     """The configuration for layers with plain weights and the attention of a layer of the target's.
 
-    vLLM chooses the attention of a draft model anew, and the blocks' has to read what the target's metadata say.
+    vLLM chooses the attention of a draft model anew, and the draft layers' has to read what the target's metadata say.
     """
     backend = next(module.backend for module in layer.modules() if isinstance(module, Attention))
     config = copy.copy(vllm_config)

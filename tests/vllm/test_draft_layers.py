@@ -1,6 +1,6 @@
-"""Exits with blocks: where these are copies of the layers that follow the exit, every draft is right.
+"""Exits with draft layers: where these are copies of the layers that follow the exit, every draft is right.
 
-That is so only if the blocks have the keys and values of every token.
+That is so only if the draft layers have the keys and values of every token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from layerskip import Exit
 
-from .engines import GREEDY, blocks, core, engine, generate, runner, vllm
+from .engines import GREEDY, cache_blocks, core, engine, generate, runner, vllm
 from .models import ARCHITECTURES, LAYERS, VOCABULARY, copied, prompts, write_model
 
 LENGTHS = (3, 17, 40, 100, 7, 9, 64, 200)
@@ -30,10 +30,10 @@ def plain(deep):
     """What vLLM gives without speculation, alone and in a batch, and how many blocks its cache has."""
     with engine(deep) as llm:
         alone = [generate(llm, [prompt])[0] for prompt in prompts(*LENGTHS)]
-        return alone, generate(llm, prompts(*LENGTHS)), blocks(llm)
+        return alone, generate(llm, prompts(*LENGTHS)), cache_blocks(llm)
 
 
-@pytest.mark.parametrize("exit_layer", [2, 3], ids=["two blocks", "one block"])
+@pytest.mark.parametrize("exit_layer", [2, 3], ids=["two draft layers", "one draft layer"])
 def test_every_draft_is_right(exit_layer, deep, plain):
     alone, batch, capacity = plain
     with engine(deep, **copied(deep, exit_layer)) as llm:
@@ -41,14 +41,14 @@ def test_every_draft_is_right(exit_layer, deep, plain):
         assert generate(llm, prompts(*LENGTHS)) == batch
         assert llm.drafts.acceptance == 1
         layers = LAYERS + LAYERS - exit_layer
-        assert blocks(llm) == capacity * LAYERS // layers
+        assert cache_blocks(llm) == capacity * LAYERS // layers
         caches = [cache.data_ptr() for cache in runner(llm).kv_caches if cache.numel()]
         assert len(set(caches)) == layers
         assert len(core(llm).scheduler.kv_cache_config.kv_cache_groups) == 1
 
 
-def test_without_blocks_it_is_the_exit_of_its_layer(deep, plain):
-    """Far fewer drafts are right, so the tests above see what the blocks do."""
+def test_without_draft_layers_it_is_the_exit_of_its_layer(deep, plain):
+    """Far fewer drafts are right, so the tests above see what the draft layers do."""
     with engine(deep, load_format="layerskip", model_loader_extra_config={"exit_layer": 2}) as llm:
         assert generate(llm, prompts(*LENGTHS)) == plain[1]
         assert llm.drafts.acceptance < 0.5
@@ -63,7 +63,7 @@ def test_architecture(architecture, tmp_path):
 
 
 def test_chunked_prefill_and_prefix_caching(deep):
-    """Prompts in pieces of 64 tokens; those that share their beginnings find the blocks' keys and values too."""
+    """Prompts in pieces of 64 tokens; those that share their beginnings find the draft layers' keys and values too."""
     options = {"max_num_batched_tokens": 64, "block_size": 32, "enable_prefix_caching": True}
     (head,) = prompts(100)
     texts = [head + tail for tail in prompts(5, 30, 1, 60, seed=1)]
@@ -84,7 +84,7 @@ def test_a_sequence_that_was_thrown_out_is_read_again(deep):
         assert llm.drafts.acceptance == 1
 
 
-def test_two_ranks_have_parts_of_the_blocks(deep, plain, monkeypatch):
+def test_two_ranks_have_parts_of_the_draft_layers(deep, plain, monkeypatch):
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -116,12 +116,12 @@ def test_vllms_own_head(deep, plain):
         assert llm.drafts.acceptance == 1
 
 
-def test_blocks_of_another_shape_are_refused(deep):
+def test_draft_layers_of_another_shape_are_refused(deep):
     options = copied(deep)
     path = options["model_loader_extra_config"]["exit"]
     exit = Exit.load(path)
-    Exit(2, exit.norm_weight, LAYERS, VOCABULARY, [exit.blocks[0]._replace(q_bias=torch.zeros(128))]).save(path)
-    message = r"block 0 of the exit: q_bias has shape \[128\], that of the model's layers none"
+    Exit(2, exit.norm_weight, LAYERS, VOCABULARY, [exit.draft_layers[0]._replace(q_bias=torch.zeros(128))]).save(path)
+    message = r"draft layer 0 of the exit: q_bias has shape \[128\], that of the model's layers none"
     with pytest.raises(ValueError, match=message), engine(deep, **options):
         pass
 
@@ -143,13 +143,13 @@ def test_a_corrected_head_is_not_vllms(head, method, message):
         _check_correction(corrected, head, config)
 
 
-def test_blocks_are_plain_and_attend_as_the_targets_layers():
+def test_draft_layers_are_plain_and_attend_as_the_targets_layers():
     """Beside a quantised target, and whatever attention vLLM would choose for a draft model."""
     from vllm.config import AttentionConfig
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from layerskip.vllm.blocks import _unquantised
+    from layerskip.vllm.draft_layers import _unquantised
 
     attention = Attention.__new__(Attention)
     torch.nn.Module.__init__(attention)

@@ -1,4 +1,4 @@
-"""Exit blocks of `draft` and `speculative_round`: what they compute, where they write, and that no token changes."""
+"""Draft layers of `draft` and `speculative_round`: what they compute, where they write, and that no token changes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .common import (
     run,
     running_on,
 )
-from .examples import EPS, SIZES, example, layer_weights, with_blocks, with_packed_blocks
+from .examples import EPS, SIZES, example, layer_weights, with_draft_layers, with_packed_draft_layers
 from .test_draft import assert_same_draft, composed
 
 CACHES = ("k_cache", "v_cache")
 EACH = 9  # weights of a layer
 
 
-def draft_args(dtype: torch.dtype, num_blocks: int = 2, **changes: Any) -> dict[str, Any]:
-    """The example, whose cache has layers 0, 1 and those of the blocks, and NaN beyond the lengths."""
-    args = with_blocks(example("draft", dtype), num_blocks)
+def draft_args(dtype: torch.dtype, num_draft_layers: int = 2, **changes: Any) -> dict[str, Any]:
+    """The example, whose cache has layers 0, 1 and those of the draft layers, and NaN beyond the lengths."""
+    args = with_draft_layers(example("draft", dtype), num_draft_layers)
     for name in CACHES:
         for b, length in enumerate(args["seq_lens"].tolist()):
             args[name][:, b, :, length:] = float("nan")
@@ -42,16 +42,16 @@ def draft_args(dtype: torch.dtype, num_blocks: int = 2, **changes: Any) -> dict[
 
 
 @pytest.mark.parametrize("extend", [True, False])
-@pytest.mark.parametrize(("num_blocks", "packed"), [(1, False), (2, False), (1, True), (2, True)])
+@pytest.mark.parametrize(("num_draft_layers", "packed"), [(1, False), (2, False), (1, True), (2, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_draft_is_the_composition_of_the_ops(
-    path: str, dtype: torch.dtype, num_blocks: int, packed: bool, extend: bool
+    path: str, dtype: torch.dtype, num_draft_layers: int, packed: bool, extend: bool
 ) -> None:
-    """Also where the blocks are packed beside plain layers."""
-    args, other = (draft_args(dtype, num_blocks, extend=extend) for _ in range(2))
+    """Also where the draft layers are packed beside plain layers."""
+    args, other = (draft_args(dtype, num_draft_layers, extend=extend) for _ in range(2))
     if packed:
-        args, other = with_packed_blocks(args), with_packed_blocks(other)
+        args, other = with_packed_draft_layers(args), with_packed_draft_layers(other)
     with running_on(path):
         assert_same_draft(run("draft", **args), composed(other))
     assert_same_bits([args[name] for name in CACHES], [other[name] for name in CACHES])
@@ -102,7 +102,7 @@ def one_step(dtype: torch.dtype, batch: int = 24) -> dict[str, Any]:
 
 
 def float64_step(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The state after layer E and the logits after the blocks; the caches of ``args`` are written."""
+    """The state after layer E and the logits after the draft layers; the caches of ``args`` are written."""
     places = (args["k_cache"], args["v_cache"], args["cos"], args["sin"], args["seq_lens"])
     hidden, layers = args["embedding"][args["token"]][:, None], len(args["k_cache"])
     state = reference.partial_forward_ref(hidden, args["weights"][:EACH], *places, 0, 1, EPS)
@@ -138,19 +138,19 @@ def test_a_batch_is_its_sequences_for_any_number_of_threads(isa: str) -> None:
 
 
 class Model:
-    """A random decoder of L layers, whose exit after layer E and whose blocks agree with it now and then."""
+    """A random decoder of L layers, whose exit after layer E and whose draft layers agree with it now and then."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         draw, make = random.Random(seed), Inputs(dtype, seed)
-        self.num_layers, self.num_blocks = draw.randint(1, 4), draw.randint(1, 3)
+        self.num_layers, self.num_draft_layers = draw.randint(1, 4), draw.randint(1, 3)
         self.exit_layer, self.batch, self.num_slots = draw.randint(1, self.num_layers), draw.randint(1, 3), 4
         self.capacity = 32
         self.weights = [self._layer(make, 1.0) for _ in range(self.exit_layer)]
         self.weights += [self._layer(make, 0.4) for _ in range(self.num_layers - self.exit_layer)]
-        self.blocks = [self._layer(make, 0.4) for _ in range(self.num_blocks)]
+        self.draft_layers = [self._layer(make, 0.4) for _ in range(self.num_draft_layers)]
         self.slots = torch.tensor(draw.sample(range(self.num_slots), self.batch))
         self.seq_lens = torch.tensor([draw.randint(0, 5) for _ in range(self.batch)])
-        layers = self.num_layers + self.num_blocks
+        layers = self.num_layers + self.num_draft_layers
         shape = (layers, self.num_slots, SIZES["G"], self.capacity, SIZES["C"])
         cos, sin = rope_tables(self.capacity, SIZES["C"])
         self.caches = {name: make.normal(*shape) for name in CACHES}
@@ -170,14 +170,14 @@ class Model:
     def _layer(make: Inputs, scale: float) -> list[Tensor]:
         return [weight * scale if name in ("o", "down") else weight for name, weight in layer_weights(make).items()]
 
-    def start(self, blocks: list[list[Tensor]], **changes: Any) -> dict[str, Any]:
+    def start(self, draft_layers: list[list[Tensor]], **changes: Any) -> dict[str, Any]:
         """The arguments of a round."""
-        layers = self.num_layers + len(blocks)
+        layers = self.num_layers + len(draft_layers)
         return {
             **self.common, **{name: cache[:layers].clone() for name, cache in self.caches.items()},
-            "token": self.token, "weights": [weight for layer in self.weights + blocks for weight in layer],
+            "token": self.token, "weights": [weight for layer in self.weights + draft_layers for weight in layer],
             "seq_lens": self.seq_lens.clone(), "slots": self.slots, "exit_layer": self.exit_layer,
-            "num_blocks": len(blocks), **changes,
+            "num_draft_layers": len(draft_layers), **changes,
         }  # fmt: skip
 
     def autoregressive(self, count: int) -> list[list[int]]:
@@ -200,8 +200,8 @@ def decode(args: dict[str, Any], count: int) -> tuple[list[list[int]], list[int]
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_no_token_depends_on_the_blocks(isa: str, seed: int) -> None:
-    """Random models, exits, blocks, heads, K and thresholds: the tokens, and the model's own keys and values."""
+def test_no_token_depends_on_the_draft_layers(isa: str, seed: int) -> None:
+    """Random models, exits, draft layers, heads, K and thresholds: the tokens, and the model's own keys and values."""
     draw, dtype = random.Random(~seed), DTYPES[seed % len(DTYPES)]
     model, num_speculations = Model(seed, dtype), draw.randint(0, 4)
     options: dict[str, Any] = {"num_speculations": num_speculations}
@@ -210,7 +210,7 @@ def test_no_token_depends_on_the_blocks(isa: str, seed: int) -> None:
     zeros = torch.zeros(model.batch)
     options.update(draw.choice([{}, {"draft_threshold": 0.1}, {"temperature": zeros, "seed": zeros.long()}]))
     expected = model.autoregressive(12)
-    plain, args = model.start([], **options), model.start(model.blocks, **options)
+    plain, args = model.start([], **options), model.start(model.draft_layers, **options)
     texts = [decode(one, 12)[0] for one in (plain, args)]
     for text in texts:
         assert all(own == true[: len(own)] for own, true in zip(text, expected, strict=True))
@@ -224,8 +224,8 @@ def test_no_token_depends_on_the_blocks(isa: str, seed: int) -> None:
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_that_are_the_models_deep_layers_are_always_right(isa: str, seed: int, sampled: bool) -> None:
-    """Every draft of every round is accepted, and the blocks' keys and values are those of the layers they copy."""
+def test_draft_layers_that_are_the_models_deep_layers_are_always_right(isa: str, seed: int, sampled: bool) -> None:
+    """Every draft of every round is accepted, and the draft layers' keys and values are those of the copied layers."""
     model = Model(seed + 100, DTYPES[seed % len(DTYPES)])
     exit_layer, num_layers = model.exit_layer, model.num_layers
     draws = {"temperature": torch.full((model.batch,), 0.8), "seed": torch.arange(model.batch)}
@@ -243,13 +243,13 @@ def test_blocks_that_are_the_models_deep_layers_are_always_right(isa: str, seed:
 
 
 def test_some_drafts_hold_and_some_do_not() -> None:
-    """Otherwise `test_no_token_depends_on_the_blocks` would test nothing; and blocks change what is drafted."""
+    """Otherwise `test_no_token_depends_on_the_draft_layers` would test nothing; draft layers change the drafts."""
     accepts, drafts = set(), []
     for seed in range(16):
         model = Model(seed, torch.float32)
-        found = decode(model.start(model.blocks, num_speculations=2), 12)[1]
+        found = decode(model.start(model.draft_layers, num_speculations=2), 12)[1]
         accepts |= set(found)
-        for blocks in ([], model.blocks):
-            drafts.append(run("speculative_round", **model.start(blocks, num_speculations=2)).tokens.tolist())
+        for draft_layers in ([], model.draft_layers):
+            drafts.append(run("speculative_round", **model.start(draft_layers, num_speculations=2)).tokens.tolist())
     assert accepts == {0, 1, 2}
     assert any(plain != blocked for plain, blocked in zip(drafts[::2], drafts[1::2], strict=True))
