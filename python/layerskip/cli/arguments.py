@@ -203,13 +203,6 @@ FORMATS = ("int8", "int8_g128", "int4", "int4_g128", "int4_zero", "int4_zero_g12
 NATIVE = "native"
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
 SOURCES = ("exit", "ngram", "auto")  # as `layerskip.decoding.draft_sources` has them
-EVALUATIONS = (
-    "parsing",
-    "humaneval",
-    "summarization",
-    "spec",
-    "perplexity",
-)  # as `layerskip.evaluation.tasks` has them
 
 
 def add_device(parser: Parser) -> None:
@@ -486,8 +479,9 @@ def _report(parser: Parser) -> None:
 
 def _eval(parser: Parser) -> None:
     parser.add_argument(
-        "tasks", nargs="+", type=one_of("task", EVALUATIONS), metavar="TASK", help=f"some of {', '.join(EVALUATIONS)}"
-    )
+        "tasks", nargs="+", metavar="TASK",
+        help="parsing, summarization, spec, perplexity, humaneval_local, any task of lm-eval, or the YAML file of one",
+    )  # fmt: skip
     add_model(parser)
     add_weights(parser)
     add_speculation(parser)
@@ -495,7 +489,7 @@ def _eval(parser: Parser) -> None:
         "--limit",
         type=positive,
         metavar="N",
-        help="ask so many of each task's questions, spread over all (default: all)",
+        help="use up to N questions of each task, spread over all (default: all)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -504,7 +498,11 @@ def _eval(parser: Parser) -> None:
         help="tokens of an answer, at most (default: what the task says)",
     )
     parser.add_argument(
-        "--run-code", action="store_true", help="run the programs that humaneval has the model write, within limits"
+        "--run-code", action="store_true",
+        help="allow tasks, such as humaneval, to run the programs that the model writes; use a container",
+    )  # fmt: skip
+    parser.add_argument(
+        "--include-path", type=Path, nargs="+", default=[], metavar="DIR", help="folders of other tasks, as YAML files"
     )
     add_text(parser, "perplexity is measured on")
     parser.add_argument(
@@ -612,9 +610,9 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
     ),
     "eval": (
         _eval, "measure what answers are worth at full depth, at an early exit and with self-speculation",
-        "Ask tasks at full depth, at an early exit alone and self-speculatively: exact match, programs that pass their "
-        "tests, ROUGE, perplexity, accepted drafts; and check that self-speculation gives the full depth's tokens. "
-        "Every answer is kept in FILE.partial: started again, the same command goes on where it was stopped.",
+        "Run tasks of lm-eval at full depth, at an early exit alone and with self-speculation, compare scores and "
+        "accepted drafts, and check that self-speculation gives the full depth's tokens. Answers are cached in "
+        "FILE.partial: run the same command again to continue.",
     ),
     "tune": (
         _tune, "measure which drafts are fastest on your prompts, and keep it beside the model",

@@ -1,8 +1,7 @@
-"""``python -m layerskip.evaluation`` is the command ``lm_eval``, with the model ``layerskip`` known to it."""
+"""``python -m layerskip.evaluation`` runs the command ``lm_eval`` with the model ``layerskip`` registered."""
 
 from __future__ import annotations
 
 from .._imports import need
-from . import harness  # noqa: F401 - registers the model
 
-need("lm_eval.__main__", "evaluating with lm_eval").cli_evaluate()
+need("lm_eval.__main__", "evaluating").cli_evaluate()
