@@ -24,7 +24,7 @@ from .functional import (
     swiglu,
     verify_attention,
 )
-from .rounds import accept_greedy, accept_sampled, draft, speculative_round
+from .speculative import accept_greedy, accept_sampled, draft, speculative_round
 
 __version__ = "0.1.0"
 

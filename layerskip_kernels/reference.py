@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import _checks, _noise
 from .bundles import KVCache, LayerWeights, split_layers
-from .composition import compose_draft, compose_round
 from .dispatch import implements
 from .formats import dequantize
 from .schemas import bind, flatten
+from .speculative import compose_draft, compose_round
 
 
 def _wide(x: Tensor) -> Tensor:

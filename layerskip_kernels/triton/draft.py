@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import composition
+from .. import speculative
 from ..bundles import Draft
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from .exit_head import exit_head
@@ -59,9 +59,9 @@ def record_draft(
     row: int,
     draft_threshold: float,
 ) -> Tensor | None:
-    """See `composition.record_draft`."""
+    """See `speculative.record_draft`."""
     if head_output is None:
-        return composition.record_draft(state, None, embedding, out, row, draft_threshold)
+        return speculative.record_draft(state, None, embedding, out, row, draft_threshold)
     following, (batch, hidden_size) = torch.empty_like(state), state.shape
     if batch:
         block = min(BLOCK, power_of_two(hidden_size))
@@ -79,4 +79,4 @@ _OPS: dict[str, Callable[..., Any]] = {"partial_forward": partial_forward, "exit
 
 def draft(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See `layerskip_kernels.draft`. On a card a draft that has ended goes on without effect: no host sync."""
-    return composition.compose_draft(_OPS, *args, record=record_draft)
+    return speculative.compose_draft(_OPS, *args, record=record_draft)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..composition import compose_round
+from ..speculative import compose_round
 from .accept_greedy import accept_greedy
 from .accept_sampled import accept_sampled
 from .draft import draft

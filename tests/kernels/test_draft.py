@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
-from layerskip_kernels.composition import compose_draft
+from layerskip_kernels.speculative import compose_draft
 
 from .common import DTYPES, PATHS, Inputs, assert_same_bits, assert_threads_agree, run, running_on
 from .examples import EPS, SIZES, example

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import reference
-from layerskip_kernels.composition import compose_draft
 from layerskip_kernels.schemas import bind
+from layerskip_kernels.speculative import compose_draft
 
 from .common import (
     DTYPES,

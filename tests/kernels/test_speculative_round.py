@@ -11,8 +11,8 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip_kernels.bundles import REQUIRED_WEIGHTS
-from layerskip_kernels.composition import compose_round
 from layerskip_kernels.schemas import bind
+from layerskip_kernels.speculative import compose_round
 
 from .common import (
     DTYPES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutation import KERNELS, Mutation
 
-DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatch", "composition", "_checks"))
+DISPATCH, ROUNDS, CHECKS = (f"layerskip_kernels/{name}.py" for name in ("dispatch", "speculative", "_checks"))
 DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py -k longest_draft"
 
 BUGS = [

@@ -16,7 +16,7 @@ from .cuda_graphs import Graphs
 from .request import Clock, Request, RoundKind
 from .sampling import LogitsControls, SamplingParams
 from .scheduler import read_draft_layers
-from .spec_step import FusedRound, LogitsPipeline, LogitsRound, LookedUp, MixedRound, SequenceTensors
+from .spec_step import LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
 
 SAME = 4  # recorded rounds have a multiple of so many looked-up drafts: more rows cost less than more recordings
 
@@ -94,18 +94,13 @@ class Batch:
         self._model, self._cache, self._clock = model, cache, clock
         self.kind, self.requests = kind, requests
         self._graphs = None if graphs is None or _has_own_processor(requests) else graphs
-        self._round = self._round_of(requests)
-        self._mixed: MixedRound | None = None
-        self._looking_up: list[int] = []  # the requests that do in the mixed round
+        self._step = spec_step_of(model, cache, requests, recorded=self._graphs is not None)
         self._launched: deque[Launched] = deque()  # and not read
         padding: Sequence[int] = ()
         if self._graphs is not None:
             padding = free_slots[: self._graphs.padding(len(requests), len(free_slots))]
             self._graphs.hold(self._tensors_at_fixed_addresses())
         self._sequences = sequences_of(model, requests, padding)
-
-    def _round_of(self, requests: Sequence[Request]) -> FusedRound | LogitsRound:
-        return round_of(self._model, self._cache, requests, looks=self._graphs is None)
 
     @property
     def num_speculations(self) -> int:
@@ -159,7 +154,7 @@ class Batch:
     @property
     def failures(self) -> dict[int, Exception]:
         """What the requests' own logits processors raised, by index."""
-        return self._round.failures if self._mixed is None else self._round.failures | self._mixed.failures
+        return self._step.failures
 
     def run(self) -> tuple[Launched, list[list[int]]]:
         """A round, as `read` gives it; the next one is launched before that, if it can be."""
@@ -179,8 +174,8 @@ class Batch:
             drafts = [request.looked_up or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
             most = num_speculations if exit_layer == 0 else max(map(len, drafts))
-            looked_up = LookedUp.of(drafts, most, self._model.vocab_size, self._model.device, sequences.draws)
-            sequences = replace(sequences, looked_up=looked_up)
+            lookup = LookupDrafts.of(drafts, most, self._model.vocab_size, self._model.device, sequences.draws)
+            sequences = replace(sequences, lookup=lookup)
         outcome: Outcome
         if self._graphs is None or exit_layer is None:
             outcome = CalledRound(self._run(sequences, exit_layer, num_speculations), started, self._clock)
@@ -191,7 +186,7 @@ class Batch:
                 sequences,
                 len(self.requests),
             )
-            self._sequences = sequences if sequences.looked_up is None else replace(sequences, looked_up=None)
+            self._sequences = sequences if sequences.lookup is None else replace(sequences, lookup=None)
         self._launched.append(Launched(exit_layer, num_speculations, outcome, caught_up))
 
     def read(self) -> tuple[Launched, list[list[int]]]:
@@ -227,27 +222,16 @@ class Batch:
             request.draft_layers_done = position
         return bool(late)
 
-    def _mix(self) -> MixedRound:
-        """The round of this mixture of sources; that of the last round, if it was the same."""
-        looking_up = [number for number, request in enumerate(self.requests) if request.looked_up is not None]
-        if self._mixed is None or looking_up != self._looking_up:
-            drafting = [number for number in range(len(self.requests)) if number not in looking_up]
-            drafts, looks_up = (
-                (self._round_of([self.requests[row] for row in rows]), rows) for rows in (drafting, looking_up)
-            )
-            self._mixed, self._looking_up = MixedRound(self._model, self._cache, drafts, looks_up), looking_up
-        return self._mixed
-
     def _run(self, sequences: SequenceTensors, exit_layer: int | None, num_speculations: int) -> Tensor:
-        kind = self.kind
+        kind, step = self.kind, self._step
         if not kind.speculative:
-            return self._round.advance(sequences, kind.exit_layer)
-        if num_speculations == kind.num_speculations == 0 and sequences.looked_up is None:  # so draft layers can wait
-            return self._round.advance(sequences, self._model.num_layers)
-        if exit_layer == 0:
-            return self._round.verify(sequences)
-        round_ = self._round if exit_layer is not None else self._mix()
-        return round_.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold)
+            return step.advance(sequences, kind.exit_layer)
+        if num_speculations == kind.num_speculations == 0 and sequences.lookup is None:  # draft layers wait
+            return step.advance(sequences, self._model.num_layers)
+        lookup_rows = None
+        if exit_layer is None:
+            lookup_rows = [row for row, request in enumerate(self.requests) if request.looked_up is not None]
+        return step.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold, lookup_rows)
 
     def _tensors_at_fixed_addresses(self) -> list[Tensor]:
         """What a recorded round reads and writes, besides the sequences: weights, tables and cache."""
@@ -276,18 +260,15 @@ def sequences_of(model: LayerSkipModel, requests: Sequence[Request], padding: Se
     return replace(sequences, controls=LogitsControls.of(params, before, model.vocab_size, model.device))
 
 
-def round_of(
-    model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request], looks: bool = True
-) -> FusedRound | LogitsRound:
-    """The round of some requests of one kind: fused, unless their logits are processed.
-
-    ``looks``: whether it may look at values on the host, which it does on the CPU only.
-    """
+def spec_step_of(
+    model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request], recorded: bool = False
+) -> SpecStep:
+    """The step of some requests of one kind. One that a CUDA graph records must not look at values on the host."""
     if not requests[0].processed:
-        return FusedRound(model, cache)
-    pipeline = LogitsPipeline([request.logits_processor for request in requests])
-    histories = [request.sequence.history for request in requests]
-    return LogitsRound(model, cache, pipeline, histories, looks and model.device.type == "cpu")
+        return SpecStep(model, cache)
+    processors = [request.logits_processor for request in requests]
+    pipeline = LogitsPipeline(processors, [request.sequence.history for request in requests])
+    return SpecStep(model, cache, pipeline, may_sync=not recorded and model.device.type == "cpu")
 
 
 def _has_own_processor(requests: Sequence[Request]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models import LayerSkipModel, SharedKVCache
 from . import validation
 from .adaptive import Choice, Controller
-from .batch import Batch, Launched, round_of, sequences_of
+from .batch import Batch, Launched, sequences_of, spec_step_of
 from .cuda_graphs import Graphs, warn_unrecorded
 from .draft_sources import DraftSource
 from .outputs import Update
@@ -355,8 +355,8 @@ class Session:
         """The token that follows a request's prompt, and what its logits processor raised."""
         state = request.reading.state
         assert state is not None
-        round_ = round_of(self._model, self._cache, [request])
-        return int(round_.first(state, sequences_of(self._model, [request]))), round_.failures
+        step = spec_step_of(self._model, self._cache, [request])
+        return int(step.first(state, sequences_of(self._model, [request]))), step.failures
 
     def _current_batches(self) -> list[Batch]:
         """The running requests by the kind of their next round."""

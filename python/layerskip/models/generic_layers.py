@@ -27,9 +27,9 @@ from layerskip_kernels import (
     swiglu,
     verify_attention,
 )
-from layerskip_kernels.composition import Ops
 from layerskip_kernels.dispatch import call
 from layerskip_kernels.schemas import bind
+from layerskip_kernels.speculative import Ops
 
 from .head import NormForm
 from .hf_checks import UnsupportedModelError, unsupported

@@ -223,21 +223,22 @@ class LayerSkipModel(nn.Module):
         self,
         token: Tensor,
         cache: SharedKVCache,
-        depth: int,
+        num_layers: int,
         *,
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
-        """The next token by layers [0, depth) and the model's own head, as one fused call. Lengths are not advanced.
+        """The next token by layers [0, num_layers) and the model's own head, as one fused call.
+
+        Lengths are not advanced. With fewer than all layers it is an early exit that nothing verifies.
 
         Parameters
         ----------
         token : Tensor [B], int64
             The last tokens, at positions ``seq_lens``.
         cache : SharedKVCache
-        depth : int
-            All layers, or fewer for an early exit that nothing verifies.
+        num_layers : int
         seq_lens, slots : Tensor [B], int64, optional
             As in `PartialDepthDecoder.forward`.
         noise : layerskip_kernels.Noise, optional
@@ -250,23 +251,16 @@ class LayerSkipModel(nn.Module):
         Raises
         ------
         ValueError, TypeError
-            As `draft`.
+            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
-        self._check_depth(depth)
+        self._check_depth(num_layers)
+        decoder = self.decoder
+        kv_cache, weights = decoder.kv_cache(cache, seq_lens, slots), decoder.layer_weights(0, num_layers)
         with torch.no_grad():
             return draft(
-                token,
-                self.embedding,
-                self.decoder.layer_weights(0, depth),
-                self.decoder.kv_cache(cache, seq_lens, slots),
-                depth,
-                self.head.weights,
-                1,
-                extend=False,
-                eps=self.decoder.eps,
-                noise=noise,
-                ops=self.decoder.ops,
-            ).tokens[:, 0]
+                token, self.embedding, weights, kv_cache, num_layers, self.head.weights, 1, extend=False,
+                eps=decoder.eps, noise=noise, ops=decoder.ops,
+            ).tokens[:, 0]  # fmt: skip
 
     def draft(
         self,
@@ -281,54 +275,20 @@ class LayerSkipModel(nn.Module):
         noise: Noise | None = None,
         logits: Tensor | None = None,
     ) -> Draft:
-        """Draft tokens with layers [0, exit_layer), draft layers and head, as one fused call. Lengths stay.
+        """Draft K tokens with layers [0, E), the exit's draft layers and its head, as one fused call.
 
-        The last draft, too, goes through layers and draft layers, as verification and the next draft need it.
-
-        Parameters
-        ----------
-        token : Tensor [B], int64
-            The last tokens, at positions ``seq_lens``.
-        cache : SharedKVCache
-        exit_layer : int
-            E.
-        num_speculations : int
-            K, the number of tokens to draft.
-        draft_threshold : float
-            As in `layerskip_kernels.draft`.
-        seq_lens, slots, noise : as in `decode`
-        logits : Tensor [B, K, V_draft], fp32, optional
-            The draft head's raw logits are written to it.
-
-        Returns
-        -------
-        Draft
-            Tokens [B, K], states after layer E [B, K + 1, D], and the tokens' probabilities [B, K].
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
+        The last draft token, too, goes through the layers, as verification and the next draft need it. Lengths are not
+        advanced. Parameters and errors as in `decode` and `layerskip_kernels.draft`.
         """
         self._check_exit(exit_layer)
         decoder = self.decoder
+        weights = [*decoder.layer_weights(0, exit_layer), *decoder.draft_layer_weights]
         with torch.no_grad():
             return draft(
-                token,
-                self.embedding,
-                [*decoder.layer_weights(0, exit_layer), *decoder.draft_layer_weights],
-                decoder.kv_cache(cache, seq_lens, slots),
-                exit_layer,
-                self.draft_head.weights,
-                num_speculations,
-                extend=True,
-                eps=decoder.eps,
-                draft_threshold=draft_threshold,
-                noise=noise,
-                logits=logits,
-                num_draft_layers=decoder.num_draft_layers,
-                ops=decoder.ops,
-            )
+                token, self.embedding, weights, decoder.kv_cache(cache, seq_lens, slots), exit_layer,
+                self.draft_head.weights, num_speculations, extend=True, eps=decoder.eps, noise=noise, logits=logits,
+                draft_threshold=draft_threshold, num_draft_layers=decoder.num_draft_layers, ops=decoder.ops,
+            )  # fmt: skip
 
     def speculate(
         self,
@@ -342,52 +302,21 @@ class LayerSkipModel(nn.Module):
         slots: Tensor | None = None,
         noise: Noise | None = None,
     ) -> Round:
-        """One round as one fused call: `draft`, layers [E, L) verify, accepting advances the lengths.
+        """One round of self-speculative decoding as one fused call; accepting advances ``seq_lens`` in place.
 
-        Parameters
-        ----------
-        token : Tensor [B], int64
-            The last tokens, at positions ``seq_lens``.
-        cache : SharedKVCache
-            With room for K + 1 more positions of every sequence.
-        exit_layer : int
-            E.
-        num_speculations : int
-            K.
-        draft_threshold : float
-            As in `layerskip_kernels.speculative_round`, which takes it without noise only.
-        seq_lens : Tensor [B], int64, optional
-            Advanced in place; by default the cache's.
-        slots, noise : as in `decode`
-
-        Returns
-        -------
-        Round
-            Tokens [B, K], how many are accepted [B], the token that follows them [B], probabilities [B, K].
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
+        Parameters and errors as in `decode` and `layerskip_kernels.speculative_round`. The cache needs room for K + 1
+        more positions of every sequence.
         """
         self._check_exit(exit_layer)
         decoder = self.decoder
+        weights = decoder.layer_weights(0, decoder.num_layers + decoder.num_draft_layers)
+        draft_head = None if self.draft_head is self.head else self.draft_head.weights
         with torch.no_grad():
             return speculative_round(
-                token,
-                self.embedding,
-                decoder.layer_weights(0, decoder.num_layers + decoder.num_draft_layers),
-                decoder.kv_cache(cache, seq_lens, slots),
-                exit_layer,
-                self.head.weights,
-                num_speculations,
-                draft_head=None if self.draft_head is self.head else self.draft_head.weights,
-                draft_threshold=draft_threshold,
-                eps=decoder.eps,
-                noise=noise,
-                num_draft_layers=decoder.num_draft_layers,
-                ops=decoder.ops,
-            )
+                token, self.embedding, weights, decoder.kv_cache(cache, seq_lens, slots), exit_layer,
+                self.head.weights, num_speculations, draft_head=draft_head, draft_threshold=draft_threshold,
+                eps=decoder.eps, noise=noise, num_draft_layers=decoder.num_draft_layers, ops=decoder.ops,
+            )  # fmt: skip
 
     def _check_exit(self, exit_layer: int) -> None:
         self._check_depth(exit_layer)

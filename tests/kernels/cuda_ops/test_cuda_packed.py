@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip_kernels.composition import compose_draft, compose_round
 from layerskip_kernels.formats import FORMATS, dequantize, pack, quantize
 from layerskip_kernels.reference import draft_ref, exit_head_ref, linear_ref, swiglu_ref
+from layerskip_kernels.speculative import compose_draft, compose_round
 from tests.cuda_emulation import EmulationError
 
 from ..common import DTYPES, Inputs, assert_as_good_as, assert_rows_alone, assert_same_bits, double

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import reference
-from layerskip_kernels.composition import compose_draft, compose_round
 from layerskip_kernels.schemas import bind
+from layerskip_kernels.speculative import compose_draft, compose_round
 
 from ..common import TOLERANCES, Inputs, assert_same_bits, double
 from ..examples import SIZES, example, with_draft_layers, with_packed_draft_layers

@@ -20,7 +20,7 @@ from layerskip import DraftSource, SamplingParams, SelfSpeculativeDecoder, model
 from layerskip.decoding import cuda_graphs
 from layerskip.decoding.cuda_graphs import Graphs
 from layerskip.decoding.session import Session
-from layerskip.decoding.spec_step import FusedRound, LookedUp, SequenceTensors
+from layerskip.decoding.spec_step import LookupDrafts, SequenceTensors, SpecStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -315,11 +315,11 @@ def test_a_round_has_no_values_to_look_at(temperature, num_draft_layers):
     with torch.inference_mode():
         cache = model.decoder.new_cache(4, 64)
         sequences = SequenceTensors.of([0, 0], [5, 9], [3, 1], [1, 2], [temperature] * 2, torch.device("meta"))
-        round_ = FusedRound(model, cache)
-        assert round_.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
-        assert round_.advance(sequences, model.num_layers).shape == (2, 2)
-        looked_up = LookedUp.of([[1, 2, 3], [4]], 3, model.vocab_size, torch.device("meta"), sequences.draws)
-        assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
+        step = SpecStep(model, cache)
+        assert step.speculate(sequences, 1, 3, 0.0 if temperature else 0.25).shape == (2, 5)
+        assert step.advance(sequences, model.num_layers).shape == (2, 2)
+        lookup = LookupDrafts.of([[1, 2, 3], [4]], 3, model.vocab_size, torch.device("meta"), sequences.draws)
+        assert step.speculate(replace(sequences, lookup=lookup), 1, 3).shape == (2, 5)
 
 
 def test_where_there_is_no_card_rounds_are_called(monkeypatch):

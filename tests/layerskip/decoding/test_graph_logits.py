@@ -16,7 +16,7 @@ from tiny import prompt_of, requires_native, tiny_model
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder, models
 from layerskip.decoding import cuda_graphs
 from layerskip.decoding.sampling import LogitsControls
-from layerskip.decoding.spec_step import LogitsPipeline, LogitsRound, LookedUp, SequenceTensors
+from layerskip.decoding.spec_step import LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,11 +131,11 @@ def test_a_round_has_no_values_to_look_at(threshold, num_draft_layers):
         controls = controls.each(lambda tensor: tensor.to("meta"))
         sequences = SequenceTensors.of([0, 0], [5, 9], [3, 1], [1, 2], [0.8, 0.0], meta)
         sequences = replace(sequences, controls=controls)
-        round_ = LogitsRound(model, cache, LogitsPipeline([None] * 2), [None] * 2, looks=False)
-        assert round_.speculate(sequences, 1, 3, threshold).shape == (2, 5)
-        assert round_.advance(sequences, model.num_layers).shape == (2, 2)
-        looked_up = LookedUp.of([[1, 2, 3], [4]], 3, model.vocab_size, meta, True)
-        assert round_.verify(replace(sequences, looked_up=looked_up)).shape == (2, 5)
+        step = SpecStep(model, cache, LogitsPipeline())
+        assert step.speculate(sequences, 1, 3, threshold).shape == (2, 5)
+        assert step.advance(sequences, model.num_layers).shape == (2, 2)
+        lookup = LookupDrafts.of([[1, 2, 3], [4]], 3, model.vocab_size, meta, True)
+        assert step.speculate(replace(sequences, lookup=lookup), 1, 3).shape == (2, 5)
 
 
 @pytest.mark.gpu

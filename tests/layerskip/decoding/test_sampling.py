@@ -15,9 +15,9 @@ from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_mo
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import spec_step as logits_module
-from layerskip.decoding.sampling import LogitsControls
+from layerskip.decoding.sampling import History, LogitsControls
 from layerskip.decoding.scheduler import read_prompt
-from layerskip.decoding.spec_step import NOT_DRAFTED, FusedRound, LogitsPipeline, LogitsRound, LookedUp, SequenceTensors
+from layerskip.decoding.spec_step import NOT_DRAFTED, LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
 from layerskip.models import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,9 +97,9 @@ def warpers(params: SamplingParams) -> transformers.LogitsProcessorList:
 
 def processed(params, own, logits, histories) -> tuple[torch.Tensor, dict[int, Exception]]:
     """Logits after these tokens, and the failures of the sequences' own processors."""
-    pipeline = LogitsPipeline(own)
+    pipeline = LogitsPipeline(own, [History(history[None], 0) for history in histories])
     controls = LogitsControls.of(params, histories, logits.shape[1], CPU)
-    return pipeline(logits, controls, histories), pipeline.failures
+    return pipeline(logits, controls, 0), pipeline.failures
 
 
 class TestLogitsPipeline:
@@ -183,9 +183,9 @@ def exact(model, params: SamplingParams) -> torch.Tensor:
     return joint.flatten()
 
 
-def guesses(token: torch.Tensor) -> LookedUp:
+def guesses(token: torch.Tensor) -> LookupDrafts:
     """Drafts that need no model: after every token the same two; after one of the six, only one."""
-    return LookedUp.of([[(last + 1) % SMALL, 2][: 1 + (last != 3)] for last in token.tolist()], 2, SMALL, CPU, True)
+    return LookupDrafts.of([[(last + 1) % SMALL, 2][: 1 + (last != 3)] for last in token.tolist()], 2, SMALL, CPU, True)
 
 
 def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: int, looks_up: bool) -> torch.Tensor:
@@ -198,20 +198,20 @@ def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: 
     lengths, seeds = torch.full((BATCH,), length - 1), torch.arange(first_seed, first_seed + BATCH)
     temperatures = torch.full((BATCH,), params.temperature)
     sequences = SequenceTensors(torch.zeros_like(seeds), lengths, torch.arange(BATCH), seeds, temperatures)
-    round_ = FusedRound(model, cache)
+    step = SpecStep(model, cache)
     if params.processes:
         controls = LogitsControls.of([params] * BATCH, [PROMPT[0]] * BATCH, SMALL, CPU)
         sequences = replace(sequences, controls=controls)
-        round_ = LogitsRound(model, cache, LogitsPipeline([None] * BATCH), [None] * BATCH, looks=True)
-    sequences.token.copy_(round_.first(hidden, sequences))
+        step = SpecStep(model, cache, LogitsPipeline(), may_sync=True)
+    sequences.token.copy_(step.first(hidden, sequences))
     lengths += 1
     drawn = torch.full((BATCH, DEPTH + DRAFTS), -1)
     drawn[:, 0], counts = sequences.token, torch.ones_like(seeds)
     while int(counts.min()) < DEPTH:
         if looks_up:
-            packed = round_.verify(replace(sequences, looked_up=guesses(sequences.token)))
+            packed = step.speculate(replace(sequences, lookup=guesses(sequences.token)), EXIT, DRAFTS)
         else:
-            packed = round_.speculate(sequences, EXIT, DRAFTS)
+            packed = step.speculate(sequences, EXIT, DRAFTS)
         accepted, token, drafts = packed[:, 0], packed[:, 1], packed[:, 2:]
         for index in range(DRAFTS + 1):
             value = token if index == DRAFTS else torch.where(accepted > index, drafts[:, index], token)
@@ -278,7 +278,9 @@ def test_100k_continuations_of_looked_up_drafts_have_it_too(small, params):
 @many
 @pytest.mark.parametrize("params", ["temperature", "top-k"])
 def test_a_looked_up_draft_that_counts_as_drawn_from_all_tokens_is_noticed(small, params, monkeypatch):
-    monkeypatch.setattr(LookedUp, "logits", property(lambda one: torch.zeros(*one.tokens.shape, len(one.token_map))))
+    monkeypatch.setattr(
+        LookupDrafts, "logits", property(lambda one: torch.zeros(*one.tokens.shape, len(one.token_map)))
+    )
     assert excess(small, DRAWN[params], looks_up=True) > 3 * LIMIT
 
 
@@ -422,10 +424,10 @@ def test_a_threshold_keeps_the_distribution_of_what_is_drawn(small):
 def test_dropping_an_improbable_draft_would_be_noticed(small, monkeypatch):
     """It would favour the probable tokens."""
 
-    def drop(token, logits, goes_on, draft_threshold, draws):
+    def drop(token, logits, drafting, draft_threshold, draws):
         probability = logits.softmax(-1).gather(1, token.clamp_min(0)[:, None])[:, 0]
-        goes_on = goes_on & (probability >= draft_threshold)
-        return torch.where(goes_on, token, NOT_DRAFTED), goes_on
+        drafting = drafting & (probability >= draft_threshold)
+        return torch.where(drafting, token, NOT_DRAFTED), drafting
 
-    monkeypatch.setattr(LogitsRound, "_apply_threshold", staticmethod(drop))
+    monkeypatch.setattr(logits_module, "_apply_threshold", drop)
     assert threshold_excess(small) > 2 * LIMIT

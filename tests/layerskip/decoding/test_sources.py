@@ -13,7 +13,7 @@ from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, prompt_of, requires_n
 from layerskip import DraftSource, NgramSource, SamplingParams, SelfSpeculativeDecoder, Session
 from layerskip.decoding import spec_step as rounds
 from layerskip.decoding.draft_sources import GRADES, Lookup
-from layerskip.decoding.spec_step import MixedRound
+from layerskip.decoding.spec_step import SpecStep
 from layerskip.training.exit_analysis import survey_ngrams
 from layerskip_kernels import Acceptance
 
@@ -155,7 +155,7 @@ def test_what_is_counted_by_position():
 def test_these_tests_notice_a_wrong_round(bug, monkeypatch):
     decoder = SelfSpeculativeDecoder(tiny_model(), 1)
     plain = decoder.generate(prompt_of(7), NEW, strategy="autoregressive").sequences
-    accept, look_up = rounds.accept_greedy, rounds.looked_up_states
+    accept, look_up = rounds.accept_greedy, SpecStep._look_up
 
     def generous(draft, target, seq_lens):
         accepted, token = accept(draft, target, seq_lens)
@@ -170,7 +170,7 @@ def test_these_tests_notice_a_wrong_round(bug, monkeypatch):
     if bug == "one too many":
         monkeypatch.setattr(rounds, "accept_greedy", generous)
     else:
-        monkeypatch.setattr(rounds, "looked_up_states", shifted)
+        monkeypatch.setattr(SpecStep, "_look_up", shifted)
     out = decoder.generate(prompt_of(7), NEW, draft_source=Oracle([plain[0].tolist()], 3))
     assert not torch.equal(out.sequences, plain)
 
@@ -212,17 +212,21 @@ class TestBatches:
             for prompt, source in zip(prompts, sources, strict=True)
         ]
         mixed = []
-        speculate = MixedRound.speculate
-        monkeypatch.setattr(
-            MixedRound, "speculate", lambda self, *args: mixed.append(self._numbers) or speculate(self, *args)
-        )
+        speculate = SpecStep.speculate
+
+        def record(self, sequences, *args):
+            if (lookup_rows := args[-1]) is not None:
+                mixed.append((len(sequences.token) - len(lookup_rows), len(lookup_rows)))
+            return speculate(self, sequences, *args)
+
+        monkeypatch.setattr(SpecStep, "speculate", record)
         session = decoder.open_session(4, max_seq_len=64, num_speculations=12, prompt_tokens_per_step=None)
         for prompt, source in zip(prompts, sources, strict=True):
             session.add(prompt, NEW, draft_source=source, sampling=sampling)
         assert [tokens for tokens, _ in run(session).values()] == alone
         assert len(mixed) > 5
-        assert max(len(drafting) for drafting, _ in mixed) == 2
-        assert max(len(looking_up) for _, looking_up in mixed) >= 2
+        assert max(drafting for drafting, _ in mixed) == 2
+        assert max(looking_up for _, looking_up in mixed) >= 2
 
     @requires_native
     def test_they_share_a_pass_through_the_later_layers(self, decoder, monkeypatch):
