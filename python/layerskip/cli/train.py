@@ -37,12 +37,13 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Train, and write the result."""
     from ..training import recipe as recipes
-    from ..training.output_dir import Output
 
     overrides = _overrides(args.set)
     recipe = recipes.read_recipe(args.recipe, overrides) if args.recipe else recipes.make_recipe(overrides)
     arguments.tasks((*recipe.tasks, *recipe.replay.tasks))
     arguments._check_model(recipe.model)
+    from ..training.output_dir import Output  # imports torch
+
     output = Output(recipe)
     if not args.resume:
         output.check_new(args.overwrite)
