@@ -30,17 +30,11 @@ KINDS = {
 class NoEvent:
     """An event in a stream where nothing happens."""
 
-    def record(self, stream: Any) -> None:
-        """See `torch.cuda.Event`."""
-
-    def wait(self, stream: Any) -> None:
-        """See `torch.cuda.Event`."""
-
-    def synchronize(self) -> None:
-        """See `torch.cuda.Event`."""
+    def record(self, stream: Any) -> None: ...
+    def wait(self, stream: Any) -> None: ...
+    def synchronize(self) -> None: ...
 
     def elapsed_time(self, end_event: Any) -> float:
-        """See `torch.cuda.Event`."""
         return 1.0
 
 
@@ -48,21 +42,17 @@ class NoCard:
     """A card on which a round takes no time, and accepts half of its drafts."""
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-        """See `layerskip.decoding.cuda_graphs.Card`."""
         result = function().clone()
         result.fill_(3)[:, 0] = DRAFTS // 2
         return result, lambda: None
 
     def host_memory(self, like: Tensor) -> Tensor:
-        """See `layerskip.decoding.cuda_graphs.Card`."""
         return torch.empty_like(like)
 
     def event(self) -> NoEvent:
-        """See `layerskip.decoding.cuda_graphs.Card`."""
         return NoEvent()
 
     def stream(self) -> int:
-        """See `layerskip.decoding.cuda_graphs.Card`."""
         return 0
 
 

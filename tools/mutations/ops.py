@@ -33,7 +33,7 @@ BUGS = [
     ),
     Mutation(
         "draft layers do not read the last draft", ROUNDS,
-        "            draft_layers(state, positions[row])  # for their keys and values\n", "",
+        "            draft_layers(state, row)  # for their keys and values\n", "",
         KERNELS + "test_draft_layers.py -k composition",
     ),
 ]  # fmt: skip

@@ -212,7 +212,7 @@ def test_another_stream_waits_for_the_last_round():
 
 @pytest.mark.parametrize("way", ["dropped", "of other weights", "too many"])
 def test_what_lets_go_of_memory_waits_for_the_round_that_works_on_it(way):
-    graphs, weight = Graphs(FakeCard(), most=1), torch.ones(3)
+    graphs, weight = Graphs(FakeCard(), max_graphs=1), torch.ones(3)
     graphs.hold([weight])
     outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
     assert outcome._host.tolist() == [[-99, -99]]
@@ -249,7 +249,7 @@ def test_a_session_may_be_dropped_with_a_round_under_way(monkeypatch):
 
 def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
     card = FakeCard()
-    graphs = Graphs(card, most=2)
+    graphs = Graphs(card, max_graphs=2)
 
     def recorded(kind: str, count: int, temperature: float = 0.0) -> bool:
         before = card.captures
