@@ -61,6 +61,26 @@ def check(group: str, name: str) -> None:
         raise unknown(group, name)
 
 
+def check_model(name: str) -> None:
+    """Raise for a model that no package provides and that is not on the disk; the hub is not asked."""
+    if name in names(MODELS):
+        return
+    if not is_path(name):
+        if "/" not in name:
+            raise unknown(MODELS, name)
+    elif not (path := Path(name).expanduser()).exists():
+        raise FileNotFoundError(f"no such directory: {path}{similar_file(path)}")
+
+
+def similar_file(path: Path) -> str:
+    """A hint for an error message: the files beside ``path`` with similar names, or nothing."""
+    folder = path.parent
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        return ""
+    hint = nearest(path.name, sorted(entry.name for entry in folder.iterdir()))
+    return f"; {hint}" if hint.startswith("did you mean") else ""
+
+
 def is_path(name: str | os.PathLike[str]) -> bool:
     """A model's name is ``name`` or ``owner/name``; anything else, and whatever exists, is a path."""
     if not isinstance(name, str):

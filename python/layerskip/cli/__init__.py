@@ -1,7 +1,7 @@
 """The ``layerskip`` command.
 
-What a command takes is declared in `arguments`; what it does is ``run(args, console) -> int`` in the module of its
-name, which is imported once the arguments are understood and what they name is there.
+`arguments` declares what a command takes; a module of the command's name does the work. It is imported once the
+arguments are valid.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its errors are one line on stderr, and the exit code is that of `_ends.run`."""
+    """Run a command and return its exit code; errors are one line on stderr."""
     args = arguments.parse(argv)
 
     def work() -> int:
         arguments.validate_names(args)
-        module = import_module(f".{args.command.replace('-', '_')}", __package__)
-        code: int = module.run(args, Console())
+        module = import_module(f".{args.command.partition('-')[0]}", __package__)
+        run = module.run_exit if args.command == "train-exit" else module.run
+        code: int = run(args, Console())
         return code
 
     return _ends.run(f"layerskip {args.command}", work, args.traceback, training=args.command.startswith("train"))

@@ -1,6 +1,6 @@
 """Command-line arguments and their validation.
 
-Nothing that is slow to import is imported here, so that a mistake is reported at once.
+This module imports neither torch nor transformers, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -9,25 +9,33 @@ import argparse
 import codecs
 import importlib.metadata
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .. import _ends, registry
 from ..registry import nearest
 from ..training import data
 from ..training.data import load_task, splits
 
+DTYPES = ("bfloat16", "float16", "float32")
+# The following repeat names of the library, whose modules import torch; a test compares them.
+FORMATS = ("int8", "int8_g128", "int4", "int4_g128", "int4_zero", "int4_zero_g128", "fp8", "fp8_g128")
+NATIVE = "native"
+STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
+SOURCES = ("exit", "ngram", "auto")
+
+SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+
 
 class Parser(argparse.ArgumentParser):
-    """Says a default once, at the end of an option's help, and an error in one line."""
+    """An argument parser that states each default once, and each error in one line."""
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """As argparse has it. A default that the help does not tell in words is added to it."""
+        """Add an argument; a default that its help does not mention is appended to the help."""
         default, text = settings.get("default"), settings.get("help", "")
         if default and default != argparse.SUPPRESS and "default" not in text:
             settings["help"] = f"{text} (default: %(default)s)"
@@ -38,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def refuse(self, word: str) -> NoReturn:
-        """Exit for what no option or argument takes; the nearest option is told."""
+        """Exit for a word that is no option or argument, naming the nearest option."""
         name = word.partition("=")[0]
         if not name.startswith("-"):
             self.error(f"unexpected argument {word!r}")
@@ -47,8 +55,16 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown option {name}; {nearest(name, options)}")
 
 
+def whole(text: str) -> int:
+    """Argparse type: an int."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
 def positive(text: str) -> int:
-    """An argparse type: an int from 1 up."""
+    """Argparse type: an int from 1 up."""
     value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -56,20 +72,12 @@ def positive(text: str) -> int:
 
 
 def positive_or_auto(text: str) -> int | str:
-    """An argparse type: "auto", or an int from 1 up."""
+    """Argparse type: "auto", or an int from 1 up."""
     return text if text == "auto" else positive(text)
 
 
-def whole(text: str) -> int:
-    """An argparse type: an int."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-
-
 def number(text: str) -> float:
-    """An argparse type: a float."""
+    """Argparse type: a float."""
     try:
         return float(text)
     except ValueError:
@@ -77,7 +85,7 @@ def number(text: str) -> float:
 
 
 def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
-    """An argparse type: one of some names; for another one the nearest are told."""
+    """Argparse type: one of ``names``; the error for another name lists the nearest."""
 
     def parse_name(text: str) -> str:
         if text not in names:
@@ -88,19 +96,15 @@ def one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
 
 
 def device(text: str) -> str:
-    """An argparse type: what looks like a device; whether it is there, torch will know."""
+    """Argparse type: a device name; whether the device exists is checked once torch is imported."""
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", text) is None:
         raise argparse.ArgumentTypeError(f"unknown device {text!r}, expected auto, cpu, cuda or cuda:N")
     return text
 
 
-HELP = "samples, TASK:SPLIT such as parsing:test, hub:DATASET, a .jsonl file, or a text file"
-SAMPLES = Path(__file__).parents[1] / "data" / "prompts.jsonl"
-
-
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and the kind of task that it is."""
+    """A text to continue, and its task."""
 
     text: str
     task: str = ""
@@ -112,16 +116,15 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     Parameters
     ----------
     source : str
-        ``samples``, TASK:SPLIT as `layerskip.training.data` has them, such as ``parsing:test``, ``hub:NAME`` as
-        `layerskip.training.data` has it, a ``.jsonl`` file of objects with "prompt" and, optionally, "task", or a
-        text file with one prompt a line.
+        ``samples``; TASK:SPLIT or ``hub:NAME`` as in `layerskip.training.data`, such as ``parsing:test``; a ``.jsonl``
+        file of objects with "prompt" and optionally "task"; or a text file with one prompt a line.
     limit : int, optional
-        Take every n-th prompt so that this many remain, spread over the whole source.
+        Number of prompts to take, spread over the whole source.
 
     Raises
     ------
     ValueError
-        With the file and the line, if a line cannot be used; for an unknown task or split, or where there is no prompt.
+        For a malformed line (with file and line number), an unknown task or split, or no prompts.
     FileNotFoundError
         If there is no such file.
     """
@@ -141,7 +144,7 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
 
 
 def check_prompts(source: str) -> None:
-    """Raise what `read` raises for a task, a split or a file that does not exist, without reading it."""
+    """Raise for a task, split or file that does not exist, without reading it."""
     if source.startswith(data.PREFIX) or source == "samples":
         return
     if _is_task(source):
@@ -151,16 +154,14 @@ def check_prompts(source: str) -> None:
         if split not in known:
             raise ValueError(f"task {task} has no split {split!r}; {registry.nearest(split, known)}")
     elif not Path(source).is_file():
-        raise FileNotFoundError(f"no prompts file at {source}{_meant(source)}")
+        raise FileNotFoundError(f"no prompts file at {source}{_suggestion(source)}")
 
 
 def _is_task(source: str) -> bool:
-    """TASK:SPLIT; what has a slash, or exists, is a file."""
     return ":" in source and "/" not in source and not Path(source).exists()
 
 
-def _meant(source: str) -> str:
-    """What may have been meant by a name that is no file."""
+def _suggestion(source: str) -> str:
     if "/" in source or "." in source:
         return ""
     tasks = registry.names(registry.TASKS)
@@ -197,144 +198,320 @@ def _from_json(line: str, where: str) -> Prompt:
     return Prompt(text, task)
 
 
-DTYPES = ("bfloat16", "float16", "float32")
-# As `layerskip_kernels.formats` has them, and the one of `layerskip.load`.
-FORMATS = ("int8", "int8_g128", "int4", "int4_g128", "int4_zero", "int4_zero_g128", "fp8", "fp8_g128")
-NATIVE = "native"
-STRATEGIES = ("self_speculative", "autoregressive", "early_exit")  # as `layerskip.decoding.validation` has them
-SOURCES = ("exit", "ngram", "auto")  # as `layerskip.decoding.draft_sources` has them
+class Option(NamedTuple):
+    """An argument of a command, as `argparse.ArgumentParser.add_argument` takes it."""
+
+    names: Sequence[str]
+    settings: dict[str, Any]
 
 
-def add_device(parser: Parser) -> None:
-    """Where to compute."""
-    parser.add_argument(
-        "--device", type=device, default="auto", metavar="DEVICE",
-        help="cpu, cuda, cuda:N, or auto, a card where torch sees one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--threads", type=positive, metavar="N", help="how many CPU threads to use (default: torch's choice)"
-    )
+class Exclusive(NamedTuple):
+    """Options of which a command takes at most one, or exactly one."""
+
+    options: Sequence[Option]
+    required: bool = False
 
 
-def add_model(parser: Parser, positional: bool = False) -> None:
-    """Which model, in which dtype, and where."""
-    text = "a directory, a hub name, or a name that a package provides, such as smollm2"
-    if positional:
-        parser.add_argument("model", metavar="MODEL", help=text)
-    else:
-        parser.add_argument("--model", default="smollm2", metavar="MODEL", help=text)
-    parser.add_argument(
-        "--dtype", type=one_of("dtype", DTYPES), default="bfloat16", metavar=f"{{{','.join(DTYPES)}}}",
-        help="of the weights",
-    )  # fmt: skip
-    add_device(parser)
+class Command(NamedTuple):
+    """A command: one line for ``layerskip --help``, a description for its own, and its arguments."""
+
+    summary: str
+    description: str
+    options: Sequence[Option | Exclusive]
 
 
-def add_weights(parser: Parser, required: bool = False) -> None:
-    """In which format the weights are packed."""
-    choices = (*FORMATS, NATIVE)
-    parser.add_argument(
-        "--weights", type=one_of("weight format", choices), required=required, metavar="FORMAT",
-        help=f"quantize them: {', '.join(FORMATS)}; or native, as the model's own file has them"
-        + ("" if required else " (default: as they are)"),
-    )  # fmt: skip
+def option(names: str, help: str, **settings: Any) -> Option:
+    """An argument with its space-separated names."""
+    return Option(names.split(), {"help": help, **settings})
 
 
-def add_speculation(parser: Parser) -> None:
-    """How to draft."""
-    parser.add_argument(
-        "--exit-layer",
-        type=positive_or_auto,
-        metavar="E",
-        help="layers that draft, or auto (default: the exit's, or a quarter)",
-    )
-    parser.add_argument(
-        "--num-speculations", type=positive_or_auto, default=4, metavar="K", help="tokens drafted a round, or auto"
-    )
-    parser.add_argument(
-        "--draft-threshold", type=number, default=0.0, metavar="P",
-        help="end a draft at a token less probable than P, in 0 … 1 (default: 0, never)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--draft-head", metavar="HEAD",
-        help="full, int8, a file or directory with a saved draft head, or the name of a model that comes with one "
-        "(default: the exit's own, or full)",
-    )  # fmt: skip
-    add_exit(parser)
+def flag(name: str, help: str) -> Option:
+    """An option without a value."""
+    return option(name, help, action="store_true")
 
 
-def add_exit(parser: Parser) -> None:
-    """What was trained to draft."""
-    parser.add_argument(
-        "--exit", metavar="EXIT",
-        help="draft with a trained exit: its directory or file, or the name of a model that comes with one "
-        "(default: the model's own layers)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--draft-source", type=one_of("draft source", SOURCES), default=SOURCES[0],
-        metavar=f"{{{','.join(SOURCES)}}}",
-        help="exit: the first layers draft; ngram: what followed the last tokens where they occurred before; auto: "
-        "whichever is faster, round by round",
-    )  # fmt: skip
+def choice(name: str, what: str, names: Sequence[str], help: str) -> Option:
+    """An option with one of ``names``, by default the first."""
+    return option(name, help, type=one_of(what, names), default=names[0], metavar=f"{{{','.join(names)}}}")
 
 
-def add_sampling(parser: Parser) -> None:
-    """How tokens are chosen; ranges are checked by `SamplingParams`."""
-    parser.add_argument("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
-    parser.add_argument("--top-k", type=whole, default=0, metavar="N", help="draw from the N largest (default: all)")
-    parser.add_argument(
-        "--top-p", type=number, default=1.0, metavar="P", help="draw from the most probable, of P in all"
-    )
-    parser.add_argument(
-        "--min-p", type=number, default=0.0, metavar="P", help="draw from those of P times the largest (default: all)"
-    )
-    parser.add_argument("--seed", type=whole, metavar="N", help="the same tokens every time (default: others)")
+def output(metavar: str, help: str, **settings: Any) -> Option:
+    """The file or directory that a command writes."""
+    return option("--output", help, type=Path, metavar=metavar, **settings)
 
 
-def add_prompts(parser: Parser, limit: int | None) -> None:
+def prompts(limit: int | None) -> Sequence[Option]:
     """Which prompts, and how many of them."""
-    parser.add_argument("--prompts", default="samples", metavar="PROMPTS", help=HELP)
-    text = (
-        "use this many prompts, spread over all" if limit else "use this many prompts, spread over all (default: all)"
-    )
-    parser.add_argument("--limit", type=positive, default=limit, metavar="N", help=text)
-
-
-def add_text(parser: Parser, purpose: str) -> None:
-    """Which long text."""
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE",
-        help=f"what {purpose} (default: Python's manual, of its standard library)",
+    text = "use N prompts, spread over all" + ("" if limit else " (default: all)")
+    return (
+        option("--prompts", "samples, TASK:SPLIT such as parsing:test, hub:DATASET, a .jsonl file, or a text file",
+               default="samples", metavar="PROMPTS"),
+        option("--limit", text, type=positive, default=limit, metavar="N"),
     )  # fmt: skip
 
 
-def add_length(parser: Parser, default: int) -> None:
+def length(default: int) -> Option:
     """How long a continuation is."""
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=default, metavar="N", help="tokens after a prompt, at most"
-    )
+    return option("--max-new-tokens", "tokens after a prompt, at most", type=positive, default=default, metavar="N")
 
 
-CODES = (
-    "Exit codes: 0 all is well, 1 a check or the work failed, 2 it cannot be done as it was asked for, 130 interrupted."
+def text(purpose: str) -> Option:
+    """Which long text."""
+    return option("--text", f"what {purpose} (default: Python's manual, of its standard library)", type=Path,
+                  metavar="FILE")  # fmt: skip
+
+
+def weights(required: bool = False) -> Option:
+    """In which format the weights are packed."""
+    help = f"quantize them: {', '.join(FORMATS)}; or native, as in the model's own file"
+    return option("--weights", help + ("" if required else " (default: as they are)"),
+                  type=one_of("weight format", (*FORMATS, NATIVE)), required=required, metavar="FORMAT")  # fmt: skip
+
+
+# fmt: off
+DEVICE = (
+    option("--device", "cpu, cuda, cuda:N, or auto, a GPU if torch sees one", type=device, default="auto",
+           metavar="DEVICE"),
+    option("--threads", "number of CPU threads (default: torch's choice)", type=positive, metavar="N"),
 )
+MODEL_HELP = "a directory, a hub name, or a name that a package provides, such as smollm2"
+LOADED = (choice("--dtype", "dtype", DTYPES, "of the weights"), *DEVICE)
+MODEL = (option("--model", MODEL_HELP, default="smollm2", metavar="MODEL"), *LOADED)
+POSITIONAL_MODEL = (option("model", MODEL_HELP, metavar="MODEL"), *LOADED)
+NUM_SPECULATIONS = option("--num-speculations", "draft tokens a round", type=positive, default=4, metavar="K")
+EXIT = (
+    option("--exit", "draft with a trained exit: its directory or file, or the name of a model that comes with one "
+           "(default: the model's own layers)", metavar="EXIT"),
+    choice("--draft-source", "draft source", SOURCES, "exit: the first layers draft; ngram: what followed the last "
+           "tokens where they occurred before; auto: whichever is faster, round by round"),
+)
+SPECULATION = (
+    option("--exit-layer", "number of layers that draft, or auto (default: the exit's, or a quarter)",
+           type=positive_or_auto, metavar="E"),
+    option("--num-speculations", "draft tokens a round, or auto", type=positive_or_auto, default=4, metavar="K"),
+    option("--draft-threshold", "end a draft at a token less probable than P, in 0 … 1 (default: 0, never)",
+           type=number, default=0.0, metavar="P"),
+    option("--draft-head", "full, int8, a file or directory with a saved draft head, or the name of a model that comes "
+           "with one (default: the exit's own, or full)", metavar="HEAD"),
+    *EXIT,
+)
+SAMPLING = (  # `SamplingParams` checks the ranges
+    option("--temperature", "0, the default, is greedy", type=number, default=0.0, metavar="T"),
+    option("--top-k", "sample from the N largest (default: all)", type=whole, default=0, metavar="N"),
+    option("--top-p", "sample from the most probable, of total probability P", type=number, default=1.0, metavar="P"),
+    option("--min-p", "sample from those at least P times as probable as the largest (default: all)", type=number,
+           default=0.0, metavar="P"),
+    option("--seed", "give the same tokens every time (default: a random seed)", type=whole, metavar="N"),
+)
+CHAT = flag("--chat", "apply the model's chat template to the prompt")
+
+COMMANDS = {
+    "demo": Command(
+        "decode a few prompts both ways, side by side",
+        "Decode a few prompts autoregressively and self-speculatively, side by side; check that the tokens are the "
+        "same.", (
+            option("name", "a demo that an installed package provides", nargs="?", default="smollm2"),
+            *DEVICE, length(48),
+            output("FILE", "the picture, replaced if it exists", default="layerskip-demo.png"),
+        ),
+    ),
+    "generate": Command(
+        "continue a prompt",
+        "Continue a prompt; stream the text to standard output and the statistics to standard error.", (
+            option("prompt", "the text to continue; standard input if left out", nargs="?"),
+            *MODEL, weights(), *SPECULATION, *SAMPLING,
+            choice("--strategy", "strategy", STRATEGIES, "early_exit: the first layers alone, which is not lossless"),
+            length(128), CHAT,
+        ),
+    ),
+    "bench": Command(
+        "compare decoding with the memory's speed and with transformers",
+        "Measure greedy decoding four ways, interleaved: our autoregressive and self-speculative, and transformers' "
+        "own.", (
+            *MODEL, weights(), *SPECULATION, *prompts(6), length(64),
+            option("--repeats", "how often to run each prompt each way", type=positive, default=1, metavar="N"),
+            option("--batch-sizes", "measure batches, too: 1 2 4 8", type=positive, nargs="+", default=[], metavar="B"),
+            flag("--sweep", "compare auto with every exit layer and number of draft tokens, without a draft threshold "
+                 "and with one, by task"),
+            flag("--only-ours", "leave transformers out"),
+            output("STEM", "writes STEM.json and STEM.png", default="layerskip-bench"),
+            flag("--overwrite", "replace an existing JSON and PNG"),
+        ),
+    ),
+    "report": Command(
+        "show the results of bench and exits as a page of HTML",
+        "Write one page of HTML that loads nothing: the texts with the source of every token, what was accepted where, "
+        "speed by exit layer and number of draft tokens, plots, tables.", (
+            option("files", "the JSON of bench, or of exits", nargs="+", type=Path, metavar="FILE"),
+            option("-o --output", "such as report.html", type=Path, required=True, metavar="PAGE"),
+            flag("--overwrite", "replace an existing page"),
+        ),
+    ),
+    "correctness": Command(
+        "check that self-speculative decoding changes no token",
+        "Check that self-speculative decoding gives the autoregressive tokens, and that those are transformers' in "
+        "fp32.", (
+            *MODEL, weights(), *SPECULATION, *prompts(6), length(48),
+            flag("--skip-transformers", "leave out the comparison in fp32"),
+        ),
+    ),
+    "train": Command(
+        "train early exits into a model, by a recipe",
+        "Train early exits by a recipe in YAML, of which the command line can override keys.", (
+            option("recipe", "a YAML file; by default every key has its default", nargs="?", type=Path),
+            option("--set", "override a key of the recipe, e.g. steps=100", action="append", default=[],
+                   metavar="KEY=VALUE"),
+            Exclusive((
+                flag("--resume", "continue the run of this recipe in the output directory"),
+                flag("--overwrite", "replace an older run in the output directory; files of others stay there"),
+            )),
+            *DEVICE,
+        ),
+    ),
+    "train-exit": Command(
+        "train an exit that drafts for a frozen model",
+        "Train an exit for a frozen model: layers after its first layers that only draft, so that the model's output "
+        "stays the same. The model runs over the texts once; its hidden states are cached in DIR/trunk.", (
+            option("recipe", "a YAML file of the keys below, with _ for -, and of rarer ones", nargs="?", type=Path),
+            option("--model", "the frozen model (default: smollm2)", metavar="MODEL"),
+            option("--texts", "text that the model wrote: files of layerskip distill, or tasks", nargs="+",
+                   metavar="TEXTS"),
+            option("--eval-texts", "held-out text, reported by task (default: 1 text in 20)", nargs="+",
+                   metavar="TEXTS"),
+            option("--exit-layer", "layers before the exit (default: 2)", type=positive, metavar="E"),
+            option("--draft-layers --blocks", "number of the exit's own decoder layers (default: 1)", type=whole, metavar="N"),
+            option("--head-rank", "rank of a correction of the head (default: 0, none)", type=whole, metavar="R"),
+            option("--draft-tokens", "size of the draft vocabulary, the most frequent tokens (default: 8192)",
+                   type=whole, metavar="N"),
+            option("--minutes", "time to train (default: 30)", type=number, metavar="M"),
+            option("--steps", "train N steps, however long they take", type=positive, metavar="N"),
+            option("--learning-rate", "peak learning rate (default: 0.001)", type=number, metavar="RATE"),
+            option("--seed", "of the order of the texts (default: 0)", type=whole, metavar="N"),
+            option("--output", "directory for exit.safetensors (default: layerskip-exit)", metavar="DIR"),
+            Exclusive((
+                flag("--resume", "continue the run in the output directory"),
+                flag("--overwrite", "replace an older run in the output directory"),
+            )),
+            *DEVICE,
+        ),
+    ),
+    "distill": Command(
+        "let a model write the pairs that its early exits learn from",
+        "Let a model continue prompts with all its layers, as pairs to train its early exits on: self-distillation. "
+        "Each pair is saved in FILE.partial when it is written: run the same command again to continue.", (
+            *MODEL, *prompts(None),
+            option("--max-prompt-tokens", "skip longer prompts", type=positive, default=160, metavar="N"),
+            length(96),
+            option("--batch-size", "prompts in a batch", type=positive, default=16, metavar="N"),
+            *SAMPLING,
+            output("FILE", "a .jsonl file, for tasks or replay", required=True),
+            option("--draft-head", "also save a draft head of the most frequent tokens written", type=Path,
+                   metavar="FILE"),
+            option("--draft-head-size", "number of its tokens", type=positive, default=8192, metavar="N"),
+            flag("--overwrite", "replace existing files, or start over"),
+        ),
+    ),
+    "exits": Command(
+        "show how good every layer's exit is, to choose the exit layer",
+        "Show how good every layer's exit is on a model's own text, and what n-grams find in it: agreement with the "
+        "full depth, and calibration.", (
+            *MODEL, weights(), *EXIT, *prompts(16), length(64), NUM_SPECULATIONS,
+            output("STEM", "writes STEM.json and STEM.png, replaced if they exist", default="exits"),
+        ),
+    ),
+    "eval": Command(
+        "measure what answers are worth at full depth, at an early exit and with self-speculation",
+        "Run tasks of lm-eval at full depth, at an early exit alone and with self-speculation, compare scores and "
+        "accepted drafts, and check that self-speculation gives the full depth's tokens. Answers are cached in "
+        "FILE.partial: run the same command again to continue.", (
+            option("tasks", "parsing, summarization, spec, perplexity, humaneval_local, any task of lm-eval, or the "
+                   "YAML file of one", nargs="+", metavar="TASK"),
+            *MODEL, weights(), *SPECULATION,
+            option("--limit", "use up to N questions of each task, spread over all (default: all)", type=positive,
+                   metavar="N"),
+            option("--max-new-tokens", "tokens of an answer, at most (default: what the task says)", type=positive,
+                   metavar="N"),
+            flag("--run-code", "allow tasks, such as humaneval, to run the programs that the model writes; use a "
+                 "container"),
+            option("--include-path", "folders of other tasks, as YAML files", type=Path, nargs="+", default=[],
+                   metavar="DIR"),
+            text("perplexity is measured on"),
+            output("FILE", "the JSON to write", default="layerskip-eval.json"),
+            flag("--overwrite", "replace an existing file, or start over"),
+        ),
+    ),
+    "tune": Command(
+        "find the fastest way to draft on your prompts, and save it beside the model",
+        "Measure exit layers, numbers of draft tokens, heads and sources on prompts, half as many candidates with "
+        "twice as many prompts each time, and write the fastest to layerskip.json, which from_pretrained reads. Each "
+        "measurement is saved in layerskip.json.partial: run the same command again to continue.", (
+            *POSITIONAL_MODEL, weights(), *EXIT, *prompts(16), length(96), CHAT,
+            output("FILE", "the file to write (default: layerskip.json beside the model)"),
+            flag("--overwrite", "replace an existing file, or start over"),
+        ),
+    ),
+    "quantize": Command(
+        "write a model with packed weights",
+        "Pack a model's weights, and write safetensors, configuration and tokenizer that every command and "
+        "from_pretrained load again as packed weights. Without a perplexity the plain model is never in memory.", (
+            *POSITIONAL_MODEL, weights(required=True),
+            output("DIR", "a directory to create", required=True),
+            option("--calibration", "calibrate the rounding on the hidden states of the first 2048 tokens of this "
+                   "text, which loses less (default: round to nearest)", type=Path, metavar="FILE"),
+            text("the perplexity before and after is measured on"),
+            option("--windows", "windows of 512 tokens, spread over the text; 0: no perplexity", type=whole, default=8,
+                   metavar="N"),
+            flag("--overwrite", "replace a model that was written there"),
+        ),
+    ),
+    "export": Command(
+        "write the first layers as a draft model for other engines, or a whole model for vLLM's plugin",
+        "Write a model for other engines: its first layers as an ordinary draft model, or all of it for vLLM's "
+        "plugin.", (
+            *MODEL,
+            Exclusive((
+                option("--exit-layer", "number of layers that draft", type=positive, metavar="E"),
+                option("--exit", "draft with a trained exit: its directory or file, or the name of a model that comes "
+                       "with one; only with --whole", metavar="EXIT"),
+            ), required=True),
+            output("DIR", "a directory to create", required=True),
+            flag("--whole", "write all layers, the exit layer and K in config.json, and the exit or any draft head "
+                 "beside them"),
+            option("--num-speculations", "draft tokens a round; only with --whole", type=positive, default=4,
+                   metavar="K"),
+        ),
+    ),
+    "env": Command(
+        "show versions, devices, and which backend serves each op",
+        "Show versions, devices, and which backend serves each op and why the others do not.", (),
+    ),
+}
+# fmt: on
+
+CODES = "Exit codes: 0 success, 1 a check or the work failed, 2 user error, 130 interrupted."
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, with the name of the command in ``command``; SystemExit where there is nothing to run."""
+    """Parse the command line; ``command`` holds the name of the command. SystemExit for --help and for errors."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="layerskip", description="Early exit and self-speculative decoding.", epilog=CODES)
     version = f"layerskip-kernels {importlib.metadata.version('layerskip-kernels')}"
     parser.add_argument("--version", action="version", version=version, help="show it and exit")
     _ends.declare(parser)
-    command = next((word for word in words if not word.startswith("-")), None)
-    if command is not None and command not in COMMANDS:
-        parser.error(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in COMMANDS:
+        parser.error(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands = {}
-    for name, (declare, summary, description) in COMMANDS.items():
-        commands[name] = subparsers.add_parser(name, help=summary, description=description)
-        declare(commands[name])
+    for name, command in COMMANDS.items():
+        commands[name] = subparsers.add_parser(name, help=command.summary, description=command.description)
+        for one in command.options:
+            if isinstance(one, Exclusive):
+                group = commands[name].add_mutually_exclusive_group(required=one.required)
+                for names, settings in one.options:
+                    group.add_argument(*names, **settings)
+            else:
+                commands[name].add_argument(*one.names, **one.settings)
         _ends.declare(commands[name], default=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(words)
     if rest:
@@ -342,368 +519,43 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _demo(parser: Parser) -> None:
-    parser.add_argument("name", nargs="?", default="smollm2", help="a demo that an installed package provides")
-    add_device(parser)
-    add_length(parser, 48)
-    parser.add_argument(
-        "--output", type=Path, default=Path("layerskip-demo.png"), metavar="FILE", help="the picture, written anew"
-    )
-
-
-def _generate(parser: Parser) -> None:
-    parser.add_argument("prompt", nargs="?", help="the text to continue; standard input if left out")
-    add_model(parser)
-    add_weights(parser)
-    add_speculation(parser)
-    add_sampling(parser)
-    parser.add_argument(
-        "--strategy", type=one_of("strategy", STRATEGIES), default=STRATEGIES[0],
-        metavar=f"{{{','.join(STRATEGIES)}}}", help="early_exit: the first layers alone, which is not lossless",
-    )  # fmt: skip
-    add_length(parser, 128)
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-
-
-def _bench(parser: Parser) -> None:
-    add_model(parser)
-    add_weights(parser)
-    add_speculation(parser)
-    add_prompts(parser, 6)
-    add_length(parser, 64)
-    parser.add_argument(
-        "--repeats", type=positive, default=1, metavar="N", help="how often to run each prompt each way"
-    )
-    parser.add_argument(
-        "--batch-sizes", type=positive, nargs="+", default=[], metavar="B", help="measure batches, too: 1 2 4 8"
-    )
-    parser.add_argument(
-        "--sweep", action="store_true",
-        help="compare auto with every exit layer and number of drafts, each without a draft threshold and with one, "
-        "by task",
-    )  # fmt: skip
-    parser.add_argument("--only-ours", action="store_true", help="leave transformers out")
-    parser.add_argument(
-        "--output", type=Path, default=Path("layerskip-bench"), metavar="STEM", help="writes STEM.json and STEM.png"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a JSON and PNG that are there")
-
-
-def _correctness(parser: Parser) -> None:
-    add_model(parser)
-    add_weights(parser)
-    add_speculation(parser)
-    add_prompts(parser, 6)
-    add_length(parser, 48)
-    parser.add_argument("--skip-transformers", action="store_true", help="leave out the comparison in fp32")
-
-
-def _train(parser: Parser) -> None:
-    parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file; without one every key has its default")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe, e.g. steps=100"
-    )
-    old = parser.add_mutually_exclusive_group()
-    old.add_argument("--resume", action="store_true", help="go on with the run of this recipe that is in the output")
-    old.add_argument(
-        "--overwrite", action="store_true", help="replace an older run in the output; files of others stay there"
-    )
-    add_device(parser)
-
-
-def _train_exit(parser: Parser) -> None:
-    parser.add_argument(
-        "recipe", nargs="?", type=Path, help="a YAML file of the keys below, with _ for -, and of rarer ones"
-    )
-    parser.add_argument("--model", metavar="MODEL", help="whose drafts they are; it stays as it is (default: smollm2)")
-    parser.add_argument(
-        "--texts", nargs="+", metavar="TEXTS", help="what the model wrote: files of layerskip distill, or tasks"
-    )
-    parser.add_argument(
-        "--eval-texts", nargs="+", metavar="TEXTS", help="held out, told apart by their task (default: 1 text in 20)"
-    )
-    parser.add_argument("--exit-layer", type=positive, metavar="E", help="layers before the exit (default: 2)")
-    parser.add_argument(
-        "--draft-layers", "--blocks", type=whole, metavar="N", help="extra layers of the exit (default: 1)"
-    )
-    parser.add_argument("--head-rank", type=whole, metavar="R", help="of a correction of the head (default: 0, none)")
-    parser.add_argument(
-        "--draft-tokens",
-        type=whole,
-        metavar="N",
-        help="how many tokens it may draft, the most frequent (default: 8192)",
-    )
-    parser.add_argument("--minutes", type=number, metavar="M", help="how long it trains (default: 30)")
-    parser.add_argument("--steps", type=positive, metavar="N", help="train so many steps, however long they take")
-    parser.add_argument("--learning-rate", type=number, metavar="RATE", help="its peak (default: 0.001)")
-    parser.add_argument("--seed", type=whole, metavar="N", help="of the texts' order (default: 0)")
-    parser.add_argument("--output", metavar="DIR", help="for exit.safetensors (default: layerskip-exit)")
-    old = parser.add_mutually_exclusive_group()
-    old.add_argument("--resume", action="store_true", help="go on with the run that is in the output")
-    old.add_argument("--overwrite", action="store_true", help="replace an older run in the output")
-    add_device(parser)
-
-
-def _distill(parser: Parser) -> None:
-    add_model(parser)
-    add_prompts(parser, None)
-    parser.add_argument("--max-prompt-tokens", type=positive, default=160, metavar="N", help="skip longer prompts")
-    add_length(parser, 96)
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="prompts at once")
-    add_sampling(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file, for tasks or replay")
-    parser.add_argument(
-        "--draft-head", type=Path, metavar="FILE", help="also save a draft head of the tokens that are written most"
-    )
-    parser.add_argument("--draft-head-size", type=positive, default=8192, metavar="N", help="its tokens")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there, or begin anew")
-
-
-def _exits(parser: Parser) -> None:
-    add_model(parser)
-    add_weights(parser)
-    add_exit(parser)
-    add_prompts(parser, 16)
-    add_length(parser, 64)
-    parser.add_argument("--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round")
-    parser.add_argument(
-        "--output", type=Path, default=Path("exits"), metavar="STEM", help="writes STEM.json and STEM.png, anew"
-    )
-
-
-def _report(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the JSON of bench, or of exits")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE", help="such as report.html")
-    parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
-
-
-def _eval(parser: Parser) -> None:
-    parser.add_argument(
-        "tasks", nargs="+", metavar="TASK",
-        help="parsing, summarization, spec, perplexity, humaneval_local, any task of lm-eval, or the YAML file of one",
-    )  # fmt: skip
-    add_model(parser)
-    add_weights(parser)
-    add_speculation(parser)
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        metavar="N",
-        help="use up to N questions of each task, spread over all (default: all)",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        metavar="N",
-        help="tokens of an answer, at most (default: what the task says)",
-    )
-    parser.add_argument(
-        "--run-code", action="store_true",
-        help="allow tasks, such as humaneval, to run the programs that the model writes; use a container",
-    )  # fmt: skip
-    parser.add_argument(
-        "--include-path", type=Path, nargs="+", default=[], metavar="DIR", help="folders of other tasks, as YAML files"
-    )
-    add_text(parser, "perplexity is measured on")
-    parser.add_argument(
-        "--output", type=Path, default=Path("layerskip-eval.json"), metavar="FILE", help="the JSON to write"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there, or begin anew")
-
-
-def _tune(parser: Parser) -> None:
-    add_model(parser, positional=True)
-    add_weights(parser)
-    add_exit(parser)
-    add_prompts(parser, 16)
-    add_length(parser, 96)
-    parser.add_argument("--chat", action="store_true", help="put the prompts into the model's chat template")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="what to write (default: layerskip.json beside the model)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there, or begin anew")
-
-
-def _quantize(parser: Parser) -> None:
-    add_model(parser, positional=True)
-    add_weights(parser, required=True)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="FILE",
-        help="round with a look at what the first 2048 tokens of this text make of the states, which loses less "
-        "(default: to nearest)",
-    )  # fmt: skip
-    add_text(parser, "the perplexity before and after is measured on")
-    parser.add_argument(
-        "--windows", type=whole, default=8, metavar="N", help="of 512 tokens, spread over the text; 0: no perplexity"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that was written there")
-
-
-def _export(parser: Parser) -> None:
-    add_model(parser)
-    drafts = parser.add_mutually_exclusive_group(required=True)
-    drafts.add_argument("--exit-layer", type=positive, metavar="E", help="how many of the layers draft")
-    drafts.add_argument(
-        "--exit", metavar="EXIT",
-        help="a trained exit, which drafts: its directory or file, or the name of a model with one; only with --whole",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a directory to make")
-    parser.add_argument(
-        "--whole", action="store_true",
-        help="write all layers, what drafts and K in config.json, and the exit or any draft head beside them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--num-speculations", type=positive, default=4, metavar="K", help="tokens drafted a round; only with --whole"
-    )
-
-
-def _env(parser: Parser) -> None:
-    """There is nothing to choose."""
-
-
-# Name -> what declares its options, a line about it, and its description.
-COMMANDS: dict[str, tuple[Callable[[Parser], None], str, str]] = {
-    "demo": (
-        _demo, "decode a few prompts both ways, side by side",
-        "Decode a few prompts autoregressively and self-speculatively, side by side; check that the tokens are the "
-        "same.",
-    ),
-    "generate": (
-        _generate, "continue a prompt",
-        "Continue a prompt, streaming the text to standard output and the statistics to standard error.",
-    ),
-    "bench": (
-        _bench, "measure decoding against the memory's speed and against transformers",
-        "Measure greedy decoding four ways, interleaved: our autoregressive and self-speculative, and transformers' "
-        "own.",
-    ),
-    "report": (
-        _report, "show what bench and exits have measured as a page of HTML",
-        "Write one page of HTML that loads nothing: the texts with the source of every token, what was accepted where, "
-        "speed by exit layer and number of drafts, plots, tables.",
-    ),
-    "correctness": (
-        _correctness, "check that self-speculative decoding changes no token",
-        "Check that self-speculative decoding gives the autoregressive tokens, and that those are transformers' in "
-        "fp32.",
-    ),
-    "train": (
-        _train, "train early exits into a model, by a recipe",
-        "Train early exits: a recipe in YAML, single keys of it set on the command line.",
-    ),
-    "train-exit": (
-        _train_exit, "train an exit that drafts for a model as it is",
-        "Train an exit for a frozen model: layers after its first layers that only draft, so that the model's output "
-        "stays what it is. The model runs over the texts once; what it made of them is kept in DIR/trunk.",
-    ),
-    "distill": (
-        _distill, "let a model write the pairs that its early exits learn from",
-        "Let a model continue prompts with all its layers, as pairs to train its early exits on: self-distillation. "
-        "Every pair is kept as it is written, in FILE.partial: started again, the same command goes on where it was "
-        "stopped.",
-    ),
-    "exits": (
-        _exits, "show how good every layer's exit is, to choose the exit layer by",
-        "Show how good every layer's exit is on a model's own text, and what n-grams find in it: agreement with the "
-        "full depth, and calibration.",
-    ),
-    "eval": (
-        _eval, "measure what answers are worth at full depth, at an early exit and with self-speculation",
-        "Run tasks of lm-eval at full depth, at an early exit alone and with self-speculation, compare scores and "
-        "accepted drafts, and check that self-speculation gives the full depth's tokens. Answers are cached in "
-        "FILE.partial: run the same command again to continue.",
-    ),
-    "tune": (
-        _tune, "measure which drafts are fastest on your prompts, and keep it beside the model",
-        "Measure exit layers, numbers of drafts, heads and sources on prompts, half as many ways with twice as many "
-        "prompts each time, and write the fastest to layerskip.json, which from_pretrained reads. Every measurement is "
-        "kept in layerskip.json.partial: started again, the same command goes on where it was stopped.",
-    ),
-    "quantize": (
-        _quantize, "write a model with packed weights",
-        "Pack a model's weights, and write safetensors, configuration and tokenizer that every command and "
-        "from_pretrained load again, packed as they are. Without a perplexity the plain model is never in memory.",
-    ),
-    "export": (
-        _export, "write the first layers as a draft model for other engines, or a whole model for vLLM's plugin",
-        "Write a model for other engines: its first layers as an ordinary draft model, or all of it for vLLM's plugin.",
-    ),
-    "env": (
-        _env, "show versions, devices, and which backend serves each op",
-        "Show versions, devices, and which backend serves each op and why the others do not.",
-    ),
-}  # fmt: skip
-
-
 def validate_names(args: argparse.Namespace) -> None:
-    """Raise where a command's arguments name what does not exist."""
+    """Raise for names of models, tasks and files that do not exist, before torch is imported."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
     if args.command == "demo":
         registry.check(registry.DEMOS, args.name)
-    if args.command in ("train", "train-exit") and args.recipe is not None:
-        _check_recipe(args.recipe)
-    if args.command == "report":
-        _check_measurements(args.files)
-    if "prompts" in args:
+    if "recipe" in given:
+        _check_file("recipe", args.recipe)
+    for path in given.get("files", ()):
+        _check_file("measurements", path)
+    if "prompts" in given:
         check_prompts(args.prompts)
-    if getattr(args, "model", None) is not None:
-        _check_model(args.model)
-    if isinstance(getattr(args, "draft_head", None), str):
-        _check_draft_head(args.draft_head)
-    if getattr(args, "exit", None) is not None:
-        _check_part(args.exit, "exit", [])
+    if "model" in given:
+        registry.check_model(args.model)
+    if isinstance(given.get("draft_head"), str):
+        _check_part("draft head", args.draft_head, ("full", "int8"))
+    if "exit" in given:
+        _check_part("exit", args.exit)
 
 
-def _check_model(name: str) -> None:
-    """Raise for a model that no package provides and that is on no disk; what is on the hub is not looked up."""
-    if name in registry.names(registry.MODELS):
-        return
-    if not registry.is_path(name):
-        if "/" not in name:
-            raise registry.unknown(registry.MODELS, name)
-    elif not (path := Path(name).expanduser()).exists():
-        raise FileNotFoundError(f"no such directory: {path}{_beside(path)}")
-
-
-def tasks(names: Iterable[str]) -> None:
-    """Raise for what is to be learned and is neither a task, nor a file, nor of the hub."""
+def check_tasks(names: Iterable[str]) -> None:
+    """Raise for a source of training texts that is neither a task, nor a file, nor on the hub."""
     for name in names:
         if not name.startswith(data.PREFIX) and not Path(name).is_file():
             registry.check(registry.TASKS, name)
 
 
-def _check_recipe(path: Path) -> None:
-    """Raise where there is no file."""
+def _check_file(what: str, path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}{_beside(path)}")
+        raise FileNotFoundError(f"no {what} at {path}{registry.similar_file(path)}")
 
 
-def _check_measurements(paths: Iterable[Path]) -> None:
-    """Raise where there is no such file."""
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"no measurements at {path}{_beside(path)}")
-
-
-def _check_draft_head(name: str) -> None:
-    """Raise for a draft head that is no way of scoring, no model's, and on no disk."""
-    _check_part(name, "draft head", ["full", "int8"])
-
-
-def _check_part(name: str, what: str, ways: list[str]) -> None:
-    known = [*ways, *registry.names(registry.MODELS)]
+def _check_part(what: str, name: str, choices: Sequence[str] = ()) -> None:
+    """Raise for a draft head or an exit that is none of ``choices``, of no provided model, and not on the disk."""
+    known = [*choices, *registry.names(registry.MODELS)]
     if name in known or Path(name).expanduser().exists():
         return
     if name in registry.EXAMPLE[registry.MODELS]:
         raise registry.unknown(registry.MODELS, name)
-    hint = _beside(Path(name)) or ("" if "/" in name else f"; {registry.nearest(name, known)}")
+    hint = registry.similar_file(Path(name)) or ("" if "/" in name else f"; {nearest(name, known)}")
     raise FileNotFoundError(f"no {what} at {name}{hint}")
-
-
-def _beside(path: Path) -> str:
-    """Of what lies in the same folder, that with the nearest names."""
-    folder = path.parent
-    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
-        return ""
-    hint = registry.nearest(path.name, sorted(entry.name for entry in folder.iterdir()))
-    return f"; {hint}" if hint.startswith("did you mean") else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -14,18 +14,18 @@ from rich.text import Text
 
 from .. import registry
 from .._files import check_output, write_atomically
-from ..decoding import DraftHead, GenerationOutput, SelfSpeculativeDecoder
+from ..decoding import GenerationOutput, SelfSpeculativeDecoder
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM
 from . import arguments, options, plots
 from .arguments import Prompt
-from .ways import AUTOREGRESSIVE, SELF_SPECULATIVE
+from .rendering import AUTOREGRESSIVE, SELF_SPECULATIVE, pieces
 
 ACCEPTED, VERIFIED = "bold green", "default"
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A model of a demo, by name: what it is shown as, how it drafts, what to know about it, and a file of prompts."""
+    """A model of a demo: its name and title, how it drafts, a remark, and a file of prompts."""
 
     model: str
     label: str
@@ -39,24 +39,8 @@ class Exhibit:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An exhibit that has been loaded."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    exit_layer: int | str | None
-    num_speculations: int | str
-    remark: str
-    prompts: list[Prompt]
-    draft_head: str | DraftHead | None = None
-    exit: str | None = None
-    draft_source: str = "exit"
-
-
-@dataclass(frozen=True)
 class SideBySide:
-    """One prompt, decoded autoregressively and self-speculatively by the model of some name."""
+    """One prompt, decoded both ways by a named model."""
 
     prompt: Prompt
     model: str
@@ -69,56 +53,68 @@ class SideBySide:
         return self.plain.sequences.tolist() == self.speculative.sequences.tolist()
 
 
+class Subject(NamedTuple):
+    """A loaded exhibit."""
+
+    label: str
+    remark: str
+    decoder: SelfSpeculativeDecoder
+    tokenizer: Any
+    prompts: list[Prompt]
+
+
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
-    """The models of the demo that the options name."""
-    args.dtype = "bfloat16"
+    """Load the models of the demo."""
     subjects = []
     for exhibit in registry.get(registry.DEMOS, args.name):
-        args.model, args.draft_head = exhibit.model, exhibit.draft_head
-        subjects.append(
-            Subject(
-                exhibit.label,
-                *options.load(args, console),
-                exhibit.exit_layer,
-                exhibit.num_speculations,
-                exhibit.remark,
-                arguments.read_prompts(str(exhibit.prompts)),
-                options.draft_head(args),
-                exhibit.exit,
-                exhibit.draft_source,
-            )
-        )
+        args = argparse.Namespace(**{**vars(args), **vars(exhibit), "dtype": "bfloat16"})
+        model, tokenizer = options.load(args, console)
+        decoder = SelfSpeculativeDecoder(
+            model, exhibit.exit_layer, exhibit.num_speculations, draft_head=options.draft_head(args),
+            exit=exhibit.exit, draft_source=exhibit.draft_source,
+        )  # fmt: skip
+        prompts = arguments.read_prompts(str(exhibit.prompts))
+        subjects.append(Subject(exhibit.label, exhibit.remark, decoder, tokenizer, prompts))
     return subjects
 
 
-def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """The text that each token adds; a character made of several tokens belongs to the last of them."""
-    texts, shown = [], ""
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end])
-        whole = not text.endswith("\ufffd")
-        texts.append(text[len(shown) :] if whole else "")
-        shown = text if whole else shown
-    return texts
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Decode and print all prompts, and draw the picture; return 1 if any token differs."""
+    check_output(args.output, overwrite=True)
+    shown: list[SideBySide] = []
+    for subject in load_subjects(args, console):
+        console.print(Panel(subject.remark, title=_title(subject.decoder)))
+        console.print(Text.assemble("drafted and accepted: ", ("green", ACCEPTED), "; given by the full model: plain"))
+        for prompt in subject.prompts:
+            with console.status("decoding"):
+                shown.append(_decode(subject, prompt, args.max_new_tokens))
+            _print(console, subject, shown[-1])
+    write_atomically(args.output, picture(shown))
+    console.print(f"\nThe picture of this is in {args.output.resolve()}", highlight=False, soft_wrap=True)
+    if not all(one.identical for one in shown):
+        console.print("[bold red]✗ self-speculative decoding changed tokens[/bold red]")
+        return 1
+    return 0
 
 
-def coloured(tokenizer: Any, out: GenerationOutput) -> Text:
-    """The new text, with the tokens that the early layers drafted in green."""
-    text = Text()
-    for piece, drafted in zip(pieces(tokenizer, out.new_tokens[0].tolist()), out.drafted[0].tolist(), strict=True):
-        text.append(piece, style=ACCEPTED if drafted else VERIFIED)
-    return text
+def _title(decoder: SelfSpeculativeDecoder) -> str:
+    layers, trained = decoder.model.num_layers, decoder.model.decoder.num_draft_layers
+    exit_ = f"E={decoder.exit_layer} of {layers} layers" + (f" and {trained} trained for it" if trained else "")
+    earlier = "text that occurred before"
+    drafts = {EXIT: exit_, NGRAM: earlier, AUTO: f"{exit_}, or {earlier},"}[str(decoder.draft_source)]
+    return f"{drafts} draft{'s' if drafts == earlier else ''}, {layers} layers verify"
 
 
-def _panel(title: str, tokenizer: Any, out: GenerationOutput, width: int) -> Panel:
-    stats = out.stats
-    caption = f"{stats.decode_tokens_per_second:.1f} tokens/s"
-    if stats.drafted:
-        caption += f", {stats.accepted}/{stats.drafted} drafts ({stats.acceptance_rate:.0%})"
-    return Panel(coloured(tokenizer, out), title=title, subtitle=caption, width=width, title_align="left")
+def _decode(subject: Subject, prompt: Prompt, max_new_tokens: int) -> SideBySide:
+    decoder = subject.decoder
+    input_ids = options.encode(subject.tokenizer, prompt.text, decoder.model.device)
+    for strategy in ("autoregressive", "self_speculative"):  # warm-up
+        decoder.generate(input_ids, 12, strategy=strategy)
+    plain = decoder.generate(input_ids, max_new_tokens, strategy="autoregressive")
+    return SideBySide(prompt, subject.label, plain, decoder.generate(input_ids, max_new_tokens))
 
 
-def _show(console: Console, subject: Subject, shown: SideBySide) -> None:
+def _print(console: Console, subject: Subject, shown: SideBySide) -> None:
     width = max(40, (console.width - 1) // 2)
     panels = [
         _panel("autoregressive", subject.tokenizer, shown.plain, width),
@@ -131,53 +127,21 @@ def _show(console: Console, subject: Subject, shown: SideBySide) -> None:
     console.print(Group("", heading, Columns(panels, padding=(0, 0)), same))
 
 
-def run(args: argparse.Namespace, console: Console) -> int:
-    """Show; 1 if any token differs."""
-    check_output(args.output, overwrite=True)
-    shown: list[SideBySide] = []
-    for subject in load_subjects(args, console):
-        shown += _decode(args, console, subject)
-    return _finish(args, console, shown)
+def _panel(title: str, tokenizer: Any, out: GenerationOutput, width: int) -> Panel:
+    stats = out.stats
+    caption = f"{stats.decode_tokens_per_second:.1f} tokens/s"
+    if stats.drafted:
+        caption += f", {stats.accepted}/{stats.drafted} drafts ({stats.acceptance_rate:.0%})"
+    return Panel(coloured(tokenizer, out), title=title, subtitle=caption, width=width, title_align="left")
 
 
-def _decode(args: argparse.Namespace, console: Console, subject: Subject) -> list[SideBySide]:
-    decoder = SelfSpeculativeDecoder(
-        subject.model, subject.exit_layer, subject.num_speculations, draft_head=subject.draft_head,
-        exit=subject.exit, draft_source=subject.draft_source,
-    )  # fmt: skip
-    console.print(Panel(subject.remark, title=_title(decoder)))
-    console.print(Text.assemble("drafted and accepted: ", ("green", ACCEPTED), "; given by the full model: plain"))
-    shown = []
-    for prompt in subject.prompts:
-        input_ids = options.encode(subject.tokenizer, prompt.text, decoder.model.device)
-        with console.status("decoding"):
-            for strategy in ("autoregressive", "self_speculative"):  # a warm-up
-                decoder.generate(input_ids, 12, strategy=strategy)
-            plain = decoder.generate(input_ids, args.max_new_tokens, strategy="autoregressive")
-            speculative = decoder.generate(input_ids, args.max_new_tokens)
-        shown.append(SideBySide(prompt, subject.name, plain, speculative))
-        _show(console, subject, shown[-1])
-    return shown
-
-
-def _title(decoder: SelfSpeculativeDecoder) -> str:
-    """What drafts and what verifies, in words."""
-    layers, draft_layers = decoder.model.num_layers, decoder.model.decoder.num_draft_layers
-    exit_ = f"E={decoder.exit_layer} of {layers} layers" + (
-        f" and {draft_layers} trained for it" if draft_layers else ""
-    )
-    earlier = "text that occurred before"
-    drafts = {EXIT: exit_, NGRAM: earlier, AUTO: f"{exit_}, or {earlier},"}[str(decoder.draft_source)]
-    return f"{drafts} draft{'s' if drafts == earlier else ''}, {layers} layers verify"
-
-
-def _finish(args: argparse.Namespace, console: Console, shown: list[SideBySide]) -> int:
-    write_atomically(args.output, picture(shown))
-    console.print(f"\nThe picture of this is in {args.output.resolve()}", highlight=False, soft_wrap=True)
-    if not all(one.identical for one in shown):
-        console.print("[bold red]✗ self-speculative decoding changed tokens[/bold red]")
-        return 1
-    return 0
+def coloured(tokenizer: Any, out: GenerationOutput) -> Text:
+    """The new text, with the accepted draft tokens in green."""
+    text = Text()
+    tokens = out.new_tokens[0].tolist()
+    for piece, drafted in zip(pieces(tokenizer, (), tokens), out.drafted[0].tolist(), strict=True):
+        text.append(piece, style=ACCEPTED if drafted else VERIFIED)
+    return text
 
 
 def picture(rows: list[SideBySide]) -> bytes:

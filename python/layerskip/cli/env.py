@@ -19,17 +19,11 @@ from .. import devices, registry
 from ..models.architectures import supported_architectures
 from ..models.weight_arena import HUGE, Arena
 from . import options
+from .rendering import table
 
 PACKAGES = (
-    "layerskip-kernels",
-    registry.PACKAGE,
-    "torch",
-    "transformers",
-    "triton",
-    "safetensors",
-    "accelerate",
-    "peft",
-)
+    "layerskip-kernels", registry.PACKAGE, "torch", "transformers", "triton", "safetensors", "accelerate", "peft",
+)  # fmt: skip
 
 
 def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
@@ -63,55 +57,53 @@ def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
 
 
 def _pages() -> str:
-    """What the kernel gives to weights that lie in one piece."""
+    """The page size that the kernel gives to an arena of weights."""
     arena = Arena(2 * HUGE)
     arena.take(torch.ones(2 * HUGE, dtype=torch.uint8))
     if arena.huge_bytes() == 2 * HUGE:
         return "huge pages of 2 MiB"
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     reason = setting.read_text().strip() if setting.is_file() else "not a Linux with transparent huge pages"
-    return f"pages of 4 KiB; the kernel gives no huge ones ({reason})"
+    return f"pages of 4 KiB; the kernel gives no huge pages ({reason})"
 
 
 def _facts() -> Table:
-    table = Table(show_header=False, box=None)
-    table.add_row("python", platform.python_version())
+    facts = Table(show_header=False, box=None)
+    facts.add_row("python", platform.python_version())
     for package in PACKAGES:
         found = options.version(package)
         where = f": {registry.WHERE}" if package == registry.PACKAGE and found == "not installed" else ""
-        table.add_row(package, found + where)
+        facts.add_row(package, found + where)
     instructions = f"{torch.get_num_threads()} threads, instruction set: {options.instructions()}"
-    table.add_row("cpu", f"{platform.machine()}, {instructions}")
-    table.add_row("weights in", _pages())
-    table.add_row("cuda library", _extension.cuda_reason or "loaded")
-    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    table.add_row("cuda cards", ", ".join(cards) or "none")
-    table.add_row("--device auto", devices.described(devices.find("auto")))
-    table.add_row("architectures", escape(", ".join(supported_architectures())))
+    facts.add_row("cpu", f"{platform.machine()}, {instructions}")
+    facts.add_row("weights in", _pages())
+    facts.add_row("cuda library", _extension.cuda_reason or "loaded")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    facts.add_row("GPUs", ", ".join(gpus) or "none")
+    facts.add_row("--device auto", devices.described(devices.find("auto")))
+    facts.add_row("architectures", escape(", ".join(supported_architectures())))
     for what, group in (("models", registry.MODELS), ("tasks", registry.TASKS)):
-        table.add_row(f"{what} by name", ", ".join(registry.names(group)) or "none")
-    return table
+        facts.add_row(f"{what} by name", ", ".join(registry.names(group)) or "none")
+    return facts
 
 
 def _backends(device: str) -> Table:
-    """Which are there; whether one serves an op depends on its arguments, too, see `_ops`."""
-    table = Table("backend", "state", title=f"backends for {device} tensors", title_justify="left")
+    """Which are available; whether one serves an op also depends on its arguments, see `_ops`."""
     arguments = example_arguments(device)["rms_norm"]
-    for name in dispatch.BACKENDS:
-        table.add_row(name, escape(dispatch.reason_against("rms_norm", name, arguments) or "ready"))
-    return table
+    states = ((name, dispatch.reason_against("rms_norm", name, arguments) or "ready") for name in dispatch.BACKENDS)
+    return table(f"backends for {device} tensors", ("backend", "state"), ((name, escape(one)) for name, one in states))
 
 
 def _ops(device: str) -> Table:
-    table = Table("op", "served by", "why not the others", title=f"ops on {device} tensors", title_justify="left")
+    rows = []
     for op, args in example_arguments(device).items():
         try:
             explanation = layerskip_kernels.explain(op, *args)
             served, skipped = explanation.backend, explanation.skipped
         except layerskip_kernels.BackendError as error:
             served, skipped = "none", {"all": str(error)}
-        table.add_row(op, served, escape("; ".join(f"{name}: {reason}" for name, reason in skipped.items())))
-    return table
+        rows.append((op, served, escape("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))))
+    return table(f"ops on {device} tensors", ("op", "served by", "why not the others"), rows)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -16,17 +16,21 @@ from .. import registry
 from .._files import check_folder, obstacle, replaced
 from ..decoding.draft_model import FILE_NAME
 from ..decoding.tuning import CONFIG_KEY
-from ..models import exit
+from ..models import LayerSkipModel, exit
 from . import options
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Write the directory, whole or not at all."""
+    """Write the directory atomically."""
     check_folder(args.output.parent)
     reason = obstacle(args.output)
     if reason is not None:
         raise FileExistsError(reason)
-    model, tokenizer = options.load_plain(args, Console(stderr=True), "layerskip export")
+    model, tokenizer = options.load(args, Console(stderr=True))
+    if isinstance(model, LayerSkipModel):
+        raise ValueError(
+            f"layerskip export takes plain weights; {args.model} has {model.weights}: give the model it was made from"
+        )
     layers = model.config.num_hidden_layers
     trained = _exit(args, model.config)
     if args.whole:
@@ -47,32 +51,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _exit(args: argparse.Namespace, config: Any) -> exit.Exit | None:
-    """The trained exit, if that is to draft; ValueError where what is asked for does not fit the model."""
+    """Load and check ``--exit``, or check ``--exit-layer``."""
     if args.exit is None:
         if args.exit_layer >= config.num_hidden_layers:
             raise ValueError(f"--exit-layer must be in 1 … {config.num_hidden_layers - 1}, got {args.exit_layer}")
         return None
     if not args.whole:
-        raise ValueError(
-            "--exit needs --whole: an exit's draft layers are for vLLM's plugin, no other engine runs them"
-        )
+        raise ValueError("--exit needs --whole: only vLLM's plugin runs an exit's own layers, no other engine does")
     trained = exit.Exit.load(args.exit)
     trained.check_sizes(config.num_hidden_layers, config.vocab_size, config.hidden_size)
     return trained
 
 
 def first_layers(model: Any, exit_layer: int) -> Any:
-    """A model of the same kind of layers [0, exit_layer), the final norm and the head; it shares the weights.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    exit_layer : int
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-    """
+    """A model of layers [0, exit_layer), the final norm and the head, of the same class and sharing the weights."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = exit_layer
     if getattr(config, "layer_types", None):
@@ -92,7 +84,7 @@ def first_layers(model: Any, exit_layer: int) -> Any:
 
 
 def _write_beside(model: str, trained: exit.Exit | None, directory: Path) -> str | None:
-    """Put what drafts beside a whole model, the exit or else the draft head that comes with the model; its name."""
+    """Write the exit, or else the model's draft head, beside a whole model; return the file's name."""
     head = _draft_head(model)
     if trained is not None:
         path = trained.save(directory)
@@ -105,7 +97,7 @@ def _write_beside(model: str, trained: exit.Exit | None, directory: Path) -> str
 
 
 def _write_index(directory: Path) -> None:
-    """Say which files hold the weights: without an index some readers, vLLM among them, take what drafts for one."""
+    """Index the weights: without an index some readers, vLLM among them, also read the draft head's file as weights."""
     from safetensors import safe_open
 
     index = directory / "model.safetensors.index.json"
@@ -116,7 +108,7 @@ def _write_index(directory: Path) -> None:
 
 
 def _draft_head(model: str) -> Path | None:
-    """The draft head that comes with a model: of the package that provides it, or beside it in its directory."""
+    """The draft head of a model: of the package that provides it, or in its directory."""
     provider = registry.find(registry.MODELS, model)
     if provider is not None:
         head: Path | None = provider.draft_head(model)

@@ -1,4 +1,4 @@
-"""Continue a prompt, streaming the text to standard output and the statistics to standard error."""
+"""Continue a prompt; stream the text to standard output and the statistics to standard error."""
 
 from __future__ import annotations
 
@@ -7,23 +7,8 @@ import sys
 
 from rich.console import Console
 
-from ..decoding import Stats
 from . import options
 from .rendering import Drafts
-
-
-def summary(stats: Stats) -> str:
-    """One line about a call."""
-    line = (
-        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, first after {stats.time_to_first_token * 1e3:.0f} ms, "
-        f"then {stats.decode_tokens_per_second:.1f} tokens/s"
-    )
-    if stats.drafted:
-        line += f"; {stats.rounds} rounds, {stats.accepted} of {stats.drafted} drafts accepted"
-        line += f" ({stats.acceptance_rate:.0%})"
-    if len(stats.by_source) > 1:
-        line += f": {Drafts.of(stats)}"
-    return line
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -41,5 +26,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
         sampling=sampling,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
-    errors.print(summary(out.stats), style="dim", highlight=False)
+    stats = out.stats
+    line = (
+        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, first after {stats.time_to_first_token * 1e3:.0f} ms, "
+        f"then {stats.decode_tokens_per_second:.1f} tokens/s"
+    )
+    if stats.drafted:
+        line += f"; {stats.rounds} rounds, {stats.accepted} of {stats.drafted} drafts accepted"
+        line += f" ({stats.acceptance_rate:.0%})"
+    if len(stats.by_source) > 1:
+        line += f": {Drafts.of(stats)}"
+    errors.print(line, style="dim", highlight=False)
     return 0

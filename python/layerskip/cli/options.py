@@ -1,72 +1,62 @@
-"""Turn command-line options into models, decoders and sampling parameters."""
+"""Load models and build decoders from command-line arguments; progress, journals and facts about the machine."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 
 import layerskip_kernels
 
 from .. import devices, models
+from .._files import Journal
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from ..models import LayerSkipModel
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
-    """What the options say."""
     return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, seed=args.seed)
 
 
 def load(
     args: argparse.Namespace, console: Console, dtype: torch.dtype | None = None, *, gather: bool = True
 ) -> tuple[Any, Any]:
-    """The model and tokenizer that the options name, on the device that they name.
+    """Load the model and tokenizer that ``--model`` names onto ``--device``.
 
-    Of transformers or, with packed weights, a `LayerSkipModel`. Without ``gather`` each weight keeps memory of its own,
-    which can be freed by itself.
+    Returns a model of transformers or, with packed weights, a `LayerSkipModel`. Without ``gather`` each weight keeps
+    its own memory, which can then be freed separately.
     """
-    settle(args)
+    set_device(args)
     quiet_transformers()
     with console.status(f"loading {args.model}") as status:
 
-        def tell(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             status.update(f"loading {args.model}: {done} of {total} weights")
 
         weights = getattr(args, "weights", None)
-        model, tokenizer = models.load(args.model, dtype or getattr(torch, args.dtype), weights, tell)
+        model, tokenizer = models.load(args.model, dtype or getattr(torch, args.dtype), weights, show)
         model = model.to(args.device)
         if gather and args.device.type == "cpu":
             models.gather_weights(model)
         return model, tokenizer
 
 
-def load_plain(args: argparse.Namespace, console: Console, what: str) -> tuple[Any, Any]:
-    """As `load`, for what only a model of transformers can do."""
-    model, tokenizer = load(args, console)
-    if isinstance(model, LayerSkipModel):
-        raise ValueError(
-            f"{what} takes plain weights; {args.model} has {model.weights}: give the model it was made from"
-        )
-    return model, tokenizer
-
-
-def weights_of(model: Any) -> str:
-    """What a report says of the weights: a dtype, or the formats of packed ones."""
-    return model.weights if isinstance(model, LayerSkipModel) else str(model.dtype).removeprefix("torch.")
-
-
-def settle(args: argparse.Namespace) -> None:
-    """Set the threads, and make a device of ``--device``; a card that "auto" has picked is told on stderr."""
+def set_device(args: argparse.Namespace) -> None:
+    """Set the number of threads and make ``args.device`` a torch.device; print the GPU that "auto" has picked."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if isinstance(args.device, torch.device):  # it was settled before
+    if isinstance(args.device, torch.device):  # already set
         return
     found = devices.find(args.device)
     if args.device == "auto" and found.type == "cuda":
@@ -75,29 +65,28 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def quiet_transformers() -> None:
-    """Its progress bars and log would run through what the commands print."""
+    """Disable progress bars and logs of transformers, which would run through the output."""
     try:
         from transformers.utils import logging
     except ImportError:
-        return  # loading says what is missing
+        return  # loading reports what is missing
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
 def exit_layer(args: argparse.Namespace, model: Any) -> int | str | None:
-    """What the options say, or that of the exit that they name, or a quarter of the layers."""
+    """``--exit-layer``, or None for that of ``--exit``, or a quarter of the layers."""
     return args.exit_layer or (None if args.exit else max(1, model.config.num_hidden_layers // 4))
 
 
 def draft_head(args: argparse.Namespace) -> str | DraftHead | None:
-    """What scores the drafts."""
+    """``--draft-head``, loaded if it names one."""
     if args.draft_head in (None, "full", "int8"):
         return args.draft_head
     return DraftHead.load(args.draft_head)
 
 
 def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
-    """A decoder as the options want it."""
     return SelfSpeculativeDecoder(
         model,
         exit_layer(args, model),
@@ -110,7 +99,7 @@ def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
 
 
 def encode(tokenizer: Any, text: str, device: torch.device, chat: bool = False) -> torch.Tensor:
-    """Token ids [1, N] of a text, or of a conversation in which the user says it."""
+    """Token ids [1, N] of a text or, with ``chat``, of a conversation with the text as the user's message."""
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("this model's tokenizer has no chat template; leave out --chat")
@@ -119,11 +108,53 @@ def encode(tokenizer: Any, text: str, device: torch.device, chat: bool = False) 
     return tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids.to(device)
 
 
-_MEASURED = ("layerskip-kernels", "torch", "transformers", "triton")
+def progress(*columns: Any, quiet: bool = False) -> Progress:
+    """A progress bar on stderr, shown only on a terminal."""
+    shown = (*Progress.get_default_columns(), TimeElapsedColumn(), *columns)
+    return Progress(*shown, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty())
+
+
+def open_journal(
+    args: argparse.Namespace, output: Path, keys: Sequence[str], texts: Sequence[str]
+) -> tuple[Journal, dict[str, Any]]:
+    """Open the journal OUTPUT.partial of work that depends on the options ``keys`` and on the texts of the prompts."""
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    work = {key: getattr(args, key) for key in keys}
+    work |= {"device": args.device.type, "digest of the prompts": digest}
+    return Journal(output.with_name(f"{output.name}.partial"), work, args.overwrite), work
+
+
+@contextmanager
+def journaled(journal: Journal, what: str, total: int, console: Console) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that appends a record; an interrupt reports how many of ``total`` there are, and where."""
+
+    def kept() -> str:
+        return f"{len(journal.records)} of {total} {what} are in {journal.path}"
+
+    if journal.records:
+        console.print(f"{kept()}, the others follow", soft_wrap=True)
+    try:
+        with progress() as bar:
+            task = bar.add_task(what, total=total, completed=len(journal.records))
+
+            def append(record: Any) -> None:
+                journal.append(record)
+                bar.advance(task)
+
+            yield append
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {kept()}; run the same command again to continue") from None
+    finally:
+        journal.close()
+
+
+def weights_of(model: Any) -> str:
+    """The dtype of a model's weights, or the formats of packed ones."""
+    return model.weights if isinstance(model, LayerSkipModel) else str(model.dtype).removeprefix("torch.")
 
 
 def settings(args: argparse.Namespace, model: LayerSkipModel) -> dict[str, Any]:
-    """Of the model, and where it ran."""
+    """The settings of a measurement: model, device and number of threads."""
     return {
         "model": str(args.model),
         "dtype": args.dtype,
@@ -135,7 +166,7 @@ def settings(args: argparse.Namespace, model: LayerSkipModel) -> dict[str, Any]:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """By name, in words, with the time."""
+    """The machine, the versions and the time of a measurement."""
     return {
         "processor": processor(),
         "instruction set": instructions(),
@@ -143,13 +174,13 @@ def facts(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{package: version(package) for package in _MEASURED},
+        **{package: version(package) for package in ("layerskip-kernels", "torch", "transformers", "triton")},
         "time": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
 def version(package: str) -> str:
-    """The version of an installed package, or that it is not."""
+    """The version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -157,7 +188,7 @@ def version(package: str) -> str:
 
 
 def instructions() -> str:
-    """The instruction set that the native kernels use, or why there are none."""
+    """The instruction set of the native kernels, or why there are none."""
     try:
         return layerskip_kernels.cpu_isa()
     except RuntimeError as error:
@@ -165,7 +196,7 @@ def instructions() -> str:
 
 
 def processor() -> str:
-    """Its name, where Linux or Python knows it."""
+    """The CPU's name, if Linux or Python knows it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from .._imports import need
-from .rendering import Drafts
-from .ways import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS
+from .rendering import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Drafts
 
 Axes = Any  # of matplotlib, which is imported when something is drawn
 DATA = Path(__file__).parents[1] / "data"

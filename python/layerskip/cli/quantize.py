@@ -1,14 +1,12 @@
-"""Write a model with packed weights, and say what that costs: its perplexity before and after."""
+"""Write a model with packed weights, and measure its perplexity before and after."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from .._files import check_folder, obstacle, replaced
 from ..models import LayerSkipModel, adapt, save
@@ -17,14 +15,19 @@ from .arguments import FORMATS, NATIVE
 
 WINDOW = 512
 CALIBRATION = (8, 256)
-"""Pieces of the calibration text, and tokens of each."""
-_LONG = 2000  # characters of a topic of the manual that is taken
+"""Number of pieces of the calibration text, and tokens of each."""
+_LONG = 2000  # characters of the shortest topic of the manual to use
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Write the directory, whole or not at all."""
-    _check_output(args.output, args.overwrite)
-    native = args.weights == NATIVE  # then there is nothing to measure before, and nothing to round
+    """Write the directory atomically."""
+    check_folder(args.output.parent)
+    reason = obstacle(args.output)
+    if reason is not None:
+        raise FileExistsError(reason)
+    if args.output.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.output} exists; give another name, or --overwrite to replace it")
+    native = args.weights == NATIVE  # no plain model to measure, and nothing to round
     if native and args.calibration is not None:
         raise ValueError("--calibration is for weights that are rounded; leave it out with --weights native")
     texts = long_texts(args.text) if args.windows > 0 and not native else []
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _packed(
     args: argparse.Namespace, texts: list[str], console: Console
 ) -> tuple[LayerSkipModel, Any, tuple[float, float] | None]:
-    """The model, its tokenizer and, with texts, the perplexity before and after."""
+    """Pack the model; return it, its tokenizer and, with texts, the perplexity before and after."""
     errors = Console(stderr=True)
     plain = argparse.Namespace(**vars(args))
     plain.weights = None if texts or args.calibration else args.weights
@@ -62,7 +65,7 @@ def _packed(
         raise ValueError(f"the weights of {args.model} are packed already, in {model.weights}")
     calibration = [] if args.calibration is None else _calibration(args.calibration, tokenizer, plain.device)
     before = _perplexity(model, tokenizer, texts, args.windows, errors)
-    with Progress(console=errors, disable=not sys.stderr.isatty()) as progress:
+    with options.progress() as progress:
         task = progress.add_task(f"packing in {args.weights}")
         packed = adapt(model).quantize(
             args.weights,
@@ -82,7 +85,7 @@ def _perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int, erro
 
 
 def _calibration(path: Path, tokenizer: Any, device: Any) -> list[Any]:
-    """The first token ids of a text, in pieces."""
+    """The first token ids of a text, split into pieces."""
     count, size = CALIBRATION
     ids = options.encode(tokenizer, path.read_text(encoding="utf-8"), device)[0, : count * size]
     if not len(ids):
@@ -90,18 +93,8 @@ def _calibration(path: Path, tokenizer: Any, device: Any) -> list[Any]:
     return list(ids.split(size))
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """See, before the work, that the directory can be written."""
-    check_folder(output.parent)
-    reason = obstacle(output)
-    if reason is not None:
-        raise FileExistsError(reason)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; give another name, or --overwrite to replace it")
-
-
 def long_texts(path: Path | None) -> list[str]:
-    """What is in the file, or what Python says of itself."""
+    """The text of the file, or of Python's manual."""
     if path is not None:
         return [path.read_text(encoding="utf-8")]
     from pydoc_data.topics import topics

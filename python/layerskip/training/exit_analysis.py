@@ -20,7 +20,6 @@ from layerskip_kernels import rms_norm
 from layerskip_kernels.formats import plain
 
 from .. import _ends, devices, registry
-from ..cli.arguments import _check_model
 from ..decoding import NgramSource
 from ..models import LayerSkipModel, load
 from .batching import Collator, encode
@@ -428,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto, a card where torch sees one")
     _ends.declare(parser)
     options = parser.parse_args(arguments)
-    _check_model(options.model)
+    registry.check_model(options.model)
     long = hasattr(registry.get(registry.TASKS, options.task), "documents")
     texts: list[Any] = (documents if long else load_task)(options.task, options.split)
     device = devices.find(options.device)

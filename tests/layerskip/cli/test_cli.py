@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from exits_of import copied_exit, random_exit
 from helpers import save_tiny, tiny_tokenizer
 from rich.console import Console
 from tiny import ROUND, VOCABULARY, generous, requires_native, tiny_model
+from tokenizers_of import byte_level
 
 import layerskip_kernels
 from layerskip import DraftHead, devices
@@ -29,6 +29,7 @@ from layerskip.cli.bench import (
     Stopwatch,
 )
 from layerskip.cli.correctness import first_difference
+from layerskip.cli.rendering import pieces
 from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip.models import adapt, load
 from layerskip_kernels import dispatch
@@ -400,7 +401,8 @@ class TestDemo:
     @pytest.fixture
     def subject(self, monkeypatch):
         some = [Prompt("w5 w8 w13", "counting"), Prompt("w2 w3", "prose")]
-        subject = demo.Subject("tiny", tiny_model(upper="weak"), tiny_tokenizer(), 1, 3, "A tiny model.", some)
+        decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 3)
+        subject = demo.Subject("tiny", "A tiny model.", decoder, tiny_tokenizer(), some)
         monkeypatch.setattr(demo, "load_subjects", lambda args, console: [subject])
         return subject
 
@@ -426,8 +428,10 @@ class TestDemo:
         ],
     )
     def test_it_says_what_drafts(self, subject, tmp_path, monkeypatch, source, title):
-        copied_exit(adapt(subject.model), 1, 2).save(tmp_path)
-        shown = dataclasses.replace(subject, exit=str(tmp_path), draft_source=source)
+        model = tiny_model(upper="weak")
+        copied_exit(adapt(model), 1, 2).save(tmp_path)
+        decoder = SelfSpeculativeDecoder(model, 1, 3, exit=str(tmp_path), draft_source=source)
+        shown = subject._replace(decoder=decoder)
         monkeypatch.setattr(demo, "load_subjects", lambda args, console: [shown])
         code, printed = self.run(tmp_path)
         assert code == 0
@@ -440,15 +444,12 @@ class TestDemo:
         assert "✗ the tokens differ" in printed
 
     def test_accepted_drafts_have_their_colour(self, subject):
-        out = SelfSpeculativeDecoder(subject.model, 1, 3).generate(torch.tensor([[5, 8]]), 24)
+        out = subject.decoder.generate(torch.tensor([[5, 8]]), 24)
         text = demo.coloured(subject.tokenizer, out)
         assert text.plain == subject.tokenizer.decode(out.new_tokens[0])
         green = sum(span.style == demo.ACCEPTED for span in text.spans)
         assert green == out.stats.accepted > 0
 
     def test_a_character_of_several_tokens_is_shown_once_it_is_whole(self):
-        class Bytes:
-            def decode(self, tokens):
-                return bytes(tokens).decode("utf-8", errors="replace")
-
-        assert demo.pieces(Bytes(), list("aé☃b".encode())) == ["a", "", "é", "", "", "☃", "b"]
+        tokenizer = byte_level()
+        assert pieces(tokenizer, (), tokenizer("aé☃b").input_ids) == ["a", "", "é", "", "", "☃", "b"]

@@ -164,7 +164,7 @@ class TestHelp:
             assert str(parse([name, "--output", "here"]).output) == "here"
         root = Path(__file__).parents[3]
         sources = [*root.glob("tools/*.py"), *root.glob("benchmarks/*.py"), *root.glob("python/**/*.py")]
-        other = re.compile(r'add_argument\(\s*"--(out|write|json|out-\w+)"')
+        other = re.compile(r'(?:add_argument|option)\(\s*"--(out|write|json|out-\w+)"')
         assert sources
         assert [path.name for path in sources if other.search(path.read_text(encoding="utf-8"))] == []
 

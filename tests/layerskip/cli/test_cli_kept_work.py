@@ -91,7 +91,7 @@ class TestDistill:
         monkeypatch.setattr(batching, "own_pairs", interrupted)
         assert main(command) == 130
         partial = tmp_path / "made" / "pairs.jsonl.partial"
-        assert f"2 of 5 pairs are in {partial}, the same command goes on from there" in errors(capsys)
+        assert f"2 of 5 pairs are in {partial}; run the same command again to continue" in errors(capsys)
         kept = partial.read_bytes()
         assert kept.count(b"\n") == 3
         assert not output.exists()
@@ -196,7 +196,7 @@ class TestBench:
         monkeypatch.setattr(bench, "_measure", interrupted)
         assert main(command) == 130
         assert written == [0, 0, 1, 1, 2, 2, 3, 3]
-        assert f"interrupted; 3 runs a way are in {result}" in errors(capsys)
+        assert f"interrupted; 3 runs of each method are in {result}" in errors(capsys)
         content = json.loads(result.read_text())
         assert [len(runs) for runs in content["runs"].values()] == [3, 3]
         assert content["complete"] is False

@@ -15,7 +15,7 @@ import pytest
 from measured import EVIL
 
 from layerskip.cli import main, plots, report
-from layerskip.cli.ways import AUTOREGRESSIVE, SELF_SPECULATIVE
+from layerskip.cli.rendering import AUTOREGRESSIVE, SELF_SPECULATIVE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

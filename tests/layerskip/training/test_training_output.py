@@ -231,7 +231,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "Progress", _Interrupted)
         assert train("output=new") == 130
-    assert "interrupted; the same command with --resume goes on from new/checkpoint-2" in capsys.readouterr().err
+    assert "interrupted; the same command with --resume continues from new/checkpoint-2" in capsys.readouterr().err
     assert train("output=new", "--resume") == 0
     assert tree(there / "new" / "model") == whole
 
