@@ -69,7 +69,7 @@ class TestRecording:
                 assert len(told["pieces"]) == len(run["sequence"]) == 1 + sum(one["emitted"] for one in told["rounds"])
                 assert sum(one["accepted"] for one in told["rounds"]) == run["accepted"]
                 assert sum(len(one["drafts"]) for one in told["rounds"]) == run["drafted"]
-                assert {one["exit_layer"] for one in told["rounds"]} == {4 if name == AUTOREGRESSIVE else 2}
+                assert {one["exit_layer"] for one in told["rounds"]} == {0 if name == AUTOREGRESSIVE else 2}
         assert (
             content["runs"][AUTOREGRESSIVE][0]["told"]["pieces"]
             == content["runs"][SELF_SPECULATIVE][0]["told"]["pieces"]
