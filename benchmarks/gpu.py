@@ -260,7 +260,9 @@ def _step_seconds(
     """Median of ``steps`` steps, after those that read prompts, compile and record."""
     most = (steps + 4) * (decoder.num_speculations + 1)
     cache = decoder.model.decoder.new_cache(batch, 16 + most + decoder.num_speculations + 1)
-    session = Session(decoder.model, cache, decoder.defaults, 16 + most, decoder.num_speculations, graphs=graphs)
+    session = Session(
+        decoder.model, cache, decoder.defaults, decoder.controller, 16 + most, decoder.num_speculations, graphs=graphs
+    )
     for _ in range(batch):
         session.add(list(range(16)), most, strategy=strategy, eos_token_id=[])
     times = []

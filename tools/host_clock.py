@@ -70,7 +70,7 @@ def decoder() -> SelfSpeculativeDecoder:
 def steps(decoder: SelfSpeculativeDecoder, batch: int, sampling: SamplingParams, graphs: Graphs) -> Iterator[float]:
     """Microseconds of process time of one step after another, once rounds are recorded."""
     cache = decoder.model.decoder.new_cache(batch, 8192)
-    session = Session(decoder.model, cache, decoder.defaults, 8000, DRAFTS, graphs=graphs)
+    session = Session(decoder.model, cache, decoder.defaults, decoder.controller, 8000, DRAFTS, graphs=graphs)
     for _ in range(batch):
         session.add([1, 2, 3], 7900, sampling=sampling, eos_token_id=[])
     for _ in range(20):

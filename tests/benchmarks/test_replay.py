@@ -12,6 +12,7 @@ from benchmarks.replay import MACHINES, SMOLLM2, Machine, Match, Trace, main, re
 from layerskip import SelfSpeculativeDecoder
 from layerskip.decoding.adaptive import CATCH_UP, Choice, Controller
 from layerskip.decoding.batch import Batch
+from layerskip.decoding.request import DraftKind
 from layerskip.decoding.session import Session
 from layerskip.training.exit_analysis import survey_exits
 
@@ -101,7 +102,8 @@ def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
     now, choices = [0.0], []
 
     def timed(batch, launch=Batch.launch):
-        choice = Choice(batch.exit_layer or None, batch.num_speculations)
+        exit_layer = batch.kind.exit_layer if batch.draft_kind is DraftKind.EXIT else None
+        choice = Choice(exit_layer, batch.num_speculations)
         choices.append(choice)
         launch(batch)
         now[0] += machine.seconds(choice)
@@ -109,7 +111,7 @@ def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
     monkeypatch.setattr(Batch, "launch", timed)
     decoder._draft_model.controller = Controller(machine.sizes, [1])
     cache = decoder.model.decoder.new_cache(1, 160)
-    session = Session(decoder.model, cache, decoder.defaults, 140, 12, clock=lambda: now[0])
+    session = Session(decoder.model, cache, decoder.defaults, decoder.controller, 140, 12, clock=lambda: now[0])
     session.add(prompt, NEW, draft_source=source, eos_token_id=[])
     while len(session):
         updates = session.step()

@@ -94,7 +94,7 @@ def test_a_round_waits_once(monkeypatch, sources, kind):
     model, hf_model = models.adapt(tiny_model(upper="weak")), tiny_model(upper="weak")
     decoder, card = SelfSpeculativeDecoder(hf_model, 1, 3, exit=copied_exit(model, 1, 1)), FakeCard()
     cache = decoder.model.decoder.new_cache(2, 128)
-    session = Session(decoder.model, cache, decoder.defaults, 96, 12, graphs=graphs_on(card))
+    session = Session(decoder.model, cache, decoder.defaults, decoder.controller, 96, 12, graphs=graphs_on(card))
     for row, source in enumerate(sources):
         prompt = prompt_of(6, row).repeat(1, 3)
         session.add(prompt, 60, draft_source=source, sampling=SAMPLING[kind], eos_token_id=[])
@@ -113,7 +113,7 @@ def test_a_round_waits_once(monkeypatch, sources, kind):
         waits.seen.clear()
         with waits:
             session.step()
-        if len(session._running) < 2:
+        if len(session._scheduler.running) < 2:
             break
         assert len(waits.seen) == 1, waits.seen
         rounds += 1

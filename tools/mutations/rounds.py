@@ -10,34 +10,36 @@ PROMPTS, EXITS = LAYERSKIP + "decoding/test_session_prompts.py", LAYERSKIP + "de
 BUGS = [
     Mutation(
         "an exit's draft layers do not read prompts", DECODING + "scheduler.py",
-        '"draft_layers": self.reads_draft_layers(reading)', '"draft_layers": False', EXITS + " -k torch_reads",
+        '"draft_layers": first.num_prefill_layers > first.num_layers', '"draft_layers": False',
+        EXITS + " -k torch_reads",
     ),
     Mutation(
         "an exit's draft layers do not read what was looked up", DECODING + "batch.py",
-        "            read_draft_layers(\n                self._model, self._cache, request.slot, request.all_tokens, "
-        "request.draft_layers_done, position\n            )\n",
-        "", EXITS + " -k looked_up",
+        "catch_up_draft_layers(self._model, self._cache, request, request.position)",
+        "request.num_draft_cached = request.position", EXITS + " -k looked_up",
     ),
     Mutation(
         "draft layers do not read what was looked up before a request continues it", DECODING + "scheduler.py",
-        "if source.draft_layers_done < length:", "if False:", EXITS + " -k continued",
+        " and source.num_draft_cached < length:", " and False:", EXITS + " -k continued",
     ),
     Mutation(
         "an exit drafts on a row that its draft layers have not read", DECODING + "scheduler.py",
-        "if other.reading.depth < request.reading.depth:", "if False:", EXITS + " -k continued",
+        "if other.num_prefill_layers < request.num_prefill_layers:", "if False:", EXITS + " -k continued",
     ),
     Mutation(
-        "a cancelled request keeps its slot", DECODING + "session.py",
-        "self._leave_slot(request, keep and request.keep)", "del self._running[request.id]",
+        "a cancelled request keeps its slot", DECODING + "scheduler.py",
+        "self.free_slot(request, retain and request.keep and request_id in self.running)",
+        "self.running.pop(request_id, None)",
         PROMPTS + " -k free_again",
     ),
     Mutation(
         "a cancelled request keeps its slot while it is read", DECODING + "scheduler.py",
-        "self._slots.give_back(request)", "pass", PROMPTS + " -k free_again",
+        "self.free_slots.append(request.slot)", "pass", PROMPTS + " -k free_again",
     ),
     Mutation(
         "a prompt is read in pieces that overlap", DECODING + "scheduler.py",
-        "reading.done += rows", "reading.done += max(1, rows - 1)", PROMPTS + " -k nobody_waits",
+        "request.num_prefilled += hidden.shape[1]", "request.num_prefilled += max(1, hidden.shape[1] - 1)",
+        PROMPTS + " -k nobody_waits",
     ),
     Mutation(
         "memory is freed while a GPU's round uses it", DECODING + "cuda_graphs.py",
@@ -71,7 +73,8 @@ BUGS = [
     ),
     Mutation(
         "a pass that took too long is tried again and again", DECODING + "scheduler.py",
-        "while tokens > 1 and tokens in", "while False and tokens in", LAYERSKIP + "decoding/test_budget.py -k jumps",
+        "while num_tokens > 1 and self._takes_longer", "while False and self._takes_longer",
+        LAYERSKIP + "decoding/test_budget.py -k jumps",
     ),
     Mutation(
         "top-p of all tokens, not of those that top-k leaves", DECODING + "sampling.py",
@@ -90,8 +93,8 @@ BUGS = [
         "tuple(drafts[: self.remaining])", "tuple(drafts)", LAYERSKIP + "decoding/test_records.py -k in_batches",
     ),
     Mutation(
-        "what was looked up counts as drafted by a layer", DECODING + "session.py",
-        "None if no_exit else kind.exit_layer", "kind.exit_layer",
+        "what was looked up counts as drafted by a layer", DECODING + "request.py",
+        "source = (self.lookup.proposal.source, None)", "source = (self.lookup.proposal.source, self.exit_layer)",
         LAYERSKIP + "decoding/test_records.py -k told_once",
     ),
     Mutation(
@@ -105,12 +108,12 @@ BUGS = [
     ),
     Mutation(
         "a slot whose beginning is copied counts as unused", DECODING + "scheduler.py",
-        "            self.kept.move_to_end(source.id)\n", "            pass\n",
+        "            self.retained.move_to_end(source.id)\n", "            pass\n",
         LAYERSKIP + "decoding/test_conversation.py -k copied_was_used",
     ),
     Mutation(
-        "a slot holds the token that was emitted last", DECODING + "scheduler.py",
-        "request.tokens + request.sequence.tokens[:-1] if", "request.tokens + request.sequence.tokens if",
+        "a slot holds the token that was emitted last", DECODING + "request.py",
+        "self.prompt_tokens + self.new_tokens[:-1] if", "self.prompt_tokens + self.new_tokens if",
         LAYERSKIP + "decoding/test_conversation.py -k its_own_tokens_only",
     ),
     Mutation(
@@ -125,12 +128,12 @@ BUGS = [
     ),
     Mutation(
         "the cost of a round before which draft layers read is learned", DECODING + "session.py",
-        "launched.exit_layer is not None and not launched.caught_up", "launched.exit_layer is not None",
+        "is not DraftKind.MIXED and not launched.caught_up", "is not DraftKind.MIXED",
         LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
     ),
     Mutation(
         "who chooses does not know how far draft layers are behind", DECODING + "session.py",
-        "request.acceptance.lag = request.behind", "request.acceptance.lag = 0",
+        "request.acceptance.lag = request.draft_lag", "request.acceptance.lag = 0",
         LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
     ),
     Mutation(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
 from .cuda_graphs import Graphs
-from .request import Clock, Request, RoundKind
+from .request import Clock, DraftKind, Request, RoundKind
 from .sampling import LogitsControls, SamplingParams
-from .scheduler import read_draft_layers
+from .scheduler import catch_up_draft_layers
 from .spec_step import LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
 
 SAME = 4  # recorded rounds have a multiple of so many looked-up drafts: more rows cost less than more recordings
@@ -51,15 +51,12 @@ class CalledRound(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A round that was launched: the layer that drafts in it, as `Batch.exit_layer`, its drafts, what it gives.
+    """A round on its way."""
 
-    ``caught_up``: whether an exit's draft layers read tokens before it, so that it took longer than such rounds do.
-    """
-
-    exit_layer: int | None
+    draft_kind: DraftKind
     num_speculations: int
     outcome: Outcome
-    caught_up: bool
+    caught_up: bool  # whether draft layers had to catch up before it, so that it took longer
 
 
 class Batch:
@@ -109,9 +106,9 @@ class Batch:
         With graphs it is what was asked for, so that fewer rounds are recorded; drafts beyond a sequence's end change
         nothing. Where all drafts were looked up it is the number of the longest, with graphs rounded up.
         """
-        drafting = [request for request in self.requests if request.looked_up is None]
+        drafting = [request for request in self.requests if request.lookup_drafts is None]
         if not drafting:
-            longest = max(len(request.looked_up or ()) for request in self.requests)
+            longest = max(len(request.lookup_drafts or ()) for request in self.requests)
             room = self._cache.capacity - 1 - self._last_position
             return longest if self._graphs is None else max(longest, min(-(-longest // SAME) * SAME, room))
         if self._graphs is not None:
@@ -119,16 +116,16 @@ class Batch:
         return self.kind.num_speculations or max(request.useful_drafts for request in drafting)
 
     @property
-    def exit_layer(self) -> int | None:
-        """The layer that drafts in the next round: 0 where all drafts were looked up, None where only some were."""
-        looked_up = [request.looked_up is not None for request in self.requests]
-        if any(looked_up):
-            return 0 if all(looked_up) else None
-        return self.kind.exit_layer
+    def draft_kind(self) -> DraftKind:
+        """Origin of the drafts of the next round."""
+        lookups = [request.lookup_drafts is not None for request in self.requests]
+        if any(lookups):
+            return DraftKind.LOOKUP if all(lookups) else DraftKind.MIXED
+        return DraftKind.EXIT
 
     @property
     def _last_position(self) -> int:
-        return max(request.sequence.position for request in self.requests)
+        return max(request.position for request in self.requests)
 
     @property
     def under_way(self) -> bool:
@@ -149,7 +146,7 @@ class Batch:
             return False  # draft layers have not read what that round gives
         positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
         fits = self._last_position + positions <= self._cache.capacity
-        return fits and any(request.sequence.remaining > 1 for request in self.requests)
+        return fits and any(request.remaining > 1 for request in self.requests)
 
     @property
     def failures(self) -> dict[int, Exception]:
@@ -168,26 +165,27 @@ class Batch:
     def launch(self) -> None:
         """Launch a round; where it is not recorded, it is called."""
         started, sequences = self._clock(), self._sequences
-        exit_layer, num_speculations = self.exit_layer, self.num_speculations
+        draft_kind, num_speculations = self.draft_kind, self.num_speculations
         caught_up = self._let_draft_layers_follow(num_speculations)
-        if exit_layer is None or (exit_layer == 0 and (num_speculations or sequences.draws)):
-            drafts = [request.looked_up or () for request in self.requests]
+        looks_up = draft_kind is DraftKind.LOOKUP and (num_speculations or sequences.draws)
+        if looks_up or draft_kind is DraftKind.MIXED:
+            drafts = [request.lookup_drafts or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
-            most = num_speculations if exit_layer == 0 else max(map(len, drafts))
+            most = num_speculations if looks_up else max(map(len, drafts))
             lookup = LookupDrafts.of(drafts, most, self._model.vocab_size, self._model.device, sequences.draws)
             sequences = replace(sequences, lookup=lookup)
         outcome: Outcome
-        if self._graphs is None or exit_layer is None:
-            outcome = CalledRound(self._run(sequences, exit_layer, num_speculations), started, self._clock)
+        if self._graphs is None or draft_kind is DraftKind.MIXED:
+            outcome = CalledRound(self._run(sequences, draft_kind, num_speculations), started, self._clock)
         else:
             outcome, sequences = self._graphs.launch(
-                (self.kind, exit_layer, num_speculations),
-                lambda recorded: self._run(recorded, exit_layer, num_speculations),
+                (self.kind, draft_kind, num_speculations),
+                lambda recorded: self._run(recorded, draft_kind, num_speculations),
                 sequences,
                 len(self.requests),
             )
             self._sequences = sequences if sequences.lookup is None else replace(sequences, lookup=None)
-        self._launched.append(Launched(exit_layer, num_speculations, outcome, caught_up))
+        self._launched.append(Launched(draft_kind, num_speculations, outcome, caught_up))
 
     def read(self) -> tuple[Launched, list[list[int]]]:
         """The round that was launched first, and for each request what `round` describes.
@@ -198,8 +196,8 @@ class Batch:
         results = launched.outcome.read()[: len(self.requests)]
         if self._has_draft_layers and launched.num_speculations:
             for request, (accepted, *_) in zip(self.requests, results, strict=True):
-                if request.looked_up is None:  # what was rejected is read again
-                    request.draft_layers_done = request.sequence.position + accepted + 1
+                if request.lookup_drafts is None:  # what was rejected is read again
+                    request.num_draft_cached = request.position + accepted + 1
         return launched, results
 
     @property
@@ -213,24 +211,20 @@ class Batch:
         """
         if not (self._has_draft_layers and num_speculations) or self._launched:
             return False
-        late = [request for request in self.requests if request.looked_up is None and request.behind]
+        late = [request for request in self.requests if request.lookup_drafts is None and request.draft_lag]
         for request in late:
-            position = request.sequence.position
-            read_draft_layers(
-                self._model, self._cache, request.slot, request.all_tokens, request.draft_layers_done, position
-            )
-            request.draft_layers_done = position
+            catch_up_draft_layers(self._model, self._cache, request, request.position)
         return bool(late)
 
-    def _run(self, sequences: SequenceTensors, exit_layer: int | None, num_speculations: int) -> Tensor:
+    def _run(self, sequences: SequenceTensors, draft_kind: DraftKind, num_speculations: int) -> Tensor:
         kind, step = self.kind, self._step
-        if not kind.speculative:
-            return step.advance(sequences, kind.exit_layer)
-        if num_speculations == kind.num_speculations == 0 and sequences.lookup is None:  # draft layers wait
-            return step.advance(sequences, self._model.num_layers)
+        # Without drafts, draft layers read nothing.
+        no_drafts = num_speculations == kind.num_speculations == 0 and sequences.lookup is None
+        if no_drafts or not kind.speculative:
+            return step.advance(sequences, kind.num_layers)
         lookup_rows = None
-        if exit_layer is None:
-            lookup_rows = [row for row, request in enumerate(self.requests) if request.looked_up is not None]
+        if draft_kind is DraftKind.MIXED:
+            lookup_rows = [row for row, request in enumerate(self.requests) if request.lookup_drafts is not None]
         return step.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold, lookup_rows)
 
     def _tensors_at_fixed_addresses(self) -> list[Tensor]:
@@ -246,8 +240,8 @@ def sequences_of(model: LayerSkipModel, requests: Sequence[Request], padding: Se
     """The tensors of some requests of one kind as they are now, and of padding in free rows of the cache."""
     zeros = [0] * len(padding)
     sequences = SequenceTensors.of(
-        [(request.sequence.tokens or [0])[-1] for request in requests] + zeros,
-        [request.sequence.position for request in requests] + zeros,
+        [(request.new_tokens or [0])[-1] for request in requests] + zeros,
+        [request.position for request in requests] + zeros,
         [request.slot for request in requests] + list(padding),
         [request.seed for request in requests] + zeros,
         [request.sampling.temperature for request in requests] + [0.0] * len(padding),
@@ -256,7 +250,7 @@ def sequences_of(model: LayerSkipModel, requests: Sequence[Request], padding: Se
     if not requests[0].processed:
         return sequences
     params = [request.sampling for request in requests] + [SamplingParams()] * len(padding)
-    before = [request.sequence.all_tokens[0] for request in requests] + [sequences.token[:0]] * len(padding)
+    before = [request.all_ids[0] for request in requests] + [sequences.token[:0]] * len(padding)
     return replace(sequences, controls=LogitsControls.of(params, before, model.vocab_size, model.device))
 
 
@@ -267,7 +261,7 @@ def spec_step_of(
     if not requests[0].processed:
         return SpecStep(model, cache)
     processors = [request.logits_processor for request in requests]
-    pipeline = LogitsPipeline(processors, [request.sequence.history for request in requests])
+    pipeline = LogitsPipeline(processors, [request.history for request in requests])
     return SpecStep(model, cache, pipeline, may_sync=not recorded and model.device.type == "cpu")
 
 

@@ -20,7 +20,7 @@ from .detokenizer import SequenceText, stop_rules
 from .draft_model import DraftHead, DraftModel
 from .draft_sources import EXIT, DraftSource, max_drafts, source_of
 from .outputs import GenerationOutput, Streamer
-from .request import Clock, Defaults, StopRule
+from .request import Clock, RequestOptions, StopRule
 from .sampling import LogitsProcessor, SamplingParams, params_of_each
 from .session import Session
 from .tuning import tuned
@@ -145,15 +145,10 @@ class SelfSpeculativeDecoder:
         return decoder
 
     @property
-    def defaults(self) -> Defaults:
+    def defaults(self) -> RequestOptions:
         """Options of requests that do not specify them."""
-        return Defaults(
-            self.exit_layer,
-            self.num_speculations,
-            self.draft_threshold,
-            self.eos_token_id,
-            self.controller,
-            self.draft_source,
+        return RequestOptions(
+            self.exit_layer, self.num_speculations, self.draft_threshold, self.draft_source, self.eos_token_id
         )
 
     def open_session(
@@ -200,7 +195,7 @@ class SelfSpeculativeDecoder:
         with torch.inference_mode(False):
             cache = model.decoder.new_cache(max_batch, length + max_speculations + 1)
         return Session(
-            model, cache, self.defaults, length, max_speculations, generator, self.clock,
+            model, cache, self.defaults, self.controller, length, max_speculations, generator, self.clock,
             cuda_graphs.for_device(model.device), prompt_tokens_per_step, max_waiting,
         )  # fmt: skip
 
@@ -285,8 +280,9 @@ class SelfSpeculativeDecoder:
         max_speculations = self._max_speculations(num_speculations, draft_source)
         with caches.borrow(len(prompts), length + max_speculations + 1) as (cache, graphs):
             session = Session(
-                caches.model, cache, self.defaults, length, max_speculations, generator, self.clock, graphs
-            )
+                caches.model, cache, self.defaults, self.controller, length, max_speculations, generator, self.clock,
+                graphs,
+            )  # fmt: skip
             requests = [
                 session.add(
                     prompt, max_new_tokens, strategy=strategy, exit_layer=exit_layer, num_speculations=num_speculations,

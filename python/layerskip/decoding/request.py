@@ -1,4 +1,4 @@
-"""A request of a session: its parameters, its tokens and its progress."""
+"""A request: its options, its tokens, and its progress from prefill to the last round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,407 +15,340 @@ from torch import Tensor
 from ..devices import to_device
 from ..models import LayerSkipModel
 from . import validation
-from .adaptive import AcceptanceRates, Controller
+from .adaptive import AcceptanceRates
 from .draft_sources import AUTO, EXIT, DraftSource, Lookup, NgramSource, source_of
 from .outputs import GenerationOutput, RoundRecord, Stats
 from .sampling import History, LogitsProcessor, SamplingParams
 
-
-@dataclass(eq=False)
-class Reading:
-    """A prompt, and how much of it the cache holds.
-
-    Attributes
-    ----------
-    prompt : Tensor [1, N], int64
-    depth : int
-        It is read with layers [0, depth), of which those from L on are the exit's draft layers.
-    slot : int
-        The row of the cache.
-    done : int
-        The first ``done`` tokens are in the cache.
-    state : Tensor [1, D] or None
-        That of the prompt's last token after these layers, once it is read.
-    """
-
-    prompt: Tensor
-    depth: int
-    slot: int = -1
-    done: int = 0
-    state: Tensor | None = None
-
-    @property
-    def left(self) -> int:
-        """How many tokens are still to be read."""
-        return self.prompt.shape[1] - self.done
-
-
 StopRule = Callable[[list[int]], bool]
-"""(the new tokens so far) -> whether the sequence ends with the last of them."""
+"""(all new tokens so far) -> whether the sequence ends with the last of them."""
 
 Clock = Callable[[], float]
 """() -> seconds."""
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What ends a sequence: a number of tokens, one of some tokens, or a rule. The sequence includes its last token."""
+class RequestOptions:
+    """How a request drafts, and what ends it; the arguments of `Session.add` of the same names."""
 
-    max_new_tokens: int
-    eos: frozenset[int] = frozenset()
-    should_stop: StopRule | None = None
+    exit_layer: int | str
+    num_speculations: int | str
+    draft_threshold: float = 0.0
+    draft_source: str | DraftSource = EXIT
+    eos_token_id: int | Sequence[int] | None = None
+    strategy: str = "self_speculative"
+
+    def updated(self, model: LayerSkipModel, max_speculations: int, **given: Any) -> RequestOptions:
+        """Return the options with the values ``given``, of which None keeps the default; checked."""
+        options = replace(self, **{name: value for name, value in given.items() if value is not None})
+        validation.strategy(options.strategy)
+        exit_layer = validation.exit_layer_or_auto(options.exit_layer, model.num_layers)
+        validation.num_speculations_or_auto(options.num_speculations, max_speculations)
+        validation.real("draft_threshold", options.draft_threshold, 0.0, 1.0)
+        source_of(options.draft_source)
+        if options.strategy == "early_exit" and exit_layer is None:
+            raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {options.exit_layer!r}")
+        if not options.uses_exit:
+            return replace(options, draft_threshold=0.0)
+        if model.exit_layer is not None:
+            validation.exit_layer_of_exit(options.exit_layer, model.exit_layer)
+        return options
+
+    @property
+    def speculative(self) -> bool:
+        return self.strategy == "self_speculative"
+
+    @property
+    def uses_exit(self) -> bool:
+        """Whether an exit of the model may draft."""
+        return self.speculative and self.draft_source in (EXIT, AUTO)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the controller has anything to choose."""
+        if not self.speculative or self.draft_source == AUTO:
+            return self.speculative
+        return self.num_speculations == "auto" or (self.uses_exit and self.exit_layer == "auto")
+
+    def new_lookup(self, prompt_tokens: list[int], vocab_size: int) -> Lookup | None:
+        if not self.speculative or self.draft_source == EXIT:
+            return None
+        source = self.draft_source if isinstance(self.draft_source, DraftSource) else NgramSource()
+        return Lookup(source.new(), prompt_tokens, vocab_size)
 
 
-class _Begun(NamedTuple):
-    """A round: the number of tokens before it, and what `RoundRecord` says of its drafts."""
+class DraftKind(Enum):
+    """Origin of the draft tokens of a round."""
 
-    start: int
-    source: str
-    exit_layer: int | None
-    drafts: tuple[int, ...]
+    EXIT = "an exit of the model"
+    LOOKUP = "lookup, for all sequences"
+    MIXED = "an exit for some sequences, lookup for others"
 
 
-class TokenSequence:
-    """A prompt and what was emitted after it.
+class RoundKind(NamedTuple):
+    """What requests must have in common to share a round.
 
-    Parameters
-    ----------
-    prompt : Tensor [1, N], int64
-    ending : Ending
-    clock : callable
-        Gives the time for the statistics.
+    Greedy requests share rounds whatever K they ask for, because more drafts change no greedy token: here their K is 0.
+    For sampled requests K decides which noise a token is drawn with.
 
     Attributes
     ----------
-    tokens : list of int
-        The new tokens.
-    drafted : list of bool
-        Whether each of them was a draft.
-    reason : str or None
-        Why the sequence ended; None while it goes on.
-    history : History or None
-        The tokens on the device, where logits processors need them; emitted tokens are added to it.
-    reused : int
-        How many tokens of the prompt were in the cache before.
+    speculative : bool
+    num_layers : int
+        Layers that emit tokens: E with the strategy "early_exit", else L.
+    exit_layer : int or None
+        Layer that drafts; None if drafts come from lookup only. Such requests may join any speculative round.
+    num_speculations : int
+    draft_threshold : float
+    processed : bool
+        Whether logits are written and processed.
     """
 
-    def __init__(self, prompt: Tensor, ending: Ending, clock: Clock = time.perf_counter) -> None:
-        self.prompt, self._ending, self._clock = prompt, ending, clock
-        self.tokens: list[int] = []
-        self.drafted: list[bool] = []
-        self.reason: str | None = None
-        self.history: History | None = None
-        self.reused = 0
-        self._rest: deque[tuple[int, bool]] = deque()  # tokens of a round not emitted yet; whether they were drafts
+    speculative: bool
+    num_layers: int
+    exit_layer: int | None = None
+    num_speculations: int = 0
+    draft_threshold: float = 0.0
+    processed: bool = False
+
+
+@dataclass(eq=False)
+class Request:
+    """A request of a session.
+
+    Attributes
+    ----------
+    prompt_ids : Tensor [1, N], int64
+    keep : bool
+        Retain its slot when it has ended.
+    continue_from : int or None
+        Id of the retained request whose slot it takes over.
+    prompt_tokens, new_tokens : list of int
+    drafted : list of bool
+        Whether each new token was a draft.
+    reason : str or None
+        Why it ended; None before.
+    num_reported : int
+        New tokens that were in updates.
+    slot : int
+        Row of the KV cache; -1 while it waits.
+    num_prefilled : int
+        Prompt tokens in the cache; ``num_reused`` of them were there before.
+    last_hidden : Tensor [1, D] or None
+        State of the last prompt token, once it is prefilled.
+    num_draft_cached : int
+        Tokens that the draft layers of an exit have read.
+    history : History or None
+        All tokens on the device, for its logits processor.
+    exit_layer, num_speculations : int
+        E, or None before the first choice, and K of the next round.
+    lookup_drafts : list of int or None
+        Drafts of the next round; None if an exit drafts.
+    """
+
+    id: int
+    model: LayerSkipModel
+    options: RequestOptions
+    prompt_ids: Tensor
+    max_new_tokens: int
+    sampling: SamplingParams
+    seed: int
+    acceptance: AcceptanceRates
+    stop_tokens: frozenset[int] = frozenset()
+    should_stop: StopRule | None = None
+    logits_processor: LogitsProcessor | None = None
+    keep: bool = False
+    continue_from: int | None = None
+    clock: Clock = time.perf_counter
+
+    new_tokens: list[int] = field(default_factory=list, init=False)
+    drafted: list[bool] = field(default_factory=list, init=False)
+    reason: str | None = field(default=None, init=False)
+    num_reported: int = field(default=0, init=False)
+    slot: int = field(default=-1, init=False)
+    num_prefilled: int = field(default=0, init=False)
+    num_reused: int = field(default=0, init=False)
+    last_hidden: Tensor | None = field(default=None, init=False)
+    history: History | None = field(default=None, init=False)
+    lookup_drafts: list[int] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        options, model = self.options, self.model
+        self.prompt_tokens: list[int] = self.prompt_ids[0].tolist()
+        self.exit_layer = None if options.exit_layer == "auto" else int(options.exit_layer)
+        self.num_speculations = 0 if options.num_speculations == "auto" else int(options.num_speculations)
+        self.num_layers = model.num_layers
+        if options.strategy == "early_exit" and self.exit_layer is not None:
+            self.num_layers = self.exit_layer
+        self.lookup = options.new_lookup(self.prompt_tokens, model.vocab_size)
+        self.num_draft_cached = len(self.prompt_tokens)
+        self._pending: deque[tuple[int, bool]] = deque()  # tokens of a round to emit; whether they were drafts
         self._fault: str | None = None
-        self._rounds: list[_Begun] = []
-        self._started = clock()
-        self._first_token_at = self._started
+        self._rounds: list[tuple[int, RoundRecord]] = []  # number of new tokens before it; its drafts
+        self._started = self._first_token_at = self.clock()
 
     @property
-    def remaining(self) -> int:
-        """How many tokens may still be emitted."""
-        return self._ending.max_new_tokens - len(self.tokens)
+    def all_tokens(self) -> list[int]:
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def all_ids(self) -> Tensor:
+        """All tokens [1, N + new], int64."""
+        return torch.cat([self.prompt_ids, self._new_ids], 1)
+
+    @property
+    def _new_ids(self) -> Tensor:
+        return to_device(torch.tensor([self.new_tokens], dtype=torch.int64), self.prompt_ids.device)
 
     @property
     def position(self) -> int:
-        """The position of the last token. The cache holds all positions before it."""
-        return self.prompt.shape[1] + len(self.tokens) - 1
+        """Position of the last token. The cache holds all positions before it."""
+        return len(self.prompt_tokens) + len(self.new_tokens) - 1
 
     @property
-    def all_tokens(self) -> Tensor:
-        """Prompt and new tokens, [1, N + new]."""
-        return torch.cat([self.prompt, self._new_tokens], 1)
+    def remaining(self) -> int:
+        """New tokens that may still be emitted."""
+        return self.max_new_tokens - len(self.new_tokens)
+
+    # Prefill
 
     @property
-    def _new_tokens(self) -> Tensor:
-        return to_device(torch.tensor([self.tokens], dtype=torch.int64), self.prompt.device)
+    def num_unread(self) -> int:
+        """Prompt tokens that are not in the cache."""
+        return len(self.prompt_tokens) - self.num_prefilled
 
-    def add(
-        self, drafts: Sequence[int], accepted: int, token: int, fault: str | None = None, source: str = EXIT,
-        exit_layer: int | None = None,
-    ) -> None:  # fmt: skip
+    @property
+    def num_prefill_layers(self) -> int:
+        """Layers that read the prompt: those that emit tokens, and the draft layers of an exit that may draft."""
+        return self.num_layers + (self.model.decoder.num_draft_layers if self.options.uses_exit else 0)
+
+    def cached_tokens(self, with_decoded: bool) -> list[int]:
+        """Tokens whose keys and values are in its slot: of the prompt, and decoded ones if they count."""
+        if self.num_unread:
+            return self.prompt_tokens[: self.num_prefilled]
+        return self.prompt_tokens + self.new_tokens[:-1] if with_decoded else self.prompt_tokens
+
+    # The next round
+
+    @property
+    def processed(self) -> bool:
+        """Whether its logits are written and processed. A threshold on sampled drafts needs that, too."""
+        if self.logits_processor is not None or self.sampling.processes:
+            return True
+        return self.options.draft_threshold > 0 and not self.sampling.greedy
+
+    @property
+    def kind(self) -> RoundKind:
+        options = self.options
+        if not options.uses_exit:
+            return RoundKind(options.speculative, self.num_layers, processed=self.processed)
+        num_speculations = 0 if self.sampling.greedy else self.num_speculations
+        threshold = options.draft_threshold
+        return RoundKind(True, self.num_layers, self.exit_layer, num_speculations, threshold, self.processed)
+
+    @property
+    def useful_drafts(self) -> int:
+        """Drafts of an exit that the next round can emit, beside one token of the full model."""
+        return min(self.num_speculations, self.remaining - 1)
+
+    @property
+    def draft_lag(self) -> int:
+        """Tokens that the draft layers of an exit have to read before they can draft."""
+        return max(0, self.position - self.num_draft_cached)
+
+    def look_up(self, limit: int) -> None:
+        """Look up at most ``limit`` drafts for the next round."""
+        if self.lookup is not None:
+            self.lookup.propose(self.new_tokens, min(limit, self.remaining - 1))
+            self.lookup_drafts = list(self.lookup.proposal.tokens)
+
+    # Emission
+
+    def emit(self, token: int, fault: str | None = None) -> None:
+        """Emit the token that follows the prompt; raises as `emit_round` does."""
+        self._pending, self._fault = deque([(token, False)]), fault
+        self.emit_pending()
+
+    def emit_round(
+        self, drafts: Sequence[int], accepted: int, token: int, exit_layer: int | None, fault: str | None = None
+    ) -> None:
         """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
-
-        The first call emits the token that follows the prompt, which is not counted as a round.
-
-        Parameters
-        ----------
-        drafts : sequence of int
-            What the round drafted.
-        accepted : int
-            How many of them were accepted.
-        token : int
-        fault : str, optional
-            What is wrong with ``token``.
-        source, exit_layer
-            What drafted, as `RoundRecord` has it.
 
         Raises
         ------
         FloatingPointError
-            With ``fault``, unless the sequence ends before ``token``.
+            With ``fault``, what is wrong with ``token``, unless the sequence ends before it.
         """
-        if self.tokens:  # other sequences of the batch may need more drafts than this one
-            begun = _Begun(len(self.tokens), source, exit_layer, tuple(drafts[: self.remaining]))
-            self._rounds.append(begun)
+        source: tuple[str, int | None] = (EXIT, exit_layer)
+        if self.options.strategy == "autoregressive":
+            source = ("none", None)
+        elif self.lookup is not None and self.lookup_drafts is not None:
+            source = (self.lookup.proposal.source, None)
+        # Other sequences of the batch may need more drafts than this one.
+        record = RoundRecord(*source, tuple(drafts[: self.remaining]), 0, 0)
+        self._rounds.append((len(self.new_tokens), record))
+        self._pending = deque([*((draft, True) for draft in drafts[:accepted]), (token, False)])
         self._fault = fault
-        self._rest = deque([*((draft, True) for draft in drafts[:accepted]), (token, False)])
-        self.resume()
+        self.emit_pending()
 
     @property
     def interrupted(self) -> bool:
-        """Whether an interrupt kept tokens of the last round from being emitted."""
-        return bool(self._rest)
+        """Whether an interrupt left tokens of the last round to emit."""
+        return bool(self._pending)
 
-    def resume(self) -> None:
-        """Emit what is left of a round; raises as `add` does."""
-        before = len(self.tokens)
+    def emit_pending(self) -> None:
+        """Emit the remaining tokens of the last round."""
+        before = len(self.new_tokens)
         try:
-            self._emit_rest()
+            while self._pending:
+                token, drafted = self._pending[0]
+                if not drafted and self._fault is not None:
+                    raise FloatingPointError(self._fault)
+                self._append(token, drafted)
+                self._pending.popleft()
+                if self.reason is not None:
+                    self._pending.clear()
         finally:
             if self.history is not None:
-                self.history.append(self.tokens[before:])
+                self.history.append(self.new_tokens[before:])
             if not self._rounds:
-                self._first_token_at = self._clock()
+                self._first_token_at = self.clock()
 
-    def _emit_rest(self) -> None:
-        while self._rest:
-            token, drafted = self._rest[0]
-            if not drafted and self._fault is not None:
-                raise FloatingPointError(self._fault)
-            self._emit(token, drafted)
-            self._rest.popleft()
-            if self.reason is not None:
-                self._rest.clear()
-
-    def _emit(self, token: int, drafted: bool) -> None:
-        rule, ends = self._ending.should_stop, token in self._ending.eos
-        # Asked before the token counts: where an interrupt leaves the rule without an answer, it is asked again.
-        stops = not ends and rule is not None and rule([*self.tokens, token])
-        self.tokens.append(token)
+    def _append(self, token: int, drafted: bool) -> None:
+        is_stop_token = token in self.stop_tokens
+        # The rule is asked before the token is appended: if it is interrupted, it is asked again.
+        stops = not is_stop_token and self.should_stop is not None and self.should_stop([*self.new_tokens, token])
+        self.new_tokens.append(token)
         self.drafted.append(drafted)
-        if ends:
+        if is_stop_token:
             self.reason = "eos"
         elif stops:
             self.reason = "stop"
         elif self.remaining == 0:
             self.reason = "length"
 
-    def output(self) -> GenerationOutput:
-        """The tokens and statistics so far."""
-        stats = Stats(
-            prompt_tokens=self.prompt.shape[1],
-            new_tokens=len(self.tokens),
-            records=self._records(),
-            seconds=self._clock() - self._started,
-            time_to_first_token=self._first_token_at - self._started,
-            reused=self.reused,
-        )
-        drafted = torch.tensor([self.drafted], dtype=torch.bool)
-        return GenerationOutput(self.all_tokens, self._new_tokens, drafted, (stats,), (self.reason or "",))
-
-    def _records(self) -> tuple[RoundRecord, ...]:
-        """What each round did; one that was left in its middle, what it had emitted."""
-        ends = [one.start for one in self._rounds[1:]] + [len(self.tokens)]
-        return tuple(
-            RoundRecord(one.source, one.exit_layer, one.drafts, sum(self.drafted[one.start : end]), end - one.start)
-            for one, end in zip(self._rounds, ends, strict=False)  # where there is no round there is an end
-        )
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a request is decoded. The controller picks an ``exit_layer`` or ``num_speculations`` that is None."""
-
-    strategy: str
-    exit_layer: int | None
-    num_speculations: int | None
-    draft_threshold: float = 0.0
-    draft_source: str | DraftSource = EXIT
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether the controller has anything to pick."""
-        if self.strategy != "self_speculative" or self.draft_source == AUTO:
-            return self.strategy == "self_speculative"
-        return self.num_speculations is None or (self.exits and self.exit_layer is None)
-
-    @property
-    def exits(self) -> bool:
-        """Whether an exit may draft."""
-        return self.draft_source in (EXIT, AUTO)
-
-    def lookup(self, prompt: list[int], vocab_size: int) -> Lookup | None:
-        """What looks up the drafts of a new sequence, if its source does."""
-        if self.strategy != "self_speculative" or self.draft_source == EXIT:
-            return None
-        source = self.draft_source if isinstance(self.draft_source, DraftSource) else NgramSource()
-        return Lookup(source.new(), prompt, vocab_size)
-
-    def depth(self, model: LayerSkipModel) -> int:
-        """Prompts are read with layers [0, depth): those that emitted tokens come from, and the exit's draft layers."""
-        if self.strategy == "early_exit" and self.exit_layer is not None:
-            return self.exit_layer
-        drafts = self.strategy == "self_speculative" and self.exits
-        return model.num_layers + (model.decoder.num_draft_layers if drafts else 0)
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """How a session decodes requests that do not say otherwise.
-
-    Attributes
-    ----------
-    exit_layer, num_speculations : int or "auto"
-    draft_threshold : float
-    eos_token_id : int, sequence of int or None
-        What ends a sequence.
-    controller : Controller
-        What picks in the place of "auto".
-    draft_source : str or DraftSource
-        Where drafts come from.
-    """
-
-    exit_layer: int | str
-    num_speculations: int | str
-    draft_threshold: float
-    eos_token_id: int | Sequence[int] | None
-    controller: Controller
-    draft_source: str | DraftSource = EXIT
-
-    def method(
-        self,
-        strategy: str,
-        exit_layer: int | str | None,
-        num_speculations: int | str | None,
-        draft_threshold: float | None,
-        draft_source: str | DraftSource | None,
-        model: LayerSkipModel,
-        max_speculations: int,
-    ) -> Method:
-        """What a request asks for, checked, with these defaults in the place of None."""
-        exit_layer = self.exit_layer if exit_layer is None else exit_layer
-        num_speculations = self.num_speculations if num_speculations is None else num_speculations
-        draft_threshold = self.draft_threshold if draft_threshold is None else draft_threshold
-        method = Method(
-            validation.strategy(strategy),
-            validation.exit_layer_or_auto(exit_layer, model.num_layers),
-            validation.num_speculations_or_auto(num_speculations, max_speculations),
-            validation.real("draft_threshold", draft_threshold, 0.0, 1.0),
-            source_of(self.draft_source if draft_source is None else draft_source),
-        )
-        if strategy == "early_exit" and method.exit_layer is None:
-            raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {exit_layer!r}")
-        if strategy == "self_speculative" and method.exits and model.exit_layer is not None:
-            validation.exit_layer_of_exit(method.exit_layer, model.exit_layer)
-        return method if strategy == "self_speculative" and method.exits else replace(method, draft_threshold=0.0)
-
-
-class RoundKind(NamedTuple):
-    """What sequences must have in common to share a round.
-
-    ``exit_layer`` is the layer that drafts or, without speculation, the layer whose tokens are emitted. It is 0 where
-    all drafts are looked up; such sequences may join any round in which others speculate.
-
-    Greedy sequences share rounds whatever number of drafts each asks for, because more drafts change no greedy token.
-    Their ``num_speculations`` is 0 here, and the round drafts the most that any of them needs. For sequences that draw,
-    the number of drafts decides which noise a token is drawn with, so here it is what each of them asks for.
-    """
-
-    speculative: bool
-    exit_layer: int
-    num_speculations: int
-    draft_threshold: float
-    processed: bool
-
-
-@dataclass(eq=False)
-class Request:
-    """A request and its state; ``exit_layer`` and ``num_speculations`` are those of its next round.
-
-    ``tokens`` are its prompt's. It may ``keep`` its row of the cache when it ends, and continues the one of the request
-    ``continues``. ``reported`` of its tokens were in updates. ``looked_up`` are the drafts of its next round, or None
-    where an exit makes them. An exit's draft layers have read the tokens before ``draft_layers_done``.
-    """
-
-    id: int
-    method: Method
-    sampling: SamplingParams
-    seed: int
-    sequence: TokenSequence
-    reading: Reading
-    logits_processor: LogitsProcessor | None
-    acceptance: AcceptanceRates
-    keep: bool = False
-    continues: int | None = None
-    reported: int = 0
-    lookup: Lookup | None = None
-    looked_up: list[int] | None = None
-    exit_layer: int = field(init=False)
-    num_speculations: int = field(init=False)
-    tokens: list[int] = field(init=False)
-    draft_layers_done: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.exit_layer, self.num_speculations = self.method.exit_layer or 0, self.method.num_speculations or 0
-        self.tokens = self.sequence.prompt[0].tolist()
-        self.draft_layers_done = len(self.tokens)
-
-    @property
-    def all_tokens(self) -> list[int]:
-        """Its prompt's, and the new ones."""
-        return self.tokens + self.sequence.tokens
-
-    @property
-    def behind(self) -> int:
-        """How many tokens an exit's draft layers have to read before it drafts again."""
-        return max(0, self.sequence.position - self.draft_layers_done)
-
-    @property
-    def slot(self) -> int:
-        """Its row of the cache; -1 while it waits."""
-        return self.reading.slot
-
-    @property
-    def processed(self) -> bool:
-        """Whether its logits are written and processed; a threshold on drafts that are drawn needs that, too."""
-        if self.logits_processor is not None or self.sampling.processes:
-            return True
-        return self.method.draft_threshold > 0 and not self.sampling.greedy
-
-    @property
-    def useful_drafts(self) -> int:
-        """How many drafts of its next round it can emit: a round emits its drafts and one token more."""
-        return min(self.num_speculations, self.sequence.remaining - 1)
-
-    @property
-    def source(self) -> str:
-        """What drafts its next round."""
-        if self.method.strategy == "autoregressive":
-            return "none"
-        return EXIT if self.lookup is None or self.looked_up is None else self.lookup.proposal.source
-
-    def look_up(self, most: int) -> None:
-        """Ask its source for drafts of its next round, at most so many."""
-        if self.lookup is not None:
-            self.lookup.propose(self.sequence.tokens, min(most, self.sequence.remaining - 1))
-            self.looked_up = list(self.lookup.proposal.tokens)
-
-    def kind(self) -> RoundKind:
-        """The kind of its next round."""
-        if self.method.strategy != "self_speculative":
-            return RoundKind(False, self.reading.depth, 0, 0.0, self.processed)
-        if not self.method.exits:
-            return RoundKind(True, 0, 0, 0.0, self.processed)
-        num_speculations = 0 if self.sampling.greedy else self.num_speculations
-        return RoundKind(True, self.exit_layer, num_speculations, self.method.draft_threshold, self.processed)
-
-    def fault(self, token: int, what: str, layer: int, position: int) -> str | None:
-        """The message for a token of -1, by which a head says that its logits are not finite; else None."""
+    def fault(self, token: int, head: str, num_layers: int, position: int) -> str | None:
+        """Return the error message for a token of -1, which marks logits that are not finite."""
         if token != -1:
             return None
         causes = "the weights or the states hold NaN or infinity"
         if self.processed:
             causes += ", or bias and processors forbid every token"
-        return f"{what} after layer {layer} gave logits that are not finite at position {position}; {causes}"
+        return f"{head} after layer {num_layers} gave logits that are not finite at position {position}; {causes}"
+
+    def output(self) -> GenerationOutput:
+        """Tokens and statistics so far."""
+        ends = [start for start, _ in self._rounds[1:]] + [len(self.new_tokens)]
+        stats = Stats(
+            prompt_tokens=len(self.prompt_tokens),
+            new_tokens=len(self.new_tokens),
+            records=tuple(
+                record._replace(accepted=sum(self.drafted[start:end]), emitted=end - start)
+                for (start, record), end in zip(self._rounds, ends, strict=False)  # without rounds there is one end
+            ),
+            seconds=self.clock() - self._started,
+            time_to_first_token=self._first_token_at - self._started,
+            reused=self.num_reused,
+        )
+        drafted = torch.tensor([self.drafted], dtype=torch.bool)
+        return GenerationOutput(self.all_ids, self._new_ids, drafted, (stats,), (self.reason or "",))

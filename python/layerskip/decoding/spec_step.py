@@ -29,7 +29,7 @@ NOT_DRAFTED = -2
 _DRAFT_SEED = 0x5851F42D4C957F2D
 
 
-class Proposal(NamedTuple):
+class DraftTensors(NamedTuple):
     """Draft tokens, from any source, as verification takes them.
 
     ``tokens`` [B, K] are `NOT_DRAFTED` from where a sequence has none. ``states`` [B, K + 1, D] are those of the last
@@ -317,7 +317,7 @@ class SpecStep:
     def speculate(
         self,
         sequences: SequenceTensors,
-        exit_layer: int,
+        exit_layer: int | None,
         num_speculations: int,
         draft_threshold: float = 0.0,
         lookup_rows: Sequence[int] | None = None,
@@ -329,7 +329,7 @@ class SpecStep:
         sequences : SequenceTensors
             With ``lookup`` drafts, the sequences ``lookup_rows`` take these instead of drafting; by default all do.
         exit_layer, num_speculations : int
-            E and K of the sequences that draft.
+            E and K of the sequences that draft; E is None if there are none.
         draft_threshold : float
             A greedy draft ends before a token less probable than this; 0 where sequences draw.
 
@@ -339,15 +339,17 @@ class SpecStep:
             K is the larger of ``num_speculations`` and what was looked up.
         """
         model, lookup = self._model, sequences.lookup
-        if lookup is None and self._pipeline is None:
-            return self._fused(sequences, exit_layer, num_speculations, draft_threshold)
         # Lookup drafts alone need no exit: one pass through all layers reads them.
-        verify_from = model.num_layers if lookup is not None and lookup_rows is None else exit_layer
+        verify_from = exit_layer
+        if verify_from is None or (lookup is not None and lookup_rows is None):
+            verify_from = model.num_layers
+        if lookup is None and self._pipeline is None:
+            return self._fused(sequences, verify_from, num_speculations, draft_threshold)
         parts = [_Part(None, None, sequences)] if lookup_rows is None else _split(sequences, lookup_rows)
 
-        def draft() -> tuple[list[Proposal], Tensor]:
+        def draft() -> tuple[list[DraftTensors], Tensor]:
             proposals = [
-                self._draft(part, exit_layer, num_speculations, draft_threshold)
+                self._draft(part, verify_from, num_speculations, draft_threshold)
                 if part.sequences.lookup is None
                 else self._look_up(part, verify_from)
                 for part in parts
@@ -360,7 +362,7 @@ class SpecStep:
             lengths, slots = sequences.seq_lens, sequences.slots
             return model.decoder.forward(states, self._cache, verify_from, model.num_layers, lengths, slots)
 
-        def accept(proposals: list[Proposal], hidden: Tensor) -> Tensor:
+        def accept(proposals: list[DraftTensors], hidden: Tensor) -> Tensor:
             results = []
             for part, proposal in zip(parts, proposals, strict=True):
                 own = hidden if part.index is None else hidden[part.index]
@@ -388,7 +390,7 @@ class SpecStep:
         drafts = _mark_not_drafted(done.tokens, done.probability, draft_threshold)
         return torch.column_stack([done.accepted, done.next_token, drafts])
 
-    def _draft(self, part: _Part, exit_layer: int, num_speculations: int, draft_threshold: float) -> Proposal:
+    def _draft(self, part: _Part, exit_layer: int, num_speculations: int, draft_threshold: float) -> DraftTensors:
         """Draft with layers [0, E), the exit's draft layers and its head."""
         if self._pipeline is not None:
             return self._draft_from_logits(part, exit_layer, num_speculations, draft_threshold)
@@ -408,11 +410,11 @@ class SpecStep:
             logits=logits,
         )
         tokens = _mark_not_drafted(made.tokens, made.probability, draft_threshold)
-        return Proposal(tokens, made.states, logits, head.token_map)
+        return DraftTensors(tokens, made.states, logits, head.token_map)
 
     def _draft_from_logits(
         self, part: _Part, exit_layer: int, num_speculations: int, draft_threshold: float
-    ) -> Proposal:
+    ) -> DraftTensors:
         """Draft from processed logits over the vocabulary: a draft token that the target cannot emit is useless.
 
         K is ``num_speculations``, or fewer where no sequence has a use for more draft tokens.
@@ -454,9 +456,9 @@ class SpecStep:
             return token
 
         made = run_draft(token, num_speculations, True, forward, choose)
-        return Proposal(drafts[:, :made], states[:, : made + 1], logits[:, :made], None)
+        return DraftTensors(drafts[:, :made], states[:, : made + 1], logits[:, :made], None)
 
-    def _look_up(self, part: _Part, num_layers: int) -> Proposal:
+    def _look_up(self, part: _Part, num_layers: int) -> DraftTensors:
         """Take the lookup drafts, and run layers [0, num_layers) on them in one pass."""
         sequences = part.sequences
         assert sequences.lookup is not None
@@ -466,9 +468,9 @@ class SpecStep:
         if self._pipeline is not None:
             for index in range(tokens.shape[1]):
                 self._pipeline.put_drafts(index, tokens[:, index], part.rows)
-        return Proposal(tokens, states, sequences.lookup.logits if sequences.draws else None, token_map)
+        return DraftTensors(tokens, states, sequences.lookup.logits if sequences.draws else None, token_map)
 
-    def _accept(self, part: _Part, proposal: Proposal, hidden: Tensor) -> Tensor:
+    def _accept(self, part: _Part, proposal: DraftTensors, hidden: Tensor) -> Tensor:
         """Accept draft tokens by the states ``hidden`` [B, K + 1, D] after the last layer.
 
         A lookup draft is drawn from a distribution of one token. So where tokens are drawn, it is accepted with the
@@ -491,7 +493,7 @@ class SpecStep:
         sequences.set_last_token(token)
         return torch.column_stack([accepted, token, drafts])
 
-    def _accept_from_logits(self, part: _Part, proposal: Proposal, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _accept_from_logits(self, part: _Part, proposal: DraftTensors, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Accept by processed logits: the result has their distribution, whatever the draft tokens were drawn from."""
         sequences, drafts, pipeline = part.sequences, proposal.tokens, self._pipeline
         assert pipeline is not None

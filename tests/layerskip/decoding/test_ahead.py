@@ -139,7 +139,8 @@ def step(session: Session, card: FakeCard) -> list:
 
 @pytest.mark.parametrize("end", ["cancel", "remove"])
 def test_a_slot_goes_to_another_request_while_a_round_of_the_old_one_is_under_way(card, end):
-    session, prompts = decoder_of().open_session(2, max_seq_len=60), [prompt_of(5, index) for index in range(4)]
+    session = decoder_of().open_session(2, max_seq_len=60, prompt_tokens_per_step=None)  # whatever the clock says
+    prompts = [prompt_of(5, index) for index in range(4)]
     ids = [session.add(prompt, 30, eos_token_id=[]) for prompt in prompts]
     got: dict[int, list[int]] = {one: [] for one in ids}
     for turn in range(40):
@@ -244,7 +245,9 @@ class TestTheEndOfTheCache:
         with torch.inference_mode(False):
             cache = decoder.model.decoder.new_cache(1, self.CAPACITY)
         length = self.CAPACITY - most - 1
-        session = Session(decoder.model, cache, decoder.defaults, length, most, graphs=graphs_on(card))
+        session = Session(
+            decoder.model, cache, decoder.defaults, decoder.controller, length, most, graphs=graphs_on(card)
+        )
         session.add(prompt_of(5), length - 5, eos_token_id=[])
         tokens = []
         while len(session):
@@ -262,7 +265,7 @@ class TestTheEndOfTheCache:
         assert tokens == alone(prompt_of(5), len(tokens), upper)
 
     def test_a_round_that_would_is_noticed(self, monkeypatch):
-        monkeypatch.setattr(Batch, "runs_ahead", property(lambda batch: batch.requests[0].sequence.remaining > 1))
+        monkeypatch.setattr(Batch, "runs_ahead", property(lambda batch: batch.requests[0].remaining > 1))
         with pytest.raises(AssertionError, match="behind the end of the cache"):
             self.run(monkeypatch, "silent")
 
@@ -308,11 +311,12 @@ def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(card, monkey
     plans, read = itertools.cycle([Choice(decoder.exit_layer, count) for count in counts]), []
     monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
 
-    def noted(*args: Any, read_: Any = batch.read_draft_layers) -> None:
-        read.append(args[-2:])
+    def noted(*args: Any, read_: Any = batch.catch_up_draft_layers) -> None:
+        *_, request, end = args
+        read.append((request.num_draft_cached, end))
         read_(*args)
 
-    monkeypatch.setattr(batch, "read_draft_layers", noted)
+    monkeypatch.setattr(batch, "catch_up_draft_layers", noted)
     with InOrder(card):
         out = decoder.generate(prompt_of(5), 40, eos_token_id=[])
     assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
@@ -330,7 +334,7 @@ def test_another_choice_of_the_controller_takes_effect(card, monkeypatch):
 
     def noted(batch: Batch, read_: Any = Batch.read) -> Any:
         launched, results = read_(batch)
-        read.append(Choice(launched.exit_layer, launched.num_speculations))
+        read.append(Choice(batch.kind.exit_layer, launched.num_speculations))
         return launched, results
 
     monkeypatch.setattr(Batch, "read", noted)

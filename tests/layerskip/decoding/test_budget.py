@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from layerskip.decoding.scheduler import LONGEST_STEP, PromptBudget, TimeBudget, TokenBudget, prompt_budget
+from layerskip.decoding.scheduler import LONGEST_STEP, TimeBudget, TokenBudget, prefill_budget
 
 DEPTH, PASS = 30, 256  # layers; the most tokens of a pass
 
@@ -35,12 +35,12 @@ MACHINES = {
 }
 
 
-def step(budget: PromptBudget, machine: Machine, rounds: float | None = None, noise=lambda: 1.0) -> tuple[float, int]:
+def step(budget: TokenBudget, machine: Machine, rounds: float | None = None, noise=lambda: 1.0) -> tuple[float, int]:
     """One step of a session with prompts enough; what it took, and how many tokens it read."""
     taken = (machine.rounds if rounds is None else rounds) * noise()
     budget.begin_step(taken)
     read = 0
-    while most := budget.next_pass(DEPTH):
+    while most := budget.next_chunk(DEPTH):
         tokens = min(most, PASS)
         seconds = machine.pass_of(tokens) * noise()
         budget.spend(tokens, DEPTH, seconds)
@@ -138,29 +138,29 @@ def test_a_step_without_rounds_ends_with_the_request_that_it_starts():
     budget = TimeBudget()
     budget.begin_step(None)
     budget.spend(16, DEPTH, 1.0)  # nothing ran, so nobody asked
-    assert budget.next_pass(DEPTH) == 0
+    assert budget.next_chunk(DEPTH) == 0
 
 
 def test_a_step_of_no_time_reads_a_token():
     budget = TimeBudget()
     budget.begin_step(0.0)  # of a clock that ticks slowly
-    assert budget.next_pass(DEPTH) == 1
+    assert budget.next_chunk(DEPTH) == 1
     budget.spend(1, DEPTH, 0.0)
     budget.begin_step(0.0)
-    assert budget.next_pass(DEPTH) == 1
+    assert budget.next_chunk(DEPTH) == 1
 
 
 def test_a_bound_in_tokens_does_not_look_at_the_time():
     for given, most in ((7, 7), (None, sys.maxsize)):
-        budget = prompt_budget(given)
-        assert isinstance(budget, TokenBudget)
+        budget = prefill_budget(given)
+        assert type(budget) is TokenBudget
         budget.spend(5, DEPTH, 1.0)
         for rounds in (None, 1e-9, 1e9):
             budget.begin_step(rounds)
-            assert budget.next_pass(DEPTH) == most
-    budget = prompt_budget(7)
+            assert budget.next_chunk(DEPTH) == most
+    budget = prefill_budget(7)
     budget.begin_step(1.0)
     budget.spend(5, DEPTH, 1.0)
-    assert budget.next_pass(DEPTH) == 2
+    assert budget.next_chunk(DEPTH) == 2
     budget.spend(5, DEPTH, 1.0)  # a pass may be longer than was asked for
-    assert budget.next_pass(DEPTH) == 0
+    assert budget.next_chunk(DEPTH) == 0

@@ -281,7 +281,7 @@ def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
 
     monkeypatch.setattr(Batch, "read", timed)
     cache = decoder.model.decoder.new_cache(1, 256)
-    session = Session(decoder.model, cache, decoder.defaults, 240, 12, clock=clock)
+    session = Session(decoder.model, cache, decoder.defaults, decoder.controller, 240, 12, clock=clock)
     for _ in range(2):  # the first time it finds out
         started = clock.now
         choices.clear()

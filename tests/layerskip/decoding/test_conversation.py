@@ -212,7 +212,7 @@ def test_whatever_comes_and_goes_every_request_gets_its_own_tokens(decoder, seed
         if len(options) == 10 and not len(session):
             break
     assert len(done) == 10
-    assert len(session._slots.free) + len(session.kept) == slots
+    assert len(session._scheduler.free_slots) + len(session.kept) == slots
     for one, output in done.items():
         expected = scratch(decoder, wholes[one], 12, **options[one])
         got = output.new_tokens[0].tolist()

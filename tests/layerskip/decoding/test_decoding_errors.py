@@ -9,7 +9,9 @@ from tiny import LAYERS, ROUND, VOCABULARY, generous, prompt_of, requires_native
 
 import layerskip_kernels
 from layerskip import SamplingParams, SelfSpeculativeDecoder
-from layerskip.decoding.request import Ending, TokenSequence
+from layerskip.decoding.adaptive import AcceptanceRates
+from layerskip.decoding.request import Request, RequestOptions
+from layerskip.models import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,17 +190,24 @@ def test_weights_that_are_assigned_are_used():
     assert decoder.model.decoder.layer_weights(0, 1)[1] is decoder.model.decoder.layers[0]["q"]
 
 
+def begun_request() -> Request:
+    """A request whose first token is 3; the token 7 ends it."""
+    options, acceptance = RequestOptions(exit_layer=1, num_speculations=4), AcceptanceRates({})
+    model = adapt(tiny_model())
+    request = Request(0, model, options, prompt_of(5), 8, SamplingParams(), 0, acceptance, frozenset({7}))
+    request.emit(3)
+    return request
+
+
 def test_what_follows_a_stop_token_inside_a_round_is_no_error():
     """Autoregressive decoding would never have come there."""
-    sequence = TokenSequence(prompt_of(5), Ending(8, frozenset({7})))
-    sequence.add([], 0, 3)
-    sequence.add([4, 7, 5, 6], 3, -1, fault="logits that are not finite")
-    assert sequence.reason == "eos"
-    assert sequence.output().new_tokens.tolist() == [[3, 4, 7]]
+    request = begun_request()
+    request.emit_round([4, 7, 5, 6], 3, -1, exit_layer=1, fault="logits that are not finite")
+    assert request.reason == "eos"
+    assert request.output().new_tokens.tolist() == [[3, 4, 7]]
 
 
 def test_a_fault_that_would_be_emitted_is_an_error():
-    sequence = TokenSequence(prompt_of(5), Ending(8, frozenset({7})))
-    sequence.add([], 0, 3)
+    request = begun_request()
     with pytest.raises(FloatingPointError, match="not finite"):
-        sequence.add([4, 5, 6, 6], 2, -1, fault="logits that are not finite")
+        request.emit_round([4, 5, 6, 6], 2, -1, exit_layer=1, fault="logits that are not finite")

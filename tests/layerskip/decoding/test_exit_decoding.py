@@ -16,9 +16,10 @@ from helpers import tiny_tokenizer
 from tiny import ARCHITECTURES, prompt_of, requires_native, tiny_model
 
 from layerskip import Conversation, DraftHead, SelfSpeculativeDecoder
+from layerskip.decoding import scheduler
 from layerskip.decoding.adaptive import Choice, Controller
 from layerskip.decoding.batch import Batch
-from layerskip.decoding.scheduler import PromptReader
+from layerskip.decoding.scheduler import ChunkedPrefill
 from layerskip.decoding.spec_step import NOT_DRAFTED
 from layerskip.models import adapt
 
@@ -46,11 +47,11 @@ class Watched:
         run = Batch.run
 
         def watched(batch):
-            before = [one.tokens + one.sequence.tokens for one in batch.requests]
-            looked_up = [one.looked_up is not None for one in batch.requests]
+            before = [one.all_tokens for one in batch.requests]
+            looked_up = [one.lookup_drafts is not None for one in batch.requests]
             for one in batch.requests:  # what rejected drafts left there must not stand for what was never written
                 for half in (batch._cache.k, batch._cache.v):
-                    half[:, one.slot, :, one.sequence.position :] = torch.nan
+                    half[:, one.slot, :, one.position :] = torch.nan
             launched, results = run(batch)
             if batch.kind.speculative:
                 for tokens, looks_up, result in zip(before, looked_up, results, strict=True):
@@ -145,7 +146,7 @@ def test_prompts_in_pieces_and_several_in_one_pass(near, per_step):
 
 def test_prompts_that_torch_reads(near, monkeypatch):
     hf_model, decoder, watched = near
-    monkeypatch.setattr(PromptReader, "fused", False)
+    monkeypatch.setattr(ChunkedPrefill, "fused", False)
     monkeypatch.setattr("layerskip.decoding.scheduler.TORCH_ROWS", 16)
     out = decoder.generate([prompt_of(length, length)[0] for length in (40, 5)], 20)
     plain = SelfSpeculativeDecoder(hf_model, 1).generate(
@@ -199,14 +200,14 @@ def test_a_slot_survives_an_interrupt_while_draft_layers_catch_up(near, monkeypa
         looking_up.setattr(Controller, "choose_with_lookups", lambda *args, **named: (Choice(None, 0), [0]))
         first = session.add(prompt_of(10), 20, draft_source="auto", keep=True)
         tokens = finish(session)[first]
-    interrupts, read_draft_layers = [KeyboardInterrupt], PromptReader.read_draft_layers
+    interrupts, catch_up = [KeyboardInterrupt], scheduler.catch_up_draft_layers
 
     def interrupted(*args):
         if interrupts:
             raise interrupts.pop()
-        return read_draft_layers(*args)
+        return catch_up(*args)
 
-    monkeypatch.setattr(PromptReader, "read_draft_layers", interrupted)
+    monkeypatch.setattr(scheduler, "catch_up_draft_layers", interrupted)
     second = session.add(prompt_of(3, 1), 8, continue_from=first)
     with pytest.raises(KeyboardInterrupt):
         finish(session)
@@ -219,12 +220,12 @@ def test_an_exit_whose_first_draft_is_improbable_has_read(near, monkeypatch):
     """Nothing is drafted, yet its draft layers have run: there is nothing to catch up."""
     hf_model, decoder, _ = near
     reads = []
-    monkeypatch.setattr("layerskip.decoding.batch.read_draft_layers", lambda *args: reads.append(args))
+    monkeypatch.setattr("layerskip.decoding.batch.catch_up_draft_layers", lambda *args: reads.append(args))
     session = decoder.open_session(1)
     session.add(prompt_of(5), 20, draft_threshold=1.0)
     while len(session):
         updates = session.step()
-        assert all(request.behind == 0 for request in session._running.values())
+        assert all(request.draft_lag == 0 for request in session._scheduler.running.values())
     assert (updates[0].output.stats.drafted, reads) == (0, [])
     assert updates[0].output.new_tokens[0].tolist() == expected(hf_model, prompt_of(5), 20)
 

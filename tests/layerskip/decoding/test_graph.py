@@ -35,7 +35,7 @@ def tokens_of(decoder: SelfSpeculativeDecoder, slots: int, card: FakeCard | Grap
 def _tokens_of(decoder: SelfSpeculativeDecoder, slots: int, graphs: Graphs | None, **kwargs) -> list[list[int]]:
     with torch.inference_mode(False):
         cache = decoder.model.decoder.new_cache(slots, 64)
-    session = Session(decoder.model, cache, decoder.defaults, 48, 5, graphs=graphs)
+    session = Session(decoder.model, cache, decoder.defaults, decoder.controller, 48, 5, graphs=graphs)
     sampling = kwargs.pop("sampling", [None] * 3)
     limits, prompts = (9, 20, 13), [prompt_of(length, seed) for seed, length in enumerate((5, 9, 3))]
     emitted: dict[int, list[int]] = {}
@@ -125,7 +125,7 @@ def test_padding_leaves_a_prompt_alone_that_is_being_read(monkeypatch):
 
     for prompt in prompts:
         emitted[session.add(prompt, 40 if len(prompt[0]) < 12 else 20, eos_token_id=[])] = []
-        while len(prompt[0]) < 12 and len(session._running) < len(emitted):
+        while len(prompt[0]) < 12 and len(session._scheduler.running) < len(emitted):
             step()
     for _ in range(60):
         step()

@@ -16,7 +16,6 @@ from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_mo
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import spec_step as logits_module
 from layerskip.decoding.sampling import History, LogitsControls
-from layerskip.decoding.scheduler import read_prompt
 from layerskip.decoding.spec_step import NOT_DRAFTED, LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
 from layerskip.models import adapt
 
@@ -192,7 +191,8 @@ def sample(decoder: SelfSpeculativeDecoder, params: SamplingParams, first_seed: 
     """Continuations [BATCH, 3] of the prompt, all drawn in the same rounds, each from a seed of its own."""
     model, length = decoder.model, PROMPT.shape[1]
     cache = model.decoder.new_cache(BATCH, length + DEPTH + DRAFTS + 1)
-    hidden = read_prompt(model, cache, 0, PROMPT, cache.num_layers).expand(BATCH, -1)
+    seq_lens, slots = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    hidden = model.read(PROMPT, cache, draft_layers=True, seq_lens=seq_lens, slots=slots)[:, -1].expand(BATCH, -1)
     for half in (cache.k, cache.v):
         half[:, 1:] = half[:, :1]
     lengths, seeds = torch.full((BATCH,), length - 1), torch.arange(first_seed, first_seed + BATCH)

@@ -158,14 +158,14 @@ def test_a_prompt_that_cannot_be_read_ends_its_own_request(decoder, monkeypatch)
     given = session.step()[0].tokens
     session.add(prompt_of(5), 20)
     third = session.add(prompt_of(6), 20)
-    read, second = session._reader.read, 1
+    read, second = session._scheduler.prefill.run, 1
 
-    def failing(readings, most):
-        if any(reading.prompt.shape[1] == 5 for reading in readings):
+    def failing(requests, limit):
+        if any(len(request.prompt_tokens) == 5 for request in requests):
             raise RuntimeError("no memory")
-        return read(readings, most)
+        return read(requests, limit)
 
-    monkeypatch.setattr(session._reader, "read", failing)
+    monkeypatch.setattr(session._scheduler.prefill, "run", failing)
     last = {}
     while len(session):
         for update in session.step():

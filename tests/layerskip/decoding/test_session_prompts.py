@@ -169,13 +169,13 @@ def test_a_slot_is_free_again_whenever_a_request_is_cancelled(decoder, stage, en
     tokens = run(session)
     for request_id, seed in zip(later, (2, 3, 4), strict=True):
         assert tokens[request_id] == alone(decoder, prompt_of(30, seed), 5, eos_token_id=[])
-    slots = session._slots
-    assert sorted([*slots.free, *(request.slot for request in slots.kept.values())]) == [0, 1]
+    scheduler = session._scheduler
+    assert sorted([*scheduler.free_slots, *(one.slot for one in scheduler.retained.values())]) == [0, 1]
 
 
 def test_a_slot_that_is_lost_is_an_error_not_a_wait_without_end(decoder):
     session = decoder.open_session(1, max_seq_len=40)
-    session._slots.free.clear()
+    session._scheduler.free_slots.clear()
     session.add(prompt_of(4), 5)
     with pytest.raises(RuntimeError, match="1 requests wait, and no slot is free or in use"):
         session.step()
@@ -213,16 +213,16 @@ def test_an_interrupt_while_a_prompt_is_read_loses_nothing(decoder, monkeypatch)
     session.add(prompt_of(4), 40, eos_token_id=[])
     session.step()
     second = session.add(prompt_of(50, 1), 8, eos_token_id=[])
-    read, calls = session._reader.read, []
+    run_chunk, calls = session._scheduler.prefill.run, []
 
     def interrupted(*args):
-        done = read(*args)
+        done = run_chunk(*args)
         calls.append(1)
         if len(calls) in (2, 4):
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(session._reader, "read", interrupted)
+    monkeypatch.setattr(session._scheduler.prefill, "run", interrupted)
     tokens: dict[int, list[int]] = {}
     for _ in range(60):
         try:
