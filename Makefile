@@ -18,13 +18,14 @@ SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/arm tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm test-arm soak mutate lint format bench docs triton-report cuda cuda-report wheel hub clean
+.PHONY: help setup demo test test-all test-vllm test-arm soak mutate lint format bench docs triton-report cuda cuda-report wheel hub clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make setup   the virtual environment, the dependencies and the native kernels (the others do this by themselves)'
 	@echo 'make demo    decode a few prompts, autoregressively and self-speculatively, side by side'
-	@echo 'make test    run all tests'
+	@echo 'make test    run the tests: every op, backend and command, minutes'
+	@echo 'make test-all    run all tests, those marked slow included'
 	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
 	@echo 'make mutate  plant known bugs in a copy, one at a time, and see whether the tests catch them; hours'
 	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
@@ -45,6 +46,9 @@ demo: setup
 	$(BIN)/layerskip demo
 
 test: setup
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m 'not slow' $(PYTEST_ARGS)
+
+test-all: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 SOAK_MINUTES ?= 15

@@ -1,4 +1,4 @@
-"""Set-up of every test: Triton's interpreter where there is no card, one thread a worker under xdist, a time limit."""
+"""Set-up of every test: Triton's interpreter where there is no GPU, one thread a worker under xdist, a time limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .time_limit import SECONDS, SLOW_SECONDS, time_limit
+from .time_limit import SECONDS, time_limit
 
 if not torch.cuda.is_available():
     # Read by triton when it is first imported, so it must be set before any test module is.
@@ -24,8 +24,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Bound the time of a test; a slot that is lost, say, would otherwise hang the suite."""
-    with time_limit(SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS):
+    """Bound the time of a test, so that a hang does not end the suite."""
+    mark = item.get_closest_marker("time_limit")
+    with time_limit(mark.args[0] if mark else SECONDS):
         return (yield)
 
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS, SLOW_SECONDS = 900, 7200
+SECONDS = 900  # of a test without the mark `time_limit`
 AGAIN = 5.0  # seconds, after which a test is interrupted once more: hypothesis runs a failed example again
 
 

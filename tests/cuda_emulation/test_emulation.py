@@ -69,7 +69,7 @@ def test_dependent_launches(seed: int, arch: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_catches_a_read_before_the_wait(seed: int) -> None:
-    """On a card that has dependent launches; elsewhere the launch before has ended."""
+    """On a GPU that has dependent launches; elsewhere the launch before has ended."""
     x, y, out = torch.randn(64), torch.zeros(64), nans(64)
     with pytest.raises(EmulationError, match=r"double_kernel.* writes what a launch after it has read before its dep"):
         library("sample").call("chain", x, y, out, 64, True, writes=(y, out), seed=seed)

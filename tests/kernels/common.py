@@ -26,7 +26,7 @@ PATHS = ("reference", *ISAS)
 # eight spacings (2^-23), about what re-ordering a sum of 2048 products moves it by.
 TOLERANCES = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-10, torch.float16: 2.0**-13}
 
-MANY_ROWS = (49, 64, 100)  # the last, more than any kernel takes at a time: 48 on the CPU, 64 on cards
+MANY_ROWS = (49, 64, 100)  # the last, more than any kernel takes at a time: 48 on the CPU, 64 on GPUs
 
 
 @contextmanager

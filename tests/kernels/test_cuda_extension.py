@@ -30,7 +30,7 @@ def test_no_driver() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0)])
-def test_cards_that_a_full_build_serves(capability: tuple[int, int]) -> None:
+def test_gpus_that_a_full_build_serves(capability: tuple[int, int]) -> None:
     assert card_reason(ALL, capability, "cuda:0") is None
 
 
@@ -39,10 +39,10 @@ def test_cards_that_a_full_build_serves(capability: tuple[int, int]) -> None:
     [("80", (9, 0)), ("90a", (8, 0)), ("100a", (10, 3)), ("86", (8, 0)), ("compute_100", (9, 0)), ("90a", (10, 0)),
      ("compute_90a", (10, 0)), ("compute_100f", (12, 0)), ("80;90a", (12, 0))],
 )  # fmt: skip
-def test_cards_that_a_narrow_build_does_not_serve(archs: str, capability: tuple[int, int]) -> None:
+def test_gpus_that_a_narrow_build_does_not_serve(archs: str, capability: tuple[int, int]) -> None:
     number = "{}{}".format(*capability)
-    assert card_reason(CudaBuild(archs, 13000, 13000), capability, "cuda:1 (Card)") == (
-        f"cuda:1 (Card) has compute capability {capability[0]}.{capability[1]}, but the library was built for {archs}: "
+    assert card_reason(CudaBuild(archs, 13000, 13000), capability, "cuda:1 (GPU)") == (
+        f"cuda:1 (GPU) has compute capability {capability[0]}.{capability[1]}, but the library was built for {archs}: "
         f"rebuild with LAYERSKIP_CUDA_ARCHS={number}"
     )
 
@@ -55,22 +55,22 @@ def test_a_driver_compiles_no_ptx_of_a_newer_toolkit() -> None:
     assert "rebuild with LAYERSKIP_CUDA_ARCHS=120" in reason
 
 
-def test_a_card_that_is_too_old() -> None:
+def test_a_gpu_that_is_too_old() -> None:
     assert card_reason(ALL, (7, 5), "cuda:0 (T4)") == (
         "cuda:0 (T4) has compute capability 7.5, the CUDA kernels need 8.0"
     )
 
 
-def test_the_table_asks_for_the_card_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_asks_for_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "_cuda_build", lambda: ALL)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index == 0 else (7, 0))
     _extension.cuda_card_reason.cache_clear()
     supports = _extension._supports_cuda
     with FakeTensorMode():
         new, old = (torch.empty(1, device=f"cuda:{index}") for index in range(2))
     assert supports(new) is None
-    assert supports(old) == "cuda:1 (Card 1) has compute capability 7.0, the CUDA kernels need 8.0"
+    assert supports(old) == "cuda:1 (GPU 1) has compute capability 7.0, the CUDA kernels need 8.0"
     assert supports(torch.empty(1)) == "the tensors are on cpu"
     with FakeTensorMode():
         int8, int4 = (torch.empty(4, size, device="cuda:0", dtype=torch.uint8) for size in (34, 18))

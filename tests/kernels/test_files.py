@@ -35,4 +35,4 @@ def test_tuned_configurations_are_kept_there(monkeypatch: pytest.MonkeyPatch, tm
     from layerskip_kernels.triton import _config
 
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
-    assert _config.cache_file("A card/1") == tmp_path / f"triton-{__version__}-A-card-1.json"
+    assert _config.cache_file("A GPU/1") == tmp_path / f"triton-{__version__}-A-GPU-1.json"

@@ -1,7 +1,7 @@
 """Models as transformers holds them once a quantizer's package has put its modules in: the same classes and tensors.
 
-The packages need a card, or are not there. The names of classes and tensors, and what their loading does to these, are
-those of gptqmodel 7.7, autoawq 0.2.9, compressed-tensors 0.20 and transformers 5.24.
+The packages need a GPU, or are not available. The names of classes and tensors, and what their loading does to these,
+are those of gptqmodel 7.7, autoawq 0.2.9, compressed-tensors 0.20 and transformers 5.24.
 """
 
 from __future__ import annotations

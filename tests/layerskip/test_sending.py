@@ -1,6 +1,6 @@
-"""A round has one place where the host waits for a card, wherever its drafts come from.
+"""A round has one place where the host waits for a GPU, wherever its drafts come from.
 
-There is no card here: the CPU is taken for one by the name "cuda", and what would wait there is counted.
+There is no GPU here: the CPU is taken for one by the name "cuda", and what would wait there is counted.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cards import FakeCard, FakeEvent, graphs_on
 from exits_of import copied_exit
+from gpus import FakeEvent, FakeGPU, graphs_on
 from tiny import prompt_of, requires_native, tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -26,34 +26,34 @@ READS = {Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.nonzero, T
          Tensor.__float__, Tensor.__index__, torch.nonzero, torch.equal, torch.allclose, Tensor.new_tensor}  # fmt: skip
 
 
-def on_card(value: Any) -> bool:
+def on_gpu(value: Any) -> bool:
     return value is not None and not isinstance(value, Tensor) and str(value).startswith("cuda")
 
 
 class Waits(TorchFunctionMode):
-    """Counts what would wait for the card, but for what the card itself does."""
+    """Counts what would wait for the GPU, but for what the GPU itself does."""
 
-    def __init__(self, card: FakeCard | None = None) -> None:
+    def __init__(self, gpu: FakeGPU | None = None) -> None:
         super().__init__()
-        self._card, self._pinned = card, set[int]()
+        self._gpu, self._pinned = gpu, set[int]()
         self.seen: list[str] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self._card is not None and self._card.busy:
+        if self._gpu is not None and self._gpu.busy:
             return func(*args, **kwargs)
         if func is Tensor.pin_memory:
             self._pinned.add(args[0].data_ptr())
             return args[0]
-        if func in READS or (func is torch.tensor and on_card(kwargs.get("device"))):
+        if func in READS or (func is torch.tensor and on_gpu(kwargs.get("device"))):
             self.seen.append(func.__name__)
-        copies = func is Tensor.to and any(map(on_card, (*args, *kwargs.values())))
+        copies = func is Tensor.to and any(map(on_gpu, (*args, *kwargs.values())))
         if copies and not (kwargs.get("non_blocking") and args[0].data_ptr() in self._pinned):
             self.seen.append("to")
         if func in (Tensor.__getitem__, Tensor.__setitem__) and looks(args[1]):
             self.seen.append(func.__name__)
-        args = [torch.device("cpu") if on_card(one) else one for one in args]
-        return func(*args, **{name: "cpu" if on_card(one) else one for name, one in kwargs.items()})
+        args = [torch.device("cpu") if on_gpu(one) else one for one in args]
+        return func(*args, **{name: "cpu" if on_gpu(one) else one for name, one in kwargs.items()})
 
 
 def looks(index: Any) -> bool:
@@ -92,17 +92,17 @@ SAMPLING = {
 def test_a_round_waits_once(monkeypatch, sources, kind):
     """With lookup drafts, with drafts of an exit with draft layers, with both, and whatever the clock favours."""
     model, hf_model = models.adapt(tiny_model(upper="weak")), tiny_model(upper="weak")
-    decoder, card = SelfSpeculativeDecoder(hf_model, 1, 3, exit=copied_exit(model, 1, 1)), FakeCard()
+    decoder, gpu = SelfSpeculativeDecoder(hf_model, 1, 3, exit=copied_exit(model, 1, 1)), FakeGPU()
     cache = decoder.model.decoder.new_cache(2, 128)
-    session = Session(decoder.model, cache, decoder.defaults, decoder.controller, 96, 12, graphs=graphs_on(card))
+    session = Session(decoder.model, cache, decoder.defaults, decoder.controller, 96, 12, graphs=graphs_on(gpu))
     for row, source in enumerate(sources):
         prompt = prompt_of(6, row).repeat(1, 3)
         session.add(prompt, 60, draft_source=source, sampling=SAMPLING[kind], eos_token_id=[])
     session.step()
-    waits, reached = Waits(card), FakeEvent.synchronize
+    waits, reached = Waits(gpu), FakeEvent.synchronize
 
     def synchronize(event: FakeEvent) -> None:
-        if event.card is card:  # not one of another test, whose graphs are collected now
+        if event.gpu is gpu:  # not one of another test, whose graphs are collected now
             waits.seen.append("event")
         reached(event)
 
@@ -129,10 +129,10 @@ class Four(DraftSource):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["greedy", "drawn"])
-def test_a_card_is_not_waited_for_but_by_the_event(kind):
-    """torch raises where an op waits for the card; the event is not one."""
+def test_a_gpu_is_not_waited_for_but_by_the_event(kind):
+    """torch raises where an op waits for the GPU; the event is not one."""
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA card")
+        pytest.skip("needs a GPU")
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak").to("cuda"), 1, 3, draft_source=Four())
     session = decoder.open_session(1, max_seq_len=96)
     session.add(prompt_of(6), 60, sampling=SAMPLING[kind], eos_token_id=[])

@@ -24,10 +24,11 @@ Run = subprocess.CompletedProcess[str]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of them are slow, and share one build, so one worker of xdist should run them."""
+    """Mark all tests here slow; they share one build, so one worker of xdist runs them."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.time_limit(7200))
             item.add_marker(pytest.mark.xdist_group("packaging"))
 
 

@@ -119,7 +119,7 @@ def test_cuda_without_sources(tree: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize(("choice", "built"), [(None, True), ("1", True), ("0", False)])
 def test_cuda(tree: Path, choice: str | None, built: bool) -> None:
-    """nvcc alone decides: neither a card nor a CUDA build of torch is needed to compile."""
+    """nvcc alone decides: neither a GPU nor a CUDA build of torch is needed to compile."""
     (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
     succeeded(build(tree, LAYERSKIP_CUDA=choice, LAYERSKIP_CUDA_ARCHS="80"))
     assert (tree / "layerskip_kernels/_cuda.abi3.so").exists() == built

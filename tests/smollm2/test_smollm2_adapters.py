@@ -19,7 +19,7 @@ TOKENS_A_ROUND = {  # at least; the stock model gives 1.0 to 1.1
     "smollm2-layerskip-coding": 1.2,
 }
 
-pytestmark = [pytest.mark.slow, requires_weights]
+pytestmark = [pytest.mark.slow, pytest.mark.time_limit(7200), requires_weights]
 
 
 def test_every_adapter_is_shown_and_tested():

@@ -55,7 +55,11 @@ def only(found: dict[str, object], part: str) -> object:
     return found[name]
 
 
-needs_compiler = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+needs_compiler = [
+    pytest.mark.slow,
+    pytest.mark.time_limit(7200),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 BF16 = "I13__nv_bfloat16"
 PLAIN = BF16 + "S1_"  # the type of x and that of the weights
 ONE = PLAIN + "Li1E"  # group of 16 rows of x

@@ -1,6 +1,6 @@
-"""The CUDA kernels, emulated on the CPU or on a card, called as the public ops are.
+"""The CUDA kernels, emulated on the CPU or on a GPU, called as the public ops are.
 
-A test that takes the fixture ``ops`` runs on both: emulated in every suite, on a card with the mark ``gpu``. Tensors
+A test that takes the fixture ``ops`` runs on both: emulated in every suite, on a GPU with the mark ``gpu``. Tensors
 come from the CPU and go back to it; what an op writes in place is written in place.
 """
 
@@ -36,7 +36,7 @@ class Emulated(EmulatedLayers):
     seed : int
         Of the order in which blocks and threads run.
     arch : {80, 90}
-        The card that is emulated.
+        The GPU that is emulated.
     """
 
     def __init__(self, seed: int = 0, arch: int = 90) -> None:
@@ -188,20 +188,20 @@ class _Model:
         return out, [_void(batch, width, like=dtype), partial]
 
 
-def _on_card(arg: Any) -> Any:
+def _to_gpu(arg: Any) -> Any:
     if isinstance(arg, (list, tuple)):
-        return [_on_card(one) for one in arg]
+        return [_to_gpu(one) for one in arg]
     return arg.cuda() if isinstance(arg, Tensor) else arg
 
 
-class Card:
-    """The ops of the library on a card, by its backend "cuda"."""
+class GPU:
+    """The ops of the library on a GPU, by its backend "cuda"."""
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         schema = getattr(torch.ops.layerskip, op).default._schema
 
         def call(*args: Any) -> Any:
-            moved = [_on_card(arg) for arg in args]
+            moved = [_to_gpu(arg) for arg in args]
             with lk.use_backend("cuda"):
                 out = run(op, *moved)
             for arg, there, known in zip(args, moved, schema.arguments, strict=False):
@@ -212,4 +212,4 @@ class Card:
         return call
 
 
-Ops = Emulated | Card
+Ops = Emulated | GPU

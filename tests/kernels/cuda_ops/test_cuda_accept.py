@@ -118,6 +118,6 @@ def test_the_first_token_has_the_target_as_its_distribution(ops: Ops) -> None:
 
 
 @pytest.mark.parametrize("subset", [0, 37])
-def test_schedules_and_cards_agree(emulated: type[Emulated], subset: int) -> None:
+def test_schedules_and_architectures_agree(emulated: type[Emulated], subset: int) -> None:
     for seed, arch in ((1, 90), (2, 80), (3, 80)):
         same(emulated(seed, arch), "accept_sampled", accept_sampled_ref, problem(3, 4, 4200, subset))

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.rounds` and `benchmarks.sanitize` that a machine without a card can run."""
+"""The parts of `benchmarks.rounds` and `benchmarks.sanitize` that a machine without a GPU can run."""
 
 from __future__ import annotations
 

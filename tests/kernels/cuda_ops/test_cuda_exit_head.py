@@ -202,8 +202,8 @@ def test_a_view_of_wider_rows(ops: Ops) -> None:
 
 @pytest.mark.parametrize("head", ["full", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_schedules_and_cards_agree(emulated: type[Emulated], dtype: torch.dtype, head: str) -> None:
-    """In any order of threads and blocks, and on a card without dependent launches and with less shared memory."""
+def test_schedules_and_architectures_agree(emulated: type[Emulated], dtype: torch.dtype, head: str) -> None:
+    """In any order of threads and blocks, and on a GPU without dependent launches and with less shared memory."""
     args = [*arguments(dtype, 10, 300, 130, head), *sampling(10)]
     expected = emulated().exit_head(*args)
     for seed, arch in ((1, 90), (2, 80), (3, 80)):

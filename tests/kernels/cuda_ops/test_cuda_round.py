@@ -218,7 +218,7 @@ def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype, num_draft_
             assert_same_bits(alone[name][:, b, :, written], drafted[name][: SIZES["L"], b, :, written])
 
 
-def test_schedules_and_cards_agree(emulated: type[Emulated]) -> None:
+def test_schedules_and_architectures_agree(emulated: type[Emulated]) -> None:
     expected = emulated().speculative_round(*args_of("speculative_round", torch.bfloat16, True).values())
     for seed, arch in ((1, 90), (2, 80)):
         out = emulated(seed, arch).speculative_round(*args_of("speculative_round", torch.bfloat16, True).values())

@@ -1,4 +1,4 @@
-"""``cases/`` runs in triton's interpreter, which the suite's conftest turns on where there is no card, or on a card
+"""``cases/`` runs in triton's interpreter, which the suite's conftest turns on where there is no GPU, or on a GPU
 (then with the mark ``gpu``). ``compiled/`` needs the interpreter off: `test_triton_compiled` gives it its own process.
 
 This folder is not called "triton": pytest puts its parent on sys.path, where it would pass for an absent triton.

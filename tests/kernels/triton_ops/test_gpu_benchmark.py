@@ -1,4 +1,4 @@
-"""The parts of ``python -m benchmarks.gpu`` that a machine without a card can run."""
+"""The parts of ``python -m benchmarks.gpu`` that a machine without a GPU can run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import gpu, gpu_before, gpu_model
 TINY = gpu_model.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)
 
 
-def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == gpu.NO_CARD
     assert "No CUDA card" in capsys.readouterr().err
@@ -46,7 +46,7 @@ def test_a_round_gives_what_steps_give(drawn: bool) -> None:
 
 
 def test_every_case_of_sampling_and_decoding_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the stop-watch, which needs a card, replaced by one call."""
+    """With the stop-watch, which needs a GPU, replaced by one call."""
     monkeypatch.setattr(gpu, "milliseconds", lambda run: run() is not None)
     monkeypatch.setattr(gpu, "BACKENDS", ("cuda", "reference"))
     model = gpu_model.Model(TINY, "cpu", torch.float32)

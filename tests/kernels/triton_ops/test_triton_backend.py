@@ -57,13 +57,13 @@ def test_packed_weights_that_are_not_served() -> None:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """A stand-in for a weight on a card, with an empty table beside it."""
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """A stand-in for a weight on a GPU, with an empty table beside it."""
     pytest.importorskip("triton")
     from layerskip_kernels.triton import _config
 
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card/1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU/1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(_config, "shared_limit", lambda index: 227 * 1024)
     _config._tuned.cache_clear()
@@ -73,32 +73,32 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     _config._tuned.cache_clear()
 
 
-def test_tuning_keeps_the_fastest_on_disk(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_keeps_the_fastest_on_disk(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     from layerskip_kernels.triton import _config
 
     tried: list[_config.Config] = []
     monkeypatch.setattr(_config, "_fastest", lambda op, run, limit: [run(config) for config in _config.SPACE][5])
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
-    assert _config.pick("linear", card, 1, lambda config: tried.append(config) or config) == _config.SPACE[5]
+    assert _config.pick("linear", gpu, 1, lambda config: tried.append(config) or config) == _config.SPACE[5]
     assert tried == list(_config.SPACE)
     _config._tuned.cache_clear()  # as a new process would find it
     monkeypatch.delenv("LAYERSKIP_AUTOTUNE")
-    assert _config.pick("linear", card, 1, lambda config: pytest.fail("ran again")) == _config.SPACE[5]
+    assert _config.pick("linear", gpu, 1, lambda config: pytest.fail("ran again")) == _config.SPACE[5]
     from triton import __version__
 
-    assert _config.cache_file("A card/1").name == f"triton-{__version__}-A-card-1.json"
+    assert _config.cache_file("A GPU/1").name == f"triton-{__version__}-A-GPU-1.json"
 
 
-def test_a_prompt_that_comes_first_tunes_nothing(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_comes_first_tunes_nothing(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     from layerskip_kernels.triton import _config
 
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
-    chosen = _config.pick("linear", card, 17, lambda config: pytest.fail("timed a prompt"))
-    assert chosen == _config.default("linear", card)
+    chosen = _config.pick("linear", gpu, 17, lambda config: pytest.fail("timed a prompt"))
+    assert chosen == _config.default("linear", gpu)
 
 
 @pytest.mark.parametrize("limit", [99 * 1024, 64 * 1024])
-def test_small_cards_get_what_fits(limit: int, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_gpus_get_what_fits(limit: int, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """sm_86, 89 and 120 have 99 KiB of shared memory a block, gfx942 64: no configuration is tried that exceeds it."""
     from layerskip_kernels.triton import _config
 
@@ -107,24 +107,24 @@ def test_small_cards_get_what_fits(limit: int, card: SimpleNamespace, monkeypatc
     monkeypatch.setattr(_config.triton.testing, "do_bench", lambda run, **options: (run(), float(len(timed)))[1])
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
     for op in ("linear", "qkv", "swiglu", "exit_head"):
-        assert _config.shared_bytes(op, _config.default(op, card)) <= limit
-        _config.pick(op, card, 1, timed.append)
+        assert _config.shared_bytes(op, _config.default(op, gpu)) <= limit
+        _config.pick(op, gpu, 1, timed.append)
         assert timed
         assert all(_config.shared_bytes(op, config) <= limit for config in timed)
         assert op != "swiglu" or len(timed) < len(_config.SPACE)
         timed.clear()
 
 
-def test_nothing_is_tuned_while_a_graph_is_captured(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_tuned_while_a_graph_is_captured(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     from layerskip_kernels.triton import _config
 
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    chosen = _config.pick("linear", card, 1, lambda config: pytest.fail("ran in a capture"))
-    assert chosen == _config.default("linear", card)
+    chosen = _config.pick("linear", gpu, 1, lambda config: pytest.fail("ran in a capture"))
+    assert chosen == _config.default("linear", gpu)
 
 
-def test_a_card_is_told_once_that_the_kernels_are_unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_told_once_that_the_kernels_are_unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless they were asked for."""
     monkeypatch.setattr(triton, "device_of", lambda args: torch.device("cuda"))
     monkeypatch.setattr(triton, "import_module", lambda *name: SimpleNamespace(rms_norm=lambda *args: "served"))

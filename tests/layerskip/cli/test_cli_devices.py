@@ -1,4 +1,4 @@
-"""``--device``: what it stands for, that models go there, that training takes one; on a card that all commands run."""
+"""``--device``: what it stands for, that models go there, that training takes one; on a GPU that all commands run."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("
 
 
 @pytest.fixture
-def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
-def two_cards(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """Torch says that there are two; gives which one is current, in the end of a list."""
     current = [FIRST]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {torch.device(device).index}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {torch.device(device).index}")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(torch.device(device)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index)
     return current
 
 
 class TestFind:
-    def test_without_a_card(self, no_card: None) -> None:
+    def test_without_a_gpu(self, no_gpu: None) -> None:
         assert devices.find("auto") == devices.find("cpu") == CPU
         for name in ("cuda", "cuda:0", "cuda:3"):
             with pytest.raises(ValueError, match=rf"the device {name} is not there: torch .* sees no card"):
                 devices.find(name)
 
-    def test_with_two(self, two_cards: list[torch.device]) -> None:
+    def test_with_two(self, two_gpus: list[torch.device]) -> None:
         assert devices.find("cpu") == CPU
         assert devices.find("auto") == devices.find("cuda") == FIRST
         assert devices.find("cuda:1") == SECOND
-        with pytest.raises(ValueError, match=r"the device cuda:2 is not there: .* sees cuda:0 \(card 0\), cuda:1 \(ca"):
+        with pytest.raises(ValueError, match=r"the device cuda:2 is not there: .* sees cuda:0 \(GPU 0\), cuda:1 \(GP"):
             devices.find("cuda:2")
 
 
@@ -65,10 +65,10 @@ class TestOption:
             assert parse([command, "--device", "cuda:1", *needed.get(command, [])]).device == "cuda:1"
 
     @pytest.mark.parametrize(
-        ("name", "device", "told"), [("auto", FIRST, "computing on cuda:0 (card 0)\n"), ("cuda:1", SECOND, "")]
+        ("name", "device", "told"), [("auto", FIRST, "computing on cuda:0 (GPU 0)\n"), ("cuda:1", SECOND, "")]
     )
     def test_models_go_there_and_auto_says_where(
-        self, two_cards: list[torch.device], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+        self, two_gpus: list[torch.device], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
         name: str, device: torch.device, told: str,
     ) -> None:  # fmt: skip
         class Model:
@@ -82,7 +82,7 @@ class TestOption:
         assert args.device == device
         assert capsys.readouterr().err == told
 
-    def test_a_card_that_is_not_there(self, no_card: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_gpu_not_available(self, no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         model = str(save_tiny(tmp_path / "model"))
         (tmp_path / "pairs.jsonl").write_text('{"prompt": "w3", "completion": "w4"}\n')
         recipe = [
@@ -108,15 +108,15 @@ class TestTraining:
 
     @pytest.mark.parametrize("device", [FIRST, SECOND])
     def test_one_card_of_two(
-        self, two_cards: list[torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+        self, two_gpus: list[torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
     ) -> None:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         arguments = self.arguments(tmp_path, device)
         assert not arguments.use_cpu
-        assert (two_cards[-1], arguments.n_gpu) == (device, 1)
+        assert (two_gpus[-1], arguments.n_gpu) == (device, 1)
 
-    def test_under_torchrun_no_card_is_named(
-        self, two_cards: list[torch.device], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    def test_under_torchrun_no_gpu_is_named(
+        self, two_gpus: list[torch.device], tmp_path: Path, capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -127,7 +127,7 @@ class TestTraining:
         assert "--device cuda:1 is one card, under torchrun every process has its own" in capsys.readouterr().err
 
 
-def test_a_report_of_a_card_names_it() -> None:
+def test_a_report_of_a_gpu_names_it() -> None:
     settings = {"model": "m", "dtype": "bfloat16", "device": "cuda:1", "threads": 2, "layers": 4, "exit_layer": 1,
                 "num_speculations": 4, "draft_threshold": 0.0, "draft_source": "exit"}  # fmt: skip
     runs = [Run(0, 10, 1.0, 0.1)]
@@ -147,11 +147,11 @@ def test_the_bandwidth_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
-class TestCard:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+class TestGPU:
     @pytest.fixture(scope="class")
     def model(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        return str(save_tiny(tmp_path_factory.mktemp("card") / "model"))
+        return str(save_tiny(tmp_path_factory.mktemp("gpu") / "model"))
 
     @pytest.fixture
     def common(self, model: str, tmp_path: Path) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cards import FakeCard, InOrder, graphs_on
 from exits_of import copied_exit
+from gpus import FakeGPU, InOrder, graphs_on
 from tiny import ROUND, prompt_of, requires_native, tiny_model
 from tokenizers_of import KINDS
 
@@ -33,22 +33,22 @@ def decoder_of(upper: str = "weak", **options: Any) -> SelfSpeculativeDecoder:
 
 
 @pytest.fixture
-def card(monkeypatch) -> FakeCard:
+def gpu(monkeypatch) -> FakeGPU:
     """Decoders that are made from now on record their rounds."""
-    card = FakeCard()
-    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
-    return card
+    gpu = FakeGPU()
+    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(gpu))
+    return gpu
 
 
-def both(call: Callable[[SelfSpeculativeDecoder], Any], upper: str = "weak", **options: Any) -> tuple[Any, FakeCard]:
-    """What a call gives, without graphs and on a card, where it must be the same."""
+def both(call: Callable[[SelfSpeculativeDecoder], Any], upper: str = "weak", **options: Any) -> tuple[Any, FakeGPU]:
+    """What a call gives, without graphs and on a GPU, where it must be the same."""
     with pytest.MonkeyPatch.context() as patch:
         expected = call(decoder_of(upper, **options))
-        card = FakeCard()
-        patch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
-        with InOrder(card):
+        gpu = FakeGPU()
+        patch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(gpu))
+        with InOrder(gpu):
             assert call(decoder_of(upper, **options)) == expected
-    return expected, card
+    return expected, gpu
 
 
 def alone(prompt: torch.Tensor, count: int, upper: str = "weak", **options: Any) -> list[int]:
@@ -71,13 +71,13 @@ def test_a_rule_that_stops_at_every_token(upper, kind):
         def ends(tokens: list[int], length: int = length) -> bool:
             return len(tokens) == length
 
-        _, card = both(
+        _, gpu = both(
             lambda decoder: result(
                 decoder.generate(prompt_of(5), 30, should_stop=ends, sampling=SAMPLING[kind], eos_token_id=[])
             ),
             upper,
         )
-    assert card.most_unread == 2
+    assert gpu.most_unread == 2
 
 
 @pytest.mark.parametrize("kind", SAMPLING)
@@ -101,80 +101,80 @@ def test_every_number_of_tokens(kind, strategy):
 def test_a_batch_whose_sequences_end_in_different_rounds(upper, kind):
     prompts = [prompt_of(length, length)[0] for length in (3, 9, 5, 7, 4)]
     rules = [lambda tokens, end=end: len(tokens) == end for end in (4, 17, 9, 30, 5)]
-    _, card = both(
+    _, gpu = both(
         lambda decoder: result(
             decoder.generate(prompts, 20, should_stop=rules, sampling=SAMPLING[kind], eos_token_id=[])
         ),
         upper,
     )
-    assert card.most_unread == 2
+    assert gpu.most_unread == 2
 
 
 def test_no_round_is_launched_that_cannot_be_needed():
     """The first token comes with the prompt; of 10 the last one ends the sequence, and it is known before."""
     options = {"strategy": "autoregressive", "eos_token_id": []}
-    _, card = both(lambda decoder: result(decoder.generate(prompt_of(5), 10, **options)))
-    assert card.replays == 9
-    assert card.most_unread == 2
+    _, gpu = both(lambda decoder: result(decoder.generate(prompt_of(5), 10, **options)))
+    assert gpu.replays == 9
+    assert gpu.most_unread == 2
 
 
 def test_a_round_that_ran_ahead_counts_for_those_that_go_on():
     prompts, rules = [prompt_of(5)[0]] * 2, [lambda tokens: len(tokens) == 4, lambda tokens: False]
     options = {"strategy": "autoregressive", "eos_token_id": [], "should_stop": rules}
-    _, card = both(lambda decoder: result(decoder.generate(prompts, 10, **options)))
-    assert card.replays == 9
-    assert card.captures == 2  # of two sequences, and of one
+    _, gpu = both(lambda decoder: result(decoder.generate(prompts, 10, **options)))
+    assert gpu.replays == 9
+    assert gpu.captures == 2  # of two sequences, and of one
 
 
 def test_an_unforeseen_end_costs_one_round():
     options = {"strategy": "autoregressive", "eos_token_id": [], "should_stop": lambda tokens: len(tokens) == 4}
-    _, card = both(lambda decoder: result(decoder.generate(prompt_of(5), 10, **options)))
-    assert card.replays == 4
+    _, gpu = both(lambda decoder: result(decoder.generate(prompt_of(5), 10, **options)))
+    assert gpu.replays == 4
 
 
-def step(session: Session, card: FakeCard) -> list:
-    with InOrder(card):
+def step(session: Session, gpu: FakeGPU) -> list:
+    with InOrder(gpu):
         return session.step()
 
 
 @pytest.mark.parametrize("end", ["cancel", "remove"])
-def test_a_slot_goes_to_another_request_while_a_round_of_the_old_one_is_under_way(card, end):
+def test_a_slot_goes_to_another_request_while_a_round_of_the_old_one_is_under_way(gpu, end):
     session = decoder_of().open_session(2, max_seq_len=60, prompt_tokens_per_step=None)  # whatever the clock says
     prompts = [prompt_of(5, index) for index in range(4)]
     ids = [session.add(prompt, 30, eos_token_id=[]) for prompt in prompts]
     got: dict[int, list[int]] = {one: [] for one in ids}
     for turn in range(40):
-        for update in step(session, card):
+        for update in step(session, gpu):
             got[update.request_id] += update.tokens
         if turn == 3:
             getattr(session, end)(ids[0])
     assert len(session) == 0
-    assert card.most_unread == 2
+    assert gpu.most_unread == 2
     texts = [alone(prompt, 30) for prompt in prompts]
     assert [got[one] for one in ids[1:]] == texts[1:]
     assert 0 < len(got[ids[0]]) < 30
     assert got[ids[0]] == texts[0][: len(got[ids[0]])]
 
 
-def test_what_is_kept_and_continued(card):
+def test_what_is_kept_and_continued(gpu):
     """The round that ran ahead wrote behind the end of what is kept."""
     prompt, session = prompt_of(5), decoder_of().open_session(2, max_seq_len=60)
     first = session.add(prompt, 30, eos_token_id=[], should_stop=lambda tokens: len(tokens) == 6, keep=True)
     updates = []
     while len(session):
-        updates += step(session, card)
+        updates += step(session, gpu)
     more = [3, 1, 4]
     continued = session.add(more, 12, eos_token_id=[], continue_from=first)
     got: dict[int, list[int]] = {continued: [], session.add(prompt, 12, eos_token_id=[]): []}
     while len(session):
-        for update in step(session, card):
+        for update in step(session, gpu):
             got[update.request_id] += update.tokens
     text = torch.cat([updates[-1].output.sequences[0], torch.tensor(more)])
     for prompt_, tokens in zip((text, prompt[0]), got.values(), strict=True):
         assert tokens == alone(prompt_, 12)
 
 
-def test_interrupts(card):
+def test_interrupts(gpu):
     params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]
 
     def interrupted(tokens: list[int]) -> bool:
@@ -187,29 +187,29 @@ def test_interrupts(card):
     session.add(prompt_of(4), 24, should_stop=interrupted, sampling=params, eos_token_id=[])
     while len(session):
         with suppress(KeyboardInterrupt):
-            updates += step(session, card)
+            updates += step(session, gpu)
     assert not interrupts
     assert updates[-1].output.new_tokens[0].tolist() == alone(prompt_of(4), 24, sampling=params)
 
 
-def test_text_is_streamed_and_may_be_left(card):
+def test_text_is_streamed_and_may_be_left(gpu):
     tokenizer, pieces = KINDS["byte_level"](), []
     decoder, options = decoder_of(), {"tokenizer": tokenizer, "eos_token_id": []}
-    with InOrder(card):
+    with InOrder(gpu):
         whole = "".join(decoder.stream(prompt_of(7), 24, **options))
         for piece in decoder.stream(prompt_of(7), 24, **options):
             pieces.append(piece)
             if len(pieces) == 5:
                 break
         again = "".join(decoder.stream(prompt_of(7), 24, **options))
-    assert card.most_unread == 2
+    assert gpu.most_unread == 2
     assert whole == again
     assert whole.startswith("".join(pieces))
-    card.lazy = False
+    gpu.lazy = False
     assert whole == "".join(decoder.stream(prompt_of(7), 24, **options))
 
 
-def test_states_that_are_not_finite(card):
+def test_states_that_are_not_finite(gpu):
     """The round after one that gave no token runs all the same, and the other sequence gets its tokens."""
     prompts, model = [prompt_of(6, seed) for seed in range(2)], tiny_model(upper="silent")
     free = [alone(one, 16, "silent") for one in prompts]
@@ -220,7 +220,7 @@ def test_states_that_are_not_finite(card):
         session, got = SelfSpeculativeDecoder(model, 1, 3).open_session(2, max_seq_len=40), {}
         ids = [session.add(one, 16, eos_token_id=[], strategy=strategy) for one in prompts]
         while len(session):
-            for update in step(session, card):
+            for update in step(session, gpu):
                 got.setdefault(update.request_id, []).extend(update.tokens)
                 if update.finished:
                     assert (update.error is None) == (update.request_id == ids[1])
@@ -231,9 +231,9 @@ def test_states_that_are_not_finite(card):
 class TestTheEndOfTheCache:
     CAPACITY = 32
 
-    def run(self, monkeypatch, upper: str) -> tuple[list[int], FakeCard, list[int]]:
+    def run(self, monkeypatch, upper: str) -> tuple[list[int], FakeGPU, list[int]]:
         """Decode up to the very end of a cache; the furthest position that each round could write."""
-        decoder, card, ends = decoder_of(upper), FakeCard(), []
+        decoder, gpu, ends = decoder_of(upper), FakeGPU(), []
 
         def watched(*args: Any, **named: Any) -> layerskip_kernels.Round:
             ends.append(int(args[3].seq_lens.numpy().max()) + args[6])
@@ -246,21 +246,21 @@ class TestTheEndOfTheCache:
             cache = decoder.model.decoder.new_cache(1, self.CAPACITY)
         length = self.CAPACITY - most - 1
         session = Session(
-            decoder.model, cache, decoder.defaults, decoder.controller, length, most, graphs=graphs_on(card)
+            decoder.model, cache, decoder.defaults, decoder.controller, length, most, graphs=graphs_on(gpu)
         )
         session.add(prompt_of(5), length - 5, eos_token_id=[])
         tokens = []
         while len(session):
-            for update in step(session, card):
+            for update in step(session, gpu):
                 assert update.error is None
                 tokens += update.tokens
-        return tokens, card, ends
+        return tokens, gpu, ends
 
     @pytest.mark.parametrize("upper", UPPER)
     def test_no_round_writes_behind_it(self, monkeypatch, upper):
-        tokens, card, ends = self.run(monkeypatch, upper)
+        tokens, gpu, ends = self.run(monkeypatch, upper)
         assert max(ends) >= self.CAPACITY - 4
-        assert card.most_unread == 2
+        assert gpu.most_unread == 2
         monkeypatch.undo()
         assert tokens == alone(prompt_of(5), len(tokens), upper)
 
@@ -271,7 +271,7 @@ class TestTheEndOfTheCache:
 
 
 @pytest.mark.parametrize("kind", SAMPLING)
-def test_requests_that_come_and_go(card, kind):
+def test_requests_that_come_and_go(gpu, kind):
     """More requests than slots, of every length, some of another kind of round."""
     requests, session = [], decoder_of().open_session(3, max_seq_len=64)
     for index in range(10):
@@ -282,29 +282,29 @@ def test_requests_that_come_and_go(card, kind):
     ids = [session.add(prompt, count, **options) for prompt, count, options in requests]
     got: dict[int, list[int]] = {}
     while len(session):
-        for update in step(session, card):
+        for update in step(session, gpu):
             got.setdefault(update.request_id, []).extend(update.tokens)
-    assert card.most_unread >= 2
+    assert gpu.most_unread >= 2
     for one, (prompt, count, options) in zip(ids, requests, strict=True):
         assert got[one] == alone(prompt, count, **options)
 
 
-def test_the_controller_learns_what_the_card_took(card, monkeypatch):
+def test_the_controller_learns_what_the_gpu_took(gpu, monkeypatch):
     """Not how long the host waited, which had other work in the meantime. Greedy tokens do not depend on it."""
     decoder = decoder_of(exit_layer="auto", num_speculations="auto")
     seconds = []
     observe = decoder.controller.observe_cost
     monkeypatch.setattr(decoder.controller, "observe_cost", lambda *args: (seconds.append(args[2]), observe(*args)))
-    with InOrder(card):
+    with InOrder(gpu):
         out = decoder.generate(prompt_of(5), 40, eos_token_id=[])
     assert set(seconds) == {1.0}
     assert len(seconds) == out.stats.rounds
-    assert card.most_unread == 2
+    assert gpu.most_unread == 2
     assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
 
 
 @pytest.mark.parametrize(("counts", "catches_up"), [((3, 1), False), ((3, 3, 0), True), ((0, 2), True)])
-def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(card, monkeypatch, counts, catches_up):
+def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(gpu, monkeypatch, counts, catches_up):
     """A round ahead with another K: what draft layers have read is known, so drafts of an exact exit all hold."""
     model = tiny_model(upper="weak")
     decoder = SelfSpeculativeDecoder(model, num_speculations="auto", exit=copied_exit(adapt(model), 2, 2))
@@ -317,16 +317,16 @@ def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(card, monkey
         read_(*args)
 
     monkeypatch.setattr(batch, "catch_up_draft_layers", noted)
-    with InOrder(card):
+    with InOrder(gpu):
         out = decoder.generate(prompt_of(5), 40, eos_token_id=[])
     assert out.new_tokens[0].tolist() == alone(prompt_of(5), 40)
     assert out.stats.accepted == out.stats.drafted > 5
     assert bool(read) == catches_up
     assert sum(end - begin for begin, end in read) <= out.stats.rounds, "one token of each round without drafts"
-    assert card.most_unread == 2
+    assert gpu.most_unread == 2
 
 
-def test_another_choice_of_the_controller_takes_effect(card, monkeypatch):
+def test_another_choice_of_the_controller_takes_effect(gpu, monkeypatch):
     """Another K with the next launch, another E with another batch; what is under way counts all the same."""
     decoder, read = decoder_of(exit_layer="auto", num_speculations="auto"), []
     plans = itertools.cycle([Choice(1, 3)] * 3 + [Choice(1, 2)] * 3 + [Choice(2, 2)] * 3)
@@ -338,9 +338,9 @@ def test_another_choice_of_the_controller_takes_effect(card, monkeypatch):
         return launched, results
 
     monkeypatch.setattr(Batch, "read", noted)
-    with InOrder(card):
+    with InOrder(gpu):
         out = decoder.generate(prompt_of(5), 60, eos_token_id=[])
     assert out.new_tokens[0].tolist() == alone(prompt_of(5), 60)
-    assert card.captures == 3
-    assert card.replays - len(read) <= 1  # none was launched and not read, but the last
+    assert gpu.captures == 3
+    assert gpu.replays - len(read) <= 1  # none was launched and not read, but the last
     assert all(read.count(one) >= 4 for one in (Choice(1, 3), Choice(1, 2), Choice(2, 2)))

@@ -49,6 +49,7 @@ def real_prompts():
 @requires_native
 @requires_weights
 @pytest.mark.slow
+@pytest.mark.time_limit(7200)
 def test_smollm2_on_code_and_prose(smollm2):
     model, tokenizer = smollm2
     decoder = SelfSpeculativeDecoder(model, 24, 1)
@@ -70,6 +71,7 @@ def test_smollm2_on_code_and_prose(smollm2):
 @requires_native
 @requires_weights
 @pytest.mark.slow
+@pytest.mark.time_limit(7200)
 @pytest.mark.parametrize(
     "params", [SamplingParams(), SamplingParams(0.8, seed=5), SamplingParams(0.8, top_p=0.9, seed=5)]
 )

@@ -1,6 +1,6 @@
 """Rounds that are recorded and replayed: the same tokens, fixed addresses, nothing looked at on the host.
 
-There is no card here, so `FakeCard` stands in for it.
+There is no GPU here, so `FakeGPU` stands in for it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cards import FakeCard, InOrder, graphs_on
 from exits_of import copied_exit, random_exit
+from gpus import FakeGPU, InOrder, graphs_on
 from tiny import ROUND, prompt_of, requires_native, tiny_model
 from torch import Tensor
 
@@ -25,10 +25,10 @@ from layerskip.decoding.spec_step import LookupDrafts, SequenceTensors, SpecStep
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tokens_of(decoder: SelfSpeculativeDecoder, slots: int, card: FakeCard | Graphs | None, **kwargs) -> list[list[int]]:
+def tokens_of(decoder: SelfSpeculativeDecoder, slots: int, gpu: FakeGPU | Graphs | None, **kwargs) -> list[list[int]]:
     """What three requests of unequal length give, two of them at first, in a cache of ``slots``."""
-    graphs = graphs_on(card) if isinstance(card, FakeCard) else card
-    with InOrder(card) if isinstance(card, FakeCard) else nullcontext():
+    graphs = graphs_on(gpu) if isinstance(gpu, FakeGPU) else gpu
+    with InOrder(gpu) if isinstance(gpu, FakeGPU) else nullcontext():
         return _tokens_of(decoder, slots, graphs, **kwargs)
 
 
@@ -69,11 +69,11 @@ def test_the_same_tokens(slots, lazy, strategy, kind):
     if strategy == "with draft layers":
         strategy, exit_ = "self_speculative", copied_exit(models.adapt(model), 1, 2)
     decoder = SelfSpeculativeDecoder(model, exit_layer=1, num_speculations=3, exit=exit_)
-    card = FakeCard(lazy)
+    gpu = FakeGPU(lazy)
     given = {"strategy": strategy, "sampling": SAMPLING[kind]}
-    assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
-    assert card.replays > 2 * card.captures > 0
-    assert card.most_unread >= 2 if lazy else card.most_unread == 1
+    assert tokens_of(decoder, slots, gpu, **given) == tokens_of(decoder, slots, None, **given)
+    assert gpu.replays > 2 * gpu.captures > 0
+    assert gpu.most_unread >= 2 if lazy else gpu.most_unread == 1
 
 
 @requires_native
@@ -82,13 +82,13 @@ def test_the_same_tokens(slots, lazy, strategy, kind):
 @pytest.mark.parametrize("slots", [2, 5])
 def test_the_same_tokens_where_drafts_are_looked_up(slots, source, kind):
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
-    card = FakeCard()
+    gpu = FakeGPU()
     given = {"draft_source": source, "sampling": SAMPLING[kind]}
     if source == "auto":  # what it picks depends on clocks, and so do the draws
         given["sampling"] = SAMPLING["greedy"]
-    assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
-    assert card.captures > 1
-    assert card.most_unread == 1  # what is looked up depends on what was read
+    assert tokens_of(decoder, slots, gpu, **given) == tokens_of(decoder, slots, None, **given)
+    assert gpu.captures > 1
+    assert gpu.most_unread == 1  # what is looked up depends on what was read
 
 
 class AnyNumber(DraftSource):
@@ -102,24 +102,24 @@ class AnyNumber(DraftSource):
 @pytest.mark.parametrize("kind", SAMPLING)
 def test_few_rounds_are_recorded_of_any_number_of_drafts(kind):
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
-    card, given = FakeCard(), {"draft_source": AnyNumber(), "sampling": SAMPLING[kind]}
-    assert tokens_of(decoder, 3, card, **given) == tokens_of(decoder, 3, None, **given)
-    assert card.captures <= 3 * 3  # of one, two and three sequences, with 0, 4 and 8 drafts
+    gpu, given = FakeGPU(), {"draft_source": AnyNumber(), "sampling": SAMPLING[kind]}
+    assert tokens_of(decoder, 3, gpu, **given) == tokens_of(decoder, 3, None, **given)
+    assert gpu.captures <= 3 * 3  # of one, two and three sequences, with 0, 4 and 8 drafts
 
 
 @requires_native
 def test_padding_leaves_a_prompt_alone_that_is_being_read(monkeypatch):
     """Padding writes into free slots, and a slot whose prompt is half read is none."""
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
-    card = FakeCard()
-    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
+    gpu = FakeGPU()
+    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(gpu))
     session = decoder.open_session(4, max_seq_len=64, prompt_tokens_per_step=2)
     monkeypatch.undo()
     prompts = [prompt_of(length, length) for length in (5, 6, 7, 12)]
     emitted: dict[int, list[int]] = {}
 
     def step() -> None:
-        with InOrder(card):
+        with InOrder(gpu):
             for update in session.step():
                 emitted[update.request_id] += update.tokens
 
@@ -147,9 +147,9 @@ def test_every_round_of_a_graph_has_the_same_addresses(monkeypatch):
         return layerskip_kernels.speculative_round(*args, **named)
 
     monkeypatch.setattr(ROUND, watched)
-    card = FakeCard()
-    tokens_of(decoder, 5, card)
-    assert card.replays > 6
+    gpu = FakeGPU()
+    tokens_of(decoder, 5, gpu)
+    assert gpu.replays > 6
     assert sorted(seen) == [1, 2, 4]  # three requests are padded to four
     assert all(len(addresses) == 1 for addresses in seen.values())
 
@@ -167,7 +167,7 @@ def counted(sequences: SequenceTensors) -> Tensor:
 
 
 def test_sequences_go_in_and_stay_and_padding_goes_back():
-    graphs, sequences = graphs_on(FakeCard()), sequences_of(4)
+    graphs, sequences = graphs_on(FakeGPU()), sequences_of(4)
     for turn in (1, 2, 3):
         outcome, sequences = graphs.launch("kind", counted, sequences, 3)
         assert outcome.read()[:3] == [[7 + turn, 3 + 2 * turn]] * 3
@@ -181,8 +181,8 @@ def test_sequences_go_in_and_stay_and_padding_goes_back():
 
 
 def test_a_round_is_read_after_the_next_one_was_launched():
-    card = FakeCard()
-    graphs, sequences, outcomes = graphs_on(card), sequences_of(1), []
+    gpu = FakeGPU()
+    graphs, sequences, outcomes = graphs_on(gpu), sequences_of(1), []
     for _ in range(2):
         outcome, sequences = graphs.launch("kind", counted, sequences, 1)
         outcomes.append(outcome)
@@ -196,13 +196,13 @@ def test_a_round_is_read_after_the_next_one_was_launched():
 
 
 def test_another_stream_waits_for_the_last_round():
-    card = FakeCard()
-    graphs = graphs_on(card)
+    gpu = FakeGPU()
+    graphs = graphs_on(gpu)
     graphs.follow()
     outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
     graphs.follow()
     assert outcome.end.waits == []
-    card.current = "another stream"
+    gpu.current = "another stream"
     graphs.follow()
     graphs.follow()
     assert outcome.end.waits == ["another stream"]
@@ -212,7 +212,7 @@ def test_another_stream_waits_for_the_last_round():
 
 @pytest.mark.parametrize("way", ["dropped", "of other weights", "too many"])
 def test_what_lets_go_of_memory_waits_for_the_round_that_works_on_it(way):
-    graphs, weight = Graphs(FakeCard(), max_graphs=1), torch.ones(3)
+    graphs, weight = Graphs(FakeGPU(), max_graphs=1), torch.ones(3)
     graphs.hold([weight])
     outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
     assert outcome._host.tolist() == [[-99, -99]]
@@ -225,8 +225,8 @@ def test_what_lets_go_of_memory_waits_for_the_round_that_works_on_it(way):
     assert outcome._host.tolist() == [[8, 5]]
 
 
-class Forgetful(FakeCard):
-    """Holds nothing of what it recorded, as a card, which knows addresses alone; a round gives the same every time."""
+class Forgetful(FakeGPU):
+    """Holds nothing of what it recorded, as a GPU, which knows addresses alone; a round gives the same every time."""
 
     def capture(self, function):
         return function().clone(), lambda: self.put(lambda: None)
@@ -234,27 +234,27 @@ class Forgetful(FakeCard):
 
 @requires_native
 def test_a_session_may_be_dropped_with_a_round_under_way(monkeypatch):
-    card = Forgetful()
-    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(card))
+    gpu = Forgetful()
+    monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(gpu))
     session = SelfSpeculativeDecoder(tiny_model(), exit_layer=1, num_speculations=3).open_session(1, max_seq_len=48)
     session.add(prompt_of(5), 40, eos_token_id=[])
     for _ in range(2):  # the prompt, then a round and one ahead of it
         session.step()
     held = {tensor.data_ptr() for tensor in session._graphs._fixed}
     assert {session._cache.k.data_ptr(), session._cache.v.data_ptr()} <= held
-    assert card._queue
+    assert gpu._queue
     del session
-    assert not card._queue
+    assert not gpu._queue
 
 
 def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
-    card = FakeCard()
-    graphs = Graphs(card, max_graphs=2)
+    gpu = FakeGPU()
+    graphs = Graphs(gpu, max_graphs=2)
 
     def recorded(kind: str, count: int, temperature: float = 0.0) -> bool:
-        before = card.captures
+        before = gpu.captures
         graphs.launch(kind, counted, sequences_of(count, temperature), count)
-        return card.captures > before
+        return gpu.captures > before
 
     assert [recorded("a", 1), recorded("a", 1), recorded("b", 1), recorded("a", 1)] == [True, False, True, False]
     assert recorded("a", 2)  # in the place of b, which was not used for longest
@@ -265,8 +265,8 @@ def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
 
 
 def test_what_moved_drops_the_graphs():
-    card, sequences = FakeCard(), sequences_of(1)
-    graphs, weight = graphs_on(card), torch.nn.Parameter(torch.ones(3))
+    gpu, sequences = FakeGPU(), sequences_of(1)
+    graphs, weight = graphs_on(gpu), torch.nn.Parameter(torch.ones(3))
 
     def launch() -> None:
         graphs.hold([weight])
@@ -276,10 +276,10 @@ def test_what_moved_drops_the_graphs():
     with torch.no_grad():
         weight.add_(1)
     launch()
-    assert card.captures == 1
+    assert gpu.captures == 1
     weight.data = torch.zeros(3)
     launch()
-    assert card.captures == 2
+    assert gpu.captures == 2
     assert len(graphs) == 1
 
 
@@ -300,7 +300,7 @@ def test_padding_takes_slots_that_are_free(count, free, missing):
     ],
 )
 def test_what_meets_the_host_is_seen(wrong, message):
-    graphs = graphs_on(FakeCard())
+    graphs = graphs_on(FakeGPU())
     outcome, _ = graphs.launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
     with pytest.raises(AssertionError, match=message):
         outcome.read()
@@ -322,7 +322,7 @@ def test_a_round_has_no_values_to_look_at(temperature, num_draft_layers):
         assert step.speculate(replace(sequences, lookup=lookup), 1, 3).shape == (2, 5)
 
 
-def test_where_there_is_no_card_rounds_are_called(monkeypatch):
+def test_where_there_is_no_gpu_rounds_are_called(monkeypatch):
     assert cuda_graphs.for_device(torch.device("cpu")) is None
     assert isinstance(cuda_graphs.for_device(torch.device("cuda")), Graphs)
     monkeypatch.setenv("LAYERSKIP_GRAPHS", "0")
@@ -334,7 +334,7 @@ def test_where_there_is_no_card_rounds_are_called(monkeypatch):
 @pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive"])
 def test_cuda_graphs_give_the_same_tokens(strategy, kind):
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA card")
+        pytest.skip("needs a GPU")
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak").to("cuda"), exit_layer=1, num_speculations=3)
     graphs = cuda_graphs.for_device(decoder.model.device)
     given = {"strategy": strategy, "sampling": SAMPLING[kind]}

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cards import FakeCard
 from exits_of import random_exit
+from gpus import FakeGPU
 from test_graph import tokens_of
 from tiny import prompt_of, requires_native, tiny_model
 
@@ -50,28 +50,28 @@ def decoder() -> SelfSpeculativeDecoder:
 @pytest.mark.parametrize("kind", PROCESSED)
 @pytest.mark.parametrize("slots", [2, 5])
 def test_the_same_tokens(decoder, slots, kind, strategy):
-    card, given = FakeCard(), {"strategy": strategy, "sampling": PROCESSED[kind]}
-    assert tokens_of(decoder, slots, card, **given) == tokens_of(decoder, slots, None, **given)
-    assert card.replays > 2 * card.captures > 0
-    assert card.most_unread >= 2
+    gpu, given = FakeGPU(), {"strategy": strategy, "sampling": PROCESSED[kind]}
+    assert tokens_of(decoder, slots, gpu, **given) == tokens_of(decoder, slots, None, **given)
+    assert gpu.replays > 2 * gpu.captures > 0
+    assert gpu.most_unread >= 2
 
 
 @requires_native
 @pytest.mark.parametrize("temperature", [0.0, 1.1])
 def test_a_threshold_on_drafts(decoder, temperature):
     given = {"sampling": three(temperature=temperature, repetition_penalty=1.2), "draft_threshold": 0.3}
-    card = FakeCard()
-    assert tokens_of(decoder, 5, card, **given) == tokens_of(decoder, 5, None, **given)
-    assert card.captures > 0
+    gpu = FakeGPU()
+    assert tokens_of(decoder, 5, gpu, **given) == tokens_of(decoder, 5, None, **given)
+    assert gpu.captures > 0
 
 
 @requires_native
 @pytest.mark.parametrize("kind", PROCESSED)
 def test_what_is_looked_up(decoder, kind):
     given = {"sampling": PROCESSED[kind], "draft_source": "ngram"}
-    card = FakeCard()
-    assert tokens_of(decoder, 5, card, **given) == tokens_of(decoder, 5, None, **given)
-    assert card.captures > 0
+    gpu = FakeGPU()
+    assert tokens_of(decoder, 5, gpu, **given) == tokens_of(decoder, 5, None, **given)
+    assert gpu.captures > 0
 
 
 @requires_native
@@ -79,29 +79,29 @@ def test_a_reduced_head_that_scores_no_allowed_token():
     head = DraftHead([4, 9, 11], 101)
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 3, draft_head=head)
     given = {"sampling": three(logit_bias={4: -math.inf, 9: -math.inf, 11: -math.inf})}
-    card = FakeCard()
-    assert tokens_of(decoder, 5, card, **given) == tokens_of(decoder, 5, None, **given)
-    assert card.captures > 0
+    gpu = FakeGPU()
+    assert tokens_of(decoder, 5, gpu, **given) == tokens_of(decoder, 5, None, **given)
+    assert gpu.captures > 0
 
 
 @requires_native
 def test_what_was_emitted_ahead_of_the_host_is_penalized(decoder, monkeypatch):
-    """The host reads a round's tokens after the next one began, so only the card can note them."""
+    """The host reads a round's tokens after the next one began, so only the GPU can note them."""
     given = {"sampling": PROCESSED["greedy, penalty"], "strategy": "autoregressive"}
     expected = tokens_of(decoder, 5, None, **given)
     monkeypatch.setattr(LogitsControls, "see", lambda controls, tokens: None)
-    assert tokens_of(decoder, 5, FakeCard(), **given) != expected
+    assert tokens_of(decoder, 5, FakeGPU(), **given) != expected
 
 
 @requires_native
 def test_no_value_that_differs_is_recorded(decoder):
     """Two batches of one form share their graphs: what they have of their own are tensors."""
-    card = FakeCard()
+    gpu = FakeGPU()
     for index in range(3):
         params = [SamplingParams(0.7 + index / 9, top_k=17 + 5 * index, top_p=0.9 - index / 9, seed=3)] * 3
         given = {"sampling": params, "strategy": "autoregressive"}
-        assert tokens_of(decoder, 5, card, **given) == tokens_of(decoder, 5, None, **given)
-    assert card.captures == 9  # each of three sessions has graphs of its own: of one, two and four sequences
+        assert tokens_of(decoder, 5, gpu, **given) == tokens_of(decoder, 5, None, **given)
+    assert gpu.captures == 9  # each of three sessions has graphs of its own: of one, two and four sequences
 
 
 @requires_native
@@ -109,13 +109,13 @@ def test_a_processor_of_ones_own_is_named_and_its_rounds_are_called(decoder):
     def louder(history, logits):
         return logits * 1.5
 
-    card, given = FakeCard(), {"logits_processor": louder, "sampling": PROCESSED["top-p"]}
+    gpu, given = FakeGPU(), {"logits_processor": louder, "sampling": PROCESSED["top-p"]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = tokens_of(decoder, 5, None, **given)
     with pytest.warns(UserWarning, match="the logits processor louder is Python, which a CUDA graph cannot record"):
-        assert tokens_of(decoder, 5, card, **given) == expected
-    assert card.captures == 0
+        assert tokens_of(decoder, 5, gpu, **given) == expected
+    assert gpu.captures == 0
 
 
 @pytest.mark.parametrize("num_draft_layers", [0, 2])
@@ -143,7 +143,7 @@ def test_a_round_has_no_values_to_look_at(threshold, num_draft_layers):
 @pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive"])
 def test_cuda_graphs_give_the_same_tokens(strategy, kind):
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA card")
+        pytest.skip("needs a GPU")
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak").to("cuda"), exit_layer=1, num_speculations=3)
     graphs, given = cuda_graphs.for_device(decoder.model.device), {"strategy": strategy, "sampling": PROCESSED[kind]}
     assert tokens_of(decoder, 5, graphs, **given) == tokens_of(decoder, 5, None, **given)

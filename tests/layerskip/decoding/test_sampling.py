@@ -148,7 +148,7 @@ class TestLogitsPipeline:
 def many(test):
     """A test of very many samples."""
     skip = pytest.mark.skipif(native_missing() is not None, reason="takes minutes on the torch reference")
-    return pytest.mark.slow(skip(test))
+    return pytest.mark.slow(pytest.mark.time_limit(7200)(skip(test)))
 
 
 SMALL = 6

@@ -346,6 +346,7 @@ def test_a_request_that_cannot_be_leaves_no_trace(decoder, options, error, messa
 
 @requires_native
 @pytest.mark.slow
+@pytest.mark.time_limit(7200)
 def test_10k_requests_leave_nothing_behind(decoder):
     """Of random shapes, coming and going: no mismatch, and no memory that grows."""
     chance = random.Random(0)

@@ -429,7 +429,7 @@ class TestRefused:
             adapt(tiny_model("llama2", head_dim=12))
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="weights on two devices need a CUDA card")
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="weights on two devices need a GPU")
     def test_several_devices(self):
         hf = tiny_model("llama2")
         hf.lm_head.cuda()

@@ -294,6 +294,7 @@ FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDe
 
 
 @pytest.mark.slow
+@pytest.mark.time_limit(7200)
 @pytest.mark.parametrize(
     ("sharding", "wrapper"), [({}, "DistributedDataParallel"), (FSDP, "FSDPLlamaForCausalLM")], ids=["DDP", "FSDP"]
 )
@@ -308,6 +309,7 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path, sharding: di
 
 
 @pytest.mark.slow
+@pytest.mark.time_limit(7200)
 @pytest.mark.parametrize(
     "options", [{}, FSDP, {"gradient_accumulation_steps": 2, "steps": 3}], ids=["DDP", "FSDP", "accumulation"]
 )
@@ -323,6 +325,7 @@ def test_two_processes_follow_one_through_shallow_steps(tmp_path: Path, options:
 
 
 @pytest.mark.slow
+@pytest.mark.time_limit(7200)
 @pytest.mark.parametrize("sharding", [{}, FSDP], ids=["DDP", "FSDP"])
 def test_ranks_that_drop_different_layers_do_not_hang(tmp_path: Path, sharding: dict) -> None:
     options = {"dropout": 0.9, "differ": True, "per_device_train_batch_size": 1, "save_strategy": "no", **sharding}
@@ -332,6 +335,7 @@ def test_ranks_that_drop_different_layers_do_not_hang(tmp_path: Path, sharding: 
 
 
 @pytest.mark.slow
+@pytest.mark.time_limit(7200)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"shallow": 0.5, "replay": True}, FSDP, {**FSDP, "shallow": 0.5, "replay": True}],

@@ -9,7 +9,7 @@ import layerskip
 from layerskip.models import load
 from tests.example_package import requires_weights
 
-pytestmark = [requires_native, requires_weights, pytest.mark.slow]
+pytestmark = [requires_native, requires_weights, pytest.mark.slow, pytest.mark.time_limit(7200)]
 OURS = {"custom_generate": layerskip.generate, "exit_layer": 24, "num_speculations": 2}
 NEW = {"max_new_tokens": 16, "do_sample": False}
 CHAT = [{"role": "user", "content": "Name three colours, one a line. Then say 你好 and 😀."}]

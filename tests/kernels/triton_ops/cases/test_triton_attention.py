@@ -242,7 +242,7 @@ def test_ops_with_slots_agree_with_the_reference(rows: int, device: torch.device
 
 
 def test_a_slot_outside_the_cache(device: torch.device) -> None:
-    """On the CPU it raises; on a card its sequence comes out as NaN, and nothing is written."""
+    """On the CPU it raises; on a GPU its sequence comes out as NaN, and nothing is written."""
     model = Model("", torch.float32, device)
     for wrong in ([1, 2], [-1, 0]):
         slots = torch.tensor(wrong, device=device)
@@ -265,7 +265,7 @@ def test_no_layers_and_no_rows(device: torch.device) -> None:
 
 
 def test_a_full_cache(device: torch.device) -> None:
-    """On the CPU it raises; on a card, where that would be a host sync, the row is NaN and nothing is written."""
+    """On the CPU it raises; on a GPU, where that would be a host sync, the row is NaN and nothing is written."""
     model = Model("", torch.float32, device)
     lengths = torch.tensor([3, 36], device=device)
     before = [cache.clone() for cache in model.caches]

@@ -107,7 +107,7 @@ def test_a_head_that_is_not_finite_ends_a_draft_only_with_a_threshold(device: to
 def test_a_token_that_is_none(device: torch.device) -> None:
     args = arguments("draft", torch.float32, device, token=torch.tensor([3, -1]))
     if device.type != "cpu":
-        pytest.skip("on a card looking would be a host sync")
+        pytest.skip("on a GPU looking would be a host sync")
     with lk.use_backend("triton"), pytest.raises(ValueError, match="token -1 is outside the vocabulary of 37"):
         run("draft", *positional(args, *DRAFT_REST))
 

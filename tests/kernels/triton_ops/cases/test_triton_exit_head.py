@@ -194,7 +194,7 @@ def test_a_sampled_row_that_is_not_finite_names_no_token(value: float, device: t
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
 def test_what_is_no_temperature_is_named(value: float, device: torch.device) -> None:
     if device.type != "cpu":
-        pytest.skip("on a card looking would be a host sync")
+        pytest.skip("on a GPU looking would be a host sync")
     hidden, norm, head, eps = arguments(5, 32, 100, torch.float32, device)
     temperature, *named = draws(5, device)
     temperature[3] = value

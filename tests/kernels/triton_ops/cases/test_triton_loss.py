@@ -109,7 +109,7 @@ def test_no_labels_no_rows(device: torch.device) -> None:
 
 
 def test_a_label_that_names_no_token(device: torch.device) -> None:
-    """Raises on the CPU; on a card, where that would be a host sync, the loss is NaN."""
+    """Raises on the CPU; on a GPU, where that would be a host sync, the loss is NaN."""
     inputs = make(2, 5, 8, 11, torch.float32, device)
     inputs["labels"][1] = 11
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What ptxas makes of every launch, without a card: it fits, nothing spills, the instructions meant are there."""
+"""What ptxas makes of every launch, without a GPU: it fits, nothing spills, the instructions meant are there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where triton's interpreter is off and there is no card."""
+"""Where triton's interpreter is off and there is no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a card can show: a model's sizes, rounds captured in a graph, and that nothing waits for the host."""
+"""What only a GPU can show: a model's sizes, rounds captured in a graph, and that nothing waits for the host."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .test_cuda_round import copied
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # set by benchmarks.sanitize; no allocation can be captured then
 
 
 @contextmanager
 def without_syncs() -> Iterator[None]:
-    """An error where torch waits for the card."""
+    """An error where torch waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -35,7 +35,7 @@ def without_syncs() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def on_card(args: dict[str, object]) -> dict[str, object]:
+def on_gpu(args: dict[str, object]) -> dict[str, object]:
     moved = copied(args)
     moved["weights"] = [w.cuda() for w in args["weights"]]
     return {name: arg.cuda() if isinstance(arg, Tensor) else arg for name, arg in moved.items()}
@@ -65,7 +65,7 @@ def test_heads_of_models(width: int, vocab_size: int, dtype: torch.dtype, head: 
 @pytest.mark.skipif(os.environ.get(NO_CACHING) == "1", reason=f"{NO_CACHING} is set: a capture cannot allocate")
 def test_a_round_is_captured(options: bool) -> None:
     """Replays of a graph go on from where the one before stopped, with the bits of eager rounds."""
-    args = on_card(example("speculative_round", torch.bfloat16, options))
+    args = on_gpu(example("speculative_round", torch.bfloat16, options))
     theirs = copied(args)
     rounds = 2  # of up to K + 1 = 5 positions each, in a cache of 12
     with lk.use_backend("cuda"):
@@ -83,7 +83,7 @@ def test_a_round_is_captured(options: bool) -> None:
 
 @pytest.mark.parametrize("options", [False, True])
 def test_nothing_waits_for_the_host(options: bool) -> None:
-    args = on_card(example("speculative_round", torch.bfloat16, options))
+    args = on_gpu(example("speculative_round", torch.bfloat16, options))
     with lk.use_backend("cuda"), without_syncs():
         run("speculative_round", *args.values())
 

@@ -1,4 +1,4 @@
-"""On a card, in both of vLLM's model runners. Never yet run: no card has been at hand."""
+"""On a GPU, in both of vLLM's model runners. Never yet run: no GPU has been at hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .engines import engine, generate
 from .models import copied, prompts, write_model
 from .test_sampling import LIMIT, SAMPLES, TEMPERATURE, TOKENS, TOP_K, chi_square, exact
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 LENGTHS = (3, 17, 40, 100, 7, 9, 64, 200)
 OURS = {"load_format": "layerskip", "model_loader_extra_config": {"exit_layer": 2}}
 

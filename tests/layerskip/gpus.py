@@ -1,7 +1,7 @@
-"""A card that is none: what is launched waits in a queue, as in a stream, until something waits for it.
+"""A fake GPU: launched work waits in a queue, as in a stream, until the host waits for it.
 
-It stands in for `CudaCard`; what records calls the recorded function again, on the tensors that it was recorded with.
-Everything around it is what runs on a card.
+It replaces `CudaDevice`. A replay calls the captured function again, on the tensors of the capture; all code around it
+is the code that runs on a GPU.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ class NoLook(TorchDispatchMode):
 
 
 class InOrder(TorchDispatchMode):
-    """Other work on the card comes behind what waits in its queue."""
+    """Other work on the GPU comes behind what waits in its queue."""
 
-    def __init__(self, card: FakeCard) -> None:
+    def __init__(self, gpu: FakeGPU) -> None:
         super().__init__()
-        self.card = card
+        self.gpu = gpu
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.card.drain()
+        self.gpu.drain()
         return func(*args, **(kwargs or {}))
 
 
 class FakeEvent:
     """Stands in for `torch.cuda.Event`. A round takes a second."""
 
-    def __init__(self, card: FakeCard) -> None:
-        self.card, self._reached, self._at = card, True, 0.0
+    def __init__(self, gpu: FakeGPU) -> None:
+        self.gpu, self._reached, self._at = gpu, True, 0.0
         self.waits: list[str] = []
 
     def record(self, stream: str) -> None:
         self._reached = False
 
         def reach() -> None:
-            self._reached, self._at = True, self.card.seconds
+            self._reached, self._at = True, self.gpu.seconds
 
-        self.card.put(reach)
+        self.gpu.put(reach)
 
     def wait(self, stream: str) -> None:
         self.waits.append(stream)
 
     def synchronize(self) -> None:
-        self.card.drain(lambda: self._reached)
+        self.gpu.drain(lambda: self._reached)
 
     def elapsed_time(self, end_event: FakeEvent) -> float:
         assert self._reached
@@ -81,20 +81,20 @@ class HostMemory:
 
     VOID = -99
 
-    def __init__(self, card: FakeCard, like: Tensor) -> None:
-        self.card, self._rows = card, [[self.VOID] * like.shape[1]] * like.shape[0]
+    def __init__(self, gpu: FakeGPU, like: Tensor) -> None:
+        self.gpu, self._rows = gpu, [[self.VOID] * like.shape[1]] * like.shape[0]
 
     def copy_(self, source: Tensor, non_blocking: bool) -> None:
         assert non_blocking
         self._rows = [[self.VOID] * source.shape[1]] * source.shape[0]
-        self.card.put(lambda: setattr(self, "_rows", source.tolist()))
+        self.gpu.put(lambda: setattr(self, "_rows", source.tolist()))
 
     def tolist(self) -> list[list[int]]:
         return self._rows
 
 
-class FakeCard:
-    """Stands in for `CudaCard`.
+class FakeGPU:
+    """Stands in for `CudaDevice`.
 
     ``lazy``: it does what is launched only when the host waits for it, or gives it other work; else at once.
     """
@@ -153,6 +153,6 @@ class FakeCard:
             self.busy = False
 
 
-def graphs_on(card: FakeCard) -> Graphs:
-    """Graphs that record on a card that is none."""
-    return Graphs(card)
+def graphs_on(gpu: FakeGPU) -> Graphs:
+    """Graphs that are captured on a fake GPU."""
+    return Graphs(gpu)
