@@ -16,7 +16,7 @@ import torch
 
 from layerskip.models import adapt, load
 from layerskip.training.data import documents, load_task
-from layerskip.training.exit_analysis import _spread, evaluate_exits, perplexity
+from layerskip.training.exit_analysis import evaluate_exits, perplexity, spread
 from layerskip_kernels.formats import FORMATS
 
 PLAIN = "plain"
@@ -25,7 +25,7 @@ PLAIN = "plain"
 def main() -> None:
     args = parsed()
     texts = documents("text", "test")
-    examples = _spread(load_task(args.task, "test"), args.limit)
+    examples = spread(load_task(args.task, "test"), args.limit)
     rows = []
     for weights in args.formats:
         row: dict[str, Any] = {"weights": weights}

@@ -14,7 +14,7 @@ from layerskip.decoding.adaptive import CATCH_UP, Choice, Controller
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.request import DraftKind
 from layerskip.decoding.session import Session
-from layerskip.training.exit_analysis import survey_exits
+from layerskip.training.exit_analysis import analyze_exits
 
 KINDS = read()
 LOSS = 0.03  # what "auto" may lose to the better single source
@@ -97,7 +97,7 @@ def test_a_replay_makes_the_choices_of_a_session(source, monkeypatch):
     decoder = SelfSpeculativeDecoder(hf_model, "auto", "auto", exit_choices=[1])
     prompt = torch.cat([prompt_of(9)] * 2, 1)
     text = decoder.generate(prompt, NEW, strategy="autoregressive", eos_token_id=[]).sequences
-    (exit_, *_) = survey_exits(hf_model, [(text[0], prompt.shape[1])]).agrees
+    (exit_, *_) = analyze_exits(hf_model, [(text[0], prompt.shape[1])]).agrees
     trace = Trace.of("tiny", prompt[0].tolist(), text[0, prompt.shape[1] :].tolist(), exit_.tolist())
     now, choices = [0.0], []
 

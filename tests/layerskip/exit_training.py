@@ -6,16 +6,17 @@ import io
 import json
 import os
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate import PartialState
 from helpers import save_tiny
 
 from layerskip.cli import main
-from layerskip.training import hidden_state_cache, processes
+from layerskip.training import hidden_state_cache
 from layerskip.training.exit_trainer import ExitTrainer
 from layerskip.training.recipe import ExitRecipe
 
@@ -77,15 +78,16 @@ def watched(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
     printed = io.StringIO()
     with (
         redirect_stdout(printed),
-        processes.joined(torch.device("cpu")),
-        patch.object(processes, "joined", nullcontext),  # for torchrun's store lets processes meet only once
+        patch.object(PartialState, "destroy_process_group"),  # torchrun's store lets processes meet only once
         patch.object(hidden_state_cache, "PASS_TOKENS", 60),  # both have several parts, not in pairs
         patch.object(hidden_state_cache, "BATCH", 2),
         patch.object(hidden_state_cache.Trunk, "_run", telling(hidden_state_cache.Trunk._run, "through", len)),
         patch.object(
             hidden_state_cache.WrittenTexts, "_write", telling(hidden_state_cache.WrittenTexts._write, "through", len)
         ),
-        patch.object(ExitTrainer, "_gradients", telling(ExitTrainer._gradients, "shares", processes.share)),
+        patch.object(
+            ExitTrainer, "_gradients", telling(ExitTrainer._gradients, "shares", hidden_state_cache.own_share)
+        ),
     ):
         for run in runs:
             with patch.object(ExitTrainer, "_step", stopping(run.get("stop"))):
@@ -97,4 +99,5 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     result = watched(**options)
-    Path(options["folder"], f"rank-{processes.rank()}.json").write_text(json.dumps(result))
+    Path(options["folder"], f"rank-{PartialState().process_index}.json").write_text(json.dumps(result))
+    PartialState().destroy_process_group()

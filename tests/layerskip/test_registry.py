@@ -16,7 +16,7 @@ import layerskip
 from layerskip import DraftHead, Exit, SelfSpeculativeDecoder, registry
 from layerskip.cli import main
 from layerskip.cli.arguments import read_prompts
-from layerskip.training import data, exit_analysis
+from layerskip.training import data, evaluate
 from layerskip.training.run import load_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,13 +213,13 @@ class TestCommands:
         assert {"toy", "bare-toy", "sums"} <= set(words)
 
     def test_evaluate_measures_what_a_task_has(self, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        exit_analysis.main(["--model", "toy", "--task", "sums", "--exits", "2", "4"])
+        evaluate.main(["--model", "toy", "--task", "sums", "--exits", "2", "4"])
         figures = json.loads(capsys.readouterr().out)
         assert (figures["examples"], figures["agreement"]["4"]) == (1, 1.0)
-        exit_analysis.main(["--model", "toy", "--task", "prose"])
+        evaluate.main(["--model", "toy", "--task", "prose"])
         assert json.loads(capsys.readouterr().out)["perplexity"] > 1
         with pytest.raises(ValueError, match="unknown task 'proze'; did you mean prose"):
-            exit_analysis.main(["--model", "toy", "--task", "proze"])
+            evaluate.main(["--model", "toy", "--task", "proze"])
 
     def test_a_recipe_with_names(self, toy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         recipe = tmp_path / "recipe.yaml"

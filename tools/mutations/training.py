@@ -21,7 +21,8 @@ BUGS = [
         LAYERSKIP + "training/test_training_formulas.py -k rates_by_hand",
     ),
     Mutation(
-        "every process learns the whole batch", TRAINING + "processes.py", "items[rank() :: count()]", "items[:]",
+        "every process learns the whole batch", TRAINING + "hidden_state_cache.py",
+        "items[state.process_index :: state.num_processes]", "items[:]",
         LAYERSKIP + "training/test_train_exit_processes.py",
     ),
     Mutation(

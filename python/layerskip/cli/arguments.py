@@ -9,6 +9,7 @@ import argparse
 import codecs
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -537,6 +538,17 @@ def validate_names(args: argparse.Namespace) -> None:
         _check_part("draft head", args.draft_head, ("full", "int8"))
     if "exit" in given:
         _check_part("exit", args.exit)
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the one that prints and writes under torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_device_of_process(name: str) -> None:
+    """Raise ValueError if ``--device`` names one GPU for several processes."""
+    if ":" in name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {name} is one GPU, under torchrun every process has its own; leave it out")
 
 
 def check_tasks(names: Iterable[str]) -> None:

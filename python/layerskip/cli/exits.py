@@ -19,7 +19,7 @@ from . import arguments, options, plots
 from .rendering import table
 
 if TYPE_CHECKING:
-    from ..training.exit_analysis import ExitSurvey
+    from ..training.exit_analysis import ExitAnalysis
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Let the model write, run every exit on the text, print and write the results."""
-    from ..training.exit_analysis import survey_exits
+    from ..training.exit_analysis import analyze_exits
 
     data, image = (args.output.with_name(f"{args.output.name}.{ending}") for ending in ("json", "png"))
     for output in (data, image):
@@ -55,25 +55,25 @@ def run(args: argparse.Namespace, console: Console) -> int:
             out = decoder.generate(ids, max_new_tokens=args.max_new_tokens, strategy="autoregressive")
             written.append((out.sequences[0], ids.shape[1]))
     with console.status("running every exit"):
-        survey = survey_exits(model, written)
-        rows = of_layers(survey, args.num_speculations)
+        analysis = analyze_exits(model, written)
+        rows = of_layers(analysis, args.num_speculations)
         if trained is not None:
             rows.append(of_trained(decoder.model, written, args.num_speculations))
         rows.append(of_ngrams(written))
-    title = f"{args.model} in {options.weights_of(model)}, {args.prompts}: {survey.tokens.shape[1]} tokens"
+    title = f"{args.model} in {options.weights_of(model)}, {args.prompts}: {analysis.tokens.shape[1]} tokens"
     _print(console, title, rows, args.num_speculations)
     settings = {
         **options.settings(args, decoder.model),
         "exit": args.exit,
         "prompts": args.prompts,
-        "positions": survey.tokens.shape[1],
+        "positions": analysis.tokens.shape[1],
         "num_speculations": args.num_speculations,
     }
     content = {
         "settings": settings,
         "machine": options.facts(args.device),
         "exits": [dataclasses.asdict(row) for row in rows],
-        "reliability": {str(exit_layer): _bins(survey, exit_layer) for exit_layer in _some_exits(survey)},
+        "reliability": {str(exit_layer): _bins(analysis, exit_layer) for exit_layer in _some_exits(analysis)},
     }
     write_atomically(data, json.dumps(content, indent=1).encode())
     with plots.panels(3, size=(15, 4)) as panels:
@@ -83,16 +83,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def of_layers(survey: ExitSurvey, num_speculations: int) -> list[Row]:
+def of_layers(analysis: ExitAnalysis, num_speculations: int) -> list[Row]:
     """The model's own exits, without the full depth."""
-    rows = list(zip(survey.agreement(), survey.mean_confidence(), strict=True))[:-1]
+    rows = list(zip(analysis.agreement(), analysis.mean_confidence(), strict=True))[:-1]
     return [
         Row(
             f"{exit_layer}",
             *row,
-            survey.calibration_error(exit_layer),
-            survey.tokens_per_round(exit_layer, num_speculations),
-            survey.speedup_bound(exit_layer, num_speculations),
+            analysis.calibration_error(exit_layer),
+            analysis.tokens_per_round(exit_layer, num_speculations),
+            analysis.speedup_bound(exit_layer, num_speculations),
         )
         for exit_layer, row in enumerate(rows, start=1)
     ]
@@ -100,16 +100,16 @@ def of_layers(survey: ExitSurvey, num_speculations: int) -> list[Row]:
 
 def of_trained(model: LayerSkipModel, written: Sequence[tuple[Tensor, int]], num_speculations: int) -> Row:
     """The trained exit of a model."""
-    from ..training.exit_analysis import speedup_bound, survey_trained_exit
+    from ..training.exit_analysis import analyze_trained_exit, speedup_bound
 
-    survey, added, exit_layer = survey_trained_exit(model, written), model.decoder.num_draft_layers, model.exit_layer
-    assert exit_layer is not None  # else `survey_trained_exit` raises
-    emitted = survey.tokens_per_round(1, num_speculations)
+    analysis, added, exit_layer = analyze_trained_exit(model, written), model.decoder.num_draft_layers, model.exit_layer
+    assert exit_layer is not None  # else `analyze_trained_exit` raises
+    emitted = analysis.tokens_per_round(1, num_speculations)
     return Row(
         f"{exit_layer} + {added} draft layer{'' if added == 1 else 's'}",
-        survey.agreement()[0],
-        survey.mean_confidence()[0],
-        survey.calibration_error(1),
+        analysis.agreement()[0],
+        analysis.mean_confidence()[0],
+        analysis.calibration_error(1),
         emitted,
         speedup_bound(emitted, exit_layer, added, model.num_layers, num_speculations),
     )
@@ -117,11 +117,11 @@ def of_trained(model: LayerSkipModel, written: Sequence[tuple[Tensor, int]], num
 
 def of_ngrams(written: Sequence[tuple[Tensor, int]]) -> Row:
     """Prompt lookup: a round is one pass, however many tokens it drafts."""
-    from ..training.exit_analysis import survey_ngrams
+    from ..training.exit_analysis import analyze_lookup
 
-    survey = survey_ngrams(written)
-    agreement = survey.right / survey.positions
-    return Row("n-grams", agreement, None, None, survey.tokens_per_round, survey.tokens_per_round)
+    analysis = analyze_lookup(written)
+    agreement = analysis.right / analysis.positions
+    return Row("n-grams", agreement, None, None, analysis.tokens_per_round, analysis.tokens_per_round)
 
 
 def _print(console: Console, title: str, rows: Sequence[Row], num_speculations: int) -> None:
@@ -145,13 +145,13 @@ def _print(console: Console, title: str, rows: Sequence[Row], num_speculations: 
     console.print(shown)
 
 
-def _bins(survey: ExitSurvey, exit_layer: int) -> list[dict[str, float]]:
+def _bins(analysis: ExitAnalysis, exit_layer: int) -> list[dict[str, float]]:
     """The bins of a reliability diagram; an empty bin has no mean and is left out."""
-    columns = (part.tolist() for part in survey.reliability(exit_layer))
+    columns = (part.tolist() for part in analysis.reliability(exit_layer))
     keys = ("positions", "confidence", "agreement")
     return [dict(zip(keys, one, strict=True)) for one in zip(*columns, strict=True) if one[0]]
 
 
-def _some_exits(survey: ExitSurvey) -> list[int]:
-    layers = survey.tokens.shape[0]
+def _some_exits(analysis: ExitAnalysis) -> list[int]:
+    layers = analysis.tokens.shape[0]
     return sorted({max(1, layers * part // 8) for part in (1, 2, 4, 6)})

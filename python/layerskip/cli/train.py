@@ -12,7 +12,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from .. import registry
 from .._files import write_atomically
-from .arguments import check_tasks
+from .arguments import check_device_of_process, check_tasks, is_main_process
 
 if TYPE_CHECKING:
     from ..training.exit_run import ExitRun
@@ -37,9 +37,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     checkpoint = output.check_resumed()
     if not output.finished:
         return _train(args, console, output, checkpoint)
-    from ..training import processes
-
-    if processes.first():
+    if is_main_process():
         _print_finished(console, *output.results)
     return 0
 
@@ -69,17 +67,16 @@ def _print_finished(console: Console, *results: Path) -> None:
 
 def _train(args: argparse.Namespace, console: Console, output: Output, checkpoint: Path | None = None) -> int:
     """Train from the start, or from a checkpoint."""
-    from ..training import processes
     from . import options
 
-    processes.check_device(args.device)
+    check_device_of_process(args.device)
     options.set_device(args)
     options.quiet_transformers()
     from ..training import run as runs
     from ..training.output_dir import last_checkpoint
     from ..training.trainer import Progress
 
-    first = processes.first()
+    first = is_main_process()
     trainer = runs.make_trainer(output.recipe, args.device, callbacks=[Progress(console)] if first else [])
     data = runs.seen_data(trainer)
     if checkpoint is not None:
@@ -108,11 +105,11 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
 
 def run_exit(args: argparse.Namespace, console: Console) -> int:
     """Train an exit for a frozen model, and keep the best. Of several processes only the first prints and writes."""
-    from ..training import processes, recipe
+    from ..training import recipe
     from ..training.output_dir import ExitOutput
 
-    processes.check_device(args.device)
-    console = console if processes.first() else Console(quiet=True)
+    check_device_of_process(args.device)
+    console = console if is_main_process() else Console(quiet=True)
     given = {key: getattr(args, key) for key in recipe.KEYS if getattr(args, key, None) is not None}
     recipe = recipe.exit_recipe(args.recipe, given)
     check_tasks((*recipe.texts, *recipe.eval_texts, *recipe.prompts))
@@ -134,35 +131,40 @@ def run_exit(args: argparse.Namespace, console: Console) -> int:
             else ", before anything was written"
         )
         raise KeyboardInterrupt(f"interrupted{kept}") from None
-    if processes.first():
+    if is_main_process():
         _print_result(console, trained.state, output)
     return 0
 
 
 def _train_exit(args: argparse.Namespace, console: Console, output: ExitOutput) -> ExitTrainer:
-    from ..training import processes
     from . import options
 
     options.set_device(args)
     options.quiet_transformers()
+    from accelerate import PartialState
+
     from ..training.exit_run import ExitRun
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-    with processes.joined(args.device) as device:
+    processes = PartialState(cpu=args.device.type == "cpu")
+    device = processes.device if processes.num_processes > 1 else args.device
+    try:
         with Console(stderr=True, quiet=console.quiet).status(f"loading {output.recipe.model}"):
             work = ExitRun(output.recipe, device)
             data = work.data
         if args.resume:
             output.check_same_data(data)
-        processes.wait()  # every process has checked before one changes the directory
-        if processes.first() and not args.resume:
+        processes.wait_for_everyone()  # every process has checked before one changes the directory
+        if is_main_process() and not args.resume:
             output.begin(data)
         with Progress(*columns, console=console) as progress:
             trainer = _prepare(work, progress)
             if args.resume and output.checkpoint.exists():
                 trainer.load(output.checkpoint)
-            processes.wait()  # every process has read it before one removes it
+            processes.wait_for_everyone()  # every process has read it before one removes it
             _fit(trainer, output, progress)
+    finally:
+        processes.destroy_process_group()  # without it gloo may abort at exit
     return trainer
 
 
@@ -172,7 +174,6 @@ def _prepare(work: ExitRun, progress: Progress) -> ExitTrainer:
 
 
 def _fit(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
-    from ..training import processes
     from ..training.exit_run import curve, found
 
     recipe, state = output.recipe, trainer.state
@@ -183,7 +184,7 @@ def _fit(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
         progress.update(task, completed=part, note=f"step {state.step}, loss {loss:.3f}")
 
     def evaluated(best: bool) -> None:
-        if not processes.first():
+        if not is_main_process():
             return
         if best:
             output.save_exit(trainer.module.exit())
@@ -197,7 +198,7 @@ def _fit(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
     if state.step:
         progress.console.print(f"continuing from step {state.step}")
     trainer.train(stepped, evaluated)
-    if processes.first():
+    if is_main_process():
         output.finish(found(trainer.state))
 
 

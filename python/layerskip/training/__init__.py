@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from .._imports import exports
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         early_exit_weights,
         layer_dropout_rates,
     )
-    from .exit_analysis import ExitSurvey, survey_exits
+    from .exit_analysis import ExitAnalysis, analyze_exits
     from .hf_conversion import Conversion, convert, revert
     from .trainer import Batching, LayerSkipTrainer, Plan
 
@@ -31,7 +32,7 @@ __all__ = [
     "Collator",
     "Conversion",
     "Curriculum",
-    "ExitSurvey",
+    "ExitAnalysis",
     "GradualCurriculum",
     "LayerDropout",
     "LayerSkipTrainer",
@@ -40,6 +41,7 @@ __all__ = [
     "RandomExits",
     "RotationalCurriculum",
     "ShallowSteps",
+    "analyze_exits",
     "apply_to_samples",
     "convert",
     "dropout_scale",
@@ -48,10 +50,11 @@ __all__ = [
     "layer_dropout_rates",
     "read_pairs",
     "revert",
-    "survey_exits",
 ]
 
-__getattr__ = exports(
+_RENAMED = {"ExitSurvey": "ExitAnalysis", "survey_exits": "analyze_exits"}
+
+_export = exports(
     __name__,
     {
         ".batching": ("Collator", "LengthBuckets", "encode", "read_pairs"),
@@ -59,7 +62,7 @@ __getattr__ = exports(
             "AllExits", "Curriculum", "GradualCurriculum", "LayerDropout", "RandomExits", "RotationalCurriculum",
             "ShallowSteps", "apply_to_samples", "dropout_scale", "early_exit_weights", "layer_dropout_rates",
         ),
-        ".exit_analysis": ("ExitSurvey", "survey_exits"),
+        ".exit_analysis": ("ExitAnalysis", "analyze_exits"),
         ".hf_conversion": ("Conversion", "convert", "revert"),
         ".trainer": ("Batching", "LayerSkipTrainer", "Plan"),
     },
@@ -67,6 +70,11 @@ __getattr__ = exports(
 )  # fmt: skip
 
 
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"layerskip.training.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return _export(_RENAMED.get(name, name))
+
+
 def __dir__() -> list[str]:
-    """What is exported, imported or not."""
     return __all__

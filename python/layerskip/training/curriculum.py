@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .recipe import SCALES, SHAPES, WEIGHTS
+from .recipe import SCALES, SHAPES, WEIGHTS, Recipe
 
 
 def generator(*purpose: object) -> torch.Generator:
@@ -303,3 +303,32 @@ def apply_to_samples(
 
     out = layer(hidden.index_select(0, run), *sliced(args), **sliced(kwargs))
     return hidden.index_copy(0, samples, out[: samples.shape[0]])
+
+
+def make_curriculum(recipe: Recipe, num_layers: int, total_steps: int) -> AllExits:
+    """The curriculum of a recipe for a model of ``num_layers``."""
+    exits = recipe.exit_layers
+    curriculum: AllExits
+    if recipe.curriculum == "rotational":
+        curriculum = RotationalCurriculum(num_layers, recipe.rotate_every, exits)
+    elif recipe.curriculum == "gradual":
+        curriculum = GradualCurriculum(num_layers, total_steps, exits)
+    elif recipe.curriculum == "random":
+        curriculum = RandomExits(num_layers, exits, recipe.exits_per_step, recipe.seed)
+    else:
+        curriculum = AllExits(num_layers, exits)
+    return ShallowSteps(curriculum, recipe.shallow_steps, recipe.seed) if recipe.shallow_steps else curriculum
+
+
+def make_dropout(recipe: Recipe, num_layers: int, total_steps: int) -> LayerDropout | None:
+    """The layer dropout of a recipe, or None if no layer is ever dropped."""
+    rates = layer_dropout_rates(num_layers, recipe.layer_dropout.max, recipe.layer_dropout.kind)
+    return LayerDropout(rates, recipe.seed, total_steps, recipe.layer_dropout.scale) if any(rates) else None
+
+
+def check_exits(recipe: Recipe, num_layers: int) -> None:
+    """Raise ValueError if the exits of a recipe do not fit a model of ``num_layers``."""
+    candidates = make_curriculum(recipe, num_layers, 1).candidates
+    early_exit_weights((*candidates, num_layers), num_layers, recipe.exit_weights, recipe.exit_weight_scale)
+    if recipe.shallow_steps:  # the first exit may be the only one of a step
+        early_exit_weights(candidates[:1], num_layers, recipe.exit_weights, recipe.exit_weight_scale)

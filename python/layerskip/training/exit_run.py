@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from ..decoding import DraftHead
 from ..models import Exit, LayerSkipModel, adapt, load
-from . import processes
 from .batching import encode
 from .exit_trainer import ExitTrainer, State, TrainableExit
 from .hidden_state_cache import KeptTexts, Text, Trunk, WrittenTexts, model_digest
@@ -55,7 +55,7 @@ class ExitRun:
             "digest of the texts": [digest(pairs) for pairs in self._texts],
             "digest of the held-out texts": [digest(pairs) for pairs in self._held_out.values()],
             "digest of the model": model_digest(self.model),
-            "number of processes": processes.count(),
+            "number of processes": PartialState().num_processes,
             **({"digest of the prompts": [digest(pairs) for pairs in self._prompts]} if self._prompts else {}),
             **({} if self._first is None else {"digest of the first exit": _exit_digest(self._first)}),
         }

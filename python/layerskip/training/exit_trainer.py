@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 
 from layerskip_kernels import LayerWeights
@@ -22,9 +23,8 @@ from layerskip_kernels import LayerWeights
 from .._files import write_atomically
 from ..models import LayerSkipModel
 from ..models.exit import Exit
-from . import processes
 from .curriculum import generator
-from .hidden_state_cache import Text
+from .hidden_state_cache import Text, own_share
 from .losses import Targets, Weights, draft_loss, drafts
 from .recipe import ExitRecipe
 
@@ -350,7 +350,7 @@ class ExitTrainer:
             began = self._clock()
             losses.append(self._step(next(batches)))
             self.state.step += 1
-            self.state.seconds += processes.of_first(self._clock() - began)
+            self.state.seconds += broadcast_object_list([self._clock() - began])[0]
             self._plan_end()
             progress(self.state, losses[-1])
             if self.state.step % self.recipe.eval_every == 0 or self.state.finished:
@@ -420,7 +420,7 @@ class ExitTrainer:
 
     def _gradients(self, batch: Sequence[int]) -> float:
         """Make the gradients of the mean loss of a batch's rows; returns that."""
-        texts = [self.texts[index] for index in processes.share(batch)]
+        texts = [self.texts[index] for index in own_share(batch)]
         total = self._head.new_zeros(1, dtype=torch.float32)
         if texts:
             hidden, correction = self._hidden(texts)
@@ -428,12 +428,13 @@ class ExitTrainer:
             loss = part * draft_loss(hidden, self._head, self._targets(texts), self._weights, correction)
             loss.backward()
             total += loss.detach()
-        slopes = []
-        for parameter in self.module.parameters():
-            if parameter.grad is None:  # a process without texts
-                parameter.grad = torch.zeros_like(parameter)
-            slopes.append(parameter.grad)
-        processes.add([total, *slopes])
+        if PartialState().num_processes > 1:
+            parameters = list(self.module.parameters())
+            # the gradient is None in a process without texts
+            grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+            total, *grads = reduce([total, *grads], "sum")
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
         return float(total)
 
     def _evaluate(self, loss: float) -> bool:
@@ -461,13 +462,13 @@ class ExitTrainer:
         """
         flags: list[list[bool]] = []
         accepted: list[float] = []
-        for index in processes.share(range(len(texts))):
+        for index in own_share(range(len(texts))):
             hidden, correction = self._hidden([texts[index]])
             found = drafts(hidden, self._head, self._targets([texts[index]]), correction)
             flags.append(found.agree.tolist())
             accepted += found.accepted.tolist()
-        accepted = list(chain.from_iterable(processes.all_of(accepted)))
-        return Agreement(*rounds([*chain.from_iterable(processes.all_of(flags))]), math.fsum(accepted) / len(accepted))
+        flags, accepted = gather_object(flags), gather_object(accepted)
+        return Agreement(*rounds(flags), math.fsum(accepted) / len(accepted))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""

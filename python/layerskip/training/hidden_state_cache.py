@@ -6,16 +6,17 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from .._files import Journal
 from ..models import LayerSkipModel, SharedKVCache
-from . import processes
 from .batching import token_batches
 from .losses import IGNORE
 from .output_dir import digest
@@ -23,7 +24,14 @@ from .output_dir import digest
 LOGIT_ROWS = 64  # whose logits are in memory at a time
 DIGESTED = 4096  # values of a weight, to know a model again
 JOURNAL = "texts.jsonl"
+T = TypeVar("T")
 LABELS = ("label_ids.bin", "label_probabilities.bin")
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """The part of ``items`` that this process works on."""
+    state = PartialState()
+    return items[state.process_index :: state.num_processes]
 
 
 class Labels(NamedTuple):
@@ -107,7 +115,7 @@ class KeptTexts:
 
     def _learn(self, journal: Journal | None) -> None:
         """Take notice of what is there; only the first process has the journal."""
-        records = processes.of_first([] if journal is None else journal.records)
+        (records,) = broadcast_object_list([[] if journal is None else journal.records])
         self._records = {record["text"]: record for record in records}
 
     def compute(self, progress: Callable[[int], None] = lambda texts: None) -> None:
@@ -115,19 +123,26 @@ class KeptTexts:
 
         There, ``progress`` is told how many were added.
         """
-        journal = self._journal() if processes.first() else None
+        journal = self._journal() if PartialState().is_main_process else None
         try:
             self._learn(journal)
-            made = processes.in_turns(self._make, self._batches())
+            made = self._made()
             if journal is not None:
                 self._append(journal, made, progress)
             else:
-                list(made)  # which is empty: what this process makes, the first one has
+                for _ in made:
+                    pass  # the first process writes them
             self._learn(journal)
         finally:
             if journal is not None:
                 journal.close()
         self._map(list(self._records))
+
+    def _made(self) -> Iterator[list[tuple[dict[str, Any], Text]]]:
+        """The texts of all batches in their order, for all processes; each process makes its share."""
+        batches = iter(self._batches())
+        while turn := list(islice(batches, PartialState().num_processes)):
+            yield from gather_object([self._make(batch) for batch in own_share(turn)])
 
     def _append(
         self, journal: Journal, made: Iterable[list[tuple[dict[str, Any], Text]]], progress: Callable[[int], None]

@@ -7,13 +7,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from .._imports import need
-
-if TYPE_CHECKING:
-    from .curriculum import AllExits, LayerDropout
-
 
 SHAPES = ("exponential", "linear", "uniform", "step")
 """How a rate of layer dropout grows with depth."""
@@ -152,42 +148,6 @@ class Recipe:
         check_positive("replay.tokens", self.replay.tokens)
         if isinstance(self.replay.tasks, dict):
             check_positive("replay.tasks", self.replay.tasks)
-
-    def make_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
-        """The curriculum for a model of ``num_layers``."""
-        from .curriculum import ShallowSteps
-
-        curriculum = self._full_curriculum(num_layers, total_steps)
-        return ShallowSteps(curriculum, self.shallow_steps, self.seed) if self.shallow_steps else curriculum
-
-    def _full_curriculum(self, num_layers: int, total_steps: int) -> AllExits:
-        from .curriculum import AllExits, GradualCurriculum, RandomExits, RotationalCurriculum
-
-        if self.curriculum == "rotational":
-            return RotationalCurriculum(num_layers, self.rotate_every, self.exit_layers)
-        if self.curriculum == "gradual":
-            return GradualCurriculum(num_layers, total_steps, self.exit_layers)
-        if self.curriculum == "random":
-            return RandomExits(num_layers, self.exit_layers, self.exits_per_step, self.seed)
-        return AllExits(num_layers, self.exit_layers)
-
-    def make_dropout(self, num_layers: int, total_steps: int) -> LayerDropout | None:
-        """The layer dropout, or None where no layer is ever dropped."""
-        from .curriculum import LayerDropout, layer_dropout_rates
-
-        rates = layer_dropout_rates(num_layers, self.layer_dropout.max, self.layer_dropout.kind)
-        if not any(rates):
-            return None
-        return LayerDropout(rates, self.seed, total_steps, self.layer_dropout.scale)
-
-    def check_exits(self, num_layers: int) -> None:
-        """Raise ValueError where the exits do not fit a model of ``num_layers``."""
-        from .curriculum import early_exit_weights
-
-        candidates = self.make_curriculum(num_layers, 1).candidates
-        early_exit_weights((*candidates, num_layers), num_layers, self.exit_weights, self.exit_weight_scale)
-        if self.shallow_steps:  # a step may have no other exit than the first
-            early_exit_weights(candidates[:1], num_layers, self.exit_weights, self.exit_weight_scale)
 
 
 def check_positive(key: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,8 +17,9 @@ from .._files import replaced
 from .._imports import need
 from ..models import load
 from ..models.architectures import architecture_of
-from . import data, processes
+from . import data
 from .batching import Collator, Pool, encode, read_pairs, token_batches
+from .curriculum import check_exits, make_curriculum, make_dropout
 from .data import load_task, splits
 from .output_dir import digest, results
 from .recipe import Recipe, by_layer
@@ -65,7 +67,7 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
     frozen_dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     model, tokenizer = load(recipe.model, dtype=frozen_dtype)
     architecture_of(model)  # packed weights can't be trained
-    recipe.check_exits(model.config.num_hidden_layers)
+    check_exits(recipe, model.config.num_hidden_layers)
     if recipe.method == "lora":
         if recipe.adapter is not None:
             return _trainable(_adapter(model, Path(recipe.adapter))), tokenizer
@@ -156,7 +158,7 @@ def training_arguments(recipe: Recipe, steps: int, device: torch.device, **kwarg
         **schedule(recipe, steps),
         **kwargs,
     )
-    if device.type == "cuda" and processes.count() == 1:
+    if device.type == "cuda" and _num_processes() == 1:
         torch.cuda.set_device(device)  # only now: to make the arguments sets the first
     return arguments
 
@@ -179,10 +181,10 @@ def make_trainer(recipe: Recipe, device: torch.device | None = None, **kwargs: A
     steps = recipe.steps or _steps(recipe, train)
     layers = model.config.num_hidden_layers
     plan = Plan(
-        recipe.make_curriculum(layers, steps),
+        make_curriculum(recipe, layers, steps),
         recipe.exit_weights,
         recipe.exit_weight_scale,
-        recipe.make_dropout(layers, steps),
+        make_dropout(recipe, layers, steps),
         recipe.head_sample,
     )
     rates = by_layer(recipe.learning_rate, layers, "learning_rate") if isinstance(recipe.learning_rate, dict) else None
@@ -207,13 +209,16 @@ def make_batching(recipe: Recipe, tokenizer: Any) -> Batching | None:
     return Batching(recipe.batch_tokens, mix(encoded, recipe.replay.tasks), recipe.replay.tokens)
 
 
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun; accelerate only knows it once the arguments are made
+
+
 def _steps(recipe: Recipe, pairs: Sequence[dict[str, list[int]]]) -> int:
     if recipe.batch_tokens is None:
-        batches = math.ceil(len(pairs) / (recipe.batch_size * processes.count()))
+        batches = math.ceil(len(pairs) / recipe.batch_size)
     else:
-        lengths = [len(pair["input_ids"]) for pair in pairs]
-        batches = math.ceil(len(token_batches(lengths, recipe.batch_tokens, range(len(pairs)))) / processes.count())
-    return math.ceil(math.ceil(batches / recipe.gradient_accumulation) * recipe.epochs)
+        batches = len(token_batches([len(pair["input_ids"]) for pair in pairs], recipe.batch_tokens, range(len(pairs))))
+    return math.ceil(math.ceil(math.ceil(batches / _num_processes()) / recipe.gradient_accumulation) * recipe.epochs)
 
 
 def seen_data(trainer: LayerSkipTrainer) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from layerskip import _ends
-from layerskip.training import exit_analysis
+from layerskip.training import evaluate
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -23,7 +23,7 @@ def ended(module: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "words", "line"),
     [
-        ("layerskip.training.exit_analysis", ["--model", "./nowhere"], "no such directory: nowhere"),
+        ("layerskip.training.evaluate", ["--model", "./nowhere"], "no such directory: nowhere"),
         ("benchmarks.serving", ["--model", "m", "--prompts", "nothing"], "nothing"),
         ("tools.op_clock", ["--model", "./nowhere"], "nowhere"),
         ("tools.session_steps", ["--model", "./nowhere"], "nowhere"),
@@ -38,7 +38,7 @@ def test_what_cannot_be_is_one_line(module: str, words: list[str], line: str) ->
 
 
 def test_a_traceback_is_there_for_who_asks() -> None:
-    done = ended("layerskip.training.exit_analysis", "--model", "./nowhere", "--traceback")
+    done = ended("layerskip.training.evaluate", "--model", "./nowhere", "--traceback")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "FileNotFoundError: no such directory: nowhere" in done.stderr
@@ -54,9 +54,9 @@ def test_a_traceback_is_there_for_who_asks() -> None:
     ],
 )
 def test_wrong_names_are_told_before_a_model_is_loaded(words, error, line, monkeypatch) -> None:
-    monkeypatch.setattr(exit_analysis, "load", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluate, "load", lambda *args: pytest.fail("loaded"))
     with pytest.raises(error, match=line):
-        exit_analysis.main(words)
+        evaluate.main(words)
 
 
 def test_ctrl_c_is_one_line(capsys) -> None:

@@ -14,7 +14,7 @@ from layerskip import DraftSource, NgramSource, SamplingParams, SelfSpeculativeD
 from layerskip.decoding import spec_step as rounds
 from layerskip.decoding.draft_sources import GRADES, Lookup
 from layerskip.decoding.spec_step import SpecStep
-from layerskip.training.exit_analysis import survey_ngrams
+from layerskip.training.exit_analysis import analyze_lookup
 from layerskip_kernels import Acceptance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -467,20 +467,20 @@ def test_a_lookup_asks_only_for_what_can_be_emitted():
     assert asked.proposal.tokens == []
 
 
-def test_a_survey_of_ngrams_counts_what_decoding_would_accept():
+def test_lookup_analysis_counts_what_decoding_would_accept():
     """A prompt of three tokens, and seven after it; the other text has none."""
-    survey = survey_ngrams([(torch.tensor([1, 2, 3, 1, 2, 3, 4, 2, 3, 5]), 3), (torch.tensor([7]), 1)])
+    analysis = analyze_lookup([(torch.tensor([1, 2, 3, 1, 2, 3, 4, 2, 3, 5]), 3), (torch.tensor([7]), 1)])
     # By place: 3 nothing; 4 after 1 comes 2 3, right; 5 after 1 2 comes 3, right, then 1, wrong; 6 after 1 2 3 comes 1,
     # wrong; 7 nothing; 8 after 2 comes 3, right; 9 after 2 3 comes 4, wrong.
-    assert (survey.positions, survey.found, survey.right) == (7, 5, 3)
-    assert survey.tokens_per_round == 7 / 4  # rounds at 3, 4, 7 and 8, of 1, 3, 1 and 2 tokens
-    with pytest.raises(ValueError, match="there is no continuation to look at"):
-        survey_ngrams([(torch.tensor([7]), 1)])
+    assert (analysis.positions, analysis.found, analysis.right) == (7, 5, 3)
+    assert analysis.tokens_per_round == 7 / 4  # rounds at 3, 4, 7 and 8, of 1, 3, 1 and 2 tokens
+    with pytest.raises(ValueError, match="there is no continuation to analyze"):
+        analyze_lookup([(torch.tensor([7]), 1)])
 
 
 @requires_native
-def test_a_survey_of_ngrams_agrees_with_decoding():
+def test_lookup_analysis_agrees_with_decoding():
     decoder = SelfSpeculativeDecoder(tiny_model(), 1, draft_source="ngram")
     out = decoder.generate(prompt_of(7), 60)
-    survey = survey_ngrams([(out.sequences[0], 8)])  # verification gives the first token
-    assert survey.tokens_per_round == pytest.approx(59 / out.stats.rounds)
+    analysis = analyze_lookup([(out.sequences[0], 8)])  # verification gives the first token
+    assert analysis.tokens_per_round == pytest.approx(59 / out.stats.rounds)

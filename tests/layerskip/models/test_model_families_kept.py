@@ -20,7 +20,7 @@ from layerskip.models.adapt import dequantized
 from layerskip.models.architectures import named_weights
 from layerskip.models.checkpoints import check_architecture
 from layerskip.training import convert, revert
-from layerskip.training.exit_analysis import depths_of
+from layerskip.training.exit_analysis import full_head, hidden_states
 from layerskip_kernels.formats import is_packed
 
 TOLERANCES = {
@@ -103,9 +103,9 @@ class TestStorage:
     def test_the_head_of_transformers_is_whole(self, family):
         """What perplexity is computed from: Granite scales its logits outside the head."""
         hf, ids = tiny_model(family), prompt_of(9).view(1, -1)
-        depths, full = depths_of(hf), hf.config.num_hidden_layers
+        model, full = adapt(hf), hf.config.num_hidden_layers
         with torch.no_grad():
-            found, expected = depths.logits(depths.states(ids, [full])[full][0]), hf(ids).logits[0]
+            found, expected = full_head(model)(hidden_states(model, ids, [full])[full][0]), hf(ids).logits[0]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     @EVERY

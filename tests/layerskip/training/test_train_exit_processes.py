@@ -97,4 +97,4 @@ def test_one_card_for_several_processes_is_refused(folder: Path, monkeypatch: py
     monkeypatch.setenv("WORLD_SIZE", "2")
     argv = runs_of(folder, "nowhere")[0]["argv"]
     assert main([*argv, "--device", "cuda:1"]) == 2
-    assert "--device cuda:1 is one card, under torchrun every process has its own" in capsys.readouterr().err
+    assert "--device cuda:1 is one GPU, under torchrun every process has its own" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from layerskip.models import adapt
 from layerskip.models.adapt import dequantized
 from layerskip.training.data import Example
-from layerskip.training.exit_analysis import evaluate_exits, perplexity, survey_exits
+from layerskip.training.exit_analysis import analyze_exits, evaluate_exits, perplexity
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -124,11 +124,11 @@ class TestOfThisLibrarysModels:
         ours, theirs = (perplexity(model, Letters(), texts, window=12) for model in pair)
         assert ours == pytest.approx(theirs, rel=1e-5)
 
-    def test_a_survey(self, pair):
+    def test_exit_analysis(self, pair):
         texts = [(torch.arange(3, 15), 4), (torch.arange(20, 26), 2), (torch.arange(5), 5)]
-        ours, theirs = (survey_exits(model, texts) for model in pair)
+        ours, theirs = (analyze_exits(model, texts) for model in pair)
         assert torch.equal(ours.tokens, theirs.tokens)
         assert torch.allclose(ours.confidence, theirs.confidence, atol=1e-5)
         assert ours.lengths == theirs.lengths == (8, 4)
         with pytest.raises(ValueError, match="no continuation"):
-            survey_exits(pair[0], [(torch.arange(5), 5)])
+            analyze_exits(pair[0], [(torch.arange(5), 5)])
