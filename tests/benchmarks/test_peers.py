@@ -28,7 +28,7 @@ from benchmarks.peers.report import Measured, markdown, picture
 from benchmarks.peers.ways import OURS, Way
 from benchmarks.peers.worker import _drafts_of
 from layerskip.cli.export import first_layers
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 
 READY = {"load": 1.0, "version": "1"}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerskip.models import adapt, load
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 from tests.example_package import PACKAGE, requires_weights
 
 weights = pytest.importorskip("layerskip_smollm2.weights", reason=f"needs {PACKAGE}")

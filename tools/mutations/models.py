@@ -19,7 +19,7 @@ BUGS = [
         LAYERSKIP + "transformers/test_transformers_quantized.py -k change_in_place",
     ),
     Mutation(
-        "a kernel that has repacked its tensors is read", MODELS + "adapt.py",
+        "a kernel that has repacked its tensors is read", MODELS + "adaptation.py",
         "kind not in (*_PLAIN,", "False and (*_PLAIN,",
         LAYERSKIP + "transformers/test_transformers_quantized.py -k what_is_refused",
     ),

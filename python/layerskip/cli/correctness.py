@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..decoding import SelfSpeculativeDecoder
 from ..models import LayerSkipModel
-from ..models.adapt import dequantized
+from ..models.adaptation import dequantized
 from . import arguments, options
 from .rendering import table
 

@@ -206,7 +206,10 @@ class LogitsPipeline:
     def __init__(
         self, processors: Sequence[LogitsProcessor | None] = (), histories: Sequence[History | None] = ()
     ) -> None:
-        self._own = [pair for pair in enumerate(zip(processors, histories, strict=True)) if None not in pair[1]]
+        pairs = zip(processors, histories, strict=True)
+        self._own = [
+            (row, (own, past)) for row, (own, past) in enumerate(pairs) if own is not None and past is not None
+        ]
         self.failures: dict[int, Exception] = {}
 
     def __call__(

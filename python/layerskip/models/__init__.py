@@ -1,6 +1,6 @@
 """Early-exit models: their parts, how they are made of Hugging Face models, and loading from disk."""
 
-from .adapt import adapt
+from .adaptation import adapt
 from .architectures import supported_architectures
 from .exit import Exit
 from .files import ModelFileError
@@ -8,7 +8,7 @@ from .head import BoundExit, EarlyExitHead
 from .hf_checks import UnsupportedModelError
 from .kv_cache import SharedKVCache
 from .layers import PartialDepthDecoder
-from .load import load, save
+from .loading import load, save
 from .model import LayerSkipModel
 from .weight_arena import gather_weights, scatter_weights
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from layerskip_kernels import LayerWeights, multiplies_panels
 from layerskip_kernels.formats import PANEL_ROWS, can_interleave, interleave, is_interleaved, rows_of
 
-from .adapt import adapt
+from .adaptation import adapt
 from .checkpoints import KEEPS_ROWS
 from .head import BoundExit
 from .hf_checks import unsupported

@@ -17,7 +17,7 @@ from layerskip_kernels.formats import is_packed
 
 from .._imports import check_transformers
 from ..models import architectures
-from ..models.adapt import quantized_weights
+from ..models.adaptation import quantized_weights
 from ..models.architectures import ACTIVATIONS, FLOATS
 from ..models.hf_checks import ORIGINAL_CLASS, unwrapped
 from .packed import SKINNY_ROWS, PackedLinear

@@ -13,7 +13,7 @@ from tiny import requires_native
 
 from layerskip.cli import arguments, main, options
 from layerskip.models import adapt, load
-from layerskip.models.load import NATIVE
+from layerskip.models.loading import NATIVE
 from layerskip.training.exit_analysis import perplexity
 from layerskip_kernels.formats import FORMATS
 

@@ -7,7 +7,7 @@ import quantized_checkpoints as layouts
 import torch
 
 from layerskip.models import adapt
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 from layerskip.models.layers import INPUTS
 from layerskip.models.quantize import rounded
 from layerskip_kernels.formats import FORMATS, dequantize, format_of, quantize

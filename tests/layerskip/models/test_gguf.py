@@ -12,7 +12,7 @@ from gguf_files import read, write
 
 import layerskip
 from layerskip.models import ModelFileError, UnsupportedModelError, load
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = torch.tensor([[3, 7, 12, 5, 40, 9]])

@@ -17,7 +17,7 @@ import layerskip
 from layerskip import LayerSkipModel, SelfSpeculativeDecoder
 from layerskip.models import weight_arena
 from layerskip.models.architectures import named_weights
-from layerskip.models.load import save
+from layerskip.models.loading import save
 from layerskip.models.quantize import with_widths
 from layerskip_kernels.formats import is_interleaved, rows_of
 

@@ -10,7 +10,7 @@ import transformers
 from helpers import save_tiny, tiny_model
 
 from layerskip.models import ModelFileError, UnsupportedModelError, adapt, load
-from layerskip.models.load import _check_keys
+from layerskip.models.loading import _check_keys
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import layerskip
 from layerskip import SelfSpeculativeDecoder
 from layerskip.models import UnsupportedModelError, adapt, gather_weights, load, save, scatter_weights
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 from layerskip.models.architectures import named_weights
 from layerskip.models.checkpoints import check_architecture
 from layerskip.training import convert, revert

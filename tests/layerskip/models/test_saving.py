@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import layerskip
 from layerskip.models import ModelFileError, UnsupportedModelError, adapt, load, save
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 from layerskip_kernels.formats import FORMATS, dequantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ import quantized_checkpoints as layouts
 import torch
 
 from layerskip.models import adapt
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 from layerskip.training.data import Example
 from layerskip.training.exit_analysis import analyze_exits, evaluate_exits, perplexity
 

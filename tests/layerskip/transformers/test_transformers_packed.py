@@ -15,7 +15,7 @@ from helpers import tiny_tokenizer
 import layerskip
 from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, adapt, gather_weights
 from layerskip.models import load, save, weight_arena
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 from layerskip.transformers.packed import PackedEmbedding, PackedLinear
 from layerskip_kernels.formats import FORMATS
 

@@ -15,7 +15,7 @@ from held_models import generated, held
 import layerskip
 from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, adapt, gather_weights
 from layerskip.models import ModelFileError, load
-from layerskip.models.adapt import dequantized
+from layerskip.models.adaptation import dequantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = torch.tensor([[3, 7, 12, 5, 40, 9]])

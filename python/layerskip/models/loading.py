@@ -16,7 +16,7 @@ from layerskip_kernels.formats import FORMATS, is_interleaved, rows_of
 from .. import registry
 from .._imports import need
 from . import checkpoints
-from .adapt import adapt
+from .adaptation import adapt
 from .architectures import ARCHITECTURES, check_config, check_model_type, named_weights
 from .checkpoints import ROPE_FACTORS, Progress, frequency_factors, own_settings, without_quantization
 from .files import INDEX, SINGLE, ModelFileError, check_safetensors, read_json, reading, shards
