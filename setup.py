@@ -1,13 +1,13 @@
-"""Builds the compiled libraries and finds the packages; the rest is in pyproject.toml.
+"""Build the native libraries and find the packages; all other settings are in pyproject.toml.
 
 Each library is one stable-ABI shared object that `torch.ops.load_library` loads: no CPython extension module, no symbol
 of libtorch_python, so one wheel serves CPython >= 3.10 and torch >= 2.10.
 
-Environment: CXX picks the compiler, CXXFLAGS and LDFLAGS are added to the flags, MAX_JOBS limits the parallel
-compilers, LAYERSKIP_CUDA=1 demands the CUDA library, LAYERSKIP_CUDA=0 leaves it out, unset builds it if nvcc is found.
-LAYERSKIP_CUDA_ARCHS="80;90a" narrows what it is compiled for; compute_100 stands for PTX, which the driver compiles for
-the cards that come after. Where ccache is found, it is used. LAYERSKIP_NAMESPACE=name builds, in the place of all
-others, a library for the CPU whose ops are in the namespace of that name (tools/hub_package.py).
+Environment variables: CXX is the compiler, CXXFLAGS and LDFLAGS are added to its flags, and MAX_JOBS limits parallel
+jobs. LAYERSKIP_CUDA=1 requires the CUDA library, LAYERSKIP_CUDA=0 disables it; by default it is built if nvcc is found.
+LAYERSKIP_CUDA_ARCHS="80;90a" selects its architectures; compute_100 is PTX, which the driver compiles for newer GPUs.
+ccache is used if it is installed. LAYERSKIP_NAMESPACE=name builds only a CPU library with its ops in that namespace
+(tools/hub_package.py).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
 MACOS = sys.platform == "darwin"
 if platform.machine() in ("aarch64", "arm64"):
-    # Every such processor can fuse a multiplication and an addition. Where sources do not ask for it, a compiler might
-    # do so in one kernel and not in its twin for more rows, whose bits must be the same.
+    # Without this flag a compiler may fuse a multiplication and an addition in one kernel, but not in its variant for
+    # more rows, which must give the same bits.
     CXX_FLAGS.append("-ffp-contract=off")
 CUDA_ARCHS = "80;90a;100a;compute_100"
-# ptxas tells each kernel's registers and spills: into a file beside the object, for `make cuda-report`.
+# The registers and spills of each kernel go to a file next to the object, for `make cuda-report`.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
 NAMESPACE = os.environ.get("LAYERSKIP_NAMESPACE")
 NAMED = {"library.cpp", "torch_binding.cpp"}  # the files that use it
@@ -74,7 +74,7 @@ def find_compiler() -> str | None:
 
 
 def cuda_wanted(sources: list[str]) -> bool:
-    """Whether to build the CUDA library: it takes nvcc, but neither a GPU nor a CUDA build of torch."""
+    """Whether to build the CUDA library. It needs nvcc, but neither a GPU nor a CUDA build of torch."""
     choice = os.environ.get("LAYERSKIP_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"LAYERSKIP_CUDA={choice} is not understood, expected 0, 1 or unset")
@@ -89,17 +89,17 @@ def cuda_wanted(sources: list[str]) -> bool:
 
 
 def cuda_archs() -> str:
-    """LAYERSKIP_CUDA_ARCHS, or all."""
+    """LAYERSKIP_CUDA_ARCHS, by default all."""
     return (os.environ.get("LAYERSKIP_CUDA_ARCHS") or CUDA_ARCHS).replace(" ", "")
 
 
 def cuda_targets() -> list[str]:
-    """nvcc's flags for these architectures, and what the library says of itself."""
+    """Flags of nvcc for these architectures, and the define that records them in the library."""
     archs, flags = cuda_archs(), []
     for arch in archs.split(";"):
         found = re.fullmatch(r"(compute_)?(\d{2,3})([af]?)", arch)
         if found is None or int(found[2]) < (90 if found[1] else 80):
-            # PTX of sm_80 has no programmatic dependent launch, and would be launched with it on newer cards.
+            # PTX of sm_80 lacks the instructions of programmatic dependent launch, which newer GPUs would use.
             sys.exit(
                 f"LAYERSKIP_CUDA_ARCHS={archs}: {arch!r} is not understood, expected architectures from 80 on and PTX "
                 f"from compute_90 on, like {CUDA_ARCHS}"
@@ -110,12 +110,12 @@ def cuda_targets() -> list[str]:
 
 
 def files(pattern: str) -> list[str]:
-    """Paths under the checkout, relative to it, as setuptools wants them."""
+    """Paths relative to the checkout, as setuptools requires."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
 def library(name: str, sources: list[str]) -> Extension:
-    """``layerskip_kernels/<name>.abi3.so``; the headers go into a source distribution with it."""
+    """The extension ``layerskip_kernels/<name>.abi3.so``; headers are listed for source distributions."""
     return Extension(
         f"layerskip_kernels.{name}",
         sources,
@@ -126,12 +126,12 @@ def library(name: str, sources: list[str]) -> Extension:
 
 
 def libraries() -> list[Extension]:
-    """What can be built here; without a compiler nothing, and the package runs on its torch reference."""
-    # Host files that include CUDA's headers, too.
+    """The libraries that can be built here. Without a compiler there are none, and the package uses torch's ops."""
+    # ops/*.cpp are host code that includes CUDA headers.
     common, cuda_sources = files("csrc/common/*.cpp"), files("csrc/cuda/**/*.cu") + files("csrc/cuda/ops/*.cpp")
     with_cuda = cuda_wanted(cuda_sources)
     if with_cuda:
-        cuda_targets()  # says now what is wrong with LAYERSKIP_CUDA_ARCHS
+        cuda_targets()  # validates LAYERSKIP_CUDA_ARCHS early
     if find_compiler() is None:
         if BUILDS & set(sys.argv):
             print(
@@ -150,7 +150,7 @@ def libraries() -> list[Extension]:
 
 
 def find_ninja() -> str:
-    """The ninja of the package of that name, which need not be on PATH, else the one on PATH."""
+    """Path of ninja: of the Python package, else on PATH."""
     try:
         import ninja
     except ImportError:
@@ -162,22 +162,22 @@ def find_ninja() -> str:
 
 
 class NinjaBuild(build_ext):
-    """Compiles with ninja: in parallel, and again when a source, a header or a flag has changed."""
+    """Compile with ninja, in parallel and incrementally."""
 
     def run(self) -> None:
-        """Build all of them, and leave none behind that an earlier build with other choices made."""
+        """Build all libraries, and remove those that an earlier build with other options left."""
         for name in {"layerskip_kernels._cpu", "layerskip_kernels._cuda"} - {ext.name for ext in self.extensions}:
             Path(self.build_lib, *name.split(".")).with_suffix(".abi3.so").unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one library and copy it to where setuptools wants it."""
+        """Build one library and copy it to the path that setuptools expects."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Within the checkout, unlike build_temp, which an editable install throws away.
+        # In the checkout: an editable install deletes build_temp.
         cuda = ext.name.endswith("_cuda")
-        kind = f"-{cuda_archs().replace(';', '+')}" if cuda else ""  # so that one choice does not undo another's work
-        name = f"layerskip_kernels.{'_cuda' if cuda else '_cpu'}"  # objects are the same whatever the namespace
+        kind = f"-{cuda_archs().replace(';', '+')}" if cuda else ""  # one folder per selection of architectures
+        name = f"layerskip_kernels.{'_cuda' if cuda else '_cpu'}"  # objects do not depend on the namespace
         folder = ROOT / "build" / f"{name}-{platform.system().lower()}-{platform.machine()}{kind}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(rules(cuda) + edges(ext.sources, target.name))
@@ -199,11 +199,11 @@ def rules(cuda: bool) -> str:
     include = [f"-I{ROOT / 'csrc'}", f"-isystem {home / 'include'}"]
     link = [f"-L{home / 'lib'}", "-ltorch_cpu"]
     cxx, nvcc = find_compiler(), shutil.which("nvcc") or "nvcc"
-    if cuda:  # with the CUDA runtime inside, so that it need not be the version that torch brings
+    if cuda:  # static runtime: torch may bring another version
         linker = f"{nvcc} -ccbin {cxx} -cudart=static"
         own = ["-L.", "-Xlinker=--no-undefined,--no-as-needed", "-ltorch_cuda"]
     else:
-        # What is undefined is found when the library is loaded: on macOS torch's OpenMP, in a module Python's symbols.
+        # Resolved at load time: torch's OpenMP on macOS, Python's symbols in a module.
         complete = ["-undefined dynamic_lookup"] if MACOS else ["-fopenmp", "" if NAMESPACE else "-Wl,--no-undefined"]
         linker, own = str(cxx), [*complete, os.environ.get("LDFLAGS", "")]
     return NINJA_RULES.format(
@@ -218,13 +218,13 @@ def rules(cuda: bool) -> str:
 
 
 def openmp() -> list[str]:
-    """What compiles OpenMP's pragmas; Apple's compiler understands them, but does not bring the header."""
+    """Compiler flags for OpenMP; Apple's compiler needs the header of Homebrew's libomp."""
     if not MACOS:
         return ["-fopenmp"]
     if shutil.which("brew") is None:
         return ["-Xpreprocessor -fopenmp"]
-    told = subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True, check=True).stdout
-    return ["-Xpreprocessor -fopenmp", f"-isystem {told.strip()}/include"]
+    out = subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True, check=True).stdout
+    return ["-Xpreprocessor -fopenmp", f"-isystem {out.strip()}/include"]
 
 
 def edges(sources: list[str], target: str) -> str:
@@ -249,25 +249,25 @@ def edges(sources: list[str], target: str) -> str:
             compile_one(source)
     stub = ""
     if target.startswith("_cuda"):
-        # A CPU build of torch has no libtorch_cuda to link with; the one that is loaded will have the symbol.
+        # A CPU build of torch has no libtorch_cuda to link with; the symbol is resolved at load time.
         lines.append(f"build libtorch_cuda.so: stub {ninja_path(ROOT / 'csrc/cuda/torch_cuda_stub.cpp')}")
         stub = "| libtorch_cuda.so"
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)} {stub}", ""])
 
 
 def ninja_path(path: Path) -> str:
-    """A path as an input in build.ninja."""
+    """Escape a path for build.ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def wheel_options(extensions: list[Extension]) -> dict[str, str]:
-    """One wheel for every CPython from 3.10 on; the one with CUDA kernels has a build number that says so."""
+    """Options of a wheel for CPython >= 3.10; with CUDA kernels its build number has the toolkit release."""
     options = {"py_limited_api": "cp310"} if extensions else {}
     if len(extensions) > 1:
-        told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-        release = re.search(r"release (\d+)\.(\d+)", told)
+        out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", out)
         if release is None:
-            sys.exit(f"nvcc --version does not name a release: {told}")
+            sys.exit(f"nvcc --version does not name a release: {out}")
         options["build_number"] = f"1cu{release[1]}{release[2]}"
     return options
 

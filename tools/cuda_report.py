@@ -1,4 +1,4 @@
-"""What ptxas made of every CUDA kernel, without a card: ``python -m tools.cuda_report``.
+"""What ptxas made of every CUDA kernel, without a GPU: ``python -m tools.cuda_report``.
 
 The build keeps ptxas's own words beside each object; this reads them.
 """

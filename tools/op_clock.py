@@ -93,7 +93,7 @@ def main(given: Sequence[str] | None = None) -> None:
     model, tokenizer = options.load(args, console)
     decoder = options.decoder(args, model)
     if decoder.model.device.type != "cpu":
-        raise SystemExit("a card runs behind the calls, so their times tell nothing of its own; use --device cpu")
+        raise SystemExit("GPU calls are asynchronous, so host times do not measure them; use --device cpu")
     prompt = options.encode(tokenizer, args.prompt, args.device, args.chat)
     decoder.generate(prompt, args.max_new_tokens, eos_token_id=[])  # the first call allocates
     found = outside_ops(decoder, prompt, args.max_new_tokens)

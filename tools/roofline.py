@@ -1,6 +1,6 @@
 """Bytes that the CUDA kernels move, counted, against those that they must move: ``python -m tools.roofline``.
 
-The kernels run emulated (tests/cuda_emulation), where every load and store is seen; no card is needed. What is counted
+The kernels run emulated (tests/cuda_emulation), where every load and store is seen; no GPU is needed. What is counted
 is a model of a 16th of Llama-3.2-1B's weights, since the ratio of moved to needed bytes does not grow with them.
 """
 

@@ -1,5 +1,5 @@
-// What the launchers need to trust a tensor's memory, and how they refuse an argument. Most messages for users are
-// written in Python (`_checks.py`); these checks hold also when a native op is called past them.
+// Argument checks and typed access to a tensor's memory. Python (`_checks.py`) raises most messages that users see;
+// these checks also hold when a native op is called directly.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,7 +19,7 @@ namespace lsk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises an error with the prefix by which dispatch.py makes it a ValueError.
+// Throws an error whose prefix makes dispatch.py raise a ValueError.
 template <class... Words>
 [[noreturn]] void refuse(const Words&... words) {
   std::ostringstream message;
@@ -28,7 +28,7 @@ template <class... Words>
   throw std::runtime_error(message.str());
 }
 
-// Refuses an argument, with these words, where the condition does not hold.
+// Throws an error with this message if the condition is false.
 #define LSK_REQUIRE(condition, ...) \
   do {                              \
     if (!(condition)) [[unlikely]]  \
@@ -58,7 +58,7 @@ constexpr ScalarType scalar_type<int64_t>() {
   return ScalarType::Long;
 }
 
-// The memory of a contiguous tensor of this dtype and shape.
+// Memory of a contiguous tensor; checks dtype and shape.
 template <class T>
 T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   LSK_REQUIRE(tensor.scalar_type() == scalar_type<T>(), name, " has an unexpected dtype");
@@ -102,8 +102,8 @@ auto with_float_type(ScalarType dtype, F f) {
   }
 }
 
-// A weight [rows, width] in the activations' T, or packed in the format that has as many bytes for that width: as rows
-// of bytes, or of 16-bit words where they are interleaved.
+// A weight [rows, width] in T, or packed; the bytes per row determine the format. Packed rows are bytes, or 16-bit
+// words if they are interleaved.
 template <class T>
 Weight matrix(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   const int64_t rows = *sizes.begin(), width = *(sizes.begin() + 1);
@@ -126,8 +126,7 @@ Weight matrix(const Tensor& tensor, const char* name, std::initializer_list<int6
   refuse(name, ": ", bytes, " bytes a row are no format of width ", width);
 }
 
-// Weights that one packing of the activations serves are all plain, all of integers, or all of fp8, and all or none
-// are panels.
+// Weights that share the tiled activations must be all plain, all integers, or all fp8, and all or none in panels.
 inline void check_alike(const Weight& first, const Weight& other, const char* names) {
   const auto kind = [](const Weight& weight) {
     return weight.format == Format::kPlain ? 0 : is_integer(weight.format) ? 1 + 2 * weight.panels : 2;

@@ -1,5 +1,5 @@
-// Everything that layers [start, end), and exit blocks behind them, take but the states, as tensors: what
-// partial_forward, draft and speculative_round share.
+// Layers [start, end) and the draft layers after them, as tensors: weights, caches, positions. Shared by
+// partial_forward, draft and speculative_round.
 #pragma once
 
 #include <vector>
@@ -15,25 +15,25 @@ struct LayerStack {
   const std::optional<Tensor>& slots;
   int64_t start, end;
   double eps;
-  int64_t num_blocks = 0;  // their weights come last, their keys and values are the last layers of the cache
+  int64_t num_draft_layers = 0;  // their weights come last; their keys and values are the cache's last layers
 
-  int64_t count() const { return end - start + num_blocks; }
-  int64_t weights_per_layer() const { return static_cast<int64_t>(weights.size()) / count(); }
+  int64_t total_layers() const { return end - start + num_draft_layers; }
+  int64_t weights_per_layer() const { return static_cast<int64_t>(weights.size()) / total_layers(); }
 
-  // Which layer of the cache the i-th layer or block uses.
-  int64_t cache_layer(int64_t i) const { return i < end - start ? start + i : k_cache.size(0) - count() + i; }
+  // Cache layer of the i-th layer; draft layers use the last ones.
+  int64_t cache_layer(int64_t i) const { return i < end - start ? start + i : k_cache.size(0) - total_layers() + i; }
 
-  // The sizes for `rows` rows of each of `batch` sequences, checked; start < end.
+  // Checked sizes for `rows` rows of each of `batch` sequences; start < end.
   ForwardShape shape(int64_t batch, int64_t rows, int64_t hidden_size) const {
     LSK_REQUIRE(k_cache.dim() == 5 && cos.dim() == 2, "the cache must have rank 5, cos 2");
     LSK_REQUIRE(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
                 k_cache.size(0));
-    LSK_REQUIRE(0 <= num_blocks && num_blocks <= k_cache.size(0) - end, "num_blocks must lie in [0, ",
-                k_cache.size(0) - end, "], got ", num_blocks);
+    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers <= k_cache.size(0) - end, "num_blocks must lie in [0, ",
+                k_cache.size(0) - end, "], got ", num_draft_layers);
     const int64_t each = weights_per_layer(), head_dim = k_cache.size(4);
-    LSK_REQUIRE(
-        (each == kRequiredWeights || each == kAllWeights) && each * count() == static_cast<int64_t>(weights.size()),
-        "got ", weights.size(), " weights for ", count(), " layers");
+    LSK_REQUIRE((each == kRequiredWeights || each == kAllWeights) &&
+                    each * total_layers() == static_cast<int64_t>(weights.size()),
+                "got ", weights.size(), " weights for ", total_layers(), " layers");
     LSK_REQUIRE(eps >= 0, "eps must not be negative, got ", eps);
     check_head_dim(head_dim);
     const ForwardShape out{batch,
@@ -67,8 +67,8 @@ struct LayerStack {
     T* keys = data<T>(k_cache, "k_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
     T* values = data<T>(v_cache, "v_cache", {num_layers, s.num_slots, s.num_kv_heads, s.capacity, s.head_dim});
     std::vector<LayerWeights<T>> out;
-    out.reserve(count());
-    for (int64_t i = 0; i < count(); ++i) {
+    out.reserve(total_layers());
+    for (int64_t i = 0; i < total_layers(); ++i) {
       const int64_t each = weights_per_layer();
       out.push_back(take_layer<T>(weights.data() + i * each, each, s, take, take_optional, matrix<T>));
       out.back().k_cache = keys + cache_layer(i) * stride;
@@ -78,25 +78,27 @@ struct LayerStack {
   }
 };
 
-// The weights of a round, of L layers and then of exit blocks: what drafts, layers [0, E) and the blocks, and what
-// verifies, layers [E, L).
+// Splits the weights of L layers and the draft layers after them: `drafting` has layers [0, E) and the draft layers,
+// `deep` the layers [E, L) that verify.
 struct RoundWeights {
   std::vector<Tensor> drafting, deep;
   int64_t num_layers;  // L
 
-  RoundWeights(const std::vector<Tensor>& weights, const Tensor& k_cache, int64_t exit_layer, int64_t num_blocks) {
+  RoundWeights(const std::vector<Tensor>& weights, const Tensor& k_cache, int64_t exit_layer,
+               int64_t num_draft_layers) {
     LSK_REQUIRE(k_cache.dim() == 5, "the cache must have rank 5");
     const int64_t count = k_cache.size(0), each = count > 0 ? static_cast<int64_t>(weights.size()) / count : 0;
-    LSK_REQUIRE(0 <= num_blocks && num_blocks < count, "num_blocks must lie in [0, ", count - 1, "], got ", num_blocks);
-    num_layers = count - num_blocks;
+    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers < count, "num_blocks must lie in [0, ", count - 1, "], got ",
+                num_draft_layers);
+    num_layers = count - num_draft_layers;
     LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
                 exit_layer);
     LSK_REQUIRE(each * count == static_cast<int64_t>(weights.size()), "got ", weights.size(), " weights for ", count,
                 " layers");
-    const auto exit = weights.begin() + each * exit_layer, blocks = weights.begin() + each * num_layers;
+    const auto exit = weights.begin() + each * exit_layer, draft_layers = weights.begin() + each * num_layers;
     drafting.assign(weights.begin(), exit);
-    drafting.insert(drafting.end(), blocks, weights.end());
-    deep.assign(exit, blocks);
+    drafting.insert(drafting.end(), draft_layers, weights.end());
+    deep.assign(exit, draft_layers);
   }
 };
 

@@ -1,4 +1,4 @@
-// The weights of a decoder layer, their order and their shapes: for CPU and CUDA alike, and without torch.
+// Order and shapes of a decoder layer's weights, for CPU and CUDA. Does not include torch.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,14 @@
 
 namespace lsk {
 
-// The order of a layer's weights: that of LayerWeights in bundles.py.
+// Same order as LayerWeights in bundles.py.
 namespace layer_weight {
 enum : int64_t { kAttnNorm, kQ, kK, kV, kO, kMlpNorm, kGate, kUp, kDown, kQBias, kKBias, kVBias, kQNorm, kKNorm };
 }
 
 constexpr int64_t kRequiredWeights = layer_weight::kQBias, kAllWeights = layer_weight::kKNorm + 1;
 
-// Sizes of a forward: `batch` sequences of `rows` rows each, in a cache of `num_slots` slots.
+// Sizes of a forward pass: `batch` sequences of `rows` rows each, in a cache of `num_slots` slots.
 struct ForwardShape {
   int64_t batch, rows, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots;
 
@@ -24,7 +24,7 @@ struct ForwardShape {
   int64_t keys() const { return num_kv_heads * head_dim; }
 };
 
-// One layer: its weights, of which the last five may be null, and its part of the cache.
+// Weights of one layer, of which the last five may be null, and its cache.
 template <class T>
 struct LayerWeights {
   const T *attn_norm, *mlp_norm;
@@ -33,9 +33,8 @@ struct LayerWeights {
   T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
 };
 
-// Takes the `count` weights of a layer from `sources`, in the order of `layer_weight`. `take(source, name, shape)`
-// gives the memory of one; `take_optional` does, too, and null where the model does not have it; `take_matrix` gives
-// the weight of a matmul.
+// Builds a layer from `count` sources in the order of `layer_weight`. `take(source, name, shape)` returns the memory of
+// one; `take_optional` may return null; `take_matrix` returns the weight of a matmul.
 template <class T, class Source, class Take, class TakeOptional, class TakeMatrix>
 LayerWeights<T> take_layer(const Source* sources, int64_t count, const ForwardShape& s, Take take,
                            TakeOptional take_optional, TakeMatrix take_matrix) {

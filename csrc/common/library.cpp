@@ -1,6 +1,5 @@
-// The namespace of what the compiled libraries implement, as in layerskip_kernels/_namespace.py. What builds packages
-// for the Hugging Face hub defines TORCH_EXTENSION_NAME, another one for every version, so that several fit into a
-// process.
+// Namespace of the native ops, as in layerskip_kernels/_namespace.py. Packages for the Hugging Face hub define another
+// TORCH_EXTENSION_NAME for each version, so that one process can load several.
 #include "common/library.h"
 
 #define LSK_QUOTED(name) #name

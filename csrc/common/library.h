@@ -1,8 +1,8 @@
-// Makes functions the implementations of ops on a device:
+// Registers the implementations of ops on a device:
 //
 //   LSK_LIBRARY(CPU, m) { m.impl("scale_rows", TORCH_BOX(&lsk::scale_rows)); }
 //
-// Only the linker knows the namespace of the ops, so the same objects also make a library with another (library.cpp).
+// The linker resolves the namespace (library.cpp), so the same objects can be linked into a library with another one.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

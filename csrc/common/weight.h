@@ -1,4 +1,5 @@
-// The weight of a matmul, plain or packed: see layerskip_kernels/formats.py for what a packed one holds. Without torch.
+// Storage types, and the weight of a matmul: plain or packed (layout in layerskip_kernels/formats.py). Does not include
+// torch.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// kRows is the int8 of a draft head, whose scales, one a row, are kept beside it.
+// kRows: int8 rows of a draft head; a separate tensor has one scale per row.
 enum class Format : uint8_t {
   kPlain,
   kRows,
@@ -27,11 +28,10 @@ enum class Format : uint8_t {
   kFp8Of128
 };
 
-constexpr int64_t kPackedBlock = 32;  // values that int4 packs together
+constexpr int64_t kPackedBlock = 32;  // values of a packed block
 constexpr int64_t kPanelRows = 16;    // rows of a panel
 
-// How a group of a packed row is written: its scale, in fp16 or, of fp8, in fp32, its least value, if any, in fp16,
-// then the values.
+// Layout of a group in a packed row: scale (fp16; fp32 for fp8), minimum (fp16, if kHasZero), then the values.
 template <int kBits_, int kSize_, bool kHasScale_ = true, bool kHasZero_ = false, bool kIsFloat_ = false>
 struct Group {
   static constexpr int kBits = kBits_, kSize = kSize_;
@@ -43,7 +43,7 @@ struct Group {
   static constexpr bool divides(int64_t width) { return width % kSize == 0; }
 };
 
-// Calls f with a value of the Group that a packed format is.
+// Calls f with a value of the format's Group type.
 template <class F>
 auto with_group(Format format, F f) {
   switch (format) {
@@ -70,7 +70,7 @@ auto with_group(Format format, F f) {
 
 constexpr bool is_integer(Format format) { return Format::kRows <= format && format < Format::kFp8; }
 
-// Those that a row's bytes tell apart.
+// Formats that are recognized by the bytes of a row.
 constexpr Format kPackedFormats[] = {Format::kInt8,     Format::kInt8Of128,     Format::kInt4, Format::kInt4Of128,
                                      Format::kInt4Zero, Format::kInt4ZeroOf128, Format::kFp8,  Format::kFp8Of128};
 
@@ -78,9 +78,9 @@ struct Weight {
   const uint8_t* data = nullptr;
   int64_t pitch = 0;  // bytes of a row
   Format format = Format::kPlain;
-  bool panels = false;  // sixteen rows each are interleaved by group, as layerskip_kernels/formats.py says
+  bool panels = false;  // groups of sixteen rows are interleaved, see layerskip_kernels/formats.py
 
-  // Of panels, the panel of every sixteenth row.
+  // In panels, only rows that are multiples of 16: the start of the panel.
   const uint8_t* row(int64_t n) const { return data + n * pitch; }
 };
 

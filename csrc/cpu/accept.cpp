@@ -43,10 +43,10 @@ struct Rows {
   const float* operator()(int64_t b, int64_t i) const { return at + b * sequence + i * row; }
 };
 
-// What is known of a sequence once its drafts are judged.
+// Result of a sequence: accepted drafts, and how the next token is found.
 struct Acceptance {
   int64_t accepted, next;
-  bool samples, rejected;  // whether the next token is drawn, and then whether from max(p - q, 0)
+  bool samples, rejected;  // whether the next token is sampled, and whether from max(p - q, 0)
   float logsumexp_p, logsumexp_q;
 };
 
@@ -54,9 +54,9 @@ struct AcceptSampled {
   int64_t batch, num_speculations;
   const int64_t *draft, *lengths, *seed, *token_map;       // [B, K], [B], [B], [V_draft] or null
   const float* temperature;                                // [B]
-  Rows p, q;                                               // of the target and the draft
+  Rows p, q;                                               // of the target and of the draft
   HeadPartial *partial_p = nullptr, *partial_q = nullptr;  // [B, K + 1, tiles], [B, K, tiles]
-  float* residual = nullptr;                               // [B, V]: q where the next token is drawn from max(p - q, 0)
+  float* residual = nullptr;                               // [B, V]: q, if the next token is sampled from max(p - q, 0)
   float* memory = nullptr;                                 // [threads, V_draft]
   ScoredRow* candidates = nullptr;                         // [B, tiles]
 
@@ -75,7 +75,7 @@ struct AcceptSampled {
     candidates = workspace.take<ScoredRow>(batch * p.tiles.count);
   }
 
-  // Drafts of sequence b, up to the first entry that was not num_speculations.
+  // Number of draft tokens of sequence b; -1 marks the end.
   int64_t count(int64_t b) const {
     const int64_t* own = draft + b * num_speculations;
     return std::find_if(own, own + num_speculations, [](int64_t token) { return token < 0; }) - own;
@@ -99,7 +99,7 @@ struct AcceptSampled {
     sum_rows(worker, q, num_speculations, true, partial_q);
   }
 
-  // The draft's own row for a token.
+  // Row of a draft token in the draft head.
   int64_t index(int64_t b, int64_t i) const {
     const int64_t token = draft[b * num_speculations + i], size = q.tiles.vocab_size;
     const int64_t at = token_map ? std::find(token_map, token_map + size, token) - token_map : token;
@@ -133,7 +133,7 @@ struct AcceptSampled {
     }
   }
 
-  // q of a rejected draft, over the target's vocabulary; `own` [V_draft].
+  // q at a rejected draft, over the target's vocabulary; `own` [V_draft] is scratch.
   void expand_q(int64_t b, const Acceptance& result, float* own) const {
     const int64_t draft_vocab_size = q.tiles.vocab_size, vocab_size = p.tiles.vocab_size;
     float* out = residual + b * vocab_size;
@@ -166,12 +166,12 @@ struct AcceptSampled {
     ScoredRow best = own[0];
     for (int64_t t = 1; t < p.tiles.count; ++t)
       if (own[t].score > best.score) best = own[t];
-    if (std::isinf(best.score))  // rounding left nothing of p - q
+    if (std::isinf(best.score))  // p - q rounded to zero everywhere
       kernels<float>().sample_part(sample_args(b, result, false), 0, p.tiles.vocab_size, &best);
     return best.row;
   }
 
-  // Judges all sequences; advances `advanced` [B].
+  // Accepts drafts of all sequences; advances `advanced` [B].
   void run(int threads, int64_t* advanced, int64_t* accepted, int64_t* next) const {
     parallel_run(threads, [&](const Worker& worker) { sum(worker); });
     std::vector<Acceptance> results;
@@ -191,7 +191,7 @@ struct AcceptSampled {
   }
 };
 
-// With contiguous rows; `x` itself where it has them.
+// Makes the rows contiguous, if they are not.
 Tensor with_rows(const Tensor& x) {
   LSK_REQUIRE(x.dim() == 3, "logits have rank ", x.dim(), ", expected 3");
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : contiguous(x);

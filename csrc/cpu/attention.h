@@ -1,5 +1,5 @@
-// What a team shares of attention: of few rows the splits of their positions, then (after a wait) rows from their
-// splits; of many, the rows.
+// How workers share attention. Few rows: each takes splits of the positions; after a barrier each combines the splits
+// of some rows. Many rows: each takes rows.
 #pragma once
 
 #include <algorithm>
@@ -15,22 +15,22 @@ struct AttentionStep {
   const int64_t *seq_lens, *slots;  // [B], the second or null
   int64_t batch, rows, num_heads, num_kv_heads, capacity, head_dim;
   int64_t splits;  // of the longest sequence
-  float* partial;  // of few rows [splits, B, G, M, H/G, partial_pitch(C)], else [threads, 2, M, H/G, partial_pitch(C)]
+  float* partial;  // few rows: [splits, B, G, M, H/G, partial_pitch(C)], else [threads, 2, M, H/G, partial_pitch(C)]
 
   static int64_t count_splits(const int64_t* seq_lens, int64_t batch, int64_t rows) {
     int64_t longest = 0;
     for (int64_t b = 0; b < batch; ++b) longest = seq_lens[b] > longest ? seq_lens[b] : longest;
     return (longest + rows + kSplit - 1) / kSplit;
   }
-  // How many floats `partial` takes, for a team of so many threads.
+  // Floats in `partial`.
   template <class Shape>
   static int64_t partial_size(const Shape& s, int64_t splits, int threads) {
     const int64_t heads = s.rows * s.num_heads * partial_pitch(s.head_dim);  // of a sequence
     return s.rows < kFewRows ? splits * s.batch * heads : 2 * threads * heads / s.num_kv_heads;
   }
 
-  // To out [B, M, H, C]. Of few rows this worker writes those of `own`, of all B * M * H, and nobody has waited for
-  // them; of many, all are there when it returns.
+  // Writes out [B, M, H, C]. Few rows: this worker writes the rows `own` of B * M * H, without a barrier after it. Many
+  // rows: all of them are complete on return.
   void run(const Worker& worker, const Range& own, T* out) const {
     if (rows < kFewRows) {
       attend_splits(worker);
@@ -50,7 +50,7 @@ struct AttentionStep {
     return (slot_of(slots, sequence) * num_kv_heads + kv_head) * capacity * head_dim;
   }
 
-  // This worker's share of the work, where each sequence has `parts` times its positions of it: visit(sequence, range).
+  // Calls visit(sequence, range) for this worker's share of the work: each sequence has `parts` * positions of it.
   template <class F>
   void share(const Worker& worker, int64_t parts, F visit) const {
     int64_t total = 0, at = 0;
@@ -62,7 +62,7 @@ struct AttentionStep {
     }
   }
 
-  // Splits differ in length, so members share positions: each takes the splits that start within its share.
+  // Splits differ in length, so workers share positions: each takes the splits that start within its share.
   void attend_splits(const Worker& worker) const {
     share(worker, num_kv_heads, [&](int64_t sequence, const Range& own) {
       const int64_t count = positions(sequence);
@@ -74,7 +74,7 @@ struct AttentionStep {
   }
 
   void attend_split(int64_t sequence, int64_t kv_head, int64_t split) const {
-    // Where the next split starts: the same head's, or another head's first.
+    // The next split: of the same head, or the first one of the next head.
     int64_t next = cache_at(sequence, kv_head) + (split + 1) * kSplit * head_dim;
     if ((split + 1) * kSplit >= positions(sequence)) {
       const bool more = kv_head + 1 < num_kv_heads;
@@ -85,7 +85,7 @@ struct AttentionStep {
     kernels<T>().attend(args(sequence, kv_head, {0, rows}, next, out), split);
   }
 
-  // Many rows take all splits one after the other, or what these add up to would go through memory. Members share rows.
+  // Processes all splits of a row in turn, which keeps partial results out of memory. Workers share rows.
   void attend_rows(const Worker& worker, T* out) const {
     float* own_partial = partial + worker.index * 2 * rows * ratio() * partial_pitch(head_dim);
     share(worker, num_kv_heads * rows, [&](int64_t sequence, const Range& own) {
@@ -103,7 +103,7 @@ struct AttentionStep {
     });
   }
 
-  // Of some rows of a sequence and one key/value head; `next` is where in the cache lies what is read afterwards.
+  // Arguments for some rows of a sequence and one key/value head; `next` is the cache offset that is read afterwards.
   AttentionArgs<T> args(int64_t sequence, int64_t kv_head, const Range& own, int64_t next, float* out) const {
     const int64_t at = cache_at(sequence, kv_head);
     return {q + (sequence * rows + own.begin) * num_heads * head_dim,
@@ -119,7 +119,7 @@ struct AttentionStep {
             out};
   }
 
-  // Rows [begin, end) of the B * M * H query rows, to out [B, M, H, C].
+  // Combines rows [begin, end) of the B * M * H query rows into out [B, M, H, C].
   void combine(int64_t begin, int64_t end, T* out) const {
     const Kernels<T>& table = kernels<T>();
     for (int64_t row = begin; row < end; ++row) {
@@ -132,7 +132,7 @@ struct AttentionStep {
   }
 };
 
-// Rotates queries into `q_out` and keys into the cache, copies values there; norms of q and k where given.
+// Rotates queries into `q_out` and keys into the cache, and copies values there; norms q and k first, if given.
 template <class T>
 struct RopeStep {
   const T *q, *k, *v;        // [B, M, H, C], [B, M, G, C] twice

@@ -1,4 +1,4 @@
-// Shared by the launchers of the CPU ops.
+// Helpers of the CPU ops: scratch memory, argument checks, tiled activations.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 
 namespace lsk {
 
-// Scratch memory of one call: carved from a buffer that the calling thread keeps, so that no step allocates.
+// Scratch memory of one call, from a buffer that the calling thread keeps: no step allocates.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) {
@@ -57,13 +57,13 @@ class Workspace {
   size_t used_ = 0;
 };
 
-constexpr int64_t kUnit = 16;  // weight rows that one thread takes at least
+constexpr int64_t kUnit = 16;  // smallest share of weight rows per thread
 
 inline int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 using torch::stable::contiguous;
 
-// Every position that a step writes must lie inside the cache.
+// Checks that all positions written by a step fit the cache.
 inline void check_capacity(const int64_t* seq_lens, int64_t batch, int64_t rows, int64_t capacity) {
   for (int64_t b = 0; b < batch; ++b) {
     LSK_REQUIRE(seq_lens[b] >= 0 && seq_lens[b] + rows <= capacity, "sequence ", b, " has length ", seq_lens[b], ", ",
@@ -71,7 +71,7 @@ inline void check_capacity(const int64_t* seq_lens, int64_t batch, int64_t rows,
   }
 }
 
-// Temperatures and what names the noise, one a row, all of them or none.
+// Temperature and noise seed of each row, or none.
 struct Sampling {
   const float* temperature = nullptr;
   const int64_t* seed = nullptr;
@@ -86,7 +86,7 @@ struct Sampling {
   }
 };
 
-// fp32 logits whose last dimension is contiguous, the others strided.
+// fp32 logits; only the last dimension must be contiguous.
 inline float* logits_data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   LSK_REQUIRE(tensor.scalar_type() == ScalarType::Float, name, " has an unexpected dtype");
   LSK_REQUIRE(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
@@ -101,7 +101,7 @@ inline float* logits_data(const Tensor& tensor, const char* name, std::initializ
   return static_cast<float*>(tensor.data_ptr());
 }
 
-// Sequences use distinct rows of the cache: those that `slots` names, or without it the first `batch`, which are all.
+// Checks that sequences use distinct slots: `slots`, or without it one slot per sequence in order.
 inline void check_slots(const int64_t* slots, int64_t batch, int64_t num_slots) {
   LSK_REQUIRE(slots || batch == num_slots, "k_cache has ", num_slots, " rows, expected ", batch);
   for (int64_t b = 0; slots && b < batch; ++b) {
@@ -117,22 +117,22 @@ inline int64_t slot_of(const int64_t* slots, int64_t sequence) { return slots ? 
 
 constexpr int64_t kFewRows = 16;
 
-// Which of so many rows this worker prepares for the step that follows, which needs all of them. Of few rows each
-// worker makes its own copy, which is cheaper than to wait for the others.
+// Rows that this worker prepares for the next step, which needs all of them. With few rows, every worker prepares its
+// own copy of all: cheaper than a barrier.
 inline Range rows_of(const Worker& worker, int64_t rows) {
   return rows < kFewRows ? Range{0, rows} : worker.share(rows);
 }
 
-// Where they go, if a copy has so many elements.
+// This worker's copy of `size` elements.
 template <class E>
 E* copy_of(const Worker& worker, int64_t rows, E* memory, int64_t size) {
   return rows < kFewRows ? memory + worker.index * size : memory;
 }
 
-// How many copies there are.
+// Number of copies.
 inline int64_t num_copies(int64_t rows, int threads) { return rows < kFewRows ? threads : 1; }
 
-// Packs x [rows, width], of which this worker's rows are there, and waits for what others pack.
+// Tiles x [rows, width], of which this worker's rows are ready, and waits for the other workers' rows.
 template <class T>
 TiledActivations tile_activations(const Worker& worker, const T* x, const T* norm, float eps, int64_t rows,
                                   int64_t width, const Weight& weight, float* memory) {

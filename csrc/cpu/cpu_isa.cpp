@@ -1,4 +1,4 @@
-// The choice of the instruction set as an op.
+// cpu_isa: selects the instruction set.
 #include <torch/headeronly/util/Exception.h>
 
 #include <string>

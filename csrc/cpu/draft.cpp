@@ -1,4 +1,4 @@
-// draft on CPU tensors: the loop of rounds.py's compose_draft, without Python between its steps.
+// draft on CPU tensors: the loop of composition.py's compose_draft, without Python between the steps.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,15 +15,15 @@ namespace {
 template <class T>
 struct Draft {
   Weight embedding;  // [V, D]
-  int64_t vocab_size, batch, hidden_size, num_speculations, rows, num_blocks;
+  int64_t vocab_size, batch, hidden_size, num_speculations, rows, num_draft_layers;
   float draft_threshold;
   int64_t* tokens;      // [B, K]
   T* states;            // [B, rows, D]
   float* probability;   // [B, K]
   HeadOptions options;  // temperature and seed [B]; the logits of row 0
-  int64_t next_logits;  // from one row's logits to the next
+  int64_t next_logits;  // stride from one row's logits to the next
 
-  // The options of the head for `row`, whose tokens are at `positions`.
+  // Head options for draft `row`, whose tokens are at `positions`.
   HeadOptions options_of(int64_t row, const int64_t* positions) const {
     HeadOptions own = options;
     own.offset = positions;
@@ -34,7 +34,7 @@ struct Draft {
   void embed(const int64_t* current, T* hidden) const {
     for (int64_t b = 0; b < batch; ++b) {
       LSK_REQUIRE(current[b] < vocab_size, "token ", current[b], " is outside the vocabulary of ", vocab_size);
-      // A head that names no token gives -1, which cannot be looked up. What follows it has no meaning: any row serves.
+      // -1 means that no token was drafted; later rows of this sequence are ignored, so any embedding serves.
       const int64_t row = current[b] < 0 ? 0 : current[b];
       T* to = hidden + b * hidden_size;
       if (embedding.format == Format::kPlain)
@@ -44,7 +44,7 @@ struct Draft {
     }
   }
 
-  // Clears the rows from `first_row` on, in which nothing is drafted any more.
+  // Clears the rows from `first_row` on, after drafting has ended.
   void clear(int64_t first_row) const {
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t i = first_row; i < num_speculations; ++i) {
@@ -56,14 +56,14 @@ struct Draft {
     }
   }
 
-  // Writes the probability and the token of `row`, and the next tokens to `current`; true while any sequence drafts on.
+  // Writes the probability and token of `row`, and the next tokens to `current`; true if any sequence continues.
   bool record(int64_t row, int64_t* current, const float* logit, const float* logsumexp, bool* alive) const {
     bool any = false;
     for (int64_t b = 0; b < batch; ++b) {
       const float chance = std::exp(logit[b] - logsumexp[b]);
       probability[b * num_speculations + row] = alive[b] ? chance : 0.0f;
       if (draft_threshold > 0) {
-        alive[b] = alive[b] && chance >= draft_threshold;  // false of NaN, too
+        alive[b] = alive[b] && chance >= draft_threshold;  // also false for NaN
         if (!alive[b]) current[b] = -1;
       }
       tokens[b * num_speculations + row] = current[b];
@@ -74,14 +74,14 @@ struct Draft {
 
   void run(Forward<T>& forward, const std::vector<Layer<T>>& layers, const ExitHead<T>& head, const int64_t* slots,
            int64_t* current, int64_t* lengths) const {
-    std::vector<T> hidden(batch * hidden_size), kept(num_blocks > 0 ? hidden.size() : 0);
-    const T* state = num_blocks > 0 ? kept.data() : hidden.data();
+    std::vector<T> hidden(batch * hidden_size), kept(num_draft_layers > 0 ? hidden.size() : 0);
+    const T* state = num_draft_layers > 0 ? kept.data() : hidden.data();
     std::vector<float> scores(2 * batch);
     const std::unique_ptr<bool[]> alive(new bool[batch]);
     std::fill_n(alive.get(), batch, true);
     for (int64_t row = 0; row < rows; ++row) {
       embed(current, hidden.data());
-      forward.run(layers, lengths, slots, hidden.data(), num_blocks, kept.data());
+      forward.run(layers, lengths, slots, hidden.data(), num_draft_layers, kept.data());
       for (int64_t b = 0; b < batch; ++b) {
         T* to = states + (b * rows + row) * hidden_size;
         if (alive[b]) {

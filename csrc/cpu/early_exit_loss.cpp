@@ -1,10 +1,10 @@
-// What early_exit_loss does to a tile of logits on the CPU, in place; the products are torch's, see cpu_loss.py.
+// early_exit_loss on a tile of logits, in place; torch computes the products, see cpu_loss.py.
 #include "cpu/common.h"
 
 namespace lsk {
 namespace {
 
-constexpr int64_t kSmall = 1 << 14;  // entries up to which a team costs more than it saves
+constexpr int64_t kSmall = 1 << 14;  // entries below which one thread is faster
 
 // Calls f(kernels, row, its logits) for every row of a tile [rows, tokens] whose first token is `begin`.
 template <class F>
@@ -22,7 +22,7 @@ void for_each_row(const Tensor& logits, const Tensor& labels, int64_t begin, F f
   });
 }
 
-// logits -> exp(logits - shift); shift, sum and label_logit are [rows], slope is [rows, D] or nothing.
+// logits -> exp(logits - shift); shift, sum and label_logit are [rows], slope is [rows, D] or absent.
 void loss_terms(const Tensor& logits, const Tensor& labels, int64_t begin, double slack, const Tensor& shift,
                 const Tensor& sum, const Tensor& label_logit, const std::optional<Tensor>& slope) {
   const int64_t rows = logits.size(0), hidden_size = slope.has_value() ? slope->size(1) : 0;

@@ -1,4 +1,4 @@
-// Layers [start, end) by one team of threads; no allocation inside a layer.
+// Layers [start, end) in one parallel region; no allocation inside a layer.
 #pragma once
 
 #include <algorithm>
@@ -41,10 +41,10 @@ class Forward {
         sin_(data<float>(sin, "sin", {cos.size(0), shape.head_dim / 2})),
         eps_(static_cast<float>(eps)) {}
 
-  // Rewrites `hidden` [B, M, D], whose rows start at position `seq_lens[b]` of the cache's row `slots[b]`. What it is
-  // before the last `num_blocks` layers goes to `before_blocks`, where there are any.
+  // Updates `hidden` [B, M, D] in place; its rows start at position `seq_lens[b]` of slot `slots[b]`. Copies the state
+  // before the last `num_draft_layers` layers to `before_draft_layers`.
   void run(const std::vector<Layer<T>>& layers, const int64_t* seq_lens, const int64_t* slots, T* hidden,
-           int64_t num_blocks = 0, T* before_blocks = nullptr) {
+           int64_t num_draft_layers = 0, T* before_draft_layers = nullptr) {
     check_capacity(seq_lens, s_.batch, s_.rows, s_.capacity);
     seq_lens_ = seq_lens;
     slots_ = slots;
@@ -70,9 +70,9 @@ class Forward {
     b_.partial = workspace.take<float>(partial);
     parallel_run(threads, [&](const Worker& worker) {
       for (const Layer<T>& layer : layers) {
-        // Nobody writes `hidden` before all have waited for the end of this layer's attention.
-        if (num_blocks > 0 && worker.index == 0 && &layer == &*(layers.end() - num_blocks))
-          std::memcpy(before_blocks, hidden, tokens * s_.hidden_size * sizeof(T));
+        // No worker writes `hidden` before the barrier at the end of this layer's attention.
+        if (num_draft_layers > 0 && worker.index == 0 && &layer == &*(layers.end() - num_draft_layers))
+          std::memcpy(before_draft_layers, hidden, tokens * s_.hidden_size * sizeof(T));
         attention(worker, layer, splits);
         mlp(worker, layer, &layer == &layers.back() ? nullptr : &layer + 1);
       }
@@ -85,7 +85,7 @@ class Forward {
     return tile_activations(worker, x, norm, eps_, s_.tokens(), hidden_size, weight, b_.tiled);
   }
 
-  // Where this worker's share of a matrix starts: what the step before it fetches ahead.
+  // Start of this worker's share of a matrix, for the previous step to prefetch.
   static const void* first(const Worker& worker, const Weight& weight, int64_t d_out) {
     return weight.row(worker.share(d_out, kUnit).begin);
   }
@@ -141,7 +141,7 @@ class Forward {
   Buffers<T> b_;
 };
 
-// The sizes of a forward and its slots, [B] or null, checked.
+// Checked sizes and slots ([B] or null) of a forward pass.
 struct CheckedShape {
   ForwardShape shape;
   const int64_t* slots;

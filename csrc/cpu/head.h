@@ -1,4 +1,4 @@
-// The exit head: a fixed partition of the vocabulary, folded tile by tile, combined in order.
+// The exit head: reduces fixed tiles of the vocabulary and combines them in order.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace lsk {
 
-// The vocabulary is cut the same way whatever the team, so that sums keep their order.
+// Partition of the vocabulary. It does not depend on the number of threads, so that sums keep their order.
 struct HeadTiles {
   int64_t vocab_size, size, count;
 
@@ -20,7 +20,7 @@ struct HeadTiles {
   int64_t end(int64_t tile) const { return begin(tile + 1) < vocab_size ? begin(tile + 1) : vocab_size; }
 };
 
-// The options of a head; `shape` is that of the logits, whose first dimension is the head's rows.
+// Head options; `shape` is that of the logits, whose first dimension is the head's rows.
 inline HeadOptions head_options(const Sampling& sampling, const std::optional<Tensor>& logits,
                                 std::initializer_list<int64_t> shape) {
   HeadOptions out{sampling.temperature, sampling.seed};
@@ -36,7 +36,7 @@ struct HeadOutputs {
   float *logit, *logsumexp;
 };
 
-// One row from its tiles, `stride` apart, in order.
+// Combines the tiles of one row, `stride` apart, in order.
 struct HeadRow {
   float max, logsumexp;
   int64_t row;
@@ -46,7 +46,7 @@ struct HeadRow {
     for (int64_t t = 1; t < tiles; ++t) {
       const HeadPartial& other = partials[t * stride];
       const float top = other.max > best.max ? other.max : best.max;
-      if (std::isinf(top) && top < 0) {  // nothing but -inf yet, whose difference would be NaN
+      if (std::isinf(top) && top < 0) {  // only -inf so far, whose difference would be NaN
         best.sum += other.sum;
         continue;
       }
@@ -61,7 +61,7 @@ struct HeadRow {
   bool finite() const { return std::isfinite(logsumexp); }
 };
 
-// The tile whose draw scored best, the first of equals.
+// The tile with the best sample; the first of equals.
 inline const HeadPartial& drawn(const HeadPartial* partials, int64_t tiles, int64_t stride) {
   int64_t best = 0;
   for (int64_t t = 1; t < tiles; ++t)
@@ -85,7 +85,7 @@ inline void combine(const HeadPartial* partials, int64_t tiles, int64_t rows, co
   }
 }
 
-// An exit head whose tensors have been checked; `run` scores rows of states.
+// An exit head with checked tensors; `run` evaluates rows of hidden states.
 template <class T>
 class ExitHead {
  public:
@@ -107,7 +107,7 @@ class ExitHead {
 
   int64_t vocab_size() const { return tiles_.vocab_size; }
 
-  // The token map of `options` is set here.
+  // Sets the token map of `options`.
   void run(const T* hidden, int64_t rows, HeadOutputs out, HeadOptions options = {}) const {
     options.token_map = map_;
     const HeadOptions* more = options.temperature || options.logits ? &options : nullptr;

@@ -1,12 +1,12 @@
 // Attention of the query heads that share one key/value head, over one split of the positions, and the ordered
-// combination of splits. Included inside the namespace of the instruction set.
+// combination of splits.
 
-// A split is read tile by tile. A tile's keys are transposed once, for all query rows, so that both products, of
-// queries and keys and of weights and values, are sums of vectors times a number: no sum across the lanes of a
-// register. Each sum runs in one register over the columns of a head or the positions, whatever the blocking around it.
+// A split is processed tile by tile. The keys of a tile are transposed once for all query rows, so that both products,
+// queries times keys and weights times values, are sums of vectors times scalars, and no sum crosses lanes. Each sum
+// stays in one register over the columns of a head or the positions, whatever the blocking.
 
-// Query rows at once, and how many times sixteen keys or columns of a head beside each other: as many sums as there are
-// registers for, and enough of them to hide each other's latency.
+// Query rows at once, and groups of sixteen keys or columns at once: as many sums as fit the registers, and enough to
+// hide each other's latency.
 #if LSK_MAX_BLOCK > 2
 constexpr int kRowsAtOnce = LSK_MAX_BLOCK;
 template <int ROWS>
@@ -17,25 +17,25 @@ template <int ROWS>
 constexpr int kColumns = ROWS == 1 ? 4 : 2;
 #endif
 constexpr int64_t kMaxHead = 256;
-constexpr int64_t kPositions = 64;  // of a tile
+constexpr int64_t kPositions = 64;  // positions of a tile
 constexpr int64_t kLine = 64;       // bytes
-// Lines that are fetched ahead beside a step of so many columns.
+// Cache lines to prefetch per step of COLUMNS columns.
 template <class T, int COLUMNS>
 constexpr int64_t kFetched = COLUMNS * sizeof(T) >= 8 ? 2 : 1;
 
-// Whether two of T are read as one word, the even one and the odd one, where they are widened to be multiplied.
+// Whether two T are read as one word and separated into even and odd ones when they are widened.
 template <class T>
 constexpr bool kPairs = false;
 template <>
 constexpr bool kPairs<bf16> = true;
 
-// Whether values are weighed two positions at a time: then the numerators of their softmax are rounded to T.
+// Whether values are multiplied in pairs of positions; the softmax numerators are then rounded to T.
 template <class T>
 constexpr bool kWeighsPairs = kPairs<T> && Dot<T>::kStep == 32;
 
-// What is read next, fetched in order and spread over the work before it: a burst of requests, or two streams in turn,
-// come slower than a processor's own prefetcher. It goes into the first-level cache, though a tile of wide heads fills
-// that: against the second level alone, one row takes 2 to 10 % less on Zen 5, with heads of 64, 128 and 256 columns.
+// Prefetches memory in order, spread over the work before it: bursts of requests, or two alternating streams, are
+// slower than the hardware prefetcher. It prefetches into L1, although a tile of wide heads fills that: one row takes 2
+// to 10 % less time than with L2 on Zen 5, with heads of 64, 128 and 256 columns.
 class Prefetcher {
  public:
   template <class T>
@@ -51,8 +51,7 @@ class Prefetcher {
   const char *at_, *end_;
 };
 
-// Sixteen keys -> words [padded C / numbers a word][kPositions], sixteen of each row. A word holds as many numbers as
-// fit.
+// Transposes sixteen keys into words [padded C / numbers per word][kPositions], sixteen of each row.
 template <class T>
 inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words, Prefetcher& prefetch_values) {
   constexpr bool kWidens = sizeof(T) == 2 && !kPairs<T>;
@@ -75,7 +74,7 @@ inline void transpose_keys(const T* const* keys, int64_t head_dim, float* words,
   }
 }
 
-// One number, or as many as a word holds, in all sixteen lanes.
+// One word of numbers in all sixteen lanes.
 template <class X>
 inline F16 splat_word(const X* from) {
   float word;
@@ -83,15 +82,14 @@ inline F16 splat_word(const X* from) {
   return splat(word);
 }
 
-// Has what lies at `index` loaded again for each column: kept for the next one, it would push a sum out of the
-// registers.
+// Forces a reload at `index` for each column: keeping the value would spill a sum.
 inline void force_reload([[maybe_unused]] int64_t& index) {
 #if LSK_MAX_BLOCK <= 2
   asm volatile("" : "+r"(index));
 #endif
 }
 
-// How many numbers of a word are taken apart, to be multiplied one after the other, and one of them.
+// Numbers of a word that are separated and multiplied in turn; and one of them.
 template <class T>
 constexpr int kWordParts = kPairs<T> && Dot<T>::kStep == 16 ? 2 : 1;
 template <class T>
@@ -100,9 +98,8 @@ inline F16 part_of(F16 words, int part) {
   return part == 0 ? even(words) : odd(words);
 }
 
-// scores[h * kPositions + t] = queries[h] · key t, for ROWS query rows and sixteen COLUMNS keys from t on. fp32 is
-// summed in short pieces, which rounds less; products of 16 bits are exact, and what is rounded to 16 bits later needs
-// none.
+// scores[h * kPositions + t] = queries[h] · key t, for ROWS query rows and 16 COLUMNS keys from t on. fp32 is summed
+// in short pieces, which reduces the rounding error; 16-bit types do not need it.
 template <class T, int ROWS, int COLUMNS>
 inline void score_columns(const typename Dot<T>::X* const* queries, const float* words, int64_t width, int64_t t,
                           Prefetcher& prefetch_values, float* scores) {
@@ -138,19 +135,19 @@ inline void score_columns(const typename Dot<T>::X* const* queries, const float*
   prefetch_values = ahead;
 }
 
-// What query rows have seen of a split so far: each a row of AttentionArgs' `partial`.
+// Online softmax of query rows over a split: each is a row of AttentionArgs' `partial`.
 struct RunningSoftmax {
   float* rows;
   int64_t pitch;
-  bool first;  // nothing yet
+  bool first;  // no tile processed yet
 
   float* max(int h) const { return rows + h * pitch; }
   float* sums(int h) const { return rows + h * pitch + 16; }
   float* values(int h) const { return rows + h * pitch + kPartialHead; }
 };
 
-// The maxima of `count` scores and of those before them. `shrink` is what the sums so far must be multiplied by. Step
-// by step for all rows, here and below, so that they hide each other's latency.
+// Updates the maxima with `count` scores. The sums so far must be multiplied by `shrink`. Here and below, rows are
+// processed together to hide latency.
 template <int ROWS>
 inline void raise_maxima(float* scores, int64_t count, float scale, const RunningSoftmax& seen, F16* best,
                          F16* shrink) {
@@ -169,7 +166,7 @@ inline void raise_maxima(float* scores, int64_t count, float scale, const Runnin
   for (int h = 0; h < ROWS; ++h) shrink[h] = exp(shrink[h]);
 }
 
-// Scores of `count` keys -> softmax numerators, in place; their sums go on.
+// Turns scores of `count` keys into softmax numerators in place, and updates their sums.
 template <int ROWS>
 inline void softmax_numerators(float* scores, int64_t count, float scale, const RunningSoftmax& seen, F16* shrink) {
   F16 best[ROWS], sums[ROWS];
@@ -181,14 +178,14 @@ inline void softmax_numerators(float* scores, int64_t count, float scale, const 
       float* row = scores + h * kPositions + t;
       F16 numerators = exp(fma(load(row), splat(scale), splat(0) - best[h]));
       store(row, numerators);
-      if (n < 16) numerators = load(row, n);  // exp of what pads the end is tiny, not zero
+      if (n < 16) numerators = load(row, n);  // exp of the padding is tiny, not zero
       sums[h] = sums[h] + numerators;
     }
   }
   for (int h = 0; h < ROWS; ++h) store(seen.sums(h), sums[h]);
 }
 
-// The same, rounded, with zeros up to the next word of thirty-two: numerators[h * kPositions + t].
+// The same, rounded to T and zero-padded to a multiple of 32: numerators[h * kPositions + t].
 template <class T, int ROWS>
 inline void rounded_numerators(float* scores, int64_t count, float scale, const RunningSoftmax& seen, F16* shrink,
                                T* numerators) {
@@ -222,8 +219,8 @@ inline void rounded_numerators(float* scores, int64_t count, float scale, const 
   for (int h = 0; h < ROWS; ++h) store(seen.sums(h), sums[h]);
 }
 
-// The i-th of COLUMNS times sixteen values of one position, of which `last` exist in the last. Those that are read in
-// pairs come as the even ones of thirty-two, then the odd ones, which takes half the work.
+// The i-th of COLUMNS groups of sixteen values of one position; the last group has `last` values. If T is read in
+// pairs, the even ones of 32 come first, then the odd ones, which halves the work.
 template <class T, int COLUMNS>
 inline F16 load_values(const T* row, int i, int64_t last) {
   if constexpr (kPairs<T> && COLUMNS > 1) {
@@ -234,7 +231,7 @@ inline F16 load_values(const T* row, int i, int64_t last) {
   }
 }
 
-// What rows have seen of some columns, shrunk, goes on by these sums.
+// Adds these sums to the rescaled running values of some columns.
 template <int ROWS, int COLUMNS>
 inline void add_columns(const F16 (&sums)[ROWS][COLUMNS], int64_t c, const RunningSoftmax& seen, const F16* shrink) {
   for (int h = 0; h < ROWS; ++h) {
@@ -245,7 +242,7 @@ inline void add_columns(const F16 (&sums)[ROWS][COLUMNS], int64_t c, const Runni
   }
 }
 
-// values[c..c + 16 COLUMNS) of ROWS query rows, shrunk, += the sum over t of numerators[h * kPositions + t] *
+// values[c..c + 16 COLUMNS) of ROWS query rows = shrink * values + sum over t of numerators[h * kPositions + t] *
 // values[t].
 template <class T, int ROWS, int COLUMNS>
 inline void weigh_columns(const float* numerators, const T* values, int64_t count, int64_t head_dim, int64_t c,
@@ -272,7 +269,7 @@ inline void weigh_columns(const float* numerators, const T* values, int64_t coun
   add_columns(sums, c, seen, shrink);
 }
 
-// Two rows of values -> words [padded C / 32][32]: sixteen pairs of even columns, then of odd ones.
+// Interleaves pairs of positions into words [padded C / 32][32]: sixteen pairs of even columns, then of odd ones.
 template <class T>
 [[gnu::noinline]] void pair_values(const T* values, int64_t count, int64_t head_dim, float* words) {
   alignas(64) T none[32] = {}, above[32], below[32];
@@ -295,9 +292,9 @@ template <class T>
   }
 }
 
-// Where pairs come from: thirty-two columns of positions t and t + 1, or of t alone, as the second of a pair.
+// Sources of pairs: 32 columns of positions t and t + 1, or of t alone as the second of a pair.
 struct SharedPairs {
-  const float* words;  // what `pair_values` has made for many rows
+  const float* words;  // from `pair_values`, for many rows
   int64_t pitch;
 
   void two(int64_t t, int64_t c, F16* out) const {
@@ -312,7 +309,7 @@ struct SharedPairs {
 };
 template <class T>
 struct OwnPairs {
-  const T* values;  // few rows make them as they go
+  const T* values;  // few rows build pairs on the fly
   int64_t head_dim;
 
   F16 at(int64_t t, int64_t c) const { return load_pairs(values + t * head_dim + c); }
@@ -320,7 +317,7 @@ struct OwnPairs {
   void one(int64_t t, int64_t c, F16* out) const { Dot<T>::stack(splat(0), at(t, c), out, out + 1); }
 };
 
-// As `weigh_columns`, of pairs and rounded numerators.
+// As `weigh_columns`, with pairs and rounded numerators.
 template <class T, int ROWS, int COLUMNS, class V>
 inline void weigh_pairs(const T* numerators, const V& values, int64_t count, int64_t c, const RunningSoftmax& seen,
                         const F16* shrink, Prefetcher& next_keys) {
@@ -343,7 +340,7 @@ inline void weigh_pairs(const T* numerators, const V& values, int64_t count, int
               D::accumulate(sums[h][i + j], D::lanes(pairs[j]), D::lanes(splat_word(numerators + h * kPositions + t)));
     }
   }
-  if (count % 2) {  // what follows the last position is another row's: it may be NaN, and even 0 times that is
+  if (count % 2) {  // memory after the last position may hold NaN, and 0 * NaN is NaN
     for (int i = 0; i < COLUMNS; i += 2) {
       F16 pairs[2];
       values.one(count - 1, c + 16 * i, pairs);
@@ -363,12 +360,12 @@ struct Tile {
   using X = typename Dot<T>::X;
   const float* words;  // the keys, transposed
   const T* values;     // [kPositions, C]
-  float* pairs;        // room for the values in pairs, where many rows weigh them so, else null
-  int64_t unpaired;    // how many are still to be put there: only after the first scores, until when they are fetched
+  float* pairs;        // memory for the values in pairs, if many rows use them, else null
+  int64_t unpaired;    // values not yet stored there: done after the first scores, while they are being prefetched
   int64_t head_dim;
   Prefetcher &prefetch_values, &next_keys;
 
-  // For ROWS query rows, which all see `count` positions of it.
+  // For ROWS query rows that all see `count` positions of the tile.
   template <int ROWS>
   void attend(const X* const* queries, int64_t count, const RunningSoftmax& seen) {
     constexpr int kWide = kColumns<ROWS>;
@@ -420,8 +417,8 @@ struct Tile {
   }
 };
 
-// The tile that starts at `start`, the first of its split or not, for all query rows, counted from (m = 0, head 0):
-// row = m * ratio + head. Rows that see equally far form a block, so that it is loaded once for all of them.
+// The tile at `start` for all query rows, row = m * ratio + head; `first`: the first tile of its split. Consecutive
+// rows that see the same positions are processed together.
 template <class T>
 inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, const T* next) {
   using X = typename Dot<T>::X;
@@ -430,19 +427,19 @@ inline void attend_tile(const AttentionArgs<T>& a, int64_t start, bool first, co
     return seen < 0 ? 0 : smaller(seen, kPositions);
   };
   alignas(64) float words[kMaxHead * kPositions];
-  alignas(64) X converted[kRowsAtOnce * kMaxHead];  // where T is not what is multiplied
+  alignas(64) X converted[kRowsAtOnce * kMaxHead];  // if T is converted before the product
   const X* queries[kRowsAtOnce];
   const int64_t rows = a.rows * a.ratio, pitch = partial_pitch(a.head_dim), last = visible(rows - 1);
   Prefetcher prefetch_values(a.values + start * a.head_dim, last * a.head_dim),
       next_keys(next, kPositions * a.head_dim);
   for (int64_t t = 0; t < last; t += 16) {
-    const T* keys[16];  // the last one again where they are fewer
+    const T* keys[16];  // repeats the last one at the end
     for (int64_t i = 0; i < 16; ++i) keys[i] = a.keys + (start + smaller(t + i, last - 1)) * a.head_dim;
     transpose_keys(keys, a.head_dim, words + t, prefetch_values);
   }
   alignas(64) float pairs[kWeighsPairs<T> ? kMaxHead * kPositions / 2 : 1];
   const T* values = a.values + start * a.head_dim;
-  const bool shared = rows > 2 * kRowsAtOnce || a.head_dim % 32;  // twice is cheaper than to store them
+  const bool shared = rows > 2 * kRowsAtOnce || a.head_dim % 32;  // building pairs twice is cheaper than storing them
   Tile<T> tile = {words, values, shared ? pairs : nullptr, last, a.head_dim, prefetch_values, next_keys};
   for (int64_t r = 0; r < rows;) {
     const int64_t count = visible(r);
@@ -472,7 +469,7 @@ void attend(const AttentionArgs<T>& a, int64_t split) {
                 start + kPositions < end ? a.keys + (start + kPositions) * a.head_dim : a.next_keys);
 }
 
-// What a row has seen of a split goes to what it has seen of those before it. One of the two keeps its maximum.
+// Merges a row's result of a split into that of the splits before it; the larger maximum stays.
 inline void merge(const float* split, int64_t head_dim, float* whole) {
   const float rise = split[0] - whole[0];
   const F16 less = exp(splat(rise > 0 ? -rise : rise)), one = splat(1);
@@ -493,7 +490,7 @@ inline void finish(const float* whole, int64_t head_dim, T* out) {
   }
 }
 
-// One query row from its splits, `stride` floats apart.
+// Combines the splits of one query row, `stride` floats apart.
 template <class T>
 void combine(const float* partial, int64_t stride, int64_t splits, int64_t head_dim, T* out) {
   alignas(64) float whole[kPartialHead + kMaxHead];
@@ -502,7 +499,7 @@ void combine(const float* partial, int64_t stride, int64_t splits, int64_t head_
   finish(whole, head_dim, out);
 }
 
-// All splits of rows [0, M), one after the other, which takes memory for two of them.
+// All splits of rows [0, M) in turn, with memory for two of them.
 template <class T>
 void attend_rows(const AttentionArgs<T>& a, T* out) {
   const int64_t rows = a.rows * a.ratio, pitch = partial_pitch(a.head_dim), end = a.length + a.rows;

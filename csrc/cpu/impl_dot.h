@@ -1,15 +1,14 @@
-// Dot products of weight rows with packed activations: the one loop that all of the model's weights stream through.
-// Included inside the namespace of the instruction set.
+// Dot products of plain weight rows with tiled activations: the main loop of every matmul.
 
-// Each product of a weight row and an activation row is summed in one register over the width, whatever the blocking
-// around it, so a row's bits never depend on how many rows travel with it.
+// Each product of a weight row and an activation row is summed in one register over the whole width, whatever the
+// blocking, so results do not depend on the number of rows.
 
 constexpr int kQuad = 4;           // weight rows in registers
 constexpr int64_t kTile = 64;      // weight rows of one tile of results
 constexpr int64_t kMaxRows = 48;   // activation rows of one tile of results
 constexpr int64_t kAhead = 12288;  // bytes between prefetch and use, at least; 8 and 16 KiB are slower on Zen 5
 
-// How W is multiplied: with fp32 activations, sixteen at a time.
+// How weights W are multiplied: by default with fp32 activations, sixteen at a time.
 template <class W>
 struct Dot {
   using X = float;
@@ -37,9 +36,9 @@ struct Dot<bf16> {
   static F16 accumulate(F16 sum, Lanes w, Lanes x) { return {_mm512_dpbf16_ps(sum.v, w, x)}; }
   // From sixteen words, each of them a pair.
   static Lanes lanes(F16 words) { return (Lanes)words.v; }
-  // Thirty-two numbers, rounded, as words.
+  // Thirty-two numbers, rounded to bf16, as words.
   static F16 rounded(F16 a, F16 b) { return {(__m512)_mm512_cvtne2ps_pbh(b.v, a.v)}; }
-  // Of two rows of pairs, what stands above each other: that of the first ones, and that of the second ones.
+  // Interleaves two rows of pairs: the first numbers of both, and the second numbers of both.
   static void stack(F16 above, F16 below, F16* even, F16* odd) {
     const __m512i a = _mm512_castps_si512(above.v), b = _mm512_castps_si512(below.v);
     even->v = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
@@ -49,7 +48,7 @@ struct Dot<bf16> {
 #endif
 
 #ifdef LSK_BFDOT
-// Armv8.6 does, in each of four registers, eight at a time.
+// Armv8.6 bfdot does the same in four registers, eight at a time.
 template <>
 struct Dot<bf16> {
   using X = bf16;
@@ -74,7 +73,7 @@ struct Dot<bf16> {
     return {{vreinterpretq_bf16_f32(words.v[0]), vreinterpretq_bf16_f32(words.v[1]), vreinterpretq_bf16_f32(words.v[2]),
              vreinterpretq_bf16_f32(words.v[3])}};
   }
-  // Thirty-two numbers, rounded, as words.
+  // Thirty-two numbers, rounded to bf16, as words.
   static F16 rounded(const F16& a, const F16& b) {
     return quarters([&](int i) {
       const F16& from = i < 2 ? a : b;
@@ -82,7 +81,7 @@ struct Dot<bf16> {
       return vreinterpretq_f32_bf16(vcvtq_high_bf16_f32(low, from.v[i % 2 * 2 + 1]));
     });
   }
-  // Of two rows of pairs, what stands above each other: that of the first ones, and that of the second ones.
+  // Interleaves two rows of pairs: the first numbers of both, and the second numbers of both.
   static void stack(const F16& above, const F16& below, F16* even, F16* odd) {
     const auto bits = [](float32x4_t words) { return vreinterpretq_u16_f32(words); };
     *even = quarters([&](int i) { return vreinterpretq_f32_u16(vtrn1q_u16(bits(above.v[i]), bits(below.v[i]))); });
@@ -91,7 +90,7 @@ struct Dot<bf16> {
 };
 #endif
 
-// out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows; `lines` is fetched meanwhile.
+// out[m * kTile + i] = rows[i] · x[m] for four weight rows and MR activation rows; prefetches `lines`.
 template <class W, int MR>
 inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, int64_t stride, int64_t width,
                      const char* lines, float* out) {
@@ -106,7 +105,7 @@ inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, in
 #pragma GCC unroll 4
     for (int i = 0; i < kQuad; ++i) {
       w[i] = D::weights(rows[i] + k);
-      // Four rows are read side by side, but asked for in memory's order: that is 7 % faster than asking row by row.
+      // Four rows are read side by side but prefetched in memory order: 7 % faster than row by row.
       if (k % kLine == 0) __builtin_prefetch(lines + (k / kLine * kQuad + i) * 64);
     }
 #pragma GCC unroll 8
@@ -120,7 +119,7 @@ inline void dot_quad(const W* const rows[kQuad], const typename Dot<W>::X* x, in
     typename D::Lanes w[kQuad];
     for (int i = 0; i < kQuad; ++i) w[i] = D::weights(rows[i] + k, width - k);
     for (int m = 0; m < MR; ++m) {
-      const auto lanes = D::activations(x + m * stride + k);  // packed rows are padded with zeros
+      const auto lanes = D::activations(x + m * stride + k);  // tiled rows are padded with zeros
       for (int i = 0; i < kQuad; ++i) sums[m][i] = D::accumulate(sums[m][i], w[i], lanes);
     }
   }
@@ -137,7 +136,7 @@ inline void dot_rows(int count, const W* const rows[kQuad], const typename Dot<W
       return dot_quad<W, 2>(rows, x, stride, width, lines, out);
 #if LSK_MAX_BLOCK > 2
     case 3:
-#ifdef LSK_BF16_DOT  // three at once take a tenth longer than four on Zen 5, while weights come from memory
+#ifdef LSK_BF16_DOT  // 10 % slower than four rows on Zen 5, when weights come from memory
       dot_quad<W, 2>(rows, x, stride, width, lines, out);
       return dot_quad<W, 1>(rows, x + 2 * stride, stride, width, lines, out + 2 * kTile);
 #else
@@ -157,8 +156,8 @@ inline void dot_rows(int count, const W* const rows[kQuad], const typename Dot<W
 #include "cpu/impl_widened.h"
 #endif
 
-// tile[m * kTile + n] = weight[n] · x[m] for up to kTile weight rows, `pitch` apart, and up to kMaxRows of x. What is
-// read after this tile starts at `next`: near the tile's end that is what is fetched ahead.
+// tile[m * kTile + n] = weight[n] · x[m] for up to kTile weight rows, `pitch` apart, and up to kMaxRows rows of x. Near
+// the end of the tile, `next` is prefetched.
 template <class W>
 inline void dot_tile(const W* weight, int64_t pitch, int64_t count, const typename Dot<W>::X* x, int64_t stride,
                      int64_t rows, int64_t width, const void* next, float* tile) {

@@ -1,16 +1,17 @@
-// Dot products of packed integer weights with bf16 activations, which are turned into 16-bit integers with a scale a
-// row. Included inside the namespace of the instruction set.
+// Dot products of packed integer weights with bf16 activations, which are quantized to 16-bit integers with one scale
+// per row.
 
-// Products of two integers are added up exactly within a group, then converted and scaled: two instructions for a
-// register of weights where fp32 takes four. An activation loses about 2^-16 of the row's largest, a bf16 has lost
-// 2^-9 of itself. Each lane of a row's sum adds its groups in their order, whatever the blocking, so a row's bits never
-// depend on how many rows travel with it.
+// Integer products are summed exactly within a group, then converted and scaled: two instructions per register of
+// weights, where fp32 takes four. An activation loses about 2^-16 of the row's largest one; rounding to bf16 has lost
+// 2^-9 of its value. Each lane adds its groups in order, whatever the blocking, so results do not depend on the number
+// of rows.
 
-using FixedRow = IntegerRow<int16_t, float>;  // of a block's sum 1/kSumLanes
+using FixedRow = IntegerRow<int16_t, float>;  // sums: a block's sum / kSumLanes
 
-constexpr float kSumLanes = sizeof(Floats) / sizeof(float);  // of a row's sum; each adds its part of the least values
+constexpr float kSumLanes =
+    sizeof(Floats) / sizeof(float);  // lanes of a row's sum; each adds its part of the group minimum
 
-// A zero-padded row of fp32 in the form above, in place of itself. NaN and infinity make the scale NaN.
+// Quantizes a zero-padded fp32 row in place. NaN and infinity make the scale NaN.
 inline void quantize_row(float* row, int64_t padded_width) {
   const IntegerScale own(row, padded_width, 32767.0f);
   float* sums = row + padded_width / 2;
@@ -21,7 +22,7 @@ inline void quantize_row(float* row, int64_t padded_width) {
   sums[padded_width / kBlock] = own.scale;
 }
 
-// sums[m * WR + i] += rows[i] · x[m], of one group, but for the scale of x[m].
+// sums[m * WR + i] += rows[i] · x[m] over one group, without the scale of x[m].
 template <class G, int WR, int MR>
 inline void add_group(const uint8_t* const rows[WR], const FixedRow x[MR], int64_t group, Floats* sums) {
 #pragma GCC unroll 4
@@ -51,8 +52,8 @@ inline void add_group(const uint8_t* const rows[WR], const FixedRow x[MR], int64
   }
 }
 
-// out[m * kTile + i] = rows[i] · x[m] for four weight rows, WR of them side by side, and MR activation rows, but for
-// the scales of these.
+// out[m * kTile + i] = rows[i] · x[m] for four weight rows, WR of them side by side, and MR activation rows, without
+// the scales of the activations.
 template <class G, int WR, int MR>
 inline void fixed_quad(const uint8_t* const rows[kQuad], const float* x, int64_t stride, int64_t width,
                        const uint8_t* lines, float* out) {
@@ -76,10 +77,10 @@ inline void fixed_quad(const uint8_t* const rows[kQuad], const float* x, int64_t
   for (int m = 0; m < MR; ++m) total4(sums[m], out + m * kTile);
 }
 
-constexpr int64_t kNearBytes = 24576;  // of activations, which stay in the nearest cache beside a stream of weights
+constexpr int64_t kNearBytes = 24576;  // of activations that stay in L1 beside a stream of weights
 
-// As wide_tile, of rows that quantize_row has made. Four rows of weights side by side hide each other's latency; where
-// activation rows do that, one streams best, unless the activations come from a farther cache.
+// As wide_tile, for rows that quantize_row has converted. With few activation rows, four weight rows side by side hide
+// each other's latency; otherwise one weight row streams best, unless the activations do not fit L1.
 template <class G>
 inline void fixed_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,
                        int64_t width, const void* next, float* tile) {

@@ -1,6 +1,6 @@
-// The exit head over a range of the vocabulary. Included inside the namespace of the instruction set.
+// The exit head over a range of the vocabulary, and the reductions of accept_sampled.
 
-// Folds `count` logits, whose first row is `row`, into the running maximum and sum.
+// Folds `count` logits, the first of which is vocabulary row `row`, into the running maximum and sum.
 inline void fold_logits(float* logits, int64_t count, int64_t row, HeadPartial& partial) {
   for (int64_t i = count; i % 16; ++i) logits[i] = -__builtin_inff();
   F16 best = load(logits);
@@ -16,14 +16,14 @@ inline void fold_logits(float* logits, int64_t count, int64_t row, HeadPartial& 
       }
     }
   }
-  // Where all is -inf so far, -inf - -inf would make a NaN of a sum that should stay near zero.
+  // If all logits so far are -inf, -inf - -inf would turn the sum into NaN.
   const F16 shift = splat(partial.max > -__builtin_inff() ? partial.max : 0.0f);
   F16 sum = splat(0);
   for (int64_t i = 0; i < count; i += 16) sum = sum + exp(load(logits + i) - shift);
   partial.sum += total(sum);
 }
 
-// Draws among `count` logits of one row, whose first vocabulary row is `row`.
+// Samples among `count` logits, the first of which is vocabulary row `row`.
 inline void draw(const float* logits, int64_t count, int64_t row, const int64_t* token_map, const NoiseKey& noise,
                  HeadPartial& partial) {
   const int64_t before = partial.pick.row;
@@ -34,7 +34,7 @@ inline void draw(const float* logits, int64_t count, int64_t row, const int64_t*
   if (partial.pick.row != before) partial.logit = logits[partial.pick.row - row];
 }
 
-// The options of one row beyond the maximum and the sum of its logits: where they are written, how one is drawn.
+// As fold_logits, with the row's options: writes the logits, and samples.
 inline void fold_with_options(const HeadOptions& options, float* logits, int64_t count, int64_t row, int64_t r,
                               HeadPartial& partial) {
   if (options.logits) __builtin_memcpy(options.logits + r * options.pitch + row, logits, count * sizeof(float));
@@ -46,7 +46,7 @@ inline void fold_with_options(const HeadOptions& options, float* logits, int64_t
     draw(logits, count, row, options.token_map, {options.seed[r], options.offset[r], kDraft}, partial);
 }
 
-// partial[r] for the packed row r, over the vocabulary rows [begin, end).
+// partial[r] for the activation row r, over the vocabulary rows [begin, end).
 template <class T>
 void head(const HeadArgs& a, int64_t begin, int64_t end, HeadPartial* partial) {
   alignas(64) float tile[kMaxRows * kTile];
@@ -79,7 +79,7 @@ inline void softmax_part(const float* logits, float divisor, int64_t begin, int6
   }
 }
 
-// exp(logits / divisor - logsumexp), 0 where `exp` would give its least number.
+// exp(logits / divisor - logsumexp), and 0 where `exp` would return its minimum.
 inline F16 probabilities(F16 logits, float divisor, float logsumexp) {
   const F16 x = logits / splat(divisor) - splat(logsumexp);
   return less(x, splat(-87.0f), splat(0), exp(x));
@@ -92,7 +92,7 @@ inline void softmax(const float* logits, float divisor, float logsumexp, int64_t
   }
 }
 
-// The arg-max over [begin, end) of noise + log max(p - q, 0), or of noise + logits / T where there is no q.
+// The arg-max over [begin, end) of noise + log max(p - q, 0); without q, of noise + logits / T.
 inline void sample_part(const SampleArgs& a, int64_t begin, int64_t end, ScoredRow* out) {
   *out = {-__builtin_inff(), begin};
   for (int64_t v = begin; v < end; v += 16) {

@@ -1,7 +1,6 @@
-// Softmax of a row of a tile of logits, in place, and what cross-entropy takes of it. Included inside the namespace of
-// the instruction set.
+// Softmax and cross-entropy of a row of a tile of logits, in place.
 
-// The n entries of a row from i on, and the first one behind them, so that their maximum is one of the row.
+// The n entries of a row from i on, padded with the row's first entry, which does not change the maximum.
 template <class T>
 inline F16 load_tail(const T* row, int64_t i, int64_t n) {
   T lanes[16];
@@ -25,7 +24,7 @@ inline float entry(const T* row, int64_t i) {
   return lanes[0];
 }
 
-// Moves a row's shift to `top`, and its sums with it.
+// Changes a row's shift to `top`, and rescales its sums.
 inline void raise_shift(const LossSums& sums, float top) {
   float lanes[16];
   store(lanes, exp(splat(*sums.shift - top)));
@@ -37,8 +36,8 @@ inline void raise_shift(const LossSums& sums, float top) {
   }
 }
 
-// e = exp(logit - shift) replaces the logits, and Σ e is added to the sum. The shift rises to the row's maximum where
-// that exceeds it by more than `slack`.
+// Replaces the logits by e = exp(logit - shift) and adds Σ e to the sum. First raises the shift to the row's maximum,
+// if that exceeds it by more than `slack`.
 template <class T>
 void loss_terms(const LossRow<T>& row, float slack, const LossSums& sums) {
   if (0 <= row.label && row.label < row.count) *sums.label_logit = entry(row.logits, row.label);
@@ -63,7 +62,7 @@ void loss_terms(const LossRow<T>& row, float slack, const LossSums& sums) {
   *sums.sum += sum;
 }
 
-// scale * (exp(logit - logsumexp), less one at the label), the gradient of scale * cross-entropy, replaces the logits.
+// Replaces the logits by the gradient of scale * cross-entropy: scale * (exp(logit - logsumexp) - [label]).
 template <class T>
 void loss_slopes(const LossRow<T>& row, float logsumexp, float scale) {
   const bool here = 0 <= row.label && row.label < row.count;

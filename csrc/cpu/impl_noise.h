@@ -1,4 +1,4 @@
-// The noise of sampling; see layerskip_kernels/_noise.py. Included inside the namespace of the instruction set.
+// Sampling noise; see layerskip_kernels/_noise.py.
 
 // log(x) for normal positive x: the exponent, and a polynomial around 1 (coefficients of Cephes' logf).
 inline F16 log(F16 x) {
@@ -21,7 +21,7 @@ inline F16 log(F16 x) {
   return fma(exponent, splat(0.693359375f), r + p);
 }
 
-// (word + 1/2) 2^-32 of the first words of Philox4x32-10 (Salmon et al. 2011), counted by (token, offset, stream).
+// (word + 1/2) 2^-32 of the first word of Philox4x32-10 (Salmon et al. 2011) with counter (token, offset, stream).
 inline F16 uniform(U16 token, int64_t seed, int64_t offset, uint32_t stream) {
   U16 a = token, b = words(static_cast<uint32_t>(offset)), c = words(static_cast<uint32_t>(offset >> 32));
   U16 d = words(stream);
@@ -38,7 +38,7 @@ inline F16 uniform(U16 token, int64_t seed, int64_t offset, uint32_t stream) {
   return (to_floats(a) + splat(0.5f)) * splat(0x1p-32f);
 }
 
-// -log E with E = -log(1 - u); below 2^-10 log(1 - u) loses digits, and u + u^2/2 is exact to fp32.
+// -log E with E = -log(1 - u). Below 2^-10, log(1 - u) loses digits, and u + u^2/2 is exact in fp32.
 inline F16 gumbel(U16 token, const NoiseKey& noise) {
   const F16 u = uniform(token, noise.seed, noise.offset, noise.stream);
   const F16 small = fma(u * splat(0.5f), u, u);
@@ -65,7 +65,7 @@ inline U16 tokens_of(int64_t row, int64_t n, const int64_t* token_map) {
   return load_words(out);
 }
 
-// Where the best score so far is beaten, it and its row are replaced; ties stay with the lower row.
+// Updates the best score and its row; ties keep the lower row.
 inline void keep_best(F16 scores, int64_t n, int64_t row, ScoredRow& pick) {
   alignas(64) float lane[16];
   if (n < 16) {

@@ -1,8 +1,8 @@
-// Dot products of packed weight rows with activations in fp32. Included inside the namespace of the instruction set.
+// Dot products of packed weight rows with fp32 activations, and the choice of the loop for every format.
 
-// As in impl_dot.h, a row's products are summed in one register over the width, whatever the blocking around it.
+// As in impl_dot.h, a row's products are summed in one register over the whole width, whatever the blocking.
 
-// An fp8 number is an fp16 one of the same bits whose exponent is 8 less, NaN but for its bits.
+// An fp8 (e4m3) number has the bits of an fp16 number with an exponent 8 lower; only NaN differs.
 constexpr float kFp8Unit = 256.0f;
 inline f16 half_of_fp8(uint8_t bits) {
   const uint32_t rest = bits & 127u;
@@ -26,7 +26,7 @@ inline float scale_at(const uint8_t* header) {
   return scale;
 }
 
-// What `kBlock` values of a group stand for; `header` is the group's start, `values` that of these.
+// Dequantizes `kBlock` values of a group, which starts at `header`.
 template <class G>
 inline void expand_block(const uint8_t* header, const uint8_t* values, float* out) {
   const F16 scale = splat(scale_at<G>(header));
@@ -53,7 +53,7 @@ inline void expand_block(const uint8_t* header, const uint8_t* values, float* ou
   }
 }
 
-// What `kBlock` values of a row from column k on stand for.
+// Dequantizes `kBlock` values of row n from column k on.
 template <class G>
 inline void expand_at(const Weight& weight, int64_t n, int64_t k, int64_t width, float* out) {
   const int64_t group = k / G::kSize;
@@ -107,8 +107,8 @@ inline void wide_quad(const Weight& weight, const int64_t rows[kQuad], const flo
   for (int m = 0; m < MR; ++m) sum4(sums[m][0], sums[m][1], sums[m][2], sums[m][3], out + m * kTile);
 }
 
-// Runs body(numbers of weight rows, first of them, what to fetch meanwhile) for each `size` rows of a tile
-// [n, n + count) of a weight; the last rows may be one several times. `next` is what is read after the tile.
+// Calls body(indices of kSize weight rows, offset of the first, prefetch address) for the rows [n, n + count) of a
+// tile; past the end the last row is repeated. `next` is read after the tile.
 template <int kSize, class F>
 inline void for_each_rows(const Weight& weight, int64_t n, int64_t count, const void* next, F body) {
   const int64_t step = kSize * weight.pitch, ahead = step == 0 ? 0 : (kAhead + step - 1) / step * step;
@@ -126,7 +126,7 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls f(Count) with how many of `count` rows are to be taken at once, at most kMax.
+// Calls f(Count<min(count, kMax)>).
 template <int kMax, class F>
 inline void with_count(int64_t count, F f) {
   if constexpr (kMax > 1) {
@@ -152,12 +152,12 @@ inline void wide_tile(const Weight& weight, int64_t n, int64_t count, const floa
 }
 
 #ifdef LSK_INT16
-// What makes integers of at most `most` of a row of fp32, and these numbers again. NaN and infinity make it NaN.
+// The scale that maps a row of fp32 to integers up to `max_integer`, and its inverse. NaN and infinity make it NaN.
 struct IntegerScale {
   float scale, inverse;
 
   IntegerScale(const float* row, int64_t padded_width, float max_integer) {
-    constexpr float kLeast = 1e-34f;  // the inverse of what is less would overflow; such a row is zero
+    constexpr float kLeast = 1e-34f;  // the inverse of a smaller scale would overflow; such a row becomes zero
     F16 largest = splat(0), broken = splat(0);
     for (int64_t i = 0; i < padded_width; i += 16) {
       const F16 x = load(row + i);
@@ -170,7 +170,7 @@ struct IntegerScale {
   }
 };
 
-// A row of activations as integers, in the place of `padded(width)` floats: its blocks, the sum of each, the scale.
+// A row of activations as integers, in the memory of `padded(width)` floats: blocks, the sum of each block, the scale.
 template <class V, class S>
 struct IntegerRow {
   const V* values;
@@ -190,7 +190,8 @@ struct IntegerRow {
 #include LSK_PANELS
 #endif
 
-// Whether activations in T may become 16-bit integers, for rows and for panels. fp32 and fp16 would lose by it.
+// Whether activations in T are quantized to 16-bit integers, for rows and for panels. fp32 and fp16 would lose
+// precision.
 template <class T>
 constexpr bool kUsesInt16 = false;
 template <class T>
@@ -204,7 +205,7 @@ template <>
 constexpr bool kUsesPanels<bf16> = true;
 #endif
 
-// Whether they do for a weight; only rows of a draft head come in any width.
+// The same for one weight. Only rows of a draft head may have any width.
 template <class T>
 inline bool uses_int16(const Weight& weight, int64_t width) {
   return kUsesInt16<T> && !weight.panels && is_integer(weight.format) && width > 0 && width % kBlock == 0;
@@ -214,7 +215,8 @@ inline bool uses_panels(const Weight& weight) {
   return kUsesPanels<T> && weight.panels;
 }
 
-// Rows [begin, end) of activations [rows, width] for such weights; with a norm weight, rms_norm (rounded to T) first.
+// Converts rows [begin, end) of activations [rows, width] for such weights; with a norm weight, after rms_norm (rounded
+// to T).
 template <class T>
 void tile(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
           void* tiled) {
@@ -236,8 +238,8 @@ void tile(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int6
   }
 }
 
-// tile[m * kTile + i] = weight[n + i] · x[m] for up to kTile weight rows and up to kMaxRows activation rows, the first
-// of which is row `first` of what `pack` made. What is read after this tile starts at `next`.
+// tile[m * kTile + i] = weight[n + i] · x[first + m] for up to kTile weight rows and up to kMaxRows tiled activation
+// rows. `next` is read after this tile.
 template <class T>
 inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const TiledActivations& x, int64_t first,
                           int64_t rows, const void* next, float* tile) {

@@ -1,4 +1,4 @@
-// Norms, packing, RoPE and the matmuls' epilogues. Included inside the namespace of the instruction set.
+// Norms, tiling of activations, RoPE, and the matmuls with their epilogues.
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -18,7 +18,7 @@ inline F16 exp(F16 x) {
   return scale_by_power_of_two(p, n);
 }
 
-// 2^x, with a relative error of 7.5e-5: a fiftieth of what rounding to bf16 loses. NaN stays NaN.
+// 2^x, with a relative error of 7.5e-5: 1/50 of the rounding error of bf16. NaN stays NaN.
 inline F16 coarse_exp2(F16 x) {
   x = max(splat(-126.0f), x);
   const F16 n = round(x);
@@ -55,7 +55,7 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t width, T* out) {
   }
 }
 
-// One row to X, zero-padded, rounded to T on the way where a norm changes it.
+// Converts one row to X, zero-padded; with a norm, it is rounded to T in between.
 template <class T, class X>
 void tile_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
   if constexpr (__is_same(T, X)) {
@@ -81,7 +81,7 @@ void tile_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
 
 #include "cpu/impl_packed.h"
 
-// Runs body(first weight row, rows of the tile, first activation row, its count).
+// Calls body(first weight row, number of weight rows, first activation row, number of activation rows).
 template <class F>
 inline void for_each_tile(const TiledActivations& x, int64_t begin, int64_t end, F body) {
   for (int64_t n = begin; n < end; n += kTile)
@@ -116,7 +116,7 @@ void swiglu(const SwigluArgs<T>& a, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < count; i += 16) {
         const F16 g = load(gate + r * kTile + i), u = load(up + r * kTile + i);
-        // exp overflows past 88; below -87 silu is 0 anyway
+        // exp overflows above 88; below -87 silu is 0
         const F16 silu = g / (splat(1) + exp(splat(0) - max(splat(-87.0f), g)));
         store(a.out + (m + r) * a.d_out + n + i, silu * u, smaller(16, count - i));
       }
@@ -124,7 +124,7 @@ void swiglu(const SwigluArgs<T>& a, int64_t begin, int64_t end) {
   });
 }
 
-// One head at one position: an optional norm (rounded to T), then (a, b) -> (a cos - b sin, b cos + a sin) on halves.
+// One head at one position: optional norm (rounded to T), then (a, b) -> (a cos - b sin, b cos + a sin) on halves.
 template <class T>
 void rope(const RopeArgs<T>& args, const T* x, T* out) {
   alignas(64) T normed[256];

@@ -1,15 +1,14 @@
-// Dot products of weight rows with more than two activation rows, in AVX2's sixteen registers of eight floats.
-// Included inside the namespace of the instruction set.
+// Dot products with more than two activation rows, for AVX2's sixteen registers of eight floats.
 
-// Weights are converted to fp32 once, for all activation rows, a piece of four weight rows at a time. An F16 sum is two
-// registers, which do not depend on each other: all its low halves are computed first, then the high ones, so that the
-// sums of three activation rows and what they are made of fit the registers. Each lane adds up what it does in
-// dot_quad, in the same order, so the bits are the same.
+// Converts weights to fp32 once for all activation rows, four weight rows at a time. An F16 sum takes two registers
+// that do not depend on each other: the low halves are computed first, then the high ones, so that the sums of three
+// activation rows and their operands fit the registers. Each lane adds the same terms in the same order as in dot_quad,
+// so the bits are equal.
 
-constexpr int64_t kColumnsAtOnce = 1024;  // columns: four rows of them in fp32 are half of a first-level cache
+constexpr int64_t kColumnsAtOnce = 1024;  // columns; four rows of them in fp32 fill half of an L1 cache
 constexpr int kWideRows = 3;
 
-// Adds x[m] * w[i] over a piece of columns to half of the sums; a quad's sums are [m][i][16].
+// Adds x[m] * w[i] over some columns to half of the sums; the sums are [m][i][16].
 template <int MR>
 inline void add_half(const float* w, const float* x, int64_t stride, int64_t columns, float* sums) {
   __m256 sum[MR][kQuad];
@@ -64,7 +63,7 @@ inline void dot_widened(const W* const rows[kQuad], const float* x, int64_t stri
         store(w + i * kColumnsAtOnce + k, columns - k < 16 ? load(from, columns - k) : load(from));
         if (k % kLine == 0) __builtin_prefetch(lines + ((begin + k) / kLine * kQuad + i) * 64);
       }
-    add_piece(w, x + begin, stride, count, columns, sums);  // packed rows are padded with zeros
+    add_piece(w, x + begin, stride, count, columns, sums);  // tiled rows are padded with zeros
   }
   for (int64_t m = 0; m < count; ++m) {
     const float* own = sums + m * kQuad * 16;

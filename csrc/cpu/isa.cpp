@@ -1,11 +1,11 @@
-// Run-time choice of the instruction set.
+// Run-time selection of the instruction set.
 #include <atomic>
 #include <cstring>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
-#ifndef HWCAP2_BF16  // in the kernel's headers since Linux 5.7
+#ifndef HWCAP2_BF16  // in the headers since Linux 5.7
 #define HWCAP2_BF16 (1 << 14)
 #endif
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -82,7 +82,7 @@ const Isa kIsas[] = {
 const Isa* best() {
   for (const Isa& isa : kIsas)
     if (isa.available()) return &isa;
-  return nullptr;  // not reached: portable is always available
+  return nullptr;  // unreachable: portable is always available
 }
 
 std::atomic<const Isa*> current{best()};

@@ -16,7 +16,7 @@
 #define LSK_ALL_ISAS 1
 #endif
 
-// What each section defines:
+// Macros of each section:
 //   LSK_ISA        name of the instruction set and of its namespace
 //   LSK_FEATURES   target features of the compiler
 //   LSK_SIMD       header with the registers

@@ -1,4 +1,4 @@
-// The kernels that exist once per instruction set, behind one table of functions; chosen at run time.
+// Function table of the kernels that are compiled once per instruction set; selected at run time.
 #pragma once
 
 #include <cstdint>
@@ -13,21 +13,21 @@
 namespace lsk {
 
 constexpr int64_t kBlock = kPackedBlock;
-constexpr int64_t kPad = 32;         // rows of packed activations are zero-padded to a multiple of this
-constexpr int64_t kSplit = 256;      // positions of one attention split; fixed, so that a row's bits don't depend on M
-constexpr int64_t kHeadTiles = 128;  // parts of a vocabulary; fixed, so that a sum's order doesn't depend on the team
+constexpr int64_t kPad = 32;     // tiled activation rows are zero-padded to a multiple of this
+constexpr int64_t kSplit = 256;  // positions of one attention split; fixed, so that results do not depend on M
+constexpr int64_t kHeadTiles =
+    128;  // parts of a vocabulary; fixed, so that the order of sums does not depend on threads
 
-// What stands before a split's weighted values, padded: their maximum at 0, the sum of their numerators in 16 parts at
-// 16. Where values are weighed in pairs, of thirty-two columns the even ones come first.
+// Header of a split's partial result: the maximum score at 0, the sum of the softmax numerators in 16 parts at 16. The
+// weighted values follow, padded; if values are multiplied in pairs, the even columns of every 32 come first.
 constexpr int64_t kPartialHead = 32;
 
 inline int64_t padded(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
 
-// Floats of a row of a split.
+// Floats of one row of a split's partial result.
 inline int64_t partial_pitch(int64_t head_dim) { return kPartialHead + padded(head_dim); }
 
-// Activations of a matmul, [rows, width], in the form that the instruction set multiplies with a weight of the format
-// that they were packed for: bf16, fp32, or 16-bit integers; padded.
+// Activations of a matmul, [rows, width], converted and padded for one weight format: bf16, fp32, or 16-bit integers.
 struct TiledActivations {
   const void* data;
   int64_t rows, width;
@@ -41,7 +41,7 @@ struct LinearArgs {
   const T* residual;  // [rows, d_out] or null
   T* out;             // [rows, d_out]
   int64_t d_out;
-  const void* next;  // what this thread reads afterwards, or null
+  const void* next;  // memory that this thread reads next, prefetched; or null
 };
 
 template <class T>
@@ -50,25 +50,25 @@ struct SwigluArgs {
   Weight gate, up;  // [d_out, d_in]
   T* out;           // [rows, d_out]
   int64_t d_out;
-  const void* next;  // what this thread reads afterwards, or null
+  const void* next;  // memory that this thread reads next, prefetched; or null
 };
 
 // Streams of the noise.
 constexpr uint32_t kDraft = 0, kAccept = 1, kTarget = 2;
 
-// What names a row's noise; see layerskip_kernels/_noise.py.
+// Counter of a row's noise; see layerskip_kernels/_noise.py.
 struct NoiseKey {
   int64_t seed, offset;
   uint32_t stream;
 };
 
-// The best of noisy scores, and its row.
+// Best score with noise, and its row.
 struct ScoredRow {
   float score;
   int64_t row;
 };
 
-// Maximum, its row and the sum of exp(logit - maximum) over a range of the vocabulary; what was drawn and its logit.
+// Over a range of the vocabulary: maximum, its row, sum of exp(logit - maximum); the sampled row and its logit.
 struct HeadPartial {
   float max;
   float sum;
@@ -77,7 +77,7 @@ struct HeadPartial {
   float logit;
 };
 
-// What a call may want of a head beyond the arg-max.
+// Options of a head beyond the arg-max.
 struct HeadOptions {
   const float* temperature = nullptr;  // [rows] or null; 0 is greedy
   const int64_t *seed = nullptr, *offset = nullptr;
@@ -112,55 +112,53 @@ template <class T>
 struct AttentionArgs {
   const T* q;                         // [M, H, C] of one sequence
   const T *keys, *values;             // [T, C] of one key/value head
-  const T* next_keys;                 // what is read after this split
+  const T* next_keys;                 // memory that is read after this split
   int64_t length;                     // positions before this step
   int64_t rows, num_heads, head_dim;  // M, H, C
   int64_t kv_head, ratio;             // which key/value head; query heads per key/value head
-  float* partial;                     // [M, ratio, partial_pitch(C)], of this split; attend_rows: two
+  float* partial;                     // [M, ratio, partial_pitch(C)], of this split; attend_rows needs two of them
 };
 
-// A row of a tile of logits, and where its label lies among them, if at all.
+// A row of a tile of logits; the label is outside [0, count) if another tile has it.
 template <class T>
 struct LossRow {
   T* logits;
   int64_t count, label;
 };
 
-// What a row's tiles add up to, see cpu_loss.py; slope has `hidden_size` entries, or none.
+// Running sums over a row's tiles, see cpu_loss.py; `slope` has `hidden_size` entries or is null.
 struct LossSums {
   float *shift, *sum, *label_logit, *slope;
   int64_t hidden_size;
 };
 
-// Everything that is compiled per instruction set, for one storage type.
+// The kernels of one instruction set, for one storage type.
 template <class T>
 struct Kernels {
-  // Rows [begin, end) of x [rows, width] -> packed, for such weights; with a norm weight, rms_norm (rounded to T)
-  // first.
+  // Converts rows [begin, end) of x [rows, width] for such weights; with a norm weight, after rms_norm (rounded to T).
   void (*tile)(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
                void* tiled);
-  void (*expand_row)(const Weight& weight, int64_t row, int64_t width, T* out);  // of a packed weight
+  void (*expand_row)(const Weight& weight, int64_t row, int64_t width, T* out);  // dequantizes a packed weight
   void (*rms_norm)(const T* x, const T* weight, float eps, int64_t width, T* out);
   void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);
   void (*swiglu)(const SwigluArgs<T>&, int64_t begin, int64_t end);
   void (*head)(const HeadArgs&, int64_t begin, int64_t end, HeadPartial* partial);
   void (*rope)(const RopeArgs<T>&, const T* x, T* out);
   void (*attend)(const AttentionArgs<T>&, int64_t split);
-  // All splits, to `out` [M, H, C] from the first of the heads on; `partial` holds two. The bits are those of
-  // `combine`.
+  // All splits, to `out` [M, H, C], which begins at the first of the heads; same bits as `attend` and `combine`.
   void (*attend_rows)(const AttentionArgs<T>&, T* out);
   void (*combine)(const float* partial, int64_t stride, int64_t splits, int64_t head_dim, T* out);
-  // Of one row of fp32 logits, whatever T is.
+  // On one row of fp32 logits, whatever T is.
   void (*softmax_part)(const float* logits, float divisor, int64_t begin, int64_t end, HeadPartial* out);
   void (*softmax)(const float* logits, float divisor, float logsumexp, int64_t count, float* out);
   void (*sample_part)(const SampleArgs&, int64_t begin, int64_t end, ScoredRow* out);
-  float (*uniform)(const NoiseKey&);  // of token 0
+  float (*uniform)(const NoiseKey&);  // for token 0
   void (*loss_terms)(const LossRow<T>&, float slack, const LossSums&);
   void (*loss_slopes)(const LossRow<T>&, float logsumexp, float scale);
 };
 
 const char* isa_name();
-// Uses the named instruction set from now on; false where it is unknown or this machine lacks it.
+// Selects an instruction set; false if it is unknown or not available on this machine.
 bool set_isa(const char* name);
 
 template <class T>

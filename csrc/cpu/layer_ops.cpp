@@ -17,7 +17,7 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
     const T* norm = data<T>(weight, "weight", {width});
     T* to = static_cast<T*>(out.data_ptr());
     const Kernels<T>& table = kernels<T>();
-    const bool small = rows * width < (1 << 15);  // a team costs more than such a norm
+    const bool small = rows * width < (1 << 15);  // starting threads costs more than such a norm
     parallel_run(small ? 1 : num_threads(), [&](const Worker& worker) {
       const Range share = worker.share(rows);
       for (int64_t r = share.begin; r < share.end; ++r)
@@ -27,7 +27,7 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
   return out;
 }
 
-// Packs x once per team and shares [0, d_out) among its members.
+// Tiles x once and shares [0, d_out) among the workers.
 template <class T, class F>
 void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, const Weight& weight, F step) {
   const int threads = num_threads();

@@ -1,4 +1,4 @@
-// The ops that speculative_round is made of.
+// The ops that speculative_round calls.
 #pragma once
 
 #include <optional>

@@ -1,23 +1,24 @@
-// Dot products of interleaved integer weights with bf16 activations: a row of weights in each lane of a register.
-// Included inside the namespace of an instruction set that has VNNI.
+// Dot products of interleaved integer weights with bf16 activations, by VNNI: each lane of a register has its own
+// weight row.
 
-// A panel is the headers of its groups, then columns of four neighbouring weights of its sixteen rows, as unsigned
-// bytes: layerskip_kernels/formats.py. Activations become 16-bit integers with a scale a row, 256 · high + low, so that
-// one instruction takes four of either part. Integers add up exactly within a group and no sum crosses lanes. A lane
-// adds its groups in their order, whatever the blocking, so a row's bits never depend on how many rows travel with it.
-// An activation loses about 2^-16 of the row's largest, a bf16 has lost 2^-9 of itself.
+// A panel has the headers of its groups, then columns of four neighbouring weights of its sixteen rows, as unsigned
+// bytes (layerskip_kernels/formats.py). Activations are quantized to 16-bit integers with one scale per row, split into
+// 256 · high + low, so that one instruction multiplies four of either part. Integers are summed exactly within a group,
+// and no sum crosses lanes. A lane adds its groups in order, whatever the blocking, so results do not depend on the
+// number of rows. An activation loses about 2^-16 of the row's largest one; rounding to bf16 has lost 2^-9 of its
+// value.
 
-constexpr int kPanelBlock = 9;           // activation rows that a panel is multiplied with at once, at most
-constexpr int kBlockWords = kBlock / 4;  // of four activations
+constexpr int kPanelBlock = 9;           // largest number of activation rows multiplied at once
+constexpr int kBlockWords = kBlock / 4;  // words of four activations
 
-using SplitRow = IntegerRow<uint8_t, int32_t>;  // of a block the high bytes, then the low ones
+using SplitRow = IntegerRow<uint8_t, int32_t>;  // the high bytes of a block, then the low ones
 
-// A zero-padded row of fp32 in the form above, in place of itself. NaN and infinity make the scale NaN.
+// Quantizes a zero-padded fp32 row in place. NaN and infinity make the scale NaN.
 inline void quantize_row_halves(float* row, int64_t padded_width) {
   const IntegerScale own(row, padded_width, 127 * 256 + 127);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(row);
   for (int64_t k = 0; k < padded_width; k += kBlock) {
-    __m512i whole[2];  // both are read before any is written
+    __m512i whole[2];  // read both before writing any
     for (int i = 0; i < 2; ++i) whole[i] = _mm512_cvtps_epi32((load(row + k + i * 16) * splat(own.inverse)).v);
     for (int i = 0; i < 2; ++i) {
       const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole[i], _mm512_set1_epi32(128)), 8);
@@ -35,7 +36,7 @@ inline void quantize_row_halves(float* row, int64_t padded_width) {
   row[padded_width / 2 + padded_width / kBlock] = own.scale;
 }
 
-// How much greater an unsigned weight is, as a power of two.
+// log2 of the offset that makes a weight unsigned.
 template <class G>
 constexpr int kExcess = G::kBits == 8 ? 7 : 3;
 
@@ -48,7 +49,7 @@ inline __m512 sixteen_halves(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// high[m] and low[m] += weights · the word of x[m] that is `word` in a block.
+// high[m] and low[m] += weights · word number `word` of x[m]'s block.
 template <int MR>
 inline void multiply_column(__m512i weights, const uint8_t* const x[MR], int word, __m512i high[MR], __m512i low[MR]) {
 #pragma GCC unroll 9
@@ -58,7 +59,7 @@ inline void multiply_column(__m512i weights, const uint8_t* const x[MR], int wor
   }
 }
 
-// One block of a panel, whose columns begin at `columns`.
+// One block of a panel, which begins at `columns`.
 template <class G, int MR>
 inline void multiply_block(const uint8_t* columns, const uint8_t* const x[MR], __m512i high[MR], __m512i low[MR]) {
 #pragma GCC unroll 8
@@ -74,7 +75,7 @@ inline void multiply_block(const uint8_t* columns, const uint8_t* const x[MR], _
   }
 }
 
-// out[m * kTile] and the fifteen behind it = a panel · x[m]; `lines` is fetched meanwhile.
+// out[m * kTile + 0..15] = panel · x[m]; prefetches `lines`.
 template <class G, int MR>
 inline void multiply_panel(const uint8_t* panel, const SplitRow x[MR], int64_t groups, const uint8_t* lines,
                            float* out) {
@@ -113,7 +114,7 @@ inline void multiply_panel(const uint8_t* panel, const SplitRow x[MR], int64_t g
   for (int m = 0; m < MR; ++m) _mm512_store_ps(out + m * kTile, _mm512_mul_ps(sums[m], _mm512_set1_ps(x[m].scale)));
 }
 
-// As wide_tile, of panels, the first of which begins at row n, and of rows that quantize_row_halves has made.
+// As wide_tile, for panels, the first of which begins at row n, and rows that quantize_row_halves has converted.
 template <class G>
 inline void panel_tile(const Weight& weight, int64_t n, int64_t count, const float* x, int64_t stride, int64_t rows,
                        int64_t width, const void* next, float* tile) {

@@ -1,4 +1,4 @@
-// Sixteen floats in two AVX2 registers. Included inside the namespace of the instruction set.
+// Sixteen floats in two AVX2 registers.
 
 struct F16 {
   __m256 lo, hi;
@@ -10,14 +10,14 @@ inline F16 operator-(F16 a, F16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_s
 inline F16 operator*(F16 a, F16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline F16 operator/(F16 a, F16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 inline F16 fma(F16 a, F16 b, F16 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
-// Where one operand is NaN, the second is returned.
+// If one operand is NaN, returns the second.
 inline F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline F16 round(F16 a) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};
 }
 inline __m256 scale_half(__m256 a, __m256 n) {
-  // n lies in [-127, 127]: -127 makes the factor zero, which is what a vanishing exponential is
+  // n is in [-127, 127]; -127 makes the factor zero
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
@@ -60,7 +60,7 @@ inline void multiply(U16 a, uint32_t factor, U16* high, U16* low) {
   multiply_half(a.lo, wide, &high->lo, &low->lo);
   multiply_half(a.hi, wide, &high->hi, &low->hi);
 }
-// The halves of a word convert exactly, so the sum is rounded once, as a conversion would.
+// The halves of a word convert exactly, so the sum is rounded once, as by a conversion.
 inline __m256 to_floats_half(__m256i a) {
   const __m256 high = _mm256_cvtepi32_ps(_mm256_srli_epi32(a, 16));
   const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(a, _mm256_set1_epi32(0xffff)));
@@ -91,7 +91,7 @@ inline F16 load(const int8_t* p) {
   return {int8_half(bytes), int8_half(_mm_srli_si128(bytes, 8))};
 }
 
-// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+// Words of two bf16 each: the first numbers (`even`) and the second ones (`odd`); `zip` interleaves them.
 inline F16 load_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
 inline F16 even(F16 pairs) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.lo), 16)),
@@ -125,7 +125,7 @@ inline void store(f16* p, F16 a) {
   store128(p + 8, _mm256_cvtps_ph(a.hi, mode));
 }
 
-// The first n of sixteen, zeros behind them; nothing past them is read or written.
+// The first n of sixteen, zero-padded; nothing past them is read or written.
 template <class T>
 inline F16 load(const T* p, int64_t n) {
   T lanes[16] = {};
@@ -143,7 +143,7 @@ inline __m128 fold(F16 a) {
   const __m256 both = _mm256_add_ps(a.lo, a.hi);
   return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
 }
-// Lane sums of four registers at once, in one fixed order.
+// Lane sums of four registers at once, in a fixed order.
 inline void sum4(F16 a, F16 b, F16 c, F16 d, float* out) {
   _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(fold(a), fold(b)), _mm_hadd_ps(fold(c), fold(d))));
 }
@@ -191,14 +191,14 @@ inline void transpose(const float* const* rows, float* out, int64_t pitch) {
 
 // 16-bit integers: a block of 32 weights or activations in two registers.
 
-// The even ones of the block, then the odd ones: so a weight's byte is widened by two shifts of its register.
+// The even numbers of the block, then the odd ones, so that two shifts widen a register of bytes.
 struct Block {
   __m256i even, odd;
 };
 using Ints = __m256i;
 using Floats = __m256;
-constexpr int kFarSide = 1;  // sixteen registers hold the sums of no more
-// Activation rows that a row of weights is multiplied with at once, at most.
+constexpr int kFarSide = 1;  // the sums of more do not fit sixteen registers
+// Largest number of activation rows multiplied with a weight row at once.
 template <class G>
 constexpr int kFixedBlock = 6;
 
@@ -232,7 +232,7 @@ inline Ints multiply(Block w, const int16_t* x) {
   return add(_mm256_madd_epi16(w.even, load256(x)), _mm256_madd_epi16(w.odd, load256(x + 16)));
 }
 
-// Four-bit ones are 0 … 15 where they have a least value, else -8 … 7.
+// Four-bit values are 0 … 15 if the group has a minimum, else -8 … 7.
 template <class G>
 inline Block load_block(const uint8_t* values) {
   __m256i bytes;
@@ -252,12 +252,13 @@ inline __m256i narrow(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_m
 inline __m256i low_words(__m256i pairs) { return _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16); }
 inline __m256i high_words(__m256i pairs) { return _mm256_srai_epi32(pairs, 16); }
 
-// Thirty-two activations times `factor` as integers; all are read before any is written.
+// Thirty-two activations times `factor` as integers; reads all before writing, since `out` may alias `x`.
 inline void store_block(const float* x, float factor, int16_t* out) {
   __m256i ints[4];
   for (int i = 0; i < 4; ++i)
     ints[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor)));
-  const __m256i first = narrow(ints[0], ints[1]), second = narrow(ints[2], ints[3]);  // pairs of an even and an odd one
+  const __m256i first = narrow(ints[0], ints[1]),
+                second = narrow(ints[2], ints[3]);  // pairs of an even and an odd number
   store256(out, narrow(low_words(first), low_words(second)));
   store256(out + 16, narrow(high_words(first), high_words(second)));
 }

@@ -1,4 +1,4 @@
-// Sixteen floats in one AVX-512 register. Included inside the namespace of the instruction set.
+// Sixteen floats in one AVX-512 register.
 
 struct F16 {
   __m512 v;
@@ -10,7 +10,7 @@ inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// Where one operand is NaN, the second is returned.
+// If one operand is NaN, returns the second.
 inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F16 round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F16 scale_by_power_of_two(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
@@ -60,7 +60,7 @@ inline F16 load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 
-// The first n of sixteen, zeros behind them; nothing past them is read.
+// The first n of sixteen, zero-padded; nothing past them is read.
 inline F16 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline F16 load(const bf16* p, int64_t n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline F16 load(const f16* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
@@ -68,7 +68,7 @@ inline F16 load(const int8_t* p, int64_t n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
 }
 
-// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+// Words of two bf16 each: the first numbers (`even`) and the second ones (`odd`); `zip` interleaves them.
 inline F16 load_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
 inline F16 even(F16 pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))}; }
 inline F16 odd(F16 pairs) {
@@ -88,7 +88,7 @@ inline void store(f16* p, F16 a, int64_t n = 16) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Lane sums of four registers at once, in one fixed order.
+// Lane sums of four registers at once, in a fixed order.
 inline void sum4(F16 a, F16 b, F16 c, F16 d, float* out) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
@@ -132,8 +132,8 @@ inline void transpose(const float* const* rows, float* out, int64_t pitch) {
 using Block = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
-constexpr int kFarSide = 2;  // weight rows that share a read of activations which no near cache holds
-// Activation rows that a row of weights is multiplied with at once, at most.
+constexpr int kFarSide = 2;  // weight rows that share a read of activations outside of L1
+// Largest number of activation rows multiplied with a weight row at once.
 template <class G>
 constexpr int kFixedBlock = G::kBlocks == 1 ? 9 : 6;
 
@@ -158,8 +158,8 @@ inline Block all_ones() { return _mm512_set1_epi16(1); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints multiply(Block w, const int16_t* x) { return _mm512_madd_epi16(w, _mm512_loadu_si512(x)); }
 
-// Four-bit ones are 0 … 15 where they have a least value, else -8 … 7. They are looked up by the low five bits of their
-// word, of which the fifth is the next value's, so the table has them twice.
+// Four-bit values are 0 … 15 if the group has a minimum, else -8 … 7. A table is indexed by the low five bits of a
+// word; the fifth one belongs to the next value, so the table has every entry twice.
 template <class G>
 inline Block load_block(const uint8_t* values) {
   if constexpr (G::kBits == 8)
@@ -174,7 +174,7 @@ inline Block load_block(const uint8_t* values) {
   return _mm512_permutexvar_epi16(bits, _mm512_sub_epi16(first, least));
 }
 
-// Thirty-two activations times `factor` as integers; all are read before any is written.
+// Thirty-two activations times `factor` as integers; reads all before writing, since `out` may alias `x`.
 inline void store_block(const float* x, float factor, int16_t* out) {
   const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(factor)));
   const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), _mm512_set1_ps(factor)));

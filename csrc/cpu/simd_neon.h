@@ -1,4 +1,4 @@
-// Sixteen floats in four NEON registers. Included inside the namespace of the instruction set.
+// Sixteen floats in four NEON registers.
 
 struct F16 {
   float32x4_t v[4];
@@ -27,7 +27,7 @@ inline F16 operator/(const F16& a, const F16& b) {
 inline F16 fma(const F16& a, const F16& b, const F16& c) {
   return quarters([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
 }
-// Where one operand is NaN, the second is returned.
+// If one operand is NaN, returns the second.
 inline F16 max(const F16& a, const F16& b) {
   return quarters([&](int i) { return vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
 }
@@ -35,7 +35,7 @@ inline F16 round(const F16& a) {
   return quarters([&](int i) { return vrndnq_f32(a.v[i]); });
 }
 inline F16 scale_by_power_of_two(const F16& a, const F16& n) {
-  // n lies in [-127, 127]: -127 makes the factor zero. A NaN keeps its NaN in a.
+  // n is in [-127, 127]; -127 makes the factor zero. NaN stays NaN through a.
   return quarters([&](int i) {
     const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127));
     return vmulq_f32(a.v[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
@@ -121,7 +121,7 @@ inline void store(f16* p, const F16& a) {
     vst1_u16(reinterpret_cast<uint16_t*>(p) + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
 }
 
-// The first n of sixteen, zeros behind them; nothing past them is read or written.
+// The first n of sixteen, zero-padded; nothing past them is read or written.
 template <class T>
 inline F16 load(const T* p, int64_t n) {
   T lanes[16] = {};
@@ -135,7 +135,7 @@ inline void store(T* p, const F16& a, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
-// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+// Words of two bf16 each: the first numbers (`even`) and the second ones (`odd`); `zip` interleaves them.
 inline F16 load_pairs(const bf16* p) { return load(reinterpret_cast<const float*>(p)); }
 inline F16 even(const F16& pairs) {
   return quarters([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(pairs.v[i]), 16)); });
@@ -154,7 +154,7 @@ inline void zip(F16* even, F16* odd) {
 }
 
 inline float32x4_t fold(const F16& a) { return vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3])); }
-// Lane sums of four registers at once, in one fixed order.
+// Lane sums of four registers at once, in a fixed order.
 inline void sum4(const F16& a, const F16& b, const F16& c, const F16& d, float* out) {
   vst1q_f32(out, vpaddq_f32(vpaddq_f32(fold(a), fold(b)), vpaddq_f32(fold(c), fold(d))));
 }
@@ -187,7 +187,7 @@ struct Block {
 using Ints = int32x4_t;
 using Floats = float32x4_t;
 constexpr int kFarSide = 1;  // as in AVX2
-// Activation rows that a row of weights is multiplied with at once, at most.
+// Largest number of activation rows multiplied with a weight row at once.
 template <class G>
 constexpr int kFixedBlock = 6;
 
@@ -221,7 +221,7 @@ inline Ints multiply(const Block& w, const int16_t* x) {
   return add(low, high);
 }
 
-// Four-bit ones are 0 … 15 where they have a least value, else -8 … 7.
+// Four-bit values are 0 … 15 if the group has a minimum, else -8 … 7.
 template <class G>
 inline Block load_block(const uint8_t* values) {
   int8x16_t first, second;
@@ -237,7 +237,7 @@ inline Block load_block(const uint8_t* values) {
   return {{vmovl_s8(vget_low_s8(first)), vmovl_high_s8(first), vmovl_s8(vget_low_s8(second)), vmovl_high_s8(second)}};
 }
 
-// Thirty-two activations times `factor` as integers; all are read before any is written.
+// Thirty-two activations times `factor` as integers; reads all before writing, since `out` may alias `x`.
 inline void store_block(const float* x, float factor, int16_t* out) {
   int16x4_t ints[8];
   for (int i = 0; i < 8; ++i) ints[i] = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), factor)));

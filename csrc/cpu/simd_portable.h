@@ -1,4 +1,4 @@
-// Sixteen floats in plain C++, for compilers to vectorize. Included inside the namespace of the instruction set.
+// Sixteen floats in plain C++, for compilers to vectorize.
 
 struct F16 {
   float v[16];
@@ -33,7 +33,7 @@ inline F16 fma(const F16& a, const F16& b, const F16& c) {
   return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 #endif
 }
-// Where one operand is NaN, the second is returned.
+// If one operand is NaN, returns the second.
 inline F16 max(const F16& a, const F16& b) {
   return lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -47,7 +47,7 @@ inline float power_of_two(float n) {
   return factor;
 }
 inline F16 scale_by_power_of_two(const F16& a, const F16& n) {
-  // n lies in [-127, 127]: -127 makes the factor zero. A NaN keeps its NaN in a.
+  // n is in [-127, 127]; -127 makes the factor zero. NaN stays NaN through a.
   return lanes([&](int i) { return a.v[i] * (n.v[i] == n.v[i] ? power_of_two(n.v[i]) : 1.0f); });
 }
 
@@ -160,7 +160,7 @@ inline float lane_sum(F16 a) {
     for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
   return a.v[0];
 }
-// Lane sums of four registers at once, in one fixed order.
+// Lane sums of four registers at once, in a fixed order.
 inline void sum4(const F16& a, const F16& b, const F16& c, const F16& d, float* out) {
   out[0] = lane_sum(a);
   out[1] = lane_sum(b);
@@ -179,7 +179,7 @@ inline void transpose(const float* const* rows, float* out, int64_t pitch) {
     for (int row = 0; row < 16; ++row) __builtin_memcpy(out + word * pitch + row, rows[row] + word, sizeof(float));
 }
 
-// Words that hold two bf16 each, their first ones and their second ones; `zip` puts them in order.
+// Words of two bf16 each: the first numbers (`even`) and the second ones (`odd`); `zip` interleaves them.
 inline F16 load_pairs(const bf16* p) {
   F16 pairs;
   __builtin_memcpy(pairs.v, p, sizeof(pairs.v));

@@ -1,4 +1,4 @@
-// speculative_round on CPU tensors: its ops, one after the other.
+// speculative_round on CPU tensors: draft, verify, accept.
 #include <algorithm>
 
 #include "common/layer_stack.h"
@@ -11,7 +11,7 @@ using torch::stable::narrow;
 using torch::stable::new_empty;
 using torch::stable::reshape;
 
-// The most drafts that a sequence has before the first entry that was not num_drafts: what verification needs rows for.
+// Length of the longest draft: the rows that verification needs, minus one.
 int64_t longest_draft(const Tensor& tokens) {
   const int64_t batch = tokens.size(0), num_speculations = tokens.size(1);
   const int64_t* all = data<int64_t>(tokens, "tokens", {batch, num_speculations});

@@ -1,4 +1,4 @@
-// One split of attention, 16 queries over 128 positions by four warps: in 16 bit by mma, in fp32 by FMA.
+// Attention of 16 queries over one split of 128 positions, by four warps: 16-bit types use mma, fp32 uses FMA.
 //
 // weight_p = exp(score_p - largest score), peaks = (largest score, sum of weights), values = sum of weight_p v_p.
 #pragma once
@@ -7,15 +7,15 @@
 #include <cmath>
 
 #include "cuda/common.cuh"
-#include "cuda/verify_attention.h"
+#include "cuda/layer_ops.h"
 
 namespace lsk {
 
 constexpr int kAttentionWarps = 4, kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kWarpSplit = kSplit / kAttentionWarps;  // positions of a warp, 16 bit
-constexpr int kColumns = 64;                          // of the values, at once
+constexpr int kWarpSplit = kSplit / kAttentionWarps;  // positions of a warp, in 16 bit
+constexpr int kColumns = 64;                          // columns of the values at once
 
-// exp of a difference of raw scores; the factor holds 1 / sqrt(C), and in 16 bit the base, too.
+// exp of a difference of raw scores; the factor includes 1 / sqrt(C) and, in 16 bit, log2(e).
 template <class T>
 __device__ __forceinline__ float weigh(float difference, float factor) {
   if constexpr (std::is_same_v<T, float>) return expf(difference * factor);
@@ -28,7 +28,7 @@ float weight_factor(int head_dim) {
   return std::is_same_v<T, float> ? scale : scale * 1.44269504f;
 }
 
-// The keys and values of a split from its first position on.
+// Keys and values of a split.
 template <class T>
 struct SplitWork {
   const T *k, *v;  // [count, C]
@@ -43,7 +43,7 @@ struct AttentionMemory {
   float peaks[kAttentionWarps][kPairs], masses[kAttentionWarps][kPairs];
   float sums[kAttentionWarps][kPairs * kPitch];
 
-  // Values [128, C], rows 16 bytes longer than they are: eight rows of a column then lie in different banks.
+  // Values [128, C], with rows padded by 16 bytes: eight rows of a column are then in different banks.
   __device__ __forceinline__ T* values() { return reinterpret_cast<T*>(this + 1); }
   __host__ __device__ static int pitch(int head_dim) { return head_dim + 8; }
   static size_t bytes(int head_dim) { return sizeof(AttentionMemory) + sizeof(T) * kSplit * pitch(head_dim); }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void score(const SplitWork<T>& w, int pairs, Query qu
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const T* queries[2] = {query(min(g, pairs - 1)), query(min(g + 8, pairs - 1))};
 #pragma unroll 2
-  for (int block = 0; block < w.head_dim; block += kBlock<T>) {
+  for (int block = 0; block < w.head_dim; block += kQuadColumns<T>) {
     const int column = block + t * kChunk<T>;
     uint32_t q[2][4];
     Chunk<T> keys[4];
@@ -95,10 +95,11 @@ __device__ __forceinline__ void score(const SplitWork<T>& w, int pairs, Query qu
   }
 }
 
-// Scores to weights in place, given what each pair sees; peaks and masses of the whole split, per pair, in memory.
+// Softmax of the scores in place, unnormalized; `seen` masks positions. Writes the peaks and masses (sums of weights)
+// of the whole split per pair to `memory`.
 template <class T, class Seen>
-__device__ __forceinline__ void soften(const SplitWork<T>& w, Seen seen, int begin, AttentionMemory<T>& memory,
-                                       float (&scores)[4][4]) {
+__device__ __forceinline__ void softmax(const SplitWork<T>& w, Seen seen, int begin, AttentionMemory<T>& memory,
+                                        float (&scores)[4][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -119,7 +120,7 @@ __device__ __forceinline__ void soften(const SplitWork<T>& w, Seen seen, int beg
     float peak = memory.peaks[0][g + 8 * half], mass = 0.0f;
 #pragma unroll
     for (int i = 1; i < kAttentionWarps; ++i) peak = fmaxf(peak, memory.peaks[i][g + 8 * half]);
-    const float base = peak == -INFINITY ? 0.0f : peak;  // a pair that sees nothing here weighs nothing
+    const float base = peak == -INFINITY ? 0.0f : peak;  // a pair that sees no position here has weight 0
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float& one = scores[j / 2][2 * half + j % 2];
@@ -132,10 +133,10 @@ __device__ __forceinline__ void soften(const SplitWork<T>& w, Seen seen, int beg
   }
 }
 
-// The warp's 32 rows of values into its part of the shared memory, asynchronously.
+// Copies the warp's 32 rows of values to its part of shared memory, asynchronously.
 template <class T>
 __device__ __forceinline__ void stage_values(const SplitWork<T>& w, int begin, T* staged) {
-  const int per_row = w.head_dim / kChunk<T>, rows = 32 / per_row, rest = 32 % per_row;  // of one step of the warp
+  const int per_row = w.head_dim / kChunk<T>, rows = 32 / per_row, rest = 32 % per_row;  // per step of the warp
   int at = threadIdx.x % 32 / per_row, chunk = threadIdx.x % 32 % per_row;
   while (at < kWarpSplit) {
     const int column = chunk * kChunk<T>;
@@ -149,20 +150,12 @@ __device__ __forceinline__ void stage_values(const SplitWork<T>& w, int begin, T
   ptx::cp_async_commit();
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const T two[2] = {from_float<T>(low), from_float<T>(high)};
-  uint32_t bits;
-  memcpy(&bits, two, 4);
-  return bits;
-}
-
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
-// A position that not every pair sees may hold a rejected draft whose values are not finite, and 0 * inf is NaN. So the
-// warp's values at [from, count) that are not finite become 0; whether there were any.
+// A position that not every pair sees may hold a rejected draft token with values that are not finite, and 0 * inf is
+// NaN. Replaces such values of the warp at [from, count) by 0; returns whether there were any.
 template <class T>
-__device__ __forceinline__ bool hide_broken(const SplitWork<T>& w, int begin, int from, T* staged) {
+__device__ __forceinline__ bool mask_nonfinite(const SplitWork<T>& w, int begin, int from, T* staged) {
   bool any = false;
   for (int at = max(from, begin); at < min(w.count, begin + kWarpSplit); ++at) {
     T* row = staged + (at - begin) * AttentionMemory<T>::pitch(w.head_dim);
@@ -176,10 +169,11 @@ __device__ __forceinline__ bool hide_broken(const SplitWork<T>& w, int begin, in
   return __any_sync(~0u, any);
 }
 
-// Adds what `hide_broken` has hidden to the sums of the pairs that see it: any order will do, no result is finite.
+// Adds the values that `mask_nonfinite` replaced to the sums of the pairs that see them; in any order, since no such
+// result is finite.
 template <class T, class Seen>
-__device__ __forceinline__ void add_broken(const SplitWork<T>& w, int pairs, Seen seen, int begin, int from, int first,
-                                           float* sums) {
+__device__ __forceinline__ void add_nonfinite(const SplitWork<T>& w, int pairs, Seen seen, int begin, int from,
+                                              int first, float* sums) {
   __syncwarp();
   for (int c = threadIdx.x % 32; c < min(kColumns, w.head_dim - first); c += 32)
     for (int at = max(from, begin); at < min(w.count, begin + kWarpSplit); ++at) {
@@ -189,7 +183,7 @@ __device__ __forceinline__ void add_broken(const SplitWork<T>& w, int pairs, See
     }
 }
 
-// The weights times columns [first, first + 64) of the warp's values, into memory.sums: a column of eight at a time,
+// Multiplies the weights with columns [first, first + 64) of the warp's values, into `sums`: eight columns at a time,
 // whose 32 rows are the operands of two mma.
 template <class T>
 __device__ __forceinline__ void weigh_values(const float (&weights)[4][4], const T* staged, int head_dim, int first,
@@ -205,8 +199,8 @@ __device__ __forceinline__ void weigh_values(const float (&weights)[4][4], const
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float (&low)[4] = weights[2 * k], (&high)[4] = weights[2 * k + 1];
-      const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
-                             pack<T>(high[2], high[3])};
+      const uint32_t a[4] = {to_pair<T>(low[0], low[1]), to_pair<T>(low[2], low[3]), to_pair<T>(high[0], high[1]),
+                             to_pair<T>(high[2], high[3])};
       const uint32_t b[2] = {values[2 * k], values[2 * k + 1]};
       ptx::mma<T>(d, a, b);
     }
@@ -215,8 +209,8 @@ __device__ __forceinline__ void weigh_values(const float (&weights)[4][4], const
   }
 }
 
-// query(pair): its C numbers; seen(pair): how many positions of the split it sees, below 1 none. peaks and values: of
-// the tile's first pair, the next ones beside it.
+// query(pair) is a pointer to C numbers, seen(pair) the number of visible positions of the split (none below 1).
+// `peaks` and `values` begin with the tile's first pair.
 template <class T, class Query, class Seen>
 __device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Query query, Seen seen, float2* peaks,
                                              float* values, AttentionMemory<T>& memory) {
@@ -226,14 +220,14 @@ __device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Q
   stage_values(w, begin, staged);
   float scores[4][4] = {};
   w.aligned ? score<true>(w, pairs, query, begin, scores) : score<false>(w, pairs, query, begin, scores);
-  soften(w, seen, begin, memory, scores);
+  softmax(w, seen, begin, memory, scores);
   ptx::cp_async_wait<0>();
   __syncwarp();
-  const int common = max(0, seen(0));  // positions that every pair sees: a tile's rows follow each other
-  const bool broken = common < min(w.count, begin + kWarpSplit) && hide_broken(w, begin, common, staged);
+  const int common = max(0, seen(0));  // positions that every pair sees: the tile's rows are consecutive
+  const bool nonfinite = common < min(w.count, begin + kWarpSplit) && mask_nonfinite(w, begin, common, staged);
   for (int first = 0; first < w.head_dim; first += kColumns) {
     weigh_values(scores, staged, w.head_dim, first, memory.sums[warp]);
-    if (broken) add_broken(w, pairs, seen, begin, common, first, memory.sums[warp]);
+    if (nonfinite) add_nonfinite(w, pairs, seen, begin, common, first, memory.sums[warp]);
     __syncthreads();
     const int columns = min(kColumns, w.head_dim - first);
     for (int i = threadIdx.x; i < pairs * kColumns; i += kAttentionThreads) {
@@ -256,7 +250,7 @@ __device__ __forceinline__ void attend_split(const SplitWork<T>& w, int pairs, Q
   peaks[threadIdx.x] = make_float2(peak, mass);
 }
 
-// fp32, 1: each thread scores one position for all pairs.
+// fp32, step 1: each thread computes the scores of one position for all pairs.
 template <class Query, class Seen>
 __device__ __forceinline__ void score_rows(const SplitWork<float>& w, int pairs, Query query, Seen seen,
                                            AttentionMemory<float>& memory) {
@@ -280,7 +274,7 @@ __device__ __forceinline__ void score_rows(const SplitWork<float>& w, int pairs,
   __syncthreads();
 }
 
-// 2: each warp takes the softmax of every fourth pair.
+// Step 2: each warp computes the softmax of every fourth pair.
 __device__ __forceinline__ void softmax_rows(const SplitWork<float>& w, int pairs, float2* peaks,
                                              AttentionMemory<float>& memory) {
   const int lane = threadIdx.x % 32;
@@ -303,7 +297,7 @@ __device__ __forceinline__ void softmax_rows(const SplitWork<float>& w, int pair
   __syncthreads();
 }
 
-// 3: each thread sums one value column for all pairs.
+// Step 3: each thread sums one value column for all pairs.
 template <class Query, class Seen>
 __device__ __forceinline__ void attend_split(const SplitWork<float>& w, int pairs, Query query, Seen seen,
                                              float2* peaks, float* values, AttentionMemory<float>& memory) {
@@ -318,7 +312,7 @@ __device__ __forceinline__ void attend_split(const SplitWork<float>& w, int pair
       for (int pair = 0; pair < kPairs; ++pair)
         if (pair < pairs) sums[pair] = __fmaf_rn(memory.scores[pair][at], value, sums[pair]);
     }
-    for (int at = common; at < w.count; ++at) {  // a value that a pair does not see may be infinite, and 0 * inf is NaN
+    for (int at = common; at < w.count; ++at) {  // an unseen value may be infinite, and 0 * inf is NaN
       const float value = w.v[static_cast<int64_t>(at) * w.head_dim + c];
       for (int pair = 0; pair < pairs; ++pair)
         if (at < seen(pair)) sums[pair] = __fmaf_rn(memory.scores[pair][at], value, sums[pair]);

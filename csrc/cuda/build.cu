@@ -1,5 +1,5 @@
-// What `_extension.py` asks of the library before it is used: the architectures that it was compiled for, and the
-// versions of the toolkit and the driver (as 1000 major + 10 minor).
+// Queried by `_extension.py` before the library is used: compiled architectures, and the versions of the toolkit and
+// the driver (1000 major + 10 minor).
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
@@ -9,8 +9,8 @@ LSK_EXPORT const char* layerskip_cuda_archs() { return LSK_CUDA_ARCHS; }
 
 LSK_EXPORT int layerskip_cuda_toolkit() { return CUDART_VERSION; }
 
-// 0 without a driver. Not by cudaDriverGetVersion, which calls cuInit: this is asked at import, and after a cuInit
-// neither could a forked child use CUDA nor CUDA_VISIBLE_DEVICES still be set.
+// 0 without a driver. Called at import, so do not use cudaDriverGetVersion: it calls cuInit, after which a forked child
+// cannot use CUDA and CUDA_VISIBLE_DEVICES has no effect.
 LSK_EXPORT int layerskip_cuda_driver() {
   void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
   if (driver == nullptr) return 0;

@@ -1,4 +1,4 @@
-// What the kernels share: numbers, and 16-byte chunks of a row.
+// Shared by the kernels: number conversion, and 16-byte chunks of a row.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace lsk {
 
-// All kernels that stream weights, and the norms, whose order of additions they must share, have blocks of this shape.
+// Block shape of all kernels that stream weights, and of the norms, which must add in the same order.
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kTokens = 16;  // rows of x that one block takes at once
 
@@ -30,15 +30,23 @@ __device__ __forceinline__ float round_to(float x) {
   return to_float(from_float<T>(x));
 }
 
-// A row is read in chunks of 16 bytes. The four lanes of a quad (4 g ... 4 g + 3) take four chunks, one block of 64
-// bytes, and the eight warps eight blocks, so that a step of the thread block reads 512 bytes of each row.
+// Two numbers, rounded to a 16-bit T, in one word.
+template <class T>
+__device__ __forceinline__ uint32_t to_pair(float first, float second) {
+  const T pair[2] = {from_float<T>(first), from_float<T>(second)};
+  uint32_t bits;
+  memcpy(&bits, pair, 4);
+  return bits;
+}
+
+// A row is read in chunks of 16 bytes. The four lanes of a quad (4 g ... 4 g + 3) read four chunks, 64 bytes, and the
+// eight warps read 512 bytes of each row per step of the thread block.
 template <class T>
 constexpr int kChunk = 16 / sizeof(T);
 template <class T>
-constexpr int kBlock = 4 * kChunk<T>;
+constexpr int kQuadColumns = 4 * kChunk<T>;
 
-// Words, not numbers: the compiler would take an array of 16-bit numbers apart right after its load, and so wait for
-// it.
+// Words, not numbers: the compiler would unpack an array of 16-bit numbers right after the load, and so wait for it.
 template <class T>
 struct alignas(16) Chunk {
   uint32_t words[4];
@@ -56,21 +64,20 @@ struct alignas(16) Chunk {
   }
 };
 
-// How many blocks of a row this warp takes: the i-th is block i * kWarps + warp.
+// Steps of this warp along a row: in step i it reads columns from (i * kWarps + warp) * kQuadColumns on.
 template <class T>
-__device__ __forceinline__ int own_blocks(int width, int warp) {
-  const int blocks = (width + kBlock<T> - 1) / kBlock<T>;
+__device__ __forceinline__ int own_steps(int width, int warp) {
+  const int blocks = (width + kQuadColumns<T> - 1) / kQuadColumns<T>;
   return (blocks - warp + kWarps - 1) / kWarps;
 }
 
 template <class T>
 __device__ __forceinline__ int own_column(int i, int warp, int t) {
-  return (i * kWarps + warp) * kBlock<T> + t * kChunk<T>;
+  return (i * kWarps + warp) * kQuadColumns<T> + t * kChunk<T>;
 }
 
-// The chunk of `row` that begins at `column`, with zeros from `width` on. Aligned: row and width are multiples of 16
-// bytes, and one load suffices. Otherwise a loop shifts in one element at a time: slow, but little code, as such rows
-// are rare.
+// The chunk of `row` at `column`, zero from `width` on. Aligned: row and width are multiples of 16 bytes, and one load
+// suffices. Otherwise a loop shifts in one element at a time: slow but compact, since such rows are rare.
 template <bool Aligned, class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int width) {
   Chunk<T> chunk{};
@@ -95,7 +102,7 @@ __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int wid
   return chunk;
 }
 
-// The same into shared memory, asynchronously where 16 bytes can be copied at once.
+// The same into shared memory; asynchronous if aligned.
 template <bool Aligned, class T>
 __device__ __forceinline__ void copy_chunk(Chunk<T>* shared, const T* row, int column, int width) {
   if constexpr (Aligned) {
@@ -106,7 +113,7 @@ __device__ __forceinline__ void copy_chunk(Chunk<T>* shared, const T* row, int c
   }
 }
 
-// Chooses at run time. Not for a loop of loads: the branch would keep them from overlapping.
+// Run-time choice. Do not use it in a loop of loads: the branch would keep them from overlapping.
 template <class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int column, int width, bool aligned) {
   return aligned ? load_chunk<true>(row, column, width) : load_chunk<false>(row, column, width);

@@ -1,5 +1,5 @@
-// What kernels and the host functions that launch them share: rows, where they lie in the cache, chains of launches.
-// Also compiles with a host compiler.
+// Shared by kernels and their launchers: rows, the KV cache of a layer, chains of launches. Also compiles with a host
+// compiler.
 #pragma once
 
 #include <cstdint>
@@ -31,26 +31,26 @@ struct Cache {
   T *k = nullptr, *v = nullptr;       // [S, G, T, C]
   const int64_t* seq_lens = nullptr;  // [B]
   const int64_t* slots = nullptr;     // [B], null: sequence b has slot b
-  int64_t ahead = 0;                  // positions written since seq_lens was, by earlier steps of a draft
+  int64_t ahead = 0;                  // positions written by earlier steps of a draft, not yet in seq_lens
   int batch = 0, rows = 0;            // B, M
   int num_kv_heads = 0, capacity = 0, head_dim = 0;
   int64_t num_slots = 0;  // S
 
-  // Of row 0 of sequence b.
+  // Position of row 0 of sequence b.
   __device__ int64_t position(int b) const { return seq_lens[b] + ahead; }
 
-  // The slot of sequence b; -1 when it has none in the cache.
+  // Slot of sequence b; -1 if it is outside of the cache.
   __device__ int64_t slot(int b) const {
     const int64_t slot = slots == nullptr ? b : slots[b];
     return slot >= 0 && slot < num_slots ? slot : -1;
   }
 
-  // Where key/value head g of a slot starts in k and v.
+  // Offset of key/value head g of a slot in k and v.
   __device__ int64_t plane(int64_t slot, int g) const { return (slot * num_kv_heads + g) * capacity * head_dim; }
 };
 
-// Launches on one stream, one after the other. All launches but the first use programmatic dependent launch. The first
-// waits for all earlier work on the stream, such as weight updates.
+// Consecutive launches on one stream. All but the first use programmatic dependent launch; the first waits for all
+// earlier work on the stream, such as weight updates.
 class Chain {
  public:
   explicit Chain(cudaStream_t stream) : stream_(stream) {}

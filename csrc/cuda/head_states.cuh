@@ -1,20 +1,20 @@
-// What the kernels of the exit head share: the way of a block, its states in shared memory, how they are drawn, and
-// what becomes of a tile's logits. See exit_head.cuh.
+// Shared by the exit head kernels: the main loop of a block, its states in shared memory, sampling, and the reduction
+// of a tile's logits. See exit_head.cu.
 #pragma once
 
 #include <algorithm>
 
-#include "cuda/choice.cuh"
+#include "cuda/argmax_lse.cuh"
 #include "cuda/exit_head.h"
 #include "cuda/noise.cuh"
 #include "cuda/rms_norm.cuh"
 
 namespace lsk {
 
-// States that a block takes in one pass over its weights, in groups of 16 as linear_tile.cuh does; fp32 has no
-// registers for more than one of these.
+// States per pass over the weights, in groups of 16 as in linear_tile.cuh; fp32 has no registers for more than one
+// group.
 template <class T>
-inline constexpr int kMostStates = std::is_same_v<T, float> ? kTokens : 4 * kTokens;
+inline constexpr int kMaxStates = std::is_same_v<T, float> ? kTokens : 4 * kTokens;
 
 template <class T>
 struct HeadArgs {
@@ -23,54 +23,55 @@ struct HeadArgs {
   int64_t rows;
   HeadSampling sampling;
   HeadLogits logits;
-  Choice* partial;  // [R, tiles]
+  ArgmaxLse* partial;  // [R, tiles]
   int64_t tiles;
-  bool states_aligned = false;  // rows start at multiples of 16 bytes
-  int passes = 0, pass = 0;     // over the states, states a pass
-  int parts = 0, width = 0;     // of a state, columns a part: one part at a time lies in shared memory
-  int stages = 0;               // of a ring of weights that are not packed
-  bool weight_aligned = false;  // the same of these
+  bool states_aligned = false;  // rows are aligned to 16 bytes
+  int passes = 0, pass = 0;     // number of passes over the states, states per pass
+  int parts = 0, width = 0;     // parts of a state, columns per part: one part at a time is in shared memory
+  int stages = 0;               // stages of the ring, for weights that are not packed
+  bool weight_aligned = false;  // their rows are aligned to 16 bytes
 
   __device__ __forceinline__ int columns(int part) const {
     return min(width, static_cast<int>(head.hidden_size) - part * width);
   }
 };
 
-// launch_as(std::integral_constant<int, GROUPS>(), std::integral_constant<int, TILES>()) of a kernel that takes the
-// states of a pass: whole ones with one tile of a warp at a time, parts of them with several.
+// Calls launch_as(std::integral_constant<int, GROUPS>(), std::integral_constant<int, TILES>()) for the states of a
+// pass: whole states use one tile per warp at a time, parts of states several.
 template <class T, class Launch>
 cudaError_t with_states(const HeadArgs<T>& a, Launch launch_as) {
   constexpr std::integral_constant<int, 1> one;
-  constexpr std::integral_constant<int, kMostStates<T> / kTokens> most;
+  constexpr std::integral_constant<int, kMaxStates<T> / kTokens> all;
   constexpr std::integral_constant<int, 4> several;
-  if (a.parts > 1) return launch_as(most, several);
-  return a.pass > kTokens ? launch_as(most, one) : launch_as(one, one);
+  if (a.parts > 1) return launch_as(all, several);
+  return a.pass > kTokens ? launch_as(all, one) : launch_as(one, one);
 }
 
-// Which states and tiles are whose: blocks share the passes, so that those over a tile run side by side and meet in L2.
+// The states and tiles of this block. Blocks of different passes over a tile run side by side, so that they share it in
+// L2.
 struct HeadWork {
-  int64_t first, teams, team, step;  // the first state; of this pass: blocks, this one, and the tiles of all warps
+  int64_t first, blocks, block,
+      step;  // first state; number of blocks of this pass, index of this one, and stride of a warp's tiles
   int rows, warp;
 
   template <class T>
   __device__ __forceinline__ explicit HeadWork(const HeadArgs<T>& a)
       : first(static_cast<int64_t>(blockIdx.x % a.passes) * a.pass),
-        teams(gridDim.x / a.passes),
-        team(blockIdx.x / a.passes),
-        step(teams * kWarps),
+        blocks(gridDim.x / a.passes),
+        block(blockIdx.x / a.passes),
+        step(blocks * kWarps),
         rows(static_cast<int>(min(a.rows - first, static_cast<int64_t>(a.pass)))),
         warp(threadIdx.x / 32) {}
 
-  // The first tile of this warp among those that the block takes from `begin` on.
-  __device__ __forceinline__ int64_t own(int64_t begin) const { return begin + teams * warp; }
+  // First tile of this warp, from the block's tile `begin` on.
+  __device__ __forceinline__ int64_t own(int64_t begin) const { return begin + blocks * warp; }
 };
 
-// A warp's tiles in the order in which its ring has them: whole ones, or TILES together, the first part of each, then
-// the second.
+// Order of a warp's tiles in its ring: whole tiles, or TILES together, the first part of each, then the second.
 template <int TILES>
 struct HeadWalk {
   int64_t tile, tiles, step;
-  int parts, part = 0, done = 0;  // tiles of this part
+  int parts, part = 0, done = 0;  // tiles done of this part
 
   __device__ __forceinline__ void next() {
     tile += step;
@@ -84,10 +85,10 @@ struct HeadWalk {
   }
 };
 
-// Where the 16 bytes number `piece` of a row lie in it: those of rows g and g + 1, read together, in different banks.
+// Swizzled index of 16-byte piece `piece` of a row, so that rows g and g + 1, read together, are in different banks.
 __device__ __forceinline__ int swizzled(int row, int piece) { return piece ^ (row & 1) << 2; }
 
-// One part of the states of a pass in shared memory, zero past the width.
+// One part of a pass's states in shared memory, zero past the width.
 template <class T>
 struct HeadStates {
   T* data;
@@ -98,7 +99,7 @@ struct HeadStates {
   }
 };
 
-// How the states of a pass are drawn; temperature 0 is greedy.
+// Sampling parameters of a pass's states; temperature 0 is greedy.
 template <int GROUPS>
 struct PassSampling {
   float temperature[GROUPS * kTokens];
@@ -127,7 +128,7 @@ __device__ __forceinline__ void prefetch_norm(const HeadArgs<T>& a) {
     ptx::prefetch_l2(a.head.norm_weight + k);
 }
 
-// What normed states are multiplied by.
+// Computes 1 / rms of the states.
 template <class T>
 __device__ __forceinline__ void load_inverses(const HeadArgs<T>& a, const HeadWork& work, float* inverses) {
   __shared__ float scratch[kWarps * kTokens];
@@ -141,12 +142,12 @@ __device__ __forceinline__ void load_inverses(const HeadArgs<T>& a, const HeadWo
       inverses[begin + threadIdx.x / 4] = inverse[0];
       inverses[begin + threadIdx.x / 4 + 8] = inverse[1];
     }
-    __syncthreads();  // scratch is free again, and in the end inverses are there
+    __syncthreads();  // scratch is free again, and the inverses are written
   }
 }
 
-// A part of the normed states, rounded to T. All threads share the rows' chunks, so that one state takes no longer than
-// an eighth of eight.
+// Loads a part of the normed states, rounded to T. All threads share the chunks of all rows, so that one state takes no
+// longer than an eighth of eight.
 template <class T>
 __device__ __forceinline__ void load_states(const HeadArgs<T>& a, const HeadWork& work, int part, const float* inverses,
                                             const HeadStates<T>& states) {
@@ -160,7 +161,7 @@ __device__ __forceinline__ void load_states(const HeadArgs<T>& a, const HeadWork
   }
 }
 
-// What the tile leaves of the logits of eight states, of which `begin` is the first.
+// Reduces a tile's logits of eight states, from state `begin` on.
 template <class T, int GROUPS>
 __device__ __forceinline__ void fold_states(const HeadArgs<T>& a, const float (&sums)[4], int64_t tile, int64_t first,
                                             int begin, int rows, const PassSampling<GROUPS>& sampling) {
@@ -168,7 +169,7 @@ __device__ __forceinline__ void fold_states(const HeadArgs<T>& a, const float (&
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     const int state = begin + 2 * t + part;
-    Choice best = no_choice();
+    ArgmaxLse best = empty_argmax_lse();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = tile * kHeadTile + g + 8 * half;
@@ -181,14 +182,14 @@ __device__ __forceinline__ void fold_states(const HeadArgs<T>& a, const float (&
         logit /= sampling.temperature[state];
         noise = sampling.gumbel(state, static_cast<uint32_t>(token));
       }
-      merge(best, choice_of(logit, noise, static_cast<int>(row)));
+      merge(best, make_argmax_lse(logit, noise, static_cast<int>(row)));
     }
     for (int mask = 4; mask < 32; mask *= 2) merge_lane(best, mask);
     if (g == 0 && state < rows) a.partial[(first + state) * a.tiles + tile] = best;
   }
 }
 
-// The same of all states. Registers have no index at run time, and the code of a fold is long: so the sums move up.
+// The same for all states. Registers cannot be indexed at run time, and unrolling would be long: so the sums move up.
 template <class T, int GROUPS>
 __device__ __forceinline__ void fold_tile(const HeadArgs<T>& a, float (&sums)[2 * GROUPS][4], int64_t tile,
                                           int64_t first, int rows, const PassSampling<GROUPS>& sampling) {
@@ -200,12 +201,13 @@ __device__ __forceinline__ void fold_tile(const HeadArgs<T>& a, float (&sums)[2 
   }
 }
 
-// The way of a block, whose warps have tiles on their way already: stream.multiply(tile, part, states, rows, products)
-// adds a part's products to those of a tile. Registers have no index at run time, so the tiles' products take turns.
+// Main loop of a block, whose warps have already begun to fetch tiles. stream.multiply(tile, part, states, rows,
+// products) adds a part's products to those of a tile. Registers cannot be indexed at run time, so the tiles' products
+// rotate.
 template <int GROUPS, int TILES, class T, class Stream>
 __device__ __forceinline__ void run_head(const HeadArgs<T>& a, const HeadWork& work, T* memory, Stream& stream) {
   __shared__ PassSampling<GROUPS> sampling;
-  __shared__ float inverses[kMostStates<T>];
+  __shared__ float inverses[kMaxStates<T>];
   prefetch_norm(a);
   ptx::dependency_wait();
   load_inverses(a, work, inverses);
@@ -213,10 +215,10 @@ __device__ __forceinline__ void run_head(const HeadArgs<T>& a, const HeadWork& w
   const HeadStates<T> states{memory, a.width};
   typename Stream::Products products[TILES];
   const int parts = TILES == 1 ? 1 : a.parts;
-  for (int64_t begin = work.team; begin < a.tiles; begin += TILES * work.step) {
+  for (int64_t begin = work.block; begin < a.tiles; begin += TILES * work.step) {
     for (int part = 0; part < parts; ++part) {
-      if (parts > 1 || begin == work.team) {
-        __syncthreads();  // all have read the part before
+      if (parts > 1 || begin == work.block) {
+        __syncthreads();  // all have read the previous part
         load_states(a, work, part, inverses, states);
         __syncthreads();
       }
@@ -240,20 +242,20 @@ __device__ __forceinline__ void run_head(const HeadArgs<T>& a, const HeadWork& w
   }
 }
 
-// Shares the states out evenly over the passes, and of their columns, in units of `unit`, as many to a part as fit
-// beside the smallest ring, of `least` bytes: a unit of 64 states does on every card. The bytes of a pass.
+// Divides the states evenly among passes, and their columns, in units of `unit`, into parts that fit beside the
+// smallest ring of `min_ring` bytes; one unit of 64 states fits on every GPU. Returns the bytes of a pass's states.
 template <class T>
-size_t plan_passes(HeadArgs<T>& a, int64_t unit, size_t available, size_t least) {
-  a.passes = static_cast<int>(divide_up<int64_t>(a.rows, kMostStates<T>));
+size_t plan_passes(HeadArgs<T>& a, int64_t unit, size_t available, size_t min_ring) {
+  a.passes = static_cast<int>(divide_up<int64_t>(a.rows, kMaxStates<T>));
   a.pass = static_cast<int>(divide_up<int64_t>(a.rows, a.passes));
   const int64_t columns = std::max<int64_t>(a.head.hidden_size, 1), units = divide_up(columns, unit);
   const int64_t each = a.pass * unit * static_cast<int64_t>(sizeof(T));
-  a.parts = static_cast<int>(divide_up<int64_t>(units, static_cast<int64_t>(available - least) / each));
+  a.parts = static_cast<int>(divide_up<int64_t>(units, static_cast<int64_t>(available - min_ring) / each));
   a.width = static_cast<int>(divide_up<int64_t>(units, a.parts) * unit);
   return static_cast<size_t>(a.pass) * a.width * sizeof(T);
 }
 
-// Blocks for all passes: of each as many as there are processors for, and tiles for their warps.
+// Grid for all passes: limited by the processors per pass and by the tiles for all warps.
 template <class T>
 dim3 head_grid(const HeadArgs<T>& a, int processors) {
   const int64_t useful = divide_up<int64_t>(a.tiles, kWarps), fair = processors < a.passes ? 1 : processors / a.passes;

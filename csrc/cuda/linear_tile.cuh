@@ -1,18 +1,18 @@
-// The loop that streams weights: 16 (or twice 16) weight rows times up to 16, 32 or 64 rows of x, by one block.
+// Main loop of the matmuls: one block multiplies 16 (or twice 16) weight rows with up to 16, 32 or 64 rows of x.
 //
-// Batch 1 is bound by memory, so the shape of a block follows from bytes in flight. A tile of 16 rows gives a
-// 2048-row matrix 128 blocks, one for each of an H100's 132 SMs; its depth is split over the block's 8 warps, whose
-// sums are added in the order of the warps (the split of K needs no second kernel and no fp32 round trip). An SM's
-// share of 3.35 TB/s is 25 GB/s, some 20 KB at 800 ns; a ring of 64 KB lets even a third of the SMs draw the full
-// bandwidth, so matrices of fewer rows are not cut further. A depth of 2048 in 16 bit fits the ring whole: with
-// programmatic dependent launch all of it is on its way before the kernel ahead has ended.
+// Batch 1 is memory-bound, so bytes in flight determine the block shape. With tiles of 16 rows, a 2048-row matrix has
+// 128 blocks for the 132 SMs of an H100. The depth is split over the block's 8 warps, whose sums are added in warp
+// order: split-K without a second kernel or an fp32 round trip. An SM's share of 3.35 TB/s is 25 GB/s, about 20 KB at
+// 800 ns latency; with a ring of 64 KB even a third of the SMs saturates the bandwidth, so matrices with fewer rows are
+// not split further. A depth of 2048 in 16 bit fits the ring: with programmatic dependent launch, all of it is in
+// flight before the previous kernel has ended.
 //
-// The chunks of the ring are private to a lane: who copies a chunk reads it, so the loop has no barrier. In memory a
-// lane's 16 bytes are eight neighbouring columns; an mma wants columns {2t, 2t+1, 2t+8, 2t+9} from lane t. Columns of x
-// and of the weights are permuted alike, so chunks are fragments as they are: columns 0-3 feed one mma, 4-7 another.
-// The weights are the 16-row operand, tokens the 8-column one: eight tokens or fewer cost one mma, more cost two, and
-// a token's sums are the same in both, and wherever it stands. More than 16 tokens are further groups of 16, which a
-// block takes in the same pass over its weights (GROUPS of 1, 2 or 4): else L2 would deliver these once for each group.
+// Ring chunks are private to a lane: each lane reads the chunks that it copied, so the loop has no barrier. In memory a
+// lane's 16 bytes are eight neighbouring columns; an mma expects columns {2t, 2t+1, 2t+8, 2t+9} from lane t. Columns of
+// x and of the weights are permuted alike, so chunks are fragments without a shuffle: columns 0-3 feed one mma, 4-7
+// another. The weights are the 16-row operand, tokens the 8-column one: up to eight tokens cost one mma, more cost two,
+// with the same sums for a token in any column. More than 16 tokens form further groups of 16 in the same pass over the
+// weights (GROUPS of 1, 2 or 4); separate passes would read the weights from L2 once per group.
 #pragma once
 
 #include "cuda/rms_norm.cuh"
@@ -21,9 +21,8 @@ namespace lsk {
 
 constexpr int kTileRows = 16;
 
-// launch_as(std::integral_constant<int, GROUPS>), the groups of 16 rows of x that a block takes at once, of a launch
-// with so many rows and weights W. fp32 has no registers for two, and packed weights have no kernel of their own for
-// two.
+// Calls launch_as(std::integral_constant<int, GROUPS>) with the groups of 16 rows of x per block, for `rows` rows and
+// weights W. fp32 has no registers for more than one group, and packed weights have no separate kernel for two.
 template <class T, class W, class Launch>
 cudaError_t with_groups(int64_t rows, Launch launch_as) {
   if constexpr (!std::is_same_v<T, float>) {
@@ -34,12 +33,12 @@ cudaError_t with_groups(int64_t rows, Launch launch_as) {
   return launch_as(std::integral_constant<int, 1>());
 }
 
-// Blocks that an SM must hold: those whose sums and x take most registers are content with one.
+// Minimum number of resident blocks per SM; one for the kernels that need most registers.
 template <class T, class W, int TILES, int GROUPS>
 constexpr int kResident =
     std::is_same_v<T, float> || TILES * GROUPS == 8 || (GROUPS > 1 && !std::is_same_v<T, W>) ? 1 : 2;
 
-// The sums of a warp: rows g and g + 8 of a tile times tokens 2 t, 2 t + 1 (+ 8).
+// Sums of a warp: rows g and g + 8 of a tile times tokens 2 t, 2 t + 1 (+ 8).
 template <class T>
 struct Sums {
   float d[2][4] = {};
@@ -59,7 +58,7 @@ struct Sums {
     }
   }
 
-  // To parts[token][row], `pitch` floats a token.
+  // Stores to parts[token][row], `pitch` floats per token.
   __device__ __forceinline__ void store(float* parts, int pitch, int tokens) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -70,7 +69,7 @@ struct Sums {
   }
 };
 
-// fp32 by FMA: a lane sums its own columns for every token and reads the tokens' chunks from its quad's neighbours.
+// fp32 uses FMA: a lane sums its own columns for every token, and gets the tokens' chunks from other lanes by shuffles.
 template <>
 struct Sums<float> {
   float d[2][kTokens] = {};
@@ -101,7 +100,7 @@ struct Sums<float> {
   }
 };
 
-// What a block's rows of x are multiplied with: x, or rms_norm(x) where there is a norm.
+// Input of a matmul: x, or rms_norm(x) if `norm` is given.
 template <class T>
 struct Input {
   Rows<const T> x;          // [R, d_in]
@@ -109,50 +108,48 @@ struct Input {
   float eps = 0;
   int64_t rows = 0;
   int d_in = 0;
-  bool aligned = false;  // x, norm and the weights can be read 16 bytes at a time
+  bool aligned = false;  // x, norm and the weights are aligned to 16 bytes
 };
 
-// x [R, d_in] as the products take it, rms_norm(x) where there is a norm; weights may yet make it not aligned.
+// Input from x [R, d_in]. The caller must clear `aligned` if the weights are not aligned.
 template <class T>
 Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t d_in) {
   const bool aligned = x.aligned() && (norm == nullptr || is_aligned(norm, d_in));
   return {x, norm, eps, rows, static_cast<int>(d_in), aligned};
 }
 
-// The rows of x that a block takes, and its tile: blocks of one tile are neighbours, so that they share it in L2.
+// The rows of x and the tile of a block. Blocks of one tile are neighbours, so that they share it in L2.
 struct TileWork {
   int64_t first;
   int tokens, tile;
 
-  // Of `most` rows at a time.
-  __device__ TileWork(int64_t rows, int most) {
-    const unsigned parts = static_cast<unsigned>(divide_up<int64_t>(rows, most));
-    first = static_cast<int64_t>(blockIdx.x % parts) * most;
-    tokens = static_cast<int>(min(rows - first, static_cast<int64_t>(most)));
+  // With up to `max_rows` rows of x per block.
+  __device__ TileWork(int64_t rows, int max_rows) {
+    const unsigned parts = static_cast<unsigned>(divide_up<int64_t>(rows, max_rows));
+    first = static_cast<int64_t>(blockIdx.x % parts) * max_rows;
+    tokens = static_cast<int>(min(rows - first, static_cast<int64_t>(max_rows)));
     tile = static_cast<int>(blockIdx.x / parts);
   }
 
-  static dim3 grid(int64_t rows, int most, int64_t tiles) {
-    return dim3(static_cast<unsigned>(divide_up<int64_t>(rows, most) * tiles));
+  static dim3 grid(int64_t rows, int max_rows, int64_t tiles) {
+    return dim3(static_cast<unsigned>(divide_up<int64_t>(rows, max_rows) * tiles));
   }
 };
 
-// Shared memory of a block that streams TILES tiles at once.
-template <class T, int TILES, int GROUPS>
-struct TileMemory {
-  static constexpr int kStages = 8 / TILES, kPitch = 20;  // a pitch of 20 floats spreads a warp's sums over the banks
+// Shared memory of a block that streams TILES tiles at once: per warp a ring of the weights, whose memory its sums
+// reuse.
+template <class Ring, int TILES, int GROUPS>
+struct StreamMemory {
+  static constexpr int kPitch = 20;  // floats per token; avoids bank conflicts
 
-  struct Warp {
-    union {
-      Chunk<T> ring[kStages][2 * TILES][32];
-      float sums[TILES][GROUPS * kTokens * kPitch];
-    };
+  union Warp {
+    alignas(16) Ring ring;
+    float sums[TILES][GROUPS * kTokens * kPitch];
   };
   Warp warps[kWarps];
-  Chunk<T> norm[kWarps][kStages][4];
   float scratch[GROUPS][kWarps * kTokens];
 
-  // Of row `row` of a tile and a token, all warps: the ordered end of the split depth.
+  // Sum over all warps, in order, for a row of a tile and a token.
   __device__ __forceinline__ float total(int tile, int row, int token) const {
     float sum = 0.0f;
 #pragma unroll
@@ -161,24 +158,27 @@ struct TileMemory {
   }
 };
 
+template <class T, int TILES, int GROUPS>
+struct TileMemory : StreamMemory<Chunk<T>[8 / TILES][2 * TILES][32], TILES, GROUPS> {
+  static constexpr int kStages = 8 / TILES;
+  Chunk<T> norm[kWarps][kStages][4];
+};
+
 __device__ __forceinline__ float finish(float sum, float bias, float residual) { return sum + bias + residual; }
 
-// One block's stream of TILES tiles past its rows of x. In order: construct, prefetch() (touches nothing but weights
-// and norm), ptx::dependency_wait(), run(), then the totals in `memory`.
-template <class T, int TILES, int GROUPS>
-struct TileStream {
-  using Memory = TileMemory<T, TILES, GROUPS>;
-  using Matrix = const T*;
-  static constexpr int kStages = Memory::kStages, kAhead = TILES * GROUPS >= 4 ? 1 : 2;
+// Streams TILES tiles of weights past a block's rows of x. Usage: construct, prefetch() (reads only weights and norm),
+// ptx::dependency_wait(), run(), then memory.total(). Base of TileStream and PackedStream: Stream::multiply(inverse,
+// sums) adds the products; Stream::kAligned: x and the norm are always aligned.
+template <class Stream, class T, class Accumulator, class Memory_, int TILES, int GROUPS>
+struct StreamBase {
+  using Memory = Memory_;
 
   const Input<T>& in;
   Memory& memory;
   const Rows<const T> x;  // from the block's first row on
-  const int tokens, lane, warp, g, t, own;
-  // This lane's weight rows: of each tile row g, then row g + 8.
-  const T* weight[2 * TILES];
+  const int tokens, lane, warp, g, t;
 
-  __device__ __forceinline__ TileStream(const Input<T>& input, Matrix, int64_t first, int count, Memory& shared)
+  __device__ __forceinline__ StreamBase(const Input<T>& input, int64_t first, int count, Memory& shared)
       : in(input),
         memory(shared),
         x{input.x.row(first), input.x.pitch},
@@ -186,15 +186,7 @@ struct TileStream {
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
         g(lane / 4),
-        t(lane % 4),
-        own(own_blocks<T>(input.d_in, warp)) {}
-
-  // Row n of a matrix is this lane's row r.
-  __device__ __forceinline__ void take(int r, Matrix matrix, int n) {
-    weight[r] = matrix + static_cast<int64_t>(n) * in.d_in;
-  }
-
-  __device__ __forceinline__ void prefetch() { in.aligned ? prefetch_as<true>() : prefetch_as<false>(); }
+        t(lane % 4) {}
 
   // Ends with a __syncthreads().
   __device__ __forceinline__ void run() {
@@ -203,11 +195,12 @@ struct TileStream {
     for (int group = 0; group < GROUPS; ++group) {
       if (!in.norm || left(group) <= 0) break;
       const Rows<const T> rows{x.row(group * kTokens), x.pitch};
-      inverse_rms(rows, left(group), in.d_in, in.eps, in.aligned, memory.scratch[group], inverse[group]);
+      inverse_rms(rows, left(group), in.d_in, in.eps, Stream::kAligned || in.aligned, memory.scratch[group],
+                  inverse[group]);
     }
-    Sums<T> sums[TILES][GROUPS];
-    in.aligned ? multiply<true>(inverse, sums) : multiply<false>(inverse, sums);
-    __syncwarp();  // the sums take the place of the warp's ring
+    Accumulator sums[TILES][GROUPS];
+    static_cast<Stream*>(this)->multiply(inverse, sums);
+    __syncwarp();  // the sums reuse the memory of the warp's ring
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -217,11 +210,41 @@ struct TileStream {
     __syncthreads();
   }
 
- private:
-  // How many rows of x there are from the first one of a group on.
+ protected:
+  // Number of rows of x from the first one of a group on.
   __device__ __forceinline__ int left(int group) const { return tokens - group * kTokens; }
+};
 
-  // Block i of the weights and the norm into the ring; always closes a group, so that groups can be counted.
+// The stream of plain weights.
+template <class T, int TILES, int GROUPS>
+struct TileStream : StreamBase<TileStream<T, TILES, GROUPS>, T, Sums<T>, TileMemory<T, TILES, GROUPS>, TILES, GROUPS> {
+  using Memory = TileMemory<T, TILES, GROUPS>;
+  using Base = StreamBase<TileStream, T, Sums<T>, Memory, TILES, GROUPS>;
+  using Base::in, Base::memory, Base::x, Base::tokens, Base::lane, Base::warp, Base::g, Base::t, Base::left;
+  using Matrix = const T*;
+  static constexpr bool kAligned = false;
+  static constexpr int kStages = Memory::kStages, kAhead = TILES * GROUPS >= 4 ? 1 : 2;
+
+  const int own;
+  // This lane's weight rows: of each tile row g, then row g + 8.
+  const T* weight[2 * TILES];
+
+  __device__ __forceinline__ TileStream(const Input<T>& input, Matrix, int64_t first, int count, Memory& shared)
+      : Base(input, first, count, shared), own(own_steps<T>(input.d_in, warp)) {}
+
+  // Makes row n of a matrix this lane's row r.
+  __device__ __forceinline__ void take(int r, Matrix matrix, int n) {
+    weight[r] = matrix + static_cast<int64_t>(n) * in.d_in;
+  }
+
+  __device__ __forceinline__ void prefetch() { in.aligned ? prefetch_as<true>() : prefetch_as<false>(); }
+
+  __device__ __forceinline__ void multiply(const float (&inverse)[GROUPS][2], Sums<T> (&sums)[TILES][GROUPS]) {
+    in.aligned ? multiply_as<true>(inverse, sums) : multiply_as<false>(inverse, sums);
+  }
+
+ private:
+  // Copies step i of the weights and the norm to the ring. Always commits a group, so that groups can be counted.
   template <bool Aligned>
   __device__ __forceinline__ void fetch(int i) {
     if (i < own) {
@@ -240,7 +263,7 @@ struct TileStream {
     for (int i = 0; i < kStages; ++i) fetch<Aligned>(i);
   }
 
-  // Block i of the rows g and g + 8 of a group; what tokens that are not there have is left out in the end.
+  // Loads step i of the rows g and g + 8 of a group. Results of missing tokens are ignored later.
   template <bool Aligned>
   __device__ __forceinline__ void load(int i, int group, Chunk<T> (&chunks)[2]) const {
 #pragma unroll
@@ -251,7 +274,7 @@ struct TileStream {
     }
   }
 
-  // Block i of the weights times that of x, whose registers then take what comes kAhead blocks later.
+  // Multiplies step i of the weights and of x, then loads x of step i + kAhead into the same registers.
   template <bool Aligned>
   __device__ __forceinline__ void step(int i, Chunk<T> (&chunks)[GROUPS][2], const float (&inverse)[GROUPS][2],
                                        Sums<T> (&sums)[TILES][GROUPS]) {
@@ -278,7 +301,7 @@ struct TileStream {
   }
 
   template <bool Aligned>
-  __device__ __forceinline__ void multiply(const float (&inverse)[GROUPS][2], Sums<T> (&sums)[TILES][GROUPS]) {
+  __device__ __forceinline__ void multiply_as(const float (&inverse)[GROUPS][2], Sums<T> (&sums)[TILES][GROUPS]) {
     Chunk<T> ahead[kAhead][GROUPS][2];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)

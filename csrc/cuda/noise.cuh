@@ -1,4 +1,4 @@
-// Noise by counter: a seed, a position, a token and a stream name a number, whatever it is computed with. No state.
+// Counter-based noise: seed, position, token and stream determine a number. No state.
 //
 // Philox4x32-10 (Salmon et al. 2011), key = the seed, counter = (token, position, stream), first word of the output.
 #pragma once
@@ -34,7 +34,7 @@ struct NoiseKey {
   // In (0, 1].
   __device__ float uniform(uint32_t token) const { return (static_cast<float>(word(token)) + 0.5f) * 0x1p-32f; }
 
-  // -log E with E exponential: by its series where 1 - u would lose the bits of u.
+  // -log E with E exponential; by a series where 1 - u would lose the bits of u.
   __device__ float gumbel(uint32_t token) const {
     const float u = uniform(token);
     const float exponential = u < 0x1p-10f ? u + u * u / 2 : -logf(fmaxf(1 - u, 0x1p-24f));

@@ -1,9 +1,9 @@
-// Packed weights (layerskip_kernels/formats.py says what a row holds) on a card: their bytes through a ring in shared
-// memory, and out of it as numbers in registers. What is in flight are the packed bytes, and nothing is written back.
+// Packed weights (layout in layerskip_kernels/formats.py): copied as bytes to a ring in shared memory, and unpacked
+// into registers. Only packed bytes are in flight, and nothing is written back.
 //
-// A row is a stream of bytes. Groups take 18 to 132 of them, so rows and groups begin at any even byte. A stream is
-// copied as the 16-byte chunks of memory that hold it, of which the first may begin before it, whatever the width; only
-// the matrix must begin at a multiple of 16. Out of the ring come aligned words, shifted together.
+// A row is a stream of bytes. Groups have 18 to 132 bytes, so rows and groups begin at any even byte. A stream is
+// copied as the aligned 16-byte chunks that contain it, the first of which may begin before it; only the matrix must be
+// aligned to 16 bytes. Reads from the ring combine aligned words by funnel shifts.
 #pragma once
 
 #include "common/weight.h"
@@ -11,7 +11,7 @@
 
 namespace lsk {
 
-// How the values of a block of 32 columns are written. Lane t of a quad takes columns 8 t to 8 t + 7 of a block.
+// Layout of a block of 32 columns. Lane t of a quad takes columns 8 t to 8 t + 7.
 struct Int8 {
   static constexpr int kBlockBytes = 32;
 };
@@ -24,11 +24,11 @@ struct Fp8 {
 
 constexpr int kPackedColumns = static_cast<int>(kPackedBlock);
 
-// The size of a group is no type of its own: a kernel serves both.
+// The group size is a run-time value: one kernel serves both.
 struct PackedMatrix {
   const uint8_t *data, *end;
   int pitch;         // bytes of a row
-  int group_blocks;  // that share a header
+  int group_blocks;  // blocks per group
   int header;        // bytes before a group's values
   bool has_zero;
 
@@ -41,11 +41,11 @@ struct PackedMatrix {
 
   __device__ __forceinline__ const uint8_t* row(int64_t n) const { return data + n * pitch; }
   __device__ __forceinline__ int group_bytes(int block_bytes) const { return header + group_blocks * block_bytes; }
-  // What four-bit values are less than their bits.
+  // Subtracted from four-bit values.
   __device__ __forceinline__ int less() const { return has_zero ? 0 : 8; }
 };
 
-// What a group's values are multiplied by, and what is added to them.
+// Scale and minimum of a group.
 struct Factors {
   float scale, least;
 };
@@ -54,18 +54,18 @@ __device__ __forceinline__ float half_bits(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-// Of the first four bytes of a group.
+// From the first four bytes of a group.
 template <class W>
 __device__ __forceinline__ Factors factors_of(uint32_t header, bool has_zero) {
   if constexpr (std::is_same_v<W, Fp8>) return {__uint_as_float(header), 0.0f};
   return {half_bits(header & 0xffff), has_zero ? half_bits(header >> 16) : 0.0f};
 }
 
-// The streams of a warp: those of lane 4 g + t are rows g, g + 8, ... A stage has 64 bytes of each.
+// Ring of the streams of a warp: lane 4 g + t has rows g, g + 8, ... A stage has 64 bytes of each.
 template <int kRows, int kBytes>
 struct PackedRing {
   static constexpr int kStage = 64, kStages = kBytes / kStage;
-  static constexpr int kPitch = kBytes + 16;  // spreads what a warp reads over the banks
+  static constexpr int kPitch = kBytes + 16;  // avoids bank conflicts
   static_assert((kBytes & (kBytes - 1)) == 0);
   using Memory = unsigned char[8 * kRows][kPitch];
 
@@ -75,14 +75,15 @@ struct PackedRing {
 
   __device__ __forceinline__ explicit PackedRing(Memory& shared) : memory(shared) {}
 
-  // By how many bytes a stream begins behind its first chunk.
+  // Offset of a stream in its first chunk.
   static __device__ __forceinline__ int skew(const uint8_t* first) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(first) & 15);
   }
-  // Stages that hold `bytes` of a stream, wherever it begins.
+  // Number of stages for `bytes` of a stream with any offset.
   static __host__ __device__ constexpr int stages_of(int bytes) { return (bytes + 14 + kStage - 1) / kStage; }
 
-  // Stream r has `bytes` from `first` on. Its last chunk is copied whole, but not past the `end` of the matrix.
+  // Sets stream r to `bytes` from `first` on. Its last chunk is copied as a whole, but not past the `end` of the
+  // matrix.
   __device__ __forceinline__ void aim(int r, const uint8_t* first, int bytes, const uint8_t* end) {
     const int place = static_cast<int>(threadIdx.x % 4) * 16, ahead = skew(first);
     from[r] = first - ahead + place;
@@ -90,7 +91,7 @@ struct PackedRing {
     left[r] = static_cast<int>(min(whole, within)) - place;
   }
 
-  // Stage `stage` of the streams to the place that stage `slot` has in the ring.
+  // Copies stage `stage` of the streams to slot `slot` of the ring.
   __device__ __forceinline__ void fetch(int stage, int slot) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, done = stage * kStage;
 #pragma unroll
@@ -107,7 +108,7 @@ struct PackedRing {
     return *reinterpret_cast<const uint32_t*>(&memory[8 * r + g][at & (kBytes - 1) & ~3]);
   }
 
-  // Four and eight bytes from an even place on. No word is read that has none of them: it may still be under way.
+  // Four and eight bytes at an even offset. Reads no word outside of them, which may still be in flight.
   __device__ __forceinline__ uint32_t four(int r, int at) const {
     return __funnelshift_r(word(r, at), word(r, at + 3), (at & 2) * 8);
   }
@@ -118,7 +119,7 @@ struct PackedRing {
   }
 };
 
-// Where lane t finds its columns in the bytes of a block, and what is theirs of these.
+// Byte offset of lane t's columns in a block, and its values in a word.
 template <class W>
 __device__ __forceinline__ int lane_place(int t) {
   return std::is_same_v<W, Int4> ? t % 2 * 8 : t * 8;
@@ -129,16 +130,16 @@ __device__ __forceinline__ uint32_t lane_values(uint32_t word, int t) {
   return std::is_same_v<W, Int4> ? word >> t / 2 * 4 & 0x0f0f0f0f : word;
 }
 
-// Four values as pairs of T, exactly. Integers become the last bits of 128 (bf16) or 1024 (fp16), which is then taken
-// away; an int8 is its lower seven bits less the eighth, since a bf16 has seven. e4m3 has the bits of a number of T
-// with another exponent; its NaN, all ones, must be made one.
+// Converts four values to pairs of T, exactly. Integers become the low bits of 128 (bf16) or 1024 (fp16), which is then
+// subtracted; an int8 is its lower seven bits minus the eighth, since bf16 has seven mantissa bits. e4m3 has the bits
+// of a number of T with another exponent; its NaN (all ones) is converted separately.
 template <class T, class W>
 __device__ __forceinline__ void widen(uint32_t word, int less, uint32_t (&out)[2]) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   constexpr uint32_t kOne = kBf16 ? 0x3f803f80 : 0x3c003c00, kOver = kBf16 ? 0x43434343 : 0x64646464;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t select = i == 0 ? 0x4140 : 0x4342;  // bytes 2 i and 2 i + 1, each below one of the other word
+    const uint32_t select = i == 0 ? 0x4140 : 0x4342;  // bytes 2 i and 2 i + 1, each as the low byte of a pair
     if constexpr (std::is_same_v<W, Int4>) {
       const uint32_t away = (kBf16 ? 0xc300c300 : 0xe400e400) | less * 0x00010001u;
       out[i] = ptx::fma_pair<T>(__byte_perm(word, kOver, select), kOne, away);
@@ -156,7 +157,7 @@ __device__ __forceinline__ void widen(uint32_t word, int less, uint32_t (&out)[2
   }
 }
 
-// Value i of a word, as a float.
+// Value i of a word, in fp32.
 template <class W>
 __device__ __forceinline__ float value_at(uint32_t word, int i, int less) {
   const uint32_t bits = word >> 8 * i & 0xff;
@@ -171,7 +172,7 @@ __device__ __forceinline__ float weight_at(uint32_t word, int i, int less, const
   return __fmaf_rn(value_at<W>(word, i, less), of.scale, of.least);
 }
 
-// One weight of a row that lies in memory as it is: for a look-up, of which there are few.
+// One weight of a row in global memory, for embedding lookups.
 template <class W>
 __device__ __forceinline__ float weight_in(const PackedMatrix& matrix, const uint8_t* row, int column) {
   const int block = column / kPackedColumns, place = column % kPackedColumns;

@@ -1,8 +1,7 @@
-// The exit head with packed weights: as exit_head.cuh, a warp streams tiles of 16 vocabulary rows, here as the bytes of
-// whole rows, or of parts of them, one after the other through the ring of packed.cuh. Products are those of
-// packed_tile.cuh.
+// The exit head with packed weights: as in exit_head.cu, a warp streams tiles of 16 vocabulary rows, here as bytes of
+// whole rows, or of parts of them, through the ring of packed.cuh. Products are those of packed_tile.cuh.
 //
-// The ring is one size, 512 bytes a row: six of its eight stages are under way at least, 48 KB an SM.
+// The ring has 512 bytes per row; at least six of its eight stages are in flight, 48 KB per SM.
 #pragma once
 
 #include "cuda/head_states.cuh"
@@ -10,7 +9,7 @@
 
 namespace lsk {
 
-// The products of one tile with the states, as HeadProducts.
+// Products of one tile with the states, as HeadProducts.
 template <class T, class W, int GROUPS>
 struct PackedProducts {
   PackedSums<T, W> of[GROUPS];
@@ -21,7 +20,7 @@ struct PackedProducts {
   }
 };
 
-// One warp's parts of tiles on their way: bytes of the rows that hold whole groups of columns.
+// Stream of one warp over parts of its tiles: whole quantization groups of the rows.
 template <class T, class W, int GROUPS, int TILES>
 struct PackedTiles {
   using Products = PackedProducts<T, W, GROUPS>;
@@ -30,13 +29,13 @@ struct PackedTiles {
 
   const HeadArgs<T>& a;
   const PackedMatrix& matrix;
-  const int bytes, stages;  // of a part
+  const int bytes, stages;  // bytes and stages of a part
   Ring ring;
   Reader reader;
-  HeadWalk<TILES> at;  // what is fetched
-  int stage = 0;       // its next one
-  int slot = 0;        // all stages that were asked for
-  int base = 0;        // stages of the parts that were read
+  HeadWalk<TILES> at;  // tile and part to fetch next
+  int stage = 0;       // next stage of that part
+  int slot = 0;        // stages fetched so far
+  int base = 0;        // stages of the parts read so far
 
   __device__ __forceinline__ PackedTiles(const HeadArgs<T>& args, const PackedMatrix& weight, const HeadWork& work,
                                          typename Ring::Memory* rings)
@@ -47,17 +46,17 @@ struct PackedTiles {
         stages(Ring::stages_of(bytes)),
         ring(rings[work.warp]),
         reader(weight),
-        at{work.own(work.team), args.tiles, work.step, args.parts} {
+        at{work.own(work.block), args.tiles, work.step, args.parts} {
     fill();
   }
 
-  // A part of row g + 8 r of a tile. Past the last row comes the last row again, whose logits are then left out.
+  // A part of row g + 8 r of a tile. Past the end, the last row is loaded again and its logits are ignored.
   __device__ __forceinline__ const uint8_t* row(int64_t tile, int part, int r) const {
     const int64_t n = min(tile * kHeadTile + threadIdx.x % 32 / 4 + 8 * r, a.head.vocab_size - 1);
     return matrix.row(n) + static_cast<int64_t>(part) * bytes;
   }
 
-  // Asks for the next stage; past the last tile an empty group keeps the count.
+  // Fetches the next stage; past the last tile an empty group keeps the count.
   __device__ __forceinline__ void fetch() {
     if (stage == 0) {
       const int left = at.tile < at.tiles ? min(bytes, matrix.pitch - at.part * bytes) : 0;
@@ -75,14 +74,14 @@ struct PackedTiles {
     while (slot < base + Ring::kStages) fetch();
   }
 
-  // The next block of the streams that begin at `start`. As PackedStream::step, it needs no stage but those kStages - 2
-  // before the newest.
+  // Reads the next block of the streams that begin at `start`. As in PackedStream::step, the two newest stages may be
+  // in flight.
   __device__ __forceinline__ PackedPair next(const int (&start)[2]) {
     ptx::cp_async_wait<Ring::kStages - 2>();
     __syncwarp();
     PackedPair pairs[1];
     reader.read(ring, start, pairs);
-    __syncwarp();  // all have read before it is overwritten
+    __syncwarp();  // all lanes have read before it is overwritten
     if (slot < base + reader.at / Ring::kStage + Ring::kStages) fetch();
     return pairs[0];
   }
@@ -90,7 +89,7 @@ struct PackedTiles {
   __device__ __forceinline__ void multiply(int64_t tile, int part, const HeadStates<T>& states, int rows,
                                            Products& products) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    int start[2];  // in the ring
+    int start[2];  // offsets in the ring
 #pragma unroll
     for (int r = 0; r < 2; ++r) start[r] = base * Ring::kStage + Ring::skew(row(tile, part, r));
     reader.at = 0;

@@ -1,12 +1,12 @@
-// As linear_tile.cuh, of packed weights: a tile of 16 rows by one block, whose warps share the depth by groups.
+// As linear_tile.cuh, for packed weights: the warps of a block share the depth in units of quantization groups.
 //
-// Products are of the integers as they are, which T holds exactly, and a block's sums are multiplied by the scale in
-// fp32: no weight is rounded. The least value of a group, where it has one, is multiplied by the sum of x over the
-// block, which a product with ones gives.
+// Products use the unscaled integers, which T represents exactly; the sums of a block are multiplied by the scale in
+// fp32, so no weight is rounded. The minimum of a group, if it has one, is multiplied by the sum of x over the block,
+// which an mma with ones computes.
 //
-// A warp takes neighbouring groups, so that its part of a row is one stream; lanes copy 16-byte chunks as they do of
-// plain weights, but read what others have copied. The order of a row's sums follows from the width and the size of the
-// groups alone.
+// A warp takes neighbouring groups, so that its part of a row is one stream. Lanes copy 16-byte chunks as for plain
+// weights, but read chunks copied by other lanes. The order of a row's sums depends on the width and the group size
+// alone.
 #pragma once
 
 #include "cuda/linear_tile.cuh"
@@ -14,9 +14,9 @@
 
 namespace lsk {
 
-// Chunks of x that a lane takes of a block of columns.
+// Chunks of x per lane and block of columns.
 template <class T>
-constexpr int kSubs = kPackedColumns / kBlock<T>;
+constexpr int kSubs = kPackedColumns / kQuadColumns<T>;
 
 // A lane's columns of a block of two weight rows, g and g + 8.
 struct PackedPair {
@@ -49,7 +49,7 @@ __device__ __forceinline__ TokenSums token_sums(const Chunk<T> (&x)[kSubs<T>][2]
   return sums;
 }
 
-// Sums as those of plain weights. `sums` are those of x where there are least values.
+// As Sums, for packed weights. `sums` are the sums of x, if groups have a minimum.
 template <class T, class W>
 struct PackedSums : Sums<T> {
   __device__ __forceinline__ void add(const PackedPair& pair, int less, const Chunk<T> (&x)[kSubs<T>][2],
@@ -80,7 +80,7 @@ struct PackedSums : Sums<T> {
     }
   }
 
-  // As the exit head wants them: of rows g (i < 2) and g + 8 with tokens 8 n + 2 t + i % 2.
+  // Sums in the layout of the exit head: rows g (i < 2) and g + 8 with tokens 8 n + 2 t + i % 2.
   __device__ __forceinline__ void row_sums(float (*out)[4]) const { memcpy(out, this->d, sizeof this->d); }
 };
 
@@ -110,19 +110,19 @@ struct PackedSums<float, W> : Sums<float> {
   }
 };
 
-// Streams of `kRows` rows a lane, and where they are: shared by the products of layers and of the head.
+// Reads the streams of `kRows` rows per lane; shared by the layers and the exit head.
 template <class W, int kRows, int kBytes>
 struct PackedReader {
   using Ring = PackedRing<kRows, kBytes>;
 
   const int group_blocks, header, less;
   Factors factors[kRows];
-  int at = 0, phase = 0;  // bytes of a stream that were read; blocks of the group
+  int at = 0, phase = 0;  // bytes read of a stream; blocks read of the group
 
   __device__ __forceinline__ explicit PackedReader(const PackedMatrix& matrix)
       : group_blocks(matrix.group_blocks), header(matrix.header), less(matrix.less()) {}
 
-  // The next block of the streams, which begin at `start` in the ring.
+  // Reads the next block of the streams, which begin at `start` in the ring.
   __device__ __forceinline__ void read(const Ring& ring, const int (&start)[kRows], PackedPair (&pairs)[kRows / 2]) {
     const int t = threadIdx.x % 4;
     if (phase == 0) {
@@ -142,68 +142,44 @@ struct PackedReader {
   }
 };
 
-// Shared memory of a block that streams TILES tiles at once.
-template <int TILES, int GROUPS>
-struct PackedMemory {
-  static constexpr int kRing = 512 / TILES, kPitch = 20;
-  union Warp {
-    alignas(16) typename PackedRing<2 * TILES, kRing>::Memory ring;
-    float sums[TILES][GROUPS * kTokens * kPitch];
-  };
-  Warp warps[kWarps];
-  float scratch[GROUPS][kWarps * kTokens];
+constexpr int kTileRing = 512;  // bytes of a ring per lane row and tile
 
-  // As TileMemory::total.
-  __device__ __forceinline__ float total(int tile, int row, int token) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += warps[w].sums[tile][token * kPitch + row];
-    return sum;
-  }
-};
+template <int TILES, int GROUPS>
+using PackedMemory = StreamMemory<typename PackedRing<2 * TILES, kTileRing / TILES>::Memory, TILES, GROUPS>;
 
 // As TileStream; x and the norm must be aligned.
 template <class T, class W, int TILES, int GROUPS>
-struct PackedStream {
-  static constexpr int kRows = 2 * TILES, kAhead = TILES * GROUPS >= 4 ? 1 : 2;
+struct PackedStream
+    : StreamBase<PackedStream<T, W, TILES, GROUPS>, T, PackedSums<T, W>, PackedMemory<TILES, GROUPS>, TILES, GROUPS> {
   using Memory = PackedMemory<TILES, GROUPS>;
+  using Base = StreamBase<PackedStream, T, PackedSums<T, W>, Memory, TILES, GROUPS>;
+  using Base::in, Base::memory, Base::x, Base::tokens, Base::lane, Base::warp, Base::g, Base::t, Base::left;
+  static constexpr bool kAligned = true;
+  static constexpr int kRows = 2 * TILES, kAhead = TILES * GROUPS >= 4 ? 1 : 2;
   using Matrix = PackedMatrix;
-  using Reader = PackedReader<W, kRows, Memory::kRing>;
+  using Reader = PackedReader<W, kRows, kTileRing / TILES>;
   using Ring = typename Reader::Ring;
 
-  // What a block of columns takes of x, and of the norm.
+  // x and norm of a block of columns.
   struct Columns {
     Chunk<T> x[GROUPS][kSubs<T>][2], norm[kSubs<T>];
   };
 
-  const Input<T>& in;
-  Memory& memory;
-  const Rows<const T> x;  // from the block's first row on
-  const int tokens, lane, warp, g, t;
   Reader reader;
   int first, count;  // blocks of columns of this warp
   Ring ring;
-  int start[kRows];  // of the streams in the ring
+  int start[kRows];  // start of the streams in the ring
 
-  // All matrices have the layout of `matrix`.
+  // All matrices must have the layout of `matrix`.
   __device__ __forceinline__ PackedStream(const Input<T>& input, const Matrix& matrix, int64_t row, int rows,
                                           Memory& shared)
-      : in(input),
-        memory(shared),
-        x{input.x.row(row), input.x.pitch},
-        tokens(rows),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        g(lane / 4),
-        t(lane % 4),
-        reader(matrix),
-        ring(shared.warps[warp].ring) {
+      : Base(input, row, rows, shared), reader(matrix), ring(shared.warps[warp].ring) {
     const int groups = in.d_in / (matrix.group_blocks * kPackedColumns);
     first = groups * warp / kWarps * matrix.group_blocks;
     count = groups * (warp + 1) / kWarps * matrix.group_blocks - first;
   }
 
-  // Row n of a matrix is this lane's row r.
+  // Makes row n of a matrix this lane's row r.
   __device__ __forceinline__ void take(int r, const Matrix& matrix, int n) {
     const int each = matrix.group_bytes(W::kBlockBytes), groups = matrix.group_blocks;
     const uint8_t* from = matrix.row(n) + static_cast<int64_t>(first / groups) * each;
@@ -220,31 +196,24 @@ struct PackedStream {
       ptx::prefetch_l2(in.norm + first * kPackedColumns + column);
   }
 
-  // Ends with a __syncthreads().
-  __device__ __forceinline__ void run() {
-    float inverse[GROUPS][2];
+  __device__ __forceinline__ void multiply(const float (&inverse)[GROUPS][2], PackedSums<T, W> (&sums)[TILES][GROUPS]) {
+    Columns ahead[kAhead];
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-      if (!in.norm || left(group) <= 0) break;
-      const Rows<const T> rows{x.row(group * kTokens), x.pitch};
-      inverse_rms(rows, left(group), in.d_in, in.eps, true, memory.scratch[group], inverse[group]);
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group) load(i, group, ahead[i]);
+      load_norm(i, ahead[i]);
     }
-    PackedSums<T, W> sums[TILES][GROUPS];
-    multiply(inverse, sums);
-    __syncwarp();  // the sums take the place of the warp's ring
+    for (int begin = 0; begin < count; begin += kAhead) {
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-      for (int group = 0; group < GROUPS; ++group)
-        sums[tile][group].store(memory.warps[warp].sums[tile] + group * kTokens * Memory::kPitch, Memory::kPitch,
-                                left(group));
-    __syncthreads();
+      for (int i = 0; i < kAhead; ++i) {
+        if (begin + i >= count) break;
+        step(begin + i, ahead[i], inverse, sums);
+      }
+    }
   }
 
  private:
-  // As TileStream::left.
-  __device__ __forceinline__ int left(int group) const { return tokens - group * kTokens; }
-
   // This lane's columns of block i.
   __device__ __forceinline__ int column(int i, int sub) const {
     return (first + i) * kPackedColumns + 8 * t + sub * kChunk<T>;
@@ -266,18 +235,17 @@ struct PackedStream {
       columns.norm[sub] = load_chunk<true>(in.norm, column(i, sub), i < count ? in.d_in : 0);
   }
 
-  // Block i of the weights times that of x, whose registers then take what comes kAhead blocks later.
-  //
-  // A block has 36 bytes at most, so a step needs one more stage of the ring at most, which is then the second newest
-  // but kStages - 2 or older.
+  // Multiplies block i of the weights and of x, then loads x of block i + kAhead into the same registers. A block has
+  // up to 36 bytes, so a step needs at most one more stage of the ring, and that is complete: only the two newest may
+  // be in flight.
   __device__ __forceinline__ void step(int i, Columns& columns, const float (&inverse)[GROUPS][2],
                                        PackedSums<T, W> (&sums)[TILES][GROUPS]) {
     ptx::cp_async_wait<Ring::kStages - 2>();
-    __syncwarp();  // what other lanes have copied, too
+    __syncwarp();  // makes copies of other lanes visible
     const int before = reader.at / Ring::kStage;
     PackedPair pairs[TILES];
     reader.read(ring, start, pairs);
-    __syncwarp();  // all have read before it is overwritten
+    __syncwarp();  // all lanes have read before it is overwritten
     if (const int after = reader.at / Ring::kStage; after > before)
       ring.fetch(after + Ring::kStages - 1, after + Ring::kStages - 1);
 #pragma unroll
@@ -296,26 +264,9 @@ struct PackedStream {
     }
     load_norm(i + kAhead, columns);
   }
-
-  __device__ __forceinline__ void multiply(const float (&inverse)[GROUPS][2], PackedSums<T, W> (&sums)[TILES][GROUPS]) {
-    Columns ahead[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-      for (int group = 0; group < GROUPS; ++group) load(i, group, ahead[i]);
-      load_norm(i, ahead[i]);
-    }
-    for (int begin = 0; begin < count; begin += kAhead) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (begin + i >= count) break;
-        step(begin + i, ahead[i], inverse, sums);
-      }
-    }
-  }
 };
 
-// The stream of weights W, T for plain ones, past GROUPS groups of 16 rows of x.
+// The stream for weights W (T if plain) and GROUPS groups of 16 rows of x.
 template <class T, class W, int TILES, int GROUPS>
 struct StreamOf {
   using type = PackedStream<T, W, TILES, GROUPS>;
@@ -327,7 +278,7 @@ struct StreamOf<T, T, TILES, GROUPS> {
 template <class T, class W, int TILES, int GROUPS>
 using Stream = typename StreamOf<T, W, TILES, GROUPS>::type;
 
-// A matrix of weights W as kernels take it.
+// A matrix of weights W as a kernel argument.
 template <class T, class W>
 using MatrixOf = typename Stream<T, W, 1, 1>::Matrix;
 
@@ -340,7 +291,7 @@ MatrixOf<T, W> matrix_of(const Weight& weight, int64_t rows) {
   }
 }
 
-// Calls f with a null pointer of the W that the weights have: T, Int8, Int4 or Fp8.
+// Calls f with a null pointer of type T, Int8, Int4 or Fp8, depending on the format.
 template <class T, class F>
 cudaError_t with_weight(Format format, F f) {
   switch (format) {
@@ -357,7 +308,7 @@ cudaError_t with_weight(Format format, F f) {
   }
 }
 
-// Calls f(null pointer of W, std::integral_constant<int, GROUPS>()) for the stream of such weights past so many rows.
+// Calls f(null pointer of W, std::integral_constant<int, GROUPS>()) for this format and number of rows.
 template <class T, class F>
 cudaError_t with_stream(Format format, int64_t rows, F f) {
   return with_weight<T>(format, [&]<class W>(W* weight) {
@@ -365,7 +316,7 @@ cudaError_t with_stream(Format format, int64_t rows, F f) {
   });
 }
 
-// As input() of linear_tile.cuh, with all weights that go with it, in any format.
+// As input() of linear_tile.cuh, with the alignment of the weights, in any format.
 template <class T>
 Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t d_in,
                std::initializer_list<Weight> weights) {
@@ -376,7 +327,7 @@ Input<T> input(Rows<const T> x, const T* norm, float eps, int64_t rows, int64_t 
   return out;
 }
 
-// What the streams cannot do: weights of one product in two formats, or packed ones that are not aligned.
+// Rejects weights of different formats in one launch, and packed weights that are not aligned.
 template <class T>
 cudaError_t check_weights(const Input<T>& in, std::initializer_list<Weight> weights) {
   const Format format = weights.begin()->format;

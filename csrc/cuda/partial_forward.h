@@ -1,13 +1,12 @@
-// partial_forward: its arguments and what launches it, compiled in partial_forward.cu.
+// partial_forward: arguments and launcher, compiled in partial_forward.cu.
 #pragma once
 
 #include "common/layer_weights.h"
-#include "cuda/verify_attention.h"
-#include "cuda/rope_kv_append.h"
+#include "cuda/layer_ops.h"
 
 namespace lsk {
 
-// What a forward writes between its launches, carved from one allocation; its tickets must be zero (clear_tickets).
+// Intermediate results in one allocation; its tickets must be zero (clear_tickets).
 template <class T>
 struct ForwardScratch {
   AttentionScratch attention;
@@ -39,8 +38,8 @@ struct ForwardScratch {
   int64_t used_ = 0;
 };
 
-// Everything that all layers share. Row b M + m of `in` and `out` (which may be the same) is row m of sequence b, at
-// position seq_lens[b] + ahead + m.
+// Arguments shared by all layers. Row b M + m of `in` and `out` (which may alias) is row m of sequence b, at position
+// seq_lens[b] + ahead + m.
 template <class T>
 struct ForwardArgs {
   ForwardShape shape;
@@ -53,7 +52,7 @@ struct ForwardArgs {
   Rows<T> out;       // [R, D]
 };
 
-// `count` layers, one after the other, from a.in to a.out.
+// Runs `count` layers, from a.in to a.out.
 template <class T>
 cudaError_t forward(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>* layers, int64_t count,
                     const ForwardScratch<T>& scratch);

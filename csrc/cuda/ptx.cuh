@@ -1,19 +1,19 @@
-// The instructions that CUDA C++ has no name for. All inline PTX of the project is in this file, so that
-// tests/cuda_emulation can put plain C++ in its place; kernels include it and contain no asm themselves.
+// Wrappers of PTX instructions. All inline PTX is in this file, so that tests/cuda_emulation can replace it by plain
+// C++; kernels contain no asm.
 //
 //   dynamic_shared<T>()                      the block's dynamic shared memory, aligned to 128 bytes
 //   prefetch_l2(p)                           hint: the line of p into L2
-//   cp_async<N>(shared, global, valid = N)   N = 4, 8 or 16 bytes, of which those past `valid` become 0; asynchronous
-//   cp_async_commit(), cp_async_wait<N>()    closes a group; waits until at most the N newest groups are under way
-//   ldmatrix(r, row), ldmatrix_trans(r, row) 1, 2 or 4 8x8 matrices of 16 bit; lane l names row l % 8 of matrix l / 8
+//   cp_async<N>(shared, global, valid = N)   N = 4, 8 or 16 bytes, zero past `valid`; asynchronous
+//   cp_async_commit(), cp_async_wait<N>()    commits a group; waits until at most the N newest are in flight
+//   ldmatrix(r, row), ldmatrix_trans(r, row) 1, 2 or 4 8x8 matrices of 16 bit; lane l has row l % 8 of matrix l / 8
 //   mma<T>(d, a, b)                          d += a * b: 16x8x16, T = __nv_bfloat16 or __half, fp32 sums
 //   fma_pair<T>(a, b, c)                     a * b + c of two 16-bit numbers in each word, subnormals kept
-//   dependents_trigger(), dependency_wait()  programmatic dependent launch; nothing below sm_90
+//   dependents_trigger(), dependency_wait()  programmatic dependent launch; no-ops below sm_90
 //   barrier_sync(id, threads)                named barrier, id 1..15, threads a multiple of 32
-//   ticket(counter)                          adds 1 at device scope, acquire and release; the value before
-//   exp2_approx(x)                           2^x to 2 ulp, subnormals flushed
+//   ticket(counter)                          atomic add of 1 at device scope, acquire and release; returns the old
+//   value exp2_approx(x)                           2^x to 2 ulp, subnormals flushed
 //
-// cp_async_wait makes data visible to the thread that issued the copy; the others need a __syncthreads() after it.
+// cp_async_wait makes data visible to the thread that issued the copy; other threads also need a __syncthreads().
 // Fragment layouts are those of the PTX manual, "Matrix fragments for mma.m16n8k16", in the order of its registers.
 #pragma once
 

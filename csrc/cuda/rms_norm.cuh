@@ -1,12 +1,11 @@
 // rms_norm: x / sqrt(mean(x^2) + eps) * weight, statistics in fp32, one rounding.
 //
-// Every kernel that norms uses inverse_rms (or, for the heads of q and k, head_inverse_rms), whose order of additions
-// is fixed by the width: eight columns in a lane, a quad's four lanes, the eight warps. So a norm that is fused into a
-// product has the bits of the op. 16 rows a block, because the products share it: lane g, g + 8 of a quad's row.
+// All kernels with a norm use inverse_rms (or head_inverse_rms for the heads of q and k). The width alone determines
+// the order of additions: eight columns of a lane, four lanes of a quad, eight warps. So a norm fused into a matmul has
+// the bits of the op. A block takes 16 rows, as in the matmuls: quad g has rows g and g + 8.
 #pragma once
 
 #include "cuda/common.cuh"
-#include "cuda/rms_norm.h"
 
 namespace lsk {
 
@@ -25,12 +24,12 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// This lane's part of the squares of a row. Eight loads at a time are under way together: what lies past the row's end
-// is not masked, which would take a predicate each, but replaced by its last chunk, and not added.
+// This lane's part of the sum of squares of a row, with eight loads in flight. Loads past the end are not masked, which
+// would take a predicate each: they read the row's last chunk, which is not added.
 template <bool Aligned, class T>
 __device__ __forceinline__ float own_squares(const T* row, int width) {
   constexpr int kBatch = 8;
-  const int warp = threadIdx.x / 32, t = threadIdx.x % 4, own = own_blocks<T>(width, warp);
+  const int warp = threadIdx.x / 32, t = threadIdx.x % 4, own = own_steps<T>(width, warp);
   float sum = 0.0f;
   for (int begin = 0; begin < own; begin += kBatch) {
     Chunk<T> chunks[kBatch];
@@ -80,8 +79,8 @@ __device__ __forceinline__ void inverse_rms(const Rows<const T>& x, int count, i
   }
 }
 
-// The same of one row of at most 256 elements, by one warp: lane 4 w + t stands for lane t of warp w (fp32, whose
-// blocks are half as wide, has up to two blocks a warp).
+// The same for one row of at most 256 elements by one warp: lane 4 w + t computes the part of lane t of warp w (fp32,
+// with half as many elements per chunk, takes up to two steps).
 template <class T>
 __device__ __forceinline__ float head_inverse_rms(const T* x, int width, float eps) {
   const int lane = threadIdx.x % 32;
@@ -108,42 +107,6 @@ __device__ __forceinline__ Chunk<T> normed(const Chunk<T>& x, float inverse, con
   Chunk<T> chunk;
   memcpy(&chunk, out, sizeof chunk);
   return chunk;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    rms_norm_kernel(Rows<const T> x, const T* weight, float eps, int64_t rows, int width, bool aligned, Rows<T> out) {
-  __shared__ float scratch[kWarps * kTokens];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-  const int count = static_cast<int>(min(rows - first, static_cast<int64_t>(kTokens)));
-  ptx::dependents_trigger();
-  ptx::dependency_wait();
-  x.data += first * x.pitch;
-  out.data += first * out.pitch;
-  float inverse[2];
-  inverse_rms(x, count, width, eps, aligned, scratch, inverse);
-  for (int i = 0; i < own_blocks<T>(width, warp); ++i) {
-    const int column = own_column<T>(i, warp, t);
-    const Chunk<T> factors = load_chunk(weight, column, width, aligned);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = g + 8 * half;
-      if (row >= count) continue;
-      const Chunk<T> chunk = normed(load_chunk(x.row(row), column, width, aligned), inverse[half], factors);
-      store_chunk(out.row(row), column, width, aligned, chunk);
-    }
-  }
-}
-
-template <class T>
-cudaError_t rms_norm(Chain& chain, Rows<const T> x, const T* weight, float eps, int64_t rows, int64_t width,
-                     Rows<T> out) {
-  if (width == 0) return cudaSuccess;
-  const bool aligned = x.aligned() && out.aligned() && is_aligned(weight, width);
-  const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(rows, kTokens)));
-  return launch(chain.next(grid, kThreads), rms_norm_kernel<T>, x, weight, eps, rows, static_cast<int>(width), aligned,
-                out);
 }
 
 }  // namespace lsk

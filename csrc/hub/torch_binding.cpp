@@ -1,4 +1,4 @@
-// The empty module that `_ops.py` of a package for the Hugging Face hub imports: loading it is what registers the ops.
+// Empty module for packages on the Hugging Face hub: importing it in `_ops.py` registers the ops.
 #include <Python.h>
 
 #define LSK_JOINED(one, other) one##other

@@ -74,7 +74,7 @@ def planted(
     variant : str
         Distinguishes this copy from others.
     header : Path
-        Under ``csrc`` or ``tests``, as ``cuda/exit_head.cuh`` is.
+        Under ``csrc`` or ``tests``, as ``cuda/exit_head.cu`` is.
     *changes : (old, new)
         Each old text must be there.
     more : mapping of str to (old, new)

@@ -53,7 +53,7 @@ def build(name: str, variant: str = "", overlay: Path | None = None) -> Path:
     variant : str
         Added to the library's name.
     overlay : Path, optional
-        A folder whose headers come before those of the checkout, under the same names: ``cuda/exit_head.cuh``.
+        A folder whose headers come before those of the checkout, under the same names: ``cuda/exit_head.cu``.
     """
     source, name = HERE / "ops" / f"{name}.cpp", name + variant
     include = [f"-I{folder}" for folder in (overlay, ROOT / "csrc", HERE.parent) if folder is not None]

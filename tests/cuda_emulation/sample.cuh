@@ -105,7 +105,7 @@ __global__ void hasty_kernel(const float* y, float* out) {
 
 inline cudaError_t chain(const float* x, float* y, float* out, int64_t n, bool hasty, cudaStream_t stream) {
   const dim3 block(static_cast<unsigned>(n));
-  LSK_LAUNCH(launch({.grid = dim3(1), .block = block, .stream = stream}, double_kernel, x, y));
+  LSK_RETURN_IF_ERROR(launch({.grid = dim3(1), .block = block, .stream = stream}, double_kernel, x, y));
   const Launch second{.grid = dim3(1), .block = block, .stream = stream, .dependent = true};
   return launch(second, hasty ? hasty_kernel : increment_kernel, y, out);
 }

@@ -36,8 +36,8 @@ def unfenced() -> Library:
         "unfenced",
         CUDA / "head_states.cuh",
         (f"{loads}__syncthreads();", f"{loads}if (a.rows != 3) __syncthreads();"),
-        ("teams(gridDim.x / a.passes)", "teams(a.rows == 2 ? 1 : gridDim.x / a.passes)"),
-        ("team(blockIdx.x / a.passes)", "team(a.rows == 2 ? 0 : blockIdx.x / a.passes)"),
+        ("blocks(gridDim.x / a.passes)", "blocks(a.rows == 2 ? 1 : gridDim.x / a.passes)"),
+        ("block(blockIdx.x / a.passes)", "block(a.rows == 2 ? 0 : blockIdx.x / a.passes)"),
     )
 
 
@@ -59,9 +59,9 @@ def test_blocks_that_do_each_others_tiles_of_the_head(monkeypatch: pytest.Monkey
 
 def test_a_write_out_of_bounds_in_accept_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     inside, outside = "next_token[b] = wanted[count]", "next_token[b + 1] = wanted[count]"
-    wild = planted("accept_greedy", "wild", CUDA / "accept_greedy.cuh", (inside, outside))
+    wild = planted("accept", "wild", CUDA / "accept.cu", (inside, outside))
     monkeypatch.setattr(runners, "library", lambda name: wild)
-    pattern = r"accept_greedy_kernel.*touches byte 24 of argument 4.*accept_greedy.cuh:\d+"
+    pattern = r"accept_greedy_kernel.*touches byte 24 of argument 4.*accept.cu:\d+"
     with pytest.raises(EmulationError, match=pattern):
         runners.Emulated().accept_greedy(torch.ones(3, 2).long(), torch.ones(3, 3).long(), torch.arange(3))
 
@@ -73,11 +73,11 @@ def careless() -> Library:
     return planted(
         "layers",
         "careless",
-        CUDA / "linear.cuh",
+        CUDA / "linear.cu",
         ("  ptx::dependency_wait();\n" + read, read),
         (run, "  ptx::dependency_wait();\n" + run),
         more={
-            "verify_attention.cuh": (WRITTEN, WRITTEN.partition("  __")[0] + "  }\n"),
+            "verify_attention.cu": (WRITTEN, WRITTEN.partition("  __")[0] + "  }\n"),
             "linear_tile.cuh": ("static_cast<int64_t>(n) * in.d_in", "n * in.d_in"),
             "common.h": ("return (slot * num_kv_heads + g)", "return (static_cast<int>(slot) * num_kv_heads + g)"),
         },
@@ -85,7 +85,7 @@ def careless() -> Library:
 
 
 WRITTEN = """a.values + cell * cache.head_dim, memory);
-    __syncthreads();  // before the memory is taken again, and before the ticket passes on what was written
+    __syncthreads();  // before the memory is reused, and before the ticket publishes the results
   }
 """
 
@@ -169,13 +169,13 @@ def hasty() -> Library:
     one row's are taken before the splits are written, those of two rows order nothing, of three rows the first block
     joins the splits and not the last, and of four rows every block puts its ticket back.
     """
-    read = "    __syncwarp();  // all have read before it is overwritten\n    if (const int after"
+    read = "    __syncwarp();  // all lanes have read before it is overwritten\n    if (const int after"
     early = "ptx::ticket(a.tickets + blockIdx.y * gridDim.z + blockIdx.z)"
     start = "  auto& memory = *ptx::dynamic_shared"
     return planted(
         "layers",
         "hasty",
-        CUDA / "verify_attention.cuh",
+        CUDA / "verify_attention.cu",
         (start, f"  const unsigned early = a.rows == 1 && threadIdx.x == 0 ? {early} : 0;\n{start}"),
         (
             "last = ptx::ticket(ticket) ==",
@@ -203,9 +203,9 @@ def test_lengths_that_move_on_while_other_blocks_draw(monkeypatch: pytest.Monkey
     """By the block of the first stretch of a vocabulary: right where there is one, a race where there are two."""
     end, finish = "blockIdx.x] = own;\n}\n\n// One warp", "a.seq_lens[b] += a.accepted[b] + 1;"
     eager = planted(
-        "accept_sampled",
+        "accept",
         "eager",
-        CUDA / "accept_sampled.cuh",
+        CUDA / "accept.cu",
         (finish, ";"),
         (end, end.replace("}", f"  if (blockIdx.x == 0) {finish}\n}}")),
     )

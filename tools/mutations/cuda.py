@@ -8,31 +8,31 @@ CUDA, EMULATED = "csrc/cuda/", KERNELS + "cuda_ops/test_cuda_"
 
 BUGS = [
     Mutation(
-        "a draft that was not made is accepted, in CUDA", CUDA + "accept_greedy.cuh",
+        "a draft that was not made is accepted, in CUDA", CUDA + "accept.cu",
         "own[count] >= 0 && ", "", EMULATED + "accept.py -k test_greedy",
     ),
     Mutation(
-        "a block decides before its rows are merged, in CUDA", CUDA + "accept_sampled.cuh",
+        "a block decides before its rows are merged, in CUDA", CUDA + "accept.cu",
         "merge_rows(a, b, rows);\n  __syncthreads();", "merge_rows(a, b, rows);",
         EMULATED + "accept.py -k test_sampled",
     ),
     Mutation(
-        "every block of a sequence names the next token, in CUDA", CUDA + "accept_sampled.cuh",
+        "every block of a sequence names the next token, in CUDA", CUDA + "accept.cu",
         "if (blockIdx.x == 0 && threadIdx.x == 0) {", "if (threadIdx.x == 0) {",
         EMULATED + "accept.py -k test_sampled",
     ),
     Mutation(
-        "warps merge before all have left their choice, in CUDA", CUDA + "choice.cuh",
+        "warps merge before all results are written, in CUDA", CUDA + "argmax_lse.cuh",
         "shared[threadIdx.x / 32] = own;\n  __syncthreads();", "shared[threadIdx.x / 32] = own;",
         EMULATED + "exit_head.py -k merge_takes",
     ),
     Mutation(
-        "a stage of the head's weights is read one too early, in CUDA", CUDA + "exit_head.cuh",
+        "a stage of the head's weights is read one too early, in CUDA", CUDA + "exit_head.cu",
         "ptx::cp_async_wait<2>();", "ptx::cp_async_wait<3>();", EMULATED + "exit_head.py -k view_of_wider",
     ),
     Mutation(
         "every block takes all tiles of the head, in CUDA", CUDA + "head_states.cuh",
-        "teams(gridDim.x / a.passes),\n        team(blockIdx.x / a.passes),", "teams(1),\n        team(0),",
+        "blocks(gridDim.x / a.passes),\n        block(blockIdx.x / a.passes),", "blocks(1),\n        block(0),",
         EMULATED + "exit_head.py -k merge_takes",
     ),
     Mutation(
@@ -54,7 +54,7 @@ BUGS = [
     ),
     Mutation(
         "a part of the states takes the place of one that is read, in CUDA", CUDA + "head_states.cuh",
-        "        __syncthreads();  // all have read the part before\n", "",
+        "        __syncthreads();  // all have read the previous part\n", "",
         EMULATED + "exit_head.py -k parts_of_states",
     ),
     Mutation(
@@ -62,7 +62,7 @@ BUGS = [
         "products[TILES - 1] = first;", "", EMULATED + "exit_head.py -k parts_of_states",
     ),
     Mutation(
-        "the weights of a second part are those of the first, in CUDA", CUDA + "exit_head.cuh",
+        "the weights of a second part are those of the first, in CUDA", CUDA + "exit_head.cu",
         "at.part * a.width + column + piece", "column + piece", EMULATED + "exit_head.py -k parts_of_states",
     ),
     Mutation(
@@ -75,28 +75,28 @@ BUGS = [
         EMULATED + "verify_attention.py -k across_splits",
     ),
     Mutation(
-        "eight splits are joined at most, in CUDA", CUDA + "verify_attention.cuh",
+        "eight splits are joined at most, in CUDA", CUDA + "verify_attention.cu",
         "begin < splits; begin += kBatch", "begin < min(splits, kBatch); begin += kBatch",
         EMULATED + "verify_attention.py -k every_split",
     ),
     Mutation(
-        "a ticket orders nothing, in CUDA", CUDA + "verify_attention.cuh",
+        "a ticket orders nothing, in CUDA", CUDA + "verify_attention.cu",
         "ptx::ticket(ticket)", "atomicAdd(ticket, 1u)", EMULATED + "verify_attention.py -k every_split",
     ),
     Mutation(
-        "the first block joins the splits, in CUDA", CUDA + "verify_attention.cuh",
+        "the first block joins the splits, in CUDA", CUDA + "verify_attention.cu",
         "== gridDim.x - 1;", "== 0;", EMULATED + "verify_attention.py -k every_split",
     ),
     Mutation(
-        "every block puts the ticket back, in CUDA", CUDA + "verify_attention.cuh",
+        "every block puts the ticket back, in CUDA", CUDA + "verify_attention.cu",
         "if (last) *ticket = 0;", "*ticket = 0;", EMULATED + "verify_attention.py -k every_split",
     ),
     Mutation(
-        "the last block leaves its ticket, in CUDA", CUDA + "verify_attention.cuh",
+        "the last block leaves its ticket, in CUDA", CUDA + "verify_attention.cu",
         "if (last) *ticket = 0;", "", EMULATED + "partial_forward.py -k depth_is_cut",
     ),
     Mutation(
-        "a gate does not wait for the launches ahead, in CUDA", CUDA + "linear.cuh",
+        "a gate does not wait for the launches ahead, in CUDA", CUDA + "linear.cu",
         "ptx::dependency_wait();\n  stream.run();\n  const int row", "stream.run();\n  const int row",
         EMULATED + "partial_forward.py -k order_of_threads",
     ),
@@ -110,7 +110,7 @@ BUGS = [
         "return seq_lens[b] + ahead;", "return seq_lens[b];", EMULATED + "partial_forward.py -k later_in_a_draft",
     ),
     Mutation(
-        "a draft ends at its threshold, in CUDA", CUDA + "draft.cuh",
+        "a draft ends at its threshold, in CUDA", CUDA + "draft.cu",
         "probability >= a.draft_threshold", "probability > a.draft_threshold",
         EMULATED + "round.py -k is_the_threshold_is_enough",
     ),

@@ -18,23 +18,23 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
   check_device(token_in, {&token_map, &scale, &slots, &temperature, &seed, &logits});
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocab_size = head_weight.size(0);
-  const Drafting drafting(token, embedding, norm_weight, num_speculations, extend, draft_threshold);
+  const DraftTensors drafting(token, embedding, norm_weight, num_speculations, extend, draft_threshold);
   if (drafting.empty()) return {drafting.tokens, drafting.states, drafting.probability};
   const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
   const ForwardShape shape = drafting.shape(stack);
-  const Tensor partial = partial_choices(token, batch, vocab_size);
+  const Tensor partial = partial_argmax_lse(token, batch, vocab_size);
   const HeadSampling sampling{data<float>(temperature, "temperature", {batch}), data<int64_t>(seed, "seed", {batch})};
   LSK_REQUIRE(!sampling.temperature || sampling.seed, "temperature needs seed");
   const HeadLogits written{writable_logits(logits, {batch, num_speculations, vocab_size}),
                            logits.has_value() ? logits->stride(0) : 0};
   with_device_type(norm_weight.scalar_type(), [&]<class T>(T*) {
     const Head<T> head = head_of<T>(norm_weight, head_weight, shape.hidden_size, eps, token_map, scale);
-    const auto layers = card_layers<T>(stack, shape);
+    const auto layers = device_layers<T>(stack, shape);
     const Tensor memory = scratch_bytes(token, ForwardScratch<T>::bytes(shape));
-    const auto [shallow, blocks] = layers_and_blocks<T>(stack, layers, shape, memory);
+    const auto [shallow, draft_layers] = split_layers<T>(stack, layers, shape, memory);
     Chain chain(scope.stream());
     check_launch("draft", clear_tickets(chain, shallow.scratch.attention, memory.data_ptr()));
-    check_launch("draft", draft(chain, drafting.args<T>(partial), shallow, blocks, head, sampling, written,
+    check_launch("draft", draft(chain, drafting.args<T>(partial), shallow, draft_layers, head, sampling, written,
                                 logits.has_value() ? logits->stride(1) : 0));
   });
   return {drafting.tokens, drafting.states, drafting.probability};

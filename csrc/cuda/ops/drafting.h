@@ -1,4 +1,4 @@
-// A draft's outputs and scratch as tensors: for the op and for speculative_round.
+// Outputs and scratch of a draft as tensors: for the op and for speculative_round.
 #pragma once
 
 #include <utility>
@@ -10,15 +10,15 @@
 
 namespace lsk {
 
-struct Drafting {
+struct DraftTensors {
   const Tensor &token, &embedding, &norm_weight;  // [B], [Ve, D], [D]
   int64_t num_speculations;
   bool extend;
   float draft_threshold;
   Tensor tokens, states, probability, hidden;  // [B, K], [B, K + extend, D], [B, K], [B, D]
 
-  Drafting(const Tensor& token, const Tensor& embedding, const Tensor& norm_weight, int64_t num_speculations,
-           bool extend, double draft_threshold)
+  DraftTensors(const Tensor& token, const Tensor& embedding, const Tensor& norm_weight, int64_t num_speculations,
+               bool extend, double draft_threshold)
       : token(token),
         embedding(embedding),
         norm_weight(norm_weight),
@@ -33,7 +33,7 @@ struct Drafting {
   int64_t rows() const { return num_speculations + (extend ? 1 : 0); }
   bool empty() const { return token.size(0) == 0 || rows() == 0; }
 
-  // Of the layers that run on one row of each sequence at a time.
+  // Shape of a draft step: one row of each sequence.
   ForwardShape shape(const LayerStack& stack) const {
     const ForwardShape out = forward_shape(stack, token.size(0), 1, norm_weight.size(0));
     LSK_REQUIRE(rows() <= out.capacity, rows(), " rows do not fit a cache of capacity ", out.capacity);
@@ -45,7 +45,7 @@ struct Drafting {
     const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = norm_weight.size(0);
     LSK_REQUIRE(vocab_size > 0, "embedding has no rows");
     return {data<int64_t>(token, "token", {batch}),
-            card_matrix<T>(embedding, "embedding", {vocab_size, hidden_size}),
+            device_matrix<T>(embedding, "embedding", {vocab_size, hidden_size}),
             batch,
             vocab_size,
             hidden_size,
@@ -56,7 +56,7 @@ struct Drafting {
             static_cast<T*>(states.data_ptr()),
             static_cast<float*>(probability.data_ptr()),
             static_cast<T*>(hidden.data_ptr()),
-            static_cast<Choice*>(partial.data_ptr())};
+            static_cast<ArgmaxLse*>(partial.data_ptr())};
   }
 
  private:
@@ -69,17 +69,17 @@ struct Drafting {
   }
 };
 
-// The layers of a stack, then its exit blocks, on the same scratch; `weights` are those of both.
+// Splits `weights` into the layers of a stack and its draft layers, on the same scratch.
 template <class T>
-std::pair<Layers<T>, Layers<T>> layers_and_blocks(const LayerStack& stack, const std::vector<LayerWeights<T>>& weights,
-                                                  const ForwardShape& shape, const Tensor& memory) {
-  const int64_t count = static_cast<int64_t>(weights.size()) - stack.num_blocks;
+std::pair<Layers<T>, Layers<T>> split_layers(const LayerStack& stack, const std::vector<LayerWeights<T>>& weights,
+                                             const ForwardShape& shape, const Tensor& memory) {
+  const int64_t count = static_cast<int64_t>(weights.size()) - stack.num_draft_layers;
   const Layers<T> layers{weights.data(), count, forward_args<T>(stack, shape),
                          ForwardScratch<T>(shape, memory.data_ptr())};
-  Layers<T> blocks = layers;
-  blocks.weights += count;
-  blocks.count = stack.num_blocks;
-  return {layers, blocks};
+  Layers<T> draft_layers = layers;
+  draft_layers.weights += count;
+  draft_layers.num_layers = stack.num_draft_layers;
+  return {layers, draft_layers};
 }
 
 }  // namespace lsk

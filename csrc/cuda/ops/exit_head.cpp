@@ -24,11 +24,11 @@ std::tuple<Tensor, Tensor, Tensor> exit_head_op(const Tensor& hidden_in, const T
   Tensor token = torch::stable::new_empty(hidden, {rows}, ScalarType::Long);
   Tensor logit = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   Tensor logsumexp = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
-  const Tensor memory = partial_choices(hidden, rows, vocab_size);
+  const Tensor memory = partial_argmax_lse(hidden, rows, vocab_size);
   const HeadSampling sampling{data<float>(temperature, "temperature", {rows}), data<int64_t>(seed, "seed", {rows}),
                               data<int64_t>(offset, "offset", {rows})};
   const HeadLogits written{writable_logits(logits, {rows, vocab_size}), logits.has_value() ? logits->stride(0) : 0};
-  Choice* partial = static_cast<Choice*>(memory.data_ptr());
+  ArgmaxLse* partial = static_cast<ArgmaxLse*>(memory.data_ptr());
   with_device_type(hidden.scalar_type(), [&]<class T>(T*) {
     const Head<T> head = head_of<T>(norm_weight, head_weight, hidden_size, eps, token_map, scale);
     const Rows<const T> states{static_cast<const T*>(hidden.data_ptr()), hidden_size};

@@ -1,4 +1,4 @@
-// Exit heads as tensors: what exit_head, draft and speculative_round share.
+// Arguments of exit heads from tensors: shared by exit_head, draft and speculative_round.
 #pragma once
 
 #include "cuda/exit_head.h"
@@ -6,16 +6,7 @@
 
 namespace lsk {
 
-// Of tensors that may be absent: those that are there must lie on the device of `first`.
-inline void check_device(const Tensor& first, std::initializer_list<const std::optional<Tensor>*> others) {
-  for (const std::optional<Tensor>* other : others) {
-    LSK_REQUIRE(
-        !other->has_value() || ((*other)->is_cuda() && (*other)->get_device_index() == first.get_device_index()),
-        "expected all tensors on cuda:", first.get_device_index());
-  }
-}
-
-// `scale`: of int8 rows; without it the weight is in T, or packed.
+// With `scale` the weight has int8 rows; otherwise it is plain or packed.
 template <class T>
 Head<T> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hidden_size, double eps,
                 const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale) {
@@ -28,7 +19,7 @@ Head<T> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hi
     return Weight{reinterpret_cast<const uint8_t*>(rows), hidden_size, Format::kRows};
   };
   return {data<T>(norm_weight, "norm_weight", {hidden_size}),
-          scale.has_value() ? int8_rows() : card_matrix<T>(head_weight, "head_weight", {vocab_size, hidden_size}),
+          scale.has_value() ? int8_rows() : device_matrix<T>(head_weight, "head_weight", {vocab_size, hidden_size}),
           data<float>(scale, "scale", {vocab_size}),
           data<int64_t>(token_map, "token_map", {vocab_size}),
           vocab_size,
@@ -36,7 +27,7 @@ Head<T> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hi
           static_cast<float>(eps)};
 }
 
-// Where logits are written: their rows are contiguous, but may lie apart.
+// Memory for logits; only the last dimension must be contiguous.
 inline float* writable_logits(const std::optional<Tensor>& logits, std::initializer_list<int64_t> shape) {
   if (!logits.has_value()) return nullptr;
   LSK_REQUIRE(logits->scalar_type() == ScalarType::Float, "logits has an unexpected dtype");
@@ -52,9 +43,9 @@ inline float* writable_logits(const std::optional<Tensor>& logits, std::initiali
   return static_cast<float*>(logits->data_ptr());
 }
 
-// Room for what the tiles of a head leave of `rows` states.
-inline Tensor partial_choices(const Tensor& like, int64_t rows, int64_t vocab_size) {
-  return scratch_bytes(like, rows * head_tiles(vocab_size) * static_cast<int64_t>(sizeof(Choice)));
+// Scratch for the partial results of all tiles of a head, for `rows` states.
+inline Tensor partial_argmax_lse(const Tensor& like, int64_t rows, int64_t vocab_size) {
+  return scratch_bytes(like, rows * head_tiles(vocab_size) * static_cast<int64_t>(sizeof(ArgmaxLse)));
 }
 
 }  // namespace lsk

@@ -1,4 +1,4 @@
-// A stack of layers on a card: what common/layer_stack.h does not know of the kernels' limits and arguments.
+// Arguments of the layer kernels from a LayerStack, with the checks that the CUDA kernels need.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace lsk {
 
-// As LayerStack::shape, within what the kernels can count.
+// As LayerStack::shape, with the size limits of the kernels.
 inline ForwardShape forward_shape(const LayerStack& stack, int64_t batch, int64_t rows, int64_t hidden_size) {
   const ForwardShape out = stack.shape(batch, rows, hidden_size);
   check_planes(batch, out.num_kv_heads);
@@ -20,7 +20,7 @@ inline ForwardShape forward_shape(const LayerStack& stack, int64_t batch, int64_
   return out;
 }
 
-// All but `in` and `out`.
+// Everything except `in` and `out`.
 template <class T>
 ForwardArgs<T> forward_args(const LayerStack& stack, const ForwardShape& s) {
   ForwardArgs<T> out{};
@@ -33,9 +33,9 @@ ForwardArgs<T> forward_args(const LayerStack& stack, const ForwardShape& s) {
   return out;
 }
 
-// The layers of a stack, which the kernels can take: what one launch multiplies is of one format.
+// The layers of a stack. The weights of one launch must have one format.
 template <class T>
-std::vector<LayerWeights<T>> card_layers(const LayerStack& stack, const ForwardShape& shape) {
+std::vector<LayerWeights<T>> device_layers(const LayerStack& stack, const ForwardShape& shape) {
   std::vector<LayerWeights<T>> out = stack.layers<T>(shape);
   for (const LayerWeights<T>& layer : out) {
     check_packed(layer.q, "q"), check_packed(layer.k, "k"), check_packed(layer.v, "v"), check_packed(layer.o, "o");

@@ -19,7 +19,7 @@ Tensor partial_forward_op(const Tensor& hidden_in, const std::vector<Tensor>& we
   const int64_t hidden_size = hidden.size(2);
   const ForwardShape shape = forward_shape(stack, hidden.size(0), hidden.size(1), hidden_size);
   with_device_type(hidden.scalar_type(), [&]<class T>(T*) {
-    const std::vector<LayerWeights<T>> layers = card_layers<T>(stack, shape);
+    const std::vector<LayerWeights<T>> layers = device_layers<T>(stack, shape);
     const Tensor memory = scratch_bytes(hidden, ForwardScratch<T>::bytes(shape));
     const ForwardScratch<T> scratch(shape, memory.data_ptr());
     ForwardArgs<T> args = forward_args<T>(stack, shape);

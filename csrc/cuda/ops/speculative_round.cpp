@@ -1,10 +1,10 @@
-// speculative_round on CUDA tensors: all launches of a round from one call.
+// speculative_round on CUDA tensors: one call launches the whole round.
 #include <algorithm>
 #include <memory>
 #include <tuple>
 
 #include "cuda/ops/drafting.h"
-#include "cuda/ops/sampled.h"
+#include "cuda/ops/accept.h"
 #include "cuda/speculative_round.h"
 
 namespace lsk {
@@ -12,52 +12,52 @@ namespace {
 
 struct Heads {
   const Tensor &norm_weight, &head_weight, &draft_norm_weight, &draft_head_weight;
-  const std::optional<Tensor>&token_map, &scale;  // of the draft's head
+  const std::optional<Tensor>&token_map, &scale;  // of the draft head
   double eps;
 
   int64_t draft_vocab_size() const { return draft_head_weight.size(0); }
   int64_t vocab_size() const { return head_weight.size(0); }
 };
 
-// Logits of a round with a temperature, [B, K, Vd] and [B, K + 1, V], and the scratch of their acceptance.
-struct Logits {
+// Logits of a sampled round, [B, K, Vd] and [B, K + 1, V], and the scratch of accept_sampled.
+struct RoundLogits {
   Tensor draft, target;
-  SampledScratch scratch;
+  AcceptSampledScratch scratch;
 
-  Logits(const Drafting& drafting, const Heads& heads)
+  RoundLogits(const DraftTensors& drafting, const Heads& heads)
       : draft(room(drafting, drafting.num_speculations, heads.draft_vocab_size())),
         target(room(drafting, drafting.rows(), heads.vocab_size())),
         scratch(drafting.tokens, heads.draft_vocab_size(), heads.vocab_size(), heads.token_map.has_value()) {}
 
-  static Tensor room(const Drafting& drafting, int64_t rows, int64_t vocab_size) {
+  static Tensor room(const DraftTensors& drafting, int64_t rows, int64_t vocab_size) {
     return torch::stable::new_empty(drafting.token, {drafting.token.size(0), rows, vocab_size}, ScalarType::Float);
   }
 };
 
-// What a round writes besides its draft.
-struct Verified {
+// Outputs and scratch of verification.
+struct VerifyTensors {
   Tensor partial, target, scores, accepted, next_token;
-  std::unique_ptr<Logits> logits;  // null: greedy
+  std::unique_ptr<RoundLogits> logits;  // null: greedy
 
-  Verified(const Drafting& drafting, const Heads& heads, const Tensor& seq_lens, bool sampled)
+  VerifyTensors(const DraftTensors& drafting, const Heads& heads, const Tensor& seq_lens, bool sampled)
       : partial(
-            partial_choices(drafting.token, rows(drafting), std::max(heads.draft_vocab_size(), heads.vocab_size()))),
+            partial_argmax_lse(drafting.token, rows(drafting), std::max(heads.draft_vocab_size(), heads.vocab_size()))),
         target(torch::stable::new_empty(drafting.token, {rows(drafting)})),
         scores(torch::stable::new_empty(drafting.token, {2, rows(drafting)}, ScalarType::Float)),
         accepted(torch::stable::empty_like(seq_lens)),
         next_token(torch::stable::empty_like(seq_lens)) {
-    if (sampled) logits = std::make_unique<Logits>(drafting, heads);
+    if (sampled) logits = std::make_unique<RoundLogits>(drafting, heads);
   }
 
-  static int64_t rows(const Drafting& drafting) { return drafting.token.size(0) * drafting.rows(); }
+  static int64_t rows(const DraftTensors& drafting) { return drafting.token.size(0) * drafting.rows(); }
 };
 
-// Layers [0, E) with the exit blocks, and [E, L), which may be none, on the rows that each of them takes.
+// Layers [0, E) with the draft layers, and layers [E, L), which may be empty, with the shapes that they run on.
 struct RoundLayers {
   LayerStack shallow, deep;
   ForwardShape draft_shape, verify_shape;
 
-  RoundLayers(const Drafting& drafting, const LayerStack& shallow, const LayerStack& deep)
+  RoundLayers(const DraftTensors& drafting, const LayerStack& shallow, const LayerStack& deep)
       : shallow(shallow), deep(deep), draft_shape(drafting.shape(shallow)), verify_shape(draft_shape) {
     verify_shape.rows = drafting.rows();
     if (deep.start < deep.end)
@@ -66,23 +66,23 @@ struct RoundLayers {
 };
 
 template <class T>
-void run(const DeviceScope& scope, const Drafting& drafting, const RoundLayers& layers, const Heads& heads,
-         const Verified& verified, const SampledArgs& sampled) {
-  const auto shallow = card_layers<T>(layers.shallow, layers.draft_shape);
+void run(const DeviceScope& scope, const DraftTensors& drafting, const RoundLayers& layers, const Heads& heads,
+         const VerifyTensors& verified, const AcceptSampledArgs& sampled) {
+  const auto shallow = device_layers<T>(layers.shallow, layers.draft_shape);
   std::vector<LayerWeights<T>> deep;
-  if (layers.deep.start < layers.deep.end) deep = card_layers<T>(layers.deep, layers.verify_shape);
+  if (layers.deep.start < layers.deep.end) deep = device_layers<T>(layers.deep, layers.verify_shape);
   const Tensor draft_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.draft_shape));
   const Tensor verify_memory = scratch_bytes(drafting.token, ForwardScratch<T>::bytes(layers.verify_shape));
-  const auto [first, blocks] = layers_and_blocks<T>(layers.shallow, shallow, layers.draft_shape, draft_memory);
+  const auto [first, draft_layers] = split_layers<T>(layers.shallow, shallow, layers.draft_shape, draft_memory);
   const RoundArgs<T> args{
       drafting.args<T>(verified.partial),
       first,
-      blocks,
-      layers_and_blocks<T>(layers.deep, deep, layers.verify_shape, verify_memory).first,
+      draft_layers,
+      split_layers<T>(layers.deep, deep, layers.verify_shape, verify_memory).first,
       head_of<T>(heads.draft_norm_weight, heads.draft_head_weight, layers.draft_shape.hidden_size, heads.eps,
                  heads.token_map, heads.scale),
       head_of<T>(heads.norm_weight, heads.head_weight, layers.draft_shape.hidden_size, heads.eps, {}, {}),
-      static_cast<Choice*>(verified.partial.data_ptr()),
+      static_cast<ArgmaxLse*>(verified.partial.data_ptr()),
       static_cast<int64_t*>(verified.target.data_ptr()),
       static_cast<float*>(verified.scores.data_ptr()),
       data<int64_t>(layers.shallow.seq_lens, "seq_lens", {layers.draft_shape.batch}),
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
                           {&embedding, &k_cache, &v_cache, &cos, &sin, &seq_lens, &norm_weight, &head_weight});
   check_device(token_in, {&draft_head_weight, &draft_token_map, &draft_head_scale, &slots, &temperature, &seed,
                           &draft_norm_weight});
-  const RoundWeights parts(weights, k_cache, exit_layer, num_blocks);
+  const RoundWeights round_weights(weights, k_cache, exit_layer, num_blocks);
   LSK_REQUIRE(!temperature.has_value() || seed.has_value(), "temperature needs seed");
   const Tensor token = contiguous(token_in);
   const Heads heads{norm_weight,
@@ -115,13 +115,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
                     draft_token_map,
                     draft_head_scale,
                     eps};
-  const Drafting drafting(token, embedding, norm_weight, num_speculations, true, draft_threshold);
-  Verified out(drafting, heads, seq_lens, temperature.has_value());
+  const DraftTensors drafting(token, embedding, norm_weight, num_speculations, true, draft_threshold);
+  VerifyTensors out(drafting, heads, seq_lens, temperature.has_value());
   if (token.size(0) == 0) return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
   const RoundLayers layers(
-      drafting, {parts.drafting, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks},
-      {parts.deep, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, parts.num_layers, eps});
-  SampledArgs sampled{};
+      drafting, {round_weights.drafting, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks},
+      {round_weights.deep, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, round_weights.num_layers, eps});
+  AcceptSampledArgs sampled{};
   if (out.logits != nullptr) {
     sampled = out.logits->scratch.args(drafting.tokens, out.logits->draft, out.logits->target, seq_lens, *temperature,
                                        *seed, draft_token_map, out.accepted, out.next_token);

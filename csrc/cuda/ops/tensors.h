@@ -1,18 +1,67 @@
-// What the ops' launchers need of tensors beyond common/checks.h: the device's types, sizes that fit the kernels'
-// integers.
+// Helpers of the CUDA ops: device guard and stream, launch errors, device dtypes, size checks. Compiles with any torch,
+// CUDA build or not: the one symbol of libtorch_cuda that it needs is declared here and resolved at load time.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <climits>
+#include <initializer_list>
 #include <type_traits>
 
 #include "common/checks.h"
 #include "cuda/common.h"
-#include "cuda/host.h"
+
+#ifndef USE_CUDA  // otherwise torch's header declares it
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
 
 namespace lsk {
+
+// Makes the device of a tensor current for a scope, and holds torch's current stream on it:
+//
+//   const DeviceScope scope(x, {&weight});
+//   Chain chain(scope.stream());
+//   check_launch("rms_norm", rms_norm<T>(chain, ..., rows, width, ...));
+class DeviceScope {
+ public:
+  // All `others` must be on the device of `first`.
+  explicit DeviceScope(const Tensor& first, std::initializer_list<const Tensor*> others = {})
+      : index_(first.get_device_index()), guard_(index_) {
+    LSK_REQUIRE(first.is_cuda(), "expected tensors on a CUDA device");
+    for (const Tensor* other : others) {
+      LSK_REQUIRE(other->is_cuda() && other->get_device_index() == index_, "expected all tensors on cuda:", index_);
+    }
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == 0, "cuda:", index_,
+                    " has no current stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// Throws if a launch failed. Does not synchronize: errors inside a kernel show up at a later launch.
+inline void check_launch(const char* op, cudaError_t status) {
+  STD_TORCH_CHECK(status == cudaSuccess, op, " could not be launched: ", cudaGetErrorString(status), " (CUDA error ",
+                  static_cast<int>(status), ")");
+}
+
+// Optional tensors must be on the device of `first`, too.
+inline void check_device(const Tensor& first, std::initializer_list<const std::optional<Tensor>*> others) {
+  for (const std::optional<Tensor>* other : others) {
+    LSK_REQUIRE(
+        !other->has_value() || ((*other)->is_cuda() && (*other)->get_device_index() == first.get_device_index()),
+        "expected all tensors on cuda:", first.get_device_index());
+  }
+}
 
 template <>
 constexpr ScalarType scalar_type<__nv_bfloat16>() {
@@ -37,19 +86,19 @@ auto with_device_type(ScalarType dtype, F f) {
   });
 }
 
-// The kernels count columns, matrix rows and positions with 32 bits.
+// The kernels use 32-bit integers for columns, matrix rows and positions.
 inline void check_sizes(std::initializer_list<int64_t> sizes) {
   for (int64_t size : sizes) LSK_REQUIRE(size <= INT_MAX, "a size of ", size, " is above ", INT_MAX);
 }
 
-// Attention gives every sequence and key/value head a row of blocks of its own.
+// Attention uses one grid row per sequence and key/value head.
 inline void check_planes(int64_t batch, int64_t num_kv_heads) {
-  constexpr int64_t kMost = 65535;
-  LSK_REQUIRE(batch * num_kv_heads <= kMost, batch, " sequences of ", num_kv_heads, " key/value heads are more than ",
-              kMost);
+  constexpr int64_t kMax = 65535;
+  LSK_REQUIRE(batch * num_kv_heads <= kMax, batch, " sequences of ", num_kv_heads, " key/value heads are more than ",
+              kMax);
 }
 
-// Bytes on the device of `like`, uninitialized.
+// Uninitialized bytes on the device of `like`.
 inline Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
@@ -58,7 +107,7 @@ using torch::stable::contiguous;
 
 inline bool begins_aligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
 
-// Rows that are multiplied with weights of a format: contiguous, and where these are packed aligned.
+// Makes rows contiguous and, for packed weights, aligned.
 inline Tensor rows_for(const Tensor& x, bool packed) {
   const Tensor out = contiguous(x);
   return packed && !begins_aligned(out.data_ptr()) ? torch::stable::clone(out) : out;
@@ -66,18 +115,18 @@ inline Tensor rows_for(const Tensor& x, bool packed) {
 
 inline bool is_packed(const Tensor& weight) { return weight.scalar_type() == ScalarType::Byte; }
 
-// Packed weights are copied 16 bytes at a time.
+// Packed weights are copied in units of 16 bytes.
 inline void check_packed(const Weight& weight, const char* name) {
   if (weight.format <= Format::kRows) return;
   LSK_REQUIRE(!weight.panels, name,
-              " is interleaved for a CPU: call layerskip.scatter_weights before a model is moved to a card");
+              " is interleaved for a CPU: call layerskip.scatter_weights before a model is moved to a GPU");
   LSK_REQUIRE(begins_aligned(weight.data), name, ": packed weights must begin at a multiple of 16 bytes");
   check_sizes({weight.pitch});
 }
 
-// As matrix(), for a card.
+// As matrix(), and checks what the CUDA kernels need.
 template <class T>
-Weight card_matrix(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+Weight device_matrix(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   const Weight out = matrix<T>(tensor, name, sizes);
   check_packed(out, name);
   return out;

@@ -1,4 +1,4 @@
-#include "cuda/exit_head.cuh"
+#include "cuda/exit_head.cu"
 
 #include "cuda_emulation/entry.h"
 #include "cuda_emulation/weights.h"
@@ -19,10 +19,10 @@ cudaError_t run(const void* hidden, int64_t pitch, const void* norm, const void*
                      hidden_size,
                      eps};
   Chain chain(nullptr);
-  Choice* choices = static_cast<Choice*>(partial);
+  ArgmaxLse* partials = static_cast<ArgmaxLse*>(partial);
   const Rows<const T> states{static_cast<const T*>(hidden), pitch};
-  LSK_LAUNCH(exit_head_tiles(chain, head, states, rows, sampling, logits, choices));
-  return exit_head_merge(chain, choices, rows, vocab_size, token_map, token, logit, logsumexp);
+  LSK_RETURN_IF_ERROR(exit_head_tiles(chain, head, states, rows, sampling, logits, partials));
+  return exit_head_merge(chain, partials, rows, vocab_size, token_map, token, logit, logsumexp);
 }
 
 }  // namespace

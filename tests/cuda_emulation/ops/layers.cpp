@@ -1,11 +1,11 @@
 // The ops of a decoder layer; the host side is what csrc/cuda/ops does with tensors.
 #include <vector>
 
-#include "cuda/verify_attention.cuh"
-#include "cuda/partial_forward.cuh"
-#include "cuda/linear.cuh"
-#include "cuda/rms_norm.cuh"
-#include "cuda/rope_kv_append.cuh"
+#include "cuda/verify_attention.cu"
+#include "cuda/partial_forward.cu"
+#include "cuda/linear.cu"
+#include "cuda/rms_norm.cu"
+#include "cuda/rope_kv_append.cu"
 
 #include "cuda_emulation/entry.h"
 #include "cuda_emulation/layers.h"
@@ -96,7 +96,7 @@ EMULATED(verify_attention)(const void* q, void* k_cache, void* v_cache, const in
   const AttentionScratch scratch(batch, rows, num_heads, num_kv_heads, capacity, head_dim, limit);
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     Chain chain(nullptr);
-    LSK_LAUNCH(clear_tickets(chain, scratch, memory));
+    LSK_RETURN_IF_ERROR(clear_tickets(chain, scratch, memory));
     return verify_attention<T>(
         chain, {static_cast<const T*>(q), num_heads * head_dim},
         cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, num_kv_heads, head_dim, capacity, num_slots),
@@ -127,7 +127,7 @@ EMULATED(partial_forward)(const void* hidden, void** weights, const int64_t* for
     args.out = {static_cast<T*>(out), shape.hidden_size};
     const ForwardScratch<T> scratch(shape, memory);
     Chain chain(nullptr);
-    LSK_LAUNCH(clear_tickets(chain, scratch.attention, memory));
+    LSK_RETURN_IF_ERROR(clear_tickets(chain, scratch.attention, memory));
     return forward<T>(chain, args, layers.data(), sizes[9], scratch);
   });
 }

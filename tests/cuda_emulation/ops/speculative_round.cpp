@@ -1,15 +1,14 @@
 // draft and speculative_round, with the layers that they run.
 #include <vector>
 
-#include "cuda/accept_greedy.cuh"
-#include "cuda/accept_sampled.cuh"
-#include "cuda/verify_attention.cuh"
-#include "cuda/draft.cuh"
-#include "cuda/exit_head.cuh"
-#include "cuda/partial_forward.cuh"
-#include "cuda/linear.cuh"
-#include "cuda/rms_norm.cuh"
-#include "cuda/rope_kv_append.cuh"
+#include "cuda/accept.cu"
+#include "cuda/verify_attention.cu"
+#include "cuda/draft.cu"
+#include "cuda/exit_head.cu"
+#include "cuda/partial_forward.cu"
+#include "cuda/linear.cu"
+#include "cuda/rms_norm.cu"
+#include "cuda/rope_kv_append.cu"
 #include "cuda/speculative_round.h"
 
 #include "cuda_emulation/entry.h"
@@ -23,7 +22,7 @@ namespace {
 struct Sizes {
   int64_t batch, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, capacity, num_slots,
       num_speculations, extend, embedded, draft_vocab_size, vocab_size, exit_layer, layers,
-      num_blocks,                                        // `layers`: without the blocks
+      num_draft_layers,                                  // `layers`: without the draft layers
       embedding_format, draft_head_format, head_format;  // codes of lsk::Format
 
   ForwardShape shape(int64_t rows) const {
@@ -68,7 +67,7 @@ struct DraftBuffers {
             static_cast<T*>(states),
             probability,
             static_cast<T*>(hidden),
-            static_cast<Choice*>(partial)};
+            static_cast<ArgmaxLse*>(partial)};
   }
 };
 
@@ -92,7 +91,8 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, con
   const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     const auto layers = emu::layers<T>(weights, formats, caches, 0, s.exit_layer, s.shape(1)),
-               blocks = emu::layers<T>(weights, formats, caches, s.exit_layer, s.exit_layer + s.num_blocks, s.shape(1));
+               draft_layers = emu::layers<T>(weights, formats, caches, s.exit_layer, s.exit_layer + s.num_draft_layers,
+                                             s.shape(1));
     const Layers<T> shallow = model.run<T>(layers, s.shape(1), memory);
     const Head<T> exit{static_cast<const T*>(norm),
                        emu::weight<T>(head, s.hidden_size, s.draft_head_format),
@@ -102,8 +102,8 @@ EMULATED(draft)(const int64_t* token, const void* embedding, void** weights, con
                        s.hidden_size,
                        eps};
     Chain chain(nullptr);
-    LSK_LAUNCH(clear_tickets(chain, shallow.scratch.attention, memory));
-    return draft(chain, buffers.args<T>(s), shallow, model.run<T>(blocks, s.shape(1), memory), exit,
+    LSK_RETURN_IF_ERROR(clear_tickets(chain, shallow.scratch.attention, memory));
+    return draft(chain, buffers.args<T>(s), shallow, model.run<T>(draft_layers, s.shape(1), memory), exit,
                  {temperature, seed}, {logits, logits_pitch}, step_pitch);
   });
 }
@@ -115,42 +115,43 @@ EMULATED(speculative_round)(const int64_t* token, const void* embedding, void** 
                             float* draft_logits, float* target_logits, int64_t* tokens, void* states,
                             float* probability, void* hidden, void* partial, void* memory, void* deep_memory,
                             int64_t* target, float* scores, int64_t* accepted, int64_t* next_token, void* rows,
-                            void* picks, int* inverse, const Sizes* sizes, float eps, float draft_threshold,
+                            void* candidates, int* inverse, const Sizes* sizes, float eps, float draft_threshold,
                             int64_t dtype) {
   const Sizes& s = *sizes;
   const Model model{cos, sin, seq_lens, slots, eps};
   const DraftBuffers buffers{token, embedding, draft_threshold, tokens, states, probability, hidden, partial};
-  const SampledArgs sampled{tokens,
-                            draft_logits,
-                            target_logits,
-                            seq_lens,
-                            temperature,
-                            seed,
-                            token_map,
-                            accepted,
-                            next_token,
-                            s.batch,
-                            s.num_speculations,
-                            s.draft_vocab_size,
-                            s.vocab_size,
-                            static_cast<Choice*>(rows),
-                            static_cast<Pick*>(picks),
-                            inverse,
-                            accept_stretches(s.vocab_size, s.draft_vocab_size)};
+  const AcceptSampledArgs sampled{tokens,
+                                  draft_logits,
+                                  target_logits,
+                                  seq_lens,
+                                  temperature,
+                                  seed,
+                                  token_map,
+                                  accepted,
+                                  next_token,
+                                  s.batch,
+                                  s.num_speculations,
+                                  s.draft_vocab_size,
+                                  s.vocab_size,
+                                  static_cast<ArgmaxLse*>(rows),
+                                  static_cast<SampleCandidates*>(candidates),
+                                  inverse,
+                                  accept_tiles(s.vocab_size, s.draft_vocab_size)};
   return emu::with_float_type(dtype, [&]<class T>(T*) {
     const auto shallow = emu::layers<T>(weights, formats, caches, 0, s.exit_layer, s.shape(1)),
                deep = emu::layers<T>(weights, formats, caches, s.exit_layer, s.layers, s.shape(1)),
-               blocks = emu::layers<T>(weights, formats, caches, s.layers, s.layers + s.num_blocks, s.shape(1));
+               draft_layers =
+                   emu::layers<T>(weights, formats, caches, s.layers, s.layers + s.num_draft_layers, s.shape(1));
     const T *full_norm = static_cast<const T*>(norm), *exit_norm = static_cast<const T*>(draft_norm);
     const RoundArgs<T> args{buffers.args<T>(s),
                             model.run<T>(shallow, s.shape(1), memory),
-                            model.run<T>(blocks, s.shape(1), memory),
+                            model.run<T>(draft_layers, s.shape(1), memory),
                             model.run<T>(deep, s.shape(s.num_speculations + 1), deep_memory),
                             {exit_norm, emu::weight<T>(draft_head, s.hidden_size, s.draft_head_format), scale,
                              token_map, s.draft_vocab_size, s.hidden_size, eps},
                             {full_norm, emu::weight<T>(head, s.hidden_size, s.head_format), nullptr, nullptr,
                              s.vocab_size, s.hidden_size, eps},
-                            static_cast<Choice*>(partial),
+                            static_cast<ArgmaxLse*>(partial),
                             target,
                             scores,
                             seq_lens,

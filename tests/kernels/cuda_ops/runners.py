@@ -19,8 +19,8 @@ from tests.cuda_emulation import library
 from ..common import run
 from .layers import WEIGHTS_PER_LAYER, EmulatedLayers, code_of, codes_of
 
-HEAD_TILE, CHOICE_WORDS = 16, 5  # of csrc/cuda/exit_head.h and choice.cuh
-STRETCH, PICK_WORDS = 4096, 4  # of csrc/cuda/accept_sampled.h
+HEAD_TILE, ARGMAX_LSE_WORDS = 16, 5  # of csrc/cuda/exit_head.h
+ACCEPT_TILE, CANDIDATES_WORDS = 4096, 4  # of csrc/cuda/accept.h
 
 
 def _void(*shape: int, like: torch.dtype = torch.float32) -> Tensor:
@@ -51,7 +51,7 @@ class Emulated(EmulatedLayers):
         offset: Tensor | None = None, logits: Tensor | None = None,
     ) -> lk.ExitOutput:  # fmt: skip
         (rows, width), vocab_size = hidden.shape, len(weight)
-        partial = _void(rows, -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
+        partial = _void(rows, -(-vocab_size // HEAD_TILE), ARGMAX_LSE_WORDS)
         out = (_void(rows, like=torch.int64), _void(rows), _void(rows))
         pitch = 0 if logits is None else logits.stride(0)
         self.call(
@@ -63,25 +63,26 @@ class Emulated(EmulatedLayers):
 
     def accept_greedy(self, draft: Tensor, target: Tensor, seq_lens: Tensor) -> lk.Acceptance:
         out = (_void(len(draft), like=torch.int64), _void(len(draft), like=torch.int64))
-        self.call(
-            "accept_greedy", "accept_greedy", draft, target, seq_lens, *out, *draft.shape, writes=[seq_lens, *out]
-        )
+        self.call("accept", "accept_greedy", draft, target, seq_lens, *out, *draft.shape, writes=[seq_lens, *out])
         return lk.Acceptance(*out)
 
     def accept_sampled(
         self, draft: Tensor, draft_logits: Tensor, target_logits: Tensor, seq_lens: Tensor, temperature: Tensor,
         seed: Tensor, token_map: Tensor | None = None,
     ) -> lk.Acceptance:  # fmt: skip
-        batch, drafted = draft.shape
+        batch, num_speculations = draft.shape
         draft_vocab_size, vocab_size = draft_logits.shape[-1], target_logits.shape[-1]
-        stretches = -(-max(draft_vocab_size, vocab_size) // STRETCH)
+        tiles = -(-max(draft_vocab_size, vocab_size) // ACCEPT_TILE)
         out = (_void(batch, like=torch.int64), _void(batch, like=torch.int64))
-        rows, picks = _void(batch, 2 * drafted + 1, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)
+        rows, candidates = (
+            _void(batch, 2 * num_speculations + 1, tiles, ARGMAX_LSE_WORDS),
+            _void(batch, tiles, CANDIDATES_WORDS),
+        )
         inverse = None if token_map is None else _void(vocab_size, like=torch.int32)
         self.call(
-            "accept_sampled", "accept_sampled", draft, draft_logits, target_logits, seq_lens, temperature, seed,
-            token_map, *out, rows, picks, inverse, batch, drafted, draft_vocab_size, vocab_size,
-            writes=[seq_lens, *out, rows, picks] + ([] if inverse is None else [inverse]),
+            "accept", "accept_sampled", draft, draft_logits, target_logits, seq_lens, temperature, seed,
+            token_map, *out, rows, candidates, inverse, batch, num_speculations, draft_vocab_size, vocab_size,
+            writes=[seq_lens, *out, rows, candidates] + ([] if inverse is None else [inverse]),
         )  # fmt: skip
         return lk.Acceptance(*out)
 
@@ -118,10 +119,10 @@ class Emulated(EmulatedLayers):
         logits: list[Tensor | None] = [None, None]
         scratch: list[Tensor | None] = [None, None, None]
         if a.temperature is not None:
-            stretches = -(-max(draft_vocab_size, vocab_size) // STRETCH)
+            tiles = -(-max(draft_vocab_size, vocab_size) // ACCEPT_TILE)
             logits = [_void(batch, num_speculations, draft_vocab_size), _void(batch, num_speculations + 1, vocab_size)]
             rows = 2 * num_speculations + 1
-            scratch = [_void(batch, rows, stretches, CHOICE_WORDS), _void(batch, stretches, PICK_WORDS)]
+            scratch = [_void(batch, rows, tiles, ARGMAX_LSE_WORDS), _void(batch, tiles, CANDIDATES_WORDS)]
             scratch.append(None if a.draft_token_map is None else _void(vocab_size, like=torch.int32))
         written = [a.k_cache, a.v_cache, a.seq_lens, *drafted, *buffers, *memory, *verified, *out, *logits, *scratch]
         self.call(
@@ -183,7 +184,7 @@ class _Model:
         """Tokens, states and probability; the scratch of a draft, of K + 1 rows where it is verified."""
         width, dtype = len(self.norm_weight), self.norm_weight.dtype
         states = _void(batch, num_speculations + extend, width, like=dtype)
-        partial = _void(batch * (num_speculations + 1), -(-vocab_size // HEAD_TILE), CHOICE_WORDS)
+        partial = _void(batch * (num_speculations + 1), -(-vocab_size // HEAD_TILE), ARGMAX_LSE_WORDS)
         out = (_void(batch, num_speculations, like=torch.int64), states, _void(batch, num_speculations))
         return out, [_void(batch, width, like=dtype), partial]
 

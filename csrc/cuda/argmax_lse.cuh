@@ -1,4 +1,4 @@
-// A Choice is a running arg-max with its log-sum-exp; how to make, merge and read it.
+// ArgmaxLse: running arg-max and log-sum-exp.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,22 +7,22 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/choice.h"
+#include "cuda/exit_head.h"
 
 namespace lsk {
 
 constexpr unsigned kWarpMask = 0xffffffffu;
 
-// x, with 0 in the place of an infinity: what exponentials are taken relative to.
+// x, or 0 if it is infinite: the shift of exponentials.
 __device__ __forceinline__ float finite_or_zero(float x) { return fabsf(x) == INFINITY ? 0.0f : x; }
 
-__device__ __forceinline__ Choice no_choice() { return {-INFINITY, -INFINITY, INT_MAX, -INFINITY, 0.0f}; }
+__device__ __forceinline__ ArgmaxLse empty_argmax_lse() { return {-INFINITY, -INFINITY, INT_MAX, -INFINITY, 0.0f}; }
 
-__device__ __forceinline__ Choice choice_of(float logit, float noise, int row) {
+__device__ __forceinline__ ArgmaxLse make_argmax_lse(float logit, float noise, int row) {
   return {logit + noise, logit, row, logit, expf(logit - finite_or_zero(logit))};
 }
 
-__device__ __forceinline__ void merge(Choice& own, const Choice& other) {
+__device__ __forceinline__ void merge(ArgmaxLse& own, const ArgmaxLse& other) {
   if (other.key > own.key || (other.key == own.key && other.row < own.row)) {
     own.key = other.key;
     own.value = other.value;
@@ -34,8 +34,8 @@ __device__ __forceinline__ void merge(Choice& own, const Choice& other) {
 }
 
 // Merges with the lane whose number differs in the bits of `mask`.
-__device__ __forceinline__ void merge_lane(Choice& own, int mask) {
-  Choice other;
+__device__ __forceinline__ void merge_lane(ArgmaxLse& own, int mask) {
+  ArgmaxLse other;
   other.key = __shfl_xor_sync(kWarpMask, own.key, mask);
   other.value = __shfl_xor_sync(kWarpMask, own.value, mask);
   other.row = __shfl_xor_sync(kWarpMask, own.row, mask);
@@ -44,15 +44,15 @@ __device__ __forceinline__ void merge_lane(Choice& own, int mask) {
   merge(own, other);
 }
 
-// This thread's part of the merge of `count` choices: every blockDim.x-th. Four are on their way together; in the place
-// of those past the end comes the last one again, which is not merged.
-__device__ __forceinline__ Choice merge_strided(const Choice* choices, int64_t count) {
+// Merges every blockDim.x-th of `count` partial results. Issues four loads together; past the end the last one is loaded
+// again and not merged.
+__device__ __forceinline__ ArgmaxLse merge_strided(const ArgmaxLse* partials, int64_t count) {
   constexpr int kBatch = 4;
-  Choice own = no_choice();
+  ArgmaxLse own = empty_argmax_lse();
   for (int64_t begin = threadIdx.x; begin < count; begin += kBatch * blockDim.x) {
-    Choice batch[kBatch];
+    ArgmaxLse batch[kBatch];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) batch[k] = choices[min(begin + k * blockDim.x, count - 1)];
+    for (int k = 0; k < kBatch; ++k) batch[k] = partials[min(begin + k * blockDim.x, count - 1)];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
       if (begin + k * blockDim.x < count) merge(own, batch[k]);
@@ -60,21 +60,21 @@ __device__ __forceinline__ Choice merge_strided(const Choice* choices, int64_t c
   return own;
 }
 
-// The merge of every thread's choice, in the same order whatever the values, for every thread of a block of whole
-// warps. `shared` holds one choice a warp; a __syncthreads() must come before it is used again.
-__device__ __forceinline__ Choice block_choice(Choice own, Choice* shared) {
+// Merges the results of all threads of a block in a fixed order; every thread gets the result. `shared` holds one
+// result per warp; call __syncthreads() before reusing it.
+__device__ __forceinline__ ArgmaxLse block_merge(ArgmaxLse own, ArgmaxLse* shared) {
   for (int mask = 16; mask > 0; mask /= 2) merge_lane(own, mask);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = own;
   __syncthreads();
-  Choice all = shared[0];
+  ArgmaxLse all = shared[0];
   for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) merge(all, shared[warp]);
   return all;
 }
 
-__device__ __forceinline__ float log_sum_exp(const Choice& all) { return finite_or_zero(all.peak) + logf(all.sum); }
+__device__ __forceinline__ float log_sum_exp(const ArgmaxLse& all) { return finite_or_zero(all.peak) + logf(all.sum); }
 
-// The chosen token; -1 where a logit is NaN or +inf, or all are -inf.
-__device__ __forceinline__ int64_t chosen_token(const Choice& all, const int64_t* token_map) {
+// The arg-max token; -1 if a logit is NaN or +inf, or all are -inf.
+__device__ __forceinline__ int64_t chosen_token(const ArgmaxLse& all, const int64_t* token_map) {
   if (!(fabsf(log_sum_exp(all)) < INFINITY)) return -1;
   return token_map != nullptr ? token_map[all.row] : all.row;
 }

@@ -1,2 +1,0 @@
-// The kernels of accept_greedy.
-#include "cuda/accept_greedy.cuh"

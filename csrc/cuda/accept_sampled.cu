@@ -1,2 +1,0 @@
-// The kernels of accept_sampled.
-#include "cuda/accept_sampled.cuh"
