@@ -44,8 +44,8 @@ __device__ __forceinline__ void merge_lane(ArgmaxLse& own, int mask) {
   merge(own, other);
 }
 
-// Merges every blockDim.x-th of `count` partial results. Issues four loads together; past the end the last one is loaded
-// again and not merged.
+// Merges every blockDim.x-th of `count` partial results. Issues four loads together; past the end the last one is
+// loaded again and not merged.
 __device__ __forceinline__ ArgmaxLse merge_strided(const ArgmaxLse* partials, int64_t count) {
   constexpr int kBatch = 4;
   ArgmaxLse own = empty_argmax_lse();

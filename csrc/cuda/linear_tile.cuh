@@ -147,7 +147,6 @@ struct StreamMemory {
     float sums[TILES][GROUPS * kTokens * kPitch];
   };
   Warp warps[kWarps];
-  float scratch[GROUPS][kWarps * kTokens];
 
   // Sum over all warps, in order, for a row of a tile and a token.
   __device__ __forceinline__ float total(int tile, int row, int token) const {
@@ -162,6 +161,7 @@ template <class T, int TILES, int GROUPS>
 struct TileMemory : StreamMemory<Chunk<T>[8 / TILES][2 * TILES][32], TILES, GROUPS> {
   static constexpr int kStages = 8 / TILES;
   Chunk<T> norm[kWarps][kStages][4];
+  float scratch[GROUPS][kWarps * kTokens];  // of inverse_rms
 };
 
 __device__ __forceinline__ float finish(float sum, float bias, float residual) { return sum + bias + residual; }

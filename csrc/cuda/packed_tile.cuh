@@ -145,7 +145,9 @@ struct PackedReader {
 constexpr int kTileRing = 512;  // bytes of a ring per lane row and tile
 
 template <int TILES, int GROUPS>
-using PackedMemory = StreamMemory<typename PackedRing<2 * TILES, kTileRing / TILES>::Memory, TILES, GROUPS>;
+struct PackedMemory : StreamMemory<typename PackedRing<2 * TILES, kTileRing / TILES>::Memory, TILES, GROUPS> {
+  float scratch[GROUPS][kWarps * kTokens];
+};
 
 // As TileStream; x and the norm must be aligned.
 template <class T, class W, int TILES, int GROUPS>
