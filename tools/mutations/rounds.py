@@ -47,7 +47,8 @@ BUGS = [
         LAYERSKIP + "decoding/test_graph.py -k may_be_dropped",
     ),
     Mutation(
-        "every number of drafts that are looked up is recorded", DECODING + "batch.py", "SAME = 4", "SAME = 1",
+        "every number of drafts that are looked up is recorded", DECODING + "batch.py",
+        "LOOKUP_MULTIPLE = 4", "LOOKUP_MULTIPLE = 1",
         LAYERSKIP + "decoding/test_graph.py -k any_number",
     ),
     Mutation(

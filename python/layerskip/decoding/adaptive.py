@@ -73,22 +73,14 @@ class Rate:
 class AcceptanceRates:
     """Acceptance rates of the drafts of one sequence, by exit layer and by kind of proposal.
 
-    Parameters
-    ----------
-    shared : dict of int or other key to Rate
-        Rates over all sequences: initial values of a new sequence, updated by its trials.
-
-    Attributes
-    ----------
-    lag : int
-        Tokens that the draft layers of an exit have yet to read before they can draft. Set before each choice.
+    ``shared`` are the rates over all sequences: initial values of a new sequence, updated by its trials.
     """
 
     def __init__(self, shared: dict[Hashable, Rate]) -> None:
         self._shared = shared
         self._own: dict[Hashable, Rate] = {}
         self._recent = (0.0, 0.0)  # expected tokens and seconds of recent rounds
-        self.lag = 0
+        self.lag = 0  # tokens that draft layers must read before they can draft; set before each choice
 
     def at(self, key: Hashable) -> Rate:
         """Return the rate of an exit layer, or of a `Proposal.rate_key`."""
@@ -193,10 +185,6 @@ class CostModel:
     r · v while few rounds were measured. The measured mean of (E, K) itself takes precedence over the formula, which
     counts as one measurement: kernels are tuned for some numbers of rows. Old rounds fade; a round of more than twice
     the expected time counts as twice. Without drafts all E are one choice.
-
-    Parameters
-    ----------
-    sizes : Sizes
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -367,12 +355,9 @@ class Controller:
 
         Parameters
         ----------
-        acceptances, proposals : sequence
-            One for each sequence.
+        acceptances, proposals : sequence, one for each sequence
         exit_layer, num_speculations : int, optional
-            Fixed values for the drafts of exits.
-        exits : bool
-            Whether an exit may draft.
+            Fixed values for the drafts of exits; ``exits`` is whether an exit may draft.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""A batch: the requests that go through their rounds together."""
+"""Batch: requests that go through their rounds together."""
 
 from __future__ import annotations
 
@@ -6,48 +6,35 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models import LayerSkipModel, SharedKVCache
-from .cuda_graphs import Graphs
+from .cuda_graphs import GraphResult, Graphs
 from .request import Clock, DraftKind, Request, RoundKind
 from .sampling import LogitsControls, SamplingParams
 from .scheduler import catch_up_draft_layers
 from .spec_step import LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
 
-SAME = 4  # recorded rounds have a multiple of so many looked-up drafts: more rows cost less than more recordings
-
-
-class Outcome(Protocol):
-    """What a round gives; it may still be on its way."""
-
-    def read(self) -> list[list[int]]:
-        """Wait for it."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
+LOOKUP_MULTIPLE = 4  # recorded rounds have a multiple of this many lookup drafts: rows cost less than recordings
 
 
 class CalledRound(NamedTuple):
-    """The `Outcome` of a round that was called, not recorded."""
+    """A round that was called, not recorded; the methods are those of `GraphResult`."""
 
     result: Tensor
     started: float
     clock: Clock
 
     def read(self) -> list[list[int]]:
-        """See `Outcome`."""
         rows: list[list[int]] = self.result.tolist()
         return rows
 
     @property
     def seconds(self) -> float:
-        """Until now, so ask right after it was read."""
-        return self.clock() - self.started
+        return self.clock() - self.started  # until now, so right after `read`
 
 
 class Launched(NamedTuple):
@@ -55,27 +42,16 @@ class Launched(NamedTuple):
 
     draft_kind: DraftKind
     num_speculations: int
-    outcome: Outcome
+    outcome: CalledRound | GraphResult
     caught_up: bool  # whether draft layers had to catch up before it, so that it took longer
 
 
 class Batch:
     """Requests of one kind of round. A batch lives until a request joins, leaves or changes its kind.
 
-    Parameters
-    ----------
-    model : LayerSkipModel
-    cache : SharedKVCache
-    kind : RoundKind
-    requests : list of Request
-        Each with its first token.
-    graphs : Graphs, optional
-        Records and replays the rounds; without it they are called. Always called are rounds whose drafts have more than
-        one source, and those with a request that has a logits processor of its own: that is Python.
-    free_slots : sequence of int
-        The cache rows that no request uses.
-    clock : callable
-        Gives the time of rounds that are called.
+    ``requests`` have their first tokens. ``graphs`` records and replays the rounds, padded with ``free_slots`` of the
+    cache. Rounds of mixed draft sources, and those with a logits processor of a request's own, which is Python, are
+    always called.
     """
 
     def __init__(
@@ -90,7 +66,7 @@ class Batch:
     ) -> None:
         self._model, self._cache, self._clock = model, cache, clock
         self.kind, self.requests = kind, requests
-        self._graphs = None if graphs is None or _has_own_processor(requests) else graphs
+        self._graphs = None if any(request.logits_processor is not None for request in requests) else graphs
         self._step = spec_step_of(model, cache, requests, recorded=self._graphs is not None)
         self._launched: deque[Launched] = deque()  # and not read
         padding: Sequence[int] = ()
@@ -101,16 +77,20 @@ class Batch:
 
     @property
     def num_speculations(self) -> int:
-        """How many tokens an exit drafts in the next round: as many as any of its sequences can emit.
+        """K of the next round: as many drafts as any of its sequences can emit.
 
-        With graphs it is what was asked for, so that fewer rounds are recorded; drafts beyond a sequence's end change
-        nothing. Where all drafts were looked up it is the number of the longest, with graphs rounded up.
+        With graphs it is the K asked for, or the longest lookup rounded up, so that fewer rounds are recorded; drafts
+        beyond a sequence's end change nothing.
         """
         drafting = [request for request in self.requests if request.lookup_drafts is None]
         if not drafting:
             longest = max(len(request.lookup_drafts or ()) for request in self.requests)
             room = self._cache.capacity - 1 - self._last_position
-            return longest if self._graphs is None else max(longest, min(-(-longest // SAME) * SAME, room))
+            return (
+                longest
+                if self._graphs is None
+                else max(longest, min(-(-longest // LOOKUP_MULTIPLE) * LOOKUP_MULTIPLE, room))
+            )
         if self._graphs is not None:
             return self.kind.num_speculations or max(request.num_speculations for request in drafting)
         return self.kind.num_speculations or max(request.useful_drafts for request in drafting)
@@ -129,52 +109,52 @@ class Batch:
 
     @property
     def under_way(self) -> bool:
-        """Whether a round was launched that is still to be read."""
+        """Whether a launched round was not read."""
         return bool(self._launched)
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether another round may be launched before the one under way is read.
+        """Whether another round may be launched before the last one is read.
 
-        Its sequences are on the card, and one that turns out to have ended changes nothing: what it writes lies behind
-        its end. But nothing may be written behind the end of the cache, drafts must not depend on what the host reads
-        first, and it would be in vain where no sequence can go on.
+        Its tokens are on the GPU. If a sequence turns out to have ended, the round wrote behind its end, where nobody
+        reads. But it must not write behind the end of the cache, drafts must not depend on what the host reads first,
+        and some sequence must need another token.
         """
         if self._graphs is None or any(request.lookup is not None for request in self.requests):
             return False
         if self._has_draft_layers and self._launched[-1].num_speculations == 0:
-            return False  # draft layers have not read what that round gives
+            return False  # draft layers have not read the tokens of that round
         positions = self._launched[-1].num_speculations + 1 + self.num_speculations + 1
         fits = self._last_position + positions <= self._cache.capacity
         return fits and any(request.remaining > 1 for request in self.requests)
 
     @property
     def failures(self) -> dict[int, Exception]:
-        """What the requests' own logits processors raised, by index."""
+        """Exceptions of the requests' own logits processors, by index."""
         return self._step.failures
 
     def run(self) -> tuple[Launched, list[list[int]]]:
-        """A round, as `read` gives it; the next one is launched before that, if it can be."""
-        if not self._launched:
-            self.launch()
-        if self.runs_ahead:
-            self.launch()
+        """Run a round and return it with its results; launch the next one before reading, if possible."""
+        with torch.inference_mode():
+            if not self._launched:
+                self.launch()
+            if self.runs_ahead:
+                self.launch()
         return self.read()
 
-    @torch.inference_mode()
     def launch(self) -> None:
-        """Launch a round; where it is not recorded, it is called."""
+        """Launch a recorded round, or call it."""
         started, sequences = self._clock(), self._sequences
         draft_kind, num_speculations = self.draft_kind, self.num_speculations
-        caught_up = self._let_draft_layers_follow(num_speculations)
+        caught_up = self._catch_up(num_speculations)
         looks_up = draft_kind is DraftKind.LOOKUP and (num_speculations or sequences.draws)
         if looks_up or draft_kind is DraftKind.MIXED:
             drafts = [request.lookup_drafts or () for request in self.requests]
             drafts += [()] * (sequences.token.shape[0] - len(drafts))  # of the padding
-            most = num_speculations if looks_up else max(map(len, drafts))
-            lookup = LookupDrafts.of(drafts, most, self._model.vocab_size, self._model.device, sequences.draws)
+            longest = num_speculations if looks_up else max(map(len, drafts))
+            lookup = LookupDrafts.of(drafts, longest, self._model.vocab_size, self._model.device, sequences.draws)
             sequences = replace(sequences, lookup=lookup)
-        outcome: Outcome
+        outcome: CalledRound | GraphResult
         if self._graphs is None or draft_kind is DraftKind.MIXED:
             outcome = CalledRound(self._run(sequences, draft_kind, num_speculations), started, self._clock)
         else:
@@ -188,15 +168,12 @@ class Batch:
         self._launched.append(Launched(draft_kind, num_speculations, outcome, caught_up))
 
     def read(self) -> tuple[Launched, list[list[int]]]:
-        """The round that was launched first, and for each request what `round` describes.
-
-        This is the round's only synchronisation.
-        """
+        """Wait for the oldest launched round: the only synchronization of a round."""
         launched = self._launched.popleft()
         results = launched.outcome.read()[: len(self.requests)]
         if self._has_draft_layers and launched.num_speculations:
             for request, (accepted, *_) in zip(self.requests, results, strict=True):
-                if request.lookup_drafts is None:  # what was rejected is read again
+                if request.lookup_drafts is None:  # rejected drafts are read again
                     request.num_draft_cached = request.position + accepted + 1
         return launched, results
 
@@ -204,11 +181,8 @@ class Batch:
     def _has_draft_layers(self) -> bool:
         return self.kind.speculative and self._model.decoder.num_draft_layers > 0
 
-    def _let_draft_layers_follow(self, num_speculations: int) -> bool:
-        """Let the exit's draft layers read what has come since it drafted last, for the requests it drafts for.
-
-        Whether there was anything to read; after a round under way there is not, see `runs_ahead`.
-        """
+    def _catch_up(self, num_speculations: int) -> bool:
+        """Run draft layers on tokens that they have not read; whether there were any. There are none after a round."""
         if not (self._has_draft_layers and num_speculations) or self._launched:
             return False
         late = [request for request in self.requests if request.lookup_drafts is None and request.draft_lag]
@@ -228,7 +202,7 @@ class Batch:
         return step.speculate(sequences, kind.exit_layer, num_speculations, kind.draft_threshold, lookup_rows)
 
     def _tensors_at_fixed_addresses(self) -> list[Tensor]:
-        """What a recorded round reads and writes, besides the sequences: weights, tables and cache."""
+        """Weights, tables and cache, which a recorded round reads and writes."""
         model, cache = self._model, self._cache
         heads = [(one.norm_weight, one.head_weight, one.token_map, one.scale) for one in (model.head, model.draft_head)]
         weights = model.decoder.layer_weights(0, model.num_layers + model.decoder.num_draft_layers)
@@ -237,7 +211,7 @@ class Batch:
 
 
 def sequences_of(model: LayerSkipModel, requests: Sequence[Request], padding: Sequence[int] = ()) -> SequenceTensors:
-    """The tensors of some requests of one kind as they are now, and of padding in free rows of the cache."""
+    """Return the tensors of requests of one kind, and of padding in free slots."""
     zeros = [0] * len(padding)
     sequences = SequenceTensors.of(
         [(request.new_tokens or [0])[-1] for request in requests] + zeros,
@@ -257,14 +231,9 @@ def sequences_of(model: LayerSkipModel, requests: Sequence[Request], padding: Se
 def spec_step_of(
     model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request], recorded: bool = False
 ) -> SpecStep:
-    """The step of some requests of one kind. One that a CUDA graph records must not look at values on the host."""
+    """Return the step of requests of one kind. A recorded one must not read values on the host."""
     if not requests[0].processed:
         return SpecStep(model, cache)
     processors = [request.logits_processor for request in requests]
     pipeline = LogitsPipeline(processors, [request.history for request in requests])
     return SpecStep(model, cache, pipeline, may_sync=not recorded and model.device.type == "cpu")
-
-
-def _has_own_processor(requests: Sequence[Request]) -> bool:
-    """Whether one of them has a processor that is Python, which no graph can record."""
-    return any(request.logits_processor is not None for request in requests)

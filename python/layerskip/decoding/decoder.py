@@ -293,7 +293,11 @@ class SelfSpeculativeDecoder:
             ]  # fmt: skip
             if streamer is not None:
                 streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
-            return GenerationOutput.of_batch(_outputs(session, requests, streamer), pad)
+            outputs: dict[int, GenerationOutput] = {}
+            for update in session.run(streamer):
+                if update.output is not None:
+                    outputs[update.request_id] = update.output
+            return GenerationOutput.of_batch([outputs[request_id] for request_id in requests], pad)
 
     def stream(
         self,
@@ -446,19 +450,6 @@ def _unmasked(number: int, row: Any, mask: Any) -> Any:
     return row[kept[0] : kept[-1] + 1]
 
 
-def _outputs(session: Session, request_ids: Sequence[int], streamer: Streamer | None) -> list[GenerationOutput]:
-    """Run all requests of a session and return the outputs of these."""
-    outputs: dict[int, GenerationOutput] = {}
-    for update in session.run():
-        if streamer is not None:
-            streamer.put(torch.tensor(update.tokens))
-        if update.output is not None:
-            outputs[update.request_id] = update.output
-    if streamer is not None:
-        streamer.end()
-    return [outputs[request_id] for request_id in request_ids]
-
-
 class Conversation:
     """Turns that continue each other.
 
@@ -522,11 +513,14 @@ class Conversation:
         request = self._session.add(whole, max_new_tokens, keep=True, **options)
         if streamer is not None:
             streamer.put(ids.cpu())
+        output = None
         try:
-            (output,) = _outputs(self._session, [request], streamer)
+            for update in self._session.run(streamer):
+                output = update.output
         except BaseException:
             if len(self._session):
                 self._session.remove(request)
             raise
+        assert output is not None
         self.tokens = output.sequences[0].tolist()
         return output

@@ -27,10 +27,6 @@ class Detokenizer:
     The text of a token depends on the tokens before it: SentencePiece drops a leading space, and one character may take
     several tokens. So the last few tokens are decoded again with each new one; the piece is the difference, without an
     incomplete character. Prompt and pieces together are the text of all tokens.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -108,21 +104,8 @@ class SequenceText:
     """Visible text of one sequence, token by token, up to the first stop string.
 
     Text that may be the start of a stop string is held back. The stop string that ends first counts, and of several
-    the one that starts first, however the text is cut into tokens. Special tokens are matched, visible or not.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-    stop_strings : str or sequence of str
-    skip_special_tokens : bool
-        Omit the text of special tokens.
-    include_stop_string : bool
-        End after the stop string instead of before it.
-
-    Attributes
-    ----------
-    stopped : bool
-        Whether a stop string was found. Later tokens are ignored.
+    the one that starts first, however the text is cut into tokens. Special tokens are matched, visible or not. Once
+    ``stopped``, later tokens are ignored.
     """
 
     def __init__(

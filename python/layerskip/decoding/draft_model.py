@@ -135,14 +135,7 @@ Lent = tuple[SharedKVCache, Graphs | None]  # a cache and, on a GPU, the rounds 
 
 
 class CachePool:
-    """Idle KV caches of a decoder, at most as many as were ever in use at once.
-
-    Attributes
-    ----------
-    model : LayerSkipModel
-    idle : list of (SharedKVCache, Graphs or None)
-        The last one serves the next call.
-    """
+    """Idle KV caches of a decoder, at most as many as were ever in use at once; the last one serves the next call."""
 
     def __init__(self, model: LayerSkipModel) -> None:
         self.model = model
@@ -185,30 +178,8 @@ class CachePool:
 class DraftModel:
     """A model and its exit, kept up to date with the model that it was made from.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel or LayerSkipModel
-    exit_layer : int, "auto" or None
-        None: "auto", or the layer of ``exit``.
-    exit_choices : sequence of int, optional
-        Layers that "auto" picks from, without ``exit``.
-    exit : Exit, str, Path or None
-        A trained exit, or its name or path; None: the model's own layers and norm.
-    draft_head : {"full", "int8"}, DraftHead or None
-        None: the head of ``exit``, or all rows of the model's.
-
-    Attributes
-    ----------
-    model : LayerSkipModel
-    exit_layer : int or "auto"
-    controller : Controller
-    caches : CachePool
-        Of ``model``.
-
-    Raises
-    ------
-    ValueError
-        If the exit, the draft head, or a layer does not fit the model.
+    The parameters are those of `SelfSpeculativeDecoder`. ``model``, ``controller`` and ``caches`` change together when
+    the model has changed.
     """
 
     def __init__(
@@ -231,12 +202,7 @@ class DraftModel:
         self._adopt(models.adapt(model) if self._watch else model)
 
     def follow(self) -> CachePool:
-        """Adapt the model anew if it has changed, and copy its head anew if the weights have.
-
-        Returns
-        -------
-        CachePool
-            Caches of the model as it is now, with this model.
+        """Adapt the model anew if it has changed, copy its head anew if the weights have; return its caches.
 
         Raises
         ------

@@ -175,20 +175,7 @@ def max_drafts(source: str | DraftSource) -> int:
 
 
 class Lookup:
-    """Lookup of draft tokens for one sequence.
-
-    Parameters
-    ----------
-    source : DraftSource
-        Of this sequence alone.
-    prompt_tokens : list of int
-    vocab_size : int
-
-    Attributes
-    ----------
-    proposal : Proposal
-        The last one, whether it is drafted or not.
-    """
+    """Lookup of draft tokens for one sequence; ``proposal`` is the last one, whether it is drafted or not."""
 
     def __init__(self, source: DraftSource, prompt_tokens: list[int], vocab_size: int) -> None:
         self._source, self._history, self._vocab_size = source, list(prompt_tokens), vocab_size
@@ -196,15 +183,7 @@ class Lookup:
         self.proposal = Proposal((), source.name, 0, source.match_grows)
 
     def propose(self, new_tokens: Sequence[int], limit: int) -> None:
-        """Ask the source for at most ``limit`` tokens after the prompt and these new tokens.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a token is not in the vocabulary.
-        Exception
-            Of the user's own source.
-        """
+        """Ask the source for at most ``limit`` tokens after the prompt and these new tokens; check them."""
         source = self._source
         self._history.extend(new_tokens[len(self._history) - self._num_prompt_tokens :])
         found = source.propose(self._history) if limit > 0 else ()

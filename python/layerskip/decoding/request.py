@@ -90,66 +90,24 @@ class RoundKind(NamedTuple):
 
     Greedy requests share rounds whatever K they ask for, because more drafts change no greedy token: here their K is 0.
     For sampled requests K decides which noise a token is drawn with.
-
-    Attributes
-    ----------
-    speculative : bool
-    num_layers : int
-        Layers that emit tokens: E with the strategy "early_exit", else L.
-    exit_layer : int or None
-        Layer that drafts; None if drafts come from lookup only. Such requests may join any speculative round.
-    num_speculations : int
-    draft_threshold : float
-    processed : bool
-        Whether logits are written and processed.
     """
 
     speculative: bool
-    num_layers: int
-    exit_layer: int | None = None
+    num_layers: int  # layers that emit tokens: E with the strategy "early_exit", else L
+    exit_layer: int | None = None  # None if drafts come from lookup only; such requests may join any speculative round
     num_speculations: int = 0
     draft_threshold: float = 0.0
-    processed: bool = False
+    processed: bool = False  # whether logits are written and processed
 
 
 @dataclass(eq=False)
 class Request:
-    """A request of a session.
-
-    Attributes
-    ----------
-    prompt_ids : Tensor [1, N], int64
-    keep : bool
-        Retain its slot when it has ended.
-    continue_from : int or None
-        Id of the retained request whose slot it takes over.
-    prompt_tokens, new_tokens : list of int
-    drafted : list of bool
-        Whether each new token was a draft.
-    reason : str or None
-        Why it ended; None before.
-    num_reported : int
-        New tokens that were in updates.
-    slot : int
-        Row of the KV cache; -1 while it waits.
-    num_prefilled : int
-        Prompt tokens in the cache; ``num_reused`` of them were there before.
-    last_hidden : Tensor [1, D] or None
-        State of the last prompt token, once it is prefilled.
-    num_draft_cached : int
-        Tokens that the draft layers of an exit have read.
-    history : History or None
-        All tokens on the device, for its logits processor.
-    exit_layer, num_speculations : int
-        E, or None before the first choice, and K of the next round.
-    lookup_drafts : list of int or None
-        Drafts of the next round; None if an exit drafts.
-    """
+    """A request of a session: its options, then its progress."""
 
     id: int
     model: LayerSkipModel
     options: RequestOptions
-    prompt_ids: Tensor
+    prompt_ids: Tensor  # [1, N], int64
     max_new_tokens: int
     sampling: SamplingParams
     seed: int
@@ -157,20 +115,20 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     should_stop: StopRule | None = None
     logits_processor: LogitsProcessor | None = None
-    keep: bool = False
-    continue_from: int | None = None
+    keep: bool = False  # whether its slot is retained when it has ended
+    continue_from: int | None = None  # id of the retained request whose slot it takes over
     clock: Clock = time.perf_counter
 
     new_tokens: list[int] = field(default_factory=list, init=False)
-    drafted: list[bool] = field(default_factory=list, init=False)
-    reason: str | None = field(default=None, init=False)
-    num_reported: int = field(default=0, init=False)
-    slot: int = field(default=-1, init=False)
-    num_prefilled: int = field(default=0, init=False)
-    num_reused: int = field(default=0, init=False)
-    last_hidden: Tensor | None = field(default=None, init=False)
+    drafted: list[bool] = field(default_factory=list, init=False)  # whether each new token was a draft
+    reason: str | None = field(default=None, init=False)  # why it ended
+    num_reported: int = field(default=0, init=False)  # new tokens that were in updates
+    slot: int = field(default=-1, init=False)  # row of the KV cache; -1 while it waits
+    num_prefilled: int = field(default=0, init=False)  # prompt tokens in the cache
+    num_reused: int = field(default=0, init=False)  # of these, those that were there before
+    last_hidden: Tensor | None = field(default=None, init=False)  # state [1, D] of the last prompt token
     history: History | None = field(default=None, init=False)
-    lookup_drafts: list[int] | None = field(default=None, init=False)
+    lookup_drafts: list[int] | None = field(default=None, init=False)  # of the next round; None if an exit drafts
 
     def __post_init__(self) -> None:
         options, model = self.options, self.model
@@ -181,7 +139,7 @@ class Request:
         if options.strategy == "early_exit" and self.exit_layer is not None:
             self.num_layers = self.exit_layer
         self.lookup = options.new_lookup(self.prompt_tokens, model.vocab_size)
-        self.num_draft_cached = len(self.prompt_tokens)
+        self.num_draft_cached = len(self.prompt_tokens)  # tokens that the draft layers of an exit have read
         self._pending: deque[tuple[int, bool]] = deque()  # tokens of a round to emit; whether they were drafts
         self._fault: str | None = None
         self._rounds: list[tuple[int, RoundRecord]] = []  # number of new tokens before it; its drafts

@@ -15,14 +15,7 @@ from . import validation
 
 
 class History:
-    """All tokens of a sequence on the device, for logits processors: prompt, new tokens, drafts of this round.
-
-    Parameters
-    ----------
-    prompt_tokens : Tensor [1, N], int64
-    room : int
-        Capacity for new tokens and drafts.
-    """
+    """All tokens of a sequence on the device, for logits processors: prompt, new tokens, drafts of this round."""
 
     def __init__(self, prompt_tokens: Tensor, room: int) -> None:
         self._tokens = torch.cat([prompt_tokens[0], prompt_tokens.new_zeros(room)])
@@ -152,34 +145,17 @@ def params_of_each(
 
 @dataclass(frozen=True)
 class LogitsControls:
-    """Sampling parameters of a batch as tensors; row b belongs to sequence b, None where no sequence needs it.
+    """Sampling parameters of a batch as tensors; row b belongs to sequence b, None where no sequence needs it."""
 
-    Attributes
-    ----------
-    temperature : Tensor [B, 1], fp32
-        1 for greedy sequences.
-    draws : Tensor [B], fp32
-        1 to sample, 0 for the argmax.
-    bias : Tensor [B, V], fp32, or None
-    penalty : Tensor [B, 1], fp32, or None
-    seen : Tensor [B, V], bool, or None
-        Tokens to penalize: all of prompt and continuation. A round adds what it emits.
-    top_k : Tensor [B, 1], int64, or None
-        V keeps all.
-    top_p, min_p : Tensor [B, 1], fp32, or None
-    largest_k : int
-        Upper bound of all k below V: a power of two, so that few rounds are recorded.
-    """
-
-    temperature: Tensor
-    draws: Tensor
-    bias: Tensor | None
-    penalty: Tensor | None
-    seen: Tensor | None
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
-    largest_k: int
+    temperature: Tensor  # [B, 1], fp32; 1 for greedy sequences
+    draws: Tensor  # [B], fp32; 1 to sample, 0 for the argmax
+    bias: Tensor | None  # [B, V], fp32
+    penalty: Tensor | None  # [B, 1], fp32
+    seen: Tensor | None  # [B, V], bool: the tokens to penalize, prompt included; a round adds what it emits
+    top_k: Tensor | None  # [B, 1], int64; V keeps all
+    top_p: Tensor | None  # [B, 1], fp32
+    min_p: Tensor | None  # [B, 1], fp32
+    largest_k: int  # upper bound of all k below V: a power of two, so that few rounds are recorded
 
     @classmethod
     def of(

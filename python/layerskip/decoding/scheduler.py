@@ -139,11 +139,6 @@ class ChunkedPrefill:
     Elsewhere torch's matmuls read prompts; on a GPU they are made for many rows. Their rounding depends on the number
     of rows. So each prompt is read alone and always cut at multiples of `TORCH_ROWS`, and only whole parts between two
     cuts of a prompt may be reused.
-
-    Parameters
-    ----------
-    model : LayerSkipModel
-    cache : SharedKVCache
     """
 
     def __init__(self, model: LayerSkipModel, cache: SharedKVCache) -> None:
@@ -160,14 +155,9 @@ class ChunkedPrefill:
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], limit: int = sys.maxsize) -> int:
-        """Run one chunk and return its number of tokens.
+        """Run one chunk of at most ``limit`` tokens and return its size; torch's matmuls read up to the next cut.
 
-        Parameters
-        ----------
-        requests : sequence of Request
-            With unread tokens and the same layers; only one where torch's matmuls read.
-        limit : int
-            The most tokens; torch's matmuls read up to the next cut in any case.
+        The requests have unread tokens and the same layers; where torch's matmuls read, there is one.
         """
         model, first = self._model, requests[0]
         layers: dict[str, Any] = {"end": first.num_layers, "draft_layers": first.num_prefill_layers > first.num_layers}
@@ -218,25 +208,6 @@ class Scheduler:
 
     The slot of an ended request may be retained for its cached prefix, until it is released or continued, or until a
     request needs a slot and none is free: then the least recently used one goes.
-
-    Parameters
-    ----------
-    model : LayerSkipModel
-    cache : SharedKVCache
-    budget : TokenBudget
-        For the prefill of a step.
-    clock : callable
-        Seconds, for the budget.
-    max_waiting : int, optional
-        Requests that may wait beyond those for which there are slots.
-
-    Attributes
-    ----------
-    waiting, prefilling : deque and list of Request
-    running : dict of int to Request
-    retained : dict of int to Request
-        Ended requests that keep their slots, by id, the least recently used first.
-    free_slots : list of int
     """
 
     def __init__(
@@ -248,7 +219,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: dict[int, Request] = {}
-        self.retained: OrderedDict[int, Request] = OrderedDict()
+        self.retained: OrderedDict[int, Request] = OrderedDict()  # ended, by id, the least recently used first
         self.free_slots = list(range(cache.batch_size))[::-1]
 
     def __len__(self) -> int:
@@ -263,16 +234,8 @@ class Scheduler:
     def run_prefill(self) -> Iterator[tuple[Request, Exception | None]]:
         """Prefill within the budget of the step, or without a limit while nothing runs.
 
-        Yields
-        ------
-        (Request, Exception or None)
-            A request whose prefill is complete, or has failed. It is yielded again by later calls until it is started
-            or removed.
-
-        Raises
-        ------
-        RuntimeError
-            If requests wait, and no slot is free or in use: they would wait forever.
+        Yield the requests whose prefill is complete, or has failed; later calls yield them again until they are started
+        or removed. RuntimeError if requests wait and no slot is free or in use: they would wait forever.
         """
         while requests := self._admit():
             num_layers = requests[0].num_prefill_layers

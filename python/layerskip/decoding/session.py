@@ -16,7 +16,7 @@ from .adaptive import Choice, Controller
 from .batch import Batch, Launched, sequences_of, spec_step_of
 from .cuda_graphs import Graphs, warn_unrecorded
 from .draft_sources import DraftSource
-from .outputs import Update
+from .outputs import Streamer, Update
 from .request import Clock, DraftKind, Request, RequestOptions, RoundKind, StopRule
 from .sampling import History, LogitsProcessor, SamplingParams, params_of, seed_of
 from .scheduler import Scheduler, prefill_budget
@@ -30,28 +30,8 @@ class Session:
     others wait, first come first served. Prompts are prefilled in chunks between the rounds of running requests, and a
     prefix that is in the cache already is copied.
 
-    Parameters
-    ----------
-    model : LayerSkipModel
-    cache : SharedKVCache
-        With room for the longest sequence and a round's drafts in every slot.
-    defaults : RequestOptions
-    controller : Controller
-        Picks the values of "auto".
-    max_seq_len : int
-        Longest prompt and continuation.
-    max_speculations : int
-        Largest K.
-    generator : torch.Generator, optional
-        Draws the seeds of requests without one; by default torch's own.
-    clock : callable
-        Seconds, for the controller and the statistics.
-    graphs : Graphs, optional
-        Records the rounds over ``cache``; without it they are called.
-    prompt_tokens_per_step : int, "auto" or None
-        Prompt tokens that a step prefills while requests run, see `SelfSpeculativeDecoder.open_session`.
-    max_waiting : int, optional
-        Requests that may wait beyond those for which there are slots; by default any number.
+    ``cache`` has room for ``max_seq_len`` and ``max_speculations`` + 1 positions in every slot; ``graphs`` records the
+    rounds over it. The other parameters are those of `SelfSpeculativeDecoder.open_session`.
     """
 
     def __init__(
@@ -208,13 +188,17 @@ class Session:
         updates, self._updates = self._updates, {}
         return list(updates.values())
 
-    def run(self) -> Iterator[Update]:
-        """Step until all requests have ended; raise the error of a request that fails."""
+    def run(self, streamer: Streamer | None = None) -> Iterator[Update]:
+        """Step until all requests have ended; raise the error of a request that fails. ``streamer`` gets new tokens."""
         while len(self):
             for update in self.step():
                 if update.error is not None:
                     raise update.error
+                if streamer is not None:
+                    streamer.put(torch.tensor(update.tokens))
                 yield update
+        if streamer is not None:
+            streamer.end()
 
     def cancel(self, request_id: int) -> None:
         """End a request. The next step's update of it has the reason "cancelled" and the output so far."""
