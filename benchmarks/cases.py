@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import layerskip_kernels as lk
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 from layerskip_kernels.formats import can_interleave, dequantize, interleave, quantize
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 EPS = 1e-5
 DTYPE = torch.bfloat16

@@ -11,7 +11,7 @@ from torch import Tensor
 import layerskip_kernels as lk
 from layerskip.models import EarlyExitHead, LayerSkipModel, PartialDepthDecoder
 from layerskip_kernels import LayerWeights
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 EPS = 1e-5
 CACHE_CAPACITY, CACHE_LENGTH = 1024, 512

@@ -2,17 +2,6 @@
 
 from . import cpu_loss, dispatch, layers, reference, triton  # all but layers, and _extension, enter implementations
 from ._extension import cpu_isa, multiplies_panels, set_cpu_isa
-from .bundles import (
-    Acceptance,
-    Draft,
-    EarlyExitLossOutput,
-    ExitOutput,
-    Head,
-    KVCache,
-    LayerWeights,
-    Noise,
-    Round,
-)
 from .dispatch import BackendError, Explanation, explain, use_backend
 from .functional import (
     early_exit_loss,
@@ -23,6 +12,17 @@ from .functional import (
     rope_kv_append,
     swiglu,
     verify_attention,
+)
+from .schemas import (
+    Acceptance,
+    Draft,
+    EarlyExitLossOutput,
+    ExitOutput,
+    Head,
+    KVCache,
+    LayerWeights,
+    Noise,
+    Round,
 )
 from .speculative import accept_greedy, accept_sampled, draft, speculative_round
 

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from . import _registration, dispatch
-from ._namespace import PUBLIC, has_native, native_ops
-from .bundles import REQUIRED_WEIGHTS
 from .formats import is_packed
-from .schemas import SCHEMAS
+from .schemas import PUBLIC, REQUIRED_WEIGHTS, SCHEMAS, has_native, native_ops
 
 
 def _path(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Registers the ops with torch: schemas, fakes and autograd; nothing else.
 
-Two namespaces share the schemas, see `_namespace`: ``layerskip::<op>`` is what users call, its kernel is
+Two namespaces share the schemas, see `schemas`: ``layerskip::<op>`` is what users call, its kernel is
 `dispatch.serve`; ``layerskip_native::<op>`` is what the compiled libraries implement.
 """
 
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from ._namespace import NATIVE, PUBLIC, native_ops
 from ._ops import add_op_namespace_prefix, ops
 from .formats import dequantize
-from .schemas import SCHEMAS
+from .schemas import NATIVE, PUBLIC, SCHEMAS, native_ops
 
 _public = torch.library.Library(PUBLIC, "DEF")
 _native = torch.library.Library(NATIVE, "DEF")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from ._namespace import native_ops
 from .dispatch import implements, serves_device
 from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_ref
+from .schemas import native_ops
 
 # Rows and tokens of a forward tile. Its fp32 logits, 2 MB, stay in the cache, and what it adds to is [rows, D], so many
 # tokens are good. The head's gradient goes by strips of tokens for all rows: as many as fit in 2 MB, or at least 128.

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .bundles import EarlyExitLossOutput, ExitOutput, KVCache
 from .dispatch import call
-from .schemas import flatten
+from .schemas import EarlyExitLossOutput, ExitOutput, KVCache, flatten
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

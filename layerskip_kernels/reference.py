@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _noise
-from .bundles import KVCache, LayerWeights, split_layers
 from .dispatch import implements
 from .formats import dequantize
-from .schemas import bind, flatten
+from .schemas import KVCache, LayerWeights, bind, flatten, split_layers
 from .speculative import compose_draft, compose_round
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .bundles import Acceptance, Draft, Head, KVCache, Noise, Round
 from .dispatch import call
 from .formats import lookup
-from .schemas import bind, derive, flatten
+from .schemas import Acceptance, Draft, Head, KVCache, Noise, Round, bind, derive, flatten
 
 Token = TypeVar("Token")
 Drafted = TypeVar("Drafted")

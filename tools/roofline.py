@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 from layerskip_kernels.formats import FORMATS
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 from tests.cuda_emulation import Traffic, library
 from tests.kernels.cuda_ops.runners import Emulated
 

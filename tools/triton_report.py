@@ -23,11 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS, KVCache, LayerWeights, layer_shapes
 from layerskip_kernels.formats import FORMATS
-from layerskip_kernels.schemas import derive, flatten
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, KVCache, LayerWeights, derive, flatten, layer_shapes
 from layerskip_kernels.triton import (
-    _config,
+    _launch,
     accept_greedy,
     accept_sampled,
     draft,
@@ -256,7 +255,7 @@ def tuned(launch: Launch) -> list[Launch]:
             arguments={**launch.arguments, "BLOCK_N": config.block_n},
             options={**launch.options, "num_warps": config.num_warps, "num_stages": config.num_stages},
         )
-        for config in _config.SPACE
+        for config in _launch.SPACE
     ]
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundles import REQUIRED_WEIGHTS, LayerWeights
 from ..dispatch import device_of, forced, implements
 from ..formats import format_of, is_interleaved, is_packed, takes_packed
+from ..schemas import REQUIRED_WEIGHTS, LayerWeights
 
 FILES = {  # the ops of each file
     "rms_norm": ["rms_norm"],
@@ -49,7 +49,7 @@ def _installed() -> str | None:
 
 
 @cache
-def _device(kind: str, index: int | None) -> str | None:
+def _device_reason(kind: str, index: int | None) -> str | None:
     """Why the kernels cannot run on a device, or None."""
     if kind == "cpu":
         interpreted = import_module("._launch", __name__).INTERPRETED
@@ -101,7 +101,7 @@ def _supports_plain(*args: Any) -> str | None:
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "float64 is not served"
     device = tensors[0].device
-    return _device(device.type, device.index)
+    return _device_reason(device.type, device.index)
 
 
 @cache

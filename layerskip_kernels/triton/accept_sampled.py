@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
+from ._device import ACCEPT, RESIDUAL, gumbel, uniform, warmth
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
-from ._noise import ACCEPT, RESIDUAL, gumbel, uniform, warmth
 
 NO_TOKEN = tl.constexpr(2147483647)
 ROW_BLOCK, TILE, FINISH_BLOCK = 4096, 1024, 1024  # tokens of a step of one row, of a tile; tiles of a step

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import speculative
-from ..bundles import Draft
+from ..schemas import Draft
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from .exit_head import exit_head
 from .partial_forward import partial_forward

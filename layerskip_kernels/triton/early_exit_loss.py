@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import check_labels, label_counts
+from ._device import dot, row_dot
 from ._launch import INTERPRETED, launch_options, on, power_of_two, wait_for_inputs
-from ._tiles import dot, row_dot
 from .rms_norm import rms_norm
 
 GROUP = 16  # vocabulary tiles that one program of the forward pass takes

@@ -10,10 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._config import Config, block_k, pick, streaming_options
-from ._launch import ROWS, fetch_weights, launch_options, on, wait_for_inputs
-from ._noise import DRAW, gumbel, warmth
-from ._tiles import row_dot
+from ._device import DRAW, gumbel, row_dot, warmth
+from ._launch import ROWS, Config, block_k, fetch_weights, launch_options, on, pick, streaming_options, wait_for_inputs
 from .rms_norm import rms_norm
 
 NO_ROW = tl.constexpr(2147483647)

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..bundles import KVCache, LayerWeights, split_layers
-from ..schemas import bind
+from ..schemas import KVCache, LayerWeights, bind, split_layers
 from .linear import linear, qkv, swiglu
 from .rms_norm import rms_norm
 from .rope_kv_append import rope_kv_append

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import inverse_rms
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
-from ._tiles import inverse_rms
 
 WIDEST = 128  # columns summed at a time: the tree brings them all into each thread, and more of them would spill
 OUT_BLOCK = 2048

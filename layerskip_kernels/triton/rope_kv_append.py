@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
+from ._device import inverse_rms
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
-from ._tiles import inverse_rms
 from .rms_norm import norm_block
 
 

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
+from ._device import dot
 from ._launch import INTERPRETED, ROWS, launch_options, on, power_of_two, wait_for_inputs
-from ._tiles import dot
 from .rope_kv_append import slot_of
 
 SPLIT = 128  # positions of one program; fixed, so that the order of additions never depends on the lengths

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 from layerskip_kernels.formats import quantize
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 from .common import Inputs, rope_tables
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerskip_kernels as lk
 from layerskip_kernels import functional
-from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
+from layerskip_kernels.schemas import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 
 from .common import PATHS, Inputs, run, running_on
 from .examples import CALLS, EPS, SIZES, example, layer_weights

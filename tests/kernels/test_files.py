@@ -32,7 +32,7 @@ def test_tuned_configurations_are_kept_there(monkeypatch: pytest.MonkeyPatch, tm
     pytest.importorskip("triton")
     from triton import __version__
 
-    from layerskip_kernels.triton import _config
+    from layerskip_kernels.triton import _launch
 
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
-    assert _config.cache_file("A GPU/1") == tmp_path / f"triton-{__version__}-A-GPU-1.json"
+    assert _launch.cache_file("A GPU/1") == tmp_path / f"triton-{__version__}-A-GPU-1.json"

@@ -11,10 +11,9 @@ from torch import Tensor
 
 import layerskip_kernels as lk
 from layerskip_kernels import formats
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS
 from layerskip_kernels.formats import FORMATS
 from layerskip_kernels.reference import linear_ref, partial_forward_ref, swiglu_ref
-from layerskip_kernels.schemas import bind
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, bind
 from layerskip_kernels.speculative import compose_draft, compose_round
 
 from .common import (

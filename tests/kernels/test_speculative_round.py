@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import layerskip_kernels as lk
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS
-from layerskip_kernels.schemas import bind
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, bind
 from layerskip_kernels.speculative import compose_round
 
 from .common import (

@@ -23,7 +23,7 @@ BUGS = [
         INTERPRETED + "exit_head.py -k over_many_tiles",
     ),
     Mutation(
-        "noise takes the wrong half of a position, in Triton", TRITON + "_noise.py",
+        "noise takes the wrong half of a position, in Triton", TRITON + "_device.py",
         "(offset >> 32).to(tl.uint32)", "(offset >> 31).to(tl.uint32)", INTERPRETED + "exit_head.py -k noise_is",
     ),
     Mutation(

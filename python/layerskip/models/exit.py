@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import LayerWeights
-from layerskip_kernels.bundles import REQUIRED_WEIGHTS, layer_shapes
 from layerskip_kernels.formats import FORMATS, dequantize, quantize
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 from .. import registry
 from .._files import write_atomically

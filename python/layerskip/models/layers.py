@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from layerskip_kernels import KVCache, LayerWeights, linear, partial_forward, rms_norm, rope_kv_append, verify_attention
-from layerskip_kernels.bundles import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 from layerskip_kernels.formats import plain
 from layerskip_kernels.functional import check_layer_weights
+from layerskip_kernels.schemas import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 from layerskip_kernels.speculative import Ops
 
 from .kv_cache import SharedKVCache

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layerskip_kernels.formats import FORMATS, Format, format_of, is_packed, named, pack, quantize
-from layerskip_kernels.rounding import fit
+from layerskip_kernels.formats import FORMATS, Format, fit, format_of, is_packed, named, pack, quantize
 
 from .head import EarlyExitHead
 from .layers import INPUTS, PartialDepthDecoder, Watch, shared

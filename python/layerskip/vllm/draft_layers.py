@@ -15,7 +15,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from layerskip_kernels.bundles import layer_shapes
+from layerskip_kernels.schemas import layer_shapes
 
 from .. import Exit
 from ..models.architectures import ARCHITECTURES, check_model_type

@@ -60,68 +60,68 @@ def test_packed_weights_that_are_not_served() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A stand-in for a weight on a GPU, with an empty table beside it."""
     pytest.importorskip("triton")
-    from layerskip_kernels.triton import _config
+    from layerskip_kernels.triton import _launch
 
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU/1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(_config, "shared_limit", lambda index: 227 * 1024)
-    _config._tuned.cache_clear()
+    monkeypatch.setattr(_launch, "shared_limit", lambda index: 227 * 1024)
+    _launch._tuned.cache_clear()
     yield SimpleNamespace(
         is_cuda=True, device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(2048, 4096), stride=lambda dim: 4096
     )
-    _config._tuned.cache_clear()
+    _launch._tuned.cache_clear()
 
 
 def test_tuning_keeps_the_fastest_on_disk(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerskip_kernels.triton import _config
+    from layerskip_kernels.triton import _launch
 
-    tried: list[_config.Config] = []
-    monkeypatch.setattr(_config, "_fastest", lambda op, run, limit: [run(config) for config in _config.SPACE][5])
+    tried: list[_launch.Config] = []
+    monkeypatch.setattr(_launch, "_fastest", lambda op, run, limit: [run(config) for config in _launch.SPACE][5])
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
-    assert _config.pick("linear", gpu, 1, lambda config: tried.append(config) or config) == _config.SPACE[5]
-    assert tried == list(_config.SPACE)
-    _config._tuned.cache_clear()  # as a new process would find it
+    assert _launch.pick("linear", gpu, 1, lambda config: tried.append(config) or config) == _launch.SPACE[5]
+    assert tried == list(_launch.SPACE)
+    _launch._tuned.cache_clear()  # as a new process would find it
     monkeypatch.delenv("LAYERSKIP_AUTOTUNE")
-    assert _config.pick("linear", gpu, 1, lambda config: pytest.fail("ran again")) == _config.SPACE[5]
+    assert _launch.pick("linear", gpu, 1, lambda config: pytest.fail("ran again")) == _launch.SPACE[5]
     from triton import __version__
 
-    assert _config.cache_file("A GPU/1").name == f"triton-{__version__}-A-GPU-1.json"
+    assert _launch.cache_file("A GPU/1").name == f"triton-{__version__}-A-GPU-1.json"
 
 
 def test_a_prompt_that_comes_first_tunes_nothing(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerskip_kernels.triton import _config
+    from layerskip_kernels.triton import _launch
 
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
-    chosen = _config.pick("linear", gpu, 17, lambda config: pytest.fail("timed a prompt"))
-    assert chosen == _config.default("linear", gpu)
+    chosen = _launch.pick("linear", gpu, 17, lambda config: pytest.fail("timed a prompt"))
+    assert chosen == _launch.default("linear", gpu)
 
 
 @pytest.mark.parametrize("limit", [99 * 1024, 64 * 1024])
 def test_small_gpus_get_what_fits(limit: int, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """sm_86, 89 and 120 have 99 KiB of shared memory a block, gfx942 64: no configuration is tried that exceeds it."""
-    from layerskip_kernels.triton import _config
+    from layerskip_kernels.triton import _launch
 
-    timed: list[_config.Config] = []
-    monkeypatch.setattr(_config, "shared_limit", lambda index: limit)
-    monkeypatch.setattr(_config.triton.testing, "do_bench", lambda run, **options: (run(), float(len(timed)))[1])
+    timed: list[_launch.Config] = []
+    monkeypatch.setattr(_launch, "shared_limit", lambda index: limit)
+    monkeypatch.setattr(_launch.triton.testing, "do_bench", lambda run, **options: (run(), float(len(timed)))[1])
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
     for op in ("linear", "qkv", "swiglu", "exit_head"):
-        assert _config.shared_bytes(op, _config.default(op, gpu)) <= limit
-        _config.pick(op, gpu, 1, timed.append)
+        assert _launch.shared_bytes(op, _launch.default(op, gpu)) <= limit
+        _launch.pick(op, gpu, 1, timed.append)
         assert timed
-        assert all(_config.shared_bytes(op, config) <= limit for config in timed)
-        assert op != "swiglu" or len(timed) < len(_config.SPACE)
+        assert all(_launch.shared_bytes(op, config) <= limit for config in timed)
+        assert op != "swiglu" or len(timed) < len(_launch.SPACE)
         timed.clear()
 
 
 def test_nothing_is_tuned_while_a_graph_is_captured(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerskip_kernels.triton import _config
+    from layerskip_kernels.triton import _launch
 
     monkeypatch.setenv("LAYERSKIP_AUTOTUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    chosen = _config.pick("linear", gpu, 1, lambda config: pytest.fail("ran in a capture"))
-    assert chosen == _config.default("linear", gpu)
+    chosen = _launch.pick("linear", gpu, 1, lambda config: pytest.fail("ran in a capture"))
+    assert chosen == _launch.default("linear", gpu)
 
 
 def test_a_gpu_is_told_once_that_the_kernels_are_unproven(monkeypatch: pytest.MonkeyPatch) -> None:

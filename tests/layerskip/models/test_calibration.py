@@ -10,8 +10,7 @@ from layerskip.models import adapt
 from layerskip.models.adaptation import dequantized
 from layerskip.models.layers import INPUTS
 from layerskip.models.quantize import rounded
-from layerskip_kernels.formats import FORMATS, dequantize, format_of, quantize
-from layerskip_kernels.rounding import fit
+from layerskip_kernels.formats import FORMATS, dequantize, fit, format_of, quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from layerskip_kernels.triton import _config
+from layerskip_kernels.triton import _launch
 from layerskip_kernels.triton._launch import PDL_COMPILES
 from tools import triton_report as report
 
@@ -41,8 +41,8 @@ def flaws(launch: report.Launch, name: str) -> list[str]:
     if used.shared > report.SHARED_LIMIT[target.arch]:
         found.append(f"{used.shared} bytes of shared memory")
     if kernel in STREAMING:
-        config = _config.Config(launch.arguments["BLOCK_N"], launch.options["num_warps"], launch.options["num_stages"])
-        counted = _config.shared_bytes(kernel.removesuffix("_kernel"), config)
+        config = _launch.Config(launch.arguments["BLOCK_N"], launch.options["num_warps"], launch.options["num_stages"])
+        counted = _launch.shared_bytes(kernel.removesuffix("_kernel"), config)
         if used.shared > counted:
             found.append(f"{used.shared} bytes of shared memory, tuning counts on {counted}")
         if PDL_COMPILES and target.arch >= 90 and launch.arguments.get("SPLITS", 1) == 1:
