@@ -28,7 +28,7 @@ struct LayerStack {
     LSK_REQUIRE(k_cache.dim() == 5 && cos.dim() == 2, "the cache must have rank 5, cos 2");
     LSK_REQUIRE(0 <= start && start < end && end <= k_cache.size(0), "layers [", start, ", ", end, ") of ",
                 k_cache.size(0));
-    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers <= k_cache.size(0) - end, "num_blocks must lie in [0, ",
+    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers <= k_cache.size(0) - end, "num_draft_layers must lie in [0, ",
                 k_cache.size(0) - end, "], got ", num_draft_layers);
     const int64_t each = weights_per_layer(), head_dim = k_cache.size(4);
     LSK_REQUIRE((each == kRequiredWeights || each == kAllWeights) &&
@@ -88,8 +88,8 @@ struct RoundWeights {
                int64_t num_draft_layers) {
     LSK_REQUIRE(k_cache.dim() == 5, "the cache must have rank 5");
     const int64_t count = k_cache.size(0), each = count > 0 ? static_cast<int64_t>(weights.size()) / count : 0;
-    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers < count, "num_blocks must lie in [0, ", count - 1, "], got ",
-                num_draft_layers);
+    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers < count, "num_draft_layers must lie in [0, ", count - 1,
+                "], got ", num_draft_layers);
     num_layers = count - num_draft_layers;
     LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
                 exit_layer);

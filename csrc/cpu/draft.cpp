@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                                          const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
                                          const std::optional<Tensor>& slots, double draft_threshold,
                                          const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
-                                         const std::optional<Tensor>& logits, int64_t num_blocks) {
+                                         const std::optional<Tensor>& logits, int64_t num_draft_layers) {
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = norm_weight.size(0);
   const int64_t rows = num_speculations + (extend ? 1 : 0);
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
   Tensor states = torch::stable::new_empty(norm_weight, {batch, rows, hidden_size});
   Tensor probability = torch::stable::new_empty(token, {batch, num_speculations}, ScalarType::Float);
   if (batch == 0 || rows == 0) return {tokens, states, probability};
-  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
+  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_draft_layers};
   const CheckedShape place(stack, batch, 1, hidden_size);
   const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, rows, place.shape.capacity);
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                          hidden_size,
                          num_speculations,
                          rows,
-                         num_blocks,
+                         num_draft_layers,
                          static_cast<float>(draft_threshold),
                          static_cast<int64_t*>(tokens.data_ptr()),
                          static_cast<T*>(states.data_ptr()),

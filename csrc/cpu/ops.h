@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token, const Tensor& embe
                                          const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale,
                                          const std::optional<Tensor>& slots, double draft_threshold,
                                          const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
-                                         const std::optional<Tensor>& logits, int64_t num_blocks);
+                                         const std::optional<Tensor>& logits, int64_t num_draft_layers);
 
 std::tuple<Tensor, Tensor> accept_greedy(const Tensor& draft, const Tensor& target, const Tensor& seq_lens);
 

@@ -31,9 +31,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
     const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
     const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
     const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& draft_norm_weight, int64_t num_blocks) {
+    const std::optional<Tensor>& draft_norm_weight, int64_t num_draft_layers) {
   const int64_t batch = token.size(0), vocab_size = head_weight.size(0);
-  const RoundWeights parts(weights, k_cache, exit_layer, num_blocks);
+  const RoundWeights parts(weights, k_cache, exit_layer, num_draft_layers);
   LSK_REQUIRE(draft_head_weight.has_value() || (!draft_token_map.has_value() && !draft_head_scale.has_value()),
               "draft_token_map and draft_head_scale need a draft_head_weight");
   LSK_REQUIRE(draft_threshold == 0 || !temperature.has_value(), "draft_threshold is ", draft_threshold,
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
   auto [tokens, states, probability] =
       draft(token, embedding, parts.drafting, k_cache, v_cache, cos, sin, seq_lens, exit_layer, draft_norm, draft_head,
             eps, num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
-            draft_logits, num_blocks);
+            draft_logits, num_draft_layers);
   const int64_t num_drafts = longest_draft(tokens), rows = batch * (num_drafts + 1);
   const Tensor hidden = partial_forward(narrow(states, 1, 0, num_drafts + 1), parts.deep, k_cache, v_cache, cos, sin,
                                         seq_lens, exit_layer, parts.num_layers, eps, slots);

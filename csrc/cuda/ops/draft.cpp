@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
     const Tensor& norm_weight, const Tensor& head_weight, double eps, int64_t num_speculations, bool extend,
     const std::optional<Tensor>& token_map, const std::optional<Tensor>& scale, const std::optional<Tensor>& slots,
     double draft_threshold, const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& logits, int64_t num_blocks) {
+    const std::optional<Tensor>& logits, int64_t num_draft_layers) {
   const DeviceScope scope(token_in,
                           {&embedding, &k_cache, &v_cache, &cos, &sin, &seq_lens, &norm_weight, &head_weight});
   check_device(token_in, {&token_map, &scale, &slots, &temperature, &seed, &logits});
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
   const int64_t batch = token.size(0), vocab_size = head_weight.size(0);
   const DraftTensors drafting(token, embedding, norm_weight, num_speculations, extend, draft_threshold);
   if (drafting.empty()) return {drafting.tokens, drafting.states, drafting.probability};
-  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks};
+  const LayerStack stack{weights, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_draft_layers};
   const ForwardShape shape = drafting.shape(stack);
   const Tensor partial = partial_argmax_lse(token, batch, vocab_size);
   const HeadSampling sampling{data<float>(temperature, "temperature", {batch}), data<int64_t>(seed, "seed", {batch})};

@@ -100,12 +100,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
     const std::optional<Tensor>& draft_head_weight, const std::optional<Tensor>& draft_token_map,
     const std::optional<Tensor>& draft_head_scale, const std::optional<Tensor>& slots, double draft_threshold,
     const std::optional<Tensor>& temperature, const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& draft_norm_weight, int64_t num_blocks) {
+    const std::optional<Tensor>& draft_norm_weight, int64_t num_draft_layers) {
   const DeviceScope scope(token_in,
                           {&embedding, &k_cache, &v_cache, &cos, &sin, &seq_lens, &norm_weight, &head_weight});
   check_device(token_in, {&draft_head_weight, &draft_token_map, &draft_head_scale, &slots, &temperature, &seed,
                           &draft_norm_weight});
-  const RoundWeights round_weights(weights, k_cache, exit_layer, num_blocks);
+  const RoundWeights round_weights(weights, k_cache, exit_layer, num_draft_layers);
   LSK_REQUIRE(!temperature.has_value() || seed.has_value(), "temperature needs seed");
   const Tensor token = contiguous(token_in);
   const Heads heads{norm_weight,
@@ -119,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round_op(
   VerifyTensors out(drafting, heads, seq_lens, temperature.has_value());
   if (token.size(0) == 0) return {drafting.tokens, out.accepted, out.next_token, drafting.probability};
   const RoundLayers layers(
-      drafting, {round_weights.drafting, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_blocks},
+      drafting,
+      {round_weights.drafting, k_cache, v_cache, cos, sin, seq_lens, slots, 0, exit_layer, eps, num_draft_layers},
       {round_weights.deep, k_cache, v_cache, cos, sin, seq_lens, slots, exit_layer, round_weights.num_layers, eps});
   AcceptSampledArgs sampled{};
   if (out.logits != nullptr) {
