@@ -26,9 +26,8 @@ from layerskip_kernels.dispatch import BACKENDS, PREFERENCE
 from layerskip_kernels.formats import FORMATS
 
 from .cases import MODELS, OPS, PLAIN, Make
-from .harness import measure
+from .harness import groups, measure
 from .tables import markdown, page, picture
-from .ways import groups
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,9 +100,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 6, 9, 16])
     parser.add_argument("--formats", nargs="+", choices=[PLAIN, *FORMATS], default=[PLAIN, "int8", "int4"])
-    parser.add_argument(
-        "--device", type=known, default="cpu", help="cpu, cuda, cuda:N, or auto, a card if there is one"
-    )
+    parser.add_argument("--device", type=known, default="cpu", help="cpu, cuda, cuda:N, or auto, a GPU if there is one")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="by default all that the device has")
     parser.add_argument("--repeats", type=int, default=9, help="calls of each case at most, at least 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Times ops of whichever `layerskip_kernels` can be imported, one at a time, as `benchmarks.gpu_before` asks for them.
+"""Times ops of whichever `layerskip_kernels` can be imported, one at a time, as `benchmarks.gpu` asks for them.
 
 It imports nothing else of this project, so that it serves an older version, too. It writes a line of JSON: where the
 package is, and the names of its cases. Then, for each name that it reads, it writes the microseconds of a call, and two
@@ -78,7 +78,7 @@ def cases(models: dict[str, tuple[int, ...]], contexts: Any) -> Iterator[tuple[s
 
 
 def microseconds(calls: list[Call], device: str) -> float:
-    """Of a call: on a card within a graph of many, as a decoding round is, each on another copy."""
+    """Of a call: on a GPU within a graph of many, as a decoding round is, each on another copy."""
     chosen = list(itertools.islice(itertools.cycle(calls), CALLS))
     if device == "cpu":
         started = time.perf_counter()

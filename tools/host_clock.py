@@ -1,6 +1,6 @@
 """What the host does in a round whose work is recorded, in microseconds: ``python -m tools.host_clock``.
 
-A stand-in for a card replays nothing and gives the same result again and again, so what is left of a step is Python,
+A stand-in for a GPU replays nothing and gives the same result again and again, so what is left of a step is Python,
 and the small calls of torch around a replay. The model has the layers of a real one, and next to no weights.
 """
 
@@ -38,8 +38,8 @@ class NoEvent:
         return 1.0
 
 
-class NoCard:
-    """A card on which a round takes no time, and accepts half of its drafts."""
+class NoGpu:
+    """A GPU on which a round takes no time, and accepts half of its drafts."""
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
         result = function().clone()
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     made = decoder()
     for name, sampling in KINDS.items():
         for batch in (1, 4):
-            clock = steps(made, batch, sampling, Graphs(NoCard()))
+            clock = steps(made, batch, sampling, Graphs(NoGpu()))
             taken = statistics.median(next(clock) for _ in range(args.steps))
             print(f"{name}, {batch} running: {taken:.1f} us a step")
 

@@ -1,7 +1,7 @@
-"""What the compiler makes of every launch, without a card: ``python -m tools.triton_report``.
+"""What the compiler makes of every launch, without a GPU: ``python -m tools.triton_report``.
 
 The launchers run on meta tensors of real shapes while `JITFunction.run` only records, so what is compiled here is what
-a card would be given.
+a GPU would be given.
 """
 
 from __future__ import annotations

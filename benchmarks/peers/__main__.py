@@ -33,12 +33,9 @@ from layerskip import _ends
 from layerskip._files import Journal, write_atomically
 from layerskip.cli.arguments import read_prompts
 
-from ..harness import machine
-from .document import page
-from .models import Forms
-from .processes import REQUIREMENTS, MissingPeerError, Worker, install
-from .report import Measured, markdown, picture
-from .ways import OURS, TASKS, Way, ways
+from ..harness import MissingPeerError, machine
+from .methods import OURS, REQUIREMENTS, TASKS, Forms, Method, Worker, install, methods
+from .report import Measured, markdown, page, picture
 
 SETTINGS = ("tasks", "engines", "limit", "max_new_tokens", "first_token", "repeat", "threads", "models", "gguf")
 """Of the arguments, those that figures depend on."""
@@ -86,7 +83,7 @@ def _measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     forms = Forms(task.model, args.models, args.gguf or _stock_gguf())
     prompts = [forms.tokenizer(prompt.text).input_ids for prompt in read_prompts(task.prompts, args.limit)]
     length = max([*args.first_token, *map(len, prompts)]) + args.max_new_tokens + 64
-    found = list(ways(task, args.engines, forms, args.threads, length))
+    found = list(methods(task, args.engines, forms, args.threads, length))
     del forms
     with ExitStack() as stack:
         run = Run()
@@ -109,7 +106,7 @@ class Run:
         self.measured: list[Measured] = []
         self.skipped: dict[str, str] = {}
 
-    def load(self, way: Way, stack: ExitStack, prompts: Sequence[list[int]], new_tokens: int) -> None:
+    def load(self, way: Method, stack: ExitStack, prompts: Sequence[list[int]], new_tokens: int) -> None:
         """Start a way's process, and let it decode once what is shortest and longest: caches, and what is compiled."""
         try:
             worker = Worker(way.engine, way.settings)
@@ -136,7 +133,7 @@ class Run:
         """All ways, in an order in which none always follows the same other."""
         return random.Random(seed).sample(self.measured, len(self.measured))
 
-    def _skip(self, way: Way, error: MissingPeerError) -> None:
+    def _skip(self, way: Method, error: MissingPeerError) -> None:
         if way.is_baseline:
             raise RuntimeError(f"{way}, which all are compared with, could not be measured: {error}") from error
         self.skipped[str(way)] = str(error)

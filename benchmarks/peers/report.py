@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from .processes import Worker
-from .ways import OURS, Way
+from ..tables import ABSENT
+from .methods import OURS, Method, Worker
 
 COLUMNS = ("tokens/s", "over ours, autoregressive, bf16", "same texts", "peak MiB", "load s")
 
@@ -18,7 +18,7 @@ COLUMNS = ("tokens/s", "over ours, autoregressive, bf16", "same texts", "peak Mi
 class Measured:
     """A way, its process, and what each prompt gave."""
 
-    way: Way
+    way: Method
     worker: Worker
     tokens: list[int] = field(default_factory=list)  # after the first ones
     seconds: list[float] = field(default_factory=list)
@@ -92,3 +92,148 @@ def picture(tasks: Mapping[str, Mapping[str, Any]]) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
+
+
+BITS = {"bf16": 16, "f16": 16, "int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4, "q4_1": 4}
+SPEED, RATIO, _, PEAK, LOAD = COLUMNS
+Row = Mapping[str, Any]
+Key = tuple[str, str, str]  # engine, way, weights
+
+
+HEAD = """# Beside other engines
+
+The same weights in every engine, greedy. Each way of decoding has its own process; they take turns in shuffled
+order. In brackets is the median over the prompts of the ratio to our autoregressive bf16 decoding; the fastest of
+a task is bold. Memory, loading and the time to the first token are the first task's."""
+
+
+def page(report: Mapping[str, Any], name: str) -> str:
+    """Return the Markdown page of a run whose figures are in ``name``.json and whose picture is ``name``.png."""
+    tasks = report["tasks"]
+    best = "## The best of ours beside the best of the others\n\nBold where we lose."
+    parts = [
+        HEAD,
+        _head(report),
+        _table(tasks),
+        *_missing(tasks),
+        best,
+        _beside(tasks),
+        f"![Tokens a second]({name}.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(report: Mapping[str, Any]) -> str:
+    where, settings = report["machine"], report["settings"]
+    versions = dict.fromkeys(f"{row['engine']} {row['version']}" for row in _rows(report["tasks"]))
+    first = " ".join(map(str, settings["first_token"]))
+    command = (
+        f"python -m benchmarks.peers --limit {settings['limit']} --max-new-tokens {settings['max_new_tokens']} "
+        f"--first-token {first} --repeat {settings['repeat']}"
+    )
+    return f"{where['cpu']}, {where['isa']}, {where['threads']} threads; {', '.join(versions)} (`{command}`):"
+
+
+def _rows(tasks: Mapping[str, Any]) -> Iterator[Row]:
+    return (row for task in tasks.values() for row in task["rows"])
+
+
+def _key(row: Row) -> Key:
+    return row["engine"], row["way"], row["weights"]
+
+
+def _name(row: Row) -> str:
+    return ", ".join(_key(row))
+
+
+def _table(tasks: Mapping[str, Any]) -> str:
+    """A line for each way, ours first, then by engine, the fastest first; memory and times are the first task's."""
+    by_task = [{_key(row): row for row in task["rows"]} for task in tasks.values()]
+    fastest = [max(row[SPEED] for row in found.values()) for found in by_task]
+    keys = sorted(dict.fromkeys(map(_key, _rows(tasks))), key=lambda key: -_most(by_task, key))
+    engines = sorted(dict.fromkeys(key[0] for key in keys), key=lambda engine: engine != OURS)
+    lengths = _lengths(by_task[0].values())
+    names = ["", "weights", *(f"{task}, {SPEED}" for task in tasks), PEAK, "load, s",
+             *(f"first token of {length}, s" for length in lengths)]  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for key in sorted(keys, key=lambda key: engines.index(key[0])):
+        speeds = (_speed(found.get(key), most) for found, most in zip(by_task, fastest, strict=True))
+        row = by_task[0].get(key)
+        once = [ABSENT] * 2 if row is None else [f"{row[PEAK]:.0f}", f"{row[LOAD]:.1f}"]
+        firsts = {} if row is None else row["first token s"]
+        times = (f"{firsts[length]:.3f}" if length in firsts else "" for length in lengths)
+        lines.append(f"| {', '.join(key[:2])} | {key[2]} | {' | '.join([*speeds, *once, *times])} |")
+    return "\n".join(lines)
+
+
+def _most(by_task: Sequence[Mapping[Key, Row]], key: Key) -> float:
+    return max(found[key][SPEED] for found in by_task if key in found)
+
+
+def _speed(row: Row | None, most: float) -> str:
+    if row is None:
+        return ABSENT
+    text = f"{row[SPEED]:.0f} ({row[RATIO]:.2f}×)"
+    return f"**{text}**" if row[SPEED] == most else text
+
+
+def _lengths(rows: Iterable[Row]) -> list[str]:
+    return sorted({length for row in rows for length in row["first token s"]}, key=int)
+
+
+def _missing(tasks: Mapping[str, Any]) -> Iterator[str]:
+    """What was not measured, and why."""
+    reasons = [f"- {task}, {way}: {why}" for task, found in tasks.items() for way, why in found["skipped"].items()]
+    if reasons:
+        yield "Not measured:\n\n" + "\n".join(reasons)
+
+
+class Pair(NamedTuple):
+    """The best of ours and of the others: their names and figures, and by how much ours is better."""
+
+    what: str
+    task: str
+    ours: tuple[str, float]
+    other: tuple[str, float]
+    ratio: float
+
+
+def pairs(tasks: Mapping[str, Any]) -> Iterator[Pair]:
+    """What is asked for, and who is best at it; memory and times of the first task."""
+    for task, found in tasks.items():
+        for bits in (16, 8, 4):
+            plain = [row for row in found["rows"] if row["plain"] and BITS[row["weights"]] == bits]
+            yield from _best(f"{SPEED}, without drafts, {bits} bits", task, {_name(row): row[SPEED] for row in plain})
+        yield from _best(f"{SPEED}, whatever is fastest", task, {_name(row): row[SPEED] for row in found["rows"]})
+    task, rows = next((task, found["rows"]) for task, found in tasks.items())
+    for length in _lengths(rows):
+        firsts = {_name(row): row["first token s"].get(length) for row in rows}
+        times = {name: time for name, time in firsts.items() if time is not None}
+        yield from _best(f"first token of {length}, s", task, times, least=True)
+    for what in (PEAK, LOAD):
+        yield from _best(what, task, {_name(row): row[what] for row in rows}, least=True)
+
+
+def _best(what: str, task: str, figures: Mapping[str, float], least: bool = False) -> Iterator[Pair]:
+    """None where only one side has figures."""
+    ours, others = ([one for one in figures.items() if is_ours(one[0]) == own] for own in (True, False))
+    if ours and others:
+        best = min if least else max
+        (own, mine), (other, theirs) = (best(side, key=lambda one: one[1]) for side in (ours, others))
+        yield Pair(what, task, (own, mine), (other, theirs), theirs / mine if least else mine / theirs)
+
+
+def _beside(tasks: Mapping[str, Any]) -> str:
+    """Bold where we lose."""
+    lines = ["| | task | ours | the others | ours is better |", "|---|---|---|---|---|"]
+    for one in pairs(tasks):
+        factor = f"{one.ratio:.2f}×"
+        sides = (f"{figure:.{_places(figure)}f} ({name})" for name, figure in (one.ours, one.other))
+        cells = [one.what, one.task, *sides, factor if one.ratio >= 1 else f"**{factor}**"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _places(figure: float) -> int:
+    """Of a figure with three digits or more."""
+    return 0 if figure >= 100 else 1 if figure >= 10 else 3

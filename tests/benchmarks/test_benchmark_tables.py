@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.peers import document as beside_others
+from benchmarks.peers import report as beside_others
 from benchmarks.tables import losses, markdown, page, picture
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import layerskip_kernels
 from benchmarks import __main__ as command
-from benchmarks import cases, harness, ways
+from benchmarks import cases, harness
 from benchmarks.cases import MODELS, OPS, Make, Shape
 from benchmarks.harness import CPU, Group, Variant, measure
 from benchmarks.tables import markdown, page, skipped
@@ -25,7 +25,7 @@ from layerskip_kernels.formats import rows_of as as_rows
 TINY = Shape(D=64, F=96, H=4, G=2, C=32, V=300)
 FORMATS = ["bf16", "int8", "int4"]
 PACKED = ("linear", "swiglu", "partial_forward", "exit_head")
-PEERS = {peer.name: peer for peer in ways.PEERS}
+PEERS = {peer.name: peer for peer in harness.PEERS}
 
 
 class Memory:
@@ -39,7 +39,7 @@ def small(monkeypatch):
     monkeypatch.setattr(harness, "MOST_COPIES", 3)
     monkeypatch.setattr(cases, "CONTEXT", 40)
     monkeypatch.setattr(cases, "TRAINED_ROWS", 5)
-    monkeypatch.setattr(ways, "PEERS", [PEERS["torch"]])
+    monkeypatch.setattr(harness, "PEERS", [PEERS["torch"]])
 
 
 def case_of(op, counts=(1, 5)):
@@ -50,7 +50,7 @@ def case_of(op, counts=(1, 5)):
 def measured(case, formats=FORMATS, backends=("cpu", "reference")):
     """The rows of a case."""
     with torch.inference_mode(False):
-        for group in ways.groups(case, "tiny", formats, backends, CPU):
+        for group in harness.groups(case, "tiny", formats, backends, CPU):
             with torch.inference_mode():
                 yield from list(measure(group, 2, Memory()))
 
@@ -129,7 +129,7 @@ def test_each_backend_is_the_one_that_is_called():
 
 @requires_native
 def test_a_reference_that_would_hold_too_much(monkeypatch):
-    monkeypatch.setattr(ways, "REFERENCE_BYTES", 1000)
+    monkeypatch.setattr(harness, "REFERENCE_BYTES", 1000)
     rows = list(measured(case_of("linear", [2]), ["bf16"]))
     assert rows[1]["skipped"] == "it would hold 0.0 GiB of weights in fp32, several times"
     assert rows[1]["variant"] == "reference"
@@ -145,7 +145,7 @@ def test_what_is_compiled_is_what_torch_runs(monkeypatch, op):
     """With a compiler that leaves all as it is, and tells of it."""
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function: seen.append(function) or function)
-    monkeypatch.setattr(ways, "PEERS", [PEERS["torch.compile"]])
+    monkeypatch.setattr(harness, "PEERS", [PEERS["torch.compile"]])
     rows = rows_of("torch.compile", case_of(op))
     assert len(seen) == 1
     assert all("cold" in row and row["weights"] == "bf16" for row in rows)
@@ -161,7 +161,7 @@ def test_torch_compiles_in_a_peer(monkeypatch):
 
     compiling = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiling(function, backend=backend))
-    monkeypatch.setattr(ways, "PEERS", [PEERS["torch.compile"]])
+    monkeypatch.setattr(harness, "PEERS", [PEERS["torch.compile"]])
     (row,) = rows_of("torch.compile", case_of("swiglu", [3]))
     assert "cold" in row
     assert len(backends) == 1
@@ -176,10 +176,10 @@ def test_torchao_gets_the_matrices(monkeypatch, op):
         made.append((form, weight.dim()))
         return dequantize(quantize(weight, form), weight.shape[1], torch.bfloat16)
 
-    monkeypatch.setattr(ways, "_by_torchao", by_torchao)
-    monkeypatch.setattr(ways, "_need", lambda *args: None)
+    monkeypatch.setattr(harness, "_by_torchao", by_torchao)
+    monkeypatch.setattr(harness, "_need", lambda *args: None)
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(ways, "PEERS", [PEERS["torchao"]])
+    monkeypatch.setattr(harness, "PEERS", [PEERS["torchao"]])
     rows = rows_of("torchao", case_of(op))
     matrices = {"linear": 1, "swiglu": 2, "exit_head": 1, "partial_forward": 7}.get(op, 0)
     assert made == [(form, 2) for form in ("int8", "int4") for _ in range(matrices)]
@@ -193,7 +193,7 @@ def test_torchao_gets_the_matrices(monkeypatch, op):
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_torchao_itself(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(ways, "PEERS", [PEERS["torchao"]])
+    monkeypatch.setattr(harness, "PEERS", [PEERS["torchao"]])
     rows = rows_of("torchao", case_of("swiglu"))
     assert [row["weights"] for row in rows if "cold" in row] == ["int8", "int4"] * 2
     plain = 2 * TINY.F * TINY.D
@@ -205,13 +205,13 @@ def test_torchao_itself(monkeypatch):
     ("peer", "op", "reason"),
     [
         ("torchao", "linear", "it is not installed: pip install torchao"),
-        ("liger", "early_exit_loss", "it needs a card"),
-        ("cut-cross-entropy", "early_exit_loss", "it needs a card"),
+        ("liger", "early_exit_loss", "it needs a GPU"),
+        ("cut-cross-entropy", "early_exit_loss", "it needs a GPU"),
     ],
 )
 def test_a_peer_that_is_absent_is_skipped_with_the_reason(monkeypatch, peer, op, reason):
-    monkeypatch.setattr(ways, "find_spec", lambda name: None)
-    monkeypatch.setattr(ways, "PEERS", [PEERS[peer]])
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness, "PEERS", [PEERS[peer]])
     rows = rows_of(peer, case_of(op, [2]))
     assert {row["skipped"] for row in rows} == {reason}
     assert all("cold" not in row for row in rows)
@@ -226,7 +226,7 @@ def test_a_fused_loss_of_others_takes_the_exits_in_turn():
     def entropy(states, head, labels):
         return torch.nn.functional.cross_entropy((states @ head.T).float(), labels)
 
-    function, weights = ways._exit_by_exit(case, entropy)
+    function, weights = harness._exit_by_exit(case, entropy)
     found = function(*case.inputs(5), *weights)
     assert harness.max_error(found, cases.truth(case, weights)) < harness.MOST_ERROR
 
@@ -241,8 +241,8 @@ def test_a_peer_that_breaks_is_skipped_and_one_that_is_wrong_is_told(monkeypatch
     def wrong(case, form, device):
         return lambda x, weight: x @ weight.T + 1, case.weights
 
-    peers = [ways.Peer(one.__name__, "torch", one, {"bf16": 0.02}) for one in (broken, raising, wrong)]
-    monkeypatch.setattr(ways, "PEERS", peers)
+    peers = [harness.Peer(one.__name__, "torch", one, {"bf16": 0.02}) for one in (broken, raising, wrong)]
+    monkeypatch.setattr(harness, "PEERS", peers)
     rows = list(measured(case_of("linear", [2]), ["bf16"], []))
     assert rows[0]["skipped"] == "it raised AssertionError: no such"
     assert rows[1]["skipped"] == "it raised ZeroDivisionError: division by zero"
@@ -302,7 +302,7 @@ def test_a_result_of_another_shape_is_wrong():
 
 
 def test_a_card_is_timed_by_its_own_clock(monkeypatch):
-    """Between events, the host ahead: a card that takes 1 ms for each thing that is put into its queue."""
+    """Between events, the host ahead: a GPU that takes 1 ms for each thing that is put into its queue."""
     queue = []
 
     class Event:
@@ -365,8 +365,8 @@ def test_a_wrong_result_fails_the_command_and_is_not_published(tmp_path, run, mo
 
 @requires_native
 def test_a_wrong_peer_does_not_fail_the_command(run, monkeypatch):
-    wrong = ways.Peer("other", "torch", lambda case, form, device: (torch.add, (torch.ones(1),)), {"bf16": 0.02})
-    monkeypatch.setattr(ways, "PEERS", [wrong])
+    wrong = harness.Peer("other", "torch", lambda case, form, device: (torch.add, (torch.ones(1),)), {"bf16": 0.02})
+    monkeypatch.setattr(harness, "PEERS", [wrong])
     assert "### Not measured\n\n- other: " in run("--ops", "rms_norm")
 
 

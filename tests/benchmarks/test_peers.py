@@ -1,4 +1,4 @@
-"""Decoding beside peers: processes that answer, weights in other forms, the table."""
+"""Decoding beside peers: methods that answer, weights in other forms, the table."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from gguf_files import write as write_gguf
 from tokenizers_of import byte_level
 from transformers import AutoModelForCausalLM
 
+from benchmarks.harness import MissingPeerError
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import processes
+from benchmarks.peers import methods
 from benchmarks.peers.__main__ import Run, check
-from benchmarks.peers.document import page
-from benchmarks.peers.models import TYPES, write
-from benchmarks.peers.processes import MissingPeerError, Worker
-from benchmarks.peers.report import Measured, markdown, picture
-from benchmarks.peers.ways import OURS, Way
+from benchmarks.peers.methods import OURS, TYPES, Method, Worker, write
+from benchmarks.peers.report import Measured, markdown, page, picture
 from benchmarks.peers.worker import _drafts_of
 from layerskip.cli.export import first_layers
 from layerskip.models.adaptation import dequantized
@@ -37,7 +35,7 @@ def measured(name="autoregressive", weights="bf16", engine=OURS, tokens=((1, 2, 
     class Process:
         ready = READY
 
-    one = Measured(Way(engine, name, weights, plain=plain), Process())
+    one = Measured(Method(engine, name, weights, plain=plain), Process())
     for text in tokens:
         one.take({"tokens": list(text), "first_tokens": 1, "first": 0.1, "seconds": seconds, "peak_mib": 100.0})
     one.take_first(16, {"first": 0.2})
@@ -135,8 +133,8 @@ def test_a_process_that_answers(tmp_path, engine):
     [("llama.cpp", r"python -m benchmarks\.peers --install llama\.cpp"), ("vllm", r"make .*/\.built")],
 )
 def test_what_is_not_installed_is_said_with_its_command(tmp_path, monkeypatch, engine, made_by):
-    monkeypatch.setattr(processes, "ENVIRONMENTS", tmp_path)
-    monkeypatch.setattr(processes, "VLLM", tmp_path)
+    monkeypatch.setattr(methods, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(methods, "VLLM", tmp_path)
     with pytest.raises(MissingPeerError, match=made_by):
         Worker(engine, {})
 
@@ -225,17 +223,17 @@ def test_a_way_that_ends_in_the_middle_is_measured_no_more(tmp_path, monkeypatch
         "    answer = {'tokens': [1, 2], 'first_tokens': 1, 'first': 0.1, 'seconds': 0.1, 'peak_mib': 1}\n"
         "    print(json.dumps(answer), flush=True)\n"
     )
-    monkeypatch.setattr(processes, "WORKER", dying)
+    monkeypatch.setattr(methods, "WORKER", dying)
     run = Run()
     with ExitStack() as stack:
-        run.load(Way(OURS, "self-speculative", "bf16"), stack, [[1], [1, 2]], 2)
+        run.load(Method(OURS, "self-speculative", "bf16"), stack, [[1], [1, 2]], 2)
         (one,) = run.measured
         for _ in range(3):
             run.ask(one, [1], 2, one.take)
         assert run.measured == []
         assert run.skipped == {"layerskip bf16, self-speculative": "it ended with 1: out of memory"}
         assert len(one.texts) == 1  # after two to warm up
-        run.load(Way(OURS, "autoregressive", "bf16", plain=True), stack, [[1]], 2)
+        run.load(Method(OURS, "autoregressive", "bf16", plain=True), stack, [[1]], 2)
         run.ask(run.measured[0], [1], 2, lambda answer: None)
         with pytest.raises(RuntimeError, match="which all are compared with, could not be measured: it ended with 1"):
             run.ask(run.measured[0], [1], 2, lambda answer: None)
@@ -244,8 +242,8 @@ def test_a_way_that_ends_in_the_middle_is_measured_no_more(tmp_path, monkeypatch
 def test_a_process_that_does_not_answer_is_ended(tmp_path, monkeypatch):
     hanging = tmp_path / "worker.py"
     hanging.write_text("import time\ntime.sleep(600)\n")
-    monkeypatch.setattr(processes, "WORKER", hanging)
-    monkeypatch.setattr(processes, "LIMIT", 0.5)
+    monkeypatch.setattr(methods, "WORKER", hanging)
+    monkeypatch.setattr(methods, "LIMIT", 0.5)
     with pytest.raises(MissingPeerError, match="it ended with -9: no message"):
         Worker(OURS, {})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import source_tables, source_tasks
+from benchmarks import sources
 
 ROOT = Path(__file__).parents[2]
 RUNS = ["sources", "sources_sampled"]
@@ -20,21 +20,21 @@ def report_of(name: str) -> dict:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_page_has_the_figures_of_the_run(name):
     text = (ROOT / f"benchmarks/results/{name}.md").read_text(encoding="utf-8")
-    assert source_tables.page(report_of(name)) == text
+    assert sources.page(report_of(name)) == text
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_all_was_run(name):
     report = report_of(name)
-    rows, ways = report["rows"], [source_tables.PLAIN, *report["settings"]["sources"]]
-    assert [(row["task"], row["way"]) for row in rows] == [(task, way) for task in source_tasks.TASKS for way in ways]
+    rows, ways = report["rows"], [sources.PLAIN, *report["settings"]["sources"]]
+    assert [(row["task"], row["way"]) for row in rows] == [(task, way) for task in sources.TASKS for way in ways]
     assert {row["prompts"] for row in rows} == {20}
     assert report["settings"]["temperature"] or all(row["identical"] for row in rows)
 
 
 def test_the_readme_has_the_figures_of_the_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    speeds = {row["task"]: row["speedup"] for row in report_of("sources")["rows"] if row["way"] == source_tables.WAY}
+    speeds = {row["task"]: row["speedup"] for row in report_of("sources")["rows"] if row["way"] == sources.WAY}
     for task, speed in speeds.items():
         assert f"{'questions' if task == 'chat' else task} {speed:.1f}×" in text, task
 
@@ -50,7 +50,7 @@ def test_a_table_by_hand():
                 "cpu_time": False, "max_new_tokens": 9}  # fmt: skip
     report = {"machine": {"cpu": "C", "isa": "avx2", "threads": 2}, "settings": settings,
               "rows": [row("autoregressive", 1.0), row("auto", 1.25), row("ngram", 1.5)]}  # fmt: skip
-    text = source_tables.page(report)
+    text = sources.page(report)
     assert text.splitlines()[:7] == [
         "# Draft sources", "",
         "C, avx2, 2 threads, 9 new tokens, autoregressive decoding 100 to 100 tokens/s "
@@ -61,6 +61,6 @@ def test_a_table_by_hand():
         "|---|---|---|---|---|---|---|",
         "| chat | 1.25× | **1.50×** | 1.50 | ngram 1 of 2 (50%) | 25% | 1.4×, missed |",
     ]  # fmt: skip
-    assert text.endswith(source_tables.markdown(report["rows"]))
+    assert text.endswith(sources.markdown(report["rows"]))
     report["settings"]["sources"] = ["ngram"]
-    assert source_tables.page(report).splitlines()[4].startswith("| task | way |")
+    assert sources.page(report).splitlines()[4].startswith("| task | way |")

@@ -21,12 +21,12 @@ def test_the_card_is_asked_for_one_round_a_step() -> None:
     """Of all sequences together; the step before the first one that is timed launched a round ahead."""
     replays = []
 
-    class Card(host_clock.NoCard):
+    class Gpu(host_clock.NoGpu):
         def capture(self, function):  # type: ignore[no-untyped-def]
             result, _ = super().capture(function)
             return result, lambda: replays.append(None)
 
-    clock = host_clock.steps(host_clock.decoder(), 4, host_clock.KINDS["greedy"], Graphs(Card()))
+    clock = host_clock.steps(host_clock.decoder(), 4, host_clock.KINDS["greedy"], Graphs(Gpu()))
     next(clock)
     before = len(replays)
     for _ in range(5):

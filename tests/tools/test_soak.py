@@ -15,8 +15,7 @@ from layerskip.decoding.session import Session
 from layerskip.models import model as model_module
 from layerskip_kernels import _extension
 from tools import soak
-from tools.soak import Mismatch, Soak
-from tools.soak_cases import LONGEST, VOCABULARY, case_of
+from tools.soak import LONGEST, VOCABULARY, Mismatch, Soak, case_of
 
 pytestmark = pytest.mark.skipif(
     _extension.cpu_reason is not None, reason=f"the reference is not bitwise batch invariant; {_extension.cpu_reason}"

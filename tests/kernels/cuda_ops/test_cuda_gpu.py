@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
-NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # set by benchmarks.sanitize; no allocation can be captured then
+NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # set by benchmarks.gpu --sanitize; no allocation can be captured then
 
 
 @contextmanager

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import layerskip_kernels as lk
-from benchmarks import gpu, gpu_before, gpu_model
+from benchmarks import gpu
 
-TINY = gpu_model.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)
+TINY = gpu.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == gpu.NO_CARD
-    assert "No CUDA card" in capsys.readouterr().err
+    assert gpu.main([]) == gpu.NO_GPU
+    assert "No GPU" in capsys.readouterr().err
 
 
 def test_nothing_is_reported_from_red_tests(
@@ -34,10 +34,10 @@ def test_nothing_is_reported_from_red_tests(
 def test_a_round_gives_what_steps_give(drawn: bool) -> None:
     """Greedily what a round emits is what steps of one token emit; its length stays, drawn or not."""
     torch.manual_seed(0)
-    model, token = gpu_model.Model(TINY, "cpu", torch.float32), torch.tensor([7])
+    model, token = gpu.Model(TINY, "cpu", torch.float32), torch.tensor([7])
     with lk.use_backend("reference"):
         out = model.round(token, model.noise() if drawn else None)
-        assert model.lengths.tolist() == [gpu_model.CACHE_LENGTH]
+        assert model.lengths.tolist() == [gpu.CACHE_LENGTH]
         expected = []
         for _ in range(TINY.draft + 1):
             expected.append(int(model.step(torch.tensor(expected[-1:]) if expected else token)))
@@ -49,7 +49,7 @@ def test_every_case_of_sampling_and_decoding_runs(monkeypatch: pytest.MonkeyPatc
     """With the stop-watch, which needs a GPU, replaced by one call."""
     monkeypatch.setattr(gpu, "milliseconds", lambda run: run() is not None)
     monkeypatch.setattr(gpu, "BACKENDS", ("cuda", "reference"))
-    model = gpu_model.Model(TINY, "cpu", torch.float32)
+    model = gpu.Model(TINY, "cpu", torch.float32)
     results = [*gpu.sampling_cases(model, 1e9), *gpu.decode_cases(model), *gpu.session_cases(model, (1, 3), 2)]
     assert {result.backend for result in results if result.skipped} == {"cuda"}
     measured = [result for result in results if not result.skipped]
@@ -59,7 +59,7 @@ def test_every_case_of_sampling_and_decoding_runs(monkeypatch: pytest.MonkeyPatc
 
 def test_a_backend_that_does_not_serve_is_a_line_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "milliseconds", lambda run: float(run().numel()))
-    model = gpu_model.Model(TINY, "cpu", torch.float32)
+    model = gpu.Model(TINY, "cpu", torch.float32)
     results = {result.backend: result for result in gpu.forward_cases(model, 1e9)}
     assert "cuda" in results["cuda"].skipped
 
@@ -103,14 +103,14 @@ def told(monkeypatch: pytest.MonkeyPatch, times: list[list[float]], along: float
         for index, own in enumerate(times)
     ]
     made = iter([Told(own, asked, index) for index, own in enumerate(answers)])
-    monkeypatch.setattr(gpu_before, "Worker", lambda *args: next(made))
-    monkeypatch.setattr(gpu_before, "TURNS", 3)
+    monkeypatch.setattr(gpu, "Worker", lambda *args: next(made))
+    monkeypatch.setattr(gpu, "TURNS", 3)
     return asked
 
 
 def test_two_versions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = told(monkeypatch, [[8.0, 9.0, 70.0, 4.0, 4.0, 4.0], [2.0, 3.0, 1.0, 8.0, 8.0, 1.0]])
-    rows = list(gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT))
+    rows = list(gpu.compare(gpu.ROOT, gpu.ROOT))
     assert asked == [0, 1] * 6 + [-1, -1]
     assert rows == [
         {"what": "one", "before_us": 9.0, "after_us": 2.0, "ratio": 4.5, "same": True},
@@ -121,11 +121,11 @@ def test_two_versions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("along", "same"), [(1.09, True), (1.11, False), (float("nan"), False)])
 def test_versions_that_differ_are_told(monkeypatch: pytest.MonkeyPatch, along: float, same: bool) -> None:
     told(monkeypatch, [[1.0] * 6] * 2, along)
-    assert [row["same"] for row in gpu_before.compare(gpu_before.ROOT, gpu_before.ROOT)] == [same, same]
+    assert [row["same"] for row in gpu.compare(gpu.ROOT, gpu.ROOT)] == [same, same]
 
 
 def test_a_worker_times_every_case() -> None:
-    worker = gpu_before.Worker(gpu_before.ROOT, "cpu", "reference", TINY_OPS)
+    worker = gpu.Worker(gpu.ROOT, "cpu", "reference", TINY_OPS)
     named = [f"tiny {op} R={rows}" for rows in (1, 5) for op in ("linear", "swiglu", "exit_head")]
     named += [f"tiny verify_attention, {length} tokens of {capacity}" for length, capacity in ((3, 8), (2, 16))]
     assert worker.cases == named
@@ -136,13 +136,13 @@ def test_a_worker_times_every_case() -> None:
 
 
 def test_without_an_older_version_the_report_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    found = gpu_before.before_and_after("no-such-commit")
+    found = gpu.before_and_after("no-such-commit")
     assert found["version"] == "no-such-commit"
     assert found["skipped"].startswith("no commit no-such-commit here: ")
     assert "an older version is not measured" in capsys.readouterr().err
-    with gpu_before.checkout(str(tmp_path)) as folder:
+    with gpu.checkout(str(tmp_path)) as folder:
         assert folder == tmp_path
-    with pytest.raises(gpu_before.OlderVersionError, match=f"in {tmp_path} Python finds the package "):
-        gpu_before.Worker(tmp_path, "cpu", "reference", TINY_OPS)
-    with pytest.raises(gpu_before.OlderVersionError, match="a worker ended with status 1"):
-        gpu_before.Worker(gpu_before.ROOT, "cpu", "no-such-backend")
+    with pytest.raises(gpu.OlderVersionError, match=f"in {tmp_path} Python finds the package "):
+        gpu.Worker(tmp_path, "cpu", "reference", TINY_OPS)
+    with pytest.raises(gpu.OlderVersionError, match="a worker ended with status 1"):
+        gpu.Worker(gpu.ROOT, "cpu", "no-such-backend")
