@@ -11,35 +11,35 @@ BUGS = [
     Mutation(
         "an exit's draft layers do not read prompts", DECODING + "scheduler.py",
         '"draft_layers": first.num_prefill_layers > first.num_layers', '"draft_layers": False',
-        EXITS + " -k torch_reads",
+        EXITS + " -k torch_matmuls",
     ),
     Mutation(
         "an exit's draft layers do not read what was looked up", DECODING + "batch.py",
         "catch_up_draft_layers(self._model, self._cache, request, request.position)",
-        "request.num_draft_cached = request.position", EXITS + " -k looked_up",
+        "request.num_draft_cached = request.position", EXITS + " -k lookup",
     ),
     Mutation(
         "draft layers do not read what was looked up before a request continues it", DECODING + "scheduler.py",
-        " and source.num_draft_cached < length:", " and False:", EXITS + " -k continued",
+        " and source.num_draft_cached < length:", " and False:", EXITS + " -k continuing",
     ),
     Mutation(
         "an exit drafts on a row that its draft layers have not read", DECODING + "scheduler.py",
-        "if other.num_prefill_layers < request.num_prefill_layers:", "if False:", EXITS + " -k continued",
+        "if other.num_prefill_layers < request.num_prefill_layers:", "if False:", EXITS + " -k continuing",
     ),
     Mutation(
         "a cancelled request keeps its slot", DECODING + "scheduler.py",
         "self.free_slot(request, retain and request.keep and request_id in self.running)",
         "self.running.pop(request_id, None)",
-        PROMPTS + " -k free_again",
+        PROMPTS + " -k cancelling_frees",
     ),
     Mutation(
         "a cancelled request keeps its slot while it is read", DECODING + "scheduler.py",
-        "self.free_slots.append(request.slot)", "pass", PROMPTS + " -k free_again",
+        "self.free_slots.append(request.slot)", "pass", PROMPTS + " -k cancelling_frees",
     ),
     Mutation(
         "a prompt is read in pieces that overlap", DECODING + "scheduler.py",
         "request.num_prefilled += hidden.shape[1]", "request.num_prefilled += max(1, hidden.shape[1] - 1)",
-        PROMPTS + " -k nobody_waits",
+        PROMPTS + " -k prefill_is_unlimited",
     ),
     Mutation(
         "memory is freed while a GPU's round uses it", DECODING + "cuda_graphs.py",
@@ -96,7 +96,7 @@ BUGS = [
     Mutation(
         "what was looked up counts as drafted by a layer", DECODING + "request.py",
         "source = (self.lookup.proposal.source, None)", "source = (self.lookup.proposal.source, self.exit_layer)",
-        LAYERSKIP + "decoding/test_records.py -k told_once",
+        LAYERSKIP + "decoding/test_records.py -k in_one_record",
     ),
     Mutation(
         "the draft after the last accepted one is not decided", DECODING + "outputs.py",
@@ -110,7 +110,7 @@ BUGS = [
     Mutation(
         "a slot whose beginning is copied counts as unused", DECODING + "scheduler.py",
         "            self.retained.move_to_end(source.id)\n", "            pass\n",
-        LAYERSKIP + "decoding/test_conversation.py -k copied_was_used",
+        LAYERSKIP + "decoding/test_conversation.py -k counts_as_use",
     ),
     Mutation(
         "a slot holds the token that was emitted last", DECODING + "request.py",
@@ -120,7 +120,7 @@ BUGS = [
     Mutation(
         "what a mixed round emits is not penalized", DECODING + "spec_step.py",
         "whole.controls.put_seen(self.index, self.sequences.controls)", "pass",
-        LAYERSKIP + "decoding/test_sources.py -k gets_alone and processed",
+        LAYERSKIP + "decoding/test_sources.py -k of_each_alone and processed",
     ),
     Mutation(
         "a proposal is judged past its first mistake", DECODING + "adaptive.py",
@@ -130,12 +130,12 @@ BUGS = [
     Mutation(
         "the cost of a round before which draft layers read is learned", DECODING + "session.py",
         "is not DraftKind.MIXED and not launched.caught_up", "is not DraftKind.MIXED",
-        LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
+        LAYERSKIP + "decoding/test_exit_decoding.py -k predicted",
     ),
     Mutation(
         "who chooses does not know how far draft layers are behind", DECODING + "session.py",
         "request.acceptance.lag = request.draft_lag", "request.acceptance.lag = 0",
-        LAYERSKIP + "decoding/test_exit_decoding.py -k foreseen",
+        LAYERSKIP + "decoding/test_exit_decoding.py -k predicted",
     ),
     Mutation(
         "a draft behind the first mistake ends a sequence", DECODING + "session.py",

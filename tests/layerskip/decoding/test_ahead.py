@@ -118,7 +118,7 @@ def test_no_round_is_launched_that_cannot_be_needed():
     assert gpu.most_unread == 2
 
 
-def test_a_round_that_ran_ahead_counts_for_those_that_go_on():
+def test_a_round_ahead_counts_for_requests_that_continue():
     prompts, rules = [prompt_of(5)[0]] * 2, [lambda tokens: len(tokens) == 4, lambda tokens: False]
     options = {"strategy": "autoregressive", "eos_token_id": [], "should_stop": rules}
     _, gpu = both(lambda decoder: result(decoder.generate(prompts, 10, **options)))
@@ -126,7 +126,7 @@ def test_a_round_that_ran_ahead_counts_for_those_that_go_on():
     assert gpu.captures == 2  # of two sequences, and of one
 
 
-def test_an_unforeseen_end_costs_one_round():
+def test_an_unexpected_end_wastes_one_round():
     options = {"strategy": "autoregressive", "eos_token_id": [], "should_stop": lambda tokens: len(tokens) == 4}
     _, gpu = both(lambda decoder: result(decoder.generate(prompt_of(5), 10, **options)))
     assert gpu.replays == 4
@@ -138,7 +138,7 @@ def step(session: Session, gpu: FakeGPU) -> list:
 
 
 @pytest.mark.parametrize("end", ["cancel", "remove"])
-def test_a_slot_goes_to_another_request_while_a_round_of_the_old_one_is_under_way(gpu, end):
+def test_a_slot_can_be_reused_while_a_round_is_in_flight(gpu, end):
     session = decoder_of().open_session(2, max_seq_len=60, prompt_tokens_per_step=None)  # whatever the clock says
     prompts = [prompt_of(5, index) for index in range(4)]
     ids = [session.add(prompt, 30, eos_token_id=[]) for prompt in prompts]
@@ -156,7 +156,7 @@ def test_a_slot_goes_to_another_request_while_a_round_of_the_old_one_is_under_wa
     assert got[ids[0]] == texts[0][: len(got[ids[0]])]
 
 
-def test_what_is_kept_and_continued(gpu):
+def test_continuing_a_retained_request(gpu):
     """The round that ran ahead wrote behind the end of what is kept."""
     prompt, session = prompt_of(5), decoder_of().open_session(2, max_seq_len=60)
     first = session.add(prompt, 30, eos_token_id=[], should_stop=lambda tokens: len(tokens) == 6, keep=True)
@@ -174,7 +174,7 @@ def test_what_is_kept_and_continued(gpu):
         assert tokens == alone(prompt_, 12)
 
 
-def test_interrupts(gpu):
+def test_interrupts_lose_nothing(gpu):
     params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]
 
     def interrupted(tokens: list[int]) -> bool:
@@ -192,7 +192,7 @@ def test_interrupts(gpu):
     assert updates[-1].output.new_tokens[0].tolist() == alone(prompt_of(4), 24, sampling=params)
 
 
-def test_text_is_streamed_and_may_be_left(gpu):
+def test_a_stream_can_be_left_early(gpu):
     tokenizer, pieces = KINDS["byte_level"](), []
     decoder, options = decoder_of(), {"tokenizer": tokenizer, "eos_token_id": []}
     with InOrder(gpu):
@@ -209,7 +209,7 @@ def test_text_is_streamed_and_may_be_left(gpu):
     assert whole == "".join(decoder.stream(prompt_of(7), 24, **options))
 
 
-def test_states_that_are_not_finite(gpu):
+def test_non_finite_states_are_reported(gpu):
     """The round after one that gave no token runs all the same, and the other sequence gets its tokens."""
     prompts, model = [prompt_of(6, seed) for seed in range(2)], tiny_model(upper="silent")
     free = [alone(one, 16, "silent") for one in prompts]
@@ -257,21 +257,21 @@ class TestTheEndOfTheCache:
         return tokens, gpu, ends
 
     @pytest.mark.parametrize("upper", UPPER)
-    def test_no_round_writes_behind_it(self, monkeypatch, upper):
+    def test_no_round_writes_past_the_cache(self, monkeypatch, upper):
         tokens, gpu, ends = self.run(monkeypatch, upper)
         assert max(ends) >= self.CAPACITY - 4
         assert gpu.most_unread == 2
         monkeypatch.undo()
         assert tokens == alone(prompt_of(5), len(tokens), upper)
 
-    def test_a_round_that_would_is_noticed(self, monkeypatch):
+    def test_a_write_past_the_cache_is_detected(self, monkeypatch):
         monkeypatch.setattr(Batch, "runs_ahead", property(lambda batch: batch.requests[0].remaining > 1))
         with pytest.raises(AssertionError, match="behind the end of the cache"):
             self.run(monkeypatch, "silent")
 
 
 @pytest.mark.parametrize("kind", SAMPLING)
-def test_requests_that_come_and_go(gpu, kind):
+def test_requests_join_and_leave(gpu, kind):
     """More requests than slots, of every length, some of another kind of round."""
     requests, session = [], decoder_of().open_session(3, max_seq_len=64)
     for index in range(10):
@@ -289,7 +289,7 @@ def test_requests_that_come_and_go(gpu, kind):
         assert got[one] == alone(prompt, count, **options)
 
 
-def test_the_controller_learns_what_the_gpu_took(gpu, monkeypatch):
+def test_the_controller_learns_gpu_times(gpu, monkeypatch):
     """Not how long the host waited, which had other work in the meantime. Greedy tokens do not depend on it."""
     decoder = decoder_of(exit_layer="auto", num_speculations="auto")
     seconds = []
@@ -326,7 +326,7 @@ def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(gpu, monkeyp
     assert gpu.most_unread == 2
 
 
-def test_another_choice_of_the_controller_takes_effect(gpu, monkeypatch):
+def test_a_new_choice_takes_effect_with_rounds_in_flight(gpu, monkeypatch):
     """Another K with the next launch, another E with another batch; what is under way counts all the same."""
     decoder, read = decoder_of(exit_layer="auto", num_speculations="auto"), []
     plans = itertools.cycle([Choice(1, 3)] * 3 + [Choice(1, 2)] * 3 + [Choice(2, 2)] * 3)

@@ -50,7 +50,7 @@ def step(budget: TokenBudget, machine: Machine, rounds: float | None = None, noi
 
 @pytest.mark.parametrize("known", [1, 16, PASS], ids="{} tokens were read before".format)
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
-def test_no_step_takes_three_times_as_long_and_the_time_is_used(machine, known):
+def test_steps_stay_under_three_times_and_use_the_time(machine, known):
     budget = TimeBudget()
     budget.spend(known, DEPTH, machine.pass_of(known))
     steps = [step(budget, machine) for _ in range(40)]
@@ -63,7 +63,7 @@ def test_no_step_takes_three_times_as_long_and_the_time_is_used(machine, known):
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
-def test_a_round_that_is_disturbed_does_not_let_reading_take_as_long(machine):
+def test_a_disturbed_round_does_not_extend_the_budget(machine):
     budget = TimeBudget()
     budget.spend(16, DEPTH, machine.pass_of(16))
     for _ in range(20):
@@ -73,7 +73,7 @@ def test_a_round_that_is_disturbed_does_not_let_reading_take_as_long(machine):
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
-def test_a_step_of_a_longer_round_takes_no_more_than_three_of_the_shortest(machine):
+def test_steps_with_longer_rounds_stay_under_three_times_the_shortest(machine):
     budget = TimeBudget()
     budget.spend(1, DEPTH, machine.pass_of(1))
     for longer in [1, 1.6, 1.9, 2.1, 2.9] * 40:
@@ -83,7 +83,7 @@ def test_a_step_of_a_longer_round_takes_no_more_than_three_of_the_shortest(machi
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
-def test_reading_goes_on_where_times_vary(machine):
+def test_prefill_continues_with_noisy_times(machine):
     chance = random.Random(0)
     budget = TimeBudget()
     budget.spend(16, DEPTH, machine.pass_of(16))
@@ -92,7 +92,7 @@ def test_reading_goes_on_where_times_vary(machine):
     assert sum(read for _, read in noisy) >= 0.2 * quiet
 
 
-def test_a_size_at_which_the_time_jumps_is_not_tried_again_and_again():
+def test_a_chunk_size_where_time_jumps_is_not_retried():
     """Beside steps of 13 ms, passes of one, two and three tokens of 11, 12 and 25 ms."""
     machine, budget = Machine(10, 1, 13, jump=12), TimeBudget()
     chance = random.Random(0)
@@ -104,7 +104,7 @@ def test_a_size_at_which_the_time_jumps_is_not_tried_again_and_again():
     assert sum(read for _, read in longer_rounds[10:]) >= 30
 
 
-def test_a_pass_that_was_disturbed_does_not_count():
+def test_a_disturbed_chunk_does_not_count():
     """A second one of its size says what it takes; where both were, it is tried again after a while."""
     machine, budget = Machine(17, 1, 21), TimeBudget()
     usual = [step(budget, machine)[1] for _ in range(30)][-1]
@@ -118,7 +118,7 @@ def test_a_pass_that_was_disturbed_does_not_count():
     assert max(step(budget, machine)[1] for _ in range(400)) >= usual - 1
 
 
-def test_more_that_run_are_the_new_step_after_a_while():
+def test_the_budget_follows_a_larger_batch():
     machine, budget = Machine(9, 0.9, 20), TimeBudget()
     budget.spend(16, DEPTH, machine.pass_of(16))
     for _ in range(20):
@@ -128,20 +128,20 @@ def test_more_that_run_are_the_new_step_after_a_while():
     assert steps[-1][1] > 2 * before
 
 
-def test_a_pass_through_few_layers_says_what_one_through_all_takes():
+def test_chunks_of_few_layers_predict_all_layers():
     machine, budget = MACHINES["a pass is computing, next to short rounds"], TimeBudget()
     budget.spend(PASS, 2, machine.pass_of(PASS, 2))
     assert step(budget, machine)[0] <= LONGEST_STEP * machine.rounds + machine.token
 
 
-def test_a_step_without_rounds_ends_with_the_request_that_it_starts():
+def test_a_step_without_rounds_stops_after_starting_a_request():
     budget = TimeBudget()
     budget.begin_step(None)
     budget.spend(16, DEPTH, 1.0)  # nothing ran, so nobody asked
     assert budget.next_chunk(DEPTH) == 0
 
 
-def test_a_step_of_no_time_reads_a_token():
+def test_a_step_of_zero_time_prefills_one_token():
     budget = TimeBudget()
     budget.begin_step(0.0)  # of a clock that ticks slowly
     assert budget.next_chunk(DEPTH) == 1
@@ -150,7 +150,7 @@ def test_a_step_of_no_time_reads_a_token():
     assert budget.next_chunk(DEPTH) == 1
 
 
-def test_a_bound_in_tokens_does_not_look_at_the_time():
+def test_a_token_budget_ignores_time():
     for given, most in ((7, 7), (None, sys.maxsize)):
         budget = prefill_budget(given)
         assert type(budget) is TokenBudget

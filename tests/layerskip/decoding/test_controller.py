@@ -123,7 +123,7 @@ def test_it_follows_a_shift_of_acceptance():
     assert max(set(late["after"]), key=late["after"].count).exit_layer == EXITS[2]
 
 
-def test_where_drafts_are_hopeless_it_does_without():
+def test_it_stops_drafting_when_no_draft_is_accepted():
     rates = dict.fromkeys(EXITS, 0.01)
     speed, choices = simulate(Controller(SIZES, EXITS), [SyntheticModel(rates)], 600)
     late = choices[200:]
@@ -145,7 +145,7 @@ def test_exploration_is_bounded():
     assert all(choice.exit_layer != EXITS[-1] for choice in tries), "even an acceptance of 1 would not pay there"
 
 
-def test_what_is_given_is_kept():
+def test_fixed_values_are_kept():
     controller = Controller(SIZES, EXITS)
     acceptance = controller.new_acceptance()
     for _ in range(40):
@@ -154,7 +154,7 @@ def test_what_is_given_is_kept():
         acceptance.observe(5, 2, 4)
 
 
-def test_a_new_sequence_starts_from_what_others_had():
+def test_a_new_sequence_starts_from_shared_rates():
     controller = Controller(SIZES, EXITS)
     _, first = simulate(controller, [SyntheticModel(TASKS["useful from the middle on"])], 500)
     _, second = simulate(controller, [SyntheticModel(TASKS["useful from the middle on"])], 8)
@@ -177,7 +177,7 @@ def test_the_sequences_of_a_batch_share_the_choice():
 
 
 class TestRate:
-    def test_it_is_the_mean_of_what_it_remembers(self):
+    def test_it_is_the_mean_of_remembered_trials(self):
         rate = Rate(0.5, 2, memory=1000)
         for success in [True] * 30 + [False] * 10:
             rate.observe(success)
@@ -212,7 +212,7 @@ def test_the_formula_of_expected_tokens():
 
 
 class TestCosts:
-    def test_a_guess_is_made_of_bytes(self):
+    def test_untried_costs_follow_from_bytes(self):
         model = CostModel(SIZES)
         total = LAYERS * 100 + 600
         assert model.seconds(8, 0) == pytest.approx(UNTRIED_RATIO)
@@ -229,7 +229,7 @@ class TestCosts:
         for choice in (Choice(4, 8), Choice(8, 1), Choice(24, 4)):
             assert model.seconds(*choice) == pytest.approx(seconds(choice), rel=0.15)
 
-    def test_it_learns_that_rows_are_dear(self):
+    def test_it_learns_expensive_rows(self):
         """On a machine where a further row costs a quarter of the first, and three cost more than they should."""
         model, rows = CostModel(SIZES), {1: 1.0, 2: 1.1, 3: 1.64, 5: 2.05, 13: 3.98}
         for _ in range(3):
@@ -240,7 +240,7 @@ class TestCosts:
         assert model.seconds(None, 8) == pytest.approx(UNTRIED_RATIO * 2.9, rel=0.06), "as its neighbours let expect"
         assert CostModel(SIZES).seconds(None, 12) < 1.6, "nothing is known of it before"
 
-    def test_an_interrupted_round_does_not_spoil_it(self):
+    def test_an_interrupted_round_is_an_outlier(self):
         model, choice = CostModel(SIZES), Choice(8, 4)
         for index in range(60):
             model.observe(*choice, seconds(choice) * (100 if index == 50 else 1))
@@ -264,7 +264,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("options", [{"exit_layer": "auto"}, {"num_speculations": "auto"}, {}], ids=str)
-def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
+def test_a_session_lets_it_choose_without_changing_tokens(options, monkeypatch):
     """A model whose layers after the first add nothing: every draft is accepted, so many drafts at E = 1 are best."""
     from layerskip.decoding.batch import Batch
 
@@ -300,7 +300,7 @@ def test_a_session_lets_it_choose_and_the_tokens_stay(options, monkeypatch):
         assert sum(counts) > 9 * len(counts), "of at most 12"
 
 
-def test_an_exit_that_is_behind_has_to_gain_what_catching_up_costs():
+def test_catching_up_must_pay_off():
     """Drafts that gain 2 % are not worth 5 % of a pass; an exit without draft layers has nothing to catch up."""
     for num_draft_layers, expected in ((0, 1), (1, 0)):
         controller = Controller(Sizes(100, 600, 600, LAYERS, num_draft_layers), [1], 1)
@@ -324,7 +324,7 @@ def test_each_sequence_catches_up_by_itself():
         assert controller.choose(acceptances) == Choice(1, expected)
 
 
-def test_acceptance_is_noted_for_others_too():
+def test_trials_update_the_shared_rates():
     shared: dict[int, Rate] = {}
     one, other = AcceptanceRates(shared), AcceptanceRates(shared)
     before = other.at(4).mean
@@ -419,7 +419,7 @@ def test_both_sources_together_lose_at_most_3_percent(exits, found):
     assert both > 0.97 * max(alone)
 
 
-def test_where_exits_are_useless_it_ends_with_lookup_or_nothing():
+def test_useless_exits_are_abandoned_for_lookup():
     _, choices = decode(LookupModel(USELESS, OFTEN), {"exit", "ngram"})
     late = choices[500:]
     assert sum(choice.exit_layer is None for choice in late) > 0.98 * len(late)

@@ -41,7 +41,7 @@ def scratch(decoder, tokens, new_tokens, **options) -> list[int]:
 @requires_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("params", [None, SamplingParams(0.8, seed=5), SamplingParams(repetition_penalty=1.2)])
-def test_a_turn_reads_its_own_tokens_only_and_says_what_the_whole_would(dtype, params):
+def test_a_turn_reads_its_own_tokens_only_and_equals_the_whole_prompt(dtype, params):
     decoder = SelfSpeculativeDecoder(tiny_model("qwen3", dtype, upper="weak"), 1, 4)
     chat, whole = Conversation(decoder, max_seq_len=200), []
     for turn, (length, count) in enumerate([(30, 20), (7, 15), (40, 10), (1, 12)]):
@@ -55,7 +55,7 @@ def test_a_turn_reads_its_own_tokens_only_and_says_what_the_whole_would(dtype, p
 
 
 @requires_native
-def test_a_turn_that_is_taken_back_or_fails(decoder):
+def test_undo_and_failure_of_a_turn(decoder):
     chat = Conversation(decoder)
     chat.generate(prompt_of(20), 10, eos_token_id=[])
     first = list(chat.tokens)
@@ -73,7 +73,7 @@ def test_a_turn_that_is_taken_back_or_fails(decoder):
 
 
 @requires_native
-def test_requests_continue_kept_ones(decoder):
+def test_requests_continue_retained_requests(decoder):
     session = decoder.open_session(2, max_seq_len=120)
     ids = [session.add(prompt_of(20 + seed, seed), 10, eos_token_id=[], keep=True) for seed in range(2)]
     first = outputs(session)
@@ -104,7 +104,7 @@ def kept_requests(session, count):
 
 
 @requires_native
-def test_kept_slots_go_to_those_who_need_them_the_least_recently_used_first(decoder):
+def test_retained_slots_are_evicted_least_recently_used_first(decoder):
     session = decoder.open_session(2, max_seq_len=120)
     ids = kept_requests(session, 2)
     again = session.add(prompt_of(30, 0)[:, :20].clone(), 4, eos_token_id=[])
@@ -118,7 +118,7 @@ def test_kept_slots_go_to_those_who_need_them_the_least_recently_used_first(deco
 
 
 @requires_native
-def test_a_slot_whose_beginning_is_copied_was_used(decoder):
+def test_copying_a_prefix_counts_as_use(decoder):
     session = decoder.open_session(3, max_seq_len=120)
     ids = kept_requests(session, 2)
     again = session.add(prompt_of(20, 0), 4, eos_token_id=[])
@@ -128,7 +128,7 @@ def test_a_slot_whose_beginning_is_copied_was_used(decoder):
 
 @requires_native
 @pytest.mark.parametrize("donor", ["kept", "running", "half read"])
-def test_a_shared_beginning_is_read_once(decoder, donor):
+def test_a_shared_prefix_is_read_once(decoder, donor):
     system = prompt_of(60, 9)
     prompts = [torch.cat([system, prompt_of(11, seed)], 1) for seed in range(3)]
     session = decoder.open_session(3, max_seq_len=160, prompt_tokens_per_step=30)
@@ -155,7 +155,7 @@ def test_the_same_prompt_again_reads_its_last_token_only(decoder):
 
 
 @requires_native
-def test_a_shallow_row_is_no_beginning_for_a_deep_one(decoder):
+def test_slots_of_fewer_layers_are_not_reused(decoder):
     session = decoder.open_session(3, max_seq_len=120)
     early = {"strategy": "early_exit", "exit_layer": 2, "eos_token_id": []}
     session.add(prompt_of(70), 10, keep=True, **early)
@@ -168,7 +168,7 @@ def test_a_shallow_row_is_no_beginning_for_a_deep_one(decoder):
     assert done.new_tokens[0].tolist() == scratch(decoder, prompt_of(70)[0].tolist(), 10, **early)
 
 
-def test_matmuls_of_torch_take_over_whole_parts_between_cuts(decoder, monkeypatch):
+def test_torch_matmuls_reuse_whole_chunks_only(decoder, monkeypatch):
     """Their rounding depends on the number of rows, so what was decoded, or lies behind the last cut, is read again."""
     monkeypatch.setattr("layerskip.decoding.scheduler.TORCH_ROWS", 16)
     with use_backend("reference"):
@@ -183,7 +183,7 @@ def test_matmuls_of_torch_take_over_whole_parts_between_cuts(decoder, monkeypatc
 @requires_native
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**16), slots=st.integers(1, 4), budget=st.sampled_from((1, 5, 64, None)))
-def test_whatever_comes_and_goes_every_request_gets_its_own_tokens(decoder, seed, slots, budget):
+def test_random_requests_get_the_tokens_they_get_alone(decoder, seed, slots, budget):
     """Prompts with common beginnings, kept and continued requests, cancels at any moment."""
     chance, system = random.Random(seed), prompt_of(40, 1)[0].tolist()
     session = decoder.open_session(slots, max_seq_len=150, prompt_tokens_per_step=budget)

@@ -307,7 +307,7 @@ def test_stats_add_up(decoder):
 
 
 @requires_native
-def test_a_round_comes_to_the_host_once(decoder, monkeypatch):
+def test_a_round_synchronizes_once(decoder, monkeypatch):
     calls = []
     for name in ("tolist", "item", "__int__", "__bool__", "__index__", "numpy"):
         original = getattr(torch.Tensor, name)

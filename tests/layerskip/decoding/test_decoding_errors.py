@@ -39,7 +39,7 @@ def model():
         ({"exit_layer": 1, "draft_threshold": 1.5}, ValueError, r"draft_threshold must be in \[0, 1\], got 1.5"),
     ],
 )
-def test_a_decoder_that_cannot_be(model, options, error, message):
+def test_invalid_decoder_arguments(model, options, error, message):
     with pytest.raises(error, match=message):
         SelfSpeculativeDecoder(model, **options)
 
@@ -101,7 +101,7 @@ def test_a_decoder_that_cannot_be(model, options, error, message):
         ({"pad_token_id": VOCABULARY}, ValueError, "pad_token_id must be in 0 … 100, got 101"),
     ],
 )
-def test_a_call_that_cannot_be(model, options, error, message):
+def test_invalid_call_arguments(model, options, error, message):
     recorder = Recorder()
     call = {"input_ids": prompt_of(4), "max_new_tokens": 4, "streamer": recorder} | options
     with pytest.raises(error, match=message):
@@ -143,7 +143,7 @@ def test_a_broken_draft_head_is_named():
 
 
 @requires_native  # as above
-def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error(monkeypatch):
+def test_an_invalid_draft_after_a_rejected_one_is_ignored(monkeypatch):
     """What follows a rejected draft is no part of the sequence, so its numbers are nobody's business."""
     model = tiny_model()
     plain = SelfSpeculativeDecoder(model, 1).generate(prompt_of(6), 24, strategy="autoregressive")
@@ -165,7 +165,7 @@ def test_a_draft_that_cannot_be_after_a_rejected_one_is_no_error(monkeypatch):
     assert torch.equal(decoder.generate(prompt_of(6), 24).sequences, plain.sequences)
 
 
-def test_accepting_a_wrong_draft_would_be_noticed(monkeypatch):
+def test_accepting_a_wrong_draft_is_detected(monkeypatch):
     """The mutation that the equality tests exist for: verification accepts one draft too many."""
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 4)
     plain = decoder.generate(prompt_of(6), 40, strategy="autoregressive")
@@ -199,7 +199,7 @@ def begun_request() -> Request:
     return request
 
 
-def test_what_follows_a_stop_token_inside_a_round_is_no_error():
+def test_a_fault_after_a_stop_token_is_ignored():
     """Autoregressive decoding would never have come there."""
     request = begun_request()
     request.emit_round([4, 7, 5, 6], 3, -1, exit_layer=1, fault="logits that are not finite")
@@ -207,7 +207,7 @@ def test_what_follows_a_stop_token_inside_a_round_is_no_error():
     assert request.output().new_tokens.tolist() == [[3, 4, 7]]
 
 
-def test_a_fault_that_would_be_emitted_is_an_error():
+def test_a_fault_before_the_end_is_an_error():
     request = begun_request()
     with pytest.raises(FloatingPointError, match="not finite"):
         request.emit_round([4, 5, 6, 6], 2, -1, exit_layer=1, fault="logits that are not finite")

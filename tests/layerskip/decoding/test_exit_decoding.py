@@ -144,7 +144,7 @@ def test_prompts_in_pieces_and_several_in_one_pass(near, per_step):
     assert watched.accepted > 10
 
 
-def test_prompts_that_torch_reads(near, monkeypatch):
+def test_prompts_read_by_torch_matmuls(near, monkeypatch):
     hf_model, decoder, watched = near
     monkeypatch.setattr(ChunkedPrefill, "fused", False)
     monkeypatch.setattr("layerskip.decoding.scheduler.TORCH_ROWS", 16)
@@ -156,7 +156,7 @@ def test_prompts_that_torch_reads(near, monkeypatch):
     assert watched.drafts > 20
 
 
-def test_a_prefix_that_another_row_holds(near):
+def test_a_prefix_in_another_slot_is_reused(near):
     hf_model, decoder, watched = near
     session = decoder.open_session(2)
     prompt = torch.cat([prompt_of(40)[:, :30], prompt_of(5, 1)], 1)
@@ -176,7 +176,7 @@ def test_a_prefix_that_another_row_holds(near):
 
 
 @pytest.mark.parametrize(("strategy", "reused"), [("self_speculative", 29), ("autoregressive", 0), ("early_exit", 0)])
-def test_what_is_continued(near, strategy, reused):
+def test_continuing_a_request_of_each_strategy(near, strategy, reused):
     """A row whose draft layers have not read everything is read again before an exit drafts on it."""
     hf_model, decoder, watched = near
     session = decoder.open_session(1)
@@ -216,7 +216,7 @@ def test_a_slot_survives_an_interrupt_while_draft_layers_catch_up(near, monkeypa
     assert finish(session)[second] == expected(hf_model, whole, 8)
 
 
-def test_an_exit_whose_first_draft_is_improbable_has_read(near, monkeypatch):
+def test_a_draft_that_ends_at_once_still_runs_draft_layers(near, monkeypatch):
     """Nothing is drafted, yet its draft layers have run: there is nothing to catch up."""
     hf_model, decoder, _ = near
     reads = []
@@ -231,7 +231,7 @@ def test_an_exit_whose_first_draft_is_improbable_has_read(near, monkeypatch):
 
 
 @pytest.mark.parametrize("continued", ["itself", "in another slot"])
-def test_what_was_looked_up_is_continued(near, monkeypatch, continued):
+def test_continuing_after_lookup_rounds(near, monkeypatch, continued):
     """The draft layers have read none of it: they do before an exit drafts, in whichever row."""
     hf_model, decoder, watched = near
     with monkeypatch.context() as looking_up:
@@ -272,7 +272,7 @@ def test_drafts_that_end_early(near):
     assert watched.accepted > 0
 
 
-def test_a_number_of_drafts_that_is_picked(near):
+def test_num_speculations_auto(near):
     """Among others, none."""
     hf_model, decoder, watched = near
     out = decoder.generate(prompt_of(5), 60, num_speculations="auto")
@@ -280,7 +280,7 @@ def test_a_number_of_drafts_that_is_picked(near):
     assert watched.drafts >= out.stats.drafted
 
 
-def test_logits_that_are_processed(near):
+def test_processed_logits(near):
     hf_model, decoder, watched = near
     out = decoder.generate(prompt_of(5), 60, logits_processor=lambda history, logits: logits)
     assert out.new_tokens[0].tolist() == expected(hf_model, prompt_of(5), 60)
@@ -289,7 +289,7 @@ def test_logits_that_are_processed(near):
 
 
 @pytest.mark.parametrize("processed", [False, True])
-def test_drafts_that_are_looked_up_in_between(near, monkeypatch, processed):
+def test_alternating_lookup_and_exit_drafts(near, monkeypatch, processed):
     """By turns: all rows look up, none does, the first one does."""
     hf_model, decoder, watched = near
     turns = itertools.count()
@@ -319,7 +319,7 @@ def test_drafts_that_are_looked_up_in_between(near, monkeypatch, processed):
     assert watched.looked_up > 10
 
 
-def test_what_catching_up_costs_is_foreseen_and_not_learned(near, monkeypatch):
+def test_catching_up_is_predicted_and_not_learned(near, monkeypatch):
     """By turns: drafts are looked up, the exit makes them after its draft layers have read, and once more at once."""
     _, decoder, _ = near
     behind, learned = [], []
@@ -338,7 +338,7 @@ def test_what_catching_up_costs_is_foreseen_and_not_learned(near, monkeypatch):
     assert learned == [Choice(None, 0), Choice(2, 3)] * 3, "none of the rounds before which the draft layers read"
 
 
-def test_an_interrupt(near, monkeypatch):
+def test_an_interrupt_keeps_draft_layers_right(near, monkeypatch):
     """Whatever a step had done when it was interrupted, the drafts after it are right."""
     hf_model, decoder, watched = near
     session = decoder.open_session(2)
@@ -390,7 +390,7 @@ def test_several_threads_at_once(near):
     assert [out.new_tokens[0].tolist() for out in outputs] == wanted
 
 
-def test_what_does_not_go_together():
+def test_invalid_combinations():
     model = tiny_model()
     exit_ = random_exit(adapt(model))
     with pytest.raises(ValueError, match="exit_layer is 3, but the exit that is given is after 2 layers"):

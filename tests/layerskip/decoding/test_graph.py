@@ -80,7 +80,7 @@ def test_the_same_tokens(slots, lazy, strategy, kind):
 @pytest.mark.parametrize("kind", SAMPLING)
 @pytest.mark.parametrize("source", ["ngram", "auto"])
 @pytest.mark.parametrize("slots", [2, 5])
-def test_the_same_tokens_where_drafts_are_looked_up(slots, source, kind):
+def test_lookup_drafts_give_the_same_tokens(slots, source, kind):
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
     gpu = FakeGPU()
     given = {"draft_source": source, "sampling": SAMPLING[kind]}
@@ -100,7 +100,7 @@ class AnyNumber(DraftSource):
 
 @requires_native
 @pytest.mark.parametrize("kind", SAMPLING)
-def test_few_rounds_are_recorded_of_any_number_of_drafts(kind):
+def test_lookup_drafts_of_any_number_need_few_recordings(kind):
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
     gpu, given = FakeGPU(), {"draft_source": AnyNumber(), "sampling": SAMPLING[kind]}
     assert tokens_of(decoder, 3, gpu, **given) == tokens_of(decoder, 3, None, **given)
@@ -108,7 +108,7 @@ def test_few_rounds_are_recorded_of_any_number_of_drafts(kind):
 
 
 @requires_native
-def test_padding_leaves_a_prompt_alone_that_is_being_read(monkeypatch):
+def test_padding_does_not_overwrite_a_prompt_in_prefill(monkeypatch):
     """Padding writes into free slots, and a slot whose prompt is half read is none."""
     decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), exit_layer=1, num_speculations=3)
     gpu = FakeGPU()
@@ -166,7 +166,7 @@ def counted(sequences: SequenceTensors) -> Tensor:
     return torch.stack([sequences.token, sequences.seq_lens], 1)
 
 
-def test_sequences_go_in_and_stay_and_padding_goes_back():
+def test_sequences_stay_in_the_graph_and_padding_is_reset():
     graphs, sequences = graphs_on(FakeGPU()), sequences_of(4)
     for turn in (1, 2, 3):
         outcome, sequences = graphs.launch("kind", counted, sequences, 3)
@@ -211,7 +211,7 @@ def test_another_stream_waits_for_the_last_round():
 
 
 @pytest.mark.parametrize("way", ["dropped", "of other weights", "too many"])
-def test_what_lets_go_of_memory_waits_for_the_round_that_works_on_it(way):
+def test_freeing_memory_waits_for_the_round_that_uses_it(way):
     graphs, weight = Graphs(FakeGPU(), max_graphs=1), torch.ones(3)
     graphs.hold([weight])
     outcome, _ = graphs.launch("kind", counted, sequences_of(1), 1)
@@ -233,7 +233,7 @@ class Forgetful(FakeGPU):
 
 
 @requires_native
-def test_a_session_may_be_dropped_with_a_round_under_way(monkeypatch):
+def test_a_session_may_be_dropped_with_a_round_in_flight(monkeypatch):
     gpu = Forgetful()
     monkeypatch.setattr(cuda_graphs, "for_device", lambda device: graphs_on(gpu))
     session = SelfSpeculativeDecoder(tiny_model(), exit_layer=1, num_speculations=3).open_session(1, max_seq_len=48)
@@ -264,7 +264,7 @@ def test_graphs_are_kept_by_kind_and_size_up_to_a_number():
     assert len(graphs) == 2
 
 
-def test_what_moved_drops_the_graphs():
+def test_moved_weights_drop_the_graphs():
     gpu, sequences = FakeGPU(), sequences_of(1)
     graphs, weight = graphs_on(gpu), torch.nn.Parameter(torch.ones(3))
 
@@ -299,7 +299,7 @@ def test_padding_takes_slots_that_are_free(count, free, missing):
         (lambda sequences: sequences.token + torch.tensor([1]), "copies from the host"),
     ],
 )
-def test_what_meets_the_host_is_seen(wrong, message):
+def test_host_synchronization_is_detected(wrong, message):
     graphs = graphs_on(FakeGPU())
     outcome, _ = graphs.launch("kind", lambda one: wrong(one).view(-1, 1), sequences_of(1), 1)
     with pytest.raises(AssertionError, match=message):
@@ -308,7 +308,7 @@ def test_what_meets_the_host_is_seen(wrong, message):
 
 @pytest.mark.parametrize("num_draft_layers", [0, 2])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_round_has_no_values_to_look_at(temperature, num_draft_layers):
+def test_a_round_never_reads_values_on_the_host(temperature, num_draft_layers):
     """On the device "meta" there are none, and no branch for the CPU is taken."""
     model = models.adapt(tiny_model())
     model = model.with_exit(random_exit(model, 1, num_draft_layers).of(model)).to("meta")
@@ -322,7 +322,7 @@ def test_a_round_has_no_values_to_look_at(temperature, num_draft_layers):
         assert step.speculate(replace(sequences, lookup=lookup), 1, 3).shape == (2, 5)
 
 
-def test_where_there_is_no_gpu_rounds_are_called(monkeypatch):
+def test_without_a_gpu_rounds_are_called(monkeypatch):
     assert cuda_graphs.for_device(torch.device("cpu")) is None
     assert isinstance(cuda_graphs.for_device(torch.device("cuda")), Graphs)
     monkeypatch.setenv("LAYERSKIP_GRAPHS", "0")

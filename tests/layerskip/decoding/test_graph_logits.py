@@ -67,7 +67,7 @@ def test_a_threshold_on_drafts(decoder, temperature):
 
 @requires_native
 @pytest.mark.parametrize("kind", PROCESSED)
-def test_what_is_looked_up(decoder, kind):
+def test_lookup_drafts(decoder, kind):
     given = {"sampling": PROCESSED[kind], "draft_source": "ngram"}
     gpu = FakeGPU()
     assert tokens_of(decoder, 5, gpu, **given) == tokens_of(decoder, 5, None, **given)
@@ -85,7 +85,7 @@ def test_a_reduced_head_that_scores_no_allowed_token():
 
 
 @requires_native
-def test_what_was_emitted_ahead_of_the_host_is_penalized(decoder, monkeypatch):
+def test_tokens_of_rounds_in_flight_are_penalized(decoder, monkeypatch):
     """The host reads a round's tokens after the next one began, so only the GPU can note them."""
     given = {"sampling": PROCESSED["greedy, penalty"], "strategy": "autoregressive"}
     expected = tokens_of(decoder, 5, None, **given)
@@ -94,7 +94,7 @@ def test_what_was_emitted_ahead_of_the_host_is_penalized(decoder, monkeypatch):
 
 
 @requires_native
-def test_no_value_that_differs_is_recorded(decoder):
+def test_parameter_values_are_not_recorded(decoder):
     """Two batches of one form share their graphs: what they have of their own are tensors."""
     gpu = FakeGPU()
     for index in range(3):
@@ -105,7 +105,7 @@ def test_no_value_that_differs_is_recorded(decoder):
 
 
 @requires_native
-def test_a_processor_of_ones_own_is_named_and_its_rounds_are_called(decoder):
+def test_an_own_processor_warns_and_is_not_recorded(decoder):
     def louder(history, logits):
         return logits * 1.5
 
@@ -120,7 +120,7 @@ def test_a_processor_of_ones_own_is_named_and_its_rounds_are_called(decoder):
 
 @pytest.mark.parametrize("num_draft_layers", [0, 2])
 @pytest.mark.parametrize("threshold", [0.0, 0.25])
-def test_a_round_has_no_values_to_look_at(threshold, num_draft_layers):
+def test_a_round_never_reads_values_on_the_host(threshold, num_draft_layers):
     """On the device "meta" there are none, and no branch for the CPU is taken."""
     model, meta = models.adapt(tiny_model()), torch.device("meta")
     model = model.with_exit(random_exit(model, 1, num_draft_layers).of(model)).to("meta")

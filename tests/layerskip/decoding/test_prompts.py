@@ -36,7 +36,7 @@ def padded(rows, side):
 @requires_native
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float32, list])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_is_no_part_of_a_prompt(decoder, side, kind):
+def test_padding_on_either_side_is_ignored(decoder, side, kind):
     rows = [prompt_of(length, length)[0] for length in LENGTHS]
     ids, mask = padded(rows, side)
     mask = mask.tolist() if kind is list else mask.to(kind)
@@ -46,7 +46,7 @@ def test_padding_on_either_side_is_no_part_of_a_prompt(decoder, side, kind):
         assert torch.equal(out.sequences, expected.sequences)
 
 
-def test_the_other_tokens_of_the_padding_are_never_seen(decoder):
+def test_padding_tokens_may_be_any_id(decoder):
     """As a vocabulary without a padding token has them: any id, also one that is no token."""
     row = prompt_of(5)
     ids = torch.cat([torch.full((1, 2), -100), row], 1)
@@ -78,14 +78,14 @@ def test_text(decoder):
     assert ours.reasons == ("stop",)
 
 
-def test_what_a_tokenizer_returns_can_be_passed_on(decoder):
+def test_tokenizer_output_can_be_passed_directly(decoder):
     encoded = decoder.tokenizer(["QED.SO", "A"], return_tensors="pt", padding=True, return_token_type_ids=False)
     expected = decoder.generate(["QED.SO", "A"], NEW).sequences
     assert torch.equal(decoder.generate(**encoded, max_new_tokens=NEW).sequences, expected)
 
 
 @pytest.mark.parametrize("place", range(1, 5))
-def test_holes_are_refused_by_their_place(place):
+def test_holes_in_a_mask_are_refused(place):
     mask = torch.tensor([[1] * 6, [1] * 6])
     mask[1, place] = 0
     with pytest.raises(ValueError, match=f"attention_mask has a hole at position {place} of prompt 1"):

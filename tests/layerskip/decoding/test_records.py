@@ -65,7 +65,7 @@ def check(out):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_token_is_told_once(decoder, way):
+def test_every_token_is_in_one_record(decoder, way):
     out = decoder.generate(prompt_of(9), NEW, eos_token_id=[], **WAYS[way])
     check(out)
     if way not in ("early exit", "drawn"):
@@ -74,7 +74,7 @@ def test_every_token_is_told_once(decoder, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_in_batches(decoder, way):
+def test_records_in_batches(decoder, way):
     prompts = [prompt_of(length, length)[0] for length in (9, 5, 17)]
     out = decoder.generate(prompts, NEW, eos_token_id=int(prompts[0][0]), **WAYS[way])
     check(out)
@@ -110,7 +110,7 @@ def expected(decoder, way, tokens, count):
     return asked.new_tokens[0].tolist()
 
 
-def test_the_layer_without_speculation(decoder):
+def test_records_without_speculation(decoder):
     for strategy, source, layer in (("autoregressive", "none", None), ("early_exit", "exit", 2)):
         records = decoder.generate(prompt_of(9), NEW, eos_token_id=[], strategy=strategy).stats.records
         assert records == ((source, layer, (), 0, 1),) * (NEW - 1)
@@ -133,7 +133,7 @@ def run(session):
         session.step()
 
 
-def test_a_round_that_is_interrupted_and_left(decoder):
+def test_the_record_of_an_interrupted_round(decoder):
     """It emitted some of its drafts; the record tells those."""
     decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 4)
 

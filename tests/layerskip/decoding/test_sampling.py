@@ -125,7 +125,7 @@ class TestLogitsPipeline:
             alone, _ = processed([params], [None], logits[row : row + 1], histories[row : row + 1])
             assert torch.equal(together[row], alone[0])
 
-    def test_ones_own_comes_between_penalty_and_temperature(self):
+    def test_own_processors_run_between_penalty_and_temperature(self):
         params, logits = SamplingParams(0.5, repetition_penalty=2.0), self.logits(1)
         history = torch.tensor([int(logits.argmax())])
         seen = []
@@ -271,13 +271,13 @@ def test_100k_continuations_have_the_models_distribution(small, params, head):
 
 @many
 @pytest.mark.parametrize("params", DRAWN)
-def test_100k_continuations_of_looked_up_drafts_have_it_too(small, params):
+def test_100k_continuations_with_lookup_drafts_have_it_too(small, params):
     assert excess(small, DRAWN[params], looks_up=True) < LIMIT
 
 
 @many
 @pytest.mark.parametrize("params", ["temperature", "top-k"])
-def test_a_looked_up_draft_that_counts_as_drawn_from_all_tokens_is_noticed(small, params, monkeypatch):
+def test_a_wrong_distribution_of_lookup_drafts_is_detected(small, params, monkeypatch):
     monkeypatch.setattr(
         LookupDrafts, "logits", property(lambda one: torch.zeros(*one.tokens.shape, len(one.token_map)))
     )
@@ -285,7 +285,7 @@ def test_a_looked_up_draft_that_counts_as_drawn_from_all_tokens_is_noticed(small
 
 
 @many
-def test_a_wrong_acceptance_rule_is_noticed(small, monkeypatch):
+def test_a_wrong_acceptance_rule_is_detected(small, monkeypatch):
     """It takes every draft for one that had all tokens equally probable."""
     accept = logits_module.accept_sampled
     monkeypatch.setattr(
@@ -295,7 +295,7 @@ def test_a_wrong_acceptance_rule_is_noticed(small, monkeypatch):
 
 
 @many
-def test_noise_that_is_used_twice_is_noticed(small, monkeypatch):
+def test_reused_noise_is_detected(small, monkeypatch):
     """A rejected draft and what replaces it must not be drawn with the same noise."""
     monkeypatch.setattr(logits_module, "_DRAFT_SEED", 0)
     assert excess(small, DRAWN["top-k"]) > 3 * LIMIT
@@ -322,7 +322,7 @@ def test_a_seed_repeats_the_tokens(decoder, params, strategy):
     assert (runs[0] == runs[2]) == params.greedy or params.top_p < 0.1
 
 
-def test_torchs_own_generator_counts_where_there_is_none(decoder):
+def test_torchs_generator_is_the_default(decoder):
     runs = []
     for seed in (7, 7, 8):
         torch.manual_seed(seed)
@@ -330,7 +330,7 @@ def test_torchs_own_generator_counts_where_there_is_none(decoder):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_a_seed_for_all_is_counted_up(decoder):
+def test_a_shared_seed_is_incremented(decoder):
     """Equal prompts go on differently, each as it would alone."""
     prompt = prompt_of(6)
     out = decoder.generate(prompt.expand(3, -1), 12, sampling=SamplingParams(1.0, seed=40))
@@ -343,7 +343,7 @@ def test_a_seed_for_all_is_counted_up(decoder):
 @requires_native
 @pytest.mark.parametrize("threshold", [0.0, 0.03])
 @pytest.mark.parametrize("strategy", ["self_speculative", "autoregressive"])
-def test_a_batch_draws_what_each_would_alone(decoder, strategy, threshold):
+def test_a_batch_samples_what_each_would_alone(decoder, strategy, threshold):
     """Whatever the others are like: every sequence has parameters, a length and an end of its own."""
     prompts = [prompt_of(3 + 2 * row, row)[0] for row in range(len(SAMPLERS))]
     options = {"strategy": strategy, "draft_threshold": threshold, "eos_token_id": [7, 35]}
@@ -388,7 +388,7 @@ def test_no_token_comes_twice_under_a_strict_penalty(decoder):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("threshold", [0.5, 0.5000001])
-def test_a_probability_that_is_the_threshold_is_enough(temperature, threshold):
+def test_a_probability_equal_to_the_threshold_is_enough(temperature, threshold):
     """Two tokens are left, each of probability 0.5: a greedy draft goes on at 0.5, and above it there is none; one that
     is drawn ends above it after its first token."""
 
@@ -416,12 +416,12 @@ def threshold_excess(model) -> float:
 
 
 @many
-def test_a_threshold_keeps_the_distribution_of_what_is_drawn(small):
+def test_a_threshold_keeps_the_distribution_of_samples(small):
     assert threshold_excess(small) < LIMIT
 
 
 @many
-def test_dropping_an_improbable_draft_would_be_noticed(small, monkeypatch):
+def test_dropping_improbable_samples_is_detected(small, monkeypatch):
     """It would favour the probable tokens."""
 
     def drop(token, logits, drafting, draft_threshold, draws):

@@ -127,7 +127,7 @@ def test_a_tensor_is_a_batch_of_its_rows(decoder):
 
 
 @requires_native
-def test_a_stop_at_every_position_of_a_draft_while_others_go_on():
+def test_a_stop_at_any_position_of_a_draft_leaves_others_running():
     decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 8)
     prompts = [prompt_of(5, seed) for seed in range(2)]
     free = [alone(decoder, prompt, 30) for prompt in prompts]
@@ -142,7 +142,7 @@ def test_a_stop_at_every_position_of_a_draft_while_others_go_on():
 
 
 @requires_native
-def test_one_row_may_fill_the_cache_while_others_have_room(decoder):
+def test_one_sequence_may_fill_its_slot(decoder):
     """The row at the end rides along in rounds that draft past it; drafts are more than it has tokens left."""
     session = decoder.open_session(3, max_seq_len=32, num_speculations=8)
     prompts = [prompt_of(length, length) for length in (30, 4, 12)]
@@ -157,7 +157,7 @@ def test_one_row_may_fill_the_cache_while_others_have_room(decoder):
         assert last[request_id].output.stats.drafted <= 8 * last[request_id].output.stats.rounds
 
 
-def test_more_requests_than_slots_wait_in_line(decoder):
+def test_more_requests_than_slots_wait(decoder):
     session = decoder.open_session(2, max_seq_len=40)
     prompts = [prompt_of(3 + index, index) for index in range(5)]
     ids = [session.add(prompt, 6, eos_token_id=[]) for prompt in prompts]
@@ -170,7 +170,7 @@ def test_more_requests_than_slots_wait_in_line(decoder):
     assert order == ids
 
 
-def test_finished_rows_cost_nothing(decoder, monkeypatch):
+def test_finished_sequences_cost_nothing(decoder, monkeypatch):
     """They are not among the rows that the kernels are given."""
     sizes = []
 
@@ -313,7 +313,7 @@ def test_a_rejected_draft_whose_state_is_not_finite_ends_nothing():
         ({"num_speculations": 0}, ValueError, "num_speculations must be at least 1, got 0"),
     ],
 )
-def test_a_session_that_cannot_be(decoder, options, error, message):
+def test_invalid_session_arguments(decoder, options, error, message):
     with pytest.raises(error, match=message):
         decoder.open_session(**{"max_batch": 2, **options})
 
@@ -336,7 +336,7 @@ def test_a_session_that_cannot_be(decoder, options, error, message):
         ({"sampling": "greedy"}, TypeError, "sampling must be a SamplingParams, got str"),
     ],
 )
-def test_a_request_that_cannot_be_leaves_no_trace(decoder, options, error, message):
+def test_an_invalid_request_leaves_no_trace(decoder, options, error, message):
     session = decoder.open_session(1, max_seq_len=40)
     with pytest.raises(error, match=message):
         session.add(**{"prompt": [1, 2, 3], "max_new_tokens": 4, **options})

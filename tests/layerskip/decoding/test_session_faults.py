@@ -38,7 +38,7 @@ def interrupting(moments):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("moment", [1, 4, 9, 20])
-def test_a_session_goes_on_after_an_interrupt(decoder, moment, penalty):
+def test_a_session_continues_after_an_interrupt(decoder, moment, penalty):
     """In the middle of a round: nothing is lost or wrong, whoever was or was not written down before it."""
     calls = 0
 
@@ -118,7 +118,7 @@ def test_drafts_before_a_fault_count_as_accepted():
     assert sum(one.accepted for row in output.stats.by_position.values() for one in row) == output.stats.accepted
 
 
-def test_an_interrupted_round_is_gone_on_with(decoder):
+def test_an_interrupted_round_is_continued(decoder):
     """Not repeated from where it was: another round would draw with other noise."""
     params, interrupts = SamplingParams(0.9, seed=3), [2, 5, 6, 7, 11, 20]
     session = decoder.open_session(2, max_seq_len=64)
@@ -197,7 +197,7 @@ def test_a_reduced_head_that_scores_no_allowed_token_drafts_nothing(threshold, t
             assert row == alone(decoder, prompt, 12, sampling=params, logits_processor=hook)
 
 
-def test_a_rule_gets_tokens_of_its_own(decoder):
+def test_a_rule_gets_its_own_list(decoder):
     kept = []
 
     def careless(tokens):
@@ -209,7 +209,7 @@ def test_a_rule_gets_tokens_of_its_own(decoder):
     assert kept[-1] == out.new_tokens[0].tolist()
 
 
-def test_no_token_is_left(decoder):
+def test_forbidding_every_token_is_an_error(decoder):
     """The error names the likelier cause, too."""
     forbidden = SamplingParams(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf))
     with pytest.raises(FloatingPointError, match="or bias and processors forbid every token"):
@@ -225,12 +225,12 @@ def test_no_token_is_left(decoder):
         ({"logit_bias": {3: 1e300}}, r"logit_bias\[3\] must be in \[-1e\+06, 1e\+06\], got 1e\+300"),
     ],
 )
-def test_numbers_that_logits_do_not_survive(params, message):
+def test_parameters_that_overflow_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**params)
 
 
-def test_numbers_of_numpy_are_numbers(decoder):
+def test_numpy_numbers_are_accepted(decoder):
     prompt = [np.int64(token) for token in prompt_of(4).view(-1).tolist()]
     params = SamplingParams(np.float32(0.5), top_k=np.int64(3), seed=np.int64(1))
     for eos in (np.int64(3), torch.tensor(3), torch.tensor([3])):
@@ -252,7 +252,7 @@ def test_defaults_of_torch_do_not_matter(decoder):
         assert decoder.generate(prompt, 9, sampling=params).sequences.equal(expected)
 
 
-def test_more_drafts_than_a_round_takes(decoder):
+def test_too_many_speculations_are_refused(decoder):
     with pytest.raises(ValueError, match=r"num_speculations must be in 1 … 1024, got 1000000"):
         decoder.generate(prompt_of(4).view(1, -1), 3, num_speculations=10**6)
 

@@ -39,6 +39,6 @@ def test_a_long_session_takes_memory_as_it_grows():
     )
 
 
-def test_memory_that_cannot_be_had_is_an_error_that_helps():
+def test_a_cache_that_does_not_fit_names_its_size():
     with pytest.raises(MemoryError, match=r"8 sequences of 1000000000 positions take .* GB, .* smaller max_seq_len"):
         SharedKVCache(32, 8, 8, 10**9, 128, torch.bfloat16)

@@ -54,7 +54,7 @@ def run(session, steps: int = 500) -> dict[int, list[int]]:
 @requires_native
 @pytest.mark.parametrize("budget", [1, 7, 64, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_pieces_change_no_token(budget, dtype):
+def test_chunks_change_no_token(budget, dtype):
     decoder = SelfSpeculativeDecoder(tiny_model(dtype=dtype, upper="weak"), 1, 4)
     session = decoder.open_session(3, max_seq_len=200, prompt_tokens_per_step=budget)
     prompts = [prompt_of(length, length) for length in (5, 90, 150, 33)]
@@ -84,7 +84,7 @@ def test_a_step_reads_no_more_than_its_budget_while_requests_run(decoder, passes
 
 
 @requires_native
-def test_so_it_does_where_more_prompts_share_a_pass_than_it_may_read(decoder, passes):
+def test_the_budget_holds_when_prompts_share_a_chunk(decoder, passes):
     session = decoder.open_session(9, max_seq_len=60, prompt_tokens_per_step=5)
     session.add(prompt_of(4), 40, eos_token_id=[])
     session.step()
@@ -99,7 +99,7 @@ def test_so_it_does_where_more_prompts_share_a_pass_than_it_may_read(decoder, pa
 
 
 @requires_native
-def test_nobody_waits_where_nobody_runs(decoder, passes):
+def test_prefill_is_unlimited_when_nothing_runs(decoder, passes):
     session = decoder.open_session(2, max_seq_len=250, prompt_tokens_per_step=1)
     session.add(prompt_of(200), 2, eos_token_id=[])
     assert session.step()[0].tokens
@@ -107,7 +107,7 @@ def test_nobody_waits_where_nobody_runs(decoder, passes):
 
 
 @requires_native
-def test_short_prompts_share_a_pass(decoder, passes):
+def test_short_prompts_share_a_chunk(decoder, passes):
     session = decoder.open_session(4, max_seq_len=60, prompt_tokens_per_step=None)
     prompts = [prompt_of(length, length) for length in (7, 7, 9, 12)]
     prompts[1] = prompt_of(7, 99)
@@ -118,7 +118,7 @@ def test_short_prompts_share_a_pass(decoder, passes):
 
 
 @requires_native
-def test_prompts_of_another_depth_take_another_pass(decoder):
+def test_prompts_of_other_layers_take_another_chunk(decoder):
     session = decoder.open_session(2, max_seq_len=60)
     full = session.add(prompt_of(8), 6, eos_token_id=[])
     early = session.add(prompt_of(8), 6, eos_token_id=[], strategy="early_exit", exit_layer=2)
@@ -128,7 +128,7 @@ def test_prompts_of_another_depth_take_another_pass(decoder):
     assert tokens[early] == out.new_tokens[0].tolist()
 
 
-def test_matmuls_of_torch_read_between_the_same_cuts(decoder, passes, monkeypatch):
+def test_torch_matmuls_cut_prompts_at_fixed_positions(decoder, passes, monkeypatch):
     monkeypatch.setattr("layerskip.decoding.scheduler.TORCH_ROWS", 32)
     with use_backend("reference"):
         session = decoder.open_session(2, max_seq_len=200, prompt_tokens_per_step=7)
@@ -146,7 +146,7 @@ def test_matmuls_of_torch_read_between_the_same_cuts(decoder, passes, monkeypatc
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("end", ["cancel", "remove"])
 @pytest.mark.parametrize("stage", ["waiting", "half read", "running", "ended"])
-def test_a_slot_is_free_again_whenever_a_request_is_cancelled(decoder, stage, end, keep):
+def test_cancelling_frees_the_slot_at_every_stage(decoder, stage, end, keep):
     session = decoder.open_session(2, max_seq_len=200, prompt_tokens_per_step=8)
     session.add(prompt_of(4), 150, eos_token_id=[])
     session.step()
@@ -173,7 +173,7 @@ def test_a_slot_is_free_again_whenever_a_request_is_cancelled(decoder, stage, en
     assert sorted([*scheduler.free_slots, *(one.slot for one in scheduler.retained.values())]) == [0, 1]
 
 
-def test_a_slot_that_is_lost_is_an_error_not_a_wait_without_end(decoder):
+def test_a_lost_slot_is_an_error(decoder):
     session = decoder.open_session(1, max_seq_len=40)
     session._scheduler.free_slots.clear()
     session.add(prompt_of(4), 5)
@@ -181,7 +181,7 @@ def test_a_slot_that_is_lost_is_an_error_not_a_wait_without_end(decoder):
         session.step()
 
 
-def test_a_full_line_says_so(decoder):
+def test_a_full_waiting_queue_is_an_error(decoder):
     session = decoder.open_session(2, max_seq_len=40, max_waiting=1)
     for seed in range(3):
         session.add(prompt_of(4, seed), 5, eos_token_id=[])
@@ -202,13 +202,13 @@ def test_a_full_line_says_so(decoder):
         ({"max_waiting": -1}, ValueError, "max_waiting must be at least 0, got -1"),
     ],
 )
-def test_bounds_that_cannot_be(decoder, options, error, message):
+def test_invalid_limits(decoder, options, error, message):
     with pytest.raises(error, match=message):
         decoder.open_session(2, **options)
 
 
 @requires_native
-def test_an_interrupt_while_a_prompt_is_read_loses_nothing(decoder, monkeypatch):
+def test_an_interrupt_during_prefill_loses_nothing(decoder, monkeypatch):
     session = decoder.open_session(2, max_seq_len=200, prompt_tokens_per_step=16)
     session.add(prompt_of(4), 40, eos_token_id=[])
     session.step()
@@ -235,7 +235,7 @@ def test_an_interrupt_while_a_prompt_is_read_loses_nothing(decoder, monkeypatch)
     assert tokens[second] == alone(decoder, prompt_of(50, 1), 8, eos_token_id=[])
 
 
-def test_a_bound_that_is_none_is_refused():
+def test_invalid_prompt_tokens_per_step():
     decoder = SelfSpeculativeDecoder(tiny_model(), exit_layer=1)
     for wrong in (0, "often"):
         with pytest.raises((ValueError, TypeError), match=f"prompt_tokens_per_step.*{wrong}"):

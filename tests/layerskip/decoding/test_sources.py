@@ -117,7 +117,7 @@ def test_the_cache_holds_the_same_bits(dtype):
 
 
 @requires_native
-def test_what_is_accepted_and_counted():
+def test_accepted_drafts_are_counted_by_source():
     decoder = SelfSpeculativeDecoder(tiny_model(), 1)
     text = decoder.generate(prompt_of(7), NEW, strategy="autoregressive").sequences[0].tolist()
     right = decoder.generate(prompt_of(7), NEW, draft_source=Oracle([text])).stats
@@ -134,7 +134,7 @@ def test_what_is_accepted_and_counted():
 
 
 @requires_native
-def test_what_is_counted_by_position():
+def test_drafts_are_counted_by_position():
     """A source that is wrong at every third place of the text, and proposes five tokens."""
     decoder = SelfSpeculativeDecoder(tiny_model(), 1)
     text = decoder.generate(prompt_of(7), NEW, strategy="autoregressive").sequences[0].tolist()
@@ -152,7 +152,7 @@ def test_what_is_counted_by_position():
 
 @requires_native
 @pytest.mark.parametrize("bug", ["one too many", "states of other tokens"])
-def test_these_tests_notice_a_wrong_round(bug, monkeypatch):
+def test_a_wrong_round_is_detected(bug, monkeypatch):
     decoder = SelfSpeculativeDecoder(tiny_model(), 1)
     plain = decoder.generate(prompt_of(7), NEW, strategy="autoregressive").sequences
     accept, look_up = rounds.accept_greedy, SpecStep._look_up
@@ -204,7 +204,7 @@ class TestBatches:
         ],
         ids=["greedy", "drawn", "greedy, processed", "drawn, processed"],
     )
-    def test_each_gets_what_it_gets_alone(self, decoder, sampling, monkeypatch):
+    def test_mixed_sources_give_the_tokens_of_each_alone(self, decoder, sampling, monkeypatch):
         prompts = [prompt_of(length, length)[0] for length in (5, 9, 3, 12, 8)]
         sources = ["exit", "ngram", NgramSource([prompts[0].tolist()]), "exit", Says([5, 7])]
         alone = [
@@ -317,7 +317,7 @@ class TestBatches:
 
 
 class TestWhatIsTaken:
-    def test_a_name_or_a_source(self):
+    def test_invalid_sources(self):
         model = tiny_model()
         with pytest.raises(ValueError, match="draft_source must be one of 'exit', 'ngram', 'auto', or a DraftSource"):
             SelfSpeculativeDecoder(model, 1, draft_source="n-gram")
@@ -398,16 +398,16 @@ class TestNgrams:
         assert NgramSource().propose([3, 4, 3, 5, 3]) == [5, 3]
         assert NgramSource().propose([1, 2, 3]) == ()
 
-    def test_a_match_is_as_long_as_it_is(self):
+    def test_match_is_the_full_length(self):
         source = NgramSource()
         source.propose([9, *range(8), 8, 7, *range(8)])
         assert source.match == 8
 
-    def test_what_repeats_itself_goes_on_to(self):
+    def test_repetitions_continue(self):
         assert NgramSource().propose([1, 2, 1, 2]) == [1, 2, 1, 2]
         assert NgramSource().propose([5, 5, 5, 5]) == [5] * 12
 
-    def test_a_text_ends_where_it_ends(self):
+    def test_proposals_end_with_their_text(self):
         source = NgramSource([[1, 2, 3, 4], [3, 4, 5]])
         assert source.new().propose([8, 1, 2]) == [3, 4]
         assert source.new().propose([8, 3, 4]) == [5]
@@ -421,7 +421,7 @@ class TestNgrams:
         assert other.propose([8, 7]) == ()
         assert one._texts is other._texts
 
-    def test_each_token_is_looked_at_once(self):
+    def test_each_token_is_indexed_once(self):
         """So a proposal costs the same whether the text is short or long."""
 
         class Watched(list):
@@ -459,7 +459,7 @@ class TestNgrams:
         assert GRADES == {1: 2, 2: 4, 3: 12}
 
 
-def test_a_lookup_asks_only_for_what_can_be_emitted():
+def test_lookup_proposes_no_more_than_can_be_emitted():
     asked = Lookup(Says([1, 2, 3]), [5, 6], VOCABULARY)
     asked.propose([7], 2)
     assert asked.proposal.tokens == [1, 2]

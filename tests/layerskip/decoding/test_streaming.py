@@ -51,14 +51,14 @@ def test_a_stream_reads_what_the_decoder_puts(tokenizer, decoder, seed, skip_pro
     assert "".join(stream) == before + expected(tokenizer, decoder, prompt)
 
 
-def test_transformers_puts_the_same(tokenizer, model, decoder):
+def test_transformers_streamers_get_the_same(tokenizer, model, decoder):
     stream, prompt = TextStream(tokenizer), prompt_of(7)
     mask = torch.ones_like(prompt)
     model.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False, streamer=stream)
     assert "".join(stream) == expected(tokenizer, decoder, prompt)
 
 
-def test_another_thread_reads_meanwhile(tokenizer, decoder):
+def test_another_thread_can_read(tokenizer, decoder):
     stream, prompt = TextStream(tokenizer, timeout=60), prompt_of(7)
     options = {"max_new_tokens": NEW, "streamer": stream, "eos_token_id": []}
     thread = Thread(target=decoder.generate, args=(prompt,), kwargs=options)
@@ -69,7 +69,7 @@ def test_another_thread_reads_meanwhile(tokenizer, decoder):
     assert "".join(pieces) == expected(tokenizer, decoder, prompt)
 
 
-def test_a_stream_serves_again(tokenizer, decoder):
+def test_a_stream_can_be_reused(tokenizer, decoder):
     stream = TextStream(tokenizer)
     for seed in (1, 2):
         decoder.generate(prompt_of(5, seed), NEW, streamer=stream, eos_token_id=[])
@@ -91,7 +91,7 @@ def test_a_stream_ends_at_a_stop_string(tokenizer, decoder):
         assert "".join(stream) == text[:cut]
 
 
-def test_nobody_waits_forever(tokenizer):
+def test_the_timeout_raises_empty(tokenizer):
     stream = TextStream(tokenizer, timeout=0.01)
     with pytest.raises(queue.Empty):
         next(stream)
@@ -113,7 +113,7 @@ def test_the_iterator_gives_the_text(tokenizer, decoder):
         assert "".join(pieces) == expected(tokenizer, decoder, prompt)
 
 
-def test_a_text_is_a_prompt(tokenizer, decoder, monkeypatch):
+def test_a_string_is_a_prompt(tokenizer, decoder, monkeypatch):
     monkeypatch.setattr(decoder, "tokenizer", tokenizer)
     ids = torch.tensor([tokenizer("QED").input_ids])
     assert ids.max() < 101

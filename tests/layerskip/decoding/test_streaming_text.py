@@ -93,7 +93,7 @@ def test_bytes_after_bytes():
     assert run(tokenizer, tokens[:5])[0] == ["", "", "", "😀", "", "\N{REPLACEMENT CHARACTER}"]
 
 
-def test_bytes_that_make_no_character_are_not_waited_for(byte_level):
+def test_invalid_bytes_are_not_held_back(byte_level):
     (lonely,) = [token for token in byte_level("é").input_ids[1:]]
     pieces, _ = run(byte_level, [lonely] * 20)
     assert sum(bool(piece) for piece in pieces[:-1]) >= 3
@@ -170,13 +170,13 @@ def test_a_special_token_is_a_stop_string(byte_level):
         assert "".join(run(byte_level, tokens, **options)[0]) == "a b"
 
 
-def test_a_stop_string_in_the_prompt_is_none(byte_level):
+def test_stop_strings_in_the_prompt_are_ignored(byte_level):
     before, after = byte_level("stop st").input_ids, byte_level("op it").input_ids
     assert "".join(run(byte_level, after, before, stop_strings="stop")[0]) == "op it"
 
 
 @pytest.mark.parametrize(("value", "error"), [("", ValueError), (["a", ""], ValueError), ([1], TypeError)])
-def test_what_is_no_stop_string(byte_level, value, error):
+def test_invalid_stop_strings(byte_level, value, error):
     if value == "":
         assert run(byte_level, [], stop_strings=[])[1] is False
     with pytest.raises(error, match="stop_strings must"):

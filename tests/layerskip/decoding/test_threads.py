@@ -142,7 +142,7 @@ def test_the_controller_learns_from_all(model):
 
 
 @pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_what_cannot_be_copied_says_what_to_do(model, how):
+def test_decoders_and_sessions_cannot_be_copied(model, how):
     decoder = SelfSpeculativeDecoder(model, 1)
     with pytest.raises(TypeError, match=r"SelfSpeculativeDecoder can't be pickled or copied; .* the model"):
         how(decoder)
@@ -153,7 +153,7 @@ def test_what_cannot_be_copied_says_what_to_do(model, how):
 @requires_native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_fork_goes_on(model):
+def test_a_forked_process_continues(model):
     """OpenMP's threads do not survive a fork, and a child that waits for them hangs."""
     decoder = SelfSpeculativeDecoder(model, 1, 4)
     torch.set_num_threads(2)
