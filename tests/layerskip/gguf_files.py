@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from layerskip.models.checkpoints import GgufCheckpoint, build
+from layerskip.models.adaptation import build
+from layerskip.models.checkpoints import GgufCheckpoint
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -41,12 +41,12 @@ BUGS = [
         FAMILIES + " -k rows_bits and gemma3",
     ),
     Mutation(
-        "a layer without rotary embedding has one", MODELS + "generic_layers.py",
+        "a layer without rotary embedding has one", MODELS + "architectures.py",
         "0 if uses else 1 for uses", "0 for uses",
         FAMILIES + " -k every_split and smollm3",
     ),
     Mutation(
-        "eps does not follow the scale of the states", MODELS + "generic_layers.py",
+        "eps does not follow the scale of the states", MODELS + "architectures.py",
         "config.rms_norm_eps / residual**2",
         "config.rms_norm_eps / residual", FAMILIES + " -k small_states",
     ),
@@ -68,7 +68,8 @@ BUGS = [
         KEPT + " -k give_no_token",
     ),
     Mutation(
-        "experts share more than 1", COMPOSED, "    if layout.shares:\n", "    if not layout.shares:\n",
+        "experts share more than 1", COMPOSED, "    if config.normalize_experts:\n",
+        "    if not config.normalize_experts:\n",
         FAMILIES + " -k every_split and qwen3moe",
     ),
     Mutation(
@@ -77,7 +78,7 @@ BUGS = [
     ),
     Mutation(
         "calibration looks at the last text alone", MODELS + "quantize.py",
-        "self.of.get(name, 0) + rows.T @ rows", "rows.T @ rows",
+        "moments.get(name, 0) + rows.T @ rows", "rows.T @ rows",
         LAYERSKIP + "models/test_calibration.py -k packed_ones",
     ),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adapt a Hugging Face model to an early-exit model."""
+"""Make an early-exit model of a Hugging Face model or of a checkpoint, and the other way around."""
 
 from __future__ import annotations
 
@@ -6,44 +6,47 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from layerskip_kernels.formats import dequantize
+from layerskip_kernels.formats import dequantize, kind_of
 
 from .._imports import check_transformers
 from . import checkpoints
 from .architectures import (
-    EMBEDDING,
-    HEAD,
-    LAYERS,
-    NORM,
+    ARCHITECTURES,
     Architecture,
     architecture_of,
     assemble,
     check_classes,
     check_config,
+    check_names,
     checked_parameters,
+    layers_of,
     named_weights,
 )
-from .checkpoints import HeldTensors, SafetensorsCheckpoint, frequency_factors
+from .checkpoints import Checkpoint, ModelTensors, Progress, without_quantization
+from .files import EMBEDDING, HEAD, LAYERS, NORM, ModelFileError
+from .head import shared
 from .hf_checks import check_hooks, class_of, unsupported, unwrapped
 from .layers import INPUTS
 from .model import LayerSkipModel
+from .rotary import exact_module
 
-_GGUF = "gguf"  # whose weights may have been made plain while they were read
+# Modules that hold their weights as they are.
 _PLAIN = ("torch.nn.modules.linear.Linear", "torch.nn.modules.sparse.Embedding")
 
 
 def adapt(hf_model: Any) -> LayerSkipModel:
-    """Make an early-exit model of a Hugging Face model. The given one does not change.
+    """Make an early-exit model of a Hugging Face model, which does not change.
 
-    The two share every plain weight, and those that `layerskip.transformers.packed` holds. What another library holds
-    quantized is packed anew, a second copy; it keeps its values, and goes on when the given model goes.
+    The two share every plain weight, and those that `layerskip.transformers.packed` holds. Weights that another library
+    holds quantized are packed anew, a second copy with the same values.
 
     Parameters
     ----------
     hf_model : transformers.PreTrainedModel
-        A causal language model of one of `supported_architectures`, in fp32, bf16 or fp16, on one device; or what
-        ``torch.compile`` made of it. Linear layers may be quantized in a layout of `layerskip.models.checkpoints`, by
+        A causal language model of one of `supported_architectures`, in fp32, bf16 or fp16, on one device; may be
+        compiled by ``torch.compile``. Linear layers may be quantized in a layout of `layerskip.models.checkpoints`, by
         modules that hold the tensors as the checkpoint does.
 
     Returns
@@ -55,44 +58,41 @@ def adapt(hf_model: Any) -> LayerSkipModel:
     UnsupportedModelError
         If the architecture, a way of attending, the type of rotary embedding, the activation, a bias, or the kind of a
         weight (quantised in another way, repacked for a kernel, adapted, of mixed dtype or device, strided) is not
-        supported, or a module has a hook, a class or a forward of its own, which would not be called. The message names
-        it.
+        supported, or a module has a hook, a class or a forward of its own, which would not be called.
     ModelFileError
-        If the model's quantized weights are not what its configuration says.
+        If the model's quantized weights are not as its configuration says.
     """
     check_transformers()
     hf_model = unwrapped(hf_model)
     architecture = architecture_of(hf_model)
     check_hooks(hf_model)
     config: Any = hf_model.config
-    check_config(checkpoints.without_quantization(config))
+    check_config(without_quantization(config))
     generation_config = getattr(hf_model, "generation_config", None)
     checkpoint = quantized_weights(hf_model, architecture)
     if checkpoint is not None:
         dtype = hf_model.get_parameter(NORM).dtype
-        return checkpoints.build("the model", config, checkpoint, dtype, generation_config)
+        return build("the model", config, checkpoint, dtype, generation_config)
     check_classes(hf_model)
     parameters = checked_parameters(hf_model, architecture)
     decoder, head = assemble(hf_model, parameters)
     return LayerSkipModel(parameters[EMBEDDING], decoder, head, config, generation_config)
 
 
-def quantized_weights(hf_model: Any, architecture: Architecture) -> SafetensorsCheckpoint | None:
-    """What reads the weights of a model that transformers has loaded quantized; None where they are plain.
+def quantized_weights(hf_model: Any, architecture: Architecture) -> Checkpoint | None:
+    """The reader of a model that transformers has loaded quantized; None if its weights are plain.
 
-    Raises
-    ------
-    UnsupportedModelError
-        If the method is not supported, or a module is of a class that repacks its tensors.
+    UnsupportedModelError if the method is not supported, or a module is of a class that repacks its tensors.
     """
     config = hf_model.config
     method = checkpoints.method_of(config)
-    if method in (None, _GGUF):
+    if method is None:
         return None
-    layout, tensors = checkpoints.layout_of(method), HeldTensors(hf_model)
+    checkpoints.layout_of(method)
+    tensors = ModelTensors(hf_model)
     if tensors.are_plain:
         return None
-    checkpoint = layout(checkpoints.settings_of(config))
+    checkpoint = checkpoints.checkpoint_of(config)
     for name in _matrices(hf_model, architecture):
         found = class_of(hf_model.get_submodule(name))
         kind = f"{found.__module__}.{found.__name__}"
@@ -106,7 +106,7 @@ def quantized_weights(hf_model: Any, architecture: Architecture) -> SafetensorsC
 
 
 def _matrices(hf_model: Any, architecture: Architecture) -> Iterator[str]:
-    """The modules that hold a model's matrices."""
+    """The names of the modules that hold a model's matrices."""
     paths = [path for name, path in architecture.layer_paths.items() if name in INPUTS]
     layers = (f"{LAYERS}.{number}.{path}" for number in range(hf_model.config.num_hidden_layers) for path in paths)
     for name in (EMBEDDING, *layers, HEAD):
@@ -115,18 +115,7 @@ def _matrices(hf_model: Any, architecture: Architecture) -> Iterator[str]:
 
 @torch.no_grad()
 def dequantized(model: LayerSkipModel, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of transformers of the same weights, all of them plain.
-
-    Parameters
-    ----------
-    model : LayerSkipModel
-        Made of a model of transformers or a checkpoint; what an exit adds is left out.
-    dtype : torch.dtype
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-    """
+    """A transformers model with the same weights, all of them plain, without an exit's."""
     import transformers
 
     with torch.device("meta"):
@@ -152,3 +141,82 @@ def dequantized(model: LayerSkipModel, dtype: torch.dtype = torch.float32) -> An
         made.model.rotary_emb.inv_freq = model.decoder.inv_freq.to(model.device)
     made.generation_config = model.generation_config or made.generation_config
     return made.eval()
+
+
+def build(
+    source: str,
+    config: Any,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    generation_config: Any = None,
+    progress: Progress | None = None,
+) -> LayerSkipModel:
+    """Read a model's parameters one by one.
+
+    Parameters
+    ----------
+    source : str
+        For messages.
+    config : transformers.PreTrainedConfig
+        Of a supported architecture. The model gets a copy without ``quantization_config``.
+    checkpoint : Checkpoint
+    dtype : torch.dtype
+        Of plain weights and of the states.
+    generation_config : transformers.GenerationConfig, optional
+    progress : callable, optional
+
+    Raises
+    ------
+    ModelFileError
+        If the checkpoint lacks a weight, has one too many, or one of another shape.
+    """
+    skeleton = _skeleton(without_quantization(config))
+    config = skeleton.config
+    named = dict(skeleton.named_parameters(remove_duplicate=False))
+    check_names(named, ARCHITECTURES[config.model_type])
+    tied = named[HEAD] is named[EMBEDDING]
+    shapes = {name: tuple(weight.shape) for name, weight in named.items() if not (tied and name == HEAD)}
+    checkpoint.check(shapes)
+    missing = [name for name in shapes if name not in checkpoint]
+    if missing:
+        raise ModelFileError(f"{source} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}")
+    held = {}
+    for number, (name, shape) in enumerate(shapes.items(), start=1):
+        held[name] = checkpoint.parameter(name, shape, dtype)
+        if progress is not None:
+            progress(number, len(shapes))
+    held[EMBEDDING] = shared(held[EMBEDDING])  # one parameter, so that a tied head stays it on another device, too
+    unused = [name for name in checkpoint.unused() if not (tied and name == HEAD)]
+    if unused:
+        raise ModelFileError(f"{source} has {len(unused)} weights that its config.json does not use, first {unused[0]}")
+    for number, layer in enumerate(layers_of(config, held)):
+        _check_alike(number, layer, config.hidden_size)
+    decoder, head = assemble(skeleton, held, checkpoint.frequency_factors)
+    generation_config = generation_config or skeleton.generation_config
+    return LayerSkipModel(held[EMBEDDING], decoder, head, config, generation_config).eval()
+
+
+def frequency_factors(model: LayerSkipModel) -> Tensor | None:
+    """Divisors [C/2] of the frequencies that a model's configuration gives; None if they are all 1."""
+    config = without_quantization(model.config)
+    layer_config = ARCHITECTURES[config.model_type].layer_config(config, exact_module(_skeleton(config)))
+    expected, held = layer_config.rotaries[0].inv_freq, model.decoder.inv_freq
+    factors = torch.where(expected == held, 1.0, expected / held)  # some are 0 in both
+    return None if torch.allclose(factors, torch.ones(()), rtol=1e-5, atol=0) else factors
+
+
+def _skeleton(config: Any) -> Any:
+    """A transformers model without memory, for names, shapes, and the module of the rotary embedding."""
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _check_alike(number: int, layer: dict[str, Tensor], width: int) -> None:
+    """Refuse matrices of different kinds that multiply the same states."""
+    for names in (("q", "k", "v"), ("gate", "up")):
+        kinds = {name: kind_of(layer[name], width) for name in names if name in layer}
+        if len(set(kinds.values())) > 1:
+            found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+            raise unsupported(f"layer {number} with {found}", "q, k and v of one kind, and gate and up")

@@ -1,42 +1,135 @@
-"""Supported architectures: the table, the checks, and the parts built of a model's parameters."""
+"""Supported architectures: the table, checks of Hugging Face models, and the parts built of their parameters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .generic_layers import (
-    ComposedDecoder,
-    Form,
-    gemma3,
-    gemma_norm,
-    granite,
-    granite_norm,
-    llama,
-    mixtral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen3_moe,
-    smollm3,
-)
+from .files import EMBEDDING, FLOATS, HEAD, LAYERS, NORM, without_leftovers
+from .generic_layers import GenericDecoder, LayerConfig
 from .head import EarlyExitHead, NormForm
 from .hf_checks import UnsupportedModelError, class_of, unsupported
 from .layers import PartialDepthDecoder
-from .model import LayerSkipModel
-from .rotary import LONG, STATIC, check_layer_types, check_rope, exact_module
+from .rotary import LONG, Rotary, exact_module, max_positions, rope_parameters, rotary_of, rotations
+
+if TYPE_CHECKING:
+    from .model import LayerSkipModel
 
 # How layers are computed.
-ONE_CALL = "one call for a round"
-RUNS = "one call for layers in a row"
-COMPOSED = "composed of small ops"
+ONE_CALL = "one call a round"
+RUNS = "one call for consecutive layers"
+COMPOSED = "small ops"
 ACTIVATIONS = ("silu", "swish")  # two names of one function
+STATIC = ("default", "llama3", "linear", "yarn")  # types of RoPE whose frequencies do not depend on the length
 
-# The paths of a layer's weights within the layer, by the names that the decoder holds them by.
+
+def llama(config: Any, module: Any) -> LayerConfig:
+    """Pre-norm layers with one rotary embedding."""
+    return LayerConfig(config.rms_norm_eps, (rotary_of(module),), max_positions=max_positions(config))
+
+
+def smollm3(config: Any, module: Any) -> LayerConfig:
+    """Some layers without rotary embedding, that is with frequencies of 0."""
+    rotary = rotary_of(module)
+    none = Rotary(torch.zeros_like(rotary.inv_freq), 1.0)
+    which = tuple(0 if uses else 1 for uses in config.no_rope_layers[: config.num_hidden_layers])
+    return replace(llama(config, module), rotaries=(rotary, none), rotary_index=which)
+
+
+def granite(config: Any, module: Any) -> LayerConfig:
+    """Factors of embedding, attention, residuals and logits.
+
+    With the residual's factor r and states that are all divided by r, a layer is h + f(norm(h)) as Llama's: a norm
+    ignores the scale of its input except in eps, which becomes eps / r². The attention's factor goes into the rotary
+    tables, whose square multiplies the scores.
+    """
+    residual, scores = config.residual_multiplier, config.attention_multiplier
+    for name, factor in (("residual_multiplier", residual), ("attention_multiplier", scores)):
+        if factor <= 0:
+            raise unsupported(f"{name} {factor}", "a factor above 0")
+    return replace(
+        llama(config, module),
+        eps=config.rms_norm_eps / residual**2,
+        rotaries=(_scaled(rotary_of(module), scores),),
+        embedding_scale=config.embedding_multiplier / residual,
+    )
+
+
+def olmo2(config: Any, module: Any) -> LayerConfig:
+    """Norms after attention and feed-forward, and over the whole width of q and k."""
+    return replace(llama(config, module), fused=False)
+
+
+def olmo3(config: Any, module: Any) -> LayerConfig:
+    """OLMo 2 with windows in some layers, which have a rotary embedding of their own."""
+    rotaries, which, windows = _by_layer_type(config, module)
+    return LayerConfig(config.rms_norm_eps, rotaries, which, fused=False, windows=windows)
+
+
+def gemma3(config: Any, module: Any) -> LayerConfig:
+    """Four norms a layer, whose weights are stored less 1; two rotary embeddings; windows; GELU."""
+    rotaries, which, windows = _by_layer_type(config, module)
+    return LayerConfig(
+        config.rms_norm_eps,
+        tuple(_scaled(rotary, config.query_pre_attn_scalar**-0.5) for rotary in rotaries),
+        which,
+        embedding_scale=config.hidden_size**0.5,
+        round_embedding_scale=True,
+        fused=False,
+        norm_offset=1.0,
+        gelu=True,
+        windows=windows,
+    )
+
+
+def mixtral(config: Any, module: Any) -> LayerConfig:
+    """Experts instead of the feed-forward; Qwen3-MoE may leave their weights as they are."""
+    normalize = bool(getattr(config, "norm_topk_prob", True))
+    experts = config.num_experts_per_tok
+    return replace(llama(config, module), fused=False, experts_per_token=experts, normalize_experts=normalize)
+
+
+def phi3(config: Any, module: Any) -> LayerConfig:
+    """Llama's layers, maybe with only some values of a head rotated."""
+    made = llama(config, module)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary_dim = 2 * made.rotaries[0].inv_freq.numel()
+    if rotary_dim == size:
+        return made
+    return replace(made, rotaries=(rotations(made.rotaries[0], size),), fused=False, rotary_dim=rotary_dim)
+
+
+def granite_norm(config: Any) -> NormForm:
+    """The factor of the logits goes into the final norm."""
+    return NormForm(0.0, 1 / config.logits_scaling)
+
+
+def gemma_norm(config: Any) -> NormForm:
+    return NormForm(1.0, 1.0)
+
+
+def _by_layer_type(config: Any, module: Any) -> tuple[tuple[Rotary, ...], tuple[int, ...], tuple[int | None, ...]]:
+    """Rotary embeddings, the index of each layer's, and its window, for configurations with ``layer_types``."""
+    if not hasattr(config, "rope_parameters"):
+        raise unsupported(f"model_type {config.model_type!r} with a transformers older than 5", "transformers 5")
+    kinds = sorted(set(config.layer_types))
+    windows = tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
+    rotaries = tuple(rotary_of(module, f"{kind}_") for kind in kinds)
+    return rotaries, tuple(map(kinds.index, config.layer_types)), windows
+
+
+def _scaled(rotary: Rotary, factor: float) -> Rotary:
+    """A rotary embedding that multiplies q · k by ``factor``, instead of by C^-½ as the ops do."""
+    size = 2 * rotary.inv_freq.numel()
+    return rotary._replace(scaling=rotary.scaling * math.sqrt(factor * math.sqrt(size)))
+
+
+# The paths of a layer's weights within the layer, by the decoder's names.
 _NORMS = {"attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight"}
 _ATTENTION = {name: f"self_attn.{name}_proj.weight" for name in "qkvo"}
 _MLP = {name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -44,24 +137,18 @@ LAYER_PATHS = _NORMS | _ATTENTION | _MLP
 QKV_BIAS = {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
 QK_NORM = {f"{name}_norm": f"self_attn.{name}_norm.weight" for name in "qk"}
 _JOINED = _NORMS | {
-    "qkv": "self_attn.qkv_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "gate_up": "mlp.gate_up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
+    "qkv": "self_attn.qkv_proj.weight", "o": "self_attn.o_proj.weight",
+    "gate_up": "mlp.gate_up_proj.weight", "down": "mlp.down_proj.weight",
+}  # fmt: skip
 _EXPERTS = {
-    "router": "mlp.gate.weight",
-    "experts_in": "mlp.experts.gate_up_proj",
-    "experts_out": "mlp.experts.down_proj",
-}
+    "router": "mlp.gate.weight", "experts_in": "mlp.experts.gate_up_proj", "experts_out": "mlp.experts.down_proj",
+}  # fmt: skip
 _POST_NORMS = {
-    "attn_post_norm": "post_attention_layernorm.weight",
-    "mlp_post_norm": "post_feedforward_layernorm.weight",
-}
+    "attn_post_norm": "post_attention_layernorm.weight", "mlp_post_norm": "post_feedforward_layernorm.weight",
+}  # fmt: skip
 _FOUR_NORMS = _POST_NORMS | {
-    "attn_norm": "input_layernorm.weight",
-    "mlp_norm": "pre_feedforward_layernorm.weight",
-}
+    "attn_norm": "input_layernorm.weight", "mlp_norm": "pre_feedforward_layernorm.weight",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,16 +158,16 @@ class Architecture:
     Attributes
     ----------
     title : str
-        What people call its models.
+        Of its models, for users.
     model_class : str
     layer_paths : dict
-        The paths of a layer's weights, by the names that a decoder holds them by.
+        The paths of a layer's weights, by the decoder's names.
     differs : str
-        From Llama, in words.
+        How it differs from Llama, for users.
     speed : str
-        `ONE_CALL`, `RUNS` or `COMPOSED`.
-    form : callable
-        (configuration, module of the rotary embedding) -> `Form`.
+        `ONE_CALL`, `RUNS` or `COMPOSED`, for users.
+    layer_config : callable
+        (configuration, module of the rotary embedding) -> `LayerConfig`.
     final_norm : callable or None
         Configuration -> `NormForm`.
     rope_types : tuple of str
@@ -88,9 +175,9 @@ class Architecture:
         Whether a head may have values that are not rotated.
     activations : tuple of str
     embedding_class : str
-        The model's own class of an embedding, if it is not torch's; its factor is in `Form`.
+        The model's own embedding class, if it is not torch's.
     only : dict
-        Options of the configuration, with the values that they may have.
+        Supported values of options of the configuration.
     """
 
     title: str
@@ -98,7 +185,7 @@ class Architecture:
     layer_paths: dict[str, str]
     differs: str = ""
     speed: str = ONE_CALL
-    form: Callable[[Any, Any], Form] = llama
+    layer_config: Callable[[Any, Any], LayerConfig] = llama
     final_norm: Callable[[Any], NormForm] | None = None
     rope_types: tuple[str, ...] = STATIC
     partial_rotary: bool = False
@@ -107,6 +194,10 @@ class Architecture:
     only: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
+# To add a model family, add a row: its `model_type`, the class in transformers, and the paths of a layer's
+# weights. If its layers are not Llama's, a function above returns their `LayerConfig`; a computation that
+# `generic_layers.compute_layer` lacks goes there. tests/layerskip/models/test_model_families.py compares every row with
+# transformers; add a tiny configuration to tests/layerskip/families_of.py.
 ARCHITECTURES = {
     "llama": Architecture("Llama 2, 3, 3.x and SmolLM2", "LlamaForCausalLM", LAYER_PATHS),
     "mistral": Architecture("Mistral", "MistralForCausalLM", LAYER_PATHS, "a sliding window in some"),
@@ -114,8 +205,8 @@ ARCHITECTURES = {
     "qwen3": Architecture("Qwen3", "Qwen3ForCausalLM", LAYER_PATHS | QK_NORM, "norms of q and k"),
     "phi3": Architecture(
         "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini", "Phi3ForCausalLM", _JOINED,
-        "q, k and v are one matrix, gate and up another; longrope; in Phi-4-mini some values of a head are not rotated",
-        f"{ONE_CALL}; Phi-4-mini {COMPOSED}", phi3, rope_types=(*STATIC, LONG), partial_rotary=True,
+        "q, k, v are one matrix, gate and up another; longrope; partial rotation in Phi-4-mini",
+        f"{ONE_CALL}; Phi-4-mini by {COMPOSED}", phi3, rope_types=(*STATIC, LONG), partial_rotary=True,
     ),
     "smollm3": Architecture(
         "SmolLM3", "SmolLM3ForCausalLM", LAYER_PATHS, "some layers without rotary embedding", RUNS, smollm3
@@ -126,7 +217,7 @@ ARCHITECTURES = {
     ),
     "olmo2": Architecture(
         "OLMo 2", "Olmo2ForCausalLM", _ATTENTION | QK_NORM | _POST_NORMS | _MLP,
-        "norms after attention and feed-forward, none before; norms of q and k over all heads", COMPOSED, olmo2,
+        "norms after attention and feed-forward; norms of q and k over all heads", COMPOSED, olmo2,
     ),
     "olmo3": Architecture(
         "OLMo 3", "Olmo3ForCausalLM", _ATTENTION | QK_NORM | _POST_NORMS | _MLP,
@@ -134,7 +225,7 @@ ARCHITECTURES = {
     ),
     "gemma3_text": Architecture(
         "Gemma 3 text", "Gemma3ForCausalLM", _ATTENTION | QK_NORM | _FOUR_NORMS | _MLP,
-        "norms before and after, kept less 1; GELU; sliding windows; two rotary embeddings; a factor of the embedding",
+        "norms before and after; GELU; sliding windows; two rotary embeddings; a factor of the embedding",
         COMPOSED, gemma3, gemma_norm, activations=("gelu_pytorch_tanh",),
         embedding_class="transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding",
         only={
@@ -147,29 +238,25 @@ ARCHITECTURES = {
     ),
     "qwen3_moe": Architecture(
         "Qwen3-MoE", "Qwen3MoeForCausalLM", _NORMS | _ATTENTION | QK_NORM | _EXPERTS,
-        "experts; norms of q and k", COMPOSED, qwen3_moe,
+        "experts; norms of q and k", COMPOSED, mixtral,
         only={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
     ),
 }  # fmt: skip
 
 
 def norm_form_of(config: Any) -> NormForm | None:
-    """How the final norm of a model is kept, if not as the ops take it."""
+    """How the final norm of a model is stored, if not as the ops take it."""
     final_norm = ARCHITECTURES[config.model_type].final_norm
     return None if final_norm is None else final_norm(config)
 
 
 def supported_architectures() -> list[str]:
-    """The supported values of ``model_type``, each with what people call it."""
+    """The supported values of ``model_type``, each with the models of that type."""
     return [f"{model_type} ({architecture.title})" for model_type, architecture in ARCHITECTURES.items()]
 
 
-LAYERS = "model.layers"
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
 def layers_of(config: Any, parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The parameters of each layer, by the names that a decoder holds them by."""
+    """The parameters of each layer by the decoder's names."""
     paths = ARCHITECTURES[config.model_type].layer_paths
     return [
         {name: parameters[f"{LAYERS}.{number}.{path}"] for name, path in paths.items()}
@@ -180,44 +267,46 @@ def layers_of(config: Any, parameters: Mapping[str, Tensor]) -> list[dict[str, T
 def assemble(
     model: Any, parameters: Mapping[str, Tensor], frequency_factors: Tensor | None = None
 ) -> tuple[PartialDepthDecoder, EarlyExitHead]:
-    """The decoder and the head of a model.
+    """Make decoder and head of parameters, packed or plain, by the names that transformers gives them.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Of a supported architecture, maybe on the meta device; for its configuration and its rotary embedding.
-    parameters : mapping
-        By the names that transformers gives them; packed or plain.
-    frequency_factors : Tensor [C/2], optional
-        What divides the frequencies of the rotary embedding.
+    ``model``, maybe on the meta device, provides the configuration and the rotary embedding; ``frequency_factors``
+    [C/2] divide its frequencies.
     """
     config, layers = model.config, layers_of(model.config, parameters)
-    form = ARCHITECTURES[config.model_type].form(config, exact_module(model))
+    made = ARCHITECTURES[config.model_type].layer_config(config, exact_module(model))
     if frequency_factors is not None:
-        first, *others = form.rotaries
-        form = replace(form, rotaries=(first._replace(inv_freq=first.inv_freq / frequency_factors), *others))
-    decoder = _decoder(layers, config.num_key_value_heads, form)
+        first, *others = made.rotaries
+        made = replace(made, rotaries=(first._replace(inv_freq=first.inv_freq / frequency_factors), *others))
+    decoder: PartialDepthDecoder
+    if made.one_call:
+        inv_freq, scaling, _ = made.rotaries[0]
+        decoder = PartialDepthDecoder(
+            layers, config.num_key_value_heads, made.eps, inv_freq, scaling, max_positions=made.max_positions
+        )
+    else:
+        decoder = GenericDecoder(layers, config.num_key_value_heads, made)
     head = parameters[EMBEDDING if HEAD not in parameters else HEAD]
-    return decoder, EarlyExitHead(parameters[NORM], head, form.eps, norm_form=norm_form_of(config))
+    return decoder, EarlyExitHead(parameters[NORM], head, made.eps, norm_form=norm_form_of(config))
 
 
-def _decoder(layers: list[dict[str, Tensor]], num_kv_heads: int, form: Form) -> PartialDepthDecoder:
-    if not form.one_call:
-        return ComposedDecoder(layers, num_kv_heads, form)
-    inv_freq, scaling, _ = form.rotaries[0]
-    return PartialDepthDecoder(layers, num_kv_heads, form.eps, inv_freq, scaling, max_positions=form.max_positions)
+def named_weights(model: LayerSkipModel) -> dict[str, Tensor]:
+    """The weights of a model by transformers' names, packed or plain; a tied head has no entry."""
+    named: dict[str, Tensor] = {EMBEDDING: model.embedding, NORM: model.head.kept_norm}
+    if not model.config.tie_word_embeddings:
+        named[HEAD] = model.head.head_weight
+    paths = ARCHITECTURES[model.config.model_type].layer_paths
+    for number in range(model.num_layers):
+        layer = model.decoder.held(number)
+        named |= {f"{LAYERS}.{number}.{path}": layer[name] for name, path in paths.items()}
+    return named
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _KNOWN = ("torch.", "transformers.", "layerskip.", "compressed_tensors.", "liger_kernel.")
-_LEFT = ("weight_", "input_", "output_")  # begin the names of scales and zero points beside a weight
-
-Held = TypeVar("Held", bound=Tensor)
 
 
-def architecture_of(model: nn.Module) -> Architecture:
-    """The architecture of a Hugging Face model, or UnsupportedModelError."""
-    if isinstance(model, LayerSkipModel):
+def architecture_of(model: Any) -> Architecture:
+    """Return the architecture of a Hugging Face model, or raise UnsupportedModelError."""
+    if isinstance(getattr(model, "decoder", None), PartialDepthDecoder):
         raise UnsupportedModelError(
             f"a LayerSkipModel (weights {model.weights}) was given where a model of transformers with plain weights is "
             "needed"
@@ -232,19 +321,14 @@ def architecture_of(model: nn.Module) -> Architecture:
             f"model class {type(model).__name__} of model_type {model_type!r}",
             f"{', '.join(supported_architectures())}, as {classes}",
         )
-    _check_depth(model)
+    layers, said = len(model.model.layers), model.config.num_hidden_layers
+    if layers < said:  # of more layers, only the first are used
+        raise UnsupportedModelError(f"the model has {layers} layers, and config.num_hidden_layers is {said}")
     return architecture
 
 
-def _check_depth(model: Any) -> None:
-    """Refuse fewer layers than the configuration says; of more, only the first are used."""
-    layers, said = len(model.model.layers), model.config.num_hidden_layers
-    if layers < said:
-        raise UnsupportedModelError(f"the model has {layers} layers, and config.num_hidden_layers is {said}")
-
-
 def _check_adapters(model: nn.Module) -> None:
-    """Refuse what PEFT has put into a model, or around it."""
+    """Refuse modules of PEFT."""
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if type(module).__module__.startswith("peft."):
             raise UnsupportedModelError(
@@ -254,7 +338,7 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 def check_classes(model: nn.Module) -> None:
-    """Refuse modules of classes that are somebody's own, maybe with the right parameters, for nobody calls them."""
+    """Refuse modules of other libraries' classes, whose forward would not be called."""
     for name, module in model.named_modules():
         kind = class_of(module)
         if name and not kind.__module__.startswith(_KNOWN):
@@ -271,21 +355,14 @@ def check_model_type(model_type: object) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Refuse by name what the kernels do not compute, as far as the configuration says it.
-
-    Parameters
-    ----------
-    config : transformers.PreTrainedConfig
-
-    Raises
-    ------
-    UnsupportedModelError
-    """
+    """Raise UnsupportedModelError for a configuration that the kernels do not compute."""
     check_model_type(config.model_type)
-    _check_quantisation(config)
-    check_layer_types(config)
     architecture = ARCHITECTURES[config.model_type]
-    check_rope(config, architecture.rope_types, architecture.partial_rotary)
+    _check_quantisation(config)
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others:
+        raise unsupported(f"layer type {min(others)!r}", "full_attention, sliding_attention")
+    _check_rope(config, architecture)
     check_activation(config)
     for name, values in architecture.only.items():
         value = getattr(config, name, None)
@@ -293,8 +370,21 @@ def check_config(config: Any) -> None:
             raise unsupported(f"{name} {value!r}", " or ".join(map(repr, values)))
 
 
+def _check_rope(config: Any, architecture: Architecture) -> None:
+    parameters = rope_parameters(config)
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in by_layer_type or [parameters]:
+        if rope.get("rope_type") not in architecture.rope_types:
+            raise unsupported(f"RoPE type {rope.get('rope_type')!r}", ", ".join(architecture.rope_types))
+        for factor in (rope.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None)):
+            if factor not in (None, 1) and not architecture.partial_rotary:
+                raise unsupported(
+                    f"partial rotary embedding (partial_rotary_factor {factor})", "partial_rotary_factor 1"
+                )
+
+
 def check_activation(config: Any) -> None:
-    """The check of `check_config` that also applies to a model that keeps its own attention."""
+    """The check of `check_config` that also applies to `layerskip.accelerate`."""
     activations = ARCHITECTURES[config.model_type].activations
     name = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
     if getattr(config, name) not in activations:
@@ -302,7 +392,7 @@ def check_activation(config: Any) -> None:
 
 
 def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
-    """The parameters of a model by name, tied ones under each of their names; UnsupportedModelError for others."""
+    """Return a model's parameters by name, tied ones under each name; UnsupportedModelError for unexpected ones."""
     parameters = dict(hf_model.named_parameters(remove_duplicate=False))
     if getattr(hf_model.config, "quantization_config", None) is not None:
         parameters = without_leftovers(parameters)
@@ -312,24 +402,13 @@ def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[
     return parameters
 
 
-def without_leftovers(tensors: Mapping[str, Held]) -> dict[str, Held]:
-    """The tensors of a model less what decompressing has left: scales and zero points of weights that are plain now."""
-    plain = {name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dtype in FLOATS}
-
-    def is_left(name: str) -> bool:
-        module, _, own = name.rpartition(".")
-        return own.startswith(_LEFT) and f"{module}.weight" in plain
-
-    return {name: tensor for name, tensor in tensors.items() if not is_left(name)}
-
-
 def _check_quantisation(config: Any) -> None:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
     method = getattr(method, "value", method)
-    if method != "gguf":  # whose weights may have been made plain while they were read; they are checked
+    if method != "gguf":  # transformers may have dequantized those; the weights are checked
         raise unsupported(
             f"a transformers model quantised with {method}",
             "plain fp32, bf16 and fp16 weights here; decoding reads others",
@@ -337,7 +416,7 @@ def _check_quantisation(config: Any) -> None:
 
 
 def _check_modules(model: nn.Module, architecture: Architecture) -> None:
-    """Refuse subclasses of Linear and Embedding, which may compute something else; `layerskip.accelerate`'s do not."""
+    """Refuse subclasses of Linear and Embedding, except those of `layerskip.accelerate`."""
     for name, module in model.named_modules():
         for plain in (nn.Linear, nn.Embedding):
             own = f"{class_of(module).__module__}.{class_of(module).__name__}"
@@ -353,7 +432,7 @@ def _expected_names(architecture: Architecture, num_layers: int) -> Iterator[str
 
 
 def check_names(parameters: dict[str, nn.Parameter], architecture: Architecture) -> None:
-    """Raise UnsupportedModelError for a model that has not exactly the parameters that are used."""
+    """Raise UnsupportedModelError unless a model has exactly the parameters that are used."""
     numbers = {int(name.split(".")[2]) for name in parameters if name.startswith(f"{LAYERS}.")}
     expected = dict.fromkeys(_expected_names(architecture, len(numbers)))  # a set in order
     title = architecture.model_class
@@ -381,15 +460,3 @@ def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
             raise unsupported(f"several devices ({first_name} on {first.device}, {name} on {tensor.device})", "one")
         if not tensor.is_contiguous():
             raise unsupported(f"{name} with strides {tuple(tensor.stride())}", "contiguous weights")
-
-
-def named_weights(model: LayerSkipModel) -> dict[str, Tensor]:
-    """Of a model's embedding, layers and head, packed or plain; a tied head is the embedding, and has no entry."""
-    named: dict[str, Tensor] = {EMBEDDING: model.embedding, NORM: model.head.kept_norm}
-    if not model.config.tie_word_embeddings:
-        named[HEAD] = model.head.head_weight
-    paths = ARCHITECTURES[model.config.model_type].layer_paths
-    for number in range(model.num_layers):
-        layer = model.decoder.held(number)
-        named |= {f"{LAYERS}.{number}.{path}": layer[name] for name, path in paths.items()}
-    return named

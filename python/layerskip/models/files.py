@@ -1,17 +1,28 @@
-"""The files of a model, with errors that name the file and what is wrong with it."""
+"""The files of a model: names of files and tensors, and checks whose errors name the file and its defect."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.formats import FORMATS
 
 from .._imports import need
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+LAYERS = "model.layers"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LEFTOVERS = ("weight_", "input_", "output_")  # prefixes of scales and zero points beside a weight
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 class ModelFileError(ValueError):
@@ -58,3 +69,19 @@ def check_safetensors(path: Path) -> None:
             pass
     except safetensors.SafetensorError as error:
         raise ModelFileError(f"{path} is truncated or corrupt ({path.stat().st_size} bytes): {error}") from error
+
+
+def outer_format(weights: str) -> str:
+    """The format of embedding and head beside layers in ``weights``: with four bits they would lose most of all."""
+    return "int8" if FORMATS[weights].bits == 4 else weights
+
+
+def without_leftovers(tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Drop what decompressing leaves behind: scales and zero points of weights that are plain now."""
+    plain = {name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dtype in FLOATS}
+
+    def is_leftover(name: str) -> bool:
+        module, _, own = name.rpartition(".")
+        return own.startswith(_LEFTOVERS) and f"{module}.weight" in plain
+
+    return {name: tensor for name, tensor in tensors.items() if not is_leftover(name)}

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from layerskip_kernels import ExitOutput, Head, LayerWeights, exit_head
 from layerskip_kernels.formats import format_of, is_packed, lookup
 
-from .layers import reject_gradient, shared
+
+def shared(weight: Tensor) -> nn.Parameter:
+    """Wrap ``weight`` in a Parameter on the same storage; return a Parameter as it is."""
+    return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+
+
+def reject_gradient(hidden: Tensor) -> None:
+    """Raise if a gradient is required: the fused ops have none, and silently nothing would be trained."""
+    if hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError("this module has no backward; call it under torch.no_grad(), or detach its input")
 
 
 class BoundExit(NamedTuple):

@@ -17,6 +17,7 @@ from layerskip_kernels.functional import check_layer_weights
 from layerskip_kernels.schemas import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
 from layerskip_kernels.speculative import Ops
 
+from .head import reject_gradient, shared
 from .kv_cache import SharedKVCache
 from .rotary import Rotary
 
@@ -24,17 +25,6 @@ HeldWeights: TypeAlias = "LayerWeights | Mapping[str, Tensor]"
 """The tensors of a layer by name, as they are kept."""
 JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """What some models keep as one parameter: the rows of one matrix behind those of the other."""
-
-
-def shared(weight: Tensor) -> nn.Parameter:
-    """``weight`` as a Parameter on the same storage; one that is a Parameter already stays the very object."""
-    return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-
-
-def reject_gradient(hidden: Tensor) -> None:
-    """Raise where a gradient is asked for: the fused ops have none, and without an error nothing would be trained."""
-    if hidden.requires_grad and torch.is_grad_enabled():
-        raise ValueError("this module has no backward; call it under torch.no_grad(), or detach its input")
 
 
 def present(layer: HeldWeights) -> dict[str, Tensor]:

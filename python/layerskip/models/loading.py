@@ -16,17 +16,15 @@ from layerskip_kernels.formats import FORMATS, is_interleaved, rows_of
 from .. import registry
 from .._imports import need
 from . import checkpoints
-from .adaptation import adapt
+from .adaptation import adapt, build, frequency_factors
 from .architectures import ARCHITECTURES, check_config, check_model_type, named_weights
-from .checkpoints import ROPE_FACTORS, Progress, frequency_factors, own_settings, without_quantization
+from .checkpoints import ROPE_FACTORS, Progress, own_settings, without_quantization
 from .files import INDEX, SINGLE, ModelFileError, check_safetensors, read_json, reading, shards
 from .model import LayerSkipModel
-from .quantize import with_widths
 
 NATIVE = "native"
-"""The weights as a model's own file has them."""
+"""The weights as they are in a model's own file."""
 _JSON_FILES = ("config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json")
-_GGUF = "gguf"  # the quant_method of what transformers has made plain
 
 
 def load(
@@ -40,35 +38,33 @@ def load(
     Parameters
     ----------
     name_or_dir : str or path
-        A name that an installed package provides (`layerskip.registry`), a directory as ``save_pretrained`` or
-        ``layerskip quantize`` writes it, a GGUF file, or ``owner/name`` on the Hugging Face hub. What exists, is a
-        `Path`, or looks like a path is taken from the disk alone.
+        Name that an installed package provides (`layerskip.registry`), directory as written by ``save_pretrained`` or
+        ``layerskip quantize``, GGUF file, or ``owner/name`` on the Hugging Face hub. A `Path`, whatever exists, and
+        whatever looks like a path is only looked for on the disk.
     dtype : torch.dtype
-        Of weights that are not packed, and of states.
+        Of plain weights and of states.
     weights : str, optional
-        Quantize plain weights: one of `layerskip_kernels.formats.FORMATS`. "native": those of the file that the model
-        comes in, which for a name that a package provides may be quantized. By default a directory's as they are.
+        Quantize plain weights: one of `layerskip_kernels.formats.FORMATS`. "native": as in the file that a package
+        provides, which may be quantized. By default a directory's weights as they are.
     progress : callable, optional
-        Called after each weight that is packed with how many are done, and of how many.
+        Called after each packed weight with the number of weights done, and of all.
 
     Returns
     -------
     (transformers.PreTrainedModel or LayerSkipModel, transformers.PreTrainedTokenizerBase)
-        The model in evaluation mode. What has packed weights is a `LayerSkipModel`; such a checkpoint is read weight
-        by weight and never expanded.
+        The model in evaluation mode; a `LayerSkipModel` if weights are packed, which are never expanded.
 
     Raises
     ------
     ValueError, ModuleNotFoundError
-        For a name that is neither a directory nor on the hub nor provided by a package; the message names those near
-        it, or how to install what would provide it. For weights that there is no such format of, or that are
-        quantized already.
+        For an unknown name (the message has similar ones, or how to install the package), an unknown format, or
+        weights that are quantized already.
     FileNotFoundError
-        If the directory or a file that it must hold does not exist.
+        If the directory or one of its files does not exist.
     ModelFileError
-        If a file is truncated, corrupt, or does not hold what the configuration promises.
+        If a file is truncated, corrupt, or lacks what the configuration promises.
     UnsupportedModelError
-        If the architecture, or how the weights are quantized, is not supported; found before any weight is read.
+        If the architecture or the quantization is not supported; raised before any weight is read.
     """
     check_weights(weights)
     if isinstance(name_or_dir, str):
@@ -82,7 +78,7 @@ def load(
 
 
 def check_weights(weights: str | None) -> None:
-    """Raise ValueError for weights that are no format."""
+    """Raise ValueError for the name of an unknown format."""
     if weights is not None and weights != NATIVE and weights not in FORMATS:
         raise ValueError(f"unknown weights {weights!r}, expected one of {', '.join((*FORMATS, NATIVE))}")
 
@@ -90,7 +86,6 @@ def check_weights(weights: str | None) -> None:
 def _provided(
     provider: Any, name: str, dtype: torch.dtype, weights: str | None, progress: Progress | None
 ) -> tuple[Any, Any]:
-    """From an installed package."""
     if weights == NATIVE:
         path = getattr(provider, "native", lambda name: None)(name)
         if path is None:
@@ -105,7 +100,6 @@ def _provided(
 def _read(
     name_or_dir: str | os.PathLike[str], dtype: torch.dtype, weights: str | None, progress: Progress | None
 ) -> tuple[Any, Any]:
-    """From a directory, a file or the hub."""
     transformers = need("transformers", "loading models")
     source, options = str(name_or_dir), {}
     if registry.is_path(name_or_dir):
@@ -117,14 +111,14 @@ def _read(
     with reading("configuration", source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
     checkpoint = _checkpoint(source, config, weights)
-    check_config(config if checkpoint is None else checkpoints.without_quantization(config))
+    check_config(config if checkpoint is None else without_quantization(config))
     with reading("tokenizer", source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     if checkpoint is not None:
         directory = Path(source) if options else _download(source)
-        checkpoint.open(directory)
+        checkpoint.read_from(checkpoints.TensorFiles(directory))
         generation = _generation_config(directory)
-        return checkpoints.build(source, config, checkpoint, dtype, generation, progress), tokenizer
+        return build(source, config, checkpoint, dtype, generation, progress), tokenizer
     with reading("weights", source):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -136,27 +130,23 @@ def _read(
 
 
 def _checkpoint(source: str, config: Any, weights: str | None) -> Any:
-    """What reads the weights without transformers: quantized ones, and those that are packed as they are read."""
+    """The reader of weights that are quantized, or that are packed as they are read; None: transformers reads them."""
     method = checkpoints.method_of(config)
-    if method in (None, _GGUF):
-        if weights is None or _has_experts(config):  # files have each expert's matrices, and transformers stacks them
-            return None
-        return checkpoints.PlainCheckpoint(weights)
-    layout = checkpoints.layout_of(method)
+    if method is None:
+        architecture = ARCHITECTURES.get(config.model_type)
+        # Files have each expert's matrices, and transformers stacks them.
+        has_experts = architecture is not None and "experts_in" in architecture.layer_paths
+        return None if weights is None or has_experts else checkpoints.PlainCheckpoint(weights)
+    checkpoints.layout_of(method)
     if weights is not None:
         raise ValueError(f"the weights of {source} are quantized already ({method}); leave out {weights}")
-    return layout(checkpoints.settings_of(config))
-
-
-def _has_experts(config: Any) -> bool:
-    architecture = ARCHITECTURES.get(config.model_type)
-    return architecture is not None and "experts_in" in architecture.layer_paths
+    return checkpoints.checkpoint_of(config)
 
 
 def _read_gguf(
     path: Path, dtype: torch.dtype, weights: str | None, progress: Progress | None
 ) -> tuple[LayerSkipModel, Any]:
-    """Configuration and tokenizer through transformers, which reads both from the file, and the weights as they are."""
+    """Configuration and tokenizer through transformers, the weights as they are."""
     transformers = need("transformers", "loading models")
     if weights is not None:
         raise ValueError(f"{path} has weights of its own format; leave out {weights}")
@@ -168,11 +158,10 @@ def _read_gguf(
     checkpoint = checkpoints.GgufCheckpoint(path)
     with reading("tokenizer", str(path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
-    return checkpoints.build(str(path), config, checkpoint, dtype, progress=progress), tokenizer
+    return build(str(path), config, checkpoint, dtype, progress=progress), tokenizer
 
 
 def _download(name: str) -> Path:
-    """A model of the hub, in the hub's cache."""
     with reading("weights", name):
         hub = need("huggingface_hub", "loading models from the hub")
         return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
@@ -202,7 +191,7 @@ def _check_directory(directory: Path) -> None:
 
 
 def _check_keys(source: str, info: dict[str, Any]) -> None:
-    """Transformers fills what a checkpoint lacks with random numbers, and ignores what it has too many of."""
+    """Refuse a checkpoint with missing or superfluous weights, which transformers fills in or ignores."""
     for entry in info["mismatched_keys"]:
         if isinstance(entry, str):  # transformers 4.57 gives no shapes
             raise ModelFileError(f"{source} has {entry} of another shape than its config.json asks for")
@@ -220,17 +209,17 @@ SHARD_BYTES = 5_000_000_000
 
 
 def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write safetensors, configuration and tokenizer; `layerskip.load` reads them, and keeps packed what is packed.
+    """Write safetensors, configuration and tokenizer for `layerskip.load`; packed weights stay packed.
 
     Parameters
     ----------
     model : LayerSkipModel
-        Without an exit of its own: that is kept in its own file.
+        An exit is not written.
     directory : Path
-        That is there.
+        Must exist.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
     shard_bytes : int
-        The most that one file of weights holds, but for a weight that is larger.
+        Limit of a file of weights.
     """
     write = need("safetensors.torch", "saving a model").save_file
     tensors = dict(named_weights(model))
@@ -239,10 +228,10 @@ def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_by
     if factors is not None:
         tensors[ROPE_FACTORS] = factors
     files = _shards(tensors, shard_bytes)
-    widths = {id(weight): width for weight, width in with_widths(model)}
+    widths = {id(weight): width for weight, width in model.matrices()}
 
     def rows(weight: Tensor) -> Tensor:
-        """As any other reader expects it, whatever order it has in memory."""
+        """The weight with its rows in order, as other readers expect it."""
         return rows_of(weight, widths[id(weight)]) if is_interleaved(weight) else weight
 
     for name, held in files.items():
@@ -266,7 +255,7 @@ def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_by
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> dict[str, list[str]]:
-    """File names, each with the tensors that it holds, in order."""
+    """The names of files, each with the names of its tensors."""
     parts: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from layerskip_kernels import Draft, Noise, Round, draft, linear, speculative_round
 from layerskip_kernels.formats import lookup
 
-from .head import BoundExit, EarlyExitHead
+from .head import BoundExit, EarlyExitHead, shared
 from .kv_cache import SharedKVCache
-from .layers import PartialDepthDecoder, Product, shared, torch_linear
-from .quantize import formats, quantized
+from .layers import PartialDepthDecoder, Product, torch_linear
+from .quantize import format_names, quantize_model, with_widths
 
 
 class LayerSkipModel(nn.Module):
@@ -80,7 +80,11 @@ class LayerSkipModel(nn.Module):
     @property
     def weights(self) -> str:
         """The dtype or the formats of the matmuls' weights, embedding and head included: "bfloat16", "int4+int8"."""
-        return "+".join(formats(self))
+        return "+".join(format_names(self.matrices()))
+
+    def matrices(self) -> list[tuple[Tensor, int]]:
+        """Each matrix of the layers, the head and the embedding, with the width of its inputs."""
+        return with_widths(self.embedding, self.decoder, self.head)
 
     def quantize(
         self,
@@ -115,7 +119,11 @@ class LayerSkipModel(nn.Module):
             If the format is unknown or does not suit a width, the model is packed or has an exit already, or a weight
             is not finite.
         """
-        return quantized(self, weights, release, progress, calibration)
+        if self._own_draft_head is not None or self.decoder.num_draft_layers:
+            raise ValueError("the model has an exit; quantize the model without it, then give it the exit")
+        parts = self.embedding, self.decoder, self.head
+        made = quantize_model(*parts, weights, release, progress, calibration)
+        return LayerSkipModel(*made, self.config, self.generation_config)
 
     @property
     def vocab_size(self) -> int:

@@ -8,40 +8,23 @@ Groups, scales and bytes are those of the format.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from layerskip_kernels.formats import FORMATS, Format, fit, format_of, is_packed, named, pack, quantize
+from layerskip_kernels.formats import Format, fit, format_of, is_packed, lookup, named, pack, quantize
 
-from .head import EarlyExitHead
-from .layers import INPUTS, PartialDepthDecoder, Watch, shared
-
-if TYPE_CHECKING:
-    from .model import LayerSkipModel
-
+from .files import outer_format
+from .head import EarlyExitHead, shared
+from .layers import INPUTS, PartialDepthDecoder, Watch
 
 STACKS = ("experts_in", "experts_out")
-"""The weights of experts, [N, rows, D], by the names that they are held by: each expert sees few of the tokens."""
-DAMPING = 0.01  # of the mean of H's diagonal, added to it: few tokens do not say all
-
-
-@dataclass
-class Moments:
-    """Sums of products of inputs, by their name in `INPUTS`."""
-
-    of: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, states: Tensor) -> None:
-        """Count states [..., D] in."""
-        rows = states.flatten(0, -2).float()
-        self.of[name] = self.of.get(name, 0) + rows.T @ rows
+"""Names of the experts' weights [N, rows, D], which are rounded to nearest: each expert sees few of the tokens."""
+DAMPING = 0.01  # share of the mean of H's diagonal that is added to it
 
 
 class Calibration:
-    """Packs a decoder's layers in order; each sees the tokens as the packed layers before it leave them.
+    """Pack a decoder's layers in order; each sees the states that the packed layers before it compute.
 
     Parameters
     ----------
@@ -57,12 +40,18 @@ class Calibration:
 
     @torch.no_grad()
     def pack(self, number: int, weights: str, done: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Layer ``number``, packed; they are asked for in order. ``done`` is called with each weight that is."""
-        layer, moments = self._decoder.held(number), Moments()
-        self._run(number, layer, moments.add)
+        """Pack layer ``number``; layers come in order. ``done`` is called with each weight that is packed."""
+        layer = self._decoder.held(number)
+        moments: dict[str, Tensor] = {}  # sums of products of inputs, by their names in `INPUTS`
+
+        def add(name: str, states: Tensor) -> None:
+            rows = states.flatten(0, -2).float()
+            moments[name] = moments.get(name, 0) + rows.T @ rows
+
+        self._run(number, layer, add)
         packed = dict(layer)
         for name in filter(layer.__contains__, INPUTS):
-            packed[name] = rounded(layer[name], moments.of[INPUTS[name]], weights)
+            packed[name] = rounded(layer[name], moments[INPUTS[name]], weights)
             done(layer[name])
         for name in filter(layer.__contains__, STACKS):
             packed[name] = nearest(layer[name], weights)
@@ -79,25 +68,12 @@ class Calibration:
 
 
 def nearest(weight: Tensor, weights: str) -> Tensor:
-    """As `layerskip_kernels.formats.quantize`, of a matrix [N, D] or a stack of them [..., N, D]: [..., N, bytes]."""
+    """Round a matrix [N, D] or a stack of them [..., N, D] to nearest: [..., N, bytes]."""
     return quantize(weight.flatten(0, -2), weights).unflatten(0, weight.shape[:-1])
 
 
 def rounded(weight: Tensor, moments: Tensor, weights: str) -> Tensor:
-    """A packed weight whose outputs lose little.
-
-    Parameters
-    ----------
-    weight : Tensor [N, D]
-    moments : Tensor [D, D], fp32
-        Sums of products of inputs.
-    weights : str
-        One of `layerskip_kernels.formats.FORMATS`.
-
-    Returns
-    -------
-    Tensor [N, bytes]
-    """
+    """Pack a weight [N, D] so that outputs change little; ``moments`` [D, D] are fp32 sums of products of inputs."""
     form = named(weights, weight.shape[1])
     left, size = weight.float().clone(), form.group_size
     spread = _spread(moments)
@@ -116,20 +92,20 @@ def rounded(weight: Tensor, moments: Tensor, weights: str) -> Tensor:
 
 
 def _spread(moments: Tensor) -> Tensor:
-    """The upper Cholesky factor of H⁻¹: row j says where the error of column j goes."""
+    """The upper Cholesky factor of H⁻¹: row j distributes the error of column j."""
     damped = moments.clone()
     damped.diagonal().add_(DAMPING * moments.diagonal().mean().clamp_min(1e-12))
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
 def _scales(form: Format, group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and least [N] of a group [N, S], as rounding to nearest would take them."""
+    """Scale and least value [N] of a group [N, S], as for rounding to nearest."""
     _, scale, *least = fit(form, group[:, None], importance)
     return scale[:, 0], least[0][:, 0] if least else torch.zeros_like(scale[:, 0])
 
 
 def _round_group(form: Format, group: Tensor, spread: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [N, S] as `pack` takes them, and the errors [N, S] that are left to the columns that follow."""
+    """Values [N, S] as `pack` takes them, and errors [N, S] for the columns that follow."""
     offset, (low, high) = form.offset, form.range
     values, errors = torch.empty_like(group), torch.empty_like(group)
     for j in range(group.shape[1]):
@@ -143,113 +119,97 @@ def _round_group(form: Format, group: Tensor, spread: Tensor, scale: Tensor, lea
 
 
 MATRICES = (*INPUTS, *STACKS)
-"""The weights of a layer's matmuls, by the names that they are held by, in the order in which it reads them."""
+"""Names of the weights of a layer's matmuls, in the order of reading."""
 
 
 @torch.no_grad()
-def quantized(
-    model: LayerSkipModel,
+def quantize_model(
+    embedding: Tensor,
+    decoder: PartialDepthDecoder,
+    head: EarlyExitHead,
     weights: str,
     release: bool,
     progress: Callable[[int, int], None] | None,
     texts: Sequence[Tensor],
-) -> LayerSkipModel:
-    """See `LayerSkipModel.quantize`."""
-    decoder, head = model.decoder, model.head
-    _check(model, weights)
+) -> tuple[Tensor, PartialDepthDecoder, EarlyExitHead]:
+    """Embedding, decoder and head, packed, for `LayerSkipModel.quantize`."""
+    layers, count = _matrices(decoder), 0
+    if any(is_packed(one) for one in (embedding, head.head_weight, layers[0]["o"])):
+        raise ValueError("the model's weights are packed already; quantize the model that it was made from")
+    for name, weight in layers[0].items():
+        try:
+            named(weights, weight.shape[-1])
+        except ValueError as error:
+            raise ValueError(f"{name} of the layers: {error}") from None
     if release:
-        _check_finite(model)  # before anything is freed
-    tied = model.embedding.data_ptr() == head.head_weight.data_ptr()
-    total, count = sum(map(len, _matrices(model))) + 2 - tied, 0
+        _check_finite(embedding, layers, head)  # before anything is freed
+    tied = embedding.data_ptr() == head.head_weight.data_ptr()
+    total = sum(map(len, layers)) + 2 - tied
 
     def done(weight: Tensor) -> None:
         nonlocal count
         if release:
-            weight.data = weight.new_empty(0)  # whoever holds the parameter holds an empty one
+            weight.data = weight.new_empty(0)  # every holder of the parameter sees an empty one
         count += 1
         if progress is not None:
             progress(count, total)
 
-    def packed(weight: Tensor, form: str) -> Tensor:
-        out = nearest(weight, form)
+    def packed(weight: Tensor, name: str) -> Tensor:
+        out = nearest(weight, name)
         done(weight)
         return out
 
-    calibration = Calibration(decoder, [model.embed(ids.view(1, -1)) for ids in texts]) if texts else None
+    states = [lookup(embedding, ids.view(1, -1), decoder.hidden_size, decoder.dtype) for ids in texts]
+    calibration = Calibration(decoder, states) if texts else None
     if release and calibration is None:
-        decoder.let_go()  # of views, which would keep what is freed
-    layers = []
-    for number, matrices in enumerate(_matrices(model)):
+        decoder.let_go()  # of views, which would keep the memory
+    made = []
+    for number, matrices in enumerate(layers):
         if calibration is not None:
-            layers.append(calibration.pack(number, weights, done))
+            made.append(calibration.pack(number, weights, done))
         else:
-            layers.append(decoder.held(number) | {name: packed(weight, weights) for name, weight in matrices.items()})
+            made.append(decoder.held(number) | {name: packed(weight, weights) for name, weight in matrices.items()})
     outer = outer_format(weights)
-    head_weight = shared(
-        packed(head.head_weight, outer)
-    )  # one parameter, so that a tied one stays one on another device, too
-    embedding = head_weight if tied else packed(model.embedding, outer)
-    return type(model)(
-        embedding,
-        decoder.of(layers),
-        EarlyExitHead(head.kept_norm, head_weight, head.eps, norm_form=head.norm_form),
-        model.config,
-        model.generation_config,
-    )
+    head_weight = shared(packed(head.head_weight, outer))  # one parameter, so that a tied one stays so on any device
+    embedding = head_weight if tied else packed(embedding, outer)
+    return embedding, decoder.of(made), EarlyExitHead(head.kept_norm, head_weight, head.eps, norm_form=head.norm_form)
 
 
-def _matrices(model: LayerSkipModel) -> list[dict[str, Tensor]]:
+def _matrices(decoder: PartialDepthDecoder) -> list[dict[str, Tensor]]:
     """The weights of each layer's matmuls."""
-    layers = map(model.decoder.held, range(model.num_layers))
+    layers = map(decoder.held, range(decoder.num_layers))
     return [{name: held[name] for name in MATRICES if name in held} for held in layers]
 
 
-def outer_format(weights: str) -> str:
-    """The format of embedding and head beside layers in ``weights``: with four bits they would lose most of all."""
-    return "int8" if FORMATS[weights].bits == 4 else weights
-
-
-def with_widths(model: LayerSkipModel) -> list[tuple[Tensor, int]]:
-    """Each matrix or stack of them, the head and the embedding, and the width of the states that it multiplies."""
-    width, first, held = model.decoder.hidden_size, model.decoder.layer(0), model.decoder.held(0)
+def with_widths(embedding: Tensor, decoder: PartialDepthDecoder, head: EarlyExitHead) -> list[tuple[Tensor, int]]:
+    """Each matrix or stack of them, the head and the embedding, with the width of its inputs."""
+    width, first, held = decoder.hidden_size, decoder.layer(0), decoder.held(0)
     widths = {"o": first.q.shape[0]}
     if "experts_in" in held:
         widths["experts_out"] = held["experts_in"].shape[1] // 2
     else:
         widths["down"] = first.gate.shape[0]
-    layers = [(weight, widths.get(name, width)) for held in _matrices(model) for name, weight in held.items()]
-    return [*layers, (model.head.head_weight, width), (model.embedding, width)]
+    layers = [(weight, widths.get(name, width)) for layer in _matrices(decoder) for name, weight in layer.items()]
+    return [*layers, (head.head_weight, width), (embedding, width)]
 
 
-def formats(model: LayerSkipModel) -> list[str]:
-    """See `LayerSkipModel.weights`."""
-    return sorted({_format(weight, width) for weight, width in with_widths(model)})
+def format_names(weights: Sequence[tuple[Tensor, int]]) -> list[str]:
+    """The names of the formats or dtypes of matrices with the widths of their inputs."""
+    return sorted(
+        {
+            format_of(weight, width).name if is_packed(weight) else str(weight.dtype).removeprefix("torch.")
+            for weight, width in weights
+        }
+    )
 
 
-def _format(weight: Tensor, width: int) -> str:
-    return format_of(weight, width).name if is_packed(weight) else str(weight.dtype).removeprefix("torch.")
-
-
-def _check_finite(model: LayerSkipModel) -> None:
+def _check_finite(embedding: Tensor, layers: Sequence[dict[str, Tensor]], head: EarlyExitHead) -> None:
     named_weights = [
         (f"layer {number}: {name}", weight)
-        for number, matrices in enumerate(_matrices(model))
+        for number, matrices in enumerate(layers)
         for name, weight in matrices.items()
     ]
-    for where, weight in [*named_weights, ("the head", model.head.head_weight), ("the embedding", model.embedding)]:
+    for where, weight in [*named_weights, ("the head", head.head_weight), ("the embedding", embedding)]:
         broken = (~weight.isfinite().all(-1)).flatten().nonzero()
         if broken.numel():
             raise ValueError(f"{where}: row {int(broken[0])} of the weight to quantize holds NaN or infinity")
-
-
-def _check(model: LayerSkipModel, weights: str) -> None:
-    first = _matrices(model)[0]
-    if any(is_packed(one) for one in (model.embedding, model.head.head_weight, first["o"])):
-        raise ValueError("the model's weights are packed already; quantize the model that it was made from")
-    if model.draft_head is not model.head or model.decoder.num_draft_layers:
-        raise ValueError("the model has an exit; quantize the model without it, then give it the exit")
-    for name, weight in first.items():
-        try:
-            named(weights, weight.shape[-1])
-        except ValueError as error:
-            raise ValueError(f"{name} of the layers: {error}") from None

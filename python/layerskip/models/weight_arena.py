@@ -25,7 +25,7 @@ from .checkpoints import KEEPS_ROWS
 from .head import BoundExit
 from .hf_checks import unsupported
 from .model import LayerSkipModel
-from .quantize import MATRICES, with_widths
+from .quantize import MATRICES
 
 HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
 TRIM = 32 << 20  # bytes that are moved before what they leave is given back
@@ -178,7 +178,7 @@ def _gathered(layer: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
 
 def _packed(model: Any) -> list[tuple[Tensor, int]]:
     """The matrices that may be packed, with their widths; those of a model of transformers are plain."""
-    return with_widths(model) if isinstance(model, LayerSkipModel) else []
+    return model.matrices() if isinstance(model, LayerSkipModel) else []
 
 
 def _panels(model: Any) -> dict[int, int]:

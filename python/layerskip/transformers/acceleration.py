@@ -18,7 +18,8 @@ from layerskip_kernels.formats import is_packed
 from .._imports import check_transformers
 from ..models import architectures
 from ..models.adaptation import quantized_weights
-from ..models.architectures import ACTIVATIONS, FLOATS
+from ..models.architectures import ACTIVATIONS
+from ..models.files import FLOATS, LAYERS, NORM
 from ..models.hf_checks import ORIGINAL_CLASS, unwrapped
 from .packed import SKINNY_ROWS, PackedLinear
 
@@ -175,7 +176,7 @@ def _fusable(hf_model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     architectures.check_activation(config)
     if quantized_weights(hf_model, architecture) is None:
         architectures.checked_parameters(hf_model, architecture)
-    layers = [f"{architectures.LAYERS}.{number}" for number in range(config.num_hidden_layers)]
+    layers = [f"{LAYERS}.{number}" for number in range(config.num_hidden_layers)]
     names = sorted({path.rpartition(".")[0] for path in architecture.layer_paths.values()})
     paths = [*(f"{layer}.{name}" for layer in layers for name in names), "model.norm", "lm_head"]
     modules = [hf_model.get_submodule(path) for path in paths]
@@ -194,7 +195,7 @@ def _is_gated(block: Any) -> bool:
 def _is_plain(module: Any) -> bool:
     """Whether it is a linear layer that holds its weight as it is, and not compressed."""
     weight = getattr(module, "weight", None)
-    return isinstance(module, nn.Linear) and weight is not None and weight.dtype in architectures.FLOATS
+    return isinstance(module, nn.Linear) and weight is not None and weight.dtype in FLOATS
 
 
 def _form(module: nn.Module) -> type[nn.Module] | None:
@@ -206,7 +207,7 @@ def _form(module: nn.Module) -> type[nn.Module] | None:
 
 def _check_served(hf_model: nn.Module) -> None:
     """Refuse the reference where it stands in for a missing backend; where a user forces it, it is what he wants."""
-    norm = hf_model.get_parameter(architectures.NORM)
+    norm = hf_model.get_parameter(NORM)
     served = explain("rms_norm", norm[None], norm, 1e-5)
     if served.backend == "reference" and served.skipped:
         raise BackendError(f"accelerate would make the model slower: {served}")

@@ -54,8 +54,8 @@ class LayerSkipQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        from ..models.architectures import EMBEDDING, HEAD
         from ..models.checkpoints import ROPE_FACTORS
+        from ..models.files import EMBEDDING, HEAD
         from ..models.hf_checks import unsupported
 
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):

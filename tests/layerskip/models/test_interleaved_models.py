@@ -18,7 +18,6 @@ from layerskip import LayerSkipModel, SelfSpeculativeDecoder
 from layerskip.models import weight_arena
 from layerskip.models.architectures import named_weights
 from layerskip.models.loading import save
-from layerskip.models.quantize import with_widths
 from layerskip_kernels.formats import is_interleaved, rows_of
 
 FORMATS = ["int8", "int4", "int4_zero"]
@@ -38,7 +37,7 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> None:
 def gathered(name: str) -> LayerSkipModel:
     model = layerskip.adapt(wide_model()).quantize(name)
     assert layerskip.gather_weights(model) is not None
-    assert all(is_interleaved(weight) for weight, _ in with_widths(model))
+    assert all(is_interleaved(weight) for weight, _ in model.matrices())
     return model
 
 
@@ -47,11 +46,11 @@ def test_only_packed_integers_for_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     fp32 = layerskip.adapt(wide_model(torch.float32)).quantize("int8")
     for model in (plain, fp8, fp32):
         layerskip.gather_weights(model)
-        assert not any(is_interleaved(weight) for weight, _ in with_widths(model))
+        assert not any(is_interleaved(weight) for weight, _ in model.matrices())
     monkeypatch.setattr(weight_arena, "multiplies_panels", lambda: False)
     other = layerskip.adapt(wide_model()).quantize("int8")
     layerskip.gather_weights(other)
-    assert not any(is_interleaved(weight) for weight, _ in with_widths(other))
+    assert not any(is_interleaved(weight) for weight, _ in other.matrices())
 
 
 @pytest.mark.parametrize("vocab_size", [101, 112])
@@ -59,7 +58,7 @@ def test_rows_that_are_no_panels_stay_rows(vocab_size: int) -> None:
     """A head of 101 rows stays as it is; the layers do not, whose rows are multiples of sixteen."""
     model = layerskip.adapt(model_of(vocab_size=vocab_size)).quantize("int8")
     layerskip.gather_weights(model)
-    *layers, head, embedding = (is_interleaved(weight) for weight, _ in with_widths(model))
+    *layers, head, embedding = (is_interleaved(weight) for weight, _ in model.matrices())
     assert all(layers)
     assert head == embedding == (vocab_size == 112)
 
@@ -71,7 +70,7 @@ def test_keys_that_are_no_panels(family: str) -> None:
     model = layouts.tiny(family, dtype=torch.bfloat16, **sizes)
     packed = layerskip.adapt(model).quantize("int8")
     layerskip.gather_weights(packed)
-    assert not any(is_interleaved(weight) for weight, _ in with_widths(packed)[:-2])
+    assert not any(is_interleaved(weight) for weight, _ in packed.matrices()[:-2])
     assert is_interleaved(packed.head.head_weight)
 
 
@@ -135,7 +134,7 @@ def test_the_reference_decodes_the_same_weights(one_thread: None) -> None:
 def test_scatter_undoes_it(name: str) -> None:
     rows, model = layerskip.adapt(wide_model()).quantize(name), gathered(name)
     layerskip.scatter_weights(model)
-    for (expected, _), (found, _) in zip(with_widths(rows), with_widths(model), strict=True):
+    for (expected, _), (found, _) in zip(rows.matrices(), model.matrices(), strict=True):
         assert found.dtype == torch.uint8
         assert torch.equal(found, expected)
 
@@ -161,7 +160,7 @@ def test_joined_matrices() -> None:
     rows = {name: weight.clone() for name, weight in named_weights(model).items()}
     layerskip.gather_weights(model)
     assert is_interleaved(model.decoder.layer(0).k)
-    widths = {id(weight): width for weight, width in with_widths(model)}
+    widths = {id(weight): width for weight, width in model.matrices()}
     found = {name: rows_of(one, widths.get(id(one), 0)) for name, one in named_weights(model).items()}
     assert all(torch.equal(weight, rows[name]) for name, weight in found.items())
     tokens = SelfSpeculativeDecoder(model, 1, 3).generate(prompt_of(7), 12).new_tokens

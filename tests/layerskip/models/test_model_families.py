@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from layerskip.cli import main
 from layerskip.cli.export import first_layers
 from layerskip.models import UnsupportedModelError, adapt
 from layerskip.models.architectures import ARCHITECTURES, COMPOSED, ONE_CALL, RUNS
-from layerskip.models.generic_layers import ComposedDecoder, Form, Layout
+from layerskip.models.generic_layers import GenericDecoder, LayerConfig
 from layerskip_kernels import BackendError, Noise, use_backend
 
 ROOT = Path(__file__).parents[3]
@@ -180,8 +179,8 @@ class TestPromises:
         hf = tiny_model("qwen3", torch.bfloat16)
         whole = adapt(hf).decoder
         layers = [whole.held(number) for number in range(4)]
-        form = Form(whole.eps, (whole.rotary,), layout=Layout())
-        composed, hidden = ComposedDecoder(layers, whole.num_kv_heads, form), adapt(hf).embed(random_tokens(2, 7))
+        config = LayerConfig(whole.eps, (whole.rotary,), fused=False)
+        composed, hidden = GenericDecoder(layers, whole.num_kv_heads, config), adapt(hf).embed(random_tokens(2, 7))
         caches = [zeroed(one.new_cache(2, 16)) for one in (whole, composed)]
         assert torch.equal(whole(hidden, caches[0]), composed(hidden, caches[1]))
         assert torch.equal(caches[0].k, caches[1].k)
@@ -257,7 +256,7 @@ def test_rounds_of_small_calls_are_checked_as_the_one_call_is(family, options, m
 
 
 class TestTable:
-    def test_the_documentation_has_it(self):
+    def test_the_documentation_lists_it(self):
         text = (ROOT / "docs" / "models.md").read_text()
         for model_type, one in ARCHITECTURES.items():
             assert f"| {one.title} | `{model_type}` | {one.differs or '–'} | {one.speed} |" in text
@@ -266,10 +265,9 @@ class TestTable:
         for architecture in ARCHITECTURES.values():
             assert hasattr(transformers, architecture.model_class)
 
-    def test_so_has_the_readme(self):
-        line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| models |"))
-        for one in ARCHITECTURES.values():
-            assert re.match(r"\w+", one.title)[0] in line, one.title
+    def test_the_readme_counts_them(self):
+        assert len(ARCHITECTURES) == 12
+        assert "twelve model families" in (ROOT / "README.md").read_text()
 
     def test_env_lists_it(self, capsys):
         assert main(["env"]) == 0
@@ -280,7 +278,7 @@ class TestTable:
     def test_layers_are_computed_as_it_says(self, family):
         hf = tiny_model(family)
         decoder, speed = adapt(hf).decoder, ARCHITECTURES[hf.config.model_type].speed
-        if not isinstance(decoder, ComposedDecoder):
+        if not isinstance(decoder, GenericDecoder):
             assert speed.startswith(ONE_CALL)
         else:
-            assert (RUNS if decoder.form.layout is None else COMPOSED) in speed
+            assert (RUNS if decoder.config.fused else COMPOSED) in speed

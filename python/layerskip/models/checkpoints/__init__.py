@@ -10,13 +10,10 @@ from ..hf_checks import unsupported
 from .base import (
     KEEPS_ROWS,
     Checkpoint,
-    HeldTensors,
+    ModelTensors,
     PlainCheckpoint,
     Progress,
-    SafetensorsCheckpoint,
     TensorFiles,
-    build,
-    frequency_factors,
     without_quantization,
 )
 from .gguf import SUFFIX, GgufCheckpoint, check_architecture
@@ -39,51 +36,48 @@ __all__ = [
     "SUFFIX",
     "Checkpoint",
     "GgufCheckpoint",
-    "HeldTensors",
+    "ModelTensors",
     "OwnCheckpoint",
     "PlainCheckpoint",
     "Progress",
-    "SafetensorsCheckpoint",
     "TensorFiles",
-    "build",
     "check_architecture",
-    "frequency_factors",
-    "layout_of",
+    "checkpoint_of",
     "method_of",
     "own_settings",
-    "settings_of",
     "without_quantization",
 ]
 
-LAYOUTS: dict[str, type[SafetensorsCheckpoint]] = {
+LAYOUTS: dict[str, type[Checkpoint]] = {
     METHOD: OwnCheckpoint,
     "compressed-tensors": CompressedTensorsCheckpoint,
     "gptq": GptqCheckpoint,
     "awq": AwqCheckpoint,
     "fp8": FineGrainedCheckpoint,
 }
-"""What reads a checkpoint, by the ``quant_method`` of its ``quantization_config``."""
-
-
-def settings_of(config: Any) -> Mapping[str, Any]:
-    """The ``quantization_config`` of a model's configuration, as config.json has it: names in the place of enums."""
-    settings = config.quantization_config
-    given = settings if isinstance(settings, Mapping) else settings.to_dict()
-    as_written: Mapping[str, Any] = json.loads(json.dumps(given, default=str))
-    return as_written
+"""The reader of a checkpoint by the ``quant_method`` of its ``quantization_config``."""
+GGUF = "gguf"  # the quant_method of GGUF files that transformers has dequantized
 
 
 def method_of(config: Any) -> str | None:
-    """The ``quant_method`` of a model's configuration; None where it says nothing of quantization."""
+    """The ``quant_method`` of a configuration whose weights may be quantized; None if they are plain."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, Mapping) else settings.quant_method
-    return str(getattr(method, "value", method))
+    method = str(getattr(method, "value", method))
+    return None if method == GGUF else method
 
 
-def layout_of(method: str | None) -> type[SafetensorsCheckpoint]:
-    """What reads a checkpoint of this ``quant_method``; UnsupportedModelError for others."""
+def layout_of(method: str) -> type[Checkpoint]:
+    """The reader of checkpoints of this ``quant_method``, or UnsupportedModelError."""
     if method not in LAYOUTS:
         raise unsupported(f"a model quantised with {method}", f"{', '.join(LAYOUTS)}, and plain weights")
     return LAYOUTS[method]
+
+
+def checkpoint_of(config: Any) -> Checkpoint:
+    """The reader of a configuration's checkpoint; UnsupportedModelError for an unknown method or setting."""
+    settings = config.quantization_config
+    given = settings if isinstance(settings, Mapping) else settings.to_dict()
+    return layout_of(str(method_of(config)))(json.loads(json.dumps(given, default=str)))  # with names in place of enums

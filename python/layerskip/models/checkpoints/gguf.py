@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: blocks of Q8_0, Q4_0 and Q4_1 are packed weights byte for byte, others become int8."""
+"""GGUF files of llama.cpp: Q8_0, Q4_0 and Q4_1 are packed weights byte for byte, other types become int8."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from layerskip_kernels.formats import FORMATS, quantize
 from ..._imports import need
 from ..files import ModelFileError, reading
 from ..hf_checks import UnsupportedModelError, unsupported
+from .base import Checkpoint
 
 SUFFIX = ".gguf"
 FORMAT_OF = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4_zero"}
 PLAIN = ("F32", "F16", "BF16")
-OTHERWISE = "int8"  # the format of what is quantized in no way that a packed weight is
+OTHERWISE = "int8"  # the format of other quantized types
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""The values of ``model_type`` whose files are known to hold what transformers has, in its order or in Llama's."""
+"""The values of ``model_type`` whose GGUF files have transformers' weights, in its order or in Llama's."""
 # Architectures whose q and k rows llama.cpp keeps in the order of its own rotary embedding.
 _PERMUTED = ("llama", "mistral")
-_ROWS = 4096  # that are dequantized at a time
+_ROWS = 4096  # dequantized at a time
 _NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
@@ -37,13 +38,13 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def check_architecture(path: Path, model_type: str) -> None:
-    """Raise UnsupportedModelError for other architectures: Gemma's norms, for one, are kept in another way."""
+    """Raise UnsupportedModelError for other architectures: Gemma's norms, for one, are stored in another way."""
     if model_type not in ARCHITECTURES:
         raise unsupported(f"{path}, a GGUF file of model_type {model_type!r},", f"GGUF of {', '.join(ARCHITECTURES)}")
 
 
 def gguf_name(name: str) -> str:
-    """The name in a GGUF of a parameter."""
+    """The name of a parameter in a GGUF file."""
     stem, _, kind = name.rpartition(".")
     layer = re.match(r"model\.layers\.(\d+)\.(.*)", stem)
     if layer is None:
@@ -51,18 +52,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer[1]}.{_NAMES.get(layer[2], layer[2])}.{kind}"
 
 
-class GgufCheckpoint:
-    """A GGUF file; see `Checkpoint`.
-
-    Parameters
-    ----------
-    path : Path
-
-    Raises
-    ------
-    ModelFileError
-        If it is no GGUF.
-    """
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file; ModelFileError if it is none."""
 
     def __init__(self, path: Path) -> None:
         self._gguf = need("gguf", f"reading {path.name}")
@@ -81,7 +72,6 @@ class GgufCheckpoint:
         self._used.add(_ROPE_FACTORS)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """See `Checkpoint`: tensors of types that the package ``gguf`` does not dequantize are refused."""
         for name in shapes:
             if name in self:
                 self._check_type(self._tensors[gguf_name(name)])
@@ -90,11 +80,9 @@ class GgufCheckpoint:
         return gguf_name(name) in self._tensors
 
     def unused(self) -> list[str]:
-        """See `Checkpoint`."""
         return sorted(self._tensors.keys() - self._used)
 
     def parameter(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """See `Checkpoint`."""
         tensor = self._tensors[gguf_name(name)]
         self._used.add(tensor.name)
         found = [int(size) for size in reversed(tensor.shape)]

@@ -14,52 +14,31 @@ from layerskip_kernels.formats import FORMATS, Format, format_of, pack
 from ...registry import METHOD
 from ..files import ModelFileError
 from ..hf_checks import unsupported
-from .base import SafetensorsCheckpoint, Tensors
+from .base import Checkpoint, Tensors
 
 SIZES = (128, 32)  # of the groups of packed weights, the best first
 
 
 def check_group_size(method: str, size: object) -> None:
-    """Refuse a ``group_size`` that packed weights cannot have; -1 or none is a scale for each output."""
+    """Refuse a ``group_size`` that packed weights cannot have; -1 or None is one scale per output."""
     if size not in (None, -1) and not (isinstance(size, int) and size > 0 and size % SIZES[-1] == 0):
         raise unsupported(f"{method} with group_size {size!r}", "32, 64, 128, other multiples of 32, and -1")
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
-    """The unsigned integers [A, B] in words [A, B · bits / 32], int32, the first of a word in its lowest bits."""
+    """Unpack int32 words [A, B · bits / 32] to unsigned integers [A, B], lowest bits first."""
     octets = words.contiguous().view(torch.uint8)
     return octets if bits == 8 else torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
-
-
-def signed(values: Tensor) -> Tensor:
-    """Unsigned 8-bit integers less 128."""
-    return (values ^ 128).view(torch.int8)
 
 
 def packed_integers(
     name: str, bits: int, values: Tensor, scale: Tensor, zero: Tensor | None, group_size: object
 ) -> Tensor:
-    """A packed weight of ``scale · (values - zero)``.
+    """Pack ``scale · (values - zero)``: values [N, D] uint8 of 4 or 8 bits, scale and zero [N, G] of G groups a row.
 
-    Parameters
-    ----------
-    name : str
-        Of the weight, for messages.
-    bits : int
-        4 or 8.
-    values : Tensor [N, D], uint8
-    scale : Tensor [N, G]
-        Of G groups of a row, all of one size.
-    zero : Tensor [N, G], integers, optional
-        None: the middle, 2 to the power of ``bits`` - 1.
-    group_size : int or None
-        What the configuration says; None or -1 is one group a row.
-
-    Raises
-    ------
-    ModelFileError
-        If the groups are no multiple of 32 weights or not as many as the configuration says, or 8-bit ones have zero
-        points other than the middle.
+    Without ``zero`` it is the middle of the range. ``group_size`` is the configuration's; None or -1 is one group a
+    row. ModelFileError if the groups are no multiple of 32 weights or not as many as configured, or 8-bit weights have
+    zero points.
     """
     middle = 1 << (bits - 1)
     if zero is not None and bool((zero == middle).all()):
@@ -72,11 +51,11 @@ def packed_integers(
     ]
     scale = scale.float()
     least = None if zero is None else _repeated(-scale * zero.float(), form, values.shape[1])
-    return _packed(name, form, signed(values) if bits == 8 else values, scale, least)
+    return _packed(name, form, (values ^ 128).view(torch.int8) if bits == 8 else values, scale, least)
 
 
 def packed_floats(name: str, values: Tensor, scale: Tensor, group_size: object) -> Tensor:
-    """A packed weight of ``scale · values``: values [N, D] in float8_e4m3fn, scale [N, G] of G groups of a row."""
+    """Pack ``scale · values``: values [N, D] in float8_e4m3fn, scale [N, G] of G groups a row."""
     size = _group_size(name, values.shape[1], scale.shape[1], group_size)
     return _packed(name, FORMATS["fp8_g128" if size == 128 else "fp8"], values, scale.float(), None)
 
@@ -90,7 +69,7 @@ def _packed(name: str, form: Format, values: Tensor, scale: Tensor, least: Tenso
 
 
 def _group_size(name: str, width: int, groups: int, configured: object) -> int:
-    """That of the packed weight: a group of the checkpoint becomes several with equal scales."""
+    """The packed weight's group size: a group of the checkpoint becomes several with equal scales."""
     given = configured if isinstance(configured, int) and configured > 0 else width
     if groups != 1 and groups * given != width:
         raise ModelFileError(
@@ -110,7 +89,7 @@ def _repeated(numbers: Tensor, form: Format, width: int) -> Tensor:
 
 VERSION = 1
 ROPE_FACTORS = "rope_freqs.weight"
-"""What divides the frequencies of the rotary embedding, where that is not what the configuration says."""
+"""Name of the tensor of divisors of the rotary frequencies, if these differ from the configuration's."""
 
 
 def own_settings(formats: Sequence[str]) -> dict[str, Any]:
@@ -118,8 +97,8 @@ def own_settings(formats: Sequence[str]) -> dict[str, Any]:
     return {"quant_method": METHOD, "version": VERSION, "formats": list(formats)}
 
 
-class OwnCheckpoint(SafetensorsCheckpoint):
-    """Bytes are packed weights, and tensors of floats plain ones."""
+class OwnCheckpoint(Checkpoint):
+    """This library's own checkpoints: tensors of bytes are packed weights, tensors of floats plain ones."""
 
     modules = ("layerskip.transformers.packed.PackedLinear", "layerskip.transformers.packed.PackedEmbedding")
 
@@ -133,18 +112,15 @@ class OwnCheckpoint(SafetensorsCheckpoint):
                 raise unsupported(f"the weight format {name!r}", ", ".join(FORMATS))
 
     def read_from(self, tensors: Tensors) -> None:
-        """See `SafetensorsCheckpoint`."""
         super().read_from(tensors)
         if ROPE_FACTORS in self.files:
             self.frequency_factors = self.files.read(ROPE_FACTORS, [None])
 
     def is_packed(self, module: str) -> bool:
-        """Whether it is stored as bytes."""
         name = self._name(module)
         return name in self.files and self.files.is_bytes(name)
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
-        """As it is stored."""
         name = self._name(module)
         weight = self.files.read(name, [*shape[:-1], None], torch.uint8)
         try:
@@ -156,15 +132,15 @@ class OwnCheckpoint(SafetensorsCheckpoint):
         return weight
 
     def _name(self, module: str) -> str:
-        """A stack of experts is a parameter, and no module with a weight."""
+        """A stack of experts is a parameter, not a module with a weight."""
         return module if module in self.files else f"{module}.weight"
 
 
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of outputs 0 … 7 in a word
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # positions of outputs 0 … 7 in a word
 
 
-class AwqCheckpoint(SafetensorsCheckpoint):
-    """Weights of 4 bits in groups with zero points."""
+class AwqCheckpoint(Checkpoint):
+    """4-bit weights in groups with zero points."""
 
     stem = ".qweight"
     modules = (
@@ -186,7 +162,6 @@ class AwqCheckpoint(SafetensorsCheckpoint):
             raise unsupported(f"AWQ with version {version!r}", "gemm")
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
-        """See `SafetensorsCheckpoint`."""
         rows, width = shape
         scale = self.files.read(f"{module}.scales", [None, rows])
         words = self.files.read(f"{module}.qweight", [width, rows // 8], torch.int32)
@@ -196,16 +171,15 @@ class AwqCheckpoint(SafetensorsCheckpoint):
 
 
 def _in_order(words: Tensor) -> Tensor:
-    """The integers [N, A] of words [A, N / 8]."""
     return unpacked(words, 4).unflatten(1, (-1, 8))[:, :, list(_PLACES)].flatten(1).t().contiguous()
 
 
 BITS = (4, 8)
-_CONVENTIONS = {"gptq": 1, "gptq_v2": 0}  # to what is added to a stored zero point
+_CONVENTIONS = {"gptq": 1, "gptq_v2": 0}  # what to add to a stored zero point
 
 
-class GptqCheckpoint(SafetensorsCheckpoint):
-    """Weights of 4 bits, or of 8 without zero points, in groups or per output, in the order of the inputs."""
+class GptqCheckpoint(Checkpoint):
+    """4-bit weights, or 8-bit ones without zero points, in groups or per output, without act-order."""
 
     stem = ".qweight"
     modules = (
@@ -233,13 +207,12 @@ class GptqCheckpoint(SafetensorsCheckpoint):
         self._less = _CONVENTIONS[convention]
 
     def take_over(self, model: nn.Module) -> None:
-        """Some kernels take the second convention, into which gptqmodel then turns the zero points; it notes that."""
+        """Some kernels of gptqmodel convert the zero points to the second convention when loading."""
         kernels: Iterable[Any] = (module for module in model.modules() if hasattr(module, "qzero_format"))
         if any(kernel.qzero_format() == 2 for kernel in kernels):
             self._less = _CONVENTIONS["gptq_v2"]
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
-        """See `SafetensorsCheckpoint`."""
         (rows, width), bits = shape, self._bits
         scale = self.files.read(f"{module}.scales", [None, rows])
         groups, group = scale.shape[0], self.settings.get("group_size")
@@ -250,7 +223,7 @@ class GptqCheckpoint(SafetensorsCheckpoint):
         return packed_integers(f"{module}.qweight", bits, unpacked(words.t(), bits), scale.t(), zero.t(), group)
 
     def _zero(self, name: str, stored: Tensor) -> Tensor:
-        """Zero points. Of symmetric weights they are the middle, which some writers of the first convention keep."""
+        """Zero points; of symmetric weights the middle, which some writers of the first convention store as it is."""
         largest = (1 << self._bits) - 1
         if not self.settings.get("sym"):
             return (stored + self._less) & largest
@@ -261,7 +234,7 @@ class GptqCheckpoint(SafetensorsCheckpoint):
         raise ModelFileError(f"{name} is not the middle of the range, though quantization_config says sym")
 
     def _check_order(self, module: str, width: int, groups: int) -> None:
-        """Refuse an order of the inputs other than theirs, which only desc_act should give."""
+        """Refuse act-order."""
         name = f"{module}.g_idx"
         if name not in self.files or width % groups:
             return
@@ -270,7 +243,7 @@ class GptqCheckpoint(SafetensorsCheckpoint):
             raise unsupported(f"{name} in another order than the inputs' (act-order)", "desc_act false")
 
 
-# The ways of writing weights: their kind, and the numbers of bits that are supported.
+# The kind of the stored values, and the supported numbers of bits.
 _FORMATS = {
     "pack-quantized": ("int", (4, 8)),
     "int-quantized": ("int", (8,)),
@@ -280,8 +253,8 @@ _FORMATS = {
 _STRATEGIES = ("group", "channel", "tensor", "block")
 
 
-class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
-    """Activations stay as they are, whatever the configuration says of them: that loses nothing."""
+class CompressedTensorsCheckpoint(Checkpoint):
+    """compressed-tensors; activations are not quantized, whatever the configuration says."""
 
     stem = ".weight_scale"
     modules = ("torch.nn.modules.linear.Linear",)
@@ -303,7 +276,6 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
         return str(group.get("format") or self.settings.get("format"))
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
-        """See `SafetensorsCheckpoint`."""
         group = self._group_of(module)
         name, bits = f"{module}.weight", group["weights"]["num_bits"]
         scale = self._scale(name, shape, group["weights"])
@@ -319,7 +291,7 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
         return packed_integers(name, bits, values, scale, self._zero(name, bits, scale), size)
 
     def _group_of(self, module: str) -> Mapping[str, Any]:
-        """The group that names a linear layer: itself, by a pattern, or as one of all."""
+        """The first group that targets a linear layer, by name, by pattern, or as "Linear"."""
         for group in self._groups:
             for target in group.get("targets") or ():
                 named = re.match(target[3:], module) if target.startswith("re:") else module.endswith(target)
@@ -328,7 +300,6 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
         raise ModelFileError(f"{module} is quantized, but no group of config_groups has it for a target")
 
     def _scale(self, name: str, shape: Sequence[int], weights: Mapping[str, Any]) -> Tensor:
-        """The scales [N, G]."""
         stored = self.files.read(f"{name}_scale", None)
         if weights["strategy"] == "block":
             rows = weights["block_structure"][0]
@@ -340,7 +311,7 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
         return stored
 
     def _zero(self, name: str, bits: int, scale: Tensor) -> Tensor | None:
-        """Zero points [N, G], unsigned as the values are."""
+        """Zero points [N, G], unsigned like the values."""
         name, middle = f"{name}_zero_point", 1 << (bits - 1)
         if name not in self.files:
             return None
@@ -351,7 +322,7 @@ class CompressedTensorsCheckpoint(SafetensorsCheckpoint):
 
 
 def _check(form: str, weights: Mapping[str, Any]) -> None:
-    """Refuse what is not read, by its name in the configuration."""
+    """Refuse settings that are not supported, by name."""
     if form not in _FORMATS:
         raise unsupported(f"compressed-tensors in the format {form!r}", ", ".join(_FORMATS))
     kind, bits = _FORMATS[form]
@@ -368,8 +339,8 @@ def _check(form: str, weights: Mapping[str, Any]) -> None:
         raise unsupported("compressed-tensors with actorder 'group'", "actorder null, 'weight' and 'static'")
 
 
-class FineGrainedCheckpoint(SafetensorsCheckpoint):
-    """Activations stay as they are."""
+class FineGrainedCheckpoint(Checkpoint):
+    """fp8 in blocks, as transformers writes it; activations are not quantized."""
 
     stem = ".weight_scale_inv"
     modules = ("transformers.integrations.finegrained_fp8.FP8Linear",)
@@ -385,7 +356,6 @@ class FineGrainedCheckpoint(SafetensorsCheckpoint):
         self._block = block
 
     def packed(self, module: str, shape: Sequence[int]) -> Tensor:
-        """See `SafetensorsCheckpoint`."""
         rows, columns = self._block
         places = [-(-shape[0] // rows), -(-shape[1] // columns)]
         scale = self.files.read(f"{module}.weight_scale_inv", places)
