@@ -108,10 +108,7 @@ for load_format in ("auto", "layerskip"):
 
 
 def test_the_plugin_costs_other_processes_nothing(model):
-    """vLLM calls `register` in each of its processes: nothing of the library may be imported there but the plugin.
-
-    And what tells transformers, which vLLM imports, of packed weights.
-    """
+    """vLLM calls `register` in each process: only the plugin and the quantizer for transformers may be imported."""
     code = f"""
 import sys
 from vllm.engine.arg_utils import EngineArgs
@@ -119,9 +116,9 @@ EngineArgs(model={str(model)!r}).create_engine_config()
 print(sorted(name for name in sys.modules if name.startswith("layerskip")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    package = ["layerskip", "layerskip._imports", "layerskip._imports"]  # what finds the others once they are asked for
+    package = ["layerskip", "layerskip._imports"]
     package += ["layerskip._registration", "layerskip.transformers", "layerskip.transformers.quantizer"]
-    plugin = ["layerskip.vllm", "layerskip.vllm.engine", "layerskip.vllm.loader"]
+    plugin = ["layerskip.vllm", "layerskip.vllm.engine", "layerskip.vllm.loader", "layerskip.vllm.settings"]
     assert done.stdout.splitlines()[-1] == str(package + plugin)
 
 

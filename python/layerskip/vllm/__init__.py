@@ -1,20 +1,22 @@
-"""LayerSkip in vLLM: ``--load-format layerskip`` lets a model's first layers draft, on its own weights and KV cache.
+"""LayerSkip in vLLM: with ``--load-format layerskip`` a model's first layers draft, on its own weights and KV cache.
 
 vLLM finds `register` by the entry point ``layerskip`` of the group ``vllm.general_plugins`` and calls it in every
-process, whether or not a model is served with LayerSkip. So nothing is imported before it is needed.
+process, whether or not LayerSkip is used, so imports are deferred.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
-LOAD_FORMAT = "layerskip"
+from .settings import LOAD_FORMAT
+
 FIRST_VERSION, NEXT_VERSION = (0, 32), (0, 33)
-"""The versions of vLLM whose internals this package knows: from the first, before the second."""
+"""Supported versions of vLLM: from the first, before the second."""
 
 
 def version_problem(version: str) -> str | None:
-    """Why this package does not work with a version of vLLM, or None."""
+    """The reason why a version of vLLM is not supported, or None."""
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     if FIRST_VERSION <= found < NEXT_VERSION:
         return None
@@ -24,9 +26,9 @@ def version_problem(version: str) -> str | None:
 
 @cache
 def register() -> None:
-    """Make the load format known to vLLM; without the format nothing changes.
+    """Register the load format with vLLM.
 
-    An unsupported vLLM is an error only where the format is used: the plugin loads in everybody's vLLM.
+    vLLM loads this plugin whatever it serves, so an unsupported version is an error only when the format is used.
     """
     import vllm
     from vllm.model_executor.model_loader import register_model_loader
@@ -39,6 +41,17 @@ def register() -> None:
         engine.install()
         register_model_loader(LOAD_FORMAT)(LayerSkipLoader)
     else:
-        from .refusal import refusing_loader
+        register_model_loader(LOAD_FORMAT)(_refusing_loader(problem))
 
-        register_model_loader(LOAD_FORMAT)(refusing_loader(problem))
+
+def _refusing_loader(reason: str) -> type[Any]:
+    """A loader that raises ``reason`` when it is made."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class RefusingLoader(BaseModelLoader):
+        def __init__(self, load_config: Any) -> None:
+            raise NotImplementedError(reason)
+
+        download_model = load_weights = __init__
+
+    return RefusingLoader

@@ -28,14 +28,7 @@ logger = init_logger("vllm.layerskip")
 class FirstLayers(nn.Module):
     """Layers [0, E) of a target, and the draft layers of an exit; the part that vLLM compiles.
 
-    Parameters
-    ----------
-    vllm_config : VllmConfig
-        Its hash must tell exits apart, see `_compiled_as`.
-    embed_tokens : nn.Module
-    layers : iterable of nn.Module
-    norm : nn.Module, optional
-        Without it the head does its own.
+    The hash of ``vllm_config`` must distinguish exits, see `_compiled_as`. Without ``norm`` the head norms.
     """
 
     def __init__(
@@ -64,25 +57,16 @@ class FirstLayers(nn.Module):
 
 
 class LayerSkipDraft(nn.Module):
-    """What vLLM's draft model proposer runs, one token a call and sequence.
+    """The model that vLLM's draft model proposer runs, one token a call and sequence.
 
     The keys and values that it writes are the target's own: the same layers, in the same cache, for the same tokens.
-    Verification writes them once more. The draft layers of an exit have keys and values of their own, of every token.
-
-    Parameters
-    ----------
-    target : nn.Module
-        The model as vLLM loaded it.
-    vllm_config : VllmConfig
-        Of the draft model.
-    prefix : str
-    settings : Settings
+    Verification writes them again. The draft layers of an exit have keys and values of their own, of every token.
     """
 
     def __init__(self, target: Any, vllm_config: VllmConfig, prefix: str, settings: Settings) -> None:
         super().__init__()
         self.config = target.config
-        self._target = (target,)  # in a tuple it is no submodule: whoever walks parameters counts them once
+        self._target = (target,)  # a tuple, so that it is no submodule and its parameters are not counted twice
         exit = None if settings.exit is None else Exit.load(settings.exit)
         draft_layers = nn.ModuleList() if exit is None else make_draft_layers(target, exit, vllm_config, prefix)
         layers = [*target.model.layers[: settings.exit_layer], *draft_layers]
@@ -114,7 +98,7 @@ class LayerSkipDraft(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
-        """States [R, D] after the exit layer, normed where vLLM's own head takes them."""
+        """States [R, D] of the drafts, normed if vLLM's own head takes them."""
         context = get_forward_context()
         if not context.attn_metadata:  # a run that measures memory or warms up
             return self.inner(input_ids, positions)
@@ -128,7 +112,7 @@ class LayerSkipDraft(nn.Module):
         return whole
 
     def _run(self, input_ids: Tensor, positions: Tensor, metadata: Any, slots: Tensor) -> Tensor:
-        """The layers, whose attention looks its metadata up by the names that it has in the target."""
+        """Run the layers; their attention finds its metadata by its names in the target."""
         context = dataclasses.replace(
             get_forward_context(),
             attn_metadata=dict.fromkeys(self._names, metadata),
@@ -143,17 +127,16 @@ class LayerSkipDraft(nn.Module):
         return target.compute_logits(hidden if self._head is None else self._norm(hidden))
 
     def get_top_tokens(self, hidden: Tensor) -> Tensor:
-        """Tokens [R]: what vLLM asks for instead of logits under ``use_local_argmax_reduction``."""
+        """Tokens [R], which vLLM uses instead of logits with ``use_local_argmax_reduction``."""
         (target,) = self._target
         return target.get_top_tokens(hidden) if self._head is None else self._head(hidden)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [R, D]."""
         return self._target[0].model.embed_input_ids(input_ids)
 
 
 def _stand_in(attention: Attention, vllm_config: VllmConfig, prefix: str) -> str:
-    """The name of an attention layer that stands for all that the drafter has, and is never run.
+    """Register an attention layer that is never run; return its name.
 
     vLLM finds a drafter's cache group by the attention layers that loading it adds. This one shares the cache of the
     target's first layer, so it belongs to that group and allocates nothing.
@@ -166,7 +149,7 @@ def _stand_in(attention: Attention, vllm_config: VllmConfig, prefix: str) -> str
 
 
 def _norm(target: Any, exit: Exit | None) -> Any:
-    """What stands before the draft's head: the target's own norm, or one like it with an exit's weight."""
+    """The norm before the draft's head: the target's own, or a copy with an exit's weight."""
     if exit is None:
         return target.model.norm
     norm = copy.deepcopy(target.model.norm)
@@ -175,7 +158,7 @@ def _norm(target: Any, exit: Exit | None) -> Any:
 
 
 def _check_correction(exit: Exit | None, head: Any, vllm_config: VllmConfig) -> None:
-    """Refuse what would draft by vLLM's head where an exit corrects the head's rows."""
+    """Refuse to draft with vLLM's head if an exit corrects the head's rows."""
     sampled = vllm_config.speculative_config.draft_sample_method == "probabilistic"
     if exit is not None and exit.head_down is not None and (head is None or sampled):
         asked = "draft_sample_method 'probabilistic'" if sampled else "draft_head 'vllm'"
@@ -183,10 +166,7 @@ def _check_correction(exit: Exit | None, head: Any, vllm_config: VllmConfig) -> 
 
 
 def _compiled_as(vllm_config: VllmConfig, exit_layer: int, draft_layers: int, norm: bool) -> VllmConfig:
-    """The configuration with what is compiled in its hash, by which vLLM keeps compiled graphs on the disk.
-
-    Without it the graph of one exit would be found, and run, for another.
-    """
+    """Add what is compiled to the configuration's hash, so that vLLM's cache of graphs distinguishes exits."""
     config = copy.copy(vllm_config)
     compiled = {"exit_layer": exit_layer, "draft_layers": draft_layers, "norm": norm}
     config.additional_config = {**dict(vllm_config.additional_config or {}), "layerskip": compiled}

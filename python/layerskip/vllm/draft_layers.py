@@ -22,23 +22,10 @@ from ..models.architectures import ARCHITECTURES, check_model_type
 
 
 def make_draft_layers(target: Any, exit: Exit, vllm_config: VllmConfig, prefix: str) -> nn.ModuleList:
-    """Decoder layers as the target's own, with the weights of an exit's draft layers; each rank has its part of them.
+    """Decoder layers like the target's, with the weights of an exit's draft layers, sharded over ranks.
 
-    vLLM counts their attention among the layers that need a cache, in the group of the target's layers, because they
-    are alike. So a cached prefix keeps their keys and values too.
-
-    Parameters
-    ----------
-    target : nn.Module
-    exit : Exit
-    vllm_config : VllmConfig
-        Of the draft model.
-    prefix : str
-
-    Raises
-    ------
-    ValueError, NotImplementedError
-        If the draft layers are not of the shape of the target's layers, or these have tensors that no draft layer has.
+    vLLM puts their attention into the cache group of the target's layers, because they are alike. So a cached prefix
+    keeps their keys and values too. ValueError or NotImplementedError if they do not fit the target's layers.
     """
     check_model_type(target.config.model_type)
     paths = ARCHITECTURES[target.config.model_type].layer_paths
@@ -58,7 +45,7 @@ def make_draft_layers(target: Any, exit: Exit, vllm_config: VllmConfig, prefix: 
 
 
 def _fill(draft_layers: nn.ModuleList, exit: Exit, paths: Mapping[str, str], mapper: WeightsMapper) -> None:
-    """Load the weights as vLLM loads those of a model's layers, which have the same names."""
+    """Load the weights as vLLM loads those of a model's layers."""
     like = next(draft_layers.parameters(), exit.norm_weight)
     weights = [
         (f"{number}.{paths[name]}", weight.to(like.device, like.dtype))
@@ -79,9 +66,9 @@ def _layer(kind: type[nn.Module], config: VllmConfig, prefix: str) -> nn.Module:
 
 
 def _unquantised(vllm_config: VllmConfig, layer: nn.Module) -> VllmConfig:
-    """The configuration for layers with plain weights and the attention of a layer of the target's.
+    """The configuration for layers with plain weights and the attention backend of the target's layers.
 
-    vLLM chooses the attention of a draft model anew, and the draft layers' has to read what the target's metadata say.
+    vLLM chooses a draft model's backend anew, but the draft layers read the target's metadata.
     """
     backend = next(module.backend for module in layer.modules() if isinstance(module, Attention))
     config = copy.copy(vllm_config)

@@ -1,4 +1,4 @@
-"""The one flag: where ``--load-format layerskip`` is given, vLLM's draft model is the model itself."""
+"""With ``--load-format layerskip``, vLLM's draft model is the model itself."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import functools
 import sys
 from typing import Any
 
-from . import LOAD_FORMAT
+from .settings import LOAD_FORMAT, Settings
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ALLOWED = (
-    "method",
-    "model",
-    "num_speculative_tokens",
-    "num_speculative_tokens_per_batch_size",
-    "draft_tensor_parallel_size",
-    "draft_sample_method",
-    "rejection_sample_method",
-    "use_local_argmax_reduction",
-    "enforce_eager",
-)
-"""What of ``--speculative-config`` makes sense for a drafter that is the target's own first layers."""
+    "method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "draft_tensor_parallel_size",
+    "draft_sample_method", "rejection_sample_method", "use_local_argmax_reduction", "enforce_eager",
+)  # fmt: skip
+"""Keys of ``--speculative-config`` that apply to a drafter made of the target's first layers."""
 
 
 def install() -> None:
     """Let `EngineArgs` fill in the speculative configuration of engines with the load format.
 
-    A process that has not imported it is a worker, which gets its configuration ready-made.
+    A process that has not imported it is a worker, which receives a complete configuration.
     """
     arguments: Any = sys.modules.get("vllm.engine.arg_utils")
     if arguments is None:
@@ -38,23 +31,19 @@ def install() -> None:
         if self.load_format == LOAD_FORMAT:
             _check(self, target_model_config, target_parallel_config)
             self.speculative_config = _speculation(self, target_model_config)
-            _refuse_sampling_on_cpus()
+            from vllm.platforms import current_platform
+
+            if current_platform.is_cpu():
+                from .sampling import refuse
+
+                refuse()
         return plain(self, target_model_config, target_parallel_config)
 
     arguments.EngineArgs.create_speculative_config = create
 
 
-def _refuse_sampling_on_cpus() -> None:
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        from .sampling import refuse
-
-        refuse()
-
-
 def _check(args: Any, model_config: Any, parallel_config: Any) -> None:
-    """Refuse by name what the drafter cannot do, before any process is started."""
+    """Refuse unsupported options by name, before any process is started."""
     problem = None
     if not set(ARCHITECTURES) & set(model_config.architectures):
         problem = f"architecture {', '.join(model_config.architectures)}; it knows {', '.join(ARCHITECTURES)}"
@@ -73,12 +62,7 @@ def _check(args: Any, model_config: Any, parallel_config: Any) -> None:
 
 
 def _speculation(args: Any, model_config: Any) -> dict[str, Any]:
-    """The user's speculative configuration, completed.
-
-    An option of `EngineArgs` of its own (--spec-tokens) excludes the key that it stands for.
-    """
-    from .settings import Settings
-
+    """Complete the user's speculative configuration; flags of `EngineArgs` such as --spec-tokens count as its keys."""
     given = {name.replace("-", "_"): value for name, value in (args.speculative_config or {}).items()}
     flags = {"method": args.spec_method, "model": args.spec_model, "num_speculative_tokens": args.spec_tokens}
     said = {**given, **{name: value for name, value in flags.items() if value is not None}}

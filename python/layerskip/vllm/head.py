@@ -1,4 +1,4 @@
-"""The arg-max of the drafts over a vocabulary that is spread over ranks, without logits."""
+"""Arg-max of the drafts over a vocabulary that is sharded over ranks, without logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..models.exit import head_of
 
 
 def make_head(target: Any, norm: nn.Module, draft_head: str, exit: Exit | None) -> VocabularyShard | None:
-    """What ``draft_head`` of `Settings` names; None where vLLM computes the drafts' logits itself."""
+    """The head that ``draft_head`` of `Settings` names; None if vLLM computes the drafts' logits."""
     if draft_head == "vllm":
         return None
     lm_head = target.lm_head
@@ -28,17 +28,9 @@ def make_head(target: Any, norm: nn.Module, draft_head: str, exit: Exit | None) 
 
 
 class VocabularyShard(nn.Module):
-    """This rank's part of the head; its best token competes with those of the other ranks.
+    """This rank's part of the head after ``norm``; its best token competes with those of the other ranks.
 
-    Parameters
-    ----------
-    target : nn.Module
-    norm : nn.Module
-        Before the head.
-    draft_head : str
-        ``full``, ``int8``, ``exit``, or where a saved draft head is.
-    exit : Exit, optional
-        Corrects the head's rows, if it says so, and names those of ``exit``.
+    ``draft_head`` is ``full``, ``int8``, ``exit``, or the path of a saved draft head.
     """
 
     def __init__(self, target: Any, norm: Any, draft_head: str, exit: Exit | None) -> None:
@@ -58,7 +50,7 @@ class VocabularyShard(nn.Module):
         self._head = None if scored is None else head_of(whole, whole.norm_weight, low_rank, scored)
 
     def _scored(self, chosen: str | Tensor, whole: EarlyExitHead) -> str | Tensor | None:
-        """Those of the chosen tokens that this rank has, by their rows; None if it has none."""
+        """The rows of the chosen tokens that this rank has; None if it has none."""
         if isinstance(chosen, str):
             return chosen
         mine = chosen - self._first
@@ -72,7 +64,7 @@ class VocabularyShard(nn.Module):
             token = torch.zeros_like(logit, dtype=torch.int64)
         else:
             token, logit, _ = self._head(hidden)
-            token = token.clamp_min(0)  # a state that is not finite has no token, and any draft will do
+            token = token.clamp_min(0)  # a state that is not finite has no token; any draft will do
         if self._ranks == 1:
             return token
         # In one fp32 tensor, which holds token ids below 2²⁴ exactly; vLLM gathers no doubles on CPUs.
@@ -83,7 +75,7 @@ class VocabularyShard(nn.Module):
 
 
 def _chosen(draft_head: str, exit: Exit | None, vocabulary: int) -> str | Tensor:
-    """``full``, ``int8``, or the tokens that are scored."""
+    """``full``, ``int8``, or token ids."""
     if draft_head in ("full", "int8"):
         return draft_head
     if exit is not None and draft_head == "exit":

@@ -1,4 +1,4 @@
-"""The few rows of a drafter's first step that are worth running."""
+"""The last row of each request in a drafter's first step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,14 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 _ROWS_A_REQUEST = 16
-"""Building metadata costs as much as about this many rows a sequence; a round of decoding has fewer."""
+"""Building metadata costs as much as about this many rows a request; a round of decoding has fewer."""
 
 
 class LastRows:
-    """One row a sequence: the token that the target has not seen.
+    """Select one row a request: the token that the target has not seen.
 
-    vLLM gives a drafter all tokens that the target has just run, for a cache of its own. The target's cache has the
-    keys and values of all but the last already, so of a prompt one row is enough.
-
-    Parameters
-    ----------
-    vllm_config : VllmConfig
-    names : sequence of str
-        The attention layers that run.
+    vLLM passes a drafter all tokens that the target has just run. The target's cache has the keys and values of all but
+    the last already, so one row of a prompt is enough. ``names`` are those of the attention layers that run.
     """
 
     def __init__(self, vllm_config: VllmConfig, names: Sequence[str]) -> None:
@@ -32,23 +26,13 @@ class LastRows:
         self._builder: Any = None
 
     def worth_it(self, metadata: Any) -> bool:
-        """Whether the step has more rows than building the metadata of few costs."""
+        """Whether skipping rows saves more than building metadata costs."""
         return metadata.num_actual_tokens > _ROWS_A_REQUEST * (metadata.query_start_loc.shape[0] - 1)
 
     def of(self, metadata: Any, slots: Tensor, positions: Tensor) -> tuple[Tensor, Any, Tensor]:
-        """Which rows, their metadata and their slots.
+        """Rows [B], their metadata and slots [B].
 
-        Parameters
-        ----------
-        metadata : attention metadata
-            Of all rows.
-        slots : Tensor [≥ R]
-            Where each row's keys and values go; negative for rows of rejected tokens, which follow the valid ones.
-        positions : Tensor [≥ R]
-
-        Returns
-        -------
-        (Tensor [B], attention metadata, Tensor [B])
+        ``slots`` [≥ R] are where keys and values go, negative for rejected tokens, which follow the valid ones.
         """
         starts = metadata.query_start_loc
         requests, total = starts.shape[0] - 1, int(metadata.num_actual_tokens)

@@ -1,9 +1,8 @@
 """Sampling with speculation on CPUs, where vLLM 0.32 loses the temperatures, top-k and top-p of speculative rows.
 
-``vllm.utils.cpu_triton_utils._expand_kernel_impl`` writes into an int64 copy of its output, which nobody copies back.
-The output stays as ``torch.empty`` left it, with any draft model, and a sampled text is garbage. So sampling is refused
-there, unless the function that asks for it is replaced. On GPUs a kernel does the work, and does it rightly. A second
-defect stops the engine: in a step whose drafts were all cut, top-k looks for the largest of no numbers.
+``vllm.utils.cpu_triton_utils._expand_kernel_impl`` writes into an int64 copy of its output, which is not copied back.
+With any draft model, sampled text is garbage. So sampling is refused, unless the function that calls it is replaced.
+GPUs are not affected. A second defect stops the engine: in a step without drafts, top-k takes the maximum of nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from torch import Tensor
 
 
 def refuse() -> None:
-    """Let engines with the layerskip load format refuse requests with a temperature, when they are made."""
+    """Refuse requests with a temperature in engines with the layerskip load format."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from . import LOAD_FORMAT
-    from .settings import split
+    from .settings import LOAD_FORMAT, split
 
     if hasattr(InputProcessor._validate_params, "__wrapped__"):
         return
@@ -46,7 +44,7 @@ def refuse() -> None:
 
 
 def mend() -> None:
-    """Let the rejection sampler of this process expand by torch, and leave a step without drafts alone."""
+    """Make this process's rejection sampler expand with torch, and skip steps without drafts."""
     from vllm.v1.sample import rejection_sampler
 
     if rejection_sampler.expand_batch_to_tokens is _expand:
@@ -64,6 +62,6 @@ def mend() -> None:
 def _expand(
     x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0
 ) -> Tensor:
-    """One value a request [B] to one a token [R]; ``cu_num_tokens`` [B] are running sums of the requests' tokens."""
+    """Repeat a value per request [B] for each of its tokens [R]; ``cu_num_tokens`` [B] are cumulative token counts."""
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
     return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)

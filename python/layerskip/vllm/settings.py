@@ -1,4 +1,4 @@
-"""What drafts, and how many tokens: from the options of the command line, else from the model's files."""
+"""Exit, head and number of draft tokens: from the command line's options, else from the model's files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+LOAD_FORMAT = "layerskip"
 DEFAULT_SPECULATIONS = 4
 
 
@@ -21,9 +22,8 @@ class Settings:
     num_speculations : int
         K, the tokens drafted a round.
     draft_head : str
-        What scores the drafts: ``full``, the model's own head, read by our kernel; ``int8``, a copy of it in int8;
-        ``vllm``, the model's own head as vLLM computes it; ``exit``, the rows that the exit names, in int8, or all; or
-        the file or directory of a saved draft head.
+        Head of the drafts: ``full``, the model's own, read by our kernel; ``int8``, a copy of it in int8; ``vllm``, the
+        model's own as vLLM computes it; ``exit``, the exit's tokens in int8, or all; or the path of a saved draft head.
     mend_cpu_sampling : bool
         Replace the function in which vLLM loses the temperatures of speculative rows on CPUs.
     exit : str, optional
@@ -38,7 +38,7 @@ class Settings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], config: Any, model: str) -> Settings:
-        """What ``options`` say, else the model's files, else a quarter of the layers and 4 tokens.
+        """Combine ``options``, else the model's files, else a quarter of the layers and 4 tokens.
 
         Parameters
         ----------
@@ -46,13 +46,12 @@ class Settings:
             Of ``--model-loader-extra-config``; names that are not fields of this class are vLLM's own.
         config : transformers.PretrainedConfig
         model : str
-            A directory or a name on the Hugging Face hub. A draft head that lies in the directory is taken, and what
-            ``layerskip tune`` has written there.
+            A directory, whose draft head and layerskip.json are used, or a name on the Hugging Face hub.
 
         Raises
         ------
         ValueError, FileNotFoundError
-            If a value does not fit the model, or a file is not there.
+            If a value does not fit the model, or a file does not exist.
         """
         from ..decoding.draft_model import FILE_NAME  # not before it is needed: see the package's docstring
 
@@ -86,7 +85,7 @@ class Settings:
 
 
 def _known(options: Mapping[str, Any], config: Any, model: str) -> dict[str, Any]:
-    """What the model's files say: ``layerskip tune``'s, else its config.json; of the exit only if ``options`` don't."""
+    """The settings in the model's files (of ``layerskip tune``, else config.json), unless ``options`` have an exit."""
     from ..decoding.tuning import Tuning
 
     tuning = None if "exit" in options else Tuning.beside(model, config)
@@ -98,7 +97,7 @@ def _known(options: Mapping[str, Any], config: Any, model: str) -> dict[str, Any
 
 
 def _layer_of(source: Any, config: Any) -> int:
-    """The layer that an exit follows; ValueError if it is for another model."""
+    """The layer of an exit; ValueError if it is for another model."""
     from ..models import Exit
 
     if not isinstance(source, str):
@@ -109,7 +108,7 @@ def _layer_of(source: Any, config: Any) -> int:
 
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Ours, and those of vLLM's own loader, which refuses names that it does not know."""
+    """Split options into ours and those of vLLM's own loader, which refuses unknown names."""
     names = {field.name for field in fields(Settings)}
     ours = {name: value for name, value in options.items() if name in names}
     return ours, {name: value for name, value in options.items() if name not in names}
