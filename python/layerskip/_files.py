@@ -17,14 +17,10 @@ from typing import Any
 
 MANIFEST = "layerskip-files.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
-_CHUNK = 1 << 20
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside ``path`` under a temporary name, then rename: no reader ever sees half a file, not after a crash.
-
-    A missing folder is made.
-    """
+    """Write a temporary file, then rename it: no reader sees half a file, not after a crash either. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -42,13 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """See, before the work, that its result can be written to the file ``path``.
-
-    Raises
-    ------
-    OSError
-        Where nothing can be written there, or a file is there that may not be replaced (``overwrite``).
-    """
+    """Raise OSError if the file ``path`` cannot be written, or exists without ``overwrite``. Call before the work."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory, expected the name of a file to write")
     if path.exists() and not overwrite:
@@ -57,7 +47,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise OSError where files can't be written into ``folder``, which need not be there yet."""
+    """Raise OSError if no files can be written into ``folder``, which need not exist yet."""
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file, so nothing can be written into {folder}")
@@ -67,13 +57,15 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def replaced(*targets: Path) -> Iterator[list[Path]]:
-    """New directories to fill. At the end of the block all are published as ``targets``; after an error they go.
+    """Yield new directories to fill; publish all of them as ``targets`` at the end, and delete them after an error.
 
-    What `publish` refuses leaves all targets as they are, and the new directories, too.
+    If `publish` refuses one, all targets stay as they are, and so do the new directories.
     """
     scratches = [target.with_name(f".{target.name}.unfinished") for target in targets]
-    for scratch, target in zip(scratches, targets, strict=True):
-        _recover(target, scratch)
+    pairs = list(zip(scratches, targets, strict=True))
+    for scratch, target in pairs:
+        if (aside := _aside(scratch)).exists():  # a kill between the three renames of `_exchange`
+            aside.rename(scratch if target.exists() else target)
         _discard(scratch, target)
         scratch.mkdir(parents=True)
     try:
@@ -82,30 +74,21 @@ def replaced(*targets: Path) -> Iterator[list[Path]]:
         for scratch in scratches:
             shutil.rmtree(scratch)
         raise
-    pairs = list(zip(scratches, targets, strict=True))
-    for step in (_prepare, _put, _discard):  # so that all come into their places within a moment
+    for step in (_prepare, _put, _discard):  # so that all are replaced within a moment
         for scratch, target in pairs:
             step(scratch, target)
 
 
 def publish(scratch: Path, target: Path, checked: bool = True) -> None:
-    """Put a directory that was filled beside ``target`` in its place: a kill leaves the old one or the new one.
+    """Replace the directory ``target`` by ``scratch``, on the same file system. A kill leaves the old or the new one.
 
-    Files that others put into the old one are in the new one, too.
-
-    Parameters
-    ----------
-    scratch, target : Path
-        On one file system.
-    checked : bool
-        Whether the manifest gets the files' digests, so that one that is changed later counts as its changer's. Takes
-        reading everything once.
+    Files that others put into the old one are kept. With ``checked`` the manifest has digests, so that files changed
+    later count as foreign; that reads all files once.
 
     Raises
     ------
     FileExistsError
-        Where ``target`` is there and is no such directory, or others' files in it are in the way; see `obstacle`.
-        ``scratch`` stays then.
+        If `obstacle` has a reason, or foreign files have names of new ones; ``scratch`` stays.
     """
     _prepare(scratch, target, checked)
     _put(scratch, target)
@@ -113,21 +96,21 @@ def publish(scratch: Path, target: Path, checked: bool = True) -> None:
 
 
 def obstacle(directory: Path) -> str | None:
-    """Why `publish` would not replace ``directory``, or None: it was not published, or what was has been changed."""
+    """Why `publish` would not replace ``directory``: it was not published, or was changed since; None if it would."""
     if not directory.exists() and not directory.is_symlink():
         return None
     files = written(directory)
     if files is None:
-        return f"{directory} is there, and was not written by layerskip; move it away"
+        return f"{directory} exists, and was not written by layerskip; move it away"
     for name, digest in files.items():
         path = directory / name
-        if digest is not None and path.exists() and _digest(path) != digest:
+        if digest is not None and path.exists() and digest_of(path) != digest:
             return f"{path} was changed after layerskip wrote it; move it away"
     return None
 
 
 def written(directory: Path) -> dict[str, str | None] | None:
-    """What the manifest of ``directory`` lists, names to digests, or None where there is no manifest."""
+    """The manifest of ``directory``, names to digests; None if it has none."""
     if directory.is_symlink() or not (directory / MANIFEST).is_file():
         return None
     files: dict[str, str | None] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -135,38 +118,37 @@ def written(directory: Path) -> dict[str, str | None] | None:
 
 
 def remove_written(directory: Path) -> None:
-    """Remove a directory that `publish` made. Where others put files into it, these stay, without the manifest."""
-    for leftover in directory.parent.glob(".*.removed"):  # of a removal that was cut short
+    """Remove a directory that `publish` made; files of others in it stay, without the manifest."""
+    for leftover in directory.parent.glob(".*.removed"):  # of an interrupted removal
         _delete(leftover, written(leftover) or ())
     files = written(directory)
     if files is None:
         raise ValueError(f"{directory} has no {MANIFEST}, so it is not layerskip's to remove")
     if set(_files(directory)) <= files.keys():
         aside = directory.with_name(f".{directory.name}.removed")
-        directory.rename(aside)  # at once, so that nobody takes what is left of it for a whole one
+        directory.rename(aside)  # a partly deleted directory must not look complete
         _delete(aside, files)
     else:
         (directory / MANIFEST).unlink()
         _delete(directory, files)
 
 
+def digest_of(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256.hexdigest()
+
+
 def _files(directory: Path) -> list[str]:
-    """The names of all files and links below, relative, without the manifest."""
+    """Relative names of all files and links below, except the manifest."""
     below = (Path(folder) / name for folder, folders, names in os.walk(directory) for name in (*folders, *names))
     found = (path for path in below if path.is_symlink() or not path.is_dir())
     return sorted(str(path.relative_to(directory)) for path in found if path != directory / MANIFEST)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _sync(path: Path) -> None:
-    """What is in a file or a directory reaches the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -175,32 +157,12 @@ def _sync(path: Path) -> None:
 
 
 def _prepare(scratch: Path, target: Path, checked: bool = True) -> None:
-    """Give a directory its manifest and what others put into ``target``; all of it reaches the disk."""
+    """Link the foreign files of ``target`` into ``scratch``, write its manifest, and sync all of it."""
     reason = obstacle(target)
     if reason is not None:
-        raise FileExistsError(f"{reason}; what was to be there is in {scratch}")
-    files = {name: _digest(scratch / name) if checked else None for name in _files(scratch)}
-    if target.exists():
-        _carry_over(target, scratch, files)
-    (scratch / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-    for name in (*files, MANIFEST):
-        _sync(scratch / name)
-    for folder, _, _ in os.walk(scratch):
-        _sync(Path(folder))
-
-
-def _put(scratch: Path, target: Path) -> None:
-    """Put a directory in its place; what was there takes the other's."""
-    if target.exists():
-        _exchange(scratch, target)
-    else:
-        scratch.rename(target)
-    _sync(target.parent)
-
-
-def _carry_over(target: Path, scratch: Path, files: Iterable[str]) -> None:
-    """Link the files that others put into ``target`` into ``scratch``, which is to replace it."""
-    foreign = set(_files(target)) - (written(target) or {}).keys()
+        raise FileExistsError(f"{reason}; the new files are in {scratch}")
+    files = {name: digest_of(scratch / name) if checked else None for name in _files(scratch)}
+    foreign = set(_files(target)) - (written(target) or {}).keys() if target.exists() else set()
     for name in sorted(foreign):
         if name in files:
             raise FileExistsError(f"{target / name} was not written by layerskip, and is in the way; move it away")
@@ -209,10 +171,24 @@ def _carry_over(target: Path, scratch: Path, files: Iterable[str]) -> None:
             os.link(target / name, scratch / name, follow_symlinks=False)
         except OSError:  # a file system without hard links
             shutil.copy2(target / name, scratch / name, follow_symlinks=False)
+    (scratch / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    for name in (*files, MANIFEST):
+        _sync(scratch / name)
+    for folder, _, _ in os.walk(scratch):
+        _sync(Path(folder))
+
+
+def _put(scratch: Path, target: Path) -> None:
+    """Move ``scratch`` to ``target``, and an older ``target`` to ``scratch``."""
+    if target.exists():
+        _exchange(scratch, target)
+    else:
+        scratch.rename(target)
+    _sync(target.parent)
 
 
 def _exchange(one: Path, two: Path) -> None:
-    """Swap two directories: by one system call or, where the file system has none, by three renames; see `_recover`."""
+    """Swap two directories by one system call, or by three renames if the file system does not support it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:
         if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) == 0:
@@ -230,15 +206,8 @@ def _aside(scratch: Path) -> Path:
     return scratch.with_name(f"{scratch.name}-old")
 
 
-def _recover(target: Path, scratch: Path) -> None:
-    """After a kill amid the three renames of `_exchange`: finish them, or take them back."""
-    aside = _aside(scratch)
-    if aside.exists():
-        aside.rename(scratch if target.exists() else target)
-
-
 def _discard(scratch: Path, target: Path) -> None:
-    """Remove what was replaced by ``target``, or was not finished; a file of others must be in ``target``, too."""
+    """Remove a replaced or unfinished directory; its foreign files must be in ``target``, too."""
     if not scratch.exists():
         return
     files = written(scratch)
@@ -247,13 +216,13 @@ def _discard(scratch: Path, target: Path) -> None:
         return
     foreign = set(_files(scratch)) - files.keys()
     for name in foreign:
-        if not (target / name).exists():  # it came in the moment in which the directories were exchanged
+        if not (target / name).exists():  # created while the directories were exchanged
             raise FileExistsError(f"{scratch / name} was not written by layerskip; move it away")
     _delete(scratch, (*foreign, *files))
 
 
 def _delete(directory: Path, names: Iterable[str]) -> None:
-    """Delete files, the manifest as the last, then the directories that are left empty."""
+    """Delete files, the manifest last, then empty directories."""
     for name in (*names, MANIFEST):
         (directory / name).unlink(missing_ok=True)
     for folder, _, _ in os.walk(directory, topdown=False):
@@ -262,50 +231,45 @@ def _delete(directory: Path, names: Iterable[str]) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The keys whose values differ, with both values; empty where none does."""
+    """The keys whose values differ, with both values; empty if none does."""
     keys = [key for key in dict.fromkeys((*now, *before)) if before.get(key) != now.get(key)]
     return "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
 
 
 class Journal:
-    """A file with one record a line, each on the disk before the next is made; the first line says what they are of.
+    """A file with one JSON record a line, each synced before the next; the first line describes the work.
 
     Parameters
     ----------
     path : Path
-        Where there is a journal of the same work, it is gone on with; a last line that was cut short is dropped.
+        An existing journal of the same work is continued; an incomplete last line is dropped.
     work : mapping
-        What the records depend on, as JSON takes it.
+        What the records depend on, as JSON.
     overwrite : bool
-        Whether a journal of other work is replaced; one without records always is.
+        Replace a journal of other work; one without records is always replaced.
 
     Raises
     ------
     ValueError
-        For a journal of other work (with the differences), or a file that is none.
+        For a journal of other work (with the differences), or a file that is no journal.
     BlockingIOError
-        While another process writes it.
+        If another process is writing it.
     """
 
     def __init__(self, path: Path, work: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = path
         if not path.exists():
-            self._create(work)
-        before = self._read()
-        changed = differences(before, work)
-        if not changed:
-            return
-        self._file.close()
-        if self.records and not overwrite:
-            raise ValueError(f"{path} is what is there of other work: {changed}; --overwrite begins anew")
-        self._create(work)
-        self._read()
+            write_atomically(path, _line(work))
+        changed = differences(self._open(), work)
+        if changed:
+            self._file.close()
+            if self.records and not overwrite:
+                raise ValueError(f"{path} holds records of other work: {changed}; --overwrite to begin anew")
+            write_atomically(path, _line(work))
+            self._open()
 
-    def _create(self, work: Mapping[str, Any]) -> None:
-        write_atomically(self.path, _line(work))
-
-    def _read(self) -> dict[str, Any]:
-        """Read and open for more; what the work was."""
+    def _open(self) -> dict[str, Any]:
+        """Read the records, open the file to append; return the work."""
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         try:
@@ -323,19 +287,19 @@ class Journal:
         return work
 
     def append(self, record: Any) -> None:
-        """Write a record; it stays, whatever happens next."""
+        """Write a record and sync it."""
         self._file.write(_line(record))
         os.fsync(self._file.fileno())
         self.records.append(record)
 
     def close(self) -> None:
-        """Let another process write; a journal without records goes."""
+        """Let another process write; delete the file if it has no records."""
         self._file.close()
         if not self.records:
             self.path.unlink()
 
     def remove(self) -> None:
-        """Delete the file: what was made of its records is written."""
+        """Delete the file, after the result of its records is written."""
         self._file.close()
         self.path.unlink()
 

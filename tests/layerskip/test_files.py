@@ -112,7 +112,7 @@ def test_what_others_wrote_or_changed_is_not_replaced(tmp_path: Path) -> None:
     (filled / "config").write_text("mine")
     assert obstacle(tmp_path / "nothing") is obstacle(filled) is None
     messages = {
-        theirs: "theirs is there, and was not written by layerskip",
+        theirs: "theirs exists, and was not written by layerskip",
         changed: "changed/weights was changed after layerskip wrote it",
         filled: "filled/config was not written by layerskip, and is in the way",
     }
@@ -135,7 +135,7 @@ def test_of_several_directories_none_is_replaced_where_one_cannot_be(tmp_path: P
             for folder in folders:
                 (folder / "weights").write_text("new")
 
-    with pytest.raises(FileExistsError, match="model is there"):
+    with pytest.raises(FileExistsError, match="model exists"):
         both()
     assert (one / "weights").read_text() == "old"
     assert (two / "weights").read_text() == "mine"

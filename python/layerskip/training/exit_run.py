@@ -18,7 +18,7 @@ from ..models import Exit, LayerSkipModel, adapt, load
 from .batching import encode
 from .exit_trainer import ExitTrainer, State, TrainableExit
 from .hidden_state_cache import KeptTexts, Text, Trunk, WrittenTexts, model_digest
-from .output_dir import TRUNKS, digest
+from .output_dir import HIDDEN_STATES, digest
 from .recipe import ExitRecipe
 from .run import load_pairs
 
@@ -94,7 +94,7 @@ class ExitRun:
         return ExitTrainer(recipe, module, texts, held_out)
 
     def _folder(self, pairs: Sequence[Mapping[str, list[int]]]) -> Path:
-        return Path(self.recipe.trunk or Path(self.recipe.output) / TRUNKS) / digest(pairs)[:16]
+        return Path(self.recipe.trunk or Path(self.recipe.output) / HIDDEN_STATES) / digest(pairs)[:16]
 
     def _trunk(self, pairs: Sequence[Mapping[str, list[int]]]) -> Trunk:
         return Trunk(self._folder(pairs), self.model, self.recipe.exit_layer, self.recipe.top_k, pairs)

@@ -9,63 +9,29 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from .._files import MANIFEST, check_folder, differences, obstacle, remove_written, write_atomically
+from .._files import MANIFEST, check_folder, differences, digest_of, obstacle, remove_written, write_atomically
 from ..models.exit import FILE_NAME, Exit
 from .recipe import ExitRecipe, Recipe, with_new_keys
 
-
-def read_record(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What `write_record` wrote; empty, if there is no such file.
-
-    Raises
-    ------
-    ValueError
-        If the file is no record, or one without these keys.
-    """
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(record, dict) or not set(keys) <= record.keys():
-        raise ValueError(f"{path} is no record of a training run")
-    return record
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write the file, whole or not at all."""
-    write_atomically(path, json.dumps(record, indent=1).encode())
-
-
-def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], harmless: Sequence[str]) -> None:
-    """Raise ValueError, with the differences, where a run was another one but for its ``harmless`` keys."""
-    before, now = ({key: value for key, value in one.items() if key not in harmless} for one in (before, now))
-    changed = differences(before, now)
-    if changed:
-        raise ValueError(f"{folder} was trained with another recipe: {changed}")
-
-
 RECORD = "layerskip-run.json"
 RESULTS = ("adapter", "model")
-HARMLESS = ("output", "log_every", "save_every", "eval_split", "eval_examples")
-"""Keys of a recipe that a resumed run may change: they change neither a step nor what is written at the end."""
+CHECKPOINT, CURVE, HIDDEN_STATES = "checkpoint.pt", "curve.png", "trunk"
+OTHERWISE = "give another output, or --overwrite to replace"
 
 
 def results(recipe: Recipe) -> list[Path]:
-    """What a recipe's run writes at its end; the model is the last."""
+    """The directories that a run writes at its end; the model is the last."""
     return [Path(recipe.output) / name for name in RESULTS if name == "model" or recipe.method == "lora"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below ``folder`` that this library wrote, oldest first; each is whole."""
+    """The complete checkpoints below ``folder`` that this library wrote, oldest first."""
     return [path for path in _checkpoint_like(folder) if (path / MANIFEST).exists()]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint below ``folder``."""
     return next(reversed(checkpoints(folder)), None)
 
 
@@ -75,84 +41,129 @@ def _checkpoint_like(folder: Path) -> list[Path]:
 
 
 def digest(pairs: Sequence[Mapping[str, list[int]]]) -> str:
-    """Of all tokens and labels, in their order."""
-    made = hashlib.sha256()
+    """Digest of all tokens and labels, in order."""
+    sha256 = hashlib.sha256()
     for pair in pairs:
         for key in ("input_ids", "labels"):
-            made.update(array("q", [len(pair[key]), *pair[key]]).tobytes())
-    return made.hexdigest()
+            sha256.update(array("q", [len(pair[key]), *pair[key]]).tobytes())
+    return sha256.hexdigest()
 
 
-class Output:
-    """What is in the folder that a recipe writes to.
+class _OutputDir:
+    """A directory with a record of its run: the recipe, the data that the steps depend on, whether it is finished.
 
-    ``layerskip-run.json`` there holds the whole recipe, what else the steps depend on, and whether the run is finished.
+    A resumed run must have the same recipe, but for the keys in ``CHANGEABLE``, and the same data.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    RECORD: ClassVar[str]
+    KEYS: ClassVar[tuple[str, ...]] = ("recipe", "data", "finished")
+    CHANGEABLE: ClassVar[tuple[str, ...]]
+
+    def __init__(self, recipe: Any) -> None:
         self.folder, self.recipe = Path(recipe.output), recipe
-        self.results = results(recipe)
-        self.record = read_record(self.folder / RECORD, ("recipe", "data", "finished"))
+        self.record: dict[str, Any] = {}
+        path = self.folder / self.RECORD
+        if path.exists():
+            try:
+                self.record = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}: not JSON: {error}") from error
+            if not isinstance(self.record, dict) or not set(self.KEYS) <= self.record.keys():
+                raise ValueError(f"{path} is no record of a training run")
+
+    def check_same_data(self, data: Mapping[str, Any]) -> None:
+        """Raise ValueError if the run in this directory had other data, or another number of processes."""
+        self._check_same(self.record["data"], data)
+
+    def _check_same_recipe(self) -> None:
+        self._check_same(with_new_keys(self.record["recipe"]), asdict(self.recipe))
+
+    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        before, now = (
+            {key: value for key, value in one.items() if key not in self.CHANGEABLE} for one in (before, _as_json(now))
+        )
+        changed = differences(before, now)
+        if changed:
+            raise ValueError(f"{self.folder} was trained with another recipe: {changed}")
+
+    def _begin(self, data: Mapping[str, Any], **more: Any) -> None:
+        recipe = _as_json(asdict(self.recipe))
+        self._write({"recipe": recipe, "data": _as_json(data), **more, "finished": False})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.record = record
+        write_atomically(self.folder / self.RECORD, json.dumps(record, indent=1).encode())
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as read back from JSON, nested keys as ``outer.inner``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = value if key in ("replay", "layer_dropout") else {}
+        flat |= {f"{key}.{name}": item for name, item in inner.items()} if inner else {key: value}
+    read: dict[str, Any] = json.loads(json.dumps(flat))
+    return read
+
+
+class Output(_OutputDir):
+    """The output directory of `layerskip train`: checkpoints, ``adapter`` and ``model``."""
+
+    RECORD = RECORD
+    CHANGEABLE = ("output", "log_every", "save_every", "eval_split", "eval_examples")
+
+    @property
+    def results(self) -> list[Path]:
+        return results(self.recipe)
 
     @property
     def finished(self) -> bool:
-        """Whether a run came to its end here, and its results are there."""
+        """Whether a run finished here and its results still exist."""
         return bool(self.record.get("finished")) and all(path.exists() for path in self.results)
 
     def check_new(self, overwrite: bool) -> None:
-        """Raise OSError where a new run would meet an older one, somebody's files, or its own model."""
+        """Raise OSError if a new run would replace an older one, files of others, or its own model."""
         check_folder(self.folder)
         self._check_inputs(overwrite)
         older = [self.folder / name for name in RESULTS if (self.folder / name).exists()]
         if not overwrite:
-            self._check_vacant(older)
+            written = f"{OTHERWISE} what layerskip wrote there"
+            if self.record.get("finished"):
+                raise FileExistsError(f"{self.folder} holds a finished run; {written}")
+            if _checkpoint_like(self.folder):
+                raise FileExistsError(f"{self.folder} holds checkpoints of a run; --resume to continue it, or {written}")
+            if older:
+                raise FileExistsError(f"{older[0]} exists, which this run would write; {written}")
         for path in (*older, *_checkpoint_like(self.folder)):
             reason = obstacle(path)
             if reason is not None:
                 raise FileExistsError(f"{reason}, or give another output")
 
     def check_resumed(self) -> Path | None:
-        """The checkpoint to go on from, None only for a finished run; ValueError where it is of another recipe."""
+        """The checkpoint to resume from, None only for a finished run; ValueError if it is of another recipe."""
         checkpoint = last_checkpoint(self.folder)
         if checkpoint is None and not self.finished:
             raise ValueError(f"there is no whole checkpoint in {self.folder} to resume from")
         if not self.record:
-            raise ValueError(f"{self.folder} has no {RECORD}, so nothing tells which recipe its checkpoints are of")
+            raise ValueError(f"{self.folder} has no {RECORD}, so the recipe of its checkpoints is unknown")
         self._check_inputs(overwrite=True)
-        check_same(self.folder, self.record["recipe"], _as_json(asdict(self.recipe)), HARMLESS)
+        self._check_same_recipe()
         return checkpoint
 
-    def check_same_data(self, data: Mapping[str, Any]) -> None:
-        """Raise ValueError where the run that is here saw other examples, or on another number of processes."""
-        check_same(self.folder, self.record["data"], _as_json(data), HARMLESS)
-
     def begin(self, data: Mapping[str, Any]) -> None:
-        """Make room for a new run: remove an older one's checkpoints, and write down which one this is.
-
-        The older one's results stay until this run's take their places.
-        """
+        """Remove the checkpoints of an older run and record the new one; older results stay until they are replaced."""
         for path in checkpoints(self.folder):
             remove_written(path)
-        self._write({"recipe": _as_json(asdict(self.recipe)), "data": _as_json(data), "finished": False})
+        self._begin(data)
 
     def finish(self) -> None:
-        """Write down that the results are there; those of an older run that this one has not, go."""
+        """Record that the results are written, and remove results of an older run that this one does not have."""
         for name in RESULTS:
             if self.folder / name not in self.results and (self.folder / name / MANIFEST).exists():
                 remove_written(self.folder / name)
         self._write({**self.record, "finished": True})
 
-    def _check_vacant(self, older: Sequence[Path]) -> None:
-        go_on = "give another output, or --overwrite to replace what layerskip wrote there"
-        if self.record.get("finished"):
-            raise FileExistsError(f"{self.folder} holds a finished run; {go_on}")
-        if _checkpoint_like(self.folder):
-            raise FileExistsError(f"{self.folder} holds checkpoints of a run; --resume to go on with it, or {go_on}")
-        if older:
-            raise FileExistsError(f"{older[0]} is there, which this run would write; {go_on}")
-
     def _check_inputs(self, overwrite: bool) -> None:
-        """The model and the adapter that the run starts from are not where it writes to."""
+        """Raise FileExistsError if the run would write where its model or adapter lies."""
         root = self.folder.resolve()
         for key in ("model", "adapter"):
             value = getattr(self.recipe, key)
@@ -169,51 +180,34 @@ class Output:
                     f"output {self.folder} holds {key} {value}; give another output, or --overwrite to write beside it"
                 )
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self.record = record
-        write_record(self.folder / RECORD, record)
 
+class ExitOutput(_OutputDir):
+    """The output directory of `layerskip train-exit`: ``exit.safetensors``, the best so far, and a checkpoint.
 
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are read back, nested keys as ``outer.inner``."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = value if key in ("replay", "layer_dropout") else {}
-        flat |= {f"{key}.{name}": item for name, item in inner.items()} if inner else {key: value}
-    read: dict[str, Any] = json.loads(json.dumps(flat))
-    return read
-
-
-_EXIT_RECORD = "layerskip-exit.json"
-CHECKPOINT, CURVE, TRUNKS = "checkpoint.pt", "curve.png", "trunk"
-_EXIT_HARMLESS = ("output", "trunk", "model", "texts", "eval_texts", "prompts", "init_exit")
-"""Keys that a resumed run may change: what they stand for is compared itself."""
-
-
-class ExitOutput:
-    """What is in the folder that a recipe writes to: ``exit.safetensors``, the best so far, and how to go on.
-
-    ``layerskip-exit.json`` there says which run it is, what it wrote, and whether it is finished.
+    The record also has the digests of the exits that were written, and at the end the figures of the best one.
     """
 
+    RECORD = "layerskip-exit.json"
+    KEYS = ("recipe", "data", "exits", "finished")
+    CHANGEABLE = ("output", "trunk", "model", "texts", "eval_texts", "prompts", "init_exit")  # digests are compared
+
     def __init__(self, recipe: ExitRecipe) -> None:
-        self.folder, self.recipe = Path(recipe.output), recipe
+        super().__init__(recipe)
         self.exit, self.checkpoint, self.curve = (self.folder / name for name in (FILE_NAME, CHECKPOINT, CURVE))
-        self.record = read_record(self.folder / _EXIT_RECORD, ("recipe", "data", "exits", "finished"))
 
     @property
     def finished(self) -> bool:
-        """Whether a run came to its end here."""
+        """Whether a run finished here and its exit still exists."""
         return bool(self.record.get("finished")) and self.exit.exists()
 
     def check_new(self, overwrite: bool) -> None:
-        """Raise OSError where a new run would meet an older one or somebody's files, or replace its own model."""
+        """Raise OSError if a new run would replace an older one, files of others, or its own model."""
         check_folder(self.folder)
         model = Path(self.recipe.model).expanduser()
         if model.exists() and model.resolve().is_relative_to(self.folder.resolve()):
             raise FileExistsError(f"model {model} is in the output {self.folder}; give another output")
         if not self.record:
-            for path in (self.exit, self.checkpoint, self.curve, self.folder / TRUNKS):
+            for path in (self.exit, self.checkpoint, self.curve, self.folder / HIDDEN_STATES):
                 if path.exists():
                     raise FileExistsError(
                         f"{path} was not written by this command; move it away, or give another output"
@@ -221,48 +215,33 @@ class ExitOutput:
             return
         self._check_unchanged()
         if not overwrite:
-            go_on = "give another output, or --overwrite to replace it"
             if self.record["finished"]:
-                raise FileExistsError(f"{self.folder} holds a finished run; {go_on}")
-            raise FileExistsError(f"{self.folder} holds a run that was begun; --resume to go on with it, or {go_on}")
+                raise FileExistsError(f"{self.folder} holds a finished run; {OTHERWISE} it")
+            raise FileExistsError(f"{self.folder} holds an unfinished run; --resume to continue it, or {OTHERWISE} it")
 
     def check_resumed(self) -> None:
-        """Raise ValueError where there is no run, or another recipe's."""
+        """Raise ValueError if there is no run, or a run of another recipe."""
         if not self.record:
-            raise ValueError(f"there is no run in {self.folder} to resume: it has no {_EXIT_RECORD}")
-        recipe = with_new_keys(self.record["recipe"])
-        check_same(self.folder, recipe, json.loads(json.dumps(asdict(self.recipe))), _EXIT_HARMLESS)
+            raise ValueError(f"there is no run in {self.folder} to resume: it has no {self.RECORD}")
+        self._check_same_recipe()
         self._check_unchanged()
 
-    def check_same_data(self, data: Mapping[str, Any]) -> None:
-        """Raise ValueError where the run that is here saw other texts or another model."""
-        check_same(self.folder, self.record["data"], json.loads(json.dumps(data)), _EXIT_HARMLESS)
-
     def begin(self, data: Mapping[str, Any]) -> None:
-        """Write down which run this is. An older one's exit stays until this run's takes its place."""
+        """Record the new run; the exit of an older one stays until it is replaced."""
         self.checkpoint.unlink(missing_ok=True)
-        written = self.record.get("exits", [])
-        self._write({"recipe": asdict(self.recipe), "data": dict(data), "exits": written, "finished": False})
+        self._begin(data, exits=self.record.get("exits", []))
 
-    def save_exit(self, made: Exit) -> None:
-        """Put an exit in its place. The record comes first, so that whatever a kill leaves there is in it."""
-        scratch = made.save(self.folder / f".{FILE_NAME}")
-        self._write({**self.record, "exits": [_digest(scratch), *self.record["exits"][:1]]})
+    def save_exit(self, trained: Exit) -> None:
+        """Replace the exit. The record comes first, so that it lists the exit that a kill leaves."""
+        scratch = trained.save(self.folder / f".{FILE_NAME}")
+        self._write({**self.record, "exits": [digest_of(scratch), *self.record["exits"][:1]]})
         scratch.replace(self.exit)
 
     def finish(self, found: Mapping[str, Any]) -> None:
-        """Write down that the run is at its end, and what it found."""
+        """Record the end of the run and the figures of its best exit."""
         self._write({**self.record, "found": dict(found), "finished": True})
         self.checkpoint.unlink(missing_ok=True)
 
     def _check_unchanged(self) -> None:
-        if self.exit.exists() and _digest(self.exit) not in self.record["exits"]:
+        if self.exit.exists() and digest_of(self.exit) not in self.record["exits"]:
             raise FileExistsError(f"{self.exit} is not what this command wrote; move it away, or give another output")
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self.record = record
-        write_record(self.folder / _EXIT_RECORD, record)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

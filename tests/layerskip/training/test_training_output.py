@@ -131,7 +131,7 @@ def test_what_layerskip_did_not_write_is_never_replaced(there: Path, capsys: pyt
         other = there / f"other-{name}"
         shutil.copytree(there / "base", other / name)
         error = refused(capsys, there, f"output=other-{name}", "--overwrite")
-        assert f"other-{name}/{name} is there, and was not written by layerskip" in error
+        assert f"other-{name}/{name} exists, and was not written by layerskip" in error
         error = refused(capsys, there, f"output=other-{name}")
         assert (
             "holds checkpoints of a run" in error if name == "checkpoint-7" else "which this run would write" in error
@@ -150,7 +150,7 @@ def test_a_model_that_somebody_puts_there_meanwhile_stays_and_the_training_too(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "Progress", _Meanwhile)
         assert train("output=new", "steps=1") == 2
-    assert "new/model is there, and was not written by layerskip" in capsys.readouterr().err
+    assert "new/model exists, and was not written by layerskip" in capsys.readouterr().err
     assert tree(there / "new" / "model") == tree(there / "base")
     (there / "new" / "model").rename(there / "mine")
     assert train("output=new", "steps=1", "--resume") == 0
@@ -160,7 +160,7 @@ def test_a_model_that_somebody_puts_there_meanwhile_stays_and_the_training_too(
 def test_checkpoints_are_gone_on_with_only_when_told(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = tree(there / "out" / "model")
     unfinished(there)
-    assert "out holds checkpoints of a run; --resume to go on with it" in refused(capsys, there)
+    assert "out holds checkpoints of a run; --resume to continue it" in refused(capsys, there)
     assert train("--resume", "log_every=2", "save_every=3") == 0
     assert "step 4/4" in capsys.readouterr().out
     assert tree(there / "out" / "model") == whole

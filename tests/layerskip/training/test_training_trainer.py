@@ -259,7 +259,7 @@ def test_checkpoints_of_others_neither_count_nor_go(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-10").exists()
     (tmp_path / "checkpoint-20" / "layerskip-files.json").unlink()
     again = trainer(tmp_path, save_steps=20)
-    with pytest.raises(FileExistsError, match="checkpoint-20 is there, and was not written by layerskip"):
+    with pytest.raises(FileExistsError, match="checkpoint-20 exists, and was not written by layerskip"):
         again.train()
 
 
