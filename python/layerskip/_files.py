@@ -20,7 +20,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a temporary file, then rename it: no reader sees half a file, not after a crash either. Makes the folder."""
+    """Write a temporary file and rename it, so that half a file never has this name. Make the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

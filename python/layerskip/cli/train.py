@@ -16,7 +16,7 @@ from .arguments import check_device_of_process, check_tasks, is_main_process
 
 if TYPE_CHECKING:
     from ..training.exit_run import ExitRun
-    from ..training.exit_trainer import ExitTrainer, State
+    from ..training.exit_trainer import ExitTrainer, ExitTrainerState
     from ..training.output_dir import ExitOutput, Output
 
 
@@ -174,12 +174,12 @@ def _prepare(work: ExitRun, progress: Progress) -> ExitTrainer:
 
 
 def _fit(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
-    from ..training.exit_run import curve, found
+    from ..training.exit_run import best_figures, curve
 
     recipe, state = output.recipe, trainer.state
     task = progress.add_task("training the exit", total=1, note="")
 
-    def stepped(state: State, loss: float) -> None:
+    def stepped(state: ExitTrainerState, loss: float) -> None:
         part = state.step / recipe.steps if recipe.steps else min(1.0, state.seconds / (60 * recipe.minutes))
         progress.update(task, completed=part, note=f"step {state.step}, loss {loss:.3f}")
 
@@ -199,7 +199,7 @@ def _fit(trainer: ExitTrainer, output: ExitOutput, progress: Progress) -> None:
         progress.console.print(f"continuing from step {state.step}")
     trainer.train(stepped, evaluated)
     if is_main_process():
-        output.finish(found(trainer.state))
+        output.finish(best_figures(trainer.state))
 
 
 def _agreement(one: dict[str, Any]) -> str:
@@ -208,7 +208,7 @@ def _agreement(one: dict[str, Any]) -> str:
     return f"{one['all']:.1%} ({positions}), sampled {one['sampled']:.1%}"
 
 
-def _print_result(console: Console, state: State, output: ExitOutput) -> None:
+def _print_result(console: Console, state: ExitTrainerState, output: ExitOutput) -> None:
     how = "stopped early without further improvement" if state.stopped_early else "trained"
     console.print(
         f"{how}: {state.step} steps in {state.seconds:.0f} s; wrote the exit of step {state.best_step} to "

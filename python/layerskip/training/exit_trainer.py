@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,17 @@ from .._files import write_atomically
 from ..models import LayerSkipModel
 from ..models.exit import Exit
 from .curriculum import generator
-from .hidden_state_cache import Text, own_share
-from .losses import Targets, Weights, draft_loss, drafts
+from .hidden_state_cache import CachedText, CachedTexts, own_share
+from .losses import LossWeights, Targets, draft_agreement, draft_loss
 from .recipe import ExitRecipe
 
+ROUND = 3  # draft tokens of a simulated round
 
-class Packed(NamedTuple):
-    """Texts one behind the other, without padding.
 
-    ``states`` [N, D] after layer E, ``lengths`` of the texts, of which rows ``firsts`` and later have labels.
+class VarlenTexts(NamedTuple):
+    """Texts one after the other, without padding.
+
+    ``states`` [N, D] after layer E; ``lengths`` of the texts, whose rows from ``firsts`` on have labels.
     """
 
     states: Tensor
@@ -40,14 +42,21 @@ class Packed(NamedTuple):
     firsts: list[int]
 
     @classmethod
-    def of(cls, texts: Sequence[Text], device: torch.device, dtype: torch.dtype) -> Packed:
-        """Some texts, on a device."""
-        states = torch.cat([text.states for text in texts]).to(device, dtype)
+    def of(cls, texts: Sequence[CachedText], device: torch.device) -> VarlenTexts:
+        states = torch.cat([text.states for text in texts]).to(device, torch.float32)
         return cls(states, [len(text.states) for text in texts], [text.first for text in texts])
+
+    def begins(self) -> list[int]:
+        return torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+
+    def rows(self, firsts: Sequence[int]) -> Tensor:
+        """Indices of the rows of each text from ``firsts`` on."""
+        spans = zip(self.begins(), firsts, self.lengths, strict=False)
+        return torch.cat([torch.arange(begin + first, begin + n) for begin, first, n in spans]).to(self.states.device)
 
 
 class Geometry(NamedTuple):
-    """What a draft layer needs beside its weights: the head size C, the norms' eps, rotary tables [≥ T, C/2] fp32."""
+    """Head size C, eps of the norms, and rotary tables [≥ T, C/2] fp32 of the model's layers."""
 
     head_dim: int
     eps: float
@@ -56,7 +65,7 @@ class Geometry(NamedTuple):
 
 
 class DraftLayer(nn.Module):
-    """One decoder layer, as `layerskip_kernels.partial_forward` defines it, with a gradient, on packed texts."""
+    """One decoder layer, as `layerskip_kernels.partial_forward` defines it, with gradients, on varlen texts."""
 
     def __init__(self, weights: LayerWeights) -> None:
         super().__init__()
@@ -73,39 +82,23 @@ class DraftLayer(nn.Module):
         named = {name: weight for name, weight in self.weights()._asdict().items() if weight is not None}
         return LayerWeights(**{name: _copy(weight, dtype) for name, weight in named.items()})
 
-    def forward(self, packed: Packed, geometry: Geometry, labelled_only: bool) -> Tensor:
-        """The states after the draft layer.
-
-        Parameters
-        ----------
-        packed : Packed
-        geometry : Geometry
-        labelled_only : bool
-            Compute only the labelled rows; the others serve as keys and values alone.
-
-        Returns
-        -------
-        Tensor [R, D]
-            Of the labelled rows, or of all.
-        """
-        firsts = packed.firsts if labelled_only else [0] * len(packed.firsts)
-        head_dim, eps, device = geometry.head_dim, geometry.eps, packed.states.device
-        begins = torch.tensor([0, *packed.lengths]).cumsum(0).tolist()
-        places = [torch.arange(first, length) for first, length in zip(firsts, packed.lengths, strict=True)]
-        rows = torch.cat([place + begin for place, begin in zip(places, begins, strict=False)]).to(device)
-        positions = torch.cat([torch.arange(length) for length in packed.lengths]).to(device)
+    def forward(self, texts: VarlenTexts, geometry: Geometry, labelled_only: bool) -> Tensor:
+        """Hidden states [R, D] after the layer, of the labelled rows only or of all; all rows are keys and values."""
+        firsts = texts.firsts if labelled_only else [0] * len(texts.firsts)
+        head_dim, eps, rows = geometry.head_dim, geometry.eps, texts.rows(firsts)
+        positions = torch.cat([torch.arange(length) for length in texts.lengths]).to(rows.device)
         cos, sin = geometry.cos[positions, None], geometry.sin[positions, None]
 
         w = self.weights()
-        normed = F.rms_norm(packed.states, packed.states.shape[1:], w.attn_norm, eps)
+        normed = F.rms_norm(texts.states, texts.states.shape[1:], w.attn_norm, eps)
         q = F.linear(normed[rows], w.q, w.q_bias).unflatten(1, (-1, head_dim))
         k = F.linear(normed, w.k, w.k_bias).unflatten(1, (-1, head_dim))
         v = F.linear(normed, w.v, w.v_bias).unflatten(1, (-1, head_dim))
         if w.q_norm is not None and w.k_norm is not None:
             q, k = F.rms_norm(q, (head_dim,), w.q_norm, eps), F.rms_norm(k, (head_dim,), w.k_norm, eps)
-        q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
-        attended = _attend(q, k, v.to(k.dtype), begins, firsts)
-        hidden = packed.states[rows] + F.linear(attended.flatten(1), w.o)
+        q, k = _rope(q, cos[rows], sin[rows]), _rope(k, cos, sin)
+        attended = _attend(q, k, v.to(k.dtype), texts.begins(), firsts)
+        hidden = texts.states[rows] + F.linear(attended.flatten(1), w.o)
         normed = F.rms_norm(hidden, hidden.shape[1:], w.mlp_norm, eps)
         return hidden + F.linear(F.silu(F.linear(normed, w.gate)) * F.linear(normed, w.up), w.down)
 
@@ -114,14 +107,14 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary embedding of x [N, heads, C], as `layerskip_kernels.rope_kv_append` has it."""
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [N, heads, C], as in `layerskip_kernels.rope_kv_append`."""
     one, two = x.float().chunk(2, dim=-1)
     return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, begins: Sequence[int], firsts: Sequence[int]) -> Tensor:
-    """Causal attention within each text: q [R, H, C] of its rows ``first`` and later, k and v [N, G, C] of all."""
+    """Causal attention within each text: q [R, H, C] of its rows from ``first`` on, k and v [N, G, C] of all."""
     outs, done = [], 0
     for begin, end, first in zip(begins[:-1], begins[1:], firsts, strict=True):
         length = end - begin
@@ -136,26 +129,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, begins: Sequence[int], firsts: Sequ
 
 
 class TrainableExit(nn.Module):
-    """Draft layers, norm and head correction with gradients; model and head stay what they are.
+    """Draft layers, norm and head correction with gradients; the model does not change.
 
     Parameters
     ----------
     model : LayerSkipModel
-        Nothing of it is trained, and the draft layers are copies.
-    exit_layer : int
-        E.
-    num_draft_layers : int
-        n.
+    exit_layer, num_draft_layers : int
+        E and n.
     init_layer : int
-        The layer of the model that the draft layers are copies of at first; the norm is a copy of the final one.
+        The layer of the model that the draft layers start as copies of; the norm starts as a copy of the final one.
     token_ids : Tensor [S], int64, optional
-        The tokens that are drafted: sorted, each once.
+        The tokens that may be drafted: sorted, each once.
     head_rank : int
-        r of the head's correction, which is zero at first; 0 for none.
+        r of the correction of the head, which starts as zero; 0 for none.
     max_length : int
-        The longest text.
+        Tokens of the longest text.
     seed : int
-        Of what a correction begins with.
+        For the initial correction.
     """
 
     def __init__(
@@ -176,66 +166,50 @@ class TrainableExit(nn.Module):
         self.norm_weight = nn.Parameter(model.head.norm_weight.detach().float().clone())
         self.token_ids = None if token_ids is None else token_ids.to(model.device)
         weight = model.head.head_weight.detach()
-        self._head_rows = weight if self.token_ids is None else weight[self.token_ids]
-        size, rows = weight.shape[1], len(self._head_rows)
+        self.head_rows = weight if self.token_ids is None else weight[self.token_ids]
         self.head_down = self.head_up = None
         if head_rank:
+            size = weight.shape[1]
             down = torch.randn(head_rank, size, generator=generator("head correction", seed)) * size**-0.5
             self.head_down = nn.Parameter(down.to(model.device))
-            self.head_up = nn.Parameter(torch.zeros(rows, head_rank, device=model.device))
-        decoder.new_cache(1, max_length)  # the rotary tables grow to it
+            self.head_up = nn.Parameter(torch.zeros(len(self.head_rows), head_rank, device=model.device))
+        decoder.new_cache(1, max_length)  # makes the rotary tables long enough
         self._geometry = Geometry(decoder.head_dim, decoder.eps, *decoder.rope_tables)
 
     @torch.no_grad()
-    def begin_as(self, first: Exit) -> None:
-        """Take the parameters of an exit of the same shape, whose tokens this one drafts.
-
-        Raises
-        ------
-        ValueError
-            If it has another layer, or other draft layers.
-        """
-        mine, theirs = (self.exit_layer, len(self.draft_layers)), (first.exit_layer, first.num_draft_layers)
+    def load_exit(self, trained: Exit) -> None:
+        """Copy the parameters of an exit of the same shape; ValueError if its layer or draft layers differ."""
+        mine, theirs = (self.exit_layer, len(self.draft_layers)), (trained.exit_layer, trained.num_draft_layers)
         if mine != theirs:
             raise ValueError(f"init_exit has layer and draft layers {theirs}, the recipe has {mine}")
-        if (first.head_down is None) != (self.head_down is None):
+        if (trained.head_down is None) != (self.head_down is None):
             raise ValueError("one of the recipe and init_exit has a correction of the head, the other has none")
-        self.norm_weight.copy_(first.norm_weight)
-        for layer, weights in zip(self.draft_layers, first.draft_layers, strict=True):
+        self.norm_weight.copy_(trained.norm_weight)
+        for layer, weights in zip(self.draft_layers, trained.draft_layers, strict=True):
             for name, weight in weights._asdict().items():
                 if weight is not None:
                     getattr(layer, name).copy_(weight)
-        down, up = first.head_down, first.head_up
+        down, up = trained.head_down, trained.head_up
         if self.head_down is not None and self.head_up is not None and down is not None and up is not None:
             self.head_down.copy_(down)
             self.head_up.copy_(up if self.token_ids is None else up[self.token_ids.cpu()])
 
-    @property
-    def head_rows(self) -> Tensor:
-        """The model's own head for the drafted tokens, [S, D]."""
-        return self._head_rows
-
-    def forward(self, packed: Packed) -> Tensor:
-        """The normed states of the labelled rows, [R, D], which the head turns into logits."""
+    def forward(self, texts: VarlenTexts) -> Tensor:
+        """Normed hidden states [R, D] of the labelled rows, the input of the head."""
         for number, layer in enumerate(self.draft_layers):
             last = number == len(self.draft_layers) - 1
-            packed = packed._replace(states=layer(packed, self._geometry, labelled_only=last))
-        hidden = packed.states
-        if not self.draft_layers:
-            begins = torch.tensor([0, *packed.lengths]).cumsum(0).tolist()
-            rows = [torch.arange(b + f, b + n) for b, f, n in zip(begins, packed.firsts, packed.lengths, strict=False)]
-            hidden = hidden[torch.cat(rows).to(hidden.device)]
+            texts = texts._replace(states=layer(texts, self._geometry, labelled_only=last))
+        hidden = texts.states if self.draft_layers else texts.states[texts.rows(texts.firsts)]
         return F.rms_norm(hidden, hidden.shape[1:], self.norm_weight, self._geometry.eps)
 
     def correction(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What adds to the logits of normed states [R, D]: a [R, r] and b [S, r], of which a bᵀ counts; or None."""
+        """Factors a [R, r] and b [S, r] of what adds to the logits of normed states [R, D], a bᵀ; or None."""
         if self.head_down is None or self.head_up is None:
             return None
         return F.linear(hidden, self.head_down), self.head_up
 
     def exit(self, dtype: torch.dtype = torch.bfloat16) -> Exit:
-        """A copy as it is used, in ``dtype``."""
-
+        """A copy for decoding, in ``dtype``."""
         draft_layers = [layer.copies(dtype) for layer in self.draft_layers if isinstance(layer, DraftLayer)]
         down = up = None
         if self.head_down is not None and self.head_up is not None:
@@ -247,26 +221,12 @@ class TrainableExit(nn.Module):
         return Exit(self.exit_layer, norm, self.num_layers, self.vocab_size, draft_layers, ids, down, up)
 
 
-POSITIONS = 3  # of a round's drafts, whose agreement is told apart
-
-
-class Texts(Protocol):
-    """A `Trunk`, or whatever else has texts."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Text: ...
-
-    def rows(self, index: int, /) -> int:
-        """How many labelled rows a text has."""
-
-
 class Agreement(NamedTuple):
-    """How often an exit drafts the model's own token.
+    """How often an exit drafts the token of the model.
 
-    ``all`` rows; ``positions``, of the first, second, … draft of a round, where those before it agreed;
-    ``tokens_per_round``, with as many drafts, which is 1 without any agreement. ``sampled``: how probably a draft that
-    is sampled, at temperature 1, is accepted, the mean of `acceptances`.
+    ``all``: of all rows. ``positions``: of the first, second, … draft token of a round, if those before it agreed.
+    ``tokens_per_round``: at `ROUND` draft tokens; 1 without any agreement. ``sampled``: mean acceptance probability of
+    draft tokens that are sampled at temperature 1.
     """
 
     all: float
@@ -276,8 +236,8 @@ class Agreement(NamedTuple):
 
 
 @dataclass
-class State:
-    """Where a run is. ``decay_from`` and ``end`` are steps; a run by minutes knows them once it begins to decay."""
+class ExitTrainerState:
+    """Progress of a run. ``decay_from`` and ``end`` are steps; None in a run by minutes until the rate decays."""
 
     step: int = 0
     seconds: float = 0.0
@@ -290,23 +250,22 @@ class State:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train."""
         return self.stopped_early or (self.end is not None and self.step >= self.end)
 
 
 class ExitTrainer:
-    """Trains an exit; of the model nothing but the head's rows is needed, and nothing changes.
+    """Train an exit; the model is needed only for the rows of its head, and does not change.
 
-    Where torchrun has started several processes, each computes its share of every batch. So a step does the same for
-    any number of them, but for rounding; all have the same state.
+    Under torchrun each process computes its share of every batch, so a step is the same for any number of them, up to
+    rounding; all have the same state.
 
     Parameters
     ----------
     recipe : ExitRecipe
     module : TrainableExit
-    texts : Texts
-        To train on.
-    held_out : mapping of str to Texts
+    texts : CachedTexts
+        Training texts.
+    held_out : mapping of str to CachedTexts
         By name; the best exit is the one with the greatest mean of their ``tokens_per_round``.
     clock : callable
         Gives seconds.
@@ -316,12 +275,12 @@ class ExitTrainer:
         self,
         recipe: ExitRecipe,
         module: TrainableExit,
-        texts: Texts,
-        held_out: Mapping[str, Texts],
+        texts: CachedTexts,
+        held_out: Mapping[str, CachedTexts],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.recipe, self.module, self.texts, self.held_out = recipe, module, texts, held_out
-        self.state = State()
+        self.state = ExitTrainerState()
         if recipe.steps is not None:
             self.state.end = recipe.steps
             self.state.decay_from = recipe.steps - math.floor(recipe.steps * recipe.decay)
@@ -329,20 +288,16 @@ class ExitTrainer:
         self._device = module.norm_weight.device
         self._dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self._head = module.head_rows.to(self._dtype)
-        self._weights = Weights(recipe.soft, recipe.total_variation)
+        self._weights = LossWeights(recipe.soft, recipe.total_variation)
         self._optimizer = torch.optim.AdamW(
             module.parameters(), lr=recipe.learning_rate, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay
         )
 
-    def train(self, progress: Callable[[State, float], None], evaluated: Callable[[bool], None]) -> None:
-        """Train to the end, from where the state is.
+    def train(self, on_step: Callable[[ExitTrainerState, float], None], on_evaluate: Callable[[bool], None]) -> None:
+        """Train from the current state to the end.
 
-        Parameters
-        ----------
-        progress : callable
-            ``(state, loss)``, after each step.
-        evaluated : callable
-            ``(whether it is the best so far)``, after each evaluation; what it takes is not training time.
+        Call ``on_step(state, loss)`` after each step, and ``on_evaluate(whether it is the best so far)`` after each
+        evaluation. Only steps count as training time.
         """
         batches = self._batches()
         losses: list[float] = []
@@ -352,28 +307,28 @@ class ExitTrainer:
             self.state.step += 1
             self.state.seconds += broadcast_object_list([self._clock() - began])[0]
             self._plan_end()
-            progress(self.state, losses[-1])
+            on_step(self.state, losses[-1])
             if self.state.step % self.recipe.eval_every == 0 or self.state.finished:
                 best = self._evaluate(sum(losses) / len(losses))
                 losses.clear()
-                evaluated(best)
+                on_evaluate(best)
 
     def _plan_end(self) -> None:
-        """Of a run by minutes: begin to decay when its share of them is left."""
+        """In a run by minutes: start to decay when the share of the decay is left."""
         state, recipe = self.state, self.recipe
         if state.decay_from is None and state.seconds >= 60 * recipe.minutes * (1 - recipe.decay):
             state.decay_from = state.step
             state.end = state.step + round(state.step * recipe.decay / (1 - recipe.decay))
 
     def _rate(self) -> float:
-        """The learning rate of the step that comes."""
+        """The learning rate of the next step."""
         state, rate = self.state, self.recipe.learning_rate * min(1.0, (self.state.step + 1) / (self.recipe.warmup + 1))
         if state.decay_from is None or state.end is None or state.step < state.decay_from:
             return rate
         return rate * (state.end - state.step) / (state.end - state.decay_from + 1)
 
     def _batches(self) -> Iterator[list[int]]:
-        """Batches without end, from the one that comes; a function of the seed and the step."""
+        """Endless batches from the next step on; a function of the seed and the step."""
         begin, epoch = 0, 0
         while True:
             batches = self._epoch(epoch)
@@ -395,22 +350,22 @@ class ExitTrainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
 
-    def _hidden(self, texts: Sequence[Text]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Normed states of the labelled rows, and the head's correction for them."""
+    def _hidden(self, texts: Sequence[CachedText]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Normed states of the labelled rows, and the correction of the head for them."""
         with self._autocast():
-            hidden = self.module(Packed.of(texts, self._device, torch.float32)).to(self._dtype)
+            hidden = self.module(VarlenTexts.of(texts, self._device)).to(self._dtype)
             return hidden, self.module.correction(hidden)
 
-    def _targets(self, texts: Sequence[Text]) -> Targets:
+    def _targets(self, texts: Sequence[CachedText]) -> Targets:
         ids, probabilities = (
-            torch.cat(parts).to(self._device) for parts in zip(*(text.labels for text in texts), strict=True)
+            torch.cat(parts).to(self._device) for parts in zip(*(text.top_k for text in texts), strict=True)
         )
         return Targets.of(ids, probabilities, self.module.token_ids)
 
     def _step(self, batch: Sequence[int]) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
-        loss = self._gradients(batch)
+        loss = self._backward(batch)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.state.step} is {loss}; lower learning_rate")
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.max_grad_norm)
@@ -418,8 +373,8 @@ class ExitTrainer:
         self._optimizer.zero_grad()
         return loss
 
-    def _gradients(self, batch: Sequence[int]) -> float:
-        """Make the gradients of the mean loss of a batch's rows; returns that."""
+    def _backward(self, batch: Sequence[int]) -> float:
+        """Compute the gradients of the mean loss over the rows of a batch; return the loss."""
         texts = [self.texts[index] for index in own_share(batch)]
         total = self._head.new_zeros(1, dtype=torch.float32)
         if texts:
@@ -438,13 +393,13 @@ class ExitTrainer:
         return float(total)
 
     def _evaluate(self, loss: float) -> bool:
-        """Measure the held-out texts; whether the exit is better than ever before."""
+        """Evaluate the held-out texts; return whether the exit is the best so far."""
         state = self.state
-        found = {name: self.agreement(texts) for name, texts in self.held_out.items()}
-        score = sum(one.tokens_per_round for one in found.values()) / len(found)
+        figures = {name: self.agreement(texts) for name, texts in self.held_out.items()}
+        score = sum(one.tokens_per_round for one in figures.values()) / len(figures)
         state.history.append(
             {"step": state.step, "seconds": round(state.seconds, 1), "loss": loss, "rate": self._rate(),
-             "held out": {name: one._asdict() for name, one in found.items()}}
+             "held out": {name: one._asdict() for name, one in figures.items()}}
         )  # fmt: skip
         better = score > state.best
         if better:
@@ -454,65 +409,65 @@ class ExitTrainer:
         return better
 
     @torch.no_grad()
-    def agreement(self, texts: Texts) -> Agreement:
-        """How often the exit drafts the model's own token.
+    def agreement(self, texts: CachedTexts) -> Agreement:
+        """Measure how often the exit drafts the token of the model.
 
-        A draft layer sees the frozen layers' state of every token, drafted or not, and a draft counts only where those
-        before it were right. So what is drafted in a round is what is drafted on the text itself, row by row.
+        A draft layer sees the hidden states of every token, drafted or not, and a draft token counts only if those
+        before it were right. So the draft tokens of a round are those of the text itself, row by row.
         """
         flags: list[list[bool]] = []
         accepted: list[float] = []
         for index in own_share(range(len(texts))):
             hidden, correction = self._hidden([texts[index]])
-            found = drafts(hidden, self._head, self._targets([texts[index]]), correction)
-            flags.append(found.agree.tolist())
-            accepted += found.accepted.tolist()
+            one = draft_agreement(hidden, self._head, self._targets([texts[index]]), correction)
+            flags.append(one.agrees.tolist())
+            accepted += one.acceptance.tolist()
         flags, accepted = gather_object(flags), gather_object(accepted)
-        return Agreement(*rounds(flags), math.fsum(accepted) / len(accepted))
+        return Agreement(*simulate_rounds(flags), math.fsum(accepted) / len(accepted))
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint atomically."""
         buffer = io.BytesIO()
         parts = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
         torch.save({"state": asdict(self.state), **parts}, buffer)
         write_atomically(path, buffer.getvalue())
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         saved = torch.load(path, map_location=self._device, weights_only=True)
-        self.state = State(**saved["state"])
+        self.state = ExitTrainerState(**saved["state"])
         # Older checkpoints call the draft layers "blocks".
         weights = {re.sub(r"^blocks\.", "draft_layers.", name): weight for name, weight in saved["module"].items()}
         self.module.load_state_dict(weights)
         self._optimizer.load_state_dict(saved["optimizer"])
 
 
-def rounds(
-    flags: Sequence[Sequence[bool]], num_speculations: int = POSITIONS
+def simulate_rounds(
+    flags: Sequence[Sequence[bool]], num_speculations: int = ROUND
 ) -> tuple[float, tuple[float, ...], float]:
-    """What rounds of some drafts give on texts, of which the flags say where a draft is the model's own token.
+    """Rounds on texts whose ``flags`` say where the draft token is the model's.
 
-    The first three parts of an `Agreement`.
+    Returns the first three parts of an `Agreement`.
     """
     drafted, agreed = [0] * num_speculations, [0] * num_speculations
-    made = 0
+    rounds = 0
     for text in flags:
         place = 0
         while place < len(text):
-            made += 1
+            rounds += 1
             for position in range(num_speculations):
                 if place == len(text):
                     break
                 drafted[position] += 1
                 place += 1
                 if not text[place - 1]:
-                    break  # verification gives this row's token
+                    break  # verification gives the token of this row
                 agreed[position] += 1
             else:
-                place += 1  # verification gives one more after the last draft
+                place += 1  # verification gives one more after the last draft token
     total = sum(map(len, flags))
     return (
         sum(map(sum, flags)) / total,
         tuple(yes / all_ if all_ else 0.0 for yes, all_ in zip(agreed, drafted, strict=True)),
-        total / made,
+        total / rounds,
     )

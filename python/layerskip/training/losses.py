@@ -120,24 +120,24 @@ class Targets(NamedTuple):
         return Targets(*(part[rows] for part in self))
 
 
-class Weights(NamedTuple):
-    """Of the parts of `row_losses`; the cross-entropy has what is left of 1."""
+class LossWeights(NamedTuple):
+    """Weights of the parts of `row_losses`; the cross-entropy has the rest of 1."""
 
     soft: float
     total_variation: float
 
 
-class Drafts(NamedTuple):
-    """Of each row: ``agree`` [R], whether the draft is the full model's arg-max; ``accepted`` [R], `acceptances`."""
+class RowAgreement(NamedTuple):
+    """Of each row: ``agrees`` [R], whether the draft token is the arg-max of the full model; ``acceptance`` [R]."""
 
-    agree: Tensor
-    accepted: Tensor
+    agrees: Tensor
+    acceptance: Tensor
 
 
-def row_losses(logits: Tensor, targets: Targets, weights: Weights) -> Tensor:
+def row_losses(logits: Tensor, targets: Targets, weights: LossWeights) -> Tensor:
     """(1 - s - v) · CE of the arg-max + s · KL of the full model's distribution p from the draft's q + v · TV, [R].
 
-    s and v are the weights. A row whose arg-max the head lacks has no CE. TV = 1 - `acceptances`.
+    s and v are the weights. A row whose arg-max the head lacks has no CE. TV = 1 - `acceptance_probabilities`.
     """
     logs = logits.float().log_softmax(1)
     hard = torch.where(targets.token >= 0, -logs.gather(1, targets.token.clamp(min=0)[:, None])[:, 0], 0)
@@ -145,7 +145,7 @@ def row_losses(logits: Tensor, targets: Targets, weights: Weights) -> Tensor:
     if weights.soft:
         losses = losses + weights.soft * _divergences(logs, targets)
     if weights.total_variation:
-        losses = losses + weights.total_variation * (1 - acceptances(logs, targets))
+        losses = losses + weights.total_variation * (1 - acceptance_probabilities(logs, targets))
     return losses
 
 
@@ -163,7 +163,7 @@ def _divergences(logs: Tensor, targets: Targets) -> Tensor:
     return -((p * picked).sum(1) + others)
 
 
-def acceptances(logs: Tensor, targets: Targets) -> Tensor:
+def acceptance_probabilities(logs: Tensor, targets: Targets) -> Tensor:
     """Σ min(p, q) = 1 - TV(p, q), [R]: how probably a draft sampled from q is accepted (Leviathan et al. 2023).
 
     ``logs`` [R, S] are q's logarithms. The k most probable tokens count one by one, all others as one, so what is found
@@ -201,7 +201,7 @@ class _TiledLoss(torch.autograd.Function):
         low: Tensor | None,
         up: Tensor | None,
         targets: Targets,
-        weights: Weights,
+        weights: LossWeights,
     ) -> Tensor:
         correction = None if low is None or up is None else (low, up)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -230,7 +230,7 @@ def draft_loss(
     hidden: Tensor,
     head: Tensor,
     targets: Targets,
-    weights: Weights,
+    weights: LossWeights,
     correction: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean of `row_losses` for normed states and a frozen head; memory is that of a tile of the logits.
@@ -241,7 +241,7 @@ def draft_loss(
     head : Tensor [S, D]
         Gets no gradient.
     targets : Targets
-    weights : Weights
+    weights : LossWeights
         In [0, 1], as is their sum.
     correction : (Tensor [R, r], Tensor [S, r]), optional
         Their product is added to the logits.
@@ -256,10 +256,12 @@ def draft_loss(
 
 
 @torch.no_grad()
-def drafts(hidden: Tensor, head: Tensor, targets: Targets, correction: tuple[Tensor, Tensor] | None = None) -> Drafts:
-    """What each state drafts, against the full model; arguments as `draft_loss` takes them."""
+def draft_agreement(
+    hidden: Tensor, head: Tensor, targets: Targets, correction: tuple[Tensor, Tensor] | None = None
+) -> RowAgreement:
+    """Compare the draft token of each state with the full model; arguments as for `draft_loss`."""
     found = []
     for rows, logits in _tiles(hidden, head, correction):
         own = targets.rows(rows)
-        found.append((logits.argmax(1) == own.token, acceptances(logits.log_softmax(1), own)))
-    return Drafts(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        found.append((logits.argmax(1) == own.token, acceptance_probabilities(logits.log_softmax(1), own)))
+    return RowAgreement(*(torch.cat(parts) for parts in zip(*found, strict=True)))

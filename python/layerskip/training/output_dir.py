@@ -130,7 +130,9 @@ class Output(_OutputDir):
             if self.record.get("finished"):
                 raise FileExistsError(f"{self.folder} holds a finished run; {written}")
             if _checkpoint_like(self.folder):
-                raise FileExistsError(f"{self.folder} holds checkpoints of a run; --resume to continue it, or {written}")
+                raise FileExistsError(
+                    f"{self.folder} holds checkpoints of a run; --resume to continue it, or {written}"
+                )
             if older:
                 raise FileExistsError(f"{older[0]} exists, which this run would write; {written}")
         for path in (*older, *_checkpoint_like(self.folder)):

@@ -10,7 +10,14 @@ from torch import Tensor
 
 import layerskip_kernels
 from layerskip.training import losses
-from layerskip.training.losses import Targets, Weights, acceptances, draft_loss, drafts, row_losses
+from layerskip.training.losses import (
+    LossWeights,
+    Targets,
+    acceptance_probabilities,
+    draft_agreement,
+    draft_loss,
+    row_losses,
+)
 
 
 class Case(NamedTuple):
@@ -46,9 +53,9 @@ def test_draft_loss_has_the_gradients_of_its_formula(weights: tuple[float, float
     (hidden, head, low, up, *_), targets = case, case.targets
     mine = [one.clone().requires_grad_() for one in (hidden, low, up)]
     true = [one.clone().requires_grad_() for one in (hidden, low, up)]
-    loss = draft_loss(mine[0], head, targets, Weights(*weights), (mine[1], mine[2]))
+    loss = draft_loss(mine[0], head, targets, LossWeights(*weights), (mine[1], mine[2]))
     loss.backward()
-    expected = row_losses(true[0] @ head.T + true[1] @ true[2].T, targets, Weights(*weights)).mean()
+    expected = row_losses(true[0] @ head.T + true[1] @ true[2].T, targets, LossWeights(*weights)).mean()
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for one, other in zip(mine, true, strict=True):
@@ -58,7 +65,7 @@ def test_draft_loss_has_the_gradients_of_its_formula(weights: tuple[float, float
 def test_the_total_variation_is_that_of_float64_as_are_its_gradients(case: Case) -> None:
     """½ Σ |p - q| over the four tokens, of which the head lacks some, and all other tokens as one."""
     mine = [one.clone().requires_grad_() for one in (case.hidden, case.low, case.up)]
-    loss = draft_loss(mine[0], case.head, case.targets, Weights(0.0, 1.0), (mine[1], mine[2]))
+    loss = draft_loss(mine[0], case.head, case.targets, LossWeights(0.0, 1.0), (mine[1], mine[2]))
     loss.backward()
     true = [one.detach().double().requires_grad_() for one in mine]
     q = (true[0] @ case.head.double().T + true[1] @ true[2].T).softmax(1)
@@ -70,8 +77,8 @@ def test_the_total_variation_is_that_of_float64_as_are_its_gradients(case: Case)
     torch.testing.assert_close(loss.double(), distance.mean(), rtol=1e-6, atol=0)
     for one, other in zip(mine, true, strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-8)
-    found = drafts(case.hidden, case.head, case.targets, (case.low, case.up))
-    torch.testing.assert_close(found.accepted.double(), 1 - distance, rtol=1e-6, atol=0)
+    found = draft_agreement(case.hidden, case.head, case.targets, (case.low, case.up))
+    torch.testing.assert_close(found.acceptance.double(), 1 - distance, rtol=1e-6, atol=0)
 
 
 def test_acceptances_are_how_often_sampled_drafts_are_accepted() -> None:
@@ -81,7 +88,7 @@ def test_acceptances_are_how_often_sampled_drafts_are_accepted() -> None:
     full, own = torch.randn(12, generator=source), torch.randn(8, generator=source)
     ids = full.argsort(descending=True)[None]
     targets = Targets.of(ids, full.softmax(0)[ids], known)
-    expected = float(acceptances(own.log_softmax(0)[None], targets))
+    expected = float(acceptance_probabilities(own.log_softmax(0)[None], targets))
     drawn = torch.multinomial(own.softmax(0), rows, replacement=True, generator=source)
     accepted = layerskip_kernels.accept_sampled(
         known[drawn][:, None], own.expand(rows, 1, 8).contiguous(), full.expand(rows, 2, 12).contiguous(),
@@ -100,6 +107,6 @@ def test_row_losses_by_hand() -> None:
     soft = -(0.75 * torch.tensor(0.5).log() + 0.125 * torch.tensor(0.25).log() + 0.125 * torch.tensor(0.25).log())
     variation = 1 - (0.5 + 0.125 + 0 + 0)  # the draft's rest, 1/4, is for tokens that the full model never chooses
     for weights, expected in {(0, 0): hard, (1, 0): soft, (0, 1): variation}.items():
-        assert float(row_losses(logits, targets, Weights(*weights))) == pytest.approx(float(expected))
+        assert float(row_losses(logits, targets, LossWeights(*weights))) == pytest.approx(float(expected))
     mixed = 0.5 * hard + 0.25 * soft + 0.25 * variation
-    assert float(row_losses(logits, targets, Weights(0.25, 0.25))) == pytest.approx(float(mixed))
+    assert float(row_losses(logits, targets, LossWeights(0.25, 0.25))) == pytest.approx(float(mixed))

@@ -20,9 +20,9 @@ from layerskip.cli import main
 from layerskip.models.exit import Exit
 from layerskip.training import exit_trainer, hidden_state_cache
 from layerskip.training.exit_run import ExitRun
-from layerskip.training.exit_trainer import ExitTrainer, Packed, TrainableExit, rounds
-from layerskip.training.hidden_state_cache import Labels, Text, Trunk, WrittenTexts
-from layerskip.training.losses import Targets, drafts
+from layerskip.training.exit_trainer import ExitTrainer, TrainableExit, VarlenTexts, simulate_rounds
+from layerskip.training.hidden_state_cache import CachedText, GeneratedTextCache, TextCache, TopK
+from layerskip.training.losses import Targets, draft_agreement
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 5, 12, 7)
@@ -53,14 +53,14 @@ def model() -> Any:
 
 
 @pytest.fixture
-def computed(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trunk:
+def computed(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextCache:
     monkeypatch.setattr(hidden_state_cache, "PASS_TOKENS", 15)  # two texts a pass, at most
-    made = Trunk(tmp_path / "trunk", layerskip.models.adapt(model), 2, 5, pairs_of())
+    made = TextCache(tmp_path / "trunk", layerskip.models.adapt(model), 2, 5, pairs_of())
     made.compute()
     return made
 
 
-def test_trunk_holds_what_the_model_computes(model: Any, computed: Trunk) -> None:
+def test_trunk_holds_what_the_model_computes(model: Any, computed: TextCache) -> None:
     for index, pair in enumerate(pairs_of()):
         with torch.no_grad():
             out = model(torch.tensor([pair["input_ids"]]), output_hidden_states=True)
@@ -68,14 +68,14 @@ def test_trunk_holds_what_the_model_computes(model: Any, computed: Trunk) -> Non
         torch.testing.assert_close(text.states, out.hidden_states[2][0, :-1], rtol=1e-4, atol=1e-4)
         best = out.logits[0, text.first : length - 1].softmax(1).topk(5)
         assert text.first == 2  # the last prompt token's row gives the first labelled one
-        assert text.labels.ids.tolist() == best.indices.tolist()
-        torch.testing.assert_close(text.labels.probabilities.float(), best.values, rtol=1e-2, atol=1e-3)  # fp16
+        assert text.top_k.ids.tolist() == best.indices.tolist()
+        torch.testing.assert_close(text.top_k.probabilities.float(), best.values, rtol=1e-2, atol=1e-3)  # fp16
 
 
 def test_trunk_goes_on_behind_what_is_there(
-    model: Any, computed: Trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, computed: TextCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = Trunk(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs_of())
+    again = TextCache(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs_of())
     done: list[int] = []
 
     def stop(texts: int) -> None:
@@ -88,22 +88,24 @@ def test_trunk_goes_on_behind_what_is_there(
     with (tmp_path / "again" / "states-2.bin").open("ab") as file:
         file.write(b"half a text")
     ran: list[int] = []
-    monkeypatch.setattr(Trunk, "_run", lambda self, indices, run=Trunk._run: ran.extend(indices) or run(self, indices))
+    monkeypatch.setattr(
+        TextCache, "_run", lambda self, indices, run=TextCache._run: ran.extend(indices) or run(self, indices)
+    )
     again.compute()
     assert len(ran) == len(LENGTHS) - sum(done)
     for index in range(len(again)):
         assert torch.equal(again[index].states, computed[index].states)
-        assert torch.equal(again[index].labels.ids, computed[index].labels.ids)
-        assert torch.equal(again[index].labels.probabilities, computed[index].labels.probabilities)
+        assert torch.equal(again[index].top_k.ids, computed[index].top_k.ids)
+        assert torch.equal(again[index].top_k.probabilities, computed[index].top_k.probabilities)
 
 
 def test_trunk_serves_another_layer(
-    model: Any, computed: Trunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, computed: TextCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same labels; only the layers before it run, also after a stop among them."""
     adapted, folder = layerskip.models.adapt(model), tmp_path / "shared"
     shutil.copytree(computed.folder, folder)
-    monkeypatch.setattr(Trunk, "_run", broken_at(0, Trunk._run))
+    monkeypatch.setattr(TextCache, "_run", broken_at(0, TextCache._run))
     done: list[int] = []
 
     def stop(texts: int) -> None:
@@ -112,31 +114,31 @@ def test_trunk_serves_another_layer(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Trunk(folder, adapted, 1, 5, pairs_of()).compute(stop)
-    other = Trunk(folder, adapted, 1, 5, pairs_of())
+        TextCache(folder, adapted, 1, 5, pairs_of()).compute(stop)
+    other = TextCache(folder, adapted, 1, 5, pairs_of())
     other.compute(done.append)
     assert done == [0, 1, 1, 2, 1, 1], "two are there after the stop, two follow"
     for index, pair in enumerate(pairs_of()):
         with torch.no_grad():
             expected = model(torch.tensor([pair["input_ids"]]), output_hidden_states=True).hidden_states[1][0, :-1]
         torch.testing.assert_close(other[index].states, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(other[index].labels.ids, computed[index].labels.ids)
+        assert torch.equal(other[index].top_k.ids, computed[index].top_k.ids)
     assert (folder / "states-2.bin").read_bytes() == (computed.folder / "states-2.bin").read_bytes()
 
 
-def test_trunk_refuses_what_is_of_other_texts(model: Any, computed: Trunk) -> None:
-    other = Trunk(computed.folder, layerskip.models.adapt(model), 2, 5, pairs_of(seed=1))
+def test_trunk_refuses_what_is_of_other_texts(model: Any, computed: TextCache) -> None:
+    other = TextCache(computed.folder, layerskip.models.adapt(model), 2, 5, pairs_of(seed=1))
     with pytest.raises(ValueError, match="digest of the texts was"):
         other.compute()
 
 
-def test_trunk_refuses_what_is_of_another_model(computed: Trunk) -> None:
-    other = Trunk(computed.folder, layerskip.models.adapt(tiny_model(seed=1)), 2, 5, pairs_of())
+def test_trunk_refuses_what_is_of_another_model(computed: TextCache) -> None:
+    other = TextCache(computed.folder, layerskip.models.adapt(tiny_model(seed=1)), 2, 5, pairs_of())
     with pytest.raises(ValueError, match="digest of the model was"):
         other.compute()
 
 
-def test_trunk_refuses_files_that_lack_bytes(model: Any, computed: Trunk) -> None:
+def test_trunk_refuses_files_that_lack_bytes(model: Any, computed: TextCache) -> None:
     (computed.folder / "label_ids.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"label_ids\.bin is shorter than the \d+ bytes"):
         computed.compute()
@@ -145,7 +147,7 @@ def test_trunk_refuses_files_that_lack_bytes(model: Any, computed: Trunk) -> Non
 def test_trunk_names_a_text_without_labels(model: Any, tmp_path: Path) -> None:
     pairs = [*pairs_of(), {"input_ids": [5, 6], "labels": [-100, -100]}]
     with pytest.raises(ValueError, match="text 4 has no labelled token"):
-        Trunk(tmp_path, layerskip.models.adapt(model), 2, 5, pairs)
+        TextCache(tmp_path, layerskip.models.adapt(model), 2, 5, pairs)
 
 
 @pytest.mark.parametrize("architecture", ["llama2", "llama3", "qwen2", "qwen3", "smollm2"])
@@ -163,12 +165,12 @@ def test_draft_layers_compute_what_the_models_layers_do(architecture: str, num_d
         for _ in range(num_draft_layers):
             hidden = adapted.decoder(hidden, adapted.decoder.new_cache(1, length), 3, 4)
         none = torch.empty(0, 1)
-        texts.append(Text(states[0], 2, Labels(none.int(), none.half())))
+        texts.append(CachedText(states[0], 2, TopK(none.int(), none.half())))
         expected.append(adapted.head(hidden[0, 2:]).token)
-    hidden = module(Packed.of(texts, CPU, torch.float32))
+    hidden = module(VarlenTexts.of(texts, CPU))
     tokens = torch.cat(expected)
     targets = Targets.of(tokens[:, None], torch.ones(len(tokens), 1), None)
-    assert drafts(hidden, module.head_rows, targets).agree.all()
+    assert draft_agreement(hidden, module.head_rows, targets).agrees.all()
 
 
 def test_exit_of_a_module_has_its_parameters(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_exit_of_a_module_has_its_parameters(tmp_path: Path) -> None:
 def test_rounds_by_hand() -> None:
     """Rounds of 2 drafts over 1101 0111: (1 1, then one given) (0→ wait) as the comments say."""
     # round 1: rows 0, 1 agree, row 2 is given with them; round 2: rows 3, 4: agree, not; round 3: 5, 6 agree, 7 given.
-    found = rounds([[bool(int(flag)) for flag in "11010111"]], 2)
+    found = simulate_rounds([[bool(int(flag)) for flag in "11010111"]], 2)
     assert found == (6 / 8, (3 / 3, 2 / 3), 8 / 3)
 
 
@@ -260,7 +262,11 @@ def test_texts_that_a_run_wrote_serve_another_layer(
     ]
     runs = [ExitRun(one, CPU) for one in made]
     runs[0].trainer()
-    monkeypatch.setattr(hidden_state_cache.WrittenTexts, "_write", broken_at(0, hidden_state_cache.WrittenTexts._write))
+    monkeypatch.setattr(
+        hidden_state_cache.GeneratedTextCache,
+        "_generate",
+        broken_at(0, hidden_state_cache.GeneratedTextCache._generate),
+    )
     trainer = runs[1].trainer()
     assert trainer.texts.rows(0) > 0
     (folder,) = (tmp_path / "trunk").iterdir()
@@ -300,7 +306,7 @@ STOPS: dict[str, tuple[Any, str, Any]] = {
     "before the first step": (ExitTrainer, "_step", stopping(0)),
     "between evaluations": (ExitTrainer, "_step", stopping(6)),
     "before the last step": (ExitTrainer, "_step", stopping(11)),
-    "while the model runs": (Trunk, "_run", broken_at(0, Trunk._run)),
+    "while the model runs": (TextCache, "_run", broken_at(0, TextCache._run)),
     "before an exit is in its place": (Path, "replace", broken_at(0, Path.replace)),
     "before a checkpoint": (ExitTrainer, "save", broken_at(1, ExitTrainer.save)),
 }
@@ -428,9 +434,9 @@ def test_a_run_ends_early_when_nothing_gets_better(
     assert (trainer.state.best_step, trainer.state.stopped_early) == (2, True)
 
 
-def written_texts(folder: Path, model: Any, count: int, whole: bool = False) -> WrittenTexts:
+def written_texts(folder: Path, model: Any, count: int, whole: bool = False) -> GeneratedTextCache:
     prompts = [pair["input_ids"] for pair in pairs_of((4, 7, 5, 7, 3))]
-    return WrittenTexts(folder, layerskip.models.adapt(model), 2, 5, prompts, count, 6, 3, whole)
+    return GeneratedTextCache(folder, layerskip.models.adapt(model), 2, 5, prompts, count, 6, 3, whole)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -446,18 +452,18 @@ def test_written_texts_are_the_models_own_with_its_states_and_labels(
     pairs = []
     for index, prompt in enumerate(prompts):
         plain = decoder.generate(torch.tensor([prompt]), 6, strategy="autoregressive", eos_token_id=[3])
-        assert made.tokens[index] == plain.new_tokens[0].tolist()
-        ids = prompt + made.tokens[index]
-        pairs.append({"input_ids": ids, "labels": ids if whole else [-100] * len(prompt) + made.tokens[index]})
-    again = Trunk(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs)
+        assert made.new_tokens[index] == plain.new_tokens[0].tolist()
+        ids = prompt + made.new_tokens[index]
+        pairs.append({"input_ids": ids, "labels": ids if whole else [-100] * len(prompt) + made.new_tokens[index]})
+    again = TextCache(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs)
     again.compute()
     for index in range(5):
         one, other = made[index], again[index]
         assert one.first == other.first
-        assert made.rows(index) == again.rows(index) == len(one.labels.ids)
+        assert made.rows(index) == again.rows(index) == len(one.top_k.ids)
         torch.testing.assert_close(one.states, other.states, rtol=1e-4, atol=1e-4)
-        assert one.labels.ids[:, 0].tolist() == other.labels.ids[:, 0].tolist()
-        torch.testing.assert_close(one.labels.probabilities, other.labels.probabilities, rtol=1e-2, atol=1e-3)
+        assert one.top_k.ids[:, 0].tolist() == other.top_k.ids[:, 0].tolist()
+        torch.testing.assert_close(one.top_k.probabilities, other.top_k.probabilities, rtol=1e-2, atol=1e-3)
 
 
 def test_writing_goes_on_after_a_stop_and_with_more_texts(
@@ -475,13 +481,15 @@ def test_writing_goes_on_after_a_stop_and_with_more_texts(
         written_texts(tmp_path / "stopped", model, 3).compute(stop)
     ran: list[int] = []
     monkeypatch.setattr(
-        WrittenTexts, "_write", lambda self, indices, run=WrittenTexts._write: ran.extend(indices) or run(self, indices)
+        GeneratedTextCache,
+        "_generate",
+        lambda self, indices, run=GeneratedTextCache._generate: ran.extend(indices) or run(self, indices),
     )
     more = written_texts(tmp_path / "stopped", model, 5)
     more.compute()
     assert len(ran) == 3
     for index in range(5):
-        assert more.tokens[index] == whole.tokens[index]
+        assert more.new_tokens[index] == whole.new_tokens[index]
         torch.testing.assert_close(more[index].states, whole[index].states)
     fewer = written_texts(tmp_path / "stopped", model, 1)
     fewer.compute()
@@ -498,10 +506,10 @@ def test_a_run_begins_as_another_exit(tmp_path: Path) -> None:
     for parameter in before.parameters():
         torch.nn.init.normal_(parameter)
     after = TrainableExit(adapted, 2, 1, 0, ids, head_rank=2)
-    after.begin_as(before.exit(torch.float32))
+    after.load_exit(before.exit(torch.float32))
     for (name, one), other in zip(after.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(one, other), name
     with pytest.raises(ValueError, match=r"init_exit has layer and draft layers \(2, 1\), the recipe has \(1, 1\)"):
-        TrainableExit(adapted, 1, 1, 0, ids, head_rank=2).begin_as(before.exit())
+        TrainableExit(adapted, 1, 1, 0, ids, head_rank=2).load_exit(before.exit())
     with pytest.raises(ValueError, match="one of the recipe and init_exit has a correction of the head"):
-        TrainableExit(adapted, 2, 1, 0, ids).begin_as(before.exit())
+        TrainableExit(adapted, 2, 1, 0, ids).load_exit(before.exit())
