@@ -24,6 +24,8 @@ from layerskip import _ends
 from layerskip._files import write_atomically
 from layerskip.cli import main as layerskip
 
+from .tables import markdown_table
+
 STOCK, ADAPTED = "smollm2", "smollm2-layerskip"  # of the example package
 COLUMNS = ("task", "model", "E", "K", "draft head", "acceptance", "AR tokens/s", "self-speculative tokens/s",
            "speedup of means", "mean speedup", "identical")  # fmt: skip
@@ -82,11 +84,9 @@ def markdown(rows: Sequence[dict[str, object]]) -> str:
     """The table."""
     shapes = {"acceptance": "{:.1%}", "speedup of means": "{:.2f}×", "mean speedup": "{:.2f}×"}
     shapes |= dict.fromkeys(COLUMNS[6:8], "{:.0f}")
-    lines = [f"| {' | '.join(COLUMNS[:-1])} |", "|---" * (len(COLUMNS) - 1) + "|"]
-    for row in rows:
-        cells = (shapes.get(column, "{}").format(row[column]) for column in COLUMNS[:-1])
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    columns = COLUMNS[:-1]
+    cells = ((shapes.get(column, "{}").format(row[column]) for column in columns) for row in rows)
+    return markdown_table(columns, cells) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

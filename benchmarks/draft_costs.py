@@ -28,6 +28,7 @@ from layerskip.models import LayerSkipModel, adapt, gather_weights, load
 from layerskip.models.weight_arena import gather_exit
 
 from .harness import machine
+from .tables import markdown_table
 
 LOOKED_UP = "looked up"
 Round = Callable[[int], Any]  # of K drafts
@@ -102,13 +103,9 @@ def passes(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
 def markdown(report: dict[str, Any]) -> str:
     """A table: a line for each exit, a column for each number of drafts."""
     counts = report["settings"]["speculations"]
-    lines = [
-        f"| passes a round of K drafts | {' | '.join(f'K={count}' for count in counts)} |",
-        "|---" * (len(counts) + 1) + "|",
-    ]
-    for name, costs in report["passes"].items():
-        lines.append(f"| {name} | {' | '.join(f'{costs[str(count)]:.2f}' for count in counts)} |")
-    return "\n".join(lines) + "\n"
+    columns = ["passes a round of K drafts", *(f"K={count}" for count in counts)]
+    rows = ([name, *(f"{costs[str(count)]:.2f}" for count in counts)] for name, costs in report["passes"].items())
+    return markdown_table(columns, rows) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,6 +30,7 @@ from layerskip.models import gather_weights, load
 from layerskip.training.data import load_task
 
 from .harness import machine
+from .tables import markdown_table
 
 QUESTIONS = (
     "Why is the sky blue during the day and red in the evening?",
@@ -274,7 +275,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def markdown(rows: Rows) -> str:
     """A line for each task and way."""
-    return _table(COLUMNS, [[_cell(name, row[name]) for name in COLUMNS] for row in rows])
+    return markdown_table(COLUMNS, ([_cell(name, row[name]) for name in COLUMNS] for row in rows)) + "\n"
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -316,16 +317,11 @@ def _compared(report: Mapping[str, Any]) -> str:
         more = [_cell(name, row[name]) for name in ("tokens a round", "accepted", "repeated 4-grams")]
         reached = "met" if row["speedup"] >= GOALS[task] else "missed"
         lines.append([task, *cells, *more, *[f"{GOALS[task]:.1f}×, {reached}"] * greedy])
-    return _table(names, lines)
+    return markdown_table(names, lines) + "\n"
 
 
 def _cell(name: str, value: Any) -> str:
     return _SHAPES.get(name, "{}").format(value)
-
-
-def _table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)]) + "\n"
 
 
 if __name__ == "__main__":

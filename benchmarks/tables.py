@@ -16,6 +16,12 @@ Rows = Sequence[dict[str, Any]]
 Key = tuple[str, int, str, str]  # model, rows, variant, weights
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, without a newline at its end."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def markdown(rows: Rows) -> str:
     """A table for each op, where we lose, and what was skipped."""
     ops = dict.fromkeys(row["op"] for row in rows)
@@ -46,7 +52,7 @@ def _table(rows: Rows) -> str:
         "model", "shape", "weights", f"{_rows(counts[0])}, µs (10–90 %)", "of memory", "warm, µs",
         *(f"× at {_rows(count)}" for count in counts[1:]), *(f"{name}, × at {_listed(counts)}" for name in others),
     ]  # fmt: skip
-    lines = [f"### {rows[0]['op']}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for (model, count, variant, weights), row in timed.items():
         if variant != own or count != counts[0]:
             continue
@@ -58,8 +64,8 @@ def _table(rows: Rows) -> str:
             *(_ratio(timed.get((model, more, own, weights)), row) for more in counts[1:]),
             *(" · ".join(_beside(timed, name, own, model, counts, weights)) for name in others),
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return f"### {rows[0]['op']}\n\n{markdown_table(names, lines)}\n"
 
 
 def _beside(

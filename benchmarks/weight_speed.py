@@ -28,6 +28,8 @@ from layerskip.devices import ReadBandwidth
 from layerskip_kernels import cpu_isa
 from layerskip_kernels.formats import FORMATS
 
+from .tables import markdown_table
+
 PLAIN = "bf16"
 WAYS = ("autoregressive", "self_speculative")
 COLUMNS = ("weights", "MB read a token", "autoregressive", "over bf16", "of memory", "self-speculative", "over its own")
@@ -91,11 +93,8 @@ def row(name: str, decoder: SelfSpeculativeDecoder, speeds: dict[str, dict[str, 
 
 def table(rows: Sequence[dict]) -> str:
     shapes = ("{}", "{:.0f}", "{:.0f}", "{:.2f}×", "{:.0%}", "{:.0f}", "{:.2f}×")
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for line in rows:
-        cells = (shape.format(line[column]) for shape, column in zip(shapes, COLUMNS, strict=True))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = ((shape.format(row[column]) for shape, column in zip(shapes, COLUMNS, strict=True)) for row in rows)
+    return markdown_table(COLUMNS, cells)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

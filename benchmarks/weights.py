@@ -19,6 +19,8 @@ from layerskip.training.data import documents, load_task
 from layerskip.training.exit_analysis import evaluate_exits, perplexity, spread
 from layerskip_kernels.formats import FORMATS
 
+from .tables import markdown_table
+
 PLAIN = "plain"
 
 
@@ -61,14 +63,14 @@ def calibration(tokenizer: Any) -> list[torch.Tensor]:
 
 def table(rows: list[dict[str, Any]], exits: list[int]) -> str:
     base = next((row["perplexity"] for row in rows if row["weights"] == PLAIN), rows[0]["perplexity"])
-    header = ["weights", "MB", "perplexity", "change", "exact match", *(f"exit {number}" for number in exits)]
-    lines = [header, ["---"] * len(header)]
+    columns = ["weights", "MB", "perplexity", "change", "exact match", *(f"exit {number}" for number in exits)]
+    lines = []
     for row in rows:
         change = f"{row['perplexity'] / base - 1:+.2%}"
         agreement = [f"{row['agreement'][number]:.1%}" for number in exits]
         exact = f"{row['exact_match']:.0%}"
         lines.append([row["weights"], f"{row['megabytes']:.0f}", f"{row['perplexity']:.3f}", change, exact, *agreement])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(columns, lines)
 
 
 def parsed() -> argparse.Namespace:

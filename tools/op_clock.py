@@ -67,7 +67,6 @@ class OpShare(Stopwatch):
     op_seconds_at: list[float] = field(default_factory=list)
 
     def put(self, value: Tensor) -> None:
-        """As `Stopwatch.put`."""
         super().put(value)
         if self.arrivals:
             self.op_seconds_at.append(self.clock.seconds)

@@ -44,7 +44,6 @@ class Echo(DraftSource):
     length: int
 
     def propose(self, history: Sequence[int]) -> Sequence[int]:
-        """See `DraftSource.propose`."""
         return history[-self.length :]
 
 

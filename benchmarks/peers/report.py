@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..tables import ABSENT
+from ..tables import ABSENT, markdown_table
 from .methods import OURS, Method, Worker
 
 COLUMNS = ("tokens/s", "over ours, autoregressive, bf16", "same texts", "peak MiB", "load s")
@@ -66,13 +66,14 @@ def markdown(task: str, rows: Sequence[Mapping[str, Any]], skipped: Mapping[str,
     """A table, the fastest way first, and what is missing."""
     lengths = sorted({length for row in rows for length in row["first token s"]}, key=int)
     names = [task, "weights", *COLUMNS, *(f"first token of {length}, s" for length in lengths)]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for row in sorted(rows, key=lambda one: -one["tokens/s"]):
         firsts = [f"{row['first token s'][length]:.3f}" if row["first token s"] else "" for length in lengths]
         cells = [f"{row['engine']}, {row['way']}", row["weights"], f"{row['tokens/s']:.0f}", f"{row[COLUMNS[1]]:.2f}×",
                  f"{row['same texts']:.0%}", f"{row['peak MiB']:.0f}", f"{row['load s']:.1f}", *firsts]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"- {way}: not measured, {reason}" for way, reason in skipped.items())])
+        lines.append(cells)
+    missing = (f"- {way}: not measured, {reason}" for way, reason in skipped.items())
+    return "\n".join([markdown_table(names, lines), "", *missing])
 
 
 def picture(tasks: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -155,15 +156,15 @@ def _table(tasks: Mapping[str, Any]) -> str:
     lengths = _lengths(by_task[0].values())
     names = ["", "weights", *(f"{task}, {SPEED}" for task in tasks), PEAK, "load, s",
              *(f"first token of {length}, s" for length in lengths)]  # fmt: skip
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for key in sorted(keys, key=lambda key: engines.index(key[0])):
         speeds = (_speed(found.get(key), most) for found, most in zip(by_task, fastest, strict=True))
         row = by_task[0].get(key)
         once = [ABSENT] * 2 if row is None else [f"{row[PEAK]:.0f}", f"{row[LOAD]:.1f}"]
         firsts = {} if row is None else row["first token s"]
         times = (f"{firsts[length]:.3f}" if length in firsts else "" for length in lengths)
-        lines.append(f"| {', '.join(key[:2])} | {key[2]} | {' | '.join([*speeds, *once, *times])} |")
-    return "\n".join(lines)
+        lines.append([", ".join(key[:2]), key[2], *speeds, *once, *times])
+    return markdown_table(names, lines)
 
 
 def _most(by_task: Sequence[Mapping[Key, Row]], key: Key) -> float:
@@ -225,13 +226,12 @@ def _best(what: str, task: str, figures: Mapping[str, float], least: bool = Fals
 
 def _beside(tasks: Mapping[str, Any]) -> str:
     """Bold where we lose."""
-    lines = ["| | task | ours | the others | ours is better |", "|---|---|---|---|---|"]
+    lines = []
     for one in pairs(tasks):
         factor = f"{one.ratio:.2f}×"
         sides = (f"{figure:.{_places(figure)}f} ({name})" for name, figure in (one.ours, one.other))
-        cells = [one.what, one.task, *sides, factor if one.ratio >= 1 else f"**{factor}**"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([one.what, one.task, *sides, factor if one.ratio >= 1 else f"**{factor}**"])
+    return markdown_table(("figure", "task", "ours", "the others", "ours is better"), lines)
 
 
 def _places(figure: float) -> int:

@@ -1,4 +1,4 @@
-"""How a command ends: an error is one line on stderr, and the exit code says whose it is."""
+"""Run a command: errors become one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from ._imports import EXTRAS
 
-# What was asked for cannot be: another call may. Any other error is a failure of what could be.
+# User errors, exit code 2. Any other error is a failure, exit code 1.
 MISUSE = (
     ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
     PermissionError, BlockingIOError,
@@ -20,37 +20,36 @@ MISUSE = (
 
 
 def declare(parser: argparse.ArgumentParser, **options: object) -> None:
-    """Let a parser take ``--traceback``."""
+    """Add ``--traceback`` to a parser."""
     parser.add_argument("--traceback", action="store_true", help="show where an error came from", **options)  # type: ignore[arg-type]
 
 
 def run(name: str, work: Callable[[], int | None], traceback: bool = False, training: bool = False) -> int:
-    """Do the work of a command.
+    """Run the work of a command and return its exit code.
 
     Parameters
     ----------
     name : str
-        Of the command; its errors begin with it.
+        The command; its errors begin with the name.
     work : callable
-        Returns the exit code; None is 0.
+        Returns the exit code, or None for 0.
     traceback : bool
-        Let errors through.
+        Raise errors instead of printing them.
     training : bool
-        Whether a package that is missing is one that training needs.
+        Whether a missing package belongs to the extra ``train``.
 
     Returns
     -------
     int
-        0 if all is well; 1 if a check or the work failed; 2 if the command was given what cannot be; 130 if it was
-        interrupted.
+        0 success; 1 a check or the work failed; 2 user error; 130 interrupted.
     """
     errors = Console(stderr=True)
     try:
         with warnings.catch_warnings():
-            for other in ("accelerate", "peft", "transformers"):  # what they advise would run through the output
+            for other in ("accelerate", "peft", "transformers"):  # their advice would run through the output
                 warnings.filterwarnings("ignore", module=other)
             return work() or 0
-    except KeyboardInterrupt as stop:  # a command that was stopped says what there is of its work
+    except KeyboardInterrupt as stop:  # its message says what was saved
         errors.print(escape(str(stop) or "interrupted"), highlight=False, soft_wrap=True)
         return 130
     except Exception as error:
@@ -62,7 +61,7 @@ def run(name: str, work: Callable[[], int | None], traceback: bool = False, trai
 
 
 def module(name: str, main: Callable[[Sequence[str]], int | None]) -> int:
-    """Run ``main`` of ``python -m name``, whose parser has `declare`, on this process's arguments."""
+    """Run ``main`` of ``python -m name`` on the arguments of this process; its parser takes ``--traceback``."""
     words = sys.argv[1:]
     return run(f"python -m {name}", lambda: main(words), "--traceback" in words)
 
@@ -70,13 +69,13 @@ def module(name: str, main: Callable[[Sequence[str]], int | None]) -> int:
 def _is_misuse(error: Exception) -> bool:
     if isinstance(error, MISUSE):
         return True
-    from layerskip_kernels import BackendError  # which takes torch, so only now
+    from layerskip_kernels import BackendError  # imports torch
 
     return isinstance(error, BackendError)
 
 
 def _one_line(error: Exception, training: bool) -> str:
-    """What went wrong; of a package that is missing, how to get it; of what nobody foresaw, how to see more."""
+    """The message; how to install a missing package; for unexpected errors, how to see more."""
     message = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         extra = "train" if training else EXTRAS[error.name]

@@ -10,26 +10,26 @@ from torch import Tensor
 
 
 def find(name: str) -> torch.device:
-    """What ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` stands for: "auto" is the first card, or the CPU without one.
+    """The device for ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is the first GPU, or the CPU without one.
 
     Raises
     ------
     ValueError
-        For a card that is not there, with those that are.
+        For a GPU that is not available, listing those that are.
     """
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and cards == 0):
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and gpus == 0):
         return torch.device("cpu")
     index = int(name.partition(":")[2] or 0)
-    if index < cards:
+    if index < gpus:
         return torch.device("cuda", index)
     built = "" if torch.version.cuda else ", which was built without CUDA,"
-    seen = ", ".join(described(torch.device("cuda", other)) for other in range(cards)) or "no card"
-    raise ValueError(f"the device {name} is not there: torch {torch.__version__}{built} sees {seen}")
+    seen = ", ".join(described(torch.device("cuda", other)) for other in range(gpus)) or "no GPU"
+    raise ValueError(f"the device {name} is not available: torch {torch.__version__}{built} sees {seen}")
 
 
 def described(device: torch.device) -> str:
-    """A device, with the name of the card that it is."""
+    """A device, with the name of its GPU."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
@@ -71,6 +71,6 @@ class ReadBandwidth:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device. The host does not wait for the copy, which a round has no time for.
 
-    A card copies only from pinned memory while the host goes on; torch does not reuse that before the copy is done.
+    A GPU copies asynchronously only from pinned memory; torch does not reuse that before the copy is done.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -25,7 +25,7 @@ METHOD = "layerskip"
 
 # The example package, and what gets it.
 PACKAGE, WHERE = "layerskip-smollm2", "pip install ./examples/smollm2 (in the repository)"
-# Its names, so that where it is not installed they are told from typos.
+# Its names, to tell them from typos if it is not installed.
 EXAMPLE = {
     MODELS: ("smollm2", "smollm2-layerskip", "smollm2-layerskip-coding", "smollm2-layerskip-summarization"),
     TASKS: ("chat", "coding", "parsing", "summarization", "text"),
@@ -48,7 +48,7 @@ def find(group: str, name: str) -> Any | None:
 
 
 def get(group: str, name: str) -> Any:
-    """As `find`, but a name that no package provides is an error, see `unknown`."""
+    """Like `find`, but raise `unknown` for a name that no package provides."""
     provided = find(group, name)
     if provided is None:
         raise unknown(group, name)
@@ -119,7 +119,7 @@ def draft_head(name: str) -> Path | None:
 
 
 def exit(name: str) -> Path | None:
-    """As `draft_head`, the file of the exit that a model comes with."""
+    """The file of a model's exit, with the errors of `draft_head`."""
     return _part(name, "exit", "an exit")
 
 

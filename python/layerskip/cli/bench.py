@@ -22,7 +22,7 @@ from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validati
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM, max_drafts
 from ..devices import ReadBandwidth
 from ..models import EarlyExitHead, LayerSkipModel
-from . import arguments, options, plots
+from . import arguments, options, rendering
 from .rendering import AUTOREGRESSIVE, EARLY_EXIT_ASSISTED, SELF_SPECULATIVE, TRANSFORMERS, Drafts, Trace, table
 
 NUM_SPECULATIONS = (1, 2, 4, 8, 12)  # of the sweep
@@ -578,8 +578,8 @@ class Report:
         speeds = {name: values for name in self.runs if (values := self.summary(name)) is not None}
         if not complete or AUTOREGRESSIVE not in speeds:
             return [data]
-        with plots.panels(size=(8, 1.2 + 0.5 * len(speeds))) as panels:
-            _, _, axes = next(plots.of_bench(content, panels))
+        with rendering.panels(size=(8, 1.2 + 0.5 * len(speeds))) as panels:
+            _, _, axes = next(rendering.of_bench(content, panels))
             axes.set_title(self._title())
-            write_atomically(picture, plots.saved(axes))
+            write_atomically(picture, rendering.saved(axes))
         return [data, picture]

@@ -16,7 +16,7 @@ from .. import registry
 from .._files import check_output, write_atomically
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM
-from . import arguments, options, plots
+from . import arguments, options, rendering
 from .arguments import Prompt
 from .rendering import AUTOREGRESSIVE, SELF_SPECULATIVE, pieces
 
@@ -148,9 +148,9 @@ def picture(rows: list[SideBySide]) -> bytes:
     """A PNG with one row per prompt: tokens/s on the left; on the right a square per new token, green if drafted."""
     ways = {AUTOREGRESSIVE: [row.plain for row in rows], SELF_SPECULATIVE: [row.speculative for row in rows]}
     rates = {way: [out.stats.decode_tokens_per_second for out in outputs] for way, outputs in ways.items()}
-    with plots.panels(2, size=(11, 1 + 1.1 * len(rows))) as panels:
+    with rendering.panels(2, size=(11, 1 + 1.1 * len(rows))) as panels:
         speeds, tokens = next(panels), next(panels)
-        plots.speeds(speeds, [f"{row.prompt.task}\n{row.model}" for row in rows], rates)
+        rendering.speeds(speeds, [f"{row.prompt.task}\n{row.model}" for row in rows], rates)
         for number, out in enumerate(ways[SELF_SPECULATIVE]):
             flags, stats = out.drafted[0].tolist(), out.stats
             colors = ["C2" if flag else "0.75" for flag in flags]
@@ -161,4 +161,4 @@ def picture(rows: list[SideBySide]) -> bytes:
         tokens.set_ylim(len(rows) - 0.5, -0.7)
         same = all(row.identical for row in rows)
         tokens.figure.suptitle("identical tokens both ways" if same else "THE TOKENS DIFFER")
-        return plots.saved(tokens)
+        return rendering.saved(tokens)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._files import check_output, write_atomically
 from ..decoding import SelfSpeculativeDecoder
 from ..models import Exit, LayerSkipModel
-from . import arguments, options, plots
+from . import arguments, options, rendering
 from .rendering import table
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "reliability": {str(exit_layer): _bins(analysis, exit_layer) for exit_layer in _some_exits(analysis)},
     }
     write_atomically(data, json.dumps(content, indent=1).encode())
-    with plots.panels(3, size=(15, 4)) as panels:
-        axes = [axes for _, _, axes in plots.of_exits(content, panels)]
-        write_atomically(image, plots.saved(axes[0]))
+    with rendering.panels(3, size=(15, 4)) as panels:
+        axes = [axes for _, _, axes in rendering.of_exits(content, panels)]
+        write_atomically(image, rendering.saved(axes[0]))
     console.print(f"wrote {data} and {image}")
     return 0
 

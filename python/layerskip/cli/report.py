@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .._files import check_output, write_atomically
 from .._imports import need
-from . import plots
+from . import rendering
 
 _TYPES = {"a text": str, "true or false": bool, "a whole number": int, "an object": dict, "a list": list}
 # A new token's text, kind, tooltip, and the text of the draft token that it replaced.
@@ -32,10 +32,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def page(files: Sequence[Mapping[str, Any]]) -> str:
     """HTML that loads nothing and runs no script, of files as `read` returns them."""
     jinja2 = need("jinja2", "layerskip report")
-    loader, undefined = jinja2.FileSystemLoader(plots.DATA), jinja2.StrictUndefined
+    loader, undefined = jinja2.FileSystemLoader(rendering.DATA), jinja2.StrictUndefined
     environment = jinja2.Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True)
-    with plots.panels() as panels:
-        return str(environment.get_template("report.html").render(files=files, plots=plots, panels=panels))
+    with rendering.panels() as panels:
+        return str(environment.get_template("report.html").render(files=files, plots=rendering, panels=panels))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except ValueError as error:  # neither JSON nor UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from error
-    for kind, shape in json.loads((plots.DATA / "report_shapes.json").read_text()).items():
+    for kind, shape in json.loads((rendering.DATA / "report_shapes.json").read_text()).items():
         if isinstance(content, dict) and next(iter(shape)) in content:
             try:
                 check(content, shape)

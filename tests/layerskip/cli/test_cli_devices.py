@@ -45,14 +45,16 @@ class TestFind:
     def test_without_a_gpu(self, no_gpu: None) -> None:
         assert devices.find("auto") == devices.find("cpu") == CPU
         for name in ("cuda", "cuda:0", "cuda:3"):
-            with pytest.raises(ValueError, match=rf"the device {name} is not there: torch .* sees no card"):
+            with pytest.raises(ValueError, match=rf"the device {name} is not available: torch .* sees no GPU"):
                 devices.find(name)
 
     def test_with_two(self, two_gpus: list[torch.device]) -> None:
         assert devices.find("cpu") == CPU
         assert devices.find("auto") == devices.find("cuda") == FIRST
         assert devices.find("cuda:1") == SECOND
-        with pytest.raises(ValueError, match=r"the device cuda:2 is not there: .* sees cuda:0 \(GPU 0\), cuda:1 \(GP"):
+        with pytest.raises(
+            ValueError, match=r"the device cuda:2 is not available: .* sees cuda:0 \(GPU 0\), cuda:1 \(GP"
+        ):
             devices.find("cuda:2")
 
 
@@ -95,7 +97,7 @@ class TestOption:
         ]
         for arguments in (["generate", "w3", "--model", model], ["train", *recipe]):
             assert main([*arguments, "--device", "cuda:1"]) == 2
-            assert "the device cuda:1 is not there" in capsys.readouterr().err
+            assert "the device cuda:1 is not available" in capsys.readouterr().err
 
 
 class TestTraining:
@@ -107,7 +109,7 @@ class TestTraining:
         assert (arguments.use_cpu, arguments.device, arguments.n_gpu) == (True, CPU, 0)
 
     @pytest.mark.parametrize("device", [FIRST, SECOND])
-    def test_one_card_of_two(
+    def test_one_gpu_of_two(
         self, two_gpus: list[torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
     ) -> None:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -124,7 +126,7 @@ class TestTraining:
         (tmp_path / "model").mkdir()
         recipe = [f"tasks=[{tmp_path}/pairs.jsonl]", f"model={tmp_path}/model", f"output={tmp_path}/out"]
         assert main(["train", *(word for pair in recipe for word in ("--set", pair)), "--device", "cuda:1"]) == 2
-        assert "--device cuda:1 is one card, under torchrun every process has its own" in capsys.readouterr().err
+        assert "--device cuda:1 is one GPU, under torchrun every process has its own" in capsys.readouterr().err
 
 
 def test_a_report_of_a_gpu_names_it() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from measured import EVIL
 
-from layerskip.cli import main, plots, report
+from layerskip.cli import main, rendering, report
 from layerskip.cli.rendering import AUTOREGRESSIVE, SELF_SPECULATIVE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -342,13 +342,13 @@ class TestEscaping:
 class TestPlots:
     @pytest.fixture
     def axes(self):
-        with plots.panels() as panels:
+        with rendering.panels() as panels:
             yield next(panels)
 
     def test_bars_and_lines_are_those_of_the_file(self, measured):
         content = report.read(measured / "auto.json")
-        with plots.panels() as panels:
-            drawn = {title: axes for title, _, axes in plots.of_bench(content, panels)}
+        with rendering.panels() as panels:
+            drawn = {title: axes for title, _, axes in rendering.of_bench(content, panels)}
         rates = [bar.get_width() for bar in drawn["Speed"].patches]
         assert rates == [one["tokens_per_second"] for one in content["summary"].values()]
         counts = {}
@@ -371,9 +371,9 @@ class TestPlots:
 
     def test_a_sweep_and_exits_are_those_of_the_files(self, measured):
         content, exits = report.read(measured / "sweep.json"), report.read(measured / "exits.json")
-        with plots.panels() as panels:
-            *_, (_, _, swept) = plots.of_bench(content, panels)
-            drawn = {title: axes for title, _, axes in plots.of_exits(exits, panels)}
+        with rendering.panels() as panels:
+            *_, (_, _, swept) = rendering.of_bench(content, panels)
+            drawn = {title: axes for title, _, axes in rendering.of_exits(exits, panels)}
         lines = {line.get_label(): line.get_xydata().tolist() for line in swept.lines}
         task = content["sweep"][-1]
         assert lines["E=2"] == [[count, task["fixed"][f"E=2, K={count}"]] for count in (1, 2, 4, 8, 12)]
@@ -399,19 +399,19 @@ class TestPlots:
             (90, 1100, "log", [100, 200, 500, 1000]), (180, 420, "log", [200, 250, 300, 350, 400]),
         ):  # fmt: skip
             axes.set(yscale=scale, ylim=(low, high))
-            plots.labelled(axes, "", "", top=high)
+            rendering.labelled(axes, "", "", top=high)
             ticks = axes.get_yticks()
             assert [tick for tick in ticks if low <= tick <= high] == pytest.approx(expected)
 
     def test_values_are_short(self, axes):
-        plots.labelled(axes, "", "", percent="x")
+        rendering.labelled(axes, "", "", percent="x")
         told = [axes.yaxis.get_major_formatter()(value) for value in (0, 0.5, 9000, 20000, 150000)]
         assert told == ["0", "0.5", "9,000", "20,000", "150,000"]
         assert axes.xaxis.get_major_formatter()(0.25) == "25%"
 
     def test_a_mark_is_where_its_value_is(self, axes):
         axes.semilogy([0, 5, 10], [1, 10, 100], label="line")
-        svg = ElementTree.fromstring(plots.svg(plots.labelled(axes, "x", "y"), "p-"))
+        svg = ElementTree.fromstring(rendering.svg(rendering.labelled(axes, "x", "y"), "p-"))
         marks = [mark for mark in svg.iter("use") if mark.get("href", "").startswith("#p-m")]
         width, height = map(float, svg.get("viewBox").split()[2:])
         places = axes.transData.transform(axes.lines[0].get_xydata()) / axes.figure.bbox.size * (width, height)
