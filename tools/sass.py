@@ -106,9 +106,12 @@ def toolkit() -> str | None:
 
 
 def compile_kernels(file: str, architecture: str, folder: Path) -> tuple[Path, str]:
-    """The cubin of ``csrc/cuda/<file>.cu`` for one architecture, with the build's options, and ptxas's words."""
+    """The cubin of the bf16 kernels of ``csrc/cuda/<file>.cu`` for one architecture, with the build's options, and
+    ptxas's words.
+    """
     out = folder / f"{file}.{architecture}.cubin"
-    flags = ["-std=c++20", "-O3", "-Xptxas=-v", f"-arch={architecture}", f"-I{ROOT / 'csrc'}", "-cubin"]
+    flags = ["-std=c++20", "-O3", "-Xptxas=-v", f"-arch={architecture}", f"-I{ROOT / 'csrc'}"]
     source = ROOT / "csrc" / "cuda" / f"{file}.cu"
-    done = subprocess.run(["nvcc", *flags, "-o", str(out), str(source)], capture_output=True, text=True, check=True)
+    done = subprocess.run(["nvcc", *flags, "-DLSK_ONLY_BF16", "-cubin", "-o", str(out), str(source)],
+                          capture_output=True, text=True, check=True)  # fmt: skip
     return out, done.stderr

@@ -6,6 +6,16 @@
 
 #include "cuda/launch.cuh"
 
+// Instantiates launchers for the dtypes of activations. The tests compile less: the emulation what it calls,
+// tools/sass.py bf16 alone.
+#if defined(LSK_CUDA_EMULATION)
+#define LSK_FOR_ALL_DTYPES(instantiate)
+#elif defined(LSK_ONLY_BF16)
+#define LSK_FOR_ALL_DTYPES(instantiate) instantiate(__nv_bfloat16)
+#else
+#define LSK_FOR_ALL_DTYPES(instantiate) instantiate(float) instantiate(__nv_bfloat16) instantiate(__half)
+#endif
+
 namespace lsk {
 
 // Rows of `width` elements, `pitch` elements apart.

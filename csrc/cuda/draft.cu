@@ -118,9 +118,7 @@ cudaError_t draft(Chain& chain, const DraftArgs<T>& a, const Layers<T>& layers, 
 #define LSK_INSTANTIATE(T)                                                                                    \
   template cudaError_t draft(Chain&, const DraftArgs<T>&, const Layers<T>&, const Layers<T>&, const Head<T>&, \
                              HeadSampling, HeadLogits, int64_t);
-LSK_INSTANTIATE(float)
-LSK_INSTANTIATE(__nv_bfloat16)
-LSK_INSTANTIATE(__half)
+LSK_FOR_ALL_DTYPES(LSK_INSTANTIATE)
 #undef LSK_INSTANTIATE
 
 }  // namespace lsk

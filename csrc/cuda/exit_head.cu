@@ -280,9 +280,7 @@ cudaError_t exit_head_merge(Chain& chain, const ArgmaxLse* partial, int64_t rows
 #define LSK_INSTANTIATE(T)                                                                                  \
   template cudaError_t exit_head_tiles(Chain&, const Head<T>&, Rows<const T>, int64_t, const HeadSampling&, \
                                        HeadLogits, ArgmaxLse*);
-LSK_INSTANTIATE(float)
-LSK_INSTANTIATE(__nv_bfloat16)
-LSK_INSTANTIATE(__half)
+LSK_FOR_ALL_DTYPES(LSK_INSTANTIATE)
 #undef LSK_INSTANTIATE
 
 }  // namespace lsk

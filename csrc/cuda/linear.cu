@@ -109,9 +109,7 @@ cudaError_t swiglu(Chain& chain, Rows<const T> x, const T* norm, float eps, cons
                               int64_t, Rows<T>);                                                                      \
   template cudaError_t swiglu(Chain&, Rows<const T>, const T*, float, const Weight&, const Weight&, int64_t, int64_t, \
                               int64_t, Rows<T>);
-LSK_INSTANTIATE(float)
-LSK_INSTANTIATE(__nv_bfloat16)
-LSK_INSTANTIATE(__half)
+LSK_FOR_ALL_DTYPES(LSK_INSTANTIATE)
 #undef LSK_INSTANTIATE
 
 }  // namespace lsk

@@ -165,9 +165,7 @@ cudaError_t forward(Chain& chain, const ForwardArgs<T>& a, const LayerWeights<T>
 #define LSK_INSTANTIATE(T)                                                                     \
   template cudaError_t forward(Chain&, const ForwardArgs<T>&, const LayerWeights<T>*, int64_t, \
                                const ForwardScratch<T>&);
-LSK_INSTANTIATE(float)
-LSK_INSTANTIATE(__nv_bfloat16)
-LSK_INSTANTIATE(__half)
+LSK_FOR_ALL_DTYPES(LSK_INSTANTIATE)
 #undef LSK_INSTANTIATE
 
 }  // namespace lsk

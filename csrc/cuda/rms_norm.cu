@@ -40,9 +40,9 @@ cudaError_t rms_norm(Chain& chain, Rows<const T> x, const T* weight, float eps, 
                 out);
 }
 
-template cudaError_t rms_norm(Chain&, Rows<const float>, const float*, float, int64_t, int64_t, Rows<float>);
-template cudaError_t rms_norm(Chain&, Rows<const __nv_bfloat16>, const __nv_bfloat16*, float, int64_t, int64_t,
-                              Rows<__nv_bfloat16>);
-template cudaError_t rms_norm(Chain&, Rows<const __half>, const __half*, float, int64_t, int64_t, Rows<__half>);
+#define LSK_INSTANTIATE(T) \
+  template cudaError_t rms_norm(Chain&, Rows<const T>, const T*, float, int64_t, int64_t, Rows<T>);
+LSK_FOR_ALL_DTYPES(LSK_INSTANTIATE)
+#undef LSK_INSTANTIATE
 
 }  // namespace lsk

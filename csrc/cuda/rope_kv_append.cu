@@ -55,8 +55,8 @@ cudaError_t rope_kv_append(Chain& chain, const RopeArgs<T>& args, const Cache<T>
   return launch(chain.next(grid, kThreads), rope_kv_append_kernel<T>, args, cache, vectors);
 }
 
-template cudaError_t rope_kv_append(Chain&, const RopeArgs<float>&, const Cache<float>&);
-template cudaError_t rope_kv_append(Chain&, const RopeArgs<__nv_bfloat16>&, const Cache<__nv_bfloat16>&);
-template cudaError_t rope_kv_append(Chain&, const RopeArgs<__half>&, const Cache<__half>&);
+#define LSK_INSTANTIATE(T) template cudaError_t rope_kv_append(Chain&, const RopeArgs<T>&, const Cache<T>&);
+LSK_FOR_ALL_DTYPES(LSK_INSTANTIATE)
+#undef LSK_INSTANTIATE
 
 }  // namespace lsk

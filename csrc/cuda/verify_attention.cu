@@ -180,9 +180,7 @@ cudaError_t verify_attention(Chain& chain, Rows<const T> q, const Cache<T>& cach
 #define LSK_INSTANTIATE(T)                                                                                      \
   template cudaError_t verify_attention(Chain&, Rows<const T>, const Cache<T>&, const AttentionScratch&, void*, \
                                         Rows<T>);
-LSK_INSTANTIATE(float)
-LSK_INSTANTIATE(__nv_bfloat16)
-LSK_INSTANTIATE(__half)
+LSK_FOR_ALL_DTYPES(LSK_INSTANTIATE)
 #undef LSK_INSTANTIATE
 
 }  // namespace lsk

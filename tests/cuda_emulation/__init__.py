@@ -56,7 +56,7 @@ def unavailable() -> str | None:
 @cache
 def library(name: str) -> Library:
     """The entries of ``ops/<name>.cpp``, compiled when needed."""
-    return Library(build(name))
+    return Library(name)
 
 
 Change = tuple[str, str]  # an old text and the new one
@@ -84,7 +84,7 @@ def planted(
     _replace(header, overlay, changes)
     for other, change in more.items():
         _replace(header.parent / other, overlay, [change])
-    return Library(build(name, f"-{variant}", overlay))
+    return Library(name, f"-{variant}", overlay)
 
 
 def _replace(header: Path, overlay: Path, changes: Sequence[Change]) -> None:
@@ -147,11 +147,17 @@ class _Arguments:
 
 
 class Library:
-    """Entries of one file under ``ops``."""
+    """Entries of one file under ``ops``, compiled for each dtype when an entry is first called with it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lib = ctypes.CDLL(str(path))
+    def __init__(self, name: str, variant: str = "", overlay: Path | None = None) -> None:
+        self._name, self._variant, self._overlay = name, variant, overlay
+        self._loaded: dict[int, tuple[Path, ctypes.CDLL]] = {}
+
+    def _use(self, code: int) -> None:
+        if code not in self._loaded:
+            path = build(self._name, code, self._variant, self._overlay)
+            self._loaded[code] = path, ctypes.CDLL(str(path))
+        self.path, self.lib = self._loaded[code]
         self.lib.emu_begin.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int)
         self.lib.emu_allocate.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
         self.lib.emu_allocate.restype = ctypes.c_void_p
@@ -199,6 +205,9 @@ class Library:
         EmulationError
             With the kernel, the block, the thread and the line.
         """
+        code = next((DTYPES[arg] for arg in args if isinstance(arg, torch.dtype)), None)
+        if code is not None or not self._loaded:  # an entry that takes no dtype is the same in all
+            self._use(code or 0)
         function = getattr(self.lib, f"emulated_{entry}")
         with self._running(seed, arch, count, last_block) as arguments:
             arguments.writes |= {tensor.untyped_storage().data_ptr() for tensor in writes}

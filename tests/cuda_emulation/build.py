@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FOLDER = ROOT / "build" / "cuda_emulation"
+TYPES = ("float", "__nv_bfloat16", "__half")
 
 COMMON = [
     "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
@@ -43,23 +44,26 @@ def _ninja() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def build(name: str, variant: str = "", overlay: Path | None = None) -> Path:
-    """Compile one library; gives its path.
+def build(name: str, code: int, variant: str = "", overlay: Path | None = None) -> Path:
+    """Compile one library for one dtype; gives its path.
 
     Parameters
     ----------
     name : str
         Of the file in ``ops``.
+    code : int
+        Of the dtype, a place in `TYPES`.
     variant : str
         Added to the library's name.
     overlay : Path, optional
         A folder whose headers come before those of the checkout, under the same names: ``cuda/exit_head.cu``.
     """
-    source, name = HERE / "ops" / f"{name}.cpp", name + variant
+    source, name = HERE / "ops" / f"{name}.cpp", f"{name}{variant}-{TYPES[code].strip('_')}"
     include = [f"-I{folder}" for folder in (overlay, ROOT / "csrc", HERE.parent) if folder is not None]
     runtime = _compile("runtime", HERE / "runtime" / "runtime.cpp", [*COMMON, f"-I{HERE.parent}"], "")
     link = f"build {name}.so: link {name}.o {_escaped(runtime)}.o\n"
-    return _compile(name, source, [*COMMON, *DEVICE, *include], link).with_suffix(".so")
+    dtype = [f"-DEMU_TYPE={TYPES[code]}", f"-DEMU_CODE={code}"]
+    return _compile(name, source, [*COMMON, *DEVICE, *dtype, *include], link).with_suffix(".so")
 
 
 def _escaped(path: Path) -> str:

@@ -9,19 +9,10 @@
 
 namespace emu {
 
-// Calls f with a null pointer of the type that a torch.dtype's code names (see __init__.py).
+// Calls f with a null pointer of the type that this library is compiled for, if that is the code's (see __init__.py).
 template <class F>
 cudaError_t with_float_type(int64_t code, F f) {
-  switch (code) {
-    case 0:
-      return f(static_cast<float*>(nullptr));
-    case 1:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
-    case 2:
-      return f(static_cast<__half*>(nullptr));
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return code == EMU_CODE ? f(static_cast<EMU_TYPE*>(nullptr)) : cudaErrorInvalidValue;
 }
 
 }  // namespace emu

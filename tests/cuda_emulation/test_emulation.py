@@ -194,7 +194,7 @@ def test_catches_a_copy_past_the_end_of_shared_memory() -> None:
         reverse(wild())
 
 
-def test_catches_lanes_that_stay_away() -> None:
+def test_catches_missing_lanes() -> None:
     with pytest.raises(EmulationError, match=r"product_kernel.*the block hangs: \d+ threads wait in ldmatrix"):
         product(wild(), torch.bfloat16)
 

@@ -23,7 +23,7 @@ from . import EmulationError, Library, library, planted, unavailable
 from .build import ROOT
 from .test_emulation import UNORDERED
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))]
 CUDA = ROOT / "csrc" / "cuda"
 
 
@@ -43,15 +43,15 @@ def unfenced() -> Library:
 
 def test_a_missing_barrier_in_exit_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order of the threads: the products read states that other warps have just normed."""
-    hidden, norm, head = torch.randn(3, 96), torch.ones(96), torch.randn(40, 96)
+    hidden, norm, head = (tensor.bfloat16() for tensor in (torch.randn(3, 96), torch.ones(96), torch.randn(40, 96)))
     for seed in range(4):
-        with pytest.raises(EmulationError, match=r"exit_head_kernel<float, float, 1, 1>.*with no barrier between"):
+        with pytest.raises(EmulationError, match=r"exit_head_kernel<__nv_bfloat16, .*, 1, 1>.*with no barrier between"):
             emulated(monkeypatch, unfenced(), seed).exit_head(hidden, norm, head, 1e-5)
 
 
 def test_blocks_that_do_each_others_tiles_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else shows it: they write the same values."""
-    hidden, norm, head = torch.randn(2, 96), torch.ones(96), torch.randn(400, 96)
+    hidden, norm, head = (tensor.bfloat16() for tensor in (torch.randn(2, 96), torch.ones(96), torch.randn(400, 96)))
     for seed in range(4):
         with pytest.raises(EmulationError, match=rf"exit_head_kernel.* writes {UNORDERED}byte \d+ of argument 12"):
             emulated(monkeypatch, unfenced(), seed).exit_head(hidden, norm, head, 1e-5)
@@ -226,7 +226,7 @@ def test_packed_weights_beyond_what_32_bits_index() -> None:
 
 def test_packed_weights_that_are_overwritten_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a ring that is filled again shows it: more than 512 bytes for a warp."""
-    x, weight = torch.randn(1, 8192), quantize(torch.randn(3, 8192) / 64, "int8")
+    x, weight = torch.randn(1, 8192).bfloat16(), quantize(torch.randn(3, 8192) / 64, "int8")
     with pytest.raises(EmulationError, match=r"shared memory that"):
         emulated(monkeypatch, hasty()).linear(x, weight)
 

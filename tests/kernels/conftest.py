@@ -7,7 +7,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import layerskip_kernels as lk
+from layerskip_kernels import _extension
+
 from .common import ISAS, PATHS, native_isa, running_on
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark repetitions of a test as slow.
+
+    That is fp16, which shares its code with bf16, and an instruction set between this machine's best and the portable.
+    """
+    best = ISAS[0] if _extension.cpu_reason is not None else lk.cpu_isa()
+    repetitions = {torch.float16, *ISAS} - {best, "portable"}
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if repetitions & {params.get(name) for name in ("dtype", "isa", "path")}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ def test_strided_tokens(path: str) -> None:
     check(draft[::2], target[::2], torch.arange(5))
 
 
-def test_tokens_stay(path: str) -> None:
+def test_inputs_are_unchanged(path: str) -> None:
     draft, target, seq_lens = torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]]), torch.tensor([4])
     out = lk.accept_greedy(draft, target, seq_lens)
     assert draft.tolist() == [[1, 2]]

@@ -99,7 +99,7 @@ def test_large_vocabularies_agree_with_the_reference(isa: str) -> None:
     assert_threads_agree(lambda: accept(args))
 
 
-def test_a_sequence_gets_what_it_gets_alone(isa: str) -> None:
+def test_a_sequence_does_not_depend_on_the_batch(isa: str) -> None:
     args = inputs(30, 4, 513, 97)
     together = accept(args)
     for b in range(30):
@@ -129,7 +129,7 @@ def test_zero_temperature_is_accept_greedy(path: str) -> None:
     assert len(set(expected.accepted.tolist())) > 2
 
 
-def test_zero_temperature_tells_neighbouring_logits_apart(path: str) -> None:
+def test_zero_temperature_separates_close_logits(path: str) -> None:
     """One spacing of fp32 at 1.0 decides, although it vanishes in logits - logsumexp."""
     target = torch.full((1, 1, 4000), 1.0)
     target[0, 0, 3210] = 1 + 2.0**-23
@@ -184,7 +184,7 @@ def test_what_is_emitted_has_the_distribution_of_the_target(path: str, scored: i
     assert chi_square_p(emitted(undrafted, accepted, next_token, 1), p[1]) > 1e-4
 
 
-def test_how_much_is_accepted(path: str) -> None:
+def test_acceptance_rate(path: str) -> None:
     """The share of accepted first drafts is Σ min(p, q), within five standard deviations."""
     args, p = many(None)
     q = (args["draft_logits"][0, 0].double() / TEMPERATURE).softmax(0)
@@ -194,7 +194,7 @@ def test_how_much_is_accepted(path: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["accepts always", "does not subtract q", "re-uses the draft's noise"])
-def test_wrong_rules_are_told_apart(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_rules_are_detected(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the check above is worth: rules that are nearly right fail it."""
     args, p = many(None)
     if wrong == "re-uses the draft's noise":

@@ -456,7 +456,7 @@ def test_optional_layer_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_width_zero_is_a_sum_of_nothing(path: str) -> None:
+def test_width_zero(path: str) -> None:
     with running_on(path):
         assert lk.linear(torch.empty(2, 0), torch.empty(3, 0)).tolist() == [[0.0] * 3] * 2
         assert lk.exit_head(torch.empty(2, 0), torch.empty(0), torch.empty(5, 0), EPS).token.tolist() == [0, 0]

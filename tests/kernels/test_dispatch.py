@@ -68,7 +68,7 @@ CUDA_ORDER, CPU_ORDER = ["cuda", "triton", "reference"], ["cpu", "reference"]
 
 
 @pytest.mark.parametrize(("device", "order"), [("cuda", CUDA_ORDER), ("cpu", CPU_ORDER), ("meta", ["reference"])])
-def test_the_first_that_can_serves(device: str, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_supporting_backend_serves(device: str, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """By device; each stand-in refuses in its turn, and those before the one that serves are listed in order."""
     refusing: set[str] = set()
     for backend in dispatch.BACKENDS:
@@ -94,7 +94,7 @@ def test_forced_backend_does_not_fall_back() -> None:
 
 @has_native
 @pytest.mark.parametrize("through", ["the public function", "torch's dispatcher"])
-def test_what_the_library_refuses_is_a_value_error_with_its_words(through: str) -> None:
+def test_native_refusals_are_value_errors_with_their_message(through: str) -> None:
     args = {**example("draft"), "token": torch.tensor([0, 37])}
     function = partial(run, "draft") if through == "the public function" else torch.ops.layerskip.draft
     with pytest.raises(ValueError, match=r"^token 37 is outside the vocabulary of 37$"):
@@ -102,7 +102,7 @@ def test_what_the_library_refuses_is_a_value_error_with_its_words(through: str) 
 
 
 @has_native
-def test_an_error_that_is_not_a_refusal_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_native_errors_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> None:
         raise RuntimeError("no memory")
 
@@ -112,7 +112,7 @@ def test_an_error_that_is_not_a_refusal_stays_what_it_is(monkeypatch: pytest.Mon
         lk.rms_norm(*example("rms_norm").values())
 
 
-def test_refusals_begin_as_the_header_of_both_libraries_has_it() -> None:
+def test_the_prefix_of_refusals_is_that_of_the_header() -> None:
     header = Path(__file__).parents[2] / "csrc" / "common" / "checks.h"
     assert f'message << "{dispatch.REFUSAL}";' in header.read_text()
 

@@ -152,7 +152,7 @@ def test_the_full_head_drafts_too(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
-def test_sequences_do_not_meet(path: str) -> None:
+def test_sequences_are_independent(path: str) -> None:
     """A sequence of a batch has the bits that it has alone, for any number of threads."""
     whole = args_of(torch.bfloat16)
     with running_on(path):

@@ -200,7 +200,7 @@ def test_strided_activations(path: str, dtype: torch.dtype, head: str) -> None:
         torch.testing.assert_close(out.logsumexp, expected.logsumexp)
 
 
-def test_inputs_stay(path: str) -> None:
+def test_inputs_are_unchanged(path: str) -> None:
     args = arguments(torch.float32, 3, 40, 300, "int8 subset")
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     copies = [tensor.clone() for tensor in tensors]

@@ -115,7 +115,7 @@ def test_quantizing_loses_little(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_quantizing_more_than_is_done_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_in_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Inputs(torch.float32).normal(7, 128)
     whole = formats.quantize(weight, name)
     monkeypatch.setattr(formats, "_AT_ONCE", 3 * 128)  # three rows, twice, and one
@@ -222,7 +222,7 @@ def test_rows_too_wide_for_the_nearest_cache(isa: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_not_a_number_stays_in_its_row(path: str, name: str, dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_row(path: str, name: str, dtype: torch.dtype) -> None:
     x, weight = Inputs(dtype).normal(8, 128), random_packed(name, 21, 128)
     whole = lk.linear(x, weight)
     for row, value in ((2, float("nan")), (5, float("inf"))):

@@ -69,7 +69,7 @@ def test_every_byte_of_a_panel(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "width"), WIDE)
-def test_rows_come_back(name: str, width: int) -> None:
+def test_interleaving_round_trip(name: str, width: int) -> None:
     weight, panels = interleaved(name, 48, width)
     assert panels.dtype == torch.int16
     assert formats.format_of(panels, width).name == name
@@ -81,7 +81,7 @@ def test_rows_come_back(name: str, width: int) -> None:
     assert_same_bits(formats.lookup(panels, index, width, torch.bfloat16), expected)
 
 
-def test_more_than_is_done_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interleaving_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, panels = interleaved("int4", 80, 96)
     monkeypatch.setattr(formats, "_AT_ONCE", 40 * weight.shape[1])  # two panels
     out = torch.zeros_like(panels)
@@ -90,7 +90,7 @@ def test_more_than_is_done_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(formats.rows_of(panels, 96), weight)  # forty rows, twice
 
 
-def test_what_cannot_be_interleaved() -> None:
+def test_unsupported_interleaving() -> None:
     weight, panels = interleaved("int8", 16, 64)
     for wrong in (panels, weight[:15], random_packed("fp8", 16, 64), torch.zeros(16, 64)):
         assert not formats.can_interleave(wrong, 64)
@@ -144,7 +144,7 @@ def test_rows_alone(isa: str, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", INTEGERS)
-def test_not_a_number_stays_in_its_row(path: str, name: str, dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_row(path: str, name: str, dtype: torch.dtype) -> None:
     x, (_, panels) = Inputs(dtype).normal(8, 128), interleaved(name, 32, 128)
     whole = lk.linear(x, panels)
     for row, value in ((2, float("nan")), (5, float("inf"))):

@@ -72,7 +72,7 @@ def test_forced_sets_really_differ() -> None:
         torch.testing.assert_close(result, results["portable"], rtol=1e-4, atol=1e-4)
 
 
-def test_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "cpu_reason", "_cpu.abi3.so was not built")
     with pytest.raises(RuntimeError, match=r"no native CPU library: _cpu\.abi3\.so was not built"):
         lk.cpu_isa()

@@ -84,7 +84,7 @@ def test_integers_are_exact(path: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_a_number_stays_in_its_place(path: str, dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_place(path: str, dtype: torch.dtype) -> None:
     x, weight, *_ = arguments(dtype, 6, 40, 21, "plain")
     x[2, 3] = float("nan")
     weight[5, 7] = float("inf")
@@ -104,7 +104,7 @@ def test_strided_activations(path: str, dtype: torch.dtype) -> None:
     assert_same_result(path, lk.linear(one_row, weight), lk.linear(one_row.contiguous(), weight))
 
 
-def test_inputs_stay(path: str) -> None:
+def test_inputs_are_unchanged(path: str) -> None:
     args = arguments(torch.float32, 3, 40, 40, "bias and residual")
     copies = [arg.clone() for arg in args]
     out = lk.linear(*args)

@@ -60,7 +60,7 @@ def test_strided_activations(path: str, dtype: torch.dtype) -> None:
         assert_same_result(path, lk.rms_norm(other, weight, 1e-5), expected)
 
 
-def test_inputs_stay(path: str) -> None:
+def test_inputs_are_unchanged(path: str) -> None:
     make = Inputs(torch.float32)
     x, weight = make.normal(3, 40), make.norm(40)
     copies = x.clone(), weight.clone()

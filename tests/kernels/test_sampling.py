@@ -113,7 +113,7 @@ def test_zero_temperature_is_greedy(path: str) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_draws_what_it_draws_alone(isa: str, dtype: torch.dtype, kind: str) -> None:
+def test_a_row_does_not_depend_on_the_batch(isa: str, dtype: torch.dtype, kind: str) -> None:
     hidden, *rest = head_of(dtype, 17, 64, 513, kind)
 
     def op(hidden: Tensor, *draws: Tensor) -> tuple[Tensor, ...]:
@@ -175,7 +175,7 @@ def test_rows_that_are_not_finite_draw_nothing(path: str, wrong: float) -> None:
 
 
 @pytest.mark.parametrize("wrong", [-0.5, float("nan"), float("inf")])
-def test_what_is_no_temperature(path: str, wrong: float) -> None:
+def test_invalid_temperatures(path: str, wrong: float) -> None:
     args, (temperature, seed, offset) = head_of(torch.float32, 3, 8, 5, "full"), draws_of(3)
     temperature[1] = wrong
     with pytest.raises(ValueError, match=r"temperature\[1\] is (-0\.5|nan|inf), expected a finite number"):

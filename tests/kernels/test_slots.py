@@ -73,7 +73,7 @@ def test_some_of_the_sequences(isa: str, op: str) -> None:
 
 @pytest.mark.parametrize("slots", [(2, 2), (0, 5), (-1, 0)])
 @pytest.mark.parametrize("op", OPS)
-def test_slots_that_are_no_rows_of_the_cache(path: str, op: str, slots: tuple[int, int]) -> None:
+def test_invalid_slots(path: str, op: str, slots: tuple[int, int]) -> None:
     moved = in_slots(example(op), torch.tensor([0, 1]))
     names = [argument.name for argument in getattr(torch.ops.layerskip, op).default._schema.arguments]
     moved["slots"] = torch.tensor(slots)

@@ -143,7 +143,7 @@ def starts(tokens: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
-def test_as_many_rows_are_verified_as_the_longest_draft_has(path: str, order: tuple[int, ...]) -> None:
+def test_the_longest_draft_sets_the_rows_to_verify(path: str, order: tuple[int, ...]) -> None:
     """A threshold leaves three sequences four drafts, some and none, in every order; each is accepted whole."""
     free = run("speculative_round", **starts(list(range(SIZES["V"]))))
     assert (free.accepted == SIZES["K"]).all()
@@ -158,7 +158,7 @@ def test_as_many_rows_are_verified_as_the_longest_draft_has(path: str, order: tu
     assert out.next_token.tolist() == following[chosen, counts[chosen]].tolist()
 
 
-def test_heads_that_a_round_does_not_take() -> None:
+def test_unsupported_heads() -> None:
     a = bind("speculative_round", **example("speculative_round"))
     cache = lk.KVCache(a.k_cache, a.v_cache, a.cos, a.sin, a.seq_lens)
     decoder = (a.token, a.embedding, a.weights, cache, a.exit_layer)
@@ -167,7 +167,7 @@ def test_heads_that_a_round_does_not_take() -> None:
         lk.speculative_round(*decoder, reduced, 2, eps=EPS)
 
 
-def test_sequences_do_not_meet(isa: str) -> None:
+def test_sequences_are_independent(isa: str) -> None:
     make = lambda: with_nan(example("speculative_round", torch.bfloat16, True))  # noqa: E731
     assert_threads_agree(lambda: tuple(run("speculative_round", **make())))
     together = tuple(run("speculative_round", **make()))

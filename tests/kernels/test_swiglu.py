@@ -70,7 +70,7 @@ def test_saturated_gates(path: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_a_number_stays_in_its_place(path: str, dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_place(path: str, dtype: torch.dtype) -> None:
     x, gate, up = arguments(dtype, 6, 40, 21)
     x[2, 3], gate[5, 7], up[9, 1] = float("nan"), float("nan"), float("nan")
     broken = torch.zeros(6, 21, dtype=torch.bool)
@@ -86,7 +86,7 @@ def test_strided_activations(path: str, dtype: torch.dtype) -> None:
         assert_same_result(path, lk.swiglu(other, gate, up), expected)
 
 
-def test_inputs_stay(path: str) -> None:
+def test_inputs_are_unchanged(path: str) -> None:
     args = arguments(torch.float32, 3, 40, 40)
     copies = [arg.clone() for arg in args]
     lk.swiglu(*args)

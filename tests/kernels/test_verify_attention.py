@@ -137,7 +137,7 @@ def test_a_row_that_is_not_finite_harms_no_earlier_one(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_so_it_is_among_many_rows(path: str, dtype: torch.dtype) -> None:
+def test_a_row_that_is_not_finite_harms_none_of_many_rows(path: str, dtype: torch.dtype) -> None:
     q, k_cache, v_cache, seq_lens = arguments(dtype, [240], 23, 4, 2, 64, capacity=264)
     expected = lk.verify_attention(q, k_cache, v_cache, seq_lens)
     for first in (8, 17, 22):
@@ -169,7 +169,7 @@ def test_strided_queries(path: str, dtype: torch.dtype) -> None:
         assert_same_result(path, lk.verify_attention(other, *rest), expected)
 
 
-def test_inputs_stay(path: str) -> None:
+def test_inputs_are_unchanged(path: str) -> None:
     args = arguments(torch.float32, [2, 9], 3, 6, 2, 40, capacity=16)
     copies = [arg.clone() for arg in args]
     lk.verify_attention(*args)

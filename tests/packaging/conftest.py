@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -49,6 +49,14 @@ def run(command: list[str], where: Path, **environment: str | None) -> Run:
     env = {name: value for name, value in os.environ.items() if name not in environment and name != "PYTHONPATH"}
     env.update({name: value for name, value in environment.items() if value is not None})
     return subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """Compile without most optimizations, which takes half the time: no test here depends on speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXXFLAGS", "-O1")
+        yield
 
 
 def pip(*arguments: str, where: Path, **environment: str | None) -> Run:

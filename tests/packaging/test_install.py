@@ -58,7 +58,7 @@ def test_wheel_serves_every_later_python(wheel: Path) -> None:
     assert f'__version__ = "{version}"' in (ROOT / "layerskip_kernels/__init__.py").read_text()
 
 
-def test_wheel_can_be_told_how_far_it_travels(wheel: Path, tmp_path: Path) -> None:
+def test_manylinux_tag_of_the_wheel(wheel: Path, tmp_path: Path) -> None:
     """As `make wheel` writes it: a manylinux tag, and no library of torch's or OpenMP's of its own."""
     reason = manylinux.obstacle()
     if reason is not None:
@@ -135,7 +135,7 @@ def test_wheel_works_outside_the_checkout(wheel: Path, environment: Callable[[],
     assert "generate" in script.stdout
 
 
-def test_what_the_wheel_alone_cannot_do_it_says_in_one_line(bare_environment: Path, tmp_path: Path) -> None:
+def test_missing_extras_are_named_in_one_line(bare_environment: Path, tmp_path: Path) -> None:
     """And what it can, it does: ops, and what `layerskip env` shows."""
     file, backend, messages = use(bare_environment, tmp_path)
     assert Path(file).is_relative_to(tmp_path / "bare")
@@ -184,7 +184,7 @@ def test_cuda_library_takes_torch_from_where_it_is(cuda_wheel: Path, tmp_path: P
         assert unwanted not in dynamic
 
 
-def test_cuda_library_says_what_it_was_built_for(cuda_wheel: Path, checkout: Path, tmp_path: Path) -> None:
+def test_cuda_library_names_its_architectures(cuda_wheel: Path, checkout: Path, tmp_path: Path) -> None:
     """Every symbol is found beside the stand-in for libtorch_cuda; the driver need not be there."""
     library = zipfile.ZipFile(cuda_wheel).extract("layerskip_kernels/_cuda.abi3.so", tmp_path)
     (stub,) = (checkout / "build").rglob("libtorch_cuda.so")

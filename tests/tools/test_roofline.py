@@ -21,13 +21,13 @@ def test_bytes_moved_over_bytes_needed(rows: int, limit: float) -> None:
         assert 0.999 < row.ratio < limit, row
 
 
+@pytest.mark.slow
 def test_many_rows_share_a_pass_over_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 rows were three passes of 16; of the bytes that L2 gives those of x remain."""
     ops = {name: (needed, run) for name, needed, run in cases(COUNTED, 40)}
     text = "if constexpr (!std::is_same_v<T, float>) {"
-    alone = planted(
-        "layers", "groups-alone", ROOT / "csrc" / "cuda" / "linear_tile.cuh", (text, "if constexpr (false) {")
-    )
+    change = (text, "if constexpr (false) {")
+    alone = planted("layers", "groups-alone", ROOT / "csrc/cuda/linear_tile.cuh", change)
     for name, factor in (("linear", 1.5), ("swiglu", 1.8), ("linear, int8", 1.3), ("linear, int4", 1.1)):
         shared = measure(name, *ops[name])
         assert shared.ratio < 1.01

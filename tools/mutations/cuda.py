@@ -67,7 +67,7 @@ BUGS = [
     ),
     Mutation(
         "noise forgets the upper half of a position, in CUDA", CUDA + "noise.cuh",
-        "static_cast<uint32_t>(position >> 32)", "0", EMULATED + "exit_head.py -k samples_are",
+        "static_cast<uint32_t>(position >> 32)", "0", EMULATED + "exit_head.py -k samples_match",
     ),
     Mutation(
         "a row does not see itself, in CUDA", CUDA + "attention_tile.cuh",

@@ -10,7 +10,7 @@ DRAFT, ROUND = KERNELS + "test_draft.py", KERNELS + "test_speculative_round.py -
 BUGS = [
     Mutation(
         "triton before cuda", DISPATCH, '("cuda", "triton", "reference")', '("triton", "cuda", "reference")',
-        KERNELS + "test_dispatch.py -k first_that_can",
+        KERNELS + "test_dispatch.py -k first_supporting",
     ),
     Mutation(
         "weights of layers may be strided", CHECKS, "dense(**{name: tensor})", "pass",
@@ -29,7 +29,7 @@ BUGS = [
     Mutation(
         "weights past the first part that is quantized are quantized as that", "layerskip_kernels/formats.py",
         "part = weight[first : first + step].float()", "part = weight[: len(weight[first : first + step])].float()",
-        KERNELS + "test_formats.py -k more_than_is_done",
+        KERNELS + "test_formats.py -k in_several_chunks",
     ),
     Mutation(
         "draft layers do not read the last draft", ROUNDS,

@@ -24,7 +24,7 @@ BUGS = [
     ),
     Mutation(
         "noise takes the wrong half of a position, in Triton", TRITON + "_device.py",
-        "(offset >> 32).to(tl.uint32)", "(offset >> 31).to(tl.uint32)", INTERPRETED + "exit_head.py -k noise_is",
+        "(offset >> 32).to(tl.uint32)", "(offset >> 31).to(tl.uint32)", INTERPRETED + "exit_head.py -k noise_matches",
     ),
     Mutation(
         "pieces of a product lie on each other, in Triton", TRITON + "linear.py",

@@ -56,7 +56,7 @@ def test_sampled(ops: Ops, batch: int, drafted: int, vocab_size: int, part: int)
     assert drafted == 0 or len(accepted) > 1  # not all alike, or this would show little
 
 
-def test_slots_that_were_not_drafted(ops: Ops) -> None:
+def test_missing_drafts(ops: Ops) -> None:
     args = problem(6, 4, 50)
     for b in range(5):
         args[0][b, b:] = -1

@@ -159,7 +159,7 @@ def sampling(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_samples_are_the_references(ops: Ops, dtype: torch.dtype, head: str) -> None:
+def test_samples_match_the_reference(ops: Ops, dtype: torch.dtype, head: str) -> None:
     """The noise is the reference's and the logits nearly so: no row of these is near a tie."""
     rows, vocab_size = 9, 203
     args = [*arguments(dtype, rows, 41, vocab_size, head), *sampling(rows)]

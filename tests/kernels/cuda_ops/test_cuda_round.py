@@ -105,7 +105,7 @@ def test_a_round_is_the_composition_of_the_ops(ops: Ops, dtype: torch.dtype, opt
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize(("num_speculations", "extend"), [(4, True), (1, False), (0, True), (0, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_draft_is_the_references(
+def test_a_draft_matches_the_reference(
     ops: Ops, dtype: torch.dtype, num_speculations: int, extend: bool, options: bool
 ) -> None:
     """With slots, sampling, logits and a threshold that stops a sequence, and without; the head is int8."""
@@ -165,7 +165,7 @@ def test_a_head_without_finite_logits_names_no_token(ops: Ops) -> None:
 
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_round_is_the_references(ops: Ops, dtype: torch.dtype, options: bool) -> None:
+def test_a_round_matches_the_reference(ops: Ops, dtype: torch.dtype, options: bool) -> None:
     """Greedy, and with slots, a temperature (0 for one sequence) and a threshold; the draft's head is int8."""
     args = args_of("speculative_round", dtype, options)
     theirs = copied(args)
@@ -201,7 +201,7 @@ def decode(ops: Ops, args: dict[str, Any], num_speculations: int, wanted: int) -
 
 @pytest.mark.parametrize("num_draft_layers", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_drafts_lose_nothing_to_the_bit(ops: Ops, dtype: torch.dtype, num_draft_layers: int) -> None:
+def test_drafts_are_lossless_to_the_bit(ops: Ops, dtype: torch.dtype, num_draft_layers: int) -> None:
     """Without drafts and with three a round: the same tokens, and the same bits in the cache of all layers."""
     alone, drafted = agreeing(dtype), agreeing(dtype)
     if num_draft_layers:
@@ -225,7 +225,7 @@ def test_schedules_and_architectures_agree(emulated: type[Emulated]) -> None:
         assert_same_bits(tuple(out), tuple(expected), f"with seed {seed} on sm_{arch}")
 
 
-def test_a_batch_is_its_sequences(ops: Ops) -> None:
+def test_a_batch_equals_its_sequences(ops: Ops) -> None:
     """A sequence of a batch drafts the bits that it drafts alone."""
     together = ops.draft(*args_of("draft", torch.bfloat16).values())
     for b in range(SIZES["B"]):

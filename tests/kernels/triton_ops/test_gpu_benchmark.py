@@ -14,7 +14,9 @@ from benchmarks import gpu
 TINY = gpu.Shape("tiny", 3, 32, 48, 4, 2, 8, 50, 2, 3)
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_exits_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == gpu.NO_GPU
     assert "No GPU" in capsys.readouterr().err
@@ -119,7 +121,7 @@ def test_two_versions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("along", "same"), [(1.09, True), (1.11, False), (float("nan"), False)])
-def test_versions_that_differ_are_told(monkeypatch: pytest.MonkeyPatch, along: float, same: bool) -> None:
+def test_different_versions_are_reported(monkeypatch: pytest.MonkeyPatch, along: float, same: bool) -> None:
     told(monkeypatch, [[1.0] * 6] * 2, along)
     assert [row["same"] for row in gpu.compare(gpu.ROOT, gpu.ROOT)] == [same, same]
 

@@ -124,7 +124,7 @@ def test_nothing_is_tuned_while_a_graph_is_captured(gpu: SimpleNamespace, monkey
     assert chosen == _launch.default("linear", gpu)
 
 
-def test_a_gpu_is_told_once_that_the_kernels_are_unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warns_once_that_the_kernels_are_untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless they were asked for."""
     monkeypatch.setattr(triton, "device_of", lambda args: torch.device("cuda"))
     monkeypatch.setattr(triton, "import_module", lambda *name: SimpleNamespace(rms_norm=lambda *args: "served"))

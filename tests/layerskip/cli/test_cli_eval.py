@@ -93,6 +93,7 @@ class TestCommand:
         assert "✗ self-speculation gave other tokens than the full depth: parsing" in printed(capsys)
         assert json.loads((tmp_path / "out.json").read_text())["identical"] is False
 
+    @pytest.mark.slow
     def test_an_interrupted_run_continues(self, arguments, tmp_path, capsys, monkeypatch) -> None:
         make, count = Continuation.of, []
 
@@ -119,6 +120,7 @@ class TestCommand:
         assert len(count) == 9
         assert len(json.loads((tmp_path / "out.json").read_text())["answers"]) == 9
 
+    @pytest.mark.slow
     def test_a_limit_and_several_tasks(self, arguments, tmp_path) -> None:
         words = tmp_path / "text.txt"
         words.write_text(" ".join(f"w{20 + index % 80}" for index in range(600)))
@@ -137,6 +139,7 @@ class TestCommand:
         assert full["byte_perplexity"] == pytest.approx(2 ** full["bits_per_byte"])
         assert early["bits_per_byte"] != full["bits_per_byte"]
 
+    @pytest.mark.slow
     def test_a_group_of_local_tasks(self, arguments, tmp_path) -> None:
         (tmp_path / "data.json").write_text(json.dumps({"question": "w3 w4", "answer": "w5"}))
         for name in ("one", "two"):
@@ -237,6 +240,7 @@ class TestTasks:
         until = task("humaneval_local").config.generation_kwargs["until"]
         assert {"\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```"} == set(until)
 
+    @pytest.mark.slow
     def test_humaneval_from_the_command(self, arguments, tmp_path) -> None:
         """A model of words writes no Python."""
         arguments[1] = "humaneval_local"

@@ -37,6 +37,7 @@ def test_what_cannot_be_is_one_line(module: str, words: list[str], line: str) ->
     assert line in done.stderr
 
 
+@pytest.mark.slow
 def test_a_traceback_is_there_for_who_asks() -> None:
     done = ended("layerskip.training.evaluate", "--model", "./nowhere", "--traceback")
     assert done.returncode == 1

@@ -80,6 +80,7 @@ def browser(tmp_path_factory):
     browser.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
 class TestPage:

@@ -70,7 +70,7 @@ def test_every_number_of_drafts_is_accepted_at_some_time(device: torch.device) -
     assert set(accepted.tolist()) == {0, 1, 2}
 
 
-def test_slots_that_were_not_drafted(device: torch.device) -> None:
+def test_missing_drafts(device: torch.device) -> None:
     """After the last draft comes a token of the target itself, not of what the draft leaves of it."""
     case = make(1, 8, 3, 20, None, device)
     case.draft[:, 2] = -1
@@ -80,7 +80,7 @@ def test_slots_that_were_not_drafted(device: torch.device) -> None:
     assert int(out.accepted.max()) == 2
 
 
-def test_drafts_of_the_target_s_own_distribution_are_always_accepted(device: torch.device) -> None:
+def test_drafts_from_the_target_distribution_are_always_accepted(device: torch.device) -> None:
     case = make(2, 8, 3, 20, None, device)
     case = case._replace(draft_logits=case.target_logits[:, :3].contiguous())
     out = agrees(case)
@@ -108,7 +108,7 @@ def test_rows_that_have_no_distribution(value: float, device: torch.device) -> N
     assert int(out.next_token[3]) >= 0
 
 
-def test_greedy_rows_are_accept_greedy_s(device: torch.device) -> None:
+def test_greedy_rows_match_accept_greedy(device: torch.device) -> None:
     case = make(6, 8, 3, 20, None, device)
     case = case._replace(draft=case.target_logits[:, :3].argmax(-1), temperature=torch.zeros_like(case.temperature))
     case.draft[::3, 1] = 19
@@ -118,7 +118,7 @@ def test_greedy_rows_are_accept_greedy_s(device: torch.device) -> None:
     assert out.next_token.tolist() == greedy.next_token.tolist()
 
 
-def test_a_sequence_does_not_depend_on_its_company(device: torch.device) -> None:
+def test_a_sequence_does_not_depend_on_the_batch(device: torch.device) -> None:
     case = make(7, 6, 2, 40, 17, device)
     together, _ = on_backend("triton", lk.accept_sampled, *case)
     for b in range(6):

@@ -89,7 +89,7 @@ def test_every_split_is_seen(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_of_attention_does_not_depend_on_its_company(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_row_of_attention_does_not_depend_on_the_batch(dtype: torch.dtype, device: torch.device) -> None:
     """Row by row, sequence by sequence, and with what comes later not yet written: the same bits."""
     rows, capacity, lengths = 7, SPLIT + 40, [SPLIT - 3, 20]
     q = normal(0, 2, rows, 6, 24, dtype=dtype, device=device)
@@ -175,28 +175,24 @@ EXTRAS += [("bias norm", dtype) for dtype in DTYPES]
 
 
 @pytest.mark.parametrize(("extras", "dtype"), EXTRAS)
-def test_partial_forward_is_its_ops_bit_for_bit(extras: str, dtype: torch.dtype, device: torch.device) -> None:
-    model = Model(extras, dtype, device)
-    ours, theirs = ([cache.clone() for cache in model.caches] for _ in range(2))
-    with lk.use_backend("triton"):
-        same_bits(model.forward(model.hidden, 0, 2, ours, model.lengths), model.op_by_op(theirs))
-    for mine, other in zip(ours, theirs, strict=True):
-        same_bits(mine, other)
-
-
-@pytest.mark.parametrize(("extras", "dtype"), EXTRAS)
 def test_partial_forward(extras: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Against the reference; two layers of rounded states: a few units in the last place of values around 4."""
+    """The bits of its ops, one by one, and the reference's values.
+
+    Two layers of rounded states: a few units in the last place of values around 4.
+    """
     model = Model(extras, dtype, device)
-    results = []
-    for backend in ("triton", "reference"):
-        caches = [cache.clone() for cache in model.caches]
-        out, _ = on_backend(backend, model.forward, model.hidden, 0, 2, caches, model.lengths)
-        results.append([out, *caches])
-    for mine, truth in zip(*results, strict=True):
-        close(mine, truth, 8 * ATTENTION_TOLERANCES[dtype])
+    ours, by_op, truth = ([cache.clone() for cache in model.caches] for _ in range(3))
+    with lk.use_backend("triton"):
+        out = model.forward(model.hidden, 0, 2, ours, model.lengths)
+        expected = model.op_by_op(by_op)
+    for mine, other in zip([out, *ours], [expected, *by_op], strict=True):
+        same_bits(mine, other)
+    true, _ = on_backend("reference", model.forward, model.hidden, 0, 2, truth, model.lengths)
+    for mine, other in zip([out, *ours], [true, *truth], strict=True):
+        close(mine, other, 8 * ATTENTION_TOLERANCES[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_layers_rows_and_sequences_may_be_taken_apart(dtype: torch.dtype, device: torch.device) -> None:
     model = Model("bias norm", dtype, device)
@@ -214,7 +210,7 @@ def test_layers_rows_and_sequences_may_be_taken_apart(dtype: torch.dtype, device
                 same_bits(out[0, 0], whole[sequence, m])
 
 
-def test_a_sequence_s_slot_is_only_its_place(device: torch.device) -> None:
+def test_slots_change_no_bit(device: torch.device) -> None:
     """Two sequences in a cache of five rows: what rows of their own give, bit for bit; nothing else is touched."""
     model = Model("norm", torch.float16, device)
     slots, lengths = torch.tensor([4, 0], device=device), model.lengths

@@ -44,7 +44,7 @@ ROUND_REST = DRAFT_REST[:4]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_draft_is_its_steps(sampled: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_draft_equals_single_steps(sampled: bool, dtype: torch.dtype, device: torch.device) -> None:
     args = arguments("draft", dtype, device, **(draws(device) if sampled else {}))
     args["logits"] = torch.empty(2, 2, args["head_weight"].shape[0], device=device)
     drafted, written = on_backend("triton", partial(run, "draft"), *positional(args, *DRAFT_REST))
@@ -104,7 +104,7 @@ def test_a_head_that_is_not_finite_ends_a_draft_only_with_a_threshold(device: to
             close(mine, true, 1e-5)
 
 
-def test_a_token_that_is_none(device: torch.device) -> None:
+def test_invalid_tokens(device: torch.device) -> None:
     args = arguments("draft", torch.float32, device, token=torch.tensor([3, -1]))
     if device.type != "cpu":
         pytest.skip("on a GPU looking would be a host sync")
@@ -134,7 +134,7 @@ def test_speculative_round(draft_threshold: float, sampled: bool, device: torch.
     assert our_args[lengths].tolist() == true_args[lengths].tolist() == apart["seq_lens"].tolist()
 
 
-@pytest.mark.parametrize("num_draft_layers", [1, 2])
+@pytest.mark.parametrize("num_draft_layers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_draft_with_draft_layers(num_draft_layers: int, device: torch.device) -> None:
     """Bit for bit the ops in a row, also in what is written to the cache; a layer of it belongs to nobody here."""
     args = arguments("draft", torch.float32, device, num_draft_layers=num_draft_layers)
@@ -160,8 +160,9 @@ def test_packed_draft_layers_are_refused(op: str, device: torch.device) -> None:
         run(op, **args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_round_with_a_block_and_a_norm_of_its_own(sampled: bool, device: torch.device) -> None:
+def test_a_round_with_a_draft_layer_and_its_own_norm(sampled: bool, device: torch.device) -> None:
     given = {**(draws(device) if sampled else {}), "num_draft_layers": 1}
     args = arguments("speculative_round", torch.float32, device, **given)
     args["draft_norm_weight"] = args["norm_weight"].flip(0).contiguous()

@@ -42,7 +42,7 @@ def test_swiglu(rows: int, depth: int, features: int, name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("name", ["int8", "int4_zero_g128"])
-def test_a_row_does_not_depend_on_its_company(name: str, device: torch.device) -> None:
+def test_a_row_does_not_depend_on_the_batch(name: str, device: torch.device) -> None:
     x = normal(0, 35, 128, dtype=torch.float16, device=device)
     weight, other = (packed(seed, name, 40, 128, device) for seed in (1, 2))
     with lk.use_backend("triton"):

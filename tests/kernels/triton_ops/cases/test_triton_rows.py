@@ -50,7 +50,7 @@ def test_linear_split_over_its_depth(depth: int, dtype: torch.dtype, device: tor
     agrees(lk.linear, x, weight, normal(2, 37, dtype=dtype, device=device), residual)
 
 
-def test_linear_of_nothing(device: torch.device) -> None:
+def test_linear_without_rows(device: torch.device) -> None:
     agrees(lk.linear, normal(0, 0, 8, device=device), normal(1, 4, 8, device=device))
     agrees(lk.linear, normal(0, 3, 8, device=device), normal(1, 0, 8, device=device))
 
@@ -88,7 +88,7 @@ def test_accept_greedy_advances_in_place(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_row_does_not_depend_on_the_batch(dtype: torch.dtype, device: torch.device) -> None:
     x = normal(0, 35, 264, dtype=dtype, device=device)
     weight, other = (normal(s, 50, 264, dtype=dtype, device=device, by=264**-0.5) for s in (1, 2))
     residual, norm = normal(3, 35, 50, dtype=dtype, device=device), normal(4, 264, dtype=dtype, device=device)
