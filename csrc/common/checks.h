@@ -58,11 +58,7 @@ constexpr ScalarType scalar_type<int64_t>() {
   return ScalarType::Long;
 }
 
-// Memory of a contiguous tensor; checks dtype and shape.
-template <class T>
-T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  LSK_REQUIRE(tensor.scalar_type() == scalar_type<T>(), name, " has an unexpected dtype");
-  LSK_REQUIRE(tensor.is_contiguous(), name, " must be contiguous");
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   LSK_REQUIRE(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
               shape.size());
   const auto sizes = tensor.sizes();
@@ -71,12 +67,32 @@ T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> s
     LSK_REQUIRE(sizes[dim] == size, name, " has size ", sizes[dim], " in dimension ", dim, ", expected ", size);
     ++dim;
   }
+}
+
+// Memory of a contiguous tensor; checks dtype and shape.
+template <class T>
+T* data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  LSK_REQUIRE(tensor.scalar_type() == scalar_type<T>(), name, " has an unexpected dtype");
+  LSK_REQUIRE(tensor.is_contiguous(), name, " must be contiguous");
+  check_shape(tensor, name, shape);
   return static_cast<T*>(tensor.data_ptr());
 }
 
 template <class T>
 T* data(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
   return tensor.has_value() ? data<T>(*tensor, name, shape) : nullptr;
+}
+
+// fp32 logits, of which only the last dimension must be contiguous.
+inline float* logits_data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  LSK_REQUIRE(tensor.scalar_type() == ScalarType::Float, name, " has an unexpected dtype");
+  check_shape(tensor, name, shape);
+  const int64_t last = tensor.dim() - 1;
+  LSK_REQUIRE(tensor.size(last) <= 1 || tensor.stride(last) == 1, "the rows of ", name, " must be contiguous");
+  return static_cast<float*>(tensor.data_ptr());
+}
+inline float* logits_data(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  return tensor.has_value() ? logits_data(*tensor, name, shape) : nullptr;
 }
 
 inline void check_head_dim(int64_t size) {

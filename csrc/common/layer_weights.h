@@ -8,7 +8,7 @@
 
 namespace lsk {
 
-// Same order as LayerWeights in bundles.py.
+// Same order as LayerWeights in schemas.py.
 namespace layer_weight {
 enum : int64_t { kAttnNorm, kQ, kK, kV, kO, kMlpNorm, kGate, kUp, kDown, kQBias, kKBias, kVBias, kQNorm, kKNorm };
 }

@@ -1,4 +1,4 @@
-// Namespace of the native ops, as in layerskip_kernels/_namespace.py. Packages for the Hugging Face hub define another
+// Namespace of the native ops, as in layerskip_kernels/_ops.py. Packages for the Hugging Face hub define another
 // TORCH_EXTENSION_NAME for each version, so that one process can load several.
 #include "common/library.h"
 

@@ -86,21 +86,6 @@ struct Sampling {
   }
 };
 
-// fp32 logits; only the last dimension must be contiguous.
-inline float* logits_data(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  LSK_REQUIRE(tensor.scalar_type() == ScalarType::Float, name, " has an unexpected dtype");
-  LSK_REQUIRE(tensor.dim() == static_cast<int64_t>(shape.size()), name, " has rank ", tensor.dim(), ", expected ",
-              shape.size());
-  int64_t dim = 0;
-  for (int64_t size : shape) {
-    LSK_REQUIRE(tensor.size(dim) == size, name, " has size ", tensor.size(dim), " in dimension ", dim, ", expected ",
-                size);
-    ++dim;
-  }
-  LSK_REQUIRE(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, "the rows of ", name, " must be contiguous");
-  return static_cast<float*>(tensor.data_ptr());
-}
-
 // Checks that sequences use distinct slots: `slots`, or without it one slot per sequence in order.
 inline void check_slots(const int64_t* slots, int64_t batch, int64_t num_slots) {
   LSK_REQUIRE(slots || batch == num_slots, "k_cache has ", num_slots, " rows, expected ", batch);

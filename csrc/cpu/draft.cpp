@@ -1,4 +1,4 @@
-// draft on CPU tensors: the loop of composition.py's compose_draft, without Python between the steps.
+// draft on CPU tensors: the loop of speculative.py in layerskip_kernels, without Python between the steps.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

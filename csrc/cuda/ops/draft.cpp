@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> draft_op(
   const Tensor partial = partial_argmax_lse(token, batch, vocab_size);
   const HeadSampling sampling{data<float>(temperature, "temperature", {batch}), data<int64_t>(seed, "seed", {batch})};
   LSK_REQUIRE(!sampling.temperature || sampling.seed, "temperature needs seed");
-  const HeadLogits written{writable_logits(logits, {batch, num_speculations, vocab_size}),
+  const HeadLogits written{logits_data(logits, "logits", {batch, num_speculations, vocab_size}),
                            logits.has_value() ? logits->stride(0) : 0};
   with_device_type(norm_weight.scalar_type(), [&]<class T>(T*) {
     const Head<T> head = head_of<T>(norm_weight, head_weight, shape.hidden_size, eps, token_map, scale);

@@ -27,7 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> exit_head_op(const Tensor& hidden_in, const T
   const Tensor memory = partial_argmax_lse(hidden, rows, vocab_size);
   const HeadSampling sampling{data<float>(temperature, "temperature", {rows}), data<int64_t>(seed, "seed", {rows}),
                               data<int64_t>(offset, "offset", {rows})};
-  const HeadLogits written{writable_logits(logits, {rows, vocab_size}), logits.has_value() ? logits->stride(0) : 0};
+  const HeadLogits written{logits_data(logits, "logits", {rows, vocab_size}),
+                           logits.has_value() ? logits->stride(0) : 0};
   ArgmaxLse* partial = static_cast<ArgmaxLse*>(memory.data_ptr());
   with_device_type(hidden.scalar_type(), [&]<class T>(T*) {
     const Head<T> head = head_of<T>(norm_weight, head_weight, hidden_size, eps, token_map, scale);

@@ -27,22 +27,6 @@ Head<T> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hi
           static_cast<float>(eps)};
 }
 
-// Memory for logits; only the last dimension must be contiguous.
-inline float* writable_logits(const std::optional<Tensor>& logits, std::initializer_list<int64_t> shape) {
-  if (!logits.has_value()) return nullptr;
-  LSK_REQUIRE(logits->scalar_type() == ScalarType::Float, "logits has an unexpected dtype");
-  LSK_REQUIRE(logits->dim() == static_cast<int64_t>(shape.size()), "logits has rank ", logits->dim(), ", expected ",
-              shape.size());
-  int64_t dim = 0;
-  for (int64_t size : shape) {
-    LSK_REQUIRE(logits->size(dim) == size, "logits has size ", logits->size(dim), " in dimension ", dim, ", expected ",
-                size);
-    ++dim;
-  }
-  LSK_REQUIRE(logits->size(dim - 1) <= 1 || logits->stride(dim - 1) == 1, "the rows of logits must be contiguous");
-  return static_cast<float*>(logits->data_ptr());
-}
-
 // Scratch for the partial results of all tiles of a head, for `rows` states.
 inline Tensor partial_argmax_lse(const Tensor& like, int64_t rows, int64_t vocab_size) {
   return scratch_bytes(like, rows * head_tiles(vocab_size) * static_cast<int64_t>(sizeof(ArgmaxLse)));
