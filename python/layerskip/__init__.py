@@ -94,5 +94,4 @@ register_with_transformers()
 
 
 def __dir__() -> list[str]:
-    """What is exported, imported or not."""
     return __all__

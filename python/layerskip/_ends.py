@@ -1,4 +1,4 @@
-"""Run a command: errors become one line on stderr and an exit code."""
+"""Exit codes of commands, and errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from ._imports import EXTRAS
 
-# User errors, exit code 2. Any other error is a failure, exit code 1.
+# User errors, exit code 2.
 MISUSE = (
     ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
     PermissionError, BlockingIOError,
@@ -20,36 +20,23 @@ MISUSE = (
 
 
 def declare(parser: argparse.ArgumentParser, **options: object) -> None:
-    """Add ``--traceback`` to a parser."""
+    """Add the option ``--traceback``."""
     parser.add_argument("--traceback", action="store_true", help="show where an error came from", **options)  # type: ignore[arg-type]
 
 
 def run(name: str, work: Callable[[], int | None], traceback: bool = False, training: bool = False) -> int:
-    """Run the work of a command and return its exit code.
+    """Run a command, and print an error as one line that begins with ``name``.
 
-    Parameters
-    ----------
-    name : str
-        The command; its errors begin with the name.
-    work : callable
-        Returns the exit code, or None for 0.
-    traceback : bool
-        Raise errors instead of printing them.
-    training : bool
-        Whether a missing package belongs to the extra ``train``.
-
-    Returns
-    -------
-    int
-        0 success; 1 a check or the work failed; 2 user error; 130 interrupted.
+    With ``traceback``, exceptions propagate. With ``training``, a missing package's hint names the extra for training.
+    Returns the result of ``work`` (None is 0), 1 for a failure, 2 for a user error, or 130 if interrupted.
     """
     errors = Console(stderr=True)
     try:
         with warnings.catch_warnings():
-            for other in ("accelerate", "peft", "transformers"):  # their advice would run through the output
+            for other in ("accelerate", "peft", "transformers"):  # their advice would clutter the output
                 warnings.filterwarnings("ignore", module=other)
             return work() or 0
-    except KeyboardInterrupt as stop:  # its message says what was saved
+    except KeyboardInterrupt as stop:  # its message says what was done
         errors.print(escape(str(stop) or "interrupted"), highlight=False, soft_wrap=True)
         return 130
     except Exception as error:
@@ -61,7 +48,7 @@ def run(name: str, work: Callable[[], int | None], traceback: bool = False, trai
 
 
 def module(name: str, main: Callable[[Sequence[str]], int | None]) -> int:
-    """Run ``main`` of ``python -m name`` on the arguments of this process; its parser takes ``--traceback``."""
+    """Run ``main`` of ``python -m name`` on this process's arguments; its parser must have `declare`."""
     words = sys.argv[1:]
     return run(f"python -m {name}", lambda: main(words), "--traceback" in words)
 
@@ -75,7 +62,7 @@ def _is_misuse(error: Exception) -> bool:
 
 
 def _one_line(error: Exception, training: bool) -> str:
-    """The message; how to install a missing package; for unexpected errors, how to see more."""
+    """The message; for a missing package how to install it, for an unexpected error how to see the traceback."""
     message = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         extra = "train" if training else EXTRAS[error.name]

@@ -27,21 +27,21 @@ OLDEST_TRANSFORMERS = (4, 57)
 
 
 def need(module: str, purpose: str, extra: str | None = None) -> Any:
-    """The module of this name.
+    """Import a module, or raise an error that says how to install it.
 
     Parameters
     ----------
     module : str
         One of `EXTRAS`, or a module in one of them.
     purpose : str
-        What it is needed for; begins the message.
+        Begins the message.
     extra : str, optional
-        What installs all that the purpose needs; by default the one in `EXTRAS`.
+        By default the one in `EXTRAS`.
 
     Raises
     ------
     ModuleNotFoundError
-        If its package is not installed; it says how to install it.
+        If its package is not installed.
     ImportError
         As `check_transformers`.
     """
@@ -58,7 +58,7 @@ def need(module: str, purpose: str, extra: str | None = None) -> Any:
 
 
 def check_transformers() -> None:
-    """Raise ImportError if the transformers that was imported, if any, is older than what is supported."""
+    """Raise ImportError if the imported transformers is too old."""
     found = str(getattr(sys.modules.get("transformers"), "__version__", ""))
     if found and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRANSFORMERS:
         oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
@@ -68,11 +68,10 @@ def check_transformers() -> None:
 def exports(
     package: str, homes: Mapping[str, Sequence[str]], needs: Mapping[str, Sequence[tuple[str, ...]]] | None = None
 ) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package, of which the modules ``homes`` have the names that go with them.
+    """Make the ``__getattr__`` of a package whose names are in modules, ``homes``, that are imported on demand.
 
-    ``needs`` has the arguments of `need` for what a module takes that may not be installed.
-
-    None may be called as a module of the package is: importing that would put the module in its place.
+    ``needs`` has the arguments of `need` for modules that require optional packages. No name may equal that of a module
+    of the package: importing that would replace the name.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 

@@ -1,6 +1,6 @@
-"""Tells transformers of the ``quant_method`` "layerskip" as soon as somebody imports its quantizers, and not before.
+"""Register the ``quant_method`` "layerskip" when transformers' quantizers are imported.
 
-So ``AutoModelForCausalLM.from_pretrained`` knows it after ``import layerskip``, which itself stays free of torch.
+So ``AutoModelForCausalLM.from_pretrained`` knows it after ``import layerskip``, which does not import torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ QUANTIZERS = "transformers.quantizers.auto"
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as Python would; after it has run, so does `_register`."""
+    """Find the module of quantizers as Python would, and call `_register` after it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
         if fullname != QUANTIZERS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -46,7 +45,7 @@ def _register() -> None:
 
 
 def register_with_transformers() -> None:
-    """At once where its quantizers are imported already, else with them."""
+    """Register now if transformers' quantizers are imported, else when they are."""
     if QUANTIZERS in sys.modules:
         _register()
     else:

@@ -10,26 +10,23 @@ from torch import Tensor
 
 
 def find(name: str) -> torch.device:
-    """The device for ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is the first GPU, or the CPU without one.
+    """Return the device ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: the first GPU, or the CPU without one.
 
-    Raises
-    ------
-    ValueError
-        For a GPU that is not available, listing those that are.
+    ValueError for a GPU that is not available, with those that are.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and gpus == 0):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
     index = int(name.partition(":")[2] or 0)
-    if index < gpus:
+    if index < count:
         return torch.device("cuda", index)
     built = "" if torch.version.cuda else ", which was built without CUDA,"
-    seen = ", ".join(described(torch.device("cuda", other)) for other in range(gpus)) or "no GPU"
+    seen = ", ".join(described(torch.device("cuda", other)) for other in range(count)) or "no GPU"
     raise ValueError(f"the device {name} is not available: torch {torch.__version__}{built} sees {seen}")
 
 
 def described(device: torch.device) -> str:
-    """A device, with the name of its GPU."""
+    """A device, with the name of the GPU."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
@@ -37,12 +34,9 @@ BUFFER_BYTES = 512 * 2**20  # larger than any cache
 
 
 class ReadBandwidth:
-    """Reads a buffer with all of torch's threads, now and then: on a shared machine the speed changes by the minute.
+    """Measure memory bandwidth by reading a buffer with all of torch's threads, of ``device`` or the CPU.
 
-    Parameters
-    ----------
-    device : torch.device, optional
-        Whose memory; by default the CPU's.
+    Sample it repeatedly: on a shared machine the speed changes by the minute.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -50,7 +44,7 @@ class ReadBandwidth:
         self._seconds: list[float] = []
 
     def sample(self) -> float:
-        """One pass, in GB/s. An integer maximum costs next to nothing an element, so the memory alone sets its time."""
+        """Read the buffer once; return GB/s. The integer maximum is cheap, so memory alone sets the time."""
         self._wait()
         start = time.perf_counter()
         self._buffer.amax()
@@ -64,12 +58,12 @@ class ReadBandwidth:
 
     @property
     def median(self) -> float:
-        """Of the samples, in GB/s (10^9 bytes)."""
+        """Median of the samples, in GB/s (10^9 bytes)."""
         return BUFFER_BYTES / statistics.median(self._seconds) / 1e9
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device. The host does not wait for the copy, which a round has no time for.
+    """Copy a host tensor to a device without waiting for the copy.
 
     A GPU copies asynchronously only from pinned memory; torch does not reuse that before the copy is done.
     """

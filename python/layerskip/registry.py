@@ -1,4 +1,4 @@
-"""Models, tasks and demos by name, from installed packages, which provide them as entry points of three groups.
+"""Models, tasks and demos by name, which installed packages provide as entry points of three groups.
 
 ``layerskip.models``: a module with ``load(name, dtype) -> (model, tokenizer)`` and ``draft_head(name)``, the file of
 the draft head that the model comes with, or None; and, if any model has one, ``exit(name)``, the same of an exit, and
@@ -7,7 +7,7 @@ the draft head that the model comes with, or None; and, if any model has one, ``
 `layerskip.training.data.Example`. With ``documents(split)``, a list of long texts, it serves to measure perplexity.
 ``layerskip.demos``: a sequence of `layerskip.cli.demo.Exhibit`.
 
-What is provided is imported when its name is asked for. ``examples/smollm2`` in the repository is such a package.
+Objects are imported when their name is looked up. ``examples/smollm2`` in the repository is such a package.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 MODELS, TASKS, DEMOS = "layerskip.models", "layerskip.tasks", "layerskip.demos"
 METHOD = "layerskip"
-"""The ``quant_method`` of what ``layerskip quantize`` writes."""
+"""The ``quant_method`` that ``layerskip quantize`` writes."""
 
-# The example package, and what gets it.
+# The example package, and how to install it.
 PACKAGE, WHERE = "layerskip-smollm2", "pip install ./examples/smollm2 (in the repository)"
-# Its names, to tell them from typos if it is not installed.
+# Its names, to distinguish them from typos if it is not installed.
 EXAMPLE = {
     MODELS: ("smollm2", "smollm2-layerskip", "smollm2-layerskip-coding", "smollm2-layerskip-summarization"),
     TASKS: ("chat", "coding", "parsing", "summarization", "text"),
@@ -40,7 +40,7 @@ def names(group: str) -> list[str]:
 
 
 def find(group: str, name: str) -> Any | None:
-    """What an installed package provides under a name, or None; ValueError where two packages do."""
+    """The object that an installed package provides under a name, or None; ValueError if two packages do."""
     found = list(entry_points(group=group, name=name))
     if len(found) > 1:
         raise ValueError(f"{name!r} of {group} is provided twice: {', '.join(entry.value for entry in found)}")
@@ -48,7 +48,7 @@ def find(group: str, name: str) -> Any | None:
 
 
 def get(group: str, name: str) -> Any:
-    """Like `find`, but raise `unknown` for a name that no package provides."""
+    """Like `find`, but raise for a name that no package provides."""
     provided = find(group, name)
     if provided is None:
         raise unknown(group, name)
@@ -56,7 +56,7 @@ def get(group: str, name: str) -> Any:
 
 
 def check(group: str, name: str) -> None:
-    """Raise for a name that no package provides, as `get` does, but import nothing."""
+    """Raise for a name that no package provides, without importing anything."""
     if name not in names(group):
         raise unknown(group, name)
 
@@ -82,28 +82,28 @@ def similar_file(path: Path) -> str:
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:
-    """A model's name is ``name`` or ``owner/name``; anything else, and whatever exists, is a path."""
+    """Whether a name is a path: neither ``name`` nor ``owner/name``, or an existing file."""
     if not isinstance(name, str):
         return True
     return Path(name).exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/")
 
 
 def unknown(group: str, name: str) -> Exception:
-    """What to raise, in one line, for a name that no installed package provides."""
+    """The error for a name that no installed package provides."""
     if name in EXAMPLE[group]:
         return ModuleNotFoundError(hint(group, name))
     return ValueError(f"unknown {_kind(group)} {name!r}; {hint(group, name)}{OTHERWISE[group]}")
 
 
 def hint(group: str, name: str) -> str:
-    """What would provide the name, or which names are near."""
+    """How to install what provides the name, or similar names."""
     if name in EXAMPLE[group]:
         return f"the {_kind(group)} {name} comes with the example package: {WHERE}"
     return nearest(name, sorted({*names(group), *EXAMPLE[group]}))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Which of the known names are near one that is not among them, or else all."""
+    """Similar known names, or else all."""
     known = list(known)
     near = difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
@@ -114,12 +114,12 @@ def _kind(group: str) -> str:
 
 
 def draft_head(name: str) -> Path | None:
-    """The file of a model's draft head; None where no package provides the model, ValueError where it has none."""
+    """The file of a model's draft head; None if no package provides the model, ValueError if it has none."""
     return _part(name, "draft_head", "a draft head")
 
 
 def exit(name: str) -> Path | None:
-    """The file of a model's exit, with the errors of `draft_head`."""
+    """The file of a model's exit, like `draft_head`."""
     return _part(name, "exit", "an exit")
 
 

@@ -116,8 +116,8 @@ EngineArgs(model={str(model)!r}).create_engine_config()
 print(sorted(name for name in sys.modules if name.startswith("layerskip")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    package = ["layerskip", "layerskip._imports"]
-    package += ["layerskip._registration", "layerskip.transformers", "layerskip.transformers.quantizer"]
+    package = ["layerskip", "layerskip._imports", "layerskip._registration", "layerskip.registry"]
+    package += ["layerskip.transformers", "layerskip.transformers.quantizer"]
     plugin = ["layerskip.vllm", "layerskip.vllm.engine", "layerskip.vllm.loader", "layerskip.vllm.settings"]
     assert done.stdout.splitlines()[-1] == str(package + plugin)
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import models, registry
-from .._files import write_atomically
-from .._imports import need
 from ..models import BoundExit, Exit, LayerSkipModel, SharedKVCache
-from ..models.hf_checks import ModelWatch
+from ..models.files import load_tensors, save_tensors
+from ..models.hf_checks import ModelSnapshot
 from ..models.weight_arena import gather_exit
 from . import cuda_graphs, validation
 from .adaptive import Controller, Sizes, default_exits
@@ -88,12 +87,8 @@ class DraftHead:
 
     def save(self, path: str | Path) -> Path:
         """Write a file, or ``draft_head.safetensors`` in a directory, atomically."""
-        target = _file(path)
-        data = need("safetensors.torch", "saving a draft head").save(
-            {"token_ids": self.token_ids.cpu()}, metadata={"vocab_size": str(self.vocab_size)}
-        )
-        write_atomically(target, data)
-        return target
+        metadata = {"vocab_size": self.vocab_size}
+        return save_tensors(_file(path), "a draft head", {"token_ids": self.token_ids}, metadata)
 
     @classmethod
     def load(cls, source: str | Path) -> DraftHead:
@@ -109,19 +104,12 @@ class DraftHead:
         FileNotFoundError, ModuleNotFoundError, ValueError
             If it does not exist, or is not a draft head.
         """
-        safetensors = need("safetensors", "reading a draft head")
-        named = isinstance(source, str) and "/" not in source
-        path = registry.draft_head(str(source)) if named else None
-        path = path or _file(source)
-        if not path.exists():
-            hint = f"; {registry.hint(registry.MODELS, str(source))}" if named else ""
-            raise FileNotFoundError(f"no draft head at {path}{hint}")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                vocab_size = (file.metadata() or {})["vocab_size"]
-                return cls(file.get_tensor("token_ids"), int(vocab_size))
-        except (safetensors.SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is not a draft head: {error}") from error
+
+        def make(metadata: dict[str, str], tensors: dict[str, Tensor]) -> DraftHead:
+            return cls(tensors["token_ids"], int(metadata["vocab_size"]))
+
+        loaded: DraftHead = load_tensors(source, _file(source), "a draft head", registry.draft_head, make)
+        return loaded
 
 
 def _file(path: str | Path) -> Path:
@@ -197,7 +185,7 @@ class DraftModel:
         if self._exit is not None:
             exit_layer = validation.exit_layer_of_exit(exit_layer, self._exit.exit_layer)
         self.exit_layer: int | str = "auto" if exit_layer is None else exit_layer
-        self._watch = None if isinstance(model, LayerSkipModel) else ModelWatch(model)
+        self._watch = None if isinstance(model, LayerSkipModel) else ModelSnapshot(model)
         self._following = Lock()
         self._adopt(models.adapt(model) if self._watch else model)
 
@@ -213,7 +201,7 @@ class DraftModel:
             changed = None if self._watch is None else self._watch.changed()
             if changed is not None:
                 self._adopt(models.adapt(changed))
-                self._watch = ModelWatch(changed)
+                self._watch = ModelSnapshot(changed)
             elif self._state(self._without_exit) != self._bound:
                 self._bind(self._without_exit)
             return self.caches

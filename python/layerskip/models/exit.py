@@ -15,8 +15,7 @@ from layerskip_kernels.formats import FORMATS, dequantize, quantize
 from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 from .. import registry
-from .._files import write_atomically
-from .._imports import need
+from .files import load_tensors, save_tensors
 from .head import BoundExit, EarlyExitHead, check_token_ids
 
 if TYPE_CHECKING:
@@ -82,26 +81,25 @@ class Exit:
 
     @property
     def num_draft_layers(self) -> int:
-        """n."""
         return len(self.draft_layers)
 
     def of(self, model: LayerSkipModel, rows: str | Tensor | None = None) -> BoundExit:
-        """The exit in the dtype and on the device of its model; what needs no cast is shared, not copied.
+        """Bind the exit to a model: cast to its dtype and device; tensors that need no cast are shared.
 
-        On the CPU, draft layers are in the format `PACKED` if their head is: a draft reads half the bytes of them.
+        On the CPU, draft layers are in the format `PACKED` if the head is int8, so that a draft reads half the bytes.
         Matrices whose width is no multiple of the format's group stay as they are.
 
         Parameters
         ----------
         model : LayerSkipModel
         rows : {"full", "int8"} or Tensor [S], int64, optional
-            Which rows the head has: all in the model's dtype, all in int8, or those of some tokens in int8; by default
+            The rows of the head: all in the model's dtype, all in int8, or those of some tokens in int8; by default
             those of ``token_ids`` in int8 or, without them, all in the model's dtype.
 
         Raises
         ------
         ValueError
-            If the model has other sizes than the one that the exit was made for, or a weight to quantize is not finite.
+            If the model has other sizes than the exit, or a weight to quantize is not finite.
         """
         self._check_model(model)
         like = model.head.norm_weight
@@ -133,7 +131,7 @@ class Exit:
         self.check_draft_layers({name: None if getattr(first, name) is None else shapes[name] for name in shapes})
 
     def check_sizes(self, num_layers: int, vocab_size: int, hidden_size: int) -> None:
-        """Raise ValueError if the exit is for a model of other sizes, L, V and D."""
+        """Raise ValueError if the exit is for a model with other L, V or D."""
         sizes = {
             "layers": (self.num_layers, num_layers),
             "tokens": (self.vocab_size, vocab_size),
@@ -144,7 +142,7 @@ class Exit:
                 raise ValueError(f"the exit is for a model of {mine} {what}, this one has {theirs}")
 
     def check_draft_layers(self, shapes: Mapping[str, Sequence[int] | None]) -> None:
-        """Raise ValueError if a draft layer has other tensors than a model's layer, None for none."""
+        """Raise ValueError unless draft layers have these shapes; None for no tensor."""
         for number, layer in enumerate(self.draft_layers):
             for name, weight in layer._asdict().items():
                 own = "none" if weight is None else list(weight.shape)
@@ -158,20 +156,13 @@ class Exit:
 
     def save(self, path: str | Path) -> Path:
         """Write a file (``*.safetensors``), or ``exit.safetensors`` in a directory; whole or not at all."""
-        target = _file(path)
-        tensors = {"norm_weight": self.norm_weight, "token_ids": self.token_ids}
+        tensors: dict[str, Tensor | None] = {"norm_weight": self.norm_weight, "token_ids": self.token_ids}
         tensors |= {"head_down": self.head_down, "head_up": self.head_up}
         for number, layer in enumerate(self.draft_layers):
             tensors |= {f"blocks.{number}.{name}": weight for name, weight in _given(layer)}
         metadata = {"format": FORMAT, "exit_layer": self.exit_layer, "num_blocks": self.num_draft_layers}
         metadata |= {"num_layers": self.num_layers, "vocab_size": self.vocab_size}
-        data = need("safetensors.torch", "saving an exit").save(
-            # clones, for safetensors refuses tensors that share their storage
-            {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None},
-            metadata={name: str(value) for name, value in metadata.items()},
-        )
-        write_atomically(target, data)
-        return target
+        return save_tensors(_file(path), "an exit", tensors, metadata)
 
     @classmethod
     def load(cls, source: str | Path) -> Exit:
@@ -187,20 +178,10 @@ class Exit:
         FileNotFoundError, ModuleNotFoundError, ValueError
             If there is none, or it is not an exit; the message names the file.
         """
-        safetensors = need("safetensors", "reading an exit")
-        named = isinstance(source, str) and "/" not in source
-        path = (registry.exit(str(source)) if named else None) or _file(source)
-        if not path.is_file():
-            hint = f"; {registry.hint(registry.MODELS, str(source))}" if named else ""
-            raise FileNotFoundError(f"no exit at {path}{hint}")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-                return cls(**_read(file.metadata() or {}, tensors))
-        except KeyError as error:
-            raise ValueError(f"{path} is not an exit: it has no {error}") from error
-        except (safetensors.SafetensorError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not an exit: {error}") from error
+        loaded: Exit = load_tensors(
+            source, _file(source), "an exit", registry.exit, lambda *parts: cls(**_read(*parts))
+        )
+        return loaded
 
 
 def _given(layer: LayerWeights) -> Iterator[tuple[str, Tensor]]:
@@ -209,7 +190,7 @@ def _given(layer: LayerWeights) -> Iterator[tuple[str, Tensor]]:
 
 
 def _packed(layer: LayerWeights, number: int) -> LayerWeights:
-    """A draft layer with its matrices in the format `PACKED`, where that suits their width."""
+    """A draft layer with its matrices in the format `PACKED`, if their widths allow it."""
     changed = {}
     for name, weight in _given(layer):
         if weight.dim() == 2 and weight.shape[1] % FORMATS[PACKED].group_size == 0:
@@ -226,7 +207,7 @@ def _file(path: str | Path) -> Path:
 
 
 def _read(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of `Exit` out of a file's metadata and tensors."""
+    """The arguments of `Exit` from a file's metadata and tensors."""
     if metadata["format"] != FORMAT:
         raise ValueError(f"format {metadata['format']!r}, this version reads {FORMAT!r}")
     found: dict[int, dict[str, Tensor]] = {}
@@ -261,7 +242,7 @@ def _check_low_rank(down: Tensor | None, up: Tensor | None, hidden_size: int, vo
 def head_of(
     full: EarlyExitHead, norm_weight: Tensor, low_rank: tuple[Tensor, Tensor] | None, rows: str | Tensor
 ) -> EarlyExitHead:
-    """A model's head with another norm, corrected, and with the rows that are asked for (`Exit.of`)."""
+    """A model's head with another norm, a low-rank correction, and selected rows (`Exit.of`)."""
     if isinstance(rows, str) and rows not in ("full", "int8"):
         raise ValueError(f"rows must be 'full', 'int8' or token ids, got {rows!r}")
     weight: Tensor = full.head_weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from layerskip_kernels.formats import FORMATS
 
+from .. import registry
+from .._files import write_atomically
 from .._imports import need
 
 INDEX = "model.safetensors.index.json"
@@ -69,6 +71,40 @@ def check_safetensors(path: Path) -> None:
             pass
     except safetensors.SafetensorError as error:
         raise ModelFileError(f"{path} is truncated or corrupt ({path.stat().st_size} bytes): {error}") from error
+
+
+def save_tensors(path: Path, what: str, tensors: Mapping[str, Tensor | None], metadata: Mapping[str, Any]) -> Path:
+    """Write ``what``, "an exit" say, to a safetensors file, atomically; tensors that are None are left out."""
+    data = need("safetensors.torch", f"saving {what}").save(
+        # Clones, because safetensors refuses tensors that share their storage.
+        {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if tensor is not None},
+        metadata={name: str(value) for name, value in metadata.items()},
+    )
+    write_atomically(path, data)
+    return path
+
+
+def load_tensors(
+    source: str | Path, file: Path, what: str, find: Callable[[str], Path | None], make: Callable[..., Any]
+) -> Any:
+    """Read what `save_tensors` wrote to ``file``, or what ``find`` knows under the name ``source``.
+
+    Returns ``make(metadata, tensors)``. FileNotFoundError or ValueError, with the path, if missing or not ``what``.
+    """
+    safetensors = need("safetensors", f"reading {what}")
+    named = isinstance(source, str) and "/" not in source
+    path = (find(str(source)) if named else None) or file
+    if not path.is_file():
+        hint = f"; {registry.hint(registry.MODELS, str(source))}" if named else ""
+        raise FileNotFoundError(f"no {what.partition(' ')[2]} at {path}{hint}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+            return make(opened.metadata() or {}, tensors)
+    except KeyError as error:
+        raise ValueError(f"{path} is not {what}: it has no {error}") from error
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not {what}: {error}") from error
 
 
 def outer_format(weights: str) -> str:

@@ -24,10 +24,9 @@ def reject_gradient(hidden: Tensor) -> None:
 
 
 class BoundExit(NamedTuple):
-    """What drafts, in the dtype and on the device of a model: ``head`` has its norm, ``draft_layers`` run before it.
+    """An exit in the dtype and on the device of a model: ``head`` has its norm, ``draft_layers`` run before it.
 
-    ``exit_layer`` is the layer after which they do; None for a head alone, which may follow any layer. Matrices of
-    draft layers may be packed.
+    ``exit_layer`` is None for a head alone, which may follow any layer. Matrices of draft layers may be packed.
     """
 
     exit_layer: int | None
@@ -36,13 +35,12 @@ class BoundExit(NamedTuple):
 
 
 class NormForm(NamedTuple):
-    """How a final norm is kept, if not as the ops take it: the weight is (``offset`` + what is kept) · ``scale``."""
+    """A final norm that is stored differently: the op's weight is (``offset`` + stored) · ``scale``."""
 
     offset: float
     scale: float
 
     def of(self, kept: Tensor) -> Tensor:
-        """The weight, in the dtype of what is kept."""
         return ((kept.float() + self.offset) * self.scale).to(kept.dtype)
 
 
@@ -53,7 +51,7 @@ _INT8_MAX = 127
 class EarlyExitHead(nn.Module):
     """Final norm, head, arg-max and log-sum-exp for the state after any layer; no logits are written.
 
-    It keeps the very tensors that it is given, so it shares the storage of the model that they come from.
+    The given tensors are kept, not copied, so storage is shared with the model that they come from.
 
     Parameters
     ----------
@@ -62,11 +60,11 @@ class EarlyExitHead(nn.Module):
         In the dtype of ``norm_weight``, packed (`layerskip_kernels.formats`), or int8 together with ``scale``.
     eps : float
     token_map : Tensor [V], int64, optional
-        The token that each row stands for; without it a row stands for its index.
+        The token of each row; by default its index.
     scale : Tensor [V], fp32, optional
         One factor a row of an int8 head.
     norm_form : NormForm, optional
-        Where ``norm_weight`` is not yet the weight of the norm; then the weight is a tensor of its own, see `refresh`.
+        If ``norm_weight`` is not the op's weight, which then is a tensor of its own, see `refresh`.
     """
 
     token_map: Tensor | None
@@ -106,7 +104,6 @@ class EarlyExitHead(nn.Module):
 
     @property
     def num_rows(self) -> int:
-        """How many tokens the head scores."""
         return self.head_weight.shape[0]
 
     @property
@@ -116,7 +113,7 @@ class EarlyExitHead(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Compute the norm's weight again where it is not the parameter itself, which may have other values."""
+        """Recompute the norm's weight if it is derived from the parameter."""
         if self.norm_form is None:
             return
         weight = self.norm_form.of(self.norm_kept)
@@ -127,7 +124,7 @@ class EarlyExitHead(nn.Module):
 
     @property
     def weights(self) -> Head:
-        """The tensors of the head as the ops take them."""
+        """The tensors as the ops take them."""
         return Head(self.norm_weight, self.head_weight, self.token_map, self.scale)
 
     def forward(
@@ -138,18 +135,18 @@ class EarlyExitHead(nn.Module):
         offset: Tensor | None = None,
         logits: Tensor | None = None,
     ) -> ExitOutput:
-        """The token that the model would give if it ended after this layer.
+        """Compute the token that the model would emit if it ended after this layer.
 
         Parameters
         ----------
         hidden : Tensor [..., D]
             Raw state after a layer, not yet normed.
         temperature : Tensor [R], fp32, optional
-            R is the number of rows, the product of the leading sizes. Draw at this temperature; 0 is greedy.
+            Of each of the R rows; 0 is greedy.
         seed, offset : Tensor [R], int64
-            Determine the noise; given with a temperature, and only with one.
+            Determine the noise; required with a temperature.
         logits : Tensor [R, V], fp32, optional
-            The raw logits are written to it; without it they are never written.
+            Receives the raw logits.
 
         Returns
         -------
@@ -180,25 +177,25 @@ class EarlyExitHead(nn.Module):
 
     @torch.no_grad()
     def quantize(self, token_ids: Tensor | None = None, low_rank: tuple[Tensor, Tensor] | None = None) -> EarlyExitHead:
-        """An approximate copy for drafting: symmetric int8, with the scale max|w| / 127 for each row.
+        """Make an approximate copy for drafting: symmetric int8, with the scale max|w| / 127 for each row.
 
         Parameters
         ----------
         token_ids : Tensor [N], int64, optional
             Score only these tokens: sorted, each once.
         low_rank : (Tensor [r, D], Tensor [V, r]), optional
-            Quantise ``head_weight + second @ first``, on the head's device.
+            Quantize ``head_weight + second @ first``.
 
         Returns
         -------
         EarlyExitHead
-            The norm is shared, the rows are new.
+            Shares the norm.
 
         Raises
         ------
         ValueError
-            If the head is a quantised or reduced one already, ``token_ids`` is not sorted, unique and within the
-            vocabulary, or a row holds NaN or infinity.
+            If the head is quantized or reduced already, ``token_ids`` is not sorted, unique and within the vocabulary,
+            or a row holds NaN or infinity.
         """
         if self.scale is not None or self.token_map is not None:
             raise ValueError("this head is quantised or reduced already; quantize the full head")
@@ -219,7 +216,7 @@ class EarlyExitHead(nn.Module):
         return EarlyExitHead(self.norm_weight, quantised, self.eps, token_ids, scale)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EarlyExitHead:
-        """Convert the module, but not the scales: the op takes them in fp32."""
+        """Convert the module except for the scales, which the op takes in fp32."""
         scale = self.scale
         super()._apply(fn, recurse)
         if scale is not None:
@@ -228,7 +225,7 @@ class EarlyExitHead(nn.Module):
 
 
 def check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
-    """Token ids that choose rows are sorted, unique and within the vocabulary."""
+    """Raise ValueError unless token ids are sorted, unique and within the vocabulary."""
     if token_ids.dtype != torch.int64 or token_ids.dim() != 1 or token_ids.numel() == 0:
         raise ValueError(f"token_ids must be a non-empty int64 vector, got {token_ids.dtype} {list(token_ids.shape)}")
     if bool((token_ids[1:] <= token_ids[:-1]).any()):
@@ -239,7 +236,7 @@ def check_token_ids(token_ids: Tensor, vocabulary: int) -> None:
 
 
 def _quantize_rows(weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Int8 rows and their scales of ``weight`` [N, D] in fp32; ``first`` numbers the rows for the message."""
+    """Int8 rows and scales of fp32 rows [N, D]; ``first`` is the number of the first row, for the message."""
     largest = weight.abs().amax(1)
     broken = (~largest.isfinite()).nonzero()
     if broken.numel():

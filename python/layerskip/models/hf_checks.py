@@ -18,7 +18,7 @@ class UnsupportedModelError(ValueError):
 
 
 def unsupported(what: str, supported: str) -> UnsupportedModelError:
-    """The error for ``what``, which names what would be right."""
+    """The error for ``what``, which names what is supported."""
     return UnsupportedModelError(f"{what} is not supported; supported: {supported}")
 
 
@@ -34,20 +34,11 @@ _HARMLESS = ("transformers.", f"{_COMPRESSING}compressors.", f"{_COMPRESSING}mod
 goes into the cache, which stays exact here."""
 
 
-class ModelWatch:
-    """What a Hugging Face model consists of at one time, to be compared with what it consists of later.
+class ModelSnapshot:
+    """The parts of a Hugging Face model at one time, to be compared with those at a later time.
 
-    It compares identities, so it costs about as little as a loop over the modules can (see `changed`). It keeps the
-    model's parts alive, but not the model.
-
-    Parameters
-    ----------
-    hf_model : torch.nn.Module
-
-    Raises
-    ------
-    UnsupportedModelError
-        As `check_hooks`.
+    Compares identities, so it costs about as little as a loop over the modules can. It keeps the model's parts alive,
+    but not the model. UnsupportedModelError as in `check_hooks`.
     """
 
     def __init__(self, hf_model: nn.Module) -> None:
@@ -73,15 +64,10 @@ class ModelWatch:
         self._versions = list(map(_version, self._copied))
 
     def changed(self) -> nn.Module | None:
-        """The model, if its depth or what is in it is another: modules, parameters, their dtype or device; else None.
+        """Return the model if its depth, modules, parameters, or their dtype or device have changed, else None.
 
-        A change of values in place is none, since they are shared, but where the model is quantized. A model that
-        nobody else holds cannot have changed.
-
-        Raises
-        ------
-        UnsupportedModelError
-            As `check_hooks`.
+        In-place changes of values count only in a quantized model, since plain values are shared. A model that was
+        freed has not changed. UnsupportedModelError as in `check_hooks`.
         """
         model = self._model()
         if model is None:
@@ -103,14 +89,9 @@ class ModelWatch:
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Refuse what is called besides the modules' own forwards: hooks, and forwards of one instance.
+    """Raise UnsupportedModelError for hooks, and forwards of one instance, which would not be called.
 
-    Hooks of transformers itself, and what compressed-tensors puts around modules, are no hindrance.
-
-    Raises
-    ------
-    UnsupportedModelError
-        With the module and the hook.
+    Hooks of transformers itself, and wrappers of compressed-tensors, are allowed.
     """
     for hook in _values((torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)):
         raise UnsupportedModelError(f"{_called(hook)}, a forward hook of all modules, would not be called; remove it")
@@ -133,9 +114,9 @@ def check_hooks(model: nn.Module) -> None:
 
 
 def _decompresses(module: nn.Module, forward: Any) -> bool:
-    """Whether a forward is one of compressed-tensors', around a weight that was compressed, or one that moves tensors.
+    """Whether a forward is compressed-tensors' wrapper of a compressed weight, or one that moves tensors.
 
-    It has the name of what it wraps. A weight that is not compressed yet it rounds at each call.
+    A weight that is not compressed yet would be rounded at each call.
     """
     home = str(getattr(_function(forward), "__globals__", {}).get("__name__", ""))
     if home.startswith(f"{_COMPRESSING}offload."):
@@ -146,14 +127,14 @@ def _decompresses(module: nn.Module, forward: Any) -> bool:
 
 
 def _function(forward: Any) -> Any:
-    """What a method is one of; accelerate makes a method of a method."""
+    """The function of a method; accelerate makes methods of methods."""
     while hasattr(forward, "__func__"):
         forward = forward.__func__
     return forward
 
 
 def _is_of_class(module: nn.Module, forward: Any) -> bool:
-    """Whether this is the forward of the module's class, with or without its decorators: what is often put back."""
+    """Whether this is the forward of the module's class, with or without its decorators."""
     forward = _function(forward)
     candidate = class_of(module).forward
     while candidate is not None and candidate is not forward:
@@ -162,12 +143,12 @@ def _is_of_class(module: nn.Module, forward: Any) -> bool:
 
 
 def class_of(module: nn.Module) -> Any:
-    """The class of a module, or what it was before `layerskip.accelerate`."""
+    """The class of a module, before `layerskip.accelerate`."""
     return module.__dict__.get(ORIGINAL_CLASS, type(module))
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside what ``torch.compile`` made of it, or the given model itself."""
+    """The model inside a ``torch.compile`` wrapper, or the given model."""
     dynamo = sys.modules.get("torch._dynamo")  # without it nothing was compiled
     compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
     return model._orig_mod if compiled else model
@@ -182,13 +163,13 @@ def _values(dicts: Iterable[Mapping[Any, Any]]) -> list[Any]:
 
 
 def _depth(model: nn.Module) -> int | None:
-    """How many of its layers a model calls."""
+    """The number of layers that a model calls."""
     depth: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     return depth
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode do not count it."""
+    """The version counter of a tensor; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -10,9 +10,8 @@ import torch
 class SharedKVCache:
     """Keys and values of all layers, and the length of each sequence.
 
-    Nothing at or beyond a sequence's length is read before it is written again. So a rollback only sets a length, and
-    within a round the early layers may hold more positions than the later ones. And so a new cache is not filled: on
-    the CPU its memory is taken page by page as sequences grow.
+    Nothing at or beyond a sequence's length is read before it is written again. So a rollback only sets a length, early
+    layers may hold more positions than later ones within a round, and a new cache is not filled.
 
     Parameters
     ----------
@@ -24,16 +23,15 @@ class SharedKVCache:
     Attributes
     ----------
     k, v : Tensor [L, B, G, T, C]
-        Of any content where nothing was written.
     seq_lens : Tensor [B], int64
-        How many positions of each sequence are valid. The layers read it; whoever calls them advances it.
+        The valid positions of each sequence. Layers read it; their caller advances it.
 
     Raises
     ------
     ValueError
         If a size is not positive.
     MemoryError
-        If there is not enough memory; it says how much was asked for.
+        If there is not enough memory; the message has the size.
     """
 
     def __init__(
@@ -62,32 +60,19 @@ class SharedKVCache:
 
     @property
     def num_layers(self) -> int:
-        """L."""
         return self.k.shape[0]
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return self.k.shape[1]
 
     @property
     def capacity(self) -> int:
-        """T, the most positions that a sequence may have."""
+        """T, the most positions of a sequence."""
         return self.k.shape[3]
 
     def slot(self, index: int) -> SharedKVCache:
-        """One row of the cache, which holds one sequence, as a view: a write to it is a write to this cache.
-
-        Parameters
-        ----------
-        index : int
-            In 0 … B - 1.
-
-        Raises
-        ------
-        ValueError
-            If it is not.
-        """
+        """A view of row ``index``, which holds one sequence; ValueError if it is not in 0 … B - 1."""
         if not 0 <= index < self.batch_size:
             raise ValueError(f"slot must be in 0 … {self.batch_size - 1}, got {index}")
         view = object.__new__(SharedKVCache)
@@ -96,26 +81,16 @@ class SharedKVCache:
         return view
 
     def reset(self) -> None:
-        """Set all lengths to 0."""
         self.seq_lens.zero_()
 
     def copy_prefix(self, source: int, target: int, length: int, num_layers: int) -> None:
-        """Copy the keys and values of the first positions of one row to another, in layers [0, num_layers).
-
-        Parameters
-        ----------
-        source, target : int
-            Rows of the cache.
-        length : int
-            How many positions.
-        num_layers : int
-        """
+        """Copy the first ``length`` positions of one row to another, in layers [0, num_layers)."""
         for half in (self.k, self.v):
             half[:num_layers, target, :, :length] = half[:num_layers, source, :, :length]
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """A tensor of any content; memory that cannot be had is an error that says what would help."""
+    """Allocate an uninitialized tensor, or raise MemoryError."""
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:  # of torch's allocators; on a card it is OutOfMemoryError, which is one

@@ -34,7 +34,7 @@ def present(layer: HeldWeights) -> dict[str, Tensor]:
 
 
 def parts_of(held: Mapping[str, Tensor], keys: int) -> dict[str, Tensor]:
-    """The tensors of a layer with views of rows in the place of what is joined; ``keys`` is G C, the rows of k."""
+    """Split joined parameters into views of rows; ``keys`` is G C, the rows of k."""
     parts: dict[str, Tensor] = {}
     for name, weight in held.items():
         if name not in JOINED:
@@ -73,20 +73,8 @@ def prefill_layer(
 ) -> Tensor:
     """Compute one layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
 
-    Parameters
-    ----------
-    hidden : Tensor [B, N, D]
-    weights : LayerWeights
-    k_cache, v_cache : Tensor [B, G, T, C]
-        Written at positions ``past`` to ``past + N - 1``.
-    cos, sin : Tensor [≥ T, C/2], fp32
-    seq_lens : Tensor [B], int64
-        ``past``, on the device.
-    past : int
-        How many positions the cache already holds.
-    eps : float
-    watch : callable, optional
-        Called for each of the inputs of matmuls.
+    ``hidden`` is [B, N, D]; keys and values go to positions ``past`` to ``past + N - 1`` of the caches [B, G, T, C].
+    ``seq_lens`` [B] equal ``past``, on the device. ``watch`` is called with the inputs of matmuls.
     """
     seen = watch or (lambda name, states: None)
     batch, rows, _ = hidden.shape
@@ -110,23 +98,12 @@ def prefill_layer(
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Torch's product x weightᵀ + bias; a weight that is packed is unpacked for this call alone."""
+    """Compute x weightᵀ + bias with torch; a packed weight is unpacked for this call."""
     return F.linear(x, plain(weight, x.shape[-1], x.dtype), bias)
 
 
 def write_keys(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float, product: Product) -> None:
-    """Write the keys and values of a layer, and compute nothing else of it.
-
-    Parameters
-    ----------
-    hidden : Tensor [B, N, D]
-        Before the layer.
-    weights : LayerWeights
-    cache : KVCache
-        Of this layer alone.
-    eps : float
-    product : callable
-    """
+    """Write the keys and values of one layer for states [B, N, D]; ``cache`` is of this layer alone."""
     batch, rows, _ = hidden.shape
     normed = rms_norm(hidden, weights.attn_norm, eps).flatten(0, 1)
     shape = (batch, rows, -1, cache.k_cache.shape[3])
@@ -145,7 +122,6 @@ def attend_prompt(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
 
 
 def attend_in_pieces(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
-    """With this library's kernel."""
     attended = [
         verify_attention(piece, k_cache, v_cache, seq_lens + i * ATTENTION_ROWS)
         for i, piece in enumerate(q.split(ATTENTION_ROWS, dim=1))
@@ -154,10 +130,7 @@ def attend_in_pieces(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tens
 
 
 def attend_masked(q: Tensor, k_cache: Tensor, v_cache: Tensor, past: int) -> Tensor:
-    """With torch's attention.
-
-    It reads the cache up to the last valid position: beyond it there may be NaN, which a mask does not keep out of V.
-    """
+    """Use torch's attention, up to the last valid position: a mask does not keep NaN beyond it out of V."""
     rows = q.shape[1]
     keys, values = k_cache[:, :, : past + rows], v_cache[:, :, : past + rows]
     # No tensor for a mask: that would rule out flash attention on a card.
@@ -173,14 +146,13 @@ _growing = Lock()  # of tables, which several threads may find too short; a deco
 class PartialDepthDecoder(nn.Module):
     """The layers of a decoder; `forward` runs layers [start, end) as one fused call.
 
-    It keeps the very tensors that it is given, so it shares the storage of the model that they come from, and sees
-    changes made to them in place.
+    The given tensors are kept, not copied: storage and in-place changes are shared with the model that they come from.
 
     Parameters
     ----------
     layers : sequence of LayerWeights, or of mapping
         At least one; all of one dtype and on one device. Shapes as in `layerskip_kernels.partial_forward`. A mapping
-        has the same names, or those of `layerskip.models.layers.JOINED`, each for several matrices in one parameter.
+        has the same names, or those of `layerskip.models.layers.JOINED` for several matrices in one parameter.
     num_kv_heads : int
         G.
     eps : float
@@ -190,10 +162,9 @@ class PartialDepthDecoder(nn.Module):
     attention_scaling : float
         Factor of cos and sin.
     draft_layers : sequence of LayerWeights
-        Of an exit: they count as the layers from L on, and only who asks for these runs them.
+        Of an exit: layers from L on, which run only when asked for.
     max_positions : int, optional
-        How many positions these layers compute as their model does, where that is not any number. What is further on
-        comes out as NaN, so that its head gives no token.
+        The number of positions that are computed as the model does; later ones are NaN, so that no token follows.
 
     Raises
     ------
@@ -234,38 +205,30 @@ class PartialDepthDecoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights, states and cache."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
         return self._like.device
 
     def with_draft_layers(self, draft_layers: Sequence[LayerWeights]) -> PartialDepthDecoder:
-        """A decoder of the same layers, on the same storage, with the draft layers of an exit."""
+        """A decoder with the same layers, on the same storage, and an exit's draft layers."""
         return self.of([self.held(number) for number in range(self.num_layers)], draft_layers)
 
     def of(self, layers: Sequence[HeldWeights], draft_layers: Sequence[LayerWeights] = ()) -> PartialDepthDecoder:
-        """A decoder of other layers, with the same norms' eps and rotary embedding."""
+        """A decoder of other layers, with the same eps and rotary embedding."""
         inv_freq, scaling, _ = self.rotary
         return PartialDepthDecoder(
             layers, self.num_kv_heads, self.eps, inv_freq, scaling, draft_layers, self.max_positions
         )
 
     def let_go(self) -> None:
-        """Hold the weights by their parameters alone, for who frees these one by one; nothing can be computed then."""
+        """Drop the lists of weights, so that parameters can be freed one by one; nothing can be computed then."""
         self._by_layer.clear()
         self._weights.clear()
 
     def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
-        """An empty cache for layers and draft layers; the tables of the rotary embedding grow to ``capacity``.
-
-        Parameters
-        ----------
-        batch_size, capacity : int
-            B and T.
-        """
+        """Make an empty cache [B, T] for layers and draft layers; the rotary tables grow to ``capacity``."""
         layers = self.num_layers + self.num_draft_layers
         cache = SharedKVCache(layers, batch_size, self.num_kv_heads, capacity, self.head_dim, self.dtype, self.device)
         with _growing:
@@ -290,27 +253,26 @@ class PartialDepthDecoder(nn.Module):
 
     @property
     def ops(self) -> Ops | None:
-        """What drafts and rounds of these layers are made of; None where one call computes them."""
+        """The ops that drafts and rounds are composed of; None if one call computes them."""
         return None
 
     def layer(self, index: int) -> LayerWeights:
-        """The weights of one layer by their names."""
         return self._by_layer[index]
 
     def template(self, index: int) -> LayerWeights:
-        """A layer for the draft layers of an exit to be like."""
+        """The layer whose shapes an exit's draft layers must have."""
         return self.layer(index)
 
     def held(self, index: int) -> dict[str, Tensor]:
-        """The parameters of one layer, which `layer` may give in parts."""
+        """The parameters of one layer, some of them joined."""
         return dict(cast("nn.ParameterDict", self.layers[index]).items())
 
     def made(self, held: Mapping[str, Tensor]) -> LayerWeights:
-        """The weights of a layer out of parameters as `held` gives them."""
+        """The weights of a layer, of parameters as from `held`."""
         return LayerWeights(**parts_of(held, self.num_kv_heads * self.head_dim))
 
     def refresh(self) -> None:
-        """Look at the parameters again, if `layer` gives views of some: they may have been given other memory."""
+        """List the parameters again if `layer` returns views, whose memory may have changed."""
         if self._has_views:
             self._list_weights()
 
@@ -320,7 +282,6 @@ class PartialDepthDecoder(nn.Module):
 
     @property
     def draft_layer_weights(self) -> list[Tensor]:
-        """Those of the draft layers."""
         return self.layer_weights(self.num_layers, self.num_layers + self.num_draft_layers)
 
     def forward(
@@ -368,15 +329,15 @@ class PartialDepthDecoder(nn.Module):
             )
 
     def kv_cache(self, cache: SharedKVCache, seq_lens: Tensor | None = None, slots: Tensor | None = None) -> KVCache:
-        """The cache and the rotary tables as the ops take them; by default with the cache's own lengths."""
+        """The cache and the rotary tables as the ops take them; by default with the cache's lengths."""
         lengths = cache.seq_lens if seq_lens is None else seq_lens
         return KVCache(cache.k, cache.v, *self._tables, lengths, slots)
 
     def prefill(self, hidden: Tensor, cache: SharedKVCache, start: int = 0, end: int | None = None) -> Tensor:
         """Run layers [start, end) on many rows, with torch's own matmuls and attention.
 
-        It is for prompts, whose cost is arithmetic and not memory. The result equals that of `forward` up to rounding.
-        The caller splits a long prompt into chunks, and advances the lengths after each.
+        For prompts, whose cost is arithmetic and not memory. The result equals that of `forward` up to rounding. The
+        caller splits a long prompt into chunks, and advances the lengths after each.
 
         Parameters
         ----------
@@ -419,7 +380,7 @@ class PartialDepthDecoder(nn.Module):
         past: int,
         watch: Watch | None = None,
     ) -> Tensor:
-        """One layer of `prefill`, after ``past`` positions, with these weights in the place of its own."""
+        """One layer of `prefill`, after ``past`` positions, with the given weights."""
         keys, values, (cos, sin) = cache.k[number], cache.v[number], self.tables_of(number)
         return prefill_layer(hidden, weights, keys, values, cos, sin, cache.seq_lens, past, self.eps, watch)
 
@@ -432,16 +393,10 @@ class PartialDepthDecoder(nn.Module):
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> None:
-        """Write the keys and values of one layer, and compute nothing else of it: for rows that only later ones see.
+        """Write only the keys and values of layer ``layer``, for rows that only later ones attend to.
 
-        Parameters
-        ----------
-        hidden, cache, seq_lens, slots
-            As in `forward`.
-        layer : int
-            From L on it is a draft layer.
-        product : callable
-            `layerskip_kernels.linear`, which gives what `forward` gives, or torch's, for the many rows of a prompt.
+        ``product`` is `layerskip_kernels.linear`, with the bits of `forward`, or torch's, for the many rows of a
+        prompt.
         """
         self._check(hidden, cache, layer, layer + 1)
         whole = self.kv_cache(cache, seq_lens, slots)
@@ -451,7 +406,7 @@ class PartialDepthDecoder(nn.Module):
             write_keys(hidden, self._by_layer[layer], own, self.eps, product)
 
     def _check(self, hidden: Tensor, cache: SharedKVCache, start: int, end: int) -> None:
-        """Check what the op cannot. It runs for every drafted token, so it is short."""
+        """Check what the op cannot; called for every draft token."""
         reject_gradient(hidden)
         if not 0 <= start <= end <= len(self._by_layer):
             draft_layers = f" and {self.num_draft_layers} draft layers" if self.num_draft_layers else ""
@@ -467,11 +422,10 @@ class PartialDepthDecoder(nn.Module):
             )
 
     def _filled_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin of the rotary embedding, [positions, C/2] in fp32."""
         return self.rotary.tables(positions, self.max_positions, self.device)
 
     def _list_weights(self) -> None:
-        """List the parameters in the op's order; the lists hold the objects, so they see changes in place."""
+        """List the parameters in the op's order; the lists hold the objects, so they see in-place changes."""
         self._by_layer = [self.made(self.held(number)) for number in range(len(self.layers))]
         names = self._fields()
         first = self.held(0)

@@ -20,24 +20,22 @@ from .quantize import format_names, quantize_model, with_widths
 class LayerSkipModel(nn.Module):
     """Embedding, layers and head of a causal language model, on the storage of the model that they came from.
 
-    The embedding, the head and the weights of the layers' matmuls may be packed (`layerskip_kernels.formats`).
+    Embedding, head and the weights of the layers' matmuls may be packed (`layerskip_kernels.formats`).
 
     Parameters
     ----------
     embedding : Tensor [V, D]
     decoder : PartialDepthDecoder
     head : EarlyExitHead
-    config : object
-        Configuration of the model that it was made from.
-    generation_config : object, optional
-        Generation configuration of that model: among others, which tokens end a sequence.
+    config, generation_config : object
+        Configurations of the model that it was made from.
     exit : BoundExit, optional
-        What drafts after an early layer; by default ``head``.
+        By default drafts use ``head`` after any early layer.
 
     Attributes
     ----------
     exit_layer : int or None
-        E of ``exit``; None where drafts may be made after any layer.
+        E of ``exit``; None if drafts may be made after any layer.
     """
 
     def __init__(
@@ -63,12 +61,11 @@ class LayerSkipModel(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """L."""
         return self.decoder.num_layers
 
     @property
     def draft_head(self) -> EarlyExitHead:
-        """What chooses the drafts: it may be approximate, since ``head`` verifies them."""
+        """The head of drafts, which may be approximate, since ``head`` verifies them."""
         return self.head if self._own_draft_head is None else self._own_draft_head
 
     def with_exit(self, exit: BoundExit) -> LayerSkipModel:
@@ -79,7 +76,7 @@ class LayerSkipModel(nn.Module):
 
     @property
     def weights(self) -> str:
-        """The dtype or the formats of the matmuls' weights, embedding and head included: "bfloat16", "int4+int8"."""
+        """The dtype or formats of the matrices: "bfloat16", "int4+int8"."""
         return "+".join(format_names(self.matrices()))
 
     def matrices(self) -> list[tuple[Tensor, int]]:
@@ -94,20 +91,20 @@ class LayerSkipModel(nn.Module):
         progress: Callable[[int, int], None] | None = None,
         calibration: Sequence[Tensor] = (),
     ) -> LayerSkipModel:
-        """A model whose layers, embedding and head are packed in a format; norms and biases are shared.
+        """Pack layers, embedding and head in a format; norms and biases are shared.
 
         Parameters
         ----------
         weights : str
             One of `layerskip_kernels.formats.FORMATS`: "int8", "int4", … With four bits, embedding and head are int8.
         release : bool
-            Free each weight as soon as it is packed: this model, and the one that it came from, are of no use
-            afterwards, and both never lie in memory at once.
+            Free each weight as soon as it is packed. This model, and the one that it came from, are of no use
+            afterwards.
         progress : callable, optional
-            Called after each weight with how many are packed, and of how many.
+            Called after each weight with the number of weights packed, and of all.
         calibration : sequence of Tensor [N], int64
-            Token ids of texts, some hundreds of tokens in all: weights are rounded with a look at what these multiply
-            them by (`layerskip.models.quantize`), which loses less. By default to nearest.
+            Token ids of texts, some hundreds of tokens in all, by which weights are rounded with less loss
+            (`layerskip.models.quantize`). By default to nearest.
 
         Returns
         -------
@@ -127,7 +124,6 @@ class LayerSkipModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """V."""
         return self.embedding.shape[0]
 
     @property
@@ -137,32 +133,20 @@ class LayerSkipModel(nn.Module):
         return min((bound for bound in bounds if bound is not None), default=None)
 
     def refresh(self) -> None:
-        """Look at the weights again: some may have other memory, or a norm other values."""
+        """Update views of weights whose memory, and norms whose values, may have changed."""
         self.decoder.refresh()
         self.head.refresh()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights and states."""
         return self.decoder.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
         return self.embedding.device
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """The state before layer 0.
-
-        Parameters
-        ----------
-        token_ids : Tensor [B, M], int64
-            Within the vocabulary.
-
-        Returns
-        -------
-        Tensor [B, M, D]
-        """
+        """The state [B, M, D] before layer 0 of token ids [B, M]."""
         with torch.no_grad():
             return lookup(self.embedding, token_ids, self.decoder.hidden_size, self.dtype)
 

@@ -34,13 +34,7 @@ _SMAPS = Path("/proc/self/smaps")
 
 
 class Arena:
-    """The memory of a model's weights.
-
-    Parameters
-    ----------
-    size : int
-        Bytes.
-    """
+    """One memory mapping of ``size`` bytes for the weights of a model, in huge pages if possible."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -54,24 +48,23 @@ class Arena:
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor, behind those that were taken before; it keeps the memory alive, and is its own storage.
+        """Copy a tensor behind those before; the copy keeps the memory alive.
 
-        A storage of its own: what saves a model takes tensors of one storage for one weight under several names.
+        It is its own storage: saving a model takes tensors of one storage for one weight under several names.
         """
         return self._room(tensor, tensor.dtype).copy_(tensor.detach())
 
     def take_interleaved(self, tensor: Tensor, width: int) -> Tensor:
-        """As `take`, of a packed weight for states of ``width``, whose rows are interleaved on the way."""
+        """Copy a packed weight for inputs of ``width``, with its rows interleaved."""
         return interleave(tensor.detach(), width, self._room(tensor, torch.int16))
 
     def _room(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """As many bytes and rows as a tensor has."""
         room = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._next)
         self._next += _lines(tensor)
         return room.view(tensor.shape).view(dtype)
 
     def huge_bytes(self) -> int:
-        """How many bytes of it lie in huge pages, as the kernel says; 0 where it does not say."""
+        """The number of bytes in huge pages, as the kernel reports; 0 if it does not."""
         inside = 0
         for line in _SMAPS.read_text().splitlines() if _SMAPS.is_file() else ():
             field = line.split()
@@ -86,13 +79,11 @@ class Arena:
 def gather_weights(model: Any) -> Arena | None:
     """Move a model's weights into one arena, in place, in the order in which decoding reads them.
 
-    Every holder of a parameter sees it in its new place, so whatever shares the weights goes on sharing them; their
-    values do not change. Who holds a view of a weight, and not the parameter, keeps the old memory. It is not for a
-    model that decodes meanwhile in another thread.
+    Every holder of a parameter sees it in its new place, with the same values; a view of a weight keeps the old memory.
+    Not for a model that decodes at the same time in another thread.
 
-    Packed integers are interleaved on the way where the processor multiplies them so
-    (`layerskip_kernels.formats.interleave`), but for those that a model of transformers holds, too. Before such a model
-    is moved to another device, `scatter_weights` has to undo it.
+    Packed integers are interleaved if the processor multiplies them so (`layerskip_kernels.formats.interleave`), except
+    those that a transformers model holds, too. Before such a model is moved to another device, call `scatter_weights`.
 
     Parameters
     ----------
@@ -101,12 +92,12 @@ def gather_weights(model: Any) -> Arena | None:
     Returns
     -------
     Arena or None
-        None where the weights are not in plain memory of this process: on a card, say, or made in inference mode.
+        None if the weights are not in plain memory of this process: on a GPU, or made in inference mode.
 
     Raises
     ------
     UnsupportedModelError
-        As `layerskip.adapt`, and if the weights are quantized, and another library's.
+        As `layerskip.adapt`, and if another library holds the weights quantized.
     """
     tensors = _weights(model)
     if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
@@ -131,7 +122,7 @@ def gather_weights(model: Any) -> Arena | None:
 
 
 def scatter_weights(model: Any) -> None:
-    """Undo `gather_weights`: give each weight memory of its own again, which frees the arena when the last has it.
+    """Undo `gather_weights`: give each weight memory of its own, which frees the arena.
 
     Not while the model decodes in another thread.
     """
@@ -146,11 +137,11 @@ def scatter_weights(model: Any) -> None:
 
 
 def gather_exit(exit: BoundExit) -> BoundExit:
-    """Move what drafts in int8, draft layers and head, into an arena of its own.
+    """Move an exit's int8 draft layers and head into an arena of its own.
 
-    An exit in the model's dtype stays as it is, since its tensors are those of `Exit` or of the model, and so does one
-    on a GPU. Packed draft layers are interleaved as in `gather_weights`; a model with them cannot be moved to
-    another device.
+    An exit in the model's dtype stays as it is, since it shares tensors with `Exit` or the model, and so does one on a
+    GPU. Packed draft layers are interleaved as in `gather_weights`; a model with them cannot be moved to another
+    device.
     """
     head, rows = exit.head, exit.head.head_weight
     tensors = [*(weight for layer in exit.draft_layers for weight in layer if weight is not None), rows]
@@ -163,7 +154,7 @@ def gather_exit(exit: BoundExit) -> BoundExit:
 
 
 def _gathered(layer: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
-    """The weights of a draft layer in an arena, in the order of reading; ``norm`` [D] is in the dtype of its states."""
+    """Copy a draft layer into an arena, in the order of reading; ``norm`` [D] has the dtype of its states."""
     weights = {name: weight for name, weight in layer._asdict().items() if weight is not None}
     widths = dict.fromkeys(MATRICES, norm.shape[0]) | {"o": layer.q.shape[0], "down": layer.gate.shape[0]}
     matrices = {name: width for name, width in widths.items() if name in weights}
@@ -177,12 +168,12 @@ def _gathered(layer: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
 
 
 def _packed(model: Any) -> list[tuple[Tensor, int]]:
-    """The matrices that may be packed, with their widths; those of a model of transformers are plain."""
+    """The matrices that may be packed, with their widths; those of a transformers model are plain."""
     return model.matrices() if isinstance(model, LayerSkipModel) else []
 
 
 def _panels(model: Any) -> dict[int, int]:
-    """Of the weights to interleave, by their identity, the width: all of a model's layers, or none."""
+    """The weights to interleave, by id, with their widths: all of a model's layers, or none."""
     if not isinstance(model, LayerSkipModel) or model.dtype != torch.bfloat16 or not multiplies_panels():
         return {}
     *layers, head, embedding = _packed(model)
@@ -196,13 +187,13 @@ def _panels(model: Any) -> dict[int, int]:
 
 
 def _renew(model: Any) -> None:
-    """Let a model see where its weights are now; one of transformers has no views of them."""
+    """Update a model's views of its weights; a transformers model has none."""
     if isinstance(model, LayerSkipModel):
         model.refresh()
 
 
 def _trim() -> None:
-    """Give the system what was freed: the C library keeps it, in the middle of its heap, for what may come."""
+    """Return freed memory to the system, which glibc keeps otherwise."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
         trim(0)
@@ -220,9 +211,9 @@ def _weights(model: Any) -> list[Tensor]:
 
 
 def _in_order(model: LayerSkipModel) -> Iterator[Tensor]:
-    """The weights of the matmuls in the order of reading, then what is small.
+    """The weights of matmuls in the order of reading, then small ones.
 
-    Small ones come along, or they would keep the old memory where all of it is one mapped file.
+    Small ones come along because they would keep the old memory if all of it is one mapped file.
     """
     layers = [model.decoder.held(number) for number in range(model.num_layers)]
     for layer in layers:

@@ -1,1 +1,1 @@
-"""This library inside Hugging Face's transformers: fused modules in its models, and its own ``generate``."""
+"""Integration in Hugging Face transformers: fused modules, a custom ``generate``, and a quantizer."""

@@ -27,7 +27,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _served(x: Tensor, *weights: Tensor) -> bool:
-    """Whether an op may take ``x``: no gradient, no conversion on the way, and a dtype and device that have kernels."""
+    """Whether an op may take ``x``: no gradient, no autocast, and a dtype and device that have kernels."""
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
         return False
     kind = x.device.type
@@ -49,13 +49,11 @@ class FusedRMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Norm the last dimension of ``hidden_states`` [..., D]."""
         if not _served(hidden_states, self.weight):
             return _original(self).forward(self, hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
-        """Shape and epsilon, as the original prints them."""
         return _original(self).extra_repr(self)
 
 
@@ -63,7 +61,6 @@ class SkinnyLinear(nn.Linear):
     """A linear layer that reads its weight once for up to `SKINNY_ROWS` rows."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., D_in] to [..., D_out]."""
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
         if not (_is_skinny(input) and _served(input, *tensors)):
             return super().forward(input)
@@ -79,7 +76,6 @@ class FusedSwiGLU(nn.Module):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., D] to [..., D]."""
         projections: Any = (self.gate_proj, self.up_proj, self.down_proj)
         if not (_is_skinny(x) and all(map(_is_bare, projections))):
             return _original(self).forward(self, x)
@@ -91,7 +87,7 @@ class FusedSwiGLU(nn.Module):
 
 
 def _is_bare(projection: Any) -> bool:
-    """Whether a call of the projection is its product and nothing else: it has no adapter and no hook."""
+    """Whether a call of the projection is only its product, without adapter or hook."""
     if type(projection) not in (SkinnyLinear, PackedLinear) or "forward" in projection.__dict__:
         return False
     return not any(getattr(projection, hooks) for hooks in _HOOKS)
@@ -102,14 +98,14 @@ def _original(module: nn.Module) -> Any:
 
 
 def fuse(module: nn.Module, fused: type[nn.Module]) -> None:
-    """Change the class of ``module`` to ``fused``, unless it has that class."""
+    """Change the class of ``module`` to ``fused``, if it is another."""
     if not isinstance(module, fused):
         module.__dict__[ORIGINAL_CLASS] = type(module)
         module.__class__ = fused
 
 
 def unfuse(module: nn.Module) -> None:
-    """Give ``module`` the class that it had before `fuse`; a module that was not fused does not change."""
+    """Restore the class that ``module`` had before `fuse`."""
     original = module.__dict__.pop(ORIGINAL_CLASS, None)
     if original is not None:
         module.__class__ = original
@@ -122,15 +118,14 @@ def accelerate(model: Model) -> Model:
     """Run the norms, feed-forwards and linear layers of a Hugging Face model through the fused ops, in place.
 
     ``model(…)`` and ``model.generate(…)`` give the same as before, up to rounding. Steps of up to `SKINNY_ROWS` rows
-    use the ops; prompts, whatever needs a gradient, and dtypes without an op (after ``model.double()``) use torch.
-    Attention and its cache stay transformers' own. Parameters, the keys of the state dict, hooks, training mode and
-    ``save_pretrained`` do not change. A model that is accelerated already is left alone.
+    use the ops; prompts, gradients, and dtypes without an op (after ``model.double()``) use torch. Attention and its
+    cache stay transformers' own. Parameters, state dict, hooks, training mode and ``save_pretrained`` do not change.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model of one of `layerskip.supported_architectures`, in fp32, bf16 or fp16, on the one device
-        that it is to run on. Layers that another library holds quantized stay as they are.
+        A causal language model of one of `layerskip.supported_architectures`, in fp32, bf16 or fp16, on the device that
+        it is to run on. Layers that another library holds quantized stay as they are.
 
     Returns
     -------
@@ -140,9 +135,9 @@ def accelerate(model: Model) -> Model:
     Raises
     ------
     UnsupportedModelError
-        If the architecture or a feature of it is not supported; the message names it and what is. Nothing has changed.
+        If the architecture or a feature of it is not supported. Nothing has changed.
     layerskip_kernels.BackendError
-        If only the reference would serve the ops on this machine: the model would become slower.
+        If only the reference backend is available: the model would become slower.
     """
     check_transformers()
     found = _fusable(unwrapped(model))
@@ -153,24 +148,14 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo `accelerate`, in place; a model that is not accelerated is left alone.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Returns
-    -------
-    torch.nn.Module
-        The same object; every module in it, itself the same object, is of the class that it had.
-    """
+    """Undo `accelerate`, in place; every module gets the class that it had."""
     for module in model.modules():
         unfuse(module)
     return model
 
 
 def _fusable(hf_model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """The modules that have a fused form, each with that form; attention is not among them."""
+    """The modules that have a fused class, each with that class; attention is not among them."""
     architecture = architectures.architecture_of(hf_model)
     config: Any = hf_model.config
     architectures.check_activation(config)
@@ -193,20 +178,20 @@ def _is_gated(block: Any) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it is a linear layer that holds its weight as it is, and not compressed."""
+    """Whether it is a linear layer with a plain weight."""
     weight = getattr(module, "weight", None)
     return isinstance(module, nn.Linear) and weight is not None and weight.dtype in FLOATS
 
 
 def _form(module: nn.Module) -> type[nn.Module] | None:
-    """The fused form of a plain linear layer or a norm; of Gemma's norm, whose weight is kept less 1, there is none."""
+    """The fused class of a plain linear layer or a norm; Gemma's norm, whose weight is stored less 1, has none."""
     if _is_plain(module):
         return SkinnyLinear
     return FusedRMSNorm if hasattr(module, "variance_epsilon") else None
 
 
 def _check_served(hf_model: nn.Module) -> None:
-    """Refuse the reference where it stands in for a missing backend; where a user forces it, it is what he wants."""
+    """Refuse the reference backend unless the user forces it."""
     norm = hf_model.get_parameter(NORM)
     served = explain("rms_norm", norm[None], norm, 1e-5)
     if served.backend == "reference" and served.skipped:

@@ -53,13 +53,7 @@ _ROWWISE = tuple(
 
 
 def check_config(config: Any) -> None:
-    """Refuse options of other ways to decode, and outputs that this one does not have.
-
-    Raises
-    ------
-    ValueError
-        With the option and its value.
-    """
+    """Raise ValueError for options of other decoding methods, and for outputs that are not available."""
     for name, off in _OFF.items():
         value = getattr(config, name, None)
         if value not in off:
@@ -73,26 +67,14 @@ def check_config(config: Any) -> None:
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse arguments of the model's forward, which is not called.
-
-    Raises
-    ------
-    ValueError
-        With the argument.
-    """
+    """Raise ValueError for arguments of the model's forward, which is not called."""
     for name, value in arguments.items():
         if value is not None and name not in _HARMLESS:
             raise ValueError(f"{name} can't be honoured: layerskip.generate takes input_ids and attention_mask")
 
 
 def check_cache(arguments: dict[str, Any]) -> None:
-    """Refuse a cache in the arguments of ``model.generate``, unless it is empty; it stays so.
-
-    Raises
-    ------
-    ValueError
-        With the argument.
-    """
+    """Raise ValueError for a cache in the arguments of ``model.generate``, unless it is empty."""
     for name in _CACHES:
         cache = arguments.get(name)
         if cache is not None and not (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
@@ -100,12 +82,7 @@ def check_cache(arguments: dict[str, Any]) -> None:
 
 
 def check_positions(position_ids: Tensor | None, mask: Tensor) -> None:
-    """Refuse positions [B or 1, N] other than those of the attention mask [B, N], which count the unmasked tokens.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Raise ValueError for positions [B or 1, N] that do not count the unmasked tokens of the mask [B, N]."""
     if position_ids is None:
         return
     counted = mask.long().cumsum(1) - 1
@@ -115,13 +92,7 @@ def check_positions(position_ids: Tensor | None, mask: Tensor) -> None:
 
 
 def check_processors(processors: Sequence[Any]) -> None:
-    """Refuse the logits processors that are known not to be functions of history and logits.
-
-    Raises
-    ------
-    ValueError
-        With the class.
-    """
+    """Raise ValueError for logits processors that are not functions of history and logits."""
     for processor in processors:
         if type(processor).__name__ in _STATEFUL:
             raise ValueError(
@@ -131,24 +102,15 @@ def check_processors(processors: Sequence[Any]) -> None:
 
 
 def treats_rows_alike(processor: Any) -> bool:
-    """Whether a row's result does not depend on its place in the batch."""
     if type(processor) is processes.RepetitionPenaltyLogitsProcessor:
         return not isinstance(processor.prompt_ignore_length, Tensor)
     return type(processor) in _ROWWISE
 
 
 def as_sampling(processors: Sequence[Any], do_sample: bool, padding: list[int]) -> SamplingParams | None:
-    """The sampling parameters that do the same as ``processors``, or None if no parameters do.
+    """The sampling parameters that do the same as ``processors``, or None if there are none.
 
-    With parameters the processors need not be called.
-
-    Parameters
-    ----------
-    processors : LogitsProcessorList
-        As ``generate`` prepares it.
-    do_sample : bool
-    padding : list of int
-        How many padding tokens are before each prompt; -1 for a prompt with padding inside.
+    ``padding`` are the numbers of padding tokens before each prompt; -1 for a prompt with padding inside.
     """
     found: dict[str, Any] = {}
     for processor in processors:
@@ -165,7 +127,7 @@ _ORDER = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 
 
 def _parameter(processor: Any, padding: list[int]) -> tuple[str, Any]:
-    """The parameter of `SamplingParams` that does the same as this processor, or "", and its value."""
+    """The parameter of `SamplingParams` that does the same as a processor, or "", and its value."""
     kind = type(processor)
     if kind is processes.RepetitionPenaltyLogitsProcessor:
         ignored = processor.prompt_ignore_length
@@ -197,16 +159,16 @@ class BatchRow:
     index, batch : int
         Its place, and the number of rows.
     padded : Tensor [N], int64
-        The prompt with padding, as ``generate`` has it.
+        The prompt with padding.
     mask : Tensor [N], bool
         False for padding.
 
     Attributes
     ----------
     prompt : Tensor [n], int64
-        The prompt without padding.
+        Without padding.
     padding : int
-        How many padding tokens are before the prompt; -1 if there is padding inside it.
+        The number of padding tokens before the prompt; -1 if there is padding inside it.
     """
 
     def __init__(self, index: int, batch: int, padded: Tensor, mask: Tensor) -> None:
@@ -217,22 +179,16 @@ class BatchRow:
         self.padding = first if first + self.length == len(padded) else -1
 
     def over_batch(self, row: Tensor) -> Tensor:
-        """``row`` [n] in every place of the batch, [B, n]."""
+        """Repeat ``row`` [n] in every place of the batch, [B, n]."""
         return row[None].expand(self.batch, -1)
 
     def history(self, tokens: Tensor) -> Tensor:
-        """The tokens [n] of the row with its padding, from its tokens without."""
+        """Add the padding to a row's tokens."""
         return torch.cat([self.padded, tokens[self.length :].to(self.padded.device)])
 
 
 def rows_of(input_ids: Tensor, mask: Tensor) -> list[BatchRow]:
-    """The rows of prompts [B, N] with the boolean attention mask ``mask`` [B, N].
-
-    Raises
-    ------
-    ValueError
-        If the last token of a row is masked.
-    """
+    """The rows of prompts [B, N] with a boolean mask [B, N]; ValueError if the last token of a row is masked."""
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(input_ids.shape)}")
     if not bool(mask[:, -1].all()):
@@ -251,19 +207,8 @@ class Scores(NamedTuple):
 class RowProcessor:
     """The logits processors of one row, as one function that the decoder calls.
 
-    Parameters
-    ----------
-    row : BatchRow
-    processors : sequence of callable
-        ``(ids [B, n], scores [B, V]) -> scores [B, V]``.
-    keep : bool
-        Whether to keep logits and scores.
-
-    Attributes
-    ----------
-    kept : dict of int to Scores
-        By the number of new tokens before the position. Those of a draft that was rejected are overwritten when the
-        position is verified.
+    With ``keep``, ``kept`` has logits and scores by the number of new tokens before the position; those of a rejected
+    draft are overwritten when the position is verified.
     """
 
     def __init__(self, row: BatchRow, processors: Sequence[Callable[..., Tensor]], keep: bool) -> None:
@@ -271,7 +216,7 @@ class RowProcessor:
         self.kept: dict[int, Scores] = {}
 
     def __call__(self, history: Tensor, logits: Tensor) -> Tensor:
-        """Processed logits [V] of the position after ``history`` [n]."""
+        """Process logits [V] of the position after ``history`` [n]."""
         row, ids = self._row, self._row.history(history)
         logits = scores = logits.to(ids.device)
         for processor in self._processors:
@@ -287,17 +232,9 @@ class RowProcessor:
 class BatchStopping:
     """Where the rows of a batch end, as in ``generate``.
 
-    A row ends with the first token for which a criterion says so. But if no EOS token is among the criteria, a row that
-    has ended goes on until all rows have ended.
-
-    Parameters
-    ----------
-    criteria : StoppingCriteriaList
-        Without those for length and EOS.
-    eos : frozenset of int
-    together : bool
-        Whether the rows go on until all have ended.
-    batch : int
+    A row ends with the first token for which a criterion says so. But if no EOS token is among the criteria
+    (``together``), a row that has ended continues until all rows have ended. ``criteria`` exclude those for length and
+    EOS.
     """
 
     def __init__(self, criteria: Sequence[Any], eos: frozenset[int], together: bool, batch: int) -> None:
@@ -306,7 +243,7 @@ class BatchStopping:
         self._ends: list[int | None] = [None] * batch
 
     def reached(self, row: BatchRow, tokens: list[int], scores: ScoresAt | None = None) -> bool:
-        """Whether ``row`` may stop after its new ``tokens``; ``scores`` gives the processed scores."""
+        """Whether ``row`` may stop after ``tokens``; ``scores`` returns the processed scores."""
         if self._ends[row.index] is None and self._ends_with(row, tokens, scores):
             self._ends[row.index] = len(tokens)
         ends = [end for end in self._ends if end is not None]
@@ -315,7 +252,7 @@ class BatchStopping:
         return self._ends[row.index] is not None
 
     def steps(self, counts: Sequence[int]) -> int:
-        """How many new tokens the batch has, if ``counts`` are those of its rows."""
+        """The number of new tokens of the batch, given ``counts`` of its rows."""
         ends = [end for end in self._ends if end is not None]
         return max(ends) if self.together and len(ends) == len(self._ends) else max(counts)
 
@@ -331,14 +268,7 @@ class BatchStopping:
 
 
 class ColumnStreamer:
-    """Gives a streamer of transformers the tokens [B] of each step when all rows have them; padding for ended rows.
-
-    Parameters
-    ----------
-    streamer : BaseStreamer
-    batch : int
-    pad : int
-    """
+    """Pass tokens [B] of each step to a streamer when all rows have them, with ``pad`` for ended rows."""
 
     def __init__(self, streamer: Any, batch: int, pad: int) -> None:
         self._streamer, self._pad = streamer, pad

@@ -34,9 +34,9 @@ _lock = Lock()
 def decoder_of(
     model: Any, draft_head: str | DraftHead | None, exit: Exit | str | Path | None = None
 ) -> SelfSpeculativeDecoder:
-    """The decoder of ``model``, with its caches and what it learned about speed; a new one for another head or exit.
+    """The decoder of ``model``, kept as long as the model lives; a new one for another head or exit.
 
-    It is kept as long as the model lives, and follows what becomes of it. Several calls may use it at the same time.
+    Several calls may use it at the same time.
     """
     with _lock:
         kept = _kept.get(model)
@@ -52,10 +52,7 @@ _METHOD = "_extract_generation_mode_kwargs"
 def patch_generation_mixin(function: Callable[..., Any]) -> None:
     """Pass ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus`` to ``custom_generate=function``.
 
-    Raises
-    ------
-    ImportError
-        If the installed transformers has another way of calling ``custom_generate``.
+    ImportError if the installed transformers calls ``custom_generate`` in another way.
     """
     import transformers
     from transformers.generation.utils import GenerationMixin
@@ -195,7 +192,7 @@ def _refuse(name: str, value: Any) -> None:
 
 
 class _Call:
-    """One call of `generate`: its rows, how their tokens are chosen, where they end, and what is returned."""
+    """One call of `generate`."""
 
     def __init__(self, rows: list[BatchRow], processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> None:
         self._rows, self._config = rows, config
@@ -206,7 +203,7 @@ class _Call:
         self._set_choice(processors)
 
     def _set_ends(self, criteria: Sequence[Any]) -> None:
-        """Set where rows end: at a length and at EOS tokens, which are known, or where other criteria say so."""
+        """Set where rows end: at a length, at EOS tokens, or by other criteria."""
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
         self._max_new_tokens = min(lengths, default=self._config.max_length) - len(self._rows[0].padded)
         eos = [one.eos_token_id.reshape(-1).tolist() for one in criteria if type(one) is EosTokenCriteria]
@@ -215,7 +212,7 @@ class _Call:
         self._stopping = BatchStopping(others, frozenset().union(*eos), not has_eos, len(self._rows))
 
     def _set_choice(self, processors: Sequence[Any]) -> None:
-        """Set how tokens are chosen: with sampling parameters where these suffice, else by calling the processors."""
+        """Set how tokens are chosen: with sampling parameters if these suffice, else by the processors."""
         do_sample, keeps = bool(self._config.do_sample), self._keeps_scores or self._keeps_logits
         padding = [row.padding for row in self._rows]
         sampling = None if keeps else compatibility.as_sampling(processors, do_sample, padding)
@@ -226,7 +223,6 @@ class _Call:
         self._sampling = sampling
 
     def run(self, decoder: SelfSpeculativeDecoder, streamer: Any, speculation: dict[str, Any]) -> Any:
-        """Decode, and return what ``model.generate`` returns."""
         columns = None if streamer is None else ColumnStreamer(streamer, len(self._rows), self._pad)
         out = decoder.generate(
             [row.prompt.to(decoder.model.device) for row in self._rows],
@@ -259,7 +255,7 @@ class _Call:
         return self._processors[row.index].kept[step]
 
     def _result(self, counts: list[int], new_tokens: Tensor) -> Any:
-        """The sequences, as long as the longest row, with scores and logits if the caller wants them."""
+        """The sequences, as long as the longest row, with scores and logits if requested."""
         prompts = torch.stack([row.padded for row in self._rows])
         steps = self._stopping.steps(counts)
         sequences = torch.cat([prompts, new_tokens[:, :steps].to(prompts)], 1)

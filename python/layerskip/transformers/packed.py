@@ -16,26 +16,10 @@ SKINNY_ROWS = 16  # one tile; for more rows the arithmetic costs more than readi
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight is packed, in the place of another one.
+    """A linear layer with a packed weight [N, bytes], in the place of ``plain``, whose bias is kept.
 
-    Up to `SKINNY_ROWS` rows take the op; more, and what needs a gradient, torch's product of the weight unpacked for
-    the call.
-
-    Parameters
-    ----------
-    plain : torch.nn.Linear
-        Without values; its bias is taken.
-    row_bytes : int
-        Of the packed weight.
-
-    Attributes
-    ----------
-    weight : Parameter [N, bytes], uint8
-
-    Raises
-    ------
-    ValueError
-        If no format has as many bytes.
+    Up to `SKINNY_ROWS` rows use the op; more rows, and gradients, torch's product with the weight unpacked for the
+    call. ValueError if no format has ``row_bytes``.
     """
 
     def __init__(self, plain: Any, row_bytes: int) -> None:
@@ -44,35 +28,21 @@ class PackedLinear(nn.Module):
         self.weight = _bytes(self.out_features, row_bytes, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., D_in] to [..., D_out]."""
         rows = input.reshape(-1, self.in_features)
         needs_gradient = torch.is_grad_enabled() and input.requires_grad
         product = torch_linear if needs_gradient or not 0 < len(rows) <= SKINNY_ROWS else linear
         return product(rows, self.weight, self.bias).view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Sizes and format."""
         form = format_of(self.weight, self.in_features).name
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={form}"
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding whose weight is packed, in the place of another one; rows are unpacked as they are looked up.
+    """An embedding with a packed weight [V, bytes], in the place of ``plain``; rows are unpacked as they are looked up.
 
-    Parameters
-    ----------
-    plain : torch.nn.Embedding
-        Without values; rows come out in its dtype, times its ``scalar_embed_scale`` if it has one, as Gemma's do.
-    row_bytes : int
-
-    Attributes
-    ----------
-    weight : Parameter [V, bytes], uint8
-
-    Raises
-    ------
-    ValueError
-        If no format has as many bytes.
+    Rows have the dtype of ``plain``, and are scaled by its ``scalar_embed_scale``, if any (Gemma). ValueError if no
+    format has ``row_bytes``.
     """
 
     like: Tensor
@@ -85,12 +55,10 @@ class PackedEmbedding(nn.Module):
         self.register_buffer("like", plain.weight.new_empty(0), persistent=False)  # a conversion reaches its dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        """Ids [...] to rows [..., D]."""
         rows = lookup(self.weight, input, self.embedding_dim, self.like.dtype)
         return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
     def extra_repr(self) -> str:
-        """Sizes and format."""
         return f"{self.num_embeddings}, {self.embedding_dim}, weights={format_of(self.weight, self.embedding_dim).name}"
 
 

@@ -24,14 +24,7 @@ from ..registry import METHOD
 
 
 class LayerSkipConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a directory that ``layerskip quantize`` wrote.
-
-    Parameters
-    ----------
-    version : int
-    formats : sequence of str
-        Of `layerskip_kernels.formats.FORMATS`.
-    """
+    """The ``quantization_config`` of a directory that ``layerskip quantize`` wrote."""
 
     def __init__(self, version: int = 0, formats: Sequence[str] = (), quant_method: Any = METHOD) -> None:
         from ..models.checkpoints import OwnCheckpoint
@@ -40,16 +33,15 @@ class LayerSkipConfig(QuantizationConfigMixin):
         OwnCheckpoint(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json."""
         from ..models.checkpoints import own_settings
 
         return {**own_settings(self.formats), "version": self.version}
 
 
 class LayerSkipQuantizer(HfQuantizer):
-    """Puts modules with packed weights into a model before its weights are loaded."""
+    """Put modules with packed weights into a model before its weights are loaded."""
 
-    requires_calibration = True  # in transformers' words: what it loads must be quantized already
+    requires_calibration = True  # that is, weights must be quantized already
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -94,7 +86,7 @@ class LayerSkipQuantizer(HfQuantizer):
 
 
 def _stored(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
-    """The dtype, as safetensors names it, and the shape of every tensor in files."""
+    """Dtype, as safetensors names it, and shape of every tensor in files."""
     open_file = need("safetensors", "reading weights").safe_open
     found = {}
     for path in files:
@@ -106,7 +98,7 @@ def _stored(files: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
 
 
 def _replace(model: nn.Module, name: str, row_bytes: int) -> None:
-    """Put a module with a packed weight of this name in the place of a plain one."""
+    """Replace the module of a plain weight by one with a packed weight."""
     from .packed import PackedEmbedding, PackedLinear
 
     module = name.removesuffix(".weight")
@@ -120,7 +112,7 @@ def _replace(model: nn.Module, name: str, row_bytes: int) -> None:
 
 
 def register() -> None:
-    """Make the method known to transformers, once."""
+    """Register the method with transformers, once."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(LayerSkipConfig)
         register_quantizer(METHOD)(LayerSkipQuantizer)

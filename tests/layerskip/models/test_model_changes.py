@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 import layerskip
 from layerskip import SelfSpeculativeDecoder, UnsupportedModelError, adapt
-from layerskip.models.hf_checks import ModelWatch
+from layerskip.models.hf_checks import ModelSnapshot
 from layerskip.training import LayerDropout, convert, revert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -333,7 +333,7 @@ def test_a_compiled_model_is_unwrapped():
 
 def test_a_watch_of_an_unchanged_model_sees_nothing():
     model = tiny_model()
-    watch = ModelWatch(model)
+    watch = ModelSnapshot(model)
     assert watch.changed() is None
     replaced(model)
     assert watch.changed() is model
