@@ -1,6 +1,6 @@
 """Fused kernels for early exit and self-speculative decoding."""
 
-from . import cpu_loss, dispatch, layers, reference, triton  # all but layers, and _extension, enter implementations
+from . import cpu_loss, dispatch, layers, reference, triton  # all but layers, and _extension, register implementations
 from ._extension import cpu_isa, multiplies_panels, set_cpu_isa
 from .dispatch import BackendError, Explanation, explain, use_backend
 from .functional import (

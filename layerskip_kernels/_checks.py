@@ -1,9 +1,9 @@
-"""Argument checks, one function per op; the only place where the ops' messages are written.
+"""Argument checks, one function per op, and the only place of their messages.
 
-Each takes the bound arguments of its op (`schemas.bind`). The public op and its fake both call them, so a wrong call
-fails with the same words eagerly and under ``torch.compile``. They look at shapes, dtypes, devices and strides alone.
-Only `positions`, `distinct_slots`, `temperatures` and `tokens`, which the reference and the Triton launchers call, look
-at values, and on the CPU alone: on a GPU that would be a host sync inside a round.
+Each takes the bound arguments of its op (`schemas.bind`). The public op and its fake both call it, so a wrong call
+raises the same error eagerly and under ``torch.compile``. Checks look at shapes, dtypes, devices and strides. Only
+`positions`, `distinct_slots`, `temperatures` and `tokens`, which the reference and the Triton launchers call, look at
+values, and only on the CPU: on a GPU that would be a host sync inside a round.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def partial_forward(a: Any) -> None:
 
 
 def _forward(a: Any, num_draft_layers: int) -> None:
-    """As `partial_forward`, whose weights are also those of draft layers, in the last layers of the cache."""
+    """Check layers [start, end) and, in the last layers of the cache, the draft layers."""
     shaped("hidden", a.hidden, [None] * 3, FLOATS)
     batch, rows = a.hidden.shape[:2]
     shaped("k_cache", a.k_cache, [None] * 5, [a.hidden.dtype])
@@ -125,7 +125,7 @@ def draft(a: Any) -> None:
 
 
 def draft_of_any_layers(a: Any) -> None:
-    """What holds of a draft whatever its layers are."""
+    """Check a draft, except for its layers."""
     _drafting(a)
     require(a.exit_layer >= 1, f"exit_layer must be at least 1, got {a.exit_layer}")
     batch, rows, state = a.token.shape[0], a.num_speculations + a.extend, a.norm_weight
@@ -140,8 +140,8 @@ def draft_of_any_layers(a: Any) -> None:
 
 def accept_greedy(a: Any) -> None:
     shaped("draft", a.draft, [None, None], [torch.int64])
-    batch, drafted = a.draft.shape
-    shaped("target", a.target, [batch, drafted + 1], [torch.int64])
+    batch, num_speculations = a.draft.shape
+    shaped("target", a.target, [batch, num_speculations + 1], [torch.int64])
     shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     dense(seq_lens=a.seq_lens)
     same_device(a.draft, target=a.target, seq_lens=a.seq_lens)
@@ -149,9 +149,9 @@ def accept_greedy(a: Any) -> None:
 
 def accept_sampled(a: Any) -> None:
     shaped("draft", a.draft, [None, None], [torch.int64])
-    batch, drafted = a.draft.shape
-    shaped("draft_logits", a.draft_logits, [batch, drafted, None], [torch.float32])
-    shaped("target_logits", a.target_logits, [batch, drafted + 1, None], [torch.float32])
+    batch, num_speculations = a.draft.shape
+    shaped("draft_logits", a.draft_logits, [batch, num_speculations, None], [torch.float32])
+    shaped("target_logits", a.target_logits, [batch, num_speculations + 1, None], [torch.float32])
     shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     draft_vocab_size, vocab_size = a.draft_logits.shape[2], a.target_logits.shape[2]
     require(vocab_size > 0, "target_logits has no tokens")
@@ -177,7 +177,7 @@ def speculative_round(a: Any) -> None:
 
 
 def round_of_any_layers(a: Any) -> None:
-    """What holds of a round whatever its layers are."""
+    """Check a round, except for its layers."""
     _drafting(a)
     shaped("k_cache", a.k_cache, [None] * 5, [a.norm_weight.dtype])
     cache_layers, batch, state = a.k_cache.shape[0], a.token.shape[0], a.norm_weight
@@ -211,7 +211,7 @@ def round_of_any_layers(a: Any) -> None:
 
 
 def early_exit_loss(a: Any) -> None:
-    shaped("hiddens", a.hiddens, [None] * 3, (*FLOATS, torch.float64))  # float64 is what gradients are checked in
+    shaped("hiddens", a.hiddens, [None] * 3, (*FLOATS, torch.float64))  # float64 for gradcheck
     exits, rows, hidden_size = a.hiddens.shape
     require(exits > 0, "hiddens has no exit, its shape is " + str(list(a.hiddens.shape)))
     shaped("norm_weight", a.norm_weight, [hidden_size], [a.hiddens.dtype])
@@ -237,7 +237,21 @@ def early_exit_loss_backward(a: Any) -> None:
 def layer_weights(
     weights: Sequence[Tensor], hidden_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """Check the tensors of one layer, in the order of `LayerWeights`; optional ones without elements are absent."""
+    """Check the tensors of one layer as `partial_forward` takes them.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        Those of `LayerWeights`, with or without the optional ones; one without elements counts as not given.
+    hidden_size, num_kv_heads, head_dim : int
+        D, G and C.
+    dtype : torch.dtype
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the tensor's name, its shape, dtype or strides, and the expected ones.
+    """
     weights_per_layer(weights, 0, 1)
     named = dict(zip(LayerWeights._fields, weights, strict=False))
     queries, keys, intermediate_size = named["q"].shape[0], num_kv_heads * head_dim, named["gate"].shape[0]
@@ -253,7 +267,7 @@ def layer_weights(
 
 
 def positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
-    """Check that every row falls inside the cache; on a GPU one outside comes out as NaN, and nothing is written."""
+    """Check that every row is inside the cache; on a GPU one outside gives NaN and writes nothing."""
     if seq_lens.device.type == "cpu" and seq_lens.numel() and rows:
         first, last = int(seq_lens.min()), int(seq_lens.max()) + rows - 1
         if first < 0 or last >= capacity:
@@ -261,7 +275,7 @@ def positions(seq_lens: Tensor, rows: int, capacity: int) -> None:
 
 
 def distinct_slots(slots: Tensor | None, num_slots: int) -> None:
-    """Check that sequences have rows of the cache of their own; on a GPU a row outside it comes out as NaN."""
+    """Check that every sequence has its own row of the cache; on a GPU a row outside gives NaN."""
     if slots is not None and slots.device.type == "cpu":
         listed = slots.tolist()
         if any(not 0 <= slot < num_slots for slot in listed) or len(set(listed)) < len(listed):
@@ -269,39 +283,38 @@ def distinct_slots(slots: Tensor | None, num_slots: int) -> None:
 
 
 def tokens(token: Tensor, vocab_size: int) -> None:
-    """Check that each is in the vocabulary."""
+    """Check that every token is in the vocabulary."""
     wrong = (token < 0) | (token >= vocab_size)
     if wrong.any():
         raise ValueError(f"token {int(token[wrong][0])} is outside the vocabulary of {vocab_size}")
 
 
 def temperatures(temperature: Tensor | None) -> None:
-    """Check that each is one; on a GPU a negative one counts as 0."""
+    """Check that every temperature is finite and not negative; on a GPU a negative one counts as 0."""
     if temperature is not None and temperature.device.type == "cpu":
         for row, value in enumerate(temperature.tolist()):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"temperature[{row}] is {value}, expected a finite number of at least 0")
 
 
-def _layers(hidden: Tensor, weights: Sequence[Tensor], count: int, num_kv_heads: int, head_dim: int) -> None:
-    """The first layer's tensors, ``count`` of them, fit the states and the cache, the others are shaped like it."""
-    like = weights[:count]
+def _layers(hidden: Tensor, weights: Sequence[Tensor], per_layer: int, num_kv_heads: int, head_dim: int) -> None:
+    """Check that the first layer fits the states and the cache, and that the other layers have its shapes."""
     if not weights:
         return
-    layer_weights(like, hidden.shape[2], num_kv_heads, head_dim, hidden.dtype)
-    first_layer = dict(zip(LayerWeights._fields, like, strict=False))
+    first_layer = dict(zip(LayerWeights._fields, weights[:per_layer], strict=False))
+    layer_weights(weights[:per_layer], hidden.shape[2], num_kv_heads, head_dim, hidden.dtype)
     queries, intermediate_size = first_layer["q"].shape[0], first_layer["gate"].shape[0]
     shapes = layer_shapes(hidden.shape[2], queries // head_dim, num_kv_heads, head_dim, intermediate_size)
     for index, tensor in enumerate(weights):
-        name, first = LayerWeights._fields[index % count], like[index % count]
-        if name not in OPTIONAL_WEIGHTS or (tensor.numel() and first.numel()):
+        name = LayerWeights._fields[index % per_layer]
+        if name not in OPTIONAL_WEIGHTS or (tensor.numel() and first_layer[name].numel()):
             sized(name, tensor, shapes[name], hidden.dtype)
         dense(**{name: tensor})
         same_device(hidden, **{name: tensor})
 
 
 def _layer_cache(a: Any) -> None:
-    """The cache of one layer, [B, G, T, C] or, with slots, [S, G, T, C], twice; and the lengths."""
+    """Check the two caches of one layer, [B, G, T, C] or, with slots, [S, G, T, C], and the lengths."""
     batch, rows, _, head_dim = a.q.shape
     shaped("k_cache", a.k_cache, [batch if a.slots is None else None, None, None, head_dim], [a.q.dtype])
     shaped("v_cache", a.v_cache, list(a.k_cache.shape), [a.q.dtype])
@@ -314,7 +327,6 @@ def _layer_cache(a: Any) -> None:
 
 
 def _slots(slots: Tensor | None, batch: int, num_slots: int) -> None:
-    """Which of the cache's ``num_slots`` rows each of ``batch`` sequences uses."""
     if slots is not None:
         shaped("slots", slots, [batch], [torch.int64])
         dense(slots=slots)
@@ -329,7 +341,7 @@ def _rope_tables(cos: Tensor, sin: Tensor, capacity: int, head_dim: int) -> None
 
 
 def _head(hidden: Tensor, **named: Tensor | None) -> None:
-    """The weight of a head for ``hidden``, its token map and its scale, in this order, by their names."""
+    """Check a head's weight, token map and scale, which are given by name in this order."""
     (name, weight), (map_name, token_map), (scale_name, scale) = named.items()
     assert weight is not None
     if scale is None:
@@ -360,14 +372,15 @@ def _drafting(a: Any) -> None:
     same_device(a.embedding, token=a.token)
 
 
-def _draft_layers(count: int, most: int, layers: int) -> None:
+def _draft_layers(num_draft_layers: int, limit: int, cache_layers: int) -> None:
     require(
-        0 <= count <= most, f"num_draft_layers must lie in [0, {most}], got {count}, with a cache of {layers} layers"
+        0 <= num_draft_layers <= limit,
+        f"num_draft_layers must lie in [0, {limit}], got {num_draft_layers}, with a cache of {cache_layers} layers",
     )
 
 
 def _written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
-    """Logits to write: each row is contiguous, the rows may lie apart."""
+    """Check an output buffer for logits: each row is contiguous, rows may be strided."""
     shaped(name, tensor, shape, [torch.float32])
     require(
         tensor.stride(-1) == 1 or tensor.shape[-1] <= 1,
@@ -376,7 +389,7 @@ def _written(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
 
 
 def _sampling(first: Tensor, rows: int, **given: Tensor | None) -> None:
-    """Temperatures and what names the noise, one a row, all or none."""
+    """Check temperature, seed and offset, one per row: all of them or none."""
     missing = [name for name, tensor in given.items() if tensor is None]
     require(not missing, f"{', '.join(given)} come together, {', '.join(missing)} is missing")
     for name, tensor in given.items():
@@ -395,7 +408,6 @@ def _head_dim(size: int) -> None:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError with the message where the condition does not hold."""
     if not condition:
         raise ValueError(message)
 
@@ -410,7 +422,7 @@ def fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
 
 
 def shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
-    """Check rank, sizes (None admits any) and dtype of one tensor."""
+    """Check rank, sizes (None is any) and dtype of a tensor."""
     if not fits(tensor.shape, shape):
         wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {wanted}")
@@ -420,7 +432,7 @@ def shaped(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Seque
 
 
 def matrix(name: str, weight: Tensor, rows: int | None, width: int, dtype: torch.dtype) -> None:
-    """The weight of a matmul for states of ``width`` in ``dtype``: plain or packed."""
+    """Check the weight of a matmul for states of ``width`` in ``dtype``, plain or packed."""
     if not is_packed(weight):
         shaped(name, weight, [rows, width], [dtype])
         return
@@ -435,7 +447,7 @@ def matrix(name: str, weight: Tensor, rows: int | None, width: int, dtype: torch
 
 
 def alike(first_name: str, first: Tensor, name: str, weight: Tensor, width: int) -> None:
-    """Two weights that multiply the same activations."""
+    """Check that two weights that multiply the same activations have formats of one kind."""
     require(
         first.dtype == weight.dtype and (not is_packed(first) or kind_of(first, width) == kind_of(weight, width)),
         f"{first_name} and {name} must be all plain, all of integers, or all of fp8, and all or none interleaved",
@@ -443,7 +455,7 @@ def alike(first_name: str, first: Tensor, name: str, weight: Tensor, width: int)
 
 
 def sized(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """A layer's tensor: a vector, or the weight of a matmul."""
+    """Check a layer's tensor, a vector or the weight of a matmul."""
     if len(shape) == 2:
         matrix(name, tensor, shape[0], shape[1], dtype)
     else:
@@ -451,7 +463,7 @@ def sized(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -
 
 
 def dense(**tensors: Tensor | None) -> None:
-    """Weights and caches are used where they lie, so they must be contiguous; activations may be strided."""
+    """Check that weights and caches, which are used in place, are contiguous; activations may be strided."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(
@@ -460,7 +472,7 @@ def dense(**tensors: Tensor | None) -> None:
 
 
 def same_device(first: Tensor, **others: Tensor | None) -> None:
-    """Check that all are where the first argument is."""
+    """Check that all tensors are on the device of the first argument."""
     device = first.device
     for name, tensor in others.items():
         if tensor is not None and tensor.device != device:

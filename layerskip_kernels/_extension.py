@@ -1,4 +1,4 @@
-"""Loads the compiled libraries once, enters what they implement, and keeps the reason when one can't be loaded."""
+"""Loads the compiled libraries and registers the ops that they implement, or the reason why one cannot be loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from . import _registration, dispatch
+from . import _registration, dispatch  # noqa: F401  (_registration defines the ops)
 from .formats import is_packed
 from .schemas import PUBLIC, REQUIRED_WEIGHTS, SCHEMAS, has_native, native_ops
 
 
 def _path(name: str) -> Path:
-    """Where a library is; a package for the hub has one for all devices, named after its namespace."""
+    """The library's file; a package for the hub has one for all devices, named after its namespace."""
     one_for_all = Path(__file__).with_name(f"{PUBLIC}.abi3.so")
     if one_for_all.exists():
         return one_for_all
@@ -26,7 +26,7 @@ def _path(name: str) -> Path:
 
 
 def _load(name: str) -> str | None:
-    """Load ``name`` from beside this file; the reason when that fails, None when it worked."""
+    """Load ``name`` from this file's folder; return why that fails, or None."""
     path = _path(name)
     if not path.exists():
         return f"{path.name} was not built"
@@ -39,7 +39,7 @@ def _load(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class CudaBuild:
-    """What the CUDA library says of itself, and which CUDA the driver serves (1000 major + 10 minor, 0 without one)."""
+    """What the CUDA library was built for, and the driver's CUDA version: 1000 major + 10 minor, or 0 without one."""
 
     archs: str
     toolkit: int
@@ -51,7 +51,7 @@ def _version(number: int) -> str:
 
 
 def driver_reason(build: CudaBuild) -> str | None:
-    """Why the driver cannot run what was compiled, or None. A driver serves every toolkit of its major version."""
+    """Why the driver cannot run the library, or None. A driver serves every toolkit of its major version."""
     if build.driver == 0:
         return "no NVIDIA driver was found"
     if build.driver // 1000 < build.toolkit // 1000:
@@ -62,8 +62,8 @@ def driver_reason(build: CudaBuild) -> str | None:
     return None
 
 
-def card_reason(build: CudaBuild, capability: tuple[int, int], name: str) -> str | None:
-    """Why a card of this compute capability cannot run what was compiled, or None."""
+def capability_reason(build: CudaBuild, capability: tuple[int, int], name: str) -> str | None:
+    """Why a GPU of this compute capability cannot run the library, or None."""
     major, minor = capability
     if major < 8:
         return f"{name} has compute capability {major}.{minor}, the CUDA kernels need 8.0"
@@ -71,7 +71,7 @@ def card_reason(build: CudaBuild, capability: tuple[int, int], name: str) -> str
         digits = arch.strip("compute_af ")
         built = (int(digits[:-1]), int(digits[-1]))
         if "compute_" in arch:
-            # A driver compiles no PTX newer than itself: minor versions are compatible for machine code only.
+            # A driver compiles no PTX newer than itself; only machine code is compatible across minor versions.
             fits = built <= capability and not arch.endswith(("a", "f")) and build.driver >= build.toolkit
         else:
             fits = built == capability or (built[0] == major and built[1] <= minor and not arch.endswith("a"))
@@ -100,14 +100,14 @@ def _load_cuda() -> str | None:
 
 
 @cache
-def cuda_card_reason(index: int) -> str | None:
-    """Why the CUDA library, which was loaded, cannot serve tensors on ``cuda:<index>``, or None."""
+def device_reason(index: int) -> str | None:
+    """Why the loaded CUDA library cannot serve tensors on ``cuda:<index>``, or None."""
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
-    return card_reason(_cuda_build(), torch.cuda.get_device_capability(index), name)
+    return capability_reason(_cuda_build(), torch.cuda.get_device_capability(index), name)
 
 
-def mixed_reason(args: tuple[Any, ...]) -> str | None:
-    """Why the CUDA kernels do not take the formats of a model's first layer, or None."""
+def formats_reason(args: tuple[Any, ...]) -> str | None:
+    """Why the CUDA kernels do not take the weight formats of the first layer, or None."""
     for arg in args:
         if isinstance(arg, (list, tuple)) and len(arg) >= len(REQUIRED_WEIGHTS):
             first = dict(zip(REQUIRED_WEIGHTS, arg, strict=False))
@@ -118,27 +118,26 @@ def mixed_reason(args: tuple[Any, ...]) -> str | None:
 
 
 def _supports_cuda(*args: Any) -> str | None:
-    """Why the CUDA library cannot serve tensors, or None."""
-    return _on_cuda(*args) or cuda_card_reason(dispatch.device_of(args).index) or mixed_reason(args)
+    return _on_cuda(*args) or device_reason(dispatch.device_of(args).index) or formats_reason(args)
 
 
 _on_cuda = dispatch.serves_device("cuda")
 
 
-def _enter(device: str, reason: str | None, **conditions: Any) -> None:
-    """Enter the ops that the library of ``device`` implements, or why it is not there."""
+def _register(device: str, reason: str | None, **conditions: Any) -> None:
+    """Register the ops that the library of ``device`` implements, or why it is missing."""
     if reason is not None:
         dispatch.absent(device, reason)
         return
     for op in SCHEMAS:
         if has_native(op, device):
-            dispatch.implements(op, device, **conditions)(_registration.native(op))
+            dispatch.implements(op, device, **conditions)(getattr(native_ops, op).default)
 
 
 cpu_reason = _load("_cpu")
 cuda_reason = _load_cuda()
-_enter("cpu", cpu_reason, supports=dispatch.serves_device("cpu"), checks=True)
-_enter("cuda", cuda_reason, supports=_supports_cuda)
+_register("cpu", cpu_reason, supports=dispatch.serves_device("cpu"), checks=True)
+_register("cuda", cuda_reason, supports=_supports_cuda)
 
 if cpu_reason is not None:
     warnings.warn(
@@ -149,7 +148,7 @@ if cpu_reason is not None:
     )
 
 if hasattr(os, "register_at_fork"):
-    # The threads of OpenMP do not survive a fork: a child that computes with more than its own waits for them for ever.
+    # OpenMP's threads do not survive a fork: a child that uses more than its own thread waits for them forever.
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
@@ -160,17 +159,17 @@ def _isa_op(name: str) -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: the name of one of `set_cpu_isa`."""
+    """Return the name of the instruction set that the CPU kernels use."""
     return _isa_op("")
 
 
 def multiplies_panels() -> bool:
-    """Whether the CPU kernels multiply interleaved weights faster than rows, where activations are bf16."""
+    """Return whether the CPU kernels are faster on interleaved weights than on rows, for bf16 activations."""
     return cpu_reason is None and cpu_isa() == "avx512_bf16"
 
 
 def set_cpu_isa(name: str) -> str:
-    """Make the CPU kernels use one instruction set, while no op runs; returns the one used before.
+    """Select the instruction set of the CPU kernels while no op runs; return the one used before.
 
     Parameters
     ----------

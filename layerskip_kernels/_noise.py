@@ -1,9 +1,8 @@
-"""Counter-based noise (Philox4x32-10).
+"""Counter-based noise (Philox4x32-10) without generator state.
 
-Seed, position, token and purpose determine each number; no generator state. So a draw does not depend on the batch,
-the slot or how many tokens are drafted, and every backend makes the same one. The ``offset`` is the position of the row
-that the draw decides, the ``stream`` its purpose. Written in int64, which torch has on every device; all words lie in
-[0, 2^32).
+Each number depends on the seed, the ``offset``, which is the row's position, the token and the ``stream``, its purpose.
+So a draw does not depend on the batch, the slot or the number of draft tokens, and all backends draw the same. Written
+in int64, which torch has on every device; all words are in [0, 2^32).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DRAW, ACCEPT, RESIDUAL = range(3)  # streams: a draft's or an autoregressive token, acceptance, the token after it
+DRAW, ACCEPT, RESIDUAL = range(3)  # streams: a draft or autoregressive token, its acceptance, the token after it
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -21,7 +20,7 @@ _LEAST = 2.0**-24  # u may round to 1
 
 
 def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of two words, which an int64 would not hold."""
+    """High and low word of the product of two words, which overflows int64."""
     low = factor * (word & 0xFFFF)
     middle = factor * (word >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -46,6 +45,6 @@ def uniform(seed: Tensor, offset: Tensor, token: Tensor, stream: int) -> Tensor:
 
 
 def gumbel(seed: Tensor, offset: Tensor, token: Tensor, stream: int) -> Tensor:
-    """-log E with E = -log(1 - u): what makes the arg-max of z + noise a sample of softmax(z)."""
+    """-log E with E = -log(1 - u): the arg-max of z + noise is a sample of softmax(z)."""
     u = uniform(seed, offset, token, stream)
     return -torch.where(u < _SMALL, u + u * u / 2, -(1 - u).clamp_min(_LEAST).log()).log()

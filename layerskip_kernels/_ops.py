@@ -1,4 +1,4 @@
-"""The namespace of the public ops. A package for the Hugging Face hub has another file here, with a name of its own."""
+"""The namespace of the public ops. The build of a Hugging Face hub package replaces this file."""
 
 import torch
 

@@ -1,8 +1,4 @@
-"""Registers the ops with torch: schemas, fakes and autograd; nothing else.
-
-Two namespaces share the schemas, see `schemas`: ``layerskip::<op>`` is what users call, its kernel is
-`dispatch.serve`; ``layerskip_native::<op>`` is what the compiled libraries implement.
-"""
+"""Registers the ops with torch: schemas, fakes and autograd, in both namespaces of `schemas`."""
 
 from __future__ import annotations
 
@@ -14,15 +10,15 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import ops
 from .formats import dequantize
-from .schemas import NATIVE, PUBLIC, SCHEMAS, native_ops
+from .schemas import NATIVE, PUBLIC, SCHEMAS
 
 _public = torch.library.Library(PUBLIC, "DEF")
 _native = torch.library.Library(NATIVE, "DEF")
-_native.define("cpu_isa(str name) -> str")  # names the instruction set in use; sets it first unless name is empty
-_native.define("dequantize(Tensor weight, Tensor(a!) out) -> ()")  # see `formats.plain`
-# What `cpu_loss` does to a tile of logits in place; `begin` is the tile's first token.
+_native.define("cpu_isa(str name) -> str")  # sets the instruction set unless name is empty; returns the one in use
+_native.define("dequantize(Tensor weight, Tensor(a!) out) -> ()")
+# The passes of `cpu_loss` over a tile of logits, in place; `begin` is the tile's first token.
 _native.define(
     "loss_terms(Tensor(a!) logits, Tensor labels, int begin, float slack, Tensor(b!) shift, Tensor(c!) sum, "
     "Tensor(d!) label_logit, Tensor(e!)? slope) -> ()"
@@ -30,9 +26,62 @@ _native.define(
 _native.define("loss_slopes(Tensor(a!) logits, Tensor labels, int begin, Tensor logsumexp, Tensor scale) -> ()")
 
 
-def native(op: str) -> Callable[..., Any]:
-    """The op of the compiled libraries, whether or not one of them implements it."""
-    return getattr(native_ops, op).default
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _exit_head_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    token = a.hidden.new_empty(a.hidden.shape[0], dtype=torch.int64)
+    return token, torch.empty_like(token, dtype=torch.float32), torch.empty_like(token, dtype=torch.float32)
+
+
+def _draft_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch = a.token.shape[0]
+    tokens = a.token.new_empty(batch, a.num_speculations)
+    states = a.norm_weight.new_empty(batch, a.num_speculations + a.extend, a.norm_weight.shape[0])
+    return tokens, states, torch.empty_like(tokens, dtype=torch.float32)
+
+
+def _accept_fake(a: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a.seq_lens), torch.empty_like(a.seq_lens)
+
+
+def _round_fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = a.token.new_empty(a.token.shape[0], a.num_speculations)
+    return tokens, *_accept_fake(a), torch.empty_like(tokens, dtype=torch.float32)
+
+
+def _loss_fake(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if a.hiddens.dtype == torch.float64 else torch.float32
+    exits, rows = a.hiddens.shape[:2]
+    loss, exit_losses, logsumexp = (a.hiddens.new_empty(shape, dtype=wide) for shape in ((), (exits,), (exits, rows)))
+    return loss, exit_losses, logsumexp, a.hiddens.new_empty(a.hiddens.shape if a.with_slope else 0)
+
+
+def _loss_backward_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_head = torch.empty_like(a.head_weight) if a.head_grad else a.head_weight.new_empty(0)
+    return _like(a.hiddens), torch.empty_like(a.norm_weight), grad_head
+
+
+FAKES: dict[str, Callable[[Any], Any]] = {  # functions of the bound arguments
+    "rms_norm": lambda a: _like(a.x),
+    "linear": lambda a: a.x.new_empty(a.x.shape[0], a.weight.shape[0]),
+    "swiglu": lambda a: a.x.new_empty(a.x.shape[0], a.gate.shape[0]),
+    "rope_kv_append": lambda a: _like(a.q),
+    "verify_attention": lambda a: _like(a.q),
+    "exit_head": _exit_head_fake,
+    "partial_forward": lambda a: _like(a.hidden),
+    "draft": _draft_fake,
+    "accept_greedy": _accept_fake,
+    "accept_sampled": _accept_fake,
+    "speculative_round": _round_fake,
+    "early_exit_loss": _loss_fake,
+    "early_exit_loss_backward": _loss_backward_fake,
+}
+
+
+def _checked_fake(op: str, *args: Any) -> Any:
+    return FAKES[op](dispatch.checked(op, *args))
 
 
 for _name, _schema in SCHEMAS.items():
@@ -40,105 +89,12 @@ for _name, _schema in SCHEMAS.items():
     _native.define(_name + _schema)
     for _device in ("CPU", "CUDA"):
         _public.impl(_name, partial(dispatch.serve, _name), _device)
-
-
-def _fake(op: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Register a function of the bound arguments as the fake of an op."""
-
-    def register(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def fake(*args: Any) -> Any:
-            return function(dispatch.checked(op, *args))
-
-        torch.library.register_fake(add_op_namespace_prefix(op), fake, lib=_public)
-        torch.library.register_fake(f"{NATIVE}::{op}", fake, lib=_native)
-        return function
-
-    return register
-
-
-def _contiguous_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-@_fake("rms_norm")
-def _(a: Any) -> Tensor:
-    return _contiguous_like(a.x)
-
-
-@_fake("linear")
-def _(a: Any) -> Tensor:
-    return a.x.new_empty(a.x.shape[0], a.weight.shape[0])
-
-
-@_fake("swiglu")
-def _(a: Any) -> Tensor:
-    return a.x.new_empty(a.x.shape[0], a.gate.shape[0])
-
-
-@_fake("rope_kv_append")
-def _(a: Any) -> Tensor:
-    return _contiguous_like(a.q)
-
-
-@_fake("verify_attention")
-def _(a: Any) -> Tensor:
-    return _contiguous_like(a.q)
-
-
-@_fake("exit_head")
-def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = a.hidden.shape[0]
-    logit = a.hidden.new_empty(rows, dtype=torch.float32)
-    return a.hidden.new_empty(rows, dtype=torch.int64), logit, torch.empty_like(logit)
-
-
-@_fake("partial_forward")
-def _(a: Any) -> Tensor:
-    return _contiguous_like(a.hidden)
-
-
-@_fake("draft")
-def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch = a.token.shape[0]
-    tokens = a.token.new_empty(batch, a.num_speculations)
-    states = a.norm_weight.new_empty(batch, a.num_speculations + a.extend, a.norm_weight.shape[0])
-    return tokens, states, torch.empty_like(tokens, dtype=torch.float32)
-
-
-@_fake("accept_greedy")
-def _(a: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(a.seq_lens), torch.empty_like(a.seq_lens)
-
-
-@_fake("accept_sampled")
-def _(a: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(a.seq_lens), torch.empty_like(a.seq_lens)
-
-
-@_fake("speculative_round")
-def _(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens = a.token.new_empty(a.token.shape[0], a.num_speculations)
-    probability = torch.empty_like(tokens, dtype=torch.float32)
-    return tokens, torch.empty_like(a.seq_lens), torch.empty_like(a.seq_lens), probability
-
-
-@_fake("early_exit_loss")
-def _(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.float64 if a.hiddens.dtype == torch.float64 else torch.float32
-    exits, rows = a.hiddens.shape[:2]
-    slope = a.hiddens.new_empty(a.hiddens.shape if a.with_slope else 0)
-    exit_losses = a.hiddens.new_empty(exits, dtype=wide)
-    return a.hiddens.new_empty((), dtype=wide), exit_losses, a.hiddens.new_empty(exits, rows, dtype=wide), slope
-
-
-@_fake("early_exit_loss_backward")
-def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grad_head = torch.empty_like(a.head_weight) if a.head_grad else a.head_weight.new_empty(0)
-    return _contiguous_like(a.hiddens), torch.empty_like(a.norm_weight), grad_head
+    torch.library.register_fake(f"{PUBLIC}::{_name}", partial(_checked_fake, _name), lib=_public)
+    torch.library.register_fake(f"{NATIVE}::{_name}", partial(_checked_fake, _name), lib=_native)
 
 
 def _autograd(op: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    torch.library.register_autograd(add_op_namespace_prefix(op), backward, setup_context=setup, lib=_public)
+    torch.library.register_autograd(f"{PUBLIC}::{op}", backward, setup_context=setup, lib=_public)
     dispatch.differentiable(op)
 
 
@@ -193,6 +149,8 @@ def _loss_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> 
 
 
 def _loss_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # the gradients would enter a graph as constants
+        raise NotImplementedError("early_exit_loss is differentiable once; take its gradient without create_graph=True")
     *inputs, exit_losses, logsumexp, slope = ctx.saved_tensors
     needs_hiddens, needs_norm, needs_head, _, needs_weights = ctx.needs_input_grad[:5]
     grads: list[Tensor | None] = [None, None, None]

@@ -1,11 +1,10 @@
-"""`early_exit_loss` on the CPU: tiles of the vocabulary times chunks of rows, through torch's own matmuls.
+"""`early_exit_loss` on the CPU: tiles of the vocabulary times chunks of rows, by torch's own matmuls.
 
-A tile of logits lives in one buffer, in which one native pass (csrc/cpu/early_exit_loss.cpp) turns it into what the
-next product takes; in float64, or without the native library, torch does it, through a second, wide buffer. Each row
-keeps a shift m, the sum s of exp(logit - m), and, where only the states need a gradient, the sum of exp(logit - m)
-times the head's rows. That sum over s, less the label's row, is the gradient of the row's cross-entropy, so a frozen
-head is read once, not twice. m is the largest logit at some point, and moves, which rescales the sums, only where a
-logit exceeds it by more than `SLACK`.
+One native pass (csrc/cpu/early_exit_loss.cpp) turns a tile of logits, in place, into the operand of the next product;
+in float64, or without the native library, torch does it through a second, wide buffer. Each row keeps a shift m, the
+sum s of exp(logit - m) and, if only the states need a gradient, the sum of exp(logit - m) times the head's rows. That
+sum over s, minus the label's row, is the gradient of the row's cross-entropy: a frozen head is read once, not twice. m
+moves, which rescales the sums, only when a logit exceeds it by more than `SLACK`.
 """
 
 from __future__ import annotations
@@ -20,17 +19,12 @@ from .dispatch import implements, serves_device
 from .reference import check_labels, label_counts, rms_norm_gradients, rms_norm_ref
 from .schemas import native_ops
 
-# Rows and tokens of a forward tile. Its fp32 logits, 2 MB, stay in the cache, and what it adds to is [rows, D], so many
-# tokens are good. The head's gradient goes by strips of tokens for all rows: as many as fit in 2 MB, or at least 128.
+# Rows and tokens of a forward tile, whose 2 MB of fp32 logits stay in the cache. The head's gradient goes by strips of
+# tokens for all rows: as many as fit in 2 MB, or at least 128.
 FORWARD_TILE = (256, 2048)
 STRIP_SIZE, STRIP_TOKENS = 2**19, 128
-NORM_ROWS = 64  # rows that are normed at once: a norm has several wide intermediates
-SLACK = 10.0  # times exp(10) the sums are far from overflow and lose nothing; fp16, whose products overflow, has none
-
-
-def native_passes(dtype: torch.dtype) -> bool:
-    """Whether the native library goes over the tiles."""
-    return _extension.cpu_reason is None and dtype != torch.float64
+NORM_ROWS = 64  # rows normed at once: a norm has several wide intermediates
+SLACK = 10.0  # sums times exp(10) are exact and far from overflow; fp16, whose products overflow, uses 0
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,14 +36,11 @@ def _spans(size: int, step: int) -> Iterator[slice]:
 
 
 class _Tile:
-    """The buffers that all tiles use in turn, and the products that fill them.
-
-    ``narrow`` has the input's dtype; ``wide``, fp32 or float64, is what torch computes in without the native library.
-    """
+    """The buffers that all tiles share: ``narrow`` in the input's dtype, ``wide`` in fp32 or float64 for torch."""
 
     def __init__(self, normed: Tensor, head: Tensor, shape: tuple[int, int]) -> None:
         size = min(shape[0], normed.shape[0]) * min(shape[1], head.shape[0])
-        self.native = native_passes(normed.dtype)
+        self.native = _extension.cpu_reason is None and normed.dtype != torch.float64
         self.same = normed.dtype == _wide_dtype(normed.dtype)
         self.narrow = normed.new_empty(size)
         self.wide = (
@@ -59,7 +50,7 @@ class _Tile:
         )
 
     def logits(self, normed: Tensor, head: Tensor) -> Tensor:
-        """normed headᵀ, [rows, tokens]; 16-bit products come back rounded, as torch's do."""
+        """normed headᵀ, [rows, tokens], in the input's dtype."""
         rows, tokens = normed.shape[0], head.shape[0]
         return torch.mm(normed, head.T, out=self.narrow[: rows * tokens].view(rows, tokens))
 
@@ -69,7 +60,7 @@ class _Tile:
         return torch.sub(logits, shift[:, None], out=wide).exp_()
 
     def rounded(self, wide: Tensor) -> Tensor:
-        """The wide tile in the dtype that the products take."""
+        """The wide tile in the input's dtype."""
         return wide if self.same else self.narrow[: wide.numel()].view_as(wide).copy_(wide)
 
 
@@ -82,7 +73,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _Softmax:
-    """Sums of every row over vocabulary tiles, with the label's logit and, on request, the slope."""
+    """Sums of every row over vocabulary tiles, the label's logit and, with ``with_slope``, the slope."""
 
     def __init__(self, normed: Tensor, head: Tensor, labels: Tensor, with_slope: bool) -> None:
         self.normed, self.head, self.labels = normed, head, labels  # [N R, D], [V, D], [N R]
@@ -119,13 +110,13 @@ class _Softmax:
         return tile.rounded(terms)
 
     def _keep_label(self, logits: Tensor, rows: slice, tokens: slice) -> None:
-        """Note the logit of the label where it lies within the tile."""
+        """Store the logits of the labels that are in the tile."""
         local = self.labels[rows] - tokens.start
         here = ((local >= 0) & (local < logits.shape[1])).nonzero()[:, 0]
         self.label_logit[rows][here] = logits[here, local[here]].to(self.shift.dtype)
 
     def _raise_shift(self, top: Tensor, rows: slice) -> None:
-        """Move the shift of rows whose largest logit in a tile, ``top``, exceeds it by too much; rescale their sums."""
+        """Raise the shift of rows whose largest logit ``top`` exceeds it by more than the slack; rescale their sums."""
         high = (top > self.shift[rows] + self.slack).nonzero()[:, 0]
         if high.numel():
             shrink = (self.shift[rows][high] - top[high]).exp_()
@@ -139,7 +130,7 @@ class _Softmax:
         return self.shift + self.sum.log()
 
     def slopes(self) -> Tensor:
-        """Gradient of each row's cross-entropy to its normed state, [N R, D]; a row without label has one as well."""
+        """Gradient of each row's cross-entropy to its normed state, [N R, D]; for rows without a label, too."""
         assert self.slope is not None
         for rows in _spans(self.slope.shape[0], NORM_ROWS):
             self.slope[rows] /= self.sum[rows, None]
@@ -158,16 +149,9 @@ def _normed_rows(hiddens: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
 
 @implements("early_exit_loss", "cpu", serves_device("cpu"))
 def early_exit_loss_cpu(
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    eps: float = 1e-5,
-    ignore_index: int = -100,
-    with_slope: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op's forward; see `layerskip_kernels.early_exit_loss`."""
+    hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor, eps: float = 1e-5,
+    ignore_index: int = -100, with_slope: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_labels(labels, head_weight.shape[0], ignore_index)
     exits, rows, _ = hiddens.shape
     normed = _normed_rows(hiddens, norm_weight, eps)
@@ -182,7 +166,7 @@ def early_exit_loss_cpu(
 
 
 def _head_gradient(normed: Tensor, head: Tensor, labels: Tensor, scale: Tensor, logsumexp: Tensor) -> Tensor:
-    """Gradient of Σ scale · CE to the head, [V, D]; a strip of tokens sees all rows at once, so nothing is added up."""
+    """Gradient of Σ scale · CE to the head, [V, D]; each strip of tokens takes all rows at once, so it needs no sum."""
     grad_head = torch.empty_like(head)
     strip = max(STRIP_TOKENS, STRIP_SIZE // max(normed.shape[0], 1))
     tile = _Tile(normed, head, (normed.shape[0], strip))
@@ -198,7 +182,7 @@ def _head_gradient(normed: Tensor, head: Tensor, labels: Tensor, scale: Tensor, 
 
 
 def _slopes(tile: _Tile, logits: Tensor, local: Tensor, logsumexp: Tensor, scale: Tensor) -> Tensor:
-    """scale · (softmax - the label's one) of a tile in which the labels are ``local``, in torch."""
+    """scale · (softmax - one-hot) of a tile in which the labels have the columns ``local``, in torch."""
     slopes = tile.exp(logits, logsumexp).mul_(scale[:, None])
     here = ((local >= 0) & (local < slopes.shape[1])).nonzero()[:, 0]
     slopes[here, local[here]] -= scale[here]
@@ -207,19 +191,10 @@ def _slopes(tile: _Tile, logits: Tensor, local: Tensor, logsumexp: Tensor, scale
 
 @implements("early_exit_loss_backward", "cpu", serves_device("cpu"))
 def early_exit_loss_backward_cpu(
-    grad: Tensor,
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    logsumexp: Tensor,
-    slope: Tensor,
-    eps: float,
-    ignore_index: int,
-    head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's backward; ``slope`` spares the products that the states' gradients take."""
+    grad: Tensor, hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor,
+    logsumexp: Tensor, slope: Tensor, eps: float, ignore_index: int, head_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """With ``slope`` the states' gradients need no products."""
     exits = hiddens.shape[0]
     valid, count = label_counts(labels, ignore_index)
     scale = ((grad * exit_weights.to(grad.dtype) / count)[:, None] * valid).reshape(-1)  # [N R]
@@ -243,7 +218,7 @@ def _norm_backward(
     flat = hiddens.reshape(-1, hiddens.shape[2])
     grad = torch.empty_like(flat)
     grad_norm = torch.zeros_like(norm_weight, dtype=scale.dtype)
-    wide_weight = norm_weight.to(scale.dtype)  # so that the sum over chunks is wide
+    wide_weight = norm_weight.to(scale.dtype)  # for a wide sum over chunks
     for rows in _spans(flat.shape[0], NORM_ROWS):
         grad[rows], part = rms_norm_gradients(slope[rows] * scale[rows, None], flat[rows], wide_weight, eps)
         grad_norm += part

@@ -1,7 +1,7 @@
-"""Which implementation serves a call, and why; and the one way to call an op.
+"""Chooses the implementation that serves a call of an op.
 
-PyTorch's dispatcher picks the device; the table here picks among the implementations for it. Each of them says through
-``supports(*args)`` why it cannot serve a call, or None when it can.
+PyTorch's dispatcher picks the device; a table picks among the implementations on it. ``supports(*args)`` of an
+implementation returns None if it serves the call, or the reason why not.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from .schemas import bind
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-# How an error begins that the compiled libraries raise for an argument (common/checks.h). A prefix, because the stable
-# ABI makes every C++ exception the same RuntimeError.
+# The prefix of argument errors from the compiled libraries (common/checks.h): the stable ABI turns every C++ exception
+# into a RuntimeError.
 REFUSAL = "layerskip: "
 
 
 def _serves_all(*args: Any) -> None:
-    """The `supports` of an implementation without conditions."""
+    return None
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A function that computes an op, and the question whether it can serve given arguments.
+    """A function that computes an op, and whether it serves given arguments.
 
-    With ``checks`` the function checks its arguments itself; `_checks` runs only after it has raised, for the message.
+    With ``checks`` the function checks its arguments itself; `_checks` runs only after an error, for the message.
     """
 
     function: Callable[..., Any]
@@ -45,7 +45,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Who serves a call, and why the others do not (``skipped`` maps a backend to its reason)."""
+    """The backend that serves a call, and ``skipped``: the others, each with its reason."""
 
     op: str
     backend: str
@@ -61,20 +61,20 @@ class BackendError(RuntimeError):
 
 
 _table: dict[str, dict[str, Implementation]] = {}
-_absent: dict[str, str] = {}  # backend: why its library is not there
+_missing: dict[str, str] = {}  # backend: why its library is missing
 _differentiable: set[str] = set()
 
 
 def implements(
     op: str, backend: str, supports: Callable[..., str | None] = _serves_all, checks: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the implementation of ``op`` on ``backend``; see `Implementation`."""
+    """Register the decorated function as the `Implementation` of ``op`` on ``backend``."""
 
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register_function(function: Callable[..., Any]) -> Callable[..., Any]:
         register(op, backend, Implementation(function, supports, checks))
         return function
 
-    return enter
+    return register_function
 
 
 def register(op: str, backend: str, implementation: Implementation) -> None:
@@ -83,17 +83,17 @@ def register(op: str, backend: str, implementation: Implementation) -> None:
 
 
 def absent(backend: str, reason: str) -> None:
-    """Record why a backend is missing: the reason why it serves none of the ops that it does not implement."""
-    _absent[_known(backend)] = reason
+    """Record why a backend's library is missing."""
+    _missing[_known(backend)] = reason
 
 
 def differentiable(op: str) -> None:
-    """Record that an op has a backward; `call` refuses a first argument that needs a gradient for all others."""
+    """Record that an op has a backward; `call` refuses a first argument with ``requires_grad`` for all others."""
     _differentiable.add(op)
 
 
 def serves_device(device: str) -> Callable[..., str | None]:
-    """The `supports` of an implementation for tensors on one type of device."""
+    """Return a ``supports`` that accepts tensors on one type of device."""
 
     def supports(*args: Any) -> str | None:
         actual = device_of(args).type
@@ -103,7 +103,7 @@ def serves_device(device: str) -> Callable[..., str | None]:
 
 
 def implementations() -> dict[str, dict[str, Implementation]]:
-    """A copy of the table: op, backend, implementation."""
+    """Return a copy of the table: op, backend, implementation."""
     return {op: dict(backends) for op, backends in _table.items()}
 
 
@@ -124,17 +124,17 @@ _forced: ContextVar[str | None] = ContextVar("layerskip_backend", default=_DEFAU
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one backend within a ``with`` block; a call that it cannot serve raises `BackendError`.
+    """Force one backend in a ``with`` block; a call that it cannot serve raises `BackendError`.
 
     Parameters
     ----------
     name : {"cuda", "triton", "cpu", "reference"} or None
-        None goes back to the automatic choice.
+        None restores the automatic choice.
 
     Raises
     ------
     ValueError
-        If ``name`` is none of these.
+        If ``name`` is another.
     """
     token = _forced.set(None if name is None else _known(name))
     try:
@@ -144,32 +144,32 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The backend that is forced now, or None."""
+    """Return the forced backend, or None."""
     return _forced.get()
 
 
 def device_of(args: tuple[Any, ...]) -> torch.device:
-    """The device of a call's first tensor."""
+    """Return the device of a call's first tensor."""
     return next(arg for arg in args if isinstance(arg, Tensor)).device
 
 
 def reason_against(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
-    """Why a backend does not serve a call, or None."""
+    """Return why a backend does not serve a call, or None."""
     implementation = _table[op].get(backend)
     if implementation is None:
-        return _absent.get(backend, f"{op} has no {backend} implementation")
+        return _missing.get(backend, f"{op} has no {backend} implementation")
     return implementation.supports(*args)
 
 
 def explain(op: str, *args: Any) -> Explanation:
-    """Say which backend serves ``op(*args)`` and why the ones before it do not.
+    """Return which backend serves ``op(*args)``, and why those preferred to it do not.
 
     Parameters
     ----------
     op : str
-        Name of an op, as in `layerskip_kernels.functional`.
+        Name of an op.
     *args
-        The op's positional arguments, as ``torch.ops.layerskip.<op>`` takes them.
+        The positional arguments of ``torch.ops.layerskip.<op>``.
 
     Returns
     -------
@@ -197,14 +197,14 @@ def explain(op: str, *args: Any) -> Explanation:
 
 
 def checked(op: str, *args: Any) -> Any:
-    """The arguments of an op, bound; raises, with the words of `_checks`, where they do not fit it."""
+    """Check the arguments of an op with `_checks`; return them bound."""
     bound = bind(op, *args)
     getattr(_checks, op)(bound)
     return bound
 
 
 def _run(op: str, implementation: Implementation, args: tuple[Any, ...]) -> Any:
-    """Check and compute. What a compiled library refuses is a ValueError in the words of `_checks`, or else its own."""
+    """Check and compute. A compiled library's argument error becomes a ValueError, with the message of `_checks`."""
     try:
         if not implementation.checks:
             checked(op, *args)
@@ -212,22 +212,21 @@ def _run(op: str, implementation: Implementation, args: tuple[Any, ...]) -> Any:
     except RuntimeError as error:
         checked(op, *args)
         message = str(error).splitlines()[0]
-        if not message.startswith(REFUSAL):  # torch's own: memory that cannot be had, say
+        if not message.startswith(REFUSAL):  # torch's own, such as out of memory
             raise
         raise ValueError(message.removeprefix(REFUSAL)) from error
 
 
 def serve(op: str, *args: Any) -> Any:
-    """The kernel of ``torch.ops.layerskip.<op>``: run the implementation that `explain` names."""
+    """Run the implementation that `explain` names: the kernel of ``torch.ops.layerskip.<op>``."""
     return _run(op, _table[op][explain(op, *args).backend], args)
 
 
 def call(op: str, *args: Any) -> Any:
-    """Run an op; what all public functions and the model library call.
+    """Run an op: the entry point of the public functions and the model library.
 
-    An eager call on CPU tensors goes straight to the native kernel where that would serve it: in a cold cache the
-    checks and two hops of torch's dispatcher take as long as a small kernel. All other calls go through
-    ``torch.ops.layerskip``.
+    An eager call on CPU tensors goes straight to the native kernel if that serves it: with a cold cache the checks and
+    two passes through torch's dispatcher take as long as a small kernel. Others go through ``torch.ops.layerskip``.
     """
     first, recording = args[0], torch.is_grad_enabled()
     if recording and first.requires_grad and op not in _differentiable:

@@ -1,4 +1,4 @@
-"""Where this library, and what is built on it, keep files of their own."""
+"""The cache directory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """The folder of tuned configurations, converted models and drawn data; it need not exist yet.
+    """Return the directory of tuned configurations, converted models and generated data; it may not exist yet.
 
     ``$LAYERSKIP_CACHE``, or else ``layerskip-kernels`` under ``$XDG_CACHE_HOME`` or ``~/.cache``. A ``~`` at the start
     of either variable is the home directory, and an empty variable counts as unset.

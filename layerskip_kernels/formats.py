@@ -1,30 +1,27 @@
 """Formats of quantized weights.
 
-Wherever an op takes the weight of a matmul, [N, D] in the dtype of the activations, it also takes a packed one: a
-tensor of bytes [N, D / group_size · group_bytes], in one of `FORMATS`. A row is its groups one after the other, so a
-packed weight streams as a plain one does, and is one tensor. A group is
+A matmul's weight [N, D] is in the dtype of the activations, or packed: a tensor of bytes [N, D / group_size ·
+group_bytes] in one of `FORMATS`. A row is its groups one after the other. A group is
 
     scale  fp16; in fp8 fp32
     least  fp16, in the formats with a zero point
-    bytes  of its ``group_size`` values: int8 and fp8 one byte each; int4 by 32 values, whose first half is in the low
-           and whose second half is in the high four bits of 16 bytes
+    bytes  of its ``group_size`` values: int8 and fp8 one byte each; int4 by 32 values, the first half in the low and
+           the second half in the high four bits of 16 bytes
 
-and stands for ``scale · value`` or, with a zero point, ``scale · value + least``. An int4 value is what its four bits
-say, 0 … 15, less 8 in the formats without a zero point. So groups of 32 in int8, int4 and int4_zero are the blocks of
-llama.cpp's Q8_0, Q4_0 and Q4_1.
+and represents ``scale · value`` or, with a zero point, ``scale · value + least``. An int4 value is its four bits,
+0 … 15, minus 8 in the formats without a zero point. So groups of 32 in int8, int4 and int4_zero are the blocks of
+llama.cpp's Q8_0, Q4_0 and Q4_1. The bytes of a row and the width D identify the format: no two have the same number of
+bytes for one width.
 
-The bytes of a row and the width D name the format: no two have the same number of bytes for one width.
+For CPUs that multiply bytes (AVX-512 VNNI), integers may be *interleaved* (`interleave`): a tensor of 16-bit words
+[N, bytes / 2], in which each sixteen rows are a panel; N is a multiple of sixteen. A panel is
 
-For processors that multiply bytes (AVX-512 VNNI), integers may be *interleaved*, see `interleave`: a tensor of 16-bit
-words [N, bytes / 2], in which sixteen rows each are one panel. A panel is
-
-    headers of its groups, one after the other: the scale of each of the sixteen rows, then, in the formats with a zero
-            point, the least value of each
+    headers of its groups, one after the other: the scales of the sixteen rows, then, in the formats with a zero point,
+            the least values
     columns one for each four bytes of a row's values: these four of the first row, of the second, …; int8 values are
             unsigned here, greater by 128
 
-so that one register holds four neighbouring values of all sixteen rows, within one line of the cache. N is a multiple
-of sixteen.
+so that one register, within one cache line, holds four neighbouring values of all sixteen rows.
 """
 
 from __future__ import annotations
@@ -37,19 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schemas import has_native, native_ops
+from .schemas import REQUIRED_WEIGHTS, LayerWeights, has_native, native_ops
 
-BLOCK = 32  # values that int4 packs together
-PANEL_ROWS = 16  # of what is interleaved
-FP8_MAX = 448.0  # of float8_e4m3fn
+BLOCK = 32  # values of an int4 block
+PANEL_ROWS = 16
+FP8_MAX = 448.0  # float8_e4m3fn
 _SCALE_STEPS = 8  # candidate scales of a group on either side of the one that fits its extremes
-_AT_ONCE = 1 << 21  # weights that are quantized at a time
-_LAYER = 9  # weights that a layer has at least
-_WHOLE = 14  # and at most
+_AT_ONCE = 1 << 21  # weights quantized at a time
 
 
 class Format(NamedTuple):
-    """What a group holds: ``group_size`` integers of ``bits`` each, or float8_e4m3fn."""
+    """Groups of ``group_size`` integers of ``bits`` each, or of float8_e4m3fn."""
 
     name: str
     bits: int
@@ -59,21 +54,20 @@ class Format(NamedTuple):
 
     @property
     def header(self) -> int:
-        """Bytes before the values of a group."""
+        """Bytes before a group's values."""
         return 4 if self.has_zero or self.is_float else 2
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of a group."""
         return self.header + self.group_size * self.bits // 8
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a row of ``width`` weights, which must be a multiple of the group's size."""
+        """Bytes of a row of ``width`` weights, a multiple of ``group_size``."""
         return width // self.group_size * self.group_bytes
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the largest value, as it stands for a weight: without `offset`."""
+        """The least and the largest value, without `offset`."""
         if self.is_float:
             return -FP8_MAX, FP8_MAX
         if self.bits == 8:
@@ -82,7 +76,7 @@ class Format(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """What is added to a value where it is written: four bits are unsigned."""
+        """Added to a value when it is written: four bits are unsigned."""
         return 8 if self.bits == 4 and not self.has_zero else 0
 
 
@@ -101,32 +95,33 @@ FORMATS = {one.name: one for one in _ALL}
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight is a packed one; int8 tensors, the rows of a draft head, are not."""
+    """Return whether a weight is packed; an int8 draft head with a scale is not."""
     return weight.dtype == torch.uint8 or is_interleaved(weight)
 
 
 def is_interleaved(weight: Tensor) -> bool:
-    """Whether a weight is packed, and its rows lie in panels of sixteen."""
+    """Return whether a weight is packed in panels of sixteen rows."""
     return weight.dtype == torch.int16
 
 
 def takes_packed(args: Iterable[Any]) -> bool:
-    """Whether a call has a packed weight among its arguments; of a model's layers and blocks it asks first and last."""
+    """Return whether a call has a packed weight; in a list of layers it looks at the first and the last."""
+    first, last = len(REQUIRED_WEIGHTS), len(LayerWeights._fields)
     return any(
         is_packed(one)
         for arg in args
-        for one in ((*arg[:_LAYER], *arg[-_WHOLE:]) if isinstance(arg, (list, tuple)) else (arg,))
+        for one in ((*arg[:first], *arg[-last:]) if isinstance(arg, (list, tuple)) else (arg,))
         if isinstance(one, Tensor)
     )
 
 
 def format_of(weight: Tensor, width: int) -> Format:
-    """The format of a packed weight [N, bytes] that multiplies states of ``width``.
+    """Return the format of a packed weight [N, bytes] that multiplies states of ``width``.
 
     Raises
     ------
     ValueError
-        If no format has as many bytes for that width.
+        If no format has this number of bytes for that width.
     """
     size = weight.shape[-1] * weight.itemsize
     known = [one for one in _ALL if width and not (one.is_float and is_interleaved(weight))]
@@ -138,19 +133,19 @@ def format_of(weight: Tensor, width: int) -> Format:
 
 
 def kind_of(weight: Tensor, width: int) -> str:
-    """What its activations are turned into: "plain", "integers" or "fp8". Weights of one product share it."""
+    """Return how activations are converted for a weight: "plain", "integers" or "fp8"."""
     if not is_packed(weight):
         return "plain"
     return "fp8" if format_of(weight, width).is_float else "integers"
 
 
 def named(name: str, width: int) -> Format:
-    """A format by its name, which must suit ``width``.
+    """Return the format of this name, for weights of ``width``.
 
     Raises
     ------
     ValueError
-        If there is none of that name, or ``width`` is not a multiple of its group.
+        If the name is unknown, or ``width`` is not a multiple of the group size.
     """
     if name not in FORMATS:
         raise ValueError(f"unknown weight format {name!r}, expected one of {', '.join(FORMATS)}")
@@ -162,7 +157,7 @@ def named(name: str, width: int) -> Format:
 
 @torch.no_grad()
 def quantize(weight: Tensor, name: str) -> Tensor:
-    """Pack a weight, rounded to nearest at the scale of each group that loses least.
+    """Pack a weight, rounded to nearest with the scale of each group that minimises the error.
 
     Parameters
     ----------
@@ -178,8 +173,8 @@ def quantize(weight: Tensor, name: str) -> Tensor:
     Raises
     ------
     ValueError
-        If the name is unknown, D is not a multiple of the group, or a row holds NaN, infinity, or what fp16 scales
-        cannot hold.
+        If the name is unknown, D is not a multiple of the group size, or a row holds NaN, infinity, or values too
+        large or too small for fp16 scales.
     """
     form = named(name, weight.shape[1])
     out = weight.new_empty(weight.shape[0], form.row_bytes(weight.shape[1]), dtype=torch.uint8)
@@ -195,19 +190,18 @@ def quantize(weight: Tensor, name: str) -> Tensor:
 
 
 def fit(form: Format, groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Values, scale and, if the format has it, least of groups: the scale, of some, that loses least in squares.
+    """Round groups to a format, with the candidate scale of least squared error; return the arguments of `pack`.
 
     Parameters
     ----------
     form : Format
     groups : Tensor [N, G, S], fp32
     importance : Tensor [S], optional
-        A factor of the squares; by default all weights count the same.
+        A factor of the squared errors; by default 1.
 
     Returns
     -------
-    tuple of Tensor
-        As `pack` takes them.
+    values, scale and, in the formats with a zero point, least
     """
     if form.has_zero:
         return _fit_range(groups, importance)
@@ -218,7 +212,7 @@ def fit(form: Format, groups: Tensor, importance: Tensor | None = None) -> tuple
     if form.bits == 8:
         scale = _rounded(largest / 127)
         return _nearest(groups, scale, -127, 127).to(torch.int8), scale
-    # The value that is largest in size becomes -8, the end of the range that has one number more.
+    # The value of largest magnitude becomes -8: the range has one more negative number.
     extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
     best = _rounded(extreme / -8)
     values = _nearest(groups, best, -8, 7)
@@ -234,7 +228,7 @@ def fit(form: Format, groups: Tensor, importance: Tensor | None = None) -> tuple
 
 
 def _fit_range(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Four-bit values, scale and least of groups; the range that is spanned shrinks as long as that loses less."""
+    """Round to four bits with a zero point; of some shrunken ranges choose the one of least squared error."""
     low, high = groups.amin(2), groups.amax(2)
     best_error = torch.full_like(low, float("inf"))
     best = (torch.zeros_like(groups), torch.ones_like(low), low)
@@ -256,7 +250,7 @@ def _fit_range(groups: Tensor, importance: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _rounded(scale: Tensor) -> Tensor:
-    """To fp16, so that values are rounded to what they will be multiplied by; a group of zeros has scale 1."""
+    """Round scales to fp16, as they are stored; a group of zeros has scale 1."""
     scale = scale.to(torch.float16).float()
     return torch.where(scale == 0, 1.0, scale)
 
@@ -271,13 +265,13 @@ def _error(groups: Tensor, values: Tensor, scale: Tensor, importance: Tensor | N
 
 
 def pack(form: Format, values: Tensor, scale: Tensor, least: Tensor | None = None) -> Tensor:
-    """The bytes of given groups.
+    """Return the bytes of groups.
 
     Parameters
     ----------
     form : Format
     values : Tensor [N, G, S]
-        int8 values; four-bit ones as 0 … 15; fp8 ones in float8_e4m3fn.
+        int8; four bits as 0 … 15; fp8 as float8_e4m3fn.
     scale : Tensor [N, G]
     least : Tensor [N, G], optional
         In the formats with a zero point.
@@ -289,7 +283,7 @@ def pack(form: Format, values: Tensor, scale: Tensor, least: Tensor | None = Non
     Raises
     ------
     ValueError
-        If fp16 cannot hold a scale: it is too large, or so small that it would lose more than 1 %.
+        If fp16 cannot hold a scale: it overflows, or underflow loses more than 1 %.
     """
     if form.is_float:
         headers = [scale.float().unsqueeze(-1).contiguous().view(torch.uint8)]
@@ -315,7 +309,7 @@ def _halves(numbers: Tensor) -> Tensor:
 
 
 def unpack(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `pack` took: values [N, G, S] (four-bit ones as 0 … 15), scale and least [N, G], in fp32."""
+    """Undo `pack`: values [N, G, S] (four bits as 0 … 15), scale and least [N, G], in fp32."""
     form = format_of(weight, width)
     groups = rows_of(weight, width).unflatten(1, (-1, form.group_bytes))
     headers = groups[:, :, : form.header].contiguous().view(torch.float32 if form.is_float else torch.float16).float()
@@ -331,14 +325,14 @@ def unpack(weight: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def dequantize(weight: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a weight stands for.
+    """Return the values that a weight represents.
 
     Parameters
     ----------
     weight : Tensor [N, width], or packed [N, bytes]
     width : int
     dtype : torch.dtype
-        Of the result; a packed weight is computed in fp32, or in float64 if that is it, and rounded once.
+        Of the result; a packed weight is computed in fp32, or float64 for float64, and rounded once.
 
     Returns
     -------
@@ -359,7 +353,7 @@ def dequantize(weight: Tensor, width: int, dtype: torch.dtype = torch.float32) -
 
 
 def plain(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """As `dequantize`, by a native kernel on CPU tensors where the library was built."""
+    """`dequantize` by a native kernel, on CPU tensors and if the library was built."""
     if not is_packed(weight) or not weight.is_cpu or not _has_native():
         return dequantize(weight, width, dtype)
     out = torch.empty(weight.shape[0], width, dtype=dtype)
@@ -368,13 +362,13 @@ def plain(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def can_interleave(weight: Tensor, width: int) -> bool:
-    """Whether `interleave` takes a weight."""
+    """Return whether `interleave` accepts a weight."""
     packed = is_packed(weight) and not is_interleaved(weight)
     return packed and weight.shape[0] % PANEL_ROWS == 0 and not format_of(weight, width).is_float
 
 
 def interleave(weight: Tensor, width: int, out: Tensor | None = None) -> Tensor:
-    """Put the rows of a packed weight into panels of sixteen, as the head of this file says.
+    """Reorder a packed weight into panels of sixteen rows, as the docstring of this module describes.
 
     Parameters
     ----------
@@ -382,17 +376,17 @@ def interleave(weight: Tensor, width: int, out: Tensor | None = None) -> Tensor:
         Of integers; N is a multiple of 16.
     width : int
     out : Tensor [N, bytes / 2], int16, optional
-        Where to.
+        Output buffer.
 
     Returns
     -------
     Tensor [N, bytes / 2], int16
-        The same values in another order; ``out``, if it is given.
+        ``out``, if it is given.
 
     Raises
     ------
     ValueError
-        If the weight is of fp8, interleaved already, or N is no multiple of 16.
+        If the weight is plain, fp8, or interleaved already, or N is no multiple of 16.
     """
     if not can_interleave(weight, width):
         raise ValueError(f"cannot interleave a {weight.dtype} weight {list(weight.shape)} of width {width}")
@@ -413,7 +407,7 @@ def interleave(weight: Tensor, width: int, out: Tensor | None = None) -> Tensor:
 
 
 def rows_of(weight: Tensor, width: int) -> Tensor:
-    """A packed weight with its rows one after the other, as `interleave` took it; one that has them so is returned."""
+    """Undo `interleave`; a weight that is not interleaved is returned as it is."""
     if not is_interleaved(weight):
         return weight
     out = weight.new_empty(weight.shape[0], 2 * weight.shape[1], dtype=torch.uint8)

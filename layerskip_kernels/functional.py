@@ -1,12 +1,12 @@
-"""The documented public ops of one step; drafting and rounds are in `rounds`.
+"""The public ops of one step; drafting and rounds are in `speculative`.
 
 Letters: B sequences, M rows per sequence, R = B M rows, D hidden, H query heads, G key/value heads, C head size,
 F feed-forward, V vocabulary, T cache capacity, L layers, K draft tokens.
 
-Weights of matmuls may be packed, see `formats`. Floating inputs of one call share one dtype out of fp32, bf16 and fp16;
-all tensors share one device. Weights and caches must be contiguous, activations need not be. What a row yields does not
-depend, bitwise, on how many rows or sequences travel with it. Every function raises ValueError (shape, stride, device,
-range) or TypeError (dtype) with the offending value.
+Weights of matmuls may be packed (`formats`). Floating inputs of one call share one dtype, fp32, bf16 or fp16; all
+tensors share one device. Weights and caches must be contiguous, activations need not be. A row's result does not
+depend, bitwise, on the other rows and sequences. Every function raises ValueError (shape, stride, device, range) or
+TypeError (dtype) with the offending value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks
+from ._checks import layer_weights as check_layer_weights  # noqa: F401  (public here)
 from .dispatch import call
 from .schemas import EarlyExitLossOutput, ExitOutput, KVCache, flatten
 
@@ -70,16 +70,9 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rope_kv_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
+    slots: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Rotate q and k (RoPE on halves, Su et al. 2021), write k and v at ``seq_lens[b] + m``, in place.
 
     Parameters
@@ -87,12 +80,12 @@ def rope_kv_append(
     q : Tensor [B, M, H, C]
     k, v : Tensor [B, M, G, C]
     cos, sin : Tensor [≥ T, C/2], fp32
-        One row a position.
+        One row per position.
     k_cache, v_cache : Tensor [B, G, T, C]
         Written in place.
     seq_lens : Tensor [B], int64
     slots : Tensor [B], int64, optional
-        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
+        The cache row of each sequence, no duplicates; the cache may then have any number of rows instead of B.
 
     Returns
     -------
@@ -107,8 +100,7 @@ def verify_attention(
 ) -> Tensor:
     """Causal grouped-query attention of M new rows over the cache that already holds their keys and values.
 
-    Row m of sequence b sits at ``seq_lens[b] + m`` and sees positions up to and including its own; what lies beyond is
-    never read.
+    Row m of sequence b is at position ``seq_lens[b] + m`` and sees positions up to its own; later ones are never read.
 
     Parameters
     ----------
@@ -117,7 +109,7 @@ def verify_attention(
     seq_lens : Tensor [B], int64
         Lengths before this step.
     slots : Tensor [B], int64, optional
-        The cache row of each sequence, all different; the cache then has any number of rows in the place of B.
+        The cache row of each sequence, no duplicates; the cache may then have any number of rows instead of B.
 
     Returns
     -------
@@ -127,47 +119,40 @@ def verify_attention(
 
 
 def exit_head(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    token_map: Tensor | None = None,
-    scale: Tensor | None = None,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-    offset: Tensor | None = None,
-    logits: Tensor | None = None,
-) -> ExitOutput:
-    """Final norm, head, arg-max or sample, and log-sum-exp in one pass over the head; no logits, unless asked for.
+    hidden: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, token_map: Tensor | None = None,
+    scale: Tensor | None = None, temperature: Tensor | None = None, seed: Tensor | None = None,
+    offset: Tensor | None = None, logits: Tensor | None = None
+) -> ExitOutput:  # fmt: skip
+    """Final norm, head, arg-max or sample, and log-sum-exp in one pass over the head, without writing logits.
 
-    A sample is the arg-max of logits / temperature + Gumbel noise (Gumbel-max, Maddison et al. 2014), drawn with its
-    exact probability. The noise is a function of ``seed``, ``offset`` and the token alone (Philox4x32-10, Salmon et al.
-    2011), so a row's sample does not depend on the other rows, and the same seed and position give the same sample.
+    A sample is the arg-max of logits / temperature + Gumbel noise (Gumbel-max, Maddison et al. 2014). The noise depends
+    on ``seed``, ``offset`` and the token alone (Philox4x32-10, Salmon et al. 2011): the same seed and position give the
+    same sample, whatever the other rows are.
 
     Parameters
     ----------
     hidden : Tensor [R, D]
     norm_weight : Tensor [D]
     head_weight : Tensor [V, D]
-        The rows to score, in the dtype of ``hidden``, or int8 together with ``scale``.
+        In the dtype of ``hidden``, packed, or int8 with ``scale``.
     eps : float
     token_map : Tensor [V], int64, optional
-        The token that each row of ``head_weight`` stands for; without it a row stands for its index.
+        The token of each row of ``head_weight``; by default the row's index.
     scale : Tensor [V], fp32, optional
-        One factor a row of an int8 head: logit = scale · Σ x · weight.
+        One factor per row of an int8 head: logit = scale · Σ x · weight.
     temperature : Tensor [R], fp32, optional
-        Finite, at least 0. Where it is 0 the row is greedy.
-    seed, offset : Tensor [R], int64
-        What names a row's noise; ``offset`` is the row's position. With a temperature, and only with one.
+        Finite, at least 0; 0 is greedy.
+    seed, offset : Tensor [R], int64, optional
+        Index the noise; ``offset`` is the row's position. Required with a temperature, and only then.
     logits : Tensor [R, V], fp32, optional
-        Output buffer for the raw logits, before the temperature. Its rows are contiguous, but may lie apart.
+        Output buffer for the raw logits, before the temperature. Each row is contiguous; rows may be strided.
 
     Returns
     -------
     ExitOutput
-        Ties go to the lowest row. Token -1 marks a row whose logits are not finite, or overflow when they are divided
-        by its temperature. Of a sampled row ``logit`` and ``logsumexp`` are those of logits / temperature, so
-        ``exp(logit - logsumexp)`` is what it was drawn with.
+        Ties go to the lowest row. Token -1 marks a row whose logits are not finite, or overflow when divided by the
+        temperature. For a sampled row ``logit`` and ``logsumexp`` are those of logits / temperature, so
+        ``exp(logit - logsumexp)`` is the probability it was drawn with.
     """
     return ExitOutput(
         *call("exit_head", hidden, norm_weight, head_weight, eps, token_map, scale, temperature, seed, offset, logits)
@@ -179,19 +164,19 @@ def partial_forward(
 ) -> Tensor:
     """Layers [start, end) of a pre-norm decoder as one call; keys and values are written into the cache in place.
 
-    A layer is the composition of this module's ops, bit for bit: rms_norm, linear (q, k, v), rms_norm of q and k where
-    the model has it, rope_kv_append, verify_attention, linear + residual, rms_norm, swiglu, linear + residual. So a
-    forward of [0, L) equals one of [0, E) followed by one of [E, L).
+    A layer is, bit for bit, the composition of this module's ops: rms_norm, linear (q, k, v), optional rms_norm of q
+    and k, rope_kv_append, verify_attention, linear + residual, rms_norm, swiglu, linear + residual. So [0, E) followed
+    by [E, L) equals [0, L).
 
     Parameters
     ----------
     hidden : Tensor [B, M, D]
         State before layer ``start``.
     weights : sequence of Tensor
-        Of the layers [start, end) in order, for each the tensors of `LayerWeights`: the required ones, or all, where
-        one that the model does not have is a tensor without elements.
+        The tensors of `LayerWeights` for each of the layers [start, end): the required ones, or all of them, with an
+        empty tensor for one that the model does not have.
     cache : KVCache
-        Of all L layers; keys and values are written at ``seq_lens[b] + m``. Lengths are not advanced.
+        Of all L layers; keys and values are written at ``seq_lens[b] + m``. ``seq_lens`` is not advanced.
     start, end : int
     eps : float
         Of every norm.
@@ -205,50 +190,24 @@ def partial_forward(
     return call("partial_forward", *args)
 
 
-def check_layer_weights(
-    weights: Sequence[Tensor], hidden_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> None:
-    """Check the tensors of one layer as `partial_forward` takes them.
-
-    Parameters
-    ----------
-    weights : sequence of Tensor
-        Those of `LayerWeights`, with or without the optional ones; an optional one without elements is absent.
-    hidden_size, num_kv_heads, head_dim : int
-        D, G and C.
-    dtype : torch.dtype
-
-    Raises
-    ------
-    ValueError, TypeError
-        With the name of the tensor, what it is and what it should be.
-    """
-    _checks.layer_weights(weights, hidden_size, num_kv_heads, head_dim, dtype)
-
-
 def early_exit_loss(
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    eps: float = 1e-5,
-    ignore_index: int = -100,
-) -> EarlyExitLossOutput:
+    hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor, eps: float = 1e-5,
+    ignore_index: int = -100
+) -> EarlyExitLossOutput:  # fmt: skip
     """Σ weightₙ · mean cross-entropy of exit n (LayerSkip, arXiv 2404.16710, §4.1.2), logits never written in full.
 
-    Every exit goes through the same norm and head. Differentiable in ``hiddens``, ``norm_weight``, ``head_weight`` and
-    ``exit_weights``; a head that needs no gradient costs none.
+    All exits share the norm and the head. Differentiable once in ``hiddens``, ``norm_weight``, ``head_weight`` and
+    ``exit_weights``; a head without ``requires_grad`` gets no gradient and saves its cost.
 
     Parameters
     ----------
     hiddens : Tensor [N, R, D]
-        State after each exit's layer, before the final norm. float64 is taken too.
+        State after each exit's layer, before the final norm. May be float64.
     norm_weight : Tensor [D]
     head_weight : Tensor [V, D]
     labels : Tensor [R], int64
-        The token that each row should predict, or ``ignore_index``; rows of no label do not enter the mean. The mean
-        over no labels at all is 0.
+        The token that each row should predict, or ``ignore_index`` to leave the row out of the mean. The mean over no
+        rows is 0.
     exit_weights : Tensor [N], fp32
     eps : float
     ignore_index : int
@@ -259,8 +218,8 @@ def early_exit_loss(
     EarlyExitLossOutput
         In fp32.
     """
-    # The states' gradients come along in the forward where that spares the backward a pass over the head; the CPU
-    # profits always, since its backward can then take the head's gradient in one product for all rows.
+    # Computing the gradient of hiddens in the forward saves the backward a pass over the head. The CPU always gains:
+    # its backward can then compute the head's gradient in one product for all rows.
     profits = hiddens.device.type == "cpu" or not head_weight.requires_grad
     with_slope = torch.is_grad_enabled() and hiddens.requires_grad and profits
     args = (hiddens, norm_weight, head_weight, labels, exit_weights, eps, ignore_index, with_slope)

@@ -1,7 +1,4 @@
-"""Layers that stand in for those of models, as the Hugging Face ``kernels`` package puts them there.
-
-Each has a ``forward`` and nothing else: it is given to a module of the model, whose members it uses.
-"""
+"""Layers for the Hugging Face ``kernels`` package, which swaps the ``forward`` of a model's module for theirs."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from .functional import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`layerskip_kernels.rms_norm` in the place of a module with ``weight`` [D] and ``variance_epsilon``.
+    """`layerskip_kernels.rms_norm` for a module with ``weight`` [D] and ``variance_epsilon``.
 
-    Transformers calls its layers of that kind RMSNorm: those of Llama, Mistral, Qwen and others.
+    This is transformers' layer RMSNorm of Llama, Mistral, Qwen and others.
     """
 
     weight: torch.nn.Parameter

@@ -1,7 +1,7 @@
-"""Every op in plain torch: the truth that the other backends are held to.
+"""Every op in plain torch: the reference for the other backends.
 
-Products and statistics are taken in fp32 and rounded once, to the dtype of the input, where an op ends. Called with
-float64 tensors the same functions compute in float64, which is how they are themselves tested.
+Products and statistics are in fp32 and rounded once, to the dtype of the input, at the end of an op. With float64
+tensors the same functions compute in float64, which is how they are tested themselves.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .speculative import compose_draft, compose_round
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The dtype that accumulates: float64 stays, everything else becomes fp32."""
+    """Convert to the dtype of accumulation: float64 stays, everything else becomes fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _matrix(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight, plain or packed, in the dtype that accumulates."""
+    """A weight, plain or packed, in the dtype of accumulation."""
     return dequantize(weight, x.shape[-1], _wide(x).dtype)
 
 
@@ -53,13 +53,13 @@ def swiglu_ref(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _positions(seq_lens: Tensor, rows: int, capacity: int) -> Tensor:
-    """Positions [B, M] of a step's rows; raises where one falls outside the cache."""
+    """Positions [B, M] of a step's rows; raises if one is outside the cache."""
     _checks.positions(seq_lens, rows, capacity)
     return seq_lens[:, None] + torch.arange(rows, device=seq_lens.device)
 
 
 def _slots(slots: Tensor | None, batch: int, num_slots: int, device: torch.device) -> Tensor:
-    """The slot of each sequence, [B]; raises where slots are not distinct, or not in the cache."""
+    """The slot of each sequence, [B]; raises for duplicates and slots outside the cache."""
     _checks.distinct_slots(slots, num_slots)
     return torch.arange(batch, device=device) if slots is None else slots
 
@@ -73,16 +73,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @implements("rope_kv_append", "reference")
 def rope_kv_append_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
+    slots: Tensor | None = None
+) -> Tensor:  # fmt: skip
     batch, rows = q.shape[:2]
     positions = _positions(seq_lens, rows, k_cache.shape[2])
     cos, sin = cos[positions], sin[positions]
@@ -103,8 +96,7 @@ def verify_attention_ref(
     num_kv_heads, capacity = k_cache.shape[1:3]
     positions = _positions(seq_lens, rows, capacity)
     seen = torch.arange(capacity, device=q.device) <= positions[:, :, None]  # [B, M, T]
-    # What a row must not see may be NaN or infinite, and 0 times that is NaN: V is weighted without it, and the rows
-    # that see it become NaN.
+    # A hidden value may be NaN or infinite, and 0 times that is NaN: replace it by 0, and set rows that see it to NaN.
     broken = ~v_cache.isfinite()  # [B, G, T, C]
     values = _wide(v_cache).masked_fill(broken, 0)
     grouped = _wide(q).view(batch, rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -118,17 +110,10 @@ def verify_attention_ref(
 
 @implements("exit_head", "reference")
 def exit_head_ref(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    token_map: Tensor | None = None,
-    scale: Tensor | None = None,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-    offset: Tensor | None = None,
-    logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, token_map: Tensor | None = None,
+    scale: Tensor | None = None, temperature: Tensor | None = None, seed: Tensor | None = None,
+    offset: Tensor | None = None, logits: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     normed = rms_norm_ref(hidden, norm_weight, eps)
     scores = _wide(normed) @ _matrix(head_weight, normed).T  # [R, V]
     if scale is not None:
@@ -146,12 +131,12 @@ def exit_head_ref(
     row = noisy.argmax(-1)
     lse = scores.logsumexp(-1)
     token = row if token_map is None else token_map[row]
-    # logsumexp of +inf is +inf, of NaN NaN: such a row names no token
+    # the logsumexp of a row with +inf is +inf, with NaN NaN
     return torch.where(lse.isfinite(), token, -1), scores.gather(1, row[:, None])[:, 0], lse
 
 
 def divisors(temperature: Tensor) -> Tensor:
-    """What logits are divided by, [B, 1]: the temperature, 1 where it is 0; raises where it is no temperature."""
+    """The divisors of logits, [B, 1]: the temperature, or 1 where it is 0."""
     _checks.temperatures(temperature)
     return torch.where(temperature > 0, temperature, 1)[:, None]
 
@@ -187,8 +172,7 @@ def _layer(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float) ->
 
 @implements("accept_greedy", "reference")
 def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
-    drafted = draft.shape[1]
-    matches = (draft == target[:, :drafted]) & (draft >= 0)  # a negative entry was not drafted
+    matches = (draft == target[:, :-1]) & (draft >= 0)  # a negative entry ends the draft
     accepted = matches.long().cumprod(1).sum(1)
     next_token = target.gather(1, accepted[:, None])[:, 0]
     seq_lens.add_(accepted + 1)
@@ -196,13 +180,13 @@ def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[
 
 
 def _log_softmax(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits [B, K, V]; and whether a row has one, [B, K]: not one of NaN, +inf or nothing but -inf."""
+    """Log-softmax of logits [B, K, V], and [B, K] whether it is finite: not with NaN, +inf or only -inf."""
     lse = scaled.logsumexp(-1, keepdim=True)
     return scaled - lse, lse[..., 0].isfinite()
 
 
 def _on_vocabulary(log_q: Tensor, token_map: Tensor | None, vocab_size: int) -> Tensor:
-    """log q of the draft's tokens, [B, K, V_draft] -> [B, K, V], -inf where it has none."""
+    """log q of the draft tokens, [B, K, V_draft] -> [B, K, V], -inf for tokens outside ``token_map``."""
     if token_map is None:
         return log_q
     full = log_q.new_full((*log_q.shape[:2], vocab_size), float("-inf"))
@@ -215,28 +199,23 @@ def _check_accepted_tokens(draft: Tensor, temperature: Tensor, token_map: Tensor
         return
     for name, tokens in (("draft", draft), ("token_map", token_map)):
         if tokens is not None and tokens.numel():
-            least, most = int(tokens.min()), int(tokens.max())
-            if most >= vocab_size or (least < 0 and name == "token_map"):
-                token = most if most >= vocab_size else least
+            lowest, highest = int(tokens.min()), int(tokens.max())
+            if highest >= vocab_size or (lowest < 0 and name == "token_map"):
+                token = highest if highest >= vocab_size else lowest
                 raise ValueError(f"{name} holds {token}, the vocabulary of target_logits has {vocab_size}")
     if token_map is not None:
-        strange = ~torch.isin(draft, token_map) & (draft >= 0) & (temperature[:, None] > 0)
-        if strange.any():
-            b, i = strange.nonzero()[0].tolist()
+        outside = ~torch.isin(draft, token_map) & (draft >= 0) & (temperature[:, None] > 0)
+        if outside.any():
+            b, i = outside.nonzero()[0].tolist()
             raise ValueError(f"draft[{b}, {i}] is {int(draft[b, i])}, which is not in token_map")
 
 
 @implements("accept_sampled", "reference")
 def accept_sampled_ref(
-    draft: Tensor,
-    draft_logits: Tensor,
-    target_logits: Tensor,
-    seq_lens: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    token_map: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch, drafted = draft.shape
+    draft: Tensor, draft_logits: Tensor, target_logits: Tensor, seq_lens: Tensor, temperature: Tensor, seed: Tensor,
+    token_map: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, num_speculations = draft.shape
     vocab_size = target_logits.shape[2]
     _check_accepted_tokens(draft, temperature, token_map, vocab_size)
     sampled, by = temperature[:, None] > 0, divisors(temperature)[:, :, None]
@@ -245,24 +224,24 @@ def accept_sampled_ref(
     log_q, valid_q = _log_softmax(draft_logits / by)
     log_q = _on_vocabulary(log_q, token_map, vocab_size)
     valid = valid_p.clone()
-    valid[:, :drafted] &= valid_q | (draft < 0) | ~sampled
-    best = scaled.argmax(-1)  # [B, K + 1]; of log_p, rounding might have made it a tie
+    valid[:, :num_speculations] &= valid_q | (draft < 0) | ~sampled
+    best = scaled.argmax(-1)  # [B, K + 1]; log_p might tie by rounding
 
     index = draft.clamp_min(0)[:, :, None]
-    gain = (log_p[:, :drafted].gather(2, index) - log_q.gather(2, index))[:, :, 0]
-    offsets = seq_lens[:, None] + torch.arange(drafted, device=draft.device)
-    luck = _noise.uniform(seed[:, None], offsets, torch.zeros_like(offsets), _noise.ACCEPT).log()
-    agrees = torch.where(sampled, luck < gain, draft == best[:, :drafted])
-    accepted = (agrees & (draft >= 0) & valid[:, :drafted]).long().cumprod(1).sum(1)
+    log_ratio = (log_p[:, :num_speculations].gather(2, index) - log_q.gather(2, index))[:, :, 0]
+    offsets = seq_lens[:, None] + torch.arange(num_speculations, device=draft.device)
+    log_u = _noise.uniform(seed[:, None], offsets, torch.zeros_like(offsets), _noise.ACCEPT).log()
+    agrees = torch.where(sampled, log_u < log_ratio, draft == best[:, :num_speculations])
+    accepted = (agrees & (draft >= 0) & valid[:, :num_speculations]).long().cumprod(1).sum(1)
 
-    def last(rows: Tensor) -> Tensor:  # the row after the accepted drafts
+    def last(rows: Tensor) -> Tensor:  # the row after the accepted draft tokens
         return rows[torch.arange(batch, device=rows.device), accepted.clamp_max(rows.shape[1] - 1)]
 
     final = last(scaled)  # [B, V]
-    if drafted:
-        rejected = (accepted < drafted) & (last(draft) >= 0)
+    if num_speculations:
+        rejected = (accepted < num_speculations) & (last(draft) >= 0)
         residual = (last(log_p).exp() - last(log_q).exp()).clamp_min(0).log()
-        usable = rejected & (residual > float("-inf")).any(-1)  # rounding may leave nothing
+        usable = rejected & (residual > float("-inf")).any(-1)  # it may round to nothing
         final = torch.where(usable[:, None], residual, final)
     every = torch.arange(vocab_size, device=draft.device)
     noise = _noise.gumbel(seed[:, None], (seq_lens + accepted)[:, None], every, _noise.RESIDUAL)
@@ -272,7 +251,7 @@ def accept_sampled_ref(
 
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise ValueError where a label is neither a token nor ``ignore_index``."""
+    """Raise ValueError for a label that is neither a token nor ``ignore_index``."""
     if labels.device.type == "cpu":  # on a GPU this would be a host sync
         wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
         if wrong.any():
@@ -281,7 +260,7 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
 
 
 def label_counts(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Which rows have a label [R], and how many do, at least 1: the mean over no labels is 0."""
+    """Which rows have a label [R], and their number, at least 1 so that the mean over no labels is 0."""
     valid = labels != ignore_index
     return valid, valid.sum().clamp(min=1)
 
@@ -298,15 +277,9 @@ def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> t
 
 @implements("early_exit_loss", "reference")
 def early_exit_loss_ref(
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    eps: float = 1e-5,
-    ignore_index: int = -100,
-    with_slope: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor, eps: float = 1e-5,
+    ignore_index: int = -100, with_slope: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_labels(labels, head_weight.shape[0], ignore_index)
     logits = _wide(rms_norm_ref(hiddens, norm_weight, eps)) @ _wide(head_weight).T  # [N, R, V]
     _, count = label_counts(labels, ignore_index)
@@ -326,18 +299,9 @@ def _softmax_slopes(logits: Tensor, labels: Tensor) -> Tensor:
 
 @implements("early_exit_loss_backward", "reference")
 def early_exit_loss_backward_ref(
-    grad: Tensor,
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    logsumexp: Tensor,
-    slope: Tensor,
-    eps: float,
-    ignore_index: int,
-    head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor,
+    logsumexp: Tensor, slope: Tensor, eps: float, ignore_index: int, head_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     normed, head = _wide(rms_norm_ref(hiddens, norm_weight, eps)), _wide(head_weight)
     valid, count = label_counts(labels, ignore_index)
     scale = (grad * exit_weights.to(grad.dtype) / count)[:, None] * valid  # [N, R]

@@ -1,4 +1,8 @@
-"""The ops' schemas, and their arguments by name; the only place that lists the arguments of `draft` and the like."""
+"""The ops' signatures: namespaces, schemas, arguments by name, and named tuples of arguments and results.
+
+``layerskip::<op>`` is what users call; ``layerskip_native::<op>`` is what the compiled libraries implement. The
+schemas are the only Python list of an op's flat arguments. Letters as in `functional`.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +65,12 @@ _ARGUMENTS = {op: _arguments_type(op) for op in SCHEMAS}
 
 
 def bind(op: str, *args: Any, **named: Any) -> Any:
-    """The arguments of an op by their names, with the schema's defaults: a named tuple, in the schema's order."""
+    """The arguments of an op as a named tuple in the schema's order, with the schema's defaults."""
     return _ARGUMENTS[op](*args, **named)
 
 
 def flatten(op: str, *bundles: NamedTuple | None, **named: Any) -> Any:
-    """As `bind`, out of bundles whose fields are arguments of the op, and of what is named besides."""
+    """`bind` the fields of ``bundles``, which have the names of arguments, and the arguments that are ``named``."""
     for bundle in bundles:
         if bundle is not None:
             named.update(zip(bundle._fields, bundle))  # noqa: B905  (of one length; strict costs as much as the rest)
@@ -74,7 +78,7 @@ def flatten(op: str, *bundles: NamedTuple | None, **named: Any) -> Any:
 
 
 def derive(op: str, given: Any, **named: Any) -> Any:
-    """As `bind`, with what is ``named``, and else what the bound arguments ``given`` of another op call the same."""
+    """`bind` what is ``named``, and the rest from ``given``, the bound arguments of another op, by name."""
     known = {name: getattr(given, name) for name in _common(op, type(given)._fields)}
     return _ARGUMENTS[op](**{**known, **named})
 
@@ -85,12 +89,12 @@ def _common(op: str, others: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def has_native(op: str, device: str) -> bool:
-    """Whether a compiled library implements an op on a device."""
+    """Return whether a compiled library implements an op on a device."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE}::{op}", device.upper()))
 
 
 class LayerWeights(NamedTuple):
-    """The tensors of one layer, in the order in which the ops take them; the last five are optional.
+    """The tensors of one layer in the order of the ops' ``weights``; the last five are optional.
 
     ``attn_norm``, ``mlp_norm`` [D], ``q`` [H C, D], ``k``, ``v`` [G C, D], ``o`` [D, H C], ``gate``, ``up`` [F, D],
     ``down`` [D, F], ``q_bias`` [H C], ``k_bias``, ``v_bias`` [G C], ``q_norm``, ``k_norm`` [C].
@@ -119,7 +123,7 @@ REQUIRED_WEIGHTS = tuple(name for name in LayerWeights._fields if name not in OP
 def layer_shapes(
     hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a layer, by its name and in the order of `LayerWeights`."""
+    """The shape of each tensor of a layer by name, in the order of `LayerWeights`."""
     queries, keys = num_heads * head_dim, num_kv_heads * head_dim
     return {
         "attn_norm": (hidden_size,),
@@ -140,43 +144,41 @@ def layer_shapes(
 
 
 def weights_per_layer(weights: Sequence[Tensor], start: int, end: int, num_draft_layers: int = 0) -> int:
-    """How many tensors of the flat list ``weights`` describe each of the layers [start, end) and draft layers.
+    """The number of tensors per layer in ``weights``, the flat list of layers [start, end) and the draft layers.
 
     Raises
     ------
     ValueError
-        If there are neither the required tensors for each layer nor all of them.
+        If the list has neither the required nor all tensors of each layer.
     """
-    layers = end - start + num_draft_layers
+    num_layers = end - start + num_draft_layers
     required, all_weights = len(REQUIRED_WEIGHTS), len(LayerWeights._fields)
-    if layers == 0 and not weights:
+    if num_layers == 0 and not weights:
         return required
-    for count in (required, all_weights):
-        if len(weights) == layers * count:
-            return count
+    for per_layer in (required, all_weights):
+        if len(weights) == num_layers * per_layer:
+            return per_layer
     draft_layers = f" and {num_draft_layers} draft layers" if num_draft_layers else ""
     raise ValueError(
         f"layers [{start}, {end}){draft_layers} take {required} or {all_weights} weights each, got {len(weights)} for "
-        f"{layers} layers"
+        f"{num_layers} layers"
     )
 
 
 def split_layers(weights: Sequence[Tensor], start: int, end: int) -> Iterator[LayerWeights]:
-    """Each layer of [start, end) out of a flat list, in which an optional tensor without elements is absent."""
-    count, required = weights_per_layer(weights, start, end), len(REQUIRED_WEIGHTS)
-    for first in range(0, len(weights), count):
-        optional = weights[first + required : first + count]
-        yield LayerWeights(
-            *weights[first : first + required], *(weight if weight.numel() else None for weight in optional)
-        )
+    """The weights of each of the layers [start, end); an optional tensor without elements is None."""
+    per_layer, required = weights_per_layer(weights, start, end), len(REQUIRED_WEIGHTS)
+    for first in range(0, len(weights), per_layer):
+        optional = (weight if weight.numel() else None for weight in weights[first + required : first + per_layer])
+        yield LayerWeights(*weights[first : first + required], *optional)
 
 
 class KVCache(NamedTuple):
-    """Keys and values, in place, and where the next rows go.
+    """Keys and values, written in place, and the lengths of the sequences.
 
     ``k_cache``, ``v_cache`` [L, B, G, T, C]; ``cos``, ``sin`` [≥ T, C/2] fp32, of the rotary embedding; ``seq_lens``
-    [B] int64. With ``slots`` [B] int64, all different, sequence b has row ``slots[b]`` of the cache, which then has any
-    number of rows in the place of B.
+    [B] int64. With ``slots`` [B] int64, no duplicates, sequence b uses row ``slots[b]`` of the cache, which may then
+    have any number of rows instead of B.
     """
 
     k_cache: Tensor
@@ -190,8 +192,8 @@ class KVCache(NamedTuple):
 class Head(NamedTuple):
     """A final norm and a head: ``norm_weight`` [D], ``head_weight`` [V, D].
 
-    A draft's head may be reduced to some tokens, with the ``token_map`` [V] int64 of its rows, and int8 with a
-    ``scale`` [V] fp32 a row.
+    A draft head may have rows for some tokens only, with their ``token_map`` [V] int64, and may be int8 with a
+    ``scale`` [V] fp32 per row.
     """
 
     norm_weight: Tensor
@@ -201,14 +203,14 @@ class Head(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """How to sample: ``temperature`` [B] fp32, where 0 is greedy, and the ``seed`` [B] int64 that names the noise."""
+    """How to sample: ``temperature`` [B] fp32, 0 is greedy, and ``seed`` [B] int64."""
 
     temperature: Tensor
     seed: Tensor
 
 
 class ExitOutput(NamedTuple):
-    """What an exit head gives: ``token`` [R] int64, its ``logit`` [R] fp32, ``logsumexp`` [R] fp32.
+    """The output of an exit head: ``token`` [R] int64, its ``logit`` [R] fp32, ``logsumexp`` [R] fp32.
 
     ``exp(logit - logsumexp)`` is the token's probability. A token of -1 marks a row whose logits are not finite.
     """
@@ -219,10 +221,10 @@ class ExitOutput(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What drafting gives.
+    """Draft tokens.
 
-    ``tokens`` [B, K] int64, ``states`` [B, K or K + 1, D] after the exit layer, and ``probability`` [B, K] fp32, what
-    the exit gave each token.
+    ``tokens`` [B, K] int64, ``states`` [B, K or K + 1, D] after layer E, ``probability`` [B, K] fp32 of each token
+    according to the exit.
     """
 
     tokens: Tensor
@@ -231,17 +233,17 @@ class Draft(NamedTuple):
 
 
 class Acceptance(NamedTuple):
-    """What verification gives: ``accepted`` [B] int64 leading draft tokens, ``next_token`` [B] int64."""
+    """The number of leading draft tokens ``accepted`` [B] int64, and the ``next_token`` [B] int64."""
 
     accepted: Tensor
     next_token: Tensor
 
 
 class Round(NamedTuple):
-    """What a round of self-speculative decoding gives.
+    """The result of a round of self-speculative decoding.
 
-    ``tokens`` [B, K] int64 were drafted, ``accepted`` [B] int64 of them hold, ``next_token`` [B] int64 follows those;
-    ``probability`` [B, K] fp32 is what the exit gave each draft.
+    Of the draft ``tokens`` [B, K] int64 the leading ``accepted`` [B] int64 are accepted, ``next_token`` [B] int64
+    follows them; ``probability`` [B, K] fp32 of each draft token according to the exit.
     """
 
     tokens: Tensor
@@ -251,7 +253,7 @@ class Round(NamedTuple):
 
 
 class EarlyExitLossOutput(NamedTuple):
-    """What training minimises: ``loss``, a scalar, and ``exit_losses`` [N], each exit's own mean, detached."""
+    """The scalar ``loss``, and ``exit_losses`` [N], the mean loss of each exit, detached."""
 
     loss: Tensor
     exit_losses: Tensor

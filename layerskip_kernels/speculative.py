@@ -1,8 +1,8 @@
 """Self-speculative decoding: draft, verify, accept, roll back (LayerSkip, arXiv 2404.16710, section 4.3).
 
-`run_draft` and `run_round` are the algorithm. Everything else that decodes speculatively is a variant of them: over a
-backend's ops (`compose_draft`, `compose_round`), as one native call with the same bits, or with other ways to choose
-tokens (`layerskip.decoding.spec_step`). Letters as in `functional`.
+`run_draft` and `run_round` are the algorithm. `compose_draft` and `compose_round` run it over the ops of one backend;
+`draft` and `speculative_round` run the same, with the same bits, as one fused call. `layerskip.decoding.spec_step` runs
+it with processed logits and other draft sources. Letters as in `functional`.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def run_draft(
     num_speculations : int
         K.
     extend : bool
-        Whether the last draft token goes forward, too: verification needs its state, keys and values.
+        Whether to run the layers on the last draft token, too: verification needs its state, keys and values.
     forward : callable
         ``forward(token, row)`` runs layers [0, E) on the tokens at position ``seq_lens + row``: their states [B, D].
     choose : callable
-        ``choose(state, row)`` gives the next tokens by the exit head, or None if no sequence drafts further.
+        ``choose(state, row)`` gives the next tokens by the exit head, or None if every sequence has stopped drafting.
     """
     for row in range(num_speculations):
-        following = choose(forward(token, row), row)
-        if following is None:
+        next_token = choose(forward(token, row), row)
+        if next_token is None:
             return row
-        token = following
+        token = next_token
     if extend:
         forward(token, num_speculations)
     return num_speculations
@@ -63,7 +63,7 @@ def run_round(
     verify: Callable[[Tensor], Tensor],
     accept: Callable[[Drafted, Tensor], Accepted],
 ) -> Accepted:
-    """One round: the early layers draft K tokens, the remaining layers verify them in one pass.
+    """Draft K tokens with the early layers, verify them in one pass of the remaining layers, and accept.
 
     Parameters
     ----------
@@ -82,69 +82,187 @@ def run_round(
     return accept(drafted, verify(states))
 
 
-def draft(
-    token: Tensor,
-    embedding: Tensor,
-    weights: Sequence[Tensor],
-    cache: KVCache,
-    exit_layer: int,
-    head: Head,
-    num_speculations: int,
-    *,
-    extend: bool,
-    eps: float,
-    draft_threshold: float = 0.0,
-    noise: Noise | None = None,
-    logits: Tensor | None = None,
-    num_draft_layers: int = 0,
-    ops: Ops | None = None,
-) -> Draft:
-    """Decode ``num_speculations`` tokens with layers [0, E) and an exit head, as one call.
+def record_draft(
+    state: Tensor, head_output: Sequence[Tensor] | None, embedding: Tensor, out: Draft, row: int, draft_threshold: float
+) -> Tensor | None:
+    """Write one row of a draft; return the embedding of its tokens, [B, D].
 
-    It is the loop of embedding, `partial_forward` and `exit_head`. Draft layers are n further layers between the state
-    after layer E and the exit head, which only the draft uses; their keys and values are the last n layers of the
-    cache. A sequence stops drafting where a token's
-    probability falls below ``draft_threshold``: that token and the later ones are -1, ``probability`` keeps the value
-    that stopped it, then 0. The states up to the row that would have given the missing token are there, for
-    verification; the rows after them are 0, and what is in the cache there has no meaning.
+    A sequence stops drafting at the first token whose probability is below the threshold: that token and the later ones
+    are -1, later states and probabilities are 0. At threshold 0, -1 marks logits that are not finite and stops nothing.
+
+    Parameters
+    ----------
+    state : Tensor [B, D]
+    head_output : (token, logit, logsumexp), each [B], or None
+        The exit head's output for ``state``; None for row K, which has no token.
+    embedding : Tensor [V, D], or packed
+    out : Draft
+        Written in place.
+    row : int
+    draft_threshold : float
+    """
+    stopped = _stopped(out, row, draft_threshold)
+    out.states[:, row] = state if stopped is None else torch.where(stopped[:, None], 0, state)
+    if head_output is None:
+        return None
+    token, logit, logsumexp = head_output
+    probability = (logit - logsumexp).exp()
+    probability = probability if stopped is None else torch.where(stopped, 0, probability)
+    if draft_threshold > 0:
+        token = torch.where(probability >= draft_threshold, token, -1)  # -1 for NaN, too
+    out.tokens[:, row], out.probability[:, row] = token, probability
+    return lookup(embedding, token.clamp_min(0), state.shape[1], state.dtype)  # after a -1 any valid index will do
+
+
+def _stopped(out: Draft, row: int, draft_threshold: float) -> Tensor | None:
+    """Which sequences stopped drafting before ``row``, [B]; None if none can have."""
+    return out.tokens[:, row - 1] < 0 if row > 0 and draft_threshold > 0 else None
+
+
+def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[Tensor, Tensor, Tensor]:
+    """`draft` out of a backend's partial_forward and exit_head; ``record`` may be a faster `record_draft`."""
+    a = bind("draft", *args)
+    on_cpu, batch, num_speculations = a.token.device.type == "cpu", a.token.shape[0], a.num_speculations
+    if on_cpu:  # on a GPU this would be a host sync
+        _checks.tokens(a.token, a.embedding.shape[0])
+    rows, hidden_size, cache_layers = num_speculations + a.extend, a.norm_weight.shape[0], a.k_cache.shape[0]
+    tokens = a.token.new_empty(batch, num_speculations)
+    states = a.norm_weight.new_empty(batch, rows, hidden_size)
+    out = Draft(tokens, states, torch.empty_like(tokens, dtype=torch.float32))
+    positions = [a.seq_lens + row for row in range(rows)]
+    split = len(a.weights) // (a.exit_layer + a.num_draft_layers) * a.exit_layer
+
+    def layers(state: Tensor, row: int, weights: Sequence[Tensor], start: int, end: int) -> Tensor:
+        if start == end:
+            return state
+        given = {"hidden": state[:, None], "weights": weights, "seq_lens": positions[row], "start": start, "end": end}
+        return ops["partial_forward"](*derive("partial_forward", a, **given))[:, 0]
+
+    def draft_layers(state: Tensor, row: int) -> Tensor:
+        return layers(state, row, a.weights[split:], cache_layers - a.num_draft_layers, cache_layers)
+
+    def forward(embedded: Tensor, row: int) -> Tensor:
+        state = layers(embedded, row, a.weights[:split], 0, a.exit_layer)
+        if row == num_speculations:
+            record(state, None, a.embedding, out, row, a.draft_threshold)
+            draft_layers(state, row)  # for their keys and values
+        return state
+
+    def choose(state: Tensor, row: int) -> Tensor | None:
+        offset = None if a.temperature is None else positions[row]
+        logits = None if a.logits is None else a.logits[:, row]
+        hidden = draft_layers(state, row)
+        head_output = ops["exit_head"](*derive("exit_head", a, hidden=hidden, offset=offset, logits=logits))
+        embedded = record(state, head_output, a.embedding, out, row, a.draft_threshold)
+        stopped = _stopped(out, row + 1, a.draft_threshold)
+        if not on_cpu or stopped is None or not bool(stopped.all()):
+            return embedded
+        for rest in range(row + 1, rows):  # every sequence has stopped: clear the remaining rows
+            record(state, head_output if rest < num_speculations else None, a.embedding, out, rest, a.draft_threshold)
+        return None
+
+    first = lookup(a.embedding, a.token.clamp_min(0), hidden_size, a.norm_weight.dtype)
+    run_draft(first, num_speculations, a.extend, forward, choose)
+    return out
+
+
+def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`speculative_round` out of a backend's draft, partial_forward, exit_head, accept_greedy and accept_sampled."""
+    a = bind("speculative_round", *args)
+    num_layers, batch = a.k_cache.shape[0] - a.num_draft_layers, a.token.shape[0]
+    per_layer, samples = len(a.weights) // a.k_cache.shape[0], a.temperature is not None
+    late_begin, late_end = per_layer * a.exit_layer, per_layer * num_layers  # the weights of layers [E, L)
+    draft_head_weight = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
+
+    def empty_logits(*shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=a.token.device) if samples else None
+
+    draft_logits = empty_logits(batch, a.num_speculations, draft_head_weight.shape[0])
+
+    def draft() -> tuple[Draft, Tensor]:
+        drafted = Draft(*ops["draft"](*derive(
+            "draft", a, weights=[*a.weights[:late_begin], *a.weights[late_end:]], head_weight=draft_head_weight,
+            norm_weight=a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight,
+            extend=True, token_map=a.draft_token_map, scale=a.draft_head_scale, logits=draft_logits,
+        )))  # fmt: skip
+        return drafted, drafted.states[:, : _longest_draft(drafted.tokens) + 1]
+
+    def verify(states: Tensor) -> Tensor:
+        late = {"weights": a.weights[late_begin:late_end], "start": a.exit_layer, "end": num_layers}
+        return ops["partial_forward"](*derive("partial_forward", a, hidden=states, **late))
+
+    def accept(drafted: Draft, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = hidden.shape[1]
+        tokens, target_logits = drafted.tokens[:, : rows - 1], empty_logits(batch * rows, a.head_weight.shape[0])
+        full = {"hidden": hidden.flatten(0, 1), "temperature": None, "seed": None, "logits": target_logits}
+        target = ops["exit_head"](*derive("exit_head", a, **full))[0].view(batch, rows)
+        if draft_logits is None or target_logits is None:
+            accepted, next_token = ops["accept_greedy"](tokens, target, a.seq_lens)
+        else:
+            accepted, next_token = ops["accept_sampled"](*derive(
+                "accept_sampled", a, draft=tokens, draft_logits=draft_logits[:, : rows - 1],
+                target_logits=target_logits.view(batch, rows, -1), token_map=a.draft_token_map,
+            ))  # fmt: skip
+        return drafted.tokens, accepted, next_token, drafted.probability
+
+    return run_round(draft, verify, accept)
+
+
+def _longest_draft(tokens: Tensor) -> int:
+    """The length of the longest draft; on a GPU K, since the true one would take a host sync."""
+    if tokens.device.type != "cpu" or not tokens.numel():
+        return tokens.shape[1]
+    return int((tokens >= 0).long().cumprod(1).sum(1).max())
+
+
+def draft(
+    token: Tensor, embedding: Tensor, weights: Sequence[Tensor], cache: KVCache, exit_layer: int, head: Head,
+    num_speculations: int, *, extend: bool, eps: float, draft_threshold: float = 0.0, noise: Noise | None = None,
+    logits: Tensor | None = None, num_draft_layers: int = 0, ops: Ops | None = None
+) -> Draft:  # fmt: skip
+    """Decode K tokens with layers [0, E) and an exit head as one call: `run_draft`.
+
+    Draft layers are n further layers between the state after layer E and the exit head, which only the draft uses; they
+    own the last n layers of the cache. A sequence stops drafting at the first token whose probability is below
+    ``draft_threshold``. That token and the later ones are -1; ``probability`` keeps the value that stopped it, then 0.
+    Verification needs the states up to the last draft token; later states are 0, and later cache entries are void.
 
     Parameters
     ----------
     token : Tensor [B], int64
-        The tokens at positions ``seq_lens[b]``, each of them in 0 … V - 1.
+        The tokens at positions ``seq_lens[b]``, each in [0, V).
     embedding : Tensor [V, D], or packed
     weights : sequence of Tensor
-        Of the layers [0, E), then of the draft layers, as `partial_forward` takes them.
+        Of layers [0, E), then of the draft layers, as in `partial_forward`.
     cache : KVCache
-        Its lengths are those before the first draft; they are not advanced.
+        ``seq_lens`` are the lengths before the first draft token; they are not advanced.
     exit_layer : int
-        E; all layers, to decode autoregressively.
+        E; L decodes autoregressively.
     head : Head
     num_speculations : int
         K.
     extend : bool
-        Whether the last token, too, goes through the layers: verification needs its key, value and state. So do the
-        draft layers of the next draft.
+        Whether to run the layers on the last draft token, too: verification, and draft layers in the next round, need
+        its keys and values.
     eps : float
         Of every norm.
     draft_threshold : float
         In [0, 1].
     noise : Noise, optional
-        Samples, as `exit_head` does; token i has the offset ``seq_lens[b] + i``.
+        Sample as in `exit_head`; token i has offset ``seq_lens[b] + i``.
     logits : Tensor [B, K, V_draft], fp32, optional
-        Output buffer for the raw logits, before the temperature, as `accept_sampled` takes them. Rows that were not
-        drafted have no meaning.
+        Output buffer for the raw logits, before the temperature. Rows after a sequence has stopped are void.
     num_draft_layers : int
         n.
     ops : mapping, optional
-        By name functions that take what the ops "partial_forward" and "exit_head" do, called in the place of the one
-        fused call: for layers of another kind, of each of which ``weights`` has as many tensors.
+        "partial_forward" and "exit_head" as functions with these ops' arguments, instead of the fused call: for layers
+        of another architecture, with any number of tensors per layer in ``weights``.
 
     Returns
     -------
     Draft
-        Its states are those before the draft layers. A token of -1 with a NaN for probability marks a head whose logits
-        were not finite; what follows it has no meaning.
+        ``states`` are those before the draft layers. A token of -1 with probability NaN marks logits that are not
+        finite; what follows it is void.
     """
     args = flatten(
         "draft", cache, head, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
@@ -158,12 +276,12 @@ def draft(
 
 
 def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance:
-    """Accept the leading draft tokens that the full model agrees with, and advance the lengths.
+    """Accept the leading draft tokens that match the full model's choice, and advance the lengths.
 
     Parameters
     ----------
     draft : Tensor [B, K], int64
-        A negative entry was not drafted; it and what follows it are not accepted.
+        A negative entry ends the draft.
     target : Tensor [B, K + 1], int64
         The full model's choice after each of the K + 1 rows.
     seq_lens : Tensor [B], int64
@@ -178,25 +296,20 @@ def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> Acceptance
 
 
 def accept_sampled(
-    draft: Tensor,
-    draft_logits: Tensor,
-    target_logits: Tensor,
-    seq_lens: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    token_map: Tensor | None = None,
-) -> Acceptance:
-    """Accept or reject sampled drafts so that what comes out has exactly the full model's distribution.
+    draft: Tensor, draft_logits: Tensor, target_logits: Tensor, seq_lens: Tensor, temperature: Tensor, seed: Tensor,
+    token_map: Tensor | None = None
+) -> Acceptance:  # fmt: skip
+    """Accept or reject sampled draft tokens so that the output has exactly the full model's distribution.
 
     Speculative sampling (Leviathan et al. 2023): with p = softmax(target / T) and q = softmax(draft / T), which is 0
-    outside the draft's own tokens, a draft x is accepted with probability min(1, p(x) / q(x)); after the first that is
-    not, the next token is drawn from max(p - q, 0), normalised; after the last draft from p. The noise is named as in
-    `exit_head`, row i of sequence b by the position ``seq_lens[b] + i``.
+    outside ``token_map``, a draft token x is accepted with probability min(1, p(x) / q(x)). The next token is drawn
+    from max(p - q, 0), normalised, after a rejection, and from p after the last draft token. Noise is indexed as in
+    `exit_head`; the offset of row i of sequence b is ``seq_lens[b] + i``.
 
     Parameters
     ----------
     draft : Tensor [B, K], int64
-        Drawn from q. A negative entry was not drafted; the token there is drawn from p.
+        Drawn from q. A negative entry ends the draft; the next token is drawn from p.
     draft_logits : Tensor [B, K, V_draft], fp32
         As `draft` writes them. -inf masks a token.
     target_logits : Tensor [B, K + 1, V], fp32
@@ -204,40 +317,29 @@ def accept_sampled(
     seq_lens : Tensor [B], int64
         Advanced in place by accepted + 1.
     temperature : Tensor [B], fp32
-        Where it is 0, drafts are compared with the target's arg-max, as `accept_greedy` does.
+        Where it is 0, draft tokens are compared with the target's arg-max, as in `accept_greedy`.
     seed : Tensor [B], int64
     token_map : Tensor [V_draft], int64, optional
-        The token, all different, of each of the draft's logits.
+        The token of each draft logit; no duplicates.
 
     Returns
     -------
     Acceptance
-        A next token of -1 marks a row whose logits are all -inf, or hold NaN or +inf.
+        ``next_token`` is -1 where the row's logits are all -inf, or hold NaN or +inf.
     """
     args = (draft, draft_logits, target_logits, seq_lens, temperature, seed, token_map)
     return Acceptance(*call("accept_sampled", *args))
 
 
 def speculative_round(
-    token: Tensor,
-    embedding: Tensor,
-    weights: Sequence[Tensor],
-    cache: KVCache,
-    exit_layer: int,
-    head: Head,
-    num_speculations: int,
-    *,
-    eps: float,
-    draft_head: Head | None = None,
-    draft_threshold: float = 0.0,
-    noise: Noise | None = None,
-    num_draft_layers: int = 0,
-    ops: Ops | None = None,
-) -> Round:
-    """One round of self-speculative decoding (LayerSkip, arXiv 2404.16710, §4.3) as one call.
+    token: Tensor, embedding: Tensor, weights: Sequence[Tensor], cache: KVCache, exit_layer: int, head: Head,
+    num_speculations: int, *, eps: float, draft_head: Head | None = None, draft_threshold: float = 0.0,
+    noise: Noise | None = None, num_draft_layers: int = 0, ops: Ops | None = None
+) -> Round:  # fmt: skip
+    """One round of self-speculative decoding as one call: `run_round`.
 
-    It is the composition, bit for bit, of `draft` with layers [0, E) and the draft layers, `partial_forward` of the
-    drafted rows through layers [E, L), `exit_head` on them, and `accept_greedy` or, with noise, `accept_sampled`.
+    Bit for bit the composition of `draft`, `partial_forward` of the draft's states through layers [E, L), `exit_head`,
+    and `accept_greedy` or, with noise, `accept_sampled`.
 
     Parameters
     ----------
@@ -245,26 +347,25 @@ def speculative_round(
         The last tokens, at positions ``seq_lens[b]``.
     embedding : Tensor [V, D], or packed
     weights : sequence of Tensor
-        Of all L layers, then of the draft layers, as `partial_forward` takes them.
+        Of all L layers, then of the draft layers, as in `partial_forward`.
     cache : KVCache
-        Of L + n layers, with room for K + 1 rows more. The lengths are advanced in place by accepted + 1.
+        Of L + n layers, with room for K + 1 more rows. ``seq_lens`` advances in place by accepted + 1.
     exit_layer : int
-        E, in 1 … L.
+        E, in [1, L].
     head : Head
-        What decides: the whole vocabulary, in the dtype of the model.
+        Verifies: the full vocabulary, in the model's dtype or packed.
     num_speculations : int
         K.
     eps : float
         Of every norm.
     draft_head : Head, optional
-        What drafts; by default ``head``.
+        Drafts; by default ``head``.
     draft_threshold : float
-        As `draft` takes it, and without noise: to drop what was drawn because it is improbable would change the
-        distribution of what is emitted.
+        As in `draft`. Must be 0 with noise: dropping improbable samples would change the output's distribution.
     num_draft_layers : int
-        n. Draft layers change the drafts, and so how many are accepted, but not what is emitted.
+        n. Draft layers change the acceptance rate, not the output.
     noise, ops
-        As `draft` takes them; ``ops`` has "accept_greedy" and "accept_sampled", too.
+        As in `draft`; ``ops`` also has "accept_greedy" and "accept_sampled".
 
     Returns
     -------
@@ -272,8 +373,7 @@ def speculative_round(
     """
     if head.token_map is not None or head.scale is not None:
         raise ValueError("head has a token_map or a scale: what verifies must be the full head; give it as draft_head")
-    drafting = (None, None, None, None) if draft_head is None else draft_head
-    draft_norm_weight, draft_head_weight, draft_token_map, draft_head_scale = drafting
+    draft_norm_weight, draft_head_weight, draft_token_map, draft_head_scale = draft_head or (None, None, None, None)
     args = flatten(
         "speculative_round", cache, noise, token=token, embedding=embedding, weights=weights, exit_layer=exit_layer,
         norm_weight=head.norm_weight, head_weight=head.head_weight, eps=eps, num_speculations=num_speculations,
@@ -284,143 +384,3 @@ def speculative_round(
         return Round(*call("speculative_round", *args))
     _checks.round_of_any_layers(args)
     return Round(*compose_round({**ops, "draft": partial(compose_draft, ops)}, *args))
-
-
-def record_draft(
-    state: Tensor,
-    head_output: Sequence[Tensor] | None,
-    embedding: Tensor,
-    out: Draft,
-    row: int,
-    draft_threshold: float,
-) -> Tensor | None:
-    """Write a row of a draft, and embed its tokens, [B, D].
-
-    With a threshold a draft ends where its probability is below: that token and those after it are -1, and what comes
-    after it has state 0 and probability 0. Without one, -1 marks logits that are not finite and ends nothing.
-
-    Parameters
-    ----------
-    state : Tensor [B, D]
-    head_output : (token, logit, logsumexp), each [B], or None
-        What the exit head gives for ``state``; None for row K, which has a state alone.
-    embedding : Tensor [V, D], or packed
-    out : Draft
-        Its row ``row`` is written.
-    row : int
-    draft_threshold : float
-    """
-    ended = _ended(out, row, draft_threshold)
-    out.states[:, row] = state if ended is None else torch.where(ended[:, None], 0, state)
-    if head_output is None:
-        return None
-    token, logit, logsumexp = head_output
-    chance = (logit - logsumexp).exp()
-    chance = chance if ended is None else torch.where(ended, 0, chance)
-    if draft_threshold > 0:
-        token = torch.where(chance >= draft_threshold, token, -1)  # false of NaN, too
-    out.tokens[:, row], out.probability[:, row] = token, chance
-    valid = token.clamp_min(0)  # what follows a -1 has no meaning, but an index must be valid
-    return lookup(embedding, valid, state.shape[1], state.dtype)
-
-
-def _ended(out: Draft, row: int, draft_threshold: float) -> Tensor | None:
-    """Which drafts have ended before ``row``, [B]; None where none can have."""
-    return out.tokens[:, row - 1] < 0 if row > 0 and draft_threshold > 0 else None
-
-
-def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[Tensor, Tensor, Tensor]:
-    """`draft` out of a backend's partial_forward and exit_head; ``record`` is `record_draft`, or does the same."""
-    a = bind("draft", *args)
-    on_cpu, batch, num_speculations = a.token.device.type == "cpu", a.token.shape[0], a.num_speculations
-    if on_cpu:  # on a GPU a look at the tokens would be a host sync
-        _checks.tokens(a.token, a.embedding.shape[0])
-    rows, tokens = num_speculations + a.extend, a.token.new_empty(batch, num_speculations)
-    hidden_size, dtype = a.norm_weight.shape[0], a.norm_weight.dtype
-    states = a.norm_weight.new_empty(batch, rows, hidden_size)
-    out = Draft(tokens, states, torch.empty_like(tokens, dtype=torch.float32))
-    positions = [a.seq_lens + row for row in range(rows)]
-    split, num_layers = len(a.weights) // (a.exit_layer + a.num_draft_layers) * a.exit_layer, a.k_cache.shape[0]
-
-    def layers(state: Tensor, row: int, weights: Sequence[Tensor], start: int, end: int) -> Tensor:
-        if start == end:
-            return state
-        given = {"hidden": state[:, None], "weights": weights, "seq_lens": positions[row], "start": start, "end": end}
-        return ops["partial_forward"](*derive("partial_forward", a, **given))[:, 0]
-
-    def draft_layers(state: Tensor, row: int) -> Tensor:
-        return layers(state, row, a.weights[split:], num_layers - a.num_draft_layers, num_layers)
-
-    def forward(embedded: Tensor, row: int) -> Tensor:
-        state = layers(embedded, row, a.weights[:split], 0, a.exit_layer)
-        if row == num_speculations:
-            record(state, None, a.embedding, out, row, a.draft_threshold)
-            draft_layers(state, row)  # for their keys and values
-        return state
-
-    def choose(state: Tensor, row: int) -> Tensor | None:
-        offset = None if a.temperature is None else positions[row]
-        logits = None if a.logits is None else a.logits[:, row]
-        hidden = draft_layers(state, row)
-        head_output = ops["exit_head"](*derive("exit_head", a, hidden=hidden, offset=offset, logits=logits))
-        following = record(state, head_output, a.embedding, out, row, a.draft_threshold)
-        ended = _ended(out, row + 1, a.draft_threshold)
-        if not on_cpu or ended is None or not bool(ended.all()):
-            return following
-        for rest in range(row + 1, rows):  # all drafts have ended, so this clears the remaining rows
-            record(state, head_output if rest < num_speculations else None, a.embedding, out, rest, a.draft_threshold)
-        return None
-
-    first = lookup(a.embedding, a.token.clamp_min(0), hidden_size, dtype)
-    run_draft(first, num_speculations, a.extend, forward, choose)
-    return out
-
-
-def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`speculative_round` out of a backend's draft, partial_forward, exit_head, accept_greedy and accept_sampled."""
-    a = bind("speculative_round", *args)
-    num_layers, batch, device = a.k_cache.shape[0] - a.num_draft_layers, a.token.shape[0], a.token.device
-    per_layer, samples = len(a.weights) // a.k_cache.shape[0], a.temperature is not None
-    deep_begin, deep_end = per_layer * a.exit_layer, per_layer * num_layers
-    draft_head_weight = a.head_weight if a.draft_head_weight is None else a.draft_head_weight
-    draft_logits = None
-    if samples:
-        size = (batch, a.num_speculations, draft_head_weight.shape[0])
-        draft_logits = torch.empty(size, dtype=torch.float32, device=device)
-
-    def draft() -> tuple[Draft, Tensor]:
-        drafted = Draft(*ops["draft"](*derive(
-            "draft", a, weights=[*a.weights[:deep_begin], *a.weights[deep_end:]], head_weight=draft_head_weight,
-            norm_weight=a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight,
-            extend=True, token_map=a.draft_token_map, scale=a.draft_head_scale, logits=draft_logits,
-        )))  # fmt: skip
-        return drafted, drafted.states[:, : _most_drafts(drafted.tokens) + 1]
-
-    def verify(states: Tensor) -> Tensor:
-        deep = {"weights": a.weights[deep_begin:deep_end], "start": a.exit_layer, "end": num_layers}
-        return ops["partial_forward"](*derive("partial_forward", a, hidden=states, **deep))
-
-    def accept(drafted: Draft, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tokens, count, target_logits = drafted.tokens, hidden.shape[1] - 1, None
-        if samples:
-            size = (batch * (count + 1), a.head_weight.shape[0])
-            target_logits = torch.empty(size, dtype=torch.float32, device=device)
-        full = {"hidden": hidden.flatten(0, 1), "temperature": None, "seed": None, "logits": target_logits}
-        target = ops["exit_head"](*derive("exit_head", a, **full))[0].view(batch, count + 1)
-        if draft_logits is None or target_logits is None:
-            accepted, next_token = ops["accept_greedy"](tokens[:, :count], target, a.seq_lens)
-        else:
-            accepted, next_token = ops["accept_sampled"](*derive(
-                "accept_sampled", a, draft=tokens[:, :count], draft_logits=draft_logits[:, :count],
-                target_logits=target_logits.view(batch, count + 1, -1), token_map=a.draft_token_map,
-            ))  # fmt: skip
-        return tokens, accepted, next_token, drafted.probability
-
-    return run_round(draft, verify, accept)
-
-
-def _most_drafts(tokens: Tensor) -> int:
-    """How many drafts need verification: the most of any sequence. On a GPU all: a look would be a host sync."""
-    if tokens.device.type != "cpu" or not tokens.numel():
-        return tokens.shape[1]
-    return int((tokens >= 0).long().cumprod(1).sum(1).max())

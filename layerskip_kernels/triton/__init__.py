@@ -1,7 +1,4 @@
-"""Triton kernels, one file per op family.
-
-This module imports without triton; the kernels are loaded by the first call that they serve.
-"""
+"""Triton kernels, one file per op. Importing this package does not import triton: the first call of an op does."""
 
 from __future__ import annotations
 
@@ -17,21 +14,9 @@ from torch import Tensor
 
 from ..dispatch import device_of, forced, implements
 from ..formats import format_of, is_interleaved, is_packed, takes_packed
-from ..schemas import REQUIRED_WEIGHTS, LayerWeights
+from ..schemas import REQUIRED_WEIGHTS, SCHEMAS, LayerWeights
 
-FILES = {  # the ops of each file
-    "rms_norm": ["rms_norm"],
-    "linear": ["linear", "swiglu"],
-    "rope_kv_append": ["rope_kv_append"],
-    "verify_attention": ["verify_attention"],
-    "exit_head": ["exit_head"],
-    "partial_forward": ["partial_forward"],
-    "draft": ["draft"],
-    "accept_greedy": ["accept_greedy"],
-    "accept_sampled": ["accept_sampled"],
-    "speculative_round": ["speculative_round"],
-    "early_exit_loss": ["early_exit_loss", "early_exit_loss_backward"],
-}
+FILES = {"swiglu": "linear", "early_exit_loss_backward": "early_exit_loss"}  # where the file is not named as the op
 PACKED = ("linear", "swiglu", "partial_forward")  # the ops that take packed weights
 OLDEST = (3, 4)
 
@@ -63,17 +48,17 @@ def _device_reason(kind: str, index: int | None) -> str | None:
 
 
 def supports(*args: Any) -> str | None:
-    """Why the kernels of ops that take no packed weights cannot serve a call, or None."""
+    """Return why the ops that take no packed weights cannot serve a call, or None."""
     return _supports_plain(*args) or ("packed weights are not served" if takes_packed(args) else None)
 
 
 def supports_packed(*args: Any) -> str | None:
-    """The same of ops that take packed weights, of a model's layers by the first."""
+    """Return why the ops that take packed weights cannot serve a call, or None; of the layers it checks the first."""
     return _supports_plain(*args) or next(filter(None, map(_format_reason, _products(args))), None)
 
 
 def _products(args: tuple[Any, ...]) -> Iterator[tuple[int, list[Tensor]]]:
-    """What one launch multiplies: the width, and the weights of linear, swiglu, or a layer."""
+    """The width and the weights of each launch of linear, swiglu, or a layer."""
     width = args[0].shape[-1]
     if isinstance(args[1], Tensor):
         yield width, [one for one in args[1:] if isinstance(one, Tensor) and is_packed(one)]
@@ -106,18 +91,18 @@ def _supports_plain(*args: Any) -> str | None:
 
 @cache
 def _warn_unproven() -> None:
-    """Warn once that a card is served by what was chosen for want of the CUDA library."""
+    """Warn once that Triton was chosen on a GPU because the CUDA library is not available."""
     warnings.warn(
-        "Triton kernels serve this card, and they have not run on one yet: they were tested in triton's interpreter "
-        "and compiled. `python -m benchmarks.gpu` tests them here; LAYERSKIP_BACKEND=triton says that they are wanted, "
-        "LAYERSKIP_BACKEND=reference does without them. layerskip_kernels.explain says why no CUDA kernel serves.",
+        "Triton kernels serve this GPU, and they have not run on one yet: they were tested in triton's interpreter and "
+        "compiled. `python -m benchmarks.gpu` tests them here; LAYERSKIP_BACKEND=triton selects them without this "
+        "warning, LAYERSKIP_BACKEND=reference avoids them. layerskip_kernels.explain says why no CUDA kernel serves.",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
 def _lazy(file: str, op: str) -> Callable[..., Any]:
-    """The launcher of ``op``; its kernels are imported when it is first called."""
+    """Return the launcher of ``op``, which imports its kernels when it is first called."""
 
     def call(*args: Any) -> Any:
         if device_of(args).type == "cuda" and forced() is None:
@@ -128,6 +113,5 @@ def _lazy(file: str, op: str) -> Callable[..., Any]:
     return call
 
 
-for _file, _ops in FILES.items():
-    for _op in _ops:
-        implements(_op, "triton", supports_packed if _op in PACKED else supports)(_lazy(_file, _op))
+for _op in SCHEMAS:
+    implements(_op, "triton", supports_packed if _op in PACKED else supports)(_lazy(FILES.get(_op, _op), _op))

@@ -1,7 +1,5 @@
 """Device functions that kernels share: sums whose order the compiler does not choose, and the noise of sampling."""
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 import triton
@@ -15,7 +13,7 @@ _SMALL, _LEAST = tl.constexpr(2.0**-10), tl.constexpr(2.0**-24)
 
 @triton.jit
 def halve(x, WIDTH: tl.constexpr):
-    """[1, WIDTH] -> [1, WIDTH / 2], the sums of neighbours."""
+    """Sums of neighbours, [1, WIDTH] -> [1, WIDTH / 2]."""
     even, odd = tl.split(tl.reshape(x, (1, WIDTH // 2, 2)))
     return even + odd
 
@@ -42,7 +40,7 @@ def inverse_rms(x_ptr, width, eps, BLOCK: tl.constexpr, STEPS: tl.constexpr, UNR
 
 @triton.jit
 def inside(row_ok, k, stop, EVEN: tl.constexpr):
-    """Mask of a tile; EVEN: whole tiles fill the depth, so columns need none, which saves registers."""
+    """Mask of a tile. With EVEN, whole tiles fill the depth: columns need no mask, which saves registers."""
     mask = row_ok[:, None]
     if not EVEN:
         mask = mask & (k < stop)
@@ -72,8 +70,8 @@ def row_dot(
 def dot(a, b, total, INTERPRETED: tl.constexpr):
     """a b + total with fp32 sums.
 
-    Triton's interpreter multiplies bf16 wrongly, and its fp32 product orders a row's additions by the row's place in
-    the tile, as no card does: there the sum is written out.
+    Triton's interpreter multiplies bf16 wrongly, and the order of its fp32 sums depends on the row's place in the tile,
+    unlike on a GPU: there the sum is written out.
     """
     if INTERPRETED:
         return total + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
@@ -96,6 +94,6 @@ def gumbel(seed, offset, token, STREAM: tl.constexpr):
 
 
 @triton.jit
-def warmth(temperature):
-    """What to divide logits by: the temperature, or 1 for a greedy row."""
+def divisor_of(temperature):
+    """The divisor of logits: the temperature, or 1 for a greedy row."""
     return tl.where(temperature > 0, temperature, 1.0)

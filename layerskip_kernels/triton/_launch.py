@@ -1,7 +1,10 @@
-"""What every launcher needs: the interpreter, programmatic dependent launch, grids."""
+"""Launch options: the interpreter, programmatic dependent launch, and the tuned configurations of weight streaming.
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
+BLOCK_K and the number of splits fix the order of additions; they follow from the depth and the dtype alone. Tuning
+chooses the rest, so a tuned kernel gives the bits of an untuned one, except for the last bits of `exit_head`'s
+log-sum-exp. No configuration depends on the number of rows: a row's bits never depend on the other rows.
+"""
+
 from __future__ import annotations
 
 import json
@@ -21,16 +24,16 @@ from triton.language.extra import cuda as tl_cuda
 
 from ..files import cache_directory
 
-# triton's own helpers are decorated when triton is imported, so this tells whether TRITON_INTERPRET was set by then
+# triton decorates its own helpers on import: whether TRITON_INTERPRET was set by then
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 # triton 3.4's gdc_wait does not compile
 PDL_COMPILES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
-ROWS = 16  # the least tile of tl.dot; M = 1 and M = K + 1 share it, and so share their bits
+ROWS = 16  # the smallest tile of tl.dot; M = 1 and M = K + 1 share it, and so their bits
 
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel of the stream start, then wait until the kernels before have written (sm_90 and later)."""
+    """Let the stream's next kernel start, then wait for the writes of the kernels before (sm_90 and later)."""
     if PDL:
         tl_cuda.gdc_launch_dependents()
         tl_cuda.gdc_wait()
@@ -38,9 +41,9 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def fetch_weights(w_ptr, col, col_ok, depth, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
-    """Ask for the first KiB of some rows of a weight [*, depth] in L2: what may be done before `wait_for_inputs`.
+    """Prefetch the first KiB of some rows of a weight [*, depth] into L2.
 
-    No kernel ahead writes weights, so programmatic dependent launch hides their way from memory, too.
+    Weights are no kernel's output, so this may run before `wait_for_inputs` and overlap with the kernels before.
     """
     if PDL:
         size: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -59,28 +62,28 @@ def _pdl(index: int) -> bool:
 
 
 def launch_options(tensor: Tensor) -> dict[str, Any]:
-    """Programmatic dependent launch where the card has it; fused multiply-add on, whatever triton's default is."""
+    """Programmatic dependent launch if the GPU has it; fused multiply-add on, whatever triton's default is."""
     if tensor.is_cuda and not INTERPRETED and _pdl(tensor.device.index):
         return {"PDL": True, "launch_pdl": True, "enable_fp_fusion": True}
     return {"PDL": False, "enable_fp_fusion": True}
 
 
 def on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the device of ``tensor``, which need not be the current one."""
+    """Make the device of ``tensor`` current for a launch."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def power_of_two(size: int, least: int = 1) -> int:
-    """The block that covers ``size``."""
+    """The smallest power of two of at least ``size`` and ``least``."""
     return max(least, triton.next_power_of_2(size))
 
 
-DEEPEST = 4096  # columns that one program sums; a deeper product is split
+MAX_DEPTH = 4096  # columns that one program sums; a deeper product is split
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile height in weight rows, warps and pipeline stages of one launch."""
+    """Weight rows of a tile, warps and pipeline stages of a launch."""
 
     block_n: int
     num_warps: int
@@ -99,7 +102,7 @@ def block_k(itemsize: int) -> int:
 
 
 def streaming_options(x: Tensor, config: Config) -> dict[str, Any]:
-    """Arguments of a launch that streams weights past the rows of ``x`` [R, depth]."""
+    """Arguments of a launch that streams weights for the rows of ``x`` [R, depth]."""
     columns = block_k(x.element_size())
     return {
         "ROWS": ROWS, "BLOCK_N": config.block_n, "BLOCK_K": columns, "EVEN": x.shape[1] % columns == 0,
@@ -108,62 +111,61 @@ def streaming_options(x: Tensor, config: Config) -> dict[str, Any]:
 
 
 def splits(depth: int) -> int:
-    """Programs that share the columns of one product; their sums are added in order."""
-    return max(1, depth // DEEPEST)
+    """The number of programs that share the columns of a product; their sums are added in order."""
+    return max(1, depth // MAX_DEPTH)
 
 
 def shared_bytes(op: str, config: Config) -> int:
-    """Shared memory of a launch: the tiles of x and of the weights, for each stage that is under way."""
+    """Shared memory of a launch: the tiles of x and of the weights, for each stage in flight."""
     weights = 2 if op == "swiglu" else 1
     return (ROWS + weights * config.block_n) * 256 * max(1, config.num_stages - 1)
 
 
 @cache
 def shared_limit(index: int) -> int:
-    """Shared memory that a block of a card may have, in bytes."""
+    """Shared memory available to a thread block, in bytes."""
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def fitting(op: str, config: Config, limit: int) -> Config:
-    """The configuration, with so many stages fewer that it fits."""
+    """Reduce the stages until the configuration fits."""
     while config.num_stages > 1 and shared_bytes(op, config) > limit:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
 
 
 def default(op: str, weight: Tensor) -> Config:
-    """A configuration for ``weight`` [outputs, depth], chosen so that some 100 programs or more exist."""
-    config = _roomy(op, weight)
+    """The untuned configuration for ``weight`` [outputs, depth]: about 100 programs or more, within shared memory."""
+    config = _unlimited_default(op, weight)
     return fitting(op, config, shared_limit(weight.device.index)) if weight.is_cuda else config
 
 
-def _roomy(op: str, weight: Tensor) -> Config:
-    """That of a card with enough shared memory."""
+def _unlimited_default(op: str, weight: Tensor) -> Config:
     outputs = weight.shape[0]
-    if weight.stride(0) % 16:  # triton then copies single elements, through registers
+    if weight.stride(0) % 16:  # triton copies single elements, through registers
         return Config(16, 4, 2)
     if op == "exit_head" or outputs >= 32768:
         return Config(64, 4, 4)
     return Config(32, 4, 4) if outputs >= 4096 else Config(16, 2, 4)
 
 
-def cache_file(card: str) -> Path:
-    """Where the configurations are kept that this version of triton was tuned to on a card."""
-    return cache_directory() / f"triton-{triton.__version__}-{card.replace(' ', '-').replace('/', '-')}.json"
+def cache_file(gpu: str) -> Path:
+    """The file of the configurations tuned with this version of triton on a GPU."""
+    return cache_directory() / f"triton-{triton.__version__}-{gpu.replace(' ', '-').replace('/', '-')}.json"
 
 
 @cache
-def _tuned(card: str) -> dict[str, Config]:
-    path = cache_file(card)
+def _tuned(gpu: str) -> dict[str, Config]:
+    path = cache_file(gpu)
     if not path.exists():
         return {}
     return {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
 
 
-def _keep(card: str, key: str, config: Config) -> None:
-    table = _tuned(card)
+def _keep(gpu: str, key: str, config: Config) -> None:
+    table = _tuned(gpu)
     table[key] = config
-    path = cache_file(card)
+    path = cache_file(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     scratch.write_text(json.dumps({name: asdict(entry) for name, entry in table.items()}, indent=1))
@@ -171,37 +173,35 @@ def _keep(card: str, key: str, config: Config) -> None:
 
 
 def _fastest(op: str, run: Callable[[Config], object], limit: int) -> Config:
-    """Of those that fit ``limit`` bytes of shared memory."""
+    """Time the configurations that fit ``limit`` bytes of shared memory."""
     space = [config for config in SPACE if shared_bytes(op, config) <= limit]
     return min(space, key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
 
 
 def pick(op: str, weight: Tensor, rows: int, run: Callable[[Config], object]) -> Config:
-    """The configuration for ``weight``: the tuned one, the default, or with LAYERSKIP_AUTOTUNE=1 the fastest, kept.
+    """Choose the configuration for ``weight``: the tuned one, or with LAYERSKIP_AUTOTUNE=1 the fastest, or the default.
 
-    Only a call with the rows of one tile is timed, as decoding has them: a prompt that happened to come first would fix
-    what is best for prompts.
+    Only calls of at most `ROWS` rows are timed, as in decoding: a prompt that came first would fix what suits prompts.
 
     Parameters
     ----------
     op : str
     weight : Tensor [outputs, depth]
-        Its shape, dtype and card are the key; the number of rows is not, so that it cannot change a row's bits.
+        Its shape, dtype and GPU are the key; the number of rows is not, so that it cannot change a row's bits.
     rows : int
-        Of this call.
     run : callable
-        Launches the kernel with a configuration. Never called while a CUDA graph is captured.
+        Launches the kernel with a configuration. Never called during the capture of a CUDA graph.
     """
     outputs, depth = weight.shape
     if not weight.is_cuda:
         return default(op, weight)
-    card = torch.cuda.get_device_name(weight.device)
+    gpu = torch.cuda.get_device_name(weight.device)
     key = f"{op} {str(weight.dtype).removeprefix('torch.')} {outputs}x{depth}"
-    if key in _tuned(card):
-        return _tuned(card)[key]
+    if key in _tuned(gpu):
+        return _tuned(gpu)[key]
     wanted = os.environ.get("LAYERSKIP_AUTOTUNE") == "1" and rows <= ROWS
     if not wanted or torch.cuda.is_current_stream_capturing():
         return default(op, weight)
     config = _fastest(op, run, shared_limit(weight.device.index))
-    _keep(card, key, config)
+    _keep(gpu, key, config)
     return config

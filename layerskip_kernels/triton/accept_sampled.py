@@ -1,11 +1,9 @@
-"""accept_sampled: log-sum-exps, then Gumbel-max over vocabulary tiles for the token after the accepted ones.
+"""Speculative rejection sampling: log-sum-exps, then Gumbel-max over vocabulary tiles for the next token.
 
-Three launches, so that no program has more than a tile or a row of logits to read. Whether a draft is accepted is
-decided anew by every program that has to know: it takes a handful of loads.
+Three launches, so that a program reads at most a tile or a row of logits. Each program that needs the number of
+accepted draft tokens computes it again: that takes a few loads.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 import torch
@@ -14,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._device import ACCEPT, RESIDUAL, gumbel, uniform, warmth
+from ._device import ACCEPT, RESIDUAL, divisor_of, gumbel, uniform
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
 
 NO_TOKEN = tl.constexpr(2147483647)
@@ -28,7 +26,7 @@ def row_statistics_kernel(
     """log Σ exp(z / T) of one of a sequence's ``rows``, and the lowest argmax of z."""
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
-    divisor = warmth(tl.load(temperature_ptr + row // rows))
+    divisor = divisor_of(tl.load(temperature_ptr + row // rows))
     lane = tl.arange(0, BLOCK)
     peaks = tl.full((BLOCK,), float("-inf"), tl.float32)
     places = tl.full((BLOCK,), NO_TOKEN, tl.int32)
@@ -52,43 +50,43 @@ def row_statistics_kernel(
 @triton.jit
 def _decide(
     draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, sequence, length, temperature, seed,
-    drafted, draft_vocab_size, vocab_size, HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr,
+    num_speculations, draft_vocab_size, vocab_size, HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """How many drafts are accepted, whether the next one was rejected, and whether the row that follows is finite."""
+    """The number of accepted draft tokens, whether the next one was rejected, whether the row after them is finite."""
     k = tl.arange(0, ENTRIES)
-    ok = k < drafted
-    p_row, q_row = sequence * (drafted + 1) + k, sequence * drafted + k
+    ok = k < num_speculations
+    p_row, q_row = sequence * (num_speculations + 1) + k, sequence * num_speculations + k
     token = tl.load(draft_ptr + q_row, mask=ok, other=-1)
     real = ok & (token >= 0) & (token < vocab_size)
     column = token
     if HAS_MAP:
         column = tl.load(inverse_ptr + token, mask=real, other=-1).to(tl.int64)
     own = real & (column >= 0)
-    divisor = warmth(temperature)
+    divisor = divisor_of(temperature)
     p = tl.load(p_ptr + p_row * vocab_size + token, mask=real, other=float("-inf"))
     q = tl.load(q_ptr + q_row * draft_vocab_size + column, mask=own, other=float("-inf"))
-    p_lse = tl.load(p_lse_ptr + p_row, mask=k <= drafted, other=float("nan"))
+    p_lse = tl.load(p_lse_ptr + p_row, mask=k <= num_speculations, other=float("nan"))
     q_lse = tl.load(q_lse_ptr + q_row, mask=ok, other=0.0)
-    gain = (tl.div_rn(p, divisor) - p_lse) - (tl.div_rn(q, divisor) - q_lse)
-    luck = tl.log(uniform(seed, length + k, k * 0, ACCEPT))
+    log_ratio = (tl.div_rn(p, divisor) - p_lse) - (tl.div_rn(q, divisor) - q_lse)
+    log_u = tl.log(uniform(seed, length + k, k * 0, ACCEPT))
     best = tl.load(best_ptr + p_row, mask=ok, other=-1)
-    asked = tl.where(temperature > 0, token, -1)  # a greedy row asks nothing of q, nor does one with no draft
-    finite = (tl.abs(p_lse) < float("inf")) & ((tl.abs(q_lse) < float("inf")) | (asked < 0))
-    agrees = tl.where(temperature > 0, luck < gain, token == best) & real & finite
-    accepted = tl.min(tl.where(agrees, ENTRIES, tl.minimum(k, drafted)), axis=0)
+    sampled = tl.where(temperature > 0, token, -1)  # greedy rows, and rows without a draft token, do not use q
+    finite = (tl.abs(p_lse) < float("inf")) & ((tl.abs(q_lse) < float("inf")) | (sampled < 0))
+    agrees = tl.where(temperature > 0, log_u < log_ratio, token == best) & real & finite
+    accepted = tl.min(tl.where(agrees, ENTRIES, tl.minimum(k, num_speculations)), axis=0)
     rejected = tl.max(tl.where((k == accepted) & ok & (token >= 0), 1, 0), axis=0)
     return accepted, rejected, tl.max(tl.where((k == accepted) & finite, 1, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["drafted"])
+@triton.jit(do_not_specialize=["num_speculations"])
 def accept_sampled_kernel(
     draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, seq_lens_ptr, temperature_ptr, seed_ptr,
-    score_ptr, token_ptr, drafted, draft_vocab_size, vocab_size,
+    score_ptr, token_ptr, num_speculations, draft_vocab_size, vocab_size,
     HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile program: max of log max(p - q, 0) + noise and of log p + noise over BLOCK tokens, and where they are.
+    """Max and argmax of log max(p - q, 0) + noise, and of log p + noise, over BLOCK tokens.
 
-    p and q belong to the row after the accepted drafts; where its draft was not rejected, only the second counts.
+    p and q are those of the row after the accepted draft tokens. Without a rejection only the second counts.
     """
     wait_for_inputs(PDL)
     sequence, tile, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -96,12 +94,12 @@ def accept_sampled_kernel(
     seed = tl.load(seed_ptr + sequence)
     accepted, rejected, _ = _decide(
         draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, sequence, length, temperature, seed,
-        drafted, draft_vocab_size, vocab_size, HAS_MAP, ENTRIES,
+        num_speculations, draft_vocab_size, vocab_size, HAS_MAP, ENTRIES,
     )  # fmt: skip
     col = tile * BLOCK + tl.arange(0, BLOCK)
     ok = col < vocab_size
-    divisor = warmth(temperature)
-    row = sequence * (drafted + 1) + accepted
+    divisor = divisor_of(temperature)
+    row = sequence * (num_speculations + 1) + accepted
     p = tl.load(p_ptr + row * vocab_size + col, mask=ok, other=float("-inf"))
     log_p = tl.div_rn(p, divisor) - tl.load(p_lse_ptr + row)
     noise = gumbel(seed, length + accepted + tl.zeros((BLOCK,), tl.int64), col, RESIDUAL)
@@ -111,7 +109,7 @@ def accept_sampled_kernel(
         if HAS_MAP:
             column = tl.load(inverse_ptr + col, mask=ok, other=-1)
             own = ok & (column >= 0)
-        row = sequence * drafted + accepted
+        row = sequence * num_speculations + accepted
         q = tl.load(q_ptr + row * draft_vocab_size + column, mask=own, other=float("-inf"))
         left = tl.exp(log_p) - tl.exp(tl.div_rn(q, divisor) - tl.load(q_lse_ptr + row))
         residual = tl.where(left > 0.0, tl.log(left) + noise, float("-inf"))
@@ -125,7 +123,7 @@ def accept_sampled_kernel(
 
 @triton.jit
 def _best_of_tiles(score_ptr, token_ptr, tiles, BLOCK: tl.constexpr):
-    """The best score of the tiles, and the lowest token that has it."""
+    """The best score of the tiles, and the lowest token with it."""
     best, token = float("-inf"), NO_TOKEN
     for start in range(0, tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)
@@ -138,25 +136,25 @@ def _best_of_tiles(score_ptr, token_ptr, tiles, BLOCK: tl.constexpr):
     return best, token
 
 
-@triton.jit(do_not_specialize=["drafted"])
+@triton.jit(do_not_specialize=["num_speculations"])
 def accept_sampled_finish_kernel(
     draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, seq_lens_ptr, temperature_ptr, seed_ptr,
-    score_ptr, token_ptr, accepted_ptr, next_ptr, drafted, draft_vocab_size, vocab_size, tiles,
+    score_ptr, token_ptr, accepted_ptr, next_ptr, num_speculations, draft_vocab_size, vocab_size, tiles,
     HAS_MAP: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence: the best of the tiles, or a greedy row's arg-max; length += accepted + 1."""
+    """One program per sequence: the best of the tiles, or a greedy row's argmax; length += accepted + 1."""
     wait_for_inputs(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     length, temperature = tl.load(seq_lens_ptr + sequence), tl.load(temperature_ptr + sequence)
     accepted, _, finite = _decide(
         draft_ptr, q_ptr, p_ptr, inverse_ptr, q_lse_ptr, p_lse_ptr, best_ptr, sequence, length, temperature,
-        tl.load(seed_ptr + sequence), drafted, draft_vocab_size, vocab_size, HAS_MAP, ENTRIES,
+        tl.load(seed_ptr + sequence), num_speculations, draft_vocab_size, vocab_size, HAS_MAP, ENTRIES,
     )  # fmt: skip
     first = sequence * 2 * tiles
     score, token = _best_of_tiles(score_ptr + first, token_ptr + first, tiles, BLOCK)
     _, full = _best_of_tiles(score_ptr + first + tiles, token_ptr + first + tiles, tiles, BLOCK)
-    token = tl.where(score > float("-inf"), token, full)  # rounding may leave nothing of p - q
-    greedy = tl.load(best_ptr + sequence * (drafted + 1) + accepted)
+    token = tl.where(score > float("-inf"), token, full)  # p - q may round to nothing
+    greedy = tl.load(best_ptr + sequence * (num_speculations + 1) + accepted)
     token = tl.where(temperature > 0, token, greedy)
     tl.store(accepted_ptr + sequence, accepted.to(tl.int64))
     tl.store(next_ptr + sequence, tl.where(finite > 0, token, -1).to(tl.int64))
@@ -177,21 +175,15 @@ def _statistics(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accept_sampled(
-    draft: Tensor,
-    draft_logits: Tensor,
-    target_logits: Tensor,
-    seq_lens: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    token_map: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `layerskip_kernels.accept_sampled`."""
+    draft: Tensor, draft_logits: Tensor, target_logits: Tensor, seq_lens: Tensor, temperature: Tensor, seed: Tensor,
+    token_map: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _checks.temperatures(temperature)
     draft, q, p = draft.contiguous(), draft_logits.contiguous(), target_logits.contiguous()
-    (batch, drafted), (draft_vocab_size, vocab_size) = draft.shape, (q.shape[2], p.shape[2])
-    accepted, following = torch.empty_like(seq_lens), torch.empty_like(seq_lens)
+    (batch, num_speculations), (draft_vocab_size, vocab_size) = draft.shape, (q.shape[2], p.shape[2])
+    accepted, next_token = torch.empty_like(seq_lens), torch.empty_like(seq_lens)
     if not batch:
-        return accepted, following
+        return accepted, next_token
     inverse = None
     if token_map is not None:  # the draft's column of each token
         columns = torch.arange(draft_vocab_size, dtype=torch.int32, device=draft.device)
@@ -199,16 +191,16 @@ def accept_sampled(
     tiles = triton.cdiv(vocab_size, TILE)
     score = p.new_empty(batch, 2, tiles)
     token = score.new_empty(score.shape, dtype=torch.int32)
-    options = {"HAS_MAP": inverse is not None, "ENTRIES": power_of_two(drafted + 1), **launch_options(p)}
+    options = {"HAS_MAP": inverse is not None, "ENTRIES": power_of_two(num_speculations + 1), **launch_options(p)}
     with on(p):
         q_lse, _ = _statistics(q, temperature)
         p_lse, best = _statistics(p, temperature)
         given = (draft, q, p, inverse, q_lse, p_lse, best, seq_lens, temperature, seed)
         accept_sampled_kernel[(batch, tiles)](
-            *given, score, token, drafted, draft_vocab_size, vocab_size, **options, BLOCK=TILE, num_warps=4
+            *given, score, token, num_speculations, draft_vocab_size, vocab_size, **options, BLOCK=TILE, num_warps=4
         )
         accept_sampled_finish_kernel[(batch,)](
-            *given, score, token, accepted, following, drafted, draft_vocab_size, vocab_size, tiles, **options,
-            BLOCK=FINISH_BLOCK, num_warps=4,
+            *given, score, token, accepted, next_token, num_speculations, draft_vocab_size, vocab_size, tiles,
+            **options, BLOCK=FINISH_BLOCK, num_warps=4,
         )  # fmt: skip
-    return accepted, following
+    return accepted, next_token

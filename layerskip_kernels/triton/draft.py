@@ -1,7 +1,5 @@
-"""draft: its ops' launches, and one that records a row and fetches the next embedding."""
+"""The draft loop: the launches of its ops, and one that records a row and loads the next embedding."""
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from .exit_head import exit_head
 from .partial_forward import partial_forward
 
-BLOCK = 1024  # entries of a state that one program moves
+BLOCK = 1024  # entries of a state per program
 
 
 @triton.jit(do_not_specialize=["row", "num_speculations", "rows"])
@@ -26,10 +24,9 @@ def draft_step_kernel(
     hidden_ptr, token_ptr, logit_ptr, lse_ptr, embedding_ptr, states_ptr, tokens_ptr, probability_ptr, next_ptr,
     hidden_size, row, num_speculations, rows, draft_threshold, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Records a sequence's state, token and exp(logit - lse) of one row; next is the token's embedding.
+    """Write one row's state, token and probability exp(logit - lse), and the token's embedding to next.
 
-    With a threshold a draft ends where its probability is below: that token and those after it are -1, and what comes
-    after it has state 0 and probability 0. Without one, -1 marks logits that are not finite and ends nothing.
+    The thresholds' rules are those of `speculative.record_draft`.
     """
     wait_for_inputs(PDL)
     sequence = tl.program_id(0).to(tl.int64)
@@ -41,42 +38,37 @@ def draft_step_kernel(
     hidden = tl.load(hidden_ptr + sequence * hidden_size + column, mask=ok, other=0.0)
     tl.store(states_ptr + (sequence * rows + row) * hidden_size + column, tl.where(before < 0, 0.0, hidden), mask=ok)
     token = tl.load(token_ptr + sequence)
-    chance = tl.where(before < 0, 0.0, tl.exp(tl.load(logit_ptr + sequence) - tl.load(lse_ptr + sequence)))
+    probability = tl.where(before < 0, 0.0, tl.exp(tl.load(logit_ptr + sequence) - tl.load(lse_ptr + sequence)))
     if draft_threshold > 0:
-        token = tl.where(chance >= draft_threshold, token, -1)  # of NaN, too
-    source = embedding_ptr + tl.maximum(token, 0) * hidden_size  # what follows a -1 has no meaning
+        token = tl.where(probability >= draft_threshold, token, -1)  # -1 for NaN, too
+    source = embedding_ptr + tl.maximum(token, 0) * hidden_size  # after a -1 any valid index will do
     tl.store(next_ptr + sequence * hidden_size + column, tl.load(source + column, mask=ok, other=0.0), mask=ok)
     if tl.program_id(1) == 0:
         tl.store(tokens_ptr + place, token)
-        tl.store(probability_ptr + place, chance)
+        tl.store(probability_ptr + place, probability)
 
 
 def record_draft(
-    state: Tensor,
-    head_output: Sequence[Tensor] | None,
-    embedding: Tensor,
-    out: Draft,
-    row: int,
-    draft_threshold: float,
-) -> Tensor | None:
-    """See `speculative.record_draft`."""
+    state: Tensor, head_output: Sequence[Tensor] | None, embedding: Tensor, out: Draft, row: int,
+    draft_threshold: float
+) -> Tensor | None:  # fmt: skip
     if head_output is None:
         return speculative.record_draft(state, None, embedding, out, row, draft_threshold)
-    following, (batch, hidden_size) = torch.empty_like(state), state.shape
+    next_embedding, (batch, hidden_size) = torch.empty_like(state), state.shape
     if batch:
         block = min(BLOCK, power_of_two(hidden_size))
         with on(state):
             draft_step_kernel[(batch, triton.cdiv(hidden_size, block))](
-                state, *head_output, embedding, out.states, out.tokens, out.probability, following, hidden_size, row,
-                out.tokens.shape[1], out.states.shape[1], draft_threshold, BLOCK=block, num_warps=4,
+                state, *head_output, embedding, out.states, out.tokens, out.probability, next_embedding, hidden_size,
+                row, out.tokens.shape[1], out.states.shape[1], draft_threshold, BLOCK=block, num_warps=4,
                 **launch_options(state),
             )  # fmt: skip
-    return following
+    return next_embedding
 
 
 _OPS: dict[str, Callable[..., Any]] = {"partial_forward": partial_forward, "exit_head": exit_head}
 
 
 def draft(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """See `layerskip_kernels.draft`. On a card a draft that has ended goes on without effect: no host sync."""
+    """On a GPU a stopped draft keeps running without effect: no host sync."""
     return speculative.compose_draft(_OPS, *args, record=record_draft)

@@ -1,12 +1,10 @@
-"""early_exit_loss: tiles of vocabulary × rows of all exits, recomputed backwards; no [R, V] tensor, no atomics.
+"""Cross-entropy of all exits by tiles of vocabulary × rows, recomputed in the backward; no [R, V] tensor, no atomics.
 
-Backwards a tile of slopes (softmax - one-hot, scaled) is written in the dtype of the model and multiplied into both
-gradients, whose sums stay in fp32. The slopes are scaled to at most 1 first: 1 / (number of labels) would sink below
-what fp16 holds.
+The backward writes tiles of slopes, softmax - one-hot times a scale, in the model's dtype and multiplies them into both
+gradients, which accumulate in fp32. The scales are normalised to at most 1 first: 1 / (number of labels) could
+underflow in fp16.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -22,9 +20,9 @@ from ._device import dot, row_dot
 from ._launch import INTERPRETED, launch_options, on, power_of_two, wait_for_inputs
 from .rms_norm import rms_norm
 
-GROUP = 16  # vocabulary tiles that one program of the forward pass takes
+GROUP = 16  # vocabulary tiles per program of the forward
 ROWS_AT_ONCE, VOCABULARY_AT_ONCE = 4096, 4096  # of the slopes, 32 MiB in 16 bits
-PROGRAMS = 256  # of the norm's backward; each leaves one partial sum of the weight's gradient
+PROGRAMS = 256  # of the norm's backward; each writes one partial sum of the weight's gradient
 
 
 @triton.jit
@@ -92,21 +90,9 @@ def softmax_slope_kernel(
     row_ok, col_ok = row < stop_row, col < stop_col
     wait_for_inputs(PDL)
     logits = row_dot(
-        x_ptr,
-        head_ptr,
-        row,
-        col,
-        row_ok,
-        col_ok,
-        hidden_size,
-        0,
-        hidden_size,
-        ROWS,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN,
-        INTERPRETED,
-    )
+        x_ptr, head_ptr, row, col, row_ok, col_ok, hidden_size, 0, hidden_size, ROWS, BLOCK_N, BLOCK_K, EVEN,
+        INTERPRETED
+    )  # fmt: skip
     label = tl.load(labels_ptr + row % per_exit, mask=row_ok, other=-1)
     scale = tl.load(scale_ptr + row, mask=row_ok, other=0.0)
     slope = tl.exp(logits - tl.load(lse_ptr + row, mask=row_ok, other=0.0)[:, None])
@@ -162,10 +148,7 @@ def rms_norm_backward_kernel(
 
 
 def _tile(like: Tensor, rows: int, columns: int) -> dict[str, Any]:
-    """A product's tile, no larger than the product.
-
-    fp32 has no tensor cores here, and rows of a stride that is no multiple of 16 pass registers: smaller tiles.
-    """
+    """The tile of a product; smaller for fp32, which uses no tensor cores, and for strides not a multiple of 16."""
     slow = like.dtype == torch.float32 or like.stride(0) % 16 != 0
     most_rows, most_columns = (32, 32) if slow else (128, 128)
     return {
@@ -194,7 +177,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp [N R] of every row, and its label's logit: NaN where the label names no token."""
+    """Log-sum-exp [N R] of every row, and its label's logit: NaN if the label is outside the vocabulary."""
     rows, hidden_size = normed.shape
     tile = _row_tile(normed, rows, head.shape[0])
     groups = triton.cdiv(head.shape[0], tile["BLOCK_N"] * GROUP)
@@ -213,7 +196,7 @@ def _softmax(normed: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 def _slopes(
     normed: Tensor, head: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, buffer: Tensor, rows: range, cols: range
 ) -> Tensor:
-    """The slopes of some rows and some of the vocabulary, within ``buffer``."""
+    """Write the slopes of a range of rows and of tokens to ``buffer``."""
     slope, tile = buffer[: len(rows), : len(cols)], _row_tile(normed, len(rows), len(cols))
     grid = (triton.cdiv(len(rows), tile["ROWS"]), triton.cdiv(len(cols), tile["BLOCK_N"]))
     softmax_slope_kernel[grid](
@@ -226,7 +209,7 @@ def _slopes(
 def _gradients(
     normed: Tensor, head: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ scale · CE to the normed rows, fp32 [N R, D], and, given a factor for it, to the head [V, D]."""
+    """Gradients of Σ scale · CE: of the normed rows, fp32 [N R, D], and, if ``factor`` is given, of the head [V, D]."""
     (rows, hidden_size), vocab_size = normed.shape, head.shape[0]
     grad = torch.zeros_like(normed, dtype=torch.float32)
     grad_head = head.new_empty(0) if factor is None else torch.empty_like(head)
@@ -246,7 +229,7 @@ def _gradients(
 
 
 def _norm_backward(grad: Tensor, scale: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of the norm's input and weight, for the gradient ``grad · scale`` of its output."""
+    """Gradients of the norm's input and weight from the gradient ``grad · scale`` of its output."""
     rows, hidden_size = x.shape
     programs = min(rows, PROGRAMS)
     grad_x, part = torch.empty_like(x), x.new_empty(programs, hidden_size, dtype=torch.float32)
@@ -258,16 +241,10 @@ def _norm_backward(grad: Tensor, scale: Tensor, x: Tensor, weight: Tensor, eps: 
 
 
 def early_exit_loss(
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    eps: float = 1e-5,
-    ignore_index: int = -100,
-    with_slope: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `layerskip_kernels.early_exit_loss`. On a card a label that names no token makes the loss NaN."""
+    hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor, eps: float = 1e-5,
+    ignore_index: int = -100, with_slope: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """On a GPU a label outside the vocabulary makes the loss NaN."""
     check_labels(labels, head_weight.shape[0], ignore_index)
     exits, rows, hidden_size = hiddens.shape
     labels = labels.contiguous()
@@ -287,19 +264,10 @@ def early_exit_loss(
 
 
 def early_exit_loss_backward(
-    grad: Tensor,
-    hiddens: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    exit_weights: Tensor,
-    logsumexp: Tensor,
-    slope: Tensor,
-    eps: float,
-    ignore_index: int,
-    head_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's backward; ``slope`` spares the pass over the head where the head needs no gradient."""
+    grad: Tensor, hiddens: Tensor, norm_weight: Tensor, head_weight: Tensor, labels: Tensor, exit_weights: Tensor,
+    logsumexp: Tensor, slope: Tensor, eps: float, ignore_index: int, head_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """With ``slope``, and no gradient of the head, no pass over the head is needed."""
     exits, rows, hidden_size = hiddens.shape
     valid, count = label_counts(labels, ignore_index)
     scale = ((grad * exit_weights / count)[:, None] * valid).float().flatten()  # [N R]

@@ -1,7 +1,5 @@
-"""exit_head: the head is streamed once; a tile of logits leaves its maximum, its row, and a sum of exponentials."""
+"""The head is streamed once; each tile of logits gives its maximum, that maximum's row, and a sum of exponentials."""
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 import torch
@@ -10,20 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._device import DRAW, gumbel, row_dot, warmth
+from ._device import DRAW, divisor_of, gumbel, row_dot
 from ._launch import ROWS, Config, block_k, fetch_weights, launch_options, on, pick, streaming_options, wait_for_inputs
 from .rms_norm import rms_norm
 
 NO_ROW = tl.constexpr(2147483647)
-FINISH_BLOCK = 1024  # tiles that the second stage takes at a time
-# Left alone, ptxas aims at 64 registers for 16-bit products, two too few where logits are written, though shared memory
-# is what limits the programs of a multiprocessor.
-SPACIOUS = {} if torch.version.hip else {"maxnreg": 96}
+FINISH_BLOCK = 1024  # tiles per step of the second stage
+# By default ptxas aims at 64 registers for 16-bit products, two too few when logits are written, though shared memory
+# is what limits occupancy.
+MORE_REGISTERS = {} if torch.version.hip else {"maxnreg": 96}
 
 
 @triton.jit
 def _finite(x):
-    """x, with 0 in the place of an infinity: what exponentials are taken relative to."""
+    """x, or 0 if it is infinite: the base of exponentials."""
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 
@@ -37,7 +35,7 @@ def exit_head_kernel(
 ):  # fmt: skip
     """max s, the lowest argmax, and Σ exp(z - max z) of z = scale · x headᵀ / T, for 16 rows × BLOCK_N head rows.
 
-    s is z, or with SAMPLES z plus noise in the rows whose temperature is not 0; then max z and the chosen z are kept.
+    s is z, plus noise with SAMPLES in rows whose temperature is not 0; then max z and the chosen z are written, too.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile, tiles = tl.program_id(1), tl.num_programs(1)
@@ -46,21 +44,9 @@ def exit_head_kernel(
     fetch_weights(head_ptr, col, col_ok, hidden_size, BLOCK_N, PDL)
     wait_for_inputs(PDL)
     logits = row_dot(
-        x_ptr,
-        head_ptr,
-        row,
-        col,
-        row_ok,
-        col_ok,
-        hidden_size,
-        0,
-        hidden_size,
-        ROWS,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN,
-        INTERPRETED,
-    )
+        x_ptr, head_ptr, row, col, row_ok, col_ok, hidden_size, 0, hidden_size, ROWS, BLOCK_N, BLOCK_K, EVEN,
+        INTERPRETED
+    )  # fmt: skip
     if HAS_SCALE:
         logits *= tl.load(scale_ptr + col, mask=col_ok, other=0.0)[None, :]
     logits = tl.where(col_ok[None, :], logits, float("-inf"))
@@ -88,11 +74,11 @@ def exit_head_kernel(
 
 @triton.jit
 def _draw(logits, token, temperature_ptr, seed_ptr, offset_ptr, row, row_ok):
-    """Logits [ROWS, BLOCK_N] at their row's temperature, and with noise added where that is not 0."""
+    """Logits [ROWS, BLOCK_N] divided by the row's temperature, and the same plus noise where it is not 0."""
     temperature = tl.load(temperature_ptr + row, mask=row_ok, other=0.0)[:, None]
     seed = tl.load(seed_ptr + row, mask=row_ok, other=0)[:, None]
     offset = tl.load(offset_ptr + row, mask=row_ok, other=0)[:, None]
-    logits = tl.div_rn(logits, warmth(temperature))
+    logits = tl.div_rn(logits, divisor_of(temperature))
     return logits, tl.where(temperature > 0, logits + gumbel(seed, offset, token[None, :], DRAW), logits)
 
 
@@ -136,18 +122,11 @@ def exit_head_finish_kernel(
 
 
 def exit_head(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    head_weight: Tensor,
-    eps: float,
-    token_map: Tensor | None = None,
-    scale: Tensor | None = None,
-    temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-    offset: Tensor | None = None,
-    logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `layerskip_kernels.exit_head`. On a card a negative temperature counts as 0."""
+    hidden: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, token_map: Tensor | None = None,
+    scale: Tensor | None = None, temperature: Tensor | None = None, seed: Tensor | None = None,
+    offset: Tensor | None = None, logits: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """On a GPU a negative temperature counts as 0."""
     _checks.temperatures(temperature)
     rows, (vocab_size, hidden_size) = hidden.shape[0], head_weight.shape
     token = hidden.new_empty(rows, dtype=torch.int64)
@@ -157,9 +136,9 @@ def exit_head(
     x, samples = rms_norm(hidden, norm_weight, eps), temperature is not None
     draw = (temperature, seed, offset, logits)
     stride = 0 if logits is None else logits.stride(0)
-    # Whole tiles; others need registers for masks, and get them.
+    # Partial tiles need registers for masks, and get them anyway.
     pipelined = hidden_size % block_k(x.element_size()) == 0
-    options = SPACIOUS if logits is not None and pipelined and x.element_size() == 2 else {}
+    options = MORE_REGISTERS if logits is not None and pipelined and x.element_size() == 2 else {}
 
     def run(config: Config) -> list[Tensor]:
         tiles = triton.cdiv(vocab_size, config.block_n)

@@ -1,7 +1,10 @@
-"""linear, swiglu, and the three projections of attention as one launch."""
+"""linear and swiglu, plain and packed, and the three projections of attention as one launch.
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
+Packed kernels read 32 columns of a group at a time. Groups begin at any even byte, so loads are bytes. Products are of
+integers, exact in 16 bits; a block's sum is scaled in fp32, and the least value multiplies the block's sum of x, a
+product with ones.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -146,7 +149,7 @@ def swiglu_kernel(
 
 @triton.jit
 def _half(ptr, ok):
-    """The fp16 that begins at an even byte, in fp32."""
+    """Load fp16 from two bytes, as fp32."""
     low, high = tl.load(ptr, mask=ok, other=0), tl.load(ptr + 1, mask=ok, other=0)
     return (low.to(tl.uint16) | (high.to(tl.uint16) << 8)).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -238,7 +241,7 @@ def _packed_options(x: Tensor, form: Format) -> dict[str, Any]:
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
-    """`linear` into ``out`` [R, N]; all contiguous, not empty."""
+    """Write `linear` to ``out`` [R, N]; all contiguous, not empty."""
     (rows, depth), outputs = x.shape, weight.shape[0]
     with on(x):
         packed_linear_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(outputs, PACKED_BLOCK_N))](
@@ -249,7 +252,7 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
 
 
 def packed_swiglu(x: Tensor, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """`swiglu` into ``out`` [R, F]; both weights of one format, all contiguous, not empty."""
+    """Write `swiglu` to ``out`` [R, F]; both weights in one format, all contiguous, not empty."""
     (rows, depth), features = x.shape, gate.shape[0]
     with on(x):
         packed_swiglu_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(features, PACKED_BLOCK_N))](
@@ -259,7 +262,6 @@ def packed_swiglu(x: Tensor, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """See `layerskip_kernels.linear`."""
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     (rows, depth), outputs, pieces = x.shape, weight.shape[0], splits(x.shape[1])
     out = x.new_empty(rows, outputs)
@@ -288,19 +290,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 def qkv(
     x: Tensor, q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The projections of attention, ``linear`` three times bit for bit, as one launch where nothing is split or packed.
+    """`linear` by q, k and v, bit for bit, in one launch if nothing is split or packed and all or no biases are given.
 
-    Parameters
-    ----------
-    x : Tensor [R, D], contiguous
-    q, k, v : Tensor [H C, D], [G C, D], [G C, D]
-    biases : three of Tensor or None
-        One launch needs all or none of them.
-
-    Returns
-    -------
-    tuple of Tensor
-        [R, H C], [R, G C], [R, G C], views of one buffer.
+    ``x`` [R, D] is contiguous, ``q`` [H C, D], ``k``, ``v`` [G C, D]; returns [R, H C] and twice [R, G C], as views.
     """
     (rows, depth), queries, keys = x.shape, q.shape[0], k.shape[0]
     some = [bias is not None for bias in biases]
@@ -320,7 +312,6 @@ def qkv(
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """See `layerskip_kernels.swiglu`."""
     x = x.contiguous()
     (rows, depth), features = x.shape, gate.shape[0]
     out = x.new_empty(rows, features)

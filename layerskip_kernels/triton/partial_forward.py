@@ -1,4 +1,4 @@
-"""partial_forward: nine launches a layer and one more for each split product, bit for bit the sums of the ops."""
+"""Layers as nine launches each and one more per split product, with the bits of the composed ops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def _layer(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float) ->
 
 
 def partial_forward(*args: Any) -> Tensor:
-    """See `layerskip_kernels.partial_forward`."""
     a = bind("partial_forward", *args)
     hidden = a.hidden.contiguous() if a.start < a.end else a.hidden.clone()
     for layer, weights in enumerate(split_layers(a.weights, a.start, a.end), a.start):

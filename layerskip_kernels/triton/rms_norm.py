@@ -1,7 +1,5 @@
-"""rms_norm."""
+"""Root-mean-square norm, one program per row."""
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 import torch
@@ -12,13 +10,13 @@ from torch import Tensor
 from ._device import inverse_rms
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
 
-WIDEST = 128  # columns summed at a time: the tree brings them all into each thread, and more of them would spill
+MAX_BLOCK = 128  # columns summed at a time: the tree needs all of them in each thread, and more would spill
 OUT_BLOCK = 2048
 
 
 def norm_block(width: int) -> dict[str, int]:
-    """The blocks of a norm over ``width``: they fix the order of additions, so every user of a width shares them."""
-    block = min(power_of_two(width, 2), WIDEST)
+    """The blocks of a norm over ``width``: they fix the order of additions, so all kernels share them."""
+    block = min(power_of_two(width, 2), MAX_BLOCK)
     return {"BLOCK": block, "STEPS": block.bit_length() - 1, "UNROLL": min(16, triton.cdiv(width, block))}
 
 
@@ -27,7 +25,7 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr,
     OUT_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: x / sqrt(mean(x^2) + eps) * weight."""
+    """x / sqrt(mean(x^2) + eps) * weight of one row."""
     wait_for_inputs(PDL)
     offset = tl.program_id(0).to(tl.int64) * width
     inverse = inverse_rms(x_ptr + offset, width, eps, BLOCK, STEPS, UNROLL)
@@ -40,7 +38,6 @@ def rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `layerskip_kernels.rms_norm`."""
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]

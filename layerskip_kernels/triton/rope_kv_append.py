@@ -1,7 +1,5 @@
-"""rope_kv_append."""
+"""Rotary embedding of q and k, and the write of k and v to the cache."""
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 import triton
@@ -16,7 +14,7 @@ from .rms_norm import norm_block
 
 @triton.jit
 def slot_of(slots_ptr, sequence, HAS_SLOTS: tl.constexpr):
-    """The slot, a row of the cache, that a sequence uses."""
+    """The row of the cache that a sequence uses."""
     row = sequence
     if HAS_SLOTS:
         row = tl.load(slots_ptr + sequence)
@@ -54,7 +52,7 @@ def rope_kv_append_kernel(
     HAS_SLOTS: tl.constexpr, HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and head, H query heads first, then G keys, then G values; position = length + m."""
+    """One program per row and head: H query heads, then G keys, then G values; position = length + m."""
     wait_for_inputs(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence = row // rows
@@ -69,19 +67,9 @@ def rope_kv_append_kernel(
     if head < num_heads:
         target = out_ptr + (row * num_heads + head) * head_dim
         _rotate_row(
-            q_ptr + row * q_stride + head * head_dim,
-            q_norm_ptr,
-            target,
-            cos,
-            sin,
-            head_dim,
-            eps,
-            HAS_Q_NORM,
-            HALF,
-            BLOCK,
-            STEPS,
-            UNROLL,
-        )
+            q_ptr + row * q_stride + head * head_dim, q_norm_ptr, target, cos, sin, head_dim, eps, HAS_Q_NORM, HALF,
+            BLOCK, STEPS, UNROLL
+        )  # fmt: skip
     elif inside:
         kv_head = (head - num_heads) % num_kv_heads
         place = ((slot * num_kv_heads + kv_head) * capacity + position) * head_dim
@@ -96,26 +84,17 @@ def rope_kv_append_kernel(
 
 
 def _rows_of(x: Tensor) -> Tensor:
-    """[B, M, heads, C] with the heads of a row side by side and its rows evenly spaced."""
+    """[B, M, heads, C] with contiguous heads and evenly spaced rows; copied if needed."""
     batch, rows, _, head_dim = x.shape
     even = x.stride()[2:] == (head_dim, 1) and (batch == 1 or x.stride(0) == rows * x.stride(1))
     return x if even else x.contiguous()
 
 
 def rope_kv_append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor | None = None,
-    norms: tuple[Tensor | None, Tensor | None] = (None, None),
-    eps: float = 0.0,
-) -> Tensor:
-    """See `layerskip_kernels.rope_kv_append`; ``norms`` of q and k [C] are applied before, as `rms_norm` would."""
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor,
+    slots: Tensor | None = None, norms: tuple[Tensor | None, Tensor | None] = (None, None), eps: float = 0.0
+) -> Tensor:  # fmt: skip
+    """``norms`` [C] of q and k are applied first, as by `rms_norm`."""
     q, k, v = _rows_of(q), _rows_of(k), _rows_of(v)
     (batch, rows, num_heads, head_dim), (num_slots, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
     _checks.positions(seq_lens, rows, capacity)

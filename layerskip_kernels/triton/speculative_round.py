@@ -1,4 +1,4 @@
-"""speculative_round: the launches of its ops."""
+"""A round as the launches of its ops."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ _OPS: dict[str, Callable[..., Any]] = {
 
 
 def speculative_round(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `layerskip_kernels.speculative_round`. Nothing waits for the host between its launches."""
+    """No host sync between the launches."""
     return compose_round(_OPS, *args)

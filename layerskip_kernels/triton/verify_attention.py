@@ -1,7 +1,5 @@
-"""verify_attention."""
+"""Attention of new rows over the cache, split over positions."""
 
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are typed by their launch)
 from __future__ import annotations
 
 import torch
@@ -14,9 +12,9 @@ from ._device import dot
 from ._launch import INTERPRETED, ROWS, launch_options, on, power_of_two, wait_for_inputs
 from .rope_kv_append import slot_of
 
-SPLIT = 128  # positions of one program; fixed, so that the order of additions never depends on the lengths
-ROWS_AT_ONCE = 64  # rows a sequence in one launch: bounds the partial results of a long prompt
-LEAST_SCRATCH = 64 << 20  # bytes that the partial results may take, however small the cache
+SPLIT = 128  # positions per program; fixed, so that the order of additions does not depend on the lengths
+ROWS_AT_ONCE = 64  # rows of a sequence per launch: bounds the partial results of a long prompt
+MIN_SCRATCH = 64 << 20  # bytes that the partial results may take with any cache
 
 
 @triton.jit
@@ -24,10 +22,10 @@ def _attend(
     total, mass, peak, q, k_ptr, v_ptr, position, first, last, head_dim, scale,
     ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, COMMON: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; what lies beyond is not loaded.
+    """Online softmax over the positions [first, last) -> Σ p v, Σ p, max score; later positions are not loaded.
 
-    COMMON: every row sees all of them. Otherwise a row may not see a value that is not finite, and 0 · inf is NaN:
-    such a value is weighted as 0, and the rows that see it become NaN.
+    COMMON: every row sees all of them. Otherwise a value that is not finite may be hidden from a row, and 0 · inf is
+    NaN: it is replaced by 0, and the rows that see it become NaN.
     """
     column = tl.arange(0, BLOCK_C)[None, :]
     for begin in range(first, last, BLOCK_T):
@@ -63,7 +61,7 @@ def verify_attention_kernel(
     HAS_SLOTS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a piece of SPLIT positions, a key/value head of a sequence and 16 of the (row, query head) pairs."""
+    """One program per SPLIT positions, key/value head of a sequence, and 16 of its (row, query head) pairs."""
     piece, pieces = tl.program_id(0), tl.num_programs(0)
     sequence, kv_head = (tl.program_id(1) // num_kv_heads).to(tl.int64), tl.program_id(1) % num_kv_heads
     pair = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -104,7 +102,7 @@ def verify_attention_finish_kernel(
     total_ptr, mass_ptr, peak_ptr, seq_lens_ptr, slots_ptr, out_ptr, rows, num_slots, skipped, all_rows, num_heads,
     head_dim, capacity, pieces, HAS_SLOTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pieces of one row and head, in order; a position or slot outside the cache comes out as NaN."""
+    """Join the pieces of one row and head, in order; a position or slot outside the cache gives NaN."""
     wait_for_inputs(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     sequence, m = (row // rows).to(tl.int64), row % rows
@@ -128,9 +126,9 @@ def verify_attention_finish_kernel(
 
 
 def attention_tile(head_dim: int, itemsize: int) -> dict[str, int]:
-    """Positions of a tile and pipeline stages: the two buffers of three stages of K and V stay within 64 KiB.
+    """Positions of a tile and pipeline stages, so that the buffers of K and V stay within 64 KiB.
 
-    Heads whose size is no multiple of 16 are not copied 16 bytes at a time but pass registers, and take smaller tiles.
+    A head size that is no multiple of 16 is copied through registers, and takes smaller tiles.
     """
     block_c = power_of_two(head_dim, 16)
     block_t = max(16, min(64 if head_dim % 16 == 0 else 32, 8192 // (block_c * itemsize)))
@@ -140,22 +138,21 @@ def attention_tile(head_dim: int, itemsize: int) -> dict[str, int]:
 def rows_at_once(batch: int, num_heads: int, pieces: int, head_dim: int, cache_bytes: int) -> int:
     """Rows of a sequence in one launch, so that partial results take at most half of a layer's cache, or 64 MiB."""
     row_bytes = batch * num_heads * pieces * (head_dim + 2) * 4
-    return max(1, min(ROWS_AT_ONCE, max(LEAST_SCRATCH, cache_bytes // 2) // max(1, row_bytes)))
+    return max(1, min(ROWS_AT_ONCE, max(MIN_SCRATCH, cache_bytes // 2) // max(1, row_bytes)))
 
 
 def verify_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, slots: Tensor | None = None
 ) -> Tensor:
-    """See `layerskip_kernels.verify_attention`."""
     q, has_slots = q.contiguous(), slots is not None
     (batch, all_rows, num_heads, head_dim), (num_slots, num_kv_heads, capacity) = q.shape, k_cache.shape[:3]
     _checks.positions(seq_lens, all_rows, capacity)
     _checks.distinct_slots(slots, num_slots)
     out = torch.empty_like(q)
     pieces, tile = triton.cdiv(capacity, SPLIT), attention_tile(head_dim, q.element_size())
-    most = rows_at_once(batch, num_heads, pieces, head_dim, k_cache.nbytes + v_cache.nbytes)
-    for skipped in range(0, all_rows if out.numel() else 0, most):
-        rows = min(most, all_rows - skipped)
+    max_rows = rows_at_once(batch, num_heads, pieces, head_dim, k_cache.nbytes + v_cache.nbytes)
+    for skipped in range(0, all_rows if out.numel() else 0, max_rows):
+        rows = min(max_rows, all_rows - skipped)
         total = q.new_empty(batch * rows * num_heads * pieces, head_dim, dtype=torch.float32)
         mass, peak = total.new_empty(total.shape[0]), total.new_empty(total.shape[0])
         with on(q):

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerskip_kernels import _extension
-from layerskip_kernels._extension import CudaBuild, card_reason, driver_reason
+from layerskip_kernels._extension import CudaBuild, capability_reason, driver_reason
 
 ALL = CudaBuild("80;90a;100a;compute_100", 13000, 13000)
 
@@ -31,7 +31,7 @@ def test_no_driver() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0)])
 def test_gpus_that_a_full_build_serves(capability: tuple[int, int]) -> None:
-    assert card_reason(ALL, capability, "cuda:0") is None
+    assert capability_reason(ALL, capability, "cuda:0") is None
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_gpus_that_a_full_build_serves(capability: tuple[int, int]) -> None:
 )  # fmt: skip
 def test_gpus_that_a_narrow_build_does_not_serve(archs: str, capability: tuple[int, int]) -> None:
     number = "{}{}".format(*capability)
-    assert card_reason(CudaBuild(archs, 13000, 13000), capability, "cuda:1 (GPU)") == (
+    assert capability_reason(CudaBuild(archs, 13000, 13000), capability, "cuda:1 (GPU)") == (
         f"cuda:1 (GPU) has compute capability {capability[0]}.{capability[1]}, but the library was built for {archs}: "
         f"rebuild with LAYERSKIP_CUDA_ARCHS={number}"
     )
@@ -49,14 +49,14 @@ def test_gpus_that_a_narrow_build_does_not_serve(archs: str, capability: tuple[i
 
 def test_a_driver_compiles_no_ptx_of_a_newer_toolkit() -> None:
     build = CudaBuild("90a;compute_90", 13010, 13000)
-    assert card_reason(build, (9, 0), "cuda:0") is None
-    reason = card_reason(build, (12, 0), "cuda:0")
+    assert capability_reason(build, (9, 0), "cuda:0") is None
+    reason = capability_reason(build, (12, 0), "cuda:0")
     assert reason is not None
     assert "rebuild with LAYERSKIP_CUDA_ARCHS=120" in reason
 
 
 def test_a_gpu_that_is_too_old() -> None:
-    assert card_reason(ALL, (7, 5), "cuda:0 (T4)") == (
+    assert capability_reason(ALL, (7, 5), "cuda:0 (T4)") == (
         "cuda:0 (T4) has compute capability 7.5, the CUDA kernels need 8.0"
     )
 
@@ -65,7 +65,7 @@ def test_the_table_asks_for_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_extension, "_cuda_build", lambda: ALL)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index == 0 else (7, 0))
-    _extension.cuda_card_reason.cache_clear()
+    _extension.device_reason.cache_clear()
     supports = _extension._supports_cuda
     with FakeTensorMode():
         new, old = (torch.empty(1, device=f"cuda:{index}") for index in range(2))
@@ -77,7 +77,7 @@ def test_the_table_asks_for_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPat
     assert supports(new, int8) is supports(new, [int8] * 9) is None
     assert supports(new, [int8] * 3 + [int4] * 6) == "q, k and v of different formats are not served"
     assert supports(new, [int4] * 7 + [int8] * 2) == "gate and up of different formats are not served"
-    _extension.cuda_card_reason.cache_clear()
+    _extension.device_reason.cache_clear()
 
 
 def test_a_torch_without_cuda() -> None:

@@ -221,6 +221,18 @@ def test_gradcheck(frozen: tuple[str, ...], backend: str, tiling: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend: str) -> None:
+    inputs = make(2, 7, 16, 37, torch.float32)
+    inputs["hiddens"].requires_grad_()
+    with lk.use_backend(backend):
+        loss = lk.early_exit_loss(**inputs).loss
+        with pytest.raises(
+            NotImplementedError, match="differentiable once; take its gradient without create_graph=True"
+        ):
+            torch.autograd.grad(loss, inputs["hiddens"], create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_error_is_at_most_that_of_torch_in_the_same_dtype(backend: str) -> None:
     inputs = make(2, 64, 64, 1000, torch.bfloat16)
     _, expected, _ = truth(inputs)

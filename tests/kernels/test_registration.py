@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import layerskip_kernels as lk
@@ -124,3 +125,23 @@ def test_gradients_through_a_compiled_graph(op: str) -> None:
     actual = torch.autograd.grad(compiled(*args).square().sum(), leaves)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+EAGER = {
+    "rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+    "linear": lambda x, weight, bias, residual: F.linear(x, weight, bias) + residual,
+    "swiglu": lambda x, gate, up: F.silu(x @ gate.T) * (x @ up.T),
+}
+
+
+@pytest.mark.parametrize("op", EAGER)
+def test_second_derivatives_are_those_of_torch(op: str) -> None:
+    values = example(op)
+    eps = [values.pop("eps")] if "eps" in values else []
+    seconds = []
+    for function in (lambda *args: getattr(lk, op)(*args, *eps), EAGER[op]):
+        leaves = [tensor.clone().requires_grad_() for tensor in values.values()]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
+    for actual, expected in zip(*seconds, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

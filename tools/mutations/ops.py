@@ -17,7 +17,8 @@ BUGS = [
         KERNELS + "test_checks.py -k strides",
     ),
     Mutation(
-        "a draft ends at its threshold, in Python", ROUNDS, "chance >= draft_threshold", "chance > draft_threshold",
+        "a draft ends at its threshold, in Python", ROUNDS,
+        "probability >= draft_threshold", "probability > draft_threshold",
         DRAFT + " -k threshold_is_enough",
     ),
     Mutation("as many rows as the shortest draft, in Python", ROUNDS, ".sum(1).max()", ".sum(1).min()", ROUND),

@@ -41,7 +41,7 @@ BUGS = [
     ),
     Mutation(
         "a draft ends at its threshold, in Triton", TRITON + "draft.py",
-        "chance >= draft_threshold, token", "chance > draft_threshold, token",
+        "probability >= draft_threshold, token", "probability > draft_threshold, token",
         INTERPRETED + "draft.py -k is_the_threshold_is_enough",
     ),
     Mutation(
