@@ -42,10 +42,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     decoder = options.decoder(args, model)
     decoder.tokenizer = tokenizer
     methods = decoding_methods(model, decoder, args.only_ours)
-    keys = ("exit_layer", "num_speculations", "draft_threshold")
-    settings = {**options.settings(args, decoder.model), **{key: getattr(decoder, key) for key in keys}}
-    keys = ("draft_head", "draft_source", "exit", "prompts", "max_new_tokens", "repeats")
-    settings |= {key: getattr(args, key) for key in keys}
+    settings = options.settings(args, decoder.model)
+    settings |= {key: getattr(decoder, key) for key in ("exit_layer", "num_speculations", "draft_threshold")}
+    given = ("draft_head", "draft_source", "exit", "prompts", "max_new_tokens", "repeats")
+    settings |= {key: getattr(args, key) for key in given}
     report = Report(settings, [prompt.task for prompt in texts], {name: [] for name in methods})
     report.prompts, report.machine = [prompt.text for prompt in texts], options.facts(args.device)
     encoded = _encode(args, console, decoder, tokenizer, report)
@@ -544,8 +544,8 @@ class Report:
 
     def _sweep_table(self) -> Table:
         """A line for each task and threshold."""
-        columns = ("task", "threshold", "autoregressive", "auto", "best fixed", "auto / best", "worst fixed")
-        columns += tuple(f"source {name}" for name in OTHER_SOURCES)
+        columns = ["task", "threshold", "autoregressive", "auto", "best fixed", "auto / best", "worst fixed"]
+        columns += [f"source {name}" for name in OTHER_SOURCES]
         rows = []
         for one in self.sweep:
             (worst, slow), *_, (best, fast) = sorted(one.fixed.items(), key=lambda item: item[1])

@@ -105,15 +105,16 @@ def _train(args: argparse.Namespace, console: Console, output: Output, checkpoin
 
 def run_exit(args: argparse.Namespace, console: Console) -> int:
     """Train an exit for a frozen model, and keep the best. Of several processes only the first prints and writes."""
-    from ..training import recipe
-    from ..training.output_dir import ExitOutput
+    from ..training import recipe as recipes
 
     check_device_of_process(args.device)
     console = console if is_main_process() else Console(quiet=True)
-    given = {key: getattr(args, key) for key in recipe.KEYS if getattr(args, key, None) is not None}
-    recipe = recipe.exit_recipe(args.recipe, given)
+    given = {key: getattr(args, key) for key in recipes.KEYS if getattr(args, key, None) is not None}
+    recipe = recipes.exit_recipe(args.recipe, given)
     check_tasks((*recipe.texts, *recipe.eval_texts, *recipe.prompts))
     registry.check_model(recipe.model)
+    from ..training.output_dir import ExitOutput  # imports torch, so not before the recipe is checked
+
     output = ExitOutput(recipe)
     if args.resume:
         output.check_resumed()
@@ -125,12 +126,10 @@ def run_exit(args: argparse.Namespace, console: Console) -> int:
     try:
         trained = _train_exit(args, console, output)
     except KeyboardInterrupt:
-        kept = (
-            f"; the same command with --resume continues from what is in {output.folder}"
-            if ExitOutput(recipe).record
-            else ", before anything was written"
-        )
-        raise KeyboardInterrupt(f"interrupted{kept}") from None
+        if not ExitOutput(recipe).record:
+            raise KeyboardInterrupt("interrupted, before anything was written") from None
+        kept = f"the same command with --resume continues from what is in {output.folder}"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
     if is_main_process():
         _print_result(console, trained.state, output)
     return 0
