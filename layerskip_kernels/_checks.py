@@ -155,6 +155,7 @@ def accept_sampled(a: Any) -> None:
     shaped("seq_lens", a.seq_lens, [batch], [torch.int64])
     draft_vocab_size, vocab_size = a.draft_logits.shape[2], a.target_logits.shape[2]
     require(vocab_size > 0, "target_logits has no tokens")
+    require(draft_vocab_size > 0, "draft_logits has no tokens")
     if a.token_map is not None:
         shaped("token_map", a.token_map, [draft_vocab_size], [torch.int64])
     else:
@@ -283,10 +284,11 @@ def distinct_slots(slots: Tensor | None, num_slots: int) -> None:
 
 
 def tokens(token: Tensor, vocab_size: int) -> None:
-    """Check that every token is in the vocabulary."""
-    wrong = (token < 0) | (token >= vocab_size)
-    if wrong.any():
-        raise ValueError(f"token {int(token[wrong][0])} is outside the vocabulary of {vocab_size}")
+    """Check that every token is in the vocabulary; on a GPU this would be a host sync."""
+    if token.device.type == "cpu":
+        wrong = (token < 0) | (token >= vocab_size)
+        if wrong.any():
+            raise ValueError(f"token {int(token[wrong][0])} is outside the vocabulary of {vocab_size}")
 
 
 def temperatures(temperature: Tensor | None) -> None:
@@ -367,6 +369,7 @@ def _drafting(a: Any) -> None:
         shaped("norm_weight", a.norm_weight, [a.embedding.shape[1]], [a.embedding.dtype])
     require(a.embedding.shape[0] > 0, "embedding has no rows")
     require(a.num_speculations >= 0, f"num_speculations must not be negative, got {a.num_speculations}")
+    require(a.num_speculations < 2**31 - 1, f"num_speculations must be below {2**31 - 1}, got {a.num_speculations}")
     require(0 <= a.draft_threshold <= 1, f"draft_threshold must lie in [0, 1], got {a.draft_threshold}")
     dense(embedding=a.embedding)
     same_device(a.embedding, token=a.token)

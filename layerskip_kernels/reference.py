@@ -172,6 +172,7 @@ def _layer(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float) ->
 
 @implements("accept_greedy", "reference")
 def accept_greedy_ref(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    _checks.positions(seq_lens, target.shape[1], 2**63 - 1)
     matches = (draft == target[:, :-1]) & (draft >= 0)  # a negative entry ends the draft
     accepted = matches.long().cumprod(1).sum(1)
     next_token = target.gather(1, accepted[:, None])[:, 0]
@@ -217,6 +218,7 @@ def accept_sampled_ref(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_speculations = draft.shape
     vocab_size = target_logits.shape[2]
+    _checks.positions(seq_lens, num_speculations + 1, 2**63 - 1)
     _check_accepted_tokens(draft, temperature, token_map, vocab_size)
     sampled, by = temperature[:, None] > 0, divisors(temperature)[:, :, None]
     scaled = target_logits / by

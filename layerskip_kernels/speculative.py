@@ -111,7 +111,9 @@ def record_draft(
     if draft_threshold > 0:
         token = torch.where(probability >= draft_threshold, token, -1)  # -1 for NaN, too
     out.tokens[:, row], out.probability[:, row] = token, probability
-    return lookup(embedding, token.clamp_min(0), state.shape[1], state.dtype)  # after a -1 any valid index will do
+    token = token.clamp_min(0)  # after a -1 any valid index will do
+    _checks.tokens(token, embedding.shape[0])
+    return lookup(embedding, token, state.shape[1], state.dtype)
 
 
 def _stopped(out: Draft, row: int, draft_threshold: float) -> Tensor | None:
@@ -123,8 +125,7 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
     """`draft` out of a backend's partial_forward and exit_head; ``record`` may be a faster `record_draft`."""
     a = bind("draft", *args)
     on_cpu, batch, num_speculations = a.token.device.type == "cpu", a.token.shape[0], a.num_speculations
-    if on_cpu:  # on a GPU this would be a host sync
-        _checks.tokens(a.token, a.embedding.shape[0])
+    _checks.tokens(a.token, a.embedding.shape[0])
     rows, hidden_size, cache_layers = num_speculations + a.extend, a.norm_weight.shape[0], a.k_cache.shape[0]
     tokens = a.token.new_empty(batch, num_speculations)
     states = a.norm_weight.new_empty(batch, rows, hidden_size)

@@ -6,10 +6,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <climits>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "common/library.h"
 #include "common/weight.h"
@@ -56,6 +58,22 @@ constexpr ScalarType scalar_type<int8_t>() {
 template <>
 constexpr ScalarType scalar_type<int64_t>() {
   return ScalarType::Long;
+}
+
+// Product of sizes. Refuses one that no memory holds, so that sums of a few products do not overflow either.
+template <class... Sizes>
+int64_t product(Sizes... sizes) {
+  constexpr int64_t kMax = int64_t{1} << 48;
+  int64_t out = 1;
+  const bool fits = (!__builtin_mul_overflow(out, static_cast<int64_t>(sizes), &out) && ...);
+  LSK_REQUIRE(fits && 0 <= out && out <= kMax, "an intermediate result of sizes",
+              (std::string() + ... + (" " + std::to_string(sizes))), " does not fit the memory");
+  return out;
+}
+
+inline void check_num_speculations(int64_t num_speculations) {
+  LSK_REQUIRE(num_speculations >= 0, "num_speculations must not be negative, got ", num_speculations);
+  LSK_REQUIRE(num_speculations < INT_MAX, "num_speculations must be below ", INT_MAX, ", got ", num_speculations);
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {

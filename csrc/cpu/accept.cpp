@@ -14,6 +14,7 @@ std::tuple<Tensor, Tensor> accept_greedy(const Tensor& draft_in, const Tensor& t
   const int64_t* drafts = data<int64_t>(draft, "draft", {batch, num_speculations});
   const int64_t* targets = data<int64_t>(target, "target", {batch, num_speculations + 1});
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  check_capacity(lengths, batch, num_speculations + 1, INT64_MAX);
   int64_t* counts = static_cast<int64_t*>(accepted.data_ptr());
   int64_t* next = static_cast<int64_t*>(next_token.data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
@@ -60,12 +61,13 @@ struct AcceptSampled {
   float* memory = nullptr;                                 // [threads, V_draft]
   ScoredRow* candidates = nullptr;                         // [B, tiles]
 
-  int64_t count_p() const { return batch * (num_speculations + 1) * p.tiles.count; }
-  int64_t count_q() const { return batch * num_speculations * q.tiles.count; }
+  int64_t count_p() const { return product(batch, num_speculations + 1, p.tiles.count); }
+  int64_t count_q() const { return product(batch, num_speculations, q.tiles.count); }
   size_t bytes(int threads) const {
     return Workspace::bytes<HeadPartial>(count_p()) + Workspace::bytes<HeadPartial>(count_q()) +
-           Workspace::bytes<float>(batch * p.tiles.vocab_size) + Workspace::bytes<float>(threads * q.tiles.vocab_size) +
-           Workspace::bytes<ScoredRow>(batch * p.tiles.count);
+           Workspace::bytes<float>(product(batch, p.tiles.vocab_size)) +
+           Workspace::bytes<float>(product(threads, q.tiles.vocab_size)) +
+           Workspace::bytes<ScoredRow>(product(batch, p.tiles.count));
   }
   void take(Workspace& workspace, int threads) {
     partial_p = workspace.take<HeadPartial>(count_p());
@@ -199,6 +201,7 @@ Tensor with_rows(const Tensor& x) {
 
 void check_vocabularies(int64_t draft_vocab_size, int64_t vocab_size, bool mapped) {
   LSK_REQUIRE(vocab_size > 0, "target_logits has no tokens");
+  LSK_REQUIRE(draft_vocab_size > 0, "draft_logits has no tokens");
   LSK_REQUIRE(mapped || draft_vocab_size == vocab_size, "draft_logits has ", draft_vocab_size,
               " tokens, target_logits ", vocab_size, ": without a token_map they must agree");
 }
@@ -221,6 +224,7 @@ std::tuple<Tensor, Tensor> accept_sampled(const Tensor& draft_in, const Tensor& 
   check_vocabularies(draft_vocab_size, vocab_size, token_map.has_value());
   const Sampling sampling(temperature, seed, batch);
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
+  check_capacity(lengths, batch, num_speculations + 1, INT64_MAX);
   const int64_t* tokens = data<int64_t>(draft, "draft", {batch, num_speculations});
   const int64_t* map = data<int64_t>(token_map, "token_map", {draft_vocab_size});
   check_tokens(tokens, batch * num_speculations, "draft", INT64_MIN, vocab_size);

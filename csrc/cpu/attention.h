@@ -25,8 +25,10 @@ struct AttentionStep {
   // Floats in `partial`.
   template <class Shape>
   static int64_t partial_size(const Shape& s, int64_t splits, int threads) {
-    const int64_t heads = s.rows * s.num_heads * partial_pitch(s.head_dim);  // of a sequence
-    return s.rows < kFewRows ? splits * s.batch * heads : 2 * threads * heads / s.num_kv_heads;
+    const int64_t heads = product(s.rows, s.num_heads, partial_pitch(s.head_dim));  // of a sequence
+    if (s.rows < kFewRows) return product(splits, s.batch, heads);
+    product(s.batch, s.num_kv_heads, s.rows, s.capacity);  // the work that `share` counts
+    return product(2, threads, heads / s.num_kv_heads);
   }
 
   // Writes out [B, M, H, C]. Few rows: this worker writes the rows `own` of B * M * H, without a barrier after it. Many

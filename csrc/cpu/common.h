@@ -66,7 +66,7 @@ using torch::stable::contiguous;
 // Checks that all positions written by a step fit the cache.
 inline void check_capacity(const int64_t* seq_lens, int64_t batch, int64_t rows, int64_t capacity) {
   for (int64_t b = 0; b < batch; ++b) {
-    LSK_REQUIRE(seq_lens[b] >= 0 && seq_lens[b] + rows <= capacity, "sequence ", b, " has length ", seq_lens[b], ", ",
+    LSK_REQUIRE(0 <= seq_lens[b] && seq_lens[b] <= capacity - rows, "sequence ", b, " has length ", seq_lens[b], ", ",
                 rows, " more rows do not fit the cache's capacity ", capacity);
   }
 }
@@ -128,6 +128,6 @@ TiledActivations tile_activations(const Worker& worker, const T* x, const T* nor
   return {tiled, rows, width};
 }
 
-inline int64_t tiled_size(int64_t rows, int64_t width) { return rows * padded(width); }
+inline int64_t tiled_size(int64_t rows, int64_t width) { return product(rows, padded(width)); }
 
 }  // namespace lsk

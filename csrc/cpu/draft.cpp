@@ -99,7 +99,7 @@ struct Draft {
 };
 
 void check_drafting(int64_t num_speculations, int64_t exit_layer, double draft_threshold) {
-  LSK_REQUIRE(num_speculations >= 0, "num_speculations must not be negative, got ", num_speculations);
+  check_num_speculations(num_speculations);
   LSK_REQUIRE(exit_layer >= 1, "exit_layer must be at least 1, got ", exit_layer);
   LSK_REQUIRE(draft_threshold >= 0 && draft_threshold <= 1, "draft_threshold must lie in [0, 1], got ",
               draft_threshold);
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> draft(const Tensor& token_in, const Tensor& e
                                          const std::optional<Tensor>& logits, int64_t num_draft_layers) {
   const Tensor token = contiguous(token_in);
   const int64_t batch = token.size(0), vocab_size = embedding.size(0), hidden_size = norm_weight.size(0);
-  const int64_t rows = num_speculations + (extend ? 1 : 0);
   check_drafting(num_speculations, exit_layer, draft_threshold);
+  const int64_t rows = num_speculations + (extend ? 1 : 0);
   const HeadOptions options =
       head_options(Sampling(temperature, seed, batch), logits, {batch, num_speculations, head_weight.size(0)});
   Tensor tokens = torch::stable::new_empty(token, {batch, num_speculations});

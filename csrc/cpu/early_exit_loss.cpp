@@ -9,6 +9,7 @@ constexpr int64_t kSmall = 1 << 14;  // entries below which one thread is faster
 // Calls f(kernels, row, its logits) for every row of a tile [rows, tokens] whose first token is `begin`.
 template <class F>
 void for_each_row(const Tensor& logits, const Tensor& labels, int64_t begin, F f) {
+  LSK_REQUIRE(begin >= 0, "begin must not be negative, got ", begin);
   const int64_t rows = logits.size(0), tokens = logits.size(1);
   const int64_t* label = data<int64_t>(labels, "labels", {rows});
   with_float_type(logits.scalar_type(), [&]<class T>(T*) {
@@ -17,7 +18,7 @@ void for_each_row(const Tensor& logits, const Tensor& labels, int64_t begin, F f
     parallel_run(rows * tokens < kSmall ? 1 : num_threads(), [&](const Worker& worker) {
       const Range share = worker.share(rows);
       for (int64_t r = share.begin; r < share.end; ++r)
-        f(table, r, LossRow<T>{tile + r * tokens, tokens, label[r] - begin});
+        f(table, r, LossRow<T>{tile + r * tokens, tokens, label[r] < begin ? -1 : label[r] - begin});
     });
   });
 }

@@ -53,19 +53,19 @@ class Forward {
     const int64_t splits = AttentionStep<T>::count_splits(seq_lens_, s_.batch, s_.rows);
     const int64_t partial = AttentionStep<T>::partial_size(s_, splits, threads);
     const int64_t widest = std::max({s_.hidden_size, s_.queries(), s_.intermediate_size});
-    const int64_t copies = num_copies(tokens, threads), tiled = copies * tiled_size(tokens, widest);
+    const int64_t copies = num_copies(tokens, threads), tiled = product(copies, tiled_size(tokens, widest));
+    const int64_t states = product(tokens, s_.hidden_size), queries = product(tokens, s_.queries());
+    const int64_t keys = product(tokens, s_.keys()), activated = product(tokens, s_.intermediate_size);
     const auto bytes = [](int64_t count) { return Workspace::bytes<T>(count); };
-    Workspace workspace(2 * bytes(tokens * s_.queries()) + 2 * bytes(tokens * s_.keys()) +
-                        bytes(tokens * s_.hidden_size) + bytes(copies * tokens * s_.queries()) +
-                        bytes(tokens * s_.intermediate_size) + Workspace::bytes<float>(tiled) +
-                        Workspace::bytes<float>(partial));
+    Workspace workspace(bytes(states) + bytes(queries) + 2 * bytes(keys) + bytes(product(copies, queries)) +
+                        bytes(activated) + Workspace::bytes<float>(tiled) + Workspace::bytes<float>(partial));
     b_.hidden = hidden;
-    b_.middle = workspace.take<T>(tokens * s_.hidden_size);
-    b_.q = workspace.take<T>(tokens * s_.queries());
-    b_.k = workspace.take<T>(tokens * s_.keys());
-    b_.v = workspace.take<T>(tokens * s_.keys());
-    b_.attended = workspace.take<T>(copies * tokens * s_.queries());
-    b_.activated = workspace.take<T>(tokens * s_.intermediate_size);
+    b_.middle = workspace.take<T>(states);
+    b_.q = workspace.take<T>(queries);
+    b_.k = workspace.take<T>(keys);
+    b_.v = workspace.take<T>(keys);
+    b_.attended = workspace.take<T>(copies * queries);
+    b_.activated = workspace.take<T>(activated);
     b_.tiled = workspace.take<float>(tiled);
     b_.partial = workspace.take<float>(partial);
     parallel_run(threads, [&](const Worker& worker) {

@@ -111,10 +111,10 @@ class ExitHead {
   void run(const T* hidden, int64_t rows, HeadOutputs out, HeadOptions options = {}) const {
     options.token_map = map_;
     const HeadOptions* more = options.temperature || options.logits ? &options : nullptr;
-    Workspace workspace(Workspace::bytes<float>(tiled_size(rows, width_)) +
-                        Workspace::bytes<HeadPartial>(tiles_.count * rows));
-    float* memory = workspace.take<float>(tiled_size(rows, width_));
-    HeadPartial* partials = workspace.take<HeadPartial>(tiles_.count * rows);
+    const int64_t tiled_states = tiled_size(rows, width_), count = product(tiles_.count, rows);
+    Workspace workspace(Workspace::bytes<float>(tiled_states) + Workspace::bytes<HeadPartial>(count));
+    float* memory = workspace.take<float>(tiled_states);
+    HeadPartial* partials = workspace.take<HeadPartial>(count);
     const Kernels<T>& table = kernels<T>();
     const TiledActivations tiled{memory, rows, width_};
     table.tile(hidden, norm_, eps_, 0, rows, width_, weight_, memory);
@@ -129,6 +129,7 @@ class ExitHead {
  private:
   static int64_t checked(int64_t vocab_size) {
     LSK_REQUIRE(vocab_size > 0, "head_weight has no rows");
+    LSK_REQUIRE(vocab_size <= INT_MAX, "head_weight has ", vocab_size, " rows, expected at most ", INT_MAX);
     return vocab_size;
   }
 

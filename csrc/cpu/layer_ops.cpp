@@ -30,6 +30,7 @@ Tensor rms_norm(const Tensor& x_in, const Tensor& weight, double eps) {
 // Tiles x once and shares [0, d_out) among the workers.
 template <class T, class F>
 void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, const Weight& weight, F step) {
+  if (rows == 0 || d_out == 0) return;
   const int threads = num_threads();
   Workspace workspace(Workspace::bytes<float>(tiled_size(rows, d_in)));
   float* memory = workspace.take<float>(tiled_size(rows, d_in));

@@ -104,7 +104,9 @@ struct Worker {
   // This worker's contiguous share of [0, total), in multiples of `unit`.
   Range share(int64_t total, int64_t unit = 1) const {
     const int64_t units = (total + unit - 1) / unit;
-    const int64_t begin = units * index / num_workers * unit, end = units * (index + 1) / num_workers * unit;
+    const int64_t each = units / num_workers, rest = units % num_workers;
+    const auto at = [&](int i) { return (each * i + rest * i / num_workers) * unit; };  // units * i might overflow
+    const int64_t begin = at(index), end = at(index + 1);
     return {begin < total ? begin : total, end < total ? end : total};
   }
 };

@@ -73,6 +73,11 @@ BUGS = [
         KERNELS + "test_exit_head.py -k ties",
     ),
     Mutation(
+        "lengths near 2^63 pass for lengths inside the cache", "csrc/cpu/common.h",
+        "0 <= seq_lens[b] && seq_lens[b] <= capacity - rows", "seq_lens[b] >= 0 && seq_lens[b] + rows <= capacity",
+        KERNELS + "test_limits.py -k outside_the_cache",
+    ),
+    Mutation(
         "a draft that was not made is accepted", "csrc/cpu/accept.cpp",
         "own[count] >= 0 && ", "", KERNELS + "test_accept_greedy.py",
     ),

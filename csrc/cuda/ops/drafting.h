@@ -64,7 +64,7 @@ struct DraftTensors {
                          int64_t num_speculations) {
     LSK_REQUIRE(token.dim() == 1 && embedding.dim() == 2 && norm_weight.dim() == 1,
                 "token and norm_weight must have rank 1, embedding 2");
-    LSK_REQUIRE(num_speculations >= 0, "num_speculations must not be negative, got ", num_speculations);
+    check_num_speculations(num_speculations);
     return num_speculations;
   }
 };
