@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -231,15 +230,6 @@ def test_unknown_tasks_and_splits_are_named():
         data.load_task("poetry")
     with pytest.raises(ValueError, match="coding has no split 'dev'; it has: train, test, humaneval"):
         data.load_task("coding", "dev")
-
-
-def test_prompts_are_written_for_the_bench(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    assert data.write_prompts("coding", "test", path, limit=3) == 3
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["prompt"] for record in records] == [e.prompt for e in data.load_task("coding", "test")[:3]]
-    assert all(record["task"] == "coding" for record in records)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @needs_parsing

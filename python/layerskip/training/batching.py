@@ -1,4 +1,4 @@
-"""Training pairs as token ids, batched by length; pairs that a model writes itself (self-distillation)."""
+"""Training pairs as token ids, and their batches; pairs that a model generates (self-distillation)."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from ..decoding.sampling import params_of_each
 from .curriculum import generator
 from .losses import IGNORE
 
+Pair = Mapping[str, list[int]]  # input_ids and labels
 BUCKET = 50  # batches that are sorted by length together
 
 
 def encode_pair(
     tokenizer: Any, prompt: str, completion: str, max_length: int, whole: bool = False, cut: bool = False
 ) -> dict[str, list[int]]:
-    """Token ids of prompt, completion and end of text; labels on what follows the prompt, or, if ``whole``, on all.
+    """Encode prompt, completion and EOS token; label the completion, or everything if ``whole``.
 
-    The two are tokenized apart, as generation does, so that training meets the same boundary. A completion that was
-    ``cut`` gets no end, nor does a whole text without a prompt: it is a passage of a longer one.
+    Prompt and completion are tokenized separately, as in generation. A ``cut`` completion gets no EOS token, nor does a
+    whole text without a prompt, which is a passage of a longer one.
     """
     context = list(tokenizer(prompt).input_ids) if prompt else []
     target = list(tokenizer(completion, add_special_tokens=False).input_ids)
     if not cut and (context or not whole):
         target.append(tokenizer.eos_token_id)
     ids = (context + target)[:max_length]
-    labels = [IGNORE, *ids[1:]] if whole else [IGNORE] * len(context) + target  # nothing comes before the first token
+    labels = [IGNORE, *ids[1:]] if whole else [IGNORE] * len(context) + target  # no token precedes the first
     return {"input_ids": ids, "labels": labels[:max_length]}
 
 
 def encode(
     tokenizer: Any, examples: Sequence[Any], max_length: int = 1024, whole: bool = False
 ) -> list[dict[str, list[int]]]:
-    """Encode examples, objects or dicts with ``prompt`` and ``completion``; those whose prompt fills all are left out.
+    """Encode examples, objects or dicts with ``prompt``, ``completion`` and optionally ``cut``.
 
-    With ``whole`` prompts are labelled, too. An example that says ``cut`` stops before its end.
+    Examples without a label within ``max_length`` are dropped. With ``whole``, prompts are labelled, too.
 
     Raises
     ------
     ValueError
-        If nothing is left, or an example has no such field (with its index).
+        If nothing is left, or an example lacks a field (with its index).
     """
     pairs = []
     for index, example in enumerate(examples):
@@ -63,13 +64,7 @@ def encode(
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
-    """Pairs from a JSON-lines file with ``prompt`` and ``completion``, and ``cut`` where that is true.
-
-    Raises
-    ------
-    ValueError
-        For a broken line, with its number.
-    """
+    """Read a JSON-lines file of ``prompt``, ``completion`` and optionally ``cut``; ValueError names a broken line."""
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
@@ -87,16 +82,16 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 class Collator:
-    """Pads on the right, to the longest of the batch.
+    """Pad on the right to the longest of the batch.
 
-    No attention mask is made: under a causal mask nothing real sees the padding behind it, and padding has no label.
+    Needs no attention mask: under a causal mask no token sees the padding behind it, and padding has no label.
     """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, pairs: Sequence[Any]) -> dict[str, Tensor]:
-        """Batch ``input_ids`` and ``labels``, [B, S], of pairs, or of the one list of pairs that `Pool` gives."""
+        """Batch ``input_ids`` and ``labels``, [B, S], of pairs, or of the single list of pairs that `Pool` gives."""
         if isinstance(pairs[0], list):
             (pairs,) = pairs
         length = max(len(pair["input_ids"]) for pair in pairs)
@@ -108,13 +103,12 @@ class Collator:
 
 
 class LengthBuckets(Sampler[int]):
-    """A shuffled order in which the examples of a batch are of similar length; a function of (seed, epoch)."""
+    """Shuffle so that the examples of a batch have similar lengths; a function of (seed, epoch)."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order that iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -129,30 +123,30 @@ class LengthBuckets(Sampler[int]):
             for begin in range(0, len(shuffled), size)
             for index in sorted(shuffled[begin : begin + size], key=lambda index: self.lengths[index])
         ]
-        whole = len(ordered) // self.batch_size  # a short batch stays the last, where the loader expects it
-        for batch in torch.randperm(whole, generator=source).tolist():
+        full = len(ordered) // self.batch_size  # a short batch stays the last, where the loader expects it
+        for batch in torch.randperm(full, generator=source).tolist():
             yield from ordered[batch * self.batch_size : (batch + 1) * self.batch_size]
-        yield from ordered[whole * self.batch_size :]
+        yield from ordered[full * self.batch_size :]
 
 
-class Pool(Dataset[list[dict[str, list[int]]]]):
-    """Pairs to train on and pairs to replay in one dataset, whose items are batches: lists of pairs by index."""
+class Pool(Dataset[list[Pair]]):
+    """Training pairs and replayed pairs as one dataset; an item is a batch, given by the indices of its pairs."""
 
-    def __init__(self, pairs: Sequence[dict[str, list[int]]], replayed: Sequence[dict[str, list[int]]] = ()) -> None:
+    def __init__(self, pairs: Sequence[Pair], replayed: Sequence[Pair] = ()) -> None:
         self.pairs, self.replayed = pairs, replayed
 
     def __len__(self) -> int:
         return len(self.pairs) + len(self.replayed)
 
-    def __getitem__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
+    def __getitem__(self, indices: Sequence[int]) -> list[Pair]:
         own = len(self.pairs)
         return [self.pairs[index] if index < own else self.replayed[index - own] for index in indices]
 
 
 def token_batches(lengths: Sequence[int], budget: int, order: Sequence[int]) -> list[list[int]]:
-    """Batches of similar lengths, each padded to at most ``budget`` tokens unless it is a single example.
+    """Batch examples of similar lengths; a batch of several has at most ``budget`` tokens, with padding.
 
-    ``order`` decides who goes with whom among equals, not how many batches there are or how long they are.
+    ``order`` decides which examples of equal length share a batch, not the number or the lengths of the batches.
     """
     batches: list[list[int]] = []
     for index in sorted(order, key=lambda index: lengths[index]):
@@ -164,19 +158,10 @@ def token_batches(lengths: Sequence[int], budget: int, order: Sequence[int]) -> 
 
 
 class TokenBatches(Sampler[list[int]]):
-    """Batches for `Pool`, by a budget of padded tokens, shuffled; a function of (seed, epoch).
+    """Shuffled batches of a `Pool`, by a budget of padded tokens; a function of (seed, epoch).
 
-    An epoch visits every pair once. With a replay budget, every ``ranks`` batches are followed by as many of the pairs
-    to replay, so that with an even number of batches a step on every rank, each second one is replayed.
-
-    Parameters
-    ----------
-    pool : Pool
-    budget, replay_budget : int
-        Tokens of a batch. A replay budget of 0 is for a pool without pairs to replay.
-    seed : int
-    ranks : int
-        Among how many the loader deals the batches out.
+    An epoch visits every training pair once. With ``replay_budget``, which a pool without replayed pairs must not have,
+    ``ranks`` training batches and ``ranks`` replayed batches alternate, ``ranks`` being the number of processes.
     """
 
     def __init__(self, pool: Pool, budget: int, replay_budget: int, seed: int, ranks: int = 1) -> None:
@@ -191,7 +176,6 @@ class TokenBatches(Sampler[list[int]]):
             raise ValueError(f"{self.own} pairs make {batches} batches of {budget} tokens, too few for {ranks} ranks")
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order that iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -214,7 +198,7 @@ class TokenBatches(Sampler[list[int]]):
         return [batches[place] for place in torch.randperm(len(batches), generator=source).tolist()]
 
     def _replayed(self) -> Iterator[list[int]]:
-        """Batches to replay, without end; an epoch goes on where the one before stopped."""
+        """Yield replayed batches endlessly; an epoch continues where the previous one stopped."""
         indices = range(self.own, len(self.lengths))
         count = len(token_batches(self.lengths, self.replay_budget, indices))
         passes, skipped = divmod(self.epoch * self.batches, count)
@@ -232,33 +216,20 @@ def own_pairs(
     sampling: SamplingParams | None = None,
     done: Collection[int] = (),
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Let a model continue prompts with all its layers, many at once.
+    """Continue prompts with all layers of a transformers model, ``batch_size`` at once.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Of a supported architecture.
-    tokenizer : transformers.PreTrainedTokenizer
-    prompts : sequence of str
-        None is empty.
-    max_new_tokens : int
-    batch_size : int
-        How many are written at once.
-    sampling : SamplingParams, optional
-        By default greedy. With a seed in it, prompt b has the seed ``seed + b``.
-    done : collection of int
-        Indices of prompts that are left out, since they were continued before.
+    Skips the indices in ``done``. Sampling is greedy by default; with a seed, prompt b has the seed ``seed + b``.
 
     Yields
     ------
     (int, dict)
-        A prompt's index and its pair, as `read_pairs` gives them: ``prompt``, ``completion`` and ``cut``, which says
-        that the tokenizer's EOS token had not come after ``max_new_tokens``. In the order in which they end.
+        A prompt's index and its pair, as `read_pairs` gives them, in the order in which they end. ``cut`` means that
+        the tokenizer's EOS token did not come within ``max_new_tokens``.
 
     Raises
     ------
     ValueError
-        For a prompt without a token or too long for the model; nothing was written then.
+        Before anything is generated, for a prompt that has no token or is too long for the model.
     """
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     for index, ids in enumerate(encoded):
@@ -271,15 +242,15 @@ def own_pairs(
     length = max(map(len, encoded)) + max_new_tokens
     session = decoder.open_session(batch_size, max_seq_len=length, prompt_tokens_per_step=None)
     params = params_of_each(sampling, len(encoded))
-    places = {
+    indices = {
         session.add(encoded[index], max_new_tokens, strategy="autoregressive", sampling=params[index]): index
         for index in waiting
     }
     for update in session.run():
         if update.output is None:
             continue
-        index, tokens = places[update.request_id], update.output.new_tokens[0]
-        ended = int(tokens[-1]) == tokenizer.eos_token_id  # a pair's end; any other EOS token is text
-        said = tokens[:-1] if ended else tokens
-        text = tokenizer.decode(said, clean_up_tokenization_spaces=False)  # special tokens read back as such
+        index, tokens = indices[update.request_id], update.output.new_tokens[0]
+        ended = int(tokens[-1]) == tokenizer.eos_token_id  # any other EOS token of the model is text
+        # keeps special tokens, so that encoding the text gives the same ids
+        text = tokenizer.decode(tokens[:-1] if ended else tokens, clean_up_tokenization_spaces=False)
         yield index, {"prompt": prompts[index], "completion": text, "cut": not ended}

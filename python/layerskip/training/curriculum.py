@@ -1,8 +1,7 @@
 """Which exits a step trains, their weights, and layer dropout (LayerSkip, arXiv 2404.16710, §4.1).
 
-Exit layer E in 1…L is the state after E layers, so the paper's x_{l+1} for l = E - 1. Exit L, the full depth, is
-trained in every step but those that `ShallowSteps` cuts short: without it the layers above the deepest exit get no
-gradient.
+Exit layer E in 1…L is the state after E layers, so the paper's x_{l+1} for l = E - 1. Exit L, the last layer, is
+trained in every step but those of `ShallowSteps`: without it the layers above the deepest exit get no gradient.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from .recipe import SCALES, SHAPES, WEIGHTS, Recipe
 
 
 def generator(*purpose: object) -> torch.Generator:
-    """A CPU generator seeded by the words of ``purpose``, for example ("layer dropout", seed, step)."""
+    """A CPU generator seeded by ``purpose``, for example ("layer dropout", seed, step)."""
     digest = hashlib.sha256(repr(purpose).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _check_exits(exits: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Ascending, without the full depth."""
+    """The exits ascending, without L."""
     for exit_layer in exits:
         if not 1 <= exit_layer <= num_layers:
             raise ValueError(f"exit layer {exit_layer} is not within 1…{num_layers}")
@@ -38,22 +37,12 @@ def early_exit_weights(exits: Sequence[int], num_layers: int, kind: str = "paper
     """Weights of the enabled exits, ẽ(l) = e(l) / Σ e(i) over them.
 
     With l = E - 1. paper: e(l) = scale · Σ_{i≤l} i for l < L-1, and e(L-1) = L-1 + scale · Σ_{i≤L-2} i; uniform: 1;
-    linear: E; sqrt: √E; inverse: 1/E. All but the paper's multiply the exits below L by ``scale``.
-
-    Parameters
-    ----------
-    exits : sequence of int
-        Exit layers E, in the order in which the weights are wanted.
-    num_layers : int
-        L.
-    kind : {"paper", "uniform", "linear", "sqrt", "inverse"}
-    scale : float
-        Non-negative; how much the early exits count.
+    linear: E; sqrt: √E; inverse: 1/E. All but the paper's multiply the exits below L by ``scale``, at least 0.
 
     Returns
     -------
     Tensor [len(exits)], fp32
-        Sums to 1.
+        In the order of ``exits``; sums to 1.
 
     Raises
     ------
@@ -65,7 +54,8 @@ def early_exit_weights(exits: Sequence[int], num_layers: int, kind: str = "paper
         raise ValueError(f"the scale of exit weights must not be negative, got {scale}")
     shapes = {"uniform": lambda e: 1.0, "linear": float, "sqrt": math.sqrt, "inverse": lambda e: 1 / e}
     if kind == "paper":
-        raw = [scale * (e - 1) * e / 2 if e < num_layers else _paper_last(num_layers, scale) for e in exits]
+        last = num_layers - 1 + scale * (num_layers - 2) * (num_layers - 1) / 2
+        raw = [scale * (e - 1) * e / 2 if e < num_layers else last for e in exits]
     elif kind in shapes:
         raw = [shapes[kind](e) * (1 if e == num_layers else scale) for e in exits]
     else:
@@ -75,15 +65,11 @@ def early_exit_weights(exits: Sequence[int], num_layers: int, kind: str = "paper
     return torch.tensor(raw, dtype=torch.float64).div_(sum(raw)).float()
 
 
-def _paper_last(num_layers: int, scale: float) -> float:
-    return num_layers - 1 + scale * (num_layers - 2) * (num_layers - 1) / 2
-
-
 class Curriculum(Protocol):
-    """Which exits a step trains."""
+    """The exits that each step trains."""
 
     def enabled(self, step: int) -> tuple[int, ...]:
-        """Exit layers of step t = 0, 1, …, ascending; the full depth is the last, unless the step is a shallow one."""
+        """Exit layers of step t = 0, 1, …, ascending; L is the last, unless the step is shallow."""
 
 
 class AllExits:
@@ -94,12 +80,11 @@ class AllExits:
         self.candidates = _check_exits(range(1, num_layers) if candidates is None else candidates, num_layers)
 
     def enabled(self, step: int) -> tuple[int, ...]:
-        """See `Curriculum`."""
         return *self.candidates, self.num_layers
 
 
 class RandomExits(AllExits):
-    """``per_step`` of the candidates, drawn anew every step, the same on every rank."""
+    """``per_step`` of the candidates, drawn every step, the same on every rank."""
 
     def __init__(
         self, num_layers: int, candidates: Sequence[int] | None = None, per_step: int = 2, seed: int = 0
@@ -110,7 +95,6 @@ class RandomExits(AllExits):
         self.per_step, self.seed = per_step, seed
 
     def enabled(self, step: int) -> tuple[int, ...]:
-        """See `Curriculum`."""
         order = torch.randperm(len(self.candidates), generator=generator("exits", self.seed, step))
         return *sorted(self.candidates[i] for i in order[: self.per_step].tolist()), self.num_layers
 
@@ -125,12 +109,11 @@ class RotationalCurriculum(AllExits):
         self.interval = interval
 
     def enabled(self, step: int) -> tuple[int, ...]:
-        """See `Curriculum`."""
         return *self.candidates[step % self.interval :: self.interval], self.num_layers
 
 
 class GradualCurriculum(AllExits):
-    """C_grad: from the full depth down, one candidate more every T/(2L) steps, L counting candidates and full depth."""
+    """C_grad: from the last layer down, one more candidate every T/(2L) steps; L counts candidates and last layer."""
 
     def __init__(self, num_layers: int, total_steps: int, candidates: Sequence[int] | None = None) -> None:
         super().__init__(num_layers, candidates)
@@ -139,46 +122,35 @@ class GradualCurriculum(AllExits):
         self.total_steps = total_steps
 
     def enabled(self, step: int) -> tuple[int, ...]:
-        """See `Curriculum`."""
         count = len(self.candidates)
         opened = min(2 * (count + 1) * step // self.total_steps, count)
         return *self.candidates[count - opened :], self.num_layers
 
 
 class ShallowSteps(AllExits):
-    """Another curriculum, of which a share of the steps leaves the full depth out and stops at its deepest early exit.
+    """Another curriculum, with a share of steps that leave out the last layer and stop at their deepest early exit.
 
-    A converted model then neither runs nor trains the layers above. Which steps these are is drawn anew every step, the
-    same on every rank. A step without an early exit keeps the full depth.
+    A converted model then neither runs nor trains the layers above. Shallow steps are drawn, the same ones on every
+    rank. A step without an early exit keeps the last layer.
     """
 
     def __init__(self, inner: AllExits, share: float, seed: int = 0) -> None:
         super().__init__(inner.num_layers, inner.candidates)
         if not 0 <= share < 1:
-            raise ValueError(f"shallow_steps must be in [0, 1), as the full depth needs training too, got {share}")
+            raise ValueError(f"shallow_steps must be in [0, 1), as the last layer needs training too, got {share}")
         self.inner, self.share, self.seed = inner, share, seed
 
     def enabled(self, step: int) -> tuple[int, ...]:
-        """See `Curriculum`."""
         exits = self.inner.enabled(step)
         shallow = float(torch.rand((), generator=generator("shallow step", self.seed, step))) < self.share
         return exits[:-1] if shallow and len(exits) > 1 else exits
 
 
 def layer_dropout_rates(num_layers: int, maximum: float, kind: str | Sequence[float] = "exponential") -> list[float]:
-    """Rate of every layer l in 0…L-1, from depth alone.
+    """Rate of every layer l in 0…L-1, from depth alone; ``maximum`` is p_max in [0, 1].
 
     exponential, the paper's: (2^(l/(L-1)) - 1) · p_max; linear: l/(L-1) · p_max; uniform: p_max; step: 0 in the lower
-    half, p_max in the upper.
-
-    Parameters
-    ----------
-    num_layers : int
-        L.
-    maximum : float
-        p_max in [0, 1].
-    kind : {"exponential", "linear", "uniform", "step"} or sequence of float
-        A sequence gives the L rates itself, and ``maximum`` bounds them.
+    half, p_max in the upper; or a sequence of the L rates, which ``maximum`` bounds.
 
     Raises
     ------
@@ -215,7 +187,7 @@ def _given_rates(rates: list[float], num_layers: int, maximum: float) -> list[fl
 
 
 def dropout_scale(step: int, total_steps: int, kind: str = "constant") -> float:
-    """S(t), what the rates are multiplied by at step t in 0…T-1.
+    """S(t), the factor of the rates at step t in 0…T-1.
 
     constant: 1, for a model that is already trained; exponential: 2^(t/(T-1)) - 1, for training from scratch.
     """
@@ -227,19 +199,10 @@ def dropout_scale(step: int, total_steps: int, kind: str = "constant") -> float:
 
 
 class LayerDropout:
-    """Draws, for a whole step at once, which samples run which layers; kept outputs are not rescaled by 1/(1-p).
+    """Draw, for a whole step at once, which samples run which layers; kept outputs are not rescaled by 1/(1-p).
 
     A draw depends on (seed, step, micro-batch) alone: every rank makes the same one, and a resumed run repeats it.
-
-    Parameters
-    ----------
-    rates : sequence of float
-        One a layer, as `layer_dropout_rates` gives them.
-    seed : int
-    total_steps : int
-        T of the time scale.
-    scale : {"constant", "exponential"}
-        S(t), see `dropout_scale`.
+    ``rates`` come from `layer_dropout_rates`; ``total_steps`` and ``scale`` are T and the kind of `dropout_scale`.
     """
 
     def __init__(self, rates: Sequence[float], seed: int = 0, total_steps: int = 1, scale: str = "constant") -> None:
@@ -250,7 +213,7 @@ class LayerDropout:
         self._samples: tuple[Tensor, ...] = ()
 
     def draw(self, step: int, batch_size: int, micro_batch: int = 0, device: str | torch.device = "cpu") -> Tensor:
-        """Draw what `samples` then gives; returns a mask [L, B] on the CPU, True where a sample runs a layer."""
+        """Draw for `samples`; return a mask [L, B] on the CPU, True where a sample runs a layer."""
         rates = torch.tensor(self.rates) * dropout_scale(step, self.total_steps, self.scale)
         source = generator("layer dropout", self.seed, step, micro_batch)
         kept = torch.rand(len(rates), batch_size, generator=source) >= rates[:, None]
@@ -276,14 +239,10 @@ def apply_to_samples(
 ) -> Tensor:
     """Run ``layer`` on ``samples`` of ``hidden`` [B, ...] and pass the others through.
 
-    Every other argument that holds one entry a sample, itself or within tuples, lists and dicts, is sliced alike: a
-    tensor of two or more dimensions whose first has size B. Where no sample is left the layer runs on one whose outcome
-    is not used: so ranks that drop different layers still meet in every collective, and parameters get zero gradients.
-
-    Raises
-    ------
-    ValueError
-        Where a cache object is passed: it would keep no entry for the samples that skip the layer.
+    Other arguments that hold one entry per sample, themselves or within tuples, lists and dicts, are sliced alike:
+    tensors of two or more dimensions whose first has size B. If no sample runs the layer, it runs on one whose output
+    is discarded, so that ranks that drop different layers still join every collective, and parameters get zero
+    gradients. A cache object raises ValueError: it would have no entry for the samples that skip the layer.
     """
     batch = hidden.shape[0]
     if samples.shape[0] == batch:
@@ -306,7 +265,6 @@ def apply_to_samples(
 
 
 def make_curriculum(recipe: Recipe, num_layers: int, total_steps: int) -> AllExits:
-    """The curriculum of a recipe for a model of ``num_layers``."""
     exits = recipe.exit_layers
     curriculum: AllExits
     if recipe.curriculum == "rotational":
@@ -321,7 +279,7 @@ def make_curriculum(recipe: Recipe, num_layers: int, total_steps: int) -> AllExi
 
 
 def make_dropout(recipe: Recipe, num_layers: int, total_steps: int) -> LayerDropout | None:
-    """The layer dropout of a recipe, or None if no layer is ever dropped."""
+    """Return the layer dropout of a recipe, or None if no layer is ever dropped."""
     rates = layer_dropout_rates(num_layers, recipe.layer_dropout.max, recipe.layer_dropout.kind)
     return LayerDropout(rates, recipe.seed, total_steps, recipe.layer_dropout.scale) if any(rates) else None
 

@@ -1,28 +1,26 @@
 """Training tasks by name, from installed packages, and datasets of the Hugging Face hub.
 
-`layerskip.registry` says how a package provides a task. A dataset is ``hub:NAME``, with options after a question mark:
-``hub:openai/gsm8k?config=main&prompt=question&completion=answer``. The keys are ``config``, ``split``
-(train), ``revision``, and ``prompt`` and ``completion``, the columns that hold the texts.
+See `layerskip.registry` for how a package provides a task. A dataset is ``hub:NAME``, with options after a question
+mark: ``hub:openai/gsm8k?config=main&prompt=question&completion=answer``. The options are ``config``, ``split`` (train),
+``revision``, and ``prompt`` and ``completion``, the columns that hold the texts.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from .. import registry
-from .._files import write_atomically
 from .._imports import need
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training pair: the model reads ``prompt`` and is to write ``completion``, then the end-of-text token.
+    """A training pair: the model reads ``prompt`` and is to write ``completion``, then the EOS token.
 
-    ``group`` names what the pair was cut from (a template, a file, a paper).
+    ``group`` names the source of the pair (a template, a file, a paper).
     """
 
     prompt: str
@@ -30,85 +28,38 @@ class Example:
     group: str
 
 
-__all__ = [
-    "Example",
-    "documents",
-    "load_task",
-    "splits",
-    "write_prompts",
-]
-
-
 def splits(name: str) -> tuple[str, ...]:
-    """Names of the splits of a task, training first.
-
-    Raises
-    ------
-    ValueError, ModuleNotFoundError
-        If no installed package provides the task.
-    """
+    """The splits of a task, training first; ValueError or ModuleNotFoundError if no installed package provides it."""
     return tuple(registry.get(registry.TASKS, name).SPLITS)
 
 
 def load_task(name: str, split: str = "train") -> list[Example]:
-    """Examples of one split of one task, always the same ones in the same order.
-
-    Parameters
-    ----------
-    name : str
-        One of ``registry.names(registry.TASKS)``.
-    split : str
-        One of `splits(name)`.
+    """Load the examples of a split of a task, always in the same order.
 
     Raises
     ------
     ValueError
         For an unknown task or split.
     ModuleNotFoundError
-        Where the package that ships the texts is absent.
+        If the package that ships the texts is not installed.
     """
-    _check_split(name, split)
-    examples: list[Example] = registry.get(registry.TASKS, name).load(split)
+    examples: list[Example] = _task_with(name, split).load(split)
     return examples
 
 
 def documents(name: str, split: str = "test") -> list[str]:
-    """Long texts of one split of one task, to measure perplexity on.
-
-    Raises
-    ------
-    ValueError
-        For an unknown task or split, or a task that has no long texts.
-    """
-    _check_split(name, split)
-    task = registry.get(registry.TASKS, name)
+    """Load the long texts of a split of a task, for perplexity; ValueError as `load_task`, or if there are none."""
+    task = _task_with(name, split)
     if not hasattr(task, "documents"):
         raise ValueError(f"task {name} has no documents, only prompts and completions")
     texts: list[str] = task.documents(split)
     return texts
 
 
-def _check_split(name: str, split: str) -> None:
+def _task_with(name: str, split: str) -> Any:
     if split not in splits(name):
         raise ValueError(f"task {name} has no split {split!r}; it has: {', '.join(splits(name))}")
-
-
-def write_prompts(task: str, split: str, path: str | Path, limit: int | None = None) -> int:
-    """Write the prompts of a split as JSONL with the fields ``prompt``, ``completion`` and ``task``; return how many.
-
-    Parameters
-    ----------
-    task, split : str
-        As `load_task` takes them.
-    path : str or Path
-        Written under a temporary name, then renamed.
-    limit : int, optional
-        Write only the first ones.
-    """
-    examples = load_task(task, split)[:limit]
-    records = ({"prompt": e.prompt, "completion": e.completion, "task": task} for e in examples)
-    write_atomically(Path(path), "".join(json.dumps(record) + "\n" for record in records).encode())
-    return len(examples)
+    return registry.get(registry.TASKS, name)
 
 
 PREFIX = "hub:"
@@ -116,21 +67,14 @@ DEFAULTS = {"config": None, "split": "train", "revision": None, "prompt": "promp
 
 
 def load_hub(source: str, prompts_only: bool = False) -> list[Example]:
-    """The rows of a dataset as examples; ``group`` is the dataset.
-
-    Parameters
-    ----------
-    source : str
-        As the module describes it.
-    prompts_only : bool
-        The completions are left empty, and no column need hold them.
+    """Load the rows of a dataset as examples; with ``prompts_only``, completions are empty and need no column.
 
     Raises
     ------
     ValueError
-        For a key or a column that does not exist, no rows, or a row without a text, with its number.
+        For an unknown option or column, no rows, or a row without a text (with its number).
     ModuleNotFoundError
-        Where the package ``datasets`` is absent. What its loader raises, no network among it, is passed on.
+        If the package ``datasets`` is not installed. Errors of its loader, such as no network, propagate.
     """
     name, options = _parse_hub(source)
     rows = need("datasets", source).load_dataset(

@@ -1,4 +1,4 @@
-"""Quality of every exit: agreement with the full depth, calibration, accuracy; perplexity of the full depth."""
+"""Quality of every exit: agreement with the last layer, calibration, accuracy; perplexity of the last layer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _ROWS = 256  # rows of logits in memory at once
 class ExitAnalysis:
     """Tokens of every exit at the same positions.
 
-    ``tokens`` [L, R]: row l has the tokens of the exit after l + 1 layers; the last row has those of the full depth.
-    ``confidence`` [L, R]: the probability that the exit gives its token. ``lengths``: positions of each text, R in all.
+    ``tokens`` [L, R]: row l has the tokens of the exit after l + 1 layers. ``confidence`` [L, R]: the probability that
+    the exit gives its token. ``lengths``: positions of each text, R in all.
     """
 
     tokens: Tensor
@@ -40,15 +40,14 @@ class ExitAnalysis:
 
     @property
     def agrees(self) -> Tensor:
-        """Where an exit has the full depth's token, [L, R]."""
+        """Where an exit has the last layer's token, [L, R]."""
         return self.tokens == self.tokens[-1]
 
     def agreement(self) -> list[float]:
-        """Share of positions where each exit has the full depth's token."""
+        """Share of positions where each exit has the last layer's token."""
         return self.agrees.double().mean(1).tolist()
 
     def mean_confidence(self) -> list[float]:
-        """Mean confidence of each exit."""
         return self.confidence.double().mean(1).tolist()
 
     def reliability(self, exit_layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,16 +65,9 @@ class ExitAnalysis:
         return float(((confidence - agreement).abs().nan_to_num(0) * count).sum() / count.sum())
 
     def tokens_per_round(self, exit_layer: int, num_speculations: int) -> float:
-        """Mean tokens of a round that drafts ``num_speculations`` tokens at an exit: the accepted ones and one more."""
-        rounds = emitted = 0
-        for agrees in self.agrees[exit_layer - 1].split(self.lengths):
-            position, flags = 0, agrees.tolist()
-            while position < len(flags):
-                accepted = 0
-                while accepted < min(num_speculations, len(flags) - position - 1) and flags[position + accepted]:
-                    accepted += 1
-                position, rounds, emitted = position + accepted + 1, rounds + 1, emitted + accepted + 1
-        return emitted / rounds
+        """Mean tokens of a round that drafts up to ``num_speculations`` tokens: the accepted ones and one more."""
+        agrees = self.agrees[exit_layer - 1].split(self.lengths)
+        return simulate_rounds([text.tolist() for text in agrees], num_speculations)[1]
 
     def speedup_bound(self, exit_layer: int, num_speculations: int) -> float:
         """`speedup_bound` with the tokens per round of this exit."""
@@ -83,12 +75,36 @@ class ExitAnalysis:
         return speedup_bound(tokens, exit_layer, 0, num_layers, num_speculations)
 
 
+def simulate_rounds(agrees: Sequence[Sequence[bool]], num_speculations: int) -> tuple[tuple[float, ...], float]:
+    """Draft in rounds on texts whose ``agrees`` have where the draft token is the model's token.
+
+    Returns the agreement of the first, second, … draft token of a round, if those before it agreed, and the mean number
+    of tokens of a round, which is 1 without any agreement.
+    """
+    drafted, accepted = [0] * num_speculations, [0] * num_speculations
+    rounds = 0
+    for text in agrees:
+        position = 0
+        while position < len(text):
+            rounds += 1
+            for number, agreed in enumerate(text[position : position + num_speculations]):
+                drafted[number] += 1
+                position += 1
+                if not agreed:
+                    break  # verification gives the token of this position
+                accepted[number] += 1
+            else:
+                position += 1  # verification gives one more after the last draft token
+    positions = tuple(yes / all_ if all_ else 0.0 for yes, all_ in zip(accepted, drafted, strict=True))
+    return positions, sum(map(len, agrees)) / rounds
+
+
 def speedup_bound(
     tokens_per_round: float, exit_layer: int, num_draft_layers: int, num_layers: int, num_speculations: int
 ) -> float:
     """Tokens per round over its cost in full passes: (K + 1) · (E + n) / L to draft, (L - E) / L to verify.
 
-    An upper bound: it ignores the heads, and that several rows cost more than one.
+    An upper bound, which ignores the heads and that several rows cost more than one.
     """
     draft = (num_speculations + 1) * (exit_layer + num_draft_layers)
     return tokens_per_round * num_layers / (draft + num_layers - exit_layer)
@@ -103,7 +119,7 @@ def analyze_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitAnalys
     model : PreTrainedModel, PeftModel or LayerSkipModel
         A causal LM that `convert` takes (it is reverted afterwards), or a model of this library.
     texts : iterable of (Tensor [S], int)
-        Token ids, and how many of them are the prompt; the rest is the greedy continuation of the model.
+        Token ids, and the length of the prompt; the rest is the model's greedy continuation.
 
     Raises
     ------
@@ -119,10 +135,9 @@ def analyze_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitAnalys
 
         return _analyze(texts, layer_outputs, model.device)
     conversion = convert(model)
-    every = tuple(range(1, len(conversion.layers) + 1))
 
     def outputs(ids: Tensor, prompt: int) -> list[Any]:
-        states = conversion.states(every, input_ids=ids[None, :-1])
+        states = conversion.states(tuple(range(1, len(conversion.layers) + 1)), input_ids=ids[None, :-1])
         norm, head = conversion.loss.weights(states[0].dtype)
         rows = (state[0, prompt - 1 :].contiguous() for state in states)
         return [layerskip_kernels.exit_head(one, norm, head, conversion.loss.eps) for one in rows]
@@ -135,13 +150,7 @@ def analyze_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitAnalys
 
 @torch.no_grad()
 def analyze_trained_exit(model: LayerSkipModel, texts: Iterable[tuple[Tensor, int]]) -> ExitAnalysis:
-    """Run the trained exit of a model at every position of continuations, given as to `analyze_exits`.
-
-    Returns
-    -------
-    ExitAnalysis
-        With two rows: the exit and the full depth.
-    """
+    """Run a model's trained exit and its last layer, rows 0 and 1, at every position of the texts of `analyze_exits`."""
     decoder, exit_layer, num_layers = model.decoder, model.exit_layer, model.num_layers
     if exit_layer is None:
         raise ValueError("the model has no trained exit; analyze_exits takes models without one")
@@ -157,7 +166,7 @@ def analyze_trained_exit(model: LayerSkipModel, texts: Iterable[tuple[Tensor, in
 
 
 def _analyze(texts: Iterable[tuple[Tensor, int]], outputs: Any, device: torch.device) -> ExitAnalysis:
-    """Collect ``outputs(ids, prompt)``, head outputs of every exit at the positions that predict the continuation."""
+    """Collect ``outputs(ids, prompt length)``: every exit's head outputs at the positions that predict new tokens."""
     tokens, confidence = [], []
     for ids, prompt in texts:
         if len(ids) > prompt:
@@ -174,7 +183,6 @@ class LookupAnalysis:
     """Draft tokens of `NgramSource` at every position of continuations.
 
     ``found``: positions with draft tokens. ``right``: positions where the first one is the model's token.
-    ``tokens_per_round``: mean tokens of a round that verifies all draft tokens.
     """
 
     positions: int
@@ -184,7 +192,7 @@ class LookupAnalysis:
 
 
 def analyze_lookup(texts: Iterable[tuple[Tensor, int]]) -> LookupAnalysis:
-    """Draft by prompt lookup at every position of continuations, given as to `analyze_exits`."""
+    """Draft by prompt lookup at every position of the texts of `analyze_exits`."""
     positions = found = right = rounds = emitted = 0
     for ids, prompt in texts:
         tokens, source = ids.tolist(), NgramSource().new()
@@ -206,11 +214,11 @@ def analyze_lookup(texts: Iterable[tuple[Tensor, int]]) -> LookupAnalysis:
 
 @dataclass(frozen=True)
 class ExitReport:
-    """Teacher-forced figures on the tokens of completions, the end-of-text token included.
+    """Teacher-forced figures on the tokens of completions, with their EOS token.
 
-    ``exact_match`` is the share of completions that greedy decoding generates: every token is the arg-max of the last
-    layer. ``agreement[E]`` is the share of tokens where the exit after E layers has the token of the last layer,
-    ``accuracy[E]`` where it has the label.
+    ``exact_match``: share of completions that greedy decoding generates, as every token is the last layer's arg-max.
+    ``agreement[E]``: share of tokens where the exit after E layers has the last layer's token; ``accuracy[E]``: the
+    label.
     """
 
     examples: int
@@ -224,22 +232,10 @@ class ExitReport:
 def evaluate_exits(
     model: Any, tokenizer: Any, examples: Sequence[Example], exits: Sequence[int], batch_size: int = 16
 ) -> ExitReport:
-    """Compare exits with the last layer, and all of them with the labels.
+    """Compare ``exits`` with the last layer, and all of them with the labels.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel or LayerSkipModel
-        A model that `layerskip.models.adapt` takes, or of this library.
-    tokenizer : transformers.PreTrainedTokenizer
-    examples : sequence of Example
-    exits : sequence of int
-        Numbers of layers, 1 … L.
-    batch_size : int
-
-    Raises
-    ------
-    ValueError
-        For no examples, or an exit outside 1 … L.
+    ``model`` is a `LayerSkipModel` or one that `layerskip.models.adapt` takes. Raises ValueError for no examples, or an
+    exit outside 1 … L.
     """
     model = model if isinstance(model, LayerSkipModel) else adapt(model)
     for exit_layer in exits:
@@ -256,8 +252,8 @@ def evaluate_exits(
         rows, target = (part.to(model.device) for part in target_rows(batch["labels"]))
         states = hidden_states(model, batch["input_ids"].to(model.device), (*exits, model.num_layers))
         choices = {
-            depth: torch.cat([logits(part).argmax(-1) for part in state.flatten(0, 1)[rows].split(_ROWS)])
-            for depth, state in states.items()
+            num_layers: torch.cat([logits(part).argmax(-1) for part in state.flatten(0, 1)[rows].split(_ROWS)])
+            for num_layers, state in states.items()
         }
         last = choices[model.num_layers]
         wrong = (rows // batch["labels"].shape[1])[last != target]
@@ -277,17 +273,10 @@ def evaluate_exits(
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 512, limit: int | None = None) -> float:
-    """exp of the mean cross-entropy of the last layer over the texts, cut into windows of ``window`` tokens.
+    """exp of the mean cross-entropy of the last layer over windows of ``window`` tokens; takes `evaluate_exits`' models.
 
-    Parameters
-    ----------
-    model, tokenizer
-        As for `evaluate_exits`.
-    texts : sequence of str
-    window : int
-        The first token of a window has no context and isn't scored; shorter ends of texts are ignored.
-    limit : int, optional
-        Use up to this many windows, spread over all of them.
+    The first token of a window has no context and isn't scored; shorter ends of texts are ignored. Uses up to ``limit``
+    windows, spread over all.
     """
     pieces = spread(windows(tokenizer, texts, window), limit)
     model = model if isinstance(model, LayerSkipModel) else adapt(model)
@@ -301,7 +290,6 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 5
 
 
 def windows(tokenizer: Any, texts: Sequence[str], window: int) -> list[Tensor]:
-    """Windows of the texts, ``window`` tokens each; shorter ends are left out."""
     every = [piece for text in texts for piece in torch.tensor(tokenizer(text).input_ids).split(window)]
     full = [piece for piece in every if len(piece) == window]
     if not full:
@@ -309,18 +297,18 @@ def windows(tokenizer: Any, texts: Sequence[str], window: int) -> list[Tensor]:
     return full
 
 
-def hidden_states(model: LayerSkipModel, input_ids: Tensor, depths: Iterable[int]) -> dict[int, Tensor]:
-    """Hidden states [B, S, D] of input_ids [B, S] after each number of layers, before the final norm."""
+def hidden_states(model: LayerSkipModel, input_ids: Tensor, exits: Iterable[int]) -> dict[int, Tensor]:
+    """Hidden states [B, S, D] of input_ids [B, S] after each exit layer, before the final norm."""
     cache = model.decoder.new_cache(*input_ids.shape)
     state, states, start = model.embed(input_ids), {}, 0
-    for depth in sorted(set(depths)):
-        state = model.decoder.prefill(state, cache, start, depth)
-        states[depth], start = state, depth
+    for exit_layer in sorted(set(exits)):
+        state = states[exit_layer] = model.decoder.prefill(state, cache, start, exit_layer)
+        start = exit_layer
     return states
 
 
 def full_head(model: LayerSkipModel) -> Callable[[Tensor], Tensor]:
-    """A function from hidden states [R, D] to logits [R, V], with torch's matmul."""
+    """Return a function from hidden states [R, D] to logits [R, V], by torch's matmul."""
     head = model.head
     weight = plain(head.head_weight, model.decoder.hidden_size, model.dtype)
     return lambda hidden: F.linear(rms_norm(hidden, head.norm_weight, head.eps), weight)

@@ -7,7 +7,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +23,16 @@ from .._files import write_atomically
 from ..models import LayerSkipModel
 from ..models.exit import Exit
 from .curriculum import generator
+from .exit_analysis import simulate_rounds
 from .hidden_state_cache import CachedText, CachedTexts, own_share
 from .losses import LossWeights, Targets, draft_agreement, draft_loss
 from .recipe import ExitRecipe
 
-ROUND = 3  # draft tokens of a simulated round
+NUM_SPECULATIONS = 3  # of the simulated rounds
 
 
 class VarlenTexts(NamedTuple):
-    """Texts one after the other, without padding.
-
-    ``states`` [N, D] after layer E; ``lengths`` of the texts, whose rows from ``firsts`` on have labels.
-    """
+    """Concatenated texts: ``states`` [N, D] after layer E. The rows of each text from its ``firsts`` on have labels."""
 
     states: Tensor
     lengths: list[int]
@@ -46,48 +43,42 @@ class VarlenTexts(NamedTuple):
         states = torch.cat([text.states for text in texts]).to(device, torch.float32)
         return cls(states, [len(text.states) for text in texts], [text.first for text in texts])
 
-    def begins(self) -> list[int]:
+    def starts(self) -> list[int]:
         return torch.tensor([0, *self.lengths]).cumsum(0).tolist()
 
     def rows(self, firsts: Sequence[int]) -> Tensor:
         """Indices of the rows of each text from ``firsts`` on."""
-        spans = zip(self.begins(), firsts, self.lengths, strict=False)
-        return torch.cat([torch.arange(begin + first, begin + n) for begin, first, n in spans]).to(self.states.device)
-
-
-class Geometry(NamedTuple):
-    """Head size C, eps of the norms, and rotary tables [≥ T, C/2] fp32 of the model's layers."""
-
-    head_dim: int
-    eps: float
-    cos: Tensor
-    sin: Tensor
+        spans = zip(self.starts(), firsts, self.lengths, strict=False)
+        return torch.cat([torch.arange(start + first, start + n) for start, first, n in spans]).to(self.states.device)
 
 
 class DraftLayer(nn.Module):
-    """One decoder layer, as `layerskip_kernels.partial_forward` defines it, with gradients, on varlen texts."""
+    """A differentiable decoder layer on varlen texts, as `layerskip_kernels.partial_forward` defines it.
 
-    def __init__(self, weights: LayerWeights) -> None:
+    ``rope_tables`` are cos and sin, [≥ T, C/2] fp32.
+    """
+
+    def __init__(self, weights: LayerWeights, head_dim: int, eps: float, rope_tables: tuple[Tensor, Tensor]) -> None:
         super().__init__()
+        self._head_dim, self._eps, self._rope_tables = head_dim, eps, rope_tables
         for name, weight in weights._asdict().items():
             copied = None if weight is None else nn.Parameter(weight.detach().float().clone())
             self.register_parameter(name, copied)
 
     def weights(self) -> LayerWeights:
-        """The parameters, by reference."""
         return LayerWeights(*(getattr(self, name) for name in LayerWeights._fields))
 
     def copies(self, dtype: torch.dtype) -> LayerWeights:
-        """Copies of the parameters, on the CPU."""
+        """Copy the parameters to the CPU."""
         named = {name: weight for name, weight in self.weights()._asdict().items() if weight is not None}
         return LayerWeights(**{name: _copy(weight, dtype) for name, weight in named.items()})
 
-    def forward(self, texts: VarlenTexts, geometry: Geometry, labelled_only: bool) -> Tensor:
-        """Hidden states [R, D] after the layer, of the labelled rows only or of all; all rows are keys and values."""
+    def forward(self, texts: VarlenTexts, labelled_only: bool) -> Tensor:
+        """Hidden states [R, D] after the layer, of all rows or of the labelled ones; all rows are keys and values."""
         firsts = texts.firsts if labelled_only else [0] * len(texts.firsts)
-        head_dim, eps, rows = geometry.head_dim, geometry.eps, texts.rows(firsts)
+        head_dim, eps, rows = self._head_dim, self._eps, texts.rows(firsts)
         positions = torch.cat([torch.arange(length) for length in texts.lengths]).to(rows.device)
-        cos, sin = geometry.cos[positions, None], geometry.sin[positions, None]
+        cos, sin = (table[positions, None] for table in self._rope_tables)
 
         w = self.weights()
         normed = F.rms_norm(texts.states, texts.states.shape[1:], w.attn_norm, eps)
@@ -97,7 +88,7 @@ class DraftLayer(nn.Module):
         if w.q_norm is not None and w.k_norm is not None:
             q, k = F.rms_norm(q, (head_dim,), w.q_norm, eps), F.rms_norm(k, (head_dim,), w.k_norm, eps)
         q, k = _rope(q, cos[rows], sin[rows]), _rope(k, cos, sin)
-        attended = _attend(q, k, v.to(k.dtype), texts.begins(), firsts)
+        attended = _attend(q, k, v.to(k.dtype), texts.starts(), firsts)
         hidden = texts.states[rows] + F.linear(attended.flatten(1), w.o)
         normed = F.rms_norm(hidden, hidden.shape[1:], w.mlp_norm, eps)
         return hidden + F.linear(F.silu(F.linear(normed, w.gate)) * F.linear(normed, w.up), w.down)
@@ -113,13 +104,13 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, begins: Sequence[int], firsts: Sequence[int]) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], firsts: Sequence[int]) -> Tensor:
     """Causal attention within each text: q [R, H, C] of its rows from ``first`` on, k and v [N, G, C] of all."""
     outs, done = [], 0
-    for begin, end, first in zip(begins[:-1], begins[1:], firsts, strict=True):
-        length = end - begin
+    for start, end, first in zip(starts[:-1], starts[1:], firsts, strict=True):
+        length = end - start
         queries, keys, values = (
-            part.transpose(0, 1)[None] for part in (q[done : done + length - first], k[begin:end], v[begin:end])
+            part.transpose(0, 1)[None] for part in (q[done : done + length - first], k[start:end], v[start:end])
         )
         mask = torch.ones(length - first, length, dtype=torch.bool, device=q.device).tril(first)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
@@ -129,23 +120,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, begins: Sequence[int], firsts: Sequ
 
 
 class TrainableExit(nn.Module):
-    """Draft layers, norm and head correction with gradients; the model does not change.
+    """Differentiable draft layers, norm and head correction of an exit; the model does not change.
 
-    Parameters
-    ----------
-    model : LayerSkipModel
-    exit_layer, num_draft_layers : int
-        E and n.
-    init_layer : int
-        The layer of the model that the draft layers start as copies of; the norm starts as a copy of the final one.
-    token_ids : Tensor [S], int64, optional
-        The tokens that may be drafted: sorted, each once.
-    head_rank : int
-        r of the correction of the head, which starts as zero; 0 for none.
-    max_length : int
-        Tokens of the longest text.
-    seed : int
-        For the initial correction.
+    The draft layers start as copies of layer ``init_layer`` of the model, the norm as a copy of its final norm, and the
+    head's correction of rank ``head_rank`` (0 for none) as zero. ``token_ids`` [S], sorted int64, are the tokens that
+    may be drafted, by default all. ``max_length`` is the length of the longest text.
     """
 
     def __init__(
@@ -161,8 +140,13 @@ class TrainableExit(nn.Module):
     ) -> None:
         super().__init__()
         decoder = model.decoder
+        decoder.new_cache(1, max_length)  # makes the rotary tables long enough
         self.exit_layer, self.num_layers, self.vocab_size = exit_layer, model.num_layers, model.vocab_size
-        self.draft_layers = nn.ModuleList(DraftLayer(decoder.template(init_layer)) for _ in range(num_draft_layers))
+        self.draft_layers = nn.ModuleList(
+            DraftLayer(decoder.template(init_layer), decoder.head_dim, decoder.eps, decoder.rope_tables)
+            for _ in range(num_draft_layers)
+        )
+        self._eps = decoder.eps
         self.norm_weight = nn.Parameter(model.head.norm_weight.detach().float().clone())
         self.token_ids = None if token_ids is None else token_ids.to(model.device)
         weight = model.head.head_weight.detach()
@@ -173,8 +157,6 @@ class TrainableExit(nn.Module):
             down = torch.randn(head_rank, size, generator=generator("head correction", seed)) * size**-0.5
             self.head_down = nn.Parameter(down.to(model.device))
             self.head_up = nn.Parameter(torch.zeros(len(self.head_rows), head_rank, device=model.device))
-        decoder.new_cache(1, max_length)  # makes the rotary tables long enough
-        self._geometry = Geometry(decoder.head_dim, decoder.eps, *decoder.rope_tables)
 
     @torch.no_grad()
     def load_exit(self, trained: Exit) -> None:
@@ -198,18 +180,18 @@ class TrainableExit(nn.Module):
         """Normed hidden states [R, D] of the labelled rows, the input of the head."""
         for number, layer in enumerate(self.draft_layers):
             last = number == len(self.draft_layers) - 1
-            texts = texts._replace(states=layer(texts, self._geometry, labelled_only=last))
+            texts = texts._replace(states=layer(texts, labelled_only=last))
         hidden = texts.states if self.draft_layers else texts.states[texts.rows(texts.firsts)]
-        return F.rms_norm(hidden, hidden.shape[1:], self.norm_weight, self._geometry.eps)
+        return F.rms_norm(hidden, hidden.shape[1:], self.norm_weight, self._eps)
 
     def correction(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Factors a [R, r] and b [S, r] of what adds to the logits of normed states [R, D], a bᵀ; or None."""
+        """Factors a [R, r] and b [S, r] of a bᵀ, which is added to the logits of normed states [R, D]; or None."""
         if self.head_down is None or self.head_up is None:
             return None
         return F.linear(hidden, self.head_down), self.head_up
 
     def exit(self, dtype: torch.dtype = torch.bfloat16) -> Exit:
-        """A copy for decoding, in ``dtype``."""
+        """Copy the exit for decoding, in ``dtype``."""
         draft_layers = [layer.copies(dtype) for layer in self.draft_layers if isinstance(layer, DraftLayer)]
         down = up = None
         if self.head_down is not None and self.head_up is not None:
@@ -224,9 +206,8 @@ class TrainableExit(nn.Module):
 class Agreement(NamedTuple):
     """How often an exit drafts the token of the model.
 
-    ``all``: of all rows. ``positions``: of the first, second, … draft token of a round, if those before it agreed.
-    ``tokens_per_round``: at `ROUND` draft tokens; 1 without any agreement. ``sampled``: mean acceptance probability of
-    draft tokens that are sampled at temperature 1.
+    ``all``: over all rows. ``positions`` and ``tokens_per_round`` are those of `exit_analysis.simulate_rounds`.
+    ``sampled``: mean acceptance probability of draft tokens that are sampled at temperature 1.
     """
 
     all: float
@@ -237,7 +218,7 @@ class Agreement(NamedTuple):
 
 @dataclass
 class ExitTrainerState:
-    """Progress of a run. ``decay_from`` and ``end`` are steps; None in a run by minutes until the rate decays."""
+    """Progress of a run; ``decay_from`` and ``end`` are steps, unknown in a run by minutes until the rate decays."""
 
     step: int = 0
     seconds: float = 0.0
@@ -254,21 +235,10 @@ class ExitTrainerState:
 
 
 class ExitTrainer:
-    """Train an exit; the model is needed only for the rows of its head, and does not change.
+    """Train an exit on ``texts``; the best exit has the greatest mean ``tokens_per_round`` on the ``held_out`` texts.
 
-    Under torchrun each process computes its share of every batch, so a step is the same for any number of them, up to
-    rounding; all have the same state.
-
-    Parameters
-    ----------
-    recipe : ExitRecipe
-    module : TrainableExit
-    texts : CachedTexts
-        Training texts.
-    held_out : mapping of str to CachedTexts
-        By name; the best exit is the one with the greatest mean of their ``tokens_per_round``.
-    clock : callable
-        Gives seconds.
+    Under torchrun each process computes its share of every batch, so a step is the same for any number of processes, up
+    to rounding; all have the same state. ``clock`` returns seconds.
     """
 
     def __init__(
@@ -294,10 +264,9 @@ class ExitTrainer:
         )
 
     def train(self, on_step: Callable[[ExitTrainerState, float], None], on_evaluate: Callable[[bool], None]) -> None:
-        """Train from the current state to the end.
+        """Train from the current state to the end; call ``on_step(state, loss)`` and ``on_evaluate(best so far)``.
 
-        Call ``on_step(state, loss)`` after each step, and ``on_evaluate(whether it is the best so far)`` after each
-        evaluation. Only steps count as training time.
+        Only steps count as training time.
         """
         batches = self._batches()
         losses: list[float] = []
@@ -314,7 +283,7 @@ class ExitTrainer:
                 on_evaluate(best)
 
     def _plan_end(self) -> None:
-        """In a run by minutes: start to decay when the share of the decay is left."""
+        """In a run by minutes, start the decay when its share of the time is left."""
         state, recipe = self.state, self.recipe
         if state.decay_from is None and state.seconds >= 60 * recipe.minutes * (1 - recipe.decay):
             state.decay_from = state.step
@@ -347,20 +316,15 @@ class ExitTrainer:
             size += self.texts.rows(index)
         return batches
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
-
-    def _hidden(self, texts: Sequence[CachedText]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Normed states of the labelled rows, and the correction of the head for them."""
-        with self._autocast():
+    def _forward(self, texts: Sequence[CachedText]) -> tuple[Tensor, Tensor, Targets, tuple[Tensor, Tensor] | None]:
+        """Arguments of `draft_agreement`: normed states of the labelled rows, head, targets, the head's correction."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             hidden = self.module(VarlenTexts.of(texts, self._device)).to(self._dtype)
-            return hidden, self.module.correction(hidden)
-
-    def _targets(self, texts: Sequence[CachedText]) -> Targets:
+            correction = self.module.correction(hidden)
         ids, probabilities = (
             torch.cat(parts).to(self._device) for parts in zip(*(text.top_k for text in texts), strict=True)
         )
-        return Targets.of(ids, probabilities, self.module.token_ids)
+        return hidden, self._head, Targets.of(ids, probabilities, self.module.token_ids), correction
 
     def _step(self, batch: Sequence[int]) -> float:
         for group in self._optimizer.param_groups:
@@ -378,9 +342,9 @@ class ExitTrainer:
         texts = [self.texts[index] for index in own_share(batch)]
         total = self._head.new_zeros(1, dtype=torch.float32)
         if texts:
-            hidden, correction = self._hidden(texts)
-            part = len(hidden) / sum(map(self.texts.rows, batch))
-            loss = part * draft_loss(hidden, self._head, self._targets(texts), self._weights, correction)
+            hidden, head, targets, correction = self._forward(texts)
+            share = len(hidden) / sum(map(self.texts.rows, batch))
+            loss = share * draft_loss(hidden, head, targets, self._weights, correction)
             loss.backward()
             total += loss.detach()
         if PartialState().num_processes > 1:
@@ -412,62 +376,30 @@ class ExitTrainer:
     def agreement(self, texts: CachedTexts) -> Agreement:
         """Measure how often the exit drafts the token of the model.
 
-        A draft layer sees the hidden states of every token, drafted or not, and a draft token counts only if those
-        before it were right. So the draft tokens of a round are those of the text itself, row by row.
+        Rounds can be simulated on the text itself: a draft layer sees the hidden states of every token, drafted or not,
+        and a draft token counts only if those before it were right.
         """
-        flags: list[list[bool]] = []
-        accepted: list[float] = []
+        agrees: list[list[bool]] = []
+        acceptance: list[float] = []
         for index in own_share(range(len(texts))):
-            hidden, correction = self._hidden([texts[index]])
-            one = draft_agreement(hidden, self._head, self._targets([texts[index]]), correction)
-            flags.append(one.agrees.tolist())
-            accepted += one.acceptance.tolist()
-        flags, accepted = gather_object(flags), gather_object(accepted)
-        return Agreement(*simulate_rounds(flags), math.fsum(accepted) / len(accepted))
+            one = draft_agreement(*self._forward([texts[index]]))
+            agrees.append(one.agrees.tolist())
+            acceptance += one.acceptance.tolist()
+        agrees, acceptance = gather_object(agrees), gather_object(acceptance)
+        total = sum(map(len, agrees))
+        positions, tokens_per_round = simulate_rounds(agrees, NUM_SPECULATIONS)
+        return Agreement(sum(map(sum, agrees)) / total, positions, tokens_per_round, math.fsum(acceptance) / total)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint atomically."""
         buffer = io.BytesIO()
         parts = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
         torch.save({"state": asdict(self.state), **parts}, buffer)
         write_atomically(path, buffer.getvalue())
 
     def load(self, path: Path) -> None:
-        """Resume from a checkpoint."""
         saved = torch.load(path, map_location=self._device, weights_only=True)
         self.state = ExitTrainerState(**saved["state"])
         # Older checkpoints call the draft layers "blocks".
         weights = {re.sub(r"^blocks\.", "draft_layers.", name): weight for name, weight in saved["module"].items()}
         self.module.load_state_dict(weights)
         self._optimizer.load_state_dict(saved["optimizer"])
-
-
-def simulate_rounds(
-    flags: Sequence[Sequence[bool]], num_speculations: int = ROUND
-) -> tuple[float, tuple[float, ...], float]:
-    """Rounds on texts whose ``flags`` say where the draft token is the model's.
-
-    Returns the first three parts of an `Agreement`.
-    """
-    drafted, agreed = [0] * num_speculations, [0] * num_speculations
-    rounds = 0
-    for text in flags:
-        place = 0
-        while place < len(text):
-            rounds += 1
-            for position in range(num_speculations):
-                if place == len(text):
-                    break
-                drafted[position] += 1
-                place += 1
-                if not text[place - 1]:
-                    break  # verification gives the token of this row
-                agreed[position] += 1
-            else:
-                place += 1  # verification gives one more after the last draft token
-    total = sum(map(len, flags))
-    return (
-        sum(map(sum, flags)) / total,
-        tuple(yes / all_ if all_ else 0.0 for yes, all_ in zip(agreed, drafted, strict=True)),
-        total / rounds,
-    )

@@ -1,7 +1,7 @@
-"""Lets a Hugging Face causal LM report its exits' losses and drop layers, and takes that away again.
+"""Make a Hugging Face causal LM compute its exits' losses and drop layers, and revert it.
 
-Only ``forward`` of the model and of its decoder layers is replaced, on the instances: parameters, their names and the
-classes stay, so checkpoints, LoRA, DDP and FSDP see the model that they know.
+Only ``forward`` of the model and of its decoder layers is replaced, on the instances. Parameters, their names and the
+classes stay, so checkpoints, LoRA, DDP and FSDP work as before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _base(model: Any) -> Any:
 
 
 class Conversion:
-    """What `convert` put into a model: the replaced methods, the layer dropout, the states of the running forward."""
+    """State of a converted model: the replaced methods, the layer dropout, the states of the running forward."""
 
     def __init__(self, model: Any, dropout: LayerDropout | None) -> None:
         self.model, self.dropout = model, dropout
@@ -39,7 +39,7 @@ class Conversion:
         self.vocabulary = int(head.weight.shape[0])
         self.loss = ExitHeadLoss(norm, head, _eps(norm), norm_form_of(model.config))
         self._wanted: frozenset[int] = frozenset()
-        self._dropping = False  # stays set after a forward: activation checkpointing runs layers again in the backward
+        self._dropping = False  # stays set after a forward: activation checkpointing reruns layers in the backward
         self._states: dict[int, Tensor] = {}
         self._replaced: list[tuple[nn.Module, Any]] = []
         for index, layer in enumerate(self.layers):
@@ -52,7 +52,7 @@ class Conversion:
         module.forward = forward
 
     def undo(self) -> None:
-        """Put the replaced methods back."""
+        """Restore the replaced methods."""
         for module, own in self._replaced:
             if own is None:
                 del module.__dict__["forward"]
@@ -62,7 +62,7 @@ class Conversion:
     def _layer_forward(self, index: int, layer: nn.Module, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._wanted and index >= max(self._wanted):
-                return hidden_states  # no exit of this forward is above
+                return hidden_states  # above the deepest exit
             if self.dropout is not None and layer.training and self._dropping:
                 samples = self.dropout.samples(index, hidden_states.shape[0])
                 out = apply_to_samples(original, samples, hidden_states, *args, **kwargs)
@@ -92,10 +92,10 @@ class Conversion:
         head_sample: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The batch's loss, mean loss of each exit and label count; with ``report`` each exit's tokens and the labels.
+        """Compute `ExitLosses` as a dict; with ``report``, also each exit's tokens and the targets.
 
-        ``head_sample`` are the tokens, ascending, that the exits below the full depth choose among in the loss.
-        The weights of norm and head are read in here, inside the model's forward, where a sharded model has them whole.
+        In the loss, early exits choose among the ascending tokens ``head_sample``. Norm and head weights are read here,
+        inside the model's forward, where a sharded model has them whole.
         """
         states = self.states(exit_layers, **kwargs)
         rows, targets = target_rows(labels)
@@ -110,7 +110,7 @@ class Conversion:
         return out
 
     def states(self, exit_layers: tuple[int, ...], **inputs: Any) -> list[Tensor]:
-        """Raw states [B, S, D] after each of the exit layers, before the final norm; no layer above them is run."""
+        """States [B, S, D] after each exit layer, before the final norm; layers above the deepest do not run."""
         unknown = [layer for layer in exit_layers if not 1 <= layer <= len(self.layers)]
         if unknown:
             raise ValueError(f"exit layer {unknown[0]} is not within 1…{len(self.layers)}")
@@ -131,16 +131,15 @@ def _decoder_parts(model: Any) -> tuple[Any, Any]:
 
 
 def _eps(norm: Any) -> Any:
-    """Gemma calls it otherwise."""
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))  # Gemma has eps
 
 
 def convert(model: Any, dropout: LayerDropout | None = None) -> Conversion:
-    """Let a causal LM, or one inside a PEFT wrapper, be called with ``exit_layers`` and ``exit_weights``.
+    """Make a causal LM, or one inside a PEFT wrapper, accept ``exit_layers`` and ``exit_weights``.
 
     ``model(input_ids=…, labels=…, exit_layers=(3, 30), exit_weights=…)`` then returns a dict with ``loss``,
-    ``exit_losses`` and ``num_labels``, and runs no layer above the deepest exit; calls without ``exit_layers`` are what
-    they were. With them, in training mode, ``dropout`` decides which samples run which layers.
+    ``exit_losses`` and ``num_labels``, and runs no layer above the deepest exit; in training mode, ``dropout`` decides
+    which samples run which layers. Calls without ``exit_layers`` do not change.
 
     Raises
     ------
@@ -159,7 +158,7 @@ def convert(model: Any, dropout: LayerDropout | None = None) -> Conversion:
 
 
 def revert(model: Any) -> None:
-    """Undo `convert`; a model that was not converted is left alone."""
+    """Undo `convert`; no-op for a model that is not converted."""
     conversion = _base(model).__dict__.pop(_KEY, None)
     if conversion is not None:
         conversion.undo()

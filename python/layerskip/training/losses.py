@@ -16,7 +16,7 @@ IGNORE = -100
 
 
 class ExitLosses(NamedTuple):
-    """Of one batch: ``loss``, a scalar; ``exit_losses`` [N], detached means; ``num_labels`` of it."""
+    """Scalar ``loss`` of a batch, detached mean ``exit_losses`` [N], and ``num_labels``."""
 
     loss: Tensor
     exit_losses: Tensor
@@ -33,28 +33,21 @@ def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
 class ExitHeadLoss:
     """J = Σ weightₙ · CE(head(norm(x_n)), next token), x_n the state after exit layer n (arXiv 2404.16710, §4.1.2).
 
-    Parameters
-    ----------
-    norm, head : nn.Module
-        The model's own final norm and head, of which the ``weight`` is used; they stay the model's.
-    eps : float
-        Of the norm.
-    norm_form : NormForm, optional
-        How its weight is kept, if not as it is.
+    ``norm`` and ``head`` are the model's own modules, ``norm_form`` the form that the model keeps its norm weight in.
     """
 
     def __init__(self, norm: Any, head: Any, eps: float, norm_form: NormForm | None = None) -> None:
         self.norm, self.head, self.eps, self.norm_form = norm, head, eps, norm_form
 
     def gather(self, states: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """The rows [N, R, D] of the states, in the dtype that matmuls run in."""
+        """Gather the rows [N, R, D] of the states, in the dtype that matmuls run in."""
         dtype = states[0].dtype
         if torch.is_autocast_enabled(states[0].device.type):
             dtype = torch.get_autocast_dtype(states[0].device.type)
         return torch.stack([state.flatten(0, 1).index_select(0, rows) for state in states]).to(dtype)
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Norm and head weight, read anew: a sharded model swaps them."""
+        """Norm and head weight, read on every call: a sharded model swaps them."""
         norm = self.norm.weight if self.norm_form is None else self.norm_form.of(self.norm.weight)
         return norm.to(dtype), self.head.weight.to(dtype)
 
@@ -63,8 +56,8 @@ class ExitHeadLoss:
     ) -> ExitLosses:
         """Loss of gathered rows [N, R, D] with targets [R].
 
-        The first ``sampled`` exits choose among the tokens ``sample`` [S] alone, ascending, which must have all targets
-        in it: that costs S/V of the head. Their losses are too low by what the other tokens would have got.
+        The first ``sampled`` exits choose among the tokens ``sample`` [S] alone, which ascend and have all targets
+        among them. That costs S/V of the head; their losses are too low by the probability of the other tokens.
         """
         norm, head = self.weights(hiddens.dtype)
         parts = []
@@ -84,7 +77,7 @@ class ExitHeadLoss:
 
     @torch.no_grad()
     def choices(self, hiddens: Tensor) -> Tensor:
-        """The token that each exit would choose, [N, R]."""
+        """The arg-max of each exit, [N, R]."""
         exits, rows, width = hiddens.shape
         norm, head = self.weights(hiddens.dtype)
         return layerskip_kernels.exit_head(hiddens.detach().reshape(-1, width), norm, head, self.eps).token.view(
@@ -97,9 +90,9 @@ _SMALL = 1e-6
 
 
 class Targets(NamedTuple):
-    """Labels in terms of the head's rows, -1 for a token that the head lacks.
+    """Teacher top-k as rows of the head, -1 for a token that the head lacks.
 
-    ``token`` [R], ``ids`` [R, k] int64, their ``probabilities`` [R, k] fp32.
+    ``token`` [R], the arg-max; ``ids`` [R, k] int64; their ``probabilities`` [R, k] fp32.
     """
 
     token: Tensor
@@ -108,7 +101,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, probabilities: Tensor, token_ids: Tensor | None) -> Targets:
-        """Of `Labels`' fields, for a head of some tokens or of all."""
+        """Map token ids to the rows of a head for ``token_ids``, or for all."""
         ids = ids.long()
         if token_ids is not None:
             places = torch.searchsorted(token_ids, ids).clamp_(max=len(token_ids) - 1)
@@ -116,7 +109,6 @@ class Targets(NamedTuple):
         return cls(ids[:, 0], ids, probabilities.float())
 
     def rows(self, rows: slice) -> Targets:
-        """Those of some rows."""
         return Targets(*(part[rows] for part in self))
 
 
@@ -128,7 +120,7 @@ class LossWeights(NamedTuple):
 
 
 class RowAgreement(NamedTuple):
-    """Of each row: ``agrees`` [R], whether the draft token is the arg-max of the full model; ``acceptance`` [R]."""
+    """For each row, whether the draft token is the full model's arg-max, and its acceptance probability, [R]."""
 
     agrees: Tensor
     acceptance: Tensor
@@ -152,7 +144,7 @@ def row_losses(logits: Tensor, targets: Targets, weights: LossWeights) -> Tensor
 def _divergences(logs: Tensor, targets: Targets) -> Tensor:
     """KL of p from q, whose logarithms ``logs`` [R, S] are, [R].
 
-    It is over the k most probable tokens and all others as one, with p's entropy left out, which no gradient sees:
+    Over the k most probable tokens and all others as one, without p's entropy, which has no gradient:
     -Σᵢ pᵢ log qᵢ - (1 - Σᵢ pᵢ) log(1 - Σᵢ qᵢ). Tokens that the head lacks count among the others.
     """
     there = targets.ids >= 0
@@ -164,10 +156,10 @@ def _divergences(logs: Tensor, targets: Targets) -> Tensor:
 
 
 def acceptance_probabilities(logs: Tensor, targets: Targets) -> Tensor:
-    """Σ min(p, q) = 1 - TV(p, q), [R]: how probably a draft sampled from q is accepted (Leviathan et al. 2023).
+    """Σ min(p, q) = 1 - TV(p, q), [R]: the acceptance probability of a draft from q (Leviathan et al. 2023).
 
-    ``logs`` [R, S] are q's logarithms. The k most probable tokens count one by one, all others as one, so what is found
-    is too high by at most their probability. Where the head lacks a token, q is 0.
+    ``logs`` [R, S] are q's logarithms. The k most probable tokens count one by one, all others as one, so the result is
+    too high by at most their probability. Where the head lacks a token, q is 0.
     """
     p = targets.probabilities
     q = torch.where(targets.ids >= 0, logs.gather(1, targets.ids.clamp(min=0)).exp(), 0)
@@ -179,7 +171,7 @@ def _rest(probabilities: Tensor) -> Tensor:
 
 
 def _tiles(hidden: Tensor, head: Tensor, correction: tuple[Tensor, Tensor] | None) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows after the other, with their logits in fp32."""
+    """Yield tiles of rows with their logits in fp32."""
     step = max(1, TILE_VALUES // len(head))
     for begin in range(0, len(hidden), step):
         rows = slice(begin, begin + step)
@@ -191,18 +183,13 @@ def _tiles(hidden: Tensor, head: Tensor, correction: tuple[Tensor, Tensor] | Non
 
 
 class _TiledLoss(torch.autograd.Function):
-    """The mean of `row_losses`; gradients are made tile by tile in the forward, so that no [R, S] tensor is."""
+    """Mean of `row_losses`; the forward computes the gradients tile by tile, so there is never an [R, S] tensor."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        low: Tensor | None,
-        up: Tensor | None,
-        targets: Targets,
+        ctx: Any, hidden: Tensor, head: Tensor, low: Tensor | None, up: Tensor | None, targets: Targets,
         weights: LossWeights,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         correction = None if low is None or up is None else (low, up)
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [None if one is None else torch.zeros_like(one) for one in (hidden, low, up)]
@@ -227,28 +214,13 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def draft_loss(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Targets,
-    weights: LossWeights,
+    hidden: Tensor, head: Tensor, targets: Targets, weights: LossWeights,
     correction: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Mean of `row_losses` for normed states and a frozen head; memory is that of a tile of the logits.
+) -> Tensor:  # fmt: skip
+    """Mean of `row_losses`, a scalar in fp32, for normed states [R, D]; memory is that of a tile of the logits.
 
-    Parameters
-    ----------
-    hidden : Tensor [R, D]
-    head : Tensor [S, D]
-        Gets no gradient.
-    targets : Targets
-    weights : LossWeights
-        In [0, 1], as is their sum.
-    correction : (Tensor [R, r], Tensor [S, r]), optional
-        Their product is added to the logits.
-
-    Returns
-    -------
-    Tensor, scalar fp32
+    The ``head`` [S, D] gets no gradient. The product of ``correction``, [R, r] and [S, r], is added to the logits. The
+    weights and their sum are in [0, 1].
     """
     low, up = correction if correction is not None else (None, None)
     loss: Tensor = _TiledLoss.apply(hidden, head, low, up, targets, weights)
