@@ -150,7 +150,7 @@ def analyze_exits(model: Any, texts: Iterable[tuple[Tensor, int]]) -> ExitAnalys
 
 @torch.no_grad()
 def analyze_trained_exit(model: LayerSkipModel, texts: Iterable[tuple[Tensor, int]]) -> ExitAnalysis:
-    """Run a model's trained exit and its last layer, rows 0 and 1, at every position of the texts of `analyze_exits`."""
+    """Run a trained exit and the last layer, rows 0 and 1, at every position of the texts of `analyze_exits`."""
     decoder, exit_layer, num_layers = model.decoder, model.exit_layer, model.num_layers
     if exit_layer is None:
         raise ValueError("the model has no trained exit; analyze_exits takes models without one")
@@ -273,10 +273,10 @@ def evaluate_exits(
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 512, limit: int | None = None) -> float:
-    """exp of the mean cross-entropy of the last layer over windows of ``window`` tokens; takes `evaluate_exits`' models.
+    """exp of the mean cross-entropy of the last layer over windows of ``window`` tokens.
 
-    The first token of a window has no context and isn't scored; shorter ends of texts are ignored. Uses up to ``limit``
-    windows, spread over all.
+    Takes the models of `evaluate_exits`. The first token of a window has no context and isn't scored; shorter ends of
+    texts are ignored. Uses up to ``limit`` windows, spread over all.
     """
     pieces = spread(windows(tokenizer, texts, window), limit)
     model = model if isinstance(model, LayerSkipModel) else adapt(model)
