@@ -284,7 +284,7 @@ def distinct_slots(slots: Tensor | None, num_slots: int) -> None:
 
 
 def tokens(token: Tensor, vocab_size: int) -> None:
-    """Check that every token is in the vocabulary; on a GPU this would be a host sync."""
+    """Check that every token is in the vocabulary; not on a GPU, where it would be a host sync."""
     if token.device.type == "cpu":
         wrong = (token < 0) | (token >= vocab_size)
         if wrong.any():

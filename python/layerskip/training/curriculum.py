@@ -37,7 +37,17 @@ def early_exit_weights(exits: Sequence[int], num_layers: int, kind: str = "paper
     """Weights of the enabled exits, ẽ(l) = e(l) / Σ e(i) over them.
 
     With l = E - 1. paper: e(l) = scale · Σ_{i≤l} i for l < L-1, and e(L-1) = L-1 + scale · Σ_{i≤L-2} i; uniform: 1;
-    linear: E; sqrt: √E; inverse: 1/E. All but the paper's multiply the exits below L by ``scale``, at least 0.
+    linear: E; sqrt: √E; inverse: 1/E. All but the paper's multiply the exits below L by ``scale``.
+
+    Parameters
+    ----------
+    exits : sequence of int
+        Exit layers E in 1…L.
+    num_layers : int
+        L.
+    kind : {"paper", "uniform", "linear", "sqrt", "inverse"}
+    scale : float
+        At least 0; the weight of the early exits against the last layer.
 
     Returns
     -------
@@ -147,10 +157,19 @@ class ShallowSteps(AllExits):
 
 
 def layer_dropout_rates(num_layers: int, maximum: float, kind: str | Sequence[float] = "exponential") -> list[float]:
-    """Rate of every layer l in 0…L-1, from depth alone; ``maximum`` is p_max in [0, 1].
+    """Dropout rate of every layer l in 0…L-1.
 
     exponential, the paper's: (2^(l/(L-1)) - 1) · p_max; linear: l/(L-1) · p_max; uniform: p_max; step: 0 in the lower
-    half, p_max in the upper; or a sequence of the L rates, which ``maximum`` bounds.
+    half, p_max in the upper.
+
+    Parameters
+    ----------
+    num_layers : int
+        L.
+    maximum : float
+        p_max in [0, 1].
+    kind : {"exponential", "linear", "uniform", "step"} or sequence of float
+        A sequence gives the L rates themselves, none above ``maximum``.
 
     Raises
     ------
@@ -202,7 +221,16 @@ class LayerDropout:
     """Draw, for a whole step at once, which samples run which layers; kept outputs are not rescaled by 1/(1-p).
 
     A draw depends on (seed, step, micro-batch) alone: every rank makes the same one, and a resumed run repeats it.
-    ``rates`` come from `layer_dropout_rates`; ``total_steps`` and ``scale`` are T and the kind of `dropout_scale`.
+
+    Parameters
+    ----------
+    rates : sequence of float
+        One per layer, as from `layer_dropout_rates`.
+    seed : int
+    total_steps : int
+        T of `dropout_scale`.
+    scale : {"constant", "exponential"}
+        Kind of `dropout_scale`.
     """
 
     def __init__(self, rates: Sequence[float], seed: int = 0, total_steps: int = 1, scale: str = "constant") -> None:
@@ -242,7 +270,12 @@ def apply_to_samples(
     Other arguments that hold one entry per sample, themselves or within tuples, lists and dicts, are sliced alike:
     tensors of two or more dimensions whose first has size B. If no sample runs the layer, it runs on one whose output
     is discarded, so that ranks that drop different layers still join every collective, and parameters get zero
-    gradients. A cache object raises ValueError: it would have no entry for the samples that skip the layer.
+    gradients.
+
+    Raises
+    ------
+    ValueError
+        For a cache object, which would have no entry for the samples that skip the layer.
     """
     batch = hidden.shape[0]
     if samples.shape[0] == batch:

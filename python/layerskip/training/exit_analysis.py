@@ -76,10 +76,10 @@ class ExitAnalysis:
 
 
 def simulate_rounds(agrees: Sequence[Sequence[bool]], num_speculations: int) -> tuple[tuple[float, ...], float]:
-    """Draft in rounds on texts whose ``agrees`` have where the draft token is the model's token.
+    """Simulate draft-verify rounds on texts whose ``agrees`` mark the rows where the draft token is the model's token.
 
-    Returns the agreement of the first, second, … draft token of a round, if those before it agreed, and the mean number
-    of tokens of a round, which is 1 without any agreement.
+    Returns the agreement rates of the first, second, … draft token of a round, each among the rounds whose earlier
+    draft tokens agreed, and the mean number of tokens per round: accepted draft tokens and one of the full model.
     """
     drafted, accepted = [0] * num_speculations, [0] * num_speculations
     rounds = 0
@@ -252,8 +252,8 @@ def evaluate_exits(
         rows, target = (part.to(model.device) for part in target_rows(batch["labels"]))
         states = hidden_states(model, batch["input_ids"].to(model.device), (*exits, model.num_layers))
         choices = {
-            num_layers: torch.cat([logits(part).argmax(-1) for part in state.flatten(0, 1)[rows].split(_ROWS)])
-            for num_layers, state in states.items()
+            exit_layer: torch.cat([logits(part).argmax(-1) for part in state.flatten(0, 1)[rows].split(_ROWS)])
+            for exit_layer, state in states.items()
         }
         last = choices[model.num_layers]
         wrong = (rows // batch["labels"].shape[1])[last != target]
