@@ -87,6 +87,14 @@ def test_draft_without_a_vocabulary_is_refused(path: str) -> None:
         run("accept_sampled", **args)
 
 
+@pytest.mark.parametrize("outside", [SIZES["V"], 2**32, LARGEST])
+def test_draft_token_outside_the_embedding_is_refused(path: str, outside: int) -> None:
+    args = example("draft", options=True)
+    args.update(token_map=torch.full_like(args["token_map"], outside), draft_threshold=0.0)
+    with pytest.raises(ValueError, match=f"token {outside} is outside the vocabulary of {SIZES['V']}"):
+        run("draft", **args)
+
+
 @pytest.mark.parametrize("op", ["draft", "speculative_round"])
 @pytest.mark.parametrize("batch", [0, 2])
 def test_huge_num_speculations_is_refused(path: str, op: str, batch: int) -> None:
