@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, compress, repeat
+from operator import itemgetter, mul
 from threading import Lock
 from typing import NamedTuple
 
@@ -23,8 +25,7 @@ LATER = 2  # all tokens of a proposal from this position on share one rate
 class Proposal(NamedTuple):
     """Lookup draft tokens for one sequence, and how reliable they are.
 
-    With ``grows``, ``match`` is the length of a match, and a token after correct ones is as reliable as the first token
-    of a match that much longer: it continues the same text.
+    With ``grows``, ``match`` is the length of a match, and each token counts as the first one after a longer match.
     """
 
     tokens: Sequence[int]
@@ -39,16 +40,9 @@ class Proposal(NamedTuple):
         return self.source, self.match, min(position, LATER)
 
 
-def expected_tokens(rates: Sequence[float], num_speculations: int) -> list[float]:
-    """Tokens that a round of 0 … K drafts emits: 1 + a + … + a^K, summed over the acceptance rates a."""
-    totals = [0.0] * (num_speculations + 1)
-    for rate in rates:
-        emitted, power = 0.0, 1.0
-        for count in range(num_speculations + 1):
-            emitted += power
-            power *= rate
-            totals[count] += emitted
-    return totals
+def expected_tokens(rates: Iterable[float]) -> list[float]:
+    """Tokens that a round of 0, 1, … drafts emits: 1 + a + a·b + …, with the acceptance rates a, b, … of its drafts."""
+    return list(accumulate(accumulate(chain([1.0], rates), mul)))
 
 
 class Rate:
@@ -92,7 +86,7 @@ class AcceptanceRates:
         return rate
 
     def observe(self, exit_layer: int, accepted: int, drafted: int) -> None:
-        """Record a round of an exit: ``accepted`` drafts were accepted, and the next one, if any, was rejected."""
+        """Record a round of an exit: how many of its drafts were accepted."""
         for success in [True] * accepted + [False] * (accepted < drafted):
             self._observe(exit_layer, success)
         for other, rate in self._own.items():
@@ -123,13 +117,8 @@ class AcceptanceRates:
 
     def expected_of(self, proposal: Proposal, longest: int) -> list[float]:
         """Expected tokens of a round that drafts the first 0 … ``longest`` tokens of a proposal, or all it has."""
-        total = reached = 1.0
-        totals = [total]
-        for position in range(len(proposal.tokens)):
-            reached *= self.at(proposal.rate_key(position)).mean
-            total += reached
-            totals.append(total)
-        return totals + [total] * (longest - len(proposal.tokens))
+        totals = expected_tokens(self.at(proposal.rate_key(index)).mean for index in range(len(proposal.tokens)))
+        return totals + totals[-1:] * (longest - len(proposal.tokens))
 
 
 EXTRA_ROW_COST = 0.05  # r: assumed cost of a further row, as a share of the first one, before it is measured
@@ -180,11 +169,9 @@ class CostModel:
         seconds(E, K) = u · K · (E·l + d)  +  v · (L·l + h)  +  w · K · ((L - E)·l + h).
 
     The terms are K drafts, one row through the whole model, and K further rows to verify. Lookup drafts have E = 0 and
-    d = 0. u, v and w, in seconds a byte, are fitted to the measured rounds by least squares: a further row costs little
-    where memory is the limit, and up to a third of the first row where arithmetic is. A prior draws u to v and w to
-    r · v while few rounds were measured. The measured mean of (E, K) itself takes precedence over the formula, which
-    counts as one measurement: kernels are tuned for some numbers of rows. Old rounds fade; a round of more than twice
-    the expected time counts as twice. Without drafts all E are one choice.
+    d = 0. u, v and w, in seconds a byte, are fitted to the measured rounds by least squares, with a prior of u = v and
+    w = r · v. The measured mean of (E, K) itself takes precedence; the formula counts as one measurement of it. Old
+    rounds fade; a round of more than twice the expected time counts as twice. Without drafts all E are one choice.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -196,23 +183,23 @@ class CostModel:
         self._xy = [0.0] * 3
         self._speeds: Terms = (1.0, 1.0, r)  # u, v, w
         self._rounds = 0
-        self._means: dict[Choice, tuple[float, float]] = {}  # seconds and weight
-        self._expected: dict[Choice, float] = {}
+        self._means: dict[tuple[int | None, int], tuple[float, float]] = {}  # seconds and weight
+        self._expected: dict[tuple[int | None, int], float] = {}
 
-    def _terms(self, choice: Choice) -> Terms:
+    def _terms(self, exit_layer: int | None, num_speculations: int) -> Terms:
         """Factors of u, v and w, over the bytes of the model."""
-        size, exit_layer, num_speculations = self._sizes, choice.exit_layer or 0, choice.num_speculations
+        size, exit_layer = self._sizes, exit_layer or 0
         verified = (size.num_layers - exit_layer) * size.layer + size.head
         drafted = exit_layer * size.layer + size.draft_head if exit_layer else 0
         return num_speculations * drafted / self._model_bytes, 1.0, num_speculations * verified / self._model_bytes
 
     def seconds(self, exit_layer: int | None, num_speculations: int) -> float:
         """Expected seconds; before the first measurement in passes over the weights."""
-        choice = Choice(exit_layer if num_speculations else None, num_speculations)
+        choice = exit_layer if num_speculations else None, num_speculations
         expected = self._expected.get(choice)
         if expected is None:
             mean, weight = self._means.get(choice, (0.0, 0.0))
-            fitted = sum(speed * term for speed, term in zip(self._speeds, self._terms(choice), strict=True))
+            fitted = sum(speed * term for speed, term in zip(self._speeds, self._terms(*choice), strict=True))
             expected = (mean * weight + UNTRIED_RATIO * fitted * UNTRIED_WEIGHT) / (weight + UNTRIED_WEIGHT)
             self._expected[choice] = expected
         return expected
@@ -233,8 +220,8 @@ class CostModel:
         if self._rounds >= SETTLED:
             seconds = min(seconds, OUTLIER * self.seconds(exit_layer, num_speculations))
         self._rounds += 1
-        choice = Choice(exit_layer if num_speculations else None, num_speculations)
-        terms = self._terms(choice)
+        choice = exit_layer if num_speculations else None, num_speculations
+        terms = self._terms(*choice)
         self._xy = [COST_MEMORY * y + one * seconds for y, one in zip(self._xy, terms, strict=True)]
         self._xx = [
             [COST_MEMORY * x + one * other for x, other in zip(row, terms, strict=True)]
@@ -288,8 +275,7 @@ class Controller:
 
     where a_b(E) is the measured acceptance rate of sequence b (`AcceptanceRates`), and `CostModel` learns the seconds.
     K = 0, autoregressive decoding, is among the choices. The sequences of a batch share E and K: a second exit layer
-    would be a second pass over the weights, which costs more than it can gain. If an exit has draft layers, the time in
-    which they catch up counts.
+    would be a second pass over the weights. The time in which draft layers catch up counts.
 
     Exploration is bounded: at most one round of 32 tries another exit, with at most 3 drafts, and only one that would
     be the best with an acceptance rate one standard error above its mean. Rates of unused exits fade, so an exit that
@@ -392,7 +378,7 @@ class Controller:
         by_lookup = [_clamped(row, count) for row in expected]
         by_exit = [0.0] * len(by_lookup)
         if exit_layer is not None:
-            by_exit = [expected_tokens([one.at(exit_layer).mean], count)[-1] for one in acceptances]
+            by_exit = [expected_tokens(repeat(one.at(exit_layer).mean, count))[-1] for one in acceptances]
         uses_lookup = [other > own for own, other in zip(by_exit, by_lookup, strict=True)]
         if exit_layer is not None and all(uses_lookup):  # exploration of the exit
             uses_lookup = [False] * len(uses_lookup)
@@ -424,8 +410,8 @@ class Controller:
         tried = self._best(acceptances, [candidate.exit_layer], few, optimistic=True)[1]
         if tried == best:
             return best
-        rates = [one.at(candidate.exit_layer).mean for one in acceptances]
-        loss = cost.seconds(*tried) - expected_tokens(rates, tried.num_speculations)[-1] / speed
+        rates = (repeat(one.at(candidate.exit_layer).mean, tried.num_speculations) for one in acceptances)
+        loss = cost.seconds(*tried) - sum(expected_tokens(rate)[-1] for rate in rates) / speed
         if loss > self._spare:
             return best
         self._spare -= max(loss, 0.0)
@@ -445,43 +431,23 @@ class Controller:
         ``expected`` are the tokens that each sequence expects of 0, 1, … lookup drafts. Sequences that expect more of
         them than of the exit draft them, and run layers [0, E) in a pass of their own.
         """
-        costs, best = self._cost(len(acceptances)), (-math.inf, Choice(exits[0], counts[0]))
+        costs, best, longest = self._cost(len(acceptances)), (-math.inf, Choice(exits[0], counts[0])), counts[-1]
         for exit_layer in exits:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
-            emitted = expected_tokens(means, counts[-1])
+            emitted = [expected_tokens(repeat(mean, longest)) for mean in means]
             catch_up = [costs.catch_up(exit_layer, one.lag) for one in acceptances]  # each in passes of its own
             for count in counts:
-                seconds = costs.seconds(exit_layer, count) + (sum(catch_up) if count else 0.0)
-                value = _value(emitted[count], seconds, usual)
-                if value > best[0]:
-                    best = value, Choice(exit_layer, count)
-            if len(expected) > 1:
-                mixed = self._best_mixed(exit_layer, means, counts, expected, usual, catch_up)
-                best = max(best, mixed, key=lambda one: one[0])
-        return best
-
-    def _best_mixed(
-        self,
-        exit_layer: int,
-        rates: Sequence[float],
-        counts: Sequence[int],
-        expected: Sequence[Sequence[float]],
-        usual: float,
-        catch_up: Sequence[float],
-    ) -> tuple[float, Choice]:
-        """`_best` over rounds in which an exit drafts for some sequences, after ``catch_up``, and lookup for others."""
-        costs, best = self._cost(len(rates)), (-math.inf, Choice(exit_layer, counts[0]))
-        drafted = [expected_tokens([rate], counts[-1]) for rate in rates]
-        for count in counts:
-            pairs = [(own[count], _clamped(row, count)) for own, row in zip(drafted, expected, strict=True)]
-            if len({own < other for own, other in pairs}) == 1:
-                continue
-            late = sum(own for own, (by_exit, other) in zip(catch_up, pairs, strict=True) if by_exit >= other)
-            seconds = costs.seconds(exit_layer, count) + costs.seconds_of_layers(exit_layer) + late
-            value = _value(sum(max(pair) for pair in pairs), seconds, usual)
-            if value > best[0]:
-                best = value, Choice(exit_layer, count)
+                by_exit = [tokens[count] for tokens in emitted]
+                seconds = costs.seconds(exit_layer, count)
+                late = sum(catch_up) if count else 0.0
+                values = [_value(sum(by_exit), seconds + late, usual)]
+                by_lookup = [_clamped(row, count) for row in expected] or [0.0] * len(by_exit)
+                uses_exit = [own >= other for own, other in zip(by_exit, by_lookup, strict=True)]
+                if len(set(uses_exit)) == 2:
+                    late = sum(compress(catch_up, uses_exit)) + costs.seconds_of_layers(exit_layer)
+                    values.append(_value(sum(map(max, by_exit, by_lookup)), seconds + late, usual))
+                best = max(best, (max(values), Choice(exit_layer, count)), key=itemgetter(0))
         return best
 
     def _cost(self, batch: int) -> CostModel:

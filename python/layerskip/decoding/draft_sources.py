@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from itertools import cycle, islice
 from numbers import Integral
 from typing import Any
 
@@ -21,8 +23,8 @@ _BORDER = -1  # between texts
 class DraftSource:
     """Source of draft tokens. A subclass has `propose`, and `new` if it keeps a state.
 
-    Proposals change the speed and nothing else: the model verifies every token, from layer 0. Any guess will do: from a
-    cache of answers, a grammar, a smaller model, …
+    Proposals change the speed and nothing else: the model verifies every token, from layer 0. Any guess will do, of a
+    cache of answers, a grammar or a smaller model.
 
     Attributes
     ----------
@@ -41,7 +43,7 @@ class DraftSource:
 
     @property
     def name(self) -> str:
-        """Name in statistics; by default the class's name."""
+        """Name in statistics; by default the name of the class."""
         return type(self).__name__
 
     def new(self) -> DraftSource:
@@ -92,22 +94,19 @@ class NgramSource(DraftSource):
         for length, count in grades.items():
             validation.at_least_one("a length of n-grams in grades", length)
             validation.integer_in(f"grades[{length}]", count, 1, validation.MAX_NUM_SPECULATIONS)
-        self._grades = sorted(grades.items(), reverse=True)
         self.max_drafts = max(grades.values())
-        self._texts, self._own = _NgramTable(self._grades), _NgramTable(self._grades)
-        self._texts.extend(
-            [
-                token
-                for text in texts
-                for token in (*(validation.integer_in("a token of texts", value, 0) for value in text), _BORDER)
-            ]
-        )
+        self._grades = sorted(grades.items(), reverse=True)
+        self._texts, self._own = _NgramTable(grades), _NgramTable(grades)
+        tokens: list[int] = []
+        for text in texts:
+            tokens += [validation.integer_in("a token of texts", token, 0) for token in text]
+            tokens.append(_BORDER)
+        self._texts.extend(tokens)
 
     def new(self) -> NgramSource:
         """Return a source for another sequence that shares the texts."""
-        made = object.__new__(NgramSource)
-        made._grades, made.max_drafts, made._texts = self._grades, self.max_drafts, self._texts
-        made._own = _NgramTable(self._grades)
+        made = copy(self)
+        made._own = _NgramTable(dict(self._grades))
         return made
 
     def propose(self, history: Sequence[int]) -> Sequence[int]:
@@ -115,15 +114,14 @@ class NgramSource(DraftSource):
         self._own.extend(history)
         for length, count in self._grades:
             gram = tuple(history[-length:]) if length <= len(history) else ()
-            place = self._own.places.get(gram)
-            if place is not None:
-                self.match = self._own.match_length(place, history, length)
-                found = history[place : place + count]  # shorter at the end of the text: then it repeats itself
-                return found if len(found) == count else [found[index % len(found)] for index in range(count)]
-            place = self._texts.places.get(gram)
-            if place is not None:
-                self.match = self._texts.match_length(place, history, length)
-                found = self._texts.tokens[place : place + count]
+            for table in (self._own, self._texts):
+                place = table.places.get(gram)
+                if place is None:
+                    continue
+                self.match = table.match_length(place, history, length)
+                found = table.tokens[place : place + count]
+                if table is self._own:  # shorter at the end of the text: then it repeats itself
+                    return list(islice(cycle(found), count))
                 return found[: found.index(_BORDER)] if _BORDER in found else found
         self.match = 0
         return ()
@@ -132,8 +130,8 @@ class NgramSource(DraftSource):
 class _NgramTable:
     """For every n-gram of a text, the place after its last occurrence that is followed by a token."""
 
-    def __init__(self, grades: Sequence[tuple[int, int]]) -> None:
-        self._lengths = [length for length, _ in grades]
+    def __init__(self, lengths: Iterable[int]) -> None:
+        self._lengths = tuple(lengths)
         self.tokens: Sequence[int] = ()
         self.places: dict[tuple[int, ...], int] = {}
         self._done = 1
@@ -189,16 +187,13 @@ class Lookup:
         found = source.propose(self._history) if limit > 0 else ()
         if isinstance(found, str) or not isinstance(found, Sequence):
             raise TypeError(f"the draft source {source.name} must give a sequence of token ids, got {found!r}")
-        drafts = [self._checked(token) for token in found[:limit]]
+        for token in found[:limit]:
+            if isinstance(token, bool) or not isinstance(token, Integral):
+                raise TypeError(f"the draft source {source.name} must give token ids, got {token!r}")
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(
+                    f"the draft source {source.name} proposed token id {token}, outside the vocabulary of "
+                    f"{self._vocab_size}"
+                )
+        drafts = [int(token) for token in found[:limit]]
         self.proposal = Proposal(drafts, source.name, source.match, source.match_grows)
-
-    def _checked(self, value: Any) -> int:
-        name = self._source.name
-        if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
-            raise TypeError(f"the draft source {name} must give token ids, got {value!r}")
-        token = int(value)
-        if not 0 <= token < self._vocab_size:
-            raise ValueError(
-                f"the draft source {name} proposed token id {token}, outside the vocabulary of {self._vocab_size}"
-            )
-        return token

@@ -207,8 +207,8 @@ class TestRate:
 def test_the_formula_of_expected_tokens():
     for rate in (0.0, 0.3, 0.9):
         closed = [(1 - rate ** (count + 1)) / (1 - rate) for count in range(6)]
-        assert expected_tokens([rate], 5) == pytest.approx(closed)
-    assert expected_tokens([1.0, 0.0], 3) == [2, 3, 4, 5]
+        assert expected_tokens([rate] * 5) == pytest.approx(closed)
+    assert expected_tokens([1.0, 0.5, 0.0, 1.0]) == [1, 2, 2.5, 2.5, 2.5]
 
 
 class TestCosts:
