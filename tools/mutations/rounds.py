@@ -119,7 +119,7 @@ BUGS = [
     ),
     Mutation(
         "what a mixed round emits is not penalized", DECODING + "spec_step.py",
-        "whole.controls.put_seen(self.index, self.sequences.controls)", "pass",
+        "whole.controls.put_seen(self.at, self.sequences.controls)", "pass",
         LAYERSKIP + "decoding/test_sources.py -k of_each_alone and processed",
     ),
     Mutation(

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..models import LayerSkipModel, SharedKVCache
 from .cuda_graphs import GraphResult, Graphs
 from .request import Clock, DraftKind, Request, RoundKind
-from .sampling import LogitsControls, SamplingParams
+from .sampling import LogitsControls, LogitsPipeline, SamplingParams
 from .scheduler import catch_up_draft_layers
-from .spec_step import LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
+from .spec_step import LookupDrafts, SequenceTensors, SpecStep
 
 LOOKUP_MULTIPLE = 4  # recorded rounds have a multiple of this many lookup drafts: rows cost less than recordings
 
@@ -232,8 +232,6 @@ def spec_step_of(
     model: LayerSkipModel, cache: SharedKVCache, requests: Sequence[Request], recorded: bool = False
 ) -> SpecStep:
     """Return the step of requests of one kind. A recorded one must not read values on the host."""
-    if not requests[0].processed:
-        return SpecStep(model, cache)
     processors = [request.logits_processor for request in requests]
     pipeline = LogitsPipeline(processors, [request.history for request in requests])
     return SpecStep(model, cache, pipeline, may_sync=not recorded and model.device.type == "cpu")

@@ -114,7 +114,7 @@ class _Graph:
     """A captured round, its sequences, and two results: one may be unread while the next is computed."""
 
     def __init__(self, device: Device, step: StepFunction, sequences: SequenceTensors) -> None:
-        self.sequences = sequences.clone()
+        self.sequences = sequences.each(Tensor.clone)
         self._real = torch.ones_like(self.sequences.token)  # 0 for padding
         self._count = len(self._real)
         result, self._replay = device.capture(lambda: self._run(step))

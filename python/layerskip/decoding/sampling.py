@@ -215,7 +215,7 @@ class LogitsControls:
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp_min(0), True)
 
-    def put_seen(self, rows: Tensor, others: LogitsControls) -> None:
+    def put_seen(self, rows: Tensor | slice, others: LogitsControls) -> None:
         """Copy back the ``seen`` of these rows."""
         if self.seen is not None and others.seen is not None:
             self.seen[rows] = others.seen
@@ -241,6 +241,61 @@ class LogitsControls:
             floor = logits.amax(-1, keepdim=True) + self.min_p.log()
             logits = logits.masked_fill(logits < floor, -math.inf)
         return logits
+
+
+class LogitsPipeline:
+    """Bias, repetition penalty, a caller's own processor, temperature, top-k, top-p, min-p, in transformers' order.
+
+    Parameters
+    ----------
+    processors : sequence of LogitsProcessor or None
+        The requests' own processors, one for each sequence.
+    histories : sequence of History or None
+        Of each sequence with a processor of its own, up to and including its last token.
+
+    Attributes
+    ----------
+    failures : dict of int to Exception
+        What a sequence's own processor raised, by sequence; from then on it is not called.
+    """
+
+    def __init__(
+        self, processors: Sequence[LogitsProcessor | None] = (), histories: Sequence[History | None] = ()
+    ) -> None:
+        self._own = {
+            sequence: (processor, history)
+            for sequence, (processor, history) in enumerate(zip(processors, histories, strict=True))
+            if processor is not None and history is not None
+        }
+        self.failures: dict[int, Exception] = {}
+
+    def __call__(self, logits: Tensor, controls: LogitsControls, num_drafts: int, sequences: Sequence[int]) -> Tensor:
+        """Process the logits [b, V], fp32, of the position that follows ``num_drafts`` draft tokens.
+
+        ``controls`` have seen the tokens before this position. Row i belongs to sequence ``sequences[i]`` of the batch.
+        A token that must not be chosen gets -inf.
+        """
+        logits = controls.penalized(logits)
+        logits = logits.clone() if self._own else logits
+        for row, processor, history in self._of(sequences):
+            try:
+                processed = processor(history.before(num_drafts), logits[row].clone())
+                if not isinstance(processed, Tensor) or processed.shape != logits[row].shape:
+                    shape = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
+                    raise ValueError(f"a logits processor must give a tensor {list(logits[row].shape)}, got {shape}")
+                logits[row] = processed
+            except Exception as error:  # of one request: the session reports it, and the others continue
+                self.failures[sequences[row]] = error
+        return controls.cut(logits)
+
+    def put_drafts(self, index: int, tokens: Tensor, sequences: Sequence[int]) -> None:
+        """Add draft token ``index`` [b] of each sequence to its history."""
+        for row, _, history in self._of(sequences):
+            history.put_draft(index, tokens[row])
+
+    def _of(self, sequences: Sequence[int]) -> list[tuple[int, LogitsProcessor, History]]:
+        own = [(row, sequence) for row, sequence in enumerate(sequences) if sequence in self._own]
+        return [(row, *self._own[sequence]) for row, sequence in own if sequence not in self.failures]
 
 
 def _is_in(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -15,8 +15,8 @@ from tiny import prompt_of, requires_native, tiny_model
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder, models
 from layerskip.decoding import cuda_graphs
-from layerskip.decoding.sampling import LogitsControls
-from layerskip.decoding.spec_step import LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
+from layerskip.decoding.sampling import LogitsControls, LogitsPipeline
+from layerskip.decoding.spec_step import LookupDrafts, SequenceTensors, SpecStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

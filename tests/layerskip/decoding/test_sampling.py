@@ -15,8 +15,8 @@ from tiny import VOCABULARY, native_missing, prompt_of, requires_native, tiny_mo
 
 from layerskip import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding import spec_step as logits_module
-from layerskip.decoding.sampling import History, LogitsControls
-from layerskip.decoding.spec_step import NOT_DRAFTED, LogitsPipeline, LookupDrafts, SequenceTensors, SpecStep
+from layerskip.decoding.sampling import History, LogitsControls, LogitsPipeline
+from layerskip.decoding.spec_step import NOT_DRAFTED, LookupDrafts, SequenceTensors, SpecStep
 from layerskip.models import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +98,7 @@ def processed(params, own, logits, histories) -> tuple[torch.Tensor, dict[int, E
     """Logits after these tokens, and the failures of the sequences' own processors."""
     pipeline = LogitsPipeline(own, [History(history[None], 0) for history in histories])
     controls = LogitsControls.of(params, histories, logits.shape[1], CPU)
-    return pipeline(logits, controls, 0), pipeline.failures
+    return pipeline(logits, controls, 0, range(len(logits))), pipeline.failures
 
 
 class TestLogitsPipeline:
