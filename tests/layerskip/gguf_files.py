@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from layerskip.models.adaptation import build
-from layerskip.models.checkpoints import GgufCheckpoint
+from layerskip.models.checkpoints.gguf import GgufCheckpoint
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -24,8 +24,9 @@ BUGS = [
         LAYERSKIP + "transformers/test_transformers_quantized.py -k what_is_refused",
     ),
     Mutation(
-        "a decoder keeps the depth of its model's configuration", MODELS + "hf_checks.py",
-        "_depth(model) == self._depth and ", "", LAYERSKIP + "models/test_model_changes.py -k that_are_called",
+        "a decoder keeps the number of layers of its model's configuration", MODELS + "hf_checks.py",
+        "_num_layers(model) == self._num_layers and ", "",
+        LAYERSKIP + "models/test_model_changes.py -k that_are_called",
     ),
     Mutation(
         "a module of somebody's own class is taken for the model's", MODELS + "architectures.py",
@@ -51,8 +52,8 @@ BUGS = [
         "config.rms_norm_eps / residual", FAMILIES + " -k small_states",
     ),
     Mutation(
-        "norms are computed from the weights of the first call", MODELS + "generic_layers.py",
-        "for name, weight in self.held(number).items():", "for name, weight in ():",
+        "norms are computed from the weights of the first call", MODELS + "layers.py",
+        "for name, weight in self.layer_parameters(number).items():", "for name, weight in ():",
         KEPT + " -k change_in_place and gemma3",
     ),
     Mutation(
@@ -61,10 +62,10 @@ BUGS = [
     ),
     Mutation(
         "views of joined matrices stay where they were", MODELS + "layers.py",
-        "not JOINED.keys().isdisjoint(first)", "False", KEPT + " -k other_memory and phi3",
+        "not JOINED.keys().isdisjoint(parameters[0])", "False", KEPT + " -k other_memory and phi3",
     ),
     Mutation(
-        "positions past a window are computed", MODELS + "rotary.py", "cos[most:] = torch.nan", "pass",
+        "positions past a window are computed", MODELS + "rotary.py", "cos[max_positions:] = torch.nan", "pass",
         KEPT + " -k give_no_token",
     ),
     Mutation(

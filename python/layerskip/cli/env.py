@@ -17,7 +17,7 @@ from layerskip_kernels import _extension, dispatch
 
 from .. import devices, registry
 from ..models.architectures import supported_architectures
-from ..models.weight_arena import HUGE, Arena
+from ..models.weight_arena import HUGE, WeightArena
 from . import options
 from .rendering import table
 
@@ -58,7 +58,7 @@ def example_arguments(device: str) -> dict[str, tuple[Any, ...]]:
 
 def _pages() -> str:
     """The page size that the kernel gives to an arena of weights."""
-    arena = Arena(2 * HUGE)
+    arena = WeightArena(2 * HUGE)
     arena.take(torch.ones(2 * HUGE, dtype=torch.uint8))
     if arena.huge_bytes() == 2 * HUGE:
         return "huge pages of 2 MiB"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import models, registry
-from ..models import BoundExit, Exit, LayerSkipModel, SharedKVCache
+from ..models import Exit, ExitWeights, LayerSkipModel, SharedKVCache
 from ..models.files import load_tensors, save_tensors
 from ..models.hf_checks import ModelSnapshot
 from ..models.weight_arena import gather_exit
@@ -235,7 +235,7 @@ class DraftModel:
         if self._exit is not None:
             bound = self._exit.of(model, head)
         elif head not in (None, "full"):
-            bound = BoundExit(None, model.head.quantize(None if isinstance(head, str) else head))
+            bound = ExitWeights(None, model.head.quantize(None if isinstance(head, str) else head))
         self.model = model if bound is None else model.with_exit(gather_exit(bound))
         self._without_exit, self._bound = model, self._state(model)
         self.caches = CachePool(self.model)

@@ -160,7 +160,10 @@ class ChunkedPrefill:
         The requests have unread tokens and the same layers; where torch's matmuls read, there is one.
         """
         model, first = self._model, requests[0]
-        layers: dict[str, Any] = {"end": first.num_layers, "draft_layers": first.num_prefill_layers > first.num_layers}
+        layers: dict[str, Any] = {
+            "num_layers": first.num_layers,
+            "draft_layers": first.num_prefill_layers > first.num_layers,
+        }
         if not self.fused:
             row, end = self._cache.slot(first.slot), (first.num_prefilled // TORCH_ROWS + 1) * TORCH_ROWS
             tokens = first.prompt_ids[:, first.num_prefilled : end]

@@ -4,7 +4,7 @@ from .adaptation import adapt
 from .architectures import supported_architectures
 from .exit import Exit
 from .files import ModelFileError
-from .head import BoundExit, EarlyExitHead
+from .head import EarlyExitHead, ExitWeights
 from .hf_checks import UnsupportedModelError
 from .kv_cache import SharedKVCache
 from .layers import PartialDepthDecoder
@@ -13,9 +13,9 @@ from .model import LayerSkipModel
 from .weight_arena import gather_weights, scatter_weights
 
 __all__ = [
-    "BoundExit",
     "EarlyExitHead",
     "Exit",
+    "ExitWeights",
     "LayerSkipModel",
     "ModelFileError",
     "PartialDepthDecoder",

@@ -11,7 +11,6 @@ from torch import Tensor
 from layerskip_kernels.formats import dequantize, kind_of
 
 from .._imports import check_transformers
-from . import checkpoints
 from .architectures import (
     ARCHITECTURES,
     Architecture,
@@ -24,11 +23,12 @@ from .architectures import (
     layers_of,
     named_weights,
 )
-from .checkpoints import Checkpoint, ModelTensors, Progress, without_quantization
+from .checkpoints.base import Checkpoint, ModelTensors, Progress, without_quantization
+from .checkpoints.hf import checkpoint_of, layout_of, method_of
 from .files import EMBEDDING, HEAD, LAYERS, NORM, ModelFileError
+from .generic_layers import INPUTS
 from .head import shared
 from .hf_checks import check_hooks, class_of, unsupported, unwrapped
-from .layers import INPUTS
 from .model import LayerSkipModel
 from .rotary import exact_module
 
@@ -85,14 +85,14 @@ def quantized_weights(hf_model: Any, architecture: Architecture) -> Checkpoint |
     UnsupportedModelError if the method is not supported, or a module is of a class that repacks its tensors.
     """
     config = hf_model.config
-    method = checkpoints.method_of(config)
+    method = method_of(config)
     if method is None:
         return None
-    checkpoints.layout_of(method)
+    layout_of(method)
     tensors = ModelTensors(hf_model)
     if tensors.are_plain:
         return None
-    checkpoint = checkpoints.checkpoint_of(config)
+    checkpoint = checkpoint_of(config)
     for name in _matrices(hf_model, architecture):
         found = class_of(hf_model.get_submodule(name))
         kind = f"{found.__module__}.{found.__name__}"

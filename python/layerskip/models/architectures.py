@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .files import EMBEDDING, FLOATS, HEAD, LAYERS, NORM, without_leftovers
-from .generic_layers import GenericDecoder, LayerConfig
-from .head import EarlyExitHead, NormForm
+from .generic_layers import LayerConfig
+from .head import EarlyExitHead, NormSpec
 from .hf_checks import UnsupportedModelError, class_of, unsupported
 from .layers import PartialDepthDecoder
 from .rotary import LONG, Rotary, exact_module, max_positions, rope_parameters, rotary_of, rotations
@@ -104,13 +104,13 @@ def phi3(config: Any, module: Any) -> LayerConfig:
     return replace(made, rotaries=(rotations(made.rotaries[0], size),), fused=False, rotary_dim=rotary_dim)
 
 
-def granite_norm(config: Any) -> NormForm:
+def granite_norm(config: Any) -> NormSpec:
     """The factor of the logits goes into the final norm."""
-    return NormForm(0.0, 1 / config.logits_scaling)
+    return NormSpec(0.0, 1 / config.logits_scaling)
 
 
-def gemma_norm(config: Any) -> NormForm:
-    return NormForm(1.0, 1.0)
+def gemma_norm(config: Any) -> NormSpec:
+    return NormSpec(1.0, 1.0)
 
 
 def _by_layer_type(config: Any, module: Any) -> tuple[tuple[Rotary, ...], tuple[int, ...], tuple[int | None, ...]]:
@@ -169,7 +169,7 @@ class Architecture:
     layer_config : callable
         (configuration, module of the rotary embedding) -> `LayerConfig`.
     final_norm : callable or None
-        Configuration -> `NormForm`.
+        Configuration -> `NormSpec`.
     rope_types : tuple of str
     partial_rotary : bool
         Whether a head may have values that are not rotated.
@@ -186,7 +186,7 @@ class Architecture:
     differs: str = ""
     speed: str = ONE_CALL
     layer_config: Callable[[Any, Any], LayerConfig] = llama
-    final_norm: Callable[[Any], NormForm] | None = None
+    final_norm: Callable[[Any], NormSpec] | None = None
     rope_types: tuple[str, ...] = STATIC
     partial_rotary: bool = False
     activations: tuple[str, ...] = ACTIVATIONS
@@ -244,7 +244,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def norm_form_of(config: Any) -> NormForm | None:
+def norm_spec(config: Any) -> NormSpec | None:
     """How the final norm of a model is stored, if not as the ops take it."""
     final_norm = ARCHITECTURES[config.model_type].final_norm
     return None if final_norm is None else final_norm(config)
@@ -277,16 +277,9 @@ def assemble(
     if frequency_factors is not None:
         first, *others = made.rotaries
         made = replace(made, rotaries=(first._replace(inv_freq=first.inv_freq / frequency_factors), *others))
-    decoder: PartialDepthDecoder
-    if made.one_call:
-        inv_freq, scaling, _ = made.rotaries[0]
-        decoder = PartialDepthDecoder(
-            layers, config.num_key_value_heads, made.eps, inv_freq, scaling, max_positions=made.max_positions
-        )
-    else:
-        decoder = GenericDecoder(layers, config.num_key_value_heads, made)
+    decoder = PartialDepthDecoder.from_config(layers, config.num_key_value_heads, made)
     head = parameters[EMBEDDING if HEAD not in parameters else HEAD]
-    return decoder, EarlyExitHead(parameters[NORM], head, made.eps, norm_form=norm_form_of(config))
+    return decoder, EarlyExitHead(parameters[NORM], head, made.eps, norm_spec=norm_spec(config))
 
 
 def named_weights(model: LayerSkipModel) -> dict[str, Tensor]:
@@ -296,7 +289,7 @@ def named_weights(model: LayerSkipModel) -> dict[str, Tensor]:
         named[HEAD] = model.head.head_weight
     paths = ARCHITECTURES[model.config.model_type].layer_paths
     for number in range(model.num_layers):
-        layer = model.decoder.held(number)
+        layer = model.decoder.layer_parameters(number)
         named |= {f"{LAYERS}.{number}.{path}": layer[name] for name, path in paths.items()}
     return named
 

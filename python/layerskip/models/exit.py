@@ -16,7 +16,7 @@ from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 from .. import registry
 from .files import load_tensors, save_tensors
-from .head import BoundExit, EarlyExitHead, check_token_ids
+from .head import EarlyExitHead, ExitWeights, check_token_ids
 
 if TYPE_CHECKING:
     from .model import LayerSkipModel
@@ -83,7 +83,7 @@ class Exit:
     def num_draft_layers(self) -> int:
         return len(self.draft_layers)
 
-    def of(self, model: LayerSkipModel, rows: str | Tensor | None = None) -> BoundExit:
+    def of(self, model: LayerSkipModel, rows: str | Tensor | None = None) -> ExitWeights:
         """Bind the exit to a model: cast to its dtype and device; tensors that need no cast are shared.
 
         On the CPU, draft layers are in the format `PACKED` if the head is int8, so that a draft reads half the bytes.
@@ -118,7 +118,7 @@ class Exit:
         ]
         if head.scale is not None and like.is_cpu:
             draft_layers = [_packed(layer, number) for number, layer in enumerate(draft_layers)]
-        return BoundExit(self.exit_layer, head, tuple(draft_layers))
+        return ExitWeights(self.exit_layer, head, tuple(draft_layers))
 
     def _check_model(self, model: LayerSkipModel) -> None:
         decoder = model.decoder

@@ -23,7 +23,7 @@ def reject_gradient(hidden: Tensor) -> None:
         raise ValueError("this module has no backward; call it under torch.no_grad(), or detach its input")
 
 
-class BoundExit(NamedTuple):
+class ExitWeights(NamedTuple):
     """An exit in the dtype and on the device of a model: ``head`` has its norm, ``draft_layers`` run before it.
 
     ``exit_layer`` is None for a head alone, which may follow any layer. Matrices of draft layers may be packed.
@@ -34,13 +34,13 @@ class BoundExit(NamedTuple):
     draft_layers: tuple[LayerWeights, ...] = ()
 
 
-class NormForm(NamedTuple):
+class NormSpec(NamedTuple):
     """A final norm that is stored differently: the op's weight is (``offset`` + stored) · ``scale``."""
 
     offset: float
     scale: float
 
-    def of(self, kept: Tensor) -> Tensor:
+    def apply(self, kept: Tensor) -> Tensor:
         return ((kept.float() + self.offset) * self.scale).to(kept.dtype)
 
 
@@ -63,7 +63,7 @@ class EarlyExitHead(nn.Module):
         The token of each row; by default its index.
     scale : Tensor [V], fp32, optional
         One factor a row of an int8 head.
-    norm_form : NormForm, optional
+    norm_spec : NormSpec, optional
         If ``norm_weight`` is not the op's weight, which then is a tensor of its own, see `refresh`.
     """
 
@@ -78,7 +78,7 @@ class EarlyExitHead(nn.Module):
         eps: float,
         token_map: Tensor | None = None,
         scale: Tensor | None = None,
-        norm_form: NormForm | None = None,
+        norm_spec: NormSpec | None = None,
     ) -> None:
         super().__init__()
         packed = head_weight.dim() == 2 and is_packed(head_weight)
@@ -89,13 +89,13 @@ class EarlyExitHead(nn.Module):
                 f"norm_weight has shape {list(norm_weight.shape)}, head_weight {list(head_weight.shape)}; "
                 "expected [D] and [V, D]"
             )
-        self.norm_form = norm_form
-        if norm_form is None:
+        self.norm_spec = norm_spec
+        if norm_spec is None:
             self.norm_weight = shared(norm_weight)
         else:
             self.norm_kept = shared(norm_weight)
             with torch.inference_mode(False), torch.no_grad():  # `refresh` writes to it in any mode
-                self.register_buffer("norm_weight", norm_form.of(norm_weight), persistent=False)
+                self.register_buffer("norm_weight", norm_spec.apply(norm_weight), persistent=False)
             self.register_load_state_dict_post_hook(lambda module, keys: module.refresh())
         self.head_weight = shared(head_weight)
         self.eps = float(eps)
@@ -109,14 +109,14 @@ class EarlyExitHead(nn.Module):
     @property
     def kept_norm(self) -> Tensor:
         """The parameter of the norm."""
-        return self.norm_weight if self.norm_form is None else self.norm_kept
+        return self.norm_weight if self.norm_spec is None else self.norm_kept
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute the norm's weight if it is derived from the parameter."""
-        if self.norm_form is None:
+        if self.norm_spec is None:
             return
-        weight = self.norm_form.of(self.norm_kept)
+        weight = self.norm_spec.apply(self.norm_kept)
         if (weight.dtype, weight.device) == (self.norm_weight.dtype, self.norm_weight.device):
             self.norm_weight.copy_(weight)
         else:

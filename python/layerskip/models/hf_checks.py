@@ -45,7 +45,7 @@ class ModelSnapshot:
         check_hooks(hf_model)
         self._model = ref(hf_model)
         modules = list(hf_model.modules())
-        # Those that hold nothing come to hold something that is called only with another forward, or as a new module.
+        # An empty dict can be left out: a module that is added to it is called only by a new forward or module.
         self._module_dicts = [module._modules for module in modules if module._modules]
         self._parameter_dicts: list[Mapping[str, Any]] = [one._parameters for one in modules if one._parameters]
         # Of a quantized model tensors are packed anew, which must follow their values; and some are buffers.
@@ -59,12 +59,12 @@ class ModelSnapshot:
         self._weights = [weight for weight in self._parameters if weight is not None]
         # Conversions keep a parameter and change what it holds, where it stays on the CPU or torch is told so.
         self._dtypes, self._on_cpu = list(map(_DTYPE, self._weights)), list(map(_ON_CPU, self._weights))
-        self._depth = _depth(hf_model)
+        self._num_layers = _num_layers(hf_model)
         self._copied = self._weights if quantized else []
         self._versions = list(map(_version, self._copied))
 
     def changed(self) -> nn.Module | None:
-        """Return the model if its depth, modules, parameters, or their dtype or device have changed, else None.
+        """Return the model if its layers, modules, parameters, or their dtype or device have changed, else None.
 
         In-place changes of values count only in a quantized model, since plain values are shared. A model that was
         freed has not changed. UnsupportedModelError as in `check_hooks`.
@@ -76,7 +76,7 @@ class ModelSnapshot:
         if overridden or (any(self._hook_dicts) and not _same(_values(self._hook_dicts), self._hooks)):
             check_hooks(model)
             self._hooks = _values(self._hook_dicts)
-        return None if _depth(model) == self._depth and self._is_as_it_was() else model
+        return None if _num_layers(model) == self._num_layers and self._is_as_it_was() else model
 
     def _is_as_it_was(self) -> bool:
         return (
@@ -162,10 +162,10 @@ def _values(dicts: Iterable[Mapping[Any, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(_OF_DICT, dicts)))
 
 
-def _depth(model: nn.Module) -> int | None:
+def _num_layers(model: nn.Module) -> int | None:
     """The number of layers that a model calls."""
-    depth: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    return depth
+    num_layers: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return num_layers
 
 
 def _version(tensor: Tensor) -> int:

@@ -3,143 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from threading import Lock
 from typing import Any, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
-from layerskip_kernels import KVCache, LayerWeights, linear, partial_forward, rms_norm, rope_kv_append, verify_attention
-from layerskip_kernels.formats import plain
+from layerskip_kernels import KVCache, LayerWeights, linear, partial_forward, rms_norm, rope_kv_append
+from layerskip_kernels.dispatch import call
 from layerskip_kernels.functional import check_layer_weights
-from layerskip_kernels.schemas import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS
+from layerskip_kernels.schemas import OPTIONAL_WEIGHTS, REQUIRED_WEIGHTS, bind
 from layerskip_kernels.speculative import Ops
 
+from .generic_layers import JOINED, GenericWeights, LayerConfig, Product, Watch, compute_layer, split_joined
 from .head import reject_gradient, shared
+from .hf_checks import UnsupportedModelError
 from .kv_cache import SharedKVCache
-from .rotary import Rotary
+from .rotary import Rotary, pair_order
 
-HeldWeights: TypeAlias = "LayerWeights | Mapping[str, Tensor]"
-"""The tensors of a layer by name, as they are kept."""
-JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-"""What some models keep as one parameter: the rows of one matrix behind those of the other."""
-
-
-def present(layer: HeldWeights) -> dict[str, Tensor]:
-    """The tensors that a layer has, by name."""
-    named = layer._asdict() if isinstance(layer, LayerWeights) else layer
-    return {name: weight for name, weight in named.items() if weight is not None}
-
-
-def parts_of(held: Mapping[str, Tensor], keys: int) -> dict[str, Tensor]:
-    """Split joined parameters into views of rows; ``keys`` is G C, the rows of k."""
-    parts: dict[str, Tensor] = {}
-    for name, weight in held.items():
-        if name not in JOINED:
-            parts[name] = weight
-            continue
-        rows = weight.shape[0]
-        sizes = [rows - 2 * keys, keys, keys] if name == "qkv" else [rows // 2, rows - rows // 2]
-        parts |= zip(JOINED[name], weight.detach().split(sizes), strict=True)
-    return parts
-
-
-INPUTS = {
-    "q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attended",
-    "gate": "feed-forward", "up": "feed-forward", "gate_up": "feed-forward", "down": "gated",
-}  # fmt: skip
-"""What each matrix of a layer is multiplied by, by names that `prefill_layer` tells. A layer has some of them."""
-ATTENTION_ROWS = 64  # of one call on a CPU: its partial results stay in the caches
-
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x [R, D], weight, bias) -> x @ weightᵀ + bias."""
-Watch = Callable[[str, Tensor], None]
-"""Called with a name in `INPUTS`, and what the matrices are multiplied by."""
-
-
-def prefill_layer(
-    hidden: Tensor,
-    weights: LayerWeights,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seq_lens: Tensor,
-    past: int,
-    eps: float,
-    watch: Watch | None = None,
-) -> Tensor:
-    """Compute one layer as `layerskip_kernels.partial_forward` defines it, with torch's matmuls and attention.
-
-    ``hidden`` is [B, N, D]; keys and values go to positions ``past`` to ``past + N - 1`` of the caches [B, G, T, C].
-    ``seq_lens`` [B] equal ``past``, on the device. ``watch`` is called with the inputs of matmuls.
-    """
-    seen = watch or (lambda name, states: None)
-    batch, rows, _ = hidden.shape
-    head_dim = k_cache.shape[3]
-    normed = rms_norm(hidden, weights.attn_norm, eps)
-    seen("attention", normed)
-    q = torch_linear(normed, weights.q, weights.q_bias).view(batch, rows, -1, head_dim)
-    k = torch_linear(normed, weights.k, weights.k_bias).view(batch, rows, -1, head_dim)
-    v = torch_linear(normed, weights.v, weights.v_bias).view(batch, rows, -1, head_dim)
-    q = q if weights.q_norm is None else rms_norm(q, weights.q_norm, eps)
-    k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
-    q = rope_kv_append(q, k, v, cos, sin, k_cache, v_cache, seq_lens)
-    attended = attend_prompt(q, k_cache, v_cache, seq_lens, past)
-    seen("attended", attended)
-    hidden = hidden + torch_linear(attended, weights.o)
-    normed = rms_norm(hidden, weights.mlp_norm, eps)
-    seen("feed-forward", normed)
-    gated = F.silu(torch_linear(normed, weights.gate)) * torch_linear(normed, weights.up)
-    seen("gated", gated)
-    return hidden + torch_linear(gated, weights.down)
-
-
-def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x weightᵀ + bias with torch; a packed weight is unpacked for this call."""
-    return F.linear(x, plain(weight, x.shape[-1], x.dtype), bias)
-
-
-def write_keys(hidden: Tensor, weights: LayerWeights, cache: KVCache, eps: float, product: Product) -> None:
-    """Write the keys and values of one layer for states [B, N, D]; ``cache`` is of this layer alone."""
-    batch, rows, _ = hidden.shape
-    normed = rms_norm(hidden, weights.attn_norm, eps).flatten(0, 1)
-    shape = (batch, rows, -1, cache.k_cache.shape[3])
-    k = product(normed, weights.k, weights.k_bias).view(shape)
-    v = product(normed, weights.v, weights.v_bias).view(shape)
-    k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, eps)
-    rope_kv_append(k, k, v, cache.cos, cache.sin, cache.k_cache, cache.v_cache, cache.seq_lens, cache.slots)
-
-
-def attend_prompt(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, past: int) -> Tensor:
-    """Causal attention of q [B, N, H, C] over what the cache holds; [B, N, H C]."""
-    if q.device.type == "cpu":
-        # Torch's own is two to five times slower there: a mask keeps it from skipping what no row sees.
-        return attend_in_pieces(q, k_cache, v_cache, seq_lens)
-    return attend_masked(q, k_cache, v_cache, past)
-
-
-def attend_in_pieces(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor) -> Tensor:
-    attended = [
-        verify_attention(piece, k_cache, v_cache, seq_lens + i * ATTENTION_ROWS)
-        for i, piece in enumerate(q.split(ATTENTION_ROWS, dim=1))
-    ]
-    return torch.cat(attended, dim=1).flatten(2)
-
-
-def attend_masked(q: Tensor, k_cache: Tensor, v_cache: Tensor, past: int) -> Tensor:
-    """Use torch's attention, up to the last valid position: a mask does not keep NaN beyond it out of V."""
-    rows = q.shape[1]
-    keys, values = k_cache[:, :, : past + rows], v_cache[:, :, : past + rows]
-    # No tensor for a mask: that would rule out flash attention on a card.
-    attended = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys, values, attn_mask=causal_lower_right(rows, past + rows), enable_gqa=True
-    )
-    return attended.transpose(1, 2).flatten(2)
-
-
+NamedWeights: TypeAlias = "LayerWeights | Mapping[str, Tensor]"
+"""The tensors of a layer by name, as they are stored; None for absent ones."""
 _growing = Lock()  # of tables, which several threads may find too short; a decoder that held it could not be copied
 
 
@@ -147,12 +32,15 @@ class PartialDepthDecoder(nn.Module):
     """The layers of a decoder; `forward` runs layers [start, end) as one fused call.
 
     The given tensors are kept, not copied: storage and in-place changes are shared with the model that they come from.
+    Layers of other architectures than Llama's come from `from_config`. They take one call for consecutive layers of one
+    rotary embedding, or small ops; the promises are the same: one cache, rollback by a length, and the same bits for a
+    row whatever is computed with it.
 
     Parameters
     ----------
     layers : sequence of LayerWeights, or of mapping
         At least one; all of one dtype and on one device. Shapes as in `layerskip_kernels.partial_forward`. A mapping
-        has the same names, or those of `layerskip.models.layers.JOINED` for several matrices in one parameter.
+        has the same names, or those of `layerskip.models.generic_layers.JOINED` for several matrices in one parameter.
     num_kv_heads : int
         G.
     eps : float
@@ -174,33 +62,62 @@ class PartialDepthDecoder(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[HeldWeights],
+        layers: Sequence[NamedWeights],
         num_kv_heads: int,
         eps: float,
         inv_freq: Tensor,
         attention_scaling: float = 1.0,
-        draft_layers: Sequence[HeldWeights] = (),
+        draft_layers: Sequence[NamedWeights] = (),
         max_positions: int | None = None,
+    ) -> None:
+        if inv_freq.dtype != torch.float32 or inv_freq.dim() != 1:
+            raise ValueError(f"inv_freq must be an fp32 vector, got {inv_freq.dtype} {list(inv_freq.shape)}")
+        rotary = Rotary(inv_freq.detach().cpu(), float(attention_scaling))
+        config = LayerConfig(float(eps), (rotary,), max_positions=max_positions)
+        self._init(layers, num_kv_heads, config, draft_layers)
+
+    @classmethod
+    def from_config(
+        cls,
+        layers: Sequence[NamedWeights],
+        num_kv_heads: int,
+        config: LayerConfig,
+        draft_layers: Sequence[NamedWeights] = (),
+    ) -> PartialDepthDecoder:
+        """Make a decoder of layers that compute as ``config`` says.
+
+        Layers that are not fused have the tensors of `GenericWeights`. Draft layers have the first rotary embedding.
+        """
+        decoder = cls.__new__(cls)
+        decoder._init(layers, num_kv_heads, config, draft_layers)
+        return decoder
+
+    def _init(
+        self,
+        layers: Sequence[NamedWeights],
+        num_kv_heads: int,
+        config: LayerConfig,
+        draft_layers: Sequence[NamedWeights],
     ) -> None:
         super().__init__()
         if not layers:
             raise ValueError("a decoder needs at least one layer")
-        if inv_freq.dtype != torch.float32 or inv_freq.dim() != 1:
-            raise ValueError(f"inv_freq must be an fp32 vector, got {inv_freq.dtype} {list(inv_freq.shape)}")
+        self.config = config
         self.num_layers, self.num_draft_layers = len(layers), len(draft_layers)
-        self.num_kv_heads, self.eps = num_kv_heads, float(eps)
-        self.head_dim = 2 * inv_freq.numel()
+        self.num_kv_heads, self.eps, self.max_positions = num_kv_heads, config.eps, config.max_positions
+        self.head_dim = 2 * config.rotaries[0].inv_freq.numel()
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
             raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
         self.layers = nn.ModuleList(_parameters(layer) for layer in (*layers, *draft_layers))
-        # Plain attributes: a conversion of the module to bf16 must not round frequencies or tables.
-        self.rotary = Rotary(inv_freq.detach().cpu(), float(attention_scaling))
-        self._tables = (torch.empty(0, self.head_dim // 2),) * 2
-        self.max_positions = max_positions
+        self._rotary_index = [*(config.rotary_index or [0] * self.num_layers), *[0] * self.num_draft_layers]
+        # Not buffers: a conversion of the module to bf16 must not round tables.
+        self._tables = [(torch.empty(0, self.head_dim // 2),) * 2 for _ in config.rotaries]
+        self._order = None if config.rotary_dim is None else pair_order(config.rotary_dim, self.head_dim)
         self._list_weights()
         self.hidden_size = self._by_layer[0].o.shape[0]
         self.num_heads = self._by_layer[0].q.shape[0] // self.head_dim
-        self._check_weights()
+        if config.fused:  # else the small ops check them
+            _check_layers(self._by_layer, self.hidden_size, self.num_kv_heads, self.head_dim)
         self.register_load_state_dict_post_hook(lambda module, keys: module._list_weights())
 
     @property
@@ -211,70 +128,90 @@ class PartialDepthDecoder(nn.Module):
     def device(self) -> torch.device:
         return self._like.device
 
+    def with_layers(
+        self, layers: Sequence[NamedWeights], draft_layers: Sequence[LayerWeights] = ()
+    ) -> PartialDepthDecoder:
+        """A decoder of other layers that compute in the same way."""
+        return self.from_config(layers, self.num_kv_heads, self.config, draft_layers)
+
     def with_draft_layers(self, draft_layers: Sequence[LayerWeights]) -> PartialDepthDecoder:
         """A decoder with the same layers, on the same storage, and an exit's draft layers."""
-        return self.of([self.held(number) for number in range(self.num_layers)], draft_layers)
+        return self.with_layers([self.layer_parameters(number) for number in range(self.num_layers)], draft_layers)
 
-    def of(self, layers: Sequence[HeldWeights], draft_layers: Sequence[LayerWeights] = ()) -> PartialDepthDecoder:
-        """A decoder of other layers, with the same eps and rotary embedding."""
-        inv_freq, scaling, _ = self.rotary
-        return PartialDepthDecoder(
-            layers, self.num_kv_heads, self.eps, inv_freq, scaling, draft_layers, self.max_positions
-        )
-
-    def let_go(self) -> None:
+    def release_weights(self) -> None:
         """Drop the lists of weights, so that parameters can be freed one by one; nothing can be computed then."""
         self._by_layer.clear()
         self._weights.clear()
 
     def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
         """Make an empty cache [B, T] for layers and draft layers; the rotary tables grow to ``capacity``."""
+        if self.config.experts_per_token and self.device.type != "cpu":
+            raise UnsupportedModelError(f"mixtures of experts are supported on the CPU, not yet on {self.device}")
         layers = self.num_layers + self.num_draft_layers
         cache = SharedKVCache(layers, batch_size, self.num_kv_heads, capacity, self.head_dim, self.dtype, self.device)
         with _growing:
-            held = self._tables[0]
-            if held.shape[0] < capacity or held.device != self.device:
-                self._tables = self._filled_tables(max(capacity, held.shape[0]))
+            first = self._tables[0][0]
+            if first.shape[0] < capacity or first.device != self.device:
+                positions = max(capacity, first.shape[0])
+                self._tables = [
+                    rotary.tables(positions, self.max_positions, self.device) for rotary in self.config.rotaries
+                ]
         return cache
 
     @property
     def inv_freq(self) -> Tensor:
-        """Frequencies of the rotary embedding [C/2], fp32, on the CPU."""
-        return self.rotary.inv_freq
+        """Frequencies of the first rotary embedding [C/2], fp32, on the CPU."""
+        return self.config.rotaries[0].inv_freq
 
     @property
     def rope_tables(self) -> tuple[Tensor, Tensor]:
-        """Cos and sin of the rotary embedding, [≥ T, C/2]; `new_cache` may put longer ones in their place."""
-        return self._tables
-
-    def tables_of(self, number: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin of one layer."""
-        return self._tables
+        """Cos and sin of the first rotary embedding, [≥ T, C/2]; `new_cache` may put longer ones in their place."""
+        return self._tables[0]
 
     @property
     def ops(self) -> Ops | None:
         """The ops that drafts and rounds are composed of; None if one call computes them."""
-        return None
+        if self.config.one_call:
+            return None
+        names = "exit_head", "accept_greedy", "accept_sampled"
+        return {"partial_forward": self._partial_forward, **{name: partial(call, name) for name in names}}
 
     def layer(self, index: int) -> LayerWeights:
         return self._by_layer[index]
 
     def template(self, index: int) -> LayerWeights:
         """The layer whose shapes an exit's draft layers must have."""
-        return self.layer(index)
+        if not self.config.fused:
+            raise UnsupportedModelError(
+                "an exit with draft layers is not supported for layers that are composed of small ops; one without is"
+            )
+        return self._by_layer[index]
 
-    def held(self, index: int) -> dict[str, Tensor]:
+    def layer_parameters(self, index: int) -> dict[str, Tensor]:
         """The parameters of one layer, some of them joined."""
         return dict(cast("nn.ParameterDict", self.layers[index]).items())
 
-    def made(self, held: Mapping[str, Tensor]) -> LayerWeights:
-        """The weights of a layer, of parameters as from `held`."""
-        return LayerWeights(**parts_of(held, self.num_kv_heads * self.head_dim))
+    def make_weights(self, parameters: Mapping[str, Tensor]) -> Any:
+        """The weights of a layer, of parameters as from `layer_parameters`."""
+        parts = split_joined(parameters, self.num_kv_heads * self.head_dim)
+        if self.config.fused:
+            return LayerWeights(**parts)
+        if offset := self.config.norm_offset:
+            norms = {name: part for name, part in parts.items() if name.endswith("norm")}
+            with torch.inference_mode(False), torch.no_grad():  # `refresh` writes to them in any mode
+                parts |= {name: norm.float() + offset for name, norm in norms.items()}
+        return GenericWeights(**parts)
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """List the parameters again if `layer` returns views, whose memory may have changed."""
+        """Update views of weights whose memory, and norms whose values, may have changed."""
         if self._has_views:
             self._list_weights()
+        offset = self.config.norm_offset
+        for number in range(self.num_layers if offset else 0):
+            for name, weight in self.layer_parameters(number).items():
+                if name.endswith("norm"):
+                    getattr(self._by_layer[number], name).copy_(weight.float() + offset)
 
     def layer_weights(self, start: int, end: int) -> list[Tensor]:
         """The weights of layers [start, end) as `layerskip_kernels.partial_forward` takes them."""
@@ -300,7 +237,8 @@ class PartialDepthDecoder(nn.Module):
         Parameters
         ----------
         hidden : Tensor [B, M, D]
-            State before layer ``start``; row m of sequence b is at position ``seq_lens[b] + m``.
+            State before layer ``start``, which for layer 0 is the embedding as `LayerSkipModel.embed` returns it; row
+            m of sequence b is at position ``seq_lens[b] + m``.
         cache : SharedKVCache
             Of `new_cache`.
         start, end : int
@@ -324,14 +262,12 @@ class PartialDepthDecoder(nn.Module):
         end = self.num_layers if end is None else end
         self._check(hidden, cache, start, end)
         with torch.no_grad():
-            return partial_forward(
-                hidden, self.layer_weights(start, end), self.kv_cache(cache, seq_lens, slots), start, end, self.eps
-            )
+            return self._run(hidden, self.kv_cache(cache, seq_lens, slots), start, end)
 
     def kv_cache(self, cache: SharedKVCache, seq_lens: Tensor | None = None, slots: Tensor | None = None) -> KVCache:
         """The cache and the rotary tables as the ops take them; by default with the cache's lengths."""
         lengths = cache.seq_lens if seq_lens is None else seq_lens
-        return KVCache(cache.k, cache.v, *self._tables, lengths, slots)
+        return KVCache(cache.k, cache.v, *self._tables[0], lengths, slots)
 
     def prefill(self, hidden: Tensor, cache: SharedKVCache, start: int = 0, end: int | None = None) -> Tensor:
         """Run layers [start, end) on many rows, with torch's own matmuls and attention.
@@ -372,17 +308,11 @@ class PartialDepthDecoder(nn.Module):
         return hidden
 
     def prefill_layer(
-        self,
-        number: int,
-        weights: LayerWeights,
-        hidden: Tensor,
-        cache: SharedKVCache,
-        past: int,
-        watch: Watch | None = None,
+        self, number: int, weights: Any, hidden: Tensor, cache: SharedKVCache, past: int, watch: Watch | None = None
     ) -> Tensor:
         """One layer of `prefill`, after ``past`` positions, with the given weights."""
-        keys, values, (cos, sin) = cache.k[number], cache.v[number], self.tables_of(number)
-        return prefill_layer(hidden, weights, keys, values, cos, sin, cache.seq_lens, past, self.eps, watch)
+        hidden = self._scaled(hidden) if number == 0 else hidden
+        return self._compute(number, weights, hidden, self.kv_cache(cache), past, watch)
 
     def write_keys(
         self,
@@ -398,12 +328,66 @@ class PartialDepthDecoder(nn.Module):
         ``product`` is `layerskip_kernels.linear`, with the bits of `forward`, or torch's, for the many rows of a
         prompt.
         """
+        if not self.config.fused:
+            raise UnsupportedModelError("layers that are composed of small ops do not write keys alone")
         self._check(hidden, cache, layer, layer + 1)
-        whole = self.kv_cache(cache, seq_lens, slots)
-        cos, sin = self.tables_of(layer)
-        own = whole._replace(k_cache=whole.k_cache[layer], v_cache=whole.v_cache[layer], cos=cos, sin=sin)
+        hidden = self._scaled(hidden) if layer == 0 else hidden
+        own, weights = self._of_layer(self.kv_cache(cache, seq_lens, slots), layer), self._by_layer[layer]
+        heads = (*hidden.shape[:2], -1, self.head_dim)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            write_keys(hidden, self._by_layer[layer], own, self.eps, product)
+            normed = rms_norm(hidden, weights.attn_norm, self.eps).flatten(0, 1)
+            k = product(normed, weights.k, weights.k_bias).view(heads)
+            v = product(normed, weights.v, weights.v_bias).view(heads)
+            k = k if weights.k_norm is None else rms_norm(k, weights.k_norm, self.eps)
+            rope_kv_append(k, k, v, own.cos, own.sin, own.k_cache, own.v_cache, own.seq_lens, own.slots)
+
+    def _partial_forward(self, *args: Any) -> Tensor:
+        """The op of that name for these layers; it has the weights already."""
+        a = bind("partial_forward", *args)
+        return self._run(a.hidden, KVCache(a.k_cache, a.v_cache, a.cos, a.sin, a.seq_lens, a.slots), a.start, a.end)
+
+    def _run(self, hidden: Tensor, cache: KVCache, start: int, end: int) -> Tensor:
+        if self.config.one_call:
+            return partial_forward(hidden, self.layer_weights(start, end), cache, start, end, self.eps)
+        if start == 0 < end:
+            hidden = self._scaled(hidden)
+        if not self.config.fused:
+            for number in range(start, end):
+                hidden = self._compute(number, self._by_layer[number], hidden, cache)
+            return hidden
+        for index, run in groupby(range(start, end), self._rotary_index.__getitem__):
+            numbers = list(run)
+            first, last = numbers[0], numbers[-1] + 1
+            cos, sin = self._tables[index]
+            flat = self.layer_weights(first, last)
+            hidden = partial_forward(hidden, flat, cache._replace(cos=cos, sin=sin), first, last, self.eps)
+        return hidden
+
+    def _compute(
+        self,
+        number: int,
+        weights: Any,
+        hidden: Tensor,
+        cache: KVCache,
+        past: int | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Layer ``number`` by small ops."""
+        window = self.config.windows[number] if self.config.windows else None
+        own = self._of_layer(cache, number)
+        return compute_layer(hidden, weights, own, self.config, window, self._order, past, watch)
+
+    def _of_layer(self, cache: KVCache, number: int) -> KVCache:
+        """The part of the cache and the rotary tables of one layer."""
+        cos, sin = self._tables[self._rotary_index[number]]
+        return cache._replace(k_cache=cache.k_cache[number], v_cache=cache.v_cache[number], cos=cos, sin=sin)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """The embedding times its factor."""
+        factor = self.config.embedding_scale
+        if self.config.round_embedding_scale:
+            factor = float(torch.tensor(factor).to(hidden.dtype))
+        return hidden if factor == 1.0 else hidden * factor
 
     def _check(self, hidden: Tensor, cache: SharedKVCache, start: int, end: int) -> None:
         """Check what the op cannot; called for every draft token."""
@@ -421,41 +405,33 @@ class PartialDepthDecoder(nn.Module):
                 f"the decoder {self.num_kv_heads} of size {self.head_dim}"
             )
 
-    def _filled_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        return self.rotary.tables(positions, self.max_positions, self.device)
-
     def _list_weights(self) -> None:
         """List the parameters in the op's order; the lists hold the objects, so they see in-place changes."""
-        self._by_layer = [self.made(self.held(number)) for number in range(len(self.layers))]
-        names = self._fields()
-        first = self.held(0)
-        self._has_views = not JOINED.keys().isdisjoint(first)
-        self._like = next(weight for weight in first.values() if weight.dim() == 1)
+        parameters = [self.layer_parameters(number) for number in range(len(self.layers))]
+        self._by_layer = [self.make_weights(layer) for layer in parameters]
+        self._has_views = not JOINED.keys().isdisjoint(parameters[0])
+        self._like = next(weight for weight in parameters[0].values() if weight.dim() == 1)
+        self._order = None if self._order is None else self._order.to(self.device)
+        has_optional = any(not layer.keys().isdisjoint(OPTIONAL_WEIGHTS) for layer in parameters)
+        names = LayerWeights._fields if has_optional else REQUIRED_WEIGHTS
+        if not self.config.fused:
+            names = GenericWeights._fields
         absent = torch.empty(0, dtype=self._like.dtype, device=self._like.device)
         flat = [getattr(layer, name) for layer in self._by_layer for name in names]
         self._per_layer = len(names)
         self._weights: list[Tensor] = [absent if weight is None else weight for weight in flat]
 
-    def _fields(self) -> Sequence[str]:
-        """The names of a layer's tensors in the op's order."""
-        layers = map(self.held, range(len(self.layers)))
-        has_optional = any(not held.keys().isdisjoint(OPTIONAL_WEIGHTS) for held in layers)
-        return LayerWeights._fields if has_optional else REQUIRED_WEIGHTS
-
-    def _check_weights(self) -> None:
-        _check_layers(self._by_layer, self.hidden_size, self.num_kv_heads, self.head_dim)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PartialDepthDecoder:
         """Convert the module, and list its weights again: a conversion may replace parameters."""
         super()._apply(fn, recurse)
         self._list_weights()
-        cos, sin = self._tables
-        self._tables = cos.to(self.device), sin.to(self.device)
+        self._tables = [(cos.to(self.device), sin.to(self.device)) for cos, sin in self._tables]
         return self
 
 
-def _parameters(layer: HeldWeights) -> nn.ParameterDict:
-    return nn.ParameterDict({name: shared(weight) for name, weight in present(layer).items()})
+def _parameters(layer: NamedWeights) -> nn.ParameterDict:
+    named = layer._asdict() if isinstance(layer, LayerWeights) else layer
+    return nn.ParameterDict({name: shared(weight) for name, weight in named.items() if weight is not None})
 
 
 def _check_layers(layers: Sequence[LayerWeights], hidden_size: int, num_kv_heads: int, head_dim: int) -> None:

@@ -15,10 +15,11 @@ from layerskip_kernels.formats import FORMATS, is_interleaved, rows_of
 
 from .. import registry
 from .._imports import need
-from . import checkpoints
 from .adaptation import adapt, build, frequency_factors
 from .architectures import ARCHITECTURES, check_config, check_model_type, named_weights
-from .checkpoints import ROPE_FACTORS, Progress, own_settings, without_quantization
+from .checkpoints.base import PlainCheckpoint, Progress, TensorFiles, without_quantization
+from .checkpoints.gguf import SUFFIX, GgufCheckpoint, check_architecture
+from .checkpoints.hf import ROPE_FACTORS, checkpoint_of, layout_of, method_of, own_settings
 from .files import INDEX, SINGLE, ModelFileError, check_safetensors, read_json, reading, shards
 from .model import LayerSkipModel
 
@@ -104,7 +105,7 @@ def _read(
     source, options = str(name_or_dir), {}
     if registry.is_path(name_or_dir):
         path = Path(source).expanduser()
-        if path.suffix == checkpoints.SUFFIX and path.is_file():
+        if path.suffix == SUFFIX and path.is_file():
             return _read_gguf(path, dtype, weights, progress)
         source, options = str(path), {"local_files_only": True}
         _check_directory(path)
@@ -116,7 +117,7 @@ def _read(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     if checkpoint is not None:
         directory = Path(source) if options else _download(source)
-        checkpoint.read_from(checkpoints.TensorFiles(directory))
+        checkpoint.read_from(TensorFiles(directory))
         generation = _generation_config(directory)
         return build(source, config, checkpoint, dtype, generation, progress), tokenizer
     with reading("weights", source):
@@ -131,16 +132,16 @@ def _read(
 
 def _checkpoint(source: str, config: Any, weights: str | None) -> Any:
     """The reader of weights that are quantized, or that are packed as they are read; None: transformers reads them."""
-    method = checkpoints.method_of(config)
+    method = method_of(config)
     if method is None:
         architecture = ARCHITECTURES.get(config.model_type)
         # Files have each expert's matrices, and transformers stacks them.
         has_experts = architecture is not None and "experts_in" in architecture.layer_paths
-        return None if weights is None or has_experts else checkpoints.PlainCheckpoint(weights)
-    checkpoints.layout_of(method)
+        return None if weights is None or has_experts else PlainCheckpoint(weights)
+    layout_of(method)
     if weights is not None:
         raise ValueError(f"the weights of {source} are quantized already ({method}); leave out {weights}")
-    return checkpoints.checkpoint_of(config)
+    return checkpoint_of(config)
 
 
 def _read_gguf(
@@ -154,8 +155,8 @@ def _read_gguf(
     with reading("configuration", str(path)):
         config = transformers.AutoConfig.from_pretrained(path.parent, **given)
     check_config(config)
-    checkpoints.check_architecture(path, config.model_type)
-    checkpoint = checkpoints.GgufCheckpoint(path)
+    check_architecture(path, config.model_type)
+    checkpoint = GgufCheckpoint(path)
     with reading("tokenizer", str(path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
     return build(str(path), config, checkpoint, dtype, progress=progress), tokenizer

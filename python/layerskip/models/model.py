@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from layerskip_kernels import Draft, Noise, Round, draft, linear, speculative_round
 from layerskip_kernels.formats import lookup
 
-from .head import BoundExit, EarlyExitHead, shared
+from .generic_layers import Product, torch_linear
+from .head import EarlyExitHead, ExitWeights, shared
 from .kv_cache import SharedKVCache
-from .layers import PartialDepthDecoder, Product, torch_linear
+from .layers import PartialDepthDecoder
 from .quantize import format_names, quantize_model, with_widths
 
 
@@ -29,7 +30,7 @@ class LayerSkipModel(nn.Module):
     head : EarlyExitHead
     config, generation_config : object
         Configurations of the model that it was made from.
-    exit : BoundExit, optional
+    exit : ExitWeights, optional
         By default drafts use ``head`` after any early layer.
 
     Attributes
@@ -45,10 +46,10 @@ class LayerSkipModel(nn.Module):
         head: EarlyExitHead,
         config: Any,
         generation_config: Any = None,
-        exit: BoundExit | None = None,
+        exit: ExitWeights | None = None,
     ) -> None:
         super().__init__()
-        exit = BoundExit(None, head) if exit is None else exit
+        exit = ExitWeights(None, head) if exit is None else exit
         for one in (head, exit.head):
             if one.eps != decoder.eps:
                 raise ValueError(f"the head's eps is {one.eps}, the decoder's {decoder.eps}; an op takes one for both")
@@ -68,7 +69,7 @@ class LayerSkipModel(nn.Module):
         """The head of drafts, which may be approximate, since ``head`` verifies them."""
         return self.head if self._own_draft_head is None else self._own_draft_head
 
-    def with_exit(self, exit: BoundExit) -> LayerSkipModel:
+    def with_exit(self, exit: ExitWeights) -> LayerSkipModel:
         """A model with the same weights, on the same storage, that drafts with an exit."""
         if self.decoder.num_draft_layers:
             raise ValueError("the model has an exit with draft layers already; give the exit to the model without it")
@@ -152,64 +153,62 @@ class LayerSkipModel(nn.Module):
 
     def read(
         self,
-        tokens: Tensor,
+        token_ids: Tensor,
         cache: SharedKVCache,
-        end: int | None = None,
+        num_layers: int | None = None,
         *,
         draft_layers: bool = False,
         seq_lens: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """Run tokens that are known through layers [0, end), fused: of a prompt, or drafts that were looked up.
+        """Run known tokens, of a prompt or of lookup drafts, through layers [0, num_layers), fused.
 
         Parameters
         ----------
-        tokens : Tensor [B, M], int64
+        token_ids : Tensor [B, M], int64
             Row m of sequence b is at position ``seq_lens[b] + m``. Lengths are not advanced.
         cache : SharedKVCache
-        end : int, optional
-            By default all layers.
+        num_layers : int, optional
+            By default all.
         draft_layers : bool
-            Whether the exit is to draft later: then its draft layers, if it has any, must have read all tokens.
+            Whether the exit is to draft later: its draft layers, if any, must have run on all tokens before.
         seq_lens, slots : Tensor [B], int64, optional
             As in `PartialDepthDecoder.forward`.
 
         Returns
         -------
         Tensor [B, M, D]
-            The states after these layers, bit for bit those that the tokens would have one by one. Draft layers keep
-            them.
+            The states after these layers, bit for bit those that the tokens would have one by one.
         """
-        return self._read(tokens, cache, end, draft_layers, self.decoder.forward, linear, seq_lens, slots)
+        return self._read(token_ids, cache, num_layers, draft_layers, self.decoder.forward, linear, seq_lens, slots)
 
     def prefill(
-        self, tokens: Tensor, cache: SharedKVCache, end: int | None = None, *, draft_layers: bool = False
+        self, token_ids: Tensor, cache: SharedKVCache, num_layers: int | None = None, *, draft_layers: bool = False
     ) -> Tensor:
-        """As `read`, with torch's matmuls, see `PartialDepthDecoder.prefill`; at the lengths of the cache."""
-        return self._read(tokens, cache, end, draft_layers, self.decoder.prefill, torch_linear)
+        """`read` with torch's matmuls, at the lengths of the cache, see `PartialDepthDecoder.prefill`."""
+        return self._read(token_ids, cache, num_layers, draft_layers, self.decoder.prefill, torch_linear)
 
     def _read(
         self,
-        tokens: Tensor,
+        token_ids: Tensor,
         cache: SharedKVCache,
-        end: int | None,
+        num_layers: int | None,
         draft_layers: bool,
         run: Callable[..., Tensor],
         product: Product,
         *places: Tensor | None,
     ) -> Tensor:
-        """Of the last draft layer nobody reads the states, so only its keys and values are computed."""
-        decoder, exit_layer = self.decoder, self.exit_layer
-        layers, hidden = decoder.num_layers, self.embed(tokens)
-        end = layers if end is None else end
+        """Nothing reads the states after the last draft layer, so only its keys and values are computed."""
+        decoder, exit_layer, hidden = self.decoder, self.exit_layer, self.embed(token_ids)
+        num_layers = self.num_layers if num_layers is None else num_layers
         if not (draft_layers and decoder.num_draft_layers):
-            return run(hidden, cache, 0, end, *places)
+            return run(hidden, cache, 0, num_layers, *places)
         assert exit_layer is not None  # a model with draft layers has one
         hidden = run(hidden, cache, 0, exit_layer, *places)
-        last = layers + decoder.num_draft_layers - 1
-        state = run(hidden, cache, layers, last, *places) if last > layers else hidden
+        last = self.num_layers + decoder.num_draft_layers - 1
+        state = run(hidden, cache, self.num_layers, last, *places) if last > self.num_layers else hidden
         decoder.write_keys(state, cache, last, product, *places)
-        return run(hidden, cache, exit_layer, end, *places) if end > exit_layer else hidden
+        return run(hidden, cache, exit_layer, num_layers, *places) if num_layers > exit_layer else hidden
 
     def decode(
         self,
@@ -245,7 +244,7 @@ class LayerSkipModel(nn.Module):
         ValueError, TypeError
             If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
-        self._check_depth(num_layers)
+        self._check_num_layers(num_layers)
         decoder = self.decoder
         kv_cache, weights = decoder.kv_cache(cache, seq_lens, slots), decoder.layer_weights(0, num_layers)
         with torch.no_grad():
@@ -311,10 +310,10 @@ class LayerSkipModel(nn.Module):
             )  # fmt: skip
 
     def _check_exit(self, exit_layer: int) -> None:
-        self._check_depth(exit_layer)
+        self._check_num_layers(exit_layer)
         if self.exit_layer not in (None, exit_layer):
             raise ValueError(f"exit_layer is {exit_layer}, but the model's exit is after {self.exit_layer} layers")
 
-    def _check_depth(self, depth: int) -> None:
-        if not 1 <= depth <= self.num_layers:
-            raise ValueError(f"layers [0, {depth}) are not within the decoder's {self.num_layers}")
+    def _check_num_layers(self, num_layers: int) -> None:
+        if not 1 <= num_layers <= self.num_layers:
+            raise ValueError(f"layers [0, {num_layers}) are not within the decoder's {self.num_layers}")

@@ -15,8 +15,9 @@ from torch import Tensor
 from layerskip_kernels.formats import Format, fit, format_of, is_packed, lookup, named, pack, quantize
 
 from .files import outer_format
+from .generic_layers import INPUTS, Watch
 from .head import EarlyExitHead, shared
-from .layers import INPUTS, PartialDepthDecoder, Watch
+from .layers import PartialDepthDecoder
 
 STACKS = ("experts_in", "experts_out")
 """Names of the experts' weights [N, rows, D], which are rounded to nearest: each expert sees few of the tokens."""
@@ -41,7 +42,7 @@ class Calibration:
     @torch.no_grad()
     def pack(self, number: int, weights: str, done: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Pack layer ``number``; layers come in order. ``done`` is called with each weight that is packed."""
-        layer = self._decoder.held(number)
+        layer = self._decoder.layer_parameters(number)
         moments: dict[str, Tensor] = {}  # sums of products of inputs, by their names in `INPUTS`
 
         def add(name: str, states: Tensor) -> None:
@@ -59,8 +60,8 @@ class Calibration:
         self._states = self._run(number, packed, None)
         return packed
 
-    def _run(self, number: int, held: Mapping[str, Tensor], watch: Watch | None) -> list[Tensor]:
-        decoder, layer = self._decoder, self._decoder.made(held)
+    def _run(self, number: int, parameters: Mapping[str, Tensor], watch: Watch | None) -> list[Tensor]:
+        decoder, layer = self._decoder, self._decoder.make_weights(parameters)
         return [
             decoder.prefill_layer(number, layer, state, cache, 0, watch)
             for state, cache in zip(self._states, self._caches, strict=True)
@@ -162,28 +163,34 @@ def quantize_model(
     states = [lookup(embedding, ids.view(1, -1), decoder.hidden_size, decoder.dtype) for ids in texts]
     calibration = Calibration(decoder, states) if texts else None
     if release and calibration is None:
-        decoder.let_go()  # of views, which would keep the memory
+        decoder.release_weights()  # of views, which would keep the memory
     made = []
     for number, matrices in enumerate(layers):
         if calibration is not None:
             made.append(calibration.pack(number, weights, done))
         else:
-            made.append(decoder.held(number) | {name: packed(weight, weights) for name, weight in matrices.items()})
+            made.append(
+                decoder.layer_parameters(number) | {name: packed(weight, weights) for name, weight in matrices.items()}
+            )
     outer = outer_format(weights)
     head_weight = shared(packed(head.head_weight, outer))  # one parameter, so that a tied one stays so on any device
     embedding = head_weight if tied else packed(embedding, outer)
-    return embedding, decoder.of(made), EarlyExitHead(head.kept_norm, head_weight, head.eps, norm_form=head.norm_form)
+    return (
+        embedding,
+        decoder.with_layers(made),
+        EarlyExitHead(head.kept_norm, head_weight, head.eps, norm_spec=head.norm_spec),
+    )
 
 
 def _matrices(decoder: PartialDepthDecoder) -> list[dict[str, Tensor]]:
     """The weights of each layer's matmuls."""
-    layers = map(decoder.held, range(decoder.num_layers))
+    layers = map(decoder.layer_parameters, range(decoder.num_layers))
     return [{name: held[name] for name in MATRICES if name in held} for held in layers]
 
 
 def with_widths(embedding: Tensor, decoder: PartialDepthDecoder, head: EarlyExitHead) -> list[tuple[Tensor, int]]:
     """Each matrix or stack of them, the head and the embedding, with the width of its inputs."""
-    width, first, held = decoder.hidden_size, decoder.layer(0), decoder.held(0)
+    width, first, held = decoder.hidden_size, decoder.layer(0), decoder.layer_parameters(0)
     widths = {"o": first.q.shape[0]}
     if "experts_in" in held:
         widths["experts_out"] = held["experts_in"].shape[1] // 2

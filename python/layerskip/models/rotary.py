@@ -20,15 +20,15 @@ class Rotary(NamedTuple):
     scaling: float
     rotated: int | None = None
 
-    def tables(self, positions: int, most: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cos and sin of position times frequency, [positions, C/2] in fp32; NaN from position ``most`` on."""
+    def tables(self, positions: int, max_positions: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cos and sin of position times frequency, [positions, C/2] in fp32; NaN from position ``max_positions`` on."""
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self.inv_freq
         scaling = torch.full_like(self.inv_freq, self.scaling)
         if self.rotated is not None:
             scaling[self.rotated :] = 1
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
-        if most is not None:
-            cos[most:] = torch.nan
+        if max_positions is not None:
+            cos[max_positions:] = torch.nan
         return cos.to(device), sin.to(device)
 
 

@@ -21,8 +21,8 @@ from layerskip_kernels import LayerWeights, multiplies_panels
 from layerskip_kernels.formats import PANEL_ROWS, can_interleave, interleave, is_interleaved, rows_of
 
 from .adaptation import adapt
-from .checkpoints import KEEPS_ROWS
-from .head import BoundExit
+from .checkpoints.base import KEEPS_ROWS
+from .head import ExitWeights
 from .hf_checks import unsupported
 from .model import LayerSkipModel
 from .quantize import MATRICES
@@ -33,7 +33,7 @@ LINE = 64  # bytes; each weight begins at a line of the cache
 _SMAPS = Path("/proc/self/smaps")
 
 
-class Arena:
+class WeightArena:
     """One memory mapping of ``size`` bytes for the weights of a model, in huge pages if possible."""
 
     def __init__(self, size: int) -> None:
@@ -76,7 +76,7 @@ class Arena:
         return 0
 
 
-def gather_weights(model: Any) -> Arena | None:
+def gather_weights(model: Any) -> WeightArena | None:
     """Move a model's weights into one arena, in place, in the order in which decoding reads them.
 
     Every holder of a parameter sees it in its new place, with the same values; a view of a weight keeps the old memory.
@@ -91,7 +91,7 @@ def gather_weights(model: Any) -> Arena | None:
 
     Returns
     -------
-    Arena or None
+    WeightArena or None
         None if the weights are not in plain memory of this process: on a GPU, or made in inference mode.
 
     Raises
@@ -104,7 +104,7 @@ def gather_weights(model: Any) -> Arena | None:
         return None
     panels = _panels(model)
     places = {(tensor.data_ptr(), tensor.shape): _lines(tensor) for tensor in tensors}  # tied ones have one place
-    arena, moved = Arena(sum(places.values())), dict[tuple[int, torch.Size], Tensor]()
+    arena, moved = WeightArena(sum(places.values())), dict[tuple[int, torch.Size], Tensor]()
     since_trim = 0
     for tensor in tensors:
         place = (tensor.data_ptr(), tensor.shape)
@@ -136,7 +136,7 @@ def scatter_weights(model: Any) -> None:
     _renew(model)
 
 
-def gather_exit(exit: BoundExit) -> BoundExit:
+def gather_exit(exit: ExitWeights) -> ExitWeights:
     """Move an exit's int8 draft layers and head into an arena of its own.
 
     An exit in the model's dtype stays as it is, since it shares tensors with `Exit` or the model, and so does one on a
@@ -147,13 +147,13 @@ def gather_exit(exit: BoundExit) -> BoundExit:
     tensors = [*(weight for layer in exit.draft_layers for weight in layer if weight is not None), rows]
     if head.scale is None or any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
         return exit
-    arena = Arena(sum(map(_lines, tensors)))
+    arena = WeightArena(sum(map(_lines, tensors)))
     draft_layers = tuple(_gathered(layer, arena, head.norm_weight) for layer in exit.draft_layers)
     rows.data = arena.take(rows)
     return exit._replace(draft_layers=draft_layers)
 
 
-def _gathered(layer: LayerWeights, arena: Arena, norm: Tensor) -> LayerWeights:
+def _gathered(layer: LayerWeights, arena: WeightArena, norm: Tensor) -> LayerWeights:
     """Copy a draft layer into an arena, in the order of reading; ``norm`` [D] has the dtype of its states."""
     weights = {name: weight for name, weight in layer._asdict().items() if weight is not None}
     widths = dict.fromkeys(MATRICES, norm.shape[0]) | {"o": layer.q.shape[0], "down": layer.gate.shape[0]}
@@ -215,7 +215,7 @@ def _in_order(model: LayerSkipModel) -> Iterator[Tensor]:
 
     Small ones come along because they would keep the old memory if all of it is one mapped file.
     """
-    layers = [model.decoder.held(number) for number in range(model.num_layers)]
+    layers = [model.decoder.layer_parameters(number) for number in range(model.num_layers)]
     for layer in layers:
         yield from (layer[name] for name in MATRICES if name in layer)
     yield model.head.head_weight

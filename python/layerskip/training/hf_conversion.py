@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.architectures import check_config, norm_form_of
+from ..models.architectures import check_config, norm_spec
 from ..models.hf_checks import ORIGINAL_FORWARD
 from .curriculum import LayerDropout, apply_to_samples
 from .losses import ExitHeadLoss, target_rows
@@ -37,7 +37,7 @@ class Conversion:
         if dropout is not None and len(dropout.rates) != len(self.layers):
             raise ValueError(f"{len(dropout.rates)} dropout rates were given for {len(self.layers)} layers")
         self.vocabulary = int(head.weight.shape[0])
-        self.loss = ExitHeadLoss(norm, head, _eps(norm), norm_form_of(model.config))
+        self.loss = ExitHeadLoss(norm, head, _eps(norm), norm_spec(model.config))
         self._wanted: frozenset[int] = frozenset()
         self._dropping = False  # stays set after a forward: activation checkpointing reruns layers in the backward
         self._states: dict[int, Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import layerskip_kernels
 
-from ..models.head import NormForm
+from ..models.head import NormSpec
 
 IGNORE = -100
 
@@ -33,11 +33,11 @@ def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
 class ExitHeadLoss:
     """J = Σ weightₙ · CE(head(norm(x_n)), next token), x_n the state after exit layer n (arXiv 2404.16710, §4.1.2).
 
-    ``norm`` and ``head`` are the model's own modules, ``norm_form`` the form that the model keeps its norm weight in.
+    ``norm`` and ``head`` are the model's own modules, ``norm_spec`` how the model stores its norm weight.
     """
 
-    def __init__(self, norm: Any, head: Any, eps: float, norm_form: NormForm | None = None) -> None:
-        self.norm, self.head, self.eps, self.norm_form = norm, head, eps, norm_form
+    def __init__(self, norm: Any, head: Any, eps: float, norm_spec: NormSpec | None = None) -> None:
+        self.norm, self.head, self.eps, self.norm_spec = norm, head, eps, norm_spec
 
     def gather(self, states: Sequence[Tensor], rows: Tensor) -> Tensor:
         """Gather the rows [N, R, D] of the states, in the dtype that matmuls run in."""
@@ -48,7 +48,7 @@ class ExitHeadLoss:
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Norm and head weight, read on every call: a sharded model swaps them."""
-        norm = self.norm.weight if self.norm_form is None else self.norm_form.of(self.norm.weight)
+        norm = self.norm.weight if self.norm_spec is None else self.norm_spec.apply(self.norm.weight)
         return norm.to(dtype), self.head.weight.to(dtype)
 
     def on_rows(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layerskip_kernels import linear
 from layerskip_kernels.formats import format_of, lookup
 
-from ..models.layers import torch_linear
+from ..models.generic_layers import torch_linear
 
 SKINNY_ROWS = 16  # one tile; for more rows the arithmetic costs more than reading the weights
 

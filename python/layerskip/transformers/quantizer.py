@@ -27,13 +27,13 @@ class LayerSkipConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a directory that ``layerskip quantize`` wrote."""
 
     def __init__(self, version: int = 0, formats: Sequence[str] = (), quant_method: Any = METHOD) -> None:
-        from ..models.checkpoints import OwnCheckpoint
+        from ..models.checkpoints.hf import OwnCheckpoint
 
         self.quant_method, self.version, self.formats = quant_method, version, list(formats)
         OwnCheckpoint(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        from ..models.checkpoints import own_settings
+        from ..models.checkpoints.hf import own_settings
 
         return {**own_settings(self.formats), "version": self.version}
 
@@ -46,7 +46,7 @@ class LayerSkipQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        from ..models.checkpoints import ROPE_FACTORS
+        from ..models.checkpoints.hf import ROPE_FACTORS
         from ..models.files import EMBEDDING, HEAD
         from ..models.hf_checks import unsupported
 
@@ -67,7 +67,7 @@ class LayerSkipQuantizer(HfQuantizer):
             _replace(model, name, row_bytes)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ..models.checkpoints import ROPE_FACTORS
+        from ..models.checkpoints.hf import ROPE_FACTORS
 
         holder = getattr(model, ROPE_FACTORS.removesuffix(".weight"), None)
         if holder is not None:

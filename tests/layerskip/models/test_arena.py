@@ -15,7 +15,7 @@ from tiny import prompt_of, tiny_model
 import layerskip
 from layerskip.models import weight_arena
 from layerskip.models.quantize import MATRICES
-from layerskip.models.weight_arena import HUGE, LINE, Arena, gather_exit
+from layerskip.models.weight_arena import HUGE, LINE, WeightArena, gather_exit
 from layerskip_kernels.formats import is_interleaved, rows_of
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -31,7 +31,7 @@ def test_weights_lie_in_the_order_of_reading() -> None:
     before, objects = bits_of(model), dict(model.named_parameters())
     memory = layerskip.gather_weights(model)
     assert memory is not None
-    layers = [adapted.decoder.held(number) for number in range(adapted.num_layers)]
+    layers = [adapted.decoder.layer_parameters(number) for number in range(adapted.num_layers)]
     weights = [layer[name] for layer in layers for name in MATRICES if name in layer]
     weights += [adapted.head.head_weight, adapted.embedding]
     place = memory.address
@@ -139,7 +139,7 @@ def test_what_is_not_in_plain_memory_stays_where_it_is() -> None:
 def test_huge_pages() -> None:
     if not SETTING.is_file() or "[never]" in SETTING.read_text():
         pytest.skip("this kernel gives no transparent huge pages")
-    memory = Arena(3 * HUGE)
+    memory = WeightArena(3 * HUGE)
     assert memory.huge_bytes() == 0  # nothing is touched yet
     memory.take(torch.ones(3 * HUGE, dtype=torch.uint8))
     if memory.huge_bytes() == 0:
@@ -153,11 +153,11 @@ def test_where_the_kernel_refuses_huge_pages(monkeypatch: pytest.MonkeyPatch) ->
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(weight_arena.mmap, "mmap", Refusing)
-    assert torch.equal(Arena(HUGE).take(torch.arange(8)), torch.arange(8))
+    assert torch.equal(WeightArena(HUGE).take(torch.arange(8)), torch.arange(8))
 
 
 def test_where_the_kernel_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(weight_arena, "_SMAPS", tmp_path / "none")
-    memory = Arena(HUGE)
+    memory = WeightArena(HUGE)
     memory.take(torch.ones(HUGE, dtype=torch.uint8))
     assert memory.huge_bytes() == 0

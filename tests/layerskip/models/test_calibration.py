@@ -8,7 +8,7 @@ import torch
 
 from layerskip.models import adapt
 from layerskip.models.adaptation import dequantized
-from layerskip.models.layers import INPUTS
+from layerskip.models.generic_layers import INPUTS
 from layerskip.models.quantize import rounded
 from layerskip_kernels.formats import FORMATS, dequantize, fit, format_of, quantize
 
@@ -97,10 +97,10 @@ def test_a_layer_is_packed_for_what_the_packed_ones_before_it_give():
         cache = packed.new_cache(1, len(text))
         states = packed.prefill(model.embed(text[None]), cache, 0, 1)
         plain.prefill_layer(1, plain.layer(1), states, cache, 0, add)
-    matrices = {name: weight for name, weight in plain.held(1).items() if name in INPUTS}
+    matrices = {name: weight for name, weight in plain.layer_parameters(1).items() if name in INPUTS}
     assert matrices
     for name, weight in matrices.items():
-        assert torch.equal(packed.held(1)[name], rounded(weight, moments[INPUTS[name]], "int4"))
+        assert torch.equal(packed.layer_parameters(1)[name], rounded(weight, moments[INPUTS[name]], "int4"))
 
 
 def test_release_frees_each_weight():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import layerskip
 from layerskip.models import LayerSkipModel, ModelFileError, UnsupportedModelError, load
 from layerskip.models.adaptation import dequantized
-from layerskip.models.checkpoints import TensorFiles
+from layerskip.models.checkpoints.base import TensorFiles
 from layerskip.models.checkpoints.hf import packed_floats
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -81,7 +81,7 @@ def test_experts_stay_rows(one_thread: None) -> None:
     model = layerskip.adapt(tiny_model("mixtral", torch.bfloat16, **sizes)).quantize("int4")
     prompt = prompt_of(9)
     layerskip.gather_weights(model)
-    held = model.decoder.held(0)
+    held = model.decoder.layer_parameters(0)
     assert {name for name in held if is_interleaved(held[name])} == set("qkvo")
     decoder = SelfSpeculativeDecoder(model, 2, 3)
     expected = decoder.generate(prompt, 12, strategy="autoregressive").new_tokens

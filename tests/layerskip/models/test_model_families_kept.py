@@ -18,7 +18,7 @@ from layerskip import SelfSpeculativeDecoder
 from layerskip.models import UnsupportedModelError, adapt, gather_weights, load, save, scatter_weights
 from layerskip.models.adaptation import dequantized
 from layerskip.models.architectures import named_weights
-from layerskip.models.checkpoints import check_architecture
+from layerskip.models.checkpoints.gguf import check_architecture
 from layerskip.training import convert, revert
 from layerskip.training.exit_analysis import full_head, hidden_states
 from layerskip_kernels.formats import is_packed
@@ -179,7 +179,7 @@ class TestPacked:
     @EXPERTS
     def test_experts_are_what_their_numbers_stand_for(self, family, weights):
         model = adapt(wide(family)).quantize(weights)
-        held = model.decoder.held(1)
+        held = model.decoder.layer_parameters(1)
         assert {name for name in held if is_packed(held[name])} == set("qkvo") | {"experts_in", "experts_out"}
         tokens = random_tokens(2, 12)
         with torch.no_grad():

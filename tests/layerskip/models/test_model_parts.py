@@ -7,7 +7,7 @@ import torch
 from helpers import random_tokens, tiny_model, zeroed
 
 from layerskip import EarlyExitHead, PartialDepthDecoder, SharedKVCache, adapt
-from layerskip.models.layers import attend_in_pieces, attend_masked
+from layerskip.models.generic_layers import attend_in_pieces, attend_masked
 from layerskip_kernels import KVCache, LayerWeights, exit_head, partial_forward
 
 # Largest difference to the expected states, which are of order 1.

@@ -11,8 +11,8 @@ from helpers import ARCHITECTURES, random_tokens, tiny_config, tiny_model, zeroe
 from torch import nn
 
 from layerskip.models import (
-    BoundExit,
     EarlyExitHead,
+    ExitWeights,
     LayerSkipModel,
     UnsupportedModelError,
     adapt,
@@ -140,7 +140,7 @@ class TestDecoding:
 
     def test_a_draft_in_some_slots_and_with_another_head(self, model):
         token, lengths, slots = torch.tensor([3, 50]), torch.tensor([0, 0]), torch.tensor([3, 1])
-        model = model.with_exit(BoundExit(None, model.head.quantize()))
+        model = model.with_exit(ExitWeights(None, model.head.quantize()))
         cache = zeroed(model.decoder.new_cache(4, 16))
         out = model.draft(token, cache, 2, 3, seq_lens=lengths, slots=slots)
         plain = model.draft(token, model.decoder.new_cache(2, 16), 2, 3)
@@ -153,7 +153,7 @@ class TestDecoding:
         token = torch.tensor([3, 50])
         expected, _ = self.expected(model, token, model.num_layers, 8)
         if head == "int8":
-            model = model.with_exit(BoundExit(None, model.head.quantize()))
+            model = model.with_exit(ExitWeights(None, model.head.quantize()))
         cache, emitted = model.decoder.new_cache(2, 24), [[], []]
         while min(map(len, emitted)) < 8:
             done = model.speculate(token, cache, 1, 3)
@@ -173,7 +173,7 @@ class TestDecoding:
     def test_a_draft_head_with_a_norm_of_its_own_drafts_with_it(self, model):
         own_norm = model.head.norm_weight.detach() * torch.linspace(-2, 2, len(model.head.norm_weight))
         head = EarlyExitHead(own_norm, model.head.head_weight, model.head.eps)
-        own, token = model.with_exit(BoundExit(None, head)), torch.tensor([3])
+        own, token = model.with_exit(ExitWeights(None, head)), torch.tensor([3])
         caches = [zeroed(model.decoder.new_cache(1, 16)) for _ in range(3)]
         with_own, with_models = own.speculate(token, caches[0], 2, 3), model.speculate(token, caches[1], 2, 3)
         drafted = own.draft(token, caches[2], 2, 3)
@@ -188,7 +188,7 @@ class TestDecoding:
                 model.speculate(token, cache, exit_layer, 2)
         head = EarlyExitHead(model.head.norm_weight, model.head.head_weight, 0.25)
         with pytest.raises(ValueError, match=r"the head's eps is 0\.25, the decoder's 1e-06; an op takes one for both"):
-            model.with_exit(BoundExit(None, head))
+            model.with_exit(ExitWeights(None, head))
 
 
 @EVERY

@@ -41,7 +41,7 @@ def test_every_matrix_is_packed(model: LayerSkipModel, name: str) -> None:
     assert packed.vocab_size == model.vocab_size
     size = model.decoder.hidden_size
     for number in range(model.num_layers):
-        layer, plain = packed.decoder.held(number), model.decoder.held(number)
+        layer, plain = packed.decoder.layer_parameters(number), model.decoder.layer_parameters(number)
         matrices = layer.keys() & set(MATRICES)
         assert len(matrices) == 7
         for matrix in matrices:

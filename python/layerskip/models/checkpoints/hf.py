@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -361,3 +362,38 @@ class FineGrainedCheckpoint(Checkpoint):
         scale = self.files.read(f"{module}.weight_scale_inv", places)
         values = self.files.read(f"{module}.weight", shape, torch.float8_e4m3fn)
         return packed_floats(f"{module}.weight", values, scale.repeat_interleave(rows, dim=0)[: shape[0]], columns)
+
+
+LAYOUTS: dict[str, type[Checkpoint]] = {
+    METHOD: OwnCheckpoint,
+    "compressed-tensors": CompressedTensorsCheckpoint,
+    "gptq": GptqCheckpoint,
+    "awq": AwqCheckpoint,
+    "fp8": FineGrainedCheckpoint,
+}
+"""The reader of a checkpoint by the ``quant_method`` of its ``quantization_config``."""
+GGUF = "gguf"  # the quant_method of GGUF files that transformers has dequantized
+
+
+def method_of(config: Any) -> str | None:
+    """The ``quant_method`` of a configuration whose weights may be quantized; None if they are plain."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings.quant_method
+    method = str(getattr(method, "value", method))
+    return None if method == GGUF else method
+
+
+def layout_of(method: str) -> type[Checkpoint]:
+    """The reader of checkpoints of this ``quant_method``, or UnsupportedModelError."""
+    if method not in LAYOUTS:
+        raise unsupported(f"a model quantised with {method}", f"{', '.join(LAYOUTS)}, and plain weights")
+    return LAYOUTS[method]
+
+
+def checkpoint_of(config: Any) -> Checkpoint:
+    """The reader of a configuration's checkpoint; UnsupportedModelError for an unknown method or setting."""
+    settings = config.quantization_config
+    given = settings if isinstance(settings, Mapping) else settings.to_dict()
+    return layout_of(str(method_of(config)))(json.loads(json.dumps(given, default=str)))  # with names in place of enums
