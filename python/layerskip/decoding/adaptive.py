@@ -312,10 +312,7 @@ class Controller:
             self._cost(batch).observe(*choice, seconds)
 
     def choose(
-        self,
-        acceptances: Sequence[AcceptanceRates],
-        exit_layer: int | None = None,
-        num_speculations: int | None = None,
+        self, acceptances: Sequence[AcceptanceRates], exit_layer: int | None = None, num_speculations: int | None = None
     ) -> Choice:
         """Choose E and K for the next round; given values are fixed."""
         exits = self.exits if exit_layer is None else (exit_layer,)

@@ -30,15 +30,6 @@ _capturing = Lock()  # otherwise one thread's warm-up would synchronize within a
 StepFunction = Callable[[SequenceTensors], Tensor]
 
 
-class Event(Protocol):
-    """The methods of `torch.cuda.Event` that graphs need."""
-
-    def record(self, stream: Any) -> None: ...
-    def wait(self, stream: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def elapsed_time(self, end_event: Any) -> float: ...
-
-
 class Device(Protocol):
     """What graphs need of a device. `CudaDevice` is the real one."""
 
@@ -48,8 +39,11 @@ class Device(Protocol):
     def host_memory(self, like: Tensor) -> Tensor:
         """Host memory of a tensor's size, to which the device copies asynchronously."""
 
-    def event(self) -> Event: ...
-    def stream(self) -> Any: ...
+    def event(self) -> Any:
+        """An event with the methods of `torch.cuda.Event`."""
+
+    def stream(self) -> Any:
+        """The current stream."""
 
 
 class CudaDevice:
@@ -78,7 +72,7 @@ class CudaDevice:
     def host_memory(self, like: Tensor) -> Tensor:
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
-    def event(self) -> Event:
+    def event(self) -> Any:
         return torch.cuda.Event(enable_timing=True)
 
     def stream(self) -> Any:
@@ -153,11 +147,6 @@ class Graphs:
 
     They hold all memory that a running round reads and writes, and wait for it before they free any: freed memory may
     be reused at once, in another stream.
-
-    Parameters
-    ----------
-    device : Device
-    max_graphs : int
     """
 
     def __init__(self, device: Device, max_graphs: int = MAX_GRAPHS) -> None:
@@ -165,7 +154,7 @@ class Graphs:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._fixed: list[Tensor] = []
         self._addresses: tuple[int, ...] = ()
-        self._last: tuple[Any, Event] | None = None  # stream and end of the last launch
+        self._last: tuple[Any, Any] | None = None  # stream and end of the last launch
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -191,17 +180,10 @@ class Graphs:
     def launch(
         self, kind: Hashable, step: StepFunction, sequences: SequenceTensors, count: int
     ) -> tuple[GraphResult, SequenceTensors]:
-        """Launch ``step`` on ``sequences``; a new step is captured first.
+        """Launch ``step`` on ``sequences``, those from ``count`` on as padding; a new step is captured first.
 
-        Parameters
-        ----------
-        kind : hashable
-            All that ``step`` depends on besides ``sequences``, the held tensors, and their sizes.
-        step : callable
-            Changes the sequences in place, and gives [B, ...]. It must not look at a value on the host.
-        sequences : SequenceTensors
-            Those from ``count`` on are padding, and return to position 0.
-        count : int
+        ``kind`` is all that ``step`` depends on besides the sequences, the held tensors, and their sizes. ``step``
+        changes the sequences in place, gives [B, ...], and must not look at a value on the host.
 
         Returns
         -------

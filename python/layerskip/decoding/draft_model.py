@@ -207,14 +207,13 @@ class DraftModel:
             return self.caches
 
     def _adopt(self, model: LayerSkipModel) -> None:
-        """Decode with this model from now on; caches and statistics of the last one are dropped."""
+        """Decode with this model from now on; drop the caches and statistics of the last one."""
         validation.exit_layer_or_auto(self.exit_layer, model.num_layers)
         exits = self._exits(model)
         self._bind(model)
         self.controller = Controller(Sizes.of(self.model), exits)
 
     def _exits(self, model: LayerSkipModel) -> Sequence[int]:
-        """Return the layers that the controller picks from."""
         choices = self._exit_choices
         if self._exit is not None:
             if choices is not None:
@@ -234,7 +233,7 @@ class DraftModel:
         bound = None
         if self._exit is not None:
             bound = self._exit.of(model, head)
-        elif head not in (None, "full"):
+        elif self._copies_head:
             bound = ExitWeights(None, model.head.quantize(None if isinstance(head, str) else head))
         self.model = model if bound is None else model.with_exit(gather_exit(bound))
         self._without_exit, self._bound = model, self._state(model)
@@ -251,7 +250,7 @@ class DraftModel:
 
     @property
     def _copies_head(self) -> bool:
-        if self._exit is not None and self._exit.head_down is not None:
+        exit_, head = self._exit, self._draft_head
+        if exit_ is not None and (exit_.head_down is not None or (head is None and exit_.token_ids is not None)):
             return True
-        reduced = self._exit is not None and self._exit.token_ids is not None
-        return reduced if self._draft_head is None else self._draft_head != "full"
+        return head not in (None, "full")

@@ -133,13 +133,10 @@ def seed_of(params: SamplingParams, generator: torch.Generator | None) -> int:
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
-def params_of_each(
-    sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams | None]:
+def params_of_each(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[Any]:
     """Parameters of each prompt. A shared seed is incremented, so that equal prompts get different continuations."""
-    params: list[SamplingParams | None] = validation.one_each("sampling", sampling, count)
     if not isinstance(sampling, SamplingParams) or sampling.seed is None:
-        return params
+        return validation.one_each("sampling", sampling, count)
     return [replace(sampling, seed=(sampling.seed + index) % 2**63) for index in range(count)]
 
 
@@ -167,9 +164,7 @@ class LogitsControls:
             return to_device(torch.tensor(values, dtype=torch.float32), device)
 
         def column(values: list[float], neutral: float) -> Tensor | None:
-            if all(value == neutral for value in values):
-                return None
-            return numbers(values)[:, None]
+            return None if all(value == neutral for value in values) else numbers(values)[:, None]
 
         # Greedy sequences need no truncation: the largest logit survives it.
         top_k = [vocab_size if one.greedy else min(int(one.top_k) or vocab_size, vocab_size) for one in params]
@@ -188,22 +183,18 @@ class LogitsControls:
         )
 
     @property
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in an order that `form` fixes."""
-        return list(self._tensors.values())
 
     @property
     def form(self) -> Hashable:
         """Everything that a recorded round depends on, apart from values."""
-        return (*self._tensors, self.largest_k)
+        return (*self.tensors, self.largest_k)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> LogitsControls:
         """Apply ``change`` to every tensor."""
-        changed: dict[str, Any] = {name: change(value) for name, value in self._tensors.items()}
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
         return replace(self, **changed)
 
     def apart(self) -> LogitsControls:
@@ -246,17 +237,8 @@ class LogitsControls:
 class LogitsPipeline:
     """Bias, repetition penalty, a caller's own processor, temperature, top-k, top-p, min-p, in transformers' order.
 
-    Parameters
-    ----------
-    processors : sequence of LogitsProcessor or None
-        The requests' own processors, one for each sequence.
-    histories : sequence of History or None
-        Of each sequence with a processor of its own, up to and including its last token.
-
-    Attributes
-    ----------
-    failures : dict of int to Exception
-        What a sequence's own processor raised, by sequence; from then on it is not called.
+    ``processors`` and ``histories`` are the requests' own, one or None for each sequence. A processor that raises is
+    not called again; ``failures`` has the exceptions by sequence.
     """
 
     def __init__(

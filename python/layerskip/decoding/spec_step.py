@@ -31,16 +31,8 @@ _DRAFT_SEED = 0x5851F42D4C957F2D
 class SpecStep:
     """The steps of a batch; `speculate` is LayerSkip's round (arXiv 2404.16710, section 4.3).
 
-    Parameters
-    ----------
-    model : LayerSkipModel
-    cache : SharedKVCache
-        With room for K + 1 more positions of every sequence.
-    pipeline : LogitsPipeline, optional
-        The requests' own logits processors, where sequences have `LogitsControls`.
-    may_sync : bool
-        Whether drafting may look at values on the host to stop early. A GPU would have to be synchronized, and a
-        recorded step cannot.
+    ``cache`` has room for K + 1 more positions of every sequence. ``pipeline`` has the requests' own logits processors.
+    With ``may_sync`` drafting may look at values on the host to stop early; a recorded step cannot.
     """
 
     def __init__(
@@ -70,12 +62,7 @@ class SpecStep:
         return self._model.head(hidden, *(() if noise is None else (*noise, sequences.seq_lens))).token
 
     def advance(self, sequences: SequenceTensors, num_layers: int) -> Tensor:
-        """Decode one token with layers [0, num_layers): all layers, or an early exit without verification.
-
-        Returns
-        -------
-        Tensor [B, 2], int64
-        """
+        """Decode one token with layers [0, num_layers): all layers, or an early exit without verification."""
         model, places = self._model, sequences.places
         if sequences.controls is None:
             token = model.decode(sequences.token, self._cache, num_layers, noise=sequences.noise, **places)
@@ -277,27 +264,19 @@ def _choose(logits: Tensor, controls: LogitsControls, seed: Tensor, position: Te
 
 
 class DraftTensors(NamedTuple):
-    """Draft tokens, from any source, as verification takes them.
+    """Draft tokens, from any source, as verification takes them."""
 
-    ``tokens`` [B, K] are `NOT_DRAFTED` from where a sequence has none. ``states`` [B, K + 1, D] are those of the last
-    token and the draft tokens after the layer from which they are verified. Where tokens are drawn, draft tokens were
-    drawn from ``logits`` [B, K, S] over the tokens ``token_map`` [S], or over the vocabulary.
-    """
-
-    tokens: Tensor
-    states: Tensor
-    logits: Tensor | None
-    token_map: Tensor | None
+    tokens: Tensor  # [B, K]; `NOT_DRAFTED` from where a sequence has none
+    states: Tensor  # [B, K + 1, D]: of the last token and the draft tokens, after the layer that verification begins at
+    logits: Tensor | None  # [B, K, S]: what draft tokens were drawn from, if any sequence draws
+    token_map: Tensor | None  # [S]: the tokens of these logits; None for the whole vocabulary
 
 
 class LookupDrafts(NamedTuple):
-    """Draft tokens from earlier text or another source without an exit, ``tokens`` [B, K].
+    """Draft tokens from earlier text or another source without an exit."""
 
-    Where tokens are drawn, ``token_map`` [S] holds each of them once.
-    """
-
-    tokens: Tensor
-    token_map: Tensor | None
+    tokens: Tensor  # [B, K]
+    token_map: Tensor | None  # [S]: each of these tokens once, if any sequence draws
 
     @classmethod
     def of(
@@ -325,41 +304,23 @@ class SequenceTensors:
     """The state of the sequences of a round: entry b of every tensor belongs to sequence b.
 
     A round rewrites the first two tensors in place, and the tokens that the controls have seen.
-
-    Attributes
-    ----------
-    token : Tensor [B], int64
-        The last token of each sequence, which is not in the cache yet.
-    seq_lens : Tensor [B], int64
-        Its position, which is also how many positions the cache holds.
-    slots : Tensor [B], int64
-        The cache row of each sequence.
-    seed : Tensor [B], int64
-        Seed and position determine the noise that a token is drawn with.
-    temperature : Tensor [B], fp32, or None
-        None where every sequence is greedy.
-    lookup : LookupDrafts or None
-        Draft tokens of the next round that no exit makes.
-    controls : LogitsControls or None
-        How logits are processed, where they are.
     """
 
-    token: Tensor
-    seq_lens: Tensor
-    slots: Tensor
-    seed: Tensor
-    temperature: Tensor | None = None
-    lookup: LookupDrafts | None = None
-    controls: LogitsControls | None = None
+    token: Tensor  # [B], int64: the last tokens, which are not in the cache yet
+    seq_lens: Tensor  # [B], int64: their positions, which are also the lengths of the cache
+    slots: Tensor  # [B], int64: rows of the cache
+    seed: Tensor  # [B], int64: seed and position determine the noise that a token is drawn with
+    temperature: Tensor | None = None  # [B], fp32; None if every sequence is greedy
+    lookup: LookupDrafts | None = None  # drafts of the next round that no exit makes
+    controls: LogitsControls | None = None  # None if logits are not processed
 
     @property
     def places(self) -> dict[str, Any]:
-        """Where the sequences are in the cache, as keyword arguments of the model's methods."""
+        """Lengths and slots, as keyword arguments of the model's methods."""
         return {"seq_lens": self.seq_lens, "slots": self.slots}
 
     @property
     def noise(self) -> Noise | None:
-        """Temperature and seed as the kernels take them, or None where every sequence is greedy."""
         return None if self.temperature is None else Noise(self.temperature, self.seed)
 
     @property
@@ -404,7 +365,7 @@ class SequenceTensors:
                 one.copy_(value)
 
     def _tensors(self) -> list[Tensor]:
-        controls = () if self.controls is None else self.controls.tensors
+        controls = () if self.controls is None else self.controls.tensors.values()
         own = (self.token, self.seq_lens, self.slots, self.seed, self.temperature, *(self.lookup or ()), *controls)
         return [tensor for tensor in own if tensor is not None]
 

@@ -43,10 +43,9 @@ class Tuning:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the decoder; a draft head is loaded."""
-        given = dataclasses.asdict(self)
-        if self.draft_head not in (None, "full", "int8"):
-            given["draft_head"] = draft_model.DraftHead.load(Path(self.draft_head))
-        return given
+        if self.draft_head in (None, "full", "int8"):
+            return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "draft_head": draft_model.DraftHead.load(Path(self.draft_head))}
 
     def save(self, path: Path, measured: Mapping[str, Any]) -> None:
         """Write the file atomically; ``measured`` is stored for the reader and not loaded again."""

@@ -27,16 +27,13 @@ def integer_in(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
-def real(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
-    """Check a number in [low, high], or with an open end. NaN is in no range."""
+def real(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """Check a number in [low, high], or in (low, high]. NaN is in no range."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
-    above = number > low if open_low else number >= low
-    below = number < high if open_high else number <= high
-    if not (above and below):
-        span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name} must be in {span}, got {value}")
+    if not low <= number <= high or (open_low and number == low):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value}")
     return number
 
 
@@ -55,9 +52,7 @@ def exit_layer_of_exit(value: Any, exit_layer: int) -> int:
 
 
 def at_least_one(name: str, value: Any) -> int:
-    if _integer(name, value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
+    return integer_in(name, value, 1)
 
 
 def strategy(value: Any) -> str:
@@ -73,9 +68,7 @@ def exit_layer_or_auto(value: Any, num_layers: int) -> int | None:
 
 def num_speculations_or_auto(value: Any, most: int) -> int | None:
     """Check K; None for "auto"."""
-    if value == "auto":
-        return None
-    return integer_in("num_speculations", at_least_one("num_speculations", value), 1, most)
+    return None if value == "auto" else integer_in("num_speculations", at_least_one("num_speculations", value), 1, most)
 
 
 def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
@@ -106,14 +99,11 @@ def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
 
 def prompts(input_ids: Any) -> list[Any]:
     """Split a tensor [B, N] or a list into prompts; `prompt` checks each."""
-    if isinstance(input_ids, Tensor):
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, N]")
-        rows = list(input_ids)
-    elif isinstance(input_ids, (list, tuple)):
-        rows = list(input_ids)
-    else:
+    if not isinstance(input_ids, (Tensor, list, tuple)):
         raise TypeError(f"input_ids must be a tensor [B, N] or a list of prompts, got {type(input_ids).__name__}")
+    if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, N]")
+    rows = list(input_ids)
     if not rows:
         raise ValueError("input_ids holds no prompt")
     for row in rows:
