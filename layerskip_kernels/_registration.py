@@ -148,9 +148,31 @@ def _loss_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> 
     ctx.eps, ctx.ignore_index = inputs[5:7]
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """Return the first ``count`` tensors, gradients of an op that depend on all; a second derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"{ctx.op} is differentiable once: it has no second derivatives")
+
+
 def _loss_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # the gradients would enter a graph as constants
-        raise NotImplementedError("early_exit_loss is differentiable once; take its gradient without create_graph=True")
+    if not torch.is_grad_enabled():
+        return _loss_gradients(ctx, grad)
+    with torch.no_grad():  # with create_graph=True: these gradients must not enter the graph as constants
+        grads = _loss_gradients(ctx, grad)
+    computed = [one for one in grads if one is not None]
+    inputs = (tensor for tensor in ctx.saved_tensors[:5] if tensor.is_floating_point())
+    marked = iter(_OnceDifferentiable.apply("early_exit_loss", len(computed), *computed, grad, *inputs))
+    return tuple(None if one is None else next(marked) for one in grads)
+
+
+def _loss_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, exit_losses, logsumexp, slope = ctx.saved_tensors
     needs_hiddens, needs_norm, needs_head, _, needs_weights = ctx.needs_input_grad[:5]
     grads: list[Tensor | None] = [None, None, None]

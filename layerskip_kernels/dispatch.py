@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _checks
 from ._ops import ops
@@ -219,6 +220,10 @@ def _run(op: str, implementation: Implementation, args: tuple[Any, ...]) -> Any:
 
 def serve(op: str, *args: Any) -> Any:
     """Run the implementation that `explain` names: the kernel of ``torch.ops.layerskip.<op>``."""
+    device = device_of(args).type
+    if torch.is_autocast_enabled(device):  # it would change the dtypes within implementations that use torch
+        with torch.autocast(device, enabled=False):
+            return serve(op, *args)
     return _run(op, _table[op][explain(op, *args).backend], args)
 
 
@@ -228,15 +233,28 @@ def call(op: str, *args: Any) -> Any:
     An eager call on CPU tensors goes straight to the native kernel if that serves it: with a cold cache the checks and
     two passes through torch's dispatcher take as long as a small kernel. Others go through ``torch.ops.layerskip``.
     """
-    first, recording = args[0], torch.is_grad_enabled()
+    first, recording, compiling = args[0], torch.is_grad_enabled(), torch.compiler.is_compiling()
     if recording and first.requires_grad and op not in _differentiable:
         raise ValueError(f"{op} has no backward; call it under torch.no_grad(), or detach its inputs")
-    if type(first) is Tensor and first.is_cpu and not torch.compiler.is_compiling():
+    if not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        _check_transforms(op, args)
+    if type(first) is Tensor and first.is_cpu and not compiling:
         native = _table[op].get("cpu")
         needs_autograd = recording and op in _differentiable and _needs_gradient(args)
         if native is not None and native.checks and _forced.get() in (None, "cpu") and not needs_autograd:
             return _run(op, native, args)
     return getattr(ops, op).default(*args)
+
+
+def _check_transforms(op: str, args: tuple[Any, ...]) -> None:
+    """Refuse torch.func's derivatives and forward-mode differentiation, for which torch would give zeros or fail."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    reverse = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and _needs_gradient(args)
+    if reverse or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{op} supports neither the derivatives of torch.func nor forward-mode differentiation; use "
+            "torch.autograd.grad or backward()"
+        )
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:

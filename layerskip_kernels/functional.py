@@ -12,6 +12,7 @@ TypeError (dtype) with the offending value.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,7 +198,8 @@ def early_exit_loss(
     """Σ weightₙ · mean cross-entropy of exit n (LayerSkip, arXiv 2404.16710, §4.1.2), logits never written in full.
 
     All exits share the norm and the head. Differentiable once in ``hiddens``, ``norm_weight``, ``head_weight`` and
-    ``exit_weights``; a head without ``requires_grad`` gets no gradient and saves its cost.
+    ``exit_weights``; a head without ``requires_grad`` gets no gradient and saves its cost. Under autocast, floating
+    inputs of different dtypes are cast to autocast's.
 
     Parameters
     ----------
@@ -216,11 +218,32 @@ def early_exit_loss(
     Returns
     -------
     EarlyExitLossOutput
-        In fp32.
+        In fp32. ``exit_losses`` are for reports: a gradient of them raises.
     """
+    device = hiddens.device.type
+    if torch.is_autocast_enabled(device) and len({hiddens.dtype, norm_weight.dtype, head_weight.dtype}) > 1:
+        dtype = torch.get_autocast_dtype(device)
+        hiddens, norm_weight, head_weight = hiddens.to(dtype), norm_weight.to(dtype), head_weight.to(dtype)
     # Computing the gradient of hiddens in the forward saves the backward a pass over the head. The CPU always gains:
     # its backward can then compute the head's gradient in one product for all rows.
-    profits = hiddens.device.type == "cpu" or not head_weight.requires_grad
+    profits = device == "cpu" or not head_weight.requires_grad
     with_slope = torch.is_grad_enabled() and hiddens.requires_grad and profits
     args = (hiddens, norm_weight, head_weight, labels, exit_weights, eps, ignore_index, with_slope)
-    return EarlyExitLossOutput(*call("early_exit_loss", *args)[:2])
+    loss, exit_losses, *_ = call("early_exit_loss", *args)
+    if loss.requires_grad and not torch.compiler.is_compiling():
+        exit_losses = _Detached.apply(exit_losses, torch.zeros((), requires_grad=True))
+    return EarlyExitLossOutput(loss, exit_losses)
+
+
+class _Detached(torch.autograd.Function):
+    """Return ``values``, whose gradient raises instead of being left out without a word; ``leaf`` is any leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, leaf: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError(
+            "exit_losses of early_exit_loss are detached; take the gradient of loss, and choose exits by exit_weights"
+        )

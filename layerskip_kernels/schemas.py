@@ -253,7 +253,7 @@ class Round(NamedTuple):
 
 
 class EarlyExitLossOutput(NamedTuple):
-    """The scalar ``loss``, and ``exit_losses`` [N], the mean loss of each exit, detached."""
+    """The scalar ``loss``, and ``exit_losses`` [N], the mean loss of each exit, whose backward raises."""
 
     loss: Tensor
     exit_losses: Tensor

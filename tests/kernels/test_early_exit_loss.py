@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,15 +223,63 @@ def test_gradcheck(frozen: tuple[str, ...], backend: str, tiling: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_are_refused(backend: str) -> None:
+@pytest.mark.parametrize("names", [("hiddens",), ("norm_weight", "head_weight"), ("exit_weights",)], ids="-".join)
+def test_second_derivatives_are_refused(names: tuple[str, ...], backend: str) -> None:
+    """Though first ones with create_graph=True are right: without a refusal the second would lack terms."""
     inputs = make(2, 7, 16, 37, torch.float32)
-    inputs["hiddens"].requires_grad_()
+    leaves = [inputs[name].requires_grad_() for name in names]
     with lk.use_backend(backend):
-        loss = lk.early_exit_loss(**inputs).loss
-        with pytest.raises(
-            NotImplementedError, match="differentiable once; take its gradient without create_graph=True"
-        ):
-            torch.autograd.grad(loss, inputs["hiddens"], create_graph=True)
+        expected = torch.autograd.grad(lk.early_exit_loss(**inputs).loss, leaves)
+        first = torch.autograd.grad(lk.early_exit_loss(**inputs).loss, leaves, create_graph=True)
+        for one, other in zip(first, expected, strict=True):
+            assert torch.equal(one, other)
+            with pytest.raises(NotImplementedError, match="early_exit_loss is differentiable once: it has no second"):
+                torch.autograd.grad(one.square().sum(), leaves, retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_losses_say_that_they_are_detached(backend: str) -> None:
+    inputs = make(2, 7, 16, 37, torch.float32)
+    with lk.use_backend(backend):
+        assert not lk.early_exit_loss(**inputs).exit_losses.requires_grad
+        inputs["hiddens"].requires_grad_()
+        out = lk.early_exit_loss(**inputs)
+    for wrong in (out.exit_losses[0], out.loss + out.exit_losses.sum()):
+        with pytest.raises(RuntimeError, match="exit_losses of early_exit_loss are detached; take the gradient of los"):
+            wrong.backward(retain_graph=True)
+    out.loss.backward()
+    assert inputs["hiddens"].grad is not None
+
+
+def test_exit_losses_keep_no_states_alive() -> None:
+    inputs = make(2, 7, 16, 37, torch.float32)
+    states = inputs["hiddens"].requires_grad_() * 1
+    out = lk.early_exit_loss(**{**inputs, "hiddens": states})
+    losses, alive = out.exit_losses, weakref.ref(states)
+    del states, out
+    assert losses.isfinite().all()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("narrow", [("hiddens",), ("hiddens", "head_weight")], ids="-".join)
+def test_autocast_casts_mixed_dtypes(narrow: tuple[str, ...], backend: str) -> None:
+    """bf16 states, as autocast's matmuls give them, and an fp32 norm; without autocast it is an error."""
+    inputs = make(2, 7, 16, 37, torch.bfloat16)
+    mixed = {
+        name: value.float() if name in ("norm_weight", "head_weight") and name not in narrow else value
+        for name, value in inputs.items()
+    }
+    with lk.use_backend(backend):
+        expected_loss, _, expected = run(inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _, grads = run(mixed)
+        with pytest.raises(TypeError, match="norm_weight has dtype float32, expected bfloat16"):
+            run(mixed)
+    assert torch.equal(loss, expected_loss)
+    for name, grad in grads.items():
+        assert grad.dtype == mixed[name].dtype
+        assert torch.equal(grad, expected[name].to(grad.dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

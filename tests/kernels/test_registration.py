@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import layerskip_kernels as lk
 from layerskip_kernels import _extension
@@ -145,3 +146,43 @@ def test_second_derivatives_are_those_of_torch(op: str) -> None:
         seconds.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
     for actual, expected in zip(*seconds, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("op", "options"), CALLS)
+def test_autocast_changes_no_bits(op: str, options: bool, backend: str) -> None:
+    with lk.use_backend(backend):
+        expected = run(op, *example(op, options=options).values())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same_bits(run(op, *example(op, options=options).values()), expected)
+
+
+TRANSFORMS = {
+    "grad": lambda function, x: torch.func.grad(lambda x: function(x).sum())(x),
+    "jacrev": lambda function, x: torch.func.jacrev(function)(x),
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "hessian": lambda function, x: torch.func.hessian(lambda x: function(x).sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", [*EAGER, "early_exit_loss"])
+def test_transforms_of_functions_are_refused(op: str, transform: str) -> None:
+    """By name; a tangent would be zero, or the error one of torch's inside."""
+    loss_args = (torch.randn(2, 5, 8), torch.ones(8), torch.randn(11, 8), torch.arange(5), torch.ones(2))
+    x, *rest = loss_args if op == "early_exit_loss" else example(op).values()
+
+    def function(x: Tensor) -> Tensor:
+        out = getattr(lk, op)(x, *rest)
+        return out if isinstance(out, Tensor) else out.loss
+
+    with pytest.raises(NotImplementedError, match=f"{op} supports neither the derivatives of torch.func nor forward"):
+        TRANSFORMS[transform](function, x)
+    with torch.no_grad():
+        assert torch.func.vmap(lambda _: function(x))(torch.ones(2)).isfinite().all()
+
+
+def test_forward_mode_is_refused() -> None:
+    x, *rest = example("exit_head").values()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="exit_head supports neither"):
+        lk.exit_head(forward_ad.make_dual(x, x), *rest)

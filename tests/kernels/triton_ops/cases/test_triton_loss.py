@@ -119,6 +119,18 @@ def test_a_label_that_names_no_token(device: torch.device) -> None:
         assert run(inputs)[0].loss.isnan()
 
 
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    inputs = make(2, 5, 8, 11, torch.float32, device)
+    states = inputs["hiddens"].requires_grad_()
+    with lk.use_backend("triton"):
+        out = lk.early_exit_loss(**inputs)
+        (expected,) = torch.autograd.grad(out.loss, states, retain_graph=True)
+        (first,) = torch.autograd.grad(out.loss, states, create_graph=True)
+    assert torch.equal(first, expected)
+    with pytest.raises(NotImplementedError, match="early_exit_loss is differentiable once: it has no second"):
+        torch.autograd.grad(first.square().sum(), states)
+
+
 def test_a_state_that_is_not_finite_shows_in_the_gradients(device: torch.device) -> None:
     inputs = make(2, 20, 16, 100, torch.float32, device)
     inputs["hiddens"][0, 7, 3] = float("nan")
