@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from layerskip._files import (
     MANIFEST,
     Journal,
     check_output,
+    lock,
     obstacle,
     publish,
     remove_written,
@@ -191,13 +194,134 @@ def test_without_an_exchange_the_next_writer_repairs_what_a_kill_left(
     assert tree(tmp_path) == {"model/weights": b"newer", "model/NOTES.md": b"mine"}
 
 
-def test_a_checkpoint_is_published_without_reading_it_again(tmp_path: Path) -> None:
+def test_a_checkpoint_is_published_without_reading_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "scratch"
     folder.mkdir()
     (folder / "weights").write_text("new")
-    publish(folder, tmp_path / "checkpoint-1", checked=False)
-    assert json.loads((tmp_path / "checkpoint-1" / MANIFEST).read_text()) == {"weights": None}
+    monkeypatch.setattr(_files, "digest_of", None)
+    publish((folder, tmp_path / "checkpoint-1"), hashed=False)
+    status = (tmp_path / "checkpoint-1" / "weights").stat()
+    manifest = json.loads((tmp_path / "checkpoint-1" / MANIFEST).read_text())
+    assert manifest == {"weights": f"stat 3 {status.st_mtime_ns}"}
     assert not folder.exists()
+    assert obstacle(tmp_path / "checkpoint-1") is None
+    (tmp_path / "checkpoint-1" / "weights").write_text("new")
+    assert "weights was changed after" in str(obstacle(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("name", ["../victim", "ABSOLUTE"])
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    target, victim = tmp_path / "model", tmp_path / "victim"
+    victim.write_text("mine")
+    write(target, weights="old")
+    name = str(victim) if name == "ABSOLUTE" else name
+    manifest = {name: _files.digest_of(victim), **json.loads((target / MANIFEST).read_text())}
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    for work in (obstacle, remove_written, lambda target: write(target, weights="new")):
+        with pytest.raises(ValueError, match=f"names '{name}', which is not a file of this directory"):
+            work(target)
+    assert victim.read_text() == "mine"
+
+
+def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
+    target, other = tmp_path / "checkpoint-1", tmp_path / "other"
+    write(target, weights="old")
+    other.mkdir()
+    (other / "victim").write_text("mine")
+    (target / "link").symlink_to(other, target_is_directory=True)
+    manifest = {"link/victim": _files.digest_of(other / "victim"), **json.loads((target / MANIFEST).read_text())}
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    remove_written(target)
+    assert tree(tmp_path) == {"other/victim": b"mine"}
+    assert (target / "link").is_symlink()
+
+
+def test_files_without_a_digest_are_neither_replaced_nor_removed(tmp_path: Path) -> None:
+    """As manifests of older versions have them for checkpoints."""
+    target = tmp_path / "checkpoint-1"
+    write(target, weights="old")
+    (target / MANIFEST).write_text('{"weights": null}')
+    assert f"weights has no digest in {MANIFEST}; move it away" in str(obstacle(target))
+    with pytest.raises(FileExistsError, match="has no digest"):
+        write(target, weights="new")
+    remove_written(target)
+    assert (target / "weights").read_text() == "old"
+    assert (target / MANIFEST).exists(), "the checkpoint is whole"
+
+
+@pytest.mark.parametrize("manifest", ["prose", "[1]", '{"weights": 3}'])
+def test_a_broken_manifest_is_named(tmp_path: Path, manifest: str) -> None:
+    write(tmp_path / "model", weights="old")
+    (tmp_path / "model" / MANIFEST).write_text(manifest)
+    with pytest.raises(ValueError, match=rf"model/{MANIFEST}[ :]"):
+        write(tmp_path / "model", weights="new")
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_a_removal_leaves_changed_files_and_directories_of_other_names(tmp_path: Path) -> None:
+    for name in ("checkpoint-1", ".notes.removed", ".checkpoint-7.removed"):
+        write(tmp_path / name, weights="old", config="old")
+    for name in ("checkpoint-1", ".checkpoint-7.removed"):
+        (tmp_path / name / "weights").write_text("mine")
+    remove_written(tmp_path / "checkpoint-1")
+    kept = {"checkpoint-1/weights": b"mine", ".checkpoint-7.removed/weights": b"mine"}
+    assert tree(tmp_path) == {**kept, ".notes.removed/weights": b"old", ".notes.removed/config": b"old"}
+
+
+def test_all_new_files_and_the_manifest_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync = _files._sync
+    monkeypatch.setattr(_files, "_sync", lambda path: (synced.append(path.name), sync(path)))
+    write(tmp_path / "model", weights="new", config="new")
+    assert set(synced) == {"weights", "config", MANIFEST, ".model.unfinished", tmp_path.name}
+    assert synced[-1] == tmp_path.name, "the new name comes last"
+
+
+def test_an_input_is_never_the_output(tmp_path: Path) -> None:
+    target, link = tmp_path / "run" / "model", tmp_path / "link"
+    write(target, weights="old")
+    link.symlink_to(tmp_path / "run", target_is_directory=True)
+    for given in (target, link / "model", target / "weights"):
+        with pytest.raises(FileExistsError, match=f"is or holds the input {given}; give another output"):
+            check_output(target, True, ("smollm2", None, given), directory=True)
+    with pytest.raises(FileExistsError, match="is or holds the input"):
+        check_output(link / "model", True, (target,), directory=True)
+    with pytest.raises(FileExistsError, match="is or holds the input"):
+        check_output(target / "weights", True, (link / "model" / "weights",))
+    check_output(target / "tuning", False, (target,))
+    check_output(target, True, (tmp_path / "run",), directory=True)
+    with pytest.raises(FileExistsError, match="--overwrite to replace it"):
+        check_output(target, False, directory=True)
+
+
+class TestLock:
+    def test_one_process_at_a_time(self, tmp_path: Path) -> None:
+        path = tmp_path / "made" / "run"
+        with lock(path), pytest.raises(BlockingIOError, match=rf"writing .*made/run \(process id {os.getpid()}\)"):  # noqa: SIM117
+            with lock(path):
+                pass
+        assert not path.parent.exists(), "nothing was written there"
+        with lock(path):
+            path.write_text("x")
+        assert [one.name for one in path.parent.iterdir()] == ["run"]
+
+    def test_a_dead_process_is_no_obstacle(self, tmp_path: Path) -> None:
+        child = os.fork()
+        if child == 0:
+            with lock(tmp_path / "run"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert (tmp_path / ".run.lock").read_text() == str(child)
+        with lock(tmp_path / "run"):
+            assert (tmp_path / ".run.lock").read_text() == str(os.getpid())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_link_is_not_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "victim").write_text("mine")
+        (tmp_path / ".run.lock").symlink_to("victim")
+        with pytest.raises(OSError, match=r"\.run\.lock"), lock(tmp_path / "run"):
+            pass
+        assert (tmp_path / "victim").read_text() == "mine"
 
 
 @pytest.mark.slow
@@ -227,11 +351,47 @@ class TestJournal:
         journal.close()
         with path.open("ab") as file:
             file.write(b'{"cut in the mid')  # of a writer that was killed
-        journal = Journal(path, {"seed": 1})
+        with pytest.warns(UserWarning, match=r"pairs\.partial: skipped line 4, which was cut off"):
+            journal = Journal(path, {"seed": 1})
         assert journal.records == [{"text": "ä"}, 2]
+        assert not journal.torn
         journal.append(3)
         journal.close()
         assert path.read_text().splitlines() == ['{"seed": 1}', '{"text": "ä"}', "2", "3"]
+
+    def test_a_record_is_written_whole_or_not_at_all(self, tmp_path: Path) -> None:
+        """Where the disk takes three bytes at a time, and then is full."""
+        journal = Journal(tmp_path / "pairs.partial", {})
+        file, room = journal._file, 20
+
+        class Full:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+            def write(self, data: memoryview) -> int:
+                nonlocal room
+                if room <= 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                room -= 3
+                return file.write(data[:3])
+
+        journal._file = Full()
+        journal.append("twelve bytes")
+        with pytest.raises(OSError, match="No space left"):
+            journal.append("more than there is room for")
+        room = 100
+        journal.append("after")
+        journal.close()
+        assert (tmp_path / "pairs.partial").read_text() == '{}\n"twelve bytes"\n"after"\n'
+        assert Journal(tmp_path / "pairs.partial", {}).records == ["twelve bytes", "after"]
+
+    def test_a_line_that_cannot_be_read_is_skipped(self, tmp_path: Path) -> None:
+        path = tmp_path / "pairs.partial"
+        path.write_text('{}\n1\n{"cut"{"whole": 1}\n3\n')
+        with pytest.warns(UserWarning, match=r"pairs\.partial: skipped line 3, which was cut off"):
+            journal = Journal(path, {})
+        assert journal.records == [1, 3]
+        assert journal.torn
 
     def test_other_work_is_refused_or_replaced(self, tmp_path: Path) -> None:
         path = tmp_path / "pairs.partial"
@@ -257,8 +417,11 @@ class TestJournal:
     def test_one_writer_at_a_time(self, tmp_path: Path) -> None:
         path = tmp_path / "pairs.partial"
         journal = Journal(path, {})
-        with pytest.raises(BlockingIOError, match=r"another process is writing .*pairs\.partial"):
-            Journal(path, {})
+        before = path.read_bytes()
+        for work in ({}, {"seed": 1}):
+            with pytest.raises(BlockingIOError, match=r"another process is writing .*pairs\.partial"):
+                Journal(path, work, overwrite=True)
+        assert path.read_bytes() == before
         journal.append(1)
         journal.remove()
         assert not path.exists()

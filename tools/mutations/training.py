@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .mutation import LAYERSKIP, Mutation
 
+FILES = "python/layerskip/_files.py"
 TRAINING, TRAINER = "python/layerskip/training/", LAYERSKIP + "training/test_training_trainer.py"
 
 BUGS = [
@@ -33,5 +34,38 @@ BUGS = [
     Mutation(
         "the means of exits weigh batches alike", TRAINING + "trainer.py", "losses * count, count", "losses, 1.0",
         LAYERSKIP + "training/test_training_formulas.py -k mean_loss",
+    ),
+    Mutation(
+        "an exit's optimizer starts anew", TRAINING + "exit_trainer.py",
+        'self._optimizer.load_state_dict(saved["optimizer"])', "pass",
+        LAYERSKIP + "training/test_train_exit.py -k weights_after_a_resumed_run",
+    ),
+    Mutation(
+        "the first values alone tell models apart", "python/layerskip/models/files.py",
+        "weight.detach().flatten().cpu()", "weight.detach().flatten()[:4096].cpu()",
+        LAYERSKIP + "training/test_train_exit.py -k one_other_value",
+    ),
+    Mutation(
+        "a resumed run trains past its last step", TRAINING + "trainer.py",
+        "if self.state.global_step < self.state.max_steps:", "if True:",
+        LAYERSKIP + "training/test_training_output.py -k no_further_step",
+    ),
+    Mutation(
+        "a manifest is not synced", FILES, "for name in (*files, MANIFEST):", "for name in files:",
+        LAYERSKIP + "test_files.py -k synced",
+    ),
+    Mutation(
+        "a manifest names files elsewhere", FILES,
+        'PurePath(name).is_absolute() or ".." in PurePath(name).parts', "PurePath(name).is_absolute()",
+        LAYERSKIP + "test_files.py -k elsewhere",
+    ),
+    Mutation(
+        "changed files are removed", FILES, "if mark == manifest[name]}", "if mark}",
+        LAYERSKIP + "test_files.py -k changed",
+    ),
+    Mutation(
+        "half a record stays in a journal", FILES,
+        "            self._file.truncate(size)\n            raise", "            raise",
+        LAYERSKIP + "test_files.py -k whole_or_not",
     ),
 ]  # fmt: skip

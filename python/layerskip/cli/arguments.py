@@ -418,7 +418,8 @@ COMMANDS = {
         "Show how good every layer's exit is on a model's own text, and what n-grams find in it: agreement with the "
         "full depth, and calibration.", (
             *MODEL, weights(), *EXIT, *prompts(16), length(64), NUM_SPECULATIONS,
-            output("STEM", "writes STEM.json and STEM.png, replaced if they exist", default="exits"),
+            output("STEM", "writes STEM.json and STEM.png", default="exits"),
+            flag("--overwrite", "replace an existing JSON and PNG"),
         ),
     ),
     "eval": Command(
@@ -481,6 +482,7 @@ COMMANDS = {
                  "beside them"),
             option("--num-speculations", "draft tokens a round; only with --whole", type=positive, default=4,
                    metavar="K"),
+            flag("--overwrite", "replace a model that was written there"),
         ),
     ),
     "env": Command(

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .._files import check_output, write_atomically
+from .._files import check_output, reserved, write_atomically
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder, Stats, validation
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM, max_drafts
 from ..devices import ReadBandwidth
@@ -34,8 +34,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Measure, print, and write; return 1 if the self-speculative tokens differ from the autoregressive ones."""
     if args.max_new_tokens < 2:
         raise ValueError("--max-new-tokens must be at least 2: speed is measured after the first token")
-    for path in outputs(args.output):
-        check_output(path, args.overwrite)
+    data, picture = outputs(args.output)
+    check_output(picture, args.overwrite)
+    with reserved(data, args.overwrite, (args.prompts,)):
+        return _bench(args, console)
+
+
+def _bench(args: argparse.Namespace, console: Console) -> int:
     texts = arguments.read_prompts(args.prompts, args.limit)
     model, tokenizer = options.load(args, console)
     args.only_ours |= isinstance(model, LayerSkipModel)  # transformers does not have packed weights

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if head_file is not None and head_file.is_dir():
         head_file = head_file / FILE_NAME  # where `DraftHead.save` writes
     for path in filter(None, (args.output, head_file)):
-        check_output(path, args.overwrite)
+        check_output(path, args.overwrite, (args.prompts,))
     texts = [prompt.text for prompt in arguments.read_prompts(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))
     vocabulary = model.config.vocab_size

@@ -6,7 +6,6 @@ Answers are cached in OUTPUT.partial as they are given: run the same command aga
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -21,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import registry
-from .._files import check_output, differences, write_atomically
+from .._files import differences, reserved, write_atomically
 from .._imports import need
-from ..models import LayerSkipModel
+from ..models.files import digest_of_weights
 from . import options
 
 FULL, EARLY, DRAFTED = STRATEGIES = ("autoregressive", "early_exit", "self_speculative")
@@ -38,7 +37,11 @@ Record = dict[str, Any]
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Evaluate, print, write; return 1 if self-speculation gave other tokens than the full depth."""
-    check_output(args.output, args.overwrite)
+    with reserved(args.output, args.overwrite, (args.text, *args.tasks)):
+        return _eval(args, console)
+
+
+def _eval(args: argparse.Namespace, console: Console) -> int:
     tasks = load_tasks(args)
     model, tokenizer = options.load(args, Console(stderr=True))
     models = _models(args, model, tokenizer)
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     keys = ("model", "dtype", "weights", "exit", "num_speculations", "draft_threshold", "draft_head", "draft_source")
     settings = {key: getattr(args, key) for key in keys}
     settings |= {"exit_layer": decoder.exit_layer, "layers": decoder.model.num_layers, "device": args.device.type,
-                 "digest of the weights": _digest_of(decoder.model)}  # fmt: skip
+                 "digest of the weights": digest_of_weights(decoder.model)}  # fmt: skip
     cache = _cache(args, settings)
     results: dict[str, dict[str, Record]] = {}
     answers: list[Record] = []
@@ -116,9 +119,11 @@ def _models(args: argparse.Namespace, model: Any, tokenizer: Any) -> Record:
 def _cache(args: argparse.Namespace, settings: Record) -> Path:
     """The folder of the answers so far, which must be of the same model and drafts."""
     folder: Path = args.output.with_name(f"{args.output.name}.partial")
+    path = folder / "settings.json"
+    if folder.exists() and not path.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} was not written by this command; move it away, or give another output")
     if args.overwrite and folder.is_dir():
         shutil.rmtree(folder)
-    path = folder / "settings.json"
     if path.exists() and (changed := differences(json.loads(path.read_bytes()), settings)):
         raise ValueError(f"{folder} holds answers of other work: {changed}; --overwrite begins anew")
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,10 +246,3 @@ def tables(results: dict[str, dict[str, Record]]) -> Iterator[Table]:
 
 def _cell(values: Record, key: str, form: str) -> str:
     return format(values[key], form) if isinstance(values.get(key), float) else str(values.get(key, ""))
-
-
-def _digest_of(model: LayerSkipModel) -> str:
-    """A digest of some numbers of every weight, which tells another model at the same path apart."""
-    weights = (weight.detach().flatten() for weight in model.parameters())
-    some = [weight[:: max(1, weight.numel() // 64)].double().tolist() for weight in weights]
-    return hashlib.sha256(repr(some).encode()).hexdigest()

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     data, image = (args.output.with_name(f"{args.output.name}.{ending}") for ending in ("json", "png"))
     for output in (data, image):
-        check_output(output, overwrite=True)
+        check_output(output, args.overwrite, (args.prompts,))
     trained = None if args.exit is None else Exit.load(args.exit)
     texts = [prompt.text for prompt in arguments.read_prompts(args.prompts, args.limit)]
     model, tokenizer = options.load(args, Console(stderr=True))

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from .. import registry
-from .._files import check_folder, obstacle, replaced
+from .._files import replaced, reserved
 from ..decoding.draft_model import FILE_NAME
 from ..decoding.tuning import CONFIG_KEY
 from ..models import LayerSkipModel, exit
@@ -22,10 +22,11 @@ from . import options
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Write the directory atomically."""
-    check_folder(args.output.parent)
-    reason = obstacle(args.output)
-    if reason is not None:
-        raise FileExistsError(reason)
+    with reserved(args.output, args.overwrite, (args.model, args.exit), directory=True):
+        return _export(args, console)
+
+
+def _export(args: argparse.Namespace, console: Console) -> int:
     model, tokenizer = options.load(args, Console(stderr=True))
     if isinstance(model, LayerSkipModel):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .._files import check_folder, obstacle, replaced
+from .._files import replaced, reserved
 from ..models import LayerSkipModel, adapt, save
 from . import options
 from .arguments import FORMATS, NATIVE
@@ -21,12 +21,11 @@ _LONG = 2000  # characters of the shortest topic of the manual to use
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Write the directory atomically."""
-    check_folder(args.output.parent)
-    reason = obstacle(args.output)
-    if reason is not None:
-        raise FileExistsError(reason)
-    if args.output.exists() and not args.overwrite:
-        raise FileExistsError(f"{args.output} exists; give another name, or --overwrite to replace it")
+    with reserved(args.output, args.overwrite, (args.model, args.text, args.calibration), directory=True):
+        return _quantize(args, console)
+
+
+def _quantize(args: argparse.Namespace, console: Console) -> int:
     native = args.weights == NATIVE  # no plain model to measure, and nothing to round
     if native and args.calibration is not None:
         raise ValueError("--calibration is for weights that are rounded; leave it out with --weights native")

@@ -23,7 +23,7 @@ Origin = namedtuple("Origin", "text kind tip rejected", defaults=[""])
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Read the files, write the page."""
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, args.files)
     write_atomically(args.output, page([read(path) for path in args.files]).encode())
     console.print(f"wrote {args.output}", highlight=False, soft_wrap=True)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +29,26 @@ def run(args: argparse.Namespace, console: Console) -> int:
     recipe = recipes.read_recipe(args.recipe, overrides) if args.recipe else recipes.make_recipe(overrides)
     check_tasks((*recipe.tasks, *recipe.replay.tasks))
     registry.check_model(recipe.model)
-    from ..training.output_dir import Output  # imports torch, so not before the recipe is checked
+    from ..training.output_dir import (
+        Output,
+        last_checkpoint,
+        locked,
+    )  # imports torch, so only once the recipe is checked
 
-    output = Output(recipe)
-    if not args.resume:
-        output.check_new(args.overwrite)
-        return _train(args, console, output)
-    checkpoint = output.check_resumed()
-    if not output.finished:
-        return _train(args, console, output, checkpoint)
-    if is_main_process():
-        _print_finished(console, *output.results)
-    return 0
+    with locked(recipe) if is_main_process() else nullcontext():
+        output = Output(recipe)
+        if not args.resume:
+            output.check_new(args.overwrite)
+            return _train(args, console, output)
+        checkpoint = last_checkpoint(output.folder)
+        if checkpoint is None and not output.finished:
+            raise ValueError(f"there is no whole checkpoint in {output.folder} to resume from")
+        output.check_resumed()
+        if not output.finished:
+            return _train(args, console, output, checkpoint)
+        if is_main_process():
+            _print_finished(console, *output.results)
+        return 0
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:
@@ -113,25 +122,26 @@ def run_exit(args: argparse.Namespace, console: Console) -> int:
     recipe = recipes.exit_recipe(args.recipe, given)
     check_tasks((*recipe.texts, *recipe.eval_texts, *recipe.prompts))
     registry.check_model(recipe.model)
-    from ..training.output_dir import ExitOutput  # imports torch, so not before the recipe is checked
+    from ..training.output_dir import ExitOutput, locked  # imports torch, so only once the recipe is checked
 
-    output = ExitOutput(recipe)
-    if args.resume:
-        output.check_resumed()
-        if output.finished:
-            _print_finished(console, output.exit)
-            return 0
-    else:
-        output.check_new(args.overwrite)
-    try:
-        trained = _train_exit(args, console, output)
-    except KeyboardInterrupt:
-        if not ExitOutput(recipe).record:
-            raise KeyboardInterrupt("interrupted, before anything was written") from None
-        kept = f"the same command with --resume continues from what is in {output.folder}"
-        raise KeyboardInterrupt(f"interrupted; {kept}") from None
-    if is_main_process():
-        _print_result(console, trained.state, output)
+    with locked(recipe) if is_main_process() else nullcontext():
+        output = ExitOutput(recipe)
+        if args.resume:
+            output.check_resumed()
+            if output.finished:
+                _print_finished(console, output.exit)
+                return 0
+        else:
+            output.check_new(args.overwrite)
+        try:
+            trained = _train_exit(args, console, output)
+        except KeyboardInterrupt:
+            if not output.record:
+                raise KeyboardInterrupt("interrupted, before anything was written") from None
+            kept = f"the same command with --resume continues from what is in {output.folder}"
+            raise KeyboardInterrupt(f"interrupted; {kept}") from None
+        if is_main_process():
+            _print_result(console, trained.state, output)
     return 0
 
 

@@ -46,7 +46,7 @@ class Ranked(NamedTuple):
 def run(args: argparse.Namespace, console: Console) -> int:
     """Measure, print, write; return 1 if a candidate gave other tokens than the full model alone."""
     output = _output(args)
-    check_output(output, args.overwrite)
+    check_output(output, args.overwrite, (args.prompts, args.exit))
     texts = arguments.read_prompts(args.prompts, args.limit)
     trained = None if args.exit is None else Exit.load(args.exit)
     model, tokenizer = options.load(args, Console(stderr=True))

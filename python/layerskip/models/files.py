@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerskip_kernels.formats import FORMATS
 
@@ -105,6 +107,17 @@ def load_tensors(
         raise ValueError(f"{path} is not {what}: it has no {error}") from error
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not {what}: {error}") from error
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Digest of the bytes, dtype and shape of every parameter, computed by several threads."""
+
+    def digest(weight: Tensor) -> str:
+        data = weight.detach().flatten().cpu().contiguous().view(torch.uint8).numpy().data
+        return f"{weight.dtype} {tuple(weight.shape)} {hashlib.sha256(data).hexdigest()}"
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256("\n".join(pool.map(digest, model.parameters())).encode()).hexdigest()
 
 
 def outer_format(weights: str) -> str:

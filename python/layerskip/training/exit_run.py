@@ -17,8 +17,8 @@ from ..decoding import DraftHead
 from ..models import Exit, LayerSkipModel, adapt, load
 from .batching import encode
 from .exit_trainer import ExitTrainer, ExitTrainerState, TrainableExit
-from .hidden_state_cache import CachedTexts, GeneratedTextCache, TextCache, model_digest
-from .output_dir import HIDDEN_STATES, digest
+from .hidden_state_cache import CachedTexts, GeneratedTextCache, TextCache, model_digests
+from .output_dir import HIDDEN_STATES, TOKENIZER, digest
 from .recipe import ExitRecipe
 from .run import load_pairs
 
@@ -37,6 +37,8 @@ class ExitRun:
         self.model.requires_grad_(False)
         self.eos_token_id: int = tokenizer.eos_token_id
         self._check_layers()
+        described = repr((sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, self.eos_token_id))
+        self._digests = {**model_digests(self.model), TOKENIZER: hashlib.sha256(described.encode()).hexdigest()}
         self._init_exit = None if recipe.init_exit is None else Exit.load(recipe.init_exit)
         self._texts = [encode(tokenizer, _examples(task), recipe.max_length, recipe.whole) for task in recipe.texts]
         self._prompts = [_prompts(task, tokenizer, recipe.prompt_tokens) for task in recipe.prompts]
@@ -52,7 +54,7 @@ class ExitRun:
         return {
             "digest of the texts": [digest(pairs) for pairs in self._texts],
             "digest of the held-out texts": [digest(pairs) for pairs in self._held_out.values()],
-            "digest of the model": model_digest(self.model),
+            **self._digests,
             "number of processes": PartialState().num_processes,
             **({"digest of the prompts": [digest(pairs) for pairs in self._prompts]} if self._prompts else {}),
             **({} if self._init_exit is None else {"digest of the first exit": _exit_digest(self._init_exit)}),
@@ -97,13 +99,14 @@ class ExitRun:
         return Path(self.recipe.trunk or Path(self.recipe.output) / HIDDEN_STATES) / digest(pairs)[:16]
 
     def _cache(self, pairs: Pairs) -> TextCache:
-        return TextCache(self._folder(pairs), self.model, self.recipe.exit_layer, self.recipe.top_k, pairs)
+        recipe = self.recipe
+        return TextCache(self._folder(pairs), self.model, recipe.exit_layer, recipe.top_k, pairs, self._digests)
 
     def _generated(self, prompts: Pairs) -> GeneratedTextCache:
         recipe, ids = self.recipe, [prompt["input_ids"] for prompt in prompts]
         return GeneratedTextCache(
             self._folder(prompts), self.model, recipe.exit_layer, recipe.top_k, ids, recipe.written, recipe.new_tokens,
-            self.eos_token_id, recipe.whole,
+            self.eos_token_id, recipe.whole, self._digests,
         )  # fmt: skip
 
     def _token_ids(self, texts: CachedTexts) -> Tensor | None:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from .._files import Journal
 from ..models import LayerSkipModel, SharedKVCache
+from ..models.files import digest_of_weights
 from .batching import token_batches
 from .losses import IGNORE
-from .output_dir import digest
+from .output_dir import ADDED, WEIGHTS, digest
 
 LOGIT_ROWS = 64  # rows of logits in memory at a time
-DIGESTED = 4096  # values of each weight that identify a model
+DIGESTED = 4096  # values of each weight in the digest of a model that older versions recorded
 JOURNAL = "texts.jsonl"
 TOP_K_FILES = ("label_ids.bin", "label_probabilities.bin")
 PASS_TOKENS = 4096  # padded tokens of the texts that go through the model together
@@ -75,6 +76,8 @@ class HiddenStateCache:
         k.
     work : mapping
         What else the texts depend on.
+    digests : mapping, optional
+        `model_digests` of the model, if they are known.
 
     Raises
     ------
@@ -83,7 +86,13 @@ class HiddenStateCache:
     """
 
     def __init__(
-        self, folder: Path, model: LayerSkipModel, exit_layer: int, top_k: int, work: Mapping[str, Any]
+        self,
+        folder: Path,
+        model: LayerSkipModel,
+        exit_layer: int,
+        top_k: int,
+        work: Mapping[str, Any],
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         if not 1 <= exit_layer < model.num_layers:
             raise ValueError(f"exit_layer must be in 1 … {model.num_layers - 1}, got {exit_layer}")
@@ -93,8 +102,8 @@ class HiddenStateCache:
         self._model = model
         self._width, self._dtype = model.embedding.shape[1], model.dtype
         self._work = {
-            "digest of the model": model_digest(model), "dtype": str(model.dtype), "hidden size": self._width,
-            "top_k": top_k, **work,
+            **(digests or model_digests(model)), "dtype": str(model.dtype), "hidden size": self._width, "top_k": top_k,
+            **work,
         }  # fmt: skip
         self._records: dict[int, dict[str, Any]] = {}  # by text, in the order of the files
         self._places: dict[int, tuple[int, int]] = {}
@@ -126,8 +135,10 @@ class HiddenStateCache:
         journal = None
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            journal = Journal(self.folder / JOURNAL, self._work)
+            journal = Journal(self.folder / JOURNAL, self._work, added=ADDED)
         try:
+            if journal is not None and journal.torn:  # the places of all texts follow from the records
+                raise ValueError(f"{journal.path} has lines that cannot be read; remove {self.folder}")
             self._read(journal)
             batches = self._computed()
             if journal is not None:
@@ -229,12 +240,12 @@ class HiddenStateCache:
         return TopK(torch.cat(ids), torch.cat(probabilities))
 
 
-def model_digest(model: LayerSkipModel) -> str:
-    """Digest of the first values of every weight: quick, and enough to tell models apart."""
+def model_digests(model: LayerSkipModel) -> dict[str, str]:
+    """Digest of all weights, and of the first values of each, which is all that older versions recorded."""
     sha256 = hashlib.sha256()
     for weight in model.parameters():
         sha256.update(weight.detach().flatten()[:DIGESTED].float().cpu().numpy().tobytes())
-    return sha256.hexdigest()
+    return {"digest of the model": sha256.hexdigest(), WEIGHTS: digest_of_weights(model)}
 
 
 def _states_file(exit_layer: int) -> str:
@@ -307,8 +318,9 @@ class TextCache(HiddenStateCache):
         exit_layer: int,
         top_k: int,
         pairs: Sequence[Mapping[str, list[int]]],
+        digests: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(folder, model, exit_layer, top_k, {"digest of the texts": digest(pairs)})
+        super().__init__(folder, model, exit_layer, top_k, {"digest of the texts": digest(pairs)}, digests)
         self._pairs = pairs
         self._firsts = [_first_labelled(pair, index) for index, pair in enumerate(pairs)]
 
@@ -385,10 +397,11 @@ class GeneratedTextCache(HiddenStateCache):
         max_new_tokens: int,
         eos_token_id: int,
         whole: bool = False,
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         pairs = [{"input_ids": list(prompt), "labels": []} for prompt in prompts]
         work = {"digest of the prompts": digest(pairs), "new tokens": max_new_tokens, "whole": whole}
-        super().__init__(folder, model, exit_layer, top_k, work)
+        super().__init__(folder, model, exit_layer, top_k, work, digests)
         empty = next((index for index, prompt in enumerate(prompts) if not prompt), None)
         if empty is not None:
             raise ValueError(f"prompt {empty} has no token")

@@ -17,11 +17,12 @@ from .._files import replaced
 from .._imports import need
 from ..models import load
 from ..models.architectures import architecture_of
+from ..models.files import digest_of_weights
 from . import data
 from .batching import Collator, Pool, encode, read_pairs, token_batches
 from .curriculum import check_exits, make_curriculum, make_dropout
 from .data import load_task, splits
-from .output_dir import digest, results
+from .output_dir import WEIGHTS, digest, results
 from .recipe import Recipe, by_layer
 from .trainer import Batching, LayerSkipTrainer, Plan
 
@@ -149,7 +150,7 @@ def training_arguments(recipe: Recipe, steps: int, device: torch.device, **kwarg
         bf16=recipe.precision == "bf16",
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,  # a dropped layer still gives its parameters zero gradients
-        logging_steps=recipe.log_every,
+        logging_steps=min(recipe.log_every, steps),
         save_steps=recipe.save_every,
         save_total_limit=2,
         seed=recipe.seed,
@@ -227,6 +228,7 @@ def seen_data(trainer: LayerSkipTrainer) -> dict[str, Any]:
     replayed = data.replayed if isinstance(data, Pool) else ()
     own = data.pairs if isinstance(data, Pool) else data
     return {
+        WEIGHTS: digest_of_weights(trainer.accelerator.unwrap_model(trainer.model)),
         "digest of the examples": digest(own),
         "digest of the examples to replay": digest(replayed),
         "number of processes": trainer.accelerator.num_processes,

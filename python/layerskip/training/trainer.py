@@ -253,6 +253,13 @@ class LayerSkipTrainer(Trainer):
         self.sampler = LengthBuckets(lengths, size, self.args.seed)
         return self.sampler
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; no batch is left once all steps are done, as when a run resumes from its last step."""
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(*args, **kwargs)
+        self.control.should_training_stop = True
+        return [], None
+
     def _micro_batch(self) -> int:
         """Which micro-batch of the current step this is."""
         step, seen = self._micro
@@ -396,7 +403,7 @@ class LayerSkipTrainer(Trainer):
         if self.args.should_save:
             self._name_best(root, root / PARTIAL / name)
             (root / PARTIAL / name / STATE).write_text(json.dumps(self.plan.describe(), indent=1))
-            publish(root / PARTIAL / name, root / name, checked=False)
+            publish((root / PARTIAL / name, root / name), hashed=False)
             (root / PARTIAL).rmdir()
             self._remove_old_checkpoints(root)
         self.accelerator.wait_for_everyone()

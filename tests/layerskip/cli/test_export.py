@@ -103,6 +103,31 @@ def test_an_exit_of_another_model_is_refused(directory, tmp_path, capsys):
     assert "the exit is for a model of 5 layers, this one has 4" in capsys.readouterr().err
 
 
+def test_an_earlier_export_is_replaced_only_when_told(directory, tmp_path, capsys):
+    assert export(directory, tmp_path / "draft") == 0
+    assert export(directory, tmp_path / "draft", "--exit-layer", "1") == 2
+    assert "draft exists; give another name, or --overwrite" in " ".join(capsys.readouterr().err.split())
+    assert export(directory, tmp_path / "draft", "--exit-layer", "1", "--overwrite") == 0
+    assert json.loads((tmp_path / "draft" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_a_model_is_not_replaced_by_what_is_made_of_it(directory, tmp_path, capsys, command):
+    """Though this tool wrote it, and under another name."""
+    assert export(directory, tmp_path / "model", "--whole") == 0
+    (tmp_path / "link").symlink_to("model", target_is_directory=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    for model, output in (("model", "model"), ("link", "model"), ("model", "link")):
+        if command == "export":
+            code = export(tmp_path / model, tmp_path / output, "--overwrite")
+        else:
+            names = [str(tmp_path / model), "--output", str(tmp_path / output)]
+            code = main(["quantize", *names, "--weights", "int8", "--overwrite"])
+        assert code == 2
+        assert "is or holds the input" in " ".join(capsys.readouterr().err.split())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

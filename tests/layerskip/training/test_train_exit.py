@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from exit_training import arguments, recipe, save_model_and_texts, stopping
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 import layerskip
+from layerskip._files import differences
 from layerskip.cli import main
 from layerskip.models.exit import Exit
 from layerskip.training import exit_trainer, hidden_state_cache
@@ -24,6 +26,7 @@ from layerskip.training.exit_run import ExitRun
 from layerskip.training.exit_trainer import ExitTrainer, TrainableExit, VarlenTexts
 from layerskip.training.hidden_state_cache import CachedText, GeneratedTextCache, TextCache, TopK
 from layerskip.training.losses import Targets, draft_agreement
+from layerskip.training.output_dir import locked
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 5, 12, 7)
@@ -137,6 +140,44 @@ def test_trunk_refuses_what_is_of_another_model(computed: TextCache) -> None:
     other = TextCache(computed.folder, layerskip.models.adapt(tiny_model(seed=1)), 2, 5, pairs_of())
     with pytest.raises(ValueError, match="digest of the model was"):
         other.compute()
+
+
+def test_trunk_refuses_a_model_with_one_other_value(model: Any, computed: TextCache) -> None:
+    """The last of the largest weight, far behind the values that older versions compared."""
+    changed = helpers.tiny_model("llama2", vocab_size=300)
+    before = TextCache(computed.folder, layerskip.models.adapt(changed), 2, 5, pairs_of())._work
+    assert changed.get_input_embeddings().weight.numel() > hidden_state_cache.DIGESTED
+    with torch.no_grad():
+        changed.get_input_embeddings().weight[-1, -1] += 1
+    after = TextCache(computed.folder, layerskip.models.adapt(changed), 2, 5, pairs_of())._work
+    assert differences(before, after).startswith("digest of the weights was")
+    assert before["digest of the model"] == after["digest of the model"]
+
+
+def test_trunk_of_an_older_version_is_read(model: Any, computed: TextCache) -> None:
+    """It has no digest of all weights."""
+    path = computed.folder / "texts.jsonl"
+    header, rest = path.read_text().split("\n", 1)
+    work = json.loads(header)
+    del work["digest of the weights"]
+    path.write_text(json.dumps(work) + "\n" + rest)
+    again = TextCache(computed.folder, layerskip.models.adapt(model), 2, 5, pairs_of())
+    with pytest.warns(UserWarning, match="an older version did not record the digest of the weights"):
+        again.compute()
+    assert torch.equal(again[3].states, computed[3].states)
+
+
+def test_trunk_refuses_a_journal_with_a_line_that_is_cut_off(model: Any, computed: TextCache) -> None:
+    """The places of later texts in the files would be wrong."""
+    path = computed.folder / "texts.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[2][:5], *lines[3:]]))
+    again = TextCache(computed.folder, layerskip.models.adapt(model), 2, 5, pairs_of())
+    with (
+        pytest.warns(UserWarning, match="skipped line 3"),
+        pytest.raises(ValueError, match=r"texts\.jsonl has lines that cannot be read; remove .*trunk"),
+    ):
+        again.compute()
 
 
 def test_trunk_refuses_files_that_lack_bytes(model: Any, computed: TextCache) -> None:
@@ -328,6 +369,56 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     found = [json.loads((folder / "layerskip-exit.json").read_text())["found"] for folder in (output, uninterrupted)]
     assert found[0]["held out"] == found[1]["held out"]
+
+
+@pytest.mark.parametrize("at", [1, 6, 11])
+def test_weights_after_a_resumed_run_are_those_of_the_uninterrupted_one(saved: Path, tmp_path: Path, at: int) -> None:
+    """All bits of them, and so are the losses of the steps."""
+    trainers, losses = [], []
+    for name in ("whole", "resumed"):
+        run = ExitRun(recipe(saved, tmp_path / name, steps=14, head_rank=2, draft_layers=2), CPU)
+        trainers.append(run.trainer())
+        losses.append([])
+    whole, resumed = trainers
+
+    def step(state: Any, loss: float) -> None:
+        losses[0].append(loss)
+        if state.step == at:
+            whole.save(tmp_path / "checkpoint.pt")
+
+    whole.train(step, lambda best: None)
+    resumed.load(tmp_path / "checkpoint.pt")
+    resumed.train(lambda state, loss: losses[1].append(loss), lambda best: None)
+    assert losses[1] == losses[0][at:]
+    theirs = dict(whole.module.named_parameters())
+    assert all(torch.equal(weight, theirs[name]) for name, weight in resumed.module.named_parameters())
+
+
+def test_another_tokenizer_or_model_is_not_gone_on_with(
+    saved: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved, tmp_path / "own")
+    with monkeypatch.context() as patched:
+        patched.setattr(ExitTrainer, "_step", stopping(6))
+        assert main(arguments(tmp_path / "own", tmp_path / "run")) == 130
+    again = arguments(tmp_path / "own", tmp_path / "run", "--resume")
+    settings = tmp_path / "own" / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "w2"}))
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "digest of the tokenizer was" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_exit_is_not_replaced_by_the_run_that_begins_with_it(saved: Path, uninterrupted: Path, capsys: Any) -> None:
+    changed = arguments(saved, uninterrupted, "--overwrite", init_exit=str(uninterrupted))
+    assert main(changed) == 2
+    assert "which this run would replace; give another output" in " ".join(capsys.readouterr().err.split())
+
+
+def test_two_runs_do_not_share_an_output(saved: Path, uninterrupted: Path, capsys: Any) -> None:
+    with locked(recipe(saved, uninterrupted)):
+        assert main([*arguments(saved, uninterrupted), "--overwrite"]) == 2
+    assert "another process is writing" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_told(saved: Path, uninterrupted: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from helpers import save_tiny
 from layerskip.cli import main
 from layerskip.models import load
 from layerskip.training import trainer
-from layerskip.training.output_dir import RECORD, checkpoints, last_checkpoint
+from layerskip.training.output_dir import RECORD, checkpoints, last_checkpoint, locked
+from layerskip.training.recipe import make_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,9 +135,7 @@ def test_what_layerskip_did_not_write_is_never_replaced(there: Path, capsys: pyt
         error = refused(capsys, there, f"output=other-{name}", "--overwrite")
         assert f"other-{name}/{name} exists, and was not written by layerskip" in error
         error = refused(capsys, there, f"output=other-{name}")
-        assert (
-            "holds checkpoints of a run" in error if name == "checkpoint-7" else "which this run would write" in error
-        )
+        assert "holds an unfinished run" in error if name == "checkpoint-7" else "which this run would write" in error
     (there / "file").write_text("mine")
     assert "file is a file" in refused(capsys, there, "output=file/out")
 
@@ -160,7 +160,7 @@ def test_a_model_that_somebody_puts_there_meanwhile_stays_and_the_training_too(
 def test_checkpoints_are_gone_on_with_only_when_told(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = tree(there / "out" / "model")
     unfinished(there)
-    assert "out holds checkpoints of a run; --resume to continue it" in refused(capsys, there)
+    assert "out holds an unfinished run; --resume to continue it" in refused(capsys, there)
     assert train("--resume", "log_every=2", "save_every=3") == 0
     assert "step 4/4" in capsys.readouterr().out
     assert tree(there / "out" / "model") == whole
@@ -234,6 +234,51 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "interrupted; the same command with --resume continues from new/checkpoint-2" in capsys.readouterr().err
     assert train("output=new", "--resume") == 0
     assert tree(there / "new" / "model") == whole
+
+
+def test_a_kill_before_the_results_trains_no_further_step(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tree(there / "out" / "model")
+    for name in ("adapter", "model"):
+        shutil.rmtree(there / "out" / name)
+    record = json.loads((there / "out" / RECORD).read_text())
+    (there / "out" / RECORD).write_text(json.dumps({**record, "finished": False}))
+    checkpoint = tree(there / "out" / "checkpoint-4")
+    capsys.readouterr()
+    assert train("--resume") == 0
+    assert "step " not in capsys.readouterr().out
+    assert tree(there / "out" / "model") == whole
+    assert tree(there / "out" / "checkpoint-4") == checkpoint
+    assert last_checkpoint(there / "out") == there / "out" / "checkpoint-4"
+
+
+def test_two_runs_do_not_share_an_output(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(make_recipe({"output": "out"})):
+        before = tree(there)
+        for options in ((), ("--overwrite",), ("--resume",)):
+            assert train(*options) == 2
+            assert "another process is writing" in capsys.readouterr().err
+        assert tree(there) == before
+
+
+def test_another_base_model_under_the_same_name_is_not_gone_on_with(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LoRA's checkpoints hold the adapter alone. Records of older versions lack the digest."""
+    unfinished(there)
+    shutil.rmtree(there / "base")
+    save_tiny(there / "base", seed=1)
+    assert "digest of the weights was " in refused(capsys, there, "--resume")
+    path = there / "out" / RECORD
+    record = json.loads(path.read_text())
+    del record["data"]["digest of the weights"]
+    path.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="an older version did not record the digest of the weights"):
+        assert train("--resume") == 0
+
+
+def test_a_run_shorter_than_log_every_prints_its_loss(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("output=new", "steps=2", "log_every=10") == 0
+    assert re.search(r"step 2/2 .* loss \d", capsys.readouterr().out)
 
 
 def test_a_checkpoint_without_a_manifest_is_not_whole(there: Path) -> None:
