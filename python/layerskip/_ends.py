@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from ._imports import EXTRAS
+from ._imports import EXTRAS, printable
 
 # User errors, exit code 2.
 MISUSE = (
@@ -63,7 +63,7 @@ def _is_misuse(error: Exception) -> bool:
 
 def _one_line(error: Exception, training: bool) -> str:
     """The message; for a missing package how to install it, for an unexpected error how to see the traceback."""
-    message = " ".join(str(error).split())
+    message = printable(" ".join(str(error).split()))
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         extra = "train" if training else EXTRAS[error.name]
         return f'{message}: pip install "layerskip-kernels[{extra}]"'

@@ -1,7 +1,8 @@
-"""Lazy imports, and clear errors for optional packages that are missing."""
+"""Lazy imports, clear errors for optional packages that are missing, and text that is safe to print."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -24,6 +25,13 @@ EXTRAS = {
 }
 """The extra that installs a module's package."""
 OLDEST_TRANSFORMERS = (4, 57)
+# All control characters but tab and line ends, the controls of writing direction, and surrogates.
+_UNPRINTABLE = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
+
+
+def printable(text: object) -> str:
+    """Escape what could control a terminal, ESC for one, in text from files or models."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
 
 
 def need(module: str, purpose: str, extra: str | None = None) -> Any:

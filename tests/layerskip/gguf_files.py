@@ -57,13 +57,18 @@ def metadata(writer, model):
     writer.add_bos_token_id(1)
 
 
-def write(path, model, kinds, architecture="llama", extra=()):
+def write(path, model, kinds, architecture="llama", extra=(), changes=()):
     """Write a model, and give the one that has what its blocks mean.
 
-    ``kinds``: the type of a matrix by a part of its name; Q8_0 for others.
+    ``kinds``: the type of a matrix by a part of its name; Q8_0 for others. ``changes``: values of metadata by name,
+    None to leave a field out.
     """
     writer = gguf.GGUFWriter(path, architecture)
     metadata(writer, model)
+    for name, value in dict(changes).items():
+        writer.kv_data[0].pop(name, None)
+        if value is not None:
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from .._imports import printable
 from ..decoding import SelfSpeculativeDecoder
 from ..models import LayerSkipModel
 from ..models.adaptation import dequantized
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 theirs = _generate_transformers(reference, input_ids, args.max_new_tokens)
                 differences.append(first_difference(ours, theirs))
             wrong += sum(difference is not None for difference in differences)
-            label = escape(" ".join(prompt.text.split())[-28:])
+            label = escape(printable(" ".join(prompt.text.split())[-28:]))
             rows.append([f"…{label}", str(len(plain)), f"{out.stats.acceptance_rate:.0%}", *map(_verdict, differences)])
     columns = ["prompt", "tokens", "accepted", f"self-speculative\n({options.weights_of(model)})"]
     title = (

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .. import registry
 from .._files import check_output, write_atomically
+from .._imports import printable
 from ..decoding import GenerationOutput, SelfSpeculativeDecoder
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM
 from . import arguments, options, rendering
@@ -121,7 +122,7 @@ def _print(console: Console, subject: Subject, shown: SideBySide) -> None:
         _panel("self-speculative", subject.tokenizer, shown.speculative, width),
     ]
     same = Text("✓ identical tokens", "green") if shown.identical else Text("✗ the tokens differ", "bold red")
-    lines = shown.prompt.text.rstrip().splitlines()
+    lines = printable(shown.prompt.text).rstrip().splitlines()
     excerpt = "\n".join(["…"] * (len(lines) > 2) + lines[-2:])  # of a long prompt, the end
     heading = Text.assemble((f"{shown.prompt.task}\n", "bold"), (excerpt, "italic"))
     console.print(Group("", heading, Columns(panels, padding=(0, 0)), same))
@@ -140,7 +141,7 @@ def coloured(tokenizer: Any, out: GenerationOutput) -> Text:
     text = Text()
     tokens = out.new_tokens[0].tolist()
     for piece, drafted in zip(pieces(tokenizer, (), tokens), out.drafted[0].tolist(), strict=True):
-        text.append(piece, style=ACCEPTED if drafted else VERIFIED)
+        text.append(printable(piece), style=ACCEPTED if drafted else VERIFIED)
     return text
 
 

@@ -7,6 +7,7 @@ import sys
 
 from rich.console import Console
 
+from .._imports import printable
 from . import options
 from .rendering import Drafts
 
@@ -19,12 +20,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     sampling = options.sampling(args)
     text = sys.stdin.read() if args.prompt is None else args.prompt
     model, tokenizer = options.load(args, errors)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if sys.stdout.isatty():
+        show = streamer.on_finalized_text
+        streamer.on_finalized_text = lambda text, stream_end=False: show(printable(text), stream_end)  # type: ignore[method-assign]
     out = options.decoder(args, model).generate(
         options.encode(tokenizer, text, args.device, args.chat),
         max_new_tokens=args.max_new_tokens,
         strategy=args.strategy,
         sampling=sampling,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=streamer,
     )
     stats = out.stats
     line = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import models, registry
 from ..models import Exit, ExitWeights, LayerSkipModel, SharedKVCache
-from ..models.files import load_tensors, save_tensors
+from ..models.files import load_tensors, metadata_integer, save_tensors
 from ..models.hf_checks import ModelSnapshot
 from ..models.weight_arena import gather_exit
 from . import cuda_graphs, validation
@@ -106,7 +106,7 @@ class DraftHead:
         """
 
         def make(metadata: dict[str, str], tensors: dict[str, Tensor]) -> DraftHead:
-            return cls(tensors["token_ids"], int(metadata["vocab_size"]))
+            return cls(tensors["token_ids"], metadata_integer(metadata, "vocab_size"))
 
         loaded: DraftHead = load_tensors(source, _file(source), "a draft head", registry.draft_head, make)
         return loaded

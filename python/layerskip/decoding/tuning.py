@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_atomically
+from ..models.files import Field, Fields, check_fields
 from . import draft_model
 
 FILE_NAME = "layerskip.json"
 CONFIG_KEY = "layerskip"
 """Key of the same options in the config.json that ``layerskip export`` writes."""
 _MEASURED = "measured"
+_FIELDS: Fields = {
+    "exit_layer": Field(int, 1, 10_000), "num_speculations": Field(int, 1, 10_000), "draft_head": Field(str),
+    "draft_source": Field(str), "exit": Field(str),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Tuning:
         for name in given:
             if name not in known:
                 raise ValueError(f"{where} has {name!r}, expected only {', '.join(known)}")
+        check_fields(where, {name: value for name, value in given.items() if value != "auto"}, _FIELDS)
         for name in ("draft_head", "exit"):
             if isinstance(given.get(name), str) and (folder / given[name]).exists():
                 given[name] = str(folder / given[name])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .files import EMBEDDING, FLOATS, HEAD, LAYERS, NORM, without_leftovers
+from .files import EMBEDDING, FLOATS, HEAD, LAYERS, NORM, ModelFileError, without_leftovers
 from .generic_layers import LayerConfig
 from .head import EarlyExitHead, NormSpec
 from .hf_checks import UnsupportedModelError, class_of, unsupported
@@ -276,6 +276,12 @@ def assemble(
     made = ARCHITECTURES[config.model_type].layer_config(config, exact_module(model))
     if frequency_factors is not None:
         first, *others = made.rotaries
+        bad = ~((frequency_factors > 0) & frequency_factors.isfinite())
+        if frequency_factors.shape != first.inv_freq.shape or bool(bad.any()):
+            raise ModelFileError(
+                f"the divisors of the rotary frequencies have shape {list(frequency_factors.shape)}, "
+                f"{int(bad.sum())} of them not above 0; expected {list(first.inv_freq.shape)}, all above 0"
+            )
         made = replace(made, rotaries=(first._replace(inv_freq=first.inv_freq / frequency_factors), *others))
     decoder = PartialDepthDecoder.from_config(layers, config.num_key_value_heads, made)
     head = parameters[EMBEDDING if HEAD not in parameters else HEAD]

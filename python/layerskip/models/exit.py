@@ -15,7 +15,7 @@ from layerskip_kernels.formats import FORMATS, dequantize, quantize
 from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 from .. import registry
-from .files import load_tensors, save_tensors
+from .files import load_tensors, metadata_integer, save_tensors
 from .head import EarlyExitHead, ExitWeights, check_token_ids
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ FILE_NAME = "exit.safetensors"
 FORMAT = "1"
 PACKED = "int8"
 """The format of draft layers whose head drafts in int8, too."""
-_DRAFT_LAYER = re.compile(r"blocks\.(\d+)\.(\w+)")
+_DRAFT_LAYER = re.compile(r"blocks\.([0-9]{1,9})\.(\w+)")
 
 
 class Exit:
@@ -216,13 +216,17 @@ def _read(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, 
         if match is None or match[2] not in LayerWeights._fields:
             raise ValueError(f"unknown tensor {name}")
         found.setdefault(int(match[1]), {})[match[2]] = tensors.pop(name)
-    if sorted(found) != list(range(int(metadata["num_blocks"]))):
-        raise ValueError(f"num_blocks is {metadata['num_blocks']}, there are blocks {sorted(found)}")
+    number_of_blocks = metadata_integer(metadata, "num_blocks")  # the file's word for draft layers
+    if len(found) != number_of_blocks or sorted(found) != list(range(len(found))):
+        raise ValueError(f"num_blocks is {number_of_blocks}, there are blocks {sorted(found)}")
     for number, weights in found.items():
         for name in REQUIRED_WEIGHTS:
             if name not in weights:
                 raise ValueError(f"it has no blocks.{number}.{name}")
-    sizes = {name: int(metadata[name]) for name in ("exit_layer", "num_layers", "vocab_size")}
+    for name in tensors:
+        if name not in ("norm_weight", "token_ids", "head_down", "head_up"):
+            raise ValueError(f"unknown tensor {name}")
+    sizes = {name: metadata_integer(metadata, name) for name in ("exit_layer", "num_layers", "vocab_size")}
     draft_layers = [LayerWeights(**found[number]) for number in sorted(found)]
     return {"norm_weight": tensors.pop("norm_weight"), "draft_layers": draft_layers, **sizes, **tensors}
 

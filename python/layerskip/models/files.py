@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from layerskip_kernels.formats import FORMATS
 
 from .. import registry
 from .._files import write_atomically
-from .._imports import need
+from .._imports import need, printable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,7 +33,10 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 class ModelFileError(ValueError):
-    """A file of a model is missing, truncated or corrupt."""
+    """A file of a model is missing, truncated or corrupt, or a field of it has a wrong value."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @contextmanager
@@ -42,24 +48,123 @@ def reading(what: str, source: str) -> Iterator[None]:
         raise ModelFileError(f"cannot read the {what} of {source}: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a JSON file."""
+class Field(NamedTuple):
+    """What a field of a file may hold: a value of ``kind``, within bounds if it is a number; also null, or nothing."""
+
+    kind: type  # bool, int, float (or an integer) or str
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    many: bool = False  # a list of such values, too
+
+    def admits(self, value: object) -> bool:
+        if self.many and isinstance(value, list):
+            return all(map(self._replace(many=False).admits, value))
+        if self.kind not in (int, float):
+            return isinstance(value, self.kind)
+        kind = Integral if self.kind is int else Real  # numpy's, too
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return False
+        number: Any = value
+        return bool(-math.inf < number < math.inf and self.minimum <= number <= self.maximum)
+
+    def __str__(self) -> str:
+        text = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[self.kind]
+        if self.minimum > -math.inf:
+            text += f" in {self.minimum} … {self.maximum}"
+        return text + (", or a list of them" if self.many else "")
+
+
+Fields = Mapping[str, "Field | Fields"]
+"""The fields of an object that are read, by name, or "*" for any name; mappings are objects in it."""
+
+
+def check_fields(source: object, content: Mapping[str, Any], fields: Fields, required: Collection[str] = ()) -> None:
+    """Check the fields of ``content``, which was read from ``source``; others are not read.
+
+    ModelFileError, with source, field and value, for a wrong type or range, or for one of ``required`` that is missing.
+    """
+    every = fields.get("*")
+    for name, expected in fields.items() if every is None else dict.fromkeys(content, every).items():
+        value = content.get(name)
+        if value is None:
+            if name in required:
+                raise ModelFileError(f"{source}: {name} is missing")
+        elif isinstance(expected, Field):
+            if not expected.admits(value):
+                raise ModelFileError(f"{source}: {name} is {shortened(value)}, expected {expected}")
+        elif isinstance(value, Mapping):
+            check_fields(f"{source}: {name}", value, expected)
+        else:
+            raise ModelFileError(f"{source}: {name} is {shortened(value)}, expected an object")
+
+
+def shortened(value: object) -> str:
+    """The beginning of a value's representation."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+_SIZE, _TOKEN, _SCALE = Field(int, 1, 2**24), Field(int, 0, 2**24), Field(float, 1e-9, 1e9)
+_ROPE: Fields = {
+    "rope_type": Field(str), "type": Field(str), "rope_theta": Field(float, 1, 1e30), "factor": _SCALE,
+    "partial_rotary_factor": Field(float, 1e-3, 1), "original_max_position_embeddings": Field(int, 1, 2**40),
+    "attention_factor": Field(float, 0, 1e9), "beta_fast": _SCALE, "beta_slow": _SCALE, "low_freq_factor": _SCALE,
+    "high_freq_factor": _SCALE, "mscale": Field(float, 0, 1e9), "mscale_all_dim": Field(float, 0, 1e9),
+    "short_factor": _SCALE._replace(many=True), "long_factor": _SCALE._replace(many=True), "truncate": Field(bool),
+}  # fmt: skip
+_BY_LAYER_TYPE = {**_ROPE, "full_attention": _ROPE, "sliding_attention": _ROPE}
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+REQUIRED = (*SIZES, "num_hidden_layers", "rms_norm_eps")
+CONFIG: Fields = {
+    "model_type": Field(str), "num_hidden_layers": Field(int, 1, 10_000), "rms_norm_eps": Field(float, 0, 1),
+    **dict.fromkeys(SIZES, _SIZE), "num_key_value_heads": _SIZE, "head_dim": Field(int, 1, 2**16),
+    "max_position_embeddings": Field(int, 1, 2**40), "sliding_window": Field(int, 1, 2**40),
+    "layer_types": Field(str, many=True), "tie_word_embeddings": Field(bool), "hidden_act": Field(str),
+    "hidden_activation": Field(str), "rope_parameters": _BY_LAYER_TYPE, "rope_scaling": _BY_LAYER_TYPE,
+    **{name: _ROPE[name] for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")},
+    "no_rope_layers": Field(int, 0, 1, many=True), "residual_multiplier": Field(float, -1e9, 1e9),
+    "attention_multiplier": Field(float, -1e9, 1e9), "embedding_multiplier": Field(float, -1e9, 1e9),
+    "logits_scaling": _SCALE, "query_pre_attn_scalar": _SCALE, "num_experts_per_tok": _SIZE,
+    "num_local_experts": _SIZE, "num_experts": _SIZE, "moe_intermediate_size": _SIZE, "norm_topk_prob": Field(bool),
+    "mlp_only_layers": Field(int, 0, 10_000, many=True), "decoder_sparse_step": Field(int, 1, 10_000),
+    "bos_token_id": _TOKEN._replace(many=True), "eos_token_id": _TOKEN._replace(many=True),
+    "pad_token_id": Field(int, -1, 2**24), "quantization_config": {"quant_method": Field(str)},
+}  # fmt: skip
+"""The fields of a config.json that loading and decoding read."""
+GENERATION: Fields = {
+    "bos_token_id": _TOKEN._replace(many=True), "eos_token_id": _TOKEN._replace(many=True),
+    "pad_token_id": Field(int, -1, 2**24), "do_sample": Field(bool), "temperature": Field(float, 0, 1e9),
+    "top_k": Field(int, 0, 2**31), "top_p": Field(float, 0, 1), "min_p": Field(float, 0, 1),
+    "repetition_penalty": _SCALE, "max_length": Field(int, 0, 2**40), "max_new_tokens": Field(int, 0, 2**40),
+}  # fmt: skip
+"""The fields of a generation_config.json that decoding reads."""
+
+
+def read_json(path: Path, fields: Fields | None = None) -> dict[str, Any]:
+    """An object in a JSON file, with checked ``fields``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON and bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8; lists in lists in lists
         raise ModelFileError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelFileError(f"{path} holds a {type(content).__name__}, expected an object")
+    check_fields(path, content, fields or {})
     return content
 
 
 def shards(directory: Path) -> list[Path]:
-    """The files that hold a model's weights; ModelFileError where the index has none."""
-    if not (directory / INDEX).is_file():
+    """The files that hold a model's weights; ModelFileError if the index names none, or files elsewhere."""
+    index = directory / INDEX
+    if not index.is_file():
         return [directory / SINGLE]
-    weight_map = read_json(directory / INDEX).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelFileError(f"{directory / INDEX} has no weight_map")
+        raise ModelFileError(f"{index} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+            raise ModelFileError(
+                f"{index}: weight_map[{tensor!r}] is {shortened(name)}, expected the name of a file in {directory}"
+            )
     return [directory / shard for shard in sorted(set(weight_map.values()))]
 
 
@@ -104,9 +209,16 @@ def load_tensors(
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
             return make(opened.metadata() or {}, tensors)
     except KeyError as error:
-        raise ValueError(f"{path} is not {what}: it has no {error}") from error
+        raise ModelFileError(f"{path} is not {what}: it has no {error}") from error
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not {what}: {error}") from error
+        raise ModelFileError(f"{path} is not {what}: {error}") from error
+
+
+def metadata_integer(metadata: Mapping[str, str], name: str) -> int:
+    """A number of at most nine digits in the metadata of a safetensors file; KeyError or ValueError."""
+    if re.fullmatch("[0-9]{1,9}", metadata[name]) is None:
+        raise ValueError(f"{name} is {shortened(metadata[name])}, expected an integer in 0 … 999999999")
+    return int(metadata[name])
 
 
 def digest_of_weights(model: nn.Module) -> str:

@@ -12,9 +12,14 @@ from weakref import ref
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .._imports import printable
+
 
 class UnsupportedModelError(ValueError):
     """The kernels do not compute this model, or a feature of it; the message says what they do compute."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def unsupported(what: str, supported: str) -> UnsupportedModelError:

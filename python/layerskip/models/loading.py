@@ -20,12 +20,29 @@ from .architectures import ARCHITECTURES, check_config, check_model_type, named_
 from .checkpoints.base import PlainCheckpoint, Progress, TensorFiles, without_quantization
 from .checkpoints.gguf import SUFFIX, GgufCheckpoint, check_architecture
 from .checkpoints.hf import ROPE_FACTORS, checkpoint_of, layout_of, method_of, own_settings
-from .files import INDEX, SINGLE, ModelFileError, check_safetensors, read_json, reading, shards
+from .files import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    REQUIRED,
+    SINGLE,
+    Fields,
+    ModelFileError,
+    check_fields,
+    check_safetensors,
+    read_json,
+    reading,
+    shards,
+)  # fmt: skip
 from .model import LayerSkipModel
 
 NATIVE = "native"
 """The weights as they are in a model's own file."""
-_JSON_FILES = ("config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json")
+GENERATION_CONFIG = "generation_config.json"
+_JSON_FILES: dict[str, Fields] = {
+    "config.json": CONFIG, GENERATION_CONFIG: GENERATION, INDEX: {}, "tokenizer.json": {}, "tokenizer_config.json": {}
+}  # fmt: skip
+"""The files that are checked before transformers reads them, with the fields that are read."""
 
 
 def load(
@@ -111,6 +128,8 @@ def _read(
         _check_directory(path)
     with reading("configuration", source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
+    check_model_type(config.model_type)
+    check_fields(f"the configuration of {source}", config.to_dict(), CONFIG, REQUIRED)
     checkpoint = _checkpoint(source, config, weights)
     check_config(config if checkpoint is None else without_quantization(config))
     with reading("tokenizer", source):
@@ -125,6 +144,9 @@ def _read(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     _check_keys(source, info)
+    if model.generation_config is not None:
+        generation = model.generation_config.to_dict()
+        check_fields(f"the generation configuration of {source}", generation, GENERATION)
     if weights is not None:
         return adapt(model.eval()).quantize(weights, release=True, progress=progress), tokenizer
     return model.eval(), tokenizer
@@ -152,11 +174,12 @@ def _read_gguf(
     if weights is not None:
         raise ValueError(f"{path} has weights of its own format; leave out {weights}")
     given = {"gguf_file": path.name, "local_files_only": True}
+    checkpoint = GgufCheckpoint(path)
     with reading("configuration", str(path)):
         config = transformers.AutoConfig.from_pretrained(path.parent, **given)
+    check_fields(path, config.to_dict(), CONFIG, REQUIRED)
     check_config(config)
     check_architecture(path, config.model_type)
-    checkpoint = GgufCheckpoint(path)
     with reading("tokenizer", str(path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
     return build(str(path), config, checkpoint, dtype, progress=progress), tokenizer
@@ -170,8 +193,9 @@ def _download(name: str) -> Path:
 
 def _generation_config(directory: Path) -> Any:
     transformers = need("transformers", "loading models")
-    if not (directory / "generation_config.json").is_file():
+    if not (directory / GENERATION_CONFIG).is_file():
         return None
+    read_json(directory / GENERATION_CONFIG, GENERATION)
     with reading("generation configuration", str(directory)):
         return transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
 
@@ -184,7 +208,9 @@ def _check_directory(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json, so it is not the directory of a model")
     contents: dict[str, Mapping[str, Any]] = {
-        name: read_json(directory / name) for name in _JSON_FILES if (directory / name).is_file()
+        name: read_json(directory / name, fields)
+        for name, fields in _JSON_FILES.items()
+        if (directory / name).is_file()
     }
     check_model_type(contents["config.json"].get("model_type"))
     for shard in shards(directory):

@@ -27,10 +27,13 @@ class LayerSkipConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a directory that ``layerskip quantize`` wrote."""
 
     def __init__(self, version: int = 0, formats: Sequence[str] = (), quant_method: Any = METHOD) -> None:
-        from ..models.checkpoints.hf import OwnCheckpoint
+        from ..models.checkpoints.hf import SETTINGS, OwnCheckpoint
+        from ..models.files import check_fields
 
+        settings = {"version": version, "formats": formats}
+        check_fields("quantization_config", settings, SETTINGS[METHOD])
+        OwnCheckpoint(settings)
         self.quant_method, self.version, self.formats = quant_method, version, list(formats)
-        OwnCheckpoint(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         from ..models.checkpoints.hf import own_settings

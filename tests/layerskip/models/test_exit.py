@@ -170,12 +170,20 @@ def damaged(path, **changes):
     [
         ({"format": "2"}, "format '2', this version reads '1'"),
         ({"exit_layer": "4"}, "exit_layer must be in 1 … 3"),
-        ({"num_layers": "many"}, "invalid literal for int"),
+        ({"num_layers": "many"}, "num_layers is 'many', expected an integer"),
+        *(
+            ({name: value}, f"{name} is .*, expected an integer in 0")
+            for value in ("-1", "1e3", "9" * 30, "٣", "", "1.5")
+            for name in ("exit_layer", "num_layers", "vocab_size", "num_blocks")
+        ),
+        ({"num_blocks": "999999999"}, r"num_blocks is 999999999, there are blocks \[0\]"),
+        ({"token_ids": torch.ones(3)}, r"token_ids must be a non-empty int64 vector, got torch.float32 \[3\]"),
+        ({"\x1b[31m": torch.ones(1)}, r"unknown tensor \\x1b\[31m"),
         ({"num_blocks": "2"}, r"num_blocks is 2, there are blocks \[0\]"),
         ({"norm_weight": None}, "it has no 'norm_weight'"),
         ({"blocks.0.down": None}, "it has no blocks.0.down"),
         ({"blocks.0.colour": torch.ones(1)}, "unknown tensor blocks.0.colour"),
-        ({"colour": torch.ones(1)}, "unexpected keyword argument 'colour'"),
+        ({"colour": torch.ones(1)}, "unknown tensor colour"),
     ],
 )
 def test_a_file_that_is_no_exit_is_named(tmp_path, changes, message):

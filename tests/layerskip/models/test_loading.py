@@ -121,7 +121,7 @@ class TestLoad:
             ({"num_hidden_layers": 3}, ModelFileError, r"has 9 weights .* does not use.*model\.layers\.3"),
             ({"vocab_size": 90}, ModelFileError, r"of shape \[101, 32\], its config.json asks for \[90, 32\]"),
             ({"num_attention_heads": 5}, ModelFileError, r"(?s)configuration of .*\(5\)"),
-            ({"hidden_size": "abc"}, ModelFileError, r"(?s)configuration of .*'abc'"),
+            ({"hidden_size": "abc"}, ModelFileError, r"config\.json: hidden_size is 'abc', expected an integer"),
             ({"model_type": "gpt2"}, UnsupportedModelError, "model_type 'gpt2' is not supported; supported: llama"),
             ({"model_type": "unheard_of"}, UnsupportedModelError, "'unheard_of'"),
             ({"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu'"),

@@ -21,6 +21,7 @@ from ..files import (
     ModelFileError,
     check_safetensors,
     outer_format,
+    reading,
     shards,
     without_leftovers,
 )
@@ -97,7 +98,8 @@ class TensorFiles(Tensors):
             return bool(file.get_slice(name).get_dtype() == _BYTES)
 
     def _get(self, name: str, copy: bool) -> Tensor:
-        with self._open(str(self._files[name]), framework="pt") as file:
+        path = str(self._files[name])
+        with reading(f"tensor {name}", path), self._open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor.clone() if copy else tensor  # memory of its own, or the file's while it lives
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from layerskip_kernels.formats import FORMATS, quantize
 
 from ..._imports import need
-from ..files import ModelFileError, reading
+from ..files import Field, ModelFileError, check_fields, reading
 from ..hf_checks import UnsupportedModelError, unsupported
 from .base import Checkpoint
 
@@ -35,6 +35,7 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 _ROPE_FACTORS = "rope_freqs.weight"
+_ARCHITECTURE, _HEADS = "general.architecture", {"q_proj": "head_count", "k_proj": "head_count_kv"}
 
 
 def check_architecture(path: Path, model_type: str) -> None:
@@ -61,12 +62,17 @@ class GgufCheckpoint(Checkpoint):
             reader = self._gguf.GGUFReader(str(path))
         self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
         self._used: set[str] = set()
-        architecture = reader.fields["general.architecture"].contents()
-        self._heads = {
-            name: int(reader.fields[f"{architecture}.attention.{field}"].contents())
-            for name, field in (("q_proj", "head_count"), ("k_proj", "head_count_kv"))
-            if architecture in _PERMUTED and f"{architecture}.attention.{field}" in reader.fields
-        }
+
+        def value_of(name: str, field: Field, required: Collection[str] = ()) -> Any:
+            with reading(f"field {name}", str(path)):
+                found = {name: reader.fields[name].contents()} if name in reader.fields else {}
+            check_fields(path, found, {name: field}, required)
+            return found.get(name)
+
+        architecture = value_of(_ARCHITECTURE, Field(str), required=(_ARCHITECTURE,))
+        counts = _HEADS.items() if architecture in _PERMUTED else ()
+        heads = {name: value_of(f"{architecture}.attention.{count}", Field(int, 1, 2**16)) for name, count in counts}
+        self._heads = {name: int(count) for name, count in heads.items() if count is not None}
         factors = self._tensors.get(_ROPE_FACTORS)
         self.frequency_factors = None if factors is None else torch.from_numpy(np.array(factors.data))
         self._used.add(_ROPE_FACTORS)
@@ -107,6 +113,8 @@ class GgufCheckpoint(Checkpoint):
         heads = self._heads.get(name.split(".")[-2])
         if heads is None:
             return weight
+        if weight.shape[0] % (2 * heads):
+            raise ModelFileError(f"{name} has {weight.shape[0]} rows, no even number for each of {heads} heads")
         return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape).contiguous()
 
     def _check_type(self, tensor: Any) -> None:

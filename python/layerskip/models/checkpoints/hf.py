@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerskip_kernels.formats import FORMATS, Format, format_of, pack
 
 from ...registry import METHOD
-from ..files import ModelFileError
+from ..files import Field, Fields, ModelFileError, check_fields, reading
 from ..hf_checks import unsupported
 from .base import Checkpoint, Tensors
 
@@ -267,11 +267,15 @@ class CompressedTensorsCheckpoint(Checkpoint):
             raise unsupported(f"compressed-tensors with sparsity {sparsity!r}", "dense")
         if (settings.get("transform_config") or {}).get("config_groups"):
             raise unsupported("compressed-tensors with transforms (transform_config)", "weights without them")
-        self._groups = list((settings.get("config_groups") or {}).values())
+        groups = settings.get("config_groups") or {}
+        self._groups = [group for group in groups.values() if group is not None]
         if not self._groups:
             raise unsupported("compressed-tensors without config_groups", "groups with weights")
         for group in self._groups:
             _check(self._format(group), group.get("weights") or {})
+            for target in _targets(group):
+                with reading(f"target {target!r}", "config_groups"):
+                    re.compile(target)
 
     def _format(self, group: Mapping[str, Any]) -> str:
         return str(group.get("format") or self.settings.get("format"))
@@ -294,7 +298,7 @@ class CompressedTensorsCheckpoint(Checkpoint):
     def _group_of(self, module: str) -> Mapping[str, Any]:
         """The first group that targets a linear layer, by name, by pattern, or as "Linear"."""
         for group in self._groups:
-            for target in group.get("targets") or ():
+            for target in _targets(group):
                 named = re.match(target[3:], module) if target.startswith("re:") else module.endswith(target)
                 if named or target == "Linear":
                     return group
@@ -322,6 +326,11 @@ class CompressedTensorsCheckpoint(Checkpoint):
         return unpacked(stored.t(), bits)[:, : scale.shape[0]].t()
 
 
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    targets = group.get("targets") or []
+    return [targets] if isinstance(targets, str) else targets
+
+
 def _check(form: str, weights: Mapping[str, Any]) -> None:
     """Refuse settings that are not supported, by name."""
     if form not in _FORMATS:
@@ -333,6 +342,9 @@ def _check(form: str, weights: Mapping[str, Any]) -> None:
         raise unsupported(f"compressed-tensors {form} with {found[0]} of {found[1]} bits", what)
     if weights.get("strategy") not in _STRATEGIES:
         raise unsupported(f"compressed-tensors with the strategy {weights.get('strategy')!r}", ", ".join(_STRATEGIES))
+    block = weights.get("block_structure")
+    if weights["strategy"] == "block" and not (isinstance(block, list) and len(block) == 2):
+        raise unsupported(f"compressed-tensors with block_structure {block!r}", "[rows, columns]")
     if found == ("int", 8) and not weights.get("symmetric", True):
         raise unsupported("compressed-tensors with 8-bit weights that are not symmetric", "symmetric true")
     check_group_size("compressed-tensors", weights.get("group_size"))
@@ -349,7 +361,7 @@ class FineGrainedCheckpoint(Checkpoint):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
         block = settings.get("weight_block_size")
-        if not (isinstance(block, Sequence) and len(block) == 2 and block[1] % 32 == 0):
+        if not (isinstance(block, list) and len(block) == 2 and block[1] % 32 == 0):
             raise unsupported(f"fp8 with weight_block_size {block!r}", "[rows, columns], the columns a multiple of 32")
         kind = settings.get("fmt", "e4m3")
         if kind != "e4m3":
@@ -372,6 +384,31 @@ LAYOUTS: dict[str, type[Checkpoint]] = {
     "fp8": FineGrainedCheckpoint,
 }
 """The reader of a checkpoint by the ``quant_method`` of its ``quantization_config``."""
+_ANY, _NAME, _NAMES = Field(int), Field(str), Field(str, many=True)
+_SHAPE = Field(int, 1, 2**24, many=True)
+SETTINGS: Mapping[str, Fields] = {
+    METHOD: {"version": _ANY, "formats": _NAMES},
+    "compressed-tensors": {
+        "format": _NAME, "sparsity_config": {"format": _NAME}, "transform_config": {"config_groups": {}},
+        "config_groups": {"*": {
+            "format": _NAME, "targets": _NAMES,
+            "weights": {
+                "type": _NAME, "num_bits": _ANY, "strategy": _NAME, "symmetric": Field(bool), "group_size": _ANY,
+                "block_structure": _SHAPE,
+            },
+        }},
+    },
+    "gptq": {
+        "bits": _ANY, "group_size": _ANY, "sym": Field(bool), "desc_act": Field(bool), "dynamic": {},
+        "checkpoint_format": _NAME, "format": _NAME,
+    },
+    "awq": {
+        "bits": _ANY, "w_bit": _ANY, "group_size": _ANY, "q_group_size": _ANY, "version": _NAME, "format": _NAME,
+        "backend": _NAME,
+    },
+    "fp8": {"weight_block_size": _SHAPE, "fmt": _NAME},
+}  # fmt: skip
+"""The fields of a ``quantization_config`` that are read."""
 GGUF = "gguf"  # the quant_method of GGUF files that transformers has dequantized
 
 
@@ -396,4 +433,7 @@ def checkpoint_of(config: Any) -> Checkpoint:
     """The reader of a configuration's checkpoint; UnsupportedModelError for an unknown method or setting."""
     settings = config.quantization_config
     given = settings if isinstance(settings, Mapping) else settings.to_dict()
-    return layout_of(str(method_of(config)))(json.loads(json.dumps(given, default=str)))  # with names in place of enums
+    given = json.loads(json.dumps(given, default=str))  # with names in place of enums
+    layout = layout_of(method := str(method_of(config)))
+    check_fields(f"{config.name_or_path}: quantization_config", given, SETTINGS[method])
+    return layout(given)
