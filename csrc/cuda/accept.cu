@@ -15,6 +15,15 @@
 
 namespace lsk {
 
+// Advances a length past the accepted drafts and the next token. One that cannot advance stays, and there is no token.
+__device__ __forceinline__ void advance(int64_t& length, int64_t& accepted, int64_t& next_token) {
+  if (0 <= length && length < INT64_MAX - accepted) {
+    length += accepted + 1;
+  } else {
+    accepted = 0, next_token = -1;
+  }
+}
+
 // One thread per sequence.
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock)
@@ -29,7 +38,7 @@ __global__ void __launch_bounds__(kBlock)
   while (count < num_speculations && own[count] >= 0 && own[count] == wanted[count]) ++count;
   accepted[b] = count;
   next_token[b] = wanted[count];
-  seq_lens[b] += count + 1;
+  advance(seq_lens[b], accepted[b], next_token[b]);
 }
 
 cudaError_t accept_greedy(Chain& chain, const int64_t* draft, const int64_t* target, int64_t* seq_lens,
@@ -136,7 +145,8 @@ struct Sequence {
   }
 
   __device__ __forceinline__ NoiseKey noise(int64_t row, NoiseStream stream) const {
-    return {static_cast<uint64_t>(a.seed[b]), static_cast<uint64_t>(a.seq_lens[b] + row), stream};
+    return {static_cast<uint64_t>(a.seed[b]), static_cast<uint64_t>(a.seq_lens[b]) + static_cast<uint64_t>(row),
+            stream};
   }
 
   __device__ __forceinline__ bool agrees(int64_t row) const {
@@ -220,7 +230,7 @@ __global__ void __launch_bounds__(kBlock) accept_finish_kernel(AcceptSampledArgs
     __syncwarp();
     if (threadIdx.x == 0) a.next_token[b] = residual ? all.residual.token : all.plain.token;
   }
-  if (threadIdx.x == 0) a.seq_lens[b] += a.accepted[b] + 1;
+  if (threadIdx.x == 0) advance(a.seq_lens[b], a.accepted[b], a.next_token[b]);
 }
 
 cudaError_t accept_sampled(Chain& chain, const AcceptSampledArgs& a) {

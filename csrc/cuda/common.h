@@ -46,8 +46,11 @@ struct Cache {
   int num_kv_heads = 0, capacity = 0, head_dim = 0;
   int64_t num_slots = 0;  // S
 
-  // Position of row 0 of sequence b.
-  __device__ int64_t position(int b) const { return seq_lens[b] + ahead; }
+  // Position of row 0 of sequence b; far below 0 if its length is outside of [0, T], so that no row is in the cache.
+  __device__ int64_t position(int b) const {
+    const int64_t length = seq_lens[b];
+    return 0 <= length && length <= capacity ? length + ahead : -(int64_t{1} << 40);
+  }
 
   // Slot of sequence b; -1 if it is outside of the cache.
   __device__ int64_t slot(int b) const {

@@ -119,7 +119,7 @@ __device__ __forceinline__ void load_sampling(const HeadSampling& from, int64_t 
   to->temperature[r] = sampled ? from.temperature[first + r] : 0.0f;
   if (!sampled) return;
   to->seed[r] = static_cast<uint64_t>(from.seed[first + r]);
-  to->position[r] = static_cast<uint64_t>(from.position[first + r] + from.ahead);
+  to->position[r] = static_cast<uint64_t>(from.position[first + r]) + static_cast<uint64_t>(from.ahead);
 }
 
 template <class T>

@@ -7,7 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _checks
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
+
+LARGEST = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def advance(seq_lens_ptr, accepted_ptr, next_ptr, sequence, accepted, token):
+    """Store a sequence's result; length += accepted + 1. A length that cannot advance stays, and there is no token."""
+    length, accepted = tl.load(seq_lens_ptr + sequence), accepted.to(tl.int64)
+    ok = (length >= 0) & (length < LARGEST - accepted)
+    tl.store(accepted_ptr + sequence, tl.where(ok, accepted, 0))
+    tl.store(next_ptr + sequence, tl.where(ok, token, -1).to(tl.int64))
+    tl.store(seq_lens_ptr + sequence, tl.where(ok, length + accepted + 1, length))
 
 
 @triton.jit(do_not_specialize=["num_speculations"])
@@ -29,14 +42,14 @@ def accept_greedy_kernel(
     targets = tl.load(target_ptr + sequence * (num_speculations + 1) + k, mask=k < num_speculations, other=-1)
     agrees = (drafts == targets) & (drafts >= 0)
     accepted = tl.min(tl.where(agrees, BLOCK, tl.minimum(k, num_speculations)), axis=0)
-    tl.store(accepted_ptr + sequence, accepted.to(tl.int64))
-    tl.store(next_ptr + sequence, tl.load(target_ptr + sequence * (num_speculations + 1) + accepted))
-    tl.store(seq_lens_ptr + sequence, tl.load(seq_lens_ptr + sequence) + accepted + 1)
+    token = tl.load(target_ptr + sequence * (num_speculations + 1) + accepted)
+    advance(seq_lens_ptr, accepted_ptr, next_ptr, sequence, accepted, token)
 
 
 def accept_greedy(draft: Tensor, target: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     draft, target = draft.contiguous(), target.contiguous()
     batch, num_speculations = draft.shape
+    _checks.positions(seq_lens, num_speculations + 1, 2**63 - 1)
     accepted, next_token = torch.empty_like(seq_lens), torch.empty_like(seq_lens)
     if batch:
         with on(draft):

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _checks
 from ._device import ACCEPT, RESIDUAL, divisor_of, gumbel, uniform
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
+from .accept_greedy import advance
 
 NO_TOKEN = tl.constexpr(2147483647)
 ROW_BLOCK, TILE, FINISH_BLOCK = 4096, 1024, 1024  # tokens of a step of one row, of a tile; tiles of a step
@@ -156,9 +157,7 @@ def accept_sampled_finish_kernel(
     token = tl.where(score > float("-inf"), token, full)  # p - q may round to nothing
     greedy = tl.load(best_ptr + sequence * (num_speculations + 1) + accepted)
     token = tl.where(temperature > 0, token, greedy)
-    tl.store(accepted_ptr + sequence, accepted.to(tl.int64))
-    tl.store(next_ptr + sequence, tl.where(finite > 0, token, -1).to(tl.int64))
-    tl.store(seq_lens_ptr + sequence, length + accepted + 1)
+    advance(seq_lens_ptr, accepted_ptr, next_ptr, sequence, accepted, tl.where(finite > 0, token, -1))
 
 
 def _statistics(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +180,7 @@ def accept_sampled(
     _checks.temperatures(temperature)
     draft, q, p = draft.contiguous(), draft_logits.contiguous(), target_logits.contiguous()
     (batch, num_speculations), (draft_vocab_size, vocab_size) = draft.shape, (q.shape[2], p.shape[2])
+    _checks.positions(seq_lens, num_speculations + 1, 2**63 - 1)
     accepted, next_token = torch.empty_like(seq_lens), torch.empty_like(seq_lens)
     if not batch:
         return accepted, next_token

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import speculative
+from .. import _checks, speculative
 from ..schemas import Draft
 from ._launch import launch_options, on, power_of_two, wait_for_inputs
 from .exit_head import exit_head
@@ -22,7 +22,7 @@ BLOCK = 1024  # entries of a state per program
 @triton.jit(do_not_specialize=["row", "num_speculations", "rows"])
 def draft_step_kernel(
     hidden_ptr, token_ptr, logit_ptr, lse_ptr, embedding_ptr, states_ptr, tokens_ptr, probability_ptr, next_ptr,
-    hidden_size, row, num_speculations, rows, draft_threshold, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    vocab_size, hidden_size, row, num_speculations, rows, draft_threshold, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write one row's state, token and probability exp(logit - lse), and the token's embedding to next.
 
@@ -41,7 +41,8 @@ def draft_step_kernel(
     probability = tl.where(before < 0, 0.0, tl.exp(tl.load(logit_ptr + sequence) - tl.load(lse_ptr + sequence)))
     if draft_threshold > 0:
         token = tl.where(probability >= draft_threshold, token, -1)  # -1 for NaN, too
-    source = embedding_ptr + tl.maximum(token, 0) * hidden_size  # after a -1 any valid index will do
+    known = (token >= 0) & (token < vocab_size)
+    source = embedding_ptr + tl.where(known, token, 0) * hidden_size  # after a -1 any valid index will do
     tl.store(next_ptr + sequence * hidden_size + column, tl.load(source + column, mask=ok, other=0.0), mask=ok)
     if tl.program_id(1) == 0:
         tl.store(tokens_ptr + place, token)
@@ -55,13 +56,14 @@ def record_draft(
     if head_output is None:
         return speculative.record_draft(state, None, embedding, out, row, draft_threshold)
     next_embedding, (batch, hidden_size) = torch.empty_like(state), state.shape
+    _checks.tokens(head_output[0].clamp_min(0), embedding.shape[0])
     if batch:
         block = min(BLOCK, power_of_two(hidden_size))
         with on(state):
             draft_step_kernel[(batch, triton.cdiv(hidden_size, block))](
-                state, *head_output, embedding, out.states, out.tokens, out.probability, next_embedding, hidden_size,
-                row, out.tokens.shape[1], out.states.shape[1], draft_threshold, BLOCK=block, num_warps=4,
-                **launch_options(state),
+                state, *head_output, embedding, out.states, out.tokens, out.probability, next_embedding,
+                embedding.shape[0], hidden_size, row, out.tokens.shape[1], out.states.shape[1], draft_threshold,
+                BLOCK=block, num_warps=4, **launch_options(state),
             )  # fmt: skip
     return next_embedding
 

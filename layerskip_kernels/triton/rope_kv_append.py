@@ -22,6 +22,13 @@ def slot_of(slots_ptr, sequence, HAS_SLOTS: tl.constexpr):
 
 
 @triton.jit
+def position_of(seq_lens_ptr, sequence, capacity):
+    """The position of a sequence's first row, int64; far below 0 if its length is outside the cache."""
+    length = tl.load(seq_lens_ptr + sequence)
+    return tl.where((length >= 0) & (length <= capacity), length, -(1 << 40))
+
+
+@triton.jit
 def _rotate_row(
     x_ptr, norm_ptr, out_ptr, cos, sin, head_dim, eps,
     HAS_NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
@@ -56,7 +63,7 @@ def rope_kv_append_kernel(
     wait_for_inputs(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence = row // rows
-    position = tl.load(seq_lens_ptr + sequence) + row % rows
+    position = position_of(seq_lens_ptr, sequence, capacity) + row % rows
     slot = slot_of(slots_ptr, sequence, HAS_SLOTS)
     inside = (position >= 0) & (position < capacity) & (slot >= 0) & (slot < num_slots)
     lane = tl.arange(0, HALF)

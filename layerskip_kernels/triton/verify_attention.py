@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _checks
 from ._device import dot
 from ._launch import INTERPRETED, ROWS, launch_options, on, power_of_two, wait_for_inputs
-from .rope_kv_append import slot_of
+from .rope_kv_append import position_of, slot_of
 
 SPLIT = 128  # positions per program; fixed, so that the order of additions does not depend on the lengths
 ROWS_AT_ONCE = 64  # rows of a sequence per launch: bounds the partial results of a long prompt
@@ -67,7 +67,8 @@ def verify_attention_kernel(
     pair = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     m, head, ok = pair // SHARED, kv_head * SHARED + pair % SHARED, pair < rows * SHARED
     wait_for_inputs(PDL)
-    position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
+    position = position_of(seq_lens_ptr, sequence, capacity) + skipped + m
+    position = tl.minimum(tl.maximum(position, -1), capacity).to(tl.int32)
     last = tl.minimum(tl.max(tl.where(ok, position, -1), axis=0) + 1, capacity)
     slot = slot_of(slots_ptr, sequence, HAS_SLOTS)
     last = tl.where((slot >= 0) & (slot < num_slots), last, 0)
@@ -106,7 +107,7 @@ def verify_attention_finish_kernel(
     wait_for_inputs(PDL)
     row, head = tl.program_id(0), tl.program_id(1)
     sequence, m = (row // rows).to(tl.int64), row % rows
-    position = tl.load(seq_lens_ptr + sequence).to(tl.int32) + skipped + m
+    position = position_of(seq_lens_ptr, sequence, capacity) + skipped + m
     part = ((sequence * rows + m) * num_heads + head) * pieces
     column = tl.arange(0, BLOCK_C)
     peak, mass = float("-inf"), 0.0

@@ -107,7 +107,7 @@ BUGS = [
     ),
     Mutation(
         "a draft's later rows lie where its first does, in CUDA", CUDA + "common.h",
-        "return seq_lens[b] + ahead;", "return seq_lens[b];", EMULATED + "partial_forward.py -k later_in_a_draft",
+        "? length + ahead :", "? length :", EMULATED + "partial_forward.py -k later_in_a_draft",
     ),
     Mutation(
         "a draft ends at its threshold, in CUDA", CUDA + "draft.cu",

@@ -11,6 +11,7 @@ std::tuple<Tensor, Tensor> accept_greedy_op(const Tensor& draft_in, const Tensor
   LSK_REQUIRE(draft_in.dim() == 2, "draft must have rank 2");
   const Tensor draft = contiguous(draft_in), target = contiguous(target_in);
   const int64_t batch = draft.size(0), num_speculations = draft.size(1);
+  check_sizes({batch, num_speculations});
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   Tensor accepted = torch::stable::empty_like(seq_lens), next_token = torch::stable::empty_like(seq_lens);
   Chain chain(scope.stream());

@@ -10,18 +10,13 @@ class AcceptSampledScratch {
  public:
   // For draft tokens [B, K] of a head with `draft_vocab_size` rows, verified by one with `vocab_size`.
   AcceptSampledScratch(const Tensor& draft, int64_t draft_vocab_size, int64_t vocab_size, bool mapped)
-      : draft_vocab_size_(draft_vocab_size),
+      : draft_vocab_size_(checked(draft, draft_vocab_size, vocab_size, mapped)),
         vocab_size_(vocab_size),
         tiles_(accept_tiles(vocab_size, draft_vocab_size)),
-        rows_(scratch_bytes(draft, draft.size(0) * (2 * draft.size(1) + 1) * tiles_ * bytes<ArgmaxLse>())),
-        candidates_(scratch_bytes(draft, draft.size(0) * tiles_ * bytes<SampleCandidates>())),
-        inverse_(scratch_bytes(draft, mapped ? vocab_size * bytes<int>() : 0)),
-        mapped_(mapped) {
-    LSK_REQUIRE(draft_vocab_size > 0 && vocab_size > 0, "a head has no rows");
-    LSK_REQUIRE(mapped || draft_vocab_size == vocab_size, "a draft's head of ", draft_vocab_size, " rows for ",
-                vocab_size, " tokens needs a token_map");
-    check_sizes({draft_vocab_size, vocab_size});
-  }
+        rows_(scratch_bytes(draft, product(draft.size(0), 2 * draft.size(1) + 1, tiles_, sizeof(ArgmaxLse)))),
+        candidates_(scratch_bytes(draft, product(draft.size(0), tiles_, sizeof(SampleCandidates)))),
+        inverse_(scratch_bytes(draft, mapped ? product(vocab_size, sizeof(int)) : 0)),
+        mapped_(mapped) {}
 
   AcceptSampledArgs args(const Tensor& draft, const Tensor& draft_logits, const Tensor& target_logits,
                          const Tensor& seq_lens, const Tensor& temperature, const Tensor& seed,
@@ -47,9 +42,15 @@ class AcceptSampledScratch {
   }
 
  private:
-  template <class T>
-  static int64_t bytes() {
-    return static_cast<int64_t>(sizeof(T));
+  static int64_t checked(const Tensor& draft, int64_t draft_vocab_size, int64_t vocab_size, bool mapped) {
+    constexpr int64_t kMax = 65535;  // of a grid's second and third dimension: 2 K + 1 rows, B sequences
+    LSK_REQUIRE(draft.size(0) <= kMax, "a batch of ", draft.size(0), " is above ", kMax);
+    LSK_REQUIRE(draft.size(1) <= kMax / 2, draft.size(1), " draft tokens are more than ", kMax / 2);
+    LSK_REQUIRE(draft_vocab_size > 0 && vocab_size > 0, "a head has no rows");
+    LSK_REQUIRE(mapped || draft_vocab_size == vocab_size, "a draft's head of ", draft_vocab_size, " rows for ",
+                vocab_size, " tokens needs a token_map");
+    check_sizes({draft_vocab_size, vocab_size});
+    return draft_vocab_size;
   }
 
   int64_t draft_vocab_size_, vocab_size_;

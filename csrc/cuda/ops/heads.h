@@ -29,7 +29,8 @@ Head<T> head_of(const Tensor& norm_weight, const Tensor& head_weight, int64_t hi
 
 // Scratch for the partial results of all tiles of a head, for `rows` states.
 inline Tensor partial_argmax_lse(const Tensor& like, int64_t rows, int64_t vocab_size) {
-  return scratch_bytes(like, rows * head_tiles(vocab_size) * static_cast<int64_t>(sizeof(ArgmaxLse)));
+  check_sizes({rows, vocab_size});
+  return scratch_bytes(like, product(rows, head_tiles(vocab_size), sizeof(ArgmaxLse)));
 }
 
 }  // namespace lsk

@@ -71,6 +71,7 @@ Tensor rope_kv_append_op(const Tensor& q_in, const Tensor& k_in, const Tensor& v
                 num_kv_heads = k.size(2);
   const int64_t positions = cos.size(0);
   check_head_dim(head_dim);
+  check_sizes({product(num_heads, head_dim), product(batch, rows, num_heads + 2 * num_kv_heads)});
   Tensor out = torch::stable::empty_like(q);
   with_device_type(q.scalar_type(), [&]<class T>(T*) {
     const Cache<T> cache = cache_of<T>(k_cache, v_cache, seq_lens, slots, batch, rows, head_dim);
@@ -102,6 +103,7 @@ Tensor verify_attention_op(const Tensor& q_in, const Tensor& k_cache, const Tens
   check_head_dim(head_dim);
   check_num_heads(num_heads, k_cache.size(1));
   check_planes(batch, k_cache.size(1));
+  check_attention(batch, num_heads, k_cache.size(2), head_dim);
   Tensor out = torch::stable::empty_like(q);
   if (out.numel() == 0) return out;
   with_device_type(q.scalar_type(), [&]<class T>(T*) {

@@ -9,11 +9,12 @@
 
 namespace lsk {
 
-// As LayerStack::shape, with the size limits of the kernels.
+// As LayerStack::shape, with the size limits of the kernels; no size in ForwardScratch overflows within them.
 inline ForwardShape forward_shape(const LayerStack& stack, int64_t batch, int64_t rows, int64_t hidden_size) {
   const ForwardShape out = stack.shape(batch, rows, hidden_size);
   check_planes(batch, out.num_kv_heads);
-  check_sizes({hidden_size, out.queries(), out.intermediate_size, out.capacity, batch, rows});
+  check_attention(batch, out.num_heads, out.capacity, out.head_dim);
+  check_sizes({hidden_size, out.intermediate_size, product(batch, rows)});
   for (const Tensor& weight : stack.weights)
     LSK_REQUIRE(weight.is_cuda() && weight.get_device_index() == stack.k_cache.get_device_index(),
                 "expected all weights on the device of the cache");

@@ -49,7 +49,7 @@ struct VerifyTensors {
     if (sampled) logits = std::make_unique<RoundLogits>(drafting, heads);
   }
 
-  static int64_t rows(const DraftTensors& drafting) { return drafting.token.size(0) * drafting.rows(); }
+  static int64_t rows(const DraftTensors& drafting) { return product(drafting.token.size(0), drafting.rows()); }
 };
 
 // Layers [0, E) with the draft layers, and layers [E, L), which may be empty, with the shapes that they run on.

@@ -7,7 +7,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <climits>
 #include <initializer_list>
 #include <type_traits>
 
@@ -86,16 +85,23 @@ auto with_device_type(ScalarType dtype, F f) {
   });
 }
 
-// The kernels use 32-bit integers for columns, matrix rows and positions.
+// The kernels use 32-bit integers for columns, matrix rows and positions, and round them up to tiles.
 inline void check_sizes(std::initializer_list<int64_t> sizes) {
-  for (int64_t size : sizes) LSK_REQUIRE(size <= INT_MAX, "a size of ", size, " is above ", INT_MAX);
+  constexpr int64_t kMax = int64_t{1} << 30;
+  for (int64_t size : sizes) LSK_REQUIRE(size <= kMax, "a size of ", size, " is above ", kMax);
 }
 
 // Attention uses one grid row per sequence and key/value head.
 inline void check_planes(int64_t batch, int64_t num_kv_heads) {
   constexpr int64_t kMax = 65535;
-  LSK_REQUIRE(batch * num_kv_heads <= kMax, batch, " sequences of ", num_kv_heads, " key/value heads are more than ",
-              kMax);
+  LSK_REQUIRE(product(batch, num_kv_heads) <= kMax, batch, " sequences of ", num_kv_heads,
+              " key/value heads are more than ", kMax);
+}
+
+// The partial results of attention must have a size, and so must those of one layer.
+inline void check_attention(int64_t batch, int64_t num_heads, int64_t capacity, int64_t head_dim) {
+  check_sizes({batch, capacity, product(num_heads, head_dim)});
+  product(batch, num_heads, capacity, head_dim + 2, sizeof(float));
 }
 
 // Uninitialized bytes on the device of `like`.

@@ -32,6 +32,21 @@ def test_greedy(ops: Ops, batch: int, drafted: int) -> None:
     same(ops, "accept_greedy", accept_greedy_ref, [draft, target, torch.arange(batch)])
 
 
+@pytest.mark.parametrize("op", ["accept_greedy", "accept_sampled"])
+def test_a_length_that_cannot_advance_gives_no_token(ops: Ops, op: str) -> None:
+    """The others advance as they would."""
+    lengths = [-(2**63), -1, 2**63 - 2, 2**63 - 1, 7]
+    args: Args = [torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64), torch.tensor(lengths)]
+    if op == "accept_sampled":
+        logits = torch.randn(5, 2, 9)
+        logits[:, :, 0] = 50
+        args = [args[0], logits[:, :1].contiguous(), logits, args[2], torch.full((5,), 0.7), torch.arange(5)]
+    accepted, token = getattr(ops, op)(*args)
+    assert accepted.tolist() == [0, 0, 0, 0, 1]
+    assert token.tolist() == [-1, -1, -1, -1, 0]
+    assert args[-1 if op == "accept_greedy" else 3].tolist() == [*lengths[:4], 9]
+
+
 def problem(batch: int, drafted: int, vocab_size: int, subset: int = 0, seed: int = 0) -> Args:
     """Drafts that are often, but not always, likely; with a subset, they have tokens of it alone."""
     make = torch.Generator().manual_seed(seed)

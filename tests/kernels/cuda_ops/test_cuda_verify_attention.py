@@ -132,14 +132,14 @@ def test_blocks_that_take_several_splits(ops: Ops, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("slots", [None, [0, -1]])
-@pytest.mark.parametrize("length", [-2, 14])
+@pytest.mark.parametrize("length", [-(2**63), -2, -1, 14, 2**31, 2**32 + 5, 2**63 - 1])
 def test_outside_the_cache(ops: Ops, length: int, slots: list[int] | None) -> None:
     """Rows outside the cache come out as NaN; the others are what they would be."""
     args = arguments(torch.float32, [0, 9], 3, 4, 2, 16, capacity=16)
     caches = [cache.nan_to_num(0.5) for cache in args[1:3]]
     args[3][1] = length
     out = ops.verify_attention(args[0], *caches, args[3], None if slots is None else torch.tensor(slots))
-    inside = [0 <= length + m < 16 and slots is None for m in range(3)]
+    inside = [length >= 0 and length + m < 16 and slots is None for m in range(3)]
     assert out[1].isnan().flatten(1).all(1).tolist() == [not one for one in inside]
     assert bool(out[0].isfinite().all())
     for m in range(3):

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton_cases import ATTENTION_TOLERANCES, DTYPES, agrees, close, normal, on_backend, same_bits
 
 import layerskip_kernels as lk
+from layerskip_kernels import _checks
 from tests.kernels.common import needles
 from tests.kernels.test_verify_attention import arguments, check_later_rows
 
@@ -104,6 +105,25 @@ def test_a_row_of_attention_does_not_depend_on_the_batch(dtype: torch.dtype, dev
                 at = torch.tensor([length + m], device=device)
                 alone = lk.verify_attention(q[sequence : sequence + 1, m : m + 1], *one, at)
                 same_bits(alone[0, 0], together[sequence, m])
+
+
+@pytest.mark.parametrize("length", [-(2**63), -2, -1, 14, 2**31, 2**32 + 5, 2**63 - 1])
+def test_rows_outside_the_cache_as_on_a_gpu(length: int, device: torch.device, monkeypatch) -> None:
+    """Where no check looks at a length, a row of a negative one or past the end is NaN, and nothing is written."""
+    monkeypatch.setattr(_checks, "positions", lambda *args: None)
+    rows, capacity, lengths = 3, 16, torch.tensor([2, length], device=device)
+    q = normal(0, 2, rows, 4, 8, device=device)
+    k, v = (normal(seed, 2, rows, 2, 8, device=device) for seed in (1, 2))
+    caches = [poisoned(2, 2, capacity, 8, dtype=torch.float32, device=device) for _ in range(2)]
+    inside = [length >= 0 and length + m < capacity for m in range(rows)]
+    with lk.use_backend("triton"):
+        rotated = lk.rope_kv_append(q, k, v, *angles(capacity, 8, device), *caches, lengths)
+        assert [int((~cache.isnan()).sum()) for cache in caches] == [(rows + sum(inside)) * 2 * 8] * 2
+        attended = lk.verify_attention(q, *(cache.nan_to_num(0.5) for cache in caches), lengths)
+    for out in (rotated, attended):
+        assert out[0].isfinite().all()
+        assert out[1].isnan().flatten(1).all(1).tolist() == [not one for one in inside]
+        assert out[1].isnan().flatten(1).any(1).tolist() == [not one for one in inside]
 
 
 def layer_weights(
