@@ -108,8 +108,7 @@ class DraftHead:
         def make(metadata: dict[str, str], tensors: dict[str, Tensor]) -> DraftHead:
             return cls(tensors["token_ids"], metadata_integer(metadata, "vocab_size"))
 
-        loaded: DraftHead = load_tensors(source, _file(source), "a draft head", registry.draft_head, make)
-        return loaded
+        return load_tensors(source, _file(source), "a draft head", registry.draft_head, make)
 
 
 def _file(path: str | Path) -> Path:

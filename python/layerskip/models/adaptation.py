@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,7 +92,9 @@ def quantized_weights(hf_model: Any, architecture: Architecture) -> Checkpoint |
     if tensors.are_plain:
         return None
     checkpoint = checkpoint_of(config)
-    for name in _matrices(hf_model, architecture):
+    paths = [path for name, path in architecture.layer_paths.items() if name in INPUTS]
+    layers = (f"{LAYERS}.{number}.{path}" for number in range(config.num_hidden_layers) for path in paths)
+    for name in (weight.removesuffix(".weight") for weight in (EMBEDDING, *layers, HEAD)):
         found = class_of(hf_model.get_submodule(name))
         kind = f"{found.__module__}.{found.__name__}"
         if kind not in (*_PLAIN, architecture.embedding_class, *checkpoint.modules):
@@ -103,14 +104,6 @@ def quantized_weights(hf_model: Any, architecture: Architecture) -> Checkpoint |
     checkpoint.read_from(tensors)
     checkpoint.take_over(hf_model)
     return checkpoint
-
-
-def _matrices(hf_model: Any, architecture: Architecture) -> Iterator[str]:
-    """The names of the modules that hold a model's matrices."""
-    paths = [path for name, path in architecture.layer_paths.items() if name in INPUTS]
-    layers = (f"{LAYERS}.{number}.{path}" for number in range(hf_model.config.num_hidden_layers) for path in paths)
-    for name in (EMBEDDING, *layers, HEAD):
-        yield name.removesuffix(".weight")
 
 
 @torch.no_grad()

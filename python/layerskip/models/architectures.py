@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +109,6 @@ def granite_norm(config: Any) -> NormSpec:
     return NormSpec(0.0, 1 / config.logits_scaling)
 
 
-def gemma_norm(config: Any) -> NormSpec:
-    return NormSpec(1.0, 1.0)
-
-
 def _by_layer_type(config: Any, module: Any) -> tuple[tuple[Rotary, ...], tuple[int, ...], tuple[int | None, ...]]:
     """Rotary embeddings, the index of each layer's, and its window, for configurations with ``layer_types``."""
     if not hasattr(config, "rope_parameters"):
@@ -153,45 +149,20 @@ _FOUR_NORMS = _POST_NORMS | {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A ``model_type`` of transformers.
+    """A ``model_type`` of transformers."""
 
-    Attributes
-    ----------
-    title : str
-        Of its models, for users.
-    model_class : str
-    layer_paths : dict
-        The paths of a layer's weights, by the decoder's names.
-    differs : str
-        How it differs from Llama, for users.
-    speed : str
-        `ONE_CALL`, `RUNS` or `COMPOSED`, for users.
-    layer_config : callable
-        (configuration, module of the rotary embedding) -> `LayerConfig`.
-    final_norm : callable or None
-        Configuration -> `NormSpec`.
-    rope_types : tuple of str
-    partial_rotary : bool
-        Whether a head may have values that are not rotated.
-    activations : tuple of str
-    embedding_class : str
-        The model's own embedding class, if it is not torch's.
-    only : dict
-        Supported values of options of the configuration.
-    """
-
-    title: str
+    title: str  # of its models, for users
     model_class: str
-    layer_paths: dict[str, str]
-    differs: str = ""
-    speed: str = ONE_CALL
-    layer_config: Callable[[Any, Any], LayerConfig] = llama
-    final_norm: Callable[[Any], NormSpec] | None = None
+    layer_paths: dict[str, str]  # of a layer's weights, by the decoder's names
+    differs: str = ""  # how it differs from Llama, for users
+    speed: str = ONE_CALL  # or `RUNS` or `COMPOSED`, for users
+    layer_config: Callable[[Any, Any], LayerConfig] = llama  # of a configuration and its rotary embedding's module
+    final_norm: Callable[[Any], NormSpec] | None = None  # of a configuration
     rope_types: tuple[str, ...] = STATIC
-    partial_rotary: bool = False
+    partial_rotary: bool = False  # whether a head may have values that are not rotated
     activations: tuple[str, ...] = ACTIVATIONS
-    embedding_class: str = ""
-    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    embedding_class: str = ""  # the model's own, if it is not torch's
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # supported values of the configuration's options
 
 
 # To add a model family, add a row: its `model_type`, the class in transformers, and the paths of a layer's
@@ -226,7 +197,7 @@ ARCHITECTURES = {
     "gemma3_text": Architecture(
         "Gemma 3 text", "Gemma3ForCausalLM", _ATTENTION | QK_NORM | _FOUR_NORMS | _MLP,
         "norms before and after; GELU; sliding windows; two rotary embeddings; a factor of the embedding",
-        COMPOSED, gemma3, gemma_norm, activations=("gelu_pytorch_tanh",),
+        COMPOSED, gemma3, lambda config: NormSpec(1.0, 1.0), activations=("gelu_pytorch_tanh",),
         embedding_class="transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding",
         only={
             "final_logit_softcapping": (None,), "attn_logit_softcapping": (None,),
@@ -424,20 +395,15 @@ def _check_modules(model: nn.Module, architecture: Architecture) -> None:
                 raise unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
 
 
-def _expected_names(architecture: Architecture, num_layers: int) -> Iterator[str]:
-    yield from (EMBEDDING, NORM, HEAD)
-    for number in range(num_layers):
-        yield from (f"{LAYERS}.{number}.{path}" for path in architecture.layer_paths.values())
-
-
 def check_names(parameters: dict[str, nn.Parameter], architecture: Architecture) -> None:
     """Raise UnsupportedModelError unless a model has exactly the parameters that are used."""
     numbers = {int(name.split(".")[2]) for name in parameters if name.startswith(f"{LAYERS}.")}
-    expected = dict.fromkeys(_expected_names(architecture, len(numbers)))  # a set in order
-    title = architecture.model_class
+    paths, title = architecture.layer_paths.values(), architecture.model_class
+    in_layers = (f"{LAYERS}.{number}.{path}" for number in range(len(numbers)) for path in paths)
+    expected = dict.fromkeys((EMBEDDING, NORM, HEAD, *in_layers))  # a set in order
     for name in parameters:
         if name not in expected:
-            raise unsupported(f"parameter {name}", f"in {title}: {', '.join(architecture.layer_paths.values())}")
+            raise unsupported(f"parameter {name}", f"in {title}: {', '.join(paths)}")
     for name in expected:
         if name not in parameters:
             raise UnsupportedModelError(f"{title} has no parameter {name}; quantised weights are unsupported")

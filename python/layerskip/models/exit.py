@@ -178,10 +178,7 @@ class Exit:
         FileNotFoundError, ModuleNotFoundError, ValueError
             If there is none, or it is not an exit; the message names the file.
         """
-        loaded: Exit = load_tensors(
-            source, _file(source), "an exit", registry.exit, lambda *parts: cls(**_read(*parts))
-        )
-        return loaded
+        return load_tensors(source, _file(source), "an exit", registry.exit, lambda *parts: cls(**_read(*parts)))
 
 
 def _given(layer: LayerWeights) -> Iterator[tuple[str, Tensor]]:

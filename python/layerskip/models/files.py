@@ -30,6 +30,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LEFTOVERS = ("weight_", "input_", "output_")  # prefixes of scales and zero points beside a weight
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+Made = TypeVar("Made")
 
 
 class ModelFileError(ValueError):
@@ -192,8 +193,8 @@ def save_tensors(path: Path, what: str, tensors: Mapping[str, Tensor | None], me
 
 
 def load_tensors(
-    source: str | Path, file: Path, what: str, find: Callable[[str], Path | None], make: Callable[..., Any]
-) -> Any:
+    source: str | Path, file: Path, what: str, find: Callable[[str], Path | None], make: Callable[..., Made]
+) -> Made:
     """Read what `save_tensors` wrote to ``file``, or what ``find`` knows under the name ``source``.
 
     Returns ``make(metadata, tensors)``. FileNotFoundError or ValueError, with the path, if missing or not ``what``.

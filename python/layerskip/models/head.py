@@ -140,7 +140,7 @@ class EarlyExitHead(nn.Module):
         Parameters
         ----------
         hidden : Tensor [..., D]
-            Raw state after a layer, not yet normed.
+            Raw state after a layer, not yet normed. ValueError if it requires a gradient: the head has no backward.
         temperature : Tensor [R], fp32, optional
             Of each of the R rows; 0 is greedy.
         seed, offset : Tensor [R], int64
@@ -152,27 +152,14 @@ class EarlyExitHead(nn.Module):
         -------
         ExitOutput
             Fields of shape [...].
-
-        Raises
-        ------
-        ValueError
-            If ``hidden`` requires a gradient: the head has no backward.
         """
         reject_gradient(hidden)
         leading = hidden.shape[:-1]
         with torch.no_grad():
             out = exit_head(
-                hidden.reshape(-1, hidden.shape[-1]),
-                self.norm_weight,
-                self.head_weight,
-                self.eps,
-                self.token_map,
-                self.scale,
-                temperature,
-                seed,
-                offset,
-                logits,
-            )
+                hidden.reshape(-1, hidden.shape[-1]), self.norm_weight, self.head_weight, self.eps, self.token_map,
+                self.scale, temperature, seed, offset, logits,
+            )  # fmt: skip
         return out if len(leading) == 1 else ExitOutput(*(field.view(leading) for field in out))
 
     @torch.no_grad()

@@ -16,22 +16,15 @@ class SharedKVCache:
     Parameters
     ----------
     num_layers, batch_size, num_kv_heads, capacity, head_dim : int
-        L, B, G, T and C.
+        L, B, G, T and C, each at least 1: ``k`` and ``v`` are [L, B, G, T, C]. ``seq_lens`` [B], int64, are the
+        numbers of valid positions; layers read them, their caller advances them.
     dtype : torch.dtype
     device : torch.device or str
 
-    Attributes
-    ----------
-    k, v : Tensor [L, B, G, T, C]
-    seq_lens : Tensor [B], int64
-        The valid positions of each sequence. Layers read it; their caller advances it.
-
     Raises
     ------
-    ValueError
-        If a size is not positive.
-    MemoryError
-        If there is not enough memory; the message has the size.
+    ValueError, MemoryError
+        For a size below 1, or without enough memory; the message has the size.
     """
 
     def __init__(
@@ -44,18 +37,19 @@ class SharedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {
-            "num_layers": num_layers,
-            "batch_size": batch_size,
-            "num_kv_heads": num_kv_heads,
-            "capacity": capacity,
-            "head_dim": head_dim,
-        }
-        for name, size in sizes.items():
+        shape = (num_layers, batch_size, num_kv_heads, capacity, head_dim)
+        names = ("num_layers", "batch_size", "num_kv_heads", "capacity", "head_dim")
+        for name, size in zip(names, shape, strict=True):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        shape = (num_layers, batch_size, num_kv_heads, capacity, head_dim)
-        self.k, self.v = (_untouched(shape, dtype, device) for _ in range(2))
+        try:
+            self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        except RuntimeError as error:  # of torch's allocators, OutOfMemoryError among them
+            raise MemoryError(
+                f"keys and values of {batch_size} sequences of {capacity} positions take "
+                f"{2 * math.prod(shape) * dtype.itemsize / 1e9:.1f} GB, which {device} does not have; give a smaller "
+                f"max_seq_len or fewer sequences ({error})"
+            ) from error
         self.seq_lens = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
@@ -68,7 +62,7 @@ class SharedKVCache:
 
     @property
     def capacity(self) -> int:
-        """T, the most positions of a sequence."""
+        """T, the number of positions that a sequence may have."""
         return self.k.shape[3]
 
     def slot(self, index: int) -> SharedKVCache:
@@ -87,16 +81,3 @@ class SharedKVCache:
         """Copy the first ``length`` positions of one row to another, in layers [0, num_layers)."""
         for half in (self.k, self.v):
             half[:num_layers, target, :, :length] = half[:num_layers, source, :, :length]
-
-
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """Allocate an uninitialized tensor, or raise MemoryError."""
-    try:
-        return torch.empty(shape, dtype=dtype, device=device)
-    except RuntimeError as error:  # of torch's allocators; on a card it is OutOfMemoryError, which is one
-        size = f"{2 * math.prod(shape) * dtype.itemsize / 1e9:.1f} GB"
-        _, batch, _, capacity, _ = shape
-        raise MemoryError(
-            f"keys and values of {batch} sequences of {capacity} positions take {size}, which {device} does not have; "
-            f"give a smaller max_seq_len or fewer sequences ({error})"
-        ) from error

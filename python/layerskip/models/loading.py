@@ -135,9 +135,16 @@ def _read(
     with reading("tokenizer", source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     if checkpoint is not None:
-        directory = Path(source) if options else _download(source)
+        directory, generation = Path(source), None
+        if not options:
+            with reading("weights", source):
+                hub = need("huggingface_hub", "loading models from the hub")
+                directory = Path(hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
         checkpoint.read_from(TensorFiles(directory))
-        generation = _generation_config(directory)
+        if (directory / GENERATION_CONFIG).is_file():
+            read_json(directory / GENERATION_CONFIG, GENERATION)
+            with reading("generation configuration", str(directory)):
+                generation = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
         return build(source, config, checkpoint, dtype, generation, progress), tokenizer
     with reading("weights", source):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -183,21 +190,6 @@ def _read_gguf(
     with reading("tokenizer", str(path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
     return build(str(path), config, checkpoint, dtype, progress=progress), tokenizer
-
-
-def _download(name: str) -> Path:
-    with reading("weights", name):
-        hub = need("huggingface_hub", "loading models from the hub")
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _generation_config(directory: Path) -> Any:
-    transformers = need("transformers", "loading models")
-    if not (directory / GENERATION_CONFIG).is_file():
-        return None
-    read_json(directory / GENERATION_CONFIG, GENERATION)
-    with reading("generation configuration", str(directory)):
-        return transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
 
 
 def _check_directory(directory: Path) -> None:

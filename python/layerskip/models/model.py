@@ -31,12 +31,7 @@ class LayerSkipModel(nn.Module):
     config, generation_config : object
         Configurations of the model that it was made from.
     exit : ExitWeights, optional
-        By default drafts use ``head`` after any early layer.
-
-    Attributes
-    ----------
-    exit_layer : int or None
-        E of ``exit``; None if drafts may be made after any layer.
+        By default drafts use ``head`` after any early layer, and ``exit_layer`` is None.
     """
 
     def __init__(
@@ -268,8 +263,8 @@ class LayerSkipModel(nn.Module):
     ) -> Draft:
         """Draft K tokens with layers [0, E), the exit's draft layers and its head, as one fused call.
 
-        The last draft token, too, goes through the layers, as verification and the next draft need it. Lengths are not
-        advanced. Parameters and errors as in `decode` and `layerskip_kernels.draft`.
+        The last draft token, too, runs through the layers: verification and the next draft need its keys and values.
+        Lengths are not advanced. Parameters and errors as in `decode` and `layerskip_kernels.draft`.
         """
         self._check_exit(exit_layer)
         decoder = self.decoder

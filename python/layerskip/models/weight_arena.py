@@ -1,8 +1,8 @@
-"""Where weights lie: one after the other in the order in which decoding reads them, in huge pages; packed ones in the
-order in which the processor multiplies them.
+"""Memory of a model's weights: one mapping, in the order in which decoding reads them, in huge pages.
 
-Decoding one token reads every weight once. Weights that lie scattered in pages of 4 KiB cost it a look into the page
-table every few thousand cycles, and the processor's own prefetching ends at each page and each tensor.
+Decoding one token reads every weight once. Weights in scattered pages of 4 KiB cost a page table lookup every few
+thousand cycles, and the processor's prefetching stops at the end of each page and tensor. Packed weights may be
+interleaved, in the order in which the processor multiplies them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .model import LayerSkipModel
 from .quantize import MATRICES
 
 HUGE = 2 << 20  # bytes of a huge page, and of the alignment that it needs
-TRIM = 32 << 20  # bytes that are moved before what they leave is given back
+TRIM = 32 << 20  # bytes that are moved before the freed memory is returned to the system
 LINE = 64  # bytes; each weight begins at a line of the cache
 _SMAPS = Path("/proc/self/smaps")
 
@@ -117,7 +117,8 @@ def gather_weights(model: Any) -> WeightArena | None:
             _trim()
             since_trim = 0
     _trim()
-    _renew(model)
+    if isinstance(model, LayerSkipModel):
+        model.refresh()
     return arena
 
 
@@ -127,13 +128,15 @@ def scatter_weights(model: Any) -> None:
     Not while the model decodes in another thread.
     """
     moved: dict[int, Tensor] = {}
-    widths = {id(weight): width for weight, width in _packed(model) if is_interleaved(weight)}
+    matrices = model.matrices() if isinstance(model, LayerSkipModel) else []  # those of other models are plain
+    widths = {id(weight): width for weight, width in matrices if is_interleaved(weight)}
     for tensor in _weights(model):
         if tensor.data_ptr() not in moved:
             own = tensor.detach()
             moved[tensor.data_ptr()] = rows_of(own, widths[id(tensor)]) if id(tensor) in widths else own.clone()
         tensor.data = moved[tensor.data_ptr()]
-    _renew(model)
+    if isinstance(model, LayerSkipModel):
+        model.refresh()
 
 
 def gather_exit(exit: ExitWeights) -> ExitWeights:
@@ -167,16 +170,11 @@ def _gathered(layer: LayerWeights, arena: WeightArena, norm: Tensor) -> LayerWei
     return LayerWeights(**{name: taken[name] if name in taken else arena.take(weights[name]) for name in weights})
 
 
-def _packed(model: Any) -> list[tuple[Tensor, int]]:
-    """The matrices that may be packed, with their widths; those of a transformers model are plain."""
-    return model.matrices() if isinstance(model, LayerSkipModel) else []
-
-
 def _panels(model: Any) -> dict[int, int]:
     """The weights to interleave, by id, with their widths: all of a model's layers, or none."""
     if not isinstance(model, LayerSkipModel) or model.dtype != torch.bfloat16 or not multiplies_panels():
         return {}
-    *layers, head, embedding = _packed(model)
+    *layers, head, embedding = model.matrices()
     layers = [one for one in layers if one[0].dim() == 2]  # experts stay rows
     if any(hasattr(weight, KEEPS_ROWS) for weight, _ in (*layers, head, embedding)):
         return {}
@@ -184,12 +182,6 @@ def _panels(model: Any) -> dict[int, int]:
     even = keys % PANEL_ROWS == 0 and all(can_interleave(*one) for one in layers)
     outer = [one for one in (head, embedding) if can_interleave(*one)]
     return {id(weight): width for weight, width in (*(layers if even else ()), *outer)}
-
-
-def _renew(model: Any) -> None:
-    """Update a model's views of its weights; a transformers model has none."""
-    if isinstance(model, LayerSkipModel):
-        model.refresh()
 
 
 def _trim() -> None:

@@ -152,23 +152,9 @@ ScoresAt = Callable[[int], Tensor]
 
 
 class BatchRow:
-    """One row of the batch: a prompt, its padding and its place.
+    """Row ``index`` of ``batch`` rows: ``padded`` [N], a prompt with padding, where ``mask`` [N] is False.
 
-    Parameters
-    ----------
-    index, batch : int
-        Its place, and the number of rows.
-    padded : Tensor [N], int64
-        The prompt with padding.
-    mask : Tensor [N], bool
-        False for padding.
-
-    Attributes
-    ----------
-    prompt : Tensor [n], int64
-        Without padding.
-    padding : int
-        The number of padding tokens before the prompt; -1 if there is padding inside it.
+    ``prompt`` [n] is without padding; ``padding`` counts the padding tokens before it, or is -1 if some are inside it.
     """
 
     def __init__(self, index: int, batch: int, padded: Tensor, mask: Tensor) -> None:

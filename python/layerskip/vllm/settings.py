@@ -13,28 +13,15 @@ DEFAULT_SPECULATIONS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model drafts for itself.
+    """How a model drafts for itself."""
 
-    Parameters
-    ----------
-    exit_layer : int
-        E, how many of the model's layers draft.
-    num_speculations : int
-        K, the tokens drafted a round.
-    draft_head : str
-        Head of the drafts: ``full``, the model's own, read by our kernel; ``int8``, a copy of it in int8; ``vllm``, the
-        model's own as vLLM computes it; ``exit``, the exit's tokens in int8, or all; or the path of a saved draft head.
-    mend_cpu_sampling : bool
-        Replace the function in which vLLM loses the temperatures of speculative rows on CPUs.
-    exit : str, optional
-        Where an `Exit` is, or the name of a model that comes with one.
-    """
-
-    exit_layer: int
-    num_speculations: int
+    exit_layer: int  # E, the number of layers that draft
+    num_speculations: int  # K, the number of draft tokens a round
+    # ``full``: the model's own head, read by our kernel; ``int8``: a copy in int8; ``vllm``: the model's own as vLLM
+    # computes it; ``exit``: the exit's tokens in int8, or all; or the path of a saved draft head.
     draft_head: str
-    mend_cpu_sampling: bool = False
-    exit: str | None = None
+    mend_cpu_sampling: bool = False  # replace the function in which vLLM loses temperatures of draft rows on CPUs
+    exit: str | None = None  # path of an `Exit`, or the name of a model that comes with one
 
     @classmethod
     def of(cls, options: Mapping[str, Any], config: Any, model: str) -> Settings:

@@ -139,27 +139,13 @@ class ModelTensors(Tensors):
 class Checkpoint:
     """The parameters of a model by the names that transformers gives them; a subclass for each layout.
 
-    Parameters
-    ----------
-    settings : mapping
-        The ``quantization_config``; UnsupportedModelError if it asks for something that is not supported.
-
-    Attributes
-    ----------
-    files : Tensors
-        Of the directory that was opened last, or of a model.
-    frequency_factors : Tensor [C/2] or None
-        Divisors of the rotary frequencies that the checkpoint has and the configuration does not.
-    stem : str
-        Suffix of a linear layer's name in the name of its quantized weight.
-    modules : tuple of str
-        The transformers classes that hold the tensors as files do; others repack them for their kernels.
+    ``settings`` is the ``quantization_config``; UnsupportedModelError if it asks for something that is not supported.
     """
 
-    files: Tensors
-    frequency_factors: Tensor | None = None
-    stem = ""
-    modules: tuple[str, ...] = ()
+    files: Tensors  # of the directory that was opened last, or of a model
+    frequency_factors: Tensor | None = None  # [C/2], divisors of the rotary frequencies that the configuration gives
+    stem = ""  # suffix of a linear layer's name in the name of its quantized weight
+    modules: tuple[str, ...] = ()  # transformers classes that hold the tensors as files do; others repack them
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
