@@ -3,15 +3,22 @@
 The model is tiny and random, the session has few slots. Requests differ in length, strategy, exit layer, drafts,
 threshold, sampling, processor and what ends them; some are cancelled or removed, hooks raise, interrupts leave steps.
 Request n depends on the seed and n alone; beside which others it runs, on a clock, too, where "auto" chooses.
+
+With ``--signals N``, another process sends SIGINT and SIGTERM at random moments, until N of them have raised an
+exception within a call of the session.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +31,7 @@ from torch import Tensor
 import layerskip
 from layerskip import DraftHead, DraftSource, SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding.outputs import GenerationOutput, Update
+from layerskip.decoding.session import Session
 from layerskip.models import model as model_module
 
 VOCABULARY, LAYERS, LONGEST, MOST_DRAFTS = 101, 4, 64, 6
@@ -214,7 +222,7 @@ class Reached:
 @dataclass
 class _Running:
     case: Case
-    cancelled: bool = False
+    cancelled: bool | None = False  # None: perhaps, as the call was interrupted
     tokens: list[int] = field(default_factory=list)
 
 
@@ -226,19 +234,32 @@ class Soak:
     seed : int
     decoder : SelfSpeculativeDecoder, optional
         By default `tiny_decoder`.
+    interrupts : callable, optional
+        Gives the context of every call of the session, which may raise `Interrupted` there; by default `interrupting`.
     """
 
-    def __init__(self, seed: int, decoder: SelfSpeculativeDecoder | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        decoder: SelfSpeculativeDecoder | None = None,
+        interrupts: Callable[[], AbstractContextManager[object]] | None = None,
+    ) -> None:
         self.seed, self.reached = seed, Reached()
+        self._interrupts = interrupts or (lambda: interrupting(self._chance))
         self._decoder = tiny_decoder(seed) if decoder is None else decoder
         most = DraftSource.max_drafts  # as a request alone may draft, because the number decides what is drawn
         self._session = self._decoder.open_session(SLOTS, max_seq_len=LONGEST, num_speculations=most)
         self._running: dict[int, _Running] = {}
         self._chance, self._idle = random.Random(seed), 0  # steps without an update
-        self._interrupted = False  # the last step
 
-    def run(self, minutes: float, requests: int, show: Callable[[Reached, float], None] = lambda *_: None) -> Reached:
-        """Run until either is reached, let what runs come to its end, and check that nothing is left behind.
+    def run(
+        self,
+        minutes: float,
+        requests: int,
+        show: Callable[[Reached, float], None] = lambda *_: None,
+        interrupts: int = sys.maxsize,
+    ) -> Reached:
+        """Run until one is reached, let what runs come to its end, and check that nothing is left behind.
 
         ``show`` is told after every step what is reached, and the share of the run.
 
@@ -255,7 +276,7 @@ class Soak:
                 self._end_some()
             self._step()
             reached.seconds = time.perf_counter() - started
-            share = max(reached.seconds / (60 * minutes), reached.requests / requests)
+            share = max(reached.seconds / (60 * minutes), reached.requests / requests, reached.interrupts / interrupts)
             if warm is None and share > WARM_UP:
                 warm = resident_mib()
             show(reached, min(share, 1.0))
@@ -270,7 +291,9 @@ class Soak:
         while len(self._running) < SLOTS + WAITING and self.reached.requests < requests:
             case = case_of(self.seed, self.reached.requests)
             hooks: dict[str, Any] = {"should_stop": case.rule(True), "logits_processor": case.processor(True)}
-            self._running[self._session.add(case.prompt, **case.options, **hooks)] = _Running(case)
+            if (added := self._call(self._session.add, case.prompt, **case.options, **hooks)) is None:
+                continue  # interrupted, so nothing is added
+            self._running[added] = _Running(case)
             self.reached.requests += 1
 
     def _end_some(self) -> None:
@@ -281,25 +304,34 @@ class Soak:
         if self._running[victim].cancelled:
             return
         removes = self._chance.random() < 0.5
+        end, before = self._session.remove if removes else self._session.cancel, self.reached.interrupts
         try:
-            (self._session.remove if removes else self._session.cancel)(victim)
+            self._call(end, victim)
+            if interrupted := self.reached.interrupts > before:
+                end(victim)
         except ValueError:
-            if not self._interrupted:
+            if not self.reached.interrupts:
                 raise
-            return  # it ended in the step that was interrupted, and its last update is on the way
-        self._running[victim].cancelled = True
+            interrupted = True
+            if victim not in self._session.unfinished and not removes:
+                raise
+            # It ended in an earlier step or in the call, which were interrupted; its last update is on the way.
+        self._running[victim].cancelled = None if interrupted else True
         if removes:
             del self._running[victim]
             self.reached.removed += 1
 
-    def _step(self) -> None:
-        self._interrupted = False
+    def _call(self, method: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Call the session; None if that is interrupted."""
         try:
-            with interrupting(self._chance):
-                updates = self._session.step()
+            with self._interrupts():
+                return method(*args, **named)
         except Interrupted:
-            self._interrupted, updates = True, []
             self.reached.interrupts += 1
+            return None
+
+    def _step(self) -> None:
+        updates = self._call(self._session.step) or []
         self._idle = 0 if updates else self._idle + 1
         if self._idle > PATIENCE:
             raise Mismatch(f"{len(self._running)} requests have had no update for {PATIENCE} steps")
@@ -325,8 +357,10 @@ class Soak:
             raise Mismatch(f"{case} gave {got}, alone {whole}")
         if not partial and (update.reason,) != expected.reasons:
             raise Mismatch(f"{case} ended by {update.reason}, alone by {expected.reasons[0]}")
-        if running.cancelled and update.reason != "cancelled":
-            raise Mismatch(f"{case} was cancelled and ended by {update.reason}")
+        if running.cancelled is None:
+            running.cancelled = update.reason == "cancelled"
+        if running.cancelled != (update.reason == "cancelled"):
+            raise Mismatch(f"{case} ended by {update.reason}, cancelled: {running.cancelled}")
         if not running.cancelled and 0 < case.fault < len(whole) and update.reason != "error":
             raise Mismatch(f"{case} ended by {update.reason}, though a hook raised")
         if not case.fault and update.reason == "error":
@@ -384,6 +418,53 @@ def interrupting(chance: random.Random) -> Iterator[None]:
             setattr(model_module, name, op)
 
 
+class Signals:
+    """Sends SIGINT and SIGTERM to this process at random moments; within the contexts that it gives they may raise.
+
+    Another process sends them, so that they come at any moment. They raise `Interrupted` where a method of the session
+    is on the stack, not in the lines of the caller around it, which would lose what the method has returned.
+    """
+
+    METHODS = tuple(getattr(Session, name).__code__ for name in ("add", "step", "cancel", "remove", "release"))
+    SENDER = (
+        "import os, random, sys, time\n"
+        "while os.getppid() == int(sys.argv[1]):\n"
+        "    time.sleep(random.expovariate(1 / float(sys.argv[2])))\n"
+        "    os.kill(int(sys.argv[1]), random.choice([int(number) for number in sys.argv[3:]]))\n"
+    )
+
+    def __init__(self, seconds: float = 0.004) -> None:
+        self._seconds, self._armed, self.sent = seconds, False, 0
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.sent += 1
+        while self._armed and frame is not None:
+            if frame.f_code in self.METHODS:
+                raise Interrupted
+            frame = frame.f_back
+
+    def __enter__(self) -> Signals:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        words = [sys.executable, "-c", self.SENDER, os.getpid(), self._seconds, *map(int, numbers)]
+        self._sender = subprocess.Popen([str(word) for word in words])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sender.kill()
+        self._sender.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._armed = True
+        try:
+            yield
+        finally:
+            self._armed = False
+
+
 def resident_mib() -> float:
     """The memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -395,21 +476,25 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15.0, help="the longest that it adds requests")
     parser.add_argument("--requests", type=int, default=10_000, help="the most requests")
+    parser.add_argument("--signals", type=int, help="until that many have interrupted a call; any number of requests")
     parser.add_argument("--seed", type=int, help="of an earlier run; drawn anew if it is not given")
     args = parser.parse_args(argv)
     console = Console() if console is None else console
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
     console.print(f"seed {seed}", highlight=False)
     torch.set_num_threads(1)  # the model is too small for a second one
-    soak, columns = Soak(seed), (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    signals = Signals() if args.signals else None
+    soak = Soak(seed, interrupts=signals)
+    requests, interrupts = (sys.maxsize, args.signals) if args.signals else (args.requests, sys.maxsize)
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with signals or nullcontext(), Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("", total=1.0)
 
             def show(reached: Reached, share: float) -> None:
                 progress.update(bar, completed=share, description=f"{reached.compared:,} compared")
 
-            soak.run(args.minutes, args.requests, show)
+            soak.run(args.minutes, requests, show, interrupts)
     except KeyboardInterrupt:
         console.print(f"interrupted, seed {seed}\n{soak.reached}", highlight=False)
         return 130

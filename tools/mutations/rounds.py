@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutation import LAYERSKIP, Mutation
 
 DECODING = "python/layerskip/decoding/"
+INTERRUPTS = LAYERSKIP + "decoding/test_interrupts.py"
 PROMPTS, EXITS = LAYERSKIP + "decoding/test_session_prompts.py", LAYERSKIP + "decoding/test_exit_decoding.py"
 
 BUGS = [
@@ -27,14 +28,40 @@ BUGS = [
         "if other.num_prefill_layers < request.num_prefill_layers:", "if False:", EXITS + " -k continuing",
     ),
     Mutation(
-        "a cancelled request keeps its slot", DECODING + "scheduler.py",
-        "self.free_slot(request, retain and request.keep and request_id in self.running)",
-        "self.running.pop(request_id, None)",
+        "a request that has ended keeps its slot", DECODING + "scheduler.py",
+        "if one is None or (one.reason is not None and not one.retained)", "if one is None",
         PROMPTS + " -k cancelling_frees",
     ),
     Mutation(
-        "a cancelled request keeps its slot while it is read", DECODING + "scheduler.py",
-        "self.free_slots.append(request.slot)", "pass", PROMPTS + " -k cancelling_frees",
+        "a request that is cancelled during its prefill is retained", DECODING + "request.py",
+        "return self.keep and self.started and", "return self.keep and", PROMPTS + " -k cancelling_frees",
+    ),
+    Mutation(
+        "a call that is interrupted after the step has emptied its updates", DECODING + "session.py",
+        "        self._due = {}  # no call or loop between this and the return: Python handles signals only there\n",
+        "        self._due = {}\n        time.sleep(0)\n", INTERRUPTS + " -k at_every_place",
+    ),
+    Mutation(
+        "a rule's answer is noted after the token that it ends with", DECODING + "request.py",
+        "            self._stop_length = count if stops else 0\n            self.new_tokens.append(token)\n",
+        "            self.new_tokens.append(token)\n            self._stop_length = count if stops else 0\n",
+        INTERRUPTS + " -k at_every_place",
+    ),
+    Mutation(
+        "after an interrupt the batches go on as they were", DECODING + "session.py",
+        "self._batches, self._members = [], ([], [])\n            for", "for", INTERRUPTS + " -k at_every_place",
+    ),
+    Mutation(
+        "a slot is copied over before it is evicted", DECODING + "scheduler.py",
+        "evicted.keep = False", "pass", INTERRUPTS + " -k at_every_place",
+    ),
+    Mutation(
+        "a run that is left drops its other updates", DECODING + "session.py",
+        "                del self._due[request.id]\n", "                self._due = {}\n", INTERRUPTS + " -k left_run",
+    ),
+    Mutation(
+        "two threads may call a session at once", DECODING + "session.py",
+        "if other is not None and other is not caller:", "if False:", INTERRUPTS + " -k second_thread",
     ),
     Mutation(
         "a prompt is read in pieces that overlap", DECODING + "scheduler.py",
@@ -104,12 +131,12 @@ BUGS = [
     ),
     Mutation(
         "the slot that was used last goes first", DECODING + "scheduler.py",
-        "popitem(last=False)", "popitem(last=True)",
+        "key=lambda one: one.last_used", "key=lambda one: -one.last_used",
         LAYERSKIP + "decoding/test_conversation.py -k least_recently",
     ),
     Mutation(
         "a slot whose beginning is copied counts as unused", DECODING + "scheduler.py",
-        "            self.retained.move_to_end(source.id)\n", "            pass\n",
+        "            self.touch(source)\n", "            pass\n",
         LAYERSKIP + "decoding/test_conversation.py -k counts_as_use",
     ),
     Mutation(

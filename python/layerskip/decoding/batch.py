@@ -145,6 +145,9 @@ class Batch:
     def launch(self) -> None:
         """Launch a recorded round, or call it."""
         started, sequences = self._clock(), self._sequences
+        for request in self.requests:
+            if request.history is not None:
+                request.history.extend(request.new_tokens)
         draft_kind, num_speculations = self.draft_kind, self.num_speculations
         caught_up = self._catch_up(num_speculations)
         looks_up = draft_kind is DraftKind.LOOKUP and (num_speculations or sequences.draws)

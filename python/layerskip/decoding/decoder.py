@@ -510,17 +510,14 @@ class Conversation:
         """
         ids = validation.prompt(prompt, self._model.vocab_size, self._model.device)
         whole = self.tokens + ids[0].tolist()
-        request = self._session.add(whole, max_new_tokens, keep=True, **options)
+        for unfinished in self._session.unfinished:  # of a turn that an exception left
+            self._session.remove(unfinished)
+        self._session.add(whole, max_new_tokens, keep=True, **options)
         if streamer is not None:
             streamer.put(ids.cpu())
         output = None
-        try:
-            for update in self._session.run(streamer):
-                output = update.output
-        except BaseException:
-            if len(self._session):
-                self._session.remove(request)
-            raise
+        for update in self._session.run(streamer):
+            output = update.output
         assert output is not None
         self.tokens = output.sequences[0].tolist()
         return output

@@ -250,16 +250,22 @@ class StopStrings:
     """
 
     def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str], prompt: Sequence[int] = ()) -> None:
-        self._text = SequenceText(tokenizer, stop_strings)
-        self._text.start_after(prompt)
-        self._seen = 0
+        self._start = tokenizer, check_stop_strings(stop_strings), prompt
+        self._progress: tuple[SequenceText, int] | None = None  # text and its number of tokens; None after an interrupt
 
     def __call__(self, new_tokens: Sequence[int]) -> bool:
         """Whether a stop string is complete in all new tokens so far."""
-        for token in new_tokens[self._seen :]:
-            self._text.push(token)
-        self._seen = len(new_tokens)
-        return self._text.stopped
+        if self._progress is None:
+            tokenizer, stop_strings, prompt = self._start
+            text, seen = SequenceText(tokenizer, stop_strings), 0
+            text.start_after(prompt)
+        else:
+            text, seen = self._progress
+        self._progress = None
+        for token in new_tokens[seen:]:
+            text.push(token)
+        self._progress = text, len(new_tokens)
+        return text.stopped
 
 
 def stop_rules(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -100,9 +99,23 @@ class RoundKind(NamedTuple):
     processed: bool = False  # whether logits are written and processed
 
 
+class _Round(NamedTuple):
+    """The tokens of a round, drafts first; ``record`` is None for the token that follows the prompt."""
+
+    start: int  # number of new tokens before it
+    tokens: tuple[int, ...]
+    fault: str | None  # what is wrong with the last token
+    record: RoundRecord | None
+
+
 @dataclass(eq=False)
 class Request:
-    """A request of a session: its options, then its progress."""
+    """A request of a session: its options, then its progress.
+
+    An interrupt cannot split a change of state, because each is one assignment: a round's tokens appear all at once,
+    and a new token that ends the request ends it where it is appended. `reason` and the tokens that are still to emit
+    are derived from these.
+    """
 
     id: int
     model: LayerSkipModel
@@ -120,10 +133,9 @@ class Request:
     clock: Clock = time.perf_counter
 
     new_tokens: list[int] = field(default_factory=list, init=False)
-    drafted: list[bool] = field(default_factory=list, init=False)  # whether each new token was a draft
-    reason: str | None = field(default=None, init=False)  # why it ended
-    num_reported: int = field(default=0, init=False)  # new tokens that were in updates
-    slot: int = field(default=-1, init=False)  # row of the KV cache; -1 while it waits
+    ended_by: str | Exception | None = field(default=None, init=False)  # "cancelled", "removed" or an error
+    slot: int = field(default=-1, init=False)  # row of the KV cache, once it has one
+    last_used: int = field(default=0, init=False)  # number of the slot's last use
     num_prefilled: int = field(default=0, init=False)  # prompt tokens in the cache
     num_reused: int = field(default=0, init=False)  # of these, those that were there before
     last_hidden: Tensor | None = field(default=None, init=False)  # state [1, D] of the last prompt token
@@ -140,14 +152,37 @@ class Request:
             self.num_layers = self.exit_layer
         self.lookup = options.new_lookup(self.prompt_tokens, model.vocab_size)
         self.num_draft_cached = len(self.prompt_tokens)  # tokens that the draft layers of an exit have read
-        self._pending: deque[tuple[int, bool]] = deque()  # tokens of a round to emit; whether they were drafts
-        self._fault: str | None = None
-        self._rounds: list[tuple[int, RoundRecord]] = []  # number of new tokens before it; its drafts
-        self._started = self._first_token_at = self.clock()
+        self._rounds: list[_Round] = []  # the first one is the token that follows the prompt
+        self._drafted: list[bool] = []  # whether each new token was a draft; one more while a token is appended
+        self._stop_length = 0  # number of new tokens with which its rule ends it
+        self._started = self._first_token_at = self._last_at = self.clock()
 
     @property
-    def all_tokens(self) -> list[int]:
-        return self.prompt_tokens + self.new_tokens
+    def reason(self) -> str | None:
+        """Why it ended, see `Update`, or "removed"; None while it waits or runs."""
+        if self.ended_by is not None:
+            return self.ended_by if isinstance(self.ended_by, str) else "error"
+        if not self.new_tokens:
+            return None
+        if self.new_tokens[-1] in self.stop_tokens:
+            return "eos"
+        if len(self.new_tokens) == self._stop_length:
+            return "stop"
+        return None if self.remaining > 0 else "length"
+
+    @property
+    def started(self) -> bool:
+        """Whether the token that follows the prompt is known."""
+        return bool(self._rounds)
+
+    @property
+    def running(self) -> bool:
+        return self.started and self.reason is None
+
+    @property
+    def retained(self) -> bool:
+        """Whether it has ended and its slot is kept."""
+        return self.keep and self.started and self.reason not in (None, "error", "removed")
 
     @property
     def all_ids(self) -> Tensor:
@@ -223,20 +258,14 @@ class Request:
     # Emission
 
     def emit(self, token: int, fault: str | None = None) -> None:
-        """Emit the token that follows the prompt; raises as `emit_round` does."""
-        self._pending, self._fault = deque([(token, False)]), fault
+        """Emit the token that follows the prompt; raises as `emit_pending` does."""
+        self._rounds.append(_Round(0, (token,), fault, None))
         self.emit_pending()
 
     def emit_round(
         self, drafts: Sequence[int], accepted: int, token: int, exit_layer: int | None, fault: str | None = None
     ) -> None:
-        """Emit the accepted drafts of a round, then the full model's own ``token``, up to the sequence's end.
-
-        Raises
-        ------
-        FloatingPointError
-            With ``fault``, what is wrong with ``token``, unless the sequence ends before it.
-        """
+        """Emit the accepted drafts of a round, then the full model's own ``token``; raises as `emit_pending` does."""
         source: tuple[str, int | None] = (EXIT, exit_layer)
         if self.options.strategy == "autoregressive":
             source = ("none", None)
@@ -244,46 +273,42 @@ class Request:
             source = (self.lookup.proposal.source, None)
         # Other sequences of the batch may need more drafts than this one.
         record = RoundRecord(*source, tuple(drafts[: self.remaining]), 0, 0)
-        self._rounds.append((len(self.new_tokens), record))
-        self._pending = deque([*((draft, True) for draft in drafts[:accepted]), (token, False)])
-        self._fault = fault
+        self._rounds.append(_Round(len(self.new_tokens), (*drafts[:accepted], token), fault, record))
         self.emit_pending()
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether an interrupt left tokens of the last round to emit."""
-        return bool(self._pending)
-
     def emit_pending(self) -> None:
-        """Emit the remaining tokens of the last round."""
-        before = len(self.new_tokens)
-        try:
-            while self._pending:
-                token, drafted = self._pending[0]
-                if not drafted and self._fault is not None:
-                    raise FloatingPointError(self._fault)
-                self._append(token, drafted)
-                self._pending.popleft()
-                if self.reason is not None:
-                    self._pending.clear()
-        finally:
-            if self.history is not None:
-                self.history.append(self.new_tokens[before:])
-            if not self._rounds:
-                self._first_token_at = self.clock()
+        """Emit the tokens of the last round that are not emitted yet, up to the sequence's end.
 
-    def _append(self, token: int, drafted: bool) -> None:
-        is_stop_token = token in self.stop_tokens
-        # The rule is asked before the token is appended: if it is interrupted, it is asked again.
-        stops = not is_stop_token and self.should_stop is not None and self.should_stop([*self.new_tokens, token])
-        self.new_tokens.append(token)
-        self.drafted.append(drafted)
-        if is_stop_token:
-            self.reason = "eos"
-        elif stops:
-            self.reason = "stop"
-        elif self.remaining == 0:
-            self.reason = "length"
+        Raises
+        ------
+        FloatingPointError
+            With the fault of the round's last token, unless the sequence ends before it.
+        """
+        start, tokens, fault, _ = self._rounds[-1]
+        for token in tokens[len(self.new_tokens) - start :]:
+            if self.reason is not None:
+                return
+            self._last_at = now = self.clock()
+            if start == 0:
+                self._first_token_at = now
+            count = len(self.new_tokens) + 1
+            drafted = count - start < len(tokens)
+            if not drafted and fault is not None:
+                raise FloatingPointError(fault)
+            # The rule is asked before the token is appended: if it is interrupted, it is asked again.
+            stops = (
+                token not in self.stop_tokens
+                and self.should_stop is not None
+                and self.should_stop([*self.new_tokens, token])
+            )
+            self._drafted[count - 1 :] = [drafted]
+            self._stop_length = count if stops else 0
+            self.new_tokens.append(token)
+
+    def end(self, reason: str | Exception) -> None:
+        """End it before its time: "cancelled", "removed" or an error."""
+        self._last_at = self.clock()
+        self.ended_by = reason
 
     def fault(self, token: int, head: str, num_layers: int, position: int) -> str | None:
         """Return the error message for a token of -1, which marks logits that are not finite."""
@@ -294,19 +319,25 @@ class Request:
             causes += ", or bias and processors forbid every token"
         return f"{head} after layer {num_layers} gave logits that are not finite at position {position}; {causes}"
 
+    def drafted(self, start: int = 0) -> list[bool]:
+        """Whether each new token from ``start`` on was a draft."""
+        return self._drafted[start : len(self.new_tokens)]
+
     def output(self) -> GenerationOutput:
         """Tokens and statistics so far."""
-        ends = [start for start, _ in self._rounds[1:]] + [len(self.new_tokens)]
+        rounds, drafted = self._rounds[1:], self.drafted()
+        ends = [one.start for one in rounds[1:]] + [len(drafted)]
         stats = Stats(
             prompt_tokens=len(self.prompt_tokens),
-            new_tokens=len(self.new_tokens),
+            new_tokens=len(drafted),
             records=tuple(
-                record._replace(accepted=sum(self.drafted[start:end]), emitted=end - start)
-                for (start, record), end in zip(self._rounds, ends, strict=False)  # without rounds there is one end
+                one.record._replace(accepted=sum(drafted[one.start : end]), emitted=end - one.start)
+                for one, end in zip(rounds, ends, strict=False)  # without rounds there is one end
+                if one.record is not None
             ),
-            seconds=self.clock() - self._started,
+            seconds=self._last_at - self._started,
             time_to_first_token=self._first_token_at - self._started,
             reused=self.num_reused,
         )
-        drafted = torch.tensor([self.drafted], dtype=torch.bool)
-        return GenerationOutput(self.all_ids, self._new_ids, drafted, (stats,), (self.reason or "",))
+        flags = torch.tensor([drafted], dtype=torch.bool)
+        return GenerationOutput(self.all_ids, self._new_ids, flags, (stats,), (self.reason or "",))

@@ -19,13 +19,13 @@ class History:
 
     def __init__(self, prompt_tokens: Tensor, room: int) -> None:
         self._tokens = torch.cat([prompt_tokens[0], prompt_tokens.new_zeros(room)])
-        self._length = prompt_tokens.shape[1]
+        self._length = self._num_prompt_tokens = prompt_tokens.shape[1]
 
-    def append(self, new_tokens: Sequence[int]) -> None:
-        """Append emitted tokens, over the drafts."""
-        end = self._length + len(new_tokens)
-        self._tokens[self._length : end] = torch.tensor(new_tokens, dtype=torch.int64)
-        self._length = end
+    def extend(self, new_tokens: Sequence[int]) -> None:
+        """Append those of all new tokens that are missing, over the drafts."""
+        missing = torch.tensor(new_tokens[self._length - self._num_prompt_tokens :], dtype=torch.int64)
+        self._tokens[self._length : self._length + len(missing)] = missing
+        self._length += len(missing)
 
     def put_draft(self, index: int, token: Tensor) -> None:
         """Set draft ``index`` of this round. A missing draft is stored as token 0, and never read."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -195,7 +196,7 @@ def catch_up_draft_layers(model: LayerSkipModel, cache: SharedKVCache, request: 
     They read nothing during rounds of lookup drafts, which so cost nothing for an exit that is not used. Layers [0, E)
     run again, with the same bits.
     """
-    tokens = request.all_tokens
+    tokens = request.prompt_tokens + request.new_tokens
     for begin in range(request.num_draft_cached, end, FUSED_ROWS):
         chunk = to_device(torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]]), model.device)
         seq_lens, slots = to_device(torch.tensor([[begin], [request.slot]]), model.device).unbind()
@@ -207,10 +208,11 @@ class Scheduler:
     """Decides which requests wait, are prefilled and run, and which slot of the KV cache each has.
 
     First come, first served. Short prompts, of `SHARED_ROWS` tokens together, are prefilled in one chunk. A request
-    gets its slot when its prefill starts, with the longest cached prefix of its prompt. `free_slot` takes it back.
+    gets its slot when its prefill starts, with the longest cached prefix of its prompt.
 
-    The slot of an ended request may be retained for its cached prefix, until it is released or continued, or until a
-    request needs a slot and none is free: then the least recently used one goes.
+    A slot is free once its request has ended, unless the request is retained for its cached prefix, until it is
+    released or continued, or until another needs a slot and none is free: then the least recently used one goes. All of
+    this is derived from ``slots`` and the requests' own state, so no interrupt can lose a slot or give it away twice.
     """
 
     def __init__(
@@ -219,14 +221,35 @@ class Scheduler:
         self._model, self._cache, self._clock = model, cache, clock
         self._max_waiting = None if max_waiting is None else validation.integer_in("max_waiting", max_waiting, 0)
         self.budget, self.prefill = budget, ChunkedPrefill(model, cache)
-        self.waiting: deque[Request] = deque()
-        self.prefilling: list[Request] = []
-        self.running: dict[int, Request] = {}
-        self.retained: OrderedDict[int, Request] = OrderedDict()  # ended, by id, the least recently used first
-        self.free_slots = list(range(cache.batch_size))[::-1]
+        self.waiting: dict[int, Request] = {}  # in the order of arrival
+        self.slots: list[Request | None] = [None] * cache.batch_size  # the last request of each
+        self._uses = itertools.count(1)
 
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self.prefilling) + len(self.running)
+    def __iter__(self) -> Iterator[Request]:
+        """All requests that have not ended."""
+        waiting = (one for one in self.waiting.values() if one.reason is None)
+        return itertools.chain(waiting, self.prefilling, self.running)
+
+    @property
+    def running(self) -> list[Request]:
+        return [one for one in self.slots if one is not None and one.running]
+
+    @property
+    def prefilling(self) -> list[Request]:
+        """Requests with a slot and without a token, the first that came first."""
+        prefilling = [one for one in self.slots if one is not None and not one.started and one.reason is None]
+        return sorted(prefilling, key=lambda one: one.id)
+
+    @property
+    def retained(self) -> dict[int, Request]:
+        """Ended requests whose slots are kept, by id, the least recently used first."""
+        retained = [one for one in self.slots if one is not None and one.retained]
+        return {one.id: one for one in sorted(retained, key=lambda one: one.last_used)}
+
+    @property
+    def free_slots(self) -> list[int]:
+        owners = enumerate(self.slots)
+        return [slot for slot, one in owners if one is None or (one.reason is not None and not one.retained)]
 
     def check_room(self) -> None:
         """Raise `SessionFullError` unless one more request may wait."""
@@ -234,11 +257,27 @@ class Scheduler:
         if self._max_waiting is not None and beyond >= self._max_waiting:
             raise SessionFullError(f"max_waiting={self._max_waiting} requests wait; add this one after a step or two")
 
+    def find(self, request_id: int) -> Request:
+        """Return a request that has not ended."""
+        for request in self:
+            if request.id == request_id:
+                return request
+        raise ValueError(f"request_id must be that of a request that has not ended, got {request_id!r}")
+
+    def touch(self, request: Request) -> None:
+        """Make a slot the most recently used one."""
+        request.last_used = next(self._uses)
+
+    def sweep(self) -> None:
+        """Drop waiting requests that have ended, or have a slot since an interrupt."""
+        waiting = self.waiting.items()
+        self.waiting = {key: one for key, one in waiting if one.reason is None and one not in self.slots}
+
     def run_prefill(self) -> Iterator[tuple[Request, Exception | None]]:
         """Prefill within the budget of the step, or without a limit while nothing runs.
 
         Yield the requests whose prefill is complete, or has failed; later calls yield them again until they are started
-        or removed. RuntimeError if requests wait and no slot is free or in use: they would wait forever.
+        or have ended. RuntimeError if requests wait and no slot is free or in use: they would wait forever.
         """
         while requests := self._admit():
             num_layers = requests[0].num_prefill_layers
@@ -251,8 +290,8 @@ class Scheduler:
             yield from failed
             for request in [one for one in requests if one.num_unread == 0]:
                 yield request, None
-        if len(self) and not self.running:
-            raise RuntimeError(f"{len(self)} requests wait, and no slot is free or in use")
+        if self.waiting and not self.running:
+            raise RuntimeError(f"{len(self.waiting)} requests wait, and no slot is free or in use")
 
     def _run_chunk(self, requests: Sequence[Request], limit: int) -> tuple[int, list[tuple[Request, Exception]]]:
         """Run a chunk; return its tokens, and the request that failed, if any."""
@@ -271,44 +310,43 @@ class Scheduler:
 
         A request gets its slot this late because the one before it may have cached its prefix by then.
         """
-        num_tokens = sum(request.num_unread for request in self.prefilling)
-        while self.waiting and (self.free_slots or self.retained):
-            first = self.waiting[0]
+        prefilling = self.prefilling
+        num_tokens = sum(request.num_unread for request in prefilling)
+        while self.waiting and (slots := self.free_slots or [one.slot for one in self.retained.values()]):
+            first = next(iter(self.waiting.values()))
             num_tokens += first.num_unread
-            if self.prefilling and not (
+            if prefilling and not (
                 self.prefill.fused
-                and first.num_prefill_layers == self.prefilling[0].num_prefill_layers
+                and first.num_prefill_layers == prefilling[0].num_prefill_layers
                 and num_tokens <= SHARED_ROWS
             ):
                 break
-            self._allocate_slot(first)
-            self.prefilling.append(self.waiting.popleft())
-        return self.prefilling
+            self._allocate_slot(first, slots[0])
+            del self.waiting[first.id]
+            prefilling.append(first)
+        return prefilling
 
-    def _allocate_slot(self, request: Request) -> None:
-        """Give a request a slot, with the longest cached prefix of its prompt."""
+    def _allocate_slot(self, request: Request, slot: int) -> None:
+        """Give a request a slot, or the one that it continues, with the longest cached prefix of its prompt."""
         source, length = self._longest_prefix(request)
         if source is not None and request.num_prefill_layers > request.num_layers and source.num_draft_cached < length:
-            catch_up_draft_layers(self._model, self._cache, source, length)  # may be interrupted: no slot is taken yet
-        if request.continue_from in self.retained:
-            assert request.continue_from is not None
-            request.slot = self.retained.pop(request.continue_from).slot
-        elif self.free_slots:
-            request.slot = self.free_slots.pop()
-        else:
-            request.slot = self.retained.popitem(last=False)[1].slot
-        if source is None:
-            return
-        if source.id in self.retained:
-            self.retained.move_to_end(source.id)
-        if source.slot != request.slot:
-            self._cache.copy_prefix(source.slot, request.slot, length, request.num_prefill_layers)
+            catch_up_draft_layers(self._model, self._cache, source, length)
+        if request.continue_from in (retained := self.retained):
+            slot = retained[request.continue_from].slot
+        if source is not None:
+            self.touch(source)
+            if source.slot != slot:
+                if (evicted := self.slots[slot]) is not None:
+                    evicted.keep = False  # before its keys and values are overwritten
+                self._cache.copy_prefix(source.slot, slot, length, request.num_prefill_layers)
         request.num_prefilled = request.num_reused = length
+        request.slot = slot
+        self.slots[slot] = request
 
     def _longest_prefix(self, request: Request) -> tuple[Request | None, int]:
         """Return the request that has cached most of a prompt's prefix, and its length; the last token never counts."""
         best: tuple[Request | None, int] = (None, 0)
-        for other in [*self.running.values(), *self.prefilling, *self.retained.values()]:
+        for other in [*self.running, *self.prefilling, *self.retained.values()]:
             if other.num_prefill_layers < request.num_prefill_layers:
                 continue
             shared = _num_shared(request.prompt_tokens[:-1], other.cached_tokens(with_decoded=self.prefill.fused))
@@ -316,38 +354,6 @@ class Scheduler:
             if length > best[1] or (length == best[1] > 0 and other.id == request.continue_from):
                 best = other, length
         return best
-
-    def start(self, request: Request) -> None:
-        """Move a prefilled request to the running ones."""
-        self.prefilling.remove(request)
-        self.running[request.id] = request
-
-    def free_slot(self, request: Request, retain: bool = False) -> None:
-        """Take the slot of a request back, which is then free, or retained with its keys and values."""
-        if request.id in self.running:
-            del self.running[request.id]
-        else:
-            self.prefilling.remove(request)
-        if retain:
-            self.retained[request.id] = request
-        else:
-            self.free_slots.append(request.slot)
-
-    def release(self, request_id: int) -> None:
-        """Free a retained slot."""
-        self.free_slots.append(self.retained.pop(request_id).slot)
-
-    def remove(self, request_id: int, retain: bool = False) -> Request:
-        """Remove a request that has not ended, and free its slot; ``retain`` it if the request wants that and runs."""
-        for request in self.waiting:
-            if request.id == request_id:
-                self.waiting.remove(request)
-                return request
-        for request in (*self.prefilling, *self.running.values()):
-            if request.id == request_id:
-                self.free_slot(request, retain and request.keep and request_id in self.running)
-                return request
-        raise ValueError(f"request_id must be that of a request that has not ended, got {request_id!r}")
 
 
 def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:

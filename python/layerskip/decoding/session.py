@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from .sampling import History, LogitsProcessor, SamplingParams, params_of, seed_
 from .scheduler import Scheduler, prefill_budget
 from .spec_step import NOT_DRAFTED
 
+Result = TypeVar("Result")
+
 
 class Session:
     """Requests that share a KV cache, see `SelfSpeculativeDecoder.open_session`.
@@ -29,6 +32,14 @@ class Session:
     A request gets, bit for bit, the tokens that it would get alone. Every running request has a slot of the cache; the
     others wait, first come first served. Prompts are prefilled in chunks between the rounds of running requests, and a
     prefix that is in the cache already is copied.
+
+    An exception at any point of a call, Ctrl-C or a signal handler's, loses no request, slot, token or update, and the
+    next step continues. This is because every change of state is a single assignment: a request enters ``waiting`` or
+    ``slots``, a round's tokens enter the request, a token is appended, a request is marked as ended. Everything else is
+    derived: which requests run, which slots are free, what is to report. A round whose tokens a request does not have
+    yet is computed again. It writes the same positions of the cache and draws with the noise of the same seed and
+    positions, so it gives the same tokens. ``_due`` refers to what no call has returned. The assignment that empties it
+    precedes the return directly, and Python handles signals at calls and loops only.
 
     ``cache`` has room for ``max_seq_len`` and ``max_speculations`` + 1 positions in every slot; ``graphs`` records the
     rounds over it. The other parameters are those of `SelfSpeculativeDecoder.open_session`.
@@ -53,16 +64,20 @@ class Session:
         self._generator, self._clock, self._graphs = generator, clock, graphs
         self._ids = itertools.count()
         self._scheduler = Scheduler(model, cache, prefill_budget(prompt_tokens_per_step), clock, max_waiting)
-        self._updates: dict[int, Update] = {}  # by request: what no `step` has returned yet
+        self._due: dict[int, tuple[Request, int]] = {}  # requests to report; number of new tokens reported before
         self._batches: list[Batch] = []
-        self._batches_valid = False  # whether they are those of the running requests
+        self._members: tuple[list[int], list[int]] = ([], [])  # running requests and free slots when they were made
+        self._interrupted = False  # whether an exception has left the last step
+        self._thread: threading.Thread | None = None  # that a call runs in
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session can't be pickled or copied: it is requests in progress, on a cache")
 
     def __len__(self) -> int:
         """Number of requests without their last update."""
-        return len(self._scheduler) + sum(update.finished for update in self._updates.values())
+        waiting, slots = self._scheduler.waiting, self._scheduler.slots
+        ended = sum(one.reason not in (None, "removed") and one.id not in waiting for one, _ in self._due.values())
+        return len(waiting) + sum(one is not None and one.reason is None for one in slots) + ended
 
     def add(
         self,
@@ -127,31 +142,36 @@ class Session:
         SessionFullError
             If ``max_waiting`` requests wait.
         """
-        model = self._model
-        options = self._defaults.updated(
-            model, self.max_speculations, strategy=strategy, exit_layer=exit_layer, num_speculations=num_speculations,
-            draft_threshold=draft_threshold, draft_source=draft_source, eos_token_id=eos_token_id,
-        )  # fmt: skip
-        ids = validation.prompt(prompt, model.vocab_size, model.device)
-        if continue_from is not None:
-            ids = torch.cat([self._retained(continue_from).all_ids, ids], 1)
-        validation.at_least_one("max_new_tokens", max_new_tokens)
-        validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
-        params = params_of(sampling, model.vocab_size)
-        stop_tokens = validation.stop_tokens(options.eos_token_id, model.vocab_size)
-        self._scheduler.check_room()
-        model.refresh()  # weights may have been changed in place since the session was opened
-        request = Request(
-            next(self._ids), model, options, ids, max_new_tokens, params, seed_of(params, self._generator),
-            self._controller.new_acceptance(), stop_tokens, should_stop, logits_processor, keep, continue_from,
-            self._clock,
-        )  # fmt: skip
-        if logits_processor is not None:
-            request.history = History(ids, max_new_tokens + self.max_speculations + 1)
-            if self._graphs is not None:
-                warn_unrecorded(logits_processor)
-        self._scheduler.waiting.append(request)
-        return request.id
+        given = {
+            "strategy": strategy, "exit_layer": exit_layer, "num_speculations": num_speculations,
+            "draft_threshold": draft_threshold, "draft_source": draft_source, "eos_token_id": eos_token_id,
+        }  # fmt: skip
+        self._enter()
+        try:
+            model = self._model
+            options = self._defaults.updated(model, self.max_speculations, **given)
+            ids = validation.prompt(prompt, model.vocab_size, model.device)
+            if continue_from is not None:
+                ids = torch.cat([self._retained(continue_from).all_ids, ids], 1)
+            validation.at_least_one("max_new_tokens", max_new_tokens)
+            validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
+            params = params_of(sampling, model.vocab_size)
+            stop_tokens = validation.stop_tokens(options.eos_token_id, model.vocab_size)
+            self._scheduler.check_room()
+            model.refresh()  # weights may have been changed in place since the session was opened
+            request = Request(
+                next(self._ids), model, options, ids, max_new_tokens, params, seed_of(params, self._generator),
+                self._controller.new_acceptance(), stop_tokens, should_stop, logits_processor, keep, continue_from,
+                self._clock,
+            )  # fmt: skip
+            if logits_processor is not None:
+                request.history = History(ids, max_new_tokens + self.max_speculations + 1)
+                if self._graphs is not None:
+                    warn_unrecorded(logits_processor)
+            self._scheduler.waiting[request.id] = request  # the last thing, so that a call that raises adds nothing
+            return request.id
+        finally:
+            self._thread = None
 
     def step(self) -> list[Update]:
         """Run one round of every running request, then prefill waiting requests into free slots.
@@ -159,65 +179,66 @@ class Session:
         While requests run, ``prompt_tokens_per_step`` limits the prefill. Recorded rounds run ahead: a step launches
         the next one before it waits for its own.
 
-        If an exception (an interrupt, say) leaves a step, nothing is lost: the next step continues, and returns the
-        updates of both.
-
         Returns
         -------
         list of Update
-            At most one for each request.
+            At most one for each request. If an exception leaves a step, the next one returns the updates of both.
+
+        Raises
+        ------
+        RuntimeError
+            If a call in another thread is not finished. It changes nothing, as in the other methods.
         """
-        started = self._clock()
-        try:
-            if self._graphs is not None:
-                self._graphs.follow()
-            running = list(self._scheduler.running.values())
-            for request in running:
-                if request.interrupted:
-                    self._emit(request, request.emit_pending)
-            self._look_up_drafts()
-            batches = self._current_batches()
-            for batch in batches:
-                self._collect(batch, *batch.run())
-            self._scheduler.budget.begin_step(self._clock() - started if batches else None)
-            self._prefill()
-        except BaseException:
-            # Their tensors may be ahead of the requests' tokens. Rounds that were launched and not read are repeated.
-            self._batches, self._batches_valid = [], False
-            raise
-        updates, self._updates = self._updates, {}
-        return list(updates.values())
+        return self._exclusively(self._step)
+
+    def _step(self) -> list[Update]:
+        self._advance()
+        updates = [_update(*due) for due in self._due.values()]
+        self._due = {}  # no call or loop between this and the return: Python handles signals only there
+        return updates
 
     def run(self, streamer: Streamer | None = None) -> Iterator[Update]:
-        """Step until all requests have ended; raise the error of a request that fails. ``streamer`` gets new tokens."""
+        """Step until all requests have ended; raise the error of a request that fails. ``streamer`` gets new tokens.
+
+        Updates that were not yielded, because of an error or because the loop was left, are kept for the next step.
+        """
         while len(self):
-            for update in self.step():
+            self._exclusively(self._advance)
+            while self._due:
+                request, reported = next(iter(self._due.values()))
+                update = _update(request, reported)
+                if update.error is None and streamer is not None:
+                    streamer.put(torch.tensor(update.tokens))
+                del self._due[request.id]
                 if update.error is not None:
                     raise update.error
-                if streamer is not None:
-                    streamer.put(torch.tensor(update.tokens))
                 yield update
         if streamer is not None:
             streamer.end()
 
     def cancel(self, request_id: int) -> None:
         """End a request. The next step's update of it has the reason "cancelled" and the output so far."""
-        request = self._scheduler.remove(request_id, retain=True)
-        self._batches_valid = False
-        request.reason = "cancelled"
-        self._report(request)
+        self._exclusively(lambda: self._end(self._scheduler.find(request_id), "cancelled"))
 
     def remove(self, request_id: int) -> None:
         """Drop a request at once, without an update."""
-        pending = self._updates.get(request_id)  # of an interrupted step
-        if pending is None or not pending.finished:
-            self._scheduler.remove(request_id)
-            self._batches_valid = False
-        self._updates.pop(request_id, None)
+        self._exclusively(lambda: self._remove(request_id))
+
+    def _remove(self, request_id: int) -> None:
+        due = self._due.get(request_id)  # since an interrupted step
+        if due is None or due[0].reason is None:
+            self._end(self._scheduler.find(request_id), "removed")
+        self._due.pop(request_id, None)
 
     def release(self, request_id: int) -> None:
         """Drop the keys and values of a retained request."""
-        self._scheduler.release(self._retained(request_id).id)
+        self._exclusively(lambda: setattr(self._retained(request_id), "keep", False))
+
+    @property
+    def unfinished(self) -> tuple[int, ...]:
+        """Ids of the requests without their last update."""
+        ended = [one for one, _ in self._due.values() if one.reason not in (None, "removed")]
+        return tuple({one.id: None for one in (*ended, *self._scheduler)})
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -225,34 +246,72 @@ class Session:
         return tuple(self._scheduler.retained)
 
     def _retained(self, request_id: int) -> Request:
-        if request_id not in self._scheduler.retained:
-            raise ValueError(f"request {request_id!r} is not kept, these are: {list(self.kept)}")
-        return self._scheduler.retained[request_id]
+        retained = self._scheduler.retained
+        if request_id not in retained:
+            raise ValueError(f"request {request_id!r} is not kept, these are: {list(retained)}")
+        return retained[request_id]
+
+    def _enter(self) -> None:
+        """Begin a call, which sets ``_thread`` to None when it ends; refuse it while another thread's call runs."""
+        caller, other = threading.current_thread(), self._thread
+        if other is not None and other is not caller:
+            raise RuntimeError(f"the session is in use by the thread {other.name!r}: one thread at a time may call it")
+        self._thread = caller
+
+    def _exclusively(self, call: Callable[[], Result]) -> Result:
+        self._enter()
+        try:
+            return call()
+        finally:
+            self._thread = None
 
     # Rounds
 
+    def _advance(self) -> None:
+        """Run a round and prefill; what is to report is in ``_due``."""
+        started = self._clock()
+        if self._graphs is not None:
+            self._graphs.follow()
+        if self._interrupted:
+            # The tensors of batches may be ahead of the requests' tokens. Rounds that were not read are repeated.
+            self._batches, self._members = [], ([], [])
+            for request in self._scheduler.running:
+                self._emit(request, request.emit_pending)
+        if self._interrupted or self._due:
+            self._scheduler.sweep()
+        self._interrupted = True
+        self._look_up_drafts()
+        batches = self._current_batches()
+        for batch in batches:
+            self._collect(batch, *batch.run())
+        self._scheduler.budget.begin_step(self._clock() - started if batches else None)
+        for request, error in self._scheduler.run_prefill():
+            self._start(request, error)
+        self._due = {key: due for key, due in self._due.items() if _has_news(*due)}  # an interrupt may leave others
+        self._interrupted = False
+
     def _look_up_drafts(self) -> None:
         """Ask the requests' draft sources; a source that fails ends its own request only."""
-        for request in list(self._scheduler.running.values()):
+        for request in self._scheduler.running:
             try:
                 request.look_up(self.max_speculations)
             except Exception as error:
-                self._emit(request, error=error)
+                self._end(request, error)
 
     def _current_batches(self) -> list[Batch]:
         """Return the running requests, grouped by the kind of their next round."""
-        running = self._scheduler.running
-        if _choose(running.values(), self._controller):
-            self._batches_valid = False
-        if not self._batches_valid:
+        running, free_slots = self._scheduler.running, self._scheduler.free_slots
+        # A batch may be padded with free slots, so it also ends when one of them is used.
+        if _choose(running, self._controller) or self._members != ([one.id for one in running], free_slots):
             for batch in self._batches:  # collect what was launched before a request joined, left, or changed its kind
-                if batch.under_way and any(request.id in running for request in batch.requests):
+                if batch.under_way and any(request.running for request in batch.requests):
                     self._collect(batch, *batch.read())
+            running, free_slots = self._scheduler.running, self._scheduler.free_slots
             self._batches = [
-                Batch(self._model, self._cache, kind, requests, self._graphs, self._scheduler.free_slots, self._clock)
-                for kind, requests in _by_kind(running.values()).items()
+                Batch(self._model, self._cache, kind, requests, self._graphs, free_slots, self._clock)
+                for kind, requests in _by_kind(running).items()
             ]
-            self._batches_valid = True
+            self._members = [one.id for one in running], free_slots
         return self._batches
 
     def _collect(self, batch: Batch, launched: Launched, results: Sequence[list[int]]) -> None:
@@ -264,12 +323,13 @@ class Session:
             self._controller.observe_cost(choice, len(batch.requests), launched.outcome.seconds)
         failures = batch.failures
         for index, (request, result) in enumerate(zip(batch.requests, results, strict=True)):
-            if request.id in self._scheduler.running:
-                self._collect_request(batch.kind, request, result, failures.get(index))
+            if request.running and index in failures:
+                self._end(request, failures[index])
+            elif request.running:
+                self._collect_request(batch.kind, request, *result)
 
-    def _collect_request(self, kind: RoundKind, request: Request, result: list[int], error: Exception | None) -> None:
+    def _collect_request(self, kind: RoundKind, request: Request, accepted: int, token: int, *drafts: int) -> None:
         """Emit the tokens of a round, and learn its acceptance rate."""
-        accepted, token, *drafts = result
         last = request.position + accepted
         fault = request.fault(token, "the head", request.num_layers, last)
         # The draft after the accepted ones follows valid tokens; those after it do not, so they may be -1.
@@ -282,63 +342,52 @@ class Session:
             if request.lookup is not None:
                 request.acceptance.observe_proposal(request.lookup.proposal, [*drafts[:accepted], token])
         exit_layer = kind.exit_layer if kind.speculative else request.exit_layer
-        self._emit(request, lambda: request.emit_round(drafts[:num_drafts], accepted, token, exit_layer, fault), error)
+        self._emit(request, lambda: request.emit_round(drafts[:num_drafts], accepted, token, exit_layer, fault))
 
-    # Prefill
-
-    def _prefill(self) -> None:
-        """Prefill as much as a step may, and emit the first tokens."""
-        free_slots = set(self._scheduler.free_slots)
-        for request, error in self._scheduler.run_prefill():
-            if error is None:
-                self._start(request)
-            else:
-                self._emit(request, error=error)
-        if not free_slots <= set(self._scheduler.free_slots):
-            self._batches_valid = False  # batches may use a slot for padding that is no longer free
-
-    def _start(self, request: Request) -> None:
-        """Emit the token that follows the prompt."""
-        token = 0
-        error: Exception | None = None
+    def _start(self, request: Request, error: Exception | None) -> None:
+        """Emit the token that follows the prompt, unless reading it has failed."""
         try:
+            if error is not None:
+                raise error
             with torch.inference_mode():
                 assert request.last_hidden is not None
                 step = spec_step_of(self._model, self._cache, [request])
                 token = int(step.first(request.last_hidden, sequences_of(self._model, [request])))
-            error = step.failures.get(0)
+            if step.failures:
+                raise step.failures[0]
         except Exception as raised:  # of this request: the others continue
-            error = raised
-        self._scheduler.start(request)
-        self._batches_valid = False
-        fault = request.fault(token, "the head", request.num_layers, request.position)
-        self._emit(request, lambda: request.emit(token, fault), error)
+            self._end(request, raised)
+        else:
+            fault = request.fault(token, "the head", request.num_layers, request.position)
+            self._emit(request, lambda: request.emit(token, fault))
 
-    # Updates
+    # Changes of state, each of a request that `_due` has before
 
-    def _emit(self, request: Request, emit: Callable[[], None] | None = None, error: Exception | None = None) -> None:
-        """Emit tokens unless there is an error; free the slot if the request has ended."""
+    def _emit(self, request: Request, emit: Callable[[], None]) -> None:
+        """Emit tokens; an exception of the request's own rule, or a fault, ends it, and the others continue."""
+        self._scheduler.touch(request)
+        self._due.setdefault(request.id, (request, len(request.new_tokens)))
         try:
-            if error is None and emit is not None:
-                emit()
-        except Exception as raised:  # of the request's own rule, or a fault: the other requests continue
-            error = raised
-        if error is not None:
-            request.reason = "error"
-        if request.reason is not None:
-            self._scheduler.free_slot(request, retain=request.keep and error is None)
-            self._batches_valid = False
-        self._report(request, error)
+            emit()
+        except Exception as error:
+            self._end(request, error)
 
-    def _report(self, request: Request, error: Exception | None = None) -> None:
-        """Add new tokens to the update of a request, which an interrupted step may have begun."""
-        new = slice(request.num_reported, None)
-        output = None if request.reason is None else request.output()
-        new_tokens, drafted = request.new_tokens[new], request.drafted[new]
-        if (before := self._updates.get(request.id)) is not None:
-            new_tokens, drafted = before.tokens + new_tokens, before.drafted + drafted
-        self._updates[request.id] = Update(request.id, new_tokens, drafted, request.reason, output, error)
-        request.num_reported = len(request.new_tokens)
+    def _end(self, request: Request, reason: str | Exception) -> None:
+        """End a request before its time."""
+        self._due.setdefault(request.id, (request, len(request.new_tokens)))
+        request.end(reason)
+        self._scheduler.sweep()
+
+
+def _has_news(request: Request, reported: int) -> bool:
+    return request.reason != "removed" and (request.reason is not None or len(request.new_tokens) > reported)
+
+
+def _update(request: Request, reported: int) -> Update:
+    """Return the update of a request of which that many new tokens were in earlier ones."""
+    output = None if request.reason is None else request.output()
+    error = request.ended_by if isinstance(request.ended_by, Exception) else None
+    return Update(request.id, request.new_tokens[reported:], request.drafted(reported), request.reason, output, error)
 
 
 def _choose(running: Iterable[Request], controller: Controller) -> bool:

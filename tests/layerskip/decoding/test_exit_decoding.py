@@ -225,7 +225,7 @@ def test_a_draft_that_ends_at_once_still_runs_draft_layers(near, monkeypatch):
     session.add(prompt_of(5), 20, draft_threshold=1.0)
     while len(session):
         updates = session.step()
-        assert all(request.draft_lag == 0 for request in session._scheduler.running.values())
+        assert all(request.draft_lag == 0 for request in session._scheduler.running)
     assert (updates[0].output.stats.drafted, reads) == (0, [])
     assert updates[0].output.new_tokens[0].tolist() == expected(hf_model, prompt_of(5), 20)
 

@@ -175,7 +175,7 @@ def test_cancelling_frees_the_slot_at_every_stage(decoder, stage, end, keep):
 
 def test_a_lost_slot_is_an_error(decoder):
     session = decoder.open_session(1, max_seq_len=40)
-    session._scheduler.free_slots.clear()
+    session._scheduler.slots.clear()
     session.add(prompt_of(4), 5)
     with pytest.raises(RuntimeError, match="1 requests wait, and no slot is free or in use"):
         session.step()
