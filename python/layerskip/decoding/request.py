@@ -185,6 +185,10 @@ class Request:
         return self.keep and self.started and self.reason not in (None, "error", "removed")
 
     @property
+    def all_tokens(self) -> list[int]:
+        return self.prompt_tokens + self.new_tokens
+
+    @property
     def all_ids(self) -> Tensor:
         """All tokens [1, N + new], int64."""
         return torch.cat([self.prompt_ids, self._new_ids], 1)

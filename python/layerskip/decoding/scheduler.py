@@ -196,7 +196,7 @@ def catch_up_draft_layers(model: LayerSkipModel, cache: SharedKVCache, request: 
     They read nothing during rounds of lookup drafts, which so cost nothing for an exit that is not used. Layers [0, E)
     run again, with the same bits.
     """
-    tokens = request.prompt_tokens + request.new_tokens
+    tokens = request.all_tokens
     for begin in range(request.num_draft_cached, end, FUSED_ROWS):
         chunk = to_device(torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]]), model.device)
         seq_lens, slots = to_device(torch.tensor([[begin], [request.slot]]), model.device).unbind()
