@@ -17,14 +17,14 @@ from .architectures import (
     assemble,
     check_classes,
     check_config,
-    check_names,
+    check_parameter_names,
     checked_parameters,
     layers_of,
     named_weights,
 )
 from .checkpoints.base import Checkpoint, ModelTensors, Progress, without_quantization
 from .checkpoints.hf import checkpoint_of, layout_of, method_of
-from .files import EMBEDDING, HEAD, LAYERS, NORM, ModelFileError
+from .files import EMBEDDING, HEAD, LAYERS, NORM, check_names
 from .generic_layers import INPUTS
 from .head import shared
 from .hf_checks import check_hooks, class_of, unsupported, unwrapped
@@ -144,44 +144,26 @@ def build(
     generation_config: Any = None,
     progress: Progress | None = None,
 ) -> LayerSkipModel:
-    """Read a model's parameters one by one.
+    """Read a model's parameters one by one; ModelFileError for a missing, superfluous or misshapen one.
 
-    Parameters
-    ----------
-    source : str
-        For messages.
-    config : transformers.PreTrainedConfig
-        Of a supported architecture. The model gets a copy without ``quantization_config``.
-    checkpoint : Checkpoint
-    dtype : torch.dtype
-        Of plain weights and of the states.
-    generation_config : transformers.GenerationConfig, optional
-    progress : callable, optional
-
-    Raises
-    ------
-    ModelFileError
-        If the checkpoint lacks a weight, has one too many, or one of another shape.
+    ``config`` is of a supported architecture; the model gets a copy without ``quantization_config``. Plain weights and
+    states are in ``dtype``; ``source`` is for messages.
     """
     skeleton = _skeleton(without_quantization(config))
     config = skeleton.config
     named = dict(skeleton.named_parameters(remove_duplicate=False))
-    check_names(named, ARCHITECTURES[config.model_type])
+    check_parameter_names(named, ARCHITECTURES[config.model_type])
     tied = named[HEAD] is named[EMBEDDING]
     shapes = {name: tuple(weight.shape) for name, weight in named.items() if not (tied and name == HEAD)}
     checkpoint.check(shapes)
-    missing = [name for name in shapes if name not in checkpoint]
-    if missing:
-        raise ModelFileError(f"{source} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}")
+    check_names(source, [name for name in shapes if name not in checkpoint], ())
     held = {}
     for number, (name, shape) in enumerate(shapes.items(), start=1):
         held[name] = checkpoint.parameter(name, shape, dtype)
         if progress is not None:
             progress(number, len(shapes))
     held[EMBEDDING] = shared(held[EMBEDDING])  # one parameter, so that a tied head stays it on another device, too
-    unused = [name for name in checkpoint.unused() if not (tied and name == HEAD)]
-    if unused:
-        raise ModelFileError(f"{source} has {len(unused)} weights that its config.json does not use, first {unused[0]}")
+    check_names(source, (), [name for name in checkpoint.unused() if not (tied and name == HEAD)])
     for number, layer in enumerate(layers_of(config, held)):
         _check_alike(number, layer, config.hidden_size)
     decoder, head = assemble(skeleton, held, checkpoint.frequency_factors)

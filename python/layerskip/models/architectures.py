@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoints.hf import method_of
 from .files import EMBEDDING, FLOATS, HEAD, LAYERS, NORM, ModelFileError, without_leftovers
 from .generic_layers import LayerConfig
 from .head import EarlyExitHead, NormSpec
-from .hf_checks import UnsupportedModelError, class_of, unsupported
+from .hf_checks import UnsupportedModelError, check_one_device, class_of, unsupported
 from .layers import PartialDepthDecoder
 from .rotary import LONG, Rotary, exact_module, max_positions, rope_parameters, rotary_of, rotations
 
@@ -328,7 +329,12 @@ def check_config(config: Any) -> None:
     """Raise UnsupportedModelError for a configuration that the kernels do not compute."""
     check_model_type(config.model_type)
     architecture = ARCHITECTURES[config.model_type]
-    _check_quantisation(config)
+    method = method_of(config)
+    if method is not None:
+        raise unsupported(
+            f"a transformers model quantised with {method}",
+            "plain fp32, bf16 and fp16 weights here; decoding reads others",
+        )
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         raise unsupported(f"layer type {min(others)!r}", "full_attention, sliding_attention")
@@ -367,22 +373,9 @@ def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[
     if getattr(hf_model.config, "quantization_config", None) is not None:
         parameters = without_leftovers(parameters)
     _check_modules(hf_model, architecture)
-    check_names(parameters, architecture)
+    check_parameter_names(parameters, architecture)
     _check_tensors(parameters)
     return parameters
-
-
-def _check_quantisation(config: Any) -> None:
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        return
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-    method = getattr(method, "value", method)
-    if method != "gguf":  # transformers may have dequantized those; the weights are checked
-        raise unsupported(
-            f"a transformers model quantised with {method}",
-            "plain fp32, bf16 and fp16 weights here; decoding reads others",
-        )
 
 
 def _check_modules(model: nn.Module, architecture: Architecture) -> None:
@@ -395,7 +388,7 @@ def _check_modules(model: nn.Module, architecture: Architecture) -> None:
                 raise unsupported(f"{name} of type {kind}", f"plain torch.nn.{plain.__name__}, neither quantised")
 
 
-def check_names(parameters: dict[str, nn.Parameter], architecture: Architecture) -> None:
+def check_parameter_names(parameters: dict[str, nn.Parameter], architecture: Architecture) -> None:
     """Raise UnsupportedModelError unless a model has exactly the parameters that are used."""
     numbers = {int(name.split(".")[2]) for name in parameters if name.startswith(f"{LAYERS}.")}
     paths, title = architecture.layer_paths.values(), architecture.model_class
@@ -411,17 +404,14 @@ def check_names(parameters: dict[str, nn.Parameter], architecture: Architecture)
 
 def _check_tensors(parameters: dict[str, nn.Parameter]) -> None:
     first_name, first = next(iter(parameters.items()))
+    check_one_device(parameters)
     for name, tensor in parameters.items():
         if type(tensor) not in (Tensor, nn.Parameter):
             kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
             raise unsupported(f"{name} of type {kind}", "plain tensors, neither quantised nor distributed")
-        if tensor.is_meta:
-            raise UnsupportedModelError(f"{name} is on the meta device: the model's weights are not loaded")
         if tensor.dtype not in FLOATS:
             raise unsupported(f"{name} of dtype {tensor.dtype}", "fp32, bf16 and fp16")
         if tensor.dtype != first.dtype:
             raise unsupported(f"mixed dtypes ({first_name} {first.dtype}, {name} {tensor.dtype})", "one dtype")
-        if tensor.device != first.device:
-            raise unsupported(f"several devices ({first_name} on {first.device}, {name} on {tensor.device})", "one")
         if not tensor.is_contiguous():
             raise unsupported(f"{name} with strides {tuple(tensor.stride())}", "contiguous weights")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -167,6 +167,14 @@ def shards(directory: Path) -> list[Path]:
                 f"{index}: weight_map[{tensor!r}] is {shortened(name)}, expected the name of a file in {directory}"
             )
     return [directory / shard for shard in sorted(set(weight_map.values()))]
+
+
+def check_names(source: str, missing: Sequence[str], unused: Sequence[str]) -> None:
+    """Raise ModelFileError if weights that the configuration asks for are missing, or others are there."""
+    if missing:
+        raise ModelFileError(f"{source} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}")
+    if unused:
+        raise ModelFileError(f"{source} has {len(unused)} weights that its config.json does not use, first {unused[0]}")
 
 
 def check_safetensors(path: Path) -> None:

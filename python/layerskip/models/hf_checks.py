@@ -27,6 +27,16 @@ def unsupported(what: str, supported: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{what} is not supported; supported: {supported}")
 
 
+def check_one_device(tensors: Mapping[str, Tensor]) -> None:
+    """Raise UnsupportedModelError for tensors on the meta device, or on several devices."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device: the model's weights are not loaded")
+        if tensor.device != first.device:
+            raise unsupported(f"several devices ({first_name} on {first.device}, {name} on {tensor.device})", "one")
+
+
 ORIGINAL_CLASS = "_layerskip_original_class"
 """Where a module that `layerskip.accelerate` has changed keeps the class that it had."""
 ORIGINAL_FORWARD = "_layerskip_original_forward"
@@ -42,8 +52,8 @@ goes into the cache, which stays exact here."""
 class ModelSnapshot:
     """The parts of a Hugging Face model at one time, to be compared with those at a later time.
 
-    Compares identities, so it costs about as little as a loop over the modules can. It keeps the model's parts alive,
-    but not the model. UnsupportedModelError as in `check_hooks`.
+    It compares identities, which costs little more than a loop over the modules. It keeps the model's parts alive, but
+    not the model. UnsupportedModelError as in `check_hooks`.
     """
 
     def __init__(self, hf_model: nn.Module) -> None:
@@ -62,7 +72,7 @@ class ModelSnapshot:
         self._hooks = _values(self._hook_dicts)
         self._modules, self._parameters = _values(self._module_dicts), _values(self._parameter_dicts)
         self._weights = [weight for weight in self._parameters if weight is not None]
-        # Conversions keep a parameter and change what it holds, where it stays on the CPU or torch is told so.
+        # A conversion may keep the Parameter and replace its data, so dtype and device are compared as well.
         self._dtypes, self._on_cpu = list(map(_DTYPE, self._weights)), list(map(_ON_CPU, self._weights))
         self._num_layers = _num_layers(hf_model)
         self._copied = self._weights if quantized else []

@@ -273,24 +273,8 @@ class PartialDepthDecoder(nn.Module):
         """Run layers [start, end) on many rows, with torch's own matmuls and attention.
 
         For prompts, whose cost is arithmetic and not memory. The result equals that of `forward` up to rounding. The
-        caller splits a long prompt into chunks, and advances the lengths after each.
-
-        Parameters
-        ----------
-        hidden : Tensor [B, N, D]
-            State before layer ``start``; row n is at position ``cache.seq_lens + n``.
-        cache : SharedKVCache
-        start, end : int
-            By default all layers.
-
-        Returns
-        -------
-        Tensor [B, N, D]
-
-        Raises
-        ------
-        ValueError, TypeError
-            As `forward`, and if the sequences of the cache differ in length.
+        caller splits a long prompt into chunks, and advances the lengths after each. Parameters and errors as in
+        `forward`, but ``hidden`` is [B, N, D], and all sequences of the cache have one length.
         """
         end = self.num_layers if end is None else end
         self._check(hidden, cache, start, end)

@@ -29,6 +29,7 @@ from .files import (
     Fields,
     ModelFileError,
     check_fields,
+    check_names,
     check_safetensors,
     read_json,
     reading,
@@ -216,12 +217,8 @@ def _check_keys(source: str, info: dict[str, Any]) -> None:
             raise ModelFileError(f"{source} has {entry} of another shape than its config.json asks for")
         name, found, expected = entry
         raise ModelFileError(f"{source} has {name} of shape {list(found)}, its config.json asks for {list(expected)}")
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelFileError(f"{source} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}")
     unused = sorted(key for key in info["unexpected_keys"] if "layers." in key)
-    if unused:
-        raise ModelFileError(f"{source} has {len(unused)} weights that its config.json does not use, first {unused[0]}")
+    check_names(source, sorted(info["missing_keys"]), unused)
 
 
 SHARD_BYTES = 5_000_000_000

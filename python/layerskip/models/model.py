@@ -162,13 +162,12 @@ class LayerSkipModel(nn.Module):
         ----------
         token_ids : Tensor [B, M], int64
             Row m of sequence b is at position ``seq_lens[b] + m``. Lengths are not advanced.
-        cache : SharedKVCache
+        cache, seq_lens, slots
+            As in `PartialDepthDecoder.forward`.
         num_layers : int, optional
             By default all.
         draft_layers : bool
             Whether the exit is to draft later: its draft layers, if any, must have run on all tokens before.
-        seq_lens, slots : Tensor [B], int64, optional
-            As in `PartialDepthDecoder.forward`.
 
         Returns
         -------
@@ -222,22 +221,12 @@ class LayerSkipModel(nn.Module):
         Parameters
         ----------
         token : Tensor [B], int64
-            The last tokens, at positions ``seq_lens``.
-        cache : SharedKVCache
+            The last tokens, at positions ``seq_lens``; the returned tokens have the same shape.
+        cache, seq_lens, slots
+            As in `PartialDepthDecoder.forward`, and so are the errors.
         num_layers : int
-        seq_lens, slots : Tensor [B], int64, optional
-            As in `PartialDepthDecoder.forward`.
         noise : layerskip_kernels.Noise, optional
             Draws the tokens, as `layerskip_kernels.draft` does; by default they are the arg-max.
-
-        Returns
-        -------
-        Tensor [B], int64
-
-        Raises
-        ------
-        ValueError, TypeError
-            If a shape, dtype, device or layer is wrong, or the rows do not fit into the cache.
         """
         self._check_num_layers(num_layers)
         decoder = self.decoder

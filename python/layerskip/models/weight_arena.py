@@ -88,16 +88,12 @@ def gather_weights(model: Any) -> WeightArena | None:
     Parameters
     ----------
     model : LayerSkipModel or transformers.PreTrainedModel
+        UnsupportedModelError as `layerskip.adapt`, and if another library holds the weights quantized.
 
     Returns
     -------
     WeightArena or None
         None if the weights are not in plain memory of this process: on a GPU, or made in inference mode.
-
-    Raises
-    ------
-    UnsupportedModelError
-        As `layerskip.adapt`, and if another library holds the weights quantized.
     """
     tensors = _weights(model)
     if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):

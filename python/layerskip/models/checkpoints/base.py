@@ -25,7 +25,7 @@ from ..files import (
     shards,
     without_leftovers,
 )
-from ..hf_checks import UnsupportedModelError, unsupported
+from ..hf_checks import check_one_device
 
 Progress = Callable[[int, int], None]
 """Called after each weight with the number of weights done, and of all."""
@@ -105,23 +105,14 @@ class TensorFiles(Tensors):
 
 
 class ModelTensors(Tensors):
-    """The tensors of a model, not copied, without the scales and zero points that decompressing leaves behind.
-
-    Raises UnsupportedModelError if tensors are on the meta device, or on several devices.
-    """
+    """The tensors of a model, not copied, without the scales and zero points that decompressing leaves behind."""
 
     owner = "model"
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors: dict[str, Tensor] = without_leftovers(model.state_dict(keep_vars=True))
         super().__init__(self._tensors)
-        first = next(iter(self._tensors))
-        for name, tensor in self._tensors.items():
-            if tensor.is_meta:
-                raise UnsupportedModelError(f"{name} is on the meta device: the model's weights are not loaded")
-            if tensor.device != self._tensors[first].device:
-                where = f"{first} on {self._tensors[first].device}, {name} on {tensor.device}"
-                raise unsupported(f"several devices ({where})", "one")
+        check_one_device(self._tensors)
 
     @property
     def are_plain(self) -> bool:
