@@ -81,11 +81,13 @@ def watched(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
         patch.object(PartialState, "destroy_process_group"),  # torchrun's store lets processes meet only once
         patch.object(hidden_state_cache, "PASS_TOKENS", 60),  # both have several parts, not in pairs
         patch.object(hidden_state_cache, "BATCH", 2),
-        patch.object(hidden_state_cache.TextCache, "_run", telling(hidden_state_cache.TextCache._run, "through", len)),
+        patch.object(
+            hidden_state_cache.TextCache, "_compute", telling(hidden_state_cache.TextCache._compute, "through", len)
+        ),
         patch.object(
             hidden_state_cache.GeneratedTextCache,
-            "_generate",
-            telling(hidden_state_cache.GeneratedTextCache._generate, "through", len),
+            "_compute",
+            telling(hidden_state_cache.GeneratedTextCache._compute, "through", len),
         ),
         patch.object(ExitTrainer, "_backward", telling(ExitTrainer._backward, "shares", hidden_state_cache.own_share)),
     ):

@@ -6,6 +6,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -63,26 +64,9 @@ class HiddenStateCache:
     """Hidden states after layer E and teacher top-k of texts, in memory-mapped files of a folder.
 
     A subclass computes them and knows the tokens of each text. A stopped computation is resumed. The top-k serve every
-    E: for another one, only layers [0, E) run over the texts.
-
-    Parameters
-    ----------
-    folder : Path
-        Made if missing.
-    model : LayerSkipModel
-    exit_layer : int
-        E.
-    top_k : int
-        k.
-    work : mapping
-        What else the texts depend on.
-    digests : mapping, optional
-        `model_digests` of the model, if they are known.
-
-    Raises
-    ------
-    ValueError
-        In `compute`, if the folder was made from other texts, another model or another k.
+    E: for another one, only layers [0, E) run over the texts. ``work`` is what else the texts depend on, ``digests``
+    the `model_digests`, if they are known. `compute` raises ValueError if the folder was made from other work, another
+    model or another k.
     """
 
     def __init__(
@@ -107,6 +91,7 @@ class HiddenStateCache:
         }  # fmt: skip
         self._records: dict[int, dict[str, Any]] = {}  # by text, in the order of the files
         self._places: dict[int, tuple[int, int]] = {}
+        self._paths = [folder / name for name in (*TOP_K_FILES, f"states-{exit_layer}.bin")]
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -114,9 +99,6 @@ class HiddenStateCache:
     def _inputs(self, index: int) -> list[int]:
         """The tokens of a text that have rows: all but the last."""
         raise NotImplementedError
-
-    def _num_rows(self, index: int) -> int:
-        return len(self._inputs(index))
 
     def _first(self, index: int) -> int:
         """The first row of a text with top-k; all after it have them, too."""
@@ -169,19 +151,28 @@ class HiddenStateCache:
         batches: Iterable[list[tuple[dict[str, Any], CachedText]]],
         progress: Callable[[int], None],
     ) -> None:
+        """Append the missing states and texts to the files; cut off what a stopped run left unfinished."""
         known = list(self._records)
         values = sum(map(self.rows, known)) * self.top_k
-        states = [self._num_rows(index) * self._width * self._dtype.itemsize for index in known]
-        with _CacheFiles(self.folder, self.exit_layer, states, (values * 4, values * 2)) as files:
-            progress(sum(index < len(self) for index in known[: files.num_texts]))
-            for index in known[files.num_texts :]:
-                files.append_states(self._states_of(index))
+        ends = list(accumulate((len(self._inputs(i)) * self._width * self._dtype.itemsize for i in known), initial=0))
+        for path, size in zip(self._paths, (values * 4, values * 2), strict=False):
+            if _size(path) < size:
+                raise ValueError(f"{path} is shorter than the {size} bytes that {journal.path} lists; remove both")
+        num_texts = bisect_right(ends, _size(self._paths[-1])) - 1  # with states after this layer
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("ab")) for path in self._paths]
+            for file, size in zip(files, (values * 4, values * 2, ends[num_texts]), strict=True):
+                file.truncate(size)
+            progress(sum(index < len(self) for index in known[:num_texts]))
+            for index in known[num_texts:]:
+                _write(files[-1], self._states_of(index))
                 progress(int(index < len(self)))
-            files.sync()
+            _sync(files)
             for batch in batches:
                 for _, text in batch:
-                    files.append(text)
-                files.sync()  # before the journal lists them
+                    for file, tensor in zip(files, (*text.top_k, text.states), strict=True):
+                        _write(file, tensor)
+                _sync(files)  # before the journal lists them
                 for record, _ in batch:
                     journal.append(record)
                 progress(len(batch))
@@ -195,26 +186,25 @@ class HiddenStateCache:
 
     def rows(self, index: int) -> int:
         """The number of rows of a text with top-k."""
-        return self._num_rows(index) - self._first(index)
+        return len(self._inputs(index)) - self._first(index)
 
     def __getitem__(self, index: int) -> CachedText:
         """A computed text, as views of the mapped files."""
         state_row, top_k_row = self._places[index]
         rows = slice(top_k_row, top_k_row + self.rows(index))
-        states = self._states[state_row : state_row + self._num_rows(index)]
+        states = self._states[state_row : state_row + len(self._inputs(index))]
         return CachedText(states, self._first(index), TopK(self._ids[rows], self._probabilities[rows]))
 
     def _map(self) -> None:
         state_row = top_k_row = 0
         for index in self._records:
             self._places[index] = state_row, top_k_row
-            state_row += self._num_rows(index)
+            state_row += len(self._inputs(index))
             top_k_row += self.rows(index)
-        shapes = ((state_row, self._width), (top_k_row, self.top_k), (top_k_row, self.top_k))
-        dtypes = (self._dtype, torch.int32, torch.float16)
-        self._states, self._ids, self._probabilities = (
-            torch.from_file(str(self.folder / name), shared=False, size=shape[0] * shape[1], dtype=dtype).view(shape)
-            for name, shape, dtype in zip((_states_file(self.exit_layer), *TOP_K_FILES), shapes, dtypes, strict=True)
+        shapes = ((top_k_row, self.top_k), (top_k_row, self.top_k), (state_row, self._width))
+        self._ids, self._probabilities, self._states = (
+            torch.from_file(str(path), shared=False, size=shape[0] * shape[1], dtype=dtype).view(shape)
+            for path, shape, dtype in zip(self._paths, shapes, (torch.int32, torch.float16, self._dtype), strict=True)
         )
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: SharedKVCache) -> tuple[Tensor, Tensor]:
@@ -248,60 +238,18 @@ def model_digests(model: LayerSkipModel) -> dict[str, str]:
     return {"digest of the model": sha256.hexdigest(), WEIGHTS: digest_of_weights(model)}
 
 
-def _states_file(exit_layer: int) -> str:
-    return f"states-{exit_layer}.bin"
-
-
-class _CacheFiles:
-    """The files of hidden states and top-k, open to append; what a stopped run left unfinished is cut off.
-
-    ``states`` are the bytes of the states of each text, ``top_k`` the bytes of each top-k file. ``num_texts`` is the
-    number of texts, from the first on, whose states after layer E are in the files.
-    """
-
-    def __init__(self, folder: Path, exit_layer: int, states: Sequence[int], top_k: Sequence[int]) -> None:
-        self._files: list[BinaryIO] = []
-        for name, size in zip(TOP_K_FILES, top_k, strict=True):
-            path = folder / name
-            if _size(path) < size:
-                raise ValueError(f"{path} is shorter than the {size} bytes that {folder / JOURNAL} lists; remove both")
-            self._open(path, size)
-        path = folder / _states_file(exit_layer)
-        ends = list(accumulate(states, initial=0))
-        self.num_texts = bisect_right(ends, _size(path)) - 1
-        self._open(path, ends[self.num_texts])
-
-    def _open(self, path: Path, size: int) -> None:
-        self._files.append(file := path.open("ab"))
-        file.truncate(size)
-
-    def __enter__(self) -> _CacheFiles:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for file in self._files:
-            file.close()
-
-    def append(self, text: CachedText) -> None:
-        for file, tensor in zip(self._files, (*text.top_k, text.states), strict=True):
-            _write(file, tensor)
-
-    def append_states(self, states: Tensor) -> None:
-        """Write the states of a text whose top-k are in the files."""
-        _write(self._files[-1], states)
-
-    def sync(self) -> None:
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-
-
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def _sync(files: Sequence[BinaryIO]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class TextCache(HiddenStateCache):
@@ -339,24 +287,18 @@ class TextCache(HiddenStateCache):
             if any(index not in self._records for index in batch):
                 yield batch
 
-    def _compute(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], CachedText]]:
-        texts = zip(indices, self._run(indices), strict=True)
-        return [({"text": index}, text) for index, text in texts if index not in self._records]
-
     @torch.inference_mode()
-    def _run(self, indices: Sequence[int]) -> list[CachedText]:
-        """Run the model over some texts together."""
+    def _compute(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], CachedText]]:
         prompts = [self._inputs(index) for index in indices]
         cache = self._model.decoder.new_cache(len(prompts), max(map(len, prompts)))
         states, final = self._prefill(prompts, cache)
-        return [
-            CachedText(
-                states[row, : len(prompt)].clone().cpu(),
-                first := self._firsts[index],
-                self._top_k(final[row, first : len(prompt)]),
-            )
-            for row, (index, prompt) in enumerate(zip(indices, prompts, strict=True))
-        ]
+        texts = []
+        for row, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
+            if index not in self._records:
+                first, own = self._firsts[index], states[row, : len(prompt)].clone().cpu()
+                text = CachedText(own, first, self._top_k(final[row, first : len(prompt)]))
+                texts.append(({"text": index}, text))
+        return texts
 
 
 def _first_labelled(pair: Mapping[str, list[int]], index: int) -> int:
@@ -369,21 +311,9 @@ def _first_labelled(pair: Mapping[str, list[int]], index: int) -> int:
 class GeneratedTextCache(HiddenStateCache):
     """Cached hidden states and top-k of texts that the model generates greedily after prompts, with all layers.
 
-    A `TextCache` of the same texts has the same values up to rounding, and costs a second pass over every token.
-
-    Parameters
-    ----------
-    folder, model, exit_layer, top_k
-        As for `HiddenStateCache`.
-    prompts : sequence of sequences of int
-        Token ids; none is empty.
-    count : int
-        How many of them are continued, from the first on. Another number uses what is in the folder.
-    max_new_tokens : int
-    eos_token_id : int
-        Ends a text.
-    whole : bool
-        Whether the rows of the prompts get top-k, too.
+    The first ``count`` of the prompts, token ids of which none is empty, are continued; another number uses what is in
+    the folder. ``eos_token_id`` ends a text. With ``whole``, the rows of the prompts get top-k, too. A `TextCache` of
+    the same texts has the same values up to rounding, and costs a second pass over every token.
     """
 
     def __init__(
@@ -407,20 +337,20 @@ class GeneratedTextCache(HiddenStateCache):
             raise ValueError(f"prompt {empty} has no token")
         self._prompts, self._count, self._whole = prompts, min(count, len(prompts)), whole
         self._max_new_tokens, self._eos = max_new_tokens, eos_token_id
-        self.new_tokens: dict[int, list[int]] = {}  # by the index of the prompt
 
     def __len__(self) -> int:
         return self._count
 
+    def new_tokens(self, index: int) -> list[int]:
+        """The tokens after a prompt that is continued."""
+        tokens: list[int] = self._records[index]["tokens"]
+        return tokens
+
     def _inputs(self, index: int) -> list[int]:
-        return [*self._prompts[index], *self.new_tokens[index][:-1]]
+        return [*self._prompts[index], *self.new_tokens(index)[:-1]]
 
     def _first(self, index: int) -> int:
         return 0 if self._whole else len(self._prompts[index]) - 1
-
-    def _read(self, journal: Journal | None) -> None:
-        super()._read(journal)
-        self.new_tokens = {index: record["tokens"] for index, record in self._records.items()}
 
     def _batches(self) -> Iterator[list[int]]:
         missing = [index for index in range(self._count) if index not in self._records]
@@ -428,12 +358,8 @@ class GeneratedTextCache(HiddenStateCache):
             near = sorted(missing[begin : begin + BATCH * SORTED], key=lambda index: len(self._prompts[index]))
             yield from (near[first : first + BATCH] for first in range(0, len(near), BATCH))
 
-    def _compute(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], CachedText]]:
-        texts = zip(indices, self._generate(indices), strict=True)
-        return [({"text": index, "tokens": self.new_tokens[index]}, text) for index, text in texts]
-
     @torch.inference_mode()
-    def _generate(self, indices: Sequence[int]) -> list[CachedText]:
+    def _compute(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], CachedText]]:
         """Continue some prompts together, until the last of them ends."""
         device, prompts = self._model.device, [self._prompts[index] for index in indices]
         cache = self._model.decoder.new_cache(len(prompts), max(map(len, prompts)) + self._max_new_tokens)
@@ -464,11 +390,11 @@ class GeneratedTextCache(HiddenStateCache):
             for place, row in enumerate(running):
                 states[row].append(state[place].cpu())
                 top_k[row].append(TopK(*(part[place : place + 1] for part in step)))
-        self.new_tokens.update(zip(indices, new_tokens, strict=True))
-        return [
-            CachedText(torch.cat(states[row]), self._first(index), TopK(*map(torch.cat, zip(*top_k[row], strict=True))))
-            for row, index in enumerate(indices)
-        ]
+        texts = []
+        for index, tokens, of_text, tops in zip(indices, new_tokens, states, top_k, strict=True):
+            top = TopK(*map(torch.cat, zip(*tops, strict=True)))
+            texts.append(({"text": index, "tokens": tokens}, CachedText(torch.cat(of_text), self._first(index), top)))
+        return texts
 
     def _step(self, token: Tensor, cache: SharedKVCache, lens: Tensor, slots: Tensor) -> tuple[Tensor, TopK]:
         """One token of each running text through the model: states [B, 1, D] after layer E, and top-k."""

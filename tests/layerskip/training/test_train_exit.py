@@ -93,7 +93,7 @@ def test_trunk_goes_on_behind_what_is_there(
         file.write(b"half a text")
     ran: list[int] = []
     monkeypatch.setattr(
-        TextCache, "_run", lambda self, indices, run=TextCache._run: ran.extend(indices) or run(self, indices)
+        TextCache, "_compute", lambda self, indices, run=TextCache._compute: ran.extend(indices) or run(self, indices)
     )
     again.compute()
     assert len(ran) == len(LENGTHS) - sum(done)
@@ -109,7 +109,7 @@ def test_trunk_serves_another_layer(
     """With the same labels; only the layers before it run, also after a stop among them."""
     adapted, folder = layerskip.models.adapt(model), tmp_path / "shared"
     shutil.copytree(computed.folder, folder)
-    monkeypatch.setattr(TextCache, "_run", broken_at(0, TextCache._run))
+    monkeypatch.setattr(TextCache, "_compute", broken_at(0, TextCache._compute))
     done: list[int] = []
 
     def stop(texts: int) -> None:
@@ -306,8 +306,8 @@ def test_texts_that_a_run_wrote_serve_another_layer(
     runs[0].trainer()
     monkeypatch.setattr(
         hidden_state_cache.GeneratedTextCache,
-        "_generate",
-        broken_at(0, hidden_state_cache.GeneratedTextCache._generate),
+        "_compute",
+        broken_at(0, hidden_state_cache.GeneratedTextCache._compute),
     )
     trainer = runs[1].trainer()
     assert trainer.texts.rows(0) > 0
@@ -348,7 +348,7 @@ STOPS: dict[str, tuple[Any, str, Any]] = {
     "before the first step": (ExitTrainer, "_step", stopping(0)),
     "between evaluations": (ExitTrainer, "_step", stopping(6)),
     "before the last step": (ExitTrainer, "_step", stopping(11)),
-    "while the model runs": (TextCache, "_run", broken_at(0, TextCache._run)),
+    "while the model runs": (TextCache, "_compute", broken_at(0, TextCache._compute)),
     "before an exit is in its place": (Path, "replace", broken_at(0, Path.replace)),
     "before a checkpoint": (ExitTrainer, "save", broken_at(1, ExitTrainer.save)),
 }
@@ -544,9 +544,9 @@ def test_written_texts_are_the_models_own_with_its_states_and_labels(
     pairs = []
     for index, prompt in enumerate(prompts):
         plain = decoder.generate(torch.tensor([prompt]), 6, strategy="autoregressive", eos_token_id=[3])
-        assert made.new_tokens[index] == plain.new_tokens[0].tolist()
-        ids = prompt + made.new_tokens[index]
-        pairs.append({"input_ids": ids, "labels": ids if whole else [-100] * len(prompt) + made.new_tokens[index]})
+        assert made.new_tokens(index) == plain.new_tokens[0].tolist()
+        ids = prompt + made.new_tokens(index)
+        pairs.append({"input_ids": ids, "labels": ids if whole else [-100] * len(prompt) + made.new_tokens(index)})
     again = TextCache(tmp_path / "again", layerskip.models.adapt(model), 2, 5, pairs)
     again.compute()
     for index in range(5):
@@ -574,14 +574,14 @@ def test_writing_goes_on_after_a_stop_and_with_more_texts(
     ran: list[int] = []
     monkeypatch.setattr(
         GeneratedTextCache,
-        "_generate",
-        lambda self, indices, run=GeneratedTextCache._generate: ran.extend(indices) or run(self, indices),
+        "_compute",
+        lambda self, indices, run=GeneratedTextCache._compute: ran.extend(indices) or run(self, indices),
     )
     more = written_texts(tmp_path / "stopped", model, 5)
     more.compute()
     assert len(ran) == 3
     for index in range(5):
-        assert more.new_tokens[index] == whole.new_tokens[index]
+        assert more.new_tokens(index) == whole.new_tokens(index)
         torch.testing.assert_close(more[index].states, whole[index].states)
     fewer = written_texts(tmp_path / "stopped", model, 1)
     fewer.compute()
