@@ -219,17 +219,9 @@ def own_pairs(
     """Continue prompts with all layers of a transformers model, ``batch_size`` at once.
 
     Skips the indices in ``done``. Sampling is greedy by default; with a seed, prompt b has the seed ``seed + b``.
-
-    Yields
-    ------
-    (int, dict)
-        A prompt's index and its pair, as `read_pairs` gives them, in the order in which they end. ``cut`` means that
-        the tokenizer's EOS token did not come within ``max_new_tokens``.
-
-    Raises
-    ------
-    ValueError
-        Before anything is generated, for a prompt that has no token or is too long for the model.
+    Yields a prompt's index and its pair, as `read_pairs` gives them, in the order in which they end. ``cut`` means that
+    the tokenizer's EOS token did not come within ``max_new_tokens``. ValueError, before anything is generated, for a
+    prompt that has no token or is too long for the model.
     """
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     for index, ids in enumerate(encoded):

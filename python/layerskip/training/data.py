@@ -36,12 +36,7 @@ def splits(name: str) -> tuple[str, ...]:
 def load_task(name: str, split: str = "train") -> list[Example]:
     """Load the examples of a split of a task, always in the same order.
 
-    Raises
-    ------
-    ValueError
-        For an unknown task or split.
-    ModuleNotFoundError
-        If the package that ships the texts is not installed.
+    ValueError for an unknown task or split, ModuleNotFoundError if the package that ships the texts is not installed.
     """
     examples: list[Example] = _task_with(name, split).load(split)
     return examples
@@ -69,12 +64,8 @@ DEFAULTS = {"config": None, "split": "train", "revision": None, "prompt": "promp
 def load_hub(source: str, prompts_only: bool = False) -> list[Example]:
     """Load the rows of a dataset as examples; with ``prompts_only``, completions are empty and need no column.
 
-    Raises
-    ------
-    ValueError
-        For an unknown option or column, no rows, or a row without a text (with its number).
-    ModuleNotFoundError
-        If the package ``datasets`` is not installed. Errors of its loader, such as no network, propagate.
+    ValueError for an unknown option or column, no rows, or a row without a text (with its number); errors of the
+    package ``datasets``, such as no network, propagate.
     """
     name, options = _parse_hub(source)
     rows = need("datasets", source).load_dataset(

@@ -63,7 +63,9 @@ class _OutputDir:
     CHANGEABLE: ClassVar[tuple[str, ...]]
     INPUTS: ClassVar[tuple[str, ...]]
     REPLACED: ClassVar[str]
-    results: list[Path]
+    results: list[Path]  # of this run at its end
+    outputs: list[Path]  # of a run of any recipe
+    resumable: bool
 
     def __init__(self, recipe: Any) -> None:
         self.folder, self.recipe = Path(recipe.output), recipe
@@ -86,12 +88,12 @@ class _OutputDir:
         """Raise OSError if a new run would replace an older one, files of others, or one of its inputs."""
         check_folder(self.folder)
         self._check_inputs(overwrite)
-        older = [path for path in self._outputs() if path.exists()]
+        older = [path for path in self.outputs if path.exists()]
         if not overwrite:
             otherwise = "give another output, or --overwrite to replace what layerskip wrote there"
             if self.record.get("finished"):
                 raise FileExistsError(f"{self.folder} holds a finished run; {otherwise}")
-            if self._resumable():
+            if self.resumable:
                 raise FileExistsError(f"{self.folder} holds an unfinished run; --resume to continue it, or {otherwise}")
             if older:
                 raise FileExistsError(f"{older[0]} exists, which this run would write; {otherwise}")
@@ -114,16 +116,8 @@ class _OutputDir:
         recipe = _as_json(asdict(self.recipe))
         self._write({"recipe": recipe, "data": _as_json(data), **more, "finished": False})
 
-    def _outputs(self) -> list[Path]:
-        """Paths that a run may write, whatever its recipe."""
-        raise NotImplementedError
-
-    def _resumable(self) -> bool:
-        raise NotImplementedError
-
     def _obstacle(self, path: Path) -> str | None:
-        """Why ``path`` must not be replaced, or None."""
-        raise NotImplementedError
+        return obstacle(path)
 
     def _check_unchanged(self, paths: Iterable[Path]) -> None:
         for reason in filter(None, map(self._obstacle, paths)):
@@ -183,7 +177,9 @@ class Output(_OutputDir):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.results = results(recipe)
+        older = _checkpoint_like(self.folder)
+        self.results, self.outputs = results(recipe), [*(self.folder / name for name in RESULTS), *older]
+        self.resumable = bool(older)
 
     def begin(self, data: Mapping[str, Any], **more: Any) -> None:
         for path in checkpoints(self.folder):
@@ -196,15 +192,6 @@ class Output(_OutputDir):
             if self.folder / name not in self.results and (self.folder / name / MANIFEST).exists():
                 remove_written(self.folder / name)
         self._write({**self.record, "finished": True})
-
-    def _outputs(self) -> list[Path]:
-        return [*(self.folder / name for name in RESULTS), *_checkpoint_like(self.folder)]
-
-    def _resumable(self) -> bool:
-        return bool(_checkpoint_like(self.folder))
-
-    def _obstacle(self, path: Path) -> str | None:
-        return obstacle(path)
 
 
 class ExitOutput(_OutputDir):
@@ -221,7 +208,8 @@ class ExitOutput(_OutputDir):
     def __init__(self, recipe: ExitRecipe) -> None:
         super().__init__(recipe)
         self.exit, self.checkpoint, self.curve = (self.folder / name for name in (FILE_NAME, CHECKPOINT, CURVE))
-        self.results = [self.exit]
+        self.results, self.resumable = [self.exit], bool(self.record)
+        self.outputs = [self.exit, self.checkpoint, self.curve, self.folder / HIDDEN_STATES]
 
     def begin(self, data: Mapping[str, Any], **more: Any) -> None:
         self.checkpoint.unlink(missing_ok=True)
@@ -237,12 +225,6 @@ class ExitOutput(_OutputDir):
         """Record the end of the run and the figures of its best exit."""
         self._write({**self.record, "found": dict(found), "finished": True})
         self.checkpoint.unlink(missing_ok=True)
-
-    def _outputs(self) -> list[Path]:
-        return [self.exit, self.checkpoint, self.curve, self.folder / HIDDEN_STATES]
-
-    def _resumable(self) -> bool:
-        return bool(self.record)
 
     def _obstacle(self, path: Path) -> str | None:
         if not self.record:

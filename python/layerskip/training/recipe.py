@@ -158,21 +158,10 @@ def check_positive(key: str, value: Any) -> None:
 
 
 def by_layer(value: Number | Mapping[str, Number], num_layers: int, key: str) -> list[Number]:
-    """A LoRA rank or a learning rate for each of ``num_layers`` layers.
+    """A LoRA rank or a learning rate for each of ``num_layers`` layers: one for all, or from ranges of layers.
 
-    Parameters
-    ----------
-    value : number or mapping of str to number
-        One for all, or ranges of layers 0…L-1 to numbers, such as ``{"0-3": 128, "4": 64, "5-29": 12}``.
-    num_layers : int
-        L.
-    key : str
-        Of the recipe, for what is raised.
-
-    Raises
-    ------
-    ValueError
-        For a range that is none or ends outside 0…L-1, a layer that is in two ranges or in none.
+    Ranges are as ``{"0-3": 128, "4": 64, "5-29": 12}``. ValueError, which names ``key``, for a range that is none or
+    ends outside 0…L-1, and for a layer in two ranges or in none.
     """
     if not isinstance(value, Mapping):
         return [value] * num_layers
@@ -245,16 +234,13 @@ def read_values(path: Path) -> dict[str, Any]:
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe; ``overrides`` win over what the file says.
 
-    Raises
-    ------
-    ValueError
-        For a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
+    ValueError for a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
     """
     return make_recipe({**read_values(path), **(overrides or {})}, str(path))
 
 
 def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """A recipe of keys and values; see `read_recipe`."""
+    """A recipe of keys and values."""
     recipe: Recipe = construct(Recipe, values, where)
     return recipe
 
@@ -332,13 +318,7 @@ class ExitRecipe:
 
 
 def exit_recipe(path: Path | None, given: Mapping[str, Any]) -> ExitRecipe:
-    """Read a recipe, if there is one; what is given wins over what the file says.
-
-    Raises
-    ------
-    ValueError
-        As `layerskip.training.recipe.read_recipe`.
-    """
+    """Read a recipe, if there is one; what is given wins over what the file says. ValueError as `read_recipe`."""
     values = read_values(path) if path is not None else {}
     if "blocks" in values:
         warnings.warn(f"{path}: the key 'blocks' is now 'draft_layers'", DeprecationWarning, stacklevel=2)

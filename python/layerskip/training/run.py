@@ -1,4 +1,4 @@
-"""A recipe carried out: model, adapter, data, trainer, and what is written at the end."""
+"""Run a recipe: model, adapter, data, trainer, and the results."""
 
 from __future__ import annotations
 
@@ -50,10 +50,7 @@ def load_pairs(tasks: Iterable[str], split: str = "train") -> dict[str, list[Any
 
 
 def mix(parts: Mapping[str, Sequence[Any]], tasks: Sequence[str] | Mapping[str, float]) -> list[Any]:
-    """The examples of all tasks; where ``tasks`` gives shares, some tasks' several times over, so that these hold.
-
-    Every example is in the list, and those of at least one task just once.
-    """
+    """The examples of all tasks, each at least once; if ``tasks`` gives shares, repeated so that these hold."""
     if not isinstance(tasks, Mapping):
         return list(chain.from_iterable(parts.values()))
     unit = max(len(part) / tasks[task] for task, part in parts.items())  # examples for a share of 1
@@ -61,10 +58,7 @@ def mix(parts: Mapping[str, Sequence[Any]], tasks: Sequence[str] | Mapping[str, 
 
 
 def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
-    """Load the model in the dtypes that the recipe's step is fast in, and put LoRA in where it asks for it.
-
-    What is not trained is kept in bf16; what is trained, in fp32, under autocast.
-    """
+    """Load the model, with LoRA if the recipe has it. Trained parameters are fp32, under autocast, others bf16."""
     frozen_dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     model, tokenizer = load(recipe.model, dtype=frozen_dtype)
     architecture_of(model)  # packed weights can't be trained
@@ -82,7 +76,7 @@ def prepare_model(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def _with_lora(model: Any, ranks: Sequence[int], seed: int) -> Any:
-    """Adapters of a rank a layer; alpha is the rank, so that all are scaled by 1."""
+    """Add adapters with a rank for each layer; alpha is the rank, so that all are scaled by 1."""
     peft = need("peft", "training an adapter")
     torch.manual_seed(seed)  # what LoRA begins with is drawn; the Trainer seeds later
     usual = max(sorted(set(ranks)), key=ranks.count)
@@ -95,7 +89,7 @@ def _with_lora(model: Any, ranks: Sequence[int], seed: int) -> Any:
 
 
 def _adapter(model: Any, folder: Path) -> Any:
-    """The model with an adapter that was trained before, to be trained further."""
+    """The model with an earlier adapter, to be trained further."""
     peft = need("peft", "going on with an adapter")
     if not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"adapter: {folder} has no adapter_config.json, so it is no LoRA adapter")
@@ -118,22 +112,20 @@ def schedule(recipe: Recipe, steps: int) -> dict[str, Any]:
 
 
 class OneDevice(TrainingArguments):
-    """A process has one device, the current card or the CPU, where transformers would take all cards that it sees."""
+    """Use one device per process, the current GPU or the CPU; transformers would use all GPUs that it sees."""
 
     @property
     def n_gpu(self) -> int:
-        """Of this process."""
         return min(super().n_gpu, 1)
 
     @property
     def device(self) -> torch.device:
-        """Of this process."""
         device: torch.device = super().device
         return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def training_arguments(recipe: Recipe, steps: int, device: torch.device, **kwargs: Any) -> TrainingArguments:
-    """The Trainer's arguments for a recipe that takes ``steps``; under torchrun a card is each process's own."""
+    """The Trainer's arguments for a recipe of ``steps``; under torchrun each process has its own GPU."""
     rates = recipe.learning_rate
     arguments = OneDevice(
         output_dir=recipe.output,
@@ -165,7 +157,7 @@ def training_arguments(recipe: Recipe, steps: int, device: torch.device, **kwarg
 
 
 def make_trainer(recipe: Recipe, device: torch.device | None = None, **kwargs: Any) -> LayerSkipTrainer:
-    """Everything that a recipe names, ready to train; by default on a card where torch sees one."""
+    """Load all that a recipe names, and make the trainer; by default on the first GPU, if there is one."""
     device = devices.find("auto") if device is None else device
     pairs = load_pairs(recipe.tasks)
     model, tokenizer = prepare_model(recipe)
@@ -199,7 +191,7 @@ def make_trainer(recipe: Recipe, device: torch.device | None = None, **kwargs: A
 
 
 def make_batching(recipe: Recipe, tokenizer: Any) -> Batching | None:
-    """Batches by tokens, with what is replayed between them, where a recipe asks for them."""
+    """The batches by tokens of a recipe, with replayed ones; None for batches by examples."""
     if recipe.batch_tokens is None:
         return None
     if not recipe.replay.tasks:
@@ -223,7 +215,7 @@ def _steps(recipe: Recipe, pairs: Sequence[dict[str, list[int]]]) -> int:
 
 
 def seen_data(trainer: LayerSkipTrainer) -> dict[str, Any]:
-    """What the steps depend on beside the recipe: the examples, as tokens, and among how many they are dealt out."""
+    """What the steps depend on beside the recipe: weights, examples as tokens, number of processes."""
     data: Any = trainer.train_dataset
     replayed = data.replayed if isinstance(data, Pool) else ()
     own = data.pairs if isinstance(data, Pool) else data
@@ -236,10 +228,10 @@ def seen_data(trainer: LayerSkipTrainer) -> dict[str, Any]:
 
 
 def save_result(trainer: LayerSkipTrainer, recipe: Recipe) -> list[Path]:
-    """Write ``model``, a plain Hugging Face directory in bf16, and for LoRA ``adapter``, bf16 too, below the output.
+    """Write ``model``, a plain Hugging Face directory in bf16, and for LoRA ``adapter``, bf16 too, into the output.
 
-    With ``interpolate`` they are that far from the base model to the trained one (Wortsman et al. 2022). Both are
-    written beside their places first; what is in these, see `layerskip._files.publish`.
+    With ``interpolate`` they lie that far between the base model and the trained one (Wortsman et al. 2022). Both
+    replace older ones as `layerskip._files.publish` does.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainer.revert()
@@ -254,7 +246,7 @@ def save_result(trainer: LayerSkipTrainer, recipe: Recipe) -> list[Path]:
 
 
 def _save_adapter(model: Any, folder: Path, recipe: Recipe) -> Any:
-    """Save what LoRA learned; the model with it merged."""
+    """Save the adapter; return the model with it merged."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             scale = recipe.interpolate if "lora_B" in name else 1

@@ -28,7 +28,7 @@ _COLUMNS = ("loss", "labels", "agreed", "right", "reported")
 
 
 class ExitMeter:
-    """Sums per exit, kept on the device until a line of the log is due."""
+    """Sums per exit, kept on the device until they are logged."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
@@ -110,9 +110,9 @@ STATE = "layerskip.json"
 
 @dataclass
 class Plan:
-    """What of a step is LayerSkip's: its exits, their weights, its layer dropout.
+    """The exits of a step, their weights, and the layer dropout.
 
-    With ``head_sample`` the loss of early exits is over the vocabulary of the training data's labels and so many other
+    With ``head_sample`` the loss of early exits is over the labels of the training data and up to ``head_sample`` other
     tokens, drawn anew for every micro-batch, instead of the whole head.
     """
 
@@ -140,10 +140,10 @@ def _described(curriculum: Curriculum) -> dict[str, Any]:
 
 @dataclass
 class Batching:
-    """Batches by tokens, not by a number of examples: at most ``tokens`` of each rank's micro-batch, with padding.
+    """Batches by tokens, not by a number of examples: up to ``tokens`` in each rank's micro-batch, with padding.
 
-    With ``replayed`` pairs, every second micro-batch, of ``replay_tokens``, is of these and trains only the full depth:
-    what it is to remember while the exits learn something else. ``gradient_accumulation_steps`` counts both, so it must
+    With ``replayed`` pairs, every second micro-batch, of ``replay_tokens``, is of these and trains only the full depth,
+    so that it does not forget them. ``gradient_accumulation_steps`` counts both, so it must
     be even then; ``per_device_train_batch_size`` counts batches, and must be 1.
     """
 
@@ -161,13 +161,8 @@ class Batching:
             )
 
 
-def _label_tokens(pairs: Sequence[dict[str, list[int]]]) -> Tensor:
-    """Every token that is a label of ``pairs``, ascending."""
-    return torch.tensor(sorted({label for pair in pairs for label in pair["labels"]} - {IGNORE}))
-
-
 class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch; accelerate does not reach it where the batches are sharded."""
+    """Set the sampler's epoch; accelerate does not reach it if the batches are sharded."""
 
     def __init__(self, trainer: LayerSkipTrainer) -> None:
         self.trainer = trainer
@@ -180,7 +175,7 @@ class _SetEpoch(TrainerCallback):
 class LayerSkipTrainer(Trainer):
     """Trains early exits and full depth together, with layer dropout.
 
-    The model is converted in place (see `convert`); `revert` gives it back as it was. The log carries, for each exit E,
+    The model is converted in place (see `convert`); `revert` undoes that. The log carries, for each exit E,
     ``exit_loss/E``, and ``exit_agreement/E`` (with the full depth's choice) and ``exit_accuracy/E`` on up to 256 tokens
     of the last batches before it that ran to full depth. A checkpoint appears under its name only when it is whole.
 
@@ -194,9 +189,9 @@ class LayerSkipTrainer(Trainer):
     train_dataset : sequence of dict
         With lists ``input_ids`` and ``labels``, as `encode` makes them; ``eval_dataset``, among ``kwargs``, too.
     batching : Batching, optional
-        Batches by tokens, and what is replayed.
+        Batches by tokens, and replayed pairs.
     layer_rates : sequence of float, optional
-        The peak learning rate of each layer; what is in none has that of ``args``.
+        The peak learning rate of each layer; other parameters have that of ``args``.
     **kwargs
         As `transformers.Trainer` takes them.
     """
@@ -216,7 +211,8 @@ class LayerSkipTrainer(Trainer):
         self.batching, self.layer_rates = batching, layer_rates
         if layer_rates is not None and len(layer_rates) != num_layers:
             raise ValueError(f"{len(layer_rates)} learning rates were given for {num_layers} layers")
-        self.vocabulary = _label_tokens(train_dataset or ()) if self.plan.head_sample else None
+        labels = {label for pair in train_dataset or () for label in pair["labels"]} - {IGNORE}
+        self.vocabulary = torch.tensor(sorted(labels)) if self.plan.head_sample else None
         if batching is not None and train_dataset is not None:
             batching.check(args)
             data: Any = Pool(train_dataset, batching.replayed)
@@ -261,7 +257,7 @@ class LayerSkipTrainer(Trainer):
         return [], None
 
     def _micro_batch(self) -> int:
-        """Which micro-batch of the current step this is."""
+        """The index of this micro-batch in its step."""
         step, seen = self._micro
         self._micro = (self.state.global_step, seen + 1 if step == self.state.global_step else 0)
         return self._micro[1]
@@ -276,8 +272,10 @@ class LayerSkipTrainer(Trainer):
         """Σ weightₙ · CE of the step's exits, as this rank's share of the mean over all labels of the step."""
         step, ids = self.state.global_step, inputs["input_ids"]
         micro = self._micro_batch() if model.training else None
-        replayed = micro is not None and self._replays(micro)
-        exits = (self.num_layers,) if replayed else self._exits(step, model.training)
+        # every second micro-batch, see `TokenBatches`
+        replayed = micro is not None and micro % 2 == 1 and self.batching is not None and bool(self.batching.replayed)
+        exits = self.plan.curriculum.enabled(step) if micro is not None else self._all_exits()
+        exits = (self.num_layers,) if replayed else exits
         weights = early_exit_weights(exits, self.num_layers, self.plan.weights, self.plan.weight_scale)
         options: dict[str, Any] = {"report": micro is None or (not replayed and self._reports(step))}
         if micro is not None and self.plan.dropout is not None:
@@ -291,15 +289,8 @@ class LayerSkipTrainer(Trainer):
             loss = loss * (out["num_labels"] * self.accelerator.num_processes / num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
-    def _exits(self, step: int, training: bool) -> tuple[int, ...]:
-        return self.plan.curriculum.enabled(step) if training else self._all_exits()
-
-    def _replays(self, micro: int) -> bool:
-        """Whether a micro-batch is one of those to replay, see `TokenBatches`."""
-        return self.batching is not None and bool(self.batching.replayed) and micro % 2 == 1
-
     def _head_sample(self, step: int, micro: int) -> Tensor:
-        """The tokens that early exits choose among in a micro-batch's loss, ascending."""
+        """The tokens that the loss of early exits covers in a micro-batch, ascending."""
         assert self.vocabulary is not None
         size = self.conversion.vocabulary
         source = generator("head sample", self.args.seed, step, micro)
@@ -332,7 +323,8 @@ class LayerSkipTrainer(Trainer):
         try:
             output: Any = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update({f"{prefix}_{key}": value for key, value in self._drain(self.meter).items()})
+            means = self.meter.drain(self._all_exits(), self.accelerator)
+            output.metrics.update({f"{prefix}_{key}": value for key, value in means.items()})
         finally:
             self.meter = training
         return output
@@ -340,14 +332,11 @@ class LayerSkipTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics of the exits where a training loss is logged."""
         if "loss" in logs:
-            logs.update(self._drain(self.meter))
+            logs.update(self.meter.drain(self._all_exits(), self.accelerator))
             if self.batching is not None and self.batching.replayed:
                 replayed = self.replay_meter.drain((self.num_layers,), self.accelerator)
                 logs["replay_loss"] = replayed[f"exit_loss/{self.num_layers}"]
         super().log(logs, start_time)
-
-    def _drain(self, meter: ExitMeter) -> dict[str, float]:
-        return meter.drain(self._all_exits(), self.accelerator)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; with ``layer_rates``, a group of parameters for each rate."""
@@ -388,7 +377,7 @@ class LayerSkipTrainer(Trainer):
                 raise ValueError(f"{checkpoint} was trained with {key} {saved.get(key)}, this run has {value}")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write into a folder of another name, and put it into its place when it is whole."""
+        """Write into a temporary folder, and rename it when it is whole."""
         root = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -409,14 +398,14 @@ class LayerSkipTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _name_best(self, root: Path, folder: Path) -> None:
-        """Where this checkpoint is the best, the Trainer has written down the place that it is in while it is saved."""
+        """Correct the path of the best checkpoint: the Trainer has recorded the temporary one."""
         best = self.state.best_model_checkpoint
         if best is not None:
             self.state.best_model_checkpoint = str(root / Path(best).name)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _remove_old_checkpoints(self, root: Path) -> None:
-        """Keep as many as the arguments say, the newest and the best among them; others' files stay."""
+        """Keep up to ``save_total_limit``, the newest and the best among them; files of others stay."""
         own, best = checkpoints(root), self.state.best_model_checkpoint
         kept = {own[-1], *([Path(best)] if best else [])}
         limit = max(self.args.save_total_limit or len(own), len(kept))
@@ -430,5 +419,5 @@ class LayerSkipTrainer(Trainer):
         return str(Path(root) / PARTIAL) if self._saving else root
 
     def revert(self) -> None:
-        """Give the model back as it was before, with what it has learned."""
+        """Undo `convert`; the trained weights stay."""
         revert(self.accelerator.unwrap_model(self.model))
