@@ -73,7 +73,7 @@ class ExitHeadLoss:
             parts.append((hiddens[sampled:], norm, head, targets, exit_weights[sampled:]))
         outs = [layerskip_kernels.early_exit_loss(*part, self.eps, IGNORE) for part in parts]
         total = torch.stack([out.loss for out in outs]).sum()
-        return ExitLosses(total, torch.cat([out.exit_losses for out in outs]), targets.shape[0])
+        return ExitLosses(total, torch.cat([out.exit_losses.detach() for out in outs]), targets.shape[0])
 
     @torch.no_grad()
     def choices(self, hiddens: Tensor) -> Tensor:
