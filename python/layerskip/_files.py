@@ -62,12 +62,10 @@ def check_output(
 
 
 @contextmanager
-def reserved(
-    output: Path, overwrite: bool, inputs: Iterable[str | Path | None] = (), directory: bool = False
-) -> Iterator[None]:
+def reserved(output: Path, *args: Any, **kwargs: Any) -> Iterator[None]:
     """`check_output`, and let no other process write ``output`` until the end."""
     with lock(output):
-        check_output(output, overwrite, inputs, directory)
+        check_output(output, *args, **kwargs)
         yield
 
 
@@ -99,6 +97,10 @@ def lock(path: Path) -> Iterator[None]:
             owner = os.read(handle, 20).decode(errors="replace")
             os.close(handle)
             raise BlockingIOError(f"another process is writing {path} (process id {owner or 'unknown'})") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            warnings.warn(f"{file.parent} has no locks: let no other process write {path} ({error})", stacklevel=4)
         if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
             break
         os.close(handle)  # its owner has just deleted it
@@ -152,7 +154,7 @@ def publish(*pairs: tuple[Path, Path], hashed: bool = True) -> None:
 
 def obstacle(directory: Path) -> str | None:
     """Why `publish` would not replace ``directory``: it was not published, or was changed since; None if it would."""
-    if not directory.exists() and not directory.is_symlink():
+    if not os.path.lexists(directory):
         return None
     manifest = _manifest(directory)
     if manifest is None:
@@ -175,6 +177,8 @@ def remove_written(directory: Path) -> None:
         directory = directory.rename(directory.with_name(f".{directory.name}.removed"))
     elif own:
         (directory / MANIFEST).unlink()
+    else:
+        warnings.warn(f"{directory} stays: no file in it is as its {MANIFEST} has it", stacklevel=2)
     _delete(directory, own)
 
 
@@ -290,7 +294,7 @@ def _discard(scratch: Path, target: Path) -> None:
     """Remove a replaced or unfinished directory; its foreign files must be in ``target``, too."""
     manifest = _manifest(scratch)
     for name in () if manifest is None else _files(scratch) - manifest.keys():
-        if not (target / name).exists() and not (target / name).is_symlink():  # created during the exchange
+        if not os.path.lexists(target / name):  # created during the exchange
             raise FileExistsError(f"{scratch / name} was not written by layerskip; move it away")
     if scratch.exists():
         shutil.rmtree(scratch)

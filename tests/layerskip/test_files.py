@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -244,7 +245,8 @@ def test_files_without_a_digest_are_neither_replaced_nor_removed(tmp_path: Path)
     assert f"weights has no digest in {MANIFEST}; move it away" in str(obstacle(target))
     with pytest.raises(FileExistsError, match="has no digest"):
         write(target, weights="new")
-    remove_written(target)
+    with pytest.warns(UserWarning, match="checkpoint-1 stays: no file in it is as its"):
+        remove_written(target)
     assert (target / "weights").read_text() == "old"
     assert (target / MANIFEST).exists(), "the checkpoint is whole"
 
@@ -315,6 +317,14 @@ class TestLock:
         with lock(tmp_path / "run"):
             assert (tmp_path / ".run.lock").read_text() == str(os.getpid())
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_system_without_locks_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refused(handle: int, operation: int) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refused)
+        with pytest.warns(UserWarning, match="has no locks: let no other process write .*run"), lock(tmp_path / "run"):
+            pass
 
     def test_a_link_is_not_followed(self, tmp_path: Path) -> None:
         (tmp_path / "victim").write_text("mine")
