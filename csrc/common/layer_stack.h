@@ -87,13 +87,13 @@ struct RoundWeights {
   RoundWeights(const std::vector<Tensor>& weights, const Tensor& k_cache, int64_t exit_layer,
                int64_t num_draft_layers) {
     LSK_REQUIRE(k_cache.dim() == 5, "the cache must have rank 5");
-    const int64_t count = k_cache.size(0), each = count > 0 ? static_cast<int64_t>(weights.size()) / count : 0;
-    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers < count, "num_draft_layers must lie in [0, ", count - 1,
+    const int64_t total = k_cache.size(0), each = total > 0 ? static_cast<int64_t>(weights.size()) / total : 0;
+    LSK_REQUIRE(0 <= num_draft_layers && num_draft_layers < total, "num_draft_layers must lie in [0, ", total - 1,
                 "], got ", num_draft_layers);
-    num_layers = count - num_draft_layers;
+    num_layers = total - num_draft_layers;
     LSK_REQUIRE(1 <= exit_layer && exit_layer <= num_layers, "exit_layer must lie in [1, ", num_layers, "], got ",
                 exit_layer);
-    LSK_REQUIRE(each * count == static_cast<int64_t>(weights.size()), "got ", weights.size(), " weights for ", count,
+    LSK_REQUIRE(each * total == static_cast<int64_t>(weights.size()), "got ", weights.size(), " weights for ", total,
                 " layers");
     const auto exit = weights.begin() + each * exit_layer, draft_layers = weights.begin() + each * num_layers;
     drafting.assign(weights.begin(), exit);

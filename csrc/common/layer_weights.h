@@ -33,10 +33,10 @@ struct LayerWeights {
   T *k_cache = nullptr, *v_cache = nullptr;  // [S, G, T, C]
 };
 
-// Builds a layer from `count` sources in the order of `layer_weight`. `take(source, name, shape)` returns the memory of
-// one; `take_optional` may return null; `take_matrix` returns the weight of a matmul.
+// Builds a layer from `num_weights` sources in the order of `layer_weight`. `take(source, name, shape)` returns the
+// memory of one; `take_optional` may return null; `take_matrix` returns the weight of a matmul.
 template <class T, class Source, class Take, class TakeOptional, class TakeMatrix>
-LayerWeights<T> take_layer(const Source* sources, int64_t count, const ForwardShape& s, Take take,
+LayerWeights<T> take_layer(const Source* sources, int64_t num_weights, const ForwardShape& s, Take take,
                            TakeOptional take_optional, TakeMatrix take_matrix) {
   using namespace layer_weight;
   LayerWeights<T> out;
@@ -49,7 +49,7 @@ LayerWeights<T> take_layer(const Source* sources, int64_t count, const ForwardSh
   out.gate = take_matrix(sources[kGate], "gate", {s.intermediate_size, s.hidden_size});
   out.up = take_matrix(sources[kUp], "up", {s.intermediate_size, s.hidden_size});
   out.down = take_matrix(sources[kDown], "down", {s.hidden_size, s.intermediate_size});
-  if (count == kRequiredWeights) return out;
+  if (num_weights == kRequiredWeights) return out;
   out.q_bias = take_optional(sources[kQBias], "q_bias", {s.queries()});
   out.k_bias = take_optional(sources[kKBias], "k_bias", {s.keys()});
   out.v_bias = take_optional(sources[kVBias], "v_bias", {s.keys()});

@@ -15,15 +15,15 @@ std::tuple<Tensor, Tensor> accept_greedy(const Tensor& draft_in, const Tensor& t
   const int64_t* targets = data<int64_t>(target, "target", {batch, num_speculations + 1});
   int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
   check_capacity(lengths, batch, num_speculations + 1, INT64_MAX);
-  int64_t* counts = static_cast<int64_t*>(accepted.data_ptr());
+  int64_t* matches = static_cast<int64_t*>(accepted.data_ptr());
   int64_t* next = static_cast<int64_t*>(next_token.data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t *own = drafts + b * num_speculations, *wanted = targets + b * (num_speculations + 1);
-    int64_t count = 0;
-    while (count < num_speculations && own[count] >= 0 && own[count] == wanted[count]) ++count;
-    counts[b] = count;
-    next[b] = wanted[count];
-    lengths[b] += count + 1;
+    int64_t m = 0;
+    while (m < num_speculations && own[m] >= 0 && own[m] == wanted[m]) ++m;
+    matches[b] = m;
+    next[b] = wanted[m];
+    lengths[b] += m + 1;
   }
   return {accepted, next_token};
 }
@@ -77,11 +77,7 @@ struct AcceptSampled {
     candidates = workspace.take<ScoredRow>(batch * p.tiles.count);
   }
 
-  // Number of draft tokens of sequence b; -1 marks the end.
-  int64_t count(int64_t b) const {
-    const int64_t* own = draft + b * num_speculations;
-    return std::find_if(own, own + num_speculations, [](int64_t token) { return token < 0; }) - own;
-  }
+  int64_t num_drafts_of(int64_t b) const { return num_drafts(draft + b * num_speculations, num_speculations); }
   float divisor(int64_t b) const { return temperature[b] > 0 ? temperature[b] : 1.0f; }
   NoiseKey noise(int64_t b, int64_t row, uint32_t stream) const { return {seed[b], lengths[b] + row, stream}; }
 
@@ -90,7 +86,7 @@ struct AcceptSampled {
     const Range tasks = worker.share(batch * rows * tiles);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t tile = task % tiles, i = task / tiles % rows, b = task / tiles / rows;
-      if (of_draft ? i >= count(b) || temperature[b] == 0 : i > count(b)) continue;
+      if (of_draft ? i >= num_drafts_of(b) || temperature[b] == 0 : i > num_drafts_of(b)) continue;
       kernels<float>().softmax_part(logits(b, i), divisor(b), logits.tiles.begin(tile), logits.tiles.end(tile),
                                     partials + task);
     }
@@ -110,7 +106,7 @@ struct AcceptSampled {
   }
 
   Acceptance accept(int64_t b) const {
-    const int64_t drafts = count(b);
+    const int64_t drafts = num_drafts_of(b);
     for (int64_t i = 0;; ++i) {
       const HeadRow wanted(partial_p + (b * (num_speculations + 1) + i) * p.tiles.count, p.tiles.count, 1);
       Acceptance out{i, -1, false, false, wanted.logsumexp, 0.0f};

@@ -82,19 +82,45 @@ Tensor swiglu(const Tensor& x_in, const Tensor& gate, const Tensor& up) {
   return out;
 }
 
+// The keys and values of one layer, with room for `rows` more rows of each of `batch` sequences.
+struct LayerCache {
+  const Tensor &k, &v;
+  int64_t num_slots, num_kv_heads, capacity, head_dim;
+  const int64_t *lengths, *slots;
+
+  LayerCache(const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+             const std::optional<Tensor>& slots_in, int64_t batch, int64_t rows, int64_t head_dim)
+      : k(k_cache),
+        v(v_cache),
+        num_slots(k_cache.size(0)),
+        num_kv_heads(k_cache.size(1)),
+        capacity(k_cache.size(2)),
+        head_dim(head_dim),
+        lengths(data<int64_t>(seq_lens, "seq_lens", {batch})),
+        slots(data<int64_t>(slots_in, "slots", {batch})) {
+    check_head_dim(head_dim);
+    check_capacity(lengths, batch, rows, capacity);
+    check_slots(slots, batch, num_slots);
+  }
+  template <class T>
+  T* keys() const {
+    return data<T>(k, "k_cache", {num_slots, num_kv_heads, capacity, head_dim});
+  }
+  template <class T>
+  T* values() const {
+    return data<T>(v, "v_cache", {num_slots, num_kv_heads, capacity, head_dim});
+  }
+};
+
 Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& cos, const Tensor& sin,
                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
-                      const std::optional<Tensor>& slots_in) {
+                      const std::optional<Tensor>& slots) {
   const Tensor q = contiguous(q_in), k = contiguous(k_in), v = contiguous(v_in);
   const int64_t batch = q.size(0), rows = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
-  const int64_t num_kv_heads = k.size(2), num_slots = k_cache.size(0), capacity = k_cache.size(2),
-                positions = cos.size(0);
-  check_head_dim(head_dim);
-  LSK_REQUIRE(positions >= capacity, "cos has ", positions, " positions, the cache's capacity is ", capacity);
-  const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
-  const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
-  check_capacity(lengths, batch, rows, capacity);
-  check_slots(slots, batch, num_slots);
+  const LayerCache cache(k_cache, v_cache, seq_lens, slots, batch, rows, head_dim);
+  const int64_t num_kv_heads = cache.num_kv_heads, positions = cos.size(0);
+  LSK_REQUIRE(positions >= cache.capacity, "cos has ", positions, " positions, the cache's capacity is ",
+              cache.capacity);
   Tensor out = torch::stable::empty_like(q);
   with_float_type(q.scalar_type(), [&]<class T>(T*) {
     const RopeStep<T> step{data<T>(q, "q", {batch, rows, num_heads, head_dim}),
@@ -105,15 +131,15 @@ Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
                            data<float>(cos, "cos", {positions, head_dim / 2}),
                            data<float>(sin, "sin", {positions, head_dim / 2}),
                            static_cast<T*>(out.data_ptr()),
-                           data<T>(k_cache, "k_cache", {num_slots, num_kv_heads, capacity, head_dim}),
-                           data<T>(v_cache, "v_cache", {num_slots, num_kv_heads, capacity, head_dim}),
-                           lengths,
-                           slots,
+                           cache.keys<T>(),
+                           cache.values<T>(),
+                           cache.lengths,
+                           cache.slots,
                            batch,
                            rows,
                            num_heads,
                            num_kv_heads,
-                           capacity,
+                           cache.capacity,
                            head_dim,
                            0.0f};
     parallel_run(1, [&](const Worker& worker) { step.run(worker); });  // too little work for a second thread
@@ -122,31 +148,26 @@ Tensor rope_kv_append(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in
 }
 
 Tensor verify_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
-                        const std::optional<Tensor>& slots_in) {
+                        const std::optional<Tensor>& slots) {
   const Tensor q = contiguous(q_in);
   const int64_t batch = q.size(0), rows = q.size(1), num_heads = q.size(2), head_dim = q.size(3);
-  const int64_t num_slots = k_cache.size(0), num_kv_heads = k_cache.size(1), capacity = k_cache.size(2);
-  check_head_dim(head_dim);
-  check_num_heads(num_heads, num_kv_heads);
-  const int64_t* lengths = data<int64_t>(seq_lens, "seq_lens", {batch});
-  const int64_t* slots = data<int64_t>(slots_in, "slots", {batch});
-  check_capacity(lengths, batch, rows, capacity);
-  check_slots(slots, batch, num_slots);
+  const LayerCache cache(k_cache, v_cache, seq_lens, slots, batch, rows, head_dim);
+  check_num_heads(num_heads, cache.num_kv_heads);
   Tensor out = torch::stable::empty_like(q);
   if (out.numel() == 0) return out;
   with_float_type(q.scalar_type(), [&]<class T>(T*) {
     AttentionStep<T> step{data<T>(q, "q", {batch, rows, num_heads, head_dim}),
-                          data<T>(k_cache, "k_cache", {num_slots, num_kv_heads, capacity, head_dim}),
-                          data<T>(v_cache, "v_cache", {num_slots, num_kv_heads, capacity, head_dim}),
-                          lengths,
-                          slots,
+                          cache.keys<T>(),
+                          cache.values<T>(),
+                          cache.lengths,
+                          cache.slots,
                           batch,
                           rows,
                           num_heads,
-                          num_kv_heads,
-                          capacity,
+                          cache.num_kv_heads,
+                          cache.capacity,
                           head_dim,
-                          AttentionStep<T>::count_splits(lengths, batch, rows),
+                          AttentionStep<T>::count_splits(cache.lengths, batch, rows),
                           nullptr};
     const int threads = num_threads();
     const int64_t partial = AttentionStep<T>::partial_size(step, step.splits, threads);

@@ -1,6 +1,7 @@
-// The ops that speculative_round calls.
+// The ops that speculative_round calls, and the length of a draft.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -8,6 +9,11 @@
 #include "common/checks.h"
 
 namespace lsk {
+
+// Number of draft tokens of a sequence, of up to `num_speculations`; -1 marks the end.
+inline int64_t num_drafts(const int64_t* tokens, int64_t num_speculations) {
+  return std::find_if(tokens, tokens + num_speculations, [](int64_t token) { return token < 0; }) - tokens;
+}
 
 std::tuple<Tensor, Tensor, Tensor> exit_head(const Tensor& hidden, const Tensor& norm_weight, const Tensor& head_weight,
                                              double eps, const std::optional<Tensor>& token_map,

@@ -16,11 +16,8 @@ int64_t longest_draft(const Tensor& tokens) {
   const int64_t batch = tokens.size(0), num_speculations = tokens.size(1);
   const int64_t* all = data<int64_t>(tokens, "tokens", {batch, num_speculations});
   int64_t out = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t* own = all + b * num_speculations;
-    out = std::max<int64_t>(out,
-                            std::find_if(own, own + num_speculations, [](int64_t token) { return token < 0; }) - own);
-  }
+  for (int64_t b = 0; b < batch; ++b)
+    out = std::max<int64_t>(out, num_drafts(all + b * num_speculations, num_speculations));
   return out;
 }
 
@@ -47,18 +44,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> speculative_round(
       draft(token, embedding, parts.drafting, k_cache, v_cache, cos, sin, seq_lens, exit_layer, draft_norm, draft_head,
             eps, num_speculations, true, draft_token_map, draft_head_scale, slots, draft_threshold, temperature, seed,
             draft_logits, num_draft_layers);
-  const int64_t num_drafts = longest_draft(tokens), rows = batch * (num_drafts + 1);
-  const Tensor hidden = partial_forward(narrow(states, 1, 0, num_drafts + 1), parts.deep, k_cache, v_cache, cos, sin,
+  const int64_t longest = longest_draft(tokens), rows = batch * (longest + 1);
+  const Tensor hidden = partial_forward(narrow(states, 1, 0, longest + 1), parts.deep, k_cache, v_cache, cos, sin,
                                         seq_lens, exit_layer, parts.num_layers, eps, slots);
   if (samples) target_logits = new_empty(token, {rows, vocab_size}, ScalarType::Float);
   const Tensor target = std::get<0>(exit_head(reshape(hidden, {rows, hidden.size(2)}), norm_weight, head_weight, eps,
                                               {}, {}, {}, {}, {}, target_logits));
-  const Tensor proposed = narrow(tokens, 1, 0, num_drafts);
+  const Tensor proposed = narrow(tokens, 1, 0, longest);
   const auto [accepted, next_token] = samples
-                                          ? accept_sampled(proposed, narrow(*draft_logits, 1, 0, num_drafts),
-                                                           reshape(*target_logits, {batch, num_drafts + 1, vocab_size}),
+                                          ? accept_sampled(proposed, narrow(*draft_logits, 1, 0, longest),
+                                                           reshape(*target_logits, {batch, longest + 1, vocab_size}),
                                                            seq_lens, *temperature, *seed, draft_token_map)
-                                          : accept_greedy(proposed, reshape(target, {batch, num_drafts + 1}), seq_lens);
+                                          : accept_greedy(proposed, reshape(target, {batch, longest + 1}), seq_lens);
   return {tokens, accepted, next_token, probability};
 }
 

@@ -114,6 +114,14 @@ def test_quantizing_loses_little(name: str, width: int) -> None:
     assert 0 < lost < loss_of(name)
 
 
+@pytest.mark.parametrize("name", [name for name, one in FORMATS.items() if not one.is_float])
+def test_values_are_rounded_with_the_headers_as_stored(name: str) -> None:
+    """A scale or least value that fp16 does not hold changes when it is stored, and the values would not fit it."""
+    groups = Inputs(torch.float32).normal(20, 3, FORMATS[name].group_size)
+    for header in formats.fit(FORMATS[name], groups)[1:]:
+        assert_same_bits(header.half().float(), header)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantizing_in_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Inputs(torch.float32).normal(7, 128)

@@ -13,6 +13,7 @@ from .examples import SIZES, example
 
 OPS = ("rope_kv_append", "verify_attention", "partial_forward", "draft", "speculative_round")
 CACHES = ("k_cache", "v_cache")
+PER_SEQUENCE = ("q", "k", "v", "hidden", "token", "seq_lens", "slots")
 ROWS = 5
 
 
@@ -58,14 +59,12 @@ def test_slots_change_no_bit(path: str, op: str, order: tuple[int, int], dtype: 
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_some_of_the_sequences(isa: str, op: str) -> None:
-    """Each sequence alone, in its slot of the shared cache, gives what the batch gives."""
+def test_sequence_alone_gives_what_the_batch_gives(isa: str, op: str) -> None:
     args, slots = example(op, torch.bfloat16), torch.tensor([4, 2])
     moved = in_slots(args, slots)
     together = call(op, args)
-    one_each = ("q", "k", "v", "hidden", "token", "seq_lens", "slots")
     for b in range(SIZES["B"]):
-        own = {name: arg[b : b + 1].clone() if name in one_each else arg for name, arg in moved.items()}
+        own = {name: arg[b : b + 1].clone() if name in PER_SEQUENCE else arg for name, arg in moved.items()}
         assert_same_bits(call(op, own), tuple(out[b : b + 1] for out in together))
         assert_same_bits(own["seq_lens"], args["seq_lens"][b : b + 1])
     expect_same(args, {**moved, "seq_lens": args["seq_lens"]}, slots)
@@ -80,3 +79,11 @@ def test_invalid_slots(path: str, op: str, slots: tuple[int, int]) -> None:
     args = [moved[name] for name in names[: names.index("slots")] if name in moved]
     with pytest.raises(ValueError, match=r"slots"):
         run(op, *args, slots=moved["slots"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_equal_slots_of_sequences_far_apart_are_refused(path: str, op: str) -> None:
+    moved = in_slots(example(op), torch.tensor([0, 1]))
+    args = {name: arg[[0, 1, 0]] if name in PER_SEQUENCE else arg for name, arg in moved.items()}
+    with pytest.raises(ValueError, match=r"slots"):
+        run(op, **{**args, "slots": torch.tensor([4, 1, 4])})

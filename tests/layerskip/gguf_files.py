@@ -21,7 +21,7 @@ PARTS = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-HEADS = {"attn_q": 4, "attn_k": 2}
+PERMUTED = ("llama", "mistral")  # whose rows of q and k llama.cpp reorders
 
 
 def named(name):
@@ -69,6 +69,7 @@ def write(path, model, kinds, architecture="llama", extra=(), changes=()):
         writer.kv_data[0].pop(name, None)
         if value is not None:
             writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    heads_of = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
@@ -76,7 +77,7 @@ def write(path, model, kinds, architecture="llama", extra=(), changes=()):
         kind = next((kind for part, kind in kinds.items() if part in own), Kind.Q8_0) if plain.dim() == 2 else Kind.F32
         blocks = gguf.quants.quantize(plain.numpy(), kind)
         weight.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(blocks, kind))))
-        heads = HEADS.get(own.split(".")[-2]) if architecture == "llama" else None
+        heads = heads_of.get(own.split(".")[-2]) if architecture in PERMUTED else None
         blocks = blocks if heads is None else permuted(blocks, heads)
         writer.add_tensor(own, np.ascontiguousarray(blocks), raw_dtype=kind)
     for name, values in extra:

@@ -78,8 +78,13 @@ BUGS = [
         KERNELS + "test_limits.py -k outside_the_cache",
     ),
     Mutation(
+        "equal slots that are not neighbours pass", "csrc/cpu/common.h",
+        "other = 0; other < b;", "other = b > 0 ? b - 1 : 0; other < b;",
+        KERNELS + "test_slots.py -k far_apart",
+    ),
+    Mutation(
         "a draft that was not made is accepted", "csrc/cpu/accept.cpp",
-        "own[count] >= 0 && ", "", KERNELS + "test_accept_greedy.py",
+        "own[m] >= 0 && ", "", KERNELS + "test_accept_greedy.py",
     ),
     Mutation(
         "a row takes the splits of the last row", "csrc/cpu/attention.h",

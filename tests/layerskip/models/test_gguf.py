@@ -19,11 +19,11 @@ PROMPT = torch.tensor([[3, 7, 12, 5, 40, 9]])
 
 
 @pytest.mark.parametrize(("kind", "weights"), [(Kind.Q8_0, "int8"), (Kind.Q4_0, "int4"), (Kind.Q4_1, "int4_zero")])
-@pytest.mark.parametrize("architecture", ["llama2", "llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama2", "llama3", "mistral", "qwen2", "qwen3"])
 def test_blocks_are_packed_weights(tmp_path, architecture, kind, weights):
     changes = {} if architecture in ("llama2", "qwen2") else {"head_dim": 32}
     model = layouts.tiny(architecture, **changes)
-    own = architecture if "qwen" in architecture else "llama"
+    own = "llama" if "llama" in architecture else architecture
     meant = write(tmp_path / "m.gguf", model, {"": kind}, own)
     made = read(tmp_path / "m.gguf", model)
     assert made.weights == weights
