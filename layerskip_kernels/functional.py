@@ -236,14 +236,16 @@ def early_exit_loss(
 
 
 class _Detached(torch.autograd.Function):
-    """Return ``values``, whose gradient raises instead of being left out without a word; ``leaf`` is any leaf."""
+    """Return ``values``; a gradient of them raises instead of being left out without a word. ``leaf`` is any leaf."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, leaf: Tensor) -> Tensor:
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        if not grad.any():  # of functions that pass all outputs of a module through, such as DDP's
+            return None, None
         raise RuntimeError(
             "exit_losses of early_exit_loss are detached; take the gradient of loss, and choose exits by exit_weights"
         )

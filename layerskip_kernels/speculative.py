@@ -1,15 +1,14 @@
 """Self-speculative decoding: draft, verify, accept, roll back (LayerSkip, arXiv 2404.16710, section 4.3).
 
-`run_draft` and `run_round` are the algorithm. `compose_draft` and `compose_round` run it over the ops of one backend;
-`draft` and `speculative_round` run the same, with the same bits, as one fused call. `layerskip.decoding.spec_step` runs
-it with processed logits and other draft sources. Letters as in `functional`.
+`draft` and `speculative_round` are one fused call. `compose_draft` and `compose_round` compute the same, with the same
+bits, by the ops of one backend. Letters as in `functional`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,67 +18,8 @@ from .dispatch import call
 from .formats import lookup
 from .schemas import Acceptance, Draft, Head, KVCache, Noise, Round, bind, derive, flatten
 
-Token = TypeVar("Token")
-Drafted = TypeVar("Drafted")
-Accepted = TypeVar("Accepted")
 Ops = Mapping[str, Callable[..., Any]]  # a backend's ops by name
 Record = Callable[[Tensor, Sequence[Tensor] | None, Tensor, Draft, int, float], Tensor | None]
-
-
-def run_draft(
-    token: Token,
-    num_speculations: int,
-    extend: bool,
-    forward: Callable[[Token, int], Tensor],
-    choose: Callable[[Tensor, int], Token | None],
-) -> int:
-    """Draft tokens one at a time with the early layers; return how many.
-
-    Parameters
-    ----------
-    token
-        The last accepted tokens, in whatever form ``forward`` takes them.
-    num_speculations : int
-        K.
-    extend : bool
-        Whether to run the layers on the last draft token, too: verification needs its state, keys and values.
-    forward : callable
-        ``forward(token, row)`` runs layers [0, E) on the tokens at position ``seq_lens + row``: their states [B, D].
-    choose : callable
-        ``choose(state, row)`` gives the next tokens by the exit head, or None if every sequence has stopped drafting.
-    """
-    for row in range(num_speculations):
-        next_token = choose(forward(token, row), row)
-        if next_token is None:
-            return row
-        token = next_token
-    if extend:
-        forward(token, num_speculations)
-    return num_speculations
-
-
-def run_round(
-    draft: Callable[[], tuple[Drafted, Tensor]],
-    verify: Callable[[Tensor], Tensor],
-    accept: Callable[[Drafted, Tensor], Accepted],
-) -> Accepted:
-    """Draft K tokens with the early layers, verify them in one pass of the remaining layers, and accept.
-
-    Parameters
-    ----------
-    draft : callable
-        Gives draft tokens and the states [B, K + 1, D], after layer E, of the last accepted token and of every draft
-        token. `run_draft` makes them; drafts from another source go through layers [0, E) in one pass.
-    verify : callable
-        Runs layers [E, L) on all K + 1 states at once. The keys and values of the draft are in the one KV cache, so
-        nothing is computed twice.
-    accept : callable
-        Compares the draft tokens with what the full model chooses after each row: `accept_greedy`, `accept_sampled`.
-        The leading matches are accepted, and the full model's own token follows them. ``seq_lens`` advances by as many
-        positions. That is the rollback: nothing beyond this length is read before it is written again.
-    """
-    drafted, states = draft()
-    return accept(drafted, verify(states))
 
 
 def record_draft(
@@ -139,31 +79,23 @@ def compose_draft(ops: Ops, *args: Any, record: Record = record_draft) -> tuple[
         given = {"hidden": state[:, None], "weights": weights, "seq_lens": positions[row], "start": start, "end": end}
         return ops["partial_forward"](*derive("partial_forward", a, **given))[:, 0]
 
-    def draft_layers(state: Tensor, row: int) -> Tensor:
-        return layers(state, row, a.weights[split:], cache_layers - a.num_draft_layers, cache_layers)
-
-    def forward(embedded: Tensor, row: int) -> Tensor:
+    embedded = lookup(a.embedding, a.token.clamp_min(0), hidden_size, a.norm_weight.dtype)
+    for row in range(rows):
         state = layers(embedded, row, a.weights[:split], 0, a.exit_layer)
-        if row == num_speculations:
+        hidden = layers(state, row, a.weights[split:], cache_layers - a.num_draft_layers, cache_layers)
+        if row == num_speculations:  # only for the keys and values of the last draft token, and its state
             record(state, None, a.embedding, out, row, a.draft_threshold)
-            draft_layers(state, row)  # for their keys and values
-        return state
-
-    def choose(state: Tensor, row: int) -> Tensor | None:
+            break
         offset = None if a.temperature is None else positions[row]
         logits = None if a.logits is None else a.logits[:, row]
-        hidden = draft_layers(state, row)
         head_output = ops["exit_head"](*derive("exit_head", a, hidden=hidden, offset=offset, logits=logits))
-        embedded = record(state, head_output, a.embedding, out, row, a.draft_threshold)
+        embedded = cast(Tensor, record(state, head_output, a.embedding, out, row, a.draft_threshold))
         stopped = _stopped(out, row + 1, a.draft_threshold)
-        if not on_cpu or stopped is None or not bool(stopped.all()):
-            return embedded
-        for rest in range(row + 1, rows):  # every sequence has stopped: clear the remaining rows
-            record(state, head_output if rest < num_speculations else None, a.embedding, out, rest, a.draft_threshold)
-        return None
-
-    first = lookup(a.embedding, a.token.clamp_min(0), hidden_size, a.norm_weight.dtype)
-    run_draft(first, num_speculations, a.extend, forward, choose)
+        if on_cpu and stopped is not None and bool(stopped.all()):
+            for rest in range(row + 1, rows):  # clear the remaining rows
+                rest_output = head_output if rest < num_speculations else None
+                record(state, rest_output, a.embedding, out, rest, a.draft_threshold)
+            break
     return out
 
 
@@ -180,33 +112,29 @@ def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
     draft_logits = empty_logits(batch, a.num_speculations, draft_head_weight.shape[0])
 
-    def draft() -> tuple[Draft, Tensor]:
-        drafted = Draft(*ops["draft"](*derive(
-            "draft", a, weights=[*a.weights[:late_begin], *a.weights[late_end:]], head_weight=draft_head_weight,
-            norm_weight=a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight,
-            extend=True, token_map=a.draft_token_map, scale=a.draft_head_scale, logits=draft_logits,
-        )))  # fmt: skip
-        return drafted, drafted.states[:, : _longest_draft(drafted.tokens) + 1]
-
-    def verify(states: Tensor) -> Tensor:
-        late = {"weights": a.weights[late_begin:late_end], "start": a.exit_layer, "end": num_layers}
-        return ops["partial_forward"](*derive("partial_forward", a, hidden=states, **late))
-
-    def accept(drafted: Draft, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = hidden.shape[1]
-        tokens, target_logits = drafted.tokens[:, : rows - 1], empty_logits(batch * rows, a.head_weight.shape[0])
-        full = {"hidden": hidden.flatten(0, 1), "temperature": None, "seed": None, "logits": target_logits}
-        target = ops["exit_head"](*derive("exit_head", a, **full))[0].view(batch, rows)
-        if draft_logits is None or target_logits is None:
-            accepted, next_token = ops["accept_greedy"](tokens, target, a.seq_lens)
-        else:
-            accepted, next_token = ops["accept_sampled"](*derive(
-                "accept_sampled", a, draft=tokens, draft_logits=draft_logits[:, : rows - 1],
-                target_logits=target_logits.view(batch, rows, -1), token_map=a.draft_token_map,
-            ))  # fmt: skip
-        return drafted.tokens, accepted, next_token, drafted.probability
-
-    return run_round(draft, verify, accept)
+    # Draft.
+    drafted = Draft(*ops["draft"](*derive(
+        "draft", a, weights=[*a.weights[:late_begin], *a.weights[late_end:]], head_weight=draft_head_weight,
+        norm_weight=a.norm_weight if a.draft_norm_weight is None else a.draft_norm_weight,
+        extend=True, token_map=a.draft_token_map, scale=a.draft_head_scale, logits=draft_logits,
+    )))  # fmt: skip
+    rows = _longest_draft(drafted.tokens) + 1
+    # Verify.
+    late = {"weights": a.weights[late_begin:late_end], "start": a.exit_layer, "end": num_layers}
+    hidden = ops["partial_forward"](*derive("partial_forward", a, hidden=drafted.states[:, :rows], **late))
+    target_logits = empty_logits(batch * rows, a.head_weight.shape[0])
+    full = {"hidden": hidden.flatten(0, 1), "temperature": None, "seed": None, "logits": target_logits}
+    target = ops["exit_head"](*derive("exit_head", a, **full))[0].view(batch, rows)
+    # Accept. `seq_lens` advances past what is accepted, which is the rollback.
+    tokens = drafted.tokens[:, : rows - 1]
+    if draft_logits is None or target_logits is None:
+        accepted, next_token = ops["accept_greedy"](tokens, target, a.seq_lens)
+    else:
+        accepted, next_token = ops["accept_sampled"](*derive(
+            "accept_sampled", a, draft=tokens, draft_logits=draft_logits[:, : rows - 1],
+            target_logits=target_logits.view(batch, rows, -1), token_map=a.draft_token_map,
+        ))  # fmt: skip
+    return drafted.tokens, accepted, next_token, drafted.probability
 
 
 def _longest_draft(tokens: Tensor) -> int:
@@ -221,7 +149,7 @@ def draft(
     num_speculations: int, *, extend: bool, eps: float, draft_threshold: float = 0.0, noise: Noise | None = None,
     logits: Tensor | None = None, num_draft_layers: int = 0, ops: Ops | None = None
 ) -> Draft:  # fmt: skip
-    """Decode K tokens with layers [0, E) and an exit head as one call: `run_draft`.
+    """Decode K tokens with layers [0, E) and an exit head as one call.
 
     Draft layers are n further layers between the state after layer E and the exit head, which only the draft uses; they
     own the last n layers of the cache. A sequence stops drafting at the first token whose probability is below
@@ -337,7 +265,7 @@ def speculative_round(
     num_speculations: int, *, eps: float, draft_head: Head | None = None, draft_threshold: float = 0.0,
     noise: Noise | None = None, num_draft_layers: int = 0, ops: Ops | None = None
 ) -> Round:  # fmt: skip
-    """One round of self-speculative decoding as one call: `run_round`.
+    """One round of self-speculative decoding as one call: draft, verify, accept, roll back.
 
     Bit for bit the composition of `draft`, `partial_forward` of the draft's states through layers [E, L), `exit_head`,
     and `accept_greedy` or, with noise, `accept_sampled`.

@@ -44,7 +44,7 @@ BUGS = [
     ),
     Mutation(
         "draft layers do not read the last draft", ROUNDS,
-        "            draft_layers(state, row)  # for their keys and values\n", "",
+        "hidden = layers(state, row,", "hidden = state if row == num_speculations else layers(state, row,",
         KERNELS + "test_draft_layers.py -k composition",
     ),
 ]  # fmt: skip
