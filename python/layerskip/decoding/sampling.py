@@ -14,6 +14,23 @@ from ..devices import to_device
 from . import validation
 
 
+class TensorGroup:
+    """Base of dataclasses of tensors, of other groups of them, and of values."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, those of other groups last."""
+        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        groups = [value for value in vars(self).values() if isinstance(value, TensorGroup)]
+        return own + [tensor for group in groups for tensor in group.tensors]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """Apply ``change`` to every tensor; a group of the same type."""
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        groups = {name: value.each(change) for name, value in vars(self).items() if isinstance(value, TensorGroup)}
+        return type(self)(**{**vars(self), **changed, **groups})
+
+
 class History:
     """All tokens of a sequence on the device, for logits processors: prompt, new tokens, drafts of this round."""
 
@@ -141,7 +158,7 @@ def params_of_each(sampling: SamplingParams | Sequence[SamplingParams] | None, c
 
 
 @dataclass(frozen=True)
-class LogitsControls:
+class LogitsControls(TensorGroup):
     """Sampling parameters of a batch as tensors; row b belongs to sequence b, None where no sequence needs it."""
 
     temperature: Tensor  # [B, 1], fp32; 1 for greedy sequences
@@ -183,19 +200,9 @@ class LogitsControls:
         )
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    @property
     def form(self) -> Hashable:
         """Everything that a recorded round depends on, apart from values."""
-        return (*self.tensors, self.largest_k)
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> LogitsControls:
-        """Apply ``change`` to every tensor."""
-        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
-        return replace(self, **changed)
+        return *(name for name, value in vars(self).items() if value is not None), self.largest_k
 
     def apart(self) -> LogitsControls:
         """Copy ``seen``, so that drafts can be added to it."""

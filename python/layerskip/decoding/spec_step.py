@@ -8,7 +8,7 @@ where none was made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from layerskip_kernels import Noise, accept_greedy, accept_sampled
 
 from ..devices import to_device
 from ..models import EarlyExitHead, LayerSkipModel, SharedKVCache
-from .sampling import LogitsControls, LogitsPipeline
+from .sampling import LogitsControls, LogitsPipeline, TensorGroup
 
 NOT_DRAFTED = -2
 # The token that replaces a rejected draft must not be drawn with the noise that the draft was drawn with.
@@ -272,7 +272,8 @@ class DraftTensors(NamedTuple):
     token_map: Tensor | None  # [S]: the tokens of these logits; None for the whole vocabulary
 
 
-class LookupDrafts(NamedTuple):
+@dataclass(frozen=True)
+class LookupDrafts(TensorGroup):
     """Draft tokens from earlier text or another source without an exit."""
 
     tokens: Tensor  # [B, K]
@@ -300,7 +301,7 @@ class LookupDrafts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SequenceTensors:
+class SequenceTensors(TensorGroup):
     """The state of the sequences of a round: entry b of every tensor belongs to sequence b.
 
     A round rewrites the first two tensors in place, and the tokens that the controls have seen.
@@ -334,17 +335,6 @@ class SequenceTensors:
         controls = None if self.controls is None else self.controls.form
         return self.token.shape[0], self.temperature is not None, controls
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> SequenceTensors:
-        """Apply ``change`` to every tensor."""
-        token, seq_lens, slots, seed = map(change, (self.token, self.seq_lens, self.slots, self.seed))
-        temperature = None if self.temperature is None else change(self.temperature)
-        lookup = self.lookup
-        if lookup is not None:
-            token_map = None if lookup.token_map is None else change(lookup.token_map)
-            lookup = LookupDrafts(change(lookup.tokens), token_map)
-        controls = None if self.controls is None else self.controls.each(change)
-        return SequenceTensors(token, seq_lens, slots, seed, temperature, lookup, controls)
-
     def set_last_token(self, token: Tensor) -> None:
         """Set the last tokens, and token 0 in the place of -1.
 
@@ -355,7 +345,7 @@ class SequenceTensors:
 
     def copy_(self, other: SequenceTensors) -> None:
         """Take the values of ``other``, which has the same form; nothing is done for a tensor that both share."""
-        pairs = [pair for pair in zip(self._tensors(), other._tensors(), strict=True) if pair[0] is not pair[1]]
+        pairs = [pair for pair in zip(self.tensors, other.tensors, strict=True) if pair[0] is not pair[1]]
         integers = [pair for pair in pairs if pair[0].dtype == torch.int64]
         if integers:
             mine, theirs = zip(*integers, strict=True)
@@ -363,11 +353,6 @@ class SequenceTensors:
         for one, value in pairs:
             if one.dtype != torch.int64:
                 one.copy_(value)
-
-    def _tensors(self) -> list[Tensor]:
-        controls = () if self.controls is None else self.controls.tensors.values()
-        own = (self.token, self.seq_lens, self.slots, self.seed, self.temperature, *(self.lookup or ()), *controls)
-        return [tensor for tensor in own if tensor is not None]
 
     @classmethod
     def of(
@@ -412,7 +397,7 @@ def _split(sequences: SequenceTensors, lookup_rows: Sequence[int] | None) -> lis
         index = to_device(torch.tensor(rows), sequences.token.device)
         own = replace(sequences, lookup=None).each(lambda tensor, index=index: tensor[index])  # type: ignore[misc]
         if rows is lookup_rows:
-            own = replace(own, lookup=lookup._replace(tokens=lookup.tokens[index]))
+            own = replace(own, lookup=replace(lookup, tokens=lookup.tokens[index]))
         parts.append(_Part(own, rows, index))
     return parts
 
