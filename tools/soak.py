@@ -331,8 +331,9 @@ class Soak:
             return None
 
     def _step(self) -> None:
+        interrupts = self.reached.interrupts
         updates = self._call(self._session.step) or []
-        self._idle = 0 if updates else self._idle + 1
+        self._idle = 0 if updates else self._idle + (self.reached.interrupts == interrupts)
         if self._idle > PATIENCE:
             raise Mismatch(f"{len(self._running)} requests have had no update for {PATIENCE} steps")
         for update in updates:
@@ -422,7 +423,8 @@ class Signals:
     """Sends SIGINT and SIGTERM to this process at random moments; within the contexts that it gives they may raise.
 
     Another process sends them, so that they come at any moment. They raise `Interrupted` where a method of the session
-    is on the stack, not in the lines of the caller around it, which would lose what the method has returned.
+    is on the stack, not in the lines of the caller around it, which would lose what the method has returned; and not in
+    more than four calls in a row, because a slow machine would never end a step.
     """
 
     METHODS = tuple(getattr(Session, name).__code__ for name in ("add", "step", "cancel", "remove", "release"))
@@ -434,7 +436,7 @@ class Signals:
     )
 
     def __init__(self, seconds: float = 0.004) -> None:
-        self._seconds, self._armed, self.sent = seconds, False, 0
+        self._seconds, self._armed, self._in_a_row, self.sent = seconds, False, 0, 0
 
     def _handle(self, number: int, frame: Any) -> None:
         self.sent += 1
@@ -458,9 +460,11 @@ class Signals:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        self._armed = True
+        self._armed = self._in_a_row < 4
+        self._in_a_row += 1
         try:
             yield
+            self._in_a_row = 0
         finally:
             self._armed = False
 

@@ -45,7 +45,7 @@ BUGS = [
         "a rule's answer is noted after the token that it ends with", DECODING + "request.py",
         "            self._stop_length = count if stops else 0\n            self.new_tokens.append(token)\n",
         "            self.new_tokens.append(token)\n            self._stop_length = count if stops else 0\n",
-        INTERRUPTS + " -k at_every_place",
+        INTERRUPTS + " -k rule_ends",
     ),
     Mutation(
         "after an interrupt the batches go on as they were", DECODING + "session.py",
@@ -53,7 +53,7 @@ BUGS = [
     ),
     Mutation(
         "a slot is copied over before it is evicted", DECODING + "scheduler.py",
-        "evicted.keep = False", "pass", INTERRUPTS + " -k at_every_place",
+        "evicted.keep = False", "pass", INTERRUPTS + " -k evicted",
     ),
     Mutation(
         "a run that is left drops its other updates", DECODING + "session.py",
@@ -143,6 +143,25 @@ BUGS = [
         "a slot holds the token that was emitted last", DECODING + "request.py",
         "self.prompt_tokens + self.new_tokens[:-1] if", "self.prompt_tokens + self.new_tokens if",
         LAYERSKIP + "decoding/test_conversation.py -k its_own_tokens_only",
+    ),
+    Mutation(
+        "a mixed round takes the lookup drafts of the first mixed round's sequences", DECODING + "batch.py",
+        "lookup_rows = [row for row, request in enumerate(self.requests) if request.lookup_drafts is not None]",
+        "rows = [row for row, request in enumerate(self.requests) if request.lookup_drafts is not None]\n"
+        "            lookup_rows = vars(self).setdefault('rows', rows)",
+        LAYERSKIP + "decoding/test_sources.py -k change_places",
+    ),
+    Mutation(
+        "min-p drops a token that is just probable enough", DECODING + "sampling.py",
+        "logits < floor", "logits <= floor", LAYERSKIP + "decoding/test_sampling.py -k bound_of_min_p",
+    ),
+    Mutation(
+        "top-p keeps a token more than it needs", DECODING + "sampling.py",
+        "cumsum(-1) <= 1 - top_p", "cumsum(-1) < 1 - top_p", LAYERSKIP + "decoding/test_sampling.py -k bound_of_top_p",
+    ),
+    Mutation(
+        "top-k drops a token equal to the k-th", DECODING + "sampling.py",
+        "(logits < threshold)", "(logits <= threshold)", LAYERSKIP + "decoding/test_sampling.py -k transformers_do",
     ),
     Mutation(
         "what a mixed round emits is not penalized", DECODING + "spec_step.py",

@@ -18,7 +18,7 @@ from tiny import prompt_of, requires_native, tiny_model
 from tokenizers_of import KINDS
 
 import layerskip.decoding
-from layerskip import Conversation, SamplingParams, SelfSpeculativeDecoder, Session, StopStrings
+from layerskip import Conversation, SamplingParams, SelfSpeculativeDecoder, Session, SharedKVCache, StopStrings
 from layerskip.decoding import cuda_graphs
 from tools.soak import SLOTS, WAITING, Interrupted, Signals, Soak
 
@@ -212,6 +212,40 @@ def test_interrupts_at_every_place_beside_recorded_rounds(gpu, visit):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_graphs, "for_device", lambda device: None)
         requests.check(SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 4))
+
+
+def test_an_interrupt_where_a_rule_ends_a_request(decoder):
+    """The seventh visit of the place where a token is appended."""
+    places, got = EveryPlace(7), []
+    session = decoder.open_session(1, max_seq_len=60)
+    session.add(prompt_of(4), 20, eos_token_id=[], should_stop=lambda tokens: len(tokens) == 7)
+    while len(session):
+        got += places.until_done(session.step)
+    assert got[-1].reason == "stop"
+    tokens = [token for update in got for token in update.tokens]
+    assert tokens == alone(decoder, prompt_of(4)[0], 7, eos_token_id=[])[0]
+
+
+def test_a_retained_request_is_evicted_before_its_slot_is_written(decoder, monkeypatch):
+    session, copy_prefix = decoder.open_session(2, max_seq_len=60), SharedKVCache.copy_prefix
+    for seed in range(2):
+        session.add(prompt_of(20, seed), 4, eos_token_id=[], keep=True)
+        finish(session, {})
+
+    def interrupted(*args: Any) -> None:
+        copy_prefix(*args)
+        raise Interrupted
+
+    longer = torch.cat([prompt_of(20, 1), prompt_of(5, 7)], 1)
+    removed = session.add(longer, 4, eos_token_id=[])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(SharedKVCache, "copy_prefix", interrupted)
+        session.step()
+    session.remove(removed)
+    assert session.kept == (1,)
+    again = session.add(torch.cat([prompt_of(20, 0), prompt_of(5, 7)], 1), 8, eos_token_id=[])
+    whole = [*prompt_of(20, 0)[0].tolist(), *prompt_of(5, 7)[0].tolist()]
+    assert finish(session, {})[again] == alone(decoder, whole, 8, eos_token_id=[])[0]
 
 
 def test_signals_at_random_moments():

@@ -118,6 +118,19 @@ class TestLogitsPipeline:
         kept, _ = processed([SamplingParams(1.0, top_k=2, top_p=0.55)], [None], logits, [torch.tensor([0])])
         assert kept.isfinite().tolist() == [[False, True, False, False]]
 
+    def test_the_bound_of_min_p_is_kept(self):
+        """A quarter of the largest probability, exactly."""
+        logits = torch.tensor([[0.0, math.log(0.25), math.log(0.2499), -5.0]])
+        logits[0, 1] = torch.tensor(0.25).log()
+        kept, _ = processed([SamplingParams(1.0, min_p=0.25)], [None], logits, [torch.tensor([0])])
+        assert kept.isfinite().tolist() == [[True, True, False, False]]
+        assert torch.equal(kept, warpers(SamplingParams(1.0, min_p=0.25))(torch.zeros(1, 1).long(), logits))
+
+    def test_the_bound_of_top_p_is_enough(self):
+        """Of four equal probabilities two reach a half, exactly."""
+        kept, _ = processed([SamplingParams(1.0, top_p=0.5)], [None], torch.zeros(1, 4), [torch.tensor([0])])
+        assert kept.isfinite().sum() == 2
+
     def test_each_sequence_has_its_own(self):
         logits, histories = self.logits(len(PARAMS)), [prompt_of(12, seed)[0] for seed in range(len(PARAMS))]
         together, _ = processed(PARAMS, [None] * len(PARAMS), logits, histories)

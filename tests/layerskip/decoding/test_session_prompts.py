@@ -165,6 +165,7 @@ def test_cancelling_frees_the_slot_at_every_stage(decoder, stage, end, keep):
             getattr(session, end)(victim)
     else:
         getattr(session, end)(victim)
+        assert (victim in session.kept) == (keep and end == "cancel" and stage == "running")
     later = [session.add(prompt_of(30, seed), 5, eos_token_id=[]) for seed in (2, 3, 4)]
     tokens = run(session)
     for request_id, seed in zip(later, (2, 3, 4), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, prompt_of, requires_native, tiny_model
 
 from layerskip import DraftSource, NgramSource, SamplingParams, SelfSpeculativeDecoder, Session
+from layerskip.decoding import Choice, Controller
 from layerskip.decoding import spec_step as rounds
 from layerskip.decoding.draft_sources import GRADES, Lookup
 from layerskip.decoding.spec_step import SpecStep
@@ -227,6 +229,26 @@ class TestBatches:
         assert len(mixed) > 5
         assert max(drafting for drafting, _ in mixed) == 2
         assert max(looking_up for _, looking_up in mixed) >= 2
+
+    @requires_native
+    def test_sequences_of_a_batch_change_places(self, decoder, monkeypatch):
+        """Who takes lookup drafts differs from round to round, in the same batch."""
+        turns, rows, speculate = itertools.cycle([[None, 3], [3, None]]), [], SpecStep.speculate
+
+        def record(self, sequences, *args):
+            rows.append(args[-1])
+            return speculate(self, sequences, *args)
+
+        monkeypatch.setattr(SpecStep, "speculate", record)
+        monkeypatch.setattr(Controller, "choose_with_lookups", lambda *args, **named: (Choice(1, 3), next(turns)))
+        session = decoder.open_session(2, max_seq_len=64, num_speculations=12)
+        prompts = [prompt_of(6, seed).repeat(1, 2) for seed in range(2)]
+        for prompt in prompts:
+            session.add(prompt, NEW, draft_source="auto", eos_token_id=[])
+        tokens = run(session)
+        assert rows[:4] == [[1], [0], [1], [0]]
+        for got, prompt in zip(tokens.values(), prompts, strict=True):
+            assert got[0] == decoder.generate(prompt, NEW, eos_token_id=[]).new_tokens[0].tolist()
 
     @requires_native
     def test_they_share_a_pass_through_the_later_layers(self, decoder, monkeypatch):
