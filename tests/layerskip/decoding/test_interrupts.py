@@ -238,9 +238,10 @@ def test_a_retained_request_is_evicted_before_its_slot_is_written(decoder, monke
 
     longer = torch.cat([prompt_of(20, 1), prompt_of(5, 7)], 1)
     removed = session.add(longer, 4, eos_token_id=[])
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(SharedKVCache, "copy_prefix", interrupted)
+    monkeypatch.setattr(SharedKVCache, "copy_prefix", interrupted)
+    with pytest.raises(Interrupted):
         session.step()
+    monkeypatch.undo()
     session.remove(removed)
     assert session.kept == (1,)
     again = session.add(torch.cat([prompt_of(20, 0), prompt_of(5, 7)], 1), 8, eos_token_id=[])

@@ -240,7 +240,8 @@ class TestBatches:
             return speculate(self, sequences, *args)
 
         monkeypatch.setattr(SpecStep, "speculate", record)
-        monkeypatch.setattr(Controller, "choose_with_lookups", lambda *args, **named: (Choice(1, 3), next(turns)))
+        choose = lambda controller, rates, *args: (Choice(1, 3), next(turns)[: len(rates)])  # noqa: E731
+        monkeypatch.setattr(Controller, "choose_with_lookups", choose)
         session = decoder.open_session(2, max_seq_len=64, num_speculations=12)
         prompts = [prompt_of(6, seed).repeat(1, 2) for seed in range(2)]
         for prompt in prompts:
