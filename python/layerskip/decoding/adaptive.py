@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, compress, repeat
-from operator import itemgetter, mul
+from operator import mul
 from threading import Lock
 from typing import NamedTuple
 
@@ -433,18 +433,20 @@ class Controller:
             rates = [one.at(exit_layer) for one in acceptances]
             means = [rate.optimistic if optimistic else rate.mean for rate in rates]
             emitted = [expected_tokens(repeat(mean, longest)) for mean in means]
+            totals = list(map(sum, zip(*emitted, strict=True)))
             catch_up = [costs.catch_up(exit_layer, one.lag) for one in acceptances]  # each in passes of its own
+            late = sum(catch_up)
             for count in counts:
-                by_exit = [tokens[count] for tokens in emitted]
                 seconds = costs.seconds(exit_layer, count)
-                late = sum(catch_up) if count else 0.0
-                values = [_value(sum(by_exit), seconds + late, usual)]
-                by_lookup = [_clamped(row, count) for row in expected] or [0.0] * len(by_exit)
-                uses_exit = [own >= other for own, other in zip(by_exit, by_lookup, strict=True)]
-                if len(set(uses_exit)) == 2:
-                    late = sum(compress(catch_up, uses_exit)) + costs.seconds_of_layers(exit_layer)
-                    values.append(_value(sum(map(max, by_exit, by_lookup)), seconds + late, usual))
-                best = max(best, (max(values), Choice(exit_layer, count)), key=itemgetter(0))
+                value = _value(totals[count], seconds + late if count else seconds, usual)
+                if len(expected) > 1:
+                    pairs = [(own[count], _clamped(row, count)) for own, row in zip(emitted, expected, strict=True)]
+                    uses_exit = [by_exit >= by_lookup for by_exit, by_lookup in pairs]
+                    if len(set(uses_exit)) == 2:
+                        seconds += costs.seconds_of_layers(exit_layer) + sum(compress(catch_up, uses_exit))
+                        value = max(value, _value(sum(map(max, pairs)), seconds, usual))
+                if value > best[0]:
+                    best = value, Choice(exit_layer, count)
         return best
 
     def _cost(self, batch: int) -> CostModel:
