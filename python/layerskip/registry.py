@@ -123,6 +123,12 @@ def exit(name: str) -> Path | None:
     return _part(name, "exit", "an exit")
 
 
+def shipped_exit(name: str) -> Path | None:
+    """The file of a model's exit; None if no package provides the model, or it has none."""
+    path: Path | None = getattr(find(MODELS, name), "exit", lambda name: None)(name)
+    return path
+
+
 def _part(name: str, function: str, title: str) -> Path | None:
     provider = find(MODELS, name)
     if provider is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import layerskip
 from layerskip import DraftHead, Exit, SelfSpeculativeDecoder, registry
 from layerskip.cli import main
 from layerskip.cli.arguments import read_prompts
+from layerskip.models.exit import _shipped as shipped
+from layerskip.models.exit import fingerprint
 from layerskip.training import data, evaluate
 from layerskip.training.run import load_pairs
 
@@ -81,7 +84,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text("w5 w8\n")
     save_tiny(folder / "model")
     DraftHead(range(0, VOCABULARY, 3), VOCABULARY).save(folder / "draft_head.safetensors")
-    copied_exit(layerskip.adapt(layerskip.load(folder / "model", torch.float32)[0]), 2).save(folder)
+    model = layerskip.adapt(layerskip.load(folder / "model", torch.float32)[0])
+    trained = copied_exit(model, 2)
+    trained.model_fingerprint = fingerprint(model)
+    trained.save(folder)
     return folder
 
 
@@ -118,6 +124,26 @@ class TestModels:
         )
         with pytest.raises(ValueError, match="the model bare-toy comes without a draft head"):
             DraftHead.load("bare-toy")
+
+    def test_a_decoder_takes_the_exit_that_was_trained_for_its_weights(self, toy: Path) -> None:
+        model, _ = layerskip.load(toy / "model")
+        assert SelfSpeculativeDecoder(model).model.decoder.num_draft_layers == 1
+        for options in ({"exit": None}, {"exit_layer": 2}, {"exit_choices": [1, 2]}):
+            assert SelfSpeculativeDecoder(model, **options).model.decoder.num_draft_layers == 0, options
+        with torch.no_grad():
+            model.model.layers[-1].self_attn.q_proj.weight[0, 0] += 1
+        assert SelfSpeculativeDecoder(model).model.decoder.num_draft_layers == 0
+        by_name = SelfSpeculativeDecoder.from_pretrained("toy")
+        assert (by_name.exit_layer, by_name.model.decoder.num_draft_layers) == (2, 1)
+        assert SelfSpeculativeDecoder.from_pretrained("bare-toy", exit=None).model.decoder.num_draft_layers == 0
+
+    def test_a_package_that_cannot_be_imported_is_named(self, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "toy_provider", None)
+        model, _ = layerskip.load(toy / "model")
+        shipped.cache_clear()
+        with pytest.warns(UserWarning, match="the exit of the installed model 'toy' is not used: .*toy_provider"):
+            SelfSpeculativeDecoder(model)
+        shipped.cache_clear()
 
     def test_a_decoder_and_its_exit(self, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert Exit.load("toy").num_draft_layers == 1

@@ -18,7 +18,7 @@ from . import cuda_graphs, validation
 from .adaptive import Controller
 from .detokenizer import SequenceText, stop_rules
 from .draft_model import DraftHead, DraftModel
-from .draft_sources import EXIT, DraftSource, max_drafts, source_of
+from .draft_sources import DraftSource, max_drafts
 from .outputs import GenerationOutput, Streamer
 from .request import Clock, RequestOptions, StopRule
 from .sampling import LogitsProcessor, SamplingParams, params_of_each
@@ -38,10 +38,10 @@ class SelfSpeculativeDecoder:
         Its weights are shared, not copied. A Hugging Face model whose parameters, modules, dtype or device have changed
         is adapted anew at the next call.
     exit_layer : int or "auto", optional
-        E in 1 … L - 1: layers [0, E) draft. "auto" picks by measured speed, see `Controller`. By default the layer of
-        ``exit``, or "auto".
-    num_speculations : int or "auto"
-        K: draft tokens of a round.
+        E in 1 … L - 1: layers [0, E) draft. "auto", the default, picks by measured speed, round by round, and does not
+        draft where that is faster, see `Controller`. With ``exit`` it is the layer of that exit.
+    num_speculations : int or "auto", optional
+        K: draft tokens of a round. By default "auto", but 4 if ``exit_layer`` is an int.
     max_seq_len : int, optional
         Longest prompt and continuation; by default the model's positions, or its sliding window if that is shorter.
     draft_head : {"full", "int8"} or DraftHead, optional
@@ -51,15 +51,18 @@ class SelfSpeculativeDecoder:
         Layers that "auto" picks from; by default an eighth, a quarter, a half and three quarters of the layers.
     draft_threshold : float
         In [0, 1]. A draft ends early at improbable tokens, see `Session.add`.
-    draft_source : {"exit", "ngram", "auto"} or DraftSource
+    draft_source : {"exit", "ngram", "auto"} or DraftSource, optional
         Where drafts come from: layers [0, E); earlier text (`NgramSource`), which needs no exit; whichever is faster,
-        round by round; or a source of one's own.
+        round by round; or a source of one's own. By default "auto", but "exit" if E or K is an int.
     exit : Exit, str or Path, optional
         Trained exit, or where to `Exit.load` it from: draft with layers [0, E) and draft layers, a norm and a head of
-        its own.
+        its own. "auto", the default, takes the exit that an installed package ships for exactly these weights, unless
+        the drafts are specified by ``exit_layer``, ``exit_choices`` or ``draft_head``.
 
     Attributes
     ----------
+    defaults : RequestOptions
+        Options of requests that do not specify them.
     clock : callable
         Seconds for statistics and the controller; `time.perf_counter`. Set `time.process_time` to benchmark on a busy
         machine.
@@ -74,25 +77,26 @@ class SelfSpeculativeDecoder:
         self,
         model: Any,
         exit_layer: int | str | None = None,
-        num_speculations: int | str = 4,
+        num_speculations: int | str | None = None,
         max_seq_len: int | None = None,
         draft_head: str | DraftHead | None = None,
         exit_choices: Sequence[int] | None = None,
         draft_threshold: float = 0.0,
-        draft_source: str | DraftSource = EXIT,
-        exit: Exit | str | Path | None = None,
+        draft_source: str | DraftSource | None = None,
+        exit: Exit | str | Path | None = "auto",
     ) -> None:
         model = unwrapped(model)
         self._draft_model = DraftModel(model, exit_layer, exit_choices, exit, draft_head)
-        self.exit_layer = self._draft_model.exit_layer
-        self.num_speculations = num_speculations
+        validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
+        eos_token_id = _of_config(model, "eos_token_id")
+        self.defaults = RequestOptions(exit_layer, num_speculations, draft_threshold, draft_source, eos_token_id)
+        options = self.defaults.with_defaults()
+        validation.num_speculations_or_auto(options.num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.max_seq_len = validation.max_seq_len(max_seq_len, self.model.max_positions)
-        validation.num_speculations_or_auto(num_speculations, validation.MAX_NUM_SPECULATIONS)
-        self.draft_threshold = validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
-        self.draft_source = source_of(draft_source)
+        self.exit_layer = self._draft_model.exit_layer
+        self.num_speculations, self.draft_source = options.num_speculations, options.draft_source
         self.clock: Clock = time.perf_counter
         self.tokenizer: Any = None
-        self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
         self._pad_token_id = _of_config(model, "pad_token_id")
 
     @property
@@ -144,13 +148,6 @@ class SelfSpeculativeDecoder:
         decoder.tokenizer = tokenizer
         return decoder
 
-    @property
-    def defaults(self) -> RequestOptions:
-        """Options of requests that do not specify them."""
-        return RequestOptions(
-            self.exit_layer, self.num_speculations, self.draft_threshold, self.draft_source, self.eos_token_id
-        )
-
     def open_session(
         self,
         max_batch: int,
@@ -191,7 +188,7 @@ class SelfSpeculativeDecoder:
         length = self.max_seq_len
         if max_seq_len is not None:
             length = validation.integer_in("max_seq_len", max_seq_len, 1, self.max_seq_len)
-        max_speculations = self._max_speculations(num_speculations)
+        max_speculations = self._max_speculations(num_speculations=num_speculations)
         with torch.inference_mode(False):
             cache = model.decoder.new_cache(max_batch, length + max_speculations + 1)
         return Session(
@@ -268,7 +265,7 @@ class SelfSpeculativeDecoder:
         prompts = prompts_of(input_ids, attention_mask, tokenizer)
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"a streamer takes one prompt, got a batch of {len(prompts)}")
-        pad = self._padding(pad_token_id, self.eos_token_id if eos_token_id is None else eos_token_id)
+        pad = self._padding(pad_token_id, self.defaults.eos_token_id if eos_token_id is None else eos_token_id)
         rules = validation.one_each("should_stop", should_stop, len(prompts))
         if stop_strings is not None:
             rules = stop_rules(tokenizer, stop_strings, prompts, rules)
@@ -277,7 +274,9 @@ class SelfSpeculativeDecoder:
         validation.at_least_one("max_new_tokens", max_new_tokens)
         longest = max(len(one) if isinstance(one, (list, tuple)) else one.numel() for one in prompts)
         length = validation.length(longest, max_new_tokens, self.max_seq_len)
-        max_speculations = self._max_speculations(num_speculations, draft_source)
+        max_speculations = self._max_speculations(
+            strategy=strategy, exit_layer=exit_layer, num_speculations=num_speculations, draft_source=draft_source
+        )
         with caches.borrow(len(prompts), length + max_speculations + 1) as (cache, graphs):
             session = Session(
                 caches.model, cache, self.defaults, self.controller, length, max_speculations, generator, self.clock,
@@ -360,7 +359,9 @@ class SelfSpeculativeDecoder:
 
         validation.at_least_one("max_new_tokens", max_new_tokens)
         length = validation.length(len(ids), max_new_tokens, self.max_seq_len)
-        max_speculations = self._max_speculations(options.get("num_speculations"), options.get("draft_source"))
+        names = ("strategy", "exit_layer", "num_speculations", "draft_source")
+        drafting = {name: options.get(name) for name in names}
+        max_speculations = self._max_speculations(**drafting)
         session = self.open_session(1, max_seq_len=length, num_speculations=max_speculations, generator=generator)
         session.add(ids, max_new_tokens, should_stop=stops, **options)
 
@@ -375,14 +376,11 @@ class SelfSpeculativeDecoder:
 
         return run()
 
-    def _max_speculations(
-        self, num_speculations: int | str | None, draft_source: str | DraftSource | None = None
-    ) -> int:
+    def _max_speculations(self, **given: Any) -> int:
         """Return the largest K of a round; the cache needs room for it."""
-        value = self.num_speculations if num_speculations is None else num_speculations
-        limit = validation.num_speculations_or_auto(value, validation.MAX_NUM_SPECULATIONS)
-        limit = self.controller.max_speculations if limit is None else limit
-        return max(limit, max_drafts(self.draft_source if draft_source is None else source_of(draft_source)))
+        options = self.defaults.updated(self.model, validation.MAX_NUM_SPECULATIONS, **given)
+        limit = options.num_speculations
+        return max(self.controller.max_speculations if limit == "auto" else limit, max_drafts(options.draft_source))
 
     def _padding(self, given: int | None, stops: int | Sequence[int] | None) -> int:
         """Return the token that pads results: as given, else the model's, else an EOS token."""

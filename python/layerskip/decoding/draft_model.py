@@ -179,11 +179,14 @@ class DraftModel:
     ) -> None:
         if not (draft_head in (None, "full", "int8") or isinstance(draft_head, DraftHead)):
             raise ValueError(f"draft_head must be 'full', 'int8' or a DraftHead, got {draft_head!r}")
-        self._exit = exit if exit is None or isinstance(exit, Exit) else Exit.load(exit)
+        if exit == "auto" and (exit_layer not in (None, "auto") or exit_choices is not None):
+            exit = None
+        self._ships_exit = exit == "auto"  # if a package does
+        self._exit = exit if isinstance(exit, Exit) else None
+        if not (self._exit or self._ships_exit or exit is None):
+            self._exit = Exit.load(exit)
         self._draft_head, self._exit_choices = draft_head, exit_choices
-        if self._exit is not None:
-            exit_layer = validation.exit_layer_of_exit(exit_layer, self._exit.exit_layer)
-        self.exit_layer: int | str = "auto" if exit_layer is None else exit_layer
+        self._exit_layer: int | str = "auto" if exit_layer is None else exit_layer
         self._watch = None if isinstance(model, LayerSkipModel) else ModelSnapshot(model)
         self._following = Lock()
         self._adopt(models.adapt(model) if self._watch else model)
@@ -207,6 +210,11 @@ class DraftModel:
 
     def _adopt(self, model: LayerSkipModel) -> None:
         """Decode with this model from now on; drop the caches and statistics of the last one."""
+        if self._ships_exit:
+            self._exit = Exit.shipped_for(model)
+        self.exit_layer = self._exit_layer
+        if self._exit is not None:
+            self.exit_layer = validation.exit_layer_of_exit(self._exit_layer, self._exit.exit_layer)
         validation.exit_layer_or_auto(self.exit_layer, model.num_layers)
         exits = self._exits(model)
         self._bind(model)

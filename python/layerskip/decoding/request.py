@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -26,25 +27,39 @@ Clock = Callable[[], float]
 """() -> seconds."""
 
 
+FIXED_SPECULATIONS = 4
+"""K of a fixed exit layer, by default."""
+_JUDGED, _NEAR_ZERO = 64, 0.1  # draft tokens, of which fewer than this share are accepted
+
+
 @dataclass(frozen=True)
 class RequestOptions:
     """How a request drafts, and what ends it; the arguments of `Session.add` of the same names."""
 
-    exit_layer: int | str
-    num_speculations: int | str
+    exit_layer: int | str | None = None
+    num_speculations: int | str | None = None
     draft_threshold: float = 0.0
-    draft_source: str | DraftSource = EXIT
+    draft_source: str | DraftSource | None = None
     eos_token_id: int | Sequence[int] | None = None
     strategy: str = "self_speculative"
 
+    def with_defaults(self) -> RequestOptions:
+        """Fill in what is None: all is "auto", but an exit drafts if E or K is fixed, K = 4 tokens if E is."""
+        exit_layer, num_speculations = self.exit_layer or "auto", self.num_speculations
+        if num_speculations is None:
+            num_speculations = "auto" if exit_layer == "auto" else FIXED_SPECULATIONS
+        source = self.draft_source or (AUTO if exit_layer == num_speculations == "auto" else EXIT)
+        return replace(self, exit_layer=exit_layer, num_speculations=num_speculations, draft_source=source_of(source))
+
     def updated(self, model: LayerSkipModel, max_speculations: int, **given: Any) -> RequestOptions:
-        """Return the options with the values ``given``, of which None keeps the default; checked."""
-        options = replace(self, **{name: value for name, value in given.items() if value is not None})
+        """Return the options with the values ``given``, of which None keeps the default; complete and checked."""
+        options = replace(self, **{name: value for name, value in given.items() if value is not None}).with_defaults()
         validation.strategy(options.strategy)
+        if options.exit_layer == "auto" and model.exit_layer is not None:
+            options = replace(options, exit_layer=model.exit_layer)
         exit_layer = validation.exit_layer_or_auto(options.exit_layer, model.num_layers)
         validation.num_speculations_or_auto(options.num_speculations, max_speculations)
         validation.real("draft_threshold", options.draft_threshold, 0.0, 1.0)
-        source_of(options.draft_source)
         if options.strategy == "early_exit" and exit_layer is None:
             raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {options.exit_layer!r}")
         if not options.uses_exit:
@@ -68,6 +83,17 @@ class RequestOptions:
         if not self.speculative or self.draft_source == AUTO:
             return self.speculative
         return self.num_speculations == "auto" or (self.uses_exit and self.exit_layer == "auto")
+
+    def hint(self, stats: Stats) -> None:
+        """Warn, once a process, if a fixed exit drafts almost only rejected tokens."""
+        rejected = stats.drafted >= _JUDGED and stats.acceptance_rate < _NEAR_ZERO
+        if rejected and self.uses_exit and not self.adaptive:
+            warnings.warn(
+                f"fewer than {_NEAR_ZERO:.0%} of the draft tokens of exit layer {self.exit_layer} were accepted, so "
+                'decoding is slower than without drafts: leave exit_layer out (or give "auto"), or train an exit '
+                "beside the model (layerskip train-exit)",
+                stacklevel=2,
+            )
 
     def new_lookup(self, prompt_tokens: list[int], vocab_size: int) -> Lookup | None:
         if not self.speculative or self.draft_source == EXIT:

@@ -386,6 +386,8 @@ def _has_news(request: Request, reported: int) -> bool:
 def _update(request: Request, reported: int) -> Update:
     """Return the update of a request of which that many new tokens were in earlier ones."""
     output = None if request.reason is None else request.output()
+    if output is not None:
+        request.options.hint(output.stats)
     error = request.ended_by if isinstance(request.ended_by, Exception) else None
     return Update(request.id, request.new_tokens[reported:], request.drafted(reported), request.reason, output, error)
 

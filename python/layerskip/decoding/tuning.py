@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from .._files import write_atomically
 from ..models.files import Field, Fields, check_fields
 from . import draft_model
@@ -112,14 +113,20 @@ def tuned(
 ) -> dict[str, Any]:
     """Complete the given decoder options by those of ``tuning``.
 
-    Without ``tuning``, take the options beside the model, unless an exit or an exit layer is given.
+    Without ``tuning``, take the options beside the model, unless an exit or an exit layer is given; without either, the
+    exit that the model comes with.
     """
     known = None
+    chosen = any(options.get(name) is not None for name in ("exit_layer", "exit"))
     if tuning is not None:
         known = Tuning.load(tuning)
-    elif options.get("exit_layer") is None and options.get("exit") is None:
+    elif not chosen:
         known = Tuning.beside(name_or_dir, config)
-    return {**({} if known is None else known.options), **options}
+    if known is not None:
+        return {**known.options, **options}
+    if not chosen and options.get("exit_choices") is None and registry.shipped_exit(str(name_or_dir)) is not None:
+        return {"exit": str(name_or_dir), **options}
+    return dict(options)
 
 
 def _mapping(content: Any, where: str) -> Mapping[str, Any]:

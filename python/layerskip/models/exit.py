@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +19,7 @@ from layerskip_kernels.formats import FORMATS, dequantize, quantize
 from layerskip_kernels.schemas import REQUIRED_WEIGHTS, layer_shapes
 
 from .. import registry
+from .._imports import need
 from .files import load_tensors, metadata_integer, save_tensors
 from .head import EarlyExitHead, ExitWeights, check_token_ids
 
@@ -26,6 +31,7 @@ FILE_NAME = "exit.safetensors"
 FORMAT = "1"
 PACKED = "int8"
 """The format of draft layers whose head drafts in int8, too."""
+_FINGERPRINT = "model_fingerprint"
 _DRAFT_LAYER = re.compile(r"blocks\.([0-9]{1,9})\.(\w+)")
 
 
@@ -49,6 +55,8 @@ class Exit:
         The tokens worth drafting, sorted, each once; by default all.
     head_down, head_up : Tensor [r, D] and [V, r], optional
         The rows of the draft head are those of ``W + head_up @ head_down``, where W is the model's head.
+    model_fingerprint : str, optional
+        `fingerprint` of the model that it was trained for.
 
     Raises
     ------
@@ -66,6 +74,7 @@ class Exit:
         token_ids: Tensor | None = None,
         head_down: Tensor | None = None,
         head_up: Tensor | None = None,
+        model_fingerprint: str | None = None,
     ) -> None:
         if not 1 <= exit_layer < num_layers:
             raise ValueError(f"exit_layer must be in 1 … {num_layers - 1} for {num_layers} layers, got {exit_layer}")
@@ -78,6 +87,7 @@ class Exit:
         self.norm_weight, self.token_ids = norm_weight, token_ids
         self.draft_layers = tuple(draft_layers)
         self.head_down, self.head_up = head_down, head_up
+        self.model_fingerprint = model_fingerprint
 
     @property
     def num_draft_layers(self) -> int:
@@ -162,6 +172,8 @@ class Exit:
             tensors |= {f"blocks.{number}.{name}": weight for name, weight in _given(layer)}
         metadata = {"format": FORMAT, "exit_layer": self.exit_layer, "num_blocks": self.num_draft_layers}
         metadata |= {"num_layers": self.num_layers, "vocab_size": self.vocab_size}
+        if self.model_fingerprint is not None:
+            metadata[_FINGERPRINT] = self.model_fingerprint
         return save_tensors(_file(path), "an exit", tensors, metadata)
 
     @classmethod
@@ -179,6 +191,51 @@ class Exit:
             If there is none, or it is not an exit; the message names the file.
         """
         return load_tensors(source, _file(source), "an exit", registry.exit, lambda *parts: cls(**_read(*parts)))
+
+    @classmethod
+    def shipped_for(cls, model: LayerSkipModel) -> Exit | None:
+        """Load the exit that an installed package ships for a model with exactly these weights; None without one."""
+        for path, metadata in _shipped(tuple(sys.path)):
+            sizes = metadata["num_layers"], metadata["vocab_size"]
+            if sizes == (str(model.num_layers), str(model.vocab_size)) and metadata[_FINGERPRINT] == fingerprint(model):
+                return cls.load(path)
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _shipped(search_path: tuple[str, ...]) -> list[tuple[Path, dict[str, str]]]:
+    """Files and metadata of the exits that packages on ``search_path`` ship, if they name the model by its weights."""
+    found = []
+    for name in registry.names(registry.MODELS):
+        try:
+            path = registry.shipped_exit(name)
+        except (ImportError, ValueError) as error:
+            warnings.warn(f"the exit of the installed model {name!r} is not used: {error}", stacklevel=4)
+            continue
+        if path is not None and path.is_file():
+            with need("safetensors", "reading an exit").safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+            if _FINGERPRINT in metadata:
+                found.append((path, metadata))
+    return found
+
+
+_SAMPLES = 64  # values at either end of a weight
+
+
+def fingerprint(model: LayerSkipModel) -> str | None:
+    """Digest of some values of every layer's weights in bf16, in milliseconds; None for packed weights.
+
+    Models that were trained differently differ in it. It is the same whether weights are loaded in fp32 or bf16.
+    """
+    digest = hashlib.sha256()
+    for weight in model.decoder.layer_weights(0, model.num_layers):
+        if not weight.is_floating_point() or weight.itemsize < 2:
+            return None
+        values = weight.detach().reshape(-1)
+        values = torch.cat([values[:_SAMPLES], values[-_SAMPLES:]]).to("cpu", torch.bfloat16)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _given(layer: LayerWeights) -> Iterator[tuple[str, Tensor]]:
@@ -225,7 +282,8 @@ def _read(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, 
             raise ValueError(f"unknown tensor {name}")
     sizes = {name: metadata_integer(metadata, name) for name in ("exit_layer", "num_layers", "vocab_size")}
     draft_layers = [LayerWeights(**found[number]) for number in sorted(found)]
-    return {"norm_weight": tensors.pop("norm_weight"), "draft_layers": draft_layers, **sizes, **tensors}
+    own = {"model_fingerprint": metadata.get(_FINGERPRINT)}
+    return {"norm_weight": tensors.pop("norm_weight"), "draft_layers": draft_layers, **sizes, **tensors, **own}
 
 
 def _check_low_rank(down: Tensor | None, up: Tensor | None, hidden_size: int, vocab_size: int) -> None:

@@ -21,7 +21,7 @@ from layerskip_kernels import LayerWeights
 
 from .._files import write_atomically
 from ..models import LayerSkipModel
-from ..models.exit import Exit
+from ..models.exit import Exit, fingerprint
 from .curriculum import generator
 from .exit_analysis import simulate_rounds
 from .hidden_state_cache import CachedText, CachedTexts, own_share
@@ -146,7 +146,7 @@ class TrainableExit(nn.Module):
             DraftLayer(decoder.template(init_layer), decoder.head_dim, decoder.eps, decoder.rope_tables)
             for _ in range(num_draft_layers)
         )
-        self._eps = decoder.eps
+        self._eps, self._model_fingerprint = decoder.eps, fingerprint(model)
         self.norm_weight = nn.Parameter(model.head.norm_weight.detach().float().clone())
         self.token_ids = None if token_ids is None else token_ids.to(model.device)
         weight = model.head.head_weight.detach()
@@ -200,7 +200,8 @@ class TrainableExit(nn.Module):
                 up = up.new_zeros(self.vocab_size, up.shape[1]).index_copy_(0, self.token_ids.cpu(), up)
         ids = None if self.token_ids is None else self.token_ids.cpu()
         norm = _copy(self.norm_weight, dtype)
-        return Exit(self.exit_layer, norm, self.num_layers, self.vocab_size, draft_layers, ids, down, up)
+        sizes = self.num_layers, self.vocab_size
+        return Exit(self.exit_layer, norm, *sizes, draft_layers, ids, down, up, self._model_fingerprint)
 
 
 class Agreement(NamedTuple):

@@ -32,7 +32,7 @@ _lock = Lock()
 
 
 def decoder_of(
-    model: Any, draft_head: str | DraftHead | None, exit: Exit | str | Path | None = None
+    model: Any, draft_head: str | DraftHead | None, exit: Exit | str | Path | None = "auto"
 ) -> SelfSpeculativeDecoder:
     """The decoder of ``model``, kept as long as the model lives; a new one for another head or exit.
 
@@ -41,7 +41,7 @@ def decoder_of(
     with _lock:
         kept = _kept.get(model)
         if kept is None or kept.drafting != (draft_head, exit):
-            decoder = SelfSpeculativeDecoder(model, "auto", "auto", draft_head=draft_head, exit=exit)
+            decoder = SelfSpeculativeDecoder(model, draft_head=draft_head, exit=exit)
             kept = _kept[model] = _Kept((draft_head, exit), decoder)
         return kept.decoder
 
@@ -92,12 +92,12 @@ def generate(
     synced_gpus: bool | None = None,
     streamer: Any = None,
     *,
-    exit_layer: int | str = "auto",
-    num_speculations: int | str = "auto",
+    exit_layer: int | str | None = None,
+    num_speculations: int | str | None = None,
     draft_head: str | DraftHead | None = None,
     draft_threshold: float = 0.0,
-    draft_source: str | DraftSource = "exit",
-    exit: Exit | str | Path | None = None,
+    draft_source: str | DraftSource | None = None,
+    exit: Exit | str | Path | None = "auto",
     tokenizer: Any = None,
     assistant_model: Any = None,
     **model_kwargs: Any,
@@ -117,15 +117,8 @@ def generate(
     input_ids : Tensor [B, N], int64
     logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, tokenizer, assistant_model
         As ``model.generate`` takes them.
-    exit_layer : int or "auto"
-        E: layers [0, E) draft. "auto" picks by measured speed.
-    num_speculations : int or "auto"
-        K: the tokens that a round drafts.
-    draft_head : {"full", "int8"} or DraftHead, optional
-    draft_threshold : float
-    draft_source : {"exit", "ngram", "auto"} or DraftSource
-    exit : Exit, str or Path, optional
-        As in `SelfSpeculativeDecoder` and its ``generate``.
+    exit_layer, num_speculations, draft_head, draft_threshold, draft_source, exit
+        As in `SelfSpeculativeDecoder`: by default all is picked by measured speed.
     **model_kwargs
         ``attention_mask`` [B, N], and what ``model.generate`` adds. In a direct call all arguments of it.
 

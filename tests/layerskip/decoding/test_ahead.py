@@ -291,7 +291,7 @@ def test_requests_join_and_leave(gpu, kind):
 
 def test_the_controller_learns_gpu_times(gpu, monkeypatch):
     """Not how long the host waited, which had other work in the meantime. Greedy tokens do not depend on it."""
-    decoder = decoder_of(exit_layer="auto", num_speculations="auto")
+    decoder = decoder_of(exit_layer="auto", num_speculations="auto", draft_source="exit")
     seconds = []
     observe = decoder.controller.observe_cost
     monkeypatch.setattr(decoder.controller, "observe_cost", lambda *args: (seconds.append(args[2]), observe(*args)))
@@ -307,7 +307,8 @@ def test_the_controller_learns_gpu_times(gpu, monkeypatch):
 def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(gpu, monkeypatch, counts, catches_up):
     """A round ahead with another K: what draft layers have read is known, so drafts of an exact exit all hold."""
     model = tiny_model(upper="weak")
-    decoder = SelfSpeculativeDecoder(model, num_speculations="auto", exit=copied_exit(adapt(model), 2, 2))
+    exit_ = copied_exit(adapt(model), 2, 2)
+    decoder = SelfSpeculativeDecoder(model, num_speculations="auto", draft_source="exit", exit=exit_)
     plans, read = itertools.cycle([Choice(decoder.exit_layer, count) for count in counts]), []
     monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
 
@@ -328,7 +329,7 @@ def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(gpu, monkeyp
 
 def test_a_new_choice_takes_effect_with_rounds_in_flight(gpu, monkeypatch):
     """Another K with the next launch, another E with another batch; what is under way counts all the same."""
-    decoder, read = decoder_of(exit_layer="auto", num_speculations="auto"), []
+    decoder, read = decoder_of(exit_layer="auto", num_speculations="auto", draft_source="exit"), []
     plans = itertools.cycle([Choice(1, 3)] * 3 + [Choice(1, 2)] * 3 + [Choice(2, 2)] * 3)
     monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))
 

@@ -285,7 +285,7 @@ def test_a_session_lets_it_choose_without_changing_tokens(options, monkeypatch):
     for _ in range(2):  # the first time it finds out
         started = clock.now
         choices.clear()
-        session.add(prompt_of(5), 200, eos_token_id=[], **plan)
+        session.add(prompt_of(5), 200, eos_token_id=[], draft_source="exit", **plan)
         outputs = []
         while len(session):
             outputs += [update.output for update in session.step()]

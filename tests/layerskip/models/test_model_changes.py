@@ -91,12 +91,12 @@ def test_what_changes_is_decoded(change, draft_head):
 def test_an_exit_is_bound_to_what_has_become_of_the_model(change, draft_head):
     model = tiny_model()
     exit_ = random_exit(adapt(tiny_model()), rank=4)
-    decoder = SelfSpeculativeDecoder(model, exit=exit_, draft_head=draft_head)
+    decoder = SelfSpeculativeDecoder(model, num_speculations=4, exit=exit_, draft_head=draft_head)
     decoder.generate(prompt_of(5), NEW)
     change(model)
     after = decoder.generate(prompt_of(5), NEW)
     assert torch.equal(after.sequences, fresh(model))
-    anew = SelfSpeculativeDecoder(model, exit=exit_, draft_head=draft_head)
+    anew = SelfSpeculativeDecoder(model, num_speculations=4, exit=exit_, draft_head=draft_head)
     assert torch.equal(decoder.draft_head.head_weight, anew.draft_head.head_weight)
     assert after.stats.records == anew.generate(prompt_of(5), NEW).stats.records
     assert decoder.model.decoder.num_draft_layers == 1
