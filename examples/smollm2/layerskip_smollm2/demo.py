@@ -1,4 +1,4 @@
-"""What ``layerskip demo`` shows: three adapters in their tasks, and the stock model that they were trained on."""
+"""What ``layerskip demo`` shows: the stock model with a trained exit beside it, then adapters trained for one task."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ _PROMPTS = Path(__file__).parent / "prompts"
 
 EXHIBITS = (
     Exhibit(
+        STOCK, "stock model", None, None,
+        "This is SmolLM2-135M-Instruct, unchanged. An exit that comes with this package was trained beside it: the "
+        "first layers and a small layer of its own draft. Where the text repeats earlier text, n-grams draft instead. "
+        "For every round a controller picks the faster one, and how many tokens to draft, or none, by measured speed.",
+        _PROMPTS / "everyday.jsonl", chat=True,
+    ),
+    Exhibit(
         TRAINED, "LayerSkip for commands", 4, 8,
-        "This is SmolLM2-135M with a LayerSkip adapter that comes with this package: trained on home-automation "
-        "commands with an early-exit loss, so that its first layers can already predict. They draft with an int8 head "
-        "of the 8192 most frequent tokens; the full model verifies all drafts of a round at once.",
+        "The same model with a LayerSkip adapter that comes with this package: trained on home-automation commands "
+        "with an early-exit loss, so that its own first layers can already predict. They draft with an int8 head of "
+        "the 8192 most frequent tokens; the full model verifies all drafts of a round at once.",
         _PROMPTS / "commands.jsonl", TRAINED,
     ),
     Exhibit(
-        f"{TRAINED}-summarization", "LayerSkip for summaries", 2, 2,
-        "The same model with an adapter that was trained to summarize abstracts. Prose is harder to guess than "
-        "commands: fewer layers draft, and fewer tokens.",
-        _PROMPTS / "abstracts.jsonl", f"{TRAINED}-summarization",
+        f"{TRAINED}-coding", "LayerSkip for Python", 2, "auto",
+        "The same model with an adapter whose early exits were trained on what its own full depth writes. The number "
+        "of draft tokens is picked by measured speed.",
+        _PROMPTS / "functions.jsonl", f"{TRAINED}-coding", draft_source="auto",
     ),
     Exhibit(
-        f"{TRAINED}-coding", "LayerSkip for Python", 2, 3,
-        "The same model with an adapter whose early exits were trained on what its own full depth writes.",
-        _PROMPTS / "functions.jsonl", f"{TRAINED}-coding",
-    ),
-    Exhibit(
-        STOCK, "stock", 24, 3,
-        "For comparison, stock SmolLM2, which was not trained to exit early, so its early exits are useless: layer 12 "
-        "of 30 agrees with the last layer on about 4 % of its tokens, and even layer 24, which drafts here, on about "
-        "40 % (layerskip exits --model smollm2). Few drafts are accepted, each costs most of a full pass, and the "
-        "self-speculative side is SLOWER. Its tokens are the same even so.",
-        _PROMPTS / "stock.jsonl",
+        STOCK, "For comparison, the stock model without a trained exit, layer 24 of 30 drafting 3 tokens a round", 24,
+        3, "Below 1 it is slower: its layers were not trained to exit early, so few drafts are accepted, and each costs "
+        "most of a full pass.",
+        _PROMPTS / "stock.jsonl", exit=None, chat=True, counterexample=True,
     ),
 )  # fmt: skip

@@ -312,7 +312,7 @@ COMMANDS = {
         "Decode a few prompts autoregressively and self-speculatively, side by side; check that the tokens are the "
         "same.", (
             option("name", "a demo that an installed package provides", nargs="?", default="smollm2"),
-            *DEVICE, length(48),
+            *DEVICE, length(96),
             output("FILE", "the picture, replaced if it exists", default="layerskip-demo.png"),
         ),
     ),

@@ -22,21 +22,27 @@ from .arguments import Prompt
 from .rendering import AUTOREGRESSIVE, SELF_SPECULATIVE, pieces
 
 ACCEPTED, VERIFIED = "bold green", "default"
+REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A model of a demo: its name and title, how it drafts, a remark, and a file of prompts."""
+    """A model of a demo: its name and title, how it drafts, a remark, and a file of prompts.
+
+    With ``counterexample`` only a line compares the speeds, beside what pays; it does not count in the summary.
+    """
 
     model: str
     label: str
     exit_layer: int | str | None
-    num_speculations: int | str
+    num_speculations: int | str | None
     remark: str
     prompts: Path
     draft_head: str | None = None
-    exit: str | None = None
-    draft_source: str = "exit"
+    exit: str | None = "auto"
+    draft_source: str | None = None
+    chat: bool = False
+    counterexample: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,25 +63,25 @@ class SideBySide:
 class Subject(NamedTuple):
     """A loaded exhibit."""
 
-    label: str
-    remark: str
+    exhibit: Exhibit
     decoder: SelfSpeculativeDecoder
     tokenizer: Any
     prompts: list[Prompt]
 
 
 def load_subjects(args: argparse.Namespace, console: Console) -> list[Subject]:
-    """Load the models of the demo."""
-    subjects = []
+    """Load the models of the demo, each once."""
+    subjects, loaded = [], {}
     for exhibit in registry.get(registry.DEMOS, args.name):
         args = argparse.Namespace(**{**vars(args), **vars(exhibit), "dtype": "bfloat16"})
-        model, tokenizer = options.load(args, console)
+        if exhibit.model not in loaded:
+            loaded[exhibit.model] = options.load(args, console)
+        model, tokenizer = loaded[exhibit.model]
         decoder = SelfSpeculativeDecoder(
             model, exhibit.exit_layer, exhibit.num_speculations, draft_head=options.draft_head(args),
             exit=exhibit.exit, draft_source=exhibit.draft_source,
         )  # fmt: skip
-        prompts = arguments.read_prompts(str(exhibit.prompts))
-        subjects.append(Subject(exhibit.label, exhibit.remark, decoder, tokenizer, prompts))
+        subjects.append(Subject(exhibit, decoder, tokenizer, arguments.read_prompts(str(exhibit.prompts))))
     return subjects
 
 
@@ -83,36 +89,63 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Decode and print all prompts, and draw the picture; return 1 if any token differs."""
     check_output(args.output, overwrite=True)
     shown: list[SideBySide] = []
+    identical = True
     for subject in load_subjects(args, console):
-        console.print(Panel(subject.remark, title=_title(subject.decoder)))
-        console.print(Text.assemble("drafted and accepted: ", ("green", ACCEPTED), "; given by the full model: plain"))
+        exhibit = subject.exhibit
+        if not exhibit.counterexample:
+            console.print(Panel(exhibit.remark, title=_title(subject.decoder)))
+            console.print(Text.assemble("accepted draft tokens: ", ("green", ACCEPTED), "; the full model's: plain"))
         for prompt in subject.prompts:
             with console.status("decoding"):
-                shown.append(_decode(subject, prompt, args.max_new_tokens))
-            _print(console, subject, shown[-1])
+                one = _decode(subject, prompt, args.max_new_tokens)
+            identical = identical and one.identical
+            if exhibit.counterexample:
+                console.print(f"\n{exhibit.label}: {_speedup([one]):.2f}×. {exhibit.remark}", highlight=False)
+            else:
+                shown.append(one)
+                _print(console, subject, one)
     write_atomically(args.output, picture(shown))
     console.print(f"\nThe picture of this is in {args.output.resolve()}", highlight=False, soft_wrap=True)
-    if not all(one.identical for one in shown):
+    if not identical:
         console.print("[bold red]✗ self-speculative decoding changed tokens[/bold red]")
         return 1
+    console.print(f"All {len(shown)} prompts: {_speedup(shown):.2f}× as fast with drafts, and the same tokens.")
     return 0
+
+
+def _speedup(rows: list[SideBySide]) -> float:
+    """Seconds after the first token without drafts, over those with drafts."""
+    seconds = [(_decode_seconds(row.plain), _decode_seconds(row.speculative)) for row in rows]
+    plain, speculative = (sum(column) for column in zip(*seconds, strict=True))
+    return plain / speculative if speculative else 1.0
+
+
+def _decode_seconds(out: GenerationOutput) -> float:
+    return out.stats.seconds - out.stats.time_to_first_token
 
 
 def _title(decoder: SelfSpeculativeDecoder) -> str:
     layers, trained = decoder.model.num_layers, decoder.model.decoder.num_draft_layers
-    exit_ = f"E={decoder.exit_layer} of {layers} layers" + (f" and {trained} trained for it" if trained else "")
+    exit_ = f"layers 1 to {decoder.exit_layer} of {layers}" if decoder.exit_layer != "auto" else "early layers"
+    exit_ += f" and {trained} trained beside them" if trained else ""
     earlier = "text that occurred before"
     drafts = {EXIT: exit_, NGRAM: earlier, AUTO: f"{exit_}, or {earlier},"}[str(decoder.draft_source)]
     return f"{drafts} draft{'s' if drafts == earlier else ''}, {layers} layers verify"
 
 
 def _decode(subject: Subject, prompt: Prompt, max_new_tokens: int) -> SideBySide:
+    """Decode both ways in turn, and keep the run of median speed of each."""
     decoder = subject.decoder
-    input_ids = options.encode(subject.tokenizer, prompt.text, decoder.model.device)
-    for strategy in ("autoregressive", "self_speculative"):  # warm-up
+    input_ids = options.encode(subject.tokenizer, prompt.text, decoder.model.device, subject.exhibit.chat)
+    ways = ("autoregressive", "self_speculative")
+    for strategy in ways:  # warm-up
         decoder.generate(input_ids, 12, strategy=strategy)
-    plain = decoder.generate(input_ids, max_new_tokens, strategy="autoregressive")
-    return SideBySide(prompt, subject.label, plain, decoder.generate(input_ids, max_new_tokens))
+    outputs: dict[str, list[GenerationOutput]] = {strategy: [] for strategy in ways}
+    for _ in range(REPEATS):
+        for strategy in ways:
+            outputs[strategy].append(decoder.generate(input_ids, max_new_tokens, strategy=strategy))
+    plain, speculative = (sorted(outputs[strategy], key=_decode_seconds)[REPEATS // 2] for strategy in ways)
+    return SideBySide(prompt, subject.exhibit.label, plain, speculative)
 
 
 def _print(console: Console, subject: Subject, shown: SideBySide) -> None:
@@ -122,6 +155,7 @@ def _print(console: Console, subject: Subject, shown: SideBySide) -> None:
         _panel("self-speculative", subject.tokenizer, shown.speculative, width),
     ]
     same = Text("✓ identical tokens", "green") if shown.identical else Text("✗ the tokens differ", "bold red")
+    same.append(f", {_speedup([shown]):.2f}× as fast", "default")
     lines = printable(shown.prompt.text).rstrip().splitlines()
     excerpt = "\n".join(["…"] * (len(lines) > 2) + lines[-2:])  # of a long prompt, the end
     heading = Text.assemble((f"{shown.prompt.task}\n", "bold"), (excerpt, "italic"))
@@ -130,10 +164,12 @@ def _print(console: Console, subject: Subject, shown: SideBySide) -> None:
 
 def _panel(title: str, tokenizer: Any, out: GenerationOutput, width: int) -> Panel:
     stats = out.stats
-    caption = f"{stats.decode_tokens_per_second:.1f} tokens/s"
+    text = coloured(tokenizer, out)
+    sources = (f"{count.accepted} of {count.drafted} from {name}" for name, count in stats.by_source.items())
     if stats.drafted:
-        caption += f", {stats.accepted}/{stats.drafted} drafts ({stats.acceptance_rate:.0%})"
-    return Panel(coloured(tokenizer, out), title=title, subtitle=caption, width=width, title_align="left")
+        text.append(f"\naccepted draft tokens: {', '.join(sources)}", "dim")
+    subtitle = f"{stats.decode_tokens_per_second:.1f} tokens/s"
+    return Panel(text, title=title, subtitle=subtitle, width=width, title_align="left")
 
 
 def coloured(tokenizer: Any, out: GenerationOutput) -> Text:

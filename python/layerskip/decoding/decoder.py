@@ -87,9 +87,9 @@ class SelfSpeculativeDecoder:
     ) -> None:
         model = unwrapped(model)
         self._draft_model = DraftModel(model, exit_layer, exit_choices, exit, draft_head)
-        validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
-        eos_token_id = _of_config(model, "eos_token_id")
-        self.defaults = RequestOptions(exit_layer, num_speculations, draft_threshold, draft_source, eos_token_id)
+        self.draft_threshold = validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
+        self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
+        self.defaults = RequestOptions(exit_layer, num_speculations, draft_threshold, draft_source, self.eos_token_id)
         options = self.defaults.with_defaults()
         validation.num_speculations_or_auto(options.num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.max_seq_len = validation.max_seq_len(max_seq_len, self.model.max_positions)
@@ -265,7 +265,7 @@ class SelfSpeculativeDecoder:
         prompts = prompts_of(input_ids, attention_mask, tokenizer)
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"a streamer takes one prompt, got a batch of {len(prompts)}")
-        pad = self._padding(pad_token_id, self.defaults.eos_token_id if eos_token_id is None else eos_token_id)
+        pad = self._padding(pad_token_id, self.eos_token_id if eos_token_id is None else eos_token_id)
         rules = validation.one_each("should_stop", should_stop, len(prompts))
         if stop_strings is not None:
             rules = stop_rules(tokenizer, stop_strings, prompts, rules)
