@@ -33,8 +33,8 @@ EXHIBITS = (
     ),
     Exhibit(
         STOCK, "For comparison, the stock model without a trained exit, layer 24 of 30 drafting 3 tokens a round", 24,
-        3, "Below 1 it is slower: its layers were not trained to exit early, so few drafts are accepted, and each costs "
-        "most of a full pass.",
+        3, "Below 1 it is slower: its layers were not trained to exit early, so few drafts are accepted, and each "
+        "costs most of a full pass.",
         _PROMPTS / "stock.jsonl", exit=None, chat=True, counterexample=True,
     ),
 )  # fmt: skip

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -397,12 +400,17 @@ class TestEnv:
         assert capsys.readouterr().out.count("reference") >= len(env.example_arguments("cpu"))
 
 
+def last_line(printed):
+    return printed.splitlines()[-1]
+
+
 class TestDemo:
     @pytest.fixture
     def subject(self, monkeypatch):
         some = [Prompt("w5 w8 w13", "counting"), Prompt("w2 w3", "prose")]
         decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 3)
-        subject = demo.Subject("tiny", "A tiny model.", decoder, tiny_tokenizer(), some)
+        exhibit = demo.Exhibit("tiny", "a tiny one", 1, 3, "A tiny model.", Path())
+        subject = demo.Subject(exhibit, decoder, tiny_tokenizer(), some)
         monkeypatch.setattr(demo, "load_subjects", lambda args, console: [subject])
         return subject
 
@@ -418,11 +426,21 @@ class TestDemo:
         assert "A tiny model." in printed
         assert str(tmp_path / "demo.png") in printed
         assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
+        assert re.fullmatch(r"All 2 prompts: \d+\.\d\d× as fast with drafts, and the same tokens\.", last_line(printed))
+
+    def test_a_counterexample_is_one_line_and_does_not_count(self, subject, tmp_path, monkeypatch):
+        slow = replace(subject.exhibit, label="With layer 3", remark="Below 1 it is slower.", counterexample=True)
+        subjects = [subject, subject._replace(exhibit=slow, prompts=subject.prompts[:1])]
+        monkeypatch.setattr(demo, "load_subjects", lambda args, console: subjects)
+        code, printed = self.run(tmp_path)
+        assert code == 0
+        assert re.search(r"With layer 3: \d+\.\d\d×\. Below 1 it is slower\.", printed)
+        assert last_line(printed).startswith("All 2 prompts")
 
     @pytest.mark.parametrize(
         ("source", "title"),
         [
-            ("exit", "E=1 of 4 layers and 2 trained for it draft, 4 layers verify"),
+            ("exit", "layers 1 to 1 of 4 and 2 trained beside them draft, 4 layers verify"),
             ("ngram", "text that occurred before drafts, 4 layers verify"),
             ("auto", "or text that occurred before, draft, 4 layers verify"),
         ],
