@@ -126,11 +126,10 @@ def _decode_seconds(out: GenerationOutput) -> float:
 
 def _title(decoder: SelfSpeculativeDecoder) -> str:
     layers, trained = decoder.model.num_layers, decoder.model.decoder.num_draft_layers
-    exit_ = f"layers 1 to {decoder.exit_layer} of {layers}" if decoder.exit_layer != "auto" else "early layers"
-    exit_ += f" and {trained} trained beside them" if trained else ""
-    earlier = "text that occurred before"
-    drafts = {EXIT: exit_, NGRAM: earlier, AUTO: f"{exit_}, or {earlier},"}[str(decoder.draft_source)]
-    return f"{drafts} draft{'s' if drafts == earlier else ''}, {layers} layers verify"
+    exit_ = "early layers" if decoder.exit_layer == "auto" else f"{decoder.exit_layer} of {layers} layers"
+    exit_ += f" and {trained} trained for it" if trained else ""
+    drafts = {EXIT: exit_, NGRAM: "n-grams", AUTO: f"{exit_}, or n-grams,"}[str(decoder.draft_source)]
+    return f"{drafts} draft; {layers} layers verify"
 
 
 def _decode(subject: Subject, prompt: Prompt, max_new_tokens: int) -> SideBySide:

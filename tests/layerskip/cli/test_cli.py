@@ -440,9 +440,9 @@ class TestDemo:
     @pytest.mark.parametrize(
         ("source", "title"),
         [
-            ("exit", "layers 1 to 1 of 4 and 2 trained beside them draft, 4 layers verify"),
-            ("ngram", "text that occurred before drafts, 4 layers verify"),
-            ("auto", "or text that occurred before, draft, 4 layers verify"),
+            ("exit", "1 of 4 layers and 2 trained for it draft; 4 layers verify"),
+            ("ngram", "n-grams draft; 4 layers verify"),
+            ("auto", "1 of 4 layers and 2 trained for it, or n-grams, draft; 4 layers verify"),
         ],
     )
     def test_it_says_what_drafts(self, subject, tmp_path, monkeypatch, source, title):
