@@ -1,4 +1,4 @@
-"""Exit codes of commands, and errors as one line on stderr."""
+"""Exit codes of commands, and errors and warnings as one line on stderr."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,14 +26,22 @@ def declare(parser: argparse.ArgumentParser, **options: object) -> None:
 
 
 def run(name: str, work: Callable[[], int | None], traceback: bool = False, training: bool = False) -> int:
-    """Run a command, and print an error as one line that begins with ``name``.
+    """Run a command, and print errors and warnings as one line that begins with ``name``.
 
-    With ``traceback``, exceptions propagate. With ``training``, a missing package's hint names the extra for training.
-    Returns the result of ``work`` (None is 0), 1 for a failure, 2 for a user error, or 130 if interrupted.
+    With ``traceback``, exceptions propagate, and warnings have their place. With ``training``, a missing package's hint
+    names the extra for training. Returns the result of ``work`` (None is 0), 1 for a failure, 2 for a user error, or
+    130 if interrupted.
     """
     errors = Console(stderr=True)
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        line = escape(printable(" ".join(str(message).split())))
+        errors.print(f"[yellow]{escape(name)}:[/yellow] {line}", highlight=False, soft_wrap=True)
+
     try:
         with warnings.catch_warnings():
+            if not traceback:
+                warnings.showwarning = show
             for other in ("accelerate", "peft", "transformers"):  # their advice would clutter the output
                 warnings.filterwarnings("ignore", module=other)
             return work() or 0

@@ -101,8 +101,9 @@ def lock(path: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
             warnings.warn(f"{file.parent} has no locks: let no other process write {path} ({error})", stacklevel=4)
-        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                break
         os.close(handle)  # its owner has just deleted it
     try:
         os.ftruncate(handle, 0)

@@ -37,7 +37,7 @@ class ExitRun:
         self.model.requires_grad_(False)
         self.eos_token_id: int = tokenizer.eos_token_id
         self._check_layers()
-        described = repr((sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, self.eos_token_id))
+        described = repr((sorted(tokenizer.get_vocab().items()), self.eos_token_id))
         self._digests = {**model_digests(self.model), TOKENIZER: hashlib.sha256(described.encode()).hexdigest()}
         self._init_exit = None if recipe.init_exit is None else Exit.load(recipe.init_exit)
         self._texts = [encode(tokenizer, _examples(task), recipe.max_length, recipe.whole) for task in recipe.texts]

@@ -87,13 +87,12 @@ class Progress(TrainerCallback):
             left = elapsed / max(state.global_step - self._first, 1) * (state.max_steps - state.global_step)
             head = f"step {state.global_step}/{state.max_steps}  {duration(elapsed)}, {duration(left)} left"
             replayed = f"replayed {logs['replay_loss']:.4f}  " if "replay_loss" in logs else ""
-            self.console.print(
-                f"{head}  loss {logs['loss']:.4f}  {replayed}{self._exits(logs, '')}", highlight=False, soft_wrap=True
-            )
+            line = f"{head}  loss {logs['loss']:.4f}  {replayed}{self._exits(logs, '')}"
         elif "eval_loss" in logs:
-            self.console.print(
-                f"held out  loss {logs['eval_loss']:.4f}  {self._exits(logs, 'eval_')}", highlight=False, soft_wrap=True
-            )
+            line = f"held out  loss {logs['eval_loss']:.4f}  {self._exits(logs, 'eval_')}"
+        else:
+            return
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     @staticmethod
     def _exits(logs: dict[str, float], prefix: str) -> str:

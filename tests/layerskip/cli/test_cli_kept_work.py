@@ -106,7 +106,9 @@ class TestDistill:
         with partial.open("ab") as file:
             file.write(b'{"index": 4, "pa')  # as a kill amid a write leaves it
         assert main(command) == 130
-        assert f"4 of 5 pairs are in {partial}" in errors(capsys)
+        printed = errors(capsys)
+        assert f"4 of 5 pairs are in {partial}" in printed
+        assert f"layerskip distill: {partial}: skipped line 4, which was cut off" in printed
         assert main(command) == 0
         assert [len(done) for done in asked] == [0, 2, 4]
         assert output.read_bytes() == whole
