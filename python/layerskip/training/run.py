@@ -17,7 +17,7 @@ from .._files import replaced
 from .._imports import need
 from ..models import load
 from ..models.architectures import architecture_of
-from ..models.files import digest_of_weights
+from ..models.files import digest_of_weights, reading
 from . import data
 from .batching import Collator, Pool, encode, read_pairs, token_batches
 from .curriculum import check_exits, make_curriculum, make_dropout
@@ -93,7 +93,8 @@ def _adapter(model: Any, folder: Path) -> Any:
     peft = need("peft", "going on with an adapter")
     if not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"adapter: {folder} has no adapter_config.json, so it is no LoRA adapter")
-    return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    with reading("adapter", str(folder)):
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
 def _trainable(adapted: Any) -> Any:

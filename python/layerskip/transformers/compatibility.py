@@ -135,7 +135,7 @@ def _parameter(processor: Any, padding: list[int]) -> tuple[str, Any]:
         return ("repetition_penalty" if prompts else "", processor.penalty)
     if kind is processes.TemperatureLogitsWarper:
         return "temperature", float(processor.temperature)
-    # The top-k of transformers 4.57 has what it must keep in its top_k alone.
+    # The top-k of transformers 4.57 has no min_tokens_to_keep: it is in its top_k.
     if getattr(processor, "filter_value", None) != -math.inf or getattr(processor, "min_tokens_to_keep", 1) != 1:
         return "", None
     if kind is processes.TopKLogitsWarper:

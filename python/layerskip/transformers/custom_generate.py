@@ -137,26 +137,26 @@ def generate(
         If logits are not finite.
     """
     speculation = {
-        "exit_layer": exit_layer,
-        "num_speculations": num_speculations,
-        "draft_threshold": draft_threshold,
+        "exit_layer": exit_layer, "num_speculations": num_speculations, "draft_threshold": draft_threshold,
         "draft_source": draft_source,
-    }
-    arguments = {
-        "logits_processor": logits_processor,
-        "stopping_criteria": stopping_criteria,
-        "generation_config": generation_config,
-        "synced_gpus": synced_gpus,
-        "streamer": streamer,
-        "tokenizer": tokenizer,
-        "assistant_model": assistant_model,
-    }
+    }  # fmt: skip
     if not hasattr(generation_config, "_eos_token_tensor"):  # not prepared: a direct call
-        return _prepare(
-            model, input_ids, {**speculation, "draft_head": draft_head, "exit": exit, **arguments, **model_kwargs}
-        )
-    _refuse("synced_gpus", synced_gpus)
-    _refuse("assistant_model", assistant_model)
+        model = unwrapped(model)
+        if not isinstance(model, GenerationMixin):
+            raise TypeError(f"model must be a transformers model with generate, got {type(model).__name__}")
+        arguments = {
+            **speculation, "draft_head": draft_head, "exit": exit, "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria, "generation_config": generation_config, "synced_gpus": synced_gpus,
+            "streamer": streamer, "tokenizer": tokenizer, "assistant_model": assistant_model, **model_kwargs,
+            "input_ids": input_ids,
+        }  # fmt: skip
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return model.generate(custom_generate=generate, **given)
+    for name, value in (("synced_gpus", synced_gpus), ("assistant_model", assistant_model)):
+        if value:
+            raise ValueError(
+                f"{name} can't be honoured by layerskip.generate: one model drafts for itself, on one device"
+            )
     compatibility.check_config(generation_config)
     compatibility.check_arguments(model_kwargs)
     compatibility.check_processors(logits_processor)
@@ -171,48 +171,27 @@ def generate(
 patch_generation_mixin(generate)
 
 
-def _prepare(model: Any, input_ids: Tensor | None, arguments: dict[str, Any]) -> Any:
-    model = unwrapped(model)
-    if not isinstance(model, GenerationMixin):
-        raise TypeError(f"model must be a transformers model with generate, got {type(model).__name__}")
-    given = {name: value for name, value in {**arguments, "input_ids": input_ids}.items() if value is not None}
-    return model.generate(custom_generate=generate, **given)
-
-
-def _refuse(name: str, value: Any) -> None:
-    if value:
-        raise ValueError(f"{name} can't be honoured by layerskip.generate: one model drafts for itself, on one device")
-
-
 class _Call:
-    """One call of `generate`."""
-
     def __init__(self, rows: list[BatchRow], processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> None:
         self._rows, self._config = rows, config
         self._keeps_scores = bool(config.return_dict_in_generate and config.output_scores)
         self._keeps_logits = bool(config.return_dict_in_generate and config.output_logits)
         self._pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        self._set_ends(criteria)
-        self._set_choice(processors)
-
-    def _set_ends(self, criteria: Sequence[Any]) -> None:
-        """Set where rows end: at a length, at EOS tokens, or by other criteria."""
+        # Rows end at a length, at EOS tokens, or by other criteria.
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
-        self._max_new_tokens = min(lengths, default=self._config.max_length) - len(self._rows[0].padded)
+        self._max_new_tokens = min(lengths, default=config.max_length) - len(rows[0].padded)
         eos = [one.eos_token_id.reshape(-1).tolist() for one in criteria if type(one) is EosTokenCriteria]
         others = [one for one in criteria if type(one) not in (EosTokenCriteria, MaxLengthCriteria)]
         has_eos = any(hasattr(one, "eos_token_id") for one in criteria)
-        self._stopping = BatchStopping(others, frozenset().union(*eos), not has_eos, len(self._rows))
-
-    def _set_choice(self, processors: Sequence[Any]) -> None:
-        """Set how tokens are chosen: with sampling parameters if these suffice, else by the processors."""
-        do_sample, keeps = bool(self._config.do_sample), self._keeps_scores or self._keeps_logits
-        padding = [row.padding for row in self._rows]
+        self._stopping = BatchStopping(others, frozenset().union(*eos), not has_eos, len(rows))
+        # Tokens are chosen with sampling parameters if these suffice, else by the processors.
+        do_sample, keeps = bool(config.do_sample), self._keeps_scores or self._keeps_logits
+        padding = [row.padding for row in rows]
         sampling = None if keeps else compatibility.as_sampling(processors, do_sample, padding)
         self._processors: list[RowProcessor] | None = None
         if sampling is None:
             sampling = SamplingParams(temperature=float(do_sample))
-            self._processors = [RowProcessor(row, processors, keeps) for row in self._rows]
+            self._processors = [RowProcessor(row, processors, keeps) for row in rows]
         self._sampling = sampling
 
     def run(self, decoder: SelfSpeculativeDecoder, streamer: Any, speculation: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from layerskip.models import LayerSkipModel, ModelFileError, UnsupportedModelErr
 from layerskip.models.checkpoints.hf import SETTINGS
 from layerskip.models.files import CONFIG, GENERATION, Field
 from layerskip.models.loading import save
+from layerskip.training.run import _adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLEAR = (ModelFileError, UnsupportedModelError)
@@ -207,6 +208,21 @@ def test_the_file_of_tune(tmp_path):
             with pytest.raises(ModelFileError) as refused:
                 Tuning.load(tmp_path)
             assert f"{tmp_path / 'layerskip.json'}: {name} is {value!r}, expected" in str(refused.value)
+
+
+@pytest.mark.parametrize("changes", [
+    {"r": "x"}, {"r": 0}, {"r": -1}, {"target_modules": 5}, {"target_modules": ["nothing"]}, {"peft_type": ESCAPE},
+    {"peft_type": 3}, {"lora_alpha": "x"}, {"rank_pattern": [1]}, {"r": 5},
+])  # fmt: skip
+def test_the_configuration_of_an_adapter(tmp_path, changes):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_model(), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ModelFileError, match=f"cannot read the adapter of {tmp_path}: ") as refused:
+        _adapter(tiny_model(), tmp_path)
+    assert ESCAPE[0] not in str(refused.value)
 
 
 class TestPrintable:
