@@ -87,4 +87,21 @@ BUGS = [
         "moments.get(name, 0) + rows.T @ rows", "rows.T @ rows",
         LAYERSKIP + "models/test_calibration.py -k packed_ones",
     ),
+    Mutation(
+        "an index may name files of other directories", MODELS + "files.py", 're.search(r"[/\\\\:\\0]", name)', "False",
+        LAYERSKIP + "models/test_file_fields.py -k files_elsewhere",
+    ),
+    Mutation(
+        "numbers in files are not bounded", MODELS + "files.py", "self.minimum <= number <= self.maximum",
+        "number <= self.maximum",
+        LAYERSKIP + "models/test_file_fields.py -k test_config",
+    ),
+    Mutation(
+        "text of the vocabulary controls the terminal", "python/layerskip/cli/generate.py", "show(printable(text)",
+        "show(text", LAYERSKIP + "models/test_file_fields.py -k vocabulary",
+    ),
+    Mutation(
+        "error messages control the terminal", "python/layerskip/_imports.py", "\\x0e-\\x1f", "\\x0e-\\x1a",
+        LAYERSKIP + "models/test_file_fields.py -k Printable",
+    ),
 ]  # fmt: skip

@@ -162,7 +162,7 @@ def build(
         held[name] = checkpoint.parameter(name, shape, dtype)
         if progress is not None:
             progress(number, len(shapes))
-    held[EMBEDDING] = shared(held[EMBEDDING])  # one parameter, so that a tied head stays it on another device, too
+    held[EMBEDDING] = shared(held[EMBEDDING])  # one parameter, so that a tied head stays tied on any device
     check_names(source, (), [name for name in checkpoint.unused() if not (tied and name == HEAD)])
     for number, layer in enumerate(layers_of(config, held)):
         _check_alike(number, layer, config.hidden_size)

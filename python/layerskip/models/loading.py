@@ -15,33 +15,21 @@ from layerskip_kernels.formats import FORMATS, is_interleaved, rows_of
 
 from .. import registry
 from .._imports import need
+from . import files
 from .adaptation import adapt, build, frequency_factors
 from .architectures import ARCHITECTURES, check_config, check_model_type, named_weights
 from .checkpoints.base import PlainCheckpoint, Progress, TensorFiles, without_quantization
 from .checkpoints.gguf import SUFFIX, GgufCheckpoint, check_architecture
 from .checkpoints.hf import ROPE_FACTORS, checkpoint_of, layout_of, method_of, own_settings
-from .files import (
-    CONFIG,
-    GENERATION,
-    INDEX,
-    REQUIRED,
-    SINGLE,
-    Fields,
-    ModelFileError,
-    check_fields,
-    check_names,
-    check_safetensors,
-    read_json,
-    reading,
-    shards,
-)  # fmt: skip
+from .files import ModelFileError, check_fields, check_names, check_safetensors, read_json, reading, shards
 from .model import LayerSkipModel
 
 NATIVE = "native"
 """The weights as they are in a model's own file."""
 GENERATION_CONFIG = "generation_config.json"
-_JSON_FILES: dict[str, Fields] = {
-    "config.json": CONFIG, GENERATION_CONFIG: GENERATION, INDEX: {}, "tokenizer.json": {}, "tokenizer_config.json": {}
+_JSON_FILES: dict[str, files.Fields] = {
+    "config.json": files.CONFIG, GENERATION_CONFIG: files.GENERATION, files.INDEX: {}, "tokenizer.json": {},
+    "tokenizer_config.json": {},
 }  # fmt: skip
 """The files that are checked before transformers reads them, with the fields that are read."""
 
@@ -130,7 +118,7 @@ def _read(
     with reading("configuration", source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
     check_model_type(config.model_type)
-    check_fields(f"the configuration of {source}", config.to_dict(), CONFIG, REQUIRED)
+    check_fields(f"the configuration of {source}", config.to_dict(), files.CONFIG, files.REQUIRED)
     checkpoint = _checkpoint(source, config, weights)
     check_config(config if checkpoint is None else without_quantization(config))
     with reading("tokenizer", source):
@@ -143,7 +131,7 @@ def _read(
                 directory = Path(hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
         checkpoint.read_from(TensorFiles(directory))
         if (directory / GENERATION_CONFIG).is_file():
-            read_json(directory / GENERATION_CONFIG, GENERATION)
+            read_json(directory / GENERATION_CONFIG, files.GENERATION)
             with reading("generation configuration", str(directory)):
                 generation = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
         return build(source, config, checkpoint, dtype, generation, progress), tokenizer
@@ -154,7 +142,7 @@ def _read(
     _check_keys(source, info)
     if model.generation_config is not None:
         generation = model.generation_config.to_dict()
-        check_fields(f"the generation configuration of {source}", generation, GENERATION)
+        check_fields(f"the generation configuration of {source}", generation, files.GENERATION)
     if weights is not None:
         return adapt(model.eval()).quantize(weights, release=True, progress=progress), tokenizer
     return model.eval(), tokenizer
@@ -185,7 +173,7 @@ def _read_gguf(
     checkpoint = GgufCheckpoint(path)
     with reading("configuration", str(path)):
         config = transformers.AutoConfig.from_pretrained(path.parent, **given)
-    check_fields(path, config.to_dict(), CONFIG, REQUIRED)
+    check_fields(path, config.to_dict(), files.CONFIG, files.REQUIRED)
     check_config(config)
     check_architecture(path, config.model_type)
     with reading("tokenizer", str(path)):
@@ -243,22 +231,22 @@ def save(model: LayerSkipModel, directory: Path, tokenizer: Any = None, shard_by
     factors = frequency_factors(model) if packed else None
     if factors is not None:
         tensors[ROPE_FACTORS] = factors
-    files = _shards(tensors, shard_bytes)
+    written = _shards(tensors, shard_bytes)
     widths = {id(weight): width for weight, width in model.matrices()}
 
     def rows(weight: Tensor) -> Tensor:
         """The weight with its rows in order, as other readers expect it."""
         return rows_of(weight, widths[id(weight)]) if is_interleaved(weight) else weight
 
-    for name, held in files.items():
+    for name, held in written.items():
         write(
             {key: rows(tensors[key]).detach().contiguous() for key in held}, directory / name, metadata={"format": "pt"}
         )
-    if len(files) > 1:
-        weight_map = {key: name for name, held in files.items() for key in held}
+    if len(written) > 1:
+        weight_map = {key: name for name, held in written.items() for key in held}
         size = sum(tensor.nbytes for tensor in tensors.values())
         content = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (directory / files.INDEX).write_text(json.dumps(content, indent=1), encoding="utf-8")
     config = without_quantization(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     if packed:
@@ -281,5 +269,5 @@ def _shards(tensors: dict[str, Tensor], limit: int) -> dict[str, list[str]]:
         parts[-1].append(name)
         size += tensor.nbytes
     if len(parts) == 1:
-        return {SINGLE: parts[0]}
+        return {files.SINGLE: parts[0]}
     return {f"model-{number:05}-of-{len(parts):05}.safetensors": held for number, held in enumerate(parts, start=1)}

@@ -173,7 +173,7 @@ def quantize_model(
                 decoder.layer_parameters(number) | {name: packed(weight, weights) for name, weight in matrices.items()}
             )
     outer = outer_format(weights)
-    head_weight = shared(packed(head.head_weight, outer))  # one parameter, so that a tied one stays so on any device
+    head_weight = shared(packed(head.head_weight, outer))  # one parameter, so that a tied one stays tied
     embedding = head_weight if tied else packed(embedding, outer)
     return (
         embedding,
