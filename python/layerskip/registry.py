@@ -19,6 +19,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from ._imports import printable
+
 MODELS, TASKS, DEMOS = "layerskip.models", "layerskip.tasks", "layerskip.demos"
 METHOD = "layerskip"
 """The ``quant_method`` that ``layerskip quantize`` writes."""
@@ -78,7 +80,7 @@ def similar_file(path: Path) -> str:
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return ""
     hint = nearest(path.name, sorted(entry.name for entry in folder.iterdir()))
-    return f"; {hint}" if hint.startswith("did you mean") else ""
+    return printable(f"; {hint}") if hint.startswith("did you mean") else ""
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:

@@ -181,7 +181,7 @@ def check_safetensors(path: Path) -> None:
     """Opening compares the header with the length of the file."""
     safetensors = need("safetensors", "reading weights")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(printable(f"{path} is missing"))
     try:
         with safetensors.safe_open(str(path), framework="pt"):
             pass
@@ -212,7 +212,7 @@ def load_tensors(
     path = (find(str(source)) if named else None) or file
     if not path.is_file():
         hint = f"; {registry.hint(registry.MODELS, str(source))}" if named else ""
-        raise FileNotFoundError(f"no {what.partition(' ')[2]} at {path}{hint}")
+        raise FileNotFoundError(printable(f"no {what.partition(' ')[2]} at {path}{hint}"))
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)

@@ -15,7 +15,7 @@ from helpers import save_tiny, tiny_tokenizer
 from safetensors.torch import save_file
 from tiny import tiny_model
 
-from layerskip import DraftHead, SelfSpeculativeDecoder, adapt
+from layerskip import DraftHead, Exit, SelfSpeculativeDecoder, adapt
 from layerskip._imports import printable
 from layerskip.cli import main
 from layerskip.cli.demo import coloured
@@ -24,6 +24,7 @@ from layerskip.models import LayerSkipModel, ModelFileError, UnsupportedModelErr
 from layerskip.models.checkpoints.hf import SETTINGS
 from layerskip.models.files import CONFIG, GENERATION, Field
 from layerskip.models.loading import save
+from layerskip.registry import similar_file
 from layerskip.training.run import _adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,6 +238,18 @@ class TestPrintable:
     @pytest.mark.parametrize("make", [ModelFileError, UnsupportedModelError])
     def test_errors_of_models(self, make):
         assert ESCAPE[0] not in str(make(f"a tensor {ESCAPE}"))
+
+    def test_paths(self, tmp_path):
+        directory = save_tiny(tmp_path / "model")
+        shard = ESCAPE.replace("/", "")
+        index = {"weight_map": {"model.norm.weight": shard}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(FileNotFoundError, match=r"\\x1b\[2J.* is missing"):
+            load(directory)
+        with pytest.raises(FileNotFoundError, match=r"no exit at .*\\x1b\[2J"):
+            Exit.load(tmp_path / shard)
+        (tmp_path / f"models{shard}").touch()
+        assert ESCAPE[0] not in similar_file(tmp_path / f"model{shard}")
 
     def test_names_in_files(self, tmp_path, capsys):
         """Of a tensor, a method, a shard, an activation and a directory, on standard error."""
