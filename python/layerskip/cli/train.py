@@ -29,11 +29,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     recipe = recipes.read_recipe(args.recipe, overrides) if args.recipe else recipes.make_recipe(overrides)
     check_tasks((*recipe.tasks, *recipe.replay.tasks))
     registry.check_model(recipe.model)
-    from ..training.output_dir import (
-        Output,
-        last_checkpoint,
-        locked,
-    )  # imports torch, so only once the recipe is checked
+    # imports torch, so only once the recipe is checked
+    from ..training.output_dir import Output, last_checkpoint, locked
 
     with locked(recipe) if is_main_process() else nullcontext():
         output = Output(recipe)
@@ -136,7 +133,7 @@ def run_exit(args: argparse.Namespace, console: Console) -> int:
         try:
             trained = _train_exit(args, console, output)
         except KeyboardInterrupt:
-            if not output.record:
+            if not ExitOutput(recipe).record:  # which only the first process has written
                 raise KeyboardInterrupt("interrupted, before anything was written") from None
             kept = f"the same command with --resume continues from what is in {output.folder}"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
