@@ -64,6 +64,15 @@ BUGS = [
         LAYERSKIP + "test_files.py -k changed",
     ),
     Mutation(
+        "an input under another name is the output", FILES,
+        "path.resolve().is_relative_to(output.resolve())", "path.absolute().is_relative_to(output.absolute())",
+        LAYERSKIP + "test_files.py -k never_the_output",
+    ),
+    Mutation(
+        "two processes share a lock", FILES, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        LAYERSKIP + "test_files.py -k one_process_at_a_time",
+    ),
+    Mutation(
         "half a record stays in a journal", FILES,
         "            self._file.truncate(size)\n            raise", "            raise",
         LAYERSKIP + "test_files.py -k whole_or_not",
