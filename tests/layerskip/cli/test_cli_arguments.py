@@ -212,16 +212,20 @@ class TestEnds:
         assert main(["env"]) == 130
         assert capsys.readouterr().err == "interrupted\n"
 
-    def test_advice_of_transformers_is_kept_out(self, ends_with) -> None:
+    def test_advice_of_transformers_is_kept_out(self, ends_with, capsys) -> None:
         def advise() -> int:
             for module in ("transformers.modeling_utils", "peft.tuners", "accelerate.state", "layerskip.somewhere"):
                 warnings.warn_explicit(f"of {module}", FutureWarning, "file", 1, module=module)
             return 0
 
         ends_with(advise)
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
             assert main(["env"]) == 0
+        assert capsys.readouterr().err == "layerskip env: of layerskip.somewhere\n"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert main(["--traceback", "env"]) == 0
         assert [str(warning.message) for warning in caught] == ["of layerskip.somewhere"]
 
 
