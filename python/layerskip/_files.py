@@ -148,9 +148,14 @@ def publish(*pairs: tuple[Path, Path], hashed: bool = True) -> None:
     """
     for scratch, target in pairs:
         _prepare(scratch, target, hashed)
-    for step in (_put, _discard):  # all are replaced within a moment
-        for scratch, target in pairs:
-            step(scratch, target)
+    for scratch, target in pairs:  # all within a moment
+        if target.exists():
+            _exchange(scratch, target)
+        else:
+            scratch.rename(target)
+        _sync(target.parent)
+    for scratch, target in pairs:
+        _discard(scratch, target)
 
 
 def obstacle(directory: Path) -> str | None:
@@ -261,15 +266,6 @@ def _prepare(scratch: Path, target: Path, hashed: bool) -> None:
         _sync(scratch / name)
     for folder, _, _ in os.walk(scratch):
         _sync(Path(folder))
-
-
-def _put(scratch: Path, target: Path) -> None:
-    """Move ``scratch`` to ``target``, and an older ``target`` to ``scratch``."""
-    if target.exists():
-        _exchange(scratch, target)
-    else:
-        scratch.rename(target)
-    _sync(target.parent)
 
 
 def _exchange(one: Path, two: Path) -> None:
