@@ -26,6 +26,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 # The following repeat names of the library, whose modules import torch; a test compares them.
 FORMATS = ("int8", "int8_g128", "int4", "int4_g128", "int4_zero", "int4_zero_g128", "fp8", "fp8_g128")
 NATIVE = "native"
+NO_EXIT = "none"
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 SOURCES = ("exit", "ngram", "auto")
 
@@ -281,17 +282,20 @@ MODEL = (option("--model", MODEL_HELP, default="smollm2", metavar="MODEL"), *LOA
 POSITIONAL_MODEL = (option("model", MODEL_HELP, metavar="MODEL"), *LOADED)
 NUM_SPECULATIONS = option("--num-speculations", "draft tokens a round", type=positive, default=4, metavar="K")
 EXIT = (
-    option("--exit", "draft with a trained exit: its directory or file, or the name of a model that comes with one "
-           "(default: the model's own layers)", metavar="EXIT"),
-    choice("--draft-source", "draft source", SOURCES, "exit: the first layers draft; ngram: what followed the last "
-           "tokens where they occurred before; auto: whichever is faster, round by round"),
+    option("--exit", "draft with a trained exit: its directory or file, or the name of a model that comes with one; "
+           "none: with the model's own layers (default: the exit that an installed package has for this model)",
+           metavar="EXIT"),
+    option("--draft-source", "exit: the first layers draft; ngram: what followed the last tokens where they occurred "
+           "before; auto: whichever is faster, or none, round by round (default: auto, or exit with fixed layers or "
+           "tokens)", type=one_of("draft source", SOURCES), metavar=f"{{{','.join(SOURCES)}}}"),
 )
 SPECULATION = (
-    option("--exit-layer", "number of layers that draft, or auto (default: the exit's, or a quarter)",
+    option("--exit-layer", "number of layers that draft, or auto (default: the exit's, or auto)",
            type=positive_or_auto, metavar="E"),
-    option("--num-speculations", "draft tokens a round, or auto", type=positive_or_auto, default=4, metavar="K"),
+    option("--num-speculations", "draft tokens a round, or auto (default: auto, or 4 with --exit-layer)",
+           type=positive_or_auto, metavar="K"),
     option("--draft-threshold", "end a draft at a token less probable than P, in 0 … 1 (default: 0, never)",
-           type=number, default=0.0, metavar="P"),
+           type=number, metavar="P"),
     option("--draft-head", "full, int8, a file or directory with a saved draft head, or the name of a model that comes "
            "with one (default: the exit's own, or full)", metavar="HEAD"),
     *EXIT,
@@ -539,7 +543,7 @@ def validate_names(args: argparse.Namespace) -> None:
     if isinstance(given.get("draft_head"), str):
         _check_part("draft head", args.draft_head, ("full", "int8"))
     if "exit" in given:
-        _check_part("exit", args.exit)
+        _check_part("exit", args.exit, (NO_EXIT,))
 
 
 def is_main_process() -> bool:

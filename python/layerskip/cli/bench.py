@@ -48,8 +48,9 @@ def _bench(args: argparse.Namespace, console: Console) -> int:
     decoder.tokenizer = tokenizer
     methods = decoding_methods(model, decoder, args.only_ours)
     settings = options.settings(args, decoder.model)
-    settings |= {key: getattr(decoder, key) for key in ("exit_layer", "num_speculations", "draft_threshold")}
-    given = ("draft_head", "draft_source", "exit", "prompts", "max_new_tokens", "repeats")
+    drafting = ("exit_layer", "num_speculations", "draft_threshold", "draft_source")
+    settings |= {key: getattr(decoder, key) for key in drafting}
+    given = ("draft_head", "exit", "prompts", "max_new_tokens", "repeats")
     settings |= {key: getattr(args, key) for key in given}
     report = Report(settings, [prompt.task for prompt in texts], {name: [] for name in methods})
     report.prompts, report.machine = [prompt.text for prompt in texts], options.facts(args.device)
@@ -360,8 +361,14 @@ def measure_sweep(
         prompts = [ids for ids, own in zip(encoded, tasks, strict=True) if own == task]
         decoders = [
             SelfSpeculativeDecoder(
-                model, "auto", "auto", draft_head=options.draft_head(args), draft_threshold=threshold, exit=args.exit
-            )
+                model,
+                "auto",
+                "auto",
+                draft_head=options.draft_head(args),
+                draft_threshold=threshold,
+                draft_source=EXIT,
+                exit=None if args.exit == arguments.NO_EXIT else args.exit,
+            )  # fmt: skip
             for threshold in (0.0, args.draft_threshold or THRESHOLD)
         ]
         settings: dict[str, dict[str, Any]] = {"auto": {}, "autoregressive": {"strategy": "autoregressive"}}

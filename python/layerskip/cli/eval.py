@@ -22,6 +22,7 @@ from rich.table import Table
 from .. import registry
 from .._files import differences, reserved, write_atomically
 from .._imports import need
+from ..decoding.request import RequestOptions
 from ..models.files import digest_of_weights
 from . import options
 
@@ -105,13 +106,16 @@ def _models(args: argparse.Namespace, model: Any, tokenizer: Any) -> Record:
     """The model class of lm-eval for each strategy, around one model."""
     from ..evaluation import LayerSkipLM
 
+    given = options.drafting(args, model)
+    names = ("exit_layer", "num_speculations", "draft_source")
+    complete = RequestOptions(**{name: given.pop(name, None) for name in names}).with_defaults()
     drafting = LayerSkipLM(
-        model, options.exit_layer(args, model), args.num_speculations, tokenizer=tokenizer, exit=args.exit,
-        draft_head=options.draft_head(args), draft_source=args.draft_source, draft_threshold=args.draft_threshold,
+        model, complete.exit_layer, complete.num_speculations, tokenizer=tokenizer, draft_source=complete.draft_source,
+        **given,
     )  # fmt: skip
-    exit_layer = drafting.decoder.exit_layer
-    if not isinstance(exit_layer, int):
-        raise ValueError(f"--exit-layer is {exit_layer}, but an early exit is after a number of layers; give it")
+    exit_layer, shipped = drafting.decoder.exit_layer, args.exit is None and drafting.decoder.model.exit_layer
+    if shipped or not isinstance(exit_layer, int):  # the layer alone is evaluated, so it needs no trained exit
+        exit_layer = max(1, drafting.decoder.model.num_layers // 4)
     early, full = LayerSkipLM(model, exit_layer, tokenizer=tokenizer), LayerSkipLM(model, tokenizer=tokenizer)
     return {FULL: full, EARLY: early, DRAFTED: drafting}
 

@@ -22,7 +22,9 @@ import layerskip_kernels
 from .. import devices, models
 from .._files import Journal
 from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
+from ..decoding.tuning import tuned
 from ..models import LayerSkipModel
+from . import arguments
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
@@ -74,11 +76,6 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def exit_layer(args: argparse.Namespace, model: Any) -> int | str | None:
-    """``--exit-layer``, or None for that of ``--exit``, or a quarter of the layers."""
-    return args.exit_layer or (None if args.exit else max(1, model.config.num_hidden_layers // 4))
-
-
 def draft_head(args: argparse.Namespace) -> str | DraftHead | None:
     """``--draft-head``, loaded if it names one."""
     if args.draft_head in (None, "full", "int8"):
@@ -86,16 +83,19 @@ def draft_head(args: argparse.Namespace) -> str | DraftHead | None:
     return DraftHead.load(args.draft_head)
 
 
+def drafting(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Options of `SelfSpeculativeDecoder`: those given, else of layerskip.json beside the model, else its defaults."""
+    names = ("exit_layer", "num_speculations", "draft_threshold", "draft_source", "exit")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given.get("exit") == arguments.NO_EXIT:
+        given["exit"] = None
+    if args.draft_head is not None:
+        given["draft_head"] = draft_head(args)
+    return tuned(args.model, model.config, None, given)
+
+
 def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
-    return SelfSpeculativeDecoder(
-        model,
-        exit_layer(args, model),
-        args.num_speculations,
-        draft_head=draft_head(args),
-        draft_threshold=args.draft_threshold,
-        draft_source=args.draft_source,
-        exit=args.exit,
-    )
+    return SelfSpeculativeDecoder(model, **drafting(args, model))
 
 
 def encode(tokenizer: Any, text: str, device: torch.device, chat: bool = False) -> torch.Tensor:
