@@ -21,6 +21,6 @@ def measure(folder: Path) -> None:
     ways = [*common, "--only-ours", "--exit-layer", "2", "--max-new-tokens"]
     output = {name: str(folder / name) for name in ("bench", "auto", "sweep", "exits")}
     assert main(["bench", *ways, "24", "--batch-sizes", "1", "2", "--output", output["bench"]]) == 0
-    assert main(["bench", *ways, "24", "--draft-source", "auto", "--output", output["auto"]]) == 0
+    assert main(["bench", *ways, "64", "--draft-source", "auto", "--output", output["auto"]]) == 0
     assert main(["bench", *ways, "6", "--sweep", "--limit", "1", "--output", output["sweep"]]) == 0
     assert main(["exits", *common, "--max-new-tokens", "24", "--output", output["exits"]]) == 0

@@ -357,18 +357,12 @@ def measure_sweep(
 
     "auto" starts each task and threshold with nothing learned. A task's results are yielded once it is measured.
     """
+    exit = None if args.exit == arguments.NO_EXIT else args.exit
+    drafts: dict[str, Any] = {"draft_head": options.draft_head(args), "exit": exit}
     for task in dict.fromkeys(tasks):
         prompts = [ids for ids, own in zip(encoded, tasks, strict=True) if own == task]
         decoders = [
-            SelfSpeculativeDecoder(
-                model,
-                "auto",
-                "auto",
-                draft_head=options.draft_head(args),
-                draft_threshold=threshold,
-                draft_source=EXIT,
-                exit=None if args.exit == arguments.NO_EXIT else args.exit,
-            )  # fmt: skip
+            SelfSpeculativeDecoder(model, "auto", "auto", draft_threshold=threshold, draft_source=EXIT, **drafts)
             for threshold in (0.0, args.draft_threshold or THRESHOLD)
         ]
         settings: dict[str, dict[str, Any]] = {"auto": {}, "autoregressive": {"strategy": "autoregressive"}}

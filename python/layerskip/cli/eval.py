@@ -106,6 +106,8 @@ def _models(args: argparse.Namespace, model: Any, tokenizer: Any) -> Record:
     """The model class of lm-eval for each strategy, around one model."""
     from ..evaluation import LayerSkipLM
 
+    if args.exit_layer == "auto":
+        raise ValueError("--exit-layer is auto, but an early exit is after a number of layers; give it")
     given = options.drafting(args, model)
     names = ("exit_layer", "num_speculations", "draft_source")
     complete = RequestOptions(**{name: given.pop(name, None) for name in names}).with_defaults()

@@ -51,9 +51,19 @@ class RequestOptions:
         source = self.draft_source or (AUTO if exit_layer == num_speculations == "auto" else EXIT)
         return replace(self, exit_layer=exit_layer, num_speculations=num_speculations, draft_source=source_of(source))
 
-    def updated(self, model: LayerSkipModel, max_speculations: int, **given: Any) -> RequestOptions:
-        """Return the options with the values ``given``, of which None keeps the default; complete and checked."""
-        options = replace(self, **{name: value for name, value in given.items() if value is not None}).with_defaults()
+    def updated(
+        self, model: LayerSkipModel, max_speculations: int, repeatable: bool = False, **given: Any
+    ) -> RequestOptions:
+        """Return the options with the values ``given``, of which None keeps the default; complete and checked.
+
+        "auto" depends on clocks, so a request whose tokens must be ``repeatable`` drafts only if E, K or the source is
+        given.
+        """
+        options = replace(self, **{name: value for name, value in given.items() if value is not None})
+        chosen = (options.exit_layer, options.num_speculations, options.draft_source)
+        if repeatable and options.speculative and chosen == (None, None, None):
+            options = replace(options, strategy="autoregressive")
+        options = options.with_defaults()
         validation.strategy(options.strategy)
         if options.exit_layer == "auto" and model.exit_layer is not None:
             options = replace(options, exit_layer=model.exit_layer)

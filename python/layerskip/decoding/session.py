@@ -149,13 +149,14 @@ class Session:
         self._enter()
         try:
             model = self._model
-            options = self._defaults.updated(model, self.max_speculations, **given)
+            params = params_of(sampling, model.vocab_size)
+            repeatable = params.seed is not None and not params.greedy
+            options = self._defaults.updated(model, self.max_speculations, repeatable, **given)
             ids = validation.prompt(prompt, model.vocab_size, model.device)
             if continue_from is not None:
                 ids = torch.cat([self._retained(continue_from).all_ids, ids], 1)
             validation.at_least_one("max_new_tokens", max_new_tokens)
             validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
-            params = params_of(sampling, model.vocab_size)
             stop_tokens = validation.stop_tokens(options.eos_token_id, model.vocab_size)
             self._scheduler.check_room()
             model.refresh()  # weights may have been changed in place since the session was opened

@@ -219,7 +219,7 @@ class TestBench:
     def test_it_measures_four_ways_and_writes_what_it_found(self, directory, texts, tmp_path, capsys):
         stem = tmp_path / "result"
         options = ["--max-new-tokens", "8", "--num-speculations", "3", "--dtype", "float32", "--repeats", "2"]
-        options += ["--draft-threshold", "0.01"]
+        options += ["--draft-threshold", "0.01", "--exit-layer", "1"]
         code = main(["bench", "--model", directory, "--prompts", texts, "--output", str(stem), *options])
         printed = capsys.readouterr().out
         assert code == 0, printed
@@ -237,6 +237,7 @@ class TestBench:
     @pytest.mark.parametrize("source", ["ngram", "auto"])
     def test_it_tells_the_drafts_of_each_source(self, directory, texts, tmp_path, capsys, source):
         options = ["--max-new-tokens", "30", "--only-ours", "--draft-source", source, "--output", str(tmp_path / "out")]
+        options += ["--exit-layer", "1", "--num-speculations", "4"]
         assert main(["bench", "--model", directory, "--prompts", texts, *options]) == 0
         content = json.loads((tmp_path / "out.json").read_text())
         counts = content["runs"][SELF_SPECULATIVE][0]["drafts"]["by_source"]

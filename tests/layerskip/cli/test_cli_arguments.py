@@ -155,7 +155,7 @@ class TestHelp:
 
     def test_defaults_are_what_is_used(self) -> None:
         args = parse(["bench"])
-        assert (args.num_speculations, args.dtype, args.device, args.limit) == (4, "bfloat16", "auto", 6)
+        assert (args.num_speculations, args.dtype, args.device, args.limit) == (None, "bfloat16", "auto", 6)
         assert str(args.output) == "layerskip-bench"
 
     def test_what_is_written_is_called_output_everywhere(self) -> None:

@@ -11,7 +11,7 @@ from exits_of import copied_exit, random_exit
 from tiny import prompt_of, tiny_model
 
 import layerskip
-from layerskip import SelfSpeculativeDecoder
+from layerskip import SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding.request import RequestOptions
 from layerskip.models import adapt
 from layerskip.models.exit import fingerprint
@@ -54,6 +54,18 @@ def test_without_options_tokens_are_those_of_autoregressive_decoding():
     plain = decoder.generate(prompts, 40, strategy="autoregressive", eos_token_id=[])
     assert torch.equal(out.sequences, plain.sequences)
     assert out.stats.accepted > 0
+
+
+def test_a_seed_repeats_a_text_without_options():
+    """ "auto" depends on clocks, so a sampled request with a seed drafts only if E, K or the source is given."""
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"))
+    drawn = SamplingParams(temperature=1.0, seed=7)
+    first, again = (decoder.generate(prompt_of(5), 60, sampling=drawn, eos_token_id=[]) for _ in range(2))
+    assert torch.equal(first.sequences, again.sequences)
+    assert first.stats.drafted == 0
+    drafted = decoder.generate(prompt_of(5), 60, sampling=drawn, exit_layer=1, eos_token_id=[])
+    assert drafted.stats.drafted > 0
+    assert decoder.generate(prompt_of(5), 60, sampling=SamplingParams(1.0), eos_token_id=[]).stats.drafted > 0
 
 
 def test_a_trained_exit_drafts_at_its_layer_and_as_many_as_pay():
