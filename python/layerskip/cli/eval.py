@@ -22,7 +22,7 @@ from rich.table import Table
 from .. import registry
 from .._files import differences, reserved, write_atomically
 from .._imports import need
-from ..decoding.request import RequestOptions
+from ..decoding.request import RequestDefaults
 from ..models.files import digest_of_weights
 from . import options
 
@@ -110,7 +110,7 @@ def _models(args: argparse.Namespace, model: Any, tokenizer: Any) -> Record:
         raise ValueError("--exit-layer is auto, but an early exit is after a number of layers; give it")
     given = options.drafting(args, model)
     names = ("exit_layer", "num_speculations", "draft_source")
-    complete = RequestOptions(**{name: given.pop(name, None) for name in names}).with_defaults()
+    complete = RequestDefaults(**{name: given.pop(name, None) for name in names}).complete()
     drafting = LayerSkipLM(
         model, complete.exit_layer, complete.num_speculations, tokenizer=tokenizer, draft_source=complete.draft_source,
         **given,

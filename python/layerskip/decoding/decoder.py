@@ -20,7 +20,7 @@ from .detokenizer import SequenceText, stop_rules
 from .draft_model import DraftHead, DraftModel
 from .draft_sources import DraftSource, max_drafts
 from .outputs import GenerationOutput, Streamer
-from .request import Clock, RequestOptions, StopRule
+from .request import Clock, RequestDefaults, StopRule
 from .sampling import LogitsProcessor, SamplingParams, params_of_each
 from .session import Session
 from .tuning import tuned
@@ -61,7 +61,7 @@ class SelfSpeculativeDecoder:
 
     Attributes
     ----------
-    defaults : RequestOptions
+    defaults : RequestDefaults
         Options of requests that do not specify them.
     clock : callable
         Seconds for statistics and the controller; `time.perf_counter`. Set `time.process_time` to benchmark on a busy
@@ -89,8 +89,8 @@ class SelfSpeculativeDecoder:
         self._draft_model = DraftModel(model, exit_layer, exit_choices, exit, draft_head)
         self.draft_threshold = validation.real("draft_threshold", draft_threshold, 0.0, 1.0)
         self.eos_token_id: int | Sequence[int] | None = _of_config(model, "eos_token_id")
-        self.defaults = RequestOptions(exit_layer, num_speculations, draft_threshold, draft_source, self.eos_token_id)
-        options = self.defaults.with_defaults()
+        self.defaults = RequestDefaults(exit_layer, num_speculations, draft_threshold, draft_source, self.eos_token_id)
+        options = self.defaults.complete()
         validation.num_speculations_or_auto(options.num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.max_seq_len = validation.max_seq_len(max_seq_len, self.model.max_positions)
         self.exit_layer = self._draft_model.exit_layer
@@ -379,8 +379,9 @@ class SelfSpeculativeDecoder:
     def _max_speculations(self, **given: Any) -> int:
         """Return the largest K of a round; the cache needs room for it."""
         options = self.defaults.updated(self.model, validation.MAX_NUM_SPECULATIONS, **given)
-        limit = options.num_speculations
-        return max(self.controller.max_speculations if limit == "auto" else limit, max_drafts(options.draft_source))
+        num_speculations = options.num_speculations
+        limit = self.controller.max_speculations if num_speculations == "auto" else int(num_speculations)
+        return max(limit, max_drafts(options.draft_source))
 
     def _padding(self, given: int | None, stops: int | Sequence[int] | None) -> int:
         """Return the token that pads results: as given, else the model's, else an EOS token."""

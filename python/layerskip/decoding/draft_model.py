@@ -182,9 +182,9 @@ class DraftModel:
         if exit == "auto" and (exit_layer not in (None, "auto") or exit_choices is not None):
             exit = None
         self._ships_exit = exit == "auto"  # if a package does
-        self._exit = exit if isinstance(exit, Exit) else None
-        if not (self._exit or self._ships_exit or exit is None):
-            self._exit = Exit.load(exit)
+        self._exit: Exit | None = None
+        if not self._ships_exit:
+            self._exit = exit if exit is None or isinstance(exit, Exit) else Exit.load(exit)
         self._draft_head, self._exit_choices = draft_head, exit_choices
         self._exit_layer: int | str = "auto" if exit_layer is None else exit_layer
         self._watch = None if isinstance(model, LayerSkipModel) else ModelSnapshot(model)

@@ -36,47 +36,12 @@ _JUDGED, _NEAR_ZERO = 64, 0.1  # draft tokens, of which fewer than this share ar
 class RequestOptions:
     """How a request drafts, and what ends it; the arguments of `Session.add` of the same names."""
 
-    exit_layer: int | str | None = None
-    num_speculations: int | str | None = None
-    draft_threshold: float = 0.0
-    draft_source: str | DraftSource | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    strategy: str = "self_speculative"
-
-    def with_defaults(self) -> RequestOptions:
-        """Fill in what is None: all is "auto", but an exit drafts if E or K is fixed, K = 4 tokens if E is."""
-        exit_layer, num_speculations = self.exit_layer or "auto", self.num_speculations
-        if num_speculations is None:
-            num_speculations = "auto" if exit_layer == "auto" else FIXED_SPECULATIONS
-        source = self.draft_source or (AUTO if exit_layer == num_speculations == "auto" else EXIT)
-        return replace(self, exit_layer=exit_layer, num_speculations=num_speculations, draft_source=source_of(source))
-
-    def updated(
-        self, model: LayerSkipModel, max_speculations: int, repeatable: bool = False, **given: Any
-    ) -> RequestOptions:
-        """Return the options with the values ``given``, of which None keeps the default; complete and checked.
-
-        "auto" depends on clocks, so a request whose tokens must be ``repeatable`` drafts only if E, K or the source is
-        given.
-        """
-        options = replace(self, **{name: value for name, value in given.items() if value is not None})
-        chosen = (options.exit_layer, options.num_speculations, options.draft_source)
-        if repeatable and options.speculative and chosen == (None, None, None):
-            options = replace(options, strategy="autoregressive")
-        options = options.with_defaults()
-        validation.strategy(options.strategy)
-        if options.exit_layer == "auto" and model.exit_layer is not None:
-            options = replace(options, exit_layer=model.exit_layer)
-        exit_layer = validation.exit_layer_or_auto(options.exit_layer, model.num_layers)
-        validation.num_speculations_or_auto(options.num_speculations, max_speculations)
-        validation.real("draft_threshold", options.draft_threshold, 0.0, 1.0)
-        if options.strategy == "early_exit" and exit_layer is None:
-            raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {options.exit_layer!r}")
-        if not options.uses_exit:
-            return replace(options, draft_threshold=0.0)
-        if model.exit_layer is not None:
-            validation.exit_layer_of_exit(options.exit_layer, model.exit_layer)
-        return options
+    exit_layer: int | str
+    num_speculations: int | str
+    draft_threshold: float
+    draft_source: str | DraftSource
+    eos_token_id: int | Sequence[int] | None
+    strategy: str
 
     @property
     def speculative(self) -> bool:
@@ -110,6 +75,58 @@ class RequestOptions:
             return None
         source = self.draft_source if isinstance(self.draft_source, DraftSource) else NgramSource()
         return Lookup(source.new(), prompt_tokens, vocab_size)
+
+
+@dataclass(frozen=True)
+class RequestDefaults:
+    """Options of a decoder's requests that do not give their own; what is None follows from the others."""
+
+    exit_layer: int | str | None = None
+    num_speculations: int | str | None = None
+    draft_threshold: float = 0.0
+    draft_source: str | DraftSource | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    strategy: str = "self_speculative"
+
+    def complete(self) -> RequestOptions:
+        """Fill in what is None: all is "auto", but an exit drafts if E or K is fixed, K = 4 tokens if E is."""
+        exit_layer: int | str = "auto" if self.exit_layer is None else self.exit_layer
+        num_speculations = self.num_speculations
+        if num_speculations is None:
+            num_speculations = "auto" if exit_layer == "auto" else FIXED_SPECULATIONS
+        source = self.draft_source
+        if source is None:
+            source = AUTO if exit_layer == num_speculations == "auto" else EXIT
+        return RequestOptions(
+            exit_layer, num_speculations, self.draft_threshold, source_of(source), self.eos_token_id, self.strategy
+        )
+
+    def updated(
+        self, model: LayerSkipModel, max_speculations: int, repeatable: bool = False, **given: Any
+    ) -> RequestOptions:
+        """Return the options of a request with the values ``given``, of which None keeps the default; checked.
+
+        "auto" depends on clocks, so a request whose tokens must be ``repeatable`` drafts only if E, K or the source is
+        given.
+        """
+        own = replace(self, **{name: value for name, value in given.items() if value is not None})
+        options = own.complete()
+        validation.strategy(options.strategy)
+        fixed = (own.exit_layer, own.num_speculations, own.draft_source) != (None, None, None)
+        if repeatable and options.speculative and not fixed:
+            options = replace(options, strategy="autoregressive")
+        if options.exit_layer == "auto" and model.exit_layer is not None:
+            options = replace(options, exit_layer=model.exit_layer)
+        exit_layer = validation.exit_layer_or_auto(options.exit_layer, model.num_layers)
+        validation.num_speculations_or_auto(options.num_speculations, max_speculations)
+        validation.real("draft_threshold", options.draft_threshold, 0.0, 1.0)
+        if options.strategy == "early_exit" and exit_layer is None:
+            raise ValueError(f"exit_layer must be an int for the strategy early_exit, got {options.exit_layer!r}")
+        if not options.uses_exit:
+            return replace(options, draft_threshold=0.0)
+        if model.exit_layer is not None:
+            validation.exit_layer_of_exit(options.exit_layer, model.exit_layer)
+        return options
 
 
 class DraftKind(Enum):

@@ -18,7 +18,7 @@ from .batch import Batch, Launched, sequences_of, spec_step_of
 from .cuda_graphs import Graphs, warn_unrecorded
 from .draft_sources import DraftSource
 from .outputs import Streamer, Update
-from .request import Clock, DraftKind, Request, RequestOptions, RoundKind, StopRule
+from .request import Clock, DraftKind, Request, RequestDefaults, RoundKind, StopRule
 from .sampling import History, LogitsProcessor, SamplingParams, params_of, seed_of
 from .scheduler import Scheduler, prefill_budget
 from .spec_step import NOT_DRAFTED
@@ -49,7 +49,7 @@ class Session:
         self,
         model: LayerSkipModel,
         cache: SharedKVCache,
-        defaults: RequestOptions,
+        defaults: RequestDefaults,
         controller: Controller,
         max_seq_len: int,
         max_speculations: int,

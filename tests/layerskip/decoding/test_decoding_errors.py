@@ -10,7 +10,7 @@ from tiny import LAYERS, ROUND, VOCABULARY, generous, prompt_of, requires_native
 import layerskip_kernels
 from layerskip import SamplingParams, SelfSpeculativeDecoder
 from layerskip.decoding.adaptive import AcceptanceRates
-from layerskip.decoding.request import Request, RequestOptions
+from layerskip.decoding.request import Request, RequestDefaults
 from layerskip.models import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,7 +192,7 @@ def test_weights_that_are_assigned_are_used():
 
 def begun_request() -> Request:
     """A request whose first token is 3; the token 7 ends it."""
-    options, acceptance = RequestOptions(exit_layer=1, num_speculations=4), AcceptanceRates({})
+    options, acceptance = RequestDefaults(exit_layer=1, num_speculations=4).complete(), AcceptanceRates({})
     model = adapt(tiny_model())
     request = Request(0, model, options, prompt_of(5), 8, SamplingParams(), 0, acceptance, frozenset({7}))
     request.emit(3)

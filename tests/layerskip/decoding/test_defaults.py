@@ -12,7 +12,7 @@ from tiny import prompt_of, tiny_model
 
 import layerskip
 from layerskip import SamplingParams, SelfSpeculativeDecoder
-from layerskip.decoding.request import RequestOptions
+from layerskip.decoding.request import RequestDefaults
 from layerskip.models import adapt
 from layerskip.models.exit import fingerprint
 
@@ -33,12 +33,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ids=str,
 )
 def test_what_is_not_given(given, expected):
-    options = RequestOptions(**given).with_defaults()
+    options = RequestDefaults(**given).complete()
     assert (options.exit_layer, options.num_speculations, options.draft_source) == expected
     decoder = SelfSpeculativeDecoder(tiny_model(), **given)
     assert (decoder.exit_layer, decoder.num_speculations, decoder.draft_source) == expected
     requested = SelfSpeculativeDecoder(tiny_model()).defaults.updated(decoder.model, 12, **given)
     assert (requested.exit_layer, requested.num_speculations, requested.draft_source) == expected
+
+
+def test_no_layer_is_no_default():
+    decoder = SelfSpeculativeDecoder(tiny_model())
+    with pytest.raises(ValueError, match=r"exit_layer must be in 1 … 3 .* got 0"):
+        decoder.generate(prompt_of(5), 4, exit_layer=0)
 
 
 def test_a_request_keeps_what_the_decoder_fixes():
