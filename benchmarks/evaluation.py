@@ -20,23 +20,24 @@ from layerskip.cli import main as layerskip
 from layerskip.cli.eval import DRAFTED, EARLY, FULL
 
 STOCK, ADAPTED = "smollm2", "smollm2-layerskip"  # of the example package
-OWN_EXIT = ("--exit", STOCK)
+FOUR = ("--num-speculations", "4")
+OWN_EXIT = ("--exit", STOCK, *FOUR)
 RUNS = {
     f"{STOCK}, tasks": (STOCK, "parsing summarization", 20, OWN_EXIT),
     f"{STOCK}, problems": (STOCK, "humaneval_local", 60, OWN_EXIT),
     f"{STOCK}, spec": (STOCK, "spec", 30, OWN_EXIT),
-    f"{STOCK}, spec, n-grams": (STOCK, "spec", 30, ("--draft-source", "ngram", "--exit-layer", "2")),
+    f"{STOCK}, spec, n-grams": (STOCK, "spec", 30, ("--draft-source", "ngram", "--exit-layer", "2", *FOUR)),
     f"{STOCK}, perplexity": (STOCK, "perplexity", 24, OWN_EXIT),
     f"{ADAPTED}, tasks": (ADAPTED, "parsing", 100, ("--exit-layer", "4", "--num-speculations", "8")),
-    f"{ADAPTED}, perplexity": (ADAPTED, "perplexity", 24, ("--exit-layer", "4")),
+    f"{ADAPTED}, perplexity": (ADAPTED, "perplexity", 24, ("--exit-layer", "4", *FOUR)),
     f"{ADAPTED}-coding, tasks": (
         f"{ADAPTED}-coding", "humaneval_local", 60, ("--exit-layer", "2", "--num-speculations", "3"),
     ),
-    f"{ADAPTED}-coding, perplexity": (f"{ADAPTED}-coding", "perplexity", 24, ("--exit-layer", "2")),
+    f"{ADAPTED}-coding, perplexity": (f"{ADAPTED}-coding", "perplexity", 24, ("--exit-layer", "2", *FOUR)),
     f"{ADAPTED}-summarization, tasks": (
         f"{ADAPTED}-summarization", "summarization", 20, ("--exit-layer", "2", "--num-speculations", "2"),
     ),
-    f"{ADAPTED}-summarization, perplexity": (f"{ADAPTED}-summarization", "perplexity", 24, ("--exit-layer", "2")),
+    f"{ADAPTED}-summarization, perplexity": (f"{ADAPTED}-summarization", "perplexity", 24, ("--exit-layer", "2", *FOUR)),
 }  # fmt: skip
 """By name: the model, its tasks, the limit, and what drafts."""
 

@@ -47,9 +47,10 @@ def _eval(args: argparse.Namespace, console: Console) -> int:
     model, tokenizer = options.load(args, Console(stderr=True))
     models = _models(args, model, tokenizer)
     decoder = models[DRAFTED].decoder
-    keys = ("model", "dtype", "weights", "exit", "num_speculations", "draft_threshold", "draft_head", "draft_source")
-    settings = {key: getattr(args, key) for key in keys}
-    settings |= {"exit_layer": decoder.exit_layer, "layers": decoder.model.num_layers, "device": args.device.type,
+    settings: Record = {key: getattr(args, key) for key in ("model", "dtype", "weights", "exit", "draft_head")}
+    drafting = ("exit_layer", "num_speculations", "draft_threshold", "draft_source")
+    settings |= {key: getattr(decoder, key) for key in drafting}
+    settings |= {"layers": decoder.model.num_layers, "device": args.device.type,
                  "digest of the weights": digest_of_weights(decoder.model)}  # fmt: skip
     cache = _cache(args, settings)
     results: dict[str, dict[str, Record]] = {}

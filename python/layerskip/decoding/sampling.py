@@ -83,7 +83,8 @@ class SamplingParams:
         Added to the logits of single tokens: in [-1e6, 1e6], or -inf to forbid one.
     seed : int, optional
         In 0 … 2⁶³ - 1. Seed and position determine the noise of a token, so samples do not depend on other sequences.
-        Without a seed the call draws one from its generator.
+        Without a seed the call draws one from its generator. A request with one drafts only if E, K or the draft source
+        is given, because "auto" depends on clocks.
 
     Raises
     ------
