@@ -37,7 +37,9 @@ RUNS = {
     f"{ADAPTED}-summarization, tasks": (
         f"{ADAPTED}-summarization", "summarization", 20, ("--exit-layer", "2", "--num-speculations", "2"),
     ),
-    f"{ADAPTED}-summarization, perplexity": (f"{ADAPTED}-summarization", "perplexity", 24, ("--exit-layer", "2", *FOUR)),
+    f"{ADAPTED}-summarization, perplexity": (
+        f"{ADAPTED}-summarization", "perplexity", 24, ("--exit-layer", "2", *FOUR),
+    ),
 }  # fmt: skip
 """By name: the model, its tasks, the limit, and what drafts."""
 
