@@ -6,6 +6,7 @@ classes stay, so checkpoints, LoRA, DDP and FSDP work as before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class Conversion:
         return forward
 
     def _model_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)  # transformers' Trainer drops the columns that are not in its signature
         def forward(*args: Any, exit_layers: Sequence[int] | None = None, **kwargs: Any) -> Any:
             self._dropping = exit_layers is not None
             if exit_layers is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ARCHITECTURES, random_tokens, tiny_model
+from transformers import Trainer, TrainingArguments
 
 from layerskip.models import UnsupportedModelError
 from layerskip.training import LayerDropout, convert, revert
@@ -226,3 +229,17 @@ def test_what_cannot_be_converted() -> None:
         model(input_ids=ids, labels=labels, exit_layers=(5,), exit_weights=torch.ones(1))
     with pytest.raises(UnsupportedModelError, match="gpt2"):
         convert(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)))
+
+
+def test_a_converted_model_in_a_plain_trainer(tmp_path) -> None:
+    """The Trainer keeps the columns that the forward's signature names."""
+    model, ids, labels = model_and_batch()
+    plain = inspect.signature(model.forward)
+    convert(model)
+    assert inspect.signature(model.forward) == plain
+    rows = [{"input_ids": one, "labels": own} for one, own in zip(ids, labels, strict=True)]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    result = Trainer(model, settings, train_dataset=rows).train()
+    assert 0 < result.training_loss < 10
