@@ -394,12 +394,9 @@ class SelfSpeculativeDecoder:
 
 
 def _of_config(model: Any, name: str) -> Any:
-    """Return a value of the model's generation config, else of its config."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
-    return None
+    """Return a value of the model's generation config or, for a model without one, of its config."""
+    generation_config = getattr(model, "generation_config", None)
+    return getattr(model.config if generation_config is None else generation_config, name, None)
 
 
 def prompts_of(input_ids: Any, attention_mask: Any = None, tokenizer: Any = None) -> list[Any]:

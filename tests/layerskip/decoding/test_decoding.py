@@ -181,6 +181,17 @@ def test_the_default_stop_token_is_that_of_the_generation_config():
     assert decoder.generate(prompt_of(5), 12, eos_token_id=[]).new_tokens[0].tolist() == free
 
 
+def test_a_generation_config_without_a_stop_token_has_none():
+    """As in transformers: the config's own token does not step in."""
+    model = tiny_model()
+    free = SelfSpeculativeDecoder(model, 1).generate(prompt_of(5), 12, eos_token_id=[]).new_tokens[0].tolist()
+    model.config.eos_token_id = free[6]
+    model.generation_config.eos_token_id = None
+    assert SelfSpeculativeDecoder(model, 1).generate(prompt_of(5), 12).new_tokens[0].tolist() == free
+    theirs = model.generate(prompt_of(5), max_new_tokens=12, do_sample=False)
+    assert theirs[0, 5:].tolist() == free
+
+
 def test_a_prompt_of_one_token(decoder):
     plain = decoder.generate(prompt_of(1), 20, strategy="autoregressive")
     assert torch.equal(decoder.generate(prompt_of(1), 20).sequences, plain.sequences)
