@@ -1,4 +1,4 @@
-"""What is measured: ops in the shapes of real models, each as this library's call and as torch code for the same."""
+"""Benchmark cases: ops in the shapes of real models, each as this library's call and as equivalent torch code."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def truth(case: Case, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     def run(*args: Tensor) -> Any:
         return case.torch(exact, *args)
 
-    with torch.inference_mode(False), torch.no_grad():  # a loss takes gradients to what it is given
+    with torch.inference_mode(False), torch.no_grad():  # a loss needs gradients of its inputs
         inputs = map(wide, case.inputs(max(case.counts)))
         found = case.around(run)(*inputs, *(one if one.dim() == 2 else wide(one) for one in weights))
     return (found,) if isinstance(found, Tensor) else tuple(found)
@@ -172,7 +172,7 @@ def swiglu(shape: Shape, counts: Sequence[int], make: Make) -> Case:
 
 
 def exit_head(shape: Shape, counts: Sequence[int], make: Make) -> Case:
-    """Norm, LM head and arg-max; the largest logit of each row is what is compared."""
+    """Norm, LM head and arg-max; compares the largest logit of each row."""
     x = make.states(max(counts), shape.D)
 
     def eager(matmul: Matmul, x: Tensor, norm: Tensor, head: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def accept_greedy(shape: Shape, counts: Sequence[int], make: Make) -> Case:
     batch = max(counts)
     draft = make.tokens(shape.V, batch, DRAFTED)
     target = torch.cat([draft, draft[:, :1]], 1)
-    target[make.range(0, batch), make.range(0, batch) % DRAFTED + 1] += 1  # so many hold
+    target[make.range(0, batch), make.range(0, batch) % DRAFTED + 1] += 1  # up to here drafts are accepted
 
     def eager(matmul: Matmul, draft: Tensor, target: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         accepted = (draft == target[:, :-1]).cumprod(1).sum(1)

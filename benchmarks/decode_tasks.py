@@ -32,7 +32,7 @@ COLUMNS = ("task", "model", "E", "K", "draft head", "acceptance", "AR tokens/s",
 
 
 class Point(NamedTuple):
-    """What is measured in one line; the draft head is ``full`` or the reduced one that comes with a model."""
+    """The settings of one line of the table; the draft head is ``full`` or the reduced one that comes with a model."""
 
     prompts: str
     new_tokens: int

@@ -53,7 +53,7 @@ class Shape(NamedTuple):
         return f"E={self.exit_layer}, n={self.num_draft_layers}{', plain' if self.plain else ''}"
 
     def on(self, model: LayerSkipModel, rows: int) -> LayerSkipModel:
-        """The model with such an exit, whose head has so many rows in int8."""
+        """The model with an exit whose head has this number of int8 rows."""
         draft_layers = [model.decoder.layer(self.exit_layer + number) for number in range(self.num_draft_layers)]
         sizes = model.num_layers, model.vocab_size
         exit_ = Exit(

@@ -602,12 +602,12 @@ def before_and_after(version: str) -> dict[str, Any]:
 # memcheck: reads and writes out of bounds, misaligned ones, errors of the API; racecheck: hazards of shared memory.
 TOOLS = ("memcheck", "racecheck")
 NO_SANITIZER, FOUND = 3, 9
-# Every tensor gets an allocation of its own, so that what is past its end is no other tensor's.
+# Every tensor gets an allocation of its own, so that no other tensor lies past its end.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def sanitize() -> int:
-    """Run each tool over the tests, say what it found; returns the exit status."""
+    """Run each tool over the tests and print its findings; return the exit status."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         print(

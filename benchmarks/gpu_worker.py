@@ -31,7 +31,7 @@ Call = Callable[[], Tensor]
 
 
 def copies(device: str, read: int, *size: int) -> list[Tensor]:
-    """Equal tensors, as many as calls that read so many numbers of one need to find them in memory."""
+    """Copies of a tensor, enough that each call reads one that has left the cache."""
     first = torch.randn(size, device=device, dtype=torch.bfloat16) * size[-1] ** -0.5
     count = min(CALLS, max(1, COLD_BYTES // (2 * read)))
     return [first, *(first.clone() for _ in range(count - 1))]
@@ -103,7 +103,7 @@ def microseconds(calls: list[Call], device: str) -> float:
 
 
 def answer(device: str, make: Callable[[str], list[Call]]) -> dict[str, float]:
-    """The time of a case, the norm of what it gives, and how far that goes in a random direction."""
+    """Time of a case, norm of its result, and the result's projection on a random direction."""
     torch.manual_seed(0)
     calls = make(device)
     given = calls[0]().double().flatten().cpu()

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 ROTATED_BYTES = 256 * 2**20  # of one variant's weights: more than a last-level cache, so that they come from memory
 MOST_COPIES = 128  # of small ones, which the memory's measurement drives out of the caches before each turn
 MOST_ERROR = 0.02  # of the largest value; a result in bf16 is rounded by 0.004 of itself, an intermediate one, too
-MOST_SECONDS, LEAST_CALLS = 0.5, 3  # a variant that took so long for so many calls is called no more
+MOST_SECONDS, LEAST_CALLS = 0.5, 3  # stop calling a variant after both
 AHEAD_CYCLES = 2_000_000  # of a GPU: about a millisecond, in which the host gets ahead of it
 
 
@@ -148,7 +148,7 @@ def copies_of(weights: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 def seconds(call: Callable[[], Any], calls: int, device: torch.device) -> list[float]:
-    """How long each of some calls takes, one right after the other: on a GPU what it takes there, not its launch."""
+    """Seconds of each of several successive calls: on a GPU the time of the kernels, not of the launch."""
     if device.type != "cuda":
         moments = [time.perf_counter()]
         for _ in range(calls):
@@ -268,7 +268,7 @@ def groups(
     case: Case, model: str, formats: Sequence[str], backends: Sequence[str], device: torch.device
 ) -> Iterator[Group]:
     """The methods to compute a case, for each count of rows."""
-    torch.compiler.reset()  # what was compiled for another case counts against how often torch compiles anew
+    torch.compiler.reset()  # graphs of other cases count towards torch's recompile limit
     held = {form: copies_of(packed(case.weights, form)) for form in ([PLAIN, *formats] if case.packs else [PLAIN])}
     truths = {form: cache(partial(truth, case, copies[0])) for form, copies in held.items()}
     ours = {form: held[form] for form in (formats if case.packs else [PLAIN])}

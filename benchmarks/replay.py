@@ -67,7 +67,7 @@ class Trace:
 class Machine:
     """How long rounds take, in passes of one row through the whole model.
 
-    ``rows``: the passes of 1, 2, … rows; between and after those that are given it goes on straight. The model's bytes
+    ``rows``: the passes of 1, 2, … rows; interpolated linearly between and after them. The model's bytes
     are ``sizes``, those of an exit's draft layer ``draft_layer``.
     """
 
@@ -77,7 +77,7 @@ class Machine:
     exit_layer: int = 2
 
     def passes(self, rows: int) -> float:
-        """Of so many rows."""
+        """Passes of a verification of ``rows`` rows."""
         known = sorted(self.rows)
         low = max((one for one in known[:-1] if one <= rows), default=known[0])
         high = known[known.index(low) + 1]

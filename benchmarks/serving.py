@@ -3,7 +3,7 @@
     .venv-vllm/bin/python -m benchmarks.serving --model DIR --prompts FILE [--clients 1 4 8] [--rates 1 2 4 8]
 
 Two OpenAI servers of one model are up at the same time, and take turns at each point, so both see the same machine.
-With ``--clients`` so many clients ask one request after the other; with ``--rates`` requests come at random (Poisson)
+With ``--clients N``, N clients send one request after the other; with ``--rates`` requests come at random (Poisson)
 times, whether or not the earlier ones are answered. ``--seed`` draws the times, the same for all. The time a token is
 what an answer took after its first token, divided by the other tokens. Texts are compared: greedy ones must be equal in
 fp32, and are counted in bf16, where vLLM itself rounds differently for every batch. DIR is what

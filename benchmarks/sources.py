@@ -141,7 +141,7 @@ def prompts(task: str, limit: int) -> list[str]:
 
 @dataclass
 class Way:
-    """One way of decoding, and what it gave."""
+    """A decoding method and its results."""
 
     name: str
     options: dict[str, Any]

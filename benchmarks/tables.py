@@ -23,7 +23,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str
 
 
 def markdown(rows: Rows) -> str:
-    """A table for each op, where we lose, and what was skipped."""
+    """A table for each op, the cases where others are faster, and skipped variants."""
     ops = dict.fromkeys(row["op"] for row in rows)
     return "\n".join([*(_table([row for row in rows if row["op"] == op]) for op in ops), losses(rows), skipped(rows)])
 
@@ -123,7 +123,7 @@ def losses(rows: Rows) -> str:
 
 
 def skipped(rows: Rows) -> str:
-    """What was not measured, or is wrong, and why."""
+    """List variants that were not measured or gave wrong results, and why."""
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         why = row.get("skipped") or row.get("wrong")
@@ -163,7 +163,7 @@ def page(rows: Rows, name: str) -> str:
 def picture(rows: Rows) -> bytes:
     """The time of a call over the number of rows: a panel for each op and model, a line for each way; as PNG.
 
-    What was measured for one number of rows has none. Ours are solid, and a way has one colour in all panels.
+    Cases with one number of rows are left out. Our lines are solid; a variant has the same colour in all panels.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """What the host does in a round whose work is recorded, in microseconds: ``python -m tools.host_clock``.
 
-A stand-in for a GPU replays nothing and gives the same result again and again, so what is left of a step is Python,
+A stand-in for a GPU replays nothing and gives the same result again and again, so only Python remains of a step,
 and the small calls of torch around a replay. The model has the layers of a real one, and next to no weights.
 """
 

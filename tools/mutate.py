@@ -60,7 +60,7 @@ def planted(mutation: Mutation, folder: Path) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If what it replaces is not in the file, or more than once.
+        If the text to replace is not in the file exactly once.
     """
     path = folder / mutation.file
     text = path.read_text(encoding="utf-8")

@@ -87,7 +87,7 @@ def outside_ops(decoder: SelfSpeculativeDecoder, input_ids: Tensor, new_tokens: 
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Decode the prompt and say what was spent where."""
+    """Decode the prompt and print the time of each op."""
     args, console = arguments.parse(["generate", *(given if given is not None else sys.argv[1:])]), Console()
     model, tokenizer = options.load(args, console)
     decoder = options.decoder(args, model)

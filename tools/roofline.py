@@ -82,7 +82,7 @@ class Counting(Emulated):
 
 @dataclass(frozen=True)
 class Row:
-    """An op: bytes that it must read and write, and what it does read from memory, from L2, and write."""
+    """An op: bytes that it must move at least, and bytes that it reads from memory and L2 and writes."""
 
     name: str
     needed: int
@@ -187,7 +187,7 @@ def accepting(drafted: int) -> Iterator[Case]:
 
 
 def counted() -> str:
-    """A line an op and number of rows: what it moves."""
+    """Bytes moved, one line for each op and number of rows."""
     found = [(str(rows), measure(*case)) for rows in (1, 7) for case in cases(COUNTED, rows)]
     for many in (20, 40):  # of several sequences: what a block takes in one pass over its weights
         found += [(str(many), measure(*case)) for case in cases(COUNTED, many) if case[0] in SHARED]
@@ -200,7 +200,7 @@ def counted() -> str:
 
 
 def least() -> str:
-    """A line an op: what it must move in Llama-3.2-1B, and the least time that takes."""
+    """Minimum bytes and time of each op in Llama-3.2-1B, one line each."""
     lines = ["| op, Llama-3.2-1B | MB, 1 row | least µs | MB, 7 rows | least µs |", "|---" * 5 + "|"]
     for (name, one, _), (_, seven, _) in zip(cases(LLAMA_1B, 1), cases(LLAMA_1B, 7), strict=True):
         cells = [f"{value / 1e6:.3f} | {value / H100 * 1e6:.2f}" for value in (one, seven)]

@@ -88,7 +88,7 @@ class Case:
         return rule
 
     def processor(self, disturbed: bool) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Forbids a token that depends on the history, if it is ``processed``; what it raises is raised here then."""
+        """Logits processor that forbids a token, which depends on the history; its errors are raised here."""
         if not self.processed:
             return None
         pending = disturbed and self.interrupt > 0
@@ -164,7 +164,7 @@ MEMORY_MIB = 16  # that may be added afterwards; 0.2 seen in 10,000 requests, a 
 
 
 class Mismatch(AssertionError):
-    """A request's result is not what it must be."""
+    """Raised for a request whose result is wrong."""
 
 
 def tiny_decoder(seed: int) -> SelfSpeculativeDecoder:
@@ -227,7 +227,7 @@ class _Running:
 
 
 class Soak:
-    """A session, what runs in it, and what it must give.
+    """A session, its requests, and their expected results.
 
     Parameters
     ----------
@@ -261,7 +261,7 @@ class Soak:
     ) -> Reached:
         """Run until one is reached, let what runs come to its end, and check that nothing is left behind.
 
-        ``show`` is told after every step what is reached, and the share of the run.
+        ``show`` is called after every step with the progress and the share of the run.
 
         Raises
         ------

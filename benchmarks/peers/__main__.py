@@ -11,7 +11,7 @@ first token is measured with the first task's models; the others have the same s
 task best; the peers draft with the same first layers, or look up 8 tokens; llama.cpp is driven token by token from
 Python. Ours, self-speculative, must give the tokens of ours, autoregressive, in the same weights; the others' greedy
 texts may differ, since they round differently. What cannot be measured is listed with its reason. A finished task is
-kept in OUTPUT.partial: stopped and started again, the same command goes on there.
+kept in OUTPUT.partial: after an interrupt the same command continues.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Run:
         self.skipped: dict[str, str] = {}
 
     def load(self, way: Method, stack: ExitStack, prompts: Sequence[list[int]], new_tokens: int) -> None:
-        """Start a way's process, and let it decode once what is shortest and longest: caches, and what is compiled."""
+        """Start the worker process; decode the shortest and the longest prompt to warm up caches and compilation."""
         try:
             worker = Worker(way.engine, way.settings)
         except MissingPeerError as error:

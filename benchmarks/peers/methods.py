@@ -1,4 +1,4 @@
-"""What is compared: each way of decoding, by the engine that does it and its settings."""
+"""The methods to compare: an engine and its settings for each."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def _copy_settings(like: GGUFReader, writer: GGUFWriter) -> None:
 
 ENVIRONMENTS = Path(".venv-peers")
 REQUIREMENTS = {"llama.cpp": ["llama-cpp-python"], "openvino": ["openvino-genai"]}
-"""What is installed for an engine; transformers is in this environment, vLLM in one that `make` has a rule for."""
+"""Packages to install for each engine; transformers is in this environment, vLLM in that of `make test-vllm`."""
 VLLM = Path(".venv-vllm")
 WORKER = Path(__file__).with_name("worker.py")
 LIMIT = 600.0  # seconds that loading, or one answer, may take

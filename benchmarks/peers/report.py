@@ -63,7 +63,7 @@ def is_ours(name: str) -> bool:
 
 
 def markdown(task: str, rows: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]) -> str:
-    """A table, the fastest way first, and what is missing."""
+    """A table, fastest method first, and the methods that are missing."""
     lengths = sorted({length for row in rows for length in row["first token s"]}, key=int)
     names = [task, "weights", *COLUMNS, *(f"first token of {length}, s" for length in lengths)]
     lines = []
@@ -183,7 +183,7 @@ def _lengths(rows: Iterable[Row]) -> list[str]:
 
 
 def _missing(tasks: Mapping[str, Any]) -> Iterator[str]:
-    """What was not measured, and why."""
+    """List the methods that were not measured, and why."""
     reasons = [f"- {task}, {way}: {why}" for task, found in tasks.items() for way, why in found["skipped"].items()]
     if reasons:
         yield "Not measured:\n\n" + "\n".join(reasons)
@@ -200,7 +200,7 @@ class Pair(NamedTuple):
 
 
 def pairs(tasks: Mapping[str, Any]) -> Iterator[Pair]:
-    """What is asked for, and who is best at it; memory and times of the first task."""
+    """The fastest engine for each goal; memory and times of the first task."""
     for task, found in tasks.items():
         for bits in (16, 8, 4):
             plain = [row for row in found["rows"] if row["plain"] and BITS[row["weights"]] == bits]

@@ -170,7 +170,7 @@ def _drafts_of(model: Any, count: int) -> Any:
 
 
 class OpenVino(Engine):
-    """OpenVINO GenAI, which reads GGUF files. ``lookup`` drafts so many tokens by prompt lookup."""
+    """OpenVINO GenAI, which reads GGUF files. ``lookup``: number of draft tokens of prompt lookup."""
 
     def __init__(self, model: str, threads: int, lookup: int = 0) -> None:
         import openvino_genai as genai
@@ -244,7 +244,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held; Linux counts what it was forked from into ``ru_maxrss``."""
+    """Peak memory of this process; Linux adds the parent's to ``ru_maxrss`` after a fork."""
     if os.path.exists("/proc/self/status"):
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024

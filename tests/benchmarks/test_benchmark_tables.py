@@ -1,4 +1,4 @@
-"""What the documents print is what was measured: tables of the ops, where we lose, figures beside others."""
+"""The documents print measured figures: tables of the ops, cases where others are faster, comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks of the ops: what is right is timed, in turns, beside its peers."""
+"""Benchmarks of the ops: only correct variants are timed, interleaved with their peers."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def rows_of(peer, case, formats=FORMATS):
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_compiled_is_what_torch_runs(monkeypatch, op):
-    """With a compiler that leaves all as it is, and tells of it."""
+    """With a compiler that changes nothing and records its calls."""
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function: seen.append(function) or function)
     monkeypatch.setattr(harness, "PEERS", [PEERS["torch.compile"]])
@@ -169,7 +169,7 @@ def test_torch_compiles_in_a_peer(monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_torchao_gets_the_matrices(monkeypatch, op):
-    """With packing of our own in the place of torchao's: what is packed is the matrices, in each format."""
+    """With our packing in place of torchao's: it packs the matrices, in each format."""
     made = []
 
     def by_torchao(weight, form, device):

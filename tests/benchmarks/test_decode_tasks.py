@@ -1,4 +1,4 @@
-"""The table of decoding by task: what is written, and when nothing is."""
+"""The table of decoding by task: its content, and when it is not written."""
 
 from __future__ import annotations
 

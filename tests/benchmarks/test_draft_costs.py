@@ -1,4 +1,4 @@
-"""Costs of rounds with drafts: what is timed, and the table of the last run."""
+"""Costs of rounds with drafts: the timed calls, and the table of the last run."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_auto_loses_little_to_the_better_source(kind, machine):
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_no_source_is_slower_than_none(machine):
-    """By more than what it costs to find out."""
+    """By more than the cost of exploration."""
     for kind, traces in KINDS.items():
         for source in ("exit", "ngram", "auto"):
             assert replay(traces, source, MACHINES[machine]).speed > 1 - LOSS, (kind, source)
@@ -40,13 +40,13 @@ def test_no_source_is_slower_than_none(machine):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ngrams_keep_up_with_the_best_fixed_number_of_drafts(kind, machine):
-    """Whatever a further row costs: what is drafted of a proposal follows the match and the machine."""
+    """Whatever a further row costs: the drafted part of a proposal depends on the match and the machine."""
     best = max(speed_of_at_most(count, KINDS[kind], MACHINES[machine]) for count in range(1, 13))
     assert replay(KINDS[kind], "ngram", MACHINES[machine]).speed > (1 - LOSS) * best
 
 
 def speed_of_at_most(count: int, traces: list[Trace], machine: Machine) -> float:
-    """Of so many tokens of every proposal, or as many as it has."""
+    """Speed with at most ``count`` tokens of every proposal."""
     tokens, seconds = 0, 0.0
     for trace in traces:
         place = 1

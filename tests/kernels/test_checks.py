@@ -1,4 +1,4 @@
-"""Every message of `_checks.py`: what is refused, with which words; eagerly, and while tracing."""
+"""Every error message of `_checks.py`, eagerly and while tracing."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def written(cache: Tensor, lengths: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_native_op_is_the_composite_in_python(isa: str, dtype: torch.dtype) -> None:
-    """With a threshold between the probabilities that occur, so that one sequence ends and one goes on."""
+    """With a threshold between the probabilities that occur, so that one sequence ends and one continues."""
     chances = run("draft", **draft_args(dtype)).probability[:, 0].sort().values
     args, other = (draft_args(dtype, draft_threshold=float(chances.mean())) for _ in range(2))
     ops = {op: getattr(torch.ops.layerskip_native, op) for op in ("partial_forward", "exit_head")}

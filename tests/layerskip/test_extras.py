@@ -1,4 +1,4 @@
-"""What is said where a package is missing or too old, and what the packages say of themselves."""
+"""Error messages for packages that are missing or too old, and the packages' metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, tasks and demos by name: from a package of a test's own, and what is said where none provides them."""
+"""Models, tasks and demos by name: from a test package, and the errors where none provides them."""
 
 from __future__ import annotations
 

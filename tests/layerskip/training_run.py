@@ -90,7 +90,7 @@ def trainer(
 
 
 def weights(run: Any) -> dict[str, torch.Tensor]:
-    """What was trained."""
+    """The trained parameters."""
     return {name: p.detach() for name, p in run.accelerator.unwrap_model(run.model).named_parameters()}
 
 

@@ -1,4 +1,4 @@
-"""The package for the Hugging Face hub: what it consists of, and that it lives beside the installed op library."""
+"""The package for the Hugging Face hub: its files, and that it works beside the installed op library."""
 
 from __future__ import annotations
 

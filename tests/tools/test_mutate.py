@@ -1,4 +1,4 @@
-"""`tools.mutate`: its list fits the code, it tells caught bugs from others, and the checkout stays as it is."""
+"""`tools.mutate`: its list matches the code, it recognizes caught bugs, and the checkout does not change."""
 
 from __future__ import annotations
 

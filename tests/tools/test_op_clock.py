@@ -1,4 +1,4 @@
-"""The clock around the ops, and what is left of a round outside it."""
+"""The clock around the ops, and the time of a round outside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short slice of `make soak`, and that it notices what it is there to notice."""
+"""A short run of `make soak`, and that it detects wrong results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled, as vLLM runs unless it is told otherwise."""
+"""Compiled, as vLLM runs by default."""
 
 from __future__ import annotations
 

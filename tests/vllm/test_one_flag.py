@@ -1,4 +1,4 @@
-"""``--load-format layerskip`` is enough; what it cannot do is refused by name before a process is started."""
+"""``--load-format layerskip`` is enough; unsupported options are refused by name before a process is started."""
 
 from __future__ import annotations
 

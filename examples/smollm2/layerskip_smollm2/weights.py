@@ -29,7 +29,7 @@ def directory(progress: bool = True) -> Path:
     Parameters
     ----------
     progress : bool
-        Say on stderr what goes on.
+        Print progress on stderr.
 
     Returns
     -------

@@ -43,7 +43,7 @@ def test_swiglu_float64(ops: Ops, rows: int, depth: int, features: int, dtype: t
 
 
 def test_swiglu_of_large_gates(ops: Ops) -> None:
-    """exp(-x) overflows below -88; what it stands for is 0."""
+    """exp(-x) overflows below -88, where the result is 0."""
     x, gate = torch.tensor([[1.0], [-1.0]]), torch.tensor([[200.0]])
     assert ops.swiglu(x, gate, gate).tolist() == [[40000.0], [0.0]]
 

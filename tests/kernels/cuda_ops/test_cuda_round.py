@@ -154,7 +154,7 @@ def test_a_probability_that_is_the_threshold_is_enough(ops: Ops) -> None:
 
 
 def test_a_head_without_finite_logits_names_no_token(ops: Ops) -> None:
-    """And the draft goes on from row 0 of the embedding, without reading outside it."""
+    """And the draft continues from row 0 of the embedding, without reading outside it."""
     args = args_of("draft")
     args["norm_weight"] = torch.full_like(args["norm_weight"], float("nan"))
     out = ops.draft(*args.values())

@@ -79,7 +79,7 @@ def test_rows_in_several_launches(emulated: type[Emulated], dtype: torch.dtype) 
     ("sizes", "at_once"),
     [
         ((8, 5, 32, 8, 64, 2**17), 5),  # Llama-3.2-1B, eight slots of 128 K: a launch for all drafts of a round
-        ((1, 300, 32, 8, 64, 2**13), 124),  # a prompt: 64 MiB hold so many rows
+        ((1, 300, 32, 8, 64, 2**13), 124),  # a prompt: 64 MiB hold 124 rows
         ((1, 5, 4, 4, 8, 64), 5),
     ],
 )

@@ -1,4 +1,4 @@
-"""`layerskip tune`: what it tries, keeps and writes; and that `from_pretrained` reads it."""
+"""`layerskip tune`: its candidates, its file, and that `from_pretrained` reads it."""
 
 from __future__ import annotations
 

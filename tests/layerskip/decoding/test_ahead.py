@@ -157,7 +157,7 @@ def test_a_slot_can_be_reused_while_a_round_is_in_flight(gpu, end):
 
 
 def test_continuing_a_retained_request(gpu):
-    """The round that ran ahead wrote behind the end of what is kept."""
+    """The round that ran ahead wrote behind the retained tokens."""
     prompt, session = prompt_of(5), decoder_of().open_session(2, max_seq_len=60)
     first = session.add(prompt, 30, eos_token_id=[], should_stop=lambda tokens: len(tokens) == 6, keep=True)
     updates = []
@@ -328,7 +328,7 @@ def test_draft_layers_of_an_exit_while_the_number_of_drafts_changes(gpu, monkeyp
 
 
 def test_a_new_choice_takes_effect_with_rounds_in_flight(gpu, monkeypatch):
-    """Another K with the next launch, another E with another batch; what is under way counts all the same."""
+    """Another K with the next launch, another E with another batch; rounds in flight still count."""
     decoder, read = decoder_of(exit_layer="auto", num_speculations="auto", draft_source="exit"), []
     plans = itertools.cycle([Choice(1, 3)] * 3 + [Choice(1, 2)] * 3 + [Choice(2, 2)] * 3)
     monkeypatch.setattr(decoder.controller, "choose", lambda *given: next(plans))

@@ -36,7 +36,7 @@ MACHINES = {
 
 
 def step(budget: TokenBudget, machine: Machine, rounds: float | None = None, noise=lambda: 1.0) -> tuple[float, int]:
-    """One step of a session with prompts enough; what it took, and how many tokens it read."""
+    """Run one step of a session with enough prompts; return its seconds and the tokens that it read."""
     taken = (machine.rounds if rounds is None else rounds) * noise()
     budget.begin_step(taken)
     read = 0

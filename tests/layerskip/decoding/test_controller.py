@@ -1,4 +1,4 @@
-"""The controller: what it learns of costs and of acceptance, and how near it comes to the best fixed choice."""
+"""The controller: learned costs and acceptance rates, and its speed against the best fixed choice."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_slots_of_fewer_layers_are_not_reused(decoder):
 
 
 def test_torch_matmuls_reuse_whole_chunks_only(decoder, monkeypatch):
-    """Their rounding depends on the number of rows, so what was decoded, or lies behind the last cut, is read again."""
+    """Their rounding depends on the number of rows, so decoded tokens and those behind the last cut are read again."""
     monkeypatch.setattr("layerskip.decoding.scheduler.TORCH_ROWS", 16)
     with use_backend("reference"):
         chat = Conversation(decoder, max_seq_len=120)

@@ -257,7 +257,7 @@ def test_the_cache_is_reused_and_grows(decoder):
 
 
 class Recorder:
-    """A streamer that keeps what it is given, and fails when told to."""
+    """A streamer that records its input, and can be made to fail."""
 
     def __init__(self, fail_after: int | None = None) -> None:
         self.groups, self.ended, self.fail_after = [], 0, fail_after

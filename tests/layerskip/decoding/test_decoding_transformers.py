@@ -76,7 +76,7 @@ def test_smollm2_on_code_and_prose(smollm2):
     "params", [SamplingParams(), SamplingParams(0.8, seed=5), SamplingParams(0.8, top_p=0.9, seed=5)]
 )
 def test_smollm2_in_a_batch(smollm2, params):
-    """Every prompt goes on as it would alone, and greedily as with transformers."""
+    """Every prompt continues as it would alone, and greedily as with transformers."""
     model, tokenizer = smollm2
     decoder = SelfSpeculativeDecoder(model, 24, 3, max_seq_len=512)
     texts = [prompt.text for prompt in read_prompts("samples", 4)]

@@ -134,7 +134,7 @@ def run(session):
 
 
 def test_the_record_of_an_interrupted_round(decoder):
-    """It emitted some of its drafts; the record tells those."""
+    """It emitted some of its drafts; the record counts those."""
     decoder = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 4)
 
     def interrupt(tokens):

@@ -1,4 +1,4 @@
-"""What is drawn: from transformers' distribution, exactly, the same again for a seed."""
+"""Sampled tokens have exactly transformers' distribution, and a seed repeats them."""
 
 from __future__ import annotations
 

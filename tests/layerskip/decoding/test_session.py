@@ -269,7 +269,7 @@ def test_a_hook_that_fails_ends_its_own_request(decoder):
 
 @requires_native
 def test_states_that_are_not_finite_end_one_request():
-    """A token's embedding is NaN: who meets it fails, who doesn't goes on."""
+    """A token's embedding is NaN: requests that contain it fail, the others continue."""
     model = tiny_model(upper="silent")
     decoder = SelfSpeculativeDecoder(model, 1, 4)
     prompts = [prompt_of(6, seed) for seed in range(2)]

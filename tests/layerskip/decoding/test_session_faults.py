@@ -97,7 +97,7 @@ def test_a_request_that_ended_in_an_interrupted_step_can_be_removed(decoder):
 
 
 def test_drafts_before_a_fault_count_as_accepted():
-    """A rule that raises in the middle of a round: what was emitted before it was emitted."""
+    """A rule that raises in the middle of a round: the tokens before it stay emitted."""
     decoder, fault = SelfSpeculativeDecoder(tiny_model(upper="silent"), 1, 4), []  # every draft is accepted
 
     def faulty(tokens):

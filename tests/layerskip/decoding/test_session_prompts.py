@@ -19,7 +19,7 @@ def decoder():
 
 @pytest.fixture
 def passes(decoder, monkeypatch):
-    """What was read: for each pass the number of prompts and of tokens of each."""
+    """The passes of a prefill: the number of prompts and of tokens of each."""
     sizes = []
 
     def watch(name):

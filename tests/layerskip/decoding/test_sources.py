@@ -25,7 +25,7 @@ NEW = 30
 
 
 class Oracle(DraftSource):
-    """Knows the texts that will be written; ``wrong_every`` so many tokens it is wrong."""
+    """A draft source that knows the texts; every ``wrong_every``-th token is wrong."""
 
     name = "oracle"
 
@@ -42,7 +42,7 @@ class Oracle(DraftSource):
 
 
 class Says(DraftSource):
-    """Proposes what it was told to, or raises it."""
+    """A draft source that returns a given proposal, or raises a given error."""
 
     def __init__(self, proposal: object) -> None:
         self._proposal = proposal
@@ -102,7 +102,7 @@ def test_any_source_equals_autoregressive(
 @requires_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_cache_holds_the_same_bits(dtype):
-    """Of what was accepted: rejected drafts are overwritten before anybody reads them."""
+    """Of accepted tokens: rejected drafts are overwritten before they are read."""
     decoder = SelfSpeculativeDecoder(tiny_model("smollm2", dtype), 1)
 
     def decoded(**options):

@@ -24,7 +24,7 @@ def byte_level():
 
 
 class Letters:
-    """A tokenizer of which a token is what it says."""
+    """A tokenizer whose tokens are their own text."""
 
     all_special_ids = ()
     added_tokens_decoder: dict = {}  # noqa: RUF012

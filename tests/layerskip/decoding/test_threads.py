@@ -1,4 +1,4 @@
-"""A decoder that several threads call gives each of them what it gives one; and what becomes of it in a fork."""
+"""A decoder that several threads call gives each the same tokens as alone, also after a fork."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounding with a look at the inputs: outputs lose less, and what is written is an ordinary packed weight."""
+"""Rounding that considers the inputs: a smaller output error, and an ordinary packed weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of quantized weights, read packed: what they mean, what is refused, and how much memory it takes."""
+"""Checkpoints of quantized weights, read packed: their values, refusals, and memory use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families whose layers differ from Llama's: against transformers, and what is promised of every model."""
+"""Families whose layers differ from Llama's: against transformers, and the guarantees of every model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TestAgainstTransformers:
 
     @EVERY
     def test_long_texts(self, family):
-        """Past the windows, and where the precision of the angles tells."""
+        """Past the windows, and where the precision of the angles matters."""
         hf, tokens = tiny_model(family, seed=1), random_tokens(1, 250, seed=2)
         model = adapt(hf)
         with torch.no_grad():
@@ -63,7 +63,7 @@ class TestAgainstTransformers:
 
     @EVERY
     def test_small_states(self, family):
-        """Where eps tells."""
+        """Where eps matters."""
         hf, tokens = tiny_model(family, rms_norm_eps=1e-3), random_tokens(1, 12)
         hf.model.embed_tokens.weight.data *= 0.02
         model = adapt(hf)

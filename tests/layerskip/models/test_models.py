@@ -1,4 +1,4 @@
-"""Adapted models against transformers, what they decode, storage sharing, and what is refused."""
+"""Adapted models against transformers: tokens, shared storage, and refusals."""
 
 import copy
 import itertools
@@ -38,7 +38,7 @@ def hf_logits(hf, tokens):
 
 
 def logits_of(hf, hidden):
-    """Transformers' own norm and head on our states: what is compared is the adapted layers."""
+    """Transformers' own norm and head on our states, to compare the adapted layers alone."""
     with torch.no_grad():
         return hf.lm_head(hf.model.norm(hidden))
 

@@ -1,4 +1,4 @@
-"""`layerskip train-exit`: what it reads, learns, writes, and how it goes on after a stop. On a tiny random model."""
+"""`layerskip train-exit` on a tiny random model: input, training, output, and resuming."""
 
 from __future__ import annotations
 
@@ -591,7 +591,7 @@ def test_writing_goes_on_after_a_stop_and_with_more_texts(
 
 
 def test_a_run_begins_as_another_exit(tmp_path: Path) -> None:
-    """With its tokens, and what it drafts; an exit of another shape is refused."""
+    """With its tokens and its drafts; an exit of another shape is refused."""
     adapted = layerskip.models.adapt(tiny_model())
     ids = torch.tensor([1, 4, 9, 50])
     before = TrainableExit(adapted, 2, 1, 3, ids, head_rank=2)

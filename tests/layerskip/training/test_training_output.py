@@ -1,4 +1,4 @@
-"""`layerskip train` and the folder that it writes to: nobody's files are lost, and a run goes on only as itself."""
+"""`layerskip train` and the folder that it writes to: no user file is lost, and only the same run resumes."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ class After(StoppingCriteria):
 @pytest.mark.parametrize("eos", [None, 9])
 @pytest.mark.parametrize("lengths", [[5], [2, 9, 5, 1]])
 def test_criteria_end_rows_by_themselves_where_there_is_an_eos(model, lengths, eos):
-    """Without one a row that has ended goes on until all have."""
+    """Without one a row that has ended continues until all have."""
     inputs = prompts(lengths)
     criterion = After(max(lengths))
     plain, ours = both(model, inputs, stopping_criteria=StoppingCriteriaList([criterion]), eos_token_id=eos)

@@ -99,7 +99,7 @@ class TestRead:
         assert generated(model, PROMPT, **OURS) == decoded(tmp_path / "m")
 
     def test_zero_points_that_gptqmodel_has_converted(self, tmp_path):
-        """The configuration goes on saying "gptq"."""
+        """The configuration still says "gptq"."""
         model = held_models.second_convention(made(tmp_path / "m", layouts.gptq(4, 32, False), TORCH))
         assert same_weights(adapt(model), load(tmp_path / "m", torch.float32)[0])
 
