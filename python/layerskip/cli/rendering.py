@@ -30,10 +30,13 @@ EARLY_EXIT_ASSISTED = "transformers, early exit"
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], unwrapped: Sequence[str] = (), **style: Any
 ) -> Table:
-    """A table of ``rows`` with a title on the left; columns in ``unwrapped`` keep each cell on one line."""
+    """A table of ``rows`` with a title on the left; columns in ``unwrapped`` keep each cell on one line.
+
+    In a narrow terminal the other columns break lines, so that no digit is lost.
+    """
     shown = Table(title=title, title_justify="left")
     for column in columns:
-        shown.add_column(column, no_wrap=column in unwrapped, **style)
+        shown.add_column(column, no_wrap=column in unwrapped, overflow="fold", **style)
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -32,7 +32,7 @@ from layerskip.cli.bench import (
     Stopwatch,
 )
 from layerskip.cli.correctness import first_difference
-from layerskip.cli.rendering import pieces
+from layerskip.cli.rendering import pieces, table
 from layerskip.decoding import SelfSpeculativeDecoder
 from layerskip.models import adapt, load
 from layerskip_kernels import dispatch
@@ -399,6 +399,28 @@ class TestEnv:
         with layerskip_kernels.use_backend("reference"):
             main(["env"])
         assert capsys.readouterr().out.count("reference") >= len(env.example_arguments("cpu"))
+
+
+class TestTables:
+    ROW = ("1995.48231", "0.0001234", "8192 of 49152", "w5 w8 w13 w5 w8 w13", "12345678.9")
+    COLUMNS = ("tokens/s", "seconds", "rows", "prompt", "bytes a token")
+
+    @pytest.mark.parametrize("width", [30, 60, 80])
+    def test_no_digit_is_lost_in_a_narrow_terminal(self, width):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(table("speed", self.COLUMNS, [self.ROW]))
+        printed = console.file.getvalue()
+        lines = [line[1:].split("│") for line in printed.splitlines() if line.startswith("│")]
+        cells = ["".join(part[column].strip() for part in lines) for column in range(len(self.ROW))]
+        assert [cell.replace(" ", "") for cell in cells] == [cell.replace(" ", "") for cell in self.ROW]
+        assert "…" not in printed
+
+    def test_piped_lines_are_not_broken_at_80_columns(self, directory, texts, capsys, monkeypatch):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr(env, "run", lambda args, console: console.print(table("t", self.COLUMNS, [self.ROW])))
+        assert main(["env"]) == 0
+        printed = capsys.readouterr().out
+        assert all(cell in printed for cell in self.ROW)
 
 
 def last_line(printed):
