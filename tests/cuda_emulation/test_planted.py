@@ -201,13 +201,14 @@ def test_blocks_that_a_ticket_does_not_order(monkeypatch: pytest.MonkeyPatch, ro
 
 def test_lengths_that_move_on_while_other_blocks_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the block of the first stretch of a vocabulary: right where there is one, a race where there are two."""
-    end, finish = "blockIdx.x] = own;\n}\n\n// One warp", "a.seq_lens[b] += a.accepted[b] + 1;"
+    end, finish = "blockIdx.x] = own;\n}\n\n// One warp", "advance(a.seq_lens[b], a.accepted[b], a.next_token[b]);"
+    early = "if (blockIdx.x == 0) a.seq_lens[b] += a.accepted[b] + 1;"
     eager = planted(
         "accept",
         "eager",
         CUDA / "accept.cu",
         (finish, ";"),
-        (end, end.replace("}", f"  if (blockIdx.x == 0) {finish}\n}}")),
+        (end, end.replace("}", f"  {early}\n}}")),
     )
     alone, together = (sampled_problem(2, 3, vocab_size) for vocab_size in (4000, 4200))
     for args in (alone, together):

@@ -47,7 +47,10 @@ def exit_layer(value: Any, num_layers: int) -> int:
 def exit_layer_of_exit(value: Any, exit_layer: int) -> int:
     """Check that the layer asked for is that of the trained exit, or left open."""
     if value not in (None, "auto", exit_layer):
-        raise ValueError(f"exit_layer is {value!r}, but the exit that is given is after {exit_layer} layers")
+        raise ValueError(
+            f"exit_layer is {value!r}, but the exit that is given is after {exit_layer} layers; "
+            "exit=None drafts with the model's own layers"
+        )
     return exit_layer
 
 

@@ -161,6 +161,8 @@ def generate(
     compatibility.check_arguments(model_kwargs)
     compatibility.check_processors(logits_processor)
     assert input_ids is not None  # prepared
+    if exit == "auto" and exit_layer not in (None, "auto"):
+        exit = None  # the model's own layers draft
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
     compatibility.check_positions(model_kwargs.get("position_ids"), mask)
