@@ -193,7 +193,7 @@ def picture(rows: list[SideBySide]) -> bytes:
             tokens.bar(range(len(flags)), 0.5, 0.9, bottom=number - 0.25, color=colors)
             caption = f"{stats.accepted} of {stats.drafted} draft tokens accepted ({stats.acceptance_rate:.0%})"
             tokens.text(-0.45, number - 0.3, caption, va="bottom")
-        tokens.set(xlabel="new token", title="green: drafted by the early layers and accepted", yticks=[])
+        tokens.set(xlabel="new token", title="green: accepted draft tokens", yticks=[])
         tokens.set_ylim(len(rows) - 0.5, -0.7)
         same = all(row.identical for row in rows)
         tokens.figure.suptitle("identical tokens both ways" if same else "THE TOKENS DIFFER")
