@@ -8,9 +8,8 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$name" && break; done)
 EXTRAS := demo,train,dev
 VLLM_VENV := .venv-vllm
-# pip >= 25.1 goes on with a download that broke off; an older one takes the part for the whole and finds a wrong hash.
-PIP := pip>=25.1
-export PIP_RESUME_RETRIES ?= 10
+# pip >= 25.2 resumes a download that was cut off; an older one fails with a wrong hash.
+PIP := pip>=25.2
 EXAMPLE := examples/smollm2
 # Where nvcc is found, `make setup` compiles the CUDA kernels for the cards that are here, or else for one architecture, to
 # see that they compile; `make cuda` and `make wheel` compile them for all.

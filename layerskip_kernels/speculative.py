@@ -125,7 +125,7 @@ def compose_round(ops: Ops, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     target_logits = empty_logits(batch * rows, a.head_weight.shape[0])
     full = {"hidden": hidden.flatten(0, 1), "temperature": None, "seed": None, "logits": target_logits}
     target = ops["exit_head"](*derive("exit_head", a, **full))[0].view(batch, rows)
-    # Accept. `seq_lens` advances past what is accepted, which is the rollback.
+    # Accept. `seq_lens` advances past the accepted tokens, which rolls back the others.
     tokens = drafted.tokens[:, : rows - 1]
     if draft_logits is None or target_logits is None:
         accepted, next_token = ops["accept_greedy"](tokens, target, a.seq_lens)

@@ -148,7 +148,7 @@ class Run:
     """One prompt with one method.
 
     ``tokens`` in ``seconds`` exclude the first token, which takes ``first_token`` seconds, and all others of its group
-    of ``first_tokens``. ``drafts`` are the draft token counts by source, ``told`` the texts of tokens and drafts.
+    of ``first_tokens``. ``drafts`` counts draft tokens by source, ``told`` has the texts of all tokens.
     """
 
     prompt: int

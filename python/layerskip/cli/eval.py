@@ -116,9 +116,10 @@ def _models(args: argparse.Namespace, model: Any, tokenizer: Any) -> Record:
         model, complete.exit_layer, complete.num_speculations, tokenizer=tokenizer, draft_source=complete.draft_source,
         **given,
     )  # fmt: skip
-    exit_layer, shipped = drafting.decoder.exit_layer, args.exit is None and drafting.decoder.model.exit_layer
-    if shipped or not isinstance(exit_layer, int):  # the layer alone is evaluated, so it needs no trained exit
-        exit_layer = max(1, drafting.decoder.model.num_layers // 4)
+    adapted, exit_layer = drafting.decoder.model, drafting.decoder.exit_layer
+    is_shipped = args.exit is None and adapted.exit_layer is not None
+    if is_shipped or not isinstance(exit_layer, int):  # the early exit is evaluated without the trained exit
+        exit_layer = max(1, adapted.num_layers // 4)
     early, full = LayerSkipLM(model, exit_layer, tokenizer=tokenizer), LayerSkipLM(model, tokenizer=tokenizer)
     return {FULL: full, EARLY: early, DRAFTED: drafting}
 

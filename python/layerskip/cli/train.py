@@ -135,7 +135,7 @@ def run_exit(args: argparse.Namespace, console: Console) -> int:
         except KeyboardInterrupt:
             if not ExitOutput(recipe).record:  # which only the first process has written
                 raise KeyboardInterrupt("interrupted, before anything was written") from None
-            kept = f"the same command with --resume continues from what is in {output.folder}"
+            kept = f"the same command with --resume continues from {output.folder}"
             raise KeyboardInterrupt(f"interrupted; {kept}") from None
         if is_main_process():
             _print_result(console, trained.state, output)

@@ -93,7 +93,6 @@ class SelfSpeculativeDecoder:
         options = self.defaults.complete()
         validation.num_speculations_or_auto(options.num_speculations, validation.MAX_NUM_SPECULATIONS)
         self.max_seq_len = validation.max_seq_len(max_seq_len, self.model.max_positions)
-        self.exit_layer = self._draft_model.exit_layer
         self.num_speculations, self.draft_source = options.num_speculations, options.draft_source
         self.clock: Clock = time.perf_counter
         self.tokenizer: Any = None
@@ -103,6 +102,11 @@ class SelfSpeculativeDecoder:
     def model(self) -> LayerSkipModel:
         """Model and exit, as of the last call."""
         return self._draft_model.model
+
+    @property
+    def exit_layer(self) -> int | str:
+        """E, "auto" if the controller picks it."""
+        return self._draft_model.exit_layer
 
     @property
     def controller(self) -> Controller:

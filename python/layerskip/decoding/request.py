@@ -79,7 +79,7 @@ class RequestOptions:
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """Options of a decoder's requests that do not give their own; what is None follows from the others."""
+    """Defaults for the options of a decoder's requests; `complete` replaces None."""
 
     exit_layer: int | str | None = None
     num_speculations: int | str | None = None
@@ -89,7 +89,7 @@ class RequestDefaults:
     strategy: str = "self_speculative"
 
     def complete(self) -> RequestOptions:
-        """Fill in what is None: all is "auto", but an exit drafts if E or K is fixed, K = 4 tokens if E is."""
+        """Replace None by "auto"; if only E or K is a number, an exit drafts, and K is 4 unless it is given."""
         exit_layer: int | str = "auto" if self.exit_layer is None else self.exit_layer
         num_speculations = self.num_speculations
         if num_speculations is None:
@@ -157,7 +157,7 @@ class _Round(NamedTuple):
 
     start: int  # number of new tokens before it
     tokens: tuple[int, ...]
-    fault: str | None  # what is wrong with the last token
+    fault: str | None  # error message for the last token
     record: RoundRecord | None
 
 

@@ -36,7 +36,7 @@ class Session:
     An exception at any point of a call, Ctrl-C or a signal handler's, loses no request, slot, token or update, and the
     next step continues. This is because every change of state is a single assignment: a request enters ``waiting`` or
     ``slots``, a round's tokens enter the request, a token is appended, a request is marked as ended. Everything else is
-    derived: which requests run, which slots are free, what is to report. A round whose tokens a request does not have
+    derived: running requests, free slots, updates to report. A round whose tokens a request does not have
     yet is computed again. It writes the same positions of the cache and draws with the noise of the same seed and
     positions, so it gives the same tokens. ``_due`` refers to what no call has returned. The assignment that empties it
     precedes the return directly, and Python handles signals at calls and loops only.
@@ -269,7 +269,7 @@ class Session:
     # Rounds
 
     def _advance(self) -> None:
-        """Run a round and prefill; what is to report is in ``_due``."""
+        """Run a round and prefill; ``_due`` has the requests to report."""
         started = self._clock()
         if self._graphs is not None:
             self._graphs.follow()

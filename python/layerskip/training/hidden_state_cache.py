@@ -311,9 +311,10 @@ def _first_labelled(pair: Mapping[str, list[int]], index: int) -> int:
 class GeneratedTextCache(HiddenStateCache):
     """Cached hidden states and top-k of texts that the model generates greedily after prompts, with all layers.
 
-    The first ``count`` of the prompts, token ids of which none is empty, are continued; another number uses what is in
-    the folder. ``eos_token_id`` ends a text. With ``whole``, the rows of the prompts get top-k, too. A `TextCache` of
-    the same texts has the same values up to rounding, and costs a second pass over every token.
+    It continues the first ``count`` prompts, lists of token ids of which none is empty. Texts that are in the folder
+    are used again, also with another ``count``. ``eos_token_id`` ends a text. With ``whole``, the rows of the prompts
+    get top-k, too. A `TextCache` of the same texts has the same values up to rounding, and costs a second pass over
+    every token.
     """
 
     def __init__(

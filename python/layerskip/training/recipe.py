@@ -318,7 +318,7 @@ class ExitRecipe:
 
 
 def exit_recipe(path: Path | None, given: Mapping[str, Any]) -> ExitRecipe:
-    """Read a recipe, if there is one; what is given wins over what the file says. ValueError as `read_recipe`."""
+    """Read a recipe, if there is one; keys in ``given`` override the file's. ValueError as `read_recipe`."""
     values = read_values(path) if path is not None else {}
     if "blocks" in values:
         warnings.warn(f"{path}: the key 'blocks' is now 'draft_layers'", DeprecationWarning, stacklevel=2)

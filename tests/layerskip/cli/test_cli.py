@@ -404,7 +404,7 @@ class TestEnv:
 
 
 class TestTables:
-    ROW = ("1995.48231", "0.0001234", "8192 of 49152", "w5 w8 w13 w5 w8 w13", "12345678.9")
+    ROW = ("1995.48231", "0.0001234", "8192 of 49152", "w5 w8 w13 w5 w8 w13 w5 w8 w13 w5 w8 w13", "12345678.9")
     COLUMNS = ("tokens/s", "seconds", "rows", "prompt", "bytes a token")
 
     @pytest.mark.parametrize("width", [30, 60, 80])

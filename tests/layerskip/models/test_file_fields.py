@@ -36,7 +36,7 @@ ESCAPE = "\x1b[2J\x1b]0;title\x07"
 
 
 def paths_of(fields, before=()):
-    """The path of each field, also of those in objects, and what it may hold."""
+    """Yield the path of each field, nested ones included, and its allowed values."""
     for name, expected in fields.items():
         yield (*before, name), expected
         if not isinstance(expected, Field):

@@ -19,7 +19,7 @@ OURS = {"custom_generate": layerskip.generate, "exit_layer": 2, "num_speculation
 
 @pytest.fixture(scope="module")
 def model():
-    """Its early layers differ from the late ones, so many drafts are rejected."""
+    """A random model, which rejects many drafts of its early layers."""
     return helpers.tiny_model("llama2", vocab_size=VOCABULARY)
 
 
