@@ -133,8 +133,23 @@ class TestModels:
         with torch.no_grad():
             model.model.layers[-1].self_attn.q_proj.weight[0, 0] += 1
         assert SelfSpeculativeDecoder(model).model.decoder.num_draft_layers == 0
+
+    def test_packed_weights_take_the_exit_of_their_name(self, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("layerskip.models.exit.fingerprint", lambda model: None)  # as of packed weights
+        assert SelfSpeculativeDecoder.from_pretrained(toy / "model").model.decoder.num_draft_layers == 0
         by_name = SelfSpeculativeDecoder.from_pretrained("toy")
         assert (by_name.exit_layer, by_name.model.decoder.num_draft_layers) == (2, 1)
+        assert SelfSpeculativeDecoder.from_pretrained("toy", exit_layer=1).model.decoder.num_draft_layers == 0
+
+    def test_an_exit_layer_in_transformers_leaves_the_exit_out(self, toy: Path) -> None:
+        model, tokenizer = layerskip.load(toy / "model", torch.float32)
+        inputs = tokenizer("w5 w8", return_tensors="pt")
+        plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        for options in ({}, {"exit_layer": 1}, {"exit_layer": "auto"}):
+            ours = model.generate(
+                **inputs, max_new_tokens=8, do_sample=False, custom_generate=layerskip.generate, **options
+            )
+            assert torch.equal(ours, plain)
         assert SelfSpeculativeDecoder.from_pretrained("bare-toy", exit=None).model.decoder.num_draft_layers == 0
 
     def test_a_package_that_cannot_be_imported_is_named(self, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

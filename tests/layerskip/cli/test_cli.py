@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from tokenizers_of import byte_level
 import layerskip_kernels
 from layerskip import DraftHead, devices
 from layerskip.cli import bench, demo, env, main
-from layerskip.cli.arguments import COMMANDS, Prompt, read_prompts
+from layerskip.cli import options as cli_options
+from layerskip.cli.arguments import COMMANDS, Prompt, parse, read_prompts
 from layerskip.cli.bench import (
     AUTOREGRESSIVE,
     EARLY_EXIT_ASSISTED,
@@ -33,7 +35,7 @@ from layerskip.cli.bench import (
 )
 from layerskip.cli.correctness import first_difference
 from layerskip.cli.rendering import pieces, table
-from layerskip.decoding import SelfSpeculativeDecoder
+from layerskip.decoding import SelfSpeculativeDecoder, Stats
 from layerskip.models import adapt, load
 from layerskip_kernels import dispatch
 
@@ -429,6 +431,55 @@ def last_line(printed):
     return printed.splitlines()[-1]
 
 
+class TestDraftOptions:
+    """An option that is given, then layerskip.json beside the model, then auto."""
+
+    @pytest.fixture
+    def tuned_model(self, tmp_path):
+        folder = save_tiny(tmp_path / "model")
+        (folder / "layerskip.json").write_text(json.dumps({"exit_layer": 2, "num_speculations": 3}))
+        return folder
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ([], (2, 3, "exit")),
+            (["--num-speculations", "5"], (2, 5, "exit")),
+            (["--draft-source", "ngram"], (2, 3, "ngram")),
+            (["--exit-layer", "1"], (1, 4, "exit")),
+            (["--exit-layer", "auto"], ("auto", "auto", "auto")),
+        ],
+        ids=str,
+    )
+    def test_the_file_beside_the_model(self, tuned_model, given, expected):
+        args = parse(["bench", "--model", str(tuned_model), *given])
+        decoder = cli_options.decoder(args, load(tuned_model)[0])
+        assert (decoder.exit_layer, decoder.num_speculations, decoder.draft_source) == expected
+        (tuned_model / "layerskip.json").unlink()
+        if not given:
+            decoder = cli_options.decoder(args, load(tuned_model)[0])
+            assert (decoder.exit_layer, decoder.num_speculations, decoder.draft_source) == ("auto",) * 3
+
+    @pytest.mark.parametrize("command", ["generate", "bench", "correctness", "eval"])
+    def test_every_command_reads_it(self, tuned_model, texts, tmp_path, monkeypatch, capsys, command):
+        if command == "eval":
+            pytest.importorskip("lm_eval", reason="needs lm_eval")
+        read = []
+
+        def recorded(name, *rest):
+            read.append(Path(name))
+            raise ValueError("read")
+
+        monkeypatch.setattr(cli_options, "tuned", recorded)
+        more = {
+            "generate": ["w5"], "bench": ["--prompts", texts, "--output", str(tmp_path / "out")],
+            "correctness": ["--prompts", texts, "--skip-transformers"],
+            "eval": ["spec", "--limit", "1", "--output", str(tmp_path / "out.json")],
+        }  # fmt: skip
+        assert main([command, "--model", str(tuned_model), *more[command]]) == 2
+        assert read == [tuned_model]
+
+
 class TestDemo:
     @pytest.fixture
     def subject(self, monkeypatch):
@@ -452,6 +503,14 @@ class TestDemo:
         assert str(tmp_path / "demo.png") in printed
         assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
         assert re.fullmatch(r"All 2 prompts: \d+\.\d\d× as fast with drafts, and the same tokens\.", last_line(printed))
+
+    def test_the_speedup_is_that_of_the_seconds_after_the_first_token(self):
+        def row(plain, speculative):
+            both = [SimpleNamespace(stats=Stats(3, 9, (), 0.5 + took, 0.5)) for took in (plain, speculative)]
+            return demo.SideBySide(Prompt("w5"), "tiny", *both)
+
+        assert demo._speedup([row(4.0, 1.0)]) == pytest.approx(4)
+        assert demo._speedup([row(4.0, 1.0), row(2.0, 2.0)]) == pytest.approx(2)
 
     def test_a_counterexample_is_one_line_and_does_not_count(self, subject, tmp_path, monkeypatch):
         slow = replace(subject.exhibit, label="With layer 3", remark="Below 1 it is slower.", counterexample=True)

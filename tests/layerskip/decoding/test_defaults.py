@@ -12,6 +12,7 @@ from tiny import prompt_of, tiny_model
 
 import layerskip
 from layerskip import SamplingParams, SelfSpeculativeDecoder
+from layerskip.decoding.outputs import RoundRecord, Stats
 from layerskip.decoding.request import RequestDefaults
 from layerskip.models import adapt
 from layerskip.models.exit import fingerprint
@@ -89,11 +90,26 @@ class TestHint:
         with pytest.warns(UserWarning, match="of exit layer 1 were accepted, so decoding is slower"):
             decoder.generate(prompt_of(5), 60, eos_token_id=[])
 
-    @pytest.mark.parametrize("options", [{}, {"exit_layer": 1, "num_speculations": "auto"}, {"draft_source": "ngram"}])
-    def test_what_adapts_needs_no_hint(self, options):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            SelfSpeculativeDecoder(tiny_model(), **options).generate(prompt_of(5), 60, eos_token_id=[])
+    @pytest.mark.parametrize(
+        ("options", "warns"),
+        [
+            ({"exit_layer": 1}, True),
+            ({"exit_layer": 1, "num_speculations": "auto"}, False),
+            ({"exit_layer": 1, "draft_source": "auto"}, False),
+            ({"draft_source": "ngram", "num_speculations": 4}, False),
+            ({}, False),
+        ],
+        ids=str,
+    )
+    def test_only_a_fixed_exit_gets_it(self, options, warns):
+        decoder = SelfSpeculativeDecoder(tiny_model(), **options)
+        requested = decoder.defaults.updated(decoder.model, 12)
+        rejected = RoundRecord("exit", 1, (1, 2, 3, 4), 0, 1)
+        stats = Stats(5, 21, (rejected,) * 20, 1.0, 0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            requested.hint(stats)
+        assert bool(caught) == warns
 
     def test_an_exit_that_drafts_well_needs_none(self):
         with warnings.catch_warnings():
@@ -109,6 +125,10 @@ class TestFingerprint:
         assert first != fingerprint(adapt(tiny_model(upper="weak")))
         with torch.no_grad():
             model.model.layers[2].mlp.up_proj.weight[0, 3] += 1
+        assert first != fingerprint(adapt(model))
+        model = tiny_model()
+        with torch.no_grad():
+            model.model.layers[2].mlp.up_proj.weight[-1, -1] += 1
         assert first != fingerprint(adapt(model))
 
     def test_a_dtype_does_not_change_it(self):
