@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections import Counter
@@ -31,7 +32,8 @@ class EveryPlace:
     """Raises `Interrupted` at the n-th visit of every place in decoding/ where CPython handles signals.
 
     That is after the call of a function in C, and where a function in Python begins. (It is also where a loop jumps
-    back; the loops there call something.) What a fake GPU does in its time is not interrupted.
+    back; the loops there call something.) What a fake GPU does in its time is not interrupted. No garbage is collected
+    meanwhile: that would call `__del__` of another test's objects, where CPython drops an exception.
     """
 
     def __init__(self, visit: int, gpu: FakeGPU | None = None) -> None:
@@ -50,11 +52,13 @@ class EveryPlace:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        gc.disable()
         sys.setprofile(self._profile)
         try:
             yield
         finally:
             sys.setprofile(None)
+            gc.enable()
 
     def until_done(self, call: Callable[[], Any], check: Callable[[], None] = lambda: None) -> Any:
         """Call until no place interrupts it."""
