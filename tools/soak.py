@@ -329,6 +329,9 @@ class Soak:
         except Interrupted:
             self.reached.interrupts += 1
             return None
+        finally:
+            if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                raise AssertionError(f"{method.__name__} has changed autograd's modes")
 
     def _step(self) -> None:
         interrupts = self.reached.interrupts

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from .._autograd_modes import InferenceMode
 from ..models import LayerSkipModel, SharedKVCache
 from .cuda_graphs import GraphResult, Graphs
 from .request import Clock, DraftKind, Request, RoundKind
@@ -135,7 +135,7 @@ class Batch:
 
     def run(self) -> tuple[Launched, list[list[int]]]:
         """Run a round and return it with its results; launch the next one before reading, if possible."""
-        with torch.inference_mode():
+        with InferenceMode(True):
             if not self._launched:
                 self.launch()
             if self.runs_ahead:

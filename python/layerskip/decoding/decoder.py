@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import models
+from .._autograd_modes import InferenceMode, keeps_grad_mode
 from ..models import EarlyExitHead, Exit, LayerSkipModel
 from ..models.hf_checks import unwrapped
 from . import cuda_graphs, validation
@@ -152,6 +153,7 @@ class SelfSpeculativeDecoder:
         decoder.tokenizer = tokenizer
         return decoder
 
+    @keeps_grad_mode
     def open_session(
         self,
         max_batch: int,
@@ -193,13 +195,14 @@ class SelfSpeculativeDecoder:
         if max_seq_len is not None:
             length = validation.integer_in("max_seq_len", max_seq_len, 1, self.max_seq_len)
         max_speculations = self._max_speculations(num_speculations=num_speculations)
-        with torch.inference_mode(False):
+        with InferenceMode(False):
             cache = model.decoder.new_cache(max_batch, length + max_speculations + 1)
         return Session(
             model, cache, self.defaults, self.controller, length, max_speculations, generator, self.clock,
             cuda_graphs.for_device(model.device), prompt_tokens_per_step, max_waiting,
         )  # fmt: skip
 
+    @keeps_grad_mode
     def generate(
         self,
         input_ids: str | Tensor | Sequence[int] | Sequence[str | Tensor | Sequence[int]],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import models, registry
+from .._autograd_modes import InferenceMode
 from ..models import Exit, ExitWeights, LayerSkipModel, SharedKVCache
 from ..models.files import load_tensors, metadata_integer, save_tensors
 from ..models.hf_checks import ModelSnapshot
@@ -144,7 +145,6 @@ class CachePool:
             with self._lock:
                 self.idle.append(lent)
 
-    @torch.inference_mode(False)
     def _with_room(self, lent: Lent | None, batch: int, length: int) -> Lent:
         """Return the given cache if it is large enough and of the model's dtype and device, else a new one."""
         model, graphs = self.model, cuda_graphs.for_device(self.model.device)
@@ -159,7 +159,8 @@ class CachePool:
             if fits:
                 return cache, graphs
         capacity = -(-length // CACHE_GRANULARITY) * CACHE_GRANULARITY
-        return model.decoder.new_cache(batch, capacity), graphs
+        with InferenceMode(False):
+            return model.decoder.new_cache(batch, capacity), graphs
 
 
 class DraftModel:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerskip_kernels import explain
 
+from .._autograd_modes import InferenceMode
 from ..devices import to_device
 from ..models import LayerSkipModel, SharedKVCache
 from . import validation
@@ -154,12 +155,15 @@ class ChunkedPrefill:
         """Return how many of the first tokens that a slot and a prompt share may be reused."""
         return num_tokens if self.fused else num_tokens // TORCH_ROWS * TORCH_ROWS
 
-    @torch.inference_mode()
     def run(self, requests: Sequence[Request], limit: int = sys.maxsize) -> int:
         """Run one chunk of at most ``limit`` tokens and return its size; torch's matmuls read up to the next cut.
 
         The requests have unread tokens and the same layers; where torch's matmuls read, there is one.
         """
+        with InferenceMode(True):
+            return self._run(requests, limit)
+
+    def _run(self, requests: Sequence[Request], limit: int) -> int:
         model, first = self._model, requests[0]
         layers: dict[str, Any] = {
             "num_layers": first.num_layers,
@@ -189,7 +193,6 @@ def _advance(request: Request, hidden: Tensor) -> None:
     request.num_prefilled += hidden.shape[1]
 
 
-@torch.inference_mode()
 def catch_up_draft_layers(model: LayerSkipModel, cache: SharedKVCache, request: Request, end: int) -> None:
     """Run an exit's draft layers on the tokens before ``end`` that they have not read.
 
@@ -197,10 +200,11 @@ def catch_up_draft_layers(model: LayerSkipModel, cache: SharedKVCache, request: 
     run again, with the same bits.
     """
     tokens = request.all_tokens
-    for begin in range(request.num_draft_cached, end, FUSED_ROWS):
-        chunk = to_device(torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]]), model.device)
-        seq_lens, slots = to_device(torch.tensor([[begin], [request.slot]]), model.device).unbind()
-        model.read(chunk, cache, model.exit_layer, draft_layers=True, seq_lens=seq_lens, slots=slots)
+    with InferenceMode(True):
+        for begin in range(request.num_draft_cached, end, FUSED_ROWS):
+            chunk = to_device(torch.tensor([tokens[begin : min(begin + FUSED_ROWS, end)]]), model.device)
+            seq_lens, slots = to_device(torch.tensor([[begin], [request.slot]]), model.device).unbind()
+            model.read(chunk, cache, model.exit_layer, draft_layers=True, seq_lens=seq_lens, slots=slots)
     request.num_draft_cached = max(request.num_draft_cached, end)
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from .._autograd_modes import InferenceMode
 from ..models import LayerSkipModel, SharedKVCache
 from . import validation
 from .adaptive import Choice, Controller
@@ -350,7 +351,7 @@ class Session:
         try:
             if error is not None:
                 raise error
-            with torch.inference_mode():
+            with InferenceMode(True):
                 assert request.last_hidden is not None
                 step = spec_step_of(self._model, self._cache, [request])
                 token = int(step.first(request.last_hidden, sequences_of(self._model, [request])))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerskip_kernels.formats import dequantize, kind_of
 
+from .._autograd_modes import keeps_grad_mode
 from .._imports import check_transformers
 from .architectures import (
     ARCHITECTURES,
@@ -35,6 +36,7 @@ from .rotary import exact_module
 _PLAIN = ("torch.nn.modules.linear.Linear", "torch.nn.modules.sparse.Embedding")
 
 
+@keeps_grad_mode
 def adapt(hf_model: Any) -> LayerSkipModel:
     """Make an early-exit model of a Hugging Face model, which does not change.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from layerskip_kernels.formats import FORMATS, is_interleaved, rows_of
 
 from .. import registry
+from .._autograd_modes import keeps_grad_mode
 from .._imports import need
 from . import files
 from .adaptation import adapt, build, frequency_factors
@@ -34,6 +35,7 @@ _JSON_FILES: dict[str, files.Fields] = {
 """The files that are checked before transformers reads them, with the fields that are read."""
 
 
+@keeps_grad_mode
 def load(
     name_or_dir: str | os.PathLike[str],
     dtype: torch.dtype = torch.bfloat16,

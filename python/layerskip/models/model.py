@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerskip_kernels import Draft, Noise, Round, draft, linear, speculative_round
 from layerskip_kernels.formats import lookup
 
+from .._autograd_modes import keeps_grad_mode
 from .generic_layers import Product, torch_linear
 from .head import EarlyExitHead, ExitWeights, shared
 from .kv_cache import SharedKVCache
@@ -128,6 +129,7 @@ class LayerSkipModel(nn.Module):
         bounds = getattr(self.config, "max_position_embeddings", None), self.decoder.max_positions
         return min((bound for bound in bounds if bound is not None), default=None)
 
+    @keeps_grad_mode
     def refresh(self) -> None:
         """Update views of weights whose memory, and norms whose values, may have changed."""
         self.decoder.refresh()

@@ -25,6 +25,7 @@ from tools.soak import SLOTS, WAITING, Interrupted, Signals, Soak
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), requires_native]
 DECODING = str(Path(layerskip.decoding.__file__).parent)
+MODES = tuple(module.__file__ for module in (torch.autograd.grad_mode, torch.utils._contextlib))
 VISITS = (1, 2, 5, 13)
 
 
@@ -32,8 +33,9 @@ class EveryPlace:
     """Raises `Interrupted` at the n-th visit of every place in decoding/ where CPython handles signals.
 
     That is after the call of a function in C, and where a function in Python begins. (It is also where a loop jumps
-    back; the loops there call something.) What a fake GPU does in its time is not interrupted. No garbage is collected
-    meanwhile: that would call `__del__` of another test's objects, where CPython drops an exception.
+    back; the loops there call something.) Also in torch's own Python code that changes autograd's modes: calls leave
+    them as they were. What a fake GPU does in its time is not interrupted. No garbage is collected meanwhile: that
+    would call `__del__` of another test's objects, where CPython drops an exception.
     """
 
     def __init__(self, visit: int, gpu: FakeGPU | None = None) -> None:
@@ -43,7 +45,9 @@ class EveryPlace:
         code = frame.f_code
         if self._gpu is not None and self._gpu.busy:
             return
-        if event in ("call", "c_return") and code.co_filename.startswith(DECODING) and code.co_name != "<genexpr>":
+        if code.co_name == "<genexpr>" or not code.co_filename.startswith((DECODING, *MODES)):
+            return
+        if event in ("call", "c_return"):
             place = code, frame.f_lasti, event
             self._visits[place] += 1
             if self._visits[place] == self._visit:
@@ -59,6 +63,8 @@ class EveryPlace:
         finally:
             sys.setprofile(None)
             gc.enable()
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
 
     def until_done(self, call: Callable[[], Any], check: Callable[[], None] = lambda: None) -> Any:
         """Call until no place interrupts it."""
