@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +20,7 @@ from .detokenizer import SequenceText, stop_rules
 from .draft_model import DraftHead, DraftModel
 from .draft_sources import DraftSource, max_drafts
 from .outputs import GenerationOutput, Streamer
-from .request import Clock, RequestDefaults, StopRule
+from .request import Clock, Prompt, Prompts, RequestDefaults, StopRule
 from .sampling import LogitsProcessor, SamplingParams, params_of_each
 from .session import Session
 from .tuning import tuned
@@ -199,13 +198,13 @@ class SelfSpeculativeDecoder:
             cache = model.decoder.new_cache(max_batch, length + max_speculations + 1)
         return Session(
             model, cache, self.defaults, self.controller, length, max_speculations, generator, self.clock,
-            cuda_graphs.for_device(model.device), prompt_tokens_per_step, max_waiting,
+            cuda_graphs.for_device(model.device), prompt_tokens_per_step, max_waiting, self.tokenizer,
         )  # fmt: skip
 
     @keeps_grad_mode
     def generate(
         self,
-        input_ids: str | Tensor | Sequence[int] | Sequence[str | Tensor | Sequence[int]],
+        input_ids: Prompts,
         max_new_tokens: int = 128,
         strategy: str = "self_speculative",
         exit_layer: int | str | None = None,
@@ -228,9 +227,9 @@ class SelfSpeculativeDecoder:
 
         Parameters
         ----------
-        input_ids : Tensor [B, N] or [N], int64, str, or sequence of prompts
-            Each row of a tensor is a prompt. Prompts of different lengths: a list of tensors [N], of lists of int, or
-            of strings.
+        input_ids : str, Tensor [N] or [B, N], numpy array, BatchEncoding, or sequence of int or of prompts
+            Texts or tokens (int64 or int32). Each row of a tensor is a prompt; prompts of different lengths are a list,
+            or padded with an ``attention_mask``, which a tokenizer's BatchEncoding has.
         max_new_tokens : int
             For each prompt.
         strategy, exit_layer, num_speculations, draft_threshold, draft_source
@@ -269,7 +268,8 @@ class SelfSpeculativeDecoder:
         """
         caches = self._draft_model.follow()
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        prompts = prompts_of(input_ids, attention_mask, tokenizer)
+        model = caches.model
+        prompts = validation.prompts(input_ids, model.vocab_size, model.device, tokenizer, attention_mask)
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"a streamer takes one prompt, got a batch of {len(prompts)}")
         pad = self._padding(pad_token_id, self.eos_token_id if eos_token_id is None else eos_token_id)
@@ -279,15 +279,15 @@ class SelfSpeculativeDecoder:
         params = params_of_each(sampling, len(prompts))
         processors = validation.one_each("logits_processor", logits_processor, len(prompts))
         validation.at_least_one("max_new_tokens", max_new_tokens)
-        longest = max(len(one) if isinstance(one, (list, tuple)) else one.numel() for one in prompts)
+        longest = max(one.shape[1] for one in prompts)
         length = validation.length(longest, max_new_tokens, self.max_seq_len)
         max_speculations = self._max_speculations(
             strategy=strategy, exit_layer=exit_layer, num_speculations=num_speculations, draft_source=draft_source
         )
         with caches.borrow(len(prompts), length + max_speculations + 1) as (cache, graphs):
             session = Session(
-                caches.model, cache, self.defaults, self.controller, length, max_speculations, generator, self.clock,
-                graphs,
+                model, cache, self.defaults, self.controller, length, max_speculations, generator, self.clock, graphs,
+                tokenizer=tokenizer,
             )  # fmt: skip
             requests = [
                 session.add(
@@ -298,7 +298,7 @@ class SelfSpeculativeDecoder:
                 for prompt, own_params, processor, rule in zip(prompts, params, processors, rules, strict=True)
             ]  # fmt: skip
             if streamer is not None:
-                streamer.put(torch.as_tensor(prompts[0]).cpu().view(1, -1))
+                streamer.put(prompts[0].cpu())
             outputs: dict[int, GenerationOutput] = {}
             for update in session.run(streamer):
                 if update.output is not None:
@@ -307,7 +307,7 @@ class SelfSpeculativeDecoder:
 
     def stream(
         self,
-        prompt: str | Tensor | Sequence[int],
+        prompt: Prompt,
         max_new_tokens: int = 128,
         *,
         stop_strings: str | Sequence[str] = (),
@@ -324,7 +324,7 @@ class SelfSpeculativeDecoder:
 
         Parameters
         ----------
-        prompt : str, Tensor [N] or [1, N], or sequence of int
+        prompt : str, Tensor [N] or [1, N], numpy array, BatchEncoding, or sequence of int
         max_new_tokens : int
         stop_strings : str or sequence of str
             The text ends before the first of them.
@@ -354,10 +354,8 @@ class SelfSpeculativeDecoder:
         if tokenizer is None:
             raise ValueError("tokenizer must be given for a decoder that was not made with from_pretrained")
         text = SequenceText(tokenizer, stop_strings, skip_special_tokens, include_stop_string)
-        if isinstance(prompt, str):
-            prompt = _encode(prompt, tokenizer)
-        ids = validation.prompt(prompt, self.model.vocab_size, self.model.device)[0].tolist()
-        text.start_after(ids)
+        ids = validation.prompt(prompt, self.model.vocab_size, self.model.device, tokenizer)
+        text.start_after(ids[0].tolist())
         pieces: list[str] = []
 
         def stops(new_tokens: list[int]) -> bool:
@@ -365,7 +363,7 @@ class SelfSpeculativeDecoder:
             return text.stopped
 
         validation.at_least_one("max_new_tokens", max_new_tokens)
-        length = validation.length(len(ids), max_new_tokens, self.max_seq_len)
+        length = validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
         names = ("strategy", "exit_layer", "num_speculations", "draft_source")
         drafting = {name: options.get(name) for name in names}
         max_speculations = self._max_speculations(**drafting)
@@ -406,53 +404,6 @@ def _of_config(model: Any, name: str) -> Any:
     return getattr(model.config if generation_config is None else generation_config, name, None)
 
 
-def prompts_of(input_ids: Any, attention_mask: Any = None, tokenizer: Any = None) -> list[Any]:
-    """Split the ``input_ids`` of ``SelfSpeculativeDecoder.generate`` into prompts without padding."""
-    if isinstance(input_ids, str):
-        input_ids = [input_ids]
-    if isinstance(input_ids, (list, tuple)) and any(isinstance(one, str) for one in input_ids):
-        if attention_mask is not None:
-            raise ValueError("attention_mask goes with token ids; the prompts are strings")
-        return [_encode(one, tokenizer) for one in input_ids]
-    if isinstance(input_ids, Tensor):
-        single = input_ids.dim() == 1
-    else:
-        single = isinstance(input_ids, (list, tuple)) and bool(input_ids) and isinstance(input_ids[0], Integral)
-    if single:
-        input_ids, attention_mask = [input_ids], None if attention_mask is None else [attention_mask]
-    rows = validation.prompts(input_ids)
-    if attention_mask is None:
-        return rows
-    if len(attention_mask) != len(rows):
-        raise ValueError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
-    return [_unmasked(number, *both) for number, both in enumerate(zip(rows, attention_mask, strict=True))]
-
-
-def _encode(text: Any, tokenizer: Any) -> list[int]:
-    if not isinstance(text, str):
-        raise TypeError(f"prompts are all strings or all token ids, got a string and {text!r}")
-    if tokenizer is None:
-        raise ValueError("a prompt that is a string needs a tokenizer: give tokenizer=, or set decoder.tokenizer")
-    return tokenizer(text).input_ids
-
-
-def _unmasked(number: int, row: Any, mask: Any) -> Any:
-    """Remove the padding around a prompt."""
-    mask = torch.as_tensor(mask)
-    if mask.dim() != 1 or len(mask) != len(row):
-        raise ValueError(f"attention_mask has shape {list(mask.shape)} for prompt {number}, of {len(row)} tokens")
-    kept = mask.ne(0).nonzero().flatten().tolist()
-    if not kept:
-        raise ValueError(f"attention_mask hides all of prompt {number}")
-    if kept[-1] - kept[0] + 1 != len(kept):
-        hole = next(place for place in range(kept[0], kept[-1]) if not mask[place])
-        raise ValueError(
-            f"attention_mask has a hole at position {hole} of prompt {number}; it may hide padding before or after a "
-            "prompt, but nothing inside it"
-        )
-    return row[kept[0] : kept[-1] + 1]
-
-
 class Conversation:
     """Turns that continue each other.
 
@@ -485,7 +436,7 @@ class Conversation:
 
     def generate(
         self,
-        prompt: Tensor | Sequence[int],
+        prompt: Prompt,
         max_new_tokens: int = 128,
         streamer: Streamer | None = None,
         **options: Any,
@@ -494,8 +445,8 @@ class Conversation:
 
         Parameters
         ----------
-        prompt : Tensor [N] or [1, N], or sequence of int
-            Tokens after those so far.
+        prompt : str, Tensor [N] or [1, N], numpy array, BatchEncoding, or sequence of int
+            What follows the tokens so far. Only the first text gets special tokens, such as BOS.
         max_new_tokens, streamer
             As in `SelfSpeculativeDecoder.generate`.
         **options
@@ -511,7 +462,8 @@ class Conversation:
         ValueError, TypeError, FloatingPointError
             As `SelfSpeculativeDecoder.generate`; the tokens stay as they were.
         """
-        ids = validation.prompt(prompt, self._model.vocab_size, self._model.device)
+        model, tokenizer = self._model, self._session.tokenizer
+        ids = validation.prompt(prompt, model.vocab_size, model.device, tokenizer, special_tokens=not self.tokens)
         whole = self.tokens + ids[0].tolist()
         for unfinished in self._session.unfinished:  # of a turn that an exception left
             self._session.remove(unfinished)

@@ -157,6 +157,13 @@ class SequenceText:
         return "".join(released)
 
 
+def text_after(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Return the text that ``tokens`` add to a prompt, without special tokens."""
+    text = SequenceText(tokenizer)
+    text.start_after(prompt)
+    return "".join(map(text.push, tokens)) + text.finish()
+
+
 class TextStream:
     """Streamer and iterator of text pieces, none of which is ever retracted.
 

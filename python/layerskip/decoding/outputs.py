@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .detokenizer import text_after
 
 
 class Streamer(Protocol):
@@ -169,6 +171,8 @@ class GenerationOutput:
     per_sequence : tuple of Stats
     reasons : tuple of str
         Why each sequence ended: "eos", "stop", "length", "cancelled" or "error".
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+        Decodes `text`; the decoder's, or the one that the call was given.
     """
 
     sequences: Tensor
@@ -176,6 +180,28 @@ class GenerationOutput:
     drafted: Tensor
     per_sequence: tuple[Stats, ...]
     reasons: tuple[str, ...]
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def text(self) -> str | list[str]:
+        """Text of the new tokens, as `SelfSpeculativeDecoder.stream` yields it; of several sequences a list.
+
+        Special tokens are left out; a stop string that ended the sequence is not.
+
+        Raises
+        ------
+        ValueError
+            Without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "the text needs a tokenizer: set decoder.tokenizer, which from_pretrained does, or give tokenizer="
+            )
+        texts = []
+        for tokens, stats in zip(self.sequences.tolist(), self.per_sequence, strict=True):
+            end = stats.prompt_tokens + stats.new_tokens
+            texts.append(text_after(self.tokenizer, tokens[: stats.prompt_tokens], tokens[stats.prompt_tokens : end]))
+        return texts[0] if len(texts) == 1 else texts
 
     @property
     def stats(self) -> Stats:
@@ -194,6 +220,7 @@ class GenerationOutput:
             join([out.drafted[0] for out in outputs], padding_value=False),
             tuple(row for out in outputs for row in out.per_sequence),
             tuple(reason for out in outputs for reason in out.reasons),
+            outputs[0].tokenizer,
         )
 
 

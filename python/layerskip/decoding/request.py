@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,11 @@ StopRule = Callable[[list[int]], bool]
 
 Clock = Callable[[], float]
 """() -> seconds."""
+
+Prompt = str | Tensor | np.ndarray | Mapping[str, Any] | Sequence[int]
+"""A text, tokens, or a tokenizer's output; `validation.prompts` checks it."""
+
+Prompts = Prompt | Sequence[Prompt]
 
 
 FIXED_SPECULATIONS = 4
@@ -184,6 +190,7 @@ class Request:
     keep: bool = False  # whether its slot is retained when it has ended
     continue_from: int | None = None  # id of the retained request whose slot it takes over
     clock: Clock = time.perf_counter
+    tokenizer: Any = None  # decodes `GenerationOutput.text`
 
     new_tokens: list[int] = field(default_factory=list, init=False)
     ended_by: str | Exception | None = field(default=None, init=False)  # "cancelled", "removed" or an error
@@ -397,4 +404,4 @@ class Request:
             reused=self.num_reused,
         )
         flags = torch.tensor([drafted], dtype=torch.bool)
-        return GenerationOutput(self.all_ids, self._new_ids, flags, (stats,), (self.reason or "",))
+        return GenerationOutput(self.all_ids, self._new_ids, flags, (stats,), (self.reason or "",), self.tokenizer)

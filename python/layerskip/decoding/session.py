@@ -6,10 +6,9 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
 
 from .._autograd_modes import InferenceMode
 from ..models import LayerSkipModel, SharedKVCache
@@ -19,7 +18,7 @@ from .batch import Batch, Launched, sequences_of, spec_step_of
 from .cuda_graphs import Graphs, warn_unrecorded
 from .draft_sources import DraftSource
 from .outputs import Streamer, Update
-from .request import Clock, DraftKind, Request, RequestDefaults, RoundKind, StopRule
+from .request import Clock, DraftKind, Prompt, Request, RequestDefaults, RoundKind, StopRule
 from .sampling import History, LogitsProcessor, SamplingParams, params_of, seed_of
 from .scheduler import Scheduler, prefill_budget
 from .spec_step import NOT_DRAFTED
@@ -43,7 +42,8 @@ class Session:
     precedes the return directly, and Python handles signals at calls and loops only.
 
     ``cache`` has room for ``max_seq_len`` and ``max_speculations`` + 1 positions in every slot; ``graphs`` records the
-    rounds over it. The other parameters are those of `SelfSpeculativeDecoder.open_session`.
+    rounds over it; ``tokenizer`` encodes and decodes texts. The other parameters are those of
+    `SelfSpeculativeDecoder.open_session`.
     """
 
     def __init__(
@@ -59,10 +59,11 @@ class Session:
         graphs: Graphs | None = None,
         prompt_tokens_per_step: int | str | None = None,
         max_waiting: int | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self._model, self._cache, self._defaults, self._controller = model, cache, defaults, controller
         self.max_seq_len, self.max_speculations = max_seq_len, max_speculations
-        self._generator, self._clock, self._graphs = generator, clock, graphs
+        self._generator, self._clock, self._graphs, self.tokenizer = generator, clock, graphs, tokenizer
         self._ids = itertools.count()
         self._scheduler = Scheduler(model, cache, prefill_budget(prompt_tokens_per_step), clock, max_waiting)
         self._due: dict[int, tuple[Request, int]] = {}  # requests to report; number of new tokens reported before
@@ -82,7 +83,7 @@ class Session:
 
     def add(
         self,
-        prompt: Tensor | Sequence[int],
+        prompt: Prompt,
         max_new_tokens: int = 128,
         *,
         strategy: str = "self_speculative",
@@ -101,8 +102,9 @@ class Session:
 
         Parameters
         ----------
-        prompt : Tensor [N] or [1, N], or sequence of int
-            With ``continue_from``, the tokens after that request's prompt and new tokens.
+        prompt : str, Tensor [N] or [1, N], numpy array, BatchEncoding, or sequence of int
+            With ``continue_from``, what follows that request's prompt and new tokens; a text then gets no special
+            tokens.
         max_new_tokens : int
         strategy : {"self_speculative", "autoregressive", "early_exit"}
             The first two give the same greedy tokens. "early_exit" decodes with layers [0, E) alone, unverified.
@@ -153,7 +155,8 @@ class Session:
             params = params_of(sampling, model.vocab_size)
             repeatable = params.seed is not None and not params.greedy
             options = self._defaults.updated(model, self.max_speculations, repeatable, **given)
-            ids = validation.prompt(prompt, model.vocab_size, model.device)
+            first = continue_from is None
+            ids = validation.prompt(prompt, model.vocab_size, model.device, self.tokenizer, special_tokens=first)
             if continue_from is not None:
                 ids = torch.cat([self._retained(continue_from).all_ids, ids], 1)
             validation.at_least_one("max_new_tokens", max_new_tokens)
@@ -164,7 +167,7 @@ class Session:
             request = Request(
                 next(self._ids), model, options, ids, max_new_tokens, params, seed_of(params, self._generator),
                 self._controller.new_acceptance(), stop_tokens, should_stop, logits_processor, keep, continue_from,
-                self._clock,
+                self._clock, self.tokenizer,
             )  # fmt: skip
             if logits_processor is not None:
                 request.history = History(ids, max_new_tokens + self.max_speculations + 1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,45 +75,139 @@ def num_speculations_or_auto(value: Any, most: int) -> int | None:
     return None if value == "auto" else integer_in("num_speculations", at_least_one("num_speculations", value), 1, most)
 
 
-def prompt(input_ids: Any, vocab_size: int, device: torch.device) -> Tensor:
-    """Check one prompt of at least one token and return it as int64 [1, N]."""
-    if not isinstance(input_ids, Tensor):
-        tokens = [_integer("a token of the prompt", token) for token in input_ids]
+def prompts(
+    given: Any,
+    vocab_size: int,
+    device: torch.device,
+    tokenizer: Any = None,
+    attention_mask: Any = None,
+    special_tokens: bool = True,
+) -> list[Tensor]:
+    """Check prompts of any kind and return each as int64 [1, N], without padding.
+
+    Parameters
+    ----------
+    given : Tensor, numpy array, BatchEncoding, str, or sequence
+        Tokens [N] of one prompt, [B, N] of several, a text, or a sequence of such prompts; or what a tokenizer returns.
+    vocab_size : int
+    device : torch.device
+        Tensors must be on it.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Encodes texts.
+    attention_mask : Tensor [B, N] or sequence, optional
+        0 for padding.
+    special_tokens : bool
+        Whether texts get the tokenizer's special tokens.
+    """
+    if isinstance(given, Mapping):
+        if "input_ids" not in given:
+            raise ValueError(f"a tokenizer's output has input_ids, got only {', '.join(map(str, given)) or 'nothing'}")
+        if attention_mask is not None:
+            raise ValueError("give the attention_mask alone or with the tokenizer's output, not both")
+        given, attention_mask = given["input_ids"], given.get("attention_mask")
+    if isinstance(given, str):
+        given = [given]
+    if _is_sequence(given) and any(isinstance(one, str) for one in given):
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with token ids; the prompts are strings")
+        given = [_encode(one, tokenizer, special_tokens) for one in given]
+    if isinstance(given, (Tensor, np.ndarray)):
+        single = given.ndim == 1
+        if given.ndim not in (1, 2):
+            raise ValueError(f"input_ids has shape {list(given.shape)}, expected [N] or [B, N]")
+    elif _is_sequence(given):
+        single = len(given) > 0 and isinstance(given[0], Integral)
+    else:
+        raise TypeError(
+            "a prompt must be a str, a tensor, an array, a list of int or a tokenizer's output, or prompts a list of "
+            f"these, got {type(given).__name__}"
+        )
+    if single:
+        given, attention_mask = [given], None if attention_mask is None else [attention_mask]
+    rows = list(given)
+    if not rows:
+        raise ValueError(_EMPTY)
+    for row in rows:
+        if not isinstance(row, (Tensor, np.ndarray)) and not _is_sequence(row):
+            raise TypeError(f"a list of input_ids holds prompts, each a tensor [N] or a list of int, got {row!r}")
+    if attention_mask is not None:
+        if len(attention_mask) != len(rows):
+            raise ValueError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
+        rows = [_unmasked(number, *both) for number, both in enumerate(zip(rows, attention_mask, strict=True))]
+    return [_tokens(row, vocab_size, device) for row in rows]
+
+
+def prompt(
+    given: Any, vocab_size: int, device: torch.device, tokenizer: Any = None, special_tokens: bool = True
+) -> Tensor:
+    """Check one prompt, of any kind that `prompts` takes, and return it as int64 [1, N]."""
+    rows = prompts(given, vocab_size, device, tokenizer, special_tokens=special_tokens)
+    if len(rows) != 1:
+        raise ValueError(f"one prompt is taken here, got {len(rows)}")
+    return rows[0]
+
+
+_EMPTY = "the prompt is empty; it needs at least one token (a BOS token, for instance)"
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _encode(text: Any, tokenizer: Any, special_tokens: bool) -> list[int]:
+    if not isinstance(text, str):
+        raise TypeError(f"prompts are all strings or all token ids, got a string and {text!r}")
+    if tokenizer is None:
+        raise ValueError("a prompt that is a string needs a tokenizer: set decoder.tokenizer, or give tokenizer=")
+    tokens: list[int] = tokenizer(text, add_special_tokens=special_tokens).input_ids
+    return tokens
+
+
+def _unmasked(number: int, row: Any, mask: Any) -> Any:
+    """Remove the padding around a prompt."""
+    mask = torch.as_tensor(mask)
+    if mask.dim() != 1 or len(mask) != len(row):
+        raise ValueError(f"attention_mask has shape {list(mask.shape)} for prompt {number}, of {len(row)} tokens")
+    kept = mask.ne(0).nonzero().flatten().tolist()
+    if not kept:
+        raise ValueError(f"attention_mask hides all of prompt {number}")
+    if kept[-1] - kept[0] + 1 != len(kept):
+        hole = next(place for place in range(kept[0], kept[-1]) if not mask[place])
+        raise ValueError(
+            f"attention_mask has a hole at position {hole} of prompt {number}; it may hide padding before or after a "
+            "prompt, but nothing inside it"
+        )
+    return row[kept[0] : kept[-1] + 1]
+
+
+def _tokens(row: Any, vocab_size: int, device: torch.device) -> Tensor:
+    """Return the tokens of one prompt as int64 [1, N]."""
+    if isinstance(row, np.ndarray):
+        if not np.issubdtype(row.dtype, np.integer):
+            raise TypeError(f"input_ids has dtype {row.dtype}, expected int64")
+        row = torch.from_numpy(row.astype(np.int64)).to(device)
+    elif not isinstance(row, Tensor):
+        tokens = [_integer("a token of the prompt", token) for token in row]
         _check_tokens(tokens, vocab_size)
-        input_ids = torch.tensor(tokens, dtype=torch.int64, device=device)
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids has dtype {str(input_ids.dtype).removeprefix('torch.')}, expected int64")
-    if input_ids.dim() == 1:
-        input_ids = input_ids[None]
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
-        raise ValueError(f"a prompt has shape {list(input_ids.shape)}, expected [N] or [1, N]")
-    if input_ids.shape[1] == 0:
-        raise ValueError("the prompt is empty; it needs at least one token (a BOS token, for instance)")
-    if input_ids.device != device:
-        raise ValueError(f"input_ids is on {input_ids.device}, the model on {device}")
-    _check_tokens([int(input_ids.min()), int(input_ids.max())], vocab_size)
-    return input_ids.long()
+        row = torch.tensor(tokens, dtype=torch.int64, device=device)
+    if row.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids has dtype {str(row.dtype).removeprefix('torch.')}, expected int64")
+    if row.dim() == 1:
+        row = row[None]
+    if row.dim() != 2 or row.shape[0] != 1:
+        raise ValueError(f"a prompt has shape {list(row.shape)}, expected [N] or [1, N]")
+    if row.shape[1] == 0:
+        raise ValueError(_EMPTY)
+    if row.device != device:
+        raise ValueError(f"input_ids is on {row.device}, the model on {device}")
+    _check_tokens(torch.stack(row.aminmax()).tolist(), vocab_size)
+    return row.long()
 
 
 def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
     for token in tokens:
         if not 0 <= token < vocab_size:
             raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
-
-
-def prompts(input_ids: Any) -> list[Any]:
-    """Split a tensor [B, N] or a list into prompts; `prompt` checks each."""
-    if not isinstance(input_ids, (Tensor, list, tuple)):
-        raise TypeError(f"input_ids must be a tensor [B, N] or a list of prompts, got {type(input_ids).__name__}")
-    if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, N]")
-    rows = list(input_ids)
-    if not rows:
-        raise ValueError("input_ids holds no prompt")
-    for row in rows:
-        if not isinstance(row, (Tensor, list, tuple)):
-            raise TypeError(f"a list of input_ids holds prompts, each a tensor [N] or a list of int, got {row!r}")
-    return rows
 
 
 def one_each(name: str, value: Any, count: int) -> list[Any]:

@@ -324,7 +324,7 @@ def test_invalid_session_arguments(decoder, options, error, message):
         ({"prompt": []}, ValueError, "the prompt is empty"),
         ({"prompt": [1, VOCABULARY]}, ValueError, "token id 101 is outside the vocabulary of 101"),
         ({"prompt": [1, 2.5]}, TypeError, "a token of the prompt must be an int, got 2.5"),
-        ({"prompt": torch.ones(2, 3, dtype=torch.int64)}, ValueError, r"a prompt has shape \[2, 3\], expected \[N\]"),
+        ({"prompt": torch.ones(2, 3, dtype=torch.int64)}, ValueError, "one prompt is taken here, got 2"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": 38}, ValueError, "a prompt of 3 tokens and max_new_tokens=38 make 41, .*max_seq_len=40"),
         ({"num_speculations": 5}, ValueError, "num_speculations must be in 1 … 4, got 5"),
