@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,8 +32,8 @@ def run(name: str, work: Callable[[], int | None], traceback: bool = False, trai
     """Run a command, and print errors and warnings as one line that begins with ``name``.
 
     With ``traceback``, exceptions propagate, and warnings have their place. With ``training``, a missing package's hint
-    names the extra for training. Returns the result of ``work`` (None is 0), 1 for a failure, 2 for a user error, or
-    130 if interrupted.
+    names the extra for training. Returns the result of ``work`` (None is 0), 1 for a failure or, without a message, if
+    the reader of a pipe is gone, 2 for a user error, or 130 if interrupted.
     """
     errors = Console(stderr=True)
 
@@ -49,11 +52,24 @@ def run(name: str, work: Callable[[], int | None], traceback: bool = False, trai
         errors.print(escape(str(stop) or "interrupted"), highlight=False, soft_wrap=True)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _closed(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it exits
+            return 1
         if traceback:
             raise
         line = escape(_one_line(error, training))
         errors.print(f"[red]{escape(name)}:[/red] {line}", highlight=False, soft_wrap=True)
         return 2 if _is_misuse(error) else 1
+
+
+def _closed(stream: TextIO) -> bool:
+    """Whether it is a pipe whose reader is gone."""
+    try:
+        watched = select.poll()
+        watched.register(stream.fileno(), 0)
+    except io.UnsupportedOperation:
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
 
 
 def module(name: str, main: Callable[[Sequence[str]], int | None]) -> int:

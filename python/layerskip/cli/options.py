@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -28,7 +29,13 @@ from . import arguments
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, seed=args.seed)
+    """Sampling parameters; a warning for those that greedy decoding ignores."""
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, seed=args.seed)
+    used = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--min-p": args.min_p != 0}
+    if params.greedy and any(used.values()):
+        names = " and ".join(name for name, given in used.items() if given)
+        warnings.warn(f"{names} without --temperature has no effect: decoding is greedy", stacklevel=2)
+    return params
 
 
 def load(

@@ -16,7 +16,7 @@ from ..models import EarlyExitHead, Exit, LayerSkipModel
 from ..models.hf_checks import unwrapped
 from . import cuda_graphs, validation
 from .adaptive import Controller
-from .detokenizer import SequenceText, stop_rules
+from .detokenizer import SequenceText, check_stop_strings, stop_rules
 from .draft_model import DraftHead, DraftModel
 from .draft_sources import DraftSource, max_drafts
 from .outputs import GenerationOutput, Streamer
@@ -274,7 +274,7 @@ class SelfSpeculativeDecoder:
             raise ValueError(f"a streamer takes one prompt, got a batch of {len(prompts)}")
         pad = self._padding(pad_token_id, self.eos_token_id if eos_token_id is None else eos_token_id)
         rules = validation.one_each("should_stop", should_stop, len(prompts))
-        if stop_strings is not None:
+        if stop_strings := check_stop_strings(stop_strings):
             rules = stop_rules(tokenizer, stop_strings, prompts, rules)
         params = params_of_each(sampling, len(prompts))
         processors = validation.one_each("logits_processor", logits_processor, len(prompts))

@@ -71,8 +71,14 @@ def exit_layer_or_auto(value: Any, num_layers: int) -> int | None:
 
 
 def num_speculations_or_auto(value: Any, most: int) -> int | None:
-    """Check K; None for "auto"."""
-    return None if value == "auto" else integer_in("num_speculations", at_least_one("num_speculations", value), 1, most)
+    """Check K, at most the session's limit ``most``; None for "auto"."""
+    if value == "auto":
+        return None
+    number = at_least_one("num_speculations", value)
+    if number > most:
+        limit = "" if most == MAX_NUM_SPECULATIONS else "; the session was opened with this limit, num_speculations="
+        raise ValueError(f"num_speculations must be in 1 … {most}, got {value}{limit and limit + str(most)}")
+    return number
 
 
 def prompts(

@@ -222,6 +222,9 @@ def norm_spec(config: Any) -> NormSpec | None:
     return None if final_norm is None else final_norm(config)
 
 
+_MODEL_TYPES = ", ".join(ARCHITECTURES)
+
+
 def supported_architectures() -> list[str]:
     """The supported values of ``model_type``, each with the models of that type."""
     return [f"{model_type} ({architecture.title})" for model_type, architecture in ARCHITECTURES.items()]
@@ -287,10 +290,9 @@ def architecture_of(model: Any) -> Architecture:
     ancestors = [ancestor.__name__ for ancestor in type(model).__mro__]
     architecture = ARCHITECTURES.get(str(model_type))
     if architecture is None or architecture.model_class not in ancestors:
-        classes = ", ".join(one.model_class for one in ARCHITECTURES.values())
         raise unsupported(
             f"model class {type(model).__name__} of model_type {model_type!r}",
-            f"{', '.join(supported_architectures())}, as {classes}",
+            _MODEL_TYPES if architecture is None else architecture.model_class,
         )
     layers, said = len(model.model.layers), model.config.num_hidden_layers
     if layers < said:  # of more layers, only the first are used
@@ -322,7 +324,7 @@ def check_classes(model: nn.Module) -> None:
 def check_model_type(model_type: object) -> None:
     """Raise UnsupportedModelError for a ``model_type`` that is not in the table."""
     if model_type not in ARCHITECTURES:
-        raise unsupported(f"model_type {model_type!r}", ", ".join(supported_architectures()))
+        raise unsupported(f"model_type {model_type!r}", _MODEL_TYPES)
 
 
 def check_config(config: Any) -> None:

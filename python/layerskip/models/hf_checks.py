@@ -163,7 +163,12 @@ def class_of(module: nn.Module) -> Any:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside a ``torch.compile`` wrapper, or the given model."""
+    """The model inside a ``torch.compile`` wrapper, or the given model; TypeError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel or a LayerSkipModel, got {type(model).__name__}; "
+            "layerskip.load and SelfSpeculativeDecoder.from_pretrained take a name or a directory"
+        )
     dynamo = sys.modules.get("torch._dynamo")  # without it nothing was compiled
     compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
     return model._orig_mod if compiled else model

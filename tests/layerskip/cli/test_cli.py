@@ -6,6 +6,8 @@ import argparse
 import io
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -158,6 +160,23 @@ class TestGenerate:
             assert main(["generate", "w5 w8", "--model", directory, "--max-new-tokens", "9", *arguments]) == 0
             printed.append(capsys.readouterr().out)
         assert printed[0] == printed[1] != printed[2]
+
+    @pytest.mark.parametrize("option", ["--top-k=5", "--top-p=0.9", "--min-p=0.1"])
+    def test_greedy_decoding_says_what_it_ignores(self, directory, capsys, option):
+        arguments = ["generate", "w5 w8", "--model", directory, "--max-new-tokens", "3"]
+        told = f"layerskip generate: {option.partition('=')[0]} without --temperature has no effect: decoding is greedy"
+        assert main([*arguments, option]) == 0
+        assert capsys.readouterr().err.splitlines()[0] == told
+        assert main([*arguments, option, "--temperature", "0.5"]) == 0
+        assert "greedy" not in capsys.readouterr().err
+
+    def test_a_closed_pipe_ends_it_quietly(self, directory):
+        words = [sys.executable, "-m", "layerskip.cli", "generate", "w5 w8", "--model", directory]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=100) == 1
+        process.stderr.close()
 
     def test_a_threshold_ends_drafts_and_changes_no_token(self, directory, capsys):
         printed = []

@@ -60,6 +60,14 @@ def test_wrong_names_are_told_before_a_model_is_loaded(words, error, line, monke
         evaluate.main(words)
 
 
+def test_a_broken_pipe_of_something_else_is_an_error(capsys) -> None:
+    def broken() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert _ends.run("this", broken) == 1
+    assert capsys.readouterr().err == "this: [Errno 32] Broken pipe\n"
+
+
 def test_ctrl_c_is_one_line(capsys) -> None:
     def stopped() -> None:
         raise KeyboardInterrupt

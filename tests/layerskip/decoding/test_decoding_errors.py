@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_decoding import Recorder
 from tiny import LAYERS, ROUND, VOCABULARY, generous, prompt_of, requires_native, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import layerskip_kernels
-from layerskip import SamplingParams, SelfSpeculativeDecoder
+from layerskip import Conversation, SamplingParams, SelfSpeculativeDecoder, UnsupportedModelError, accelerate
 from layerskip.decoding.adaptive import AcceptanceRates
 from layerskip.decoding.request import Request, RequestDefaults
 from layerskip.models import adapt
@@ -107,6 +108,39 @@ def test_invalid_call_arguments(model, options, error, message):
     with pytest.raises(error, match=message):
         SelfSpeculativeDecoder(model, 1).generate(**call)
     assert recorder.groups == []
+
+
+@pytest.mark.parametrize("given", [{}, None, "smollm2", tiny_model])
+@pytest.mark.parametrize("take", [SelfSpeculativeDecoder, adapt, accelerate], ids=lambda one: one.__name__)
+def test_what_is_no_model(take, given):
+    kind = type(given).__name__
+    message = f"model must be a transformers.PreTrainedModel or a LayerSkipModel, got {kind}; .*from_pretrained take"
+    with pytest.raises(TypeError, match=message):
+        take(given)
+
+
+def test_an_unsupported_model_is_told_shortly():
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=40, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(
+        UnsupportedModelError, match=r"GPT2LMHeadModel of model_type 'gpt2' .*supported: llama"
+    ) as error:
+        SelfSpeculativeDecoder(GPT2LMHeadModel(config))
+    text = str(error.value)
+    assert len(text) < 250
+    assert text.count("llama") == 1
+    with pytest.raises(UnsupportedModelError, match=r"LlamaModel of model_type 'llama' .*supported: LlamaForCausalLM$"):
+        SelfSpeculativeDecoder(tiny_model().model)
+
+
+def test_the_limit_of_a_session_is_told(model):
+    decoder = SelfSpeculativeDecoder(model, 1, 4)
+    whose = "num_speculations must be in 1 … 4, got 8; the session was opened with this limit, num_speculations=4"
+    with pytest.raises(ValueError, match=whose):
+        decoder.open_session(1).add([1], 4, num_speculations=8)
+    with pytest.raises(ValueError, match=whose):
+        Conversation(decoder).generate([1], 4, num_speculations=8)
+    with pytest.raises(ValueError, match=r"num_speculations must be in 1 … 1024, got 1025$"):
+        decoder.generate([1], 4, num_speculations=1025)
 
 
 @pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative"])

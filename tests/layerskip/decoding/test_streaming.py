@@ -160,6 +160,19 @@ def test_stop_strings_of_a_batch(tokenizer, decoder, monkeypatch):
 def test_stop_strings_need_a_tokenizer(decoder):
     with pytest.raises(ValueError, match=r"set decoder\.tokenizer"):
         decoder.generate(prompt_of(3), stop_strings="x")
+    assert decoder.generate(prompt_of(3), 4, stop_strings=[]).reasons == ("length",)
+
+
+@pytest.mark.parametrize("strings", ["", [""], ("x", "")])
+def test_an_empty_stop_string_is_refused_everywhere(tokenizer, decoder, strings):
+    for take in (
+        lambda: decoder.generate(prompt_of(3), 4, tokenizer=tokenizer, stop_strings=strings),
+        lambda: decoder.stream(prompt_of(3), 4, tokenizer=tokenizer, stop_strings=strings),
+        lambda: StopStrings(tokenizer, strings),
+        lambda: TextStream(tokenizer, strings),
+    ):
+        with pytest.raises(ValueError, match="stop_strings must not hold an empty string"):
+            take()
 
 
 def test_eos_is_text_only_where_special_tokens_are(tokenizer, decoder):

@@ -374,7 +374,7 @@ def config_then(architecture, **values):
 
 
 REFUSED = {
-    "another model type": (gpt2, r"GPT2LMHeadModel of model_type 'gpt2' .*supported: llama \(Llama 2, 3"),
+    "another model type": (gpt2, r"GPT2LMHeadModel of model_type 'gpt2' .*supported: llama, mistral"),
     "another class of a known type": (
         lambda: transformers.LlamaForSequenceClassification(tiny_config("llama2")),
         "LlamaForSequenceClassification of model_type 'llama'.*LlamaForCausalLM",
