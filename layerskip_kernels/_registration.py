@@ -18,6 +18,7 @@ _public = torch.library.Library(PUBLIC, "DEF")
 _native = torch.library.Library(NATIVE, "DEF")
 _native.define("cpu_isa(str name) -> str")  # sets the instruction set unless name is empty; returns the one in use
 _native.define("dequantize(Tensor weight, Tensor(a!) out) -> ()")
+_native.define("interleave(Tensor weight, int groups, int header, bool eight_bits, Tensor(a!) out) -> ()")
 # The passes of `cpu_loss` over a tile of logits, in place; `begin` is the tile's first token.
 _native.define(
     "loss_terms(Tensor(a!) logits, Tensor labels, int begin, float slack, Tensor(b!) shift, Tensor(c!) sum, "

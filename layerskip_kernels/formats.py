@@ -354,7 +354,7 @@ def dequantize(weight: Tensor, width: int, dtype: torch.dtype = torch.float32) -
 
 def plain(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """`dequantize` by a native kernel, on CPU tensors and if the library was built."""
-    if not is_packed(weight) or not weight.is_cpu or not _has_native():
+    if not is_packed(weight) or not weight.is_cpu or not _has_native("dequantize"):
         return dequantize(weight, width, dtype)
     out = torch.empty(weight.shape[0], width, dtype=dtype)
     native_ops.dequantize(weight, out)
@@ -393,6 +393,9 @@ def interleave(weight: Tensor, width: int, out: Tensor | None = None) -> Tensor:
     form = format_of(weight, width)
     if out is None:
         out = weight.new_empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.int16)
+    if weight.is_cpu and weight.numel() and _has_native("interleave"):
+        native_ops.interleave(weight.contiguous(), width // form.group_size, form.header, form.bits == 8, out)
+        return out
     step = max(1, _AT_ONCE // (PANEL_ROWS * weight.shape[1]) if weight.numel() else 1) * PANEL_ROWS
     for first in range(0, weight.shape[0], step):
         rows = weight[first : first + step]
@@ -432,8 +435,8 @@ def _take_rows(weight: Tensor, index: Tensor, width: int) -> Tensor:
 
 
 @cache
-def _has_native() -> bool:
-    return has_native("dequantize", "CPU")
+def _has_native(op: str) -> bool:
+    return has_native(op, "CPU")
 
 
 def lookup(weight: Tensor, index: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,5 @@
-// The ops of a decoder layer on CPU tensors: rms_norm, linear, swiglu, rope_kv_append, verify_attention, and
-// dequantize.
+// The ops of a decoder layer on CPU tensors: rms_norm, linear, swiglu, rope_kv_append, verify_attention, dequantize,
+// and interleave.
 #include "cpu/attention.h"
 
 namespace lsk {
@@ -194,6 +194,47 @@ void dequantize(const Tensor& weight, const Tensor& out) {
   });
 }
 
+// Copies units of sixteen rows, `pitch` bytes apart: the first unit of each row, then the second of each.
+template <class Unit>
+uint8_t* interleave_units(const uint8_t* rows, int64_t pitch, int64_t units, Unit flip, uint8_t* to) {
+  for (int64_t u = 0; u < units; ++u) {
+    for (int64_t lane = 0; lane < kPanelRows; ++lane, to += sizeof(Unit)) {
+      Unit unit;
+      std::memcpy(&unit, rows + lane * pitch + u * static_cast<int64_t>(sizeof(Unit)), sizeof(Unit));
+      unit ^= flip;
+      std::memcpy(to, &unit, sizeof(Unit));
+    }
+  }
+  return to;
+}
+
+void interleave(const Tensor& weight, int64_t groups, int64_t header, bool eight_bits, const Tensor& out) {
+  LSK_REQUIRE(weight.dim() == 2 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Byte,
+              "interleave takes packed weights of rank 2");
+  const int64_t rows = weight.size(0), pitch = weight.size(1);
+  LSK_REQUIRE(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == ScalarType::Short && out.size(0) == rows &&
+                  2 * out.size(1) == pitch,
+              "out must be int16, with the bytes of the weight");
+  LSK_REQUIRE(groups > 0 && pitch % groups == 0 && rows % kPanelRows == 0, "groups must divide a row, and 16 the rows");
+  const int64_t group_bytes = pitch / groups, units = (group_bytes - header) / 4;
+  LSK_REQUIRE(header >= 0 && header % 2 == 0 && units >= 0 && header + 4 * units == group_bytes,
+              "a group is a header of fp16 numbers and columns of four bytes");
+  const auto* from = static_cast<const uint8_t*>(weight.data_ptr());
+  auto* to = static_cast<uint8_t*>(out.data_ptr());
+  const uint32_t flip = eight_bits ? 0x80808080u : 0u;  // int8 becomes unsigned, greater by 128
+  parallel_run(num_threads(), [&](const Worker& worker) {
+    const Range share = worker.share(rows, kPanelRows);
+    for (int64_t n = share.begin; n < share.end; n += kPanelRows) {
+      const uint8_t* panel = from + n * pitch;
+      uint8_t* next = to + n * pitch;
+      for (int64_t g = 0; g < groups; ++g)
+        next = interleave_units<uint16_t>(panel + g * group_bytes, pitch, header / 2, 0, next);
+      for (int64_t g = 0; g < groups; ++g)
+        next = interleave_units<uint32_t>(panel + g * group_bytes + header, pitch, units, flip, next);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace lsk
 
@@ -204,4 +245,5 @@ LSK_LIBRARY(CPU, m) {
   m.impl("rope_kv_append", TORCH_BOX(&lsk::rope_kv_append));
   m.impl("verify_attention", TORCH_BOX(&lsk::verify_attention));
   m.impl("dequantize", TORCH_BOX(&lsk::dequantize));
+  m.impl("interleave", TORCH_BOX(&lsk::interleave));
 }

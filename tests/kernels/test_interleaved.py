@@ -13,7 +13,7 @@ import layerskip_kernels as lk
 from layerskip_kernels import formats
 from layerskip_kernels.formats import FORMATS
 from layerskip_kernels.reference import linear_ref, swiglu_ref
-from layerskip_kernels.schemas import REQUIRED_WEIGHTS
+from layerskip_kernels.schemas import REQUIRED_WEIGHTS, has_native
 
 from . import examples
 from .common import (
@@ -46,6 +46,16 @@ def interleaved(name: str, rows: int, width: int, seed: int = 0) -> tuple[Tensor
     return weight, formats.interleave(weight, width)
 
 
+@pytest.fixture(params=["native", "torch"])
+def path_of_interleave(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel, and what serves without one."""
+    if request.param == "torch":
+        monkeypatch.setattr(formats, "_has_native", lambda op: False)
+    elif not has_native("interleave", "CPU"):
+        pytest.skip("the library was not built")
+
+
+@pytest.mark.usefixtures("path_of_interleave")
 @pytest.mark.parametrize(("name", "width"), WIDE)
 def test_every_byte_of_a_panel(name: str, width: int) -> None:
     """As the head of `formats` describes them, written with loops."""
@@ -83,6 +93,7 @@ def test_interleaving_round_trip(name: str, width: int) -> None:
 
 def test_interleaving_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, panels = interleaved("int4", 80, 96)
+    monkeypatch.setattr(formats, "_has_native", lambda op: False)
     monkeypatch.setattr(formats, "_AT_ONCE", 40 * weight.shape[1])  # two panels
     out = torch.zeros_like(panels)
     assert formats.interleave(weight, 96, out) is out

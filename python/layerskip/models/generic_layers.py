@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+
 
 from layerskip_kernels import KVCache, LayerWeights, linear, rms_norm, rope_kv_append, swiglu, verify_attention
 from layerskip_kernels.formats import plain
