@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 from layerskip_kernels import KVCache, LayerWeights, linear, rms_norm, rope_kv_append, swiglu, verify_attention
 from layerskip_kernels.formats import plain
 
@@ -258,6 +257,8 @@ def attend_in_pieces(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tens
 
 def attend_masked(q: Tensor, k_cache: Tensor, v_cache: Tensor, past: int) -> Tensor:
     """Use torch's attention, up to the last valid position: a mask does not keep NaN beyond it out of V."""
+    from torch.nn.attention.bias import causal_lower_right  # which imports torch._dynamo, two seconds
+
     rows = q.shape[1]
     keys, values = k_cache[:, :, : past + rows], v_cache[:, :, : past + rows]
     # No tensor for a mask: that would rule out flash attention on a GPU.
