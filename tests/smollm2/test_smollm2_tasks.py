@@ -19,7 +19,7 @@ coding = pytest.importorskip("layerskip_smollm2.coding", reason=f"needs {PACKAGE
 parsing = pytest.importorskip("layerskip_smollm2.parsing")
 summarization = pytest.importorskip("layerskip_smollm2.summarization")
 
-pytestmark = requires_example
+pytestmark = [requires_example, pytest.mark.xdist_group("smollm2_tasks")]  # the tasks are drawn once
 needs_parsing = pytest.mark.skipif(
     not (find_spec("hassil") and find_spec("home_assistant_intents")),
     reason="needs the packages hassil and home-assistant-intents",
