@@ -308,6 +308,7 @@ SAMPLING = (  # `SamplingParams` checks the ranges
            default=0.0, metavar="P"),
     option("--seed", "give the same tokens every time (default: a random seed)", type=whole, metavar="N"),
 )
+STOP = option("--stop", "end before this text; may be given several times", action="append", metavar="TEXT")
 CHAT = flag("--chat", "apply the model's chat template to the prompt")
 
 COMMANDS = {
@@ -326,7 +327,8 @@ COMMANDS = {
             option("prompt", "the text to continue; standard input if left out", nargs="?"),
             *MODEL, weights(), *SPECULATION, *SAMPLING,
             choice("--strategy", "strategy", STRATEGIES, "early_exit: the first layers alone, which is not lossless"),
-            length(128), CHAT,
+            length(128), STOP, CHAT,
+            option("--system", "a system message before the prompt; implies --chat", metavar="TEXT"),
         ),
     ),
     "serve": Command(

@@ -7,29 +7,27 @@ import sys
 
 from rich.console import Console
 
-from .._imports import printable
+from ..decoding.detokenizer import check_stop_strings
 from . import options
-from .rendering import Drafts
+from .rendering import Drafts, TextPrinter
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Generate and stream."""
-    from transformers import TextStreamer
-
     errors = Console(stderr=True)
     sampling = options.sampling(args)
+    stop_strings = check_stop_strings(args.stop)
     text = sys.stdin.read() if args.prompt is None else args.prompt
     model, tokenizer = options.load(args, errors)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if sys.stdout.isatty():
-        show = streamer.on_finalized_text
-        streamer.on_finalized_text = lambda text, stream_end=False: show(printable(text), stream_end)  # type: ignore[method-assign]
+    chat = args.chat or args.system is not None
     out = options.decoder(args, model).generate(
-        options.encode(tokenizer, text, args.device, args.chat),
+        options.encode(tokenizer, text, args.device, chat, args.system),
         max_new_tokens=args.max_new_tokens,
         strategy=args.strategy,
         sampling=sampling,
-        streamer=streamer,
+        streamer=TextPrinter(tokenizer, stop_strings),
+        tokenizer=tokenizer,
+        stop_strings=stop_strings,
     )
     stats = out.stats
     line = (

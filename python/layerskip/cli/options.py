@@ -105,13 +105,16 @@ def decoder(args: argparse.Namespace, model: Any) -> SelfSpeculativeDecoder:
     return SelfSpeculativeDecoder(model, **drafting(args, model))
 
 
-def encode(tokenizer: Any, text: str, device: torch.device, chat: bool = False) -> torch.Tensor:
+def encode(
+    tokenizer: Any, text: str, device: torch.device, chat: bool = False, system: str | None = None
+) -> torch.Tensor:
     """Token ids [1, N] of a text or, with ``chat``, of a conversation with the text as the user's message."""
     if chat:
         if tokenizer.chat_template is None:
-            raise ValueError("this model's tokenizer has no chat template; leave out --chat")
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            raise ValueError("this model's tokenizer has no chat template; leave out --chat and --system")
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": text})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids.to(device)
 
 

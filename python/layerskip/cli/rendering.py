@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from .._imports import need
+from .._imports import need, printable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..decoding import RoundRecord, Stats
 
 # The names of decoding methods in reports.
@@ -73,6 +76,34 @@ def pieces(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> list
     if texts:
         texts[-1] += text.finish()
     return texts
+
+
+class TextPrinter:
+    """Streamer that prints the text of a sequence, up to a stop string, and a line end after it.
+
+    On a terminal, text that could control it is escaped.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+        from ..decoding.detokenizer import SequenceText
+
+        self._text = SequenceText(tokenizer, stop_strings)
+        self._started = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [1, N] first, then new tokens [n]."""
+        tokens = value.reshape(-1).tolist()
+        if self._started:
+            self._print("".join(map(self._text.push, tokens)))
+        else:
+            self._text.start_after(tokens)
+            self._started = True
+
+    def end(self) -> None:
+        self._print(self._text.finish() + "\n")
+
+    def _print(self, text: str) -> None:
+        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 SHOWN_POSITIONS = 4  # of a round; the counts of later draft tokens are left out

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -160,6 +161,39 @@ class TestGenerate:
             assert main(["generate", "w5 w8", "--model", directory, "--max-new-tokens", "9", *arguments]) == 0
             printed.append(capsys.readouterr().out)
         assert printed[0] == printed[1] != printed[2]
+
+    def test_it_ends_before_a_stop_string(self, directory, capsys):
+        arguments = ["generate", "w5 w8", "--model", directory, "--max-new-tokens", "20"]
+        assert main(arguments) == 0
+        whole = capsys.readouterr()
+        words = whole.out.split()
+        stop = f"{words[7]} {words[8]}"
+        before, _, after = whole.out.partition(stop)
+        assert min(map(len, (before.split(), after.split()))) > 1
+        assert main([*arguments, "--stop", stop, "--stop", "nothing says this"]) == 0
+        cut = capsys.readouterr()
+        assert cut.out == before + "\n"
+        assert cut.err.startswith(f"{len((before + stop).split())} tokens in"), "decoding ends with the text"
+
+    def test_an_empty_stop_string_is_refused_before_the_model_is_loaded(self, directory, capsys, monkeypatch):
+        monkeypatch.setattr(cli_options, "load", lambda *args: pytest.fail("loaded"))
+        assert main(["generate", "w5", "--model", directory, "--stop", ""]) == 2
+        assert "stop_strings must not hold an empty string" in capsys.readouterr().err
+
+    def test_a_system_message_comes_first(self, directory, tmp_path, capsys):
+        shutil.copytree(directory, tmp_path / "chat")
+        template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}w9"
+        (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+        arguments = ["--max-new-tokens", "9"]
+        written = []
+        for words in (
+            ["user: w5 w9", "--model", directory], ["w5", "--model", str(tmp_path / "chat"), "--chat"],
+            ["system: w8 user: w5 w9", "--model", directory],
+            ["w5", "--model", str(tmp_path / "chat"), "--system", "w8"],
+        ):  # fmt: skip
+            assert main(["generate", *words, *arguments]) == 0
+            written.append(capsys.readouterr().out)
+        assert written[0] == written[1] != written[2] == written[3]
 
     @pytest.mark.parametrize("option", ["--top-k=5", "--top-p=0.9", "--min-p=0.1"])
     def test_greedy_decoding_says_what_it_ignores(self, directory, capsys, option):
