@@ -53,6 +53,13 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
+    @property
+    def body(self) -> str:
+        """OpenAI's form, in ASCII: the name of a field may be no text."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return json.dumps({"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}})
+
 
 class Asked(NamedTuple):
     """A request whose fields were checked."""
@@ -108,9 +115,7 @@ def create_app(
         finally:
             await engine.stop()
 
-    handlers = {
-        Refused: _refusal, EngineStoppedError: _stopped, HTTPException: _http_error, Exception: _server_error,
-    }  # fmt: skip
+    handlers = dict.fromkeys((Refused, HTTPException, Exception), _error_answer)
     routes = [
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
@@ -119,7 +124,7 @@ def create_app(
         Route("/health", server.health),
         Route("/metrics", server.metrics),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.state.engine = engine
     return app
 
@@ -176,6 +181,8 @@ class _Server:
         except (ValueError, TypeError) as error:
             code = "context_length_exceeded" if "max_seq_len" in str(error) else None
             raise Refused(400, str(error), code=code) from error
+        except EngineStoppedError as error:
+            raise _failed(error) from error
         answer = _Answer(asked, self._name)
         if asked.stream:
             return _EventStream(self._engine, generation, answer)
@@ -183,10 +190,8 @@ class _Server:
             try:
                 async for part in generation:
                     answer.take(part)
-            except EngineStoppedError:
-                raise
             except Exception as error:
-                raise Refused(500, _error_message(error)) from error
+                raise _failed(error) from error
         return JSONResponse(answer.whole())
 
     def _read(self, body: Mapping[str, Any], chat: bool) -> Asked:
@@ -261,6 +266,7 @@ class _Answer:
         self._texts = [""] * len(asked.choices)
         self._reasons: list[str | None] = [None] * len(asked.choices)
         self._stats: dict[int, Stats] = {}
+        self._begun: set[int] = set()  # choices of which a chunk was made
 
     def take(self, part: Part) -> None:
         self._texts[part.choice] += part.text
@@ -276,30 +282,17 @@ class _Answer:
             choices.append({"index": index, **said, "logprobs": None, "finish_reason": reason})
         return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def first_chunks(self) -> Iterator[dict[str, Any]]:
+    def chunk(self, part: Part) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": part.text}
         if self._asked.chat:
-            for index in range(len(self._asked.choices)):
-                yield self._chunk(index, {"role": "assistant", "content": ""}, None)
+            role = {} if part.choice in self._begun else {"role": "assistant"}
+            said = {"delta": {**role, "content": part.text}}
+            self._begun.add(part.choice)
+        choice = {"index": part.choice, **said, "logprobs": None, "finish_reason": self._reasons[part.choice]}
+        return {**self._head, "choices": [choice], **({"usage": None} if self._asked.include_usage else {})}
 
-    def chunks(self, part: Part) -> Iterator[dict[str, Any]]:
-        self.take(part)
-        reason = self._reasons[part.choice]
-        if part.text and self._asked.chat:
-            yield self._chunk(part.choice, {"content": part.text}, None)
-        if not self._asked.chat and (part.text or reason):
-            yield self._chunk(part.choice, part.text, reason)
-        elif reason:
-            yield self._chunk(part.choice, {}, reason)
-
-    def last_chunks(self) -> Iterator[dict[str, Any]]:
-        if self._asked.include_usage:
-            yield {**self._head, "choices": [], "usage": self._usage()}
-
-    def _chunk(self, index: int, said: Any, reason: str | None) -> dict[str, Any]:
-        name = "delta" if self._asked.chat else "text"
-        choice = {"index": index, name: said, "logprobs": None, "finish_reason": reason}
-        usage = {"usage": None} if self._asked.include_usage else {}
-        return {**self._head, "choices": [choice], **usage}
+    def last_chunks(self) -> list[dict[str, Any]]:
+        return [{**self._head, "choices": [], "usage": self._usage()}] if self._asked.include_usage else []
 
     def _usage(self) -> dict[str, Any]:
         """Counts over all choices; a prompt of several counts once."""
@@ -330,14 +323,13 @@ class _EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _lines(self) -> AsyncIterator[str]:
-        for chunk in self._answer.first_chunks():
-            yield _json(chunk)
         try:
             async for part in self._generation:
-                for chunk in self._answer.chunks(part):
-                    yield _json(chunk)
+                self._answer.take(part)
+                if part.text or part.reason:
+                    yield _json(self._answer.chunk(part))
         except Exception as error:  # the status is sent: the client's library raises what stands in the event
-            yield _json(_error_body(_error_message(error), 500))
+            yield _failed(error).body
             return
         for chunk in self._answer.last_chunks():
             yield _json(chunk)
@@ -471,57 +463,40 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def _failed(error: Exception) -> Refused:
+    if isinstance(error, EngineStoppedError):
+        return Refused(503, str(error))
+    return Refused(500, f"{type(error).__name__}: {error}")
 
 
-def _error_message(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-async def _refusal(request: Request, error: Refused) -> Response:
-    headers = {"retry-after": "1"} if error.status == 429 else {}
-    headers |= {"www-authenticate": "Bearer"} if error.status == 401 else {}
-    body = json.dumps(_error_body(str(error), error.status, error.param, error.code))  # ASCII: a field may be no text
-    return Response(body, error.status, headers, "application/json")
-
-
-async def _http_error(request: Request, error: HTTPException) -> Response:
-    return JSONResponse(_error_body(error.detail, error.status_code), error.status_code, error.headers)
-
-
-async def _stopped(request: Request, error: EngineStoppedError) -> Response:
-    return JSONResponse(_error_body(str(error), 503), 503)
-
-
-async def _server_error(request: Request, error: Exception) -> Response:
-    return JSONResponse(_error_body(_error_message(error), 500), 500)
+async def _error_answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # of the router
+        error = Refused(error.status_code, error.detail)
+    elif not isinstance(error, Refused):
+        error = _failed(error)
+    headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status, {})
+    return Response(error.body, error.status, headers, "application/json")
 
 
 def _metrics(engine: Engine) -> Iterator[str]:
     """Lines of Prometheus' text format."""
-    counters, busy = engine.counters, engine.num_requests
+    counters, running = engine.counters, min(engine.num_requests, engine.max_batch)
     drafted, accepted = counters["drafted"], counters["accepted"]
-    running = min(busy, engine.max_batch)
-    gauges: Sequence[tuple[str, str, str, float]] = (
-        ("requests_running", "gauge", "Requests with a slot of the KV cache.", running),
-        ("requests_waiting", "gauge", "Requests that wait for a slot.", busy - running),
-        ("prompt_tokens_total", "counter", "Prompt tokens of requests that have ended.", counters["prompt_tokens"]),
-        ("prompt_tokens_reused_total", "counter", "Of these, those that were in the cache already.",
-         counters["reused_tokens"]),
-        ("generated_tokens_total", "counter", "New tokens.", counters["new_tokens"]),
-        ("draft_tokens_total", "counter", "Draft tokens that were verified, of requests that have ended.", drafted),
-        ("accepted_tokens_total", "counter", "Of these, those that were accepted.", accepted),
-        ("acceptance_rate", "gauge", "Accepted over verified draft tokens since the start; 0 without drafts.",
-         accepted / drafted if drafted else 0.0),
-    )  # fmt: skip
-    for name, kind, text, value in gauges:
-        yield f"# HELP layerskip_{name} {text}"
-        yield f"# TYPE layerskip_{name} {kind}"
-        yield f"layerskip_{name} {value}"
-    yield "# HELP layerskip_requests_total Requests that have ended, by reason."
-    yield "# TYPE layerskip_requests_total counter"
+    rate = accepted / drafted if drafted else 0.0
+    values: Sequence[tuple[str, str, float]] = (
+        ("requests_running", "Requests with a slot of the KV cache.", running),
+        ("requests_waiting", "Requests that wait for a slot.", engine.num_requests - running),
+        ("prompt_tokens_total", "Prompt tokens of requests that have ended.", counters["prompt_tokens"]),
+        ("prompt_tokens_reused_total", "Of these, those that were in the cache already.", counters["reused_tokens"]),
+        ("generated_tokens_total", "New tokens.", counters["new_tokens"]),
+        ("draft_tokens_total", "Draft tokens that were verified, of requests that have ended.", drafted),
+        ("accepted_tokens_total", "Of these, those that were accepted.", accepted),
+        ("acceptance_rate", "Accepted over verified draft tokens since the start; 0 without drafts.", rate),
+    )
+    for name, text, value in values:
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield f"# HELP layerskip_{name} {text}\n# TYPE layerskip_{name} {kind}\nlayerskip_{name} {value}"
+    name = "layerskip_requests_total"
+    yield f"# HELP {name} Requests that have ended, by reason.\n# TYPE {name} counter"
     for reason in ("eos", "stop", "length", "cancelled", "error"):
-        yield f'layerskip_requests_total{{reason="{reason}"}} {counters[reason]}'
+        yield f'{name}{{reason="{reason}"}} {counters[reason]}'
