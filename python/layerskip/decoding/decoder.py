@@ -205,7 +205,7 @@ class SelfSpeculativeDecoder:
     def generate(
         self,
         input_ids: Prompts,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         strategy: str = "self_speculative",
         exit_layer: int | str | None = None,
         num_speculations: int | str | None = None,
@@ -230,8 +230,8 @@ class SelfSpeculativeDecoder:
         input_ids : str, Tensor [N] or [B, N], numpy array, BatchEncoding, or sequence of int or of prompts
             Texts or tokens (int64 or int32). Each row of a tensor is a prompt; prompts of different lengths are a list,
             or padded with an ``attention_mask``, which a tokenizer's BatchEncoding has.
-        max_new_tokens : int
-            For each prompt.
+        max_new_tokens : int, optional
+            For each prompt; None decodes up to ``max_seq_len``, for which the KV cache then has room.
         strategy, exit_layer, num_speculations, draft_threshold, draft_source
             As in `Session.add`.
         eos_token_id : int or sequence of int, optional
@@ -278,7 +278,6 @@ class SelfSpeculativeDecoder:
             rules = stop_rules(tokenizer, stop_strings, prompts, rules)
         params = params_of_each(sampling, len(prompts))
         processors = validation.one_each("logits_processor", logits_processor, len(prompts))
-        validation.at_least_one("max_new_tokens", max_new_tokens)
         longest = max(one.shape[1] for one in prompts)
         length = validation.length(longest, max_new_tokens, self.max_seq_len)
         max_speculations = self._max_speculations(
@@ -308,7 +307,7 @@ class SelfSpeculativeDecoder:
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         *,
         stop_strings: str | Sequence[str] = (),
         tokenizer: Any = None,
@@ -325,7 +324,8 @@ class SelfSpeculativeDecoder:
         Parameters
         ----------
         prompt : str, Tensor [N] or [1, N], numpy array, BatchEncoding, or sequence of int
-        max_new_tokens : int
+        max_new_tokens : int, optional
+            None decodes up to ``max_seq_len``.
         stop_strings : str or sequence of str
             The text ends before the first of them.
         tokenizer : transformers.PreTrainedTokenizerBase, optional
@@ -362,7 +362,6 @@ class SelfSpeculativeDecoder:
             pieces.append(text.push(new_tokens[-1]))
             return text.stopped
 
-        validation.at_least_one("max_new_tokens", max_new_tokens)
         length = validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
         names = ("strategy", "exit_layer", "num_speculations", "draft_source")
         drafting = {name: options.get(name) for name in names}
@@ -437,7 +436,7 @@ class Conversation:
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         streamer: Streamer | None = None,
         **options: Any,
     ) -> GenerationOutput:

@@ -84,7 +84,7 @@ class Session:
     def add(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         *,
         strategy: str = "self_speculative",
         exit_layer: int | str | None = None,
@@ -105,7 +105,8 @@ class Session:
         prompt : str, Tensor [N] or [1, N], numpy array, BatchEncoding, or sequence of int
             With ``continue_from``, what follows that request's prompt and new tokens; a text then gets no special
             tokens.
-        max_new_tokens : int
+        max_new_tokens : int, optional
+            None decodes up to the session's ``max_seq_len``.
         strategy : {"self_speculative", "autoregressive", "early_exit"}
             The first two give the same greedy tokens. "early_exit" decodes with layers [0, E) alone, unverified.
         exit_layer, num_speculations : int or "auto", optional
@@ -159,8 +160,8 @@ class Session:
             ids = validation.prompt(prompt, model.vocab_size, model.device, self.tokenizer, special_tokens=first)
             if continue_from is not None:
                 ids = torch.cat([self._retained(continue_from).all_ids, ids], 1)
-            validation.at_least_one("max_new_tokens", max_new_tokens)
-            validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
+            length = validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
+            max_new_tokens = length - ids.shape[1]
             stop_tokens = validation.stop_tokens(options.eos_token_id, model.vocab_size)
             self._scheduler.check_room()
             model.refresh()  # weights may have been changed in place since the session was opened

@@ -225,12 +225,18 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def length(prompt_tokens: int, new_tokens: int, max_seq_len: int) -> int:
-    """Return the length of the whole sequence; it must not exceed ``max_seq_len``."""
-    total = prompt_tokens + new_tokens
+def length(prompt_tokens: int, max_new_tokens: Any, max_seq_len: int) -> int:
+    """Return the largest length of the whole sequence; None for ``max_new_tokens`` goes up to ``max_seq_len``."""
+    if max_new_tokens is None:
+        if prompt_tokens >= max_seq_len:
+            raise ValueError(
+                f"a prompt of {prompt_tokens} tokens leaves no room for new ones in max_seq_len={max_seq_len}"
+            )
+        return max_seq_len
+    total = prompt_tokens + at_least_one("max_new_tokens", max_new_tokens)
     if total > max_seq_len:
         raise ValueError(
-            f"a prompt of {prompt_tokens} tokens and max_new_tokens={new_tokens} make {total}, "
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} make {total}, "
             f"more than max_seq_len={max_seq_len}"
         )
     return total

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, LAYERS, UPPER, VOCABULARY, native_missing, prompt_of, requires_native, tiny_model
+from tokenizers_of import byte_level
 
-from layerskip import DraftHead, SelfSpeculativeDecoder, SharedKVCache
+from layerskip import Conversation, DraftHead, SelfSpeculativeDecoder, SharedKVCache
 from layerskip.decoding.batch import Batch
 from layerskip_kernels import use_backend
 
@@ -364,3 +365,41 @@ def test_the_weights_are_not_copied():
     owned = {weight.data_ptr() for weight in model.parameters()}
     assert {weight.data_ptr() for weight in decoder.model.parameters()} == owned
     assert decoder.draft_head is decoder.model.head
+
+
+@requires_native
+def test_no_limit_decodes_to_the_end_of_the_context():
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1, 4, max_seq_len=40)
+    decoder.tokenizer = byte_level()
+    prompts = [prompt_of(5)[0].tolist(), prompt_of(12, 1)[0].tolist()]
+    alone = [decoder.generate(one, 40 - len(one), eos_token_id=[]).new_tokens[0].tolist() for one in prompts]
+    batch = decoder.generate(prompts, None, eos_token_id=[])
+    assert batch.reasons == ("length", "length")
+    assert [row.new_tokens for row in batch.per_sequence] == [35, 28]
+    for tokens, row, expected in zip(batch.new_tokens.tolist(), batch.per_sequence, alone, strict=True):
+        assert tokens[: row.new_tokens] == expected
+    text = decoder.generate(prompts[0], 35, eos_token_id=[]).text
+    assert "".join(decoder.stream(prompts[0], None, eos_token_id=[])) == text
+    chat = Conversation(decoder)
+    chat.generate(prompts[0], 6, eos_token_id=[])
+    assert len(chat.generate([3], None, eos_token_id=[]).sequences[0]) == len(chat.tokens) == 40
+    session = decoder.open_session(1, max_seq_len=20)
+    session.add(prompts[1], None, eos_token_id=[])
+    assert [token for update in session.run() for token in update.tokens] == alone[1][:8]
+
+
+def test_no_limit_ends_at_eos():
+    decoder = SelfSpeculativeDecoder(tiny_model(upper="weak"), 1)
+    tokens = decoder.generate(prompt_of(5), 10, eos_token_id=[]).new_tokens[0].tolist()
+    out = decoder.generate(prompt_of(5), None, eos_token_id=tokens[6])
+    assert out.reasons == ("eos",)
+    assert out.new_tokens[0].tolist() == tokens[: tokens.index(tokens[6]) + 1]
+
+
+def test_a_prompt_that_fills_the_context_leaves_no_room():
+    decoder = SelfSpeculativeDecoder(tiny_model(), 1, max_seq_len=12)
+    full = prompt_of(12)
+    for take in (decoder.generate, decoder.open_session(1).add, Conversation(decoder).generate):
+        with pytest.raises(ValueError, match="a prompt of 12 tokens leaves no room for new ones in max_seq_len=12"):
+            take(full, None)
+    assert decoder.generate(full[:, 1:], None, eos_token_id=[]).reasons == ("length",)
