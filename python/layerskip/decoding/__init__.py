@@ -1,7 +1,8 @@
 """Self-speculative decoding: a model's early layers draft, its remaining layers verify."""
 
 from .adaptive import Choice, Controller
-from .decoder import Conversation, SelfSpeculativeDecoder
+from .conversation import Conversation
+from .decoder import SelfSpeculativeDecoder
 from .detokenizer import StopStrings, TextStream
 from .draft_model import DraftHead
 from .draft_sources import DraftSource, NgramSource

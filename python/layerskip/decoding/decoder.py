@@ -1,4 +1,4 @@
-"""`SelfSpeculativeDecoder`: generate, stream, converse, open sessions."""
+"""`SelfSpeculativeDecoder`: generate, stream, open sessions."""
 
 from __future__ import annotations
 
@@ -401,77 +401,3 @@ def _of_config(model: Any, name: str) -> Any:
     """Return a value of the model's generation config or, for a model without one, of its config."""
     generation_config = getattr(model, "generation_config", None)
     return getattr(model.config if generation_config is None else generation_config, name, None)
-
-
-class Conversation:
-    """Turns that continue each other.
-
-    A turn reads only what it adds, and gives the tokens of `SelfSpeculativeDecoder.generate` for the whole conversation
-    as its prompt.
-
-    Parameters
-    ----------
-    decoder : SelfSpeculativeDecoder
-    max_seq_len : int, optional
-        Longest conversation; by default the decoder's.
-    num_speculations : int or "auto", optional
-        Largest K of a turn; by default the decoder's.
-
-    Attributes
-    ----------
-    tokens : list of int
-        All prompts and continuations so far. To take a turn back, truncate it.
-    """
-
-    def __init__(
-        self,
-        decoder: SelfSpeculativeDecoder,
-        max_seq_len: int | None = None,
-        num_speculations: int | str | None = None,
-    ) -> None:
-        self._model = decoder.model
-        self._session = decoder.open_session(1, max_seq_len=max_seq_len, num_speculations=num_speculations)
-        self.tokens: list[int] = []
-
-    def generate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = 128,
-        streamer: Streamer | None = None,
-        **options: Any,
-    ) -> GenerationOutput:
-        """Take a turn.
-
-        Parameters
-        ----------
-        prompt : str, Tensor [N] or [1, N], numpy array, BatchEncoding, or sequence of int
-            What follows the tokens so far. Only the first text gets special tokens, such as BOS.
-        max_new_tokens, streamer
-            As in `SelfSpeculativeDecoder.generate`.
-        **options
-            As in `Session.add`: ``sampling``, ``eos_token_id``, ``should_stop``, …
-
-        Returns
-        -------
-        GenerationOutput
-            ``sequences`` [1, N + new] are the whole conversation; ``stats.reused`` counts cached tokens.
-
-        Raises
-        ------
-        ValueError, TypeError, FloatingPointError
-            As `SelfSpeculativeDecoder.generate`; the tokens stay as they were.
-        """
-        model, tokenizer = self._model, self._session.tokenizer
-        ids = validation.prompt(prompt, model.vocab_size, model.device, tokenizer, special_tokens=not self.tokens)
-        whole = self.tokens + ids[0].tolist()
-        for unfinished in self._session.unfinished:  # of a turn that an exception left
-            self._session.remove(unfinished)
-        self._session.add(whole, max_new_tokens, keep=True, **options)
-        if streamer is not None:
-            streamer.put(ids.cpu())
-        output = None
-        for update in self._session.run(streamer):
-            output = update.output
-        assert output is not None
-        self.tokens = output.sequences[0].tolist()
-        return output

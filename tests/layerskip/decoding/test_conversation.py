@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -70,6 +71,97 @@ def test_undo_and_failure_of_a_turn(decoder):
     assert chat.tokens == first
     out = chat.generate(prompt_of(5, 3), 10, eos_token_id=[])
     assert out.new_tokens[0].tolist() == scratch(decoder, first + prompt_of(5, 3)[0].tolist(), 10, eos_token_id=[])
+
+
+# A conversation that exceeds the context
+
+SYSTEM = prompt_of(8, 90)[0].tolist()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_oldest_turns_are_dropped_and_the_system_prompt_stays(decoder, streamed):
+    chat = Conversation(decoder, max_seq_len=70, system=SYSTEM, truncation="oldest_turns")
+    assert (chat.tokens, chat.num_turns) == (SYSTEM, 0)
+    turns: list[list[int]] = []
+    for number, length in enumerate((10, 6, 3, 20, 5)):
+        prompt = prompt_of(length, number)[0].tolist()
+        while turns and len(SYSTEM) + sum(map(len, turns)) + length + 10 > 70:
+            del turns[0]
+        expected = scratch(decoder, [*SYSTEM, *chain(*turns), *prompt], 10, eos_token_id=[])
+        if streamed:
+            updates = list(chat.updates(prompt, 10, eos_token_id=[]))
+            assert [token for update in updates for token in update.tokens] == expected
+        else:
+            assert chat.generate(prompt, 10, eos_token_id=[]).new_tokens[0].tolist() == expected
+        turns.append(prompt + expected)
+        assert chat.tokens == [*SYSTEM, *chain(*turns)]
+        assert chat.num_turns == len(turns)
+    assert len(turns) < 5, "else nothing was dropped"
+
+
+def test_without_a_rule_a_turn_that_does_not_fit_is_an_error(decoder):
+    chat = Conversation(decoder, max_seq_len=40)
+    chat.generate(prompt_of(10), 10, eos_token_id=[])
+    before = list(chat.tokens)
+    with pytest.raises(
+        ValueError, match="a prompt of 35 tokens and max_new_tokens=10 make 45, more than max_seq_len=40"
+    ):
+        chat.generate(prompt_of(15), 10)
+    assert chat.tokens == before
+    assert chat.num_turns == 1
+
+
+def test_a_turn_that_fits_without_any_other_neither_is_an_error(decoder):
+    chat = Conversation(decoder, max_seq_len=40, system=SYSTEM, truncation="oldest_turns")
+    chat.generate(prompt_of(5), 10, eos_token_id=[])
+    before = list(chat.tokens)
+    with pytest.raises(ValueError, match="a prompt of 38 tokens and max_new_tokens=10 make 48"):
+        chat.generate(prompt_of(30), 10)
+    assert chat.tokens == before
+
+
+def test_turns_without_a_limit_leave_a_quarter_for_the_answer(decoder):
+    chat = Conversation(decoder, max_seq_len=40, truncation="oldest_turns")
+    chat.generate(prompt_of(14), 10, eos_token_id=[])
+    out = chat.generate(prompt_of(6, 1), None, eos_token_id=[])
+    assert (out.stats.prompt_tokens, chat.num_turns) == (30, 2), "the first turn could stay"
+    out = chat.generate(prompt_of(6, 2), None, eos_token_id=[])
+    assert (out.stats.prompt_tokens, out.stats.new_tokens, chat.num_turns) == (22, 18, 2)
+
+
+def test_turns_are_taken_back(decoder):
+    chat = Conversation(decoder, system=SYSTEM)
+    with pytest.raises(ValueError, match="no turn to take back"):
+        chat.undo()
+    chat.generate(prompt_of(6), 5, eos_token_id=[])
+    chat.tokens = [*chat.tokens, 7]  # belongs to the turn
+    first = list(chat.tokens)
+    chat.generate(prompt_of(6, 1), 5, eos_token_id=[])
+    chat.undo()
+    assert (chat.tokens, chat.num_turns) == (first, 1)
+    out = chat.generate(prompt_of(4, 2), 5, eos_token_id=[])
+    assert out.new_tokens[0].tolist() == scratch(decoder, first + prompt_of(4, 2)[0].tolist(), 5, eos_token_id=[])
+    chat.undo()
+    chat.undo()
+    assert (chat.tokens, chat.num_turns) == (SYSTEM, 0)
+
+
+def test_leaving_the_updates_takes_the_turn_back(decoder):
+    chat = Conversation(decoder, system=SYSTEM)
+    for _ in chat.updates(prompt_of(6), 50, eos_token_id=[]):
+        break
+    assert (chat.tokens, chat.num_turns) == (SYSTEM, 0)
+    out = chat.generate(prompt_of(4), 5, eos_token_id=[])
+    assert out.new_tokens[0].tolist() == scratch(decoder, SYSTEM + prompt_of(4)[0].tolist(), 5, eos_token_id=[])
+
+
+def test_what_a_conversation_cannot_be(decoder):
+    with pytest.raises(ValueError, match="truncation must be one of error, oldest_turns, got 'newest'"):
+        Conversation(decoder, truncation="newest")
+    with pytest.raises(ValueError, match="a prompt of 8 tokens leaves no room for new ones in max_seq_len=8"):
+        Conversation(decoder, max_seq_len=8, system=SYSTEM)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        Conversation(decoder, truncation="oldest_turns").updates([1], 0)
 
 
 @requires_native
