@@ -49,10 +49,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
-            console.print("stopped")
+            pass
         finally:
             signal.signal(signal.SIGTERM, before)
-    return 0 if server.started else 1
+    if not server.started:
+        return 1
+    console.print("stopped")
+    return 0
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -54,7 +54,10 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[Part]:
         left = len(self.choices)
         while left:
-            part = await self.parts.get()
+            try:
+                part = await self.parts.get()
+            except asyncio.CancelledError:  # uvicorn's, when the time to finish is over: the client is told
+                raise EngineStoppedError("the server is stopping") from None
             if part.error is not None:
                 raise part.error
             left -= part.reason is not None

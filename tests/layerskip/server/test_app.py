@@ -27,7 +27,7 @@ from tokenizers_of import START, byte_level
 from layerskip import SamplingParams, SelfSpeculativeDecoder
 from layerskip.cli import main
 from layerskip.server.app import MAX_BODY, create_app
-from layerskip.server.engine import Choice, EngineStoppedError
+from layerskip.server.engine import Choice, EngineStoppedError, Generation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = (
@@ -545,6 +545,17 @@ class TestFaults:
             with pytest.raises(EngineStoppedError):
                 await engine.submit([choice])
             engine.cancel(generation)
+
+        asyncio.run(run())
+
+    def test_who_waits_when_the_time_to_finish_is_over_is_told(self):
+        async def run() -> None:
+            generation = Generation([Choice([5, 6], 4, SamplingParams())], [])
+            waits = asyncio.ensure_future(anext(aiter(generation)))
+            await asyncio.sleep(0)
+            waits.cancel()
+            with pytest.raises(EngineStoppedError, match="stopping"):
+                await waits
 
         asyncio.run(run())
 
