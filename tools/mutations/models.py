@@ -97,8 +97,8 @@ BUGS = [
         LAYERSKIP + "models/test_file_fields.py -k test_config",
     ),
     Mutation(
-        "text of the vocabulary controls the terminal", "python/layerskip/cli/generate.py", "show(printable(text)",
-        "show(text", LAYERSKIP + "models/test_file_fields.py -k vocabulary",
+        "text of the vocabulary controls the terminal", "python/layerskip/cli/rendering.py",
+        "printable(text) if sys.stdout.isatty() else text", "text", LAYERSKIP + "models/test_file_fields.py -k vocabulary",
     ),
     Mutation(
         "error messages control the terminal", "python/layerskip/_imports.py", "\\x0e-\\x1f", "\\x0e-\\x1a",

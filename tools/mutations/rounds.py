@@ -113,7 +113,7 @@ BUGS = [
         LAYERSKIP + "decoding/test_sampling.py -k share_of_what",
     ),
     Mutation(
-        "a hole in a mask is taken out of a prompt", DECODING + "decoder.py",
+        "a hole in a mask is taken out of a prompt", DECODING + "validation.py",
         "kept[-1] - kept[0] + 1 != len(kept)", "False", LAYERSKIP + "decoding/test_prompts.py -k holes",
     ),
     Mutation(
