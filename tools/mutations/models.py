@@ -98,7 +98,8 @@ BUGS = [
     ),
     Mutation(
         "text of the vocabulary controls the terminal", "python/layerskip/cli/rendering.py",
-        "printable(text) if sys.stdout.isatty() else text", "text", LAYERSKIP + "models/test_file_fields.py -k vocabulary",
+        "printable(text) if sys.stdout.isatty() else text", "text",
+        LAYERSKIP + "models/test_file_fields.py -k vocabulary",
     ),
     Mutation(
         "error messages control the terminal", "python/layerskip/_imports.py", "\\x0e-\\x1f", "\\x0e-\\x1a",

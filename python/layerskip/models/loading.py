@@ -173,12 +173,12 @@ def _read_gguf(
         raise ValueError(f"{path} has weights of its own format; leave out {weights}")
     given = {"gguf_file": path.name, "local_files_only": True}
     checkpoint = GgufCheckpoint(path)
-    with reading("configuration", str(path)):
+    with checkpoint.shared(), reading("configuration", str(path)):
         config = transformers.AutoConfig.from_pretrained(path.parent, **given)
     check_fields(path, config.to_dict(), files.CONFIG, files.REQUIRED)
     check_config(config)
     check_architecture(path, config.model_type)
-    with reading("tokenizer", str(path)):
+    with checkpoint.shared(), reading("tokenizer", str(path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
     return build(str(path), config, checkpoint, dtype, progress=progress), tokenizer
 

@@ -65,6 +65,26 @@ def test_from_a_path_with_its_tokenizer(tmp_path):
         load(tmp_path / "m.gguf", weights="int8")
 
 
+def test_a_file_is_parsed_once(tmp_path, monkeypatch):
+    """By load, for the weights, the configuration and the tokenizer; loading again reads the file as it is then."""
+    parsed, parse = [], gguf.GGUFReader._build_fields
+
+    def counted(reader, *args):
+        parsed.append(type(reader.data))
+        return parse(reader, *args)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", counted)
+    opening = gguf.GGUFReader
+    for layers in (4, 3):
+        write(tmp_path / "m.gguf", layouts.tiny(num_hidden_layers=layers), {})
+        model, tokenizer = load(tmp_path / "m.gguf")
+        assert parsed == [np.ndarray]  # slices of np.memmap are slow
+        assert model.config.num_hidden_layers == layers
+        assert tokenizer.convert_tokens_to_ids("w7") == 7
+        parsed.clear()
+    assert gguf.GGUFReader is opening
+
+
 def test_factors_of_the_rotary_embedding(tmp_path):
     model = layouts.tiny()
     factors = np.linspace(1, 4, model.config.head_dim // 2, dtype=np.float32)
