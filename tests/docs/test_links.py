@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+
+from tools.site_links import on_page_markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -52,6 +55,26 @@ def test_named_files_exist(page):
         root = next((one for one in (ROOT, ROOT / "python/layerskip") if (one / path.split("/")[0]).is_dir()), None)
         if root is not None:
             assert (root / path).exists(), f"{path} does not exist"
+
+
+@pytest.mark.parametrize("page", ROOT.glob("docs/**/*.md"), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_site_links_to_its_own_pages(page):
+    """What `make docs` renders; a file outside docs/ is named, not linked."""
+    uri = page.relative_to(ROOT / "docs").as_posix()
+    shown = on_page_markdown(prose(page), page=SimpleNamespace(file=SimpleNamespace(src_uri=uri)))
+    for link in LINK.findall(shown):
+        if not re.match(r"[a-z]+:", link):
+            path = link.partition("#")[0]
+            target = (page.parent / path).resolve() if path else page
+            assert target.is_relative_to(ROOT / "docs"), f"{link} leads nowhere on the site"
+
+
+def test_the_site_names_what_it_does_not_have():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="reference/kernels.md"))
+    text = "[ops.md](../../benchmarks/results/ops.md), [a `test`](../../tests/time_limit.py#x), [x](../kernels.md#x)"
+    assert on_page_markdown(text, page=page) == (
+        "`benchmarks/results/ops.md`, a `test` (`tests/time_limit.py`), [x](../kernels.md#x)"
+    )
 
 
 def test_the_site_has_every_page():
