@@ -114,4 +114,9 @@ BUGS = [
         "probability >= a.draft_threshold", "probability > a.draft_threshold",
         EMULATED + "round.py -k is_the_threshold_is_enough",
     ),
+    Mutation(
+        "a negative length is one inside the cache, in CUDA", CUDA + "common.h",
+        "return 0 <= length && length <= capacity ?", "return length <= capacity ?",
+        EMULATED + "rope_kv_append.py -k outside_the_cache",
+    ),
 ]  # fmt: skip

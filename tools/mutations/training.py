@@ -77,4 +77,17 @@ BUGS = [
         "            self._file.truncate(size)\n            raise", "            raise",
         LAYERSKIP + "test_files.py -k whole_or_not",
     ),
+    Mutation(
+        "an output that exists is replaced without being asked", FILES, "if output.exists() and not overwrite:",
+        "if False:", LAYERSKIP + "test_files.py -k named_before_the_work",
+    ),
+    Mutation(
+        "a directory that another program wrote is replaced", FILES,
+        'return f"{directory} exists, and was not written by layerskip; move it away"', "return None",
+        LAYERSKIP + "test_files.py -k not_replaced",
+    ),
+    Mutation(
+        "a journal ends at a line that cannot be read", FILES, "skipped.append(str(number))", "break",
+        LAYERSKIP + "test_files.py -k is_skipped",
+    ),
 ]  # fmt: skip

@@ -48,4 +48,8 @@ BUGS = [
         "a kernel does not wait for those ahead, in Triton", TRITON + "_launch.py",
         "        tl_cuda.gdc_wait()\n", "", COMPILED + " -k every_launch and sm_90 and llama-1b-fp16",
     ),
+    Mutation(
+        "a negative length is one inside the cache, in Triton", TRITON + "rope_kv_append.py",
+        "(length >= 0) & (length <= capacity)", "length <= capacity", INTERPRETED + "attention.py -k outside_the_cache",
+    ),
 ]  # fmt: skip
