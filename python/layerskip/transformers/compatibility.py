@@ -7,21 +7,22 @@ not treat all rows alike gets a batch that has the row in every place, and only 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import logits_process as processes
 
 from ..decoding.sampling import SamplingParams
 
 # Options of other ways to decode, with the values that turn them off.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
+    "num_beams": (None, 1),
     "constraints": (None,),
     "force_words_ids": (None,),
     "penalty_alpha": (None, 0),
@@ -29,10 +30,31 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
     "use_mtp": (None, False),
+    "speculation_type": (None,),
+    "is_assistant": (None, False),
     "guidance_scale": (None, 1),
-    "cache_implementation": (None, "dynamic", "static"),
+    "cache_implementation": ("static", "dynamic", None),
 }
+# Options that transformers turns into processors, criteria and arguments, and those that `_Call` reads.
+_OBEYED = (
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample",
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "token_healing",
+    "watermarking_config", "num_return_sequences", "output_scores", "output_logits", "return_dict_in_generate",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+# Options of how transformers computes, or for beams, assistants and encoders alone: no token depends on them.
+_WITHOUT_EFFECT = (
+    "use_cache", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile",
+    "low_memory", "return_legacy_cache", "continuous_batching_config", "early_stopping", "length_penalty",
+    "diversity_penalty", "decoder_start_token_id", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
+    "max_matching_ngram_size", "transformers_version",
+)  # fmt: skip
 _RETURNED = ("output_attentions", "output_hidden_states")
+KNOWN = frozenset((*_OFF, *_OBEYED, *_WITHOUT_EFFECT, *_RETURNED))
 _CACHES = ("cache", "past_key_values")
 # Arguments of a model's forward that `generate` adds itself, or that change nothing here.
 _HARMLESS = ("attention_mask", "position_ids", "cache_position", "logits_to_keep", "use_cache", *_CACHES)
@@ -53,17 +75,32 @@ _ROWWISE = tuple(
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError for options of other decoding methods, and for outputs that are not available."""
+    """Raise ValueError for options of other decoding methods, outputs that are not available, and unknown options."""
+    for name, unset in unknown().items():
+        value = getattr(config, name, unset)
+        if value is not None and value != unset:
+            raise ValueError(f"{name}={value!r} can't be honoured: layerskip.generate does not know this option")
     for name, off in _OFF.items():
         value = getattr(config, name, None)
         if value not in off:
+            advice = f"leave it at {off[-1]!r}"
+            if name == "cache_implementation":
+                advice += ", and where memory is short, generate fewer sequences at once"
             raise ValueError(
                 f"{name}={value!r} can't be honoured: layerskip.generate decodes greedily or samples, with "
-                f"a cache of its own; leave it at {off[-1]!r}"
+                f"a cache of its own on the model's device; {advice}"
             )
     for name in _RETURNED:
         if config.return_dict_in_generate and getattr(config, name, None):
             raise ValueError(f"{name}=True can't be honoured: layerskip.generate returns sequences, scores and logits")
+
+
+@functools.cache
+def unknown() -> dict[str, Any]:
+    """The options of a newer transformers, with their defaults; attributes of a user's own are not among them."""
+    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    fields = {name: value for name, value in vars(GenerationConfig()).items() if not name.startswith("_")}
+    return {name: defaults.get(name, value) for name, value in fields.items() if name not in KNOWN}
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:

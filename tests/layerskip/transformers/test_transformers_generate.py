@@ -1,7 +1,9 @@
 """``custom_generate=layerskip.generate`` against ``model.generate`` alone, option by option."""
 
+import copy
 import functools
 import gc
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
@@ -20,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import layerskip
 from layerskip import Exit, adapt
+from layerskip.transformers import compatibility
 from layerskip.transformers.custom_generate import decoder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -414,6 +417,143 @@ def test_the_config_of_the_model_counts(model):
     assert torch.equal(changed.generate(**inputs, **OURS), expected)
     own = transformers.GenerationConfig(max_new_tokens=7, repetition_penalty=1.8, do_sample=False)
     assert torch.equal(model.generate(**inputs, generation_config=own, **OURS), expected)
+
+
+SAMPLING = {"do_sample": True, "output_scores": True, "return_dict_in_generate": True}
+# A value for every option of transformers' generation config, and whether it is refused. Other options are added to it.
+FIELDS = {
+    "max_length": ({"max_length": 19, "max_new_tokens": None}, False),
+    "max_new_tokens": ({"max_new_tokens": 7}, False),
+    "min_length": ({"min_length": 14, "eos_token_id": list(range(4, 70))}, False),
+    "min_new_tokens": ({"min_new_tokens": 9, "eos_token_id": list(range(4, 70))}, False),
+    "max_time": ({"max_time": -1.0}, False),
+    "stop_strings": ({"stop_strings": [chr(letter) for letter in range(33, 127)]}, False),
+    "do_sample": (SAMPLING, False),
+    "temperature": ({"temperature": 0.6, **SAMPLING}, False),
+    "top_k": ({"top_k": 7, **SAMPLING}, False),
+    "top_p": ({"top_p": 0.4, **SAMPLING}, False),
+    "min_p": ({"min_p": 0.3, **SAMPLING}, False),
+    "top_h": ({"top_h": 0.3, **SAMPLING}, False),
+    "typical_p": ({"typical_p": 0.3, **SAMPLING}, False),
+    "epsilon_cutoff": ({"epsilon_cutoff": 0.02, **SAMPLING}, False),
+    "eta_cutoff": ({"eta_cutoff": 0.3, **SAMPLING}, False),
+    "pad_token_id": ({"pad_token_id": 11, "eos_token_id": list(range(4, 40))}, False),
+    "bos_token_id": ({"bos_token_id": 5}, False),
+    "eos_token_id": ({"eos_token_id": list(range(4, 40))}, False),
+    "num_return_sequences": ({"num_return_sequences": 2, **SAMPLING}, False),
+    "return_dict_in_generate": ({"return_dict_in_generate": True}, False),
+    "output_scores": ({"output_scores": True, "return_dict_in_generate": True}, False),
+    "output_logits": ({"output_logits": True, "return_dict_in_generate": True}, False),
+    "repetition_penalty": (OPTIONS["penalty"], False),
+    "encoder_repetition_penalty": (OPTIONS["encoder_penalty"], False),
+    "no_repeat_ngram_size": (OPTIONS["ngram"], False),
+    "encoder_no_repeat_ngram_size": (OPTIONS["encoder_ngram"], False),
+    "bad_words_ids": (OPTIONS["bad_words"], False),
+    "renormalize_logits": (OPTIONS["normalised"], False),
+    "forced_bos_token_id": ({"forced_bos_token_id": 8}, False),
+    "forced_eos_token_id": (OPTIONS["forced_eos"], False),
+    "remove_invalid_values": (OPTIONS["invalid"], False),
+    "exponential_decay_length_penalty": (OPTIONS["decay"], False),
+    "suppress_tokens": (OPTIONS["suppress"], False),
+    "begin_suppress_tokens": (OPTIONS["begin"], False),
+    "sequence_bias": (OPTIONS["bias"], False),
+    "watermarking_config": (OPTIONS["watermark"], False),
+    "token_healing": ({"token_healing": True}, False),
+    "num_beams": ({"num_beams": 3}, True),
+    "num_beam_groups": ({"num_beam_groups": 3, "num_beams": 3, "diversity_penalty": 0.5}, True),
+    "constraints": ({"constraints": ["a"]}, True),
+    "force_words_ids": ({"force_words_ids": [[5]]}, True),
+    "use_mtp": ({"use_mtp": True}, True),
+    "cache_implementation": ({"cache_implementation": "offloaded"}, True),
+    "guidance_scale": ({"guidance_scale": 1.5}, True),
+    "output_attentions": ({"output_attentions": True, "return_dict_in_generate": True}, True),
+    "output_hidden_states": ({"output_hidden_states": True, "return_dict_in_generate": True}, True),
+    "is_assistant": ({"is_assistant": True}, True),
+    "prompt_lookup_num_tokens": ({"prompt_lookup_num_tokens": 3}, True),
+    "assistant_early_exit": ({"assistant_early_exit": 2}, True),
+    "speculation_type": ({"speculation_type": "dflash"}, True),
+    "penalty_alpha": ({"penalty_alpha": 0.6, "top_k": 4}, True),
+    "dola_layers": ({"dola_layers": "low"}, True),
+    "use_cache": ({"use_cache": False}, False),
+    "cache_config": ({"cache_config": {"nbits": 4}}, False),
+    "max_cache_len": ({"max_cache_len": 90}, False),
+    "prefill_chunk_size": ({"prefill_chunk_size": 2}, False),
+    "compile_config": ({"compile_config": transformers.CompileConfig()}, False),
+    "disable_compile": ({"disable_compile": True}, False),
+    "low_memory": ({"low_memory": True}, False),
+    "continuous_batching_config": ({}, False),  # transformers refuses it in a generation config
+    "early_stopping": ({"early_stopping": True}, False),
+    "length_penalty": ({"length_penalty": 2.0}, False),
+    "diversity_penalty": ({"diversity_penalty": 0.5}, False),
+    "decoder_start_token_id": ({"decoder_start_token_id": 5}, False),
+    "num_assistant_tokens": ({"num_assistant_tokens": 3}, False),
+    "num_assistant_tokens_schedule": ({"num_assistant_tokens_schedule": "heuristic"}, False),
+    "assistant_confidence_threshold": ({"assistant_confidence_threshold": 0.9}, False),
+    "assistant_lookbehind": ({"assistant_lookbehind": 3}, False),
+    "target_lookbehind": ({"target_lookbehind": 3}, False),
+    "assistant_ensemble_weight": ({"assistant_ensemble_weight": 0.5}, False),
+    "max_matching_ngram_size": ({"max_matching_ngram_size": 3}, False),
+    "return_legacy_cache": ({"return_legacy_cache": True}, False),
+    "transformers_version": ({"transformers_version": "4.57.0"}, False),
+}  # fmt: skip
+
+
+def to_be_healed(tokenizer):
+    """A model of the tokenizer's whole vocabulary, and a prompt whose last token has a continuation."""
+    model, own = tiny_model(upper="weak"), copy.deepcopy(tokenizer)
+    model.resize_token_embeddings(len(own), mean_resizing=False)
+    own.pad_token, own.bos_token, own.padding_side = "<|end|>", "<|start|>", "left"
+    inputs = {**own("the dog sa", return_tensors="pt"), "tokenizer": own}
+    inputs.pop("token_type_ids", None)
+    healed = model.heal_tokens(inputs["input_ids"], own)
+    assert not torch.equal(healed, inputs["input_ids"])
+    return model, inputs
+
+
+def fields_of_transformers():
+    return [name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", fields_of_transformers())
+def test_every_field_of_a_generation_config_is_obeyed_or_refused(model, tokenizer, name):
+    """A field that a newer transformers adds has no value here, so that it fails."""
+    options, refused = FIELDS[name]
+    inputs = prompts([3, 9], seed=1)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **options}
+    if name == "stop_strings":
+        inputs["tokenizer"] = tokenizer
+    if name == "token_healing":
+        model, inputs = to_be_healed(tokenizer)
+    config = transformers.GenerationConfig(**options)
+    if refused:
+        with pytest.raises(ValueError, match=re.escape(f"{name}={options[name]!r}") + ".*honoured"):
+            model.generate(**inputs, generation_config=config, **OURS)
+        return
+    plain = model.generate(**inputs, generation_config=config)
+    ours = model.generate(**inputs, generation_config=config, **OURS)
+    if not isinstance(plain, torch.Tensor):
+        assert ours.keys() == plain.keys() - {"past_key_values", "cache"}
+        for kept in ("scores", "logits"):  # of the first token: later ones depend on what was drawn
+            assert (kept in plain) == (kept in ours)
+            if kept in plain:
+                assert torch.allclose(ours[kept][0], plain[kept][0], atol=TOLERANCE)
+        plain, ours = plain.sequences, ours.sequences
+    assert ours.shape[0] == plain.shape[0]
+    assert config.do_sample or torch.equal(ours, plain)
+
+
+def test_a_field_that_is_not_known_yet_is_refused(model, monkeypatch):
+    known = compatibility.KNOWN
+    monkeypatch.setattr(compatibility, "KNOWN", known - {"max_cache_len", "length_penalty"})
+    compatibility.unknown.cache_clear()
+    try:
+        model.generate(**prompts([4]), max_new_tokens=2, pad_token_id=PAD, **OURS)
+        with pytest.raises(ValueError, match=r"max_cache_len=90 can't be honoured.*know"):
+            model.generate(**prompts([4]), max_new_tokens=2, max_cache_len=90, pad_token_id=PAD, **OURS)
+    finally:
+        monkeypatch.undo()
+        compatibility.unknown.cache_clear()
 
 
 # Ways to call it
