@@ -308,6 +308,8 @@ SAMPLING = (  # `SamplingParams` checks the ranges
            default=0.0, metavar="P"),
     option("--seed", "give the same tokens every time (default: a random seed)", type=whole, metavar="N"),
 )
+MAX_SEQ_LEN = option("--max-seq-len", "longest prompt and answer together, in tokens (default: 4096, or the model's if "
+                     "that is less)", type=positive, metavar="N")
 STOP = option("--stop", "end before this text; may be given several times", action="append", metavar="TEXT")
 CHAT = flag("--chat", "apply the model's chat template to the prompt")
 
@@ -331,6 +333,18 @@ COMMANDS = {
             option("--system", "a system message before the prompt; implies --chat", metavar="TEXT"),
         ),
     ),
+    "chat": Command(
+        "talk to a model in the terminal",
+        "Answer lines of standard input in the model's chat template: messages and, after a slash, commands that /help "
+        "lists. Ctrl-C stops an answer, Ctrl-D ends.", (
+            option("model", MODEL_HELP, nargs="?", default="smollm2", metavar="MODEL"),
+            *LOADED, weights(), *SPECULATION, *SAMPLING,
+            option("--max-new-tokens", "tokens of an answer, at most (default: up to the end of the context)",
+                   type=positive, metavar="N"),
+            MAX_SEQ_LEN,
+            option("--system", "a system message before the others", metavar="TEXT"),
+        ),
+    ),
     "serve": Command(
         "serve a model over HTTP, in the form of OpenAI's API",
         "Serve a model over HTTP, in the form of OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, "
@@ -344,8 +358,7 @@ COMMANDS = {
             option("--max-batch", "requests that run at once", type=positive, default=8, metavar="N"),
             option("--max-waiting", "requests that may wait beyond these; others get the status 429", type=whole,
                    default=64, metavar="N"),
-            option("--max-seq-len", "longest prompt and answer together, in tokens (default: 4096, or the model's "
-                   "if that is less)", type=positive, metavar="N"),
+            MAX_SEQ_LEN,
         ),
     ),
     "bench": Command(

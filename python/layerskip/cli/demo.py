@@ -19,9 +19,9 @@ from ..decoding import GenerationOutput, SelfSpeculativeDecoder
 from ..decoding.draft_sources import AUTO, EXIT, NGRAM
 from . import arguments, options, rendering
 from .arguments import Prompt
-from .rendering import AUTOREGRESSIVE, SELF_SPECULATIVE, pieces
+from .rendering import ACCEPTED, AUTOREGRESSIVE, SELF_SPECULATIVE, pieces
 
-ACCEPTED, VERIFIED = "bold green", "default"
+VERIFIED = "default"
 REPEATS = 3
 
 

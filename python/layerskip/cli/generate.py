@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..decoding.detokenizer import check_stop_strings
 from . import options
-from .rendering import Drafts, TextPrinter
+from .rendering import TextPrinter, stats_line
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -29,15 +29,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
         tokenizer=tokenizer,
         stop_strings=stop_strings,
     )
-    stats = out.stats
-    line = (
-        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, first after {stats.time_to_first_token * 1e3:.0f} ms, "
-        f"then {stats.decode_tokens_per_second:.1f} tokens/s"
-    )
-    if stats.drafted:
-        line += f"; {stats.rounds} rounds, {stats.accepted} of {stats.drafted} drafts accepted"
-        line += f" ({stats.acceptance_rate:.0%})"
-    if len(stats.by_source) > 1:
-        line += f": {Drafts.of(stats)}"
-    errors.print(line, style="dim", highlight=False)
+    errors.print(stats_line(out.stats), style="dim", highlight=False)
     return 0

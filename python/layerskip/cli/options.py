@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,6 +26,8 @@ from ..decoding import DraftHead, SamplingParams, SelfSpeculativeDecoder
 from ..decoding.tuning import tuned
 from ..models import LayerSkipModel
 from . import arguments
+
+MAX_SEQ_LEN = 4096  # by default: each slot of the KV cache has room for as many tokens
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
@@ -110,12 +112,30 @@ def encode(
 ) -> torch.Tensor:
     """Token ids [1, N] of a text or, with ``chat``, of a conversation with the text as the user's message."""
     if chat:
-        if tokenizer.chat_template is None:
-            raise ValueError("this model's tokenizer has no chat template; leave out --chat and --system")
         messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": text})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = chat_text(tokenizer, [*messages, {"role": "user", "content": text}])
     return tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids.to(device)
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages in the tokenizer's chat template, up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "this model's tokenizer has no chat template; layerskip generate without --chat and --system needs none"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the messages: {error}") from error
+    return text
+
+
+def max_seq_len(args: argparse.Namespace, decoder: SelfSpeculativeDecoder) -> int:
+    """``--max-seq-len``; by default 4096, or what the model has if that is less."""
+    given: int | None = args.max_seq_len
+    return min(MAX_SEQ_LEN, decoder.max_seq_len) if given is None else given
 
 
 def progress(*columns: Any, quiet: bool = False) -> Progress:

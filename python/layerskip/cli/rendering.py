@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from .._imports import need, printable
@@ -28,6 +29,7 @@ AUTOREGRESSIVE = "autoregressive"
 SELF_SPECULATIVE = "self-speculative"
 TRANSFORMERS = "transformers"
 EARLY_EXIT_ASSISTED = "transformers, early exit"
+ACCEPTED = "bold green"  # the style of draft tokens that were accepted
 
 
 def table(
@@ -81,14 +83,17 @@ def pieces(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> list
 class TextPrinter:
     """Streamer that prints the text of a sequence, up to a stop string, and a line end after it.
 
-    On a terminal, text that could control it is escaped.
+    On a terminal, text that could control it is escaped, and `push` colors accepted draft tokens. ``text`` is what was
+    printed.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), console: Console | None = None) -> None:
         from ..decoding.detokenizer import SequenceText
 
         self._text = SequenceText(tokenizer, stop_strings)
+        self._console = Console() if console is None else console
         self._started = False
+        self.text = ""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt [1, N] first, then new tokens [n]."""
@@ -96,14 +101,37 @@ class TextPrinter:
         if self._started:
             self._print("".join(map(self._text.push, tokens)))
         else:
-            self._text.start_after(tokens)
-            self._started = True
+            self.start_after(tokens)
+
+    def start_after(self, prompt_tokens: Sequence[int]) -> None:
+        self._text.start_after(prompt_tokens)
+        self._started = True
+
+    def push(self, token: int, drafted: bool = False) -> None:
+        """Take a new token; ``drafted`` if it is an accepted draft token."""
+        self._print(self._text.push(token), ACCEPTED if drafted else None)
 
     def end(self) -> None:
         self._print(self._text.finish() + "\n")
 
-    def _print(self, text: str) -> None:
-        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.text += text
+        shown = printable(text) if sys.stdout.isatty() else text
+        self._console.out(shown, style=style, end="", highlight=False)
+
+
+def stats_line(stats: Stats) -> str:
+    """Tokens, times and accepted drafts of one sequence."""
+    line = (
+        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, first after {stats.time_to_first_token * 1e3:.0f} ms, "
+        f"then {stats.decode_tokens_per_second:.1f} tokens/s"
+    )
+    if stats.drafted:
+        line += f"; {stats.rounds} rounds, {stats.accepted} of {stats.drafted} drafts accepted"
+        line += f" ({stats.acceptance_rate:.0%})"
+    if len(stats.by_source) > 1:
+        line += f": {Drafts.of(stats)}"
+    return line
 
 
 SHOWN_POSITIONS = 4  # of a round; the counts of later draft tokens are left out

@@ -13,7 +13,6 @@ from rich.console import Console
 from .._imports import need
 from . import options
 
-MAX_SEQ_LEN = 4096  # by default: each slot of the KV cache has room for as many tokens
 SECONDS_TO_FINISH = 10  # for running requests, after a signal to stop
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             decoder,
             args.model,
             max_batch=args.max_batch,
-            max_seq_len=min(MAX_SEQ_LEN, decoder.max_seq_len) if args.max_seq_len is None else args.max_seq_len,
+            max_seq_len=options.max_seq_len(args, decoder),
             max_waiting=args.max_waiting,
             api_key=key,
         )
