@@ -170,7 +170,7 @@ class GenerationOutput:
         True for accepted draft tokens, False for tokens of the full model.
     per_sequence : tuple of Stats
     reasons : tuple of str
-        Why each sequence ended: "eos", "stop", "length", "cancelled" or "error".
+        Why each sequence ended: "eos", "stop", "length", "cancelled", "deadline" or "error".
     tokenizer : transformers.PreTrainedTokenizerBase or None
         Decodes `text`; the decoder's, or the one that the call was given.
     """
@@ -235,9 +235,9 @@ class Update:
         New tokens. They are final.
     drafted : list of bool
         True for accepted draft tokens, False for tokens of the full model.
-    reason : {"eos", "stop", "length", "cancelled", "error"} or None
-        Why the request ended: an EOS token, its ``should_stop``, ``max_new_tokens``, `Session.cancel`, or an exception.
-        None while it runs.
+    reason : {"eos", "stop", "length", "cancelled", "deadline", "error"} or None
+        Why the request ended: an EOS token, its ``should_stop``, ``max_new_tokens``, `Session.cancel`, its deadline, or
+        an exception. None while it runs.
     output : GenerationOutput or None
         The whole sequence [1, N + new], once it ended. The session does not keep it.
     error : Exception or None

@@ -191,9 +191,11 @@ class Request:
     continue_from: int | None = None  # id of the retained request whose slot it takes over
     clock: Clock = time.perf_counter
     tokenizer: Any = None  # decodes `GenerationOutput.text`
+    priority: int = 0
+    deadline: float | None = None  # seconds after it was added
 
     new_tokens: list[int] = field(default_factory=list, init=False)
-    ended_by: str | Exception | None = field(default=None, init=False)  # "cancelled", "removed" or an error
+    ended_by: str | Exception | None = field(default=None, init=False)  # "cancelled", "deadline", "removed", an error
     slot: int = field(default=-1, init=False)  # row of the KV cache, once it has one
     last_used: int = field(default=0, init=False)  # number of the slot's last use
     num_prefilled: int = field(default=0, init=False)  # prompt tokens in the cache
@@ -238,6 +240,10 @@ class Request:
     @property
     def running(self) -> bool:
         return self.started and self.reason is None
+
+    @property
+    def overdue(self) -> bool:
+        return self.deadline is not None and self.clock() - self._started >= self.deadline
 
     @property
     def retained(self) -> bool:
@@ -370,7 +376,7 @@ class Request:
             self.new_tokens.append(token)
 
     def end(self, reason: str | Exception) -> None:
-        """End it before its time: "cancelled", "removed" or an error."""
+        """End it before its time: "cancelled", "deadline", "removed" or an error."""
         self._last_at = self.clock()
         self.ended_by = reason
 

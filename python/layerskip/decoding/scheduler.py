@@ -211,8 +211,9 @@ def catch_up_draft_layers(model: LayerSkipModel, cache: SharedKVCache, request: 
 class Scheduler:
     """Decides which requests wait, are prefilled and run, and which slot of the KV cache each has.
 
-    First come, first served. Short prompts, of `SHARED_ROWS` tokens together, are prefilled in one chunk. A request
-    gets its slot when its prefill starts, with the longest cached prefix of its prompt.
+    The highest priority first; of equals, first come, first served. Short prompts, of `SHARED_ROWS` tokens together,
+    are prefilled in one chunk. A request gets its slot when its prefill starts, with the longest cached prefix of its
+    prompt.
 
     A slot is free once its request has ended, unless the request is retained for its cached prefix, until it is
     released or continued, or until another needs a slot and none is free: then the least recently used one goes. All of
@@ -317,7 +318,7 @@ class Scheduler:
         prefilling = self.prefilling
         num_tokens = sum(request.num_unread for request in prefilling)
         while self.waiting and (slots := self.free_slots or [one.slot for one in self.retained.values()]):
-            first = next(iter(self.waiting.values()))
+            first = max(self.waiting.values(), key=lambda one: one.priority)  # of equals the first that came
             num_tokens += first.num_unread
             if prefilling and not (
                 self.prefill.fused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -30,8 +31,8 @@ class Session:
     """Requests that share a KV cache, see `SelfSpeculativeDecoder.open_session`.
 
     A request gets, bit for bit, the tokens that it would get alone. Every running request has a slot of the cache; the
-    others wait, first come first served. Prompts are prefilled in chunks between the rounds of running requests, and a
-    prefix that is in the cache already is copied.
+    others wait, by priority, then first come first served. Prompts are prefilled in chunks between the rounds of
+    running requests, and a prefix that is in the cache already is copied.
 
     An exception at any point of a call, Ctrl-C or a signal handler's, loses no request, slot, token or update, and the
     next step continues. This is because every change of state is a single assignment: a request enters ``waiting`` or
@@ -97,6 +98,8 @@ class Session:
         should_stop: StopRule | None = None,
         keep: bool = False,
         continue_from: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> int:
         """Add a request, which waits until a slot is free.
 
@@ -133,6 +136,11 @@ class Session:
             recently used first.
         continue_from : int, optional
             Id of a retained request. It is no longer retained once this one is prefilled.
+        priority : int
+            Of waiting requests those with the highest priority get a slot first. Running requests keep theirs.
+        deadline : float, optional
+            Seconds after which the next step ends the request, waiting or running, with the reason "deadline" and the
+            output so far.
 
         Returns
         -------
@@ -163,12 +171,15 @@ class Session:
             length = validation.length(ids.shape[1], max_new_tokens, self.max_seq_len)
             max_new_tokens = length - ids.shape[1]
             stop_tokens = validation.stop_tokens(options.eos_token_id, model.vocab_size)
+            validation.integer("priority", priority)
+            if deadline is not None:
+                validation.real("deadline", deadline, 0, math.inf, open_low=True)
             self._scheduler.check_room()
             model.refresh()  # weights may have been changed in place since the session was opened
             request = Request(
                 next(self._ids), model, options, ids, max_new_tokens, params, seed_of(params, self._generator),
                 self._controller.new_acceptance(), stop_tokens, should_stop, logits_processor, keep, continue_from,
-                self._clock, self.tokenizer,
+                self._clock, self.tokenizer, priority, deadline,
             )  # fmt: skip
             if logits_processor is not None:
                 request.history = History(ids, max_new_tokens + self.max_speculations + 1)
@@ -285,6 +296,8 @@ class Session:
                 self._emit(request, request.emit_pending)
         if self._interrupted or self._due:
             self._scheduler.sweep()
+        for request in [one for one in self._scheduler if one.overdue]:
+            self._end(request, "deadline")
         self._interrupted = True
         self._look_up_drafts()
         batches = self._current_batches()

@@ -14,7 +14,8 @@ MAX_NUM_SPECULATIONS = 1024  # the cache has room for the drafts of a round beyo
 STRATEGIES = ("self_speculative", "autoregressive", "early_exit")
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """Check an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     return int(value)
@@ -22,7 +23,7 @@ def _integer(name: str, value: Any) -> int:
 
 def integer_in(name: str, value: Any, low: int, high: int | None = None) -> int:
     """Check an int in [low, high]; no upper bound without ``high``."""
-    number = _integer(name, value)
+    number = integer(name, value)
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in {low} … {high}'}, got {value}")
     return number
@@ -40,7 +41,7 @@ def real(name: str, value: Any, low: float, high: float, *, open_low: bool = Fal
 
 def exit_layer(value: Any, num_layers: int) -> int:
     """Check E in 1 … L - 1: some layers must draft, some must be left to verify."""
-    if not 1 <= _integer("exit_layer", value) < num_layers:
+    if not 1 <= integer("exit_layer", value) < num_layers:
         raise ValueError(f"exit_layer must be in 1 … {num_layers - 1} for a model of {num_layers} layers, got {value}")
     return int(value)
 
@@ -193,7 +194,7 @@ def _tokens(row: Any, vocab_size: int, device: torch.device) -> Tensor:
             raise TypeError(f"input_ids has dtype {row.dtype}, expected int64")
         row = torch.from_numpy(row.astype(np.int64)).to(device)
     elif not isinstance(row, Tensor):
-        tokens = [_integer("a token of the prompt", token) for token in row]
+        tokens = [integer("a token of the prompt", token) for token in row]
         _check_tokens(tokens, vocab_size)
         row = torch.tensor(tokens, dtype=torch.int64, device=device)
     if row.dtype not in (torch.int64, torch.int32):
@@ -264,6 +265,6 @@ def stop_tokens(value: Any, vocab_size: int) -> frozenset[int]:
         value = value.reshape(-1).tolist()
     ids = [value] if isinstance(value, Integral) else list(value)
     for token in ids:
-        if not 0 <= _integer("eos_token_id", token) < vocab_size:
+        if not 0 <= integer("eos_token_id", token) < vocab_size:
             raise ValueError(f"eos_token_id {token} is outside the vocabulary of {vocab_size}")
     return frozenset(map(int, ids))

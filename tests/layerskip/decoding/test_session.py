@@ -203,6 +203,54 @@ def test_requests_that_share_an_exit_share_their_rounds(decoder, monkeypatch):
 
 
 @requires_native
+def test_the_highest_priority_gets_the_next_slot(decoder):
+    session, order, last = decoder.open_session(1), [], {}
+    ids = [session.add(prompt_of(4, 0), 8, priority=0)]
+    last |= {update.request_id: update for update in session.step()}  # it has the slot
+    ids += [session.add(prompt_of(4, seed), 8, priority=priority) for seed, priority in enumerate((0, 5, -1, 5), 1)]
+    while len(session):
+        for update in session.step():
+            if update.finished:
+                order.append(ids.index(update.request_id))
+                assert tokens_of(update) == alone(decoder, prompt_of(4, order[-1]), 8)
+    assert order == [0, 2, 4, 1, 3]
+
+
+@requires_native
+def test_a_deadline_ends_what_runs_and_what_waits(decoder):
+    session, now = decoder.open_session(2), [0.0]
+    session._clock = lambda: now[0]
+    prompts = [prompt_of(4, seed) for seed in range(4)]
+    ids = [session.add(prompts[index], 40, deadline=deadline) for index, deadline in enumerate((2, None, 2, 100))]
+    started = [update for _ in range(3) for update in session.step()]
+    assert {update.request_id for update in started} == set(ids[:2])
+    now[0] = 2.0
+    last = finish(session)
+    assert [last[one].reason for one in ids] == ["deadline", "length", "deadline", "length"]
+    part, none = tokens_of(last[ids[0]]), tokens_of(last[ids[2]])
+    assert 0 < len(part) < 40
+    assert part == alone(decoder, prompts[0], 40)[: len(part)]
+    assert none == []
+    for index in (1, 3):
+        assert tokens_of(last[ids[index]]) == alone(decoder, prompts[index], 40)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"priority": 0.5}, TypeError, "priority must be an int, got 0.5"),
+        ({"deadline": 0}, ValueError, r"deadline must be in \(0, inf\], got 0"),
+        ({"deadline": "1"}, TypeError, "deadline must be a number, got '1'"),
+    ],
+)
+def test_wrong_priorities_and_deadlines_add_nothing(decoder, options, error, message):
+    session = decoder.open_session(1)
+    with pytest.raises(error, match=message):
+        session.add(prompt_of(4), 8, **options)
+    assert len(session) == 0
+
+
+@requires_native
 def test_cancelled_requests_leave_the_others_alone(decoder):
     session = decoder.open_session(2, max_seq_len=60)
     prompts = [prompt_of(5, index) for index in range(4)]
