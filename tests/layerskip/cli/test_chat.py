@@ -126,18 +126,30 @@ class TestPipe:
         assert "no chat template; layerskip generate" in capsys.readouterr().err
 
 
+# Ctrl-C is a signal to the processes that this terminal controls.
+IN_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from layerskip.cli import main
+sys.exit(main())
+"""
+
+
 class Terminal:
     """The command in a pseudo terminal; what it shows is read until a text comes."""
 
     def __init__(self, *words: str) -> None:
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join(sys.path)}
         environment.pop("NO_COLOR", None)
-        self._pid, self._end = pty.fork()
-        if self._pid == 0:
-            os.execve(sys.executable, [sys.executable, "-m", "layerskip.cli", "chat", *words], environment)
+        self._end, other = pty.openpty()
+        command = [sys.executable, "-c", IN_TERMINAL, "chat", *words]
+        self._process = subprocess.Popen(
+            command, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
+        )
+        os.close(other)
         self.shown = ""
 
-    def until(self, text: str, seconds: float = 100) -> str:
+    def until(self, text: str, seconds: float = 30) -> str:
         """What is shown up to ``text``, after what was read before."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
@@ -151,10 +163,12 @@ class Terminal:
         os.write(self._end, text.encode())
 
     def ended(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._process.wait(60)
 
     def close(self) -> None:
-        os.close(self._end)  # a process that still runs gets SIGHUP
+        self._process.kill()
+        self._process.wait()
+        os.close(self._end)
 
 
 @pytest.fixture
