@@ -18,6 +18,7 @@ from .architectures import (
     assemble,
     check_classes,
     check_config,
+    check_lora,
     check_parameter_names,
     checked_parameters,
     layers_of,
@@ -67,6 +68,7 @@ def adapt(hf_model: Any) -> LayerSkipModel:
     hf_model = unwrapped(hf_model)
     architecture = architecture_of(hf_model)
     check_hooks(hf_model)
+    check_lora(hf_model)
     config: Any = hf_model.config
     check_config(without_quantization(config))
     generation_config = getattr(hf_model, "generation_config", None)

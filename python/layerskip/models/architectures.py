@@ -14,7 +14,15 @@ from .checkpoints.hf import method_of
 from .files import EMBEDDING, FLOATS, HEAD, LAYERS, NORM, ModelFileError, without_leftovers
 from .generic_layers import LayerConfig
 from .head import EarlyExitHead, NormSpec
-from .hf_checks import UnsupportedModelError, check_one_device, class_of, unsupported
+from .hf_checks import (
+    UnsupportedModelError,
+    check_one_device,
+    class_of,
+    has_lora,
+    lora_is_active,
+    plain_modules,
+    unsupported,
+)
 from .layers import PartialDepthDecoder
 from .rotary import LONG, Rotary, exact_module, max_positions, rope_parameters, rotary_of, rotations
 
@@ -301,18 +309,28 @@ def architecture_of(model: Any) -> Architecture:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    """Refuse modules of PEFT."""
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    """Refuse modules of PEFT but layers with LoRA."""
+    for name, module in plain_modules(model) if isinstance(model, nn.Module) else ():
         if type(module).__module__.startswith("peft."):
             raise UnsupportedModelError(
-                f"{name or 'the model'} is a {type(module).__name__} of PEFT: an adapter that is not merged is not "
+                f"{name or 'the model'} is a {type(module).__name__} of PEFT: an adapter other than LoRA is not "
                 "supported; use what merge_and_unload() of the PeftModel returns"
+            )
+
+
+def check_lora(model: nn.Module) -> None:
+    """Refuse layers whose LoRA is active and not merged."""
+    for name, module in model.named_modules():
+        if has_lora(module) and lora_is_active(module):
+            raise UnsupportedModelError(
+                f"{name} has an active adapter of PEFT: merge it, by merge_adapter() or merge_and_unload() of the "
+                "PeftModel, or decode within its disable_adapter()"
             )
 
 
 def check_classes(model: nn.Module) -> None:
     """Refuse modules of other libraries' classes, whose forward would not be called."""
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         kind = class_of(module)
         if name and not kind.__module__.startswith(_KNOWN):
             raise unsupported(
@@ -371,7 +389,11 @@ def check_activation(config: Any) -> None:
 
 def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[str, nn.Parameter]:
     """Return a model's parameters by name, tied ones under each name; UnsupportedModelError for unexpected ones."""
-    parameters = dict(hf_model.named_parameters(remove_duplicate=False))
+    parameters = {
+        f"{name}.{own}": parameter
+        for name, module in plain_modules(hf_model)
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
     if getattr(hf_model.config, "quantization_config", None) is not None:
         parameters = without_leftovers(parameters)
     _check_modules(hf_model, architecture)
@@ -382,7 +404,7 @@ def checked_parameters(hf_model: nn.Module, architecture: Architecture) -> dict[
 
 def _check_modules(model: nn.Module, architecture: Architecture) -> None:
     """Refuse subclasses of Linear and Embedding, except those of `layerskip.accelerate`."""
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         for plain in (nn.Linear, nn.Embedding):
             own = f"{class_of(module).__module__}.{class_of(module).__name__}"
             if isinstance(module, plain) and class_of(module) is not plain and own != architecture.embedding_class:

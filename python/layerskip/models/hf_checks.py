@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_, methodcaller
 from typing import Any
@@ -75,6 +75,8 @@ class ModelSnapshot:
         # A conversion may keep the Parameter and replace its data, so dtype and device are compared as well.
         self._dtypes, self._on_cpu = list(map(_DTYPE, self._weights)), list(map(_ON_CPU, self._weights))
         self._num_layers = _num_layers(hf_model)
+        self._with_lora = [module for module in modules if has_lora(module)]
+        self._active = list(map(lora_is_active, self._with_lora))
         self._copied = self._weights if quantized else []
         self._versions = list(map(_version, self._copied))
 
@@ -100,6 +102,7 @@ class ModelSnapshot:
             and list(map(_DTYPE, self._weights)) == self._dtypes
             and list(map(_ON_CPU, self._weights)) == self._on_cpu
             and list(map(_version, self._copied)) == self._versions
+            and list(map(lora_is_active, self._with_lora)) == self._active
         )
 
 
@@ -162,8 +165,33 @@ def class_of(module: nn.Module) -> Any:
     return module.__dict__.get(ORIGINAL_CLASS, type(module))
 
 
+def has_lora(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped this layer for LoRA."""
+    return type(module).__module__.startswith("peft.tuners.lora.") and hasattr(module, "base_layer")
+
+
+def lora_is_active(layer: Any) -> bool:
+    """Whether the layer computes something else than its base layer, as PEFT's forward decides.
+
+    Of a disabled layer, PEFT takes merged adapters out again when it is called next.
+    """
+    if layer.disable_adapters or layer.merged:
+        return bool(layer.disable_adapters and layer.merged)
+    held = (getattr(layer, name) for name in layer.adapter_layer_names)
+    return any(adapter in adapters for adapters in held for adapter in layer.active_adapters)
+
+
+def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its name; of a layer with LoRA only its base layer, by the name of the layer."""
+    while has_lora(module):
+        module = module.get_submodule("base_layer")
+    yield name, module
+    for part, child in module.named_children():
+        yield from plain_modules(child, f"{name}.{part}" if name else part)
+
+
 def unwrapped(model: Any) -> Any:
-    """The model inside a ``torch.compile`` wrapper, or the given model; TypeError for what is no model."""
+    """The model inside a wrapper of ``torch.compile`` or PEFT, or the given model; TypeError for what is no model."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a transformers.PreTrainedModel or a LayerSkipModel, got {type(model).__name__}; "
@@ -171,7 +199,10 @@ def unwrapped(model: Any) -> Any:
         )
     dynamo = sys.modules.get("torch._dynamo")  # without it nothing was compiled
     compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
-    return model._orig_mod if compiled else model
+    model = model._orig_mod if compiled else model
+    # PEFT's other models compute more than what they wrap, such as tokens before the prompt.
+    is_lora = type(model).__module__ == "peft.peft_model" and type(model.base_model).__name__ == "LoraModel"
+    return model.get_base_model() if is_lora else model
 
 
 def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -20,7 +20,7 @@ from ..models import architectures
 from ..models.adaptation import quantized_weights
 from ..models.architectures import ACTIVATIONS
 from ..models.files import FLOATS, LAYERS, NORM
-from ..models.hf_checks import ORIGINAL_CLASS, unwrapped
+from ..models.hf_checks import ORIGINAL_CLASS, plain_modules, unwrapped
 from .packed import SKINNY_ROWS, PackedLinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -164,7 +164,8 @@ def _fusable(hf_model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     layers = [f"{LAYERS}.{number}" for number in range(config.num_hidden_layers)]
     names = sorted({path.rpartition(".")[0] for path in architecture.layer_paths.values()})
     paths = [*(f"{layer}.{name}" for layer in layers for name in names), "model.norm", "lm_head"]
-    modules = [hf_model.get_submodule(path) for path in paths]
+    found = dict(plain_modules(hf_model))  # of a layer with LoRA, which calls its base layer, that one
+    modules = [found[path] for path in paths]
     fused = [(module, form) for module in modules if (form := _form(module)) is not None]
     blocks = (hf_model.get_submodule(f"{layer}.mlp") for layer in layers)
     gated = [block for block in blocks if architecture.activations == ACTIVATIONS and _is_gated(block)]

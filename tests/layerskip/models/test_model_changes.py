@@ -296,17 +296,18 @@ def test_a_model_in_training_is_decoded():
 # Adapters and compilation
 
 
-def test_an_adapter_that_comes_later_is_refused_until_it_is_merged():
+LORA = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+
+
+def test_an_active_adapter_is_refused_until_it_is_merged():
     peft = pytest.importorskip("peft", reason="LoRA needs peft")
     model = tiny_model()
     decoder, before = SelfSpeculativeDecoder(model, 1), fresh(model)
-    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
     for call in (
         lambda: decoder.generate(prompt_of(5), NEW),
         lambda: SelfSpeculativeDecoder(adapted, 1),
         lambda: SelfSpeculativeDecoder(model, 1),
-        lambda: layerskip.accelerate(adapted),
         lambda: layerskip.generate(model, prompt_of(5), max_new_tokens=2),
     ):
         with pytest.raises(UnsupportedModelError, match=r"adapter.*merge_and_unload\(\)"):
@@ -316,6 +317,52 @@ def test_an_adapter_that_comes_later_is_refused_until_it_is_merged():
     after = decoder.generate(prompt_of(5), NEW).sequences
     assert torch.equal(after, fresh(merged))
     assert not torch.equal(after, before)
+
+
+def test_one_decoder_follows_every_state_of_its_adapters():
+    """As transformers decodes the same model: merged, unmerged, disabled, several, none active."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    model = tiny_model()
+    plain = fresh(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+    adapted.add_adapter("second", peft.LoraConfig(**{**LORA, "target_modules": ["v_proj"]}))
+    adapted.eval()
+    texts = []
+    with adapted.disable_adapter():
+        decoder = SelfSpeculativeDecoder(adapted, 1)
+
+    def served():
+        expected = adapted.generate(input_ids=prompt_of(5), max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        found = decoder.generate(prompt_of(5), NEW, eos_token_id=[]).sequences
+        assert torch.equal(found, expected)
+        assert torch.equal(layerskip.generate(adapted, prompt_of(5), max_new_tokens=NEW, exit_layer=1), expected)
+        texts.append(found.tolist())
+
+    for names in (["default"], ["second"], ["default", "second"]):
+        adapted.base_model.set_adapter(names)
+        with pytest.raises(UnsupportedModelError, match=r"_proj has an active adapter of PEFT"):
+            decoder.generate(prompt_of(5), NEW)
+        adapted.merge_adapter(names)
+        served()
+        adapted.unmerge_adapter()
+        with adapted.disable_adapter():
+            served()
+        assert texts.pop() == plain.tolist()
+    assert len({str(text) for text in [*texts, plain.tolist()]}) == 4
+    adapted.merge_adapter()
+    with adapted.disable_adapter(), pytest.raises(UnsupportedModelError, match="active adapter"):
+        decoder.generate(prompt_of(5), NEW)  # PEFT would first take the adapter out of the weights
+
+
+def test_other_adapters_of_peft_are_refused():
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    for config in (
+        peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ):
+        adapted = peft.get_peft_model(tiny_model(), config)
+        with pytest.raises(UnsupportedModelError, match=r"of PEFT: an adapter other than LoRA"):
+            SelfSpeculativeDecoder(adapted, 1)
 
 
 def test_a_compiled_model_is_unwrapped():

@@ -236,6 +236,26 @@ def test_an_adapter_that_comes_later_counts(calls):
     torch.testing.assert_close(fast, logits(restore(wrapped), tokens), atol=TOLERANCES["fp32"], rtol=0)
 
 
+def test_a_model_with_an_adapter(calls):
+    """Its base layers take the ops; the feed-forward with an adapter inside is computed as before."""
+    peft = pytest.importorskip("peft")
+    model, tokens = tiny_model("llama2"), random_tokens(1, 4)
+    config = peft.LoraConfig(r=2, target_modules=["up_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config).eval()
+    active = logits(wrapped, tokens)
+    assert accelerate(wrapped) is wrapped
+    with wrapped.disable_adapter():
+        disabled = logits(wrapped, tokens)
+    assert (disabled - active).abs().max() > 0.01
+    calls.clear()
+    torch.testing.assert_close(logits(wrapped, tokens), active, atol=TOLERANCES["fp32"], rtol=0)
+    assert {op for op, _ in calls} == {"linear", "rms_norm"}
+    wrapped.merge_adapter()
+    torch.testing.assert_close(logits(wrapped, tokens), active, atol=TOLERANCES["fp32"], rtol=0)
+    wrapped.unmerge_adapter()
+    torch.testing.assert_close(logits(restore(wrapped), tokens), active, atol=TOLERANCES["fp32"], rtol=0)
+
+
 def test_an_accelerated_model_decodes_self_speculatively():
     model, prompt = tiny_model("llama3"), random_tokens(1, 9)
     expected = SelfSpeculativeDecoder(adapt(model), 2, 3).generate(prompt, 16, eos_token_id=[]).sequences
