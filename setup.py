@@ -40,7 +40,7 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xpt
 NAMESPACE = os.environ.get("LAYERSKIP_NAMESPACE")
 NAMED = {"library.cpp", "torch_binding.cpp"}  # the files that use it
 ISA_KERNELS = "isa_kernels.cpp"  # compiled once per instruction set; those of other processors give empty objects
-ISAS = ("avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "portable")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "portable", "amx_emulated")
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 NINJA_RULES = """\

@@ -165,7 +165,7 @@ def cpu_isa() -> str:
 
 def multiplies_panels() -> bool:
     """Return whether the CPU kernels are faster on interleaved weights than on rows, for bf16 activations."""
-    return cpu_reason is None and cpu_isa() == "avx512_bf16"
+    return cpu_reason is None and cpu_isa() in ("amx", "avx512_bf16")
 
 
 def set_cpu_isa(name: str) -> str:
@@ -173,7 +173,8 @@ def set_cpu_isa(name: str) -> str:
 
     Parameters
     ----------
-    name : {"avx512_bf16", "avx512", "avx2", "portable"}, on aarch64 {"neon_bf16", "neon", "portable"}
+    name : {"amx", "avx512_bf16", "avx512", "avx2", "portable"}, on aarch64 {"neon_bf16", "neon", "portable"}
+        Or "amx_emulated", for tests: AMX's instructions in plain C++.
 
     Raises
     ------

@@ -123,7 +123,7 @@ TiledActivations tile_activations(const Worker& worker, const T* x, const T* nor
                                   int64_t width, const Weight& weight, float* memory) {
   void* tiled = copy_of(worker, rows, memory, rows * padded(width));
   const Range own = rows_of(worker, rows);
-  kernels<T>().tile(x, norm, eps, own.begin, own.end, width, weight, tiled);
+  kernels<T>().tile(x, norm, eps, own.begin, own.end, rows, width, weight, tiled);
   if (rows >= kFewRows) worker.wait();
   return {tiled, rows, width};
 }

@@ -10,9 +10,9 @@ namespace lsk {
 namespace {
 
 #if defined(__aarch64__)
-constexpr char kNames[] = "neon_bf16, neon, portable";
+constexpr char kNames[] = "neon_bf16, neon, portable, amx_emulated";
 #else
-constexpr char kNames[] = "avx512_bf16, avx512, avx2, portable";
+constexpr char kNames[] = "amx, avx512_bf16, avx512, avx2, portable, amx_emulated";
 #endif
 
 std::string cpu_isa(const std::string& name) {

@@ -117,7 +117,7 @@ class ExitHead {
     HeadPartial* partials = workspace.take<HeadPartial>(count);
     const Kernels<T>& table = kernels<T>();
     const TiledActivations tiled{memory, rows, width_};
-    table.tile(hidden, norm_, eps_, 0, rows, width_, weight_, memory);
+    table.tile(hidden, norm_, eps_, 0, rows, rows, width_, weight_, memory);
     parallel_run(num_threads(), [&](const Worker& worker) {
       const Range share = worker.share(tiles_.count);
       for (int64_t t = share.begin; t < share.end; ++t)

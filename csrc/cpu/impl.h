@@ -32,9 +32,11 @@ constexpr Kernels<T> kTable = {
 
 }  // namespace LSK_ISA
 
-extern const Kernels<float> LSK_JOIN(k_, LSK_ISA, _float) = LSK_ISA::kTable<float>;
 extern const Kernels<bf16> LSK_JOIN(k_, LSK_ISA, _bf16) = LSK_ISA::kTable<bf16>;
+#ifndef LSK_TILES
+extern const Kernels<float> LSK_JOIN(k_, LSK_ISA, _float) = LSK_ISA::kTable<float>;
 extern const Kernels<f16> LSK_JOIN(k_, LSK_ISA, _f16) = LSK_ISA::kTable<f16>;
+#endif
 
 }  // namespace lsk
 
@@ -54,6 +56,7 @@ extern const Kernels<f16> LSK_JOIN(k_, LSK_ISA, _f16) = LSK_ISA::kTable<f16>;
 #undef LSK_MAX_BLOCK
 #undef LSK_INT16
 #undef LSK_PANELS
+#undef LSK_TILES
 #undef LSK_WIDENS
 #undef LSK_BF16_DOT
 #undef LSK_BFDOT

@@ -3,9 +3,13 @@
 // Each product of a weight row and an activation row is summed in one register over the whole width, whatever the
 // blocking, so results do not depend on the number of rows.
 
-constexpr int kQuad = 4;           // weight rows in registers
-constexpr int64_t kTile = 64;      // weight rows of one tile of results
-constexpr int64_t kMaxRows = 48;   // activation rows of one tile of results
+constexpr int kQuad = 4;       // weight rows in registers
+constexpr int64_t kTile = 64;  // weight rows of one tile of results
+#ifdef LSK_TILES
+constexpr int64_t kMaxRows = 64;  // activation rows of one tile of results
+#else
+constexpr int64_t kMaxRows = 48;
+#endif
 constexpr int64_t kAhead = 12288;  // bytes between prefetch and use, at least; 8 and 16 KiB are slower on Zen 5
 
 // How weights W are multiplied: by default with fp32 activations, sixteen at a time.

@@ -218,8 +218,13 @@ inline bool uses_panels(const Weight& weight) {
 // Converts rows [begin, end) of activations [rows, width] for such weights; with a norm weight, after rms_norm (rounded
 // to T).
 template <class T>
-void tile(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
-          void* tiled) {
+void tile(const T* x, const T* norm, float eps, int64_t begin, int64_t end, [[maybe_unused]] int64_t rows,
+          int64_t width, const Weight& weight, void* tiled) {
+#ifdef LSK_TILES
+  if constexpr (__is_same(T, bf16))
+    if (weight.format == Format::kPlain)
+      return pair_rows(x, norm, eps, begin, end, rows, width, static_cast<T*>(tiled));
+#endif
   const int64_t stride = padded(width);
   for (int64_t r = begin; r < end; ++r) {
     if (weight.format == Format::kPlain) {
@@ -243,6 +248,10 @@ void tile(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int6
 template <class T>
 inline void multiply_tile(const Weight& weight, int64_t n, int64_t count, const TiledActivations& x, int64_t first,
                           int64_t rows, const void* next, float* tile) {
+#ifdef LSK_TILES
+  if constexpr (__is_same(T, bf16))
+    if (weight.format == Format::kPlain) return multiply_tiles(weight, n, count, x, first, rows, next, tile);
+#endif
   const int64_t stride = padded(x.width);
   if (weight.format == Format::kPlain) {
     const auto* own = static_cast<const typename Dot<T>::X*>(x.data) + first * stride;

@@ -79,6 +79,9 @@ void tile_row(const T* x, const T* norm, float eps, int64_t width, X* out) {
   }
 }
 
+#ifdef LSK_TILES
+#include "cpu/impl_tiles.h"
+#endif
 #include "cpu/impl_packed.h"
 
 // Calls body(first weight row, number of weight rows, first activation row, number of activation rows).

@@ -14,6 +14,12 @@
 
 #include "cpu/kernels.h"
 
+#if defined(LSK_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lsk {
 
 #define LSK_DECLARE(isa)                       \
@@ -32,6 +38,10 @@ LSK_DECLARE(neon_bf16)
 LSK_DECLARE(neon)
 #endif
 LSK_DECLARE(portable)
+#if defined(LSK_AMX)
+extern const Kernels<bf16> k_amx_bf16;
+#endif
+extern const Kernels<bf16> k_amx_emulated_bf16;
 
 namespace {
 
@@ -57,6 +67,17 @@ bool has_bf16() {
 }
 #endif
 
+#if defined(LSK_AMX)
+// Whether the processor has tiles of bf16, and the kernel lets this process use them, which it must be asked for.
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // cpuid leaf 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 #define LSK_ISA(isa, available) \
   {#isa, []() -> bool { return available; }, k_##isa##_float, k_##isa##_bf16, k_##isa##_f16}
 
@@ -67,7 +88,11 @@ const Isa kIsas[] = {
 #define LSK_AVX512                                                                        \
   (LSK_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    LSK_ISA(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && LSK_AVX512),
+#define LSK_AVX512_BF16 (LSK_AVX512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+#if defined(LSK_AMX)
+    {"amx", []() -> bool { return LSK_AVX512_BF16 && has_amx(); }, k_avx512_bf16_float, k_amx_bf16, k_avx512_bf16_f16},
+#endif
+    LSK_ISA(avx512_bf16, LSK_AVX512_BF16),
     LSK_ISA(avx512, LSK_AVX512),
     LSK_ISA(avx2, LSK_AVX2),
 #elif defined(__aarch64__)
@@ -77,6 +102,7 @@ const Isa kIsas[] = {
     LSK_ISA(neon, true),
 #endif
     LSK_ISA(portable, true),
+    {"amx_emulated", []() -> bool { return true; }, k_portable_float, k_amx_emulated_bf16, k_portable_f16},
 };
 
 const Isa* best() {

@@ -12,7 +12,8 @@
 #include <arm_neon.h>
 #endif
 
-#if !(LSK_ISA_avx512_bf16 || LSK_ISA_avx512 || LSK_ISA_avx2 || LSK_ISA_neon_bf16 || LSK_ISA_neon || LSK_ISA_portable)
+#if !(LSK_ISA_amx || LSK_ISA_amx_emulated || LSK_ISA_avx512_bf16 || LSK_ISA_avx512 || LSK_ISA_avx2 || \
+      LSK_ISA_neon_bf16 || LSK_ISA_neon || LSK_ISA_portable)
 #define LSK_ALL_ISAS 1
 #endif
 
@@ -23,8 +24,22 @@
 //   LSK_MAX_BLOCK  activation rows multiplied at once
 //   LSK_INT16      LSK_SIMD has 16-bit integers: packed integer weights times bf16 activations
 //   LSK_PANELS     header of the kernels for interleaved integer weights
+//   LSK_TILES      header with the tile registers: plain bf16 weights times bf16 activations; other types are those of
+//                  another instruction set
 //   LSK_WIDENS     convert weights to fp32 once for many activation rows
 //   LSK_BF16_DOT, LSK_BFDOT  dot products of bf16 pairs: AVX-512, Arm
+
+#if defined(LSK_AMX) && (LSK_ALL_ISAS || LSK_ISA_amx)
+#define LSK_ISA amx
+#define LSK_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c,amx-tile,amx-bf16"
+#define LSK_SIMD "cpu/simd_avx512.h"
+#define LSK_MAX_BLOCK 6
+#define LSK_INT16
+#define LSK_PANELS "cpu/panels_avx512.h"
+#define LSK_TILES "cpu/tiles_amx.h"
+#define LSK_BF16_DOT
+#include "cpu/impl.h"
+#endif
 
 #if defined(__x86_64__) && (LSK_ALL_ISAS || LSK_ISA_avx512_bf16)
 #define LSK_ISA avx512_bf16
@@ -78,5 +93,13 @@
 #define LSK_ISA portable
 #define LSK_SIMD "cpu/simd_portable.h"
 #define LSK_MAX_BLOCK 2
+#include "cpu/impl.h"
+#endif
+
+#if LSK_ALL_ISAS || LSK_ISA_amx_emulated
+#define LSK_ISA amx_emulated
+#define LSK_SIMD "cpu/simd_portable.h"
+#define LSK_MAX_BLOCK 2
+#define LSK_TILES "cpu/tiles_emulated.h"
 #include "cpu/impl.h"
 #endif

@@ -10,6 +10,10 @@
 #define LSK_NEON_BF16
 #endif
 
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define LSK_AMX
+#endif
+
 namespace lsk {
 
 constexpr int64_t kBlock = kPackedBlock;
@@ -136,8 +140,8 @@ struct LossSums {
 template <class T>
 struct Kernels {
   // Converts rows [begin, end) of x [rows, width] for such weights; with a norm weight, after rms_norm (rounded to T).
-  void (*tile)(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t width, const Weight& weight,
-               void* tiled);
+  void (*tile)(const T* x, const T* norm, float eps, int64_t begin, int64_t end, int64_t rows, int64_t width,
+               const Weight& weight, void* tiled);
   void (*expand_row)(const Weight& weight, int64_t row, int64_t width, T* out);  // dequantizes a packed weight
   void (*rms_norm)(const T* x, const T* weight, float eps, int64_t width, T* out);
   void (*linear)(const LinearArgs<T>&, int64_t begin, int64_t end);

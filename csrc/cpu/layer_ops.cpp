@@ -34,8 +34,14 @@ void share_rows(const T* x, int64_t rows, int64_t d_in, int64_t d_out, const Wei
   const int threads = num_threads();
   Workspace workspace(Workspace::bytes<float>(tiled_size(rows, d_in)));
   float* memory = workspace.take<float>(tiled_size(rows, d_in));
-  kernels<T>().tile(x, nullptr, 0.0f, 0, rows, d_in, weight, memory);
+  const bool few = rows < kFewRows;
+  if (few) kernels<T>().tile(x, nullptr, 0.0f, 0, rows, rows, d_in, weight, memory);
   parallel_run(threads, [&](const Worker& worker) {
+    if (!few) {
+      const Range own = worker.share(rows);
+      kernels<T>().tile(x, nullptr, 0.0f, own.begin, own.end, rows, d_in, weight, memory);
+      worker.wait();
+    }
     const Range share = worker.share(d_out, kUnit);
     step(TiledActivations{memory, rows, d_in}, share.begin, share.end);
   });

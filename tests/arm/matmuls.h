@@ -101,7 +101,7 @@ std::vector<double> wide(const std::vector<T>& from) {
 template <class T>
 std::vector<float> tile(const T* x, int64_t rows, int64_t width, Format format) {
   std::vector<float> memory(rows * padded(width));
-  kernels<T>().tile(x, nullptr, 0, 0, rows, width, {nullptr, 0, format}, memory.data());
+  kernels<T>().tile(x, nullptr, 0, 0, rows, rows, width, {nullptr, 0, format}, memory.data());
   return memory;
 }
 

@@ -17,7 +17,9 @@ from layerskip_kernels.schemas import bind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ARM = platform.machine() in ("aarch64", "arm64")
-ISAS = ("neon_bf16", "neon", "portable") if ARM else ("avx512_bf16", "avx512", "avx2", "portable")
+X86 = ("amx", "avx512_bf16", "avx512", "avx2")
+ISAS = (*(("neon_bf16", "neon") if ARM else X86), "portable", "amx_emulated")
+TILES = ("amx", "amx_emulated")  # bf16 alone; for other dtypes they are another instruction set
 PATHS = ("reference", *ISAS)
 
 # A result passes when its largest error against float64 is at most that of the same-dtype torch code plus this much of

@@ -10,19 +10,21 @@ import torch
 import layerskip_kernels as lk
 from layerskip_kernels import _extension
 
-from .common import ISAS, PATHS, native_isa, running_on
+from .common import ISAS, PATHS, TILES, native_isa, running_on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark repetitions of a test as slow.
 
-    That is fp16, which shares its code with bf16, and an instruction set between this machine's best and the portable.
+    That is fp16, which shares its code with bf16, an instruction set between this machine's best and the portable, and
+    tiles with another dtype than bf16.
     """
     best = ISAS[0] if _extension.cpu_reason is not None else lk.cpu_isa()
-    repetitions = {torch.float16, *ISAS} - {best, "portable"}
+    repetitions = {torch.float16, *ISAS} - {best, "portable", *TILES}
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if repetitions & {params.get(name) for name in ("dtype", "isa", "path")}:
+        values = {params.get(name) for name in ("dtype", "isa", "path")}
+        if repetitions & values or (values & {*TILES} and values & {torch.float32, torch.float16}):
             item.add_marker(pytest.mark.slow)
 
 

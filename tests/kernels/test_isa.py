@@ -16,12 +16,14 @@ from .common import ISAS, Inputs, running_on
 pytestmark = pytest.mark.skipif(_extension.cpu_reason is not None, reason=f"no native kernels: {_extension.cpu_reason}")
 
 FLAGS = {
+    "amx": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16"},
     "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx2": {"avx2", "fma", "f16c"},
     "neon_bf16": {"asimd", "bf16"},
     "neon": {"asimd"},
     "portable": set(),
+    "amx_emulated": set(),
 }
 
 
@@ -57,7 +59,7 @@ def test_unknown_name() -> None:
 
 
 def test_forced_sets_really_differ() -> None:
-    """bf16 products summed in pairs round differently from fp32 ones: equal bits would mean that one code ran twice."""
+    """bf16 products are summed in another order with pairs or tiles: equal bits would mean that one code ran twice."""
     make = Inputs(torch.bfloat16)
     hidden, norm, head = make.normal(8, 576), make.norm(576), make.weight(333, 576)
     results = {}
@@ -65,9 +67,9 @@ def test_forced_sets_really_differ() -> None:
         if FLAGS[name] <= processor_flags():
             with running_on(name):
                 results[name] = lk.exit_head(hidden, norm, head, 1e-5).logsumexp
-    if ISAS[0] not in results:
-        pytest.skip(f"this machine has no {ISAS[0]} to compare with")
-    assert not torch.equal(results[ISAS[0]], results[ISAS[1]])
+    for name, other in (("amx", "avx512_bf16"), ("avx512_bf16", "avx512"), ("neon_bf16", "neon")):
+        assert name not in results or not torch.equal(results[name], results[other])
+    assert not torch.equal(results["amx_emulated"], results["portable"])
     for result in results.values():
         torch.testing.assert_close(result, results["portable"], rtol=1e-4, atol=1e-4)
 
