@@ -21,7 +21,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 CLANG_FORMAT = find csrc tests/arm tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-vllm test-arm soak mutate lint format bench docs triton-report cuda cuda-report wheel hub clean
+.PHONY: help setup demo test test-all test-vllm test-arm soak mutate sanitize lint format bench docs triton-report cuda cuda-report wheel hub clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo 'make test-all    run all tests, those marked slow included'
 	@echo 'make soak    10,000 random requests, each compared with its single run; SOAK_MINUTES= bounds the time'
 	@echo 'make mutate  plant known bugs in a copy, one at a time, and see whether the tests catch them; hours'
+	@echo 'make sanitize  run the tests of the CPU kernels with AddressSanitizer and UBSan, in a copy of the sources'
 	@echo 'make test-vllm   the tests inside vLLM, in an environment of their own (3.3 GB, made once)'
 	@echo 'make test-arm    the CPU kernels compiled for aarch64, in an emulator; needs its compiler and qemu, no torch'
 	@echo 'make lint    ruff, clang-format, mypy;  make format applies the first two'
@@ -60,6 +61,22 @@ soak: setup
 
 mutate: setup
 	$(BIN)/python -m tools.mutate $(MUTATE_ARGS)
+
+# A copy of the sources under build/, so that the library in use stays as it is. torch and Python leak on purpose. The
+# preload: Python itself is not built with the sanitizers, and ASan must find C++'s exceptions before torch loads them.
+SANITIZE := -fsanitize=address,undefined
+SANITIZED := build/sanitize
+SANITIZE_TESTS := tests/kernels --ignore=tests/kernels/cuda_ops --ignore=tests/kernels/triton_ops \
+	-k 'not memory_does_not_grow and not triton'
+sanitize: setup
+	mkdir -p $(SANITIZED)
+	git ls-files -z | xargs -0 cp -u --parents --preserve=timestamps -t $(SANITIZED)
+	cd $(SANITIZED) && LAYERSKIP_CUDA=0 LDFLAGS='$(SANITIZE)' \
+		CXXFLAGS='$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1' \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(or $(CXX),c++) -print-file-name=lib$$name.so; done | paste -sd:)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:python $(abspath $(BIN))/python -m pytest --capture=sys -m 'not slow' \
+		$(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.built
 	$(VLLM_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/vllm $(PYTEST_ARGS)

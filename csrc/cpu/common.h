@@ -11,14 +11,22 @@
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace lsk {
 
-// Scratch memory of one call, from a buffer that the calling thread keeps: no step allocates.
+// Scratch memory of one call, from a buffer that the calling thread keeps: no step allocates. AddressSanitizer reports
+// accesses outside the arrays that were taken; a red zone follows each.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) {
     thread_local Buffer buffer;
     base_ = buffer.at_least(bytes);
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(base_, buffer.size);
+#endif
   }
 
   // Memory for `count` values, aligned to a cache line.
@@ -26,15 +34,24 @@ class Workspace {
   T* take(int64_t count) {
     T* out = reinterpret_cast<T*>(base_ + used_);
     used_ += bytes<T>(count);
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(out, static_cast<size_t>(count) * sizeof(T));
+#endif
     return out;
   }
 
   template <class T>
   static size_t bytes(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + kRedZone;
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kRedZone = 64;
+#else
+  static constexpr size_t kRedZone = 0;
+#endif
+
   struct Buffer {
     std::byte* memory = nullptr;
     size_t size = 0;

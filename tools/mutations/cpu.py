@@ -116,6 +116,10 @@ BUGS = [
         "sleep_while(phase | kSleepers);", "(void)awake;", THREADS + " -k spin_limit",
     ),
     Mutation(
+        "threads share the scratch memory", "csrc/cpu/common.h", "thread_local Buffer buffer;", "static Buffer buffer;",
+        THREADS + " -k bits_of_one_thread",
+    ),
+    Mutation(
         "splits are joined before all are there", "csrc/cpu/attention.h",
         "attend_splits(worker);\n      worker.wait();\n", "attend_splits(worker);\n",
         KERNELS + "test_verify_attention.py -k joined_when_all",
