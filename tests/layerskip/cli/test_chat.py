@@ -151,13 +151,18 @@ class Terminal:
 
     def until(self, text: str, seconds: float = 30) -> str:
         """What is shown up to ``text``, after what was read before."""
-        deadline = time.monotonic() + seconds
-        while text not in self.shown:
-            ready, _, _ = select.select([self._end], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come, but {self.shown[-500:]!r}"
-            self.shown += os.read(self._end, 4096).decode()
+        assert self.shows(text, seconds), f"{text!r} did not come, but {self.shown[-500:]!r}"
         before, _, self.shown = self.shown.partition(text)
         return before
+
+    def shows(self, text: str, seconds: float) -> bool:
+        """Whether ``text`` comes in this time; it stays to be read."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            if not select.select([self._end], [], [], max(0, deadline - time.monotonic()))[0]:
+                return False
+            self.shown += os.read(self._end, 4096).decode()
+        return True
 
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
@@ -198,7 +203,11 @@ def test_a_terminal(terminal):
     terminal.type("/rest\n")
     terminal.until("did you mean /reset")
     terminal.until("> ")
-    terminal.type("dropped\x03")  # drops the line
+    terminal.type("dropped")
+    terminal.until("dropped")
+    # readline waits for a key before it looks for a signal that came while it drew the last one: press until it reacts.
+    while not terminal.shows("> ", seconds=2):
+        terminal.type("\x03")  # drops the line
     terminal.until("> ")
     terminal.type("w22\n")
     terminal.until("w22\r\n")
