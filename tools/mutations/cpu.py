@@ -4,9 +4,31 @@ from __future__ import annotations
 
 from .mutation import KERNELS, Mutation
 
-THREADS, DRAFT, ROUND = (f"{KERNELS}test_{name}.py" for name in ("thread_pool", "draft", "speculative_round"))
+THREADS, DRAFT, ROUND, TILES = (
+    f"{KERNELS}test_{name}.py" for name in ("thread_pool", "draft", "speculative_round", "tiles")
+)
 
 BUGS = [
+    Mutation(
+        "a tile has the rows of the call before", "csrc/cpu/impl_tiles.h",
+        "uint32_t sizes_ = 0;", "static inline thread_local uint32_t sizes_ = 0;", TILES,
+    ),
+    Mutation(
+        "the last 24 columns of a tile are left out", "csrc/cpu/impl_tiles.h",
+        "if (k < width) {", "if (width - k > 24) {", TILES,
+    ),
+    Mutation(
+        "tiles have activation rows past the last", "csrc/cpu/impl_tiles.h",
+        "rows(smaller(kTileRows, x.rows - first))", "rows(kTileRows)", TILES,
+    ),
+    Mutation(
+        "the configuration of tiles is left behind", "csrc/cpu/impl_tiles.h",
+        "if (sizes_) release_tiles();", "", TILES,
+    ),
+    Mutation(
+        "tiles sum even and odd products together", "csrc/cpu/tiles_emulated.h",
+        "odd = without_denormals(odd + ", "even = without_denormals(even + ", TILES,
+    ),
     Mutation(
         "attention sums 32 splits at most", "csrc/cpu/impl_attention.h",
         "s = 1; s < splits;", "s = 1; s < smaller(splits, 32);",
