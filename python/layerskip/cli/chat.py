@@ -6,14 +6,12 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import takewhile
-from operator import eq
 from typing import Any
 
 from rich.console import Console
 
 from .._imports import printable
-from ..decoding import Conversation, Stats
+from ..decoding import Session, Stats
 from ..registry import nearest
 from . import options
 from .rendering import Drafts, TextPrinter, stats_line
@@ -24,7 +22,7 @@ COMMANDS = {
     "/system": "TEXT: replace the system message; without a text remove it",
     "/stats": "tokens, speed and drafts of all answers",
     "/help": "show this; //… sends a message that begins with a slash",
-    "/exit": "end, as Ctrl-D does; Ctrl-C stops an answer and keeps what is there",
+    "/exit": "end the chat, like Ctrl-D; Ctrl-C stops an answer and keeps its text so far",
 }
 PROMPT = "> "
 
@@ -35,8 +33,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     sampling = options.sampling(args)
     model, tokenizer = options.load(args, errors)
     decoder = options.decoder(args, model)
-    conversation = Conversation(decoder, options.max_seq_len(args, decoder))
-    chat = Chat(conversation, tokenizer, args.system, {"sampling": sampling, "max_new_tokens": args.max_new_tokens})
+    session = decoder.open_session(1, max_seq_len=options.max_seq_len(args, decoder))
+    chat = Chat(session, tokenizer, args.system, {"sampling": sampling, "max_new_tokens": args.max_new_tokens})
     chat.encode([{"role": "user", "content": "?"}])  # a model without a chat template is refused now
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
@@ -85,12 +83,12 @@ def _terminal_lines() -> Iterator[str]:
 class Chat:
     """Messages in the model's chat template.
 
-    Every turn renders all messages, as templates may change earlier ones, and reads what is not in the conversation's
-    cache. The oldest messages are dropped where they do not fit.
+    Every turn applies the template to all messages, because a template may change earlier ones. The session prefills
+    only the tokens after the prefix that is in its KV cache. If the messages do not fit, the oldest are dropped.
     """
 
-    def __init__(self, conversation: Conversation, tokenizer: Any, system: str | None, how: dict[str, Any]) -> None:
-        self._conversation, self._tokenizer, self._system, self._how = conversation, tokenizer, system, how
+    def __init__(self, session: Session, tokenizer: Any, system: str | None, how: dict[str, Any]) -> None:
+        self._session, self._tokenizer, self._system, self._how = session, tokenizer, system, how
         self.messages: list[dict[str, str]] = []
         self._stats: list[Stats] = []
 
@@ -104,22 +102,23 @@ class Chat:
     def answer(self, text: str, console: Console) -> Stats:
         """Print the answer to a message; KeyboardInterrupt keeps the part that was printed."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        limit, most = self._conversation.max_seq_len, self._how["max_new_tokens"]
+        limit, most = self._session.max_seq_len, self._how["max_new_tokens"]
         reserve = limit // 4 if most is None else most
         while len(tokens := self.encode(messages)) + reserve > limit and len(messages) > 2:
             del messages[:2]
-        cached = sum(takewhile(bool, map(eq, tokens[:-1], self._conversation.tokens)))
-        del self._conversation.tokens[cached:]
+        self._session.add(tokens, keep=True, **self._how)
         printer = TextPrinter(self._tokenizer, console=console)
         printer.start_after(tokens)
         output = None
         try:
-            for update in self._conversation.updates(tokens[cached:], **self._how):
+            for update in self._session.run():
                 for token, drafted in zip(update.tokens, update.drafted, strict=True):
                     printer.push(token, drafted)
                 output = update.output
             printer.end()
         finally:
+            for unfinished in self._session.unfinished:
+                self._session.remove(unfinished)
             if printer.text:
                 self.messages = [*messages, {"role": "assistant", "content": printer.text.removesuffix("\n")}]
         assert output is not None
@@ -147,7 +146,7 @@ class Chat:
 
     def _summary(self) -> Iterator[str]:
         length = len(self.encode(self.messages)) if self.messages else 0
-        yield f"{len(self.messages) // 2} messages in {length} of {self._conversation.max_seq_len} tokens"
+        yield f"{len(self.messages) // 2} messages in {length} of {self._session.max_seq_len} tokens"
         if self._stats:
             new = sum(one.new_tokens for one in self._stats)
             seconds = sum(one.seconds for one in self._stats)
