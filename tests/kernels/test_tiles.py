@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -59,16 +61,43 @@ def test_order_of_the_sums(rows: int, shape: tuple[int, int], tiles: str) -> Non
     )
 
 
-def test_nothing_past_a_row_is_read(tiles: str) -> None:
-    """Neither the next row's columns, nor rows past the last one."""
+def test_rows_do_not_mix(tiles: str) -> None:
+    """A row ends inside a tile. Past its end x is padded with zeros, and zero times the next row's infinity is NaN."""
     make = Inputs(torch.bfloat16)
     x, weight = make.normal(5, 24), make.normal(21, 24)
     expected = lk.linear(x, weight)
-    longer = torch.cat((weight, torch.full((11, 24), torch.nan, dtype=torch.bfloat16)))
-    assert torch.equal(lk.linear(x, longer)[:, :21], expected)
     weight[7] = torch.inf
     others = [row for row in range(21) if row != 7]
     assert torch.equal(lk.linear(x, weight)[:, others], expected[:, others])
+
+
+PAST_THE_END = """
+import ctypes
+import mmap
+import sys
+
+import torch
+
+import layerskip_kernels as lk
+
+lk.set_cpu_isa(sys.argv[1])
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 17 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 16 * page), page, 0) == 0
+for d_out, width in ((1, 32), (17, 64), (21, 24), (40, 56), (100, 33)):
+    size = d_out * width
+    weight = torch.frombuffer(memory, dtype=torch.bfloat16, count=size, offset=16 * page - 2 * size).view(d_out, width)
+    for rows in (1, 16, 20, 40):
+        lk.linear(torch.ones(rows, width, dtype=torch.bfloat16), weight.fill_(1))
+print("read")
+"""
+
+
+def test_no_memory_past_the_weight_is_read(tiles: str) -> None:
+    """The page after the weight cannot be read."""
+    done = subprocess.run([sys.executable, "-c", PAST_THE_END, tiles], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
 
 
 def test_calls_of_different_sizes_in_turn(tiles: str) -> None:

@@ -10,12 +10,17 @@ THREADS, DRAFT, ROUND, TILES = (
 
 BUGS = [
     Mutation(
-        "a tile has the rows of the call before", "csrc/cpu/impl_tiles.h",
+        "the shape of the tiles stays from the call before", "csrc/cpu/impl_tiles.h",
         "uint32_t sizes_ = 0;", "static inline thread_local uint32_t sizes_ = 0;", TILES,
     ),
     Mutation(
         "the last 24 columns of a tile are left out", "csrc/cpu/impl_tiles.h",
         "if (k < width) {", "if (width - k > 24) {", TILES,
+    ),
+    Mutation(
+        "tiles have weight rows past the last", "csrc/cpu/impl_tiles.h",
+        "const int64_t last = count - (GROUPS - 1) * kTileRows;", "const int64_t last = kTileRows;",
+        TILES + " -k past_the_weight",
     ),
     Mutation(
         "tiles have activation rows past the last", "csrc/cpu/impl_tiles.h",
