@@ -68,7 +68,7 @@ bool has_bf16() {
 #endif
 
 #if defined(LSK_AMX)
-// Whether the processor has tiles of bf16, and the kernel lets this process use them, which it must be asked for.
+// Whether the processor has bf16 tiles, and Linux permits this process to use them. A process must request permission.
 bool has_amx() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // cpuid leaf 7, edx
   constexpr long kRequestPermission = 0x1023, kTileData = 18;

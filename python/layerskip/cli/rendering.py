@@ -83,8 +83,8 @@ def pieces(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> list
 class TextPrinter:
     """Streamer that prints the text of a sequence, up to a stop string, and a line end after it.
 
-    On a terminal, text that could control it is escaped, and `push` colors accepted draft tokens. ``text`` is what was
-    printed.
+    On a terminal, control characters are escaped, and `push` colors accepted draft tokens. ``text`` is the text printed
+    so far.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), console: Console | None = None) -> None:

@@ -191,7 +191,7 @@ def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside a wrapper of ``torch.compile`` or PEFT, or the given model; TypeError for what is no model."""
+    """Return the model inside a wrapper of ``torch.compile`` or PEFT, or the given model; TypeError if it is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a transformers.PreTrainedModel or a LayerSkipModel, got {type(model).__name__}; "

@@ -104,7 +104,7 @@ class TestPipe:
         assert err.count(" tokens in ") == 3
 
     @pytest.mark.parametrize(
-        ("line", "told"),
+        ("line", "message"),
         [
             ("/undo", "there is no message to take back"),
             ("/rest", "unknown command /rest; did you mean /reset"),
@@ -113,11 +113,11 @@ class TestPipe:
         ],
         ids=["undo", "unknown", "template", "length"],
     )
-    def test_errors_end_it(self, ask, line, told):
+    def test_an_error_ends_the_command(self, ask, line, message):
         out, err = ask(line, "w20", code=2)
         assert out == ""
         assert err.startswith("layerskip chat: ")
-        assert told in err
+        assert message in err
         assert err.count("\n") == 1
 
     def test_a_model_without_a_chat_template_is_refused(self, tmp_path, capsys):
@@ -136,7 +136,7 @@ sys.exit(main())
 
 
 class Terminal:
-    """The command in a pseudo terminal; what it shows is read until a text comes."""
+    """Run the command in a pseudo terminal, and read its output."""
 
     def __init__(self, *words: str) -> None:
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -150,13 +150,13 @@ class Terminal:
         self.shown = ""
 
     def until(self, text: str, seconds: float = 30) -> str:
-        """What is shown up to ``text``, after what was read before."""
+        """Read and return the output before the next ``text``."""
         assert self.shows(text, seconds), f"{text!r} did not come, but {self.shown[-500:]!r}"
         before, _, self.shown = self.shown.partition(text)
         return before
 
     def shows(self, text: str, seconds: float) -> bool:
-        """Whether ``text`` comes in this time; it stays to be read."""
+        """Return whether ``text`` comes within ``seconds``; `until` still finds it."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
             if not select.select([self._end], [], [], max(0, deadline - time.monotonic()))[0]:
