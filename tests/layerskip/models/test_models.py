@@ -413,7 +413,7 @@ REFUSED = {
     "float64": (lambda: tiny_model("llama2", torch.float64), r"dtype torch\.float64.*fp32, bf16 and fp16"),
     "strided weight": (strided, r"layers\.0\.self_attn\.o_proj\.weight with strides"),
     "meta device": (on_meta, "meta device"),
-    "LoRA that is not merged": (with_lora, r"attn\.q_proj is a Linear of PEFT: an adapter .* merge_and_unload\(\)"),
+    "LoRA that is not merged": (with_lora, r"attn\.q_proj has an active adapter of PEFT: .* merge_and_unload\(\)"),
 }  # fmt: skip
 
 
